@@ -24,6 +24,7 @@ from heliostat.training.worker.context import Due, Hook
 from heliostat.training.worker.loss_watch import LossWatch
 from heliostat.training.worker.micro_batches import BatchesAhead, StepBatches
 from heliostat.training.worker.step import Loop, Stepper
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 from tests.unit.build_job import job
 
@@ -226,6 +227,28 @@ def test_other_threads_draw_and_own_generators_are_free_while_batches_are_made(m
     may.set()
     ahead.take(1)
     assert len(drawn) == 3 and notices == []
+
+
+def test_the_modes_of_other_threads_are_theirs_alone_while_batches_are_made(made):
+    """`torch.compile` of torch 2.9 compiles nothing while a flag of the process says that there is a mode; another thread's mode,
+    such as a memory saver's, may begin before a batch and end within it."""
+    at_work, may, seen = threading.Event(), threading.Event(), list[bool]()
+
+    def prepare(step: int, samples: Any) -> StepBatches:
+        if step:
+            at_work.set()
+            assert may.wait(SOON_S)
+        return batches(step, samples)
+
+    ahead = made(Samples(), prepare)
+    ahead.take(0)
+    with TorchDispatchMode():
+        ahead.begin(1)
+        assert at_work.wait(SOON_S)
+    seen.append(is_in_torch_dispatch_mode())
+    may.set()
+    ahead.take(1)
+    assert [*seen, is_in_torch_dispatch_mode()] == [False, False]
 
 
 # in the loop ---------------------------------------------------------------------------------------------------------

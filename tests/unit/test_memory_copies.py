@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from heliostat.training import memory_keeper
-from heliostat.training.driver.memory import whole
+from heliostat.training.driver import memory
+from heliostat.training.driver.memory import Memory, whole
 from heliostat.training.memory_keeper import CopyFacts, MemoryKeeper, MemoryPlan, Sum, summed
 from heliostat.training.worker import memory_copies
 from heliostat.training.worker.memory_copies import MemoryCopies
+
+from tests.unit.build_job import job
 
 SIZE = 1000  # numbers of a worker's state
 
@@ -246,6 +249,30 @@ def test_copies_that_come_after_their_attempt_are_refused_and_counted():
     assert [id for id, _, _ in keeper.held()] == ["1:20"] and keeper.intact("1:20") == [0]
     assert keeper.begin(2, "1:20") == 3 and keeper.begin(3, "1:20") == 0
     assert [id for id, _, _ in keeper.held()] == ["1:20"]
+
+
+def test_a_keeper_that_dies_while_its_copies_are_checked_costs_the_newest_generation_alone(monkeypatch):
+    """Older ones are looked for without it, and it is ended once."""
+    one, other = Remote(), Remote(lambda name: _dead() if name == "intact" else None)
+    for rank in (0, 1):
+        kept(one.keeper, "0:10", rank, 10)
+    kept(other.keeper, "0:10", 1, 10)
+    kept(one.keeper, "0:20", 1, 20)
+    kept(other.keeper, "0:20", 0, 20)
+    ended = list[object]()
+    ray = SimpleNamespace(
+        wait=lambda calls, **_: (calls, []), get=lambda call, timeout: _get([call])[0], kill=ended.append,
+        exceptions=memory.ray.exceptions,
+    )  # fmt: skip
+    monkeypatch.setattr(memory, "ray", ray)
+    made = Memory(job(**{"checkpoint.memory_every": 1}))
+    made._keepers = {"n": one, "m": other}  # type: ignore[dict-item]
+    source = made.newest(0, 5, "plan")
+    assert source and source.step == 10 and [node for node, _ in source.holders[1]] == ["n"] and ended == [other]
+
+
+def _dead() -> None:
+    raise memory.ray.exceptions.RayActorError
 
 
 def test_damage_is_found_on_the_way_and_while_it_lies_there():

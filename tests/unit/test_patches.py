@@ -419,3 +419,10 @@ def test_gathers_wait_for_the_weights_that_a_step_writes(log):
     stream_patches.order_gathers(zero)
     zero.step()
     assert log == ["step", "gathers waits for training"]
+
+
+def test_gathers_wait_for_the_weights_of_a_restore_and_on_a_cpu_for_nothing(log):
+    for gathering in (Stream("gathers", log), None):
+        offload = SimpleNamespace(**{"_DeepSpeedZeRoOffload__allgather_stream": gathering})
+        stream_patches.gathers_wait(SimpleNamespace(parameter_offload=offload))
+    assert log == ["gathers waits for training"]

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from heliostat.data import device_ranges
-from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.errors import ConfigError, DataError, HeliostatError, PeerLostError
 from heliostat.runs import profile, profile_table
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.profile import ProfileRequest
@@ -280,9 +280,14 @@ def test_nothing_of_a_profiler_stays_on(fails, run, monkeypatch):
         assert gpu.waits == 2, "before the first step and after the last: only then all its kernels count"
 
 
+def aborted() -> None:
+    raise PeerLostError
+
+
 def test_a_store_that_hangs_holds_no_step_up(run, monkeypatch):
     """The next profile waits for a later step; a worker that ends waits for less time than the driver waits for it."""
     Gpu(monkeypatch)
+    monkeypatch.setattr(profiler, "PULSE_S", 0.01)
     stored, stuck = threading.Event(), Location.upload
 
     def upload(self: Location, *given: object) -> None:
@@ -296,6 +301,8 @@ def test_a_store_that_hangs_holds_no_step_up(run, monkeypatch):
     steps(hook, 3)
     assert list(heartbeat.profiles) == requests[1:] and profile.answered(run, requests[0]) is None
     assert profiler.END_S < attempt.SETTLE_S
+    with pytest.raises(PeerLostError):  # which ends a worker that waits after its last step, and counts as progress until then
+        hook.wait(progressed=aborted)
     stored.set()
     hook.wait()
     steps(hook, 1)

@@ -97,7 +97,8 @@ class Memory:
                 answers[node] = ray.get(call, timeout=0 if call in done else 0.001)
             except ray.exceptions.RayError as e:
                 log.debug("the copies in the memory of node %s are gone: %s", node, e)
-                ray.kill(self._keepers.pop(node))
+                if keeper := self._keepers.pop(node, None):  # None: it was forgotten while an older generation was looked for
+                    ray.kill(keeper)
         return answers
 
 

@@ -136,7 +136,8 @@ class Worker:
             self.context.phase("data")
             done, stop = self.loop.run()
             self.profiler.finish()
-            self.profiler.wait()  # here, where the others wait for the last save: at the end they would wait in vain
+            # here, where the others wait for the last save: at the end they would wait in vain
+            self.profiler.wait(progressed=self._progressed)
             with self.ledger("checkpoint"):
                 self.state.wait()
             self.context.phase("ended")

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from heliostat.config.spec import Job
 from heliostat.data import device_threads
@@ -195,17 +195,20 @@ class _OwnNumbers(TorchDispatchMode):
     """Raises _SharedNumbers where this thread is about to use a generator of the whole process inside, or to set its state.
 
     Functions of `random` and NumPy that a recipe has imported by name pass: only the first batches show what these draw.
+
+    It is on this thread's stack of modes alone. `TorchDispatchMode.__enter__` also sets flags of the whole process. If these are
+    on, `torch.compile` of older torch versions leaves a step uncompiled that another thread makes.
     """
 
     def __enter__(self) -> _OwnNumbers:
         thread = threading.get_ident()
         for owner, name, function in _SHARED:
             setattr(owner, name, _in_others(function, thread))
-        super().__enter__()
+        _push_mode(self)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        _pop_mode()
         for owner, name, function in _SHARED:
             setattr(owner, name, function)
 

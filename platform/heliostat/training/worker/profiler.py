@@ -9,6 +9,8 @@ import logging
 import shutil
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from heliostat.training.worker.heartbeat import Heartbeat
 log = logging.getLogger(__name__)
 
 MEMORY_EVENTS = 100_000  # allocations that a memory snapshot holds
+PULSE_S = 1.0  # between two calls of `progressed`
 WRITE_S = 60.0  # for the files, when a worker has made its last step
 END_S = 5.0  # for the files, when a worker ends; the driver waits for workers twice as long
 
@@ -91,10 +94,12 @@ class StepProfiler(Hook):
             return
         self._writing = device_threads.thread(lambda: self._write(recording), "profile")
 
-    def wait(self, seconds: float = WRITE_S) -> None:
-        """Waits for files that are being written, so many seconds at most."""
-        if self._writing:
-            self._writing.join(seconds)
+    def wait(self, seconds: float = WRITE_S, progressed: Callable[[], None] = lambda: None) -> None:
+        """Waits for files that are being written, so many seconds at most; calls `progressed` often."""
+        until = time.monotonic() + seconds
+        while self._writing and self._writing.is_alive() and (left := until - time.monotonic()) > 0:
+            self._writing.join(min(left, PULSE_S))
+            progressed()
 
     def end(self) -> None:
         """Ends a profile without its files, if one is under way, and waits for files that are being written."""
