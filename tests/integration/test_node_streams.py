@@ -47,7 +47,13 @@ for rank, batches in enumerate(taken):
 node_of = lambda actor: ray.get_runtime_context().get_node_id()
 coordinators = [ray.get(parts[rank]._coord_actor.__ray_call__.remote(node_of)) for rank in range(len(ranks))]
 streams.end()
-print(json.dumps({"right": right, "on_their_nodes": coordinators == ranks}))
+gone = NodeStreams(task, len(ranks), StreamLimits(1 << 30, sample_bytes(16, dataset.sources), {}))
+try:
+    failed = bool(gone.parts([*["ab" * 28] * 2, *ranks[2:]]))
+except ray.exceptions.RayError as e:
+    failed = type(e).__name__
+gone.end()
+print(json.dumps({"right": right, "on_their_nodes": coordinators == ranks, "failed": failed}))
 """
 
 
@@ -58,4 +64,6 @@ def test_ranks_of_two_nodes_get_their_samples_from_a_stream_on_each(tmp_path: Pa
         command = [sys.executable, "-c", TRAINED, str(tmp_path / "data"), str(tmp_path / "run")]
         done = subprocess.run(command, env={**os.environ, **nodes.environment}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"right": 4 * 20, "on_their_nodes": True}
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "right": 4 * 20, "on_their_nodes": True, "failed": "ActorUnschedulableError",  # not after a wait
+    }  # fmt: skip

@@ -2,12 +2,14 @@
 those of a plain loss over all pairs in one process, on any number of workers.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from heliostat.numerics.plain import PlainLoop
 from heliostat.recipes import contrastive
 from heliostat.recipes.protocol import CouplesSamples, Loss
 from heliostat.recipes.text.embedder import Embedder
@@ -122,3 +124,28 @@ def test_a_loss_that_has_no_shares_is_computed_whole():
 
     assert Embedder.shares_coupling() and not Own.shares_coupling() and not Other.shares_coupling()
     assert not hasattr(Own, "couple_some")
+
+
+def test_who_represents_samples_without_the_engine_completes_their_batch():
+    """As the engine does, and as `loss` and `evaluate` of a recipe promise. `numerics` compares the engine with plain torch."""
+
+    class Completes(Own):
+        build = batch = None
+
+        def complete(self, batch):
+            assert not torch.is_grad_enabled() or "plain" not in batch
+            return {"vectors": torch.ones(3, 2)}
+
+        def represent(self, model, batch):
+            return {"vectors": model(batch["vectors"])}
+
+        def couple(self, vectors):
+            return Loss(vectors["vectors"].sum())
+
+    made, model = object.__new__(Completes), torch.nn.Linear(2, 1)
+    whole = made.loss(model, {}).sum.detach()
+    plain: Any = object.__new__(PlainLoop)
+    plain.recipe, plain.model, plain.trained = made, model, dict(model.named_parameters())
+    plain.job = SimpleNamespace(replicas=1)
+    loss, (gradients,) = plain._coupled(made, [(0, {"plain": torch.zeros(())})], 3)
+    assert loss == pytest.approx(float(whole) / 3) and gradients["weight"].tolist() == [[1.0, 1.0]]

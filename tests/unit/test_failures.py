@@ -244,6 +244,17 @@ def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have
     assert avoided == ([(["a"], True)] if room == 2 else [])
 
 
+def test_an_attempt_that_ends_while_its_streams_are_opened_does_not_wait_for_them():
+    running: Any = object.__new__(Attempt)
+    ended = threading.Event()
+    running._heartbeats, running._streams = {}, SimpleNamespace(end=ended.set)
+    running.pool = SimpleNamespace(close=lambda: None, reopen=lambda: None)
+    opening = threading.Thread(target=lambda: ended.wait(20.0), daemon=True)
+    opening.start()
+    running._end_workers(opening)
+    assert ended.is_set()
+
+
 def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatch):
     """A broken device lets its process neither clean up nor close its connections, so the others would wait for the watchdog."""
     ordered: list[str] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from heliostat.cluster import source_code
 from heliostat.cluster.workspace_package import CODE_FILE
+from heliostat.config import spec
 from heliostat.errors import ConfigError
 from heliostat.recipes import exported
 from heliostat.tracking import card, run_facts
@@ -170,7 +171,9 @@ def test_the_changes_of_a_resumed_run_are_those_of_its_job_not_of_the_version(mo
     now = job(**{"train.steps": 7})
     first = job().dump()
     first["train"]["cpu_kernels"] = True  # as jobs had before
+    for key in spec.BEFORE_KEYS:  # which they lacked
+        del first["train"][key]
     monkeypatch.setattr(run_facts, "read_json", lambda *_: first)
     record = object.__new__(run_facts.RunRecord)
-    record.client, record.run_id, record.job = None, "", now
+    record.client, record.run_id, record.job = None, "", spec.settle(now, first)
     assert record._changes() == {"train.steps": (str(first["train"]["steps"]), "7")}

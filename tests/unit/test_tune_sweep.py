@@ -1,9 +1,11 @@
 """The sweep file: whatever is wrong with it is one clear error before anything starts, and its plan is what it says."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
+from heliostat.config import spec
 from heliostat.config.spec import Workers
 from heliostat.errors import ConfigError
 from heliostat.tune import driver, report
@@ -227,3 +229,23 @@ def test_a_sweep_of_an_earlier_version_goes_on_and_a_changed_one_is_refused(tmp_
     then["train"]["steps"] += 1
     with pytest.raises(ConfigError, match=r"job\.train: was .* when the sweep began"):
         driver._same(made, KeptTrial(sweep=made.sweep.dump(), job=then, run_id="", seconds=0.0))
+
+
+def test_trials_of_a_resumed_sweep_follow_the_rules_of_those_before(tmp_path):
+    """Sweeps from before the keys were recorded stay at what there was then, also when they are resumed once more."""
+    made = plan(tmp_path)
+
+    def resumed(train: dict, then: SweepPlan = made) -> SweepPlan:
+        job = {**made.base, "train": train}
+        return driver._same(then, KeptTrial(sweep=made.sweep.dump(), job=job, run_id="", seconds=0.0))
+
+    def rules(of: SweepPlan) -> tuple:
+        train = of.job(0, {}).train
+        return train.recipe_version, train.accumulate
+
+    train = made.base["train"]
+    earlier = resumed({key: value for key, value in train.items() if key not in spec.BEFORE_KEYS})
+    assert rules(earlier) == rules(resumed(earlier.base["train"])) == (1, "same")
+    assert rules(resumed(train)) == rules(made) == (None, None), "as in new runs"
+    with pytest.raises(ConfigError, match=r"job\.train: was .* when the sweep began"):
+        resumed(earlier.base["train"], replace(made, base=made.base | {"train": train | {"recipe_version": 2}}))

@@ -135,12 +135,18 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
 
 
 def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job in the keys of this version: without those that are gone, and with the defaults of new ones. A job
-    that isn't valid in this version is returned as it is."""
+    """Returns a recorded job in the keys of this version: without those that are gone, and with new ones as they were before they
+    were recorded (`BEFORE_KEYS`), or by default. A job that isn't valid in this version is returned as it is."""
     try:
-        return Job.model_validate(recorded).dump()
+        return Job.model_validate(with_rules(recorded)).dump()
     except ValidationError:
         return recorded
+
+
+def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recorded job with what it had before the keys of `BEFORE_KEYS` were recorded, where it lacks them."""
+    train = recorded.get("train")
+    return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
 
 
 def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:

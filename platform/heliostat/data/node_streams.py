@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.data import DataIterator
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.data import stream
 from heliostat.data.mixing import Shape
@@ -69,7 +70,8 @@ class NodeStreams:
         log.info("%d streams read the data; a window is read %.2f times", len(grouped), reads(grouped, self._task.plan.shape))
         opening = []
         for ranks in grouped:
-            keeper: Any = Keeper.options(label_selector={"ray.io/node-id": nodes[ranks[0]]}).remote()
+            here = NodeAffinitySchedulingStrategy(nodes[ranks[0]], soft=False)  # which fails at once where the node is gone
+            keeper: Any = Keeper.options(scheduling_strategy=here).remote()
             self._keepers.append(keeper)
             share = replace(self._task, ranks=(tuple(ranks), len(nodes)))
             opening.append(keeper.open.remote(share, len(ranks), self._limits))

@@ -84,8 +84,10 @@ class PlainLoop:
         """Computes the same of a loss of all samples of the step, of which a worker's share is what its samples add."""
         represented = []
         for seed, micro in micros:
+            with torch.no_grad():
+                completed = recipe.complete(micro)
             torch.manual_seed(seed)
-            represented.append(recipe.represent(self.model, micro))
+            represented.append(recipe.represent(self.model, completed))
         leaves = [{n: t.detach().requires_grad_(t.is_floating_point()) for n, t in one.items()} for one in represented]
         result = recipe.couple({name: torch.cat([one[name] for one in leaves]) for name in leaves[0]})
         objective(result, terms).backward()

@@ -144,7 +144,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
         return Loss(losses.loss, {name: Part(value) for name, value in parts.items()})
 
     def evaluate(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        vectors = self.represent(model, batch)
+        vectors = self.represent(model, self.complete(batch))
         return {name: vectors[name] for name in self.gathered}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:

@@ -185,7 +185,7 @@ class CouplesSamples(Recipe):
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         """Computes the loss of a batch that is a whole step."""
-        return self.couple(self.represent(model, batch))
+        return self.couple(self.represent(model, self.complete(batch)))
 
 
 class Evaluates(ABC):

@@ -15,6 +15,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,12 +86,19 @@ def tune(
                 plan.folder.join(folder).delete()
             before = None
         if before:
-            _same(plan, before)
+            plan = _same(plan, before)
         return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
-def _same(plan: SweepPlan, before: KeptTrial) -> None:
-    """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change."""
+def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
+    """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change.
+
+    Returns its plan, in which the job leaves open (`spec.BEFORE_KEYS`) only what it left open then: trials that are compared
+    follow the same rules.
+    """
+    train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
+    unset = {key: rules[key] for key in spec.BEFORE_KEYS if train.get(key) is None}
+    plan = replace(plan, base=plan.base | {"train": train | unset})
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
     then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": spec.renewed(before["job"])}
@@ -102,6 +110,7 @@ def _same(plan: SweepPlan, before: KeptTrial) -> None:
                 f"{part}.{key}: was {json.dumps(then[part].get(key))} when the sweep began, and is "
                 f"{json.dumps(now[part].get(key))}; undo this, or use another name"
             )
+    return plan
 
 
 class _Tuning:

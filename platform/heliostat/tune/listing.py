@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypedDict
 
+from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.schema import validate
@@ -71,7 +72,7 @@ def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
     kept = records.read_json(folder.join("sweep.json"), records.KEPT)
     if kept is None:
         raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
-    return SweepPlan(_sweep(folder, kept), kept["job"], None), kept
+    return SweepPlan(_sweep(folder, kept), spec.with_rules(kept["job"]), None), kept
 
 
 def _sweep(folder: Location, kept: KeptTrial) -> Sweep:

@@ -282,6 +282,7 @@ class Attempt:
     def _end_workers(self, thread: threading.Thread) -> None:
         if not self._heartbeats:  # they have not begun
             self.pool.close()
+            self._streams.end()  # which the thread may be opening
             thread.join(END_S)
             self.pool.reopen()
             return
