@@ -58,9 +58,9 @@ def order_gathers(zero: Any) -> None:
     step = zero.step
 
     def ordered(*args: object, **named: object) -> object:
-        made = step(*args, **named)
+        answer = step(*args, **named)
         gathers_wait(zero)
-        return made
+        return answer
 
     zero.step = ordered
 
