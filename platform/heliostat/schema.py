@@ -232,7 +232,7 @@ def absent(key: str, example: str = "...") -> str:
 
 
 def _example(owner: type[BaseModel] | None, key: str) -> str:
-    """Shows what stands for a key's value: a mapping's required keys, choices, or the kind of value."""
+    """Shows what stands for a key's value: a mapping's required keys, or its first, choices, or the kind of value."""
     fields = owner.model_fields if owner else {}
     field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
     return _kind(field.annotation) if field else "..."
@@ -247,7 +247,8 @@ def _kind(annotation: object) -> str:
         return "|".join(choices)
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         needed = [f.alias or name for name, f in annotation.model_fields.items() if f.is_required()]
-        return f"{{{', '.join(f'{name}: ...' for name in needed)}}}"
+        shown = needed or [f.alias or name for name, f in annotation.model_fields.items()][:1]
+        return f"{{{', '.join(f'{name}: ...' for name in shown)}}}"
     return KINDS.get(annotation, "...")
 
 

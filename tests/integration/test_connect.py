@@ -28,6 +28,7 @@ from tests.integration.test_cluster_local import _call
 
 def held(_: list[str]) -> int:
     """In a process of its own: connects, and leaves an actor that takes ten minutes to end; prints its process."""
+
     @ray.remote(num_cpus=0)
     class Actor:
         def pid(self) -> int:

@@ -195,7 +195,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint, monkeypatc
 
     model = str(endpoint.folder / "model")
     assert "--replicas: '3..1' is no number" in said(model, "--replicas", "3..1")
-    assert "is no model" in said("nothing")
+    assert "no such folder, and not a run id" in said("nothing")
     assert not (tmp_path / ".heliostat").exists()  # no keys are made for what is not served
     (tmp_path / "keys").write_text("short")
     (tmp_path / "keys").chmod(0o600)

@@ -153,7 +153,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             r"recipe: heliostat\.recipes has no 'Nothing'",
         ),
         (lambda: heliostat.Run("runs/none"), r"none: holds no run"),
-        (lambda: heliostat.generate("0" * 31, "x"), r"is no model: give models:/NAME/VERSION"),
+        (lambda: heliostat.generate("0" * 31, "x"), r"no such folder, and not a run id. Pass models:/NAME/VERSION"),
         (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: give steps and global_batch"),
         (
             lambda: heliostat.datasets({"sources": [{"path": "d"}], "lanes": 3}, steps=1, global_batch=8, folder="f"),
@@ -174,7 +174,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
         (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: \{1\} is no value"),
         (lambda: heliostat.generate("m", 3), "prompts: expected a text or a list of texts, got 3"),
         (lambda: heliostat.generate("m", "x", seed="a"), "seed: expected an integer, got 'a'"),
-        (lambda: heliostat.generate("0" * 31, "x", seed=np.int64(1)), r"is no model"),
+        (lambda: heliostat.generate("0" * 31, "x", seed=np.int64(1)), r"no such folder, and not a run id"),
         (lambda: heliostat.generate(None, "x"), "model: expected a folder, models:/NAME/VERSION, or a run id, got None"),
         (lambda: heliostat.datasets(None, steps=1, global_batch=8, folder="f"), "data: expected the keys"),
     ],

@@ -123,7 +123,7 @@ def usage(error: Any) -> str:
     """Explains what is wrong with a command line, in one line that names the help to read."""
     said = error.format_message().strip().removesuffix(".")
     where = f"{error.ctx.command_path} --help" if error.ctx else "heliostat --help"
-    return f"{said}; see `{where}`"
+    return f"{said} See `{where}`" if said.endswith("?") else f"{said}; see `{where}`"
 
 
 def _nothing_more() -> None:

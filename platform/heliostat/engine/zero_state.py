@@ -1,7 +1,7 @@
 """Finds the state that DeepSpeed's ZeRO shards (`sharded_state`): one class for each of its optimizers.
 
-With `patches`, this is the only module that names DeepSpeed's internals. `adapter` requires the version for which it was written,
-and that an optimizer has all `parts` that its class names. DeepSpeed's public accessors can't find the slices: where the
+Only this module, `patches`, and `stream_patches` name DeepSpeed's internals. `adapter` requires the version for which it was
+written, and that an optimizer has all `parts` that its class names. DeepSpeed's public accessors can't find the slices: where the
 optimizer's memory is on the host, they return copies on the GPU.
 
 The dynamic loss scale of fp16 is state, too: gradients are computed of the loss times a scale, which halves when they overflow

@@ -105,15 +105,13 @@ class Recipe(ABC):
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
         `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample; draw what is random from it.
-        One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers.
-        """
+        One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers."""
 
     def complete(self, batch: Batch) -> Batch:
         """Adds to a batch on the device what weights in training don't change, such as noise and outputs of frozen encoders.
 
-        Without gradients, and without torch's own random numbers. The engine calls it before `loss`; on a GPU on the stream of
-        the uploads, while the micro-batch before is computed. `loss` and `evaluate` complete a batch that isn't complete.
-        """
+        No gradients, none of torch's random numbers. The engine calls it before `loss`, on a GPU on the stream of the uploads, while
+        the micro-batch before is computed. `loss` and `evaluate` complete a batch that isn't complete."""
         return batch
 
     @abstractmethod
@@ -174,8 +172,7 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes a step's loss from its samples' vectors, in their order. Every worker does, unless a recipe also has
-        `couple_some`: with it, workers share large steps (`training.worker.coupled.CouplesSome`)."""
+        """Computes a step's loss from its samples' vectors, in their order: on every worker, or shared with a `CouplesSome`."""
 
     @classmethod
     def shares_coupling(cls) -> bool:
@@ -347,8 +344,7 @@ class Serves(Exports):
     """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Describes how MLflow serves the exported folder, on the driver only. By default its `generator` answers, which needs
-        heliostat and the recipe's code where it is served."""
+        """Describes, on the driver, how MLflow serves the folder: by default by its `generator`, which needs the recipe's code."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)

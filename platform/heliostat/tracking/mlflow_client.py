@@ -236,7 +236,8 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     known: MlflowIdRecord = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
     run_id = known.get("run_id")
     if run_id is None:
-        raise ConfigError(f"{run!r}: is neither a run id (32 hex digits), nor a run's folder with a run.json")
+        problem = "neither a run id (32 hex digits) nor a run's folder with a run.json"
+        raise ConfigError(f"{run!r}: {problem}. List the runs: heliostat runs")
     try:
         recorded_run = client.get_run(run_id)
     except MlflowException as e:

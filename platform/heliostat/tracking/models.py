@@ -167,7 +167,8 @@ def resolve(model: str, tracking_uri: str) -> Path:
             raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
-        raise ConfigError(f"{model!r} is no model: give models:/NAME/VERSION, a run id (32 hex digits) or a folder")
+        what = "a run id (32 hex digits), or a model's folder"
+        raise ConfigError(f"{model!r}: no such folder, and not a run id. Pass models:/NAME/VERSION, {what}")
     with mlflow_client.asking(tracking_uri):
         return _download(model, tracking_uri)
 
