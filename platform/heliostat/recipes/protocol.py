@@ -110,7 +110,7 @@ class Recipe(ABC):
     def complete(self, batch: Batch) -> Batch:
         """Adds to a batch on the device what weights in training don't change, such as noise and outputs of frozen encoders.
 
-        No gradients, none of torch's random numbers. The engine calls it before `loss`, on a GPU on the stream of the uploads, while
+        No gradients, no numbers of torch's generators. The engine calls it before `loss`; on a GPU on the uploads' stream, while
         the micro-batch before is computed. `loss` and `evaluate` complete a batch that isn't complete."""
         return batch
 
@@ -344,7 +344,7 @@ class Serves(Exports):
     """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Describes, on the driver, how MLflow serves the folder: by default by its `generator`, which needs the recipe's code."""
+        """Describes how MLflow serves the folder, on the driver. By default by `generator`, which needs the recipe's code."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
