@@ -103,7 +103,20 @@ class Reached(Exception):
     """Is raised in place of the engine that a part builds first."""
 
 
-OTHERS = {"attention", "flex", "fp8", "ahead", "recipes", "sync", "attempts", "profile", "kill_worker", "elastic", "pytest"}
+OTHERS = {
+    "attention",
+    "flex",
+    "fp8",
+    "ahead",
+    "draws",
+    "recipes",
+    "sync",
+    "attempts",
+    "profile",
+    "kill_worker",
+    "elastic",
+    "pytest",
+}
 ON_ENGINES = [p.name for p in PARTS if p.function.partition(":")[2] not in OTHERS]
 
 
