@@ -30,7 +30,7 @@ SPIKES = {21: 9.0, 31: 7.0}  # finished steps
 def judged(policy: Spike, losses: list[float]) -> tuple[list[Event], str]:
     """What rank 0 posts about these losses, and why it ended the attempt."""
     posted: list[Event] = []
-    posts = Posts(SimpleNamespace(post=SimpleNamespace(remote=posted.append)), 0)
+    posts = Posts(SimpleNamespace(post=posted.append), 0)
     context: Any = SimpleNamespace(job=job(spike=policy.model_dump()), posts=posts)
     unread: Any = None  # no loss is without a number
     reason = ""

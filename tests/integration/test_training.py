@@ -198,7 +198,7 @@ def test_mlflow_holds_the_run_its_data_and_a_model_that_serves(finished, trackin
 
 
 def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(finished, corpus, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="--resume to go on"):
+    with pytest.raises(ConfigError, match="--resume to continue"):
         train(finished[1])
     assert train(finished[1], resume=True) == finished[2]
     with pytest.raises(ConfigError, match=r"data.seed: 5 -> 6"):
