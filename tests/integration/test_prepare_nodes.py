@@ -80,7 +80,8 @@ def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0, reason="needs mounts of its own")
 def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
-    """The second node sees an empty folder in the model's place: it copies the model out of the work folder, once."""
+    """It sees an empty folder in the model's place, and copies the model out of the work folder, once. It is the only node that
+    runs tasks: next to one that has the model it might get none that need it."""
     make_input(tmp_path / "in", 1200)
     model, cache = tmp_path / "model", tmp_path / "cache"
     cache.mkdir()
@@ -88,17 +89,18 @@ def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     stages = [{"stage": "classifier", "model": str(model)}, {"stage": "length", "min_words": 65}]
     found = list[str]()
-    for count in (1, 2):
-        (tmp_path / f"cluster{count}").mkdir()
-        with LocalNodes(tmp_path / f"cluster{count}", 1, 1) as nodes:
-            if count == 2:
-                nodes.inside = ("unshare", "-m", "sh", "-c", HIDE, str(model))
-                monkeypatch.setenv("TMPDIR", str(cache))
+    for lacks in (False, True):
+        folder = tmp_path / f"lacks-{lacks}"
+        (folder / "cluster").mkdir(parents=True)
+        with LocalNodes(folder / "cluster", 0, 1) as nodes:
+            with monkeypatch.context() as environment:
+                if lacks:
+                    nodes.inside = ("unshare", "-m", "sh", "-c", HIDE, str(model))
+                    environment.setenv("TMPDIR", str(cache))
                 nodes.add()
-                monkeypatch.delenv("TMPDIR")
-            digest, worked, _ = prepared(tmp_path / f"on{count}", tmp_path / "in", nodes, None, stages)
-        assert len(worked) == count
-        assert ("copied to the work folder" in (tmp_path / f"on{count}" / "log").read_text()) is (count == 2)
+            digest, worked, _ = prepared(folder / "run", tmp_path / "in", nodes, None, stages)
+        assert len(worked) == 1
+        assert ("copied to the work folder" in (folder / "run" / "log").read_text()) is lacks
         found.append(digest)
     copies = [p.relative_to(cache) for p in cache.rglob("*") if p.is_file() and p.parent.name == "model"]
     assert sorted(p.name for p in copies) == ["classifier.json", "weights.safetensors"] and len({p.parts[1] for p in copies}) == 1

@@ -36,7 +36,7 @@ OTHER_PARTS = {
     "ledger and events": r"runs/",
     "messages between workers": r"checkpoint/agreement\.py",
     "hooks": r"training/worker/(loss_watch|collector|training_state|profiler)\.py|checkpoint/saver\.py",
-    "DeepSpeed": r"engine/(patches|sharded_state)\.py",
+    "DeepSpeed": r"engine/(patches|stream_patches|sharded_state)\.py",
     "abort of an attempt": r"engine/process_group\.py|training/mailbox\.py",
     "this test": r"numerics/play\.py",  # reads the samples, as a worker does from its stream
 }
