@@ -3,7 +3,7 @@
     python -m tests.benchmarks.stream_overhead [--pairs 40] [--turn 5]
 
 All processes of one contender stand still while the other trains (yardsticks/turns.py). A step has 1,024 tokens and takes a
-tenth of a second here, far less than a GPU's step of a real model: what a batch costs is a larger share of it.
+fifth of a second here, less than a step of a real model: what a batch costs is a larger share of it.
 """
 
 from __future__ import annotations
