@@ -52,7 +52,7 @@ class Data(Strict):
     labels: dict[str, str] = {}
     """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Packed documents do not see each other. Refused for models in which they do, see docs/job.md#what-the-check-tries"""
+    """Packed documents do not see each other. Refused for models in which they do, see docs/training/document-masks.md"""
 
 
 BENCHMARK = "bench/"  # and a task's name: what its score is called
@@ -74,7 +74,7 @@ class Evaluate(Strict):
     """Held-out samples that are scored, at most; where there are fewer, the run says so."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
-    thousand are exact, see docs/data-order.md#what-is-held-out"""
+    thousand are exact, see docs/data-order.md#held-out-documents"""
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on tasks while the run trains. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
@@ -110,7 +110,7 @@ class Checkpoint(Strict):
     """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
     memory_every: Positive | None = None
     """Steps between two copies of the training state in the memory of its node and of another, from which a run continues after
-    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
+    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
 
@@ -134,7 +134,7 @@ def _count(value: object) -> object:
 
 class Workers(Strict):
     count: Annotated[int | list[int], BeforeValidator(_count)] = 1
-    """How many; or `[least, most]` for an elastic run, see docs/reliability.md#elastic-runs"""
+    """How many; or `[least, most]` for an elastic run, see docs/reliability/elastic.md"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     """Cores of each."""
     gpus: Annotated[Float, Field(ge=0)] = 0.0
@@ -156,7 +156,7 @@ class Workers(Strict):
 class Limits(Strict):
     hours: Annotated[Float, Field(gt=0)] | None = None
     """Hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after a
-    checkpoint; `--resume` with a higher limit continues. See docs/reliability.md#limits"""
+    checkpoint; `--resume` with a higher limit continues. See docs/reliability/stop.md#limits"""
     cost: Annotated[Float, Field(gt=0)] | None = None
     """The same of money: what the devices that workers hold cost, by the list prices of `heliostat plan`, in its currency."""
 
@@ -164,7 +164,7 @@ class Limits(Strict):
 class Retries(Strict):
     max: Annotated[int, Field(ge=0)] = 10
     """Failures in a row without a new checkpoint between them. Preemptions do not count. See
-    docs/reliability.md#what-is-tried-again"""
+    docs/reliability/failures.md"""
     backoff: NonNegative = 1.0
     """Seconds before the second retry in a row; the first comes at once, each further one waits twice as long."""
     backoff_max: NonNegative = 60.0

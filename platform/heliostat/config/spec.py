@@ -36,7 +36,7 @@ class Job(Strict):
     """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]
     """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
-    (docs/job.md#initial-weights); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content), and
+    (docs/training/initial-weights.md); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content), and
     keys that change its configuration. TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """What is trained on, and in which order."""
@@ -55,7 +55,7 @@ class Job(Strict):
     watchdog: Watchdog = Watchdog()
     """When a run that stands still is ended and tried again."""
     spike: Spike | None = None
-    """What is done about loss spikes, see docs/reliability.md#loss-spikes. Unset: nothing."""
+    """What is done about loss spikes, see docs/reliability/spikes.md. Unset: nothing."""
     storage: str
     """Where runs live: a folder, or `s3://bucket/prefix`."""
     mlflow: Mlflow

@@ -36,12 +36,12 @@ class Zero(Strict):
     """What is moved out of GPU memory."""
     divide_within: Group | None = None
     """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
-    gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/job.md#many-nodes"""
+    gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/training/many-nodes.md"""
     copy_within: Group | None = None
     """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
-    step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/job.md#many-nodes"""
+    step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/training/many-nodes.md"""
     quantize_weights: bool = False
-    """Sends weights in 8 bits when they are gathered (ZeRO++ qwZ). Stage 3 and GPUs alone. See docs/job.md#many-nodes"""
+    """Sends weights in 8 bits when they are gathered (ZeRO++ qwZ). Stage 3 and GPUs alone. See docs/training/many-nodes.md"""
 
     @model_validator(mode="before")
     @classmethod
@@ -72,19 +72,19 @@ NOT_OFFERED = {
 class Parallel(Strict):
     auto: bool = False
     """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/job.md#the-fastest-layout"""
+    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/training/parallelism.md#automatic-choice"""
 
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
-    docs/job.md#sequence-parallelism"""
+    docs/training/long-context.md"""
 
     expert: Count = 1
     """Workers that divide the experts of each layer among them, and send each other tokens. 1: every worker computes all. See
-    docs/job.md#expert-parallelism"""
+    docs/training/mixture-of-experts.md#expert-parallelism"""
 
     tensor: Count = 1
     """Workers that divide the matrices of each layer among them, and compute each sample together. 1: every worker has whole
-    matrices, or gathers them. See docs/job.md#tensor-parallelism"""
+    matrices, or gathers them. See docs/training/parallelism.md#tensor-parallelism"""
 
     @property
     def sharing(self) -> int:
@@ -100,7 +100,8 @@ class Parallel(Strict):
         if isinstance(value, str):
             raise ValueError(f"{brief(repr(value))} is no layout; write auto, or degrees such as {{tensor: 2}}")
         for key in (key for key in NOT_OFFERED if isinstance(value, dict) and key in value):
-            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it (docs/job.md#layouts-that-are-not-offered)")
+            page = "docs/training/parallelism.md#not-supported"
+            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it ({page})")
         return value
 
 
@@ -164,41 +165,45 @@ class Train(Strict):
     ema: Ema | None = None
     """An average of the weights over the steps, which is evaluated, drawn from and exported in their place. Unset: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/job.md#precision"""
+    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/training/precision.md"""
     zero: Zero = Zero()
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
     parallel: Parallel = Parallel()
     """How the samples, experts and matrices are divided among the workers."""
     accumulate: Literal["fp32", "same"] | None = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
-    keeps what it had. See docs/job.md#sums-of-micro-batches"""
+    keeps what it had. See docs/training/precision.md#sums-of-micro-batches"""
     recipe_version: Literal[1, 2] | None = None
     """Version of the rules by which an image recipe computes a sample's numbers. Unset: 2, but a resumed run keeps what it had.
     See docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
-    docs/job.md#deepspeeds-own-keys"""
+    docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
     `selective`: of all layers, but for products and attention, whose outputs are kept. See
-    docs/job.md#activation-checkpointing"""
+    docs/training/memory.md#activation-checkpointing"""
     activation_offload: bool = False
-    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
+    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See
+    docs/training/memory.md#activation-offload"""
     tiled_loss: bool = False
-    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
+    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See
+    docs/training/memory.md#tiled-loss"""
     tiled_mlp: bool = False
     """Computes the MLP of each layer a tile of tokens at a time, and again in the backward pass, so that never all of its inside
-    exists. See docs/job.md#tiled-mlp"""
+    exists. See docs/training/memory.md#tiled-mlp"""
     compile: Annotated[bool | Literal["blocks"], BeforeValidator(_compiled)] = False
     """Runs the model through `torch.compile`. `blocks`: layer by layer, so that one is compiled for all. See
-    docs/job.md#kernels"""
+    docs/training/kernels.md#compilation"""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
-    """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
+    """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See
+    docs/training/kernels.md#attention"""
     fp8: bool = False
-    """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
+    """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See
+    docs/training/precision.md#float8"""
     recheck: Recheck | None = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
-    docs/reliability.md#silent-data-corruption"""
+    docs/reliability/corruption.md"""
     seed: Seed = 0
     """Of initial weights and dropout."""
     log_every: Positive = 10

@@ -84,7 +84,7 @@ class Pipeline(Strict):
     labels: dict[str, str] = {}
     """Only nodes that these Ray label selectors take do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
-    """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
+    """Days that a version stays after it was replaced, for the runs that read it. See docs/data/versions.md"""
 
     @abstractmethod
     def check(self) -> None:

@@ -36,14 +36,14 @@ class StagedPipeline(Pipeline):
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
-    VALUE}`. See docs/prepare.md#stages"""
+    VALUE}`. See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may take in addition to what its process has at the start, and that Ray reserves for it:
     so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
     file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
     work: str | None = None
     """The folder or `s3://` prefix of unfinished work, from which a run that was ended continues. Unset: next to the output,
-    as its name with `.work`. See docs/prepare.md#work"""
+    as its name with `.work`. See docs/data/work.md"""
     keep_work: bool = False
     """Keeps the work when the dataset is published, so that the next one does again only what is new."""
 

@@ -1,7 +1,7 @@
 """Plans a job before anything starts: what it needs and what it will cost (`heliostat plan`).
 
 `plan(job, recipe, ...)` returns plain data (what `--json` prints) or raises ConfigError with the reason why the job cannot run.
-docs/plan.md has formulas and sources.
+docs/plan-method.md has formulas and sources.
 """
 
 from __future__ import annotations

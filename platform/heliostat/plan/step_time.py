@@ -2,7 +2,7 @@
 
 An operation takes the time of its arithmetic at the rate that its kind of work reaches on the device, and the time of its bytes
 at the memory's rate; the rates are the peaks of the device times `efficiency` (prices.yaml), fitted to published runs or measured
-by `heliostat plan --calibrate`. docs/plan.md has the formulas.
+by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
 """
 
 from __future__ import annotations

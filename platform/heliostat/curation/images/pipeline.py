@@ -73,7 +73,7 @@ class ImagePipeline(StagedPipeline):
 
     input: str = Field(min_length=1)
     """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
-    docs/diffusion.md#images"""
+    docs/data/images.md"""
     fetch: FetchSettings | None = None
     """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()

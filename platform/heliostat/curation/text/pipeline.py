@@ -89,7 +89,7 @@ class TextPipeline(StagedPipeline):
     """Globs of files that are not read (`encodings/**`), by their paths below the input's folder, as globs of `input` are."""
     repositories: bool = False
     """Reads the archives (`.tar`, also packed, and `.zip`) and git clones of the input as repositories of code, and nothing else.
-    See docs/prepare.md#code"""
+    See docs/data/code.md"""
     tokenizer: TokenizerConfig
     """Trained from the text, or taken as it is."""
     text_column: str = "text"
@@ -107,15 +107,15 @@ class TextPipeline(StagedPipeline):
     max_file_bytes: int = Field(1 << 40, ge=1)
     """Of an input file, as it lies there and unpacked: what comes after the limit is left out (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
-    """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/prepare.md#chunks"""
+    """Tokens of a chunk, about, and never twice as many: a document that is longer is cut. See docs/data/format.md#row-groups"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
     fill_in_the_middle: FillInTheMiddle | None = None
     """Rearranges documents, so that a model learns to write what stands between a prefix and a suffix.
-    See docs/prepare.md#filling-in-the-middle"""
+    See docs/data/fill-in-the-middle.md"""
     together: Together | None = None
     """Documents that follow each other in the dataset, so that a model sees them in one sequence: those with the same value in a
-    column, as `repository`. They are held out together. See docs/prepare.md#documents-that-belong-together"""
+    column, as `repository`. They are held out together. See docs/data/grouping.md"""
 
     @property
     def rules(self) -> documents.TextRules:

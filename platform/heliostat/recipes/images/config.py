@@ -111,7 +111,7 @@ class Samples(Strict):
     per_prompt: int = Field(default=4, gt=0)
     """Images of each prompt."""
     judge: bool = False
-    """A classifier of the real images says what the samples of labelled prompts show, see docs/diffusion.md#what-is-watched"""
+    """A classifier of the real images says what the samples of labelled prompts show, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
     """A folder with an image model of `transformers`: FID and KID in its features. Unset: neither."""
 
