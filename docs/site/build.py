@@ -56,6 +56,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of a text pipeline": lambda: keys.reference(TextPipeline),
     "keys of an image pipeline": lambda: keys.reference(ImagePipeline),
     "keys of a pipeline of pairs": lambda: keys.reference(PairPipeline),
+    "keys of stages": keys.stages,
     "keys of a sweep": lambda: keys.reference(Sweep),
     "keys of a suite": lambda: keys.reference(Suite),
     "reasons of the text pipeline": lambda: reasons(documents.REASONS),

@@ -15,6 +15,7 @@ import typer
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.curation import registry
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
 from heliostat.curation.text.pipeline import TextPipeline
@@ -58,6 +59,15 @@ def test_every_key_of_every_schema_has_a_description(model):
         if not told
     ]
     assert missing == []
+
+
+def test_every_stage_of_a_pipeline_and_each_of_its_keys_is_in_the_reference():
+    sections = dict(re.findall(r"^## `(\w+)`\n\n(.+?)(?=^## |\Z)", keys.stages(), re.M | re.S))
+    assert sorted(sections) == registry.names()
+    for name, text in sections.items():
+        assert not text.startswith("`"), f"{name}: the docstring of its module says nothing"
+        described = keys.descriptions(registry.find(name))
+        assert [key for key, meaning in described.items() if not meaning or f"`{key}`" not in text] == []
 
 
 def test_every_key_of_a_job_is_in_the_reference_with_its_type_and_default():
