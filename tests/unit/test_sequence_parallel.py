@@ -54,7 +54,7 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
-    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/job.md#" in line
+    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/training/parallelism.md#" in line
 
 
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
