@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+import yaml
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
@@ -172,7 +173,37 @@ def resolves(name: str) -> bool:
 
 def blocks(text: str, language: str) -> Iterator[str]:
     """Yield the code of a page's blocks in a language, without the indentation of lists."""
-    yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b.*\n(.*?)^ *```", text, re.M | re.S))
+    yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b[^\n]*\n(.*?)^ *```", text, re.M | re.S))
+
+
+def test_all_blocks_of_a_page_are_read():
+    text = "1. a\n\n    ```yaml\n    a: 1\n    ```\n\n```yaml title\nb: 2\n```\n```sh\nc\n```\n"
+    assert list(blocks(text, "yaml|yml")) == ["a: 1\n", "b: 2\n"]
+
+
+JOB_KEYS = {
+    keys.anchor(f"{section.path}.{info.alias or name}".lstrip(".")).removesuffix(".KEY")
+    for section in keys.sections(Job)
+    for name, info in section.model.model_fields.items()
+}
+
+
+def unknown_keys(part: Any, at: str = "") -> Iterator[str]:
+    """Yield the keys of a part of a job that the schema lacks; a mapping of free keys (`model`, `train.deepspeed`) has any."""
+    for key, value in part.items() if isinstance(part, dict) else ():
+        path = f"{at}.{key}".lstrip(".")
+        if path not in JOB_KEYS:
+            yield path
+        elif any(known.startswith(f"{path}.") for known in JOB_KEYS):
+            for inner in value if isinstance(value, list) else [value]:
+                yield from unknown_keys(inner, path)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_yaml_block_of_a_page_can_be_read_and_a_jobs_keys_exist(page):
+    parts = [yaml.safe_load(code) for code in blocks(TEXTS[page], "yaml|yml")]
+    jobs = [part for part in parts if isinstance(part, dict) and set(part) <= Job.model_fields.keys()]
+    assert [key for job in jobs for key in unknown_keys(job)] == []
 
 
 def imported(code: str) -> Iterator[str]:
