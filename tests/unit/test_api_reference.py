@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 
 import heliostat
 import pytest
@@ -41,8 +42,6 @@ def test_a_signature_shows_types_and_defaults_and_what_must_be_named():
 
 
 def test_methods_that_a_recipe_must_have_are_marked():
-    section = RECIPES.partition("### `Recipe`")[2].partition("\n### ")[0]
-    required = [
-        line for line, below in zip(section.splitlines(), section.splitlines()[1:], strict=False) if "**Required.**" in below
-    ]
+    lines = RECIPES.partition("### `Recipe`")[2].partition("\n### ")[0].splitlines()
+    required = [line for line, below in itertools.pairwise(lines) if "**Required.**" in below]
     assert [line.strip("`").partition("(")[0] for line in required] == ["build", "batch", "loss"]
