@@ -30,7 +30,7 @@ from heliostat.evaluation.suite import Suite
 from heliostat.recipes.images.config import Model
 from heliostat.tune.sweep import Sweep
 
-from docs.site import commands, keys
+from docs.site import api, commands, keys, versions
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent
@@ -64,6 +64,11 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reasons of the pipeline of pairs": lambda: reasons(reading.REASONS),
     "commands": lambda: commands.reference(app),
     "exit codes": commands.exit_codes,
+    "error classes": api.errors,
+    "tested versions": versions.table,
+    "python types": api.aliases,
+    "python api": api.public,
+    "recipe protocol": api.recipes,
     "architecture": lambda: figure(ROOT / "docs/images/architecture.svg"),
 }
 MARK = re.compile(r"^<!-- generated: ([\w ]+?) -->$", re.MULTILINE)
