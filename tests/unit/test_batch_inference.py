@@ -274,14 +274,14 @@ def test_what_ends_drawing_is_one_line(model, tmp_path, monkeypatch):
 
 def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AccessError, match="is not a folder that can be written to"):
+    with pytest.raises(AccessError, match="can't write to the folder"):
         generate_many(model, ["a"], {}, 0, str(tmp_path / "file"), 1)
 
 
 def test_a_place_that_takes_no_answer_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "generator", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
-    for out, why in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "a.txt", "is not a folder that can be")):
+    for out, why in ((tmp_path, "is a folder. Name a file in it"), (tmp_path / "file" / "a.txt", "can't write to the folder")):
         with pytest.raises(AccessError, match=why):
             generate.generate(model, "a", {}, 0, str(out))
 
@@ -324,7 +324,7 @@ def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_befo
     with pytest.raises(ConfigError, match=r"its tokenizer or config.json cannot be read .*; is the folder whole") as found:
         run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings())
     assert "\n" not in str(found.value)
-    with pytest.raises(ConfigError, match="no file there"):
+    with pytest.raises(ConfigError, match="no such file"):
         run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()
 

@@ -118,7 +118,7 @@ def test_what_is_no_chat_is_said_and_stops_nothing(writer):
     ]
     answers = engine([Input(text, 0) for text in [*bad, ask(("user", "a"))]])
     assert [a.bad for a in answers] == ["no_messages"] * 5 + ["template", "template", ""]
-    assert "no JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
+    assert "isn't a JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
     assert chat.read('[{"role": "user", "content": "a", "name": null, "tool_calls": null}]') == [{"role": "user", "content": "a"}]
     parts = [{"type": "text", "text": "a", "image_url": None}]  # as a Parquet file has them
     assert chat.read(json.dumps([{"role": "user", "content": parts}])) == [{"role": "user", "content": "a"}]

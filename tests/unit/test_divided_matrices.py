@@ -123,7 +123,7 @@ def test_biases_of_what_is_summed_are_summed_too():
 
 
 def test_a_recipe_that_divides_no_matrices_is_refused():
-    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* divides no matrices; .*set it to 1"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* doesn't support tensor parallelism\. Set it to 1"):
         made = job(**TWO, evaluate=None)
         require_abilities(made, Around(made))
 

@@ -166,7 +166,7 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
         ImageGenerator(tmp_path, {"temperature": 0.5})
     with pytest.raises(ConfigError, match="generate: guidance: unknown key; valid: max_tokens, suffix, temperature, top_p"):
         CausalLM.generator(tmp_path, {"guidance": 4.0})
-    with pytest.raises(ConfigError, match="'euler' cannot sample a model of prediction 'epsilon'"):
+    with pytest.raises(ConfigError, match="'euler' doesn't support a model with prediction 'epsilon'"):
         ImageGenerator(tmp_path, {"sampler": "euler"})
 
 

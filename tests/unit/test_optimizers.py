@@ -195,7 +195,7 @@ def test_hidden_matrices_are_those_between_embedding_and_head():
     recipe.group = lambda name, shape: Group(hidden=name.endswith("embed_tokens.weight"))
     assert building.hidden_matrices(recipe, model) == {"model.embed_tokens.weight"}
     recipe.group = lambda name, shape: Group(hidden=True)
-    with pytest.raises(ConfigError, match=r"CausalLM\.group calls '.*norm.*' hidden, which is no matrix"):
+    with pytest.raises(ConfigError, match=r"CausalLM\.group marks '.*norm.*' as hidden, but it isn't a matrix"):
         building.hidden_matrices(recipe, model)
 
 

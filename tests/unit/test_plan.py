@@ -393,7 +393,7 @@ def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(
     assert "vocab" not in planner.prepare(given, [])[2] and "vocab" not in dry_run(given, [])["note"]
     assumed = write(tmp_path, **missing, **{"model.vocab_size": None})
     for note in (planner.prepare(assumed, [])[2], dry_run(assumed, [])["note"]):
-        assert "counted with 32,000 tokens" in note and "model.vocab_size" in note
+        assert "with 32,000 tokens" in note and "model.vocab_size" in note
 
 
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():

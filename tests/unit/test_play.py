@@ -116,7 +116,7 @@ def test_pictures_follow_from_their_seeds_and_are_those_of_generate(painter, dra
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"quality": "hd"}, "quality", "is not supported"),
         ({"steps": 1001}, "steps", "less than or equal to 1000"),
-        ({"sampler": "euler"}, None, "'euler' cannot sample a model of prediction"),
+        ({"sampler": "euler"}, None, "'euler' doesn't support a model with prediction"),
         ({"guidence": 3}, "guidence", "did you mean 'guidance'?"),
     ],
 )
@@ -209,7 +209,7 @@ def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
         client(answering_from, "sk-a-key-of-nobody-here").models.list()
     told = requests.get(f"{answering_from}/abilities", headers=BEARER, timeout=60).json()
     assert {name for name, why in told["tabs"].items() if why is None} == {"write", "ask"}
-    assert "chat template" in told["tabs"]["chat"] and "cannot fill in the middle" in told["tabs"]["complete"]
+    assert "chat template" in told["tabs"]["chat"] and "can't fill in the middle" in told["tabs"]["complete"]
 
 
 def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path):

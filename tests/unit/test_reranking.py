@@ -93,7 +93,7 @@ def test_a_folder_without_a_cross_encoder_is_one_clear_error_before_a_weight_is_
         (tmp_path / "many", r"has 3 labels \(no, maybe, yes\); take a cross-encoder, which has one"),
         (unlike(model, tmp_path / "plain", architectures=["BertModel"]), "holds BertModel, without a head that scores"),
         (unlike(model, tmp_path / "unnamed", architectures=None), "a model that its config.json does not name"),
-        (unlike(model, tmp_path / "code", auto_map={"AutoModel": "x.py"}), "needs code that it brings"),
+        (unlike(model, tmp_path / "code", auto_map={"AutoModel": "x.py"}), "needs its own code"),
     ):
         with pytest.raises(ConfigError, match=f"^--reranker: .*{said}"):
             Reranker(folder)
@@ -112,7 +112,7 @@ def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
     BertForSequenceClassification.from_pretrained(model).bert.save_pretrained(tmp_path / "bare")
     folder = unlike(model, tmp_path / "headless")
     shutil.copy(tmp_path / "bare" / "model.safetensors", folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"^--reranker: .*lacks 2 of the model's weights, as classifier"):
+    with pytest.raises(ConfigError, match=r"^--reranker: .*2 of the model's weights are missing, for example classifier"):
         Reranker(folder)
 
 

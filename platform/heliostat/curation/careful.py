@@ -131,7 +131,7 @@ class Careful:
     def _crashed(self, crash: Crash) -> None:
         self.crashes += 1
         if self.crashes > most(max(self.read, self.taken)):
-            raise too_many(self.crashes, f"such as {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
+            raise too_many(self.crashes, f"for example {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
 
 
 def _range(part: FilePart) -> str:

@@ -66,7 +66,7 @@ class Chain:
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += cpu_time.now() - start
             if len(outcomes) != len(documents):
-                raise HeliostatError(f"stage {name!r} made {len(outcomes)} outcomes of {len(documents)} documents")
+                raise HeliostatError(f"stage {name!r} returned {len(outcomes)} outcomes for {len(documents)} documents")
             documents = []
             for old, size, outcome in zip(before, sizes, outcomes, strict=True):
                 after = 0 if outcome.document is None else bytes_of(outcome.document)
@@ -90,7 +90,7 @@ def _opened(entry: str, follows: str) -> Work:
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(
-            f"stages: {stage.named()}: its files or its libraries on node {socket.gethostname()} are not those of the start. "
-            "Give every node the same ones, leave them as they are during the run, and start again"
+            f"stages: {stage.named()}: its files or libraries on node {socket.gethostname()} differ from those at "
+            "the start. Give every node the same ones, don't change them during the run, and start again"
         )
     return stage.open()

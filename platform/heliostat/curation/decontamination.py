@@ -45,7 +45,7 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"sets: {path!r} is not UTF-8 (byte {e.start:,}); convert it") from e
+        raise ConfigError(f"sets: {path!r} is not UTF-8 (byte {e.start:,}). Convert it") from e
     if not path.endswith((".jsonl", ".json", ".ndjson")):
         yield from enumerate(filter(str.strip, re.split(r"\n\s*\n", text)), 1)
         return
@@ -55,10 +55,10 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise ConfigError(f"sets: {path!r}, line {number:,} is no JSON object; give one example a line") from e
+            raise ConfigError(f"sets: {path!r}, line {number:,}: not a JSON object. Write one example per line") from e
         strings = list(_strings({k: record.get(k) for k in fields} if fields and isinstance(record, dict) else record))
         if fields and not strings:
-            raise ConfigError(f"sets: {path!r}, line {number:,} has none of the fields {', '.join(fields)}")
+            raise ConfigError(f"sets: {path!r}, line {number:,}: none of the fields {', '.join(fields)} is present")
         yield number, "\n".join(strings)
 
 
@@ -83,6 +83,6 @@ def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tupl
             parts.append(hashes_of_example)
             places.append(np.full(len(hashes_of_example), len(names) - 1, np.int32))
     if not parts:
-        raise ConfigError(f"sets: no example has {n} words; lower `n`")
+        raise ConfigError(f"sets: no example has {n} words. Lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)
     return NgramIndex(hashes, np.concatenate(places)[first], names), short

@@ -54,7 +54,7 @@ class TextEmbedder(Reader[np.ndarray]):
 
         vectors = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()
         if not np.isfinite(vectors).all():
-            raise ConfigError(f"model: {self.folder!r} gives vectors that are not finite; take another model")
+            raise ConfigError(f"model: {self.folder!r} returns vectors that aren't finite. Use another model")
         return list(rounded(vectors))
 
 

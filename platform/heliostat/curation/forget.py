@@ -37,7 +37,7 @@ def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, An
     if len(targets) > 1:
         lines = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in rows[:LISTED]]
         more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(lines)}{more}; choose one by --id")
+        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(lines)}{more}. Choose one with --id")
     return next(iter(targets)), rows
 
 
@@ -45,11 +45,11 @@ def check(dataset: Manifest, output: Location) -> None:
     """Checks that a document can be taken out, and the new dataset be written to `output`; ConfigError if not."""
     here, target = dataset.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{target}/".startswith(f"{here}/") or f"{here}/".startswith(f"{target}/"):
-        raise ConfigError(f"--out: {output} and {dataset.location} lie in one another; name another folder")
+        raise ConfigError(f"--out: {output} and {dataset.location} overlap. Name another folder")
     output.probe()
     foreign = [name for name, _ in output.files() if not versions.OURS.fullmatch(name)]
     if foreign:
-        raise ConfigError(f"--out: {output}: is not empty (there is {min(foreign)!r}); name another folder")
+        raise ConfigError(f"--out: {output}: not empty (it holds {min(foreign)!r}). Name another folder")
 
 
 def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
@@ -64,7 +64,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
         chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
         if not len(chunks):
-            raise ConfigError(f"{dataset.location}: {id!r} is its only document")
+            raise ConfigError(f"{dataset.location}: {id!r} is its only document, and a dataset can't be empty")
     meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}

@@ -29,7 +29,7 @@ def describe(folder: str) -> Config:
     """Reads the folder's config.json; ConfigError if something that is needed is not there."""
     processors = _processors(folder)
     if not processors:
-        raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}; save it by save_pretrained, with its image processor")
+        raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}. Save the image processor there with save_pretrained")
     config, *_ = [read_json(folder, name) for name in (CONFIG, *processors)]
     require_files(folder, tokenizer=is_clip(config) or config.get("model_type") in CAPTIONERS)
     return config
@@ -38,7 +38,7 @@ def describe(folder: str) -> Config:
 def require_captioner(folder: str) -> None:
     """Raises ConfigError if the folder holds no captioner, or something that is needed is not there."""
     if (kind := describe(folder).get("model_type")) not in CAPTIONERS:
-        raise ConfigError(f"model: {folder!r} is of the kind {kind!r}; captions are written by {', '.join(CAPTIONERS)}")
+        raise ConfigError(f"model: {folder!r} is a {kind!r}. Captions need one of {', '.join(CAPTIONERS)}")
 
 
 def _processors(folder: str) -> list[str]:
@@ -75,7 +75,7 @@ class ImageModel(ABC, Generic[Value]):
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: {folder!r} cannot be loaded as {self.what} ({fault})") from e
+            raise ConfigError(f"model: can't load {folder!r} as {self.what} ({fault})") from e
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def tokenizer(self) -> Tokenizer:
@@ -84,7 +84,7 @@ class ImageModel(ABC, Generic[Value]):
         try:
             return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
         except Exception as e:  # the library raises nothing narrower
-            raise ConfigError(f"model: {self.folder!r} cannot be loaded as {self.what} ({TOKENIZER}: {e})") from e
+            raise ConfigError(f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e})") from e
 
     def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
         """Returns what the model makes of each image."""

@@ -115,10 +115,10 @@ class Isolated:
         try:
             started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
-            raise RuntimeError(f"{self._function}: its process did not start (exit code {self.close()})") from None
+            raise RuntimeError(f"{self._function}: its process didn't start (exit code {self.close()})") from None
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
-            log.warning("parsers of documents are not shut in on this machine: %s; what is left protects from less", lack)
+            log.warning("can't fully isolate document parsers on this machine: %s. The remaining isolation is weaker", lack)
 
     def close(self) -> int | None:
         """Ends the process, if there is one; returns its exit code."""
@@ -164,7 +164,7 @@ def _exactly(sock: socket.socket, size: int, deadline: float | None) -> bytes:
         sock.settimeout(_left(deadline))
         piece = sock.recv(min(size - len(out), 1 << 20))
         if not piece:
-            raise ConnectionError("the other side has ended")
+            raise ConnectionError("the other process has ended")
         out += piece
     return bytes(out)
 
@@ -195,11 +195,11 @@ def _shut_in(root: Path) -> list[str]:
     try:
         sandbox.shut_in(root, places(), BOX_BYTES, {}, same_user=True)
     except OSError as e:
-        lacks.append(f"no namespaces ({e})")
+        lacks.append(f"namespaces aren't available ({e})")
     try:
         sandbox.forbid(alone=True)
     except OSError as e:
-        lacks.append(f"no filter of system calls ({e})")
+        lacks.append(f"a system call filter isn't available ({e})")
     return lacks
 
 

@@ -37,7 +37,7 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
                 samples.delete()
                 gone.append(folder)
     if gone:
-        log.info("%s: removed what killed dry runs have left: %s", beside, ", ".join(gone))
+        log.info("%s: removed the leftovers of killed dry runs: %s", beside, ", ".join(gone))
     return gone
 
 

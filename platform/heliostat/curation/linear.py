@@ -103,11 +103,10 @@ def load(folder: Path) -> LinearScorer:
         scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
-            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
-            "`heliostat curate train-classifier`"
+            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}). Train one: heliostat curate train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
-        raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")
+        raise ConfigError(f"model: {str(folder)!r}: weights {weights.dtype} {weights.shape} don't match its keys")
     return scorer
 
 
@@ -124,7 +123,7 @@ def train(
     examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
-        raise ConfigError(f"{both:,} documents are examples of both kinds; take them out of one")
+        raise ConfigError(f"{both:,} documents are examples of both kinds. Remove them from one of the folders")
     ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     labels = np.array([examples[text] for text in ordered])
     test = np.zeros(len(ordered), bool)
@@ -132,7 +131,7 @@ def train(
         places = np.flatnonzero(labels == label)
         if len(places) < 10:
             raise ConfigError(
-                f"{len(places)} different examples of {'good' if label else 'bad'} documents are too few; give at least 10"
+                f"only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
     features = NgramCounter(ngrams, bits, chars)

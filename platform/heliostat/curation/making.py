@@ -193,7 +193,7 @@ class Making(ABC):
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
+            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger one")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
@@ -226,4 +226,4 @@ def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings:
                  for number, stage in enumerate(stages) for reason, what in stage.reasons.items()}  # fmt: skip
     known = meanings | of_stages
     for reason, count in sorted(dropped.items()):
-        log.warning("dropped %d: %s, such as %s", count, known.get(reason, reason), sources.examples(examples[reason]))
+        log.warning("dropped %d: %s, for example %s", count, known.get(reason, reason), sources.examples(examples[reason]))

@@ -23,7 +23,7 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 def picture_of(document: Document) -> Picture:
     """Returns a document's image; ConfigError if it is none."""
     if document.picture is None:
-        raise ConfigError(f"stages: {document.id} is no image; this stage is for image pipelines")
+        raise ConfigError(f"stages: {document.id} isn't an image. Use this stage in image pipelines")
     return document.picture
 
 

@@ -149,19 +149,19 @@ class Prediction:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
         for name, share in self.repeated.items():
             if share.high - share.low > 0.01:
-                notes.append(f"{name}: a sample holds few duplicates of its own documents: {share.seen:.1%} here, "
-                             f"{share.expected:.1%} expected of all, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
+                notes.append(f"{name}: the sample has few duplicates of its own documents: {share.seen:.1%} here, "
+                    f"{share.expected:.1%} expected in all input, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
-                notes.append(f"{name}: compares all documents, of which a sample holds few; it will drop more of the whole")
+                notes.append(
+                    f"{name}: compares all documents, and the sample has few of them. It will drop more from the whole input"
+                )
         if kept < FEW:
-            notes.append(
-                f"{kept:,} documents of the sample are kept, so what they are few of is known badly; give a larger share"
-            )
+            notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Choose a larger share")
         if (known := estimates.Z * self.spread) > GOOD:
             larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
-            notes.append(f"bytes, tokens and hours of what is kept are known to {known:.0%}, by the number of documents that are "
-                         f"kept, and their sizes; a share of {larger:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
+            notes.append(f"bytes, tokens, and hours have an error of {known:.0%}, given the number of kept documents and their "
+                f"sizes. A share of {larger:.2g} would reduce it to {GOOD:.0%}")  # fmt: skip
         return notes
 
 

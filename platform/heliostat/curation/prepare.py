@@ -78,13 +78,13 @@ class Pipeline(Strict):
     ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
 
     name: str = Field(min_length=1)
-    """The dataset's name, which its manifest records."""
+    """Name of the dataset, recorded in its manifest."""
     output: str = Field(min_length=1)
-    """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
+    """Folder of the dataset, or `s3://bucket/prefix`. It must be outside the input."""
     labels: dict[str, str] = {}
-    """Only nodes that these Ray label selectors take do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
+    """Ray label selectors of the nodes that do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
-    """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
+    """Days to keep a replaced version for the runs that read it. See docs/prepare.md#versions"""
 
     @abstractmethod
     def check(self) -> None:
@@ -113,7 +113,7 @@ class Pipeline(Strict):
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
         """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
-        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
 
     def watched(self, watch: PipelineWatch) -> None:
         """Takes what shows a person how far `write` and `predict` are."""
@@ -147,10 +147,10 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
     target = raw.pop("pipeline")
     if not isinstance(target, str):
-        raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
+        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Name one, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
-        raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
+        raise ConfigError(f"{path}: pipeline: {target!r} isn't a subclass of heliostat.curation.prepare.Pipeline")
     return target, validate(cls, raw, str(path))
 
 
@@ -180,7 +180,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
 
     stages = {f"{number} {of['stage']}": of["version"] for number, of in enumerate(pipeline.identity().get("stages", []))}
     if why := changed(of_made, wanted, record.get("made", {}).get("stages"), stages):
-        log.info("%s: preparing it again, because %s", output, why)
+        log.info("%s: preparing the dataset again, because %s", output, why)
     record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
     if force:
         pipeline.begin_anew()
@@ -191,7 +191,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
-            raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
+            raise DataError(f"{pipeline.name}: no document is left of {len(inputs)} files. Dropped: {meta.get('dropped')}")
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)
@@ -219,11 +219,15 @@ def changed(known: dict[str, Any], wanted: dict[str, Any], before: dict[str, int
     """
     if known["config"] is None or known == wanted:
         return ""
-    newer = [f"{name} has version {stages[name]}, and had {was}" for name, was in (before or {}).items()
+    newer = [f"{name} has version {stages[name]}, formerly {was}" for name, was in (before or {}).items()
              if stages.get(name, was) != was]  # fmt: skip
     if newer:
-        return f"its stages decide otherwise: {', '.join(newer)}"
-    return "its keys, or versions of its stages, have changed" if known["config"] != wanted["config"] else "its input has changed"
+        return f"its stages have new versions: {', '.join(newer)}"
+    return (
+        "its keys, or the versions of its stages, have changed"
+        if known["config"] != wanted["config"]
+        else "its input has changed"
+    )
 
 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
@@ -255,14 +259,14 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
     """Removes what this run has written and no version names; where that fails too, logs that a later prepare removes it."""
-    log.warning("%s: %s; removing what was written: the dataset there is what it was before", output,
+    log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
         needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
         versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
-        log.warning("%s; a later prepare removes it", e)
+        log.warning("%s. A later prepare removes the files", e)
 
 
 def _list(output: Location, listed: list[str]) -> None:
@@ -320,7 +324,7 @@ def _finished(output: Location) -> Manifest | None:
         return None
     sizes = dict(output.files())
     if any(sizes.get(path) != size for path, size in zip(*_columns(dataset, "path", "file_bytes"), strict=True)):
-        log.warning("%s: shards are missing or cut; preparing it again", output)
+        log.warning("%s: shards are missing or truncated, so heliostat prepares the dataset again", output)
         return None
     return dataset
 
@@ -335,8 +339,8 @@ def _report(
     meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
-        log.info("%s: %d replaced versions stay for the runs that read them, the last until %s; a prepare after that removes "
-                 "them (keep_days)", dataset.location, pruned.kept, until)  # fmt: skip
+        log.info(("%s: keeping %d replaced versions for the runs that read them, the last until %s. A prepare after that "
+            "removes them (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
     return {
         "dataset": str(dataset.location),
         "digest": dataset.digest,
@@ -375,12 +379,12 @@ def explain(report: dict[str, Any]) -> list[str]:
     listed = f" (listed in {report['listed']})" if report["listed"] else ""
     lines = [
         f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
-        f"left out: {reasons_text or 'nothing'}{listed}",
+        f"dropped: {reasons_text or 'nothing'}{listed}",
     ]
     if by := report["written_by"]:
         model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
         lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
     if counts := report["rearranged"]:
-        lines.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
-                    f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+        lines.append(f"rearranged for fill in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+            f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
     return lines

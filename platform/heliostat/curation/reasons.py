@@ -83,7 +83,8 @@ def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]
     for table in ends(dataset):
         if "columns" not in table.column_names:
             raise MissingDataError(
-                f"{dataset.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
+                f"{dataset.location}: the dataset doesn't keep the column {name!r} of its documents. Prepare it "
+                f"with `columns: [{name}]`"
             )
         near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
         rows += [row for row in near if row["columns"].get(name) == value]
@@ -116,8 +117,8 @@ def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
 def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
-            f"{dataset.location}: was made without `stages`, so it does not record what became of documents. Add `stages` to its "
-            "pipeline, and run `heliostat prepare`; what could not be read is in its quarantine.parquet"
+            f"{dataset.location}: has no record of each document, because its pipeline has no `stages`. Add "
+            "`stages`, and run `heliostat prepare`. Unreadable documents are in its quarantine.parquet"
         )
     return dataset.meta["curation"]
 

@@ -212,7 +212,7 @@ class RepeatingStage(GlobalStage):
     thresholds: ClassVar = {"removed_words": ("max_removed_words",)}
 
     max_removed_words: Float = Field(1.0, ge=0, le=1)
-    """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
+    """Maximum share of a document's words that may be removed; documents above it are dropped (`repeated`); 1 drops none."""
 
     @abstractmethod
     def signing(self) -> Signing:

@@ -43,14 +43,14 @@ def read_json(folder: str, file: str, name: str = "model") -> Config:
     """Reads a mapping of the folder; ConfigError if it is none, or needs code that the folder brings."""
     try:
         config = json.loads(files.read(name, str(Path(folder) / file)))
-        fault = "" if isinstance(config, dict) else "is no mapping"
+        fault = "" if isinstance(config, dict) else "isn't a mapping"
     except ValueError as e:
-        config, fault = {}, f"is not JSON ({e})"
+        config, fault = {}, f"isn't JSON ({e})"
     if fault:
-        raise ConfigError(f"{name}: {folder!r}: {file} {fault}; name a folder that save_pretrained has written")
+        raise ConfigError(f"{name}: {folder!r}: {file} {fault}. Name a folder that save_pretrained has written")
     if "auto_map" in config:
         raise ConfigError(
-            f"{name}: {folder!r} needs code that it brings ({file}: auto_map), which is not run; take another model"
+            f"{name}: {folder!r} needs its own code ({file}: auto_map), which heliostat doesn't run. Use another model"
         )
     return config
 
@@ -58,9 +58,9 @@ def read_json(folder: str, file: str, name: str = "model") -> Config:
 def require_files(folder: str, name: str = "model", tokenizer: bool = True) -> None:
     """Raises ConfigError if the folder has no safetensors, or lacks the tokenizer."""
     if not weights(folder):
-        raise ConfigError(f"{name}: {folder!r} has no safetensors; save it by save_pretrained")
+        raise ConfigError(f"{name}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
     if tokenizer and not (Path(folder) / TOKENIZER).is_file():
-        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}; save it by save_pretrained, with its fast tokenizer")
+        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}. Save its fast tokenizer there with save_pretrained")
 
 
 def weights(folder: str) -> list[Path]:
@@ -76,7 +76,7 @@ def labels(config: Config) -> list[str]:
 def require_label(label: str, config: Config) -> None:
     known = labels(config)
     if label not in known:
-        raise ConfigError(f"label: {label!r} is none of the model's, {', '.join(known)}{nearest(label, known)}")
+        raise ConfigError(f"label: {label!r} isn't a label of the model ({', '.join(known)}){nearest(label, known)}")
 
 
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
@@ -104,7 +104,7 @@ def check_length(config: Config, max_tokens: int) -> None:
     """Raises ConfigError if the model cannot read so many tokens."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and max_tokens > most:
-        raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
+        raise ConfigError(f"max_tokens: {max_tokens:,} is above the model's maximum. Set it to {most:,} or less")
 
 
 class NamesModel(Stage):
@@ -114,7 +114,7 @@ class NamesModel(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
+    """Folder of the model. Nodes that lack it get a copy of its files, without pickles."""
 
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
@@ -147,16 +147,16 @@ class ScoringStage(ModelStage):
     }
 
     min_score: Float | None = None
-    """The least score that is kept (`low_score`)."""
+    """Minimum score to keep a document (`low_score`)."""
     max_score: Float | None = None
-    """The largest score that is kept (`high_score`)."""
+    """Maximum score to keep a document (`high_score`)."""
     column: str = Field("score", min_length=1)
-    """The column that the score becomes."""
+    """Column for the score."""
 
     @model_validator(mode="after")
     def _one(self) -> ScoringStage:
         if self.min_score is None and self.max_score is None:
-            raise ValueError("give min_score, max_score or both")
+            raise ValueError("set min_score, max_score, or both")
         return self
 
     def outcome(self, document: Document, score: float, cut: bool = False) -> Outcome:
@@ -180,7 +180,7 @@ class Reader(ABC, Generic[Value]):
             model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"{name}: {folder!r} cannot be loaded as {what} ({fault})") from e
+            raise ConfigError(f"{name}: can't load {folder!r} as {what} ({fault})") from e
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")
@@ -264,7 +264,7 @@ class Likelihood(Reader[float | None]):
                 return None
             nats = float(cross_entropy(logits[: count - 1].float(), row[1:count]))
             if not math.isfinite(nats):
-                raise ConfigError(f"model: {self.folder!r} gives probabilities that are not finite; take another model")
+                raise ConfigError(f"model: {self.folder!r} returns probabilities that aren't finite. Use another model")
             return nats
 
         lengths = mask.sum(1).tolist()

@@ -87,7 +87,7 @@ Judge = Callable[[str], tuple[str, dict[str, float]]]
 def text_of(document: Document) -> str:
     """Returns a document's text; ConfigError if it is bytes still."""
     if isinstance(document.text, bytes):
-        raise ConfigError(f"stages: {document.id} is bytes, not text; put `extract` or `pdf` before stages that look at text")
+        raise ConfigError(f"stages: {document.id} is bytes, not text. Put `extract` or `pdf` before the stages that read text")
     return document.text
 
 

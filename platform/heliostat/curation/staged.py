@@ -35,17 +35,17 @@ class StagedPipeline(Pipeline):
     ray_data = False
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
-    """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
-    VALUE}`. See docs/prepare.md#stages"""
+    """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
+    See docs/prepare.md#stages"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
-    """Bytes of memory that a task may take in addition to what its process has at the start, and that Ray reserves for it:
-    so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
-    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
+    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves them, so a node runs as many
+    tasks as fit; a log line says so if that is fewer than its CPUs. A Parquet file with large row groups needs more
+    (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
     work: str | None = None
-    """The folder or `s3://` prefix of unfinished work, from which a run that was ended continues. Unset: next to the output,
-    as its name with `.work`. See docs/prepare.md#work"""
+    """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
+    `.work` after its name. See docs/prepare.md#work"""
     keep_work: bool = False
-    """Keeps the work when the dataset is published, so that the next one does again only what is new."""
+    """Keeps the work after publishing, so that the next run only processes new input."""
 
     @property
     def worked(self) -> Work:
@@ -63,13 +63,13 @@ class StagedPipeline(Pipeline):
         """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
         output_path = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, output_path):
-            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
+            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Move the work elsewhere")
         if here is None:
             return
         if _overlap(here, output_path):
-            raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
+            raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Move the output elsewhere")
         if _overlap(here, self.worked.location.path):
-            raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
+            raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Name another folder")
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
         """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
@@ -82,7 +82,7 @@ class StagedPipeline(Pipeline):
                 if (name := getattr(stage, field)) and name not in available:
                     hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""
                     fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
-                    problem = f"{name!r} is none of the documents' columns"
+                    problem = f"{name!r} isn't a column of the documents"
                     raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {problem}{fix}")
             available |= stage.made()
 
@@ -98,7 +98,7 @@ class StagedPipeline(Pipeline):
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
-        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         making = self.making(self.flow(), output)

@@ -39,7 +39,7 @@ class InferenceFacts(TypedDict):
     answers_in: list[File]
 
 
-TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
+TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run `heliostat infer` again")
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
@@ -56,11 +56,11 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     except DataError as e:
-        log.warning("the dataset does not say which model wrote it: %s", e)
+        log.warning("the dataset doesn't record which model wrote it: %s", e)
         return None
     listed = {PurePosixPath(one["file"]).name for one in facts["answers_in"]}
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
-        log.warning("the dataset does not say which model wrote it: %s does not list %s", record, min(others))
+        log.warning("the dataset doesn't record which model wrote it: %s doesn't list %s", record, min(others))
         return None
     return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 

@@ -26,7 +26,9 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
     known = dict(model.named_modules())
     for name in recipe.frozen:
         if name not in known:
-            raise ConfigError(f"recipe: {type(recipe).__name__}.frozen names {name!r}, no submodule of its model ({GUIDE})")
+            raise ConfigError(
+                f"recipe: {type(recipe).__name__}.frozen names {name!r}, which isn't a submodule of its model ({GUIDE})"
+            )
     return [known[name] for name in recipe.frozen]
 
 
@@ -80,7 +82,9 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
         if p.requires_grad:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
             if said and dimensions not in (2, 3):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group calls {name!r} hidden, which is no matrix ({GUIDE})")
+                raise ConfigError(
+                    f"recipe: {type(recipe).__name__}.group marks {name!r} as hidden, but it isn't a matrix ({GUIDE})"
+                )
             looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
             if looks if said is None else said:
                 names.add(name)
@@ -106,5 +110,5 @@ def grouped(
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group gives {what} {value!r}, which must be at least 0")
+                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. It must be at least 0")
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

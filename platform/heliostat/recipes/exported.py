@@ -83,7 +83,7 @@ def read(folder: Path) -> Export:
     record_read = record(folder)
     recipe = workspace.import_path(f"{place}: recipe", record_read["recipe"], folder)
     if not issubclass(recipe := require_class(f"{place}: recipe", printable(record_read["recipe"]), recipe), Exports):
-        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} is not exported ({GUIDE})")
+        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} doesn't support export ({GUIDE})")
     return Export(folder, recipe, record_read["job"], record_read.get("origin", {}).get("data_version", 1))
 
 
@@ -96,7 +96,7 @@ def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Reques
     """Loads the generator of an exported model, which answers requests; ConfigError if its recipe does not answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
-        raise ConfigError(f"{folder}: is of {recipe.__name__}, which answers no prompts")
+        raise ConfigError(f"{folder}: a model of {recipe.__name__} doesn't answer prompts")
     return recipe.generator(folder, options)
 
 
@@ -108,4 +108,4 @@ def using(folder: Path) -> Iterator[None]:
     except HeliostatError:
         raise
     except Exception as e:
-        raise ConfigError(f"{folder}: the model cannot be used ({type(e).__name__}: {brief(e)})") from e
+        raise ConfigError(f"{folder}: can't load the model ({type(e).__name__}: {brief(e)})") from e

@@ -42,7 +42,7 @@ class Stored:
             f.seek(self.offset)
             while left:
                 if not (count := f.readinto(left)):
-                    raise OSError(f"{self.file}: ends before its tensors do")
+                    raise OSError(f"{self.file}: the file ends before its last tensor")
                 left = left[count:]
         return values.float() if values.dtype == torch.float64 else values  # the libraries load all weights in fp32
 
@@ -81,13 +81,13 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
         tensor = pretrained.tensors[names[0]]
         keys = {key for name in names for key in _spellings(name, prefix) if key in stored}
         if len(keys) != 1:
-            raise UnreadableError(f"{folder}: has {len(keys) or 'no'} tensors for {names[0]!r}")
+            raise UnreadableError(f"{folder}: expected one tensor for {names[0]!r}, found {len(keys) or 'none'}")
         (key,) = keys
         if any(transform.rename_source_key(key) != (key, None) for transform in converts):
             raise UnreadableError(f"{folder}: transformers converts {key!r}")
         one = stored[key]
         if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, and the model has another")
+            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, which doesn't match the model")
         weights[id(tensor)] = one
     return weights
 
@@ -108,7 +108,7 @@ def _listed(folder: Path) -> dict[str, Stored]:
     """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors under a library's name."""
     files = [file for name in NAMES for file in (folder / name, folder / f"{name}.index.json") if file.is_file()]
     if len(files) != 1:
-        raise UnreadableError(f"{folder}: has {len(files) or 'no'} sets of safetensors")
+        raise UnreadableError(f"{folder}: expected one set of safetensors files, found {len(files) or 'none'}")
     if files[0].suffix == ".safetensors":
         return _header(files[0])
     index: dict[str, str] = json.loads(files[0].read_text())["weight_map"]

@@ -39,7 +39,7 @@ class PairKeys(Strict):
     """Defines the keys of `model` that every embedder has besides those of its architecture."""
 
     temperature: Float
-    """Divides the cosines of the pairs in the loss."""
+    """Temperature: divides the cosine similarities in the loss."""
 
 
 K = TypeVar("K", bound=PairKeys)
@@ -61,11 +61,11 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: rows have none; remove it, and set model.max_tokens")
+            raise ConfigError("data.sequence_length: not used for rows. Remove it, and set model.max_tokens")
         if job.train.global_batch < 2:
-            raise ConfigError("train.global_batch: 1 pair has no other to compare with; give 2 or more")
+            raise ConfigError("train.global_batch: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
         if "init" in job.model:
-            raise ConfigError("model.init: is of language models; remove it")
+            raise ConfigError("model.init: only for language models. Remove it")
         self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
         self.pretrained: str | None = job.model.get("pretrained")
@@ -174,7 +174,7 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
 def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values; DataError if a row has none."""
     if nulls := content[column].null_count:
-        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")
+        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Leave such rows out of the dataset")
     return content[column].to_pylist()
 
 

@@ -23,7 +23,7 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
         if "trust_remote_code" not in str(e):
             raise
         raise ConfigError(
-            f"{key}: {str(folder)!r} needs its own code to be run, which is not done; take a model of a class of transformers'"
+            f"{key}: {str(folder)!r} needs its own code, which heliostat doesn't run. Use a model whose class is in transformers"
         ) from e
 
 
@@ -32,7 +32,9 @@ def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     if absent := sorted(set(loading["missing_keys"]) - set(tied)):
-        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+        raise ConfigError(
+            f"{folder}: {len(absent)} of the model's weights are missing, for example {absent[0]}. Copy the folder again"
+        )
     return model
 
 

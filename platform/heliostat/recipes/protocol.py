@@ -198,7 +198,7 @@ class Evaluates(ABC):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Computes the reported metrics, among them `loss`, from the sums of `evaluate`: by default each over that of `terms`."""
         if "terms" not in sums:
-            raise ConfigError(f"recipe: {type(self).__name__}.evaluate gives no `terms` to divide by; add it ({GUIDE})")
+            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add it ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:

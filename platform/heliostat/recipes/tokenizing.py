@@ -23,7 +23,7 @@ def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBas
     raw, number = Tokenizer.from_str(definition(sources).decode()), sources[0].fact("end_of_document")
     if (end := raw.id_to_token(number)) is None:
         raise ConfigError(
-            f"{sources[0].file('tokenizer.json')}: has no token {number}, which ends documents there; prepare the dataset again"
+            f"{sources[0].file('tokenizer.json')}: lacks token {number}, which ends documents. Prepare the dataset again"
         )
     raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, model_max_length=longest)
@@ -32,17 +32,17 @@ def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBas
 def definition(sources: list[Manifest]) -> bytes:
     """Reads the `tokenizer.json` of datasets; ConfigError if they don't have one and the same, DataError if the file is gone."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
-        raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
+        raise ConfigError("data.sources: the datasets have different tokenizers. Prepare them with one")
     if "tokenizer" not in sources[0].meta:
-        raise ConfigError(f"data.sources: {sources[0].location} has no tokenizer, and the model none of its own; give the "
-                          "pipeline a `tokenizer`, or take model.pretrained")  # fmt: skip
+        raise ConfigError(f"data.sources: neither {sources[0].location} nor the model has a tokenizer. Set `tokenizer` in the "
+            "pipeline, or use model.pretrained")  # fmt: skip
     file = sources[0].file("tokenizer.json")
     try:
         content = file.read()
     except FileNotFoundError as e:
-        raise DataError(f"{file}: is not there; prepare the dataset again") from e
+        raise DataError(f"{file}: no such file. Prepare the dataset again") from e
     if hashlib.sha256(content).hexdigest() != sources[0].fact("tokenizer"):
-        raise ConfigError(f"{file}: is not the tokenizer that made the dataset")
+        raise ConfigError(f"{file}: isn't the tokenizer that made the dataset. Prepare the dataset again")
     return content
 
 
@@ -63,7 +63,7 @@ def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, token
     too small for them."""
     size = len(tokenizer)
     if wanted is not None and wanted < size:
-        raise ConfigError(f"{key}: {wanted} is below the tokenizer's {size}")
+        raise ConfigError(f"{key}: {wanted} is below the tokenizer's size {size}")
     config.vocab_size = wanted or -(-size // 64) * 64  # a multiple that matrix units like
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id

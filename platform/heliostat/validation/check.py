@@ -82,8 +82,8 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
     require_abilities(job, recipe)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
-            f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and there is none on this machine; "
-            "install g++ or set it to false"
+            f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and this machine has none. "
+            "Install g++, or set it to false"
         )
     if job.evaluate and job.evaluate.benchmarks:
         _check_benchmarks(job.evaluate.benchmarks, recipe)
@@ -94,9 +94,9 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if checkpoints cannot be scored on tasks; what is in the suite is found when it is read."""
     if recipe.kind != "tokens":
-        raise ConfigError("evaluate.benchmarks: tasks are of text, and the model is no language model; remove it")
+        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {benchmarks.suite}; make one with `heliostat make-suite`")
+        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -105,7 +105,7 @@ def computable(job: Job, flags: set[str]) -> Job:
     bf16."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
-    log.warning("train.precision: bf16 is computed as fp32: this CPU has no instructions for it, and would take far longer")
+    log.warning("train.precision: this CPU has no bf16 instructions, so heliostat computes in fp32, which is much faster here")
     return job.model_copy(update={"train": job.train.model_copy(update={"precision": "fp32"})})
 
 
@@ -140,7 +140,9 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
         with _named(key):
             shared = manifest.share(partial(_version, location, versions.get(str(location))))
         if shared.kind != recipe.kind:
-            raise ConfigError(f"{key}: {location} holds {shared.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
+            raise ConfigError(
+                f"{key}: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, got {shared.kind!r} ({location})"
+            )
         manifests.append(shared)
     recipe.bind(manifests)
     return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
@@ -192,7 +194,7 @@ def check_services(job: Job, resume: bool = False) -> None:
     except TrackingError as e:
         if not resume:
             raise
-        log.warning("%s; the run resumes without it, and its metrics are kept until it answers", e)
+        log.warning("%s. The run resumes without MLflow, and keeps its metrics until MLflow answers", e)
 
 
 def _version(location: Location, digest: str | None) -> Manifest:
@@ -210,8 +212,8 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
     order = make_order(data_plan, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
-            f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
-            "of a source, or lower train.steps"
+            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs ({job.train.steps}). Raise a "
+            "source's max_epochs, or lower train.steps"
         )
     if job.evaluate:
         for line in held_out_faults(job, order, manifests):
@@ -226,23 +228,28 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
     held_rows, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
     has_places = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
     if not sum(held_rows):
-        fix = "raise it"
+        fix = "Raise it"
         if not all(has_places):
             number = has_places.index(False)
             fix = (
-                f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
-                f"{len(order.splits[number].held):,} chunks can be; prepare it again (`heliostat prepare --force`), or raise it"
+                f"data.sources.{number} has no document boundaries, so only whole row groups can be held out "
+                f"({len(order.splits[number].held):,}). Prepare it again (`heliostat prepare --force`), or raise the fraction"
             )
-        raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
+        raise ConfigError(f"evaluate.fraction: {fraction:g} holds out none of {sum(total):,} samples. {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
-            f"evaluate.samples: {wanted:,} cannot be met, {count:,} are scored: evaluate.fraction {fraction:g} holds out "
-            f"{sum(held_rows):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"
+            f"evaluate.samples: only {count:,} held-out samples can be scored, not {wanted:,}. evaluate.fraction "
+            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise it, or set "
+            f"evaluate.samples to {count}"
         )
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
         if not fraction / 2 <= mine / of <= 2 * fraction:
-            why = "documents are whole" if known else "the dataset does not tell its documents apart, so chunks are whole"
-            lines.append(f"evaluate.fraction: {fraction:g}, but {mine / of:.2g} of data.sources.{i} is held out: {why}")
+            why = (
+                "heliostat holds out whole documents"
+                if known
+                else "the dataset has no document boundaries, so heliostat holds out whole row groups"
+            )
+            lines.append(f"evaluate.fraction: {mine / of:.2g} of data.sources.{i} is held out, not {fraction:g}: {why}")
     return lines
 
 
@@ -255,7 +262,9 @@ def _check_mlflow(uri: str) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"mlflow.uri: {uri}: the folder {parent} cannot be made ({e.strerror})") from e
+            raise ConfigError(
+                f"mlflow.uri: {uri}: can't create the folder {parent} ({e.strerror}). Name a folder that you can write to"
+            ) from e
         require_database("mlflow.uri", place)
     elif uri.startswith(("http://", "https://")):
         try:
@@ -264,8 +273,6 @@ def _check_mlflow(uri: str) -> None:
             with e:
                 said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
             kind = TrackingError if e.code >= 500 else HeliostatError
-            raise kind(f"mlflow.uri: {uri} answers, but with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
+            raise kind(f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
-            raise TrackingError(
-                f"mlflow.uri: {uri} does not answer ({getattr(e, 'reason', e)}); start it with `mlflow server`"
-            ) from e
+            raise TrackingError(f"mlflow.uri: {uri} doesn't answer ({getattr(e, 'reason', e)}). Start it: mlflow server") from e

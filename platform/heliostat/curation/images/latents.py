@@ -33,13 +33,13 @@ class Latents(Strict):
     text_encoder: str | None = None
     """Folder of the frozen text encoder (CLIP, T5). Unset: captions stay text."""
     length: int = Field(77, gt=1)
-    """Tokens of a caption."""
+    """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
-    """Actors that encode."""
+    """Number of encoding actors."""
     gpus: Float = Field(0.0, ge=0)
-    """GPUs of each; 0 encodes on CPUs."""
+    """GPUs per actor; 0 encodes on CPUs."""
     batch: int = Field(16, gt=0)
-    """Images that an actor encodes at once."""
+    """Images that an actor encodes in one batch."""
 
     def check(self, sizes: tuple[Size, ...], channels: int) -> None:
         from heliostat.recipes.images import config as diffusion_config
@@ -49,9 +49,9 @@ class Latents(Strict):
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
-                raise ConfigError(f"latents.autoencoder: needs sides that are multiples of {factor}, not {size[0]}x{size[1]}")
+                raise ConfigError(f"latents.autoencoder: the image sides must be multiples of {factor}, not {size[0]}x{size[1]}")
         if config["in_channels"] != channels:
-            raise ConfigError(f"channels: {channels}, but the autoencoder takes {config['in_channels']}")
+            raise ConfigError(f"channels: {channels} given, but the autoencoder takes {config['in_channels']}")
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)

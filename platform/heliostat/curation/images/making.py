@@ -135,7 +135,7 @@ class ImageMaking(Making):
         shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
-            log.warning("shard_images: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
+            log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d)",
                         curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None

@@ -98,8 +98,8 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
         InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
-        raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        raise ConfigError(f"input: {uri!r}: {seen}. Supported: {', '.join(METADATA)}, *.tar, *.parquet")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -153,10 +153,10 @@ def _entries(base: Location, path: str, columns: ImageColumns, limit: int) -> li
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
+        raise ConfigError(f"input: {printable(path)}: expected one object with a 'file_name' per line, got {str(row)[:40]!r}")
     if "file_name" not in row:
         columns_present = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {columns_present}")
+        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. Its columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
     joined = f"{folder}/{name}" if folder and not lost else name

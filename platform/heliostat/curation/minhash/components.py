@@ -86,7 +86,7 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
             return names, rounds
         small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
         before, names = now, [r["edges_file"] for r in small]
-    raise HeliostatError(f"{kind}: the clusters did not settle within {ROUNDS} rounds")
+    raise HeliostatError(f"{kind}: the clusters didn't converge within {ROUNDS} rounds")
 
 
 def unique(edges: Edges) -> Edges:

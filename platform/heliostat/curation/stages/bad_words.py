@@ -25,11 +25,11 @@ class BadWords(Stage):
     paths: ClassVar[tuple[str, ...]] = ("lists",)
 
     lists: list[str] = Field(min_length=1)
-    """Files of words and phrases, one a line."""
+    """Files of words and phrases, one per line."""
     whole_words: bool = True
-    """Finds whole words only; false for languages that put no spaces between words."""
+    """Matches whole words only; set it to false for languages without spaces between words."""
     max_found: int = Field(0, ge=0)
-    """Documents with more of them are dropped (`bad_word`)."""
+    """Maximum matches in a document; documents with more are dropped (`bad_word`)."""
 
     def check(self) -> None:
         self._entries()

@@ -34,19 +34,19 @@ class C4(Stage):
     limits: ClassVar = {"few_sentences": ("sentences", "min_sentences", "fewer sentences in the lines that stay than {}")}
 
     terminal_marks: bool = True
-    """Removes lines that do not end with a terminal mark."""
+    """Removes lines that don't end with a terminal punctuation mark."""
     min_line_words: int = Field(3, ge=0)
-    """Lines of fewer words are removed."""
+    """Minimum words of a line; shorter lines are removed."""
     max_word_chars: int = Field(1000, ge=1)
-    """Lines with a longer word are removed."""
+    """Maximum characters of a word; lines with a longer word are removed."""
     min_sentences: int = Field(5, ge=0)
-    """Documents of fewer sentences, in the lines that stay, are dropped (`few_sentences`); 0 drops none."""
+    """Minimum sentences in the remaining lines; documents with fewer are dropped (`few_sentences`); 0 drops none."""
     javascript: bool = True
     """Removes lines that mention JavaScript."""
     policies: bool = True
     """Removes lines that mention terms of use, or a privacy or cookie policy."""
     citations: bool = True
-    """Takes marks such as [1] and [citation needed] out of lines."""
+    """Removes marks such as [1] and [citation needed] from lines."""
     curly_brackets: bool = True
     """Drops documents with a curly bracket (`curly_bracket`)."""
     lorem_ipsum: bool = True

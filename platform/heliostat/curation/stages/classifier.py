@@ -26,11 +26,11 @@ class Classifier(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The classifier's folder."""
+    """Folder of the classifier."""
     min_score: Float = Field(0.5, ge=0, le=1)
-    """The least score of a document that is kept (`low_score`)."""
+    """Minimum score to keep a document (`low_score`)."""
     column: str = Field("quality", min_length=1)
-    """The column that the score becomes."""
+    """Column for the score."""
 
     def digests(self) -> dict[str, object]:
         return {"model": {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}}

@@ -33,17 +33,17 @@ class Decontaminate(Stage):
     paths: ClassVar[tuple[str, ...]] = ("sets",)
 
     sets: dict[str, str] = Field(min_length=1)
-    """The evaluation sets: a name for each, and its file."""
+    """Evaluation sets: a name for each, and its file."""
     fields: list[str] = []
-    """The fields of JSON lines that are compared; empty: all strings."""
+    """Fields of JSON lines to compare; empty: all strings."""
     n: int = Field(13, ge=2, le=100)
-    """The words of an n-gram."""
+    """Words per n-gram."""
     min_hits: int = Field(1, ge=1)
-    """Documents that share so many n-grams are dropped (`contaminated`)."""
+    """Number of shared n-grams from which a document is dropped (`contaminated`)."""
 
     def check(self) -> None:
         for name, count in self._index()[1].items():
-            log.warning("decontaminate: %d examples of %s have fewer than %d words and cannot be found", count, name, self.n)
+            log.warning("decontaminate: %d examples of %s have fewer than %d words, so they can't match", count, name, self.n)
 
     def _index(self) -> tuple[decontamination.NgramIndex, dict[str, int]]:
         return decontamination.index(

@@ -90,20 +90,20 @@ class DetectSecrets(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
-    """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
-    (fine-grained), Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
+    """Detectors to use, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub (fine-grained),
+    Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
     action: Literal["mask", "drop"] = "mask"
-    """Puts a mask in the place of what is found, or drops the document."""
+    """Replaces secrets with a mask, or drops the document."""
     mask: str = "<secret>"
-    """The mask."""
+    """Mask that replaces a secret."""
     max_found: int = Field(0, ge=0)
-    """Documents with more are dropped, where `action` is `drop` (`secrets`)."""
+    """Maximum secrets in a document if `action` is `drop`; documents with more are dropped (`secrets`)."""
 
     @model_validator(mode="after")
     def _known(self) -> DetectSecrets:
         for name in self.detectors:
             if name not in FORMS + OWN + WIDE:
-                raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + OWN + WIDE)}")
+                raise ValueError(f"{name!r} isn't a detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
     def loaded(self) -> Callable[[Document], Outcome]:

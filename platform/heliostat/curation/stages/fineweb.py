@@ -33,15 +33,15 @@ class FineWeb(Stage):
     }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)
-    """The least share of lines that end with a terminal mark, of any script (`few_terminal_marks`)."""
+    """Minimum share of lines that end with a terminal punctuation mark, of any script (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """The largest share of short lines (`short_lines`)."""
+    """Maximum share of short lines (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
-    """A line of at most so many characters is short."""
+    """Maximum characters of a short line."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
-    """The largest share of characters in lines that were there before (`duplicate_chars`)."""
+    """Maximum share of characters in duplicate lines (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)
-    """The most line ends a word (`line_ends`)."""
+    """Maximum line ends per word (`line_ends`)."""
 
     def open(self) -> Work:
         return by_text(self.judge)

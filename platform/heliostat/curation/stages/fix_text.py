@@ -25,13 +25,13 @@ class FixText(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     uncurl_quotes: bool = False
-    """Makes curly quotes straight."""
+    """Replaces curly quotes with straight ones."""
     fix_latin_ligatures: bool = False
-    """Makes two letters of ligatures such as ﬁ."""
+    """Replaces ligatures such as ﬁ with two letters."""
     fix_character_width: bool = False
-    """Makes full-width and half-width characters those of the usual width."""
+    """Replaces full-width and half-width characters with those of normal width."""
     unescape_html: bool = True
-    """Resolves HTML entities, in lines before the first `<`."""
+    """Replaces HTML entities, in lines before the first `<`."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

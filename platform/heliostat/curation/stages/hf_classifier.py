@@ -19,11 +19,11 @@ from heliostat.curation.stage import Document, text_of
 
 class HfClassifier(scoring.ScoringStage):
     label: str = Field(min_length=1)
-    """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none)."""
+    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none)."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)
-    """Documents of about one length that are computed together."""
+    """Batch size: documents of similar length that the model reads together."""
 
     def check(self) -> None:
         config = scoring.describe(self.model)

@@ -27,10 +27,10 @@ class HfImage(scoring.ScoringStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *scoring.ModelStage.libraries)
 
     label: str | None = Field(None, min_length=1)
-    """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none). Unset, of a CLIP: how well the
-    caption fits."""
+    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none). Unset, for a CLIP: how well the caption
+    fits the image."""
     batch: int = Field(16, ge=1, le=1024)
-    """Images that are computed together."""
+    """Batch size in images."""
 
     def digests(self) -> dict[str, object]:
         return {"model": image_models.digests(self.model)}
@@ -40,11 +40,11 @@ class HfImage(scoring.ScoringStage):
         config = image_models.describe(self.model)
         if image_models.is_clip(config):
             if self.label is not None:
-                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels; remove it: the score is the caption's")
+                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels. Remove it: the score rates the caption")
             return
         if self.label is None:
             known = ", ".join(scoring.labels(config))
-            raise ConfigError(f"label: {self.model!r} is a classifier; name one of its labels, {known}")
+            raise ConfigError(f"label: {self.model!r} is a classifier. Name one of its labels: {known}")
         scoring.require_label(self.label, config)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float]]]:

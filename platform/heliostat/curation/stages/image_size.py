@@ -29,11 +29,11 @@ class ImageSize(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow",)
 
     min_side: int = Field(200, ge=1)
-    """The least pixels of the smaller side (`small`)."""
+    """Minimum pixels of the shorter side (`small`)."""
     max_pixels: int | None = Field(None, ge=1)
-    """The most pixels, width times height (`large`). Unset: no limit but Pillow's, of 89,478,485."""
+    """Maximum pixels, width times height (`large`). Unset: Pillow's limit of 89,478,485."""
     max_aspect: Float = Field(3.0, ge=1)
-    """The most that the longer side may be, in shorter ones (`aspect`)."""
+    """Maximum ratio of the longer side to the shorter side (`aspect`)."""
 
     def decide(self, document: Document) -> Outcome:
         picture = picture_of(document)

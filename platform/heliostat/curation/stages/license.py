@@ -30,11 +30,11 @@ class License(Stage):
     }
 
     allow: list[str] = PERMISSIVE
-    """SPDX ids of the licences that are kept."""
+    """SPDX ids of the licenses to keep."""
     keep_unknown: bool = False
-    """Keeps documents whose licence is not known (`NOASSERTION`)."""
+    """Keeps documents with an unknown license (`NOASSERTION`)."""
     keep_none: bool = False
-    """Keeps documents that no licence was found for (`NONE`)."""
+    """Keeps documents without a license (`NONE`)."""
 
     def decide(self, document: Document) -> Outcome:
         said = expression(document.columns.get("license"))

@@ -39,21 +39,21 @@ class MinHash(GlobalStage):
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
-    """Parts of a signature; a pair that agrees in one of them is a candidate."""
+    """Bands of a signature; two documents that agree in one of them are candidates."""
     rows: int = Field(8, ge=1, le=100)
-    """Permutations in a band."""
+    """Permutations per band."""
     ngram: int = Field(5, ge=1, le=100)
-    """Words that are compared together."""
+    """Words per shingle."""
     seed: int = Field(1, ge=0)
-    """Of the permutations."""
+    """Random seed of the permutations."""
     keep: Rule = "longest"
-    """Who of a cluster stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
-    largest number in `column`. Of equals, the first by id."""
+    """Document of a cluster to keep: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with
+    the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns`, or come from an earlier stage."""
     within: str = ""
-    """Compares only documents with the same value in this column, as FineWeb does with the pages of one crawl. As for `column`,
-    it must be one of the pipeline's `columns`, or made by a stage before. Unset: all documents are compared."""
+    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. It must be
+    one of the pipeline's `columns`, or come from an earlier stage. Unset: compares all documents."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:

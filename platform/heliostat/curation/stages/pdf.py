@@ -40,11 +40,11 @@ class Pdf(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 
     max_pages: int = Field(5000, ge=1)
-    """Documents of more pages are dropped (`too_many_pages`)."""
+    """Maximum pages of a document; longer documents are dropped (`too_many_pages`)."""
     max_seconds: Float = Field(60.0, gt=0)
-    """The processor seconds that one document may take (`timeout`)."""
+    """Maximum processor seconds per document (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """The MiB of address space that the library's process may take (`memory`, `crashed`)."""
+    """Maximum MiB of address space of the library's process (`memory`, `crashed`)."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

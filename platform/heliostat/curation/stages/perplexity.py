@@ -34,35 +34,39 @@ class Perplexity(scoring.ModelStage):
     }
 
     min_perplexity: Float | None = Field(None, ge=1)
-    """The least perplexity of a document that is kept (`low_perplexity`)."""
+    """Minimum perplexity to keep a document (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
-    """The largest perplexity of a document that is kept (`high_perplexity`)."""
+    """Maximum perplexity to keep a document (`high_perplexity`)."""
     buckets: list[Float] = []
-    """Where buckets end, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 from there on, and so on."""
+    """Upper bounds of the buckets, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 below the second,
+    and so on."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(4, ge=1, le=1024)
-    """Documents of about one length that are computed together; each token holds as many numbers as the vocabulary has."""
+    """Batch size: documents of similar length that the model reads together; each token takes as many numbers as the vocabulary
+    has tokens."""
     column: str = Field("perplexity", min_length=1)
-    """The column that the perplexity becomes."""
+    """Column for the perplexity."""
     bucket_column: str = Field("bucket", min_length=1)
-    """The column that the bucket becomes."""
+    """Column for the bucket."""
 
     @model_validator(mode="after")
     def _one(self) -> Perplexity:
         if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
-            raise ValueError("give min_perplexity, max_perplexity or buckets")
+            raise ValueError("set min_perplexity, max_perplexity, or buckets")
         if any(low >= high for low, high in pairwise(self.buckets)):
             raise ValueError(f"buckets: {self.buckets} must ascend")
         if self.column == self.bucket_column:
-            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity; name another")
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another name")
         return self
 
     def check(self) -> None:
         config = scoring.describe(self.model)
         named = config.get("architectures") or ["none"]
         if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-            raise ConfigError(f"model: {self.model!r} is of {', '.join(named)}, and no causal language model; name one that is")
+            raise ConfigError(
+                f"model: {self.model!r} is a {', '.join(named)}, not a causal language model. Name a causal language model"
+            )
         scoring.check_length(config, self.max_tokens)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float | None, bool]]]:

@@ -39,20 +39,20 @@ class Pii(Stage):
     version: ClassVar[int] = 4
 
     kinds: list[Kind] = Field(["email", "ip"], min_length=1)
-    """What is looked for: `email`, `ip`, `phone`, `credit_card`, `iban`."""
+    """Kinds to find: `email`, `ip`, `phone`, `credit_card`, `iban`."""
     action: Literal["mask", "drop"] = "mask"
-    """Puts a mask in the place of what is found, or drops the document."""
+    """Replaces personal data with a mask, or drops the document."""
     mask: str = "<{kind}>"
-    """The mask; `{kind}` becomes `email`, `ip`, and so on."""
+    """Mask; `{kind}` becomes `email`, `ip`, and so on."""
     region: str | None = None
-    """The country whose own form of phone numbers is looked for, such as `US`; unset: numbers with + only."""
+    """Country whose local form of phone numbers is found too, such as `US`; unset: only numbers with +."""
     max_found: int = Field(0, ge=0)
-    """Documents with more are dropped, where `action` is `drop` (`pii`)."""
+    """Maximum matches in a document if `action` is `drop`; documents with more are dropped (`pii`)."""
 
     @model_validator(mode="after")
     def _mask(self) -> Pii:
         if any(c.isdigit() or c == "@" for c in self.mask):
-            raise ValueError(f"mask {self.mask!r} must hold neither a digit nor @: it could be taken for what it hides")
+            raise ValueError(f"mask: {self.mask!r} contains a digit or @, which look like personal data. Remove them")
         return self
 
     def check(self) -> None:

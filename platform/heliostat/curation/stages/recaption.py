@@ -29,11 +29,11 @@ class Recaption(ModelStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *ModelStage.libraries)
 
     max_tokens: int = Field(64, ge=1)
-    """The most tokens of a caption; those that are cut there are counted."""
+    """Maximum tokens of a caption; a count reports the truncated ones."""
     batch: int = Field(16, ge=1, le=1024)
-    """Images that are captioned together."""
+    """Batch size in images."""
     original: str = Field("original_caption", min_length=1)
-    """The column of the shards that the caption of the input becomes."""
+    """Column of the shards that keeps the input's caption."""
 
     def digests(self) -> dict[str, object]:
         return {"model": image_models.digests(self.model)}

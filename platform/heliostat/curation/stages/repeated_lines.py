@@ -24,11 +24,11 @@ class RepeatedLines(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
 
     unit: Unit = "line"
-    """What is compared: every `line`, or every `paragraph`, which ends at an empty line."""
+    """Unit to compare: every `line`, or every `paragraph`, which ends at an empty line."""
     min_words: int = Field(3, ge=1)
-    """Lines or paragraphs of fewer words stay, however often they occur."""
+    """Minimum words of a line or paragraph; shorter ones always stay."""
     normalise: bool = True
-    """Compares words as `minhash` does: without case, accents, punctuation and the values of numbers."""
+    """Compares words like `minhash`: without case, accents, punctuation, and the values of numbers."""
 
     def signing(self) -> ComparedParts:
         return ComparedParts(self.unit, self.min_words, self.normalise)

@@ -25,7 +25,7 @@ class RepeatedSpans(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
 
     words: int = Field(100, ge=10)
-    """The words of a span that is always found."""
+    """Minimum words of a span that is always found."""
 
     def signing(self) -> WordWindows:
         return WordWindows((self.words + 1) // 2)

@@ -39,21 +39,21 @@ class Semantic(scoring.NamesModel, GlobalStage):
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
-    """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
-    `curate report`."""
+    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of `heliostat curate
+    report`."""
     cell_documents: int = Field(65_536, ge=1)
-    """Documents of a cell, about: within one, all are compared with all that stay."""
+    """Documents per cell, approximately; the stage compares all documents within a cell with those that stay."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)
-    """Documents of about one length that are computed together."""
+    """Batch size: documents of similar length that the model reads together."""
     seed: int = Field(1, ge=0)
-    """Of the cells."""
+    """Random seed of the cells."""
     keep: Rule = "longest"
-    """Who is gone through first: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
-    largest number in `column`. Of equals, the first by id."""
+    """Order of comparison, which decides what stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or
+    the `best`, with the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns`, or come from an earlier stage."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:

@@ -33,8 +33,8 @@ class SimilarImages(GlobalStage):
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
     distance: int | None = Field(3, ge=0, le=16)
-    """Bits of 64 in which the perceptual hashes of two images that look the same may differ; null: only equal pixels go. Above 8,
-    a large set takes long."""
+    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates; null: only equal pixels count. Values above 8
+    take long on large sets."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs = f"alike-{number}", curated.runs
@@ -66,5 +66,5 @@ class SimilarImages(GlobalStage):
             if not (waiting := sum(r["rows"] for r in settled)):
                 break
         if waiting:
-            raise HeliostatError(f"{kind}: who stays did not settle within {ROUNDS} rounds")
+            raise HeliostatError(f"{kind}: the kept images didn't converge within {ROUNDS} rounds")
         return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]

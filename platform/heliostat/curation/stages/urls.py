@@ -34,24 +34,24 @@ class Urls(Stage):
     paths: ClassVar[tuple[str, ...]] = _LISTS
 
     domains: list[str] = []
-    """Files of hosts, one a line; hosts below one are blocked with it."""
+    """Files of hosts, one per line; a host also blocks its subdomains."""
     urls: list[str] = []
-    """Files of URLs, one a line."""
+    """Files of URLs, one per line."""
     words: list[str] = []
-    """Files of words, one a line, any of which drops a URL."""
+    """Files of words, one per line; any of them drops a URL."""
     soft_words: list[str] = []
-    """Files of words, one a line, of which more than `max_soft_words` drop a URL."""
+    """Files of words, one per line; more than `max_soft_words` of them drop a URL."""
     parts: list[str] = []
-    """Files of strings, one a line, that drop a URL wherever they are in it."""
+    """Files of strings, one per line; any of them drops a URL, wherever it is in it."""
     max_soft_words: int = Field(1, ge=0)
-    """URLs with more different soft words are dropped (`soft_words`)."""
+    """Maximum number of different soft words in a URL; URLs with more are dropped (`soft_words`)."""
     required: bool = False
     """Drops documents without a URL (`no_url`)."""
 
     @model_validator(mode="after")
     def _one(self) -> Urls:
         if not self.required and not any(getattr(self, key) for key in _LISTS):
-            raise ValueError(f"give at least one list: {', '.join(_LISTS)}")
+            raise ValueError(f"set at least one list: {', '.join(_LISTS)}")
         return self
 
     def check(self) -> None:

@@ -31,9 +31,9 @@ class Together(Strict):
     """Describes which documents follow each other; the name of a column alone is its `column`."""
 
     column: str = Field(min_length=1)
-    """Documents with the same value in this column follow each other, as `repository`."""
+    """Column that groups documents, such as `repository`: those with the same value follow each other."""
     order: str | None = Field(None, min_length=1)
-    """The column that says in which order, as text; the default is that of their ids, which for repositories are their paths."""
+    """Column that orders the documents of a group, as text. Unset: by id, which is the path for files of repositories."""
 
     @model_validator(mode="before")
     @classmethod

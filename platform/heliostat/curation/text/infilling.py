@@ -29,14 +29,14 @@ class FillInTheMiddle(Strict):
     """Chooses how many texts are rearranged so that a model learns to write their middle."""
 
     rate: Float = Field(0.5, gt=0, le=1)
-    """The share of texts (documents, or their spans) that are rearranged."""
+    """Share of texts (documents, or their spans) to rearrange."""
     spm_rate: Float = Field(0.5, ge=0, le=1)
-    """The share of those whose suffix comes first, before the prefix (SPM); the others have it after the prefix (PSM)."""
+    """Share of those with the suffix first, before the prefix (SPM); the others have it after the prefix (PSM)."""
     span_chars: int | None = Field(8192, ge=16)
-    """A document of more characters is cut into spans of at most so many, about equal, each rearranged or not by itself. About
-    what a sample holds; null: documents are never cut."""
+    """Maximum characters of a span: longer documents are split into spans of about equal length, and each is rearranged or not
+    on its own. Choose about the length of a sample; null: documents aren't split."""
     seed: Seed = 0
-    """Of the choice of texts, and of the places at which they are cut."""
+    """Random seed for the choice of texts and for the places at which they are split."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
     if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
         raise ConfigError(
-            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}); take another, or train one"
+            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}). Use another tokenizer, or train one"
         )
     return markers
 
@@ -113,7 +113,7 @@ def marking(definition: str, named: tuple[str, ...]) -> str:
     tokenizer_json = json.loads(definition)
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:
-        raise ConfigError(f"{FACT}: {missing[0]!r} is no added token of the tokenizer; take another, or train one")
+        raise ConfigError(f"{FACT}: {missing[0]!r} isn't an added token of the tokenizer. Use another tokenizer, or train one")
     if all(added[name]["special"] for name in named):
         return definition
     for name in named:

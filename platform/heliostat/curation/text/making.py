@@ -135,11 +135,11 @@ class TextMaking(Reading):
             return
         if self.together is not None:
             many, alone = totals.together["documents"], totals.documents - totals.together["documents"]
-            message = "together: %d documents of %d values of %r follow each other; %d have none"
+            message = "together: grouped %d documents by %d values of %r; %d have no value"
             level = logging.WARNING if alone else logging.INFO
             log.log(level, message, many, totals.together["groups"], self.together.column, alone)
         if totals.cut:
-            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", totals.cut)
+            log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
         """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
@@ -166,10 +166,10 @@ class TextMaking(Reading):
         needs = largest["bytes"] * SHARD_SHARE
         if needs > self.memory_limit:
             raise ConfigError(
-                f"together.column: {together.column!r}: the documents of {largest['value']!r} have {largest['bytes']:,} bytes, "
-                f"and lie in one shard, whose task takes {SHARD_SHARE} times as much memory, more than memory_limit "
-                f"({self.memory_limit:,}); give a memory_limit of {needs:,}, name a column with smaller groups, or leave that "
-                "value's documents without one"
+                f"together.column: {together.column!r}: the documents of {largest['value']!r} have "
+                f"{largest['bytes']:,} bytes in one shard. Its task needs {SHARD_SHARE} times as much memory, "
+                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, name a column "
+                "with smaller groups, or give those documents no value"
             )
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -202,9 +202,9 @@ class TextMaking(Reading):
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
-            notes.append(f"tokens: the sample's own tokenizer fits it better than that of the whole would: "
-                         f"{rate.low:.4f} tokens a byte here, {rate.high:.4f} of text that did not train one, "
-                         f"{rate.expected:.4f} expected of all")  # fmt: skip
+            notes.append(f"tokens: the sample's tokenizer fits the sample better than the final one will: {rate.low:.4f} "
+                f"tokens per byte here, {rate.high:.4f} on text that it didn't train on, {rate.expected:.4f} expected "
+                "for all")  # fmt: skip
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
@@ -230,8 +230,8 @@ class TextMaking(Reading):
             counts["merge"] = counts[what] * more * factor / report.factors[0][""]
         self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
-        return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
-                "the time for that is estimated from merging some of the sample's"]  # fmt: skip
+        return [(f"shards: the whole input has about {many:,} runs for {shards:,} shards, and heliostat merges its runs "
+            f"{how} first. The time for that is estimated from a part of the sample")]  # fmt: skip
 
     def _rate(self, report: Prediction, curated: Curated) -> Rate:
         """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""

@@ -28,9 +28,9 @@ def listing(uri: str) -> list[InputFile]:
     folders = _clones(base, paths)
     if folders and base.is_s3:
         place = base.join(folders[0]) if folders[0] else base
-        raise ConfigError(f"input: {place}: a git clone is read from disk only; put an archive of it there (git archive)")
+        raise ConfigError(f"input: {place}: heliostat reads a git clone only from disk. Put an archive of it there (git archive)")
     if folders and not clones.there_is_git():
-        raise ConfigError("input: holds git clones, and there is no program `git`; install it")
+        raise ConfigError("input: contains git clones, and the program `git` isn't installed. Install it")
     inside = tuple(_worked_in(folder) for folder in folders)
     files = [
         InputFile(path, info.size, info.mtime_ns, info.etag)
@@ -40,7 +40,7 @@ def listing(uri: str) -> list[InputFile]:
     with ThreadPoolExecutor(THREADS) as pool:
         files += pool.map(lambda folder: _listed(base, folder), folders)
     if not files:
-        what = "no archive (.tar, .zip, also packed) and no git clone (a folder whose name ends in .git)"
+        what = "no archive (.tar, .zip, also compressed) and no git clone (a folder whose name ends in .git)"
         raise ConfigError(f"input: {uri!r}: {len(listed):,} files, {what}")
     return sorted(files, key=lambda f: f.path)
 

@@ -103,7 +103,7 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     try:
         files = [(i.path[start:], i) for i in base.tree()]
     except UnicodeDecodeError as e:
-        raise ConfigError(f"input: {uri!r}: a file's name is not UTF-8 ({e.object!r}); rename it") from e
+        raise ConfigError(f"input: {uri!r}: a file name isn't UTF-8 ({e.object!r}). Rename the file") from e
     if pattern:
         matches = glob_regex(pattern).fullmatch
         files = [(path, i) for path, i in files if matches(path)]
@@ -128,12 +128,12 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     for stage, count in sorted(unread.items()):
         what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
-            raise ConfigError(f"input: {uri!r}: {what} and nothing else; put {fix}")
-        log.warning("%s: %s are not read; %s would", uri, what, fix)
+            raise ConfigError(f"input: {uri!r}: only {what}. Put {fix}")
+        log.warning("%s: skipping %s. To read them, put %s", uri, what, fix)
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with {packed})")
+        raise ConfigError(f"input: {uri!r}: {seen}. Supported endings: {ends} (also with {packed})")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -146,9 +146,9 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
             log.warning("exclude: %r matches no file of the input", printable(pattern))
         kept = [f for f in kept if not matches(f.path)]
     if not kept:
-        raise ConfigError(f"exclude: leaves none of the {len(files):,} files; remove a pattern")
+        raise ConfigError(f"exclude: matches all {len(files):,} files. Remove a pattern")
     if patterns:
-        log.info("exclude: %d of %d files are not read", len(files) - len(kept), len(files))
+        log.info("exclude: skipping %d of %d files", len(files) - len(kept), len(files))
     return kept
 
 
@@ -199,9 +199,9 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
             text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
             yield from csv.DictReader(text) if lower.endswith(".csv") else (json.loads(line) for line in text if line.strip())
     except LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: is not read: {readers.REASONS[e.reason]} ({e.detail})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read it: {readers.REASONS[e.reason]} ({e.detail})") from e
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read it ({brief(e)})") from e
 
 
 @contextmanager
@@ -305,8 +305,8 @@ def changed(place: Location, part: FilePart, size: int) -> DataError:
     other = "content" if part.etag else "time"
     now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"
     return DataError(
-        f"input: {place}: changed during the run: it had {part.bytes:,} bytes when it was listed, and has {now}. "
-        "Start again: what was made of it is made again"
+        f"input: {place}: changed during the run: it had {part.bytes:,} bytes at the start, and has {now}. Start "
+        "again: heliostat processes the file again"
     )
 
 

@@ -58,7 +58,7 @@ class TextSource:
     def finish(self, document: Document) -> Document | Dropped:
         if isinstance(document.text, bytes):
             what, stage = ("PDF", "pdf") if is_pdf(document.text) else ("page", "extract")
-            raise ConfigError(f"stages: {document.id} is a {what}, not text; put {{stage: {stage}}} among the first")
+            raise ConfigError(f"stages: {document.id} is a {what}, not text. Put {{stage: {stage}}} among the first stages")
         return documents.clean(document.id, document.text, self.rules, document.columns)
 
 

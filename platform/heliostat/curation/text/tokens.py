@@ -57,7 +57,7 @@ def load(definition: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"tokenizer.path: not a tokenizer.json of the tokenizers library ({e})") from e
+        raise ConfigError(f"tokenizer.path: the tokenizers library can't read it ({e})") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -69,7 +69,7 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
     if number is None:
         added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
         raise ConfigError(
-            f"tokenizer.end_of_document: {end_of_document!r} is not in the vocabulary; its special tokens: {added or 'none'}"
+            f"tokenizer.end_of_document: {end_of_document!r} isn't in the vocabulary. Its special tokens: {added or 'none'}"
         )
     return number
 

@@ -33,16 +33,16 @@ def find(dataset: Manifest, id: str | None = None, url: str | None = None, text:
     """Finds documents by one of the three: what became of each (`reasons.END`); ConfigError if there is none."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += "; it is the path in the input, with `#line`, `#row` or `#byte` where a file holds several"
+        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file holds several documents"
     elif url is not None:
         rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
         assert text is not None
         if dataset.kind != "tokens":
-            raise ConfigError("--text: the dataset holds images; find one by --id or --url")
+            raise ConfigError("--text: the dataset holds images. Pass --id or --url")
         hashes, fate = _hashes(dataset, text)
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
-        what = f"--text: no document has this text, as it is or after the stages{fate}"
+        what = f"--text: no document has this text, neither as given nor after the stages{fate}"
     if not rows:
         raise ConfigError(f"{what} ({dataset.location})")
     return sorted(rows, key=lambda row: row["id"])
@@ -53,13 +53,13 @@ def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
     by, fate = reasons.made_by(dataset), ""
     document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
-        raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
+        raise ConfigError(f"--text: not a document: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
     for step, after in stages_again(by, last) if by else ():
         if step["did"] == "cut":
-            fate = f"; after stage {step['stage']} texts follow from all documents, and are not found: use --id or --url"
+            fate = f". Stage {step['stage']} derives texts from all documents, which --text can't find. Use --id or --url"
         elif after is None:
-            fate = f"; stage {step['stage']} would drop it: {step['reason']}"
+            fate = f". Stage {step['stage']} would drop it: {step['reason']}"
         last = after or last
     finished = source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
@@ -86,9 +86,9 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
         notes.append(str(e))
     if not steps:
         if end["reason"] in (CRASHED, UNREAD):
-            notes.append("it is not taken through the stages again, as it would end this process, too")
+            notes.append("heliostat doesn't run the stages again, because the document would crash this process too")
         elif dataset.kind == "tokens":
-            notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
+            notes.append("the input has changed, so it isn't known what the stages that kept the document did to it")
         steps = _recorded(funnel, end)
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
@@ -122,7 +122,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     steps = [read]
     for again, _ in stages_again(by, document) if isinstance(document, Document) else ():
         if again["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
-            notes.append(f"what {again['stage']} removed follows from all documents: from there on the record tells the way")
+            notes.append(f"the changes by {again['stage']} depend on all documents: from there on, this shows the record")
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
         if again["did"] == "cut":  # it ended before, and would not today
@@ -137,7 +137,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
     then = "kept" if end["stage"] in AFTER else f"dropped by {end['stage']}: {end['reason']}"
     if today != then:
-        notes.append(f"the input has changed since: read today, the document would be {today}; it was {then}")
+        notes.append(f"the input has changed: the document would now be {today}; it was {then}")
     return steps
 
 
@@ -212,7 +212,7 @@ def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[
         try:
             stage = registry.parse(entry)
         except ValueError as e:
-            raise ConfigError(f"the dataset was made by a stage that this version does not have, or not so: {e}") from e
+            raise ConfigError(f"the dataset was made with a stage that this version doesn't have, or has changed: {e}") from e
         step: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
         if isinstance(stage, RepeatingStage):
             yield {**step, "did": "cut"}, None

@@ -39,8 +39,8 @@ def listing(uri: str) -> list[InputFile]:
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(LISTS)}, as lists of URLs do (fetch)")
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -97,7 +97,7 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
         row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
-        raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {row_text}")
+        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). Its columns: {row_text}")
     url = _whole(row[column]) if isinstance(row[column], str) else ""
     kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,

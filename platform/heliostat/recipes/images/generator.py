@@ -71,7 +71,7 @@ class ImageCanvas:
         """Makes the scheduler that is asked for; None for the export's own. ConfigError if the model does not go with it."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
-                raise ConfigError(f"generate: {side}: {value} is no multiple of {self.factor} pixels, the side of a latent")
+                raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")
         if options.sampler is None:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
@@ -105,7 +105,7 @@ class ImageGenerator:
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:
             if request.out is None:
-                raise ConfigError("--out: say where the image goes, such as --out x.png")
+                raise ConfigError("--out: no file given for the image. Pass one, for example --out x.png")
         wanted = [(r.prompt, r.seed + i) for r in requests for i in range(self.options.grid)]
         drawn = self.canvas.pictures([p for p, _ in wanted], [seed for _, seed in wanted], self.options)
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]
@@ -115,4 +115,4 @@ class ImageGenerator:
         place.write(png(grid(images, 4)))
         options = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
         facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **options, "images": len(images)}
-        return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)
+        return Generated(request.prompt, f"{request.prompt!r}: saved to {place}", facts)

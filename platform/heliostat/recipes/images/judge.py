@@ -30,7 +30,7 @@ class Judge:
 
         self.labels = sorted(set(labels) - {""})
         if len(self.labels) < 2:
-            raise ConfigError("model.samples.judge: the datasets have no labels; name columns.label in the pipeline")
+            raise ConfigError("model.samples.judge: the datasets have no labels. Set columns.label in the pipeline")
         known = [i for i, label in enumerate(labels) if label]
         pixels, names = features([images[i] for i in known]), np.array([labels[i] for i in known])
         is_held_out = np.arange(len(known)) % HELD == 0
@@ -72,12 +72,12 @@ def real_images(
             try:
                 table = chunks.read(number, chunk)
             except DamagedError as e:
-                log.warning("%s; its images are left out", e)
+                log.warning("%s. Its images are left out", e)
                 continue
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets hold no images; remove judge and features")
+                raise ConfigError("model.samples: the datasets hold no images. Remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

@@ -56,30 +56,34 @@ class Parts:
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
-            raise ConfigError("model.autoencoder: is needed, because the datasets hold latents; give the one that made them")
+            raise ConfigError(
+                "model.autoencoder: required, because the datasets hold latents. Set it to the autoencoder that computed them"
+            )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(f"model.{name}.pretrained: is not the model that computed the datasets; give that one")
+                raise ConfigError(f"model.{name}.pretrained: this model didn't compute the datasets. Set it to the one that did")
         if f.text and f.text != (self.model.text.length, self.width):
-            raise ConfigError(f"model.text.length: {self.model.text.length}, but the datasets hold {f.text[0]}; set it to that")
+            raise ConfigError(
+                f"model.text.length: {self.model.text.length} given, but the datasets hold {f.text[0]}. Set it to that"
+            )
         if not self.model.text.pretrained and f.tokenizer is None:
-            raise ConfigError("model.text: the datasets have no tokenizer; prepare them with one, or give model.text.pretrained")
+            raise ConfigError("model.text: the datasets have no tokenizer. Prepare them with one, or set model.text.pretrained")
         keys, channels = self._given(), self.shape()[0]
         if keys.get("in_channels", channels) != channels:
-            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']}, but the data has {channels}")
+            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels}")
         if (said := self._answers(keys)) != channels:
-            more = "; it predicts the variance too, which is not trained here" if said == 2 * channels else ""
-            raise ConfigError(f"model.backbone.out_channels: {said}, but what is to be predicted has {channels}{more}")
+            more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
+            raise ConfigError(f"model.backbone.out_channels: {said} given, but the prediction target has {channels}{more}")
         if self._conditioned(keys):
             raise ConfigError(
-                "model.backbone.use_additional_conditions: the model wants each image's resolution and aspect ratio, which are "
-                "not given here; take one without (use_additional_conditions: false)"
+                "model.backbone.use_additional_conditions: not supported: the model expects each image's "
+                "resolution and aspect ratio. Use a model with use_additional_conditions: false"
             )
         for key in config.TEXT_WIDTHS[self.arch]:
             if keys.get(key, self.width) != self.width:
-                raise ConfigError(f"model.backbone.{key}: {keys[key]}, but the text encoder's width is {self.width}")
+                raise ConfigError(f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}")
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -147,9 +151,11 @@ class Parts:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise ConfigError(f"model.backbone.pretrained: is not trained by images and captions alone ({why})") from e
+            raise ConfigError(f"model.backbone.pretrained: the backbone needs more than images and captions ({why})") from e
         if said.shape != shape:
-            raise ConfigError(f"model.backbone.pretrained: answers {tuple(said.shape[1:])} for images of {shape[1:]}")
+            raise ConfigError(
+                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}"
+            )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
         """Returns the channels, height and width of what is noised, for a `size` (width and height in pixels). Without datasets,

@@ -26,7 +26,7 @@ def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Ten
         return backbone(noisy, encoder_hidden_states=text, timestep=t, added_cond_kwargs=sizes).sample
     if kind == "SD3Transformer2DModel":
         return backbone(noisy, encoder_hidden_states=text, pooled_projections=text.mean(dim=1), timestep=t).sample
-    raise TypeError(f"{kind} is no backbone of this pipeline")
+    raise TypeError(f"{kind} isn't a backbone of this pipeline")
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:

@@ -43,19 +43,22 @@ class DatasetFacts:
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
     each = [_facts(m) for m in sources]
-    names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
+    names = {"content": "hold different kinds of content", "channels": "have different numbers of channels",
+             "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
-            raise ConfigError(f"data.sources: the datasets {what}; prepare them with one pipeline")
+            raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
-        raise ConfigError("data.one_source_batches: must be true, because the datasets hold images of different sizes")
+        raise ConfigError(
+            "data.one_source_batches: required, because the datasets hold images of different sizes. Set it to true"
+        )
     return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(f"data.sources: {m.location} holds no images; make it with heliostat.pipelines:ImagePipeline")
+        raise ConfigError(f"data.sources: {m.location} holds no images. Make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),

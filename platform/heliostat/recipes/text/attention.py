@@ -50,7 +50,7 @@ def require(recipe: LanguageModel) -> None:
     choices = ["eager", *(other for other, flag in SUPPORT.items() if getattr(model, flag, False))]
     supported = [other for other in choices if twin(other) in choices]
     if name not in supported:
-        raise ConfigError(f"{KEY}: {name!r} is not what {kind!r} can compute its attention with; use {' or '.join(supported)}")
+        raise ConfigError(f"{KEY}: {kind!r} doesn't support {name!r}. Use {' or '.join(supported)}")
 
 
 def require_installed(name: str) -> None:
@@ -58,6 +58,6 @@ def require_installed(name: str) -> None:
     module, package = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise MissingExtraError(
-            f"{KEY}: {name!r} needs the package {package}, which is built against torch and CUDA; install it where workers run, "
-            "or use sdpa"
+            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install it "
+            "on every worker, or use sdpa"
         )

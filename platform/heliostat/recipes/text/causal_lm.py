@@ -61,7 +61,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
-            raise ConfigError("data.sequence_length: is required for a language model")
+            raise ConfigError("data.sequence_length: required for a language model")
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
@@ -107,7 +107,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def _require_positions(self, longest: int | None) -> None:
         """Raises ConfigError if samples are longer than what the model is given as its longest."""
         if longest and 0 < longest < self.length:
-            raise ConfigError(f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}")
+            raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
 
     def plainly(self) -> CausalLM:
         """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
@@ -156,7 +156,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
-                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's {size}")
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
         if not self.pretrained:
@@ -166,8 +166,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             return ""
         return (
-            f"the model is counted with {self.config.vocab_size:,} tokens, the default vocabulary of its configuration, until "
-            "the dataset gives its own; model.vocab_size sets it"
+            f"heliostat counts the model with {self.config.vocab_size:,} tokens, its default vocabulary, until "
+            "the dataset is prepared. Set model.vocab_size to change it"
         )
 
     def _bind(self, **values: int | None) -> None:
@@ -189,8 +189,9 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
-                f"{field} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
-                f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
+                f"{field}: its tokenizer differs from that of data.sources.0.path {str(source.location)!r} ({what}). "
+                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {folder}}}` in the "
+                "pipeline file"
             )
 
     def build(self) -> PreTrainedModel:

@@ -49,7 +49,7 @@ def read(text: str) -> list[dict[str, str]]:
     try:
         messages = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
     except (ValueError, RecursionError) as e:
-        raise ConfigError("is no JSON list of messages") from e
+        raise ConfigError("isn't a JSON list of messages") from e
     try:
         return [message.plain() for message in MESSAGES.validate_python(messages)]
     except ValidationError as e:
@@ -71,4 +71,4 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as e:  # whatever the template raises, and the tokenizer of half a character (a lone surrogate)
-        raise ConfigError(f"the model's chat template or tokenizer refuses them: {brief(e, 200)}") from e
+        raise ConfigError(f"the model's chat template or tokenizer rejects them: {brief(e, 200)}") from e

@@ -82,14 +82,16 @@ def require(recipe: LanguageModel) -> None:
         count = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
     if not count:
-        raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
+        raise ConfigError(f"{key}: transformers doesn't checkpoint the layers of {kind!r} one by one. Set {_plainly(key)}")
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
-            raise ConfigError(f"{SOME}: layers of {kind!r} cannot be computed again in part: {fault}; set {_plainly(key)}")
+            raise ConfigError(f"{SOME}: {kind!r} doesn't support selective checkpointing: {fault}. Set {_plainly(key)}")
     elif isinstance(which, int) and which is not True and which > count:
-        raise ConfigError(f"{SOME}: {which} of the {count} layers of {kind!r}; set it to true, or to {count - 1} or fewer")
+        raise ConfigError(
+            f"{SOME}: {which} is not below the number of layers of {kind!r}, {count}. Set it to true, or to {count - 1} or less"
+        )
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
+        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set it to false")
 
 
 def _plainly(key: str) -> str:
@@ -106,7 +108,7 @@ def _differs(small: LanguageModel) -> str:
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
         wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*wrong) else "the gradient is another one"
+    return "" if torch.equal(*wrong) else "its gradient differs"
 
 
 def _fault(small: LanguageModel) -> str:
@@ -115,4 +117,4 @@ def _fault(small: LanguageModel) -> str:
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
     copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
-    return "" if all(copied) else "they take it by name, so that it is kept, too"
+    return "" if all(copied) else "the layers take their input as a keyword argument, so it stays on the device"

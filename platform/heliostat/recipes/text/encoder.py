@@ -17,7 +17,7 @@ from heliostat.recipes.text import masks
 from heliostat.recipes.text.model_config import ModelKind
 
 ENCODER = ModelKind(
-    "encoder or decoder of text",
+    "text encoder or decoder",
     tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
     "bert, modernbert, qwen3",
 )

@@ -62,7 +62,7 @@ def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: in
     try:
         samples = _samples(job, open_dataset(plan(job, sources)))
     except (DataError, StorageError, OSError) as e:
-        log.warning("the datasets cannot be read, so the prompt is %r: %s", PLAIN, e)
+        log.warning("can't read the datasets, so the prompt is %r: %s", PLAIN, e)
         return [PLAIN]
     starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in samples]
     return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]

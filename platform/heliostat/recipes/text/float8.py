@@ -96,12 +96,16 @@ def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model has linear layers that fit."""
     kind = recipe.config.model_type
     if recipe.routes:
-        raise ConfigError(f"{KEY}: experts of {kind!r} are no linear layers, and its routers should stay exact; set it to false")
+        raise ConfigError(
+            f"{KEY}: not supported for {kind!r}: its experts aren't linear layers, and its routers need full "
+            "precision. Set it to false"
+        )
     with torch.device("meta"):
         model = recipe.plainly().build()
     if not linears(model):
         raise ConfigError(
-            f"{KEY}: {kind!r} has no nn.Linear in its layers with sides of multiples of {MULTIPLE}; set it to false"
+            f"{KEY}: not supported: no layer of {kind!r} has an nn.Linear with sides that are multiples of "
+            f"{MULTIPLE}. Set it to false"
         )
 
 
@@ -110,4 +114,4 @@ def require_device() -> None:
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY:
         needs, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}; set it to false")
+        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}. Set it to false")

@@ -17,7 +17,7 @@ from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.schema import Float, Strict, validate
 
-EMPTY = "is empty, and the tokenizer has no token that begins a document"
+EMPTY = "is empty, and the tokenizer has no beginning-of-document token"
 
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:

@@ -26,12 +26,12 @@ BRANCHES = 2
 
 class Init(Strict):
     zero_output_projections: bool = False
-    """Begins the last matrix of each residual branch as zeros, so that every layer begins as the identity."""
+    """Initializes the last matrix of each residual branch with zeros, so that every layer starts as the identity."""
 
 
 def read(model: Mapping[str, object]) -> Init:
     if KEY in model and "pretrained" in model:
-        raise ConfigError(f"model.{KEY}: a pretrained model begins as its folder says; remove this key")
+        raise ConfigError(f"model.{KEY}: a pretrained model takes its first weights from its folder. Remove this key")
     return validate(Init, model.get(KEY, {}), f"model.{KEY}")
 
 
@@ -77,8 +77,7 @@ def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
     names = output_projections(parameters)
     if not names:
         raise ConfigError(
-            f"model.{KEY}.zero_output_projections: the layers of {arch!r} have no output projections that are known as such; "
-            "set it to false"
+            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. Set it to false"
         )
     for name in names:
         if not parameters[name].is_meta:

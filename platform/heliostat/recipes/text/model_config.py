@@ -41,7 +41,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
         near = nearest(arch, list(wanted.archs)) or f"; for example: {wanted.examples}"
-        raise ConfigError(f"model.arch: {arch!r} is no {wanted.name} of transformers{near}")
+        raise ConfigError(f"model.arch: {arch!r} isn't a {wanted.name} of transformers{near}")
     kind: type[PreTrainedConfig] = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
     if isinstance(act, str):
@@ -64,7 +64,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
         raise _bad_value(e) from e
     if heads and groups and heads % groups:
         raise ConfigError(
-            f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
+            f"model.num_key_value_heads: {groups} doesn't divide num_attention_heads {heads}. {_divisor(heads, groups)}"
         )
     return config
 
@@ -79,7 +79,7 @@ def _check_activation(name: str) -> None:
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
+        raise ConfigError(f"model.hidden_act: {name!r} isn't an activation{nearest(name, list(ACT2FN))}")
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
@@ -92,11 +92,11 @@ def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
     names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
     width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
     if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
-        raise ConfigError(f"model.{names[1][1]}: {heads} does not divide {names[0][1]} {width}; {_divisor(width, heads)}")
+        raise ConfigError(f"model.{names[1][1]}: {heads} doesn't divide {names[0][1]} {width}. {_divisor(width, heads)}")
 
 
 def _divisor(number: int, near: int) -> str:
-    return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
+    return f"Nearest divisor: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
 ROUTER = "output_router_logits"  # which a job may give in addition to `pretrained`, as `expert_keys`: it is of the training
@@ -116,11 +116,11 @@ def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrain
     """Reads the configuration in the folder of a pretrained model, as it is there."""
     folder = Path(str(model["pretrained"]))
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} isn't a model folder (no config.json)")
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in wanted.archs:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no {wanted.name}")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which isn't a {wanted.name}")
     return config
 
 
@@ -129,7 +129,7 @@ def _routing(config: PreTrainedConfig, model: Mapping[str, object]) -> PreTraine
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
             raise ConfigError(
-                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router; remove this key"
+                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router. Remove this key"
             )
         setattr(inner, ROUTER, bool(model[ROUTER]))
     return config
@@ -156,10 +156,10 @@ class RopeScaling(Strict):
     @model_validator(mode="after")
     def _fits(self) -> RopeScaling:
         for key in sorted(self.model_fields_set - {*COMMON, *OWN[self.rope_type]}):
-            raise ValueError(f"{key} is not of rope_type {self.rope_type!r}; remove it")
+            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove it")
         for key in OWN["llama3"][1:] if self.rope_type == "llama3" else ():
             if getattr(self, key) is None:
-                raise ValueError(f"{key} is required by rope_type 'llama3' (Llama 3.1 has low_freq_factor 1, high_freq_factor 4)")
+                raise ValueError(f"{key}: required for rope_type 'llama3' (Llama 3.1 uses low_freq_factor 1, high_freq_factor 4)")
         return self
 
 
@@ -207,13 +207,13 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
         raise ConfigError("\n  ".join(explain(e, RopeScaling, f"model.{SCALING}"))) from e
     old = getattr(config, "rope_parameters", None)
     if not old:
-        raise ConfigError(f"model.{SCALING}: {config.model_type!r} has no rotary positions; remove this key")
+        raise ConfigError(f"model.{SCALING}: {config.model_type!r} has no rotary embeddings. Remove this key")
     if any(isinstance(value, dict) for value in old.values()):
         raise ConfigError(
-            f"model.{SCALING}: {config.model_type!r} has rotary positions of several kinds; give all of model.rope_parameters"
+            f"model.{SCALING}: {config.model_type!r} has several kinds of rotary embeddings. Set all of model.rope_parameters"
         )
     if "rope_parameters" in changes:
-        raise ConfigError(f"model.{SCALING}: model.rope_parameters is given, too; remove one of them")
+        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of them")
     before = scaling.original_max_position_embeddings or old.get("original_max_position_embeddings")
     before = before or config.max_position_embeddings
     new = {k: old[k] for k in ("rope_theta", "partial_rotary_factor") if k in old} | scaling.model_dump(exclude_none=True)
@@ -235,10 +235,10 @@ def require_same_weights(
         if differ := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
             name = differ[0]
             raise ConfigError(
-                f"model.{key}: {brief(keys[key])} does not fit the pretrained weights, whose {name!r} is "
-                f"{_size(own.get(name))} and would be {_size(other.get(name))}; remove this key"
+                f"model.{key}: {brief(keys[key])} doesn't fit the pretrained weights: {name!r} has size "
+                f"{_size(own.get(name))}, and would have {_size(other.get(name))}. Remove this key"
             )
-    raise ConfigError(f"model: {', '.join(keys)} together do not fit the pretrained weights; remove one of them")
+    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of them")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -246,4 +246,4 @@ def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
-    return "not there" if shape is None else " x ".join(map(str, shape))
+    return "nothing" if shape is None else " x ".join(map(str, shape))

@@ -28,12 +28,12 @@ def require_apart(recipe: LanguageModel) -> None:
         leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
     except tiny.UntriedError as e:
         raise ConfigError(
-            f"data.document_mask: could not try whether {kind!r} keeps packed documents apart ({e}); set it to false"
+            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set it to false"
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
-            f"data.document_mask: packed documents see each other in {kind!r}: other text before a boundary moves the logits "
-            f"after it ({leaked:.1%} of the change before it); set it to false"
+            f"data.document_mask: {kind!r} attends across packed documents: text before a boundary changes the "
+            f"logits after it (by {leaked:.1%} of the change before it). Set it to false"
         )
 
 

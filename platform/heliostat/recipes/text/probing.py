@@ -87,7 +87,7 @@ def _require_kernels(recipe: ProbedModel) -> None:
         with torch.device("meta"):
             if not recipe.blocks(recipe.plainly().build()):
                 kind = recipe.config.model_type
-                raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
+                raise ConfigError(f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set it to true")
 
 
 def _require_weights(recipe: ProbedModel) -> None:

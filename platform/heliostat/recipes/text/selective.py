@@ -138,9 +138,9 @@ class Giving(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         kept = self.kept[self.place] if self.place < len(self.kept) else NOTHING
         if kept.operation is not func:
-            raise RuntimeError(f"a layer that is computed again computes {func}, and what was kept is of {kept.operation}")
+            raise RuntimeError(f"a recomputed layer calls {func}, but the saved output is of {kept.operation}")
         if kept.is_other:
-            raise RuntimeError(f"what was kept of {func} was written into after the layer's forward pass")
+            raise RuntimeError(f"the saved output of {func} was changed in place after the layer's forward pass")
         self.kept[self.place] = NOTHING
         self.place += 1
         return func(*args, **(kwargs or {})) if kept.out is None else kept.out

@@ -80,12 +80,12 @@ def pooling_file(folder: Path) -> Path:
         str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in LIST.read(folder / MODULES)
     }
     if unknown := sorted(set(modules) - set(KINDS)):
-        raise ConfigError(f"{folder / MODULES}: a module {unknown[0]!r} is not known here; known: {', '.join(KINDS)}")
+        raise ConfigError(f"{folder / MODULES}: module {unknown[0]!r} isn't supported. Supported: {', '.join(KINDS)}")
     if "Pooling" not in modules or modules.get("Transformer"):
-        raise ConfigError(f"{folder / MODULES}: names no model in this folder with a pooling; take another model")
+        raise ConfigError(f"{folder / MODULES}: lists no pooling for a model in this folder. Use another model")
     place = Path(modules["Pooling"])
     if place.is_absolute() or ".." in place.parts:
-        raise ConfigError(f"{folder / MODULES}: its pooling lies outside of the folder; take another model")
+        raise ConfigError(f"{folder / MODULES}: its pooling is outside the folder. Use another model")
     return folder / place / "config.json"
 
 
@@ -93,11 +93,11 @@ def _pooling(place: Path) -> str:
     try:
         said = SETTINGS.read(place)
     except OSError as e:
-        raise ConfigError(f"{place}: cannot be read ({e.strerror}); is the folder whole?") from e
+        raise ConfigError(f"{place}: can't read it ({e.strerror}). Copy the folder again") from e
     named = said.get(MODE)
     chosen = [named] if isinstance(named, str) else [key.removeprefix(f"{MODE}_") for key, on in said.items()
                                                      if key.startswith(f"{MODE}_") and on is True]  # fmt: skip
     ways = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
     if len(ways) != 1 or ways[0] not in WAYS.values():
-        raise ConfigError(f"{place}: pools by {', '.join(ways)}; known: one of {', '.join(WAYS.values())}")
+        raise ConfigError(f"{place}: pooling by {', '.join(ways)} isn't supported. Supported: one of {', '.join(WAYS.values())}")
     return ways[0]

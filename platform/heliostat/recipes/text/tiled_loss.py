@@ -113,16 +113,18 @@ def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless the model's logits are its last layer's, and nothing is made of them afterwards."""
     fault = tiny.tried(recipe, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: logits of {recipe.config.model_type!r} cannot be computed in tiles: {fault}; set it to false")
+        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set it to false")
 
 
 def _fault(small: LanguageModel) -> str:
     """Compares the loss and the gradient of a small model in tiles with those of whole logits."""
     model = small.build()
     if model.get_output_embeddings() is None:
-        return "it has no layer of its own for them"
+        return "it has no output layer"
     faults = []
     for small.tiled in (False, True):
         faults.append(tiny.loss_and_gradient(small, model))
     whole, mine = faults
-    return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them after the last layer, such as a scale or a cap"
+    return (
+        "" if tiny.same(whole, mine, TOLERANCE) else "it changes the logits after the last layer, for example by a scale or a cap"
+    )

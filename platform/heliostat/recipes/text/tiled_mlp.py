@@ -73,10 +73,10 @@ def modules(model: torch.nn.Module) -> list[Any]:
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
         if len(own) != 1:
-            raise UnfitForTiles("there are layers without an MLP that is a module of its own")
+            raise UnfitForTiles("some layers have no MLP module")
         layers += own
     if not layers:
-        raise UnfitForTiles("transformers has no list of its layers")
+        raise UnfitForTiles("transformers doesn't list its layers")
     return layers
 
 
@@ -87,7 +87,7 @@ def _sparse(module: torch.nn.Module) -> bool:
 
 def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: object) -> torch.Tensor:
     if more:
-        raise UnfitForTiles("they take more than the layer's hidden state")
+        raise UnfitForTiles("its MLPs take more inputs than the layer's hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
     if not torch.is_grad_enabled():
         return _in_tiles(compute, hidden, rows)
@@ -151,9 +151,9 @@ def require(recipe: LanguageModel) -> None:
     """Raises ConfigError unless every layer of the model has an MLP that computes each token by itself, and draws no numbers."""
     kind, whole = recipe.config.model_type, copy.copy(recipe)
     whole.tiled_mlp = False
-    fault = "its layers have experts in their place" if recipe.routes else tiny.tried(whole, _fault)
+    fault = "its layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: MLPs of {kind!r} cannot be computed in tiles: {fault}; set it to false")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to false")
 
 
 def _fault(small: LanguageModel) -> str:
@@ -161,13 +161,13 @@ def _fault(small: LanguageModel) -> str:
     try:
         model = small.build()
         if _draws(small, model):
-            return "they draw random numbers, which would be others in tiles (set the model's dropout to 0)"
+            return "its MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
         whole = tiny.loss_and_gradient(small, model)
         use(model, TRIED)
         same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
     except UnfitForTiles as e:
         return str(e)
-    return "" if same else "they do not compute each token by itself"
+    return "" if same else "its MLPs don't compute each token independently"
 
 
 @torch.no_grad()

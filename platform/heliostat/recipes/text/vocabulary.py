@@ -30,16 +30,14 @@ def of_folder(folder: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
-        raise ConfigError(
-            f"model.pretrained: {str(folder)!r} holds no tokenizer that can be read; put its tokenizer.json there"
-        ) from e
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds no readable tokenizer. Copy its tokenizer.json there") from e
 
 
 def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{owner}: its tokenizer.json is none of the tokenizers library ({e})") from e
+        raise ConfigError(f"{owner}: the tokenizers library can't read its tokenizer.json ({e})") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
@@ -60,7 +58,7 @@ def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | N
         sizes = f"of {len(plain[0]):,} and {len(plain[1]):,} tokens"
         return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's and {where[1]} in the model's"
     if ours["model"].get("merges") != theirs["model"].get("merges"):
-        return "the same tokens, but other merges"
+        return "the tokens are equal, but the merges differ"
     for key in sorted({*ours["model"], *theirs["model"]} - {"vocab", "merges"}):
         if ours["model"].get(key) != theirs["model"].get(key):
             return f"{key} is {ours['model'].get(key)!r} in the dataset's and {theirs['model'].get(key)!r} in the model's"
