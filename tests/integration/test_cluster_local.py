@@ -354,7 +354,7 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
     assert services >= {"NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"}
     assert paths >= {"/api/version", "/api/jobs/", "/api/v0/nodes"}
     assert (work.folder / ".heliostat" / "clusters" / "test" / "token").stat().st_mode & 0o077 == 0
-    with pytest.raises(ClusterError, match="refuses our token"):
+    with pytest.raises(ClusterError, match="rejects the token"):
         _answering(Endpoint(state.url, "0" * 64, True))
 
 

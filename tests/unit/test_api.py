@@ -152,7 +152,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             lambda: heliostat.check(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
             r"recipe: heliostat\.recipes has no 'Nothing'",
         ),
-        (lambda: heliostat.Run("runs/none"), r"none: holds no run"),
+        (lambda: heliostat.Run("runs/none"), r"none: isn't a run"),
         (lambda: heliostat.generate("0" * 31, "x"), r"no such folder, and not a run id. Pass models:/NAME/VERSION"),
         (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: give steps and global_batch"),
         (

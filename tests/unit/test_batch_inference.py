@@ -176,7 +176,7 @@ def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp
         assert found == {name: facts[name] for name in ("model", "engine", "settings", "input", "inputs", "answers")}, input
     assert known(str(tmp_path / "in")) is None and not caplog.text
     shutil.copy(one, out / "mine.parquet")
-    assert known(str(out)) is None and "inference.json does not list mine.parquet" in caplog.text
+    assert known(str(out)) is None and "inference.json doesn't list mine.parquet" in caplog.text
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):

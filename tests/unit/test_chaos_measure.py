@@ -35,7 +35,7 @@ def said(at: float, step: int) -> tuple[float, str]:
 def killed_at_100() -> FaultEffect:
     """Killed at 100 s behind step 23; the failure is seen at 102 s, and from step 20 it goes on at 110 s."""
     lines = [said(90 + i / 10, i) for i in range(1, 24)]
-    lines += [(102.0, "04:01:02 a worker died; going on from step 20 in 1 s")]
+    lines += [(102.0, "04:01:02 a worker died. Resuming from step 20 in 1 s")]
     lines += [said(110 + i, 20 + i) for i in range(1, 5)]
     attempts = [attempt(50, 102, 0, 23, "failed"), attempt(102, 130, 20, 60, "finished")]
     return FaultEffect(100.0, None, None, lines, attempts)

@@ -56,10 +56,10 @@ def server(status: int, body: str) -> Iterator[str]:
 def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named(monkeypatch):
     """Named, the cluster's file decides; in a cluster Ray does."""
     wanted = job(workers={"gpus": 1, "cpus": 8})
-    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers ask for .* has none that can be used"):
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers need .* has no usable one"):
         check.check_devices(wanted, None)
     check.check_devices(wanted, ROOT / "clusters" / "aws-h100.yaml")
-    with pytest.raises(ConfigError, match=r"^workers\.count: .* do not fit on .*aws-h100\.yaml"):
+    with pytest.raises(ConfigError, match=r"^workers\.count: .* don't fit on .*aws-h100\.yaml"):
         check.check_devices(job(workers={"gpus": 9}), ROOT / "clusters" / "aws-h100.yaml")
     check.check_devices(job(), None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
@@ -183,7 +183,7 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
     """It is said which there are; an address has a port."""
     monkeypatch.setattr(local, "known", lambda: [local.ClusterState("local", "f", "http://127.0.0.1:1")])
     for name in ("locel", "my-cluster", "host.example.com", "a/b:80"):
-        with pytest.raises(ConfigError, match=r"^--cluster: .* is no local cluster that runs"), reach.endpoint(name):
+        with pytest.raises(ConfigError, match=r"^--cluster: .* isn't a running local cluster"), reach.endpoint(name):
             pass
     with pytest.raises(ConfigError, match="did you mean 'local'"), reach.endpoint("locel"):
         pass

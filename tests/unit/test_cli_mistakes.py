@@ -28,7 +28,7 @@ BOTH = "--overwrite: deletes the checkpoints that --resume needs. Pass one of th
         (["samples", "r", "--step", "0", "--json"], "UsageError", "'--step'"),
         (["train", "nothing.yaml", "--json"], "ConfigError", "nothing.yaml: no such file"),
         (["check", "jobs", "--json"], "ConfigError", "jobs: is a folder; name a YAML file in it"),
-        (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: holds no run"),
+        (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: isn't a run"),
         (["index", "/nowhere", "--json"], "MissingDataError", "heliostat prepare"),
         *[
             (["train", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
@@ -49,7 +49,7 @@ BOTH = "--overwrite: deletes the checkpoints that --resume needs. Pass one of th
         (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
         (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md isn't an SQLite database"),
         (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: can't read jobs (Is a directory)"),
-        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
+        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "or an address (HOST:PORT"),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,
@@ -78,7 +78,7 @@ def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, t
     monkeypatch.setattr(local, "known", list)
     for words, field in ((["jobs"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
-        assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+        assert code == 2 and err.startswith(f"error: {field}no cluster given") and "heliostat cluster up" in err
 
 
 def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):

@@ -89,7 +89,7 @@ def test_corruption_is_a_failure_like_others_and_ends_as_what_it_is() -> None:
     assert classify(error) == "failure"
     for failure in (error, LossSpikeError("high", 3)):
         budget = Budget(job(**{"retries.max": 0}).retries)
-        with pytest.raises(type(failure), match="given up after 0 retries"):
+        with pytest.raises(type(failure), match="Giving up after 0 retries"):
             budget.spend(failure, 0)
 
 

@@ -147,7 +147,7 @@ def test_what_a_job_asks_of_a_recipe_that_cannot_do_it_is_refused_by_key(workspa
     with pytest.raises(ConfigError, match=r"^mlflow\.register: own_recipes:Least can't be served, so there is no model"):
         check.check_job(job(**least, evaluate=None, **{"mlflow.register": "mine"}))
     with pytest.raises(
-        ConfigError, match=r"^checkpoint\.best\.metric: 'los' is no score of heliostat\.recipes:CausalLM; did you"
+        ConfigError, match=r"^checkpoint\.best\.metric: 'los' isn't a score of heliostat\.recipes:CausalLM; did you"
     ):
         check.check_job(job(**{"checkpoint.best": {"metric": "los", "keep": 1}}))
 
@@ -281,7 +281,7 @@ def test_parts_are_added_by_their_weight_and_logged_by_their_name():
 def test_a_part_that_would_hide_another_curve_is_refused(name):
     recipe = Parts(job())
     recipe.given = {name: 1.0}
-    with pytest.raises(ConfigError, match=rf"loss names a part '{name}', which cannot be logged as train/"):
+    with pytest.raises(ConfigError, match=rf"loss names a part '{name}', which can't be logged as train/"):
         Objective(recipe).part(recipe.build(), recipe.batch(ROWS, KEYS), 1, 1)
 
 
@@ -290,10 +290,10 @@ def test_parts_that_come_and_go_and_a_loss_of_the_first_form_are_refused():
     model, batch, objective = recipe.build(), recipe.batch(ROWS, KEYS), Objective(recipe)
     objective.part(model, batch, 1, 1)
     recipe.given = {"distance": 1.0}
-    with pytest.raises(ConfigError, match=r"loss named \['distance', 'accuracy'\] before and now \['distance'\]"):
+    with pytest.raises(ConfigError, match=r"loss named the parts \['distance', 'accuracy'\] before, and \['distance'\] now"):
         objective.part(model, batch, 1, 1)
     recipe.loss = lambda model, batch: torch.zeros(())  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"loss returned a Tensor; it must return a Loss \(docs/guides/recipe\.md\)"):
+    with pytest.raises(ConfigError, match=r"loss returned a Tensor, expected a Loss \(docs/guides/recipe\.md\)"):
         Objective(recipe).part(model, batch, 1, 1)
 
 

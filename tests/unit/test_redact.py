@@ -125,7 +125,7 @@ def test_a_database_that_takes_no_connection_is_told_at_once():
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
         began = time.monotonic()
-        with pytest.raises(TrackingError, match=rf"127\.0\.0\.1:{port} takes no connection \(.*refused"):
+        with pytest.raises(TrackingError, match=rf"127\.0\.0\.1:{port} accepts no connection \(.*refused"):
             connect(f"postgresql+psycopg://u:p@127.0.0.1:{port}/db")
         assert time.monotonic() - began < 60
 

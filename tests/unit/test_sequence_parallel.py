@@ -84,7 +84,10 @@ def test_what_cannot_hold_it_is_refused_by_name(changes, line):
 
 
 def test_another_recipe_is_refused_and_told_what_it_lacks():
-    with pytest.raises(ConfigError, match=rf"{KEY}: .* cuts no samples; derive it from heliostat.recipes.protocol.CutsSamples"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{KEY}: .* doesn't support sequence parallelism.* derive it from heliostat.recipes.protocol.CutsSamples",
+    ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
     assert line == f"{KEY}: 2 cuts samples of data.sequence_length tokens, and the job has none; remove it"

@@ -342,7 +342,7 @@ def disk_full(scene: Scene, command: Command) -> None:
     ballast.unlink()
 
 
-AGAIN = "going on from step"
+AGAIN = "Resuming from step"
 FAULTS = {
     fault.name: fault
     for fault in (
@@ -362,7 +362,7 @@ FAULTS = {
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice=logger.AWAY, cured=logger.BACK),
         Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
-              no_disk, notice="a checkpoint could not be saved"),
+              no_disk, notice="can't save a checkpoint"),
     )
 }  # fmt: skip
 

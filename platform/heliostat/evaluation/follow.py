@@ -50,7 +50,7 @@ class KeptResult(TypedDict):
     recorded: dict[str, Any]
 
 
-KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, and heliostat scores its checkpoint again")
 
 
 @dataclass

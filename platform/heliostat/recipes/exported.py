@@ -52,7 +52,7 @@ class Exported(TypedDict):
     origin: NotRequired[Origin]
 
 
-EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="export the model again")
+EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="Export the model again")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def index_documents(
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    with lease.take(place, "built", "wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "built", "Wait for it, or stop it", field="--out") as lease_:
         before = what_was(place)
         if before and before.record["dataset"]["digest"] == prepared.digest:
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
