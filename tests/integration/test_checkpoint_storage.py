@@ -191,7 +191,7 @@ def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
         ({"master.new": torch.zeros(3)}, "has no 'master.new'"),
         ({"master.small": torch.zeros(30)}, "holds 'master.small' in another shape"),
     ]:
-        with pytest.raises(CheckpointError, match=f"{message}; it was made by another model"):
+        with pytest.raises(CheckpointError, match=f"{message}, so another model made it"):
             checkpoint.load(found, other, group)
     yield {"done": True}
 

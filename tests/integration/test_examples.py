@@ -143,7 +143,7 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
     assert mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
     _print_result(result)
     assert f"model not logged, run {result['run_id']}" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ConfigError, match="Bigrams is not exported: it does not derive from Exports"):
+    with pytest.raises(ConfigError, match="Bigrams doesn't support export: it doesn't derive from Exports"):
         export(saver.latest(Location(made["storage"]).join("bigrams")), tmp_path / "out")
 
 

@@ -117,5 +117,5 @@ def test_what_names_a_file_is_read_as_it_is_and_anything_else_is_text(tmp_path):
     assert read_text("--prefix", str(tmp_path / "a.py")) == "def f():\r\n\t"
     for text in ("", "def f():\n", "x" * 5000, "a\0b", str(tmp_path)):
         assert read_text("--prefix", text) == text
-    with pytest.raises(ConfigError, match=r"--suffix: .*b\.py is no UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"--suffix: .*b\.py isn't UTF-8 text"):
         read_text("--suffix", str(tmp_path / "b.py"))

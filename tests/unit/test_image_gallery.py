@@ -179,6 +179,6 @@ def test_a_prompts_file_is_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("a seven\n\n  an eight \n")
     assert read_prompts(tmp_path / "p.txt") == ["a seven", "an eight"]
     (tmp_path / "empty.txt").write_text("\n")
-    for name, says in (("empty.txt", "holds no prompt"), ("gone.txt", "cannot be read")):
+    for name, says in (("empty.txt", "contains no prompt"), ("gone.txt", "can't read")):
         with pytest.raises(ConfigError, match=says):
             read_prompts(tmp_path / name)

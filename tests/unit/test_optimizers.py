@@ -257,7 +257,7 @@ def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(ke
 
 
 def test_a_run_of_an_optimizer_from_later_versions_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"made with 'adam9', hold what this heliostat does not know; "):
+    with pytest.raises(ConfigError, match=r"\('adam9'\) hold state that this version of heliostat doesn't know\. "):
         spec.settle(job(), raw(**{"train.optimizer": {"name": "adam9", "lr": 1}}))
 
 

@@ -129,5 +129,5 @@ def test_a_plan_without_a_version_is_of_version_1_and_keeps_its_digest():
             DataPlan.parse(raw | newer, "x")
     with pytest.raises(DataError, match=r"x: written by another version of heliostat \('stride'\)"):
         DataPlan.parse({**raw, "stride": 7}, "x")
-    with pytest.raises(DataError, match=r"x: is no data plan, or damaged \(version: 0\)"):
+    with pytest.raises(DataError, match=r"x: isn't a valid data plan \(version: 0"):
         DataPlan.parse({**raw, "version": 0}, "x")

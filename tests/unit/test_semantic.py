@@ -230,7 +230,7 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
     )
     refused(r"model: .*modules.json: module 'Dense' isn't supported")
     (folder / "modules.json").write_text("{}")
-    refused("modules.json: is no list of modules")
+    refused("modules.json: isn't a valid list of modules")
     (folder / "modules.json").unlink()
     (folder / "1_Pooling").mkdir()
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))

@@ -44,7 +44,9 @@ def test_a_start_that_was_too_slow_is_tried_once_more(rays, caplog):
 def test_a_second_failure_is_one_line(rays):
     tries, started = rays
     tries += [RuntimeError(SLOW), ConnectionError(SLOW)]
-    with pytest.raises(ClusterError, match=r"^Ray did not start, 2 times: The current .*failed to startup\.; is the") as e:
+    with pytest.raises(
+        ClusterError, match=r"^Ray didn't start in 2 attempts: The current .*failed to startup\.\. Check the"
+    ) as e:
         connect.init()
     assert "\n" not in str(e.value) and all(p.wait(60) is not None for p in started)
 

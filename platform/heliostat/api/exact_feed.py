@@ -65,18 +65,20 @@ class Feed(Iterator[Batch]):
 
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
-            raise ConfigError("ExactStream.start: call it in the training function of a TorchTrainer, on every worker")
+            raise ConfigError(
+                "ExactStream.start: called outside a TorchTrainer. Call it in the training function, on every worker"
+            )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
         self.done, self.last_step = step, job.last_step
         workers = divisors(plan.shape.lanes)
         if self.world not in workers:
             raise ConfigError(
-                f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "
-                f"{' or '.join(map(str, workers))}"
+                f"ExactStream.start: {self.world} workers don't divide the stream's {self.plan.shape.lanes} "
+                f"virtual ranks. Use {' or '.join(map(str, workers))}"
             )
         if not 0 <= step <= self.last_step:
-            raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {self.last_step}")
+            raise ConfigError(f"ExactStream.start: step {step} isn't between 0 and the stream's last step, {self.last_step}")
         self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
         self.dataset = open_dataset(self.plan)
         self._unsealed = Unsealed(self.folder, self.dataset, self.group)
@@ -94,7 +96,7 @@ class Feed(Iterator[Batch]):
         self.done += 1
         self._unsealed.add(index, mine)
         for bad in mine.bad:
-            log.warning("step %d: a bad sample was replaced: %s", self.done, bad.reason)
+            log.warning("step %d: replaced a bad sample: %s", self.done, bad.reason)
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
@@ -126,7 +128,7 @@ class Feed(Iterator[Batch]):
         ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
         if step not in ends:
             known = ", ".join(map(str, sorted(ends)))
-            raise ConfigError(f"ExactStream.start: no receipt in {self.folder} ends at step {step}; go on from one of {known}")
+            raise ConfigError(f"ExactStream.start: no receipt in {self.folder} ends at step {step}. Continue from one of {known}")
         segments.begin(self.folder, self.plan, step)
         listed = self.folder.join(run_folder.QUARANTINE)
         return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
@@ -157,7 +159,7 @@ class Feed(Iterator[Batch]):
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
         size = sample_bytes(data.sequence_length, self.dataset.sources)
         if crowd := nodes.crowded_now(self.job):
-            log.warning("%s; so reading takes no CPU of Ray's, and shares the workers' cores", crowd)
+            log.warning("%s, so reading reserves no CPU in Ray, and shares the workers' cores", crowd)
         return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
 
 

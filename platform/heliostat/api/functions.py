@@ -154,10 +154,12 @@ def datasets(
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
         if steps is not None or global_batch is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch and held_out are what the job says; leave them out")
+            raise ConfigError("heliostat.datasets: steps, global_batch, and held_out come from the job. Leave them out")
         return plan_stream(data, folder)
     if steps is None or global_batch is None:
-        raise ConfigError("heliostat.datasets: give steps and global_batch, the samples of a step over all workers")
+        raise ConfigError(
+            "heliostat.datasets: steps and global_batch are required. Pass global_batch as samples per step over all workers"
+        )
     return plan_stream(data_job(data, steps, global_batch, held_out), folder)
 
 
@@ -175,7 +177,7 @@ def _json(key: str, value: object) -> str:
     try:
         return json.dumps(value)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"overrides: {key}: {brief(repr(value))} is no value that YAML has ({e})") from e
+        raise ConfigError(f"overrides: {key}: YAML can't represent {brief(repr(value))} ({e})") from e
 
 
 def _path(key: str, value: object, wanted: str) -> Path:

@@ -157,10 +157,10 @@ class Run:
 
         if step is not None:
             if step not in (steps := layout.steps(self._place)):
-                have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}; {have}")
+                have = ", ".join(map(str, steps)) or "none"
+                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}. Its checkpoints: {have}")
             return layout.open_checkpoint(self._place, step)
         saved = layout.latest(self._place)
         if saved is None:
-            raise CheckpointError(f"{self._place}: holds no complete checkpoint")
+            raise CheckpointError(f"{self._place}: has no complete checkpoint")
         return saved
