@@ -80,7 +80,7 @@ def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = No
     """Yields the documents of a file, by its suffix, and what is left out of it; only those of `part`, if the file is ranged."""
     kind = kind_of(path)
     if kind is None:
-        yield Dropped(path, "unknown_kind", f"its name has none of the endings {', '.join(KINDS)}")
+        yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(KINDS)}")
         return
     try:
         yield from kind.read(path, stream, limits, *([part or FilePart(path, 0, 0)] if kind.ranged else []))
