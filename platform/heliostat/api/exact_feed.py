@@ -1,7 +1,7 @@
-"""Feeds a worker from an `ExactStream`: with its share of every step's samples, for which it writes the receipts.
+"""Feeds a worker from an `ExactStream`: yields its share of every step's samples, and writes the receipts.
 
-Rank 0 starts the Ray Dataset, in the worker itself, because only there it is known at which step the checkpoint stands; the
-others get their parts from it. The stream ends with the workers, and begins from scratch wherever the next ones start.
+Rank 0 starts the Ray Dataset in its worker, because only the worker knows the checkpoint's step. The other ranks get their
+parts from it. The stream ends with the workers; the next ones start a new stream.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ START_S = 120.0  # for the actor that hands out the parts of the stream
 class Batch:
     """Holds a worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
 
-    `step`: counted from 1; `lanes`: the canonical ranks whose samples they are, in this order; `replaced`: how many of the
-    samples stand in for bad ones.
+    `step`: counted from 1; `lanes`: the virtual ranks of the samples, in this order; `replaced`: how many of the samples stand
+    in for bad ones.
     """
 
     step: int
@@ -61,7 +61,7 @@ class Sealed(TypedDict):
 
 
 class Feed(Iterator[Batch]):
-    """Iterates over a worker's batches, one a step, from the step that it was opened at to the last."""
+    """Iterates over a worker's batches, one per step, from the step at which it was opened to the last."""
 
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
@@ -100,10 +100,10 @@ class Feed(Iterator[Batch]):
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
-        """Seals the steps that came since the last receipt, and returns what the run's receipts say so far. Collective.
+        """Seals the steps since the last receipt, and returns the state of the run's receipts. Collective.
 
-        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if more
-        bad samples were replaced than `data.max_bad_fraction` allows.
+        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if
+        more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:
@@ -119,7 +119,7 @@ class Feed(Iterator[Batch]):
         self._parts = []
 
     def _begin(self, step: int) -> tuple[str, int]:
-        """Prepares the folder, and returns the receipts' chain up to the step and the number of bad samples before it."""
+        """Prepares the folder. Returns the receipts' chain up to the step, and the number of bad samples before it."""
         chain, replaced = agreement.first(self.group, lambda: self._started(step))
         return chain, replaced if self.rank == 0 else 0
 
@@ -134,7 +134,7 @@ class Feed(Iterator[Batch]):
         return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
 
     def _share(self) -> list[DataIterator]:
-        """Distributes the stream, which rank 0 starts: returns every worker's part of it.
+        """Distributes the stream, which rank 0 starts. Returns this worker's part.
 
         The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
         """
@@ -154,7 +154,7 @@ class Feed(Iterator[Batch]):
         return parts
 
     def _dataset(self) -> RayDataset:
-        """Makes the Ray Dataset. Where the trainer's workers leave no CPU free, fetching takes none of Ray's: it mostly waits."""
+        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, fetching reserves none, because it mostly waits."""
         data = self.job.data
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
         size = sample_bytes(data.sequence_length, self.dataset.sources)

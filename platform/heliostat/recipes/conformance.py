@@ -1,6 +1,6 @@
-"""Checks, before anything starts, whether a class is a recipe, and whether a recipe can do what a job asks of it.
+"""Checks, before anything starts, whether a class is a recipe, and whether it can do what a job asks.
 
-A recipe of the protocol's first form, which had no base classes, gets an error of its own that points to the guide.
+A recipe of the first protocol, which had no base classes, gets a separate error that points to the guide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named p
 
 
 def require_class(field: str, path: str, target: object) -> type[Recipe]:
-    """Returns the class if it is a complete recipe, else raises ConfigError; `path` is its import path, for the message."""
+    """Returns the class if it is a complete recipe, else raises ConfigError. `path`: its import path, for the message."""
     if not isinstance(target, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
     if not issubclass(target, Recipe):
@@ -77,14 +77,14 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
 
 
 def _refuse_gone(field: str, path: str, target: object) -> None:
-    """Raises ConfigError for names of the protocol's first form, in a class or set by its `__init__`."""
+    """Raises ConfigError for names of the first protocol, in a class or set by its `__init__`."""
     for name, instead in GONE.items():
         if hasattr(target, name):
             raise ConfigError(f"{field}: {path!r} defines `{name}`, which heliostat no longer uses: {instead} ({GUIDE})")
 
 
 def require_abilities(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the job asks for something that the recipe cannot do."""
+    """Raises ConfigError if the job asks for an ability that the recipe lacks."""
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
         raise _lacks("evaluate", job, "doesn't support evaluation", Evaluates, "Remove evaluate")
@@ -117,7 +117,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
 
 
 def _require_room_makers(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the job asks for a way to save memory that the recipe does not have."""
+    """Raises ConfigError if the job asks for a way to save memory that the recipe doesn't support."""
     train = job.train
     if train.tiled_loss and not recipe.tiles:
         raise ConfigError(f"train.tiled_loss: {job.recipe} doesn't support a tiled loss. Set it to false")

@@ -1,7 +1,7 @@
-"""Reads a pretrained model's weights from safetensors files, one tensor at a time, where they are what the model has.
+"""Reads a pretrained model's weights from safetensors files, one tensor at a time, if they match the model's tensors.
 
-transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then tells why the
-tensors can't be read one by one, and the library itself must load the folder.
+transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then reports
+the reason, and the library itself must load the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 class UnreadableError(Exception):
-    """Says why a folder's tensors can't be read one by one."""
+    """Explains why a folder's tensors can't be read one by one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Reads the tensor into host memory of its own: a mapped file would count as the process's memory."""
+        """Reads the tensor into its own host memory. A mapped file would count as the process's memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
         left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
         with self.file.open("rb", buffering=0) as f:
@@ -48,7 +48,7 @@ class Stored:
 
 
 def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
-    """Locates the values of all parameters of the model, and of those buffers that folders have, by the tensors' ids;
+    """Locates the values of all parameters of the model, and of buffers that are in the folder, by the tensors' ids;
     UnreadableError if a parameter has none."""
     if not noted:
         raise UnreadableError("its weights are drawn at random")
@@ -105,7 +105,7 @@ def _conversions(module: torch.nn.Module) -> list[Any]:
 
 
 def _listed(folder: Path) -> dict[str, Stored]:
-    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors under a library's name."""
+    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors with a standard name."""
     files = [file for name in NAMES for file in (folder / name, folder / f"{name}.index.json") if file.is_file()]
     if len(files) != 1:
         raise UnreadableError(f"{folder}: expected one set of safetensors files, found {len(files) or 'none'}")

@@ -1,4 +1,4 @@
-"""Makes the tokens of texts that an embedder sees, with the tokenizer of the datasets or of a folder."""
+"""Tokenizes texts for an embedder, with the tokenizer of the datasets or of a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of datasets, which puts the end of a document behind each text; ConfigError if they have not one."""
+    """Loads the datasets' tokenizer, which appends the end of a document to each text; ConfigError if they don't share one."""
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +30,7 @@ def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBas
 
 
 def definition(sources: list[Manifest]) -> bytes:
-    """Reads the `tokenizer.json` of datasets; ConfigError if they don't have one and the same, DataError if the file is gone."""
+    """Reads the datasets' `tokenizer.json`; ConfigError if they don't share one, DataError if the file is missing."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
         raise ConfigError("data.sources: the datasets have different tokenizers. Prepare them with one")
     if "tokenizer" not in sources[0].meta:
@@ -47,7 +47,7 @@ def definition(sources: list[Manifest]) -> bytes:
 
 
 def of_folder(folder: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a pretrained model; it pads with its end if it has nothing of its own for that."""
+    """Loads the tokenizer of a pretrained model; it pads with its end token if it has no padding token."""
     from transformers import AutoTokenizer
 
     from heliostat.recipes.pretrained import from_folder
@@ -59,8 +59,8 @@ def of_folder(folder: str) -> PreTrainedTokenizerBase:
 
 
 def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `wanted`, from the job's `key`, is
-    too small for them."""
+    """Sets the tokenizer's size and special tokens in a text configuration; ConfigError if `wanted`, from the job's `key`, is
+    too small."""
     size = len(tokenizer)
     if wanted is not None and wanted < size:
         raise ConfigError(f"{key}: {wanted} is below the tokenizer's size {size}")
@@ -70,7 +70,7 @@ def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, token
 
 
 class Tokens(NamedTuple):
-    """Holds texts as tokens, both int64 [texts, length], and where (bool [texts]) not all of a text is seen."""
+    """Holds texts as tokens, both int64 [texts, length], and whether a text was truncated (bool [texts])."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -78,7 +78,7 @@ class Tokens(NamedTuple):
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> Tokens:
-    """Makes the tokens of texts, padded; of one that is longer than is seen, the first and the end behind them."""
+    """Tokenizes texts with padding; a text that is too long keeps its first tokens and the end token."""
     from heliostat.recipes.batches import pad
 
     whole, fill = tokenizer(texts, verbose=False)["input_ids"], tokenizer.pad_token_id

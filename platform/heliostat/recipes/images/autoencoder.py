@@ -1,4 +1,4 @@
-"""Trains an AutoencoderKL of `diffusers` on the datasets of text to image: latent diffusion from nothing, without downloads.
+"""Trains an AutoencoderKL of `diffusers` on text-to-image datasets: latent diffusion from scratch, without downloads.
 
     recipe: heliostat.recipes:Autoencoder
     model: {block_out_channels: [32, 64], latent_channels: 4, kl_weight: 1.0e-6, ...}      # any key of AutoencoderKL; or
@@ -146,7 +146,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return {"pixels": batch["pixels"], "noise": noise}
 
     def _latent(self, pixels: torch.Tensor) -> tuple[int, int, int]:
-        """Returns the shape of the latents of one image."""
+        """Returns the shape of one image's latents."""
         return self.config["latent_channels"], pixels.shape[2] // self.factor, pixels.shape[3] // self.factor
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -226,7 +226,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Draws some of the images, each next to its reconstruction by the autoencoder."""
+    """Generates reconstructions of some images, each next to its original."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN

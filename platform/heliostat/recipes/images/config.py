@@ -1,7 +1,7 @@
 """Defines the `model:` of a text-to-image job, and builds the models that it names: backbones, text encoders, autoencoders.
 
-Backbones are diffusers' classes, from keys of their own or from a folder; keys that follow from the data (channels, the text's
-width) may be left out. Frozen encoders are read from folders and are never part of what ZeRO shards.
+Backbones are diffusers' classes, built from their keys or loaded from a folder. Keys that follow from the data (channels, the
+text's width) are optional. Frozen encoders come from folders, and ZeRO never shards them.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder: a CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or
-    T5), which stays frozen."""
+    """Describes the text encoder: a CLIP text encoder with these keys, trained with the model, or `pretrained`: a folder (CLIP
+    or T5), which stays frozen."""
 
     pretrained: str | None = None
     """Folder with a CLIP or T5 text encoder, which stays frozen; only `length` may accompany it. Unset: a CLIP text encoder with
@@ -96,7 +96,7 @@ class Prompt(Strict):
 
 
 class Samples(Strict):
-    """Describes what is drawn after every evaluation, and the defaults of `generate`."""
+    """Describes the samples after every evaluation, and the defaults of `generate`."""
 
     prompts: list[Prompt] = []
     """Samples to generate after every evaluation."""
@@ -134,7 +134,7 @@ class Model(Strict):
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
-    """Finds the (name, class) of `model.backbone`; ConfigError if there is none, or for keys that the class does not have."""
+    """Finds the (name, class) of `model.backbone`; ConfigError for an unknown one, or for keys that the class doesn't have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
             raise ConfigError(
@@ -165,7 +165,7 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a folder's model of diffusers in fp32, or builds it without weights where none are wanted."""
+    """Loads a diffusers model in fp32 from a folder, or builds it without weights if no weights are wanted."""
     if weightless.wanted():
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
@@ -174,7 +174,7 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
-    """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
+    """Builds the backbone from its keys, with `defaults` for missing ones, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
         return load_or_build(cls, keys["pretrained"])
@@ -205,7 +205,8 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def require_weights(key: str, folder: str) -> None:
-    """Checks that the weights of a frozen model are safetensors: a `.bin` is no part of its digest; ConfigError if not."""
+    """Checks that the weights of a frozen model are safetensors, because its digest doesn't cover `.bin` files; ConfigError if
+    not."""
     if not any(Path(folder).glob("*.safetensors")):
         raise ConfigError(f"{key}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
 
@@ -217,7 +218,8 @@ def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torc
 
 
 def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
-    """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
+    """Counts the bytes of a frozen autoencoder from its configuration, or of a frozen text encoder from its folder; reads no
+    weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
@@ -254,14 +256,15 @@ def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def folder_digest(folder: str) -> str:
-    """Computes a digest of a model folder's configuration and weights, which identifies the model wherever the folder lies."""
+    """Computes a digest of a model folder's configuration and weights, which identifies the model at any path."""
     return _digest(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
 
 
 def tokenizer_digest(folder: str) -> str | None:
-    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's own leaves out; None without any.
+    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's digest doesn't cover; None if
+    there are none.
 
-    It stands next to the folder's, which the manifests of datasets name.
+    Datasets' manifests record it next to the folder's digest.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))

@@ -1,12 +1,12 @@
-"""Trains an embedder of images and captions contrastively, as CLIP is (Radford et al. 2021, arXiv 2103.00020).
+"""Trains an embedder of images and captions contrastively, like CLIP (Radford et al. 2021, arXiv 2103.00020).
 
     recipe: heliostat.recipes:ImageEmbedder
     model: {arch: clip, projection_dim: 64, text_config: {...}, vision_config: {...}, temperature: 0.07}
     model: {pretrained: /models/clip-vit-base-patch32, ...}    # weights, tokenizer and image processor of a folder
 
-A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): a caption asks for its image. What it is trained
-on and scored by: `heliostat.recipes.pairs`; scores of captions that are found by their images have `caption_` before their names.
-The temperature stays what the job says; the export has it as CLIP's `logit_scale`.
+A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): the caption is the query for its image. For
+the loss and the scores, see `heliostat.recipes.pairs`; scores of captions retrieved by their images have the prefix
+`caption_`. The temperature is a constant of the job; the export stores it as CLIP's `logit_scale`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BACK = "caption_"  # before the names of scores of captions that are found by th
 
 
 class Clip(CLIPModel):
-    """Has the temperature in a buffer: it is not trained, and DeepSpeed takes no parameter that is one number."""
+    """Keeps the temperature in a buffer: it isn't trained, and DeepSpeed doesn't support scalar parameters."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -61,7 +61,8 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Tells transformers to draw the first weights as CLIPModel's: of a class that it does not know it skips some modules."""
+        """Tells transformers to initialize the weights as CLIPModel's. For a class that it doesn't know, it skips some
+        modules."""
         return False
 
 
@@ -86,7 +87,7 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration; ConfigError for keys that make no sense."""
+        """Makes the model's configuration; ConfigError for invalid keys."""
         keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
             if extra := sorted(keys.keys() - {"pretrained"}):
@@ -129,7 +130,7 @@ class ImageEmbedder(EmbedsPairs):
             self.build()  # what makes no sense is found here
 
     def _fit(self, channels: int, side: int) -> None:
-        """Gives the configuration what follows from the images; ConfigError if they do not fit what is given."""
+        """Sets the image-dependent values of the configuration; ConfigError if the images contradict the job."""
         vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:
@@ -144,7 +145,7 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:
-        """Loads the pretrained model's image processor, or makes one for images of the datasets' size."""
+        """Loads the pretrained model's image processor, or makes one for the datasets' image size."""
         if self.pretrained:
             return processor_of_folder(self.pretrained)
         vision = self.config.vision_config
@@ -204,7 +205,7 @@ class ImageEmbedder(EmbedsPairs):
 
 
 def _check_parts(keys: dict[str, object]) -> None:
-    """Raises ConfigError for a key of a part's configuration that there is not."""
+    """Raises ConfigError for an unknown key in a part's configuration."""
     for name, kind in PARTS.items():
         if not isinstance(part := keys.get(name, {}), dict):
             raise ConfigError(f"model.{name}: expected a mapping with keys of {kind.__name__}, got {brief(part)}")
@@ -215,13 +216,13 @@ def _check_parts(keys: dict[str, object]) -> None:
 
 
 def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
-    """Makes a processor of square images, which takes pixels to [-1, 1]."""
+    """Makes a processor for square images, which maps pixels to [-1, 1]."""
     return CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_convert_rgb=channels == 3,
                                  image_mean=[0.5] * channels, image_std=[0.5] * channels)  # fmt: skip
 
 
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
-    """Loads the processor of a pretrained model; ConfigError if it does more than scale and shift pixels of the right size."""
+    """Loads the processor of a pretrained model; ConfigError unless it only normalizes pixels of the right size."""
     with exported.using(Path(folder)):
         processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
     if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):
@@ -233,6 +234,6 @@ def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
 
 
 def normalised(processor: CLIPImageProcessorPil, images: np.ndarray) -> torch.Tensor:
-    """Makes what the model takes, fp32 [n, channels, height, width], of uint8 [n, height, width, channels]."""
+    """Converts uint8 [n, height, width, channels] to the model's input, fp32 [n, channels, height, width]."""
     mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (processor.image_mean, processor.image_std))
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / deviation

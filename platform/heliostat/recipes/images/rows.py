@@ -1,9 +1,9 @@
 """Converts rows of a prepared image dataset to tensors, and makes the random draws that belong to each of them.
 
-A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, a
-counter-based generator without state, and from nothing else: not from the worker, the micro-batch or what was drawn before. The
-key is the engine's: another one for every place of every step, so a sample meets other noise in every epoch. `draw` draws on the
-device (`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
+A sample's draws (noise, timestep, caption dropout) depend only on train.seed and the sample's key, through Philox, a
+counter-based generator without state. They don't depend on the worker, the micro-batch, or earlier draws. The engine gives
+every position of every step its own key, so a sample gets different noise in every epoch. `draw` draws on the device
+(`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Holds what the datasets of a job have in common; `size` is the first dataset's."""
+    """Holds the common properties of a job's datasets; `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
     channels: int  # of an image
@@ -41,7 +41,7 @@ class DatasetFacts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
-    """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
+    """Finds the common properties of the datasets; ConfigError if a job can't train on them together."""
     each = [_facts(m) for m in sources]
     names = {"content": "hold different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
@@ -91,7 +91,7 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes rows of a dataset: black images, or latents of zeros [channels, height, width]; with embeddings of zeros."""
+    """Makes rows of a dataset: black images, or zero latents [channels, height, width]; with zero embeddings."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
@@ -115,14 +115,15 @@ class SampleDraws:
     posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Returns them by name, without those that aren't drawn."""
+        """Returns the numbers by name, without those that aren't drawn."""
         return {name: values for name, values in vars(self).items() if values is not None}
 
 
 def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
-    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a sample.
+    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a
+    sample.
 
-    `dropout`: the share of captions that are dropped; `offset`: the share of noise that is the same all over a channel.
+    `dropout`: the fraction of captions to drop; `offset`: the fraction of noise that is constant over each channel.
     """
     each = words(seed, keys, SCALARS, 2)
     noise = _normal(seed, keys, NOISE, shape)
@@ -139,7 +140,7 @@ def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) 
 def draw_on_host(
     seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
 ) -> SampleDraws:
-    """Draws the samples' random numbers as version 1 of the rules has them; arguments as of `draw`."""
+    """Draws the samples' random numbers by version 1 of the rules; for the arguments, see `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

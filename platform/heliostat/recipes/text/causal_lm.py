@@ -5,11 +5,11 @@
     model: {..., init: {zero_output_projections: true}}   # other initial weights than the architecture's
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
-A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
-predicted; with `data.document_mask` attention and positions start from scratch at each document, and no document's first token is
-predicted; architectures in which packed documents attend to each other all the same are refused (`packing`).
+A sample is `data.sequence_length` consecutive tokens of a row group, with documents packed end to end. The model predicts
+every token except the first of a sample. With `data.document_mask`, attention and positions restart at each document, and no
+document's first token is predicted. Architectures whose packed documents attend to each other anyway are rejected (`packing`).
 
-Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
+Held-out scores: loss (nats per token), perplexity, and bits per byte of the tokens' text.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
+        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
         from heliostat.recipes.text import model_config
 
         config = model_config.from_folder(self.job.model) if self.pretrained else model_config.from_keys(self.job.model)
@@ -105,12 +105,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return config
 
     def _require_positions(self, longest: int | None) -> None:
-        """Raises ConfigError if samples are longer than what the model is given as its longest."""
+        """Raises ConfigError if samples are longer than the model's maximum."""
         if longest and 0 < longest < self.length:
             raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
 
     def plainly(self) -> CausalLM:
-        """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
+        """Returns a copy that uses only CPU reference implementations: trials and the plain process use it."""
         from heliostat.recipes.text import attention
 
         plain_recipe = copy.copy(self)
@@ -118,7 +118,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy with first weights of another configuration, for samples of so many tokens."""
+        """Returns a plain copy with the initial weights of another configuration, for samples of so many tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -178,7 +178,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
                 setattr(self.config, name, value)
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the model's tokens mean something else than the dataset's."""
+        """Raises ConfigError if the model's tokens have other meanings than the dataset's."""
         from heliostat.recipes.text import vocabulary
 
         its = vocabulary.of_folder(folder)
@@ -317,7 +317,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def _token_bytes(self) -> torch.Tensor:
-        """Counts the bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first token."""
+        """Counts the bytes of text of each token, int64 [2, vocabulary]: inside a document, and as its first token."""
         import torch
 
         from heliostat.recipes.text import vocabulary
@@ -349,7 +349,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Chooses the prompts that the exported model is shown with: the first words of held-out documents."""
+        """Chooses prompts to demonstrate the exported model: the first words of held-out documents."""
         from heliostat.recipes.text import exporting
 
         return tuple(exporting.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
@@ -373,6 +373,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
 
 def _use_no_cache(config: PreTrainedConfig) -> None:
-    """Switches off the key-value cache, which `generate` wants and an export's configuration asks for: with it, packed documents
-    would attend to each other."""
+    """Switches off the key-value cache that `generate` and an export's configuration ask for: with it, packed documents would
+    attend to each other."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

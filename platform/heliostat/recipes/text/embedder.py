@@ -1,4 +1,4 @@
-"""Trains an embedder of texts contrastively, on pairs of texts that belong together.
+"""Trains a text embedder contrastively, on matching pairs of texts.
 
     recipe: heliostat.recipes:Embedder
     model: {arch: bert, hidden_size: 256, ..., pooling: mean, temperature: 0.05, max_tokens: 256}

@@ -1,8 +1,8 @@
-"""Defines the keys of `model` that say how a mixture of experts is trained, in any architecture and with `pretrained`; checks
-that the model has what they need.
+"""Defines the keys of `model` for training a mixture of experts, in any architecture and with `pretrained`, and checks that
+the model supports them.
 
-With `output_router_logits: true`, as in transformers, the objective has the loss that keeps experts balanced: Switch
-Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's own code computes it over a micro-batch.
+With `output_router_logits: true`, as in transformers, the objective includes the loss that balances experts: Switch
+Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's code computes it over a micro-batch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
 class MixtureModel(LanguageModel, Protocol):
-    """Lists what is read, besides, of a recipe whose model may have experts."""
+    """Lists the further attributes of a recipe whose model may have experts."""
 
     experts: ExpertKeys
     balances: bool
@@ -58,7 +58,7 @@ def read(model: Mapping[str, object]) -> ExpertKeys:
 
 
 def require(recipe: MixtureModel) -> None:
-    """Raises ConfigError if the job gives a key that the recipe's model has no use for; warns of biases that nothing changes."""
+    """Raises ConfigError if the job sets a key that the model doesn't use; warns of biases that never change."""
     from heliostat.parallel import experts
 
     keys, kind = recipe.experts, recipe.config.model_type
@@ -90,7 +90,7 @@ def require(recipe: MixtureModel) -> None:
 
 
 def require_divided(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless the experts of the recipe's model can be divided into so many parts."""
+    """Raises ConfigError unless the experts of the recipe's model can be partitioned into so many parts."""
     from heliostat.parallel import experts
 
     key, kind, count = "train.parallel.expert", recipe.config.model_type, language_model.number(recipe.config)
@@ -109,7 +109,7 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
 
 
 def _small(recipe: LanguageModel) -> PreTrainedModel | None:
-    """Builds a small model of the recipe's architecture, without memory for it; None if none can be built."""
+    """Builds a small model of the recipe's architecture, without memory; None if none can be built."""
     import torch
 
     from heliostat.parallel import tiny
@@ -122,7 +122,7 @@ def _small(recipe: LanguageModel) -> PreTrainedModel | None:
 
 
 def router_loss_weight(config: PreTrainedConfig) -> float | None:
-    """Returns the weight of the router's loss in the objective; None for a model that has none."""
+    """Returns the weight of the router's loss in the objective; None for a model without one."""
     parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
     return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
 
@@ -132,7 +132,7 @@ def asks_router_loss(config: PreTrainedConfig) -> bool:
 
 
 def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
-    """Raises ConfigError if the job asks for a router's loss that the model does not compute; warns if the job does not set it
+    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute; warns if the job doesn't set it
     and the model has one. `refused`: the job sets it to false."""
     config = recipe.config
     weight = router_loss_weight(config)
@@ -151,7 +151,7 @@ def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
 
 
 def _computes_router_loss(recipe: LanguageModel) -> bool:
-    """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
+    """Tests whether a small model of the recipe's architecture computes a router's loss on request."""
     import torch
 
     from heliostat.parallel import tiny

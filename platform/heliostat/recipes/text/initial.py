@@ -1,8 +1,8 @@
-"""Begins a language model with other weights than its architecture draws, as `model.init` of the job asks.
+"""Changes the initial weights of a language model, as `model.init` of the job asks.
 
-Every residual branch of a layer (attention or what stands for it, and the MLP) ends in a matrix that writes into the residual
-stream. With `zero_output_projections` these begin as zeros, and each layer as the identity (Zhang et al. 2019, arXiv 1901.09321).
-All other weights are drawn as they would be without.
+Every residual branch of a layer (attention or its replacement, and the MLP) ends in a matrix that writes to the residual
+stream. With `zero_output_projections`, these matrices start as zeros, and each layer as the identity (Zhang et al. 2019, arXiv
+1901.09321). All other weights keep the architecture's initialization.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(model: Mapping[str, object]) -> Init:
 
 
 def output_projections(names: Iterable[str]) -> list[str]:
-    """Chooses the parameters that are output projections; none at all if a layer lacks that of one of its branches."""
+    """Selects the parameters that are output projections; none if a layer lacks one for any branch."""
     branches, projections = defaultdict[str, set[str]](set), list[str]()
     for name in names:
         if inside := re.match(r"(.*?\.\d+)\.(.+)", name):
@@ -48,7 +48,7 @@ def output_projections(names: Iterable[str]) -> list[str]:
 
 
 def _writes(parts: list[str]) -> bool:
-    """Tells whether a parameter, by the names inside its layer, is the matrix at the end of a branch."""
+    """Checks, by its name inside the layer, whether a parameter is the matrix at the end of a branch."""
     *modules, last = parts
     if last != "weight":  # the stacked matrices of experts are parameters of that name
         return last in OUTPUTS
@@ -56,7 +56,7 @@ def _writes(parts: list[str]) -> bool:
 
 
 def probe(init: Init, build: Callable[[], object]) -> None:
-    """Raises ConfigError if the model that `build` makes lacks what `model.init` is about; it takes no memory for its weights."""
+    """Raises ConfigError if the model that `build` makes lacks what `model.init` changes; needs no memory for weights."""
     if init.zero_output_projections:
         import torch
 
@@ -65,7 +65,7 @@ def probe(init: Init, build: Callable[[], object]) -> None:
 
 
 def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
-    """Sets the weights of a model that was just built; ConfigError if it has not what `init` is about."""
+    """Sets the weights of a new model; ConfigError if it lacks what `init` changes."""
     if not init.zero_output_projections:
         return
     import torch

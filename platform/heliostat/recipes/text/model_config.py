@@ -24,7 +24,7 @@ from heliostat.text import brief
 
 
 class ModelKind(NamedTuple):
-    """Describes a kind of model: its name for people, the architectures of transformers that are one, and some of them."""
+    """Describes a kind of model: its name for people, its architectures in transformers, and some examples."""
 
     name: str
     archs: tuple[str, ...]
@@ -70,7 +70,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
 
 
 def _reads_head_dim(arch: str) -> bool:
-    """Tells whether an architecture's code takes the width of heads from the configuration, whose class may not list it."""
+    """Checks whether an architecture reads the head width from the configuration, even if its class doesn't list it."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
     return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
@@ -83,8 +83,8 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
-    break the rule, lifts it."""
+    """Raises ConfigError if the heads must divide the width and don't. The rule doesn't apply with an explicit head size, or
+    in an architecture whose defaults break it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
@@ -108,12 +108,12 @@ def changed(model: Mapping[str, object]) -> dict[str, object]:
 
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
-    """Reads the configuration in a folder, and changes it by the job's keys; ConfigError if there is none, or they do not fit."""
+    """Reads the configuration in a folder, and applies the job's keys; ConfigError if there is none, or they don't fit."""
     return _routing(applied(read(model), changed(model)), model)
 
 
 def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
-    """Reads the configuration in the folder of a pretrained model, as it is there."""
+    """Reads the configuration in the folder of a pretrained model, unchanged."""
     folder = Path(str(model["pretrained"]))
     if not (folder / "config.json").is_file():
         raise ConfigError(f"model.pretrained: {str(folder)!r} isn't a model folder (no config.json)")
@@ -164,7 +164,7 @@ class RopeScaling(Strict):
 
 
 def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedConfig:
-    """Returns a configuration with a job's keys in place of its own; ConfigError for a key that it does not have, or a value."""
+    """Returns a configuration with a job's keys applied; ConfigError for an unknown key, or an invalid value."""
     if not keys:
         return config
     inner = config.get_text_config(decoder=True)
@@ -183,7 +183,7 @@ def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedC
 def _bad_value(error: Exception) -> ConfigError:
     """Returns an error that names the key whose value transformers rejects.
 
-    The last line of transformers' error says what is wrong. The first names the key, of a value of the wrong type.
+    The last line of transformers' error names the problem. For a wrong type, the first line names the key.
     """
     lines = str(error).splitlines() or [type(error).__name__]
     key = KEY.match(lines[0])
@@ -200,7 +200,8 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
 
 
 def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that scale a configuration's rotary positions, and the longest sample that follows unless it is given."""
+    """Returns the keys that scale a configuration's rotary embeddings, and the resulting maximum sample length unless it is
+    set."""
     try:
         scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:
@@ -226,7 +227,8 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
 def require_same_weights(
     config: PreTrainedConfig, keys: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
 ) -> None:
-    """Raises ConfigError, by the key, if a job's keys change which weights the pretrained model has. `build(config)`: a model."""
+    """Raises ConfigError, by key, if a job's keys change the shapes of the pretrained weights. `build(config)` returns a
+    model."""
     own = _shapes(build(config))
     if not keys or own == _shapes(build(applied(config, keys))):
         return
