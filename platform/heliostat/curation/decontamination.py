@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 
 
 def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
-    """Returns the hash of each n-gram of each text's words, in their order."""
+    """Returns the hash of each n-gram of each text's words, in order."""
     hashes, counts = words(texts).ngrams(n)
     return np.split(hashes, np.cumsum(counts))[: len(texts)]
 
@@ -35,13 +35,13 @@ class NgramIndex:
         return np.flatnonzero(self.hashes[at] == grams)
 
     def name(self, gram: np.uint64) -> str:
-        """Returns the place of an n-gram that is a hit: the first, if there are several."""
+        """Returns the place of a matching n-gram: the first, if there are several."""
         return self.names[int(self.places[np.searchsorted(self.hashes, gram)])]
 
 
 def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the numbered texts of an evaluation set: of JSON lines, the fields (all strings, if none is named), joined
-    by line ends; of any other file, paragraphs. ConfigError if it cannot be read."""
+    """Yields the numbered texts of an evaluation set: for JSON lines, the fields (all strings, if none is named), joined by
+    line ends; for other files, paragraphs. ConfigError if it can't be read."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -71,7 +71,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
-    """Builds the index of named sets (their path and bytes); also counts the examples that are too short to have an n-gram."""
+    """Builds the index of named sets (path and bytes); also counts the examples that are too short for an n-gram."""
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))

@@ -1,4 +1,4 @@
-"""Reads the share of a dry run from the command line, and tells its prediction: a table of stages, and plain sentences."""
+"""Parses the share of a dry run, and formats its prediction: a table of stages, and plain sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HOUR_S = 3600
 
 
 def fraction(value: str) -> float:
-    """Reads a share as `0.1%` or `0.001`; ConfigError if it is none between 0 and 1."""
+    """Parses a share such as `0.1%` or `0.001`; ConfigError unless it is between 0 and 1."""
     text = value.strip()
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)

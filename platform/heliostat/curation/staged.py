@@ -53,14 +53,15 @@ class StagedPipeline(Pipeline):
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None) -> Flow:
-        """Makes what runs the tasks, and shows how far they are; in another place than the pipeline's own, if one is given."""
+        """Makes the flow that runs the tasks and shows their progress; in another place than the pipeline's, if given."""
         return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
 
     def check_places(self, input: str, here: str | None) -> None:
-        """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
+        """Checks that the input (its path `here`, if it has one), the output, and the work don't overlap; ConfigError if they
+        do."""
         output_path = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, output_path):
             raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Move the work elsewhere")
@@ -72,8 +73,8 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Name another folder")
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
-        """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
-        not. `known` columns come with the documents, and `key` is the pipeline's that names more of them, if there is one."""
+        """Checks that documents can have the columns that stages compare, because without it all would be equal; ConfigError
+        if not. `known`: columns that come with the documents; `key`: the pipeline key that names more, if there is one."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
@@ -94,7 +95,7 @@ class StagedPipeline(Pipeline):
 
     @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
-        """Returns what makes the dataset, or that of a sample."""
+        """Returns the making of the dataset, or of a sample's."""
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
@@ -112,11 +113,11 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns what is kept next to a dataset with stages and no digest covers, by its name."""
+        """Returns the files next to a dataset with stages that no digest covers, by name."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:
-        """Writes what no digest covers, and removes the work."""
+        """Writes the files that no digest covers, and removes the work."""
         for name, facts in self.uncovered().items() if self.stages else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
@@ -126,5 +127,5 @@ class StagedPipeline(Pipeline):
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Tells whether one of two folders lies in the other."""
+    """Checks whether one of two folders contains the other."""
     return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")

@@ -1,4 +1,4 @@
-"""Reads which model wrote an input, where that is the answers of a batch inference: the lineage of synthetic data."""
+"""Reads which model wrote an input that is the answers of a batch inference: the lineage of synthetic data."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
-    """Returns what `inference.json` says of the model, the settings and the inputs of files; None if they are no such answers.
+    """Returns the model, the settings, and the inputs of files from `inference.json`; None if they aren't such answers.
 
-    A warning tells of a record that cannot be read or does not list the files: then nothing is known of them.
+    Warns of a record that can't be read or doesn't list the files, which then have no lineage.
     """
     folder = root if root.name == FOLDER else _above(root)
     if folder.name != FOLDER:

@@ -1,4 +1,4 @@
-"""Reads images from the URLs of a list, several at a time, in the order of the list."""
+"""Fetches images from the URLs of a list, several at a time, in the order of the list."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VERSION = 2  # raised when the same keys fetch other images
 
 
 class FetchSettings(Strict):
-    """Configures how images of lists of URLs are fetched."""
+    """Configures the fetching of images from lists of URLs."""
 
     column: str = Field("url", min_length=1)
     """Column with the URLs in the lists: `.jsonl`, `.csv` or `.parquet`."""
@@ -53,19 +53,19 @@ class FetchSettings(Strict):
     """Concurrent requests of a task."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns what decides which images are fetched, VERSION too; the pace and patience do not."""
+        """Returns the settings that decide which images are fetched, VERSION included; the rate and retries don't."""
         return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
 
 
 @dataclass(frozen=True)
 class Fetching:
-    """Fetches the URLs of a task of `lists`; what is fetched is bounded by `bytes`."""
+    """Fetches the URLs of a task of `lists`; `bytes` bounds the fetched data."""
 
     config: FetchSettings
     bytes: int
 
     def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
-        """Yields the images of a task's URLs, or why there is none."""
+        """Yields the images of a task's URLs, or the reasons for missing ones."""
         config = self.config
         bounds = Bounds(self.bytes, config.seconds, config.private, config.agent)
         fetcher = Fetcher(bounds, 1 / config.per_second, config.retries, config.robots, of=task["of"])

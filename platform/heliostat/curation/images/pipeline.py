@@ -1,12 +1,11 @@
 """Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
-to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of
-equal images, and of those that look the same if `duplicates: perceptual` asks for it, the one with the smallest hash and id
-stays. What is left out is listed in `quarantine.parquet` (id, reason, detail), and never stops the job. With `buckets` the
-dataset is a collection: one part for each size, and every batch is of one of them. Neither images nor ids pass through the
-driver, which holds the input's list of files and a record of each task; a task holds a share of `memory_limit`, a shard's task
-its shard.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of an
+image's pixels selects its shard; within a shard, images are sorted by hash, so scheduling can't change the order. Of equal
+images, and of near-duplicates with `duplicates: perceptual`, the one with the smallest hash and id stays. Dropped images are
+listed in `quarantine.parquet` (id, reason, detail), and never stop the job. With `buckets`, the dataset is a collection: one
+part per size, and every batch comes from one part. Images and ids never pass through the driver, which holds the input's list
+of files and a record of each task. A task holds a share of `memory_limit`; a shard's task holds its shard.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from heliostat.tasks.flow import Flow
 
 
 class Buckets(Strict):
-    """Defines sizes of the same area and different aspects, all sides multiples of `step`."""
+    """Defines sizes of the same area and different aspect ratios, with sides that are multiples of `step`."""
 
     step: int = Field(64, gt=0)
     """Bucket sides are multiples of this number of pixels; at most `resolution`."""
@@ -59,7 +58,7 @@ class ColumnNames(Strict):
 
 
 class Tokenizer(Strict):
-    """Configures a byte-level BPE trained on the captions, for text encoders that are trained with the model."""
+    """Configures a byte-level BPE trained on the captions, for text encoders that train with the model."""
 
     vocab_size: int = Field(1024, ge=257)
     """Vocabulary size: 256 bytes, the end of a document, and merges."""
@@ -206,7 +205,7 @@ class ImagePipeline(StagedPipeline):
 
     @property
     def last(self) -> Stage | None:
-        """Returns the stage after all others: the one that finds duplicates."""
+        """Returns the stage after all others, which finds duplicates."""
         if self.duplicates == "keep":
             return None
         return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)

@@ -1,8 +1,8 @@
-"""Makes pairs of texts that belong together, on Ray: docstrings with their functions (Python), titles with their sections
-(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+"""Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
+HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Pairs go to the
-shard, and lie in it, by the hash of their text; equal pairs are there once. A text is held out with all of its queries.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
+pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.
 """
 
 from __future__ import annotations

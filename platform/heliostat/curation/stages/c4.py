@@ -1,11 +1,11 @@
-"""Removes lines that are no sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683, section
-2.2).
+"""Removes lines that aren't sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683,
+section 2.2).
 
 A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
-1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out
-of it. A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
-Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
-the stage `bad_words`.
+1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; citation marks ([1], [edit]) are removed. A
+document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
+Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is the
+stage `bad_words`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class C4(Stage):
         return self.judged(document, {"sentences": sentences_kept}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
-        """Returns why a line is removed, or drops its document ("" if it stays), and the line."""
+        """Returns the reason to remove a line, or to drop its document ("" if it stays), and the line."""
         if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "lines_of_long_words", line
         short = _CITATION.sub("", line) if self.citations and "[" in line else line

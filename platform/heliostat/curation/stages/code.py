@@ -1,11 +1,11 @@
-"""Drops source files that no person wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
-2024).
+"""Drops source files that people didn't write: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et
+al. 2024).
 
 Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not
-of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded data
-(base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or more,
-HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language` becomes
-a column.
+of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded
+data (base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or
+more, HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language`
+becomes a column.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Code(Stage):
     """Drops minified files."""
 
     def decide(self, document: Document) -> Outcome:
-        """Measures a file and keeps it, with its language as a column, or drops it."""
+        """Measures a file, and keeps it with its language as a column, or drops it."""
         text, path = text_of(document), str(document.columns.get("path", document.id))
         if not text:
             return Outcome(None, "empty")

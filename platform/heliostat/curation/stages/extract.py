@@ -1,4 +1,4 @@
-"""Makes text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
+"""Extracts the text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
 
 resiliparse is the default; `library: trafilatura` takes about twenty times as long, and finds the main text more exactly, as
 FineWeb and RefinedWeb have it. Encodings follow the HTML standard (`heliostat.curation.encodings`). A page is read within

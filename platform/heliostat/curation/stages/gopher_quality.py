@@ -1,9 +1,9 @@
-"""Drops documents that do not look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
+"""Drops documents that don't look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
 
-Kept is a document of 50 to 100,000 words, of 3 to 10 characters each in the mean, with at most 0.1 hash signs or ellipses a
-word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter in
-them, and at least two of eight stop words. Words are English words as spaCy splits them (marks are words of their own); those
-that are nothing but marks do not count for number and length. Decisions agree with datatrove's filter of this name:
+A document is kept if it has 50 to 100,000 words, with a mean of 3 to 10 characters, at most 0.1 hash signs or ellipses per
+word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter
+in them, and at least two of eight stop words. Words are English words, split like in spaCy (marks are separate words). Words
+of only marks don't count for number and length. Decisions agree with datatrove's filter of this name:
 docs/benchmarks/curation-stages.md.
 """
 

@@ -1,9 +1,9 @@
 """Drops documents that repeat themselves: Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
 
-Dropped is a document of which too much is lines or paragraphs that were there before (30 % of their number, 20 % of the
-characters); or the most frequent n-gram of 2, 3, 4 words (20, 18, 16 % of the characters); or n-grams of 5 to 10 words that
-were there before (15 to 10 %). Words are English words as spaCy splits them. Decisions agree with datatrove's filter of this
-name: docs/benchmarks/curation-stages.md.
+A document is dropped if too much of it is duplicate lines or paragraphs (30 % of their number, 20 % of the characters), the
+most frequent n-gram of 2, 3, or 4 words (20, 18, 16 % of the characters), or repeated n-grams of 5 to 10 words (15 to 10 %).
+Words are English words, split like in spaCy. Decisions agree with datatrove's filter of this name:
+docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class GopherRepetition(Stage):
 
 
 def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields what `ends.split(text)` lists, without the list."""
+    """Yields the items of `ends.split(text)`, without making the list."""
     at = 0
     for end in ends.finditer(text):
         yield text[at : end.start()]

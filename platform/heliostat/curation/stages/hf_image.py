@@ -1,11 +1,11 @@
-"""Drops images by the score that a Hugging Face model gives them: watermarks, NSFW, aesthetics, or how well the caption fits.
+"""Drops images by the score of a Hugging Face model, for example for watermarks, NSFW, aesthetics, or the fit of the caption.
 
-`model` is a folder as save_pretrained writes it, with safetensors and the image processor; code of the folder's is never run.
-Of an image classifier, the score is the label's probability (softmax, or sigmoid where labels exclude no other), or the output
-itself of models with one, such as a grade of aesthetics. Of a CLIP, which has no labels, it is the cosine similarity of image
-and caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718); LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114) keeps
-0.3 or more by ViT-B/32. Models look at images in the form that they are stored in. Where the cluster has GPUs, each has an actor
-that keeps the model; else CPUs compute. Scores do not depend on the batch, but differ in the last digits between devices.
+`model` is a folder in the form of save_pretrained, with safetensors and the image processor; heliostat never runs its code.
+For an image classifier, the score is the label's probability (softmax, or sigmoid for independent labels), or the output of a
+model with one label, such as a grade of aesthetics. For a CLIP, which has no labels, it is the cosine similarity of image and
+caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718); LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114) keeps
+0.3 or more by ViT-B/32. Models read images in their stored form. If the cluster has GPUs, each has an actor that keeps the
+model; otherwise CPUs compute. Scores don't depend on the batch, but differ in the last digits between devices.
 """
 
 from __future__ import annotations

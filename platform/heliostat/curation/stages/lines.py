@@ -1,9 +1,8 @@
-"""Removes lines that are no text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
+"""Removes lines that aren't text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
 
-Removed are lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and, of at most ten words, those
-that one of the phrases begins, ends or is in ("sign in", "read more...", "items in cart"). A document of which the removed
-lines hold more than 5 % of the words is dropped. The paper takes the phrase out of the line; here the line goes, which is
-simpler to trace.
+It removes lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and lines of at most ten words
+that begin with, end with, or contain one of the phrases ("sign in", "read more...", "items in cart"). A document that loses
+more than 5 % of its words is dropped. The paper removes only the phrase; removing the line is simpler to trace.
 """
 
 from __future__ import annotations

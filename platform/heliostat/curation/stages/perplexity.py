@@ -1,12 +1,12 @@
-"""Drops documents by the perplexity that a language model gives them, and sorts the others into buckets of it.
+"""Drops documents by their perplexity under a language model, and sorts the others into buckets by it.
 
 (CCNet: Wenzek et al. 2020, arXiv 1911.00359, sorts pages into head, middle and tail by the perplexity of a 5-gram model of
-Wikipedia. Here `model` is a local folder of a causal language model, an export of heliostat's or of others, with safetensors and
-tokenizer.json; code of the folder's is never run.) Text like that of the model's training has a low perplexity; lists, noise and
+Wikipedia. Here `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
+tokenizer.json; heliostat never runs its code.) Text like that of the model's training has a low perplexity; lists, noise and
 other languages have a high one, and text that repeats itself a very low one. It is exp of the mean negative logarithm of the
-probabilities of all tokens but the first, of the first `max_tokens`; longer documents are counted. Where the cluster has GPUs,
-each has an actor that keeps the model; else CPUs compute. It does not depend on the batch, but differs in the last digits
-between devices.
+probabilities of all tokens but the first, of the first `max_tokens`; a count reports longer documents. If the cluster has
+GPUs, each has an actor that keeps the model; otherwise CPUs compute. It doesn't depend on the batch, but differs in the last
+digits between devices.
 """
 
 from __future__ import annotations

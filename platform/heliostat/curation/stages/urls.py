@@ -1,8 +1,9 @@
 """Drops documents by their URL: RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
 
-The lists are files, one entry a line; none comes with heliostat. `domains` are blocked with all below them, `urls` as they are
-(scheme, `www.`, a final slash and case do not count). A URL with one of `words` in it as a whole word is dropped, one with more
-than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere in it. The URL is read from the column `url`.
+The lists are files with one entry per line; heliostat has none of its own. `domains` are blocked with all subdomains, `urls`
+exactly (except scheme, `www.`, a final slash, and case). A URL with one of `words` in it as a whole word is dropped, one with
+more than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere in it. The URL is read from the column
+`url`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _bare(url: str) -> str:
 
 
 def _hosts(url: str) -> list[str]:
-    """Returns a URL's host, and those above it; nothing if it cannot be read."""
+    """Returns a URL's host, and its parent domains; empty if it can't be parsed."""
     try:
         host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     except ValueError:

@@ -1,6 +1,5 @@
-"""Rearranges documents for training to fill in the middle (Bavarian et al. 2022): which, how, and where they are cut follow from
-the hash of a document's text and the seed alone, so they are the same on any cluster. Pure functions.
-"""
+"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022). The choice, the form, and the cuts depend only
+on the hash of a document's text and the seed, so they are the same on any cluster. Pure functions."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ WORD = 1 << 64  # of which a draw is a part
 
 
 class FillInTheMiddle(Strict):
-    """Chooses how many texts are rearranged so that a model learns to write their middle."""
+    """Configures the share of texts that are rearranged, so that a model learns to write their middle."""
 
     rate: Float = Field(0.5, gt=0, le=1)
     """Share of texts (documents, or their spans) to rearrange."""
@@ -41,7 +40,7 @@ class FillInTheMiddle(Strict):
 
 @dataclass(frozen=True)
 class Arranged:
-    """Holds the pieces of a text, of which the middle is to be filled in."""
+    """Holds the pieces of a text whose middle is to be filled in."""
 
     prefix: str
     middle: str
@@ -54,14 +53,14 @@ class Arranged:
 
 
 def spans(text: str, most: int | None) -> list[str]:
-    """Cuts a text into about equal spans of at most so many characters; none is empty."""
+    """Splits a text into spans of about equal length, of at most so many characters; none is empty."""
     count = 1 if most is None else max(1, -(-len(text) // most))
     bounds = [i * len(text) // count for i in range(count + 1)]
     return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arranged]:
-    """Divides a document into texts that are as they were, never two in a row, and rearranged ones. `digest`: of the document."""
+    """Divides a document into unchanged texts, never two in a row, and rearranged ones. `digest`: of the document."""
     out: list[str | Arranged] = []
     for number, span in enumerate(spans(text, keys.span_chars)):
         drawn = draws(f"{keys.seed} {digest} {number}")
@@ -75,7 +74,7 @@ def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arrange
 
 
 def draws(name: str) -> list[int]:
-    """Draws four integers below 2**64 that follow from a name."""
+    """Draws four integers below 2**64 that depend on a name."""
     raw = hashlib.sha256(name.encode()).digest()
     return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
 
@@ -97,7 +96,7 @@ def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Mark
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Finds the markers of a tokenizer that is given; ConfigError if it has none that are known."""
+    """Finds the markers of a given tokenizer; ConfigError if it has no known ones."""
     markers = infilling.names(tokenizer)
     if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
@@ -108,8 +107,8 @@ def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 def marking(definition: str, named: tuple[str, ...]) -> str:
-    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one is text, and they stand
-    for no bytes. Some models' tokenizers have them as plain ones."""
+    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one stays text, and they
+    have no bytes. Some models' tokenizers have them as plain tokens."""
     tokenizer_json = json.loads(definition)
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:

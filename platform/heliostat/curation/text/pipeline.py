@@ -1,12 +1,11 @@
 """Turns text into token shards, on Ray. Run: `heliostat prepare pipelines/quickstart.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every
-document goes to the shard that its text's SHA-256 names, so duplicates meet in one task and are dropped there (the
-smallest id stays); within a shard documents lie by hash, which is a pseudo-random order that no scheduling can change.
-Neither texts nor ids pass through the driver. Files are read in ranges or streamed, and a task holds a share of `memory_limit`,
-a shard's task its shard. What is left out is listed, with the reason, in `quarantine.parquet`. No file takes more memory or disk
-than `max_file_bytes` and `max_document_bytes` allow, however it is packed; of Parquet files, the sizes of row groups are taken
-from their footers, unchecked.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of a
+document's text selects its shard, so one task sees all duplicates and drops them (the smallest id stays). Within a shard,
+documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass through the driver.
+Files are read in ranges or streamed; a task holds a share of `memory_limit`, and a shard's task holds its shard. Dropped
+documents are listed with the reason in `quarantine.parquet`. A compressed file can't use more memory or disk than
+`max_file_bytes` and `max_document_bytes` allow. For Parquet files, the sizes of row groups come from their footers, unchecked.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ LEAST = 257  # tokens of a tokenizer that is trained: the bytes, and the end of 
 
 
 class TokenizerConfig(Strict):
-    """Chooses the tokenizer: `vocab_size` trains a byte-level BPE, `path` takes a tokenizer.json or a folder that holds one."""
+    """Configures the tokenizer: `vocab_size` trains a byte-level BPE; `path` uses a tokenizer.json, or a folder with one."""
 
     vocab_size: int | None = Field(None, ge=LEAST)
     """Vocabulary size of a byte-level BPE to train: 256 bytes, the end of a document, and merges."""
@@ -61,7 +60,7 @@ class TokenizerConfig(Strict):
         return self
 
     def definition(self) -> str | None:
-        """Reads the definition of the existing tokenizer, None if none is named; ConfigError if it is missing or not UTF-8."""
+        """Reads the definition of the existing tokenizer; None if there is none; ConfigError if it is missing or not UTF-8."""
         if self.path is None:
             return None
         location = place(self.path, "tokenizer.path").join("tokenizer.json")
@@ -154,12 +153,12 @@ class TextPipeline(StagedPipeline):
 
     @property
     def _known(self) -> set[str]:
-        """Returns the columns that documents come with, or may: those of crawls are known where a file is read."""
+        """Returns the columns that documents have, or may have: those of crawls are known when a file is read."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
         return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
-        """Raises ConfigError if documents do not have the columns; those of repositories come with them."""
+        """Raises ConfigError if documents lack the columns; files of repositories have their own."""
         known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
