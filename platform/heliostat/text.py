@@ -1,4 +1,4 @@
-"""Makes text that others wrote safe for a terminal: names of files, samples, captions, messages of a library or a server."""
+"""Makes untrusted text safe for a terminal: file names, samples, captions, messages of a library or a server."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ LONGEST = 300
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Escapes everything in the text that moves a terminal's cursor, colours it, or turns its writing around.
+    """Escapes everything in the text that moves a terminal's cursor, colors it, or reverses its direction.
 
-    `lines`: line breaks and tabs stay.
+    `lines`: keeps line breaks and tabs.
     """
     return UNSAFE.sub(lambda match: match[0] if lines and match[0] in "\n\t" else _escape(match[0]), text)
 
@@ -27,7 +27,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
-    """Cuts a text to its first line, printable and of at most `longest` characters: what of a library's words belongs into an
+    """Cuts a text to its first line, printable, with at most `longest` characters: the part of a library's message for an
     error."""
     said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
     line = said.splitlines()[0].strip() if said else ""

@@ -181,9 +181,11 @@ def contents(made: manifest.Manifest) -> dict[str, list[int]]:
 
 def test_what_cannot_be_forgotten_is_refused(story, tmp_path):
     twice = story["rows"][0]["url"]
-    with pytest.raises(ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*choose one by --id"):
+    with pytest.raises(
+        ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*Choose one with --id"
+    ):
         app(["forget", story["data"], "--url", twice, "--out", str(tmp_path / "x")], standalone_mode=False)
-    with pytest.raises(ConfigError, match="lie in one another"):
+    with pytest.raises(ConfigError, match="overlap"):
         app(["forget", story["data"], "--id", "code.jsonl#1", "--out", story["data"] + "/x"], standalone_mode=False)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):

@@ -136,14 +136,14 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
     (tmp_path / "bigrams.yaml").write_text(yaml.safe_dump(made))
     with caplog.at_level(logging.WARNING, logger="heliostat"):
         result = train(tmp_path / "bigrams.yaml")
-    said = f"no model is logged, because {__name__}:Bigrams is not exported; what the run leaves are its checkpoints"
+    said = f"no model logged: {__name__}:Bigrams doesn't support export. The run leaves its checkpoints"
     assert said in caplog.text and result["model_uri"] is None and result["samples"] == []
     assert result["eval"]["loss"] < curve(tracking, result["run_id"])[0]
     assert train(tmp_path / "bigrams.yaml", resume=True) == result
     assert mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
     _print_result(result)
     assert f"model not logged, run {result['run_id']}" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ConfigError, match="Bigrams is not exported: it does not derive from Exports"):
+    with pytest.raises(ConfigError, match="Bigrams doesn't support export: it doesn't derive from Exports"):
         export(saver.latest(Location(made["storage"]).join("bigrams")), tmp_path / "out")
 
 

@@ -152,9 +152,9 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             lambda: heliostat.check(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
             r"recipe: heliostat\.recipes has no 'Nothing'",
         ),
-        (lambda: heliostat.Run("runs/none"), r"none: holds no run"),
+        (lambda: heliostat.Run("runs/none"), r"none: isn't a run"),
         (lambda: heliostat.generate("0" * 31, "x"), r"no such folder, and not a run id. Pass models:/NAME/VERSION"),
-        (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: give steps and global_batch"),
+        (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: steps and global_batch are required"),
         (
             lambda: heliostat.datasets({"sources": [{"path": "d"}], "lanes": 3}, steps=1, global_batch=8, folder="f"),
             r"heliostat\.datasets: data\.lanes: 3 must divide train\.global_batch 8",
@@ -165,13 +165,13 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
         ),
         (
             lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),
-            r"heliostat\.datasets: steps, global_batch and held_out are what the job says",
+            r"heliostat\.datasets: steps, global_batch, and held_out come from the job",
         ),
         (lambda: heliostat.train(None), "job: expected a job file, its mapping, or a Job, got None"),
         (lambda: heliostat.prepare(3), "pipeline: expected a pipeline file, got 3"),
         (lambda: heliostat.load_job(raw(), None), "overrides: expected a mapping, or a list of .*, got None"),
         (lambda: heliostat.load_job(raw(), [3]), r"overrides: expected a mapping, or a list of .*, got \[3\]"),
-        (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: \{1\} is no value"),
+        (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: YAML can't represent \{1\}"),
         (lambda: heliostat.generate("m", 3), "prompts: expected a text or a list of texts, got 3"),
         (lambda: heliostat.generate("m", "x", seed="a"), "seed: expected an integer, got 'a'"),
         (lambda: heliostat.generate("0" * 31, "x", seed=np.int64(1)), r"no such folder, and not a run id"),
@@ -197,7 +197,7 @@ def test_a_dataset_that_is_missing_says_so_and_leaves_no_folder(tmp_path, monkey
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
 def test_a_folder_that_takes_no_receipts_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AccessError, match=r"^folder: /proc/x: /proc is not a folder that can be written to; name another place$"):
+    with pytest.raises(AccessError, match=r"^folder: /proc/x: can't write to the folder /proc\. Name another place$"):
         heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="/proc/x")
 
 

@@ -41,10 +41,10 @@ def degrees(found) -> set[tuple[int, int, int]]:
 @pytest.mark.parametrize(
     ("changes", "expected", "note"),
     [
-        ({}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts: train.parallel.expert: 'llama' has no"),
-        ({"workers.count": [2, 4]}, {(1, 1, 1), (2, 1, 1), (1, 2, 1)}, "no workers divide experts"),
-        (MIXTRAL, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 2), (1, 1, 4)}, "no workers divide matrices: train.parallel.tensor:"),
-        ({"train.parallel": {"tensor": 2}}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts"),
+        ({}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "expert parallelism: train.parallel.expert: 'llama' has no"),
+        ({"workers.count": [2, 4]}, {(1, 1, 1), (2, 1, 1), (1, 2, 1)}, "workers supports expert parallelism"),
+        (MIXTRAL, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 2), (1, 1, 4)}, "tensor parallelism: train.parallel.tensor:"),
+        ({"train.parallel": {"tensor": 2}}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "workers supports expert parallelism"),
         ({"train.compile": True}, {(1, 1, 1)}, "no workers divide matrices: train.parallel.tensor: 2 with train.compile is not"),
         ({"workers.count": 1}, {(1, 1, 1)}, ""),
     ],
@@ -114,7 +114,7 @@ def test_auto_is_the_first_of_the_ranking_and_a_job_like_any_other(caplog):
     with caplog.at_level(logging.INFO, "heliostat"):
         made = auto.settled(job(**asked, **{"train.parallel": "auto"}))
     assert layouts.of(made).settings() == found["layouts"][0]["layout"] and not made.train.parallel.auto
-    assert f"of {len(found['layouts'])} layouts the fastest on 4 workers of H100" in caplog.text
+    assert f"the fastest of {len(found['layouts'])} parallelism configurations on 4 workers of H100" in caplog.text
     assert all(f"--set {s}" in caplog.text for s in found["set"]) and found["set"]
     assert "--set 'train.parallel={" in caplog.text or "--set train.parallel={}" in caplog.text
     assert auto.settled(made) is made, "which is settled already"
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, capl
             4,
         )
         and "--set train.zero.stage=2" in caplog.text
-        and "keeps its layout: --set" in caplog.text
+        and "keeps its parallelism configuration: --set" in caplog.text
     )
     fewer = job(**{**asked, "workers.count": 2})
     assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_one_error_and_what_is_not_settled_is_not_trained(t
         ConfigError, match=r"^train\.parallel: auto: no layout fits on 4 workers of H100 \(the nearest: .* GiB too much"
     ):
         auto.settled(job(**huge, **{"train.parallel": "auto"}))
-    with pytest.raises(ConfigError, match=r"^train\.parallel: auto is settled by"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel: auto works only with"):
         train_job(job(**{"train.parallel": "auto", "storage": str(tmp_path)}))
     with pytest.raises(ConfigError, match=r"train\.parallel: .*automatic"):
         job(**{"train.parallel": "automatic"})
@@ -181,7 +181,7 @@ def test_this_machines_gpu_is_one_of_the_table_with_its_memory_or_an_error(name,
     if expected:
         assert auto.named(name, gib * hardware.GIB, devices) == expected
         return
-    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB is not in the price table"):
+    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB isn't in the price table"):
         auto.named(name, gib * hardware.GIB, devices)
 
 

@@ -15,7 +15,7 @@ from heliostat.storage.locations import Location
 
 from tests.unit.command_line import FILES, ROOT, run
 
-BOTH = "--overwrite: deletes what --resume continues from; give one of the two"
+BOTH = "--overwrite: deletes the checkpoints that --resume needs. Pass one of the two"
 
 
 @pytest.mark.parametrize(
@@ -28,8 +28,8 @@ BOTH = "--overwrite: deletes what --resume continues from; give one of the two"
         (["samples", "r", "--step", "0", "--json"], "UsageError", "'--step'"),
         (["train", "nothing.yaml", "--json"], "ConfigError", "nothing.yaml: no such file"),
         (["check", "jobs", "--json"], "ConfigError", "jobs: is a folder; name a YAML file in it"),
-        (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: holds no run"),
-        (["index", "/nowhere", "--json"], "MissingDataError", "make it with `heliostat prepare`"),
+        (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: isn't a run"),
+        (["index", "/nowhere", "--json"], "MissingDataError", "heliostat prepare"),
         *[
             (["train", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
             (["tune", "jobs/sweeps/quickstart.yaml", "--retry-failed", "--overwrite", "--json"], "ConfigError", BOTH),
@@ -44,12 +44,12 @@ BOTH = "--overwrite: deletes what --resume continues from; give one of the two"
         (
             ["benchmark", "m", "s.yaml", "--out", "/proc/x/b.json", "--json"],
             "AccessError",
-            "--out: /proc/x: /proc is not a folder that can be",
+            "--out: /proc/x: can't write to the folder /proc",
         ),
         (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
-        (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md is not an SQLite database"),
-        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: jobs cannot be read (Is a directory)"),
-        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
+        (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md isn't an SQLite database"),
+        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: can't read jobs (Is a directory)"),
+        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "or an address (HOST:PORT"),
         (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
     ],
     ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,
@@ -70,7 +70,7 @@ def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_
     manifest.write(location, manifest.read_footer(location, "shards/00000/x.parquet", "tokens"), {"kind": "tokens"})
     for words in (["trace", "--id", "a"], ["forget", "--id", "a", "--out", str(tmp_path / "b")], ["curate", "report"]):
         code, _, err = run(monkeypatch, capsys, *words, str(tmp_path))
-        assert code == 2 and "was made without `stages`" in err and err.count("\n") == 1
+        assert code == 2 and "its pipeline has no `stages`" in err and err.count("\n") == 1
 
 
 def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, tmp_path):
@@ -78,7 +78,7 @@ def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, t
     monkeypatch.setattr(local, "known", list)
     for words, field in ((["jobs"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
-        assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+        assert code == 2 and err.startswith(f"error: {field}no cluster given") and "heliostat cluster up" in err
 
 
 def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):

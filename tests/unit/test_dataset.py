@@ -124,7 +124,7 @@ def test_a_dataset_that_changed_under_the_run_is_refused(tmp_path):
     """The plan's digest must be the manifest's; the error says both."""
     source = make_dataset(tmp_path / "a", 1)
     changed = dataclasses.replace(make_plan(source), digests=("0" * 64,))
-    with pytest.raises(DataError, match=f"changed under the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
+    with pytest.raises(DataError, match=f"changed during the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
         Dataset(changed)
 
 
@@ -298,7 +298,7 @@ def test_nothing_to_replace_with_is_an_error(tmp_path):
     file = tmp_path / "a" / "shards" / "0.parquet"
     for group in range(pq.ParquetFile(file).num_row_groups):
         damage(file, group)
-    with pytest.raises(DataError, match="no sample near it in the order is good either"):
+    with pytest.raises(DataError, match="the samples near it are bad too"):
         data.load(np.arange(40))
 
 

@@ -60,7 +60,7 @@ def test_a_folder_goes_on_by_its_plan_and_refuses_other_samples(data, tmp_path):
 
 
 def test_outside_a_trainer_it_says_where_it_belongs(data, tmp_path):
-    with pytest.raises(ConfigError, match="in the training function of a TorchTrainer"):
+    with pytest.raises(ConfigError, match="outside a TorchTrainer"):
         stream(data, tmp_path / "run").start()
 
 
@@ -71,8 +71,8 @@ def test_it_goes_on_only_where_a_receipt_ends_and_leaves_the_folder_as_it_was(da
     segments.begin(folder, made.plan, 0)
     digests = ["0" * 32] * 4
     folder.join("receipts", "step-00000004.json").write(receipt.seal(0, digests, receipt.extend("", digests), made.plan.digest))
-    with pytest.raises(ConfigError, match=r"no receipt in .*run ends at step 3; go on from one of 0, 4$"):
+    with pytest.raises(ConfigError, match=r"no receipt in .*run ends at step 3\. Continue from one of 0, 4$"):
         made.start(3)
-    with pytest.raises(ConfigError, match=r"step 13 is not between 0 and the stream's 12"):
+    with pytest.raises(ConfigError, match=r"step 13 isn't between 0 and the stream's last step, 12"):
         made.start(13)
     assert json.loads(folder.join("receipts", "step-00000004.json").read())["first"] == 0

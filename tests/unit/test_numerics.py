@@ -24,11 +24,11 @@ RIGHT, BEFORE = PARTS[0] + PARTS[1], torch.randn(40, generator=DRAW)
     ("found", "cause"),
     [
         (0.5 * RIGHT, "is 0.5 times the right one: a wrong scale"),
-        (PARTS[0], "is a worker's own share: not reduced over the workers"),
-        (2 * PARTS[1], "is a worker's own share: not reduced over the workers"),
-        (torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]), "is a worker's own share: not reduced over the workers"),
-        (BEFORE, "is that of the step before: a stale buffer"),
-        (RIGHT + BEFORE, "holds that of the step before, too: a stale buffer, not cleared"),
+        (PARTS[0], "is one worker's share: not reduced over the workers"),
+        (2 * PARTS[1], "is one worker's share: not reduced over the workers"),
+        (torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]), "is one worker's share: not reduced over the workers"),
+        (BEFORE, "is that of the previous step: a stale buffer"),
+        (RIGHT + BEFORE, "includes that of the previous step: a stale buffer, not cleared"),
         (torch.zeros(40), "is zero: the parameter gets no gradient"),
         (torch.randn(40, generator=DRAW), ""),
     ],
@@ -89,7 +89,7 @@ def test_corruption_is_a_failure_like_others_and_ends_as_what_it_is() -> None:
     assert classify(error) == "failure"
     for failure in (error, LossSpikeError("high", 3)):
         budget = Budget(job(**{"retries.max": 0}).retries)
-        with pytest.raises(type(failure), match="given up after 0 retries"):
+        with pytest.raises(type(failure), match="Giving up after 0 retries"):
             budget.spend(failure, 0)
 
 

@@ -87,7 +87,7 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
     """As between the moments at which a `prepare` publishes the parts and the whole: never one version's parts with another's."""
     place = Location(str(buckets / "8x16"))
     manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
-    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 is .* is listed: a prepare .* run it again"):
+    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 has digest .*: a prepare .* Run it again"):
         collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 
 
@@ -135,7 +135,7 @@ def test_a_micro_batch_must_divide_a_lanes_share(buckets):
     manifests = [manifest.read(location) for location in made.sources]
     assert plan(made, manifests).shape.unit == 2
     wide = made.model_copy(update={"train": made.train.model_copy(update={"micro_batch": 4})})
-    with pytest.raises(ConfigError, match=r"train.micro_batch: 4 does not divide the 2 samples of a lane"):
+    with pytest.raises(ConfigError, match=r"train.micro_batch: 4 doesn't divide the 2 samples of a virtual rank"):
         plan(wide, manifests)
 
 

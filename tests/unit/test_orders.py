@@ -53,7 +53,7 @@ def test_a_signal_after_the_grace_of_a_node_that_goes_has_a_grace_of_its_own():
 @pytest.mark.parametrize("phase", PHASES[:4])
 def test_a_signal_before_the_first_step_needs_no_checkpoint(phase):
     fault = decide(watch(phase), orders.StopAsked("SIGINT", NOW))[0].fault
-    assert str(fault) == "stopped by SIGINT before the first step; nothing was lost" and isinstance(fault, StoppedError)
+    assert str(fault) == "stopped by SIGINT before the first step. No progress was lost" and isinstance(fault, StoppedError)
 
 
 def test_the_first_reason_to_give_up_stays():

@@ -84,7 +84,10 @@ def test_what_cannot_hold_it_is_refused_by_name(changes, line):
 
 
 def test_another_recipe_is_refused_and_told_what_it_lacks():
-    with pytest.raises(ConfigError, match=rf"{KEY}: .* cuts no samples; derive it from heliostat.recipes.protocol.CutsSamples"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{KEY}: .* doesn't support sequence parallelism.* derive it from heliostat.recipes.protocol.CutsSamples",
+    ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
     assert line == f"{KEY}: 2 cuts samples of data.sequence_length tokens, and the job has none; remove it"
@@ -99,7 +102,7 @@ def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shar
     model = {**BASE["model"], "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": shared}
     changes = {"model": model, "data.sequence_length": 192, "train.micro_batch": 1}
     line = refusal(**changes, **{KEY: workers, "workers.count": workers})
-    assert f"{workers} workers cannot share the model's {heads} attention heads" in line and f"evenly; use {fits} (" in line
+    assert f"{workers} workers can't share the model's {heads} attention heads" in line and f"evenly. Use {fits} (" in line
     for number in map(int, fits.split(" or ")):
         check.check_job(job(**changes, **{KEY: number, "workers.count": number}))
 
@@ -115,13 +118,13 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
     ("model", "why"),
     [
         ({"arch": "mamba"}, "it has no attention heads"),
-        ({"arch": "bloom"}, "no other implementation than 'eager'"),
-        ({"arch": "gpt_oss"}, "no other implementation than 'eager'"),
-        ({"arch": "deepseek_v3"}, "heads and widths of queries, keys and values, and not all the same"),
+        ({"arch": "bloom"}, "only the implementation 'eager'"),
+        ({"arch": "gpt_oss"}, "only the implementation 'eager'"),
+        ({"arch": "deepseek_v3"}, "widths of queries, keys, and values"),
         ({"arch": "mistral", "sliding_window": 32}, "something other than full attention mixes tokens"),
         ({"arch": "gemma3_text", "sliding_window": 32}, "something other than full attention mixes tokens"),
         pytest.param({"arch": "qwen3_next"}, "something other than full attention mixes tokens", marks=pytest.mark.ci),
-        ({"arch": "mixtral", "output_router_logits": True}, "the router's loss of 'mixtral' is of whole micro-batches"),
+        ({"arch": "mixtral", "output_router_logits": True}, "the router's loss of 'mixtral', which needs whole samples"),
     ],
 )
 def test_an_architecture_that_mixes_tokens_otherwise_is_refused(model, why):
@@ -139,9 +142,7 @@ def test_a_window_that_is_longer_than_a_sample_is_taken():
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
     monkeypatch.setattr(cutting.tiny, "LARGEST", 0)
     monkeypatch.setattr(cutting, "_known", {})
-    with pytest.raises(
-        ConfigError, match=rf"{KEY}: samples of 'llama' cannot be cut: it could not be tried \(the smallest model"
-    ):
+    with pytest.raises(ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(its smallest model"):
         recipe(**TWO).probe()
 
 

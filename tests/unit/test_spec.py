@@ -203,10 +203,10 @@ def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("storage", "gs://b/x", "scheme 'gs' is not supported; use a path, file:// or s3://"),
-        ("storage", "s3://key:secret@b/x", "must not carry credentials"),
+        ("storage", "gs://b/x", "scheme 'gs' isn't supported. Use a path, file:// or s3://"),
+        ("storage", "s3://key:secret@b/x", "must not contain credentials"),
         ("data.sources.0.path", "ftp://h/x", "scheme 'ftp' is not supported"),
-        ("data.sources.0.path", "", "names no place"),
+        ("data.sources.0.path", "", "has no path"),
         ("mlflow.uri", "file:///mlruns", "'file:///mlruns' is no MLflow store; use sqlite:///FILE or http://HOST:PORT"),
         ("mlflow.uri", "mlruns", "'mlruns' is no MLflow store"),
     ],

@@ -52,7 +52,7 @@ def test_a_failure_is_counted_once_and_its_late_messages_change_nothing():
     assert actions[-3:] == [
         states.Restart("failed", "worker 1 died"),
         states.GoBack(10),
-        states.Wait(0.0, "worker 1 died; going on from step 10 in 0 s (retry 1 of 3)"),
+        states.Wait(0.0, "worker 1 died. Resuming from step 10 in 0 s (retry 1 of 3)"),
     ]
     late = states.WorkerMessage(1, "Steps", 15), states.Failed(1, TrainingError("late")), states.Stopped(1, RUN, 40)
     for between in ((), (states.Begin(),)):  # before and after the next attempt begins

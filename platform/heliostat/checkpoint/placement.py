@@ -146,6 +146,6 @@ def fault(entry: Tensor, shards: int) -> str:
             return f"elements {end} to {start} are in no chunk, or in two"
         end += count * numel
         if shard + count > shards:
-            return "a chunk lies in no shard"
+            return "a chunk is in no shard"
     numel = math.prod(entry.shape)
     return "" if end == numel else f"its chunks hold {end} of {numel} elements"

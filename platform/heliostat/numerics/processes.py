@@ -47,7 +47,7 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     try:
         host.wait(DEADLINE_S)
     except subprocess.TimeoutExpired:
-        raise TrainingError(f"--numerics: did not end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+        raise TrainingError(f"--numerics: didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():
@@ -80,7 +80,7 @@ def _end(host: subprocess.Popen[bytes]) -> None:
 
 def _last(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 # in the host ---------------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
-            f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
-            "are cut by themselves: make it smaller with --set model.KEY=VALUE"
+            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It "
+            "shrinks only models of CausalLM by itself. Make this one smaller with --set model.KEY=VALUE"
         )
     return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
@@ -140,7 +140,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
         if size <= LARGEST:
             _fold(recipe, tiny.VOCABULARY)
             return size
-    raise ConfigError(f"model: no small model of {whole.model_type!r} can be made for --numerics; make it smaller with --set")
+    raise ConfigError(f"model: can't make a small model of {whole.model_type!r} for --numerics. Make it smaller with --set")
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:

@@ -56,7 +56,7 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
         for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (StorageError, OSError) as e:
-        log.info("the count of the model was not kept: %s", e)
+        log.info("can't store the count of the model: %s", e)
     return counts
 
 

@@ -81,7 +81,7 @@ def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
     try:
         shape = check.check_data(job, recipe).plan.shape
     except (DataError, StorageError) as e:
-        note = f"the datasets were not read ({unread or e})"
+        note = f"planned without the datasets ({unread or e})"
         size = 4 * job.data.sequence_length if job.data.sequence_length else 1
         shape = mixing.choose_shape(job.train.global_batch, job.lanes, size, job.data.window)
     return {

@@ -176,16 +176,16 @@ def why(one: Candidate, first: Candidate) -> str:
     part = max(more, key=lambda p: more[p])
     if slower < 1e-3 or more[part] <= 0:
         simpler = complexity(one.layout) < complexity(first.layout)
-        return f"{1000 * slower:.1f} ms slower, and simpler" if simpler else "as fast, and more complicated"
+        return f"{1000 * slower:.1f} ms slower, but simpler" if simpler else "as fast, but more complex"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
 
 PARTS = {
-    "forward_backward": "of smaller operations",
-    "replaying": "of the forward pass computed again",
-    "updating": "of the optimizer's update",
-    "exposed": "of communication that does not hide",
-    "copying": "of copies to and from the host",
+    "forward_backward": "for smaller operations",
+    "replaying": "for the recomputed forward pass",
+    "updating": "for the optimizer's update",
+    "exposed": "for communication that doesn't overlap",
+    "copying": "for copies to and from the host",
 }
 
 
@@ -194,4 +194,4 @@ def _lacks(memory: dict[str, int]) -> str:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
         sums = f" ({memory['summed'] / GIB:.1f} of them sums in fp32)" if largest == "gradients" and memory["summed"] else ""
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
-    return f"{memory['host'] / GIB:.1f} GiB of host memory a worker, more than its share"
+    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than its share"

@@ -35,7 +35,7 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
-        log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
+        log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
         ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 
@@ -75,7 +75,7 @@ def _of_step(place: Location, step: int) -> Ending | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        log.warning("%s: is damaged, and is made again", place)
+        log.warning("%s: damaged, so heliostat makes it again", place)
         return None
     return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 
@@ -84,5 +84,5 @@ def _attempts(run: Location) -> list[RecordedAttempt]:
     try:
         return goodput.read(run)
     except (HeliostatError, OSError) as e:
-        log.warning("rates and times of the training are not known: %s", e)
+        log.warning("the rates and times of the training aren't known: %s", e)
         return []

@@ -155,7 +155,7 @@ class SweepState:
         """Requests every trial to stop behind a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
-            log.warning("%s: trials stop after a checkpoint; --resume continues", why)
+            log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
             self.folder.join("stop").write(why.encode())
 
     def _keep(self, record: TrialRecord) -> TrialRecord:

@@ -96,7 +96,7 @@ NO_MODEL = "no model was given"
 DRAWS = "the model draws, and writes nothing"
 WRITES = "the model writes, and draws nothing"
 NO_TEMPLATE = "the model's tokenizer has no chat template"
-NO_INDEX = "no index was given; start with --index INDEX"
+NO_INDEX = "no index was given. Start with --index INDEX"
 
 
 def abilities(served: ServedModels, replica: Replica, version: str, options: Options) -> dict[str, object]:
@@ -166,7 +166,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
     asked for the keys, if it cannot."""
     if served.kind() == EMBEDDINGS:
-        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
+        raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat serve`")
     require_free(options.port)
     asgi = application(served, keys, options)
     config = uvicorn.Config(

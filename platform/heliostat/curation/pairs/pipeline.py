@@ -1,8 +1,8 @@
-"""Makes pairs of texts that belong together, on Ray: docstrings with their functions (Python), titles with their sections
-(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+"""Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
+HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Pairs go to the
-shard, and lie in it, by the hash of their text; equal pairs are there once. A text is held out with all of its queries.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
+pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ class PairPipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Pairs are made of `.py`,
-    `.md` and `.html`; `.jsonl` and `.parquet` hold them."""
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. heliostat extracts pairs from
+    `.py`, `.md` and `.html`, and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
-    """Globs of files that are not read, by their paths below the input's folder."""
+    """Globs of files to skip, matched against their paths below the input's folder."""
     query_column: str = "query"
-    """The column of `.jsonl` and `.parquet` that holds the query."""
+    """Column of `.jsonl` and `.parquet` with the query."""
     text_column: str = "text"
-    """The column that holds the text which the query is about."""
+    """Column with the text that answers the query."""
     min_query_words: int = Field(2, ge=1)
-    """Pairs whose query has fewer words are left out (`short_query`)."""
+    """Minimum words of a query; pairs with shorter ones are dropped (`short_query`)."""
     min_text_words: int = Field(8, ge=1)
-    """Pairs whose text has fewer words are left out (`short_text`)."""
+    """Minimum words of a text; pairs with shorter ones are dropped (`short_text`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode's normal form that queries and texts are brought to. It decides which are equal."""
+    """Unicode normal form that heliostat applies to queries and texts. It decides which are equal."""
     tokenizer: TokenizerConfig | None = None
-    """Trained from the texts, or taken as it is, for a model that is trained from nothing. Unset: none; a pretrained model has
-    its own."""
+    """Tokenizer to train on the texts, or to use as it is, for a model that trains from scratch. Unset: none; a pretrained model
+    has its own."""
     chunk_pairs: int = Field(1024, gt=0)
-    """Pairs of a chunk, about."""
+    """Pairs per row group, approximately."""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
+    """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
 
     @cached_property
     def given_tokenizer(self) -> str | None:
@@ -60,12 +60,12 @@ class PairPipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.query_column == self.text_column:
-            raise ConfigError(f"query_column: {self.query_column!r} is the text_column, too; a query is no text about itself")
+            raise ConfigError(f"query_column: {self.query_column!r} is the text_column too. Name different columns")
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
             if stage.of_images:
-                raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
+                raise ConfigError(f"stages: {stage.named()} reads images, and text pairs have none. Remove it")
             stage.check()
         self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:

@@ -106,8 +106,8 @@ class CorruptionCheck(Hook):
         if 2 * len(unsteady) > len(results):
             self.off = True
             return (
-                f"step {step + 1}: train.recheck is off from here on: this model's kernels give other bits each time, so workers "
-                "cannot be compared"
+                f"step {step + 1}: train.recheck is off from now on: this model's kernels aren't deterministic, "
+                "so workers can't be compared"
             )
         odd = unsteady or odd
         raise CorruptionError(self._explain(step, results, odd, names), sorted({results[r].node for r in odd}), self.agreed)
@@ -118,10 +118,11 @@ class CorruptionCheck(Hook):
         what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
         who = ", ".join(f"worker {r} on {results[r].address} (node {results[r].node[:12]})" for r in odd)
         more = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        unsure = "" if len(odd) < len(results) else "; which of them is right is unknown"
+        unsure = "" if len(odd) < len(results) else "; it isn't known which of them is right"
         return (
-            f"step {step + 1}: silent data corruption: {who} computed other bits than the others from the same samples and "
-            f"weights: {what[0] if what else 'not the same twice'}{more}{unsure}; up to step {self.agreed} all agreed"
+            f"step {step + 1}: silent data corruption: {who} computed different bits from the same samples and "
+            f"weights: {what[0] if what else 'its own results differ'}{more}{unsure}. All workers agreed up to "
+            f"step {self.agreed}"
         )
 
     # what is computed ------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ class CorruptionCheck(Hook):
             if "heckpoint" not in str(e):
                 raise
             raise ConfigError(
-                f"train.recheck: activations of this model are checkpointed with use_reentrant=True ({e}); set it to false"
+                f"train.recheck: not supported for activation checkpointing with use_reentrant=True ({e}). Set it to false"
             ) from e
         finally:
             self._rest(buffers)

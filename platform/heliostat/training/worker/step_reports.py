@@ -128,8 +128,8 @@ class StepReports:
         before, self.skipped = self.skipped, done - sharded_state.of(self.engine).steps
         scale = sharded_state.of(self.engine).loss_scale
         if self.skipped > before:
-            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
-            self.context.posts.notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+            what = f"{self.skipped - before} more steps skipped because fp16 gradients overflowed"
+            self.context.posts.notice(f"up to step {done}: {what}. The loss scale is {scale:g}")
         return self.skipped, scale
 
     def _per_second(self, steps: int, seconds: float) -> float:
@@ -143,6 +143,8 @@ class StepReports:
         peak = peak_flops(name, precision)
         if peak is None and precision != "fp32" and not self._reported_peak:
             self._reported_peak = True
-            self.context.posts.notice(f"train/mfu isn't reported: the peak FLOP/s of {name!r} in {precision} isn't known")
+            self.context.posts.notice(
+                f"train/mfu isn't reported: heliostat doesn't know the peak FLOP/s of {name!r} in {precision}"
+            )
         flops = self.recipe.flops_per_sample(self.engine.module)
         return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None
