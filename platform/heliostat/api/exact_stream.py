@@ -10,7 +10,7 @@
             receipt = feed.receipt()              # wherever you save a checkpoint, after the last step
 
 Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that
-divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat verify
+divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat run verify
 FOLDER` can check it.
 """
 

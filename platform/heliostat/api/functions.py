@@ -59,7 +59,7 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
     """Makes a dataset from a pipeline's YAML file. Does nothing if the dataset is up to date, unless `force` is set.
 
-    Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped, and more.
+    Returns the report that `heliostat data prepare --json` prints: dataset, digest, tokens, dropped, and more.
     """
     from heliostat.curation.prepare import prepare as run
 

@@ -1,4 +1,4 @@
-"""Prepares raw data as shards and a manifest: `heliostat prepare PIPELINE.yaml`. A rerun without changes does nothing.
+"""Prepares raw data as shards and a manifest: `heliostat data prepare PIPELINE.yaml`. A rerun without changes does nothing.
 
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:

@@ -114,7 +114,7 @@ class Jobs:
                 return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {record.id!r} has already {status.lower()}. Continue with `heliostat resume "
+                    f"name: job {record.id!r} has already {status.lower()}. Continue with `heliostat job resume "
                     f"{record.id}`, or start from scratch with --overwrite"
                 )
             self._forget(record.id)

@@ -161,7 +161,7 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
         before, its_data = scores(client, present)
         if data != its_data:
             faults.append(f"it has other held-out samples than version {present.version}. Score both on one dataset with "
-                "`heliostat evaluate`, and use --force")  # fmt: skip
+                "`heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

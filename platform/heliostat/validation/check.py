@@ -97,7 +97,7 @@ def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     if recipe.kind != "tokens":
         raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat make-suite")
+        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -235,7 +235,7 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
             number = has_places.index(False)
             fix = (
                 f"data.sources.{number} has no document boundaries, so only whole row groups can be held out "
-                f"({len(order.splits[number].held):,}). Prepare it again (`heliostat prepare --force`), or raise the fraction"
+                f"({len(order.splits[number].held):,}). Prepare it again (`heliostat data prepare --force`), or raise the fraction"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} holds out none of {sum(total):,} samples. {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):

@@ -1,4 +1,4 @@
-"""Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards, on Ray. Run: `heliostat data prepare pipelines/quickstart-images.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of an
 image's pixels selects its shard; within a shard, images are sorted by hash, so scheduling can't change the order. Of equal

@@ -1,5 +1,5 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
-HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
 pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.

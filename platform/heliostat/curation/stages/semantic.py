@@ -40,8 +40,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
-    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of `heliostat curate
-    report`."""
+    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of
+    `heliostat data report`."""
     cell_documents: int = Field(65_536, ge=1)
     """Documents per cell, approximately; the stage compares all documents within a cell with those that stay."""
     max_tokens: int = Field(512, ge=8)

@@ -1,4 +1,4 @@
-"""Turns text into token shards, on Ray. Run: `heliostat prepare pipelines/quickstart.yaml`.
+"""Turns text into token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of a
 document's text selects its shard, so one task sees all duplicates and drops them (the smallest id stays). Within a shard,
@@ -107,7 +107,8 @@ class TextPipeline(StagedPipeline):
     max_file_bytes: int = Field(1 << 40, ge=1)
     """Maximum bytes of an input file, stored and uncompressed: everything after the limit is dropped (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
-    """Tokens per row group, approximately, and at most twice as many: longer documents are split. See docs/data/format.md#row-groups"""
+    """Tokens per row group, approximately, and at most twice as many: longer documents are split. See
+    docs/data/format.md#row-groups"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
     fill_in_the_middle: FillInTheMiddle | None = None

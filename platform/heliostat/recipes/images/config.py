@@ -129,7 +129,7 @@ class Model(Strict):
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()
-    """Samples to generate after every evaluation, and the defaults of `heliostat generate`."""
+    """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
