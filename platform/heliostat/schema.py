@@ -324,4 +324,4 @@ def require_kind(wanted: str, path: Path, raw: object) -> None:
     keys = set(raw) if isinstance(raw, dict) else set()
     if other and other != wanted and not keys & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)
-        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")
+        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, not {KIND_NAMES[wanted]}. Use `{command}`")

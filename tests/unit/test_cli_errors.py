@@ -57,7 +57,9 @@ def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
     code, out, lines, imported = run("check", str(path))
     assert code == 2 and out == "" and imported == ""
     assert (
-        len(lines) == 1 and lines[0].startswith("error: data.sources.0.path: ") and "make it with `heliostat prepare`" in lines[0]
+        len(lines) == 1
+        and lines[0].startswith("error: data.sources.0.path: ")
+        and "make it with `heliostat data prepare`" in lines[0]
     )
 
 
