@@ -305,10 +305,10 @@ KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
 KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
 KIND_COMMANDS = {
     "cluster": "heliostat cluster up {0}`, or name it with `--cluster {0}",
-    "pipeline": "heliostat prepare {0}",
-    "sweep": "heliostat tune {0}",
+    "pipeline": "heliostat data prepare {0}",
+    "sweep": "heliostat sweep run {0}",
     "job": "heliostat train {0}",
-    "suite": "heliostat benchmark MODEL {0}",
+    "suite": "heliostat model benchmark MODEL {0}",
 }
 
 

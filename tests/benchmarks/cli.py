@@ -3,7 +3,7 @@
     python -m tests.benchmarks.cli [--rounds 5]
 
 Of the child process, in seconds, least of the rounds: the least disturbed. `check` and `train` want the dataset of
-`heliostat prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
+`heliostat data prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
 """
 
 from __future__ import annotations

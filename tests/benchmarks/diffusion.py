@@ -35,7 +35,7 @@ def prepare(folder: Path, name: str, **keys: Any) -> Path:
     raw |= {"output": str(folder / name), "resolution": 32, **keys}
     path = folder / f"{name}-pipeline.yaml"
     path.write_text(yaml.safe_dump(raw))
-    harness.heliostat("prepare", path)
+    harness.heliostat("data", "prepare", path)
     return folder / name
 
 

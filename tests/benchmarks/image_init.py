@@ -1,6 +1,6 @@
 """Held-out loss of small U-Nets and PixArts that begin as their authors have it, against torch's default weights.
 
-    heliostat prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init [--steps 600]
+    heliostat data prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init
 
 The model, the samples, the loss, the schedule and the average are those of `jobs/quickstart-diffusion.yaml`, in a plain loop of
 one process: no Ray, no ZeRO. PixArt takes the U-Net's place with a backbone of its own and a lower rate. The two starts of a seed

@@ -43,7 +43,7 @@ def dataset(vocabulary: str) -> Path:
     """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
     folder = harness.ROOT / f".heliostat/data/quickstart-{vocabulary}"
     settings = {"output": str(folder), "tokenizer.vocab_size": vocabulary}
-    harness.heliostat("prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
     return folder
 
 

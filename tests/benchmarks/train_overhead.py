@@ -42,7 +42,7 @@ def job(folder: Path, steps: int, precision: str) -> Path:
 
 def main() -> None:
     options = harness.arguments(__doc__, steps=60, turn=12.0, stages=[1, 2, 3], precision=["bf16", "fp32"])
-    harness.heliostat("prepare", "pipelines/quickstart.yaml")
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml")
     with tempfile.TemporaryDirectory() as name:
         for precision in options.precision:
             path = job(Path(name), options.steps, precision)

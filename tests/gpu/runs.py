@@ -71,7 +71,7 @@ def profile() -> Iterator[Row]:
                     if driver.poll() is not None:
                         raise RuntimeError(f"heliostat train: ended with {driver.returncode} before its first step")
                     time.sleep(0.2)
-                result = heliostat("profile", str(run.path), "--steps", "3")
+                result = heliostat("debug", "profile", str(run.path), "--steps", "3")
             finally:
                 if driver.poll() is None:
                     driver.terminate()  # saves, and ends
@@ -113,7 +113,7 @@ def elastic() -> Iterator[Row]:
         far = 0.0 if missing else apart(found, right)
         wrong = missing or (f"the losses are {far:.2g} from the unbroken run's" if far > SAME else "")
         yield _row("losses on 2, 1, and 2 workers, from those on 2", far, f"of {SAME}", wrong)
-        report = heliostat("verify", str(folder / "runs/small"))
+        report = heliostat("run", "verify", str(folder / "runs/small"))
         yield _row(
             "samples lost or repeated",
             report["lost"] + report["repeated"],

@@ -54,7 +54,7 @@ def stopped(process: subprocess.Popen) -> int:
 
 
 class Endpoint:
-    """`heliostat serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
+    """`heliostat model serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.store = folder, f"sqlite:///{folder}/mlflow.db"

@@ -1,4 +1,4 @@
-"""`heliostat benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
+"""`heliostat model benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
 
 import contextlib
 import dataclasses

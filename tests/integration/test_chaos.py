@@ -1,4 +1,4 @@
-"""`heliostat chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
+"""`heliostat debug chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
 
 from pathlib import Path
 

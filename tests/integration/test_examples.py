@@ -68,8 +68,8 @@ def trained(tracking: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def test_a_classifier_of_ones_own_trains_from_rows_to_a_served_model(trained, functions, tracking):
-    """Rows of varying length; parts of the loss are curves; scores of all samples together are those of `heliostat evaluate`; the
-    model answers with plain transformers, `generate` and MLflow alike."""
+    """Rows of varying length; parts of the loss are curves; scores of all samples together are those of
+    `heliostat model evaluate`; the model answers with plain transformers, `generate` and MLflow alike."""
     result = trained("classifier", "jobs.examples.classifier:Classifier", functions, None, 40)
     losses = curve(tracking, result["run_id"])
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])

@@ -116,7 +116,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     asked.write_text('{"text": "a"}\n')
 
     def said(*more: str) -> str:
-        code, _, error = command_line.run(monkeypatch, capsys, "infer", str(model), "--input", str(asked), *more)
+        code, _, error = command_line.run(monkeypatch, capsys, "model", "infer", str(model), "--input", str(asked), *more)
         assert code == 2 and len(error.strip().splitlines()) == 1
         return error
 

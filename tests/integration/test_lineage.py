@@ -49,7 +49,7 @@ class Story:
     data: str
     run: str
     head: str  # the commit when it began
-    killed: dict[str, Any]  # the row of `heliostat runs` after the driver's death
+    killed: dict[str, Any]  # the row of `heliostat run list` after the driver's death
     base: dict[str, Any]
     tuned: dict[str, Any]
 
@@ -104,7 +104,7 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def node(story: Story, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The base model's run, as `heliostat lineage` tells it."""
+    """The base model's run, as `heliostat run lineage` tells it."""
     return ask(capsys, "lineage", "lineage-lm/1", "--mlflow", story.tracking)["run"]
 
 

@@ -1,4 +1,5 @@
-"""The page of `heliostat play` in a real browser: what a person asks is answered as it is written, on a wide screen and a phone.
+"""The page of `heliostat model play` in a real browser: what a person asks is answered as it is written, on a wide screen and a
+phone.
 
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """

@@ -138,7 +138,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
         if there == "nothing listens":
             silent.close()
         uri, begun = f"http://127.0.0.1:{port}", time.monotonic()
-        result = CliRunner().invoke(cli_app, ["runs", "--mlflow", uri])
+        result = CliRunner().invoke(cli_app, ["run", "list", "--mlflow", uri])
     error = result.exception
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
@@ -227,7 +227,7 @@ def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
 def test_a_suite_that_is_not_there_is_found_before_the_run(tmp_path):
     suite = tmp_path / "suite.yaml"
     changes = {"evaluate.benchmarks": {"suite": str(suite), "every": 10}}
-    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: there is no file .*`heliostat make-suite`"):
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: there is no file .*`heliostat model make-suite`"):
         check.check_job(job(**changes))
     suite.write_text("")
     check.check_job(job(**changes))

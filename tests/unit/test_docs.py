@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
-from heliostat.cli import groups
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
@@ -240,8 +239,7 @@ def test_every_command_and_option_that_a_page_names_exists(page):
     group = typer.main.get_command(app)
     wrong = []
     for line in spoken(TEXTS[page]):
-        _, name, words = groups.current(shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line)))
-        words = [*name.split(), *words]
+        words = shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line))
         command: Any = group
         while words and hasattr(command, "commands") and words[0] in command.commands:
             command = command.commands[words.pop(0)]

@@ -35,7 +35,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
     done = CliRunner().invoke(app, ["init", "a/mine"])
     assert done.exit_code == 0, done.output
     told = done.stdout.split()
-    assert "a/mine" in told and "cd a/mine heliostat prepare pipelines/quickstart.yaml" in " ".join(told)
+    assert "a/mine" in told and "cd a/mine heliostat data prepare pipelines/quickstart.yaml" in " ".join(told)
     made = written(tmp_path / "a" / "mine")
     assert made.pop(".gitignore").decode().splitlines() == [
         ".heliostat/",

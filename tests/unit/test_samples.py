@@ -1,4 +1,4 @@
-"""`heliostat samples`: the text that a step trained on, and where it lies in the dataset."""
+"""`heliostat run samples`: the text that a step trained on, and where it lies in the dataset."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""`heliostat verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
+"""`heliostat run verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
 
 import dataclasses
 import itertools

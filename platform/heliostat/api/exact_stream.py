@@ -10,7 +10,8 @@
             receipt = feed.receipt()              # wherever you save a checkpoint: behind the step that came last
 
 Every step's global batch follows from the data, the seed and the step: it is the same on any number of workers that divides the
-lanes. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat verify FOLDER` can check it.
+lanes. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat run verify FOLDER` can check
+it.
 """
 
 from __future__ import annotations

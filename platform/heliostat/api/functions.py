@@ -59,7 +59,7 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
     """Makes a dataset by a pipeline's YAML file; does nothing if it is up to date, unless `force` is given.
 
-    Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped and more.
+    Returns the report that `heliostat data prepare --json` prints: dataset, digest, tokens, dropped and more.
     """
     from heliostat.curation.prepare import prepare as run
 

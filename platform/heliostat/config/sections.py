@@ -85,7 +85,8 @@ class Evaluate(Strict):
 
 class Best(Strict):
     metric: str = "loss"
-    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat benchmark --follow` gives later."""
+    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat model benchmark --follow` gives
+    later."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is good."""
     keep: Positive = 1

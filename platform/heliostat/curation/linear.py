@@ -104,7 +104,7 @@ def load(folder: Path) -> LinearScorer:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
             f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
-            "`heliostat curate train-classifier`"
+            "`heliostat data train-classifier`"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")

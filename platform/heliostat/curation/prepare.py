@@ -1,4 +1,5 @@
-"""Prepares raw data as shards and a manifest, once: `heliostat prepare PIPELINE.yaml`; a rerun with nothing new does nothing.
+"""Prepares raw data as shards and a manifest, once: `heliostat data prepare PIPELINE.yaml`; a rerun with nothing new does
+nothing.
 
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:

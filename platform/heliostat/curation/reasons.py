@@ -117,7 +117,7 @@ def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
             f"{dataset.location}: was made without `stages`, so it does not record what became of documents. Add `stages` to its "
-            "pipeline, and run `heliostat prepare`; what could not be read is in its quarantine.parquet"
+            "pipeline, and run `heliostat data prepare`; what could not be read is in its quarantine.parquet"
         )
     return dataset.meta["curation"]
 

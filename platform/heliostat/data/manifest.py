@@ -310,7 +310,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat prepare`") from e
+        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat data prepare`") from e
     if digest is None or newest.digest == digest:
         return newest
     changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"

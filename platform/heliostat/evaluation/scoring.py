@@ -33,7 +33,7 @@ def require_language_model(folder: Path) -> None:
     """Raises ConfigError if a model's folder holds another kind of model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
-            f"{folder}: is no language model, and benchmarks are of text; `heliostat evaluate` scores it on its dataset"
+            f"{folder}: is no language model, and benchmarks are of text; `heliostat model evaluate` scores it on its dataset"
         )
 
 

@@ -207,7 +207,8 @@ class Evaluates(ABC):
 
 
 class Exports(ABC):
-    """Exports its checkpoints to a folder that is used without the engine: by `heliostat export`, and at the end of every run."""
+    """Exports its checkpoints to a folder that is used without the engine: by `heliostat model export`, and at the end of every
+    run."""
 
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
@@ -303,7 +304,7 @@ class DividesMatrices(ABC):
 
 
 class Generates(Exports):
-    """Answers prompts with its exports: `heliostat generate`."""
+    """Answers prompts with its exports: `heliostat model generate`."""
 
     prompts: tuple[str, ...] = ()  # what the exported model is asked at the end of a run
 
@@ -320,7 +321,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Draws pictures of prompts with its exports, over and over with other options: `heliostat serve` and `play`."""
+    """Draws pictures of prompts with its exports, over and over with other options: `heliostat model serve` and `play`."""
 
     @staticmethod
     @abstractmethod

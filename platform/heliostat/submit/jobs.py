@@ -114,7 +114,7 @@ class Jobs:
                 return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {record.id!r} {status.lower()} before; go on with `heliostat resume {record.id}`, "
+                    f"name: job {record.id!r} {status.lower()} before; go on with `heliostat job resume {record.id}`, "
                     "or start from scratch with --overwrite"
                 )
             self._forget(record.id)

@@ -1,7 +1,7 @@
 """Tells where a model comes from, and writes its card: `README.md` of the exported folder, with the header that model hubs read.
 
 Its parents are every `pretrained: FOLDER` of the job's model, and the run that made that folder, if one did: a folder that
-`heliostat export` wrote, or that a registered model holds, has its origin in `heliostat.json`.
+`heliostat model export` wrote, or that a registered model holds, has its origin in `heliostat.json`.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def resolve(model: str, tracking_uri: str) -> Path:
     """Finds the local folder, for `from_pretrained`, of a model given by any of its names; ConfigError if there is none."""
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
-            raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
+            raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat model export`")
         return Path(model)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
         what = "a run id (32 hex digits), or a model's folder"

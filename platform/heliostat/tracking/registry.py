@@ -159,7 +159,7 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
         before, its_data = scores(client, present)
         if data != its_data:
             faults.append(f"it was scored on other held-out samples than version {present.version}: score both on one dataset "
-                          "with `heliostat evaluate`, and use --force")  # fmt: skip
+                          "with `heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

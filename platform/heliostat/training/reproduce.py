@@ -65,7 +65,7 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
             settings,
             overwrite=overwrite,
             recorded=recorded.plan,
-            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat reproduce {recorded.run_id}"},
+            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat debug reproduce {recorded.run_id}"},
         )
     curve = read_curve(client, result["run_id"])
     return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}

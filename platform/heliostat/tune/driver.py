@@ -1,4 +1,4 @@
-"""Drives `heliostat tune`: a sweep from its file to its result, through Ray Tune.
+"""Drives `heliostat sweep run`: a sweep from its file to its result, through Ray Tune.
 
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
@@ -73,7 +73,7 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as lease_:
+    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep stop {plan.folder}`") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
@@ -161,7 +161,7 @@ class _Tuning:
         if stopped:
             raise StoppedError(f"stopped ({reason}); use --resume to go on with the sweep")
         if not result["best"]:
-            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished; see `heliostat sweep {folder}`")
+            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished; see `heliostat sweep show {folder}`")
         return result
 
     def _connect(self) -> int:

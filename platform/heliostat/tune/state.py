@@ -62,7 +62,7 @@ class SweepState:
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
         sweep = self.plan.sweep.name
-        tags = {PARENT_RUN: self.parent, SWEEP: sweep, TRIAL: str(record.number), SOURCE_NAME: f"heliostat tune {sweep}"}
+        tags = {PARENT_RUN: self.parent, SWEEP: sweep, TRIAL: str(record.number), SOURCE_NAME: f"heliostat sweep run {sweep}"}
         return {
             "job": job.dump(),
             "pauses": holds(self.plan.sweep, job, record.number),

@@ -96,7 +96,9 @@ def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     if recipe.kind != "tokens":
         raise ConfigError("evaluate.benchmarks: tasks are of text, and the model is no language model; remove it")
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {benchmarks.suite}; make one with `heliostat make-suite`")
+        raise ConfigError(
+            f"evaluate.benchmarks.suite: there is no file {benchmarks.suite}; make one with `heliostat model make-suite`"
+        )
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -231,7 +233,8 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
             number = has_places.index(False)
             fix = (
                 f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
-                f"{len(order.splits[number].held):,} chunks can be; prepare it again (`heliostat prepare --force`), or raise it"
+                f"{len(order.splits[number].held):,} chunks can be; "
+                "prepare it again (`heliostat data prepare --force`), or raise it"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):

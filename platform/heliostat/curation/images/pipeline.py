@@ -1,4 +1,4 @@
-"""Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards, on Ray. Run: `heliostat data prepare pipelines/quickstart-images.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
 to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of

@@ -1,5 +1,5 @@
 """Makes pairs of texts that belong together, on Ray: docstrings with their functions (Python), titles with their sections
-(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Pairs go to the
 shard, and lie in it, by the hash of their text; equal pairs are there once. A text is held out with all of its queries.

@@ -1,7 +1,7 @@
 """Drops documents that a classifier of one's own finds unlike its good examples: linear on hashed n-grams of words.
 
 GPT-3, CCNet's followers and DCLM (Li et al. 2024, arXiv 2406.11794) choose pages so, with fastText on examples of good and
-other documents. One is trained with `heliostat curate train-classifier GOOD BAD --out FOLDER`, which reports precision and
+other documents. One is trained with `heliostat data train-classifier GOOD BAD --out FOLDER`, which reports precision and
 recall on held-out documents; its folder holds safetensors and JSON. `score` (by `column`) becomes a column. No threshold is
 right for all: see the report in the folder's classifier.json.
 """

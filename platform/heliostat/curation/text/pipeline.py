@@ -1,4 +1,4 @@
-"""Turns text into token shards, on Ray. Run: `heliostat prepare pipelines/quickstart.yaml`.
+"""Turns text into token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every
 document goes to the shard that its text's SHA-256 names, so duplicates meet in one task and are dropped there (the

@@ -80,7 +80,7 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
         if task != "embed":
             raise ConfigError(f"--task {task}: {folder} is an embedder, which only embeds; give --task embed")
     elif getattr(exported.read(folder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"{folder}: is no language model; `heliostat generate --prompts` draws from prompts")
+        raise ConfigError(f"{folder}: is no language model; `heliostat model generate --prompts` draws from prompts")
     if task == "chat":
         _require_template(folder)
     if task in WRITES:

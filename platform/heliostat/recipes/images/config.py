@@ -129,7 +129,7 @@ class Model(Strict):
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """The share of captions that are left out, so that the model knows what no text is, for guidance."""
     samples: Samples = Samples()
-    """What is drawn after every evaluation, and how `heliostat generate` draws unless its options differ."""
+    """What is drawn after every evaluation, and how `heliostat model generate` draws unless its options differ."""
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
