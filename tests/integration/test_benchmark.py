@@ -97,7 +97,7 @@ def answer_as_the_model(folder: Path) -> None:
 
 def benchmark(folder: Path, *words: str, code: int = 0, **environment: str) -> dict:
     out = folder / "result.json"
-    done = commands.run("benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
+    done = commands.run("model", "benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
     assert done.returncode == code, done.err
     return json.loads(done.out.splitlines()[-1])
 
@@ -152,7 +152,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
     (last,) = client.get_metric_history(run_id, "bench/held_out_choice")[-1:]
     assert (last.step, last.value) == (STEP, score)
     assert client.list_artifacts(run_id, "benchmarks")[0].path == f"benchmarks/held-out-{STEP:08d}.json"
-    words = ["promote", "lm/1", "champion", "--mlflow", store, "--require"]
+    words = ["model", "promote", "lm/1", "champion", "--mlflow", store, "--require"]
     refused = commands.run(*words, f"bench/held_out_choice>{score}", log=tmp_path / "log")
     assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, required is >" in refused.err
     assert commands.run(*words, f"bench/held_out_choice>={score}", log=tmp_path / "log").returncode == 0

@@ -39,7 +39,7 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
 @pytest.mark.slow
 def test_the_endpoint_on_ray_draws_and_searches(painter, documents, tmp_path):  # noqa: F811
     port = free_port()
-    command = ["serve", str(painter), "--index", str(documents), "--port", str(port), "--no-keys", "--name", "digits"]
+    command = ["model", "serve", str(painter), "--index", str(documents), "--port", str(port), "--no-keys", "--name", "digits"]
     process, log = started(tmp_path, "is served at", *command)
     try:
         assert "digits and code-index is served at" in log.read_text()

@@ -149,7 +149,7 @@ def start() -> Iterator[Callable[..., commands.Process]]:
     started: list[commands.Process] = []
 
     def make(path: Path, log: Path, *more: str) -> commands.Process:
-        started.append(commands.start("tune", str(path), "--json", *more, log=log, RAY_ADDRESS=""))
+        started.append(commands.start("sweep", "run", str(path), "--json", *more, log=log, RAY_ADDRESS=""))
         return started[-1]
 
     yield make

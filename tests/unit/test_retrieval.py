@@ -190,7 +190,7 @@ def test_the_command_shows_passages_with_their_sources(document_index, monkeypat
 def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, embedder, tmp_path, monkeypatch, capsys):
     """Of five passages some, which is said; a question that has no room is an error."""
     model = write_model(tmp_path, BASE["model"], 256)
-    ask = ["ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
+    ask = ["search", "ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
     told = json.loads(run(monkeypatch, capsys, *ask, "--json")[1])
     answer = told["answer"]
     assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8

@@ -130,7 +130,7 @@ class Beside:
         if self.asked is None or (self._process and self._process.poll() is None):
             return
         run = self.job.run_folder
-        command = ["benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
+        command = ["model", "benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
                    run.join(paths.BENCHMARKS, "followed.json").uri, "--json"]  # fmt: skip
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), sys.executable, "-m", "heliostat", *command],
