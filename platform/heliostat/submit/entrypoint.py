@@ -132,7 +132,7 @@ class Driver:
         self.folder = self.run_folder.join(run_folder.LOGS)
         retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
         self.again = Again(self.run_folder, retries, sweep is not None, self._pause)
-        what = ["tune", str(sweep)] if sweep else ["train", str(job)]
+        what = ["sweep", "run", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
         self.jobs_url = jobs_url
