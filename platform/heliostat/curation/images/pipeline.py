@@ -72,8 +72,8 @@ class ImagePipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
-    docs/diffusion.md#images"""
+    """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the
+    Hugging Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/diffusion.md#images"""
     fetch: FetchSettings | None = None
     """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()

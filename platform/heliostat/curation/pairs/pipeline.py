@@ -32,8 +32,9 @@ class PairPipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Pairs are made of `.py`,
-    `.md` and `.html`; `.jsonl` and `.parquet` hold them."""
+    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Pairs are made of `.py`, `.md` and `.html`; `.jsonl` and
+    `.parquet` hold them."""
     exclude: list[str] = []
     """Globs of files that are not read, by their paths below the input's folder."""
     query_column: str = "query"

@@ -50,7 +50,7 @@ class TokenizerConfig(Strict):
     train_bytes: int = Field(100_000_000, gt=0)
     """So much text, of the documents with the lowest hashes, trains it."""
     path: str | None = None
-    """Takes an existing one: a `tokenizer.json`, or a folder that holds one."""
+    """Takes an existing one: a `tokenizer.json`, a folder that holds one, or `ORG/NAME` of the Hugging Face Hub."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
     """The token after each document. An existing tokenizer must have it."""
 
@@ -83,7 +83,8 @@ class TextPipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
+    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
     """Globs of files that are not read (`encodings/**`), by their paths below the input's folder, as globs of `input` are."""

@@ -43,6 +43,7 @@ from heliostat.recipes.protocol import (
     Serving,
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
+from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -184,13 +185,13 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
-        field = f"model.pretrained: {str(folder)!r}"
+        field = f"model.pretrained: {files.shown(folder)!r}"
         ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
         what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
                 f"{field} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
-                f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
+                f"with the model's own, `tokenizer: {{path: {files.shown(folder)}}}` in its pipeline's file"
             )
 
     def build(self) -> PreTrainedModel:
