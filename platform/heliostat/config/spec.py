@@ -22,6 +22,7 @@ from heliostat.config.train_section import NEWEST_RECIPES, RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
 from heliostat.schema import Strict
+from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,9 @@ class Job(Strict):
     """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]
     """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
-    (docs/training/initial-weights.md); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content), and
-    keys that change its configuration. TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    (docs/training/initial-weights.md); or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
+    (docs/guides/hub.md), whose tokenizer must be the datasets' (compared by content), and keys that change its configuration.
+    TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """What is trained on, and in which order."""
     train: Train
@@ -191,10 +193,16 @@ def require_store(key: str, uri: str) -> None:
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep; names of the Hub stay, where no such folder
+    exists."""
     if not isinstance(model, dict):
         return model
-    return {k: str(root / v) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
+    return {k: _folder(v, root) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
+
+
+def _folder(value: str, root: Path) -> str:
+    folder = root / value
+    return value if names.model(value) and not folder.exists() else str(folder)
 
 
 def _absolute(key: str, path: str, root: Path) -> str:

@@ -45,7 +45,7 @@ class SmallTrial:
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
     """Makes what is run of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
-    size = tiny.parameters(loading.load(job, sources).build)
+    size = tiny.parameters(loading.load(job, sources, weights=False).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
         return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")

@@ -26,6 +26,7 @@ from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device, Prices
 from heliostat.plan.layouts import Candidate
+from heliostat.recipes.loading import make
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
 
@@ -50,7 +51,8 @@ def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
     """Prepares a job that was checked, as `prepare` does; datasets that were `unread` a moment ago are not asked for."""
     if job.train.activation_checkpointing:
-        recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
+        plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
+        recipe = make(type(recipe), plain)
     if unread:
         recipe.presume(1)
         return job, recipe, unread
@@ -59,7 +61,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
             location.probe()
         written, job = job, collection.expand(job)
         if job is not written:
-            recipe = type(recipe)(job)
+            recipe = make(type(recipe), job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
         if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape follows from the data

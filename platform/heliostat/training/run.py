@@ -19,7 +19,7 @@ from typing import Any
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import private_ray
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
@@ -70,6 +70,7 @@ def train_job(
     started = started or time.time()
     if resume:
         job.run_folder.wait_for_store()
+        job = _as_recorded(job)
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
@@ -80,6 +81,12 @@ def train_job(
             taken.fence.check()
             lease.clear(job.run_folder)
         return _carry_out(DrivenRun(checked, taken, last.step if last else 0, started, verbose, tags), last)
+
+
+def _as_recorded(job: Job) -> Job:
+    """Returns the job with the commits of models of the Hub that the run began with."""
+    last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
+    return pretrained.as_recorded(job, last.index.job) if last else job
 
 
 def _require_settled(job: Job) -> None:
@@ -128,6 +135,7 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     job = run.job
     if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
+        pretrained.located(job)  # downloads here first: what the Hub rejects ends the command before workers start
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, checkpoint.step, job.last_step)
     if (result := endings.result(job.run_folder, checkpoint.step)) is None:

@@ -23,7 +23,7 @@ import ray
 
 from heliostat import training
 from heliostat.cluster.capacity import FETCHING, fits
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.recipes import built_in
@@ -85,8 +85,7 @@ def tune(
             for folder in ("records", "trials", "result.json", "ray", "stop"):
                 plan.folder.join(folder).delete()
             before = None
-        if before:
-            plan = _same(plan, before)
+        plan = _same(plan, before) if before else replace(plan, base=pretrained.pinned(base).dump())
         return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
@@ -96,6 +95,7 @@ def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
     Returns its plan, in which the job leaves open (`spec.BEFORE_KEYS`) only what it left open then: trials that are compared
     follow the same rules.
     """
+    plan = replace(plan, base=pretrained.as_recorded(Job.model_validate(plan.base), before["job"]).dump())
     train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
     unset = {key: rules[key] for key in spec.BEFORE_KEYS if train.get(key) is None}
     plan = replace(plan, base=plan.base | {"train": train | unset})

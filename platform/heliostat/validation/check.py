@@ -23,7 +23,7 @@ from pathlib import Path
 
 from heliostat import extras
 from heliostat.cluster.capacity import require_gpus
-from heliostat.config import deepspeed_keys, spec
+from heliostat.config import deepspeed_keys, pretrained, spec
 from heliostat.config.sections import Benchmarks
 from heliostat.config.spec import Job
 from heliostat.data import collection, manifest
@@ -32,7 +32,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
 from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, TrackingError
 from heliostat.recipes.conformance import require_abilities
-from heliostat.recipes.loading import recipe_class
+from heliostat.recipes.loading import make, recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
@@ -78,8 +78,10 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
     recipe."""
     if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
         raise ConfigError("\n  ".join(faults))
-    job = computable(job, cpu_flags())
-    recipe = recipe_class(job)(job)
+    job = pretrained.pinned(computable(job, cpu_flags()))
+    recipe = make(recipe_class(job), job)
+    for line in pretrained.described(job):
+        log.info("%s", line)
     require_abilities(job, recipe)
     if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError(
@@ -133,7 +135,7 @@ def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, chang
             location.wait_for_store() if recorded else location.probe()
     as_given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not as_given:
-        recipe = type(recipe)(job)
+        recipe = make(type(recipe), job)
     manifests = []
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):

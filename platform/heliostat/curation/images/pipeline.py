@@ -71,8 +71,8 @@ class ImagePipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
-    docs/data/images.md"""
+    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
+    Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
     """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()

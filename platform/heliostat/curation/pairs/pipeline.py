@@ -32,8 +32,9 @@ class PairPipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. heliostat extracts pairs from
-    `.py`, `.md` and `.html`, and reads them from `.jsonl` and `.parquet`."""
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. heliostat extracts pairs from `.py`, `.md` and `.html`,
+    and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
     """Globs of files to skip, matched against their paths below the input's folder."""
     query_column: str = "query"

@@ -49,7 +49,7 @@ class TokenizerConfig(Strict):
     train_bytes: int = Field(100_000_000, gt=0)
     """Bytes of text that train the tokenizer, from the documents with the lowest hashes."""
     path: str | None = None
-    """Existing tokenizer: a `tokenizer.json`, or a folder that holds one."""
+    """Existing tokenizer: a `tokenizer.json`, a folder that holds one, or `ORG/NAME` of the Hugging Face Hub."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
     """Token after each document. An existing tokenizer must have it."""
 
@@ -82,7 +82,8 @@ class TextPipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
     """Globs of files to skip (`encodings/**`), matched against their paths below the input's folder, like the globs of
