@@ -73,7 +73,17 @@ class Inference:
     def round(self, name: str, rng: random.Random, tasks: int, environment: dict[str, str]) -> Round:
         folder, given = self.folder / name, self.given
         folder.mkdir()
-        words = ["model", "infer", str(given.model), "--input", str(self.folder / "in"), "--out", str(folder / "out"), "--keep", "n"]
+        words = [
+            "model",
+            "infer",
+            str(given.model),
+            "--input",
+            str(self.folder / "in"),
+            "--out",
+            str(folder / "out"),
+            "--keep",
+            "n",
+        ]
         words += ["--max-tokens", str(given.tokens), "--batch", str(given.batch), "--seed", str(given.seed)]
         done = Location(str(folder / "out/work/done/infer"))
         return Round(folder, words, done, rng, tasks, environment, limit_s=LIMIT_S)

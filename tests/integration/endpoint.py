@@ -65,7 +65,17 @@ class Endpoint:
         keys = folder / "keys"
         keys.write_text(f"alice {KEY}\nbob {OTHER}\n")
         keys.chmod(0o600)
-        command = ["model", "serve", f"models:/{NAME}@champion", "--mlflow", self.store, "--port", str(self.port), "--keys", str(keys)]
+        command = [
+            "model",
+            "serve",
+            f"models:/{NAME}@champion",
+            "--mlflow",
+            self.store,
+            "--port",
+            str(self.port),
+            "--keys",
+            str(keys),
+        ]
         self.process, self.log = started(folder, "is served at", *command, "--poll", "0.5", *options)
 
     def _register(self) -> None:

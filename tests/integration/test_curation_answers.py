@@ -62,7 +62,7 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(story: dict[str, Any]) -> str:
     job = tiny_job(story["data"], story["tracking"], story["folder"])
-    job["data"] |= {"window": 64}
+    job["data"] |= {"shuffle_window": 64}
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
@@ -157,14 +157,17 @@ def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_pat
     found = reasons.funnel(story["made"])["0 length"]["examples"]["dropped short"]
     texts = [text[:60] for _, _, text, *_ in found]
     _, id, text, *_ = next(e for e in found if texts.count(e[2][:60]) == 1)  # a duplicate's text stays with the duplicate
-    told = ask(capsys, "data", "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"])
+    told = ask(
+        capsys, "data", "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"]
+    )
     assert told["shard"] is None and told["runs"] == [] and told["forgotten"] == [id]
     assert shown(Path(story["data"])) == 1 and shown(tmp_path / "less") == 0
     less = manifest.read(Location(str(tmp_path / "less")))
     assert less.digest != story["made"].digest and contents(less) == contents(story["made"])
     assert reasons.end_of(less, id)[0]["measures"] == {}
     one, two = (
-        ask(capsys, "data", "trace", str(d), "--id", id, "--mlflow", story["tracking"]) for d in (story["data"], tmp_path / "less")
+        ask(capsys, "data", "trace", str(d), "--id", id, "--mlflow", story["tracking"])
+        for d in (story["data"], tmp_path / "less")
     )
     assert one["documents"][0]["stages"][-1]["reason"] == "short" and two["documents"][0]["end"]["reason"] == "forgotten"
 

@@ -64,7 +64,9 @@ def test_in_an_empty_folder_with_no_clone_the_wheel_makes_prepares_trains_and_ex
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     answer = json.loads(
-        heliostat("model", "generate", "../model", "--prompt", "def ", "--max-tokens", "4", "--json", cwd=elsewhere).splitlines()[-1]
+        heliostat("model", "generate", "../model", "--prompt", "def ", "--max-tokens", "4", "--json", cwd=elsewhere).splitlines()[
+            -1
+        ]
     )
     assert answer["prompt"] == "def " and not list(elsewhere.iterdir())
     code = "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('../model').num_parameters())"

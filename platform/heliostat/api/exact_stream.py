@@ -1,6 +1,6 @@
 """Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
 
-    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "lanes": 4}, steps=100, global_batch=8,
+    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100, global_batch_size=8,
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
@@ -91,10 +91,10 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     return ExactStream(checked.job, checked.plan, str(place))
 
 
-def data_job(data: Mapping[str, object], steps: int, global_batch: int, held_out: float) -> Job:
+def data_job(data: Mapping[str, object], steps: int, global_batch_size: int, held_out: float) -> Job:
     """Builds a job that has only data, by the rules and keys of a job file."""
-    lanes = data.get("lanes")
-    divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
+    lanes = data.get("virtual_ranks")
+    divides = isinstance(lanes, int) and isinstance(global_batch_size, int) and lanes > 0 and global_batch_size % lanes == 0
     raw: dict[str, object] = {
         "name": "stream",
         "recipe": "heliostat.exact_stream:AnySamples",
@@ -102,8 +102,8 @@ def data_job(data: Mapping[str, object], steps: int, global_batch: int, held_out
         "data": dict(data),
         "train": {
             "steps": steps,
-            "global_batch": global_batch,
-            "micro_batch": global_batch // lanes if divides else 1,  # type: ignore[operator]
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": global_batch_size // lanes if divides else 1,  # type: ignore[operator]
             "optimizer": {"lr": 1.0},
         },
         "checkpoint": {"every": 1},

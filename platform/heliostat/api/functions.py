@@ -141,12 +141,12 @@ def datasets(
     *,
     folder: str,
     steps: int | None = None,
-    global_batch: int | None = None,
+    global_batch_size: int | None = None,
     held_out: float = 0.0,
 ) -> ExactStream:
     """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
 
-    `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples per step over all workers), and `held_out` (the
+    `data`: the keys of a job's `data`, with `steps`, `global_batch_size` (samples per step over all workers), and `held_out` (the
     fraction of samples to leave out); or a complete Job. `folder`: for the plan, the receipts, and the list of bad samples. If
     it has a plan, the stream continues with it; ConfigError if the samples would differ.
     """
@@ -155,14 +155,14 @@ def datasets(
     if not isinstance(data, Job | Mapping):
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
-        if steps is not None or global_batch is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch, and held_out come from the job. Leave them out")
+        if steps is not None or global_batch_size is not None or held_out:
+            raise ConfigError("heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave them out")
         return plan_stream(data, folder)
-    if steps is None or global_batch is None:
+    if steps is None or global_batch_size is None:
         raise ConfigError(
-            "heliostat.datasets: steps and global_batch are required. Pass global_batch as samples per step over all workers"
+            "heliostat.datasets: steps and global_batch_size are required. Pass global_batch_size as samples per step over all workers"
         )
-    return plan_stream(data_job(data, steps, global_batch, held_out), folder)
+    return plan_stream(data_job(data, steps, global_batch_size, held_out), folder)
 
 
 def settings(overrides: Overrides) -> list[str]:

@@ -35,7 +35,7 @@ class Data(Strict):
     """Of the order of samples."""
     lanes: Count | None = None
     """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
-    for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
+    for each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
     window: Count | None = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []

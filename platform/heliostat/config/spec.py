@@ -27,7 +27,10 @@ from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
-BEFORE_KEYS: dict[str, str | int] = {"accumulate": "same", "recipe_version": 1}  # what runs had before they recorded these keys
+BEFORE_KEYS: dict[str, str | int] = {
+    "grad_accum_dtype": "same",
+    "recipe_version": 1,
+}  # what runs had before they recorded these keys
 
 
 class Job(Strict):
@@ -73,7 +76,7 @@ class Job(Strict):
     @property
     def accumulation(self) -> int:
         """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
-        return self.train.global_batch // (self.replicas * self.train.micro_batch)
+        return self.train.global_batch_size // (self.replicas * self.train.micro_batch_size)
 
     @property
     def replicas(self) -> int:
@@ -92,7 +95,7 @@ class Job(Strict):
 
     @property
     def lanes(self) -> int:
-        return self.data.lanes or self.train.global_batch // self.train.micro_batch
+        return self.data.virtual_ranks or self.train.global_batch_size // self.train.micro_batch_size
 
     @property
     def run_folder(self) -> Location:
@@ -129,9 +132,9 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
         optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
         values = {key: recorded["train"].get(key) or before for key, before in BEFORE_KEYS.items()}
     else:
-        values = {"accumulate": "fp32", "recipe_version": NEWEST_RECIPES}
+        values = {"grad_accum_dtype": "fp32", "recipe_version": NEWEST_RECIPES}
     if sums_on_host(job):
-        values["accumulate"] = "same"
+        values["grad_accum_dtype"] = "same"
     unset = {key: value for key, value in values.items() if getattr(job.train, key) is None}
     return job.model_copy(update={"train": job.train.model_copy(update=unset)}) if unset else job
 

@@ -34,10 +34,10 @@ class Zero(Strict):
     `precision: fp32`."""
     offload: Offload = Offload()
     """What is moved out of GPU memory."""
-    divide_within: Group | None = None
+    shard_group_size: Group | None = None
     """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
     gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/training/many-nodes.md"""
-    copy_within: Group | None = None
+    hpz_partition_size: Group | None = None
     """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
     step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/training/many-nodes.md"""
     quantize_weights: bool = False
@@ -49,7 +49,7 @@ class Zero(Strict):
         """Refuses ways to send less that are known elsewhere, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
-                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use divide_within, which sends "
+                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use shard_group_size, which sends "
                 "gradients between nodes once a step"
             )
         return value
@@ -72,7 +72,7 @@ NOT_OFFERED = {
 class Parallel(Strict):
     auto: bool = False
     """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/training/parallelism.md#automatic-choice"""
+    `micro_batch_size`, `activation_checkpointing`. Written as `parallel: auto`. See docs/training/parallelism.md#automatic-choice"""
 
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
@@ -119,7 +119,9 @@ class Recheck(Strict):
         return first or (step + 1) % self.every == 0
 
 
-GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch samples")
+GROWING = dict.fromkeys(
+    ("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch_size samples"
+)
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
@@ -152,9 +154,9 @@ class Train(Strict):
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
     stop_after: Positive | None = None
     """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
-    global_batch: Count
+    global_batch_size: Count
     """Samples of an optimizer step, whatever the number of workers."""
-    micro_batch: Count
+    micro_batch_size: Count
     """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
     optimizer: AnyOptimizer
     """What makes a step of the gradients."""
@@ -238,8 +240,8 @@ class Train(Strict):
 
         The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
         """
-        batch, micro, each = self.global_batch, self.micro_batch, self.parallel.sharing
+        batch, micro, each = self.global_batch_size, self.micro_batch_size, self.parallel.sharing
         replicas = divisors(math.gcd(lanes, batch))
         counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
-        groups = self.parallel.expert, self.zero.divide_within or 1, self.zero.copy_within or 1
+        groups = self.parallel.expert, self.zero.shard_group_size or 1, self.zero.hpz_partition_size or 1
         return [n for n in counts if not any(n % each for each in groups)]

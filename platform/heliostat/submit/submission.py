@@ -105,7 +105,9 @@ def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) 
     """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
     if record.sweep:
         if settings:
-            raise ConfigError(f"{record.id}: is a sweep. Change its file, and use `heliostat sweep run SWEEP.yaml --cluster --resume`")
+            raise ConfigError(
+                f"{record.id}: is a sweep. Change its file, and use `heliostat sweep run SWEEP.yaml --cluster --resume`"
+            )
         return replace(record, cluster=cluster)
     return SubmissionRecord.of(
         spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue
