@@ -101,8 +101,8 @@ class LossSpikeError(HeliostatError):
 
 
 class CorruptionError(HeliostatError):
-    """Reports that workers computed other bits than others from the same samples and weights (`train.recheck`): their `nodes` are
-    at fault, or one of them is. `agreed`: the steps that were done when all last agreed."""
+    """Reports that workers computed other bits than others from the same samples and weights (`train.sdc_check`): their `nodes`
+    are at fault, or one of them is. `agreed`: the steps that were done when all last agreed."""
 
     def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
         super().__init__(message, nodes, agreed)

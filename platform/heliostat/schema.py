@@ -1,27 +1,98 @@
 """Validates YAML against pydantic models, with errors that name the key, the value and the nearest valid choice.
 
 `Strict` models refuse unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings and returns the model,
-or raises one ConfigError that lists everything wrong.
+or raises one ConfigError that lists everything wrong. A key that was renamed keeps its old name as an alias (`Was`).
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import types
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from heliostat.errors import ConfigError
 from heliostat.text import brief
+from heliostat.text import nearest as nearest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Was:
+    """Names a field's key in earlier versions, which is still read: `rate: Annotated[float, Was("speed")]`."""
+
+    key: str
 
 
 class Strict(BaseModel):
     """Refuses unknown keys and silent conversions (except of whole numbers to floats)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+
+    synonyms: ClassVar[dict[str, str]] = {}
+    """Keys of other tools, and what to write here instead: the model that is a whole file has them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, value: object) -> object:
+        old = old_names(cls)
+        if not old or not isinstance(value, dict):
+            return value
+        for key in (key for key in old if key in value and old[key] in value):
+            raise ValueError(f"{key} is the old name of {old[key]}, and both are given. Remove {key}")
+        return {old.get(key, key): part for key, part in value.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads a field by its old name: recipes of earlier versions name it so."""
+        if new := old_names(type(self)).get(name):
+            return getattr(self, new)
+        return super().__getattr__(name)  # type: ignore[misc]  # pydantic hides it from type checkers
+
+
+@cache
+def old_names(model: type[BaseModel]) -> dict[str, str]:
+    """Returns the model's keys by their old names."""
+    fields = model.model_fields.items()
+    return {mark.key: field.alias or name for name, field in fields for mark in field.metadata if isinstance(mark, Was)}
+
+
+def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
+    """Returns what a file holds with old names of keys replaced, unless it has both; `into` gets each new path by the old one."""
+    if isinstance(raw, list):
+        return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
+    if not isinstance(raw, dict):
+        return raw
+    old, whole = old_names(model), {}
+    for key, part in raw.items():
+        new = old[key] if key in old and old[key] not in raw else key
+        if new != key and into is not None:
+            into[f"{at}{key}"] = f"{at}{new}"
+        inner = _below(model, new)
+        whole[new] = renamed(inner, part, f"{at}{new}.", into) if inner else part
+    return whole
+
+
+def renamed_path(model: type[BaseModel], path: str) -> str:
+    """Returns a path of keys (`train.steps`) with old names replaced."""
+    parts, inner = list[str](), model
+    for part in path.split("."):
+        parts.append(old_names(inner).get(part, part) if inner else part)
+        inner = inner if part.isdecimal() else _below(inner, parts[-1])  # type: ignore[assignment]
+    return ".".join(parts)
+
+
+def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    """Finds the model of the mapping, or of the list of mappings, below a key."""
+    field = next((f for name, f in model.model_fields.items() if key == (f.alias or name)), None) if model else None
+    inner = _inner(field.annotation) if field and get_origin(field.annotation) is not dict else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _number(value: object) -> object:
@@ -108,13 +179,16 @@ def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
     return count
 
 
-def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index); the input is not changed."""
+def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index). `model`: replaces old names."""
     raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
             raise ConfigError(f"--set {setting!r}: write it as key.path=value")
+        if model and (new := renamed_path(model, path)) != path:
+            _say_renamed("--set", path, new)
+            path = new
         try:
             value = yaml.safe_load(text)
         except BROKEN as e:
@@ -150,15 +224,6 @@ def _index(setting: str, key: str, items: list[object]) -> int:
     return int(key)
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """Suggests the nearest choice as `; did you mean 'x'?`, or all choices when none is near, or nothing when there are many or
-    none."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""
-
-
 def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
     """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
     path as the file has it, without the tags of union members that pydantic puts between."""
@@ -192,17 +257,15 @@ def _inner(annotation: object) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
-    """Explains each fault in one line: the key's path, what is wrong with which value, and the nearest valid choice.
-
-    `within`: the key that holds the model in a file.
-    """
+    """Explains each fault in one line: the key's path (below the key `within`), what is wrong, and the nearest valid choice."""
     lines = []
     for fault in error.errors():
         owner, path = _walk(model, fault["loc"])
         key = brief(".".join(str(p) for p in ((within, *path) if within else path)))
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
-            lines.append(f"{key}: unknown key{nearest(str(path[-1]), known)}")
+            own = getattr(model, "synonyms", {}).get(str(path[-1]).lower().replace("-", "_"))
+            lines.append(f"{key}: unknown key{f'. {own}' if own else nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
             lines.append(absent(key, _example(owner, str(path[-1]))))
         elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
@@ -282,14 +345,26 @@ def validate(model: type[M], raw: object, where: str) -> M:
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
-    return validate(model, read(kind, path, settings), str(path))
+    return validate(model, read(model, kind, path, settings), str(path))
 
 
-def read(kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, with settings applied; ConfigError if it is clearly of another."""
-    raw = read_yaml(path)
+def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """Reads a file of a kind in the keys of its model, with settings applied; ConfigError if it is clearly of another kind.
+
+    Old names of keys are replaced, and a line in the log names each, once for a file.
+    """
+    raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
-    return apply(raw, settings or [])
+    raw = renamed(model, raw, into=changes)
+    for old, new in changes.items():
+        _say_renamed(str(path), old, new)
+    return apply(raw, settings or [], model)
+
+
+@cache
+def _say_renamed(where: str, old: str, new: str) -> None:
+    """Logs the new name of a key that was read by its old one, once for a file."""
+    log.warning("%s: %s is now %s", where, old, new)
 
 
 # The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right
@@ -299,7 +374,7 @@ KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
     "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
     "pipeline": ("pipeline",),
     "sweep": ("space", "searcher", "scheduler"),
-    "job": ("recipe",),
+    "job": ("recipe", "train"),
     "suite": ("tasks",),
 }
 KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
@@ -321,7 +396,6 @@ def kind_of(raw: object) -> str | None:
 def require_kind(wanted: str, path: Path, raw: object) -> None:
     """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
     other = kind_of(raw)
-    keys = set(raw) if isinstance(raw, dict) else set()
-    if other and other != wanted and not keys & set(KIND_KEYS[wanted]):
+    if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)
         raise ConfigError(f"{path}: is {KIND_NAMES[other]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")

@@ -337,7 +337,7 @@ def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
     pages = manifest.read(Location(str(folder / "pages")))
     suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    changes = {"train.steps": 6, "train.micro_batch": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
+    changes = {"train.steps": 6, "train.micro_batch_size": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
                "evaluate.every": 2, "evaluate.samples": 8, "mlflow.uri": store, "storage": str(tmp_path / "runs"),
                "evaluate.benchmarks": {"suite": str(tmp_path / "suite.yaml"), "every": 4}}  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(pages, **changes).dump()))

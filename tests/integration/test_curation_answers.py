@@ -62,7 +62,7 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(story: dict[str, Any]) -> str:
     job = tiny_job(story["data"], story["tracking"], story["folder"])
-    job["data"] |= {"window": 64}
+    job["data"] |= {"shuffle_window": 64}
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]

@@ -56,7 +56,7 @@ class Story:
 
 def write(folder: Path, tracking: str, data: str, name: str, **changes: Any) -> Path:
     job = tiny_job(data, tracking, folder)
-    job["data"] |= {"window": WINDOW}
+    job["data"] |= {"shuffle_window": WINDOW}
     job["mlflow"] |= {"experiment": "lineage", "register": "lineage-lm"}
     job |= {"name": name, "card": {"license": "Apache-2.0", "limitations": "Knows only Python."}, **changes}
     path = folder / f"{name}.yaml"

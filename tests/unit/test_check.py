@@ -195,12 +195,12 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
         {"workers": {"count": 10**9}},
         {"workers": {"count": [1, LARGEST]}},
         {"workers": {"count": [10**9, LARGEST]}},
-        {"train.global_batch": LARGEST, "data.lanes": LARGEST - 1},
-        {"train.global_batch": LARGEST - 5, "train.micro_batch": 1, "workers": {"count": [2, 5]}},  # a prime
-        {"train.global_batch": LARGEST, "train.micro_batch": 3},
+        {"train.global_batch_size": LARGEST, "data.virtual_ranks": LARGEST - 1},
+        {"train.global_batch_size": LARGEST - 5, "train.micro_batch_size": 1, "workers": {"count": [2, 5]}},  # a prime
+        {"train.global_batch_size": LARGEST, "train.micro_batch_size": 3},
         {"model.hidden_size": LARGEST - 5},
-        {"data.lanes": 10**30},
-        {"train.global_batch": 10**30},
+        {"data.virtual_ranks": 10**30},
+        {"train.global_batch_size": 10**30},
     ],
 )
 def test_large_numbers_are_checked_by_arithmetic(changes):

@@ -21,7 +21,10 @@ RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sy
 BAD = {
     "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key; did you mean 'steps'?"),
     "wrong type": ({"train.steps": "many"}, "train.steps: 'many' should be a valid integer"),
-    "batch": ({"train.global_batch": 9}, "train.global_batch: 9 is not divisible by workers.count 1 x train.micro_batch 2"),
+    "batch": (
+        {"train.global_batch_size": 9},
+        "train.global_batch_size: 9 is not divisible by workers.count 1 x train.micro_batch_size 2",
+    ),
     "recipe": ({"recipe": "jobs.casual_lm:CausalLM"}, "recipe: no module 'jobs.casual_lm'"),
     "model": ({"model": {**BASE["model"], "arch": "lama"}}, "model.arch: 'lama' is no causal language model"),
     "store": ({"storage": "gs://b/x"}, "storage: 'gs://b/x': scheme 'gs' is not supported"),

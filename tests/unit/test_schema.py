@@ -66,7 +66,7 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
         ("train.steps", "ten", "'ten' should be a valid integer"),
         ("train.steps", 0, "0 should be greater than 0"),
         ("train.steps", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
-        ("data.window", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
+        ("data.shuffle_window", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
         ("evaluate.samples", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
         ("train.steps", [1], "[1] should be a valid integer"),
         ("train.compile", 1, "1 should be true, false or blocks"),

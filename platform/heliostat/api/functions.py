@@ -139,12 +139,12 @@ def datasets(
     *,
     folder: str,
     steps: int | None = None,
-    global_batch: int | None = None,
+    global_batch_size: int | None = None,
     held_out: float = 0.0,
 ) -> ExactStream:
     """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
 
-    `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples of a step over all workers) and `held_out` (the
+    `data`: the keys of a job's `data`, with `steps`, `global_batch_size` (samples of a step over all workers) and `held_out` (the
     fraction of samples that is left out of the order); or a whole Job, which holds all of these itself. `folder`: gets the plan,
     the receipts and the list of bad samples; one that has a plan is gone on with, ConfigError if the samples would be others.
     """
@@ -153,12 +153,12 @@ def datasets(
     if not isinstance(data, Job | Mapping):
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
-        if steps is not None or global_batch is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch and held_out are what the job says; leave them out")
+        if steps is not None or global_batch_size is not None or held_out:
+            raise ConfigError("heliostat.datasets: steps, global_batch_size and held_out are what the job says; leave them out")
         return plan_stream(data, folder)
-    if steps is None or global_batch is None:
-        raise ConfigError("heliostat.datasets: give steps and global_batch, the samples of a step over all workers")
-    return plan_stream(data_job(data, steps, global_batch, held_out), folder)
+    if steps is None or global_batch_size is None:
+        raise ConfigError("heliostat.datasets: give steps and global_batch_size, the samples of a step over all workers")
+    return plan_stream(data_job(data, steps, global_batch_size, held_out), folder)
 
 
 def settings(overrides: Overrides) -> list[str]:

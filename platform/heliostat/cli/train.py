@@ -88,7 +88,7 @@ def _recomputed(t: Report) -> list[str]:
     tokens = f" of {t['sequence_length']:,} tokens" if t["sequence_length"] else ""
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
-        f"{t['steps']} steps of {t['global_batch']} samples{tokens} in micro-batches of {t['micro_batch']}; "
+        f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
         f"from step {t['resumed']['step']} also on {t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 

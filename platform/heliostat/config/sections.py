@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, ByteSize, Field
 
 from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, Was
 
 
 class Source(Strict):
@@ -33,10 +33,10 @@ class Data(Strict):
     """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
     seed: Seed = 0
     """Of the order of samples."""
-    lanes: Count | None = None
-    """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
-    for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
-    window: Count | None = None
+    virtual_ranks: Annotated[Count | None, Was("lanes")] = None
+    """Virtual data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one for
+    each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
+    shuffle_window: Annotated[Count | None, Was("window")] = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
     """A curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""

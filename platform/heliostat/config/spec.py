@@ -26,7 +26,10 @@ from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
-BEFORE_KEYS: dict[str, str | int] = {"accumulate": "same", "recipe_version": 1}  # what runs had before they recorded these keys
+BEFORE_KEYS: dict[str, str | int] = {
+    "grad_accum_dtype": "same",
+    "recipe_version": 1,
+}  # what runs had before they recorded these keys
 
 
 class Job(Strict):
@@ -71,7 +74,7 @@ class Job(Strict):
     @property
     def accumulation(self) -> int:
         """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
-        return self.train.global_batch // (self.replicas * self.train.micro_batch)
+        return self.train.global_batch_size // (self.replicas * self.train.micro_batch_size)
 
     @property
     def replicas(self) -> int:
@@ -79,18 +82,21 @@ class Job(Strict):
         assert isinstance(self.workers.count, int)
         return self.workers.count // self.train.parallel.sharing
 
-    def worker_counts(self, lanes: int | None = None) -> list[int]:
-        """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its
-        `lanes`)."""
-        return self.train.worker_counts(lanes or self.lanes, self.workers.least, self.workers.most)
+    def worker_counts(self, virtual_ranks: int | None = None) -> list[int]:
+        """Lists the numbers of workers, ascending, that the job allows and that can process its virtual ranks.
+
+        `virtual_ranks`: those of the run that is resumed.
+        """
+        return self.train.worker_counts(virtual_ranks or self.virtual_ranks, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
         """Copies the job, with this fixed number of workers."""
         return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property
-    def lanes(self) -> int:
-        return self.data.lanes or self.train.global_batch // self.train.micro_batch
+    def virtual_ranks(self) -> int:
+        """Returns the number of virtual ranks of a new run."""
+        return self.data.virtual_ranks or self.train.global_batch_size // self.train.micro_batch_size
 
     @property
     def run_folder(self) -> Location:
@@ -113,7 +119,7 @@ class Job(Strict):
 
 def load(path: Path, settings: list[str] | None = None) -> Job:
     """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    raw = schema.read("job", path, settings)
+    raw = schema.read(Job, "job", path, settings)
     if isinstance(raw.get("train"), dict):
         for key in RETIRED & raw["train"].keys():
             log.warning("train.%s: has no effect any more. Remove it", key)
@@ -124,12 +130,13 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Settles what the job leaves open in `train`: as the run that it resumes has it (`BEFORE_KEYS` if that is from before there
     was the key), else the newest. ConfigError if the run cannot go on with the job's optimizer."""
     if recorded is not None:
+        recorded = schema.renamed(Job, recorded)
         optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
         values = {key: recorded["train"].get(key) or before for key, before in BEFORE_KEYS.items()}
     else:
-        values = {"accumulate": "fp32", "recipe_version": NEWEST_RECIPES}
+        values = {"grad_accum_dtype": "fp32", "recipe_version": NEWEST_RECIPES}
     if sums_on_host(job):
-        values["accumulate"] = "same"
+        values["grad_accum_dtype"] = "same"
     unset = {key: value for key, value in values.items() if getattr(job.train, key) is None}
     return job.model_copy(update={"train": job.train.model_copy(update=unset)}) if unset else job
 
@@ -145,6 +152,7 @@ def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
     """Returns a recorded job with what it had before the keys of `BEFORE_KEYS` were recorded, where it lacks them."""
+    recorded = schema.renamed(Job, recorded)
     train = recorded.get("train")
     return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
 

@@ -11,7 +11,7 @@ from heliostat.config import schedules
 from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, Was
 from heliostat.text import brief
 
 
@@ -34,10 +34,10 @@ class Zero(Strict):
     `precision: fp32`."""
     offload: Offload = Offload()
     """What is moved out of GPU memory."""
-    divide_within: Group | None = None
+    shard_group_size: Annotated[Group | None, Was("divide_within")] = None
     """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
     gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/job.md#many-nodes"""
-    copy_within: Group | None = None
+    hpz_partition_size: Annotated[Group | None, Was("copy_within")] = None
     """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
     step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/job.md#many-nodes"""
     quantize_weights: bool = False
@@ -49,7 +49,7 @@ class Zero(Strict):
         """Refuses ways to send less that are known elsewhere, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
-                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use divide_within, which sends "
+                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use shard_group_size, which sends "
                 "gradients between nodes once a step"
             )
         return value
@@ -72,7 +72,7 @@ NOT_OFFERED = {
 class Parallel(Strict):
     auto: bool = False
     """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/job.md#the-fastest-layout"""
+    `micro_batch_size`, `activation_checkpointing`. Written as `parallel: auto`. See docs/job.md#the-fastest-layout"""
 
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
@@ -109,7 +109,7 @@ class Ema(Strict):
     """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
 
 
-class Recheck(Strict):
+class SdcCheck(Strict):
     every: Positive
     """Steps between two looks. The first step after every start is looked at, too."""
 
@@ -118,7 +118,9 @@ class Recheck(Strict):
         return first or (step + 1) % self.every == 0
 
 
-GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch samples")
+GROWING = dict.fromkeys(
+    ("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch_size samples"
+)
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
@@ -151,9 +153,9 @@ class Train(Strict):
     """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
     stop_after: Positive | None = None
     """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
-    global_batch: Count
+    global_batch_size: Annotated[Count, Was("global_batch")]
     """Samples of an optimizer step, whatever the number of workers."""
-    micro_batch: Count
+    micro_batch_size: Annotated[Count, Was("micro_batch")]
     """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
     optimizer: AnyOptimizer
     """What makes a step of the gradients."""
@@ -169,7 +171,7 @@ class Train(Strict):
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
     parallel: Parallel = Parallel()
     """How the samples, experts and matrices are divided among the workers."""
-    accumulate: Literal["fp32", "same"] | None = None
+    grad_accum_dtype: Annotated[Literal["fp32", "same"] | None, Was("accumulate")] = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/job.md#sums-of-micro-batches"""
     recipe_version: Literal[1, 2] | None = None
@@ -196,7 +198,7 @@ class Train(Strict):
     """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
     fp8: bool = False
     """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
-    recheck: Recheck | None = None
+    sdc_check: Annotated[SdcCheck | None, Was("recheck")] = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
     docs/reliability.md#silent-data-corruption"""
     seed: Seed = 0
@@ -233,8 +235,8 @@ class Train(Strict):
 
         The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
         """
-        batch, micro, each = self.global_batch, self.micro_batch, self.parallel.sharing
+        batch, micro, each = self.global_batch_size, self.micro_batch_size, self.parallel.sharing
         replicas = divisors(math.gcd(lanes, batch))
         counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
-        groups = self.parallel.expert, self.zero.divide_within or 1, self.zero.copy_within or 1
+        groups = self.parallel.expert, self.zero.shard_group_size or 1, self.zero.hpz_partition_size or 1
         return [n for n in counts if not any(n % each for each in groups)]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before ne
     import torch
 
 ALONE = "Prepare it first; with model.text.pretrained and model.backbone.sample_size an image model is planned without it"
-CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
+CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_optimizer", "speed")
 
 
 def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
@@ -170,13 +170,13 @@ def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None
     fitting = best.layout if best else None
     replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
     way = (
-        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch {fitting.micro_batch}"
+        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch_size {fitting.micro_batch_size}"
         + (", train.zero.offload.optimizer cpu" if fitting.offload_optimizer else "")
         + (f", train.activation_checkpointing {str(fitting.checkpointing).lower()}" if replays else "")
         if fitting
         else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
     )
-    sums = "; train.accumulate: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    sums = "; train.grad_accum_dtype: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
     speed = f"with room for it a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
-    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}"
+    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch_size {chosen.layout.micro_batch_size}"
     return f"{where}: each worker {what}; {way}{sums}; {speed}"

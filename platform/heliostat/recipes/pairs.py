@@ -62,8 +62,8 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
         super().__init__(job)
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: rows have none; remove it, and set model.max_tokens")
-        if job.train.global_batch < 2:
-            raise ConfigError("train.global_batch: 1 pair has no other to compare with; give 2 or more")
+        if job.train.global_batch_size < 2:
+            raise ConfigError("train.global_batch_size: 1 pair has no other to compare with; give 2 or more")
         if "init" in job.model:
             raise ConfigError("model.init: is of language models; remove it")
         self.keys = _own_keys(self.own, job.model)

@@ -78,7 +78,7 @@ def _parent(key: str, folder: Path, changed: dict[str, Json]) -> ParentModel:
 def note(job: Job, manifests: list[Manifest]) -> str:
     """Describes a new run in Markdown, as MLflow's UI shows it: what is trained, on what, and where to look."""
     length = f" of {job.data.sequence_length:,} tokens" if job.data.sequence_length else ""
-    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch:,} samples{length}"
+    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch_size:,} samples{length}"
     lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
     for source, m in zip(job.data.sources, manifests, strict=True):
         size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
@@ -109,7 +109,7 @@ def text(
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]
     lines += [job.card.summary, ""] if job.card.summary else []
     lines += [
-        f"Trained with heliostat for {step:,} steps of {job.train.global_batch:,} samples (`{job.recipe}`, "
+        f"Trained with heliostat for {step:,} steps of {job.train.global_batch_size:,} samples (`{job.recipe}`, "
         f"{job.train.precision}), MLflow run `{run_id}`. License: {license_of(job, origins)}.",
         "",
     ]

@@ -32,7 +32,14 @@ Above0 = Annotated[Float, Field(gt=0)]
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
 FIXED_WHERE_COMPARED = ("train.steps",)
 MOST = 100_000  # trials of a sweep
-DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
+DATA = (
+    "data",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "model",
+    "train.ema",
+    "train.steps",
+)  # a checkpoint fits no other
 
 
 class SweepBudget(Strict):
@@ -179,7 +186,7 @@ class SweepPlan:
     def tokens_per_trial(self) -> int:
         """Returns the number of tokens, or samples, that a whole trial of the base job trains on."""
         train = self.base["train"]
-        return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
+        return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:

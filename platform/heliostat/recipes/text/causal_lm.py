@@ -262,7 +262,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         from heliostat.parallel import sequence_attention
 
-        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch, self.document_mask)
+        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch_size, self.document_mask)
 
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.parallel import experts

@@ -100,6 +100,6 @@ def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
     if checkpoint := layout.latest(run):
         log.warning(
             "no checkpoint of up to step %d is kept, so the run continues from one in doubt; raise checkpoint.keep, or "
-            "lower train.recheck.every", error.agreed,
+            "lower train.sdc_check.every", error.agreed,
         )  # fmt: skip
     return checkpoint
