@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Was:
-    """Names a field's key in earlier versions, which is still read: `rate: Annotated[float, Was("speed")]`."""
+    """Keeps a field's key of earlier versions, which is still read: `rate: Annotated[float, Was("speed")]`."""
 
     key: str
 
@@ -89,7 +89,6 @@ def renamed_path(model: type[BaseModel], path: str) -> str:
 
 
 def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    """Finds the model of the mapping, or of the list of mappings, below a key."""
     field = next((f for name, f in model.model_fields.items() if key == (f.alias or name)), None) if model else None
     inner = _inner(field.annotation) if field and get_origin(field.annotation) is not dict else None
     return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
@@ -110,6 +109,7 @@ SHOWN = 200  # characters of a wrong value
 KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
 WANTED = {  # what pydantic says of its own classes, in words of YAML
     "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
+    "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
 }  # fmt: skip
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
@@ -157,12 +157,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     sections = documents(path)
     if len(sections) > 1:
         raise ConfigError(f"{path}: holds {len(sections)} documents; take out what begins at the second `---`")
-    raw = sections[0] if sections else None
-    if raw is None:
+    if not sections:
         raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
-    return raw
+    if not isinstance(sections[0], dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(sections[0]).__name__}")
+    return sections[0]
 
 
 def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
@@ -224,7 +223,7 @@ def _index(setting: str, key: str, items: list[object]) -> int:
     return int(key)
 
 
-def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
+def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
     """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
     path as the file has it, without the tags of union members that pydantic puts between."""
     current: object = model
@@ -245,7 +244,7 @@ def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Bas
 
 
 def _inner(annotation: object) -> Any:
-    """Finds the model inside of an annotation; of a union whose members have tags, all models by tag."""
+    """Finds the model in an annotation; of a union with tags, all models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
             m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
@@ -258,16 +257,17 @@ def _inner(annotation: object) -> Any:
 
 def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
     """Explains each fault in one line: the key's path (below the key `within`), what is wrong, and the nearest valid choice."""
-    lines = []
+    lines, advice = [], getattr(model, "synonyms", {})
     for fault in error.errors():
-        owner, path = _walk(model, fault["loc"])
+        owner, path = walk(model, fault["loc"])
         key = brief(".".join(str(p) for p in ((within, *path) if within else path)))
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
-            own = getattr(model, "synonyms", {}).get(str(path[-1]).lower().replace("-", "_"))
+            own = advice.get(str(path[-1]).lower().replace("-", "_"), "")
+            own = "" if own == f"Use {key}" else own
             lines.append(f"{key}: unknown key{f'. {own}' if own else nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
-            lines.append(absent(key, _example(owner, str(path[-1]))))
+            lines.append(advice.get(f"{key}?") or absent(key, _example(owner, str(path[-1]))))
         elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
             names = list(_inner(owner.model_fields[str(path[-1])].annotation)) if owner else []
             lines.append(f"{key}.name: {_shown(fault['input']['name'])} is not a choice{nearest(fault['ctx']['tag'], names)}")
@@ -290,12 +290,11 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
 
 
 def absent(key: str, example: str = "...") -> str:
-    """Says that a key is missing, and how to write it."""
+    """Writes that a key is missing, and how to write it."""
     return f"{key}: required key missing. Write {key}: {example}"
 
 
 def _example(owner: type[BaseModel] | None, key: str) -> str:
-    """Shows what stands for a key's value: a mapping's required keys, or its first, choices, or the kind of value."""
     fields = owner.model_fields if owner else {}
     field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
     return _kind(field.annotation) if field else "..."
@@ -316,7 +315,6 @@ def _kind(annotation: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """Shows a value as it was written, as far as a line has room for it."""
     return brief(repr(value if not isinstance(value, str) else value[:SHOWN]), SHOWN)
 
 
@@ -333,14 +331,18 @@ def require_whole(model: type, key: str) -> None:
         )
 
 
-def validate(model: type[M], raw: object, where: str) -> M:
+def validate(model: type[M], raw: object, where: str, context: object = None) -> M:
     """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
     require_whole(model, where)
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=context)
     except ValidationError as e:
-        lines = explain(e, model)
-        raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from e
+        raise ConfigError(listed(where, explain(e, model))) from e
+
+
+def listed(where: str, lines: list[str]) -> str:
+    """Writes faults as one message: in the line of `where`, or below it if there are several."""
+    return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
@@ -363,12 +365,10 @@ def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | No
 
 @cache
 def _say_renamed(where: str, old: str, new: str) -> None:
-    """Logs the new name of a key that was read by its old one, once for a file."""
     log.warning("%s: %s is now %s", where, old, new)
 
 
-# The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right
-# one. A file is of a kind if it has one of the keys that only this kind has; the schema reports what this does not find.
+# A file is of a kind if it has one of the keys that only this kind has. One for another command gets an error that names that.
 
 KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
     "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
-from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
+from heliostat.config.fields import LARGEST, Count, Experiment, Filled, Fraction, Name, NonNegative, Positive, Seed
 from heliostat.schema import Float, Strict, Was
 
 
@@ -27,7 +27,9 @@ class MixChange(Strict):
 
 
 class Data(Strict):
-    sources: Annotated[list[Source], Field(min_length=1)]
+    path: Annotated[str | None, Field(exclude=True)] = None
+    """The one dataset that is trained on: short for `sources: [{path: ...}]`."""
+    sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """The datasets that are mixed, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
     """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
@@ -53,6 +55,16 @@ class Data(Strict):
     """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
     document_mask: bool = False
     """Packed documents do not see each other. Refused for models in which they do, see docs/job.md#what-the-check-tries"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_path(cls, value: object) -> object:
+        """Replaces `path` by the source that it is short for."""
+        if not isinstance(value, dict) or not isinstance(value.get("path"), str):
+            return value
+        if "sources" in value:
+            raise ValueError("path is short for one source, and sources are given, too. Remove one of them")
+        return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
 BENCHMARK = "bench/"  # and a task's name: what its score is called
@@ -98,7 +110,7 @@ class Best(Strict):
 
 
 class Checkpoint(Strict):
-    every: Positive
+    every: Annotated[Positive, Filled("a tenth of `train.steps`, at most 1,000")]
     """Steps between two checkpoints."""
     keep: Positive = 2
     """So many of the newest stay."""
@@ -137,8 +149,8 @@ class Workers(Strict):
     """How many; or `[least, most]` for an elastic run, see docs/reliability.md#elastic-runs"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     """Cores of each."""
-    gpus: Annotated[Float, Field(ge=0)] = 0.0
-    """GPUs of each: 1, or 0 to train on CPUs with gloo."""
+    gpus: Annotated[Float, Field(ge=0), Filled("`auto`")] = 0.0
+    """GPUs of each: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
     labels: dict[str, str] = {}
@@ -179,9 +191,9 @@ class Watchdog(Strict):
 
 
 class Mlflow(Strict):
-    uri: str
+    uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
     """The tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never holds a password."""
-    experiment: Experiment
+    experiment: Annotated[Experiment, Filled("the job's name")]
     """Of the run: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")
     """Name of the registered model that the run makes a version of. Unset: the model is logged, and not registered."""

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.config import schedules
-from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
+from heliostat.config.defaults import LENGTHS
+from heliostat.config.fields import LARGEST, Count, Filled, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
 from heliostat.schema import Float, Strict, Was
@@ -149,15 +150,21 @@ def _compiled(value: object) -> object:
 
 
 class Train(Strict):
-    steps: Count
-    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
+    steps: Annotated[Count, Filled("from `epochs` or `tokens`")]
+    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one. Give `steps`, `epochs`, or `tokens`."""
+    epochs: Annotated[Float | None, Field(gt=0, exclude=True)] = None
+    """Passes over the training samples, in place of `steps`. They become steps when the dataset is known, rounded up."""
+    tokens: Annotated[int | None, Field(gt=0, exclude=True)] = None
+    """Tokens to train on, in place of `steps`. They become steps of `global_batch_size` x `data.sequence_length`, rounded up."""
+    steps_from: str | None = None
+    """In a run's record: what `steps` follows from, such as `epochs: 2`. Don't set it."""
     stop_after: Positive | None = None
     """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
-    global_batch_size: Annotated[Count, Was("global_batch")]
+    global_batch_size: Annotated[Count, Was("global_batch"), Filled("64, or the next multiple that the workers can share")]
     """Samples of an optimizer step, whatever the number of workers."""
-    micro_batch_size: Annotated[Count, Was("micro_batch")]
+    micro_batch_size: Annotated[Count, Was("micro_batch"), Filled("up to 4")]
     """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
-    optimizer: AnyOptimizer
+    optimizer: Annotated[AnyOptimizer, Filled("AdamW with a rate by rule, see docs/reference/yaml.md#defaults")]
     """What makes a step of the gradients."""
     schedule: Schedule = Schedule()
     """The learning rate over the steps."""
@@ -225,6 +232,8 @@ class Train(Strict):
         """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
         if not isinstance(value, dict):
             return value
+        if len(given := [key for key in LENGTHS if value.get(key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} are {len(given)} ways to give the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
