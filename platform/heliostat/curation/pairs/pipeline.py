@@ -22,24 +22,31 @@ from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, sources, tokens
 from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
+
+
+class PairColumns(Strict):
+    query: str = "query"
+    """Holds the query."""
+    text: str = "text"
+    """Holds the text which the query is about."""
 
 
 class PairPipeline(StagedPipeline):
     """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"query_column": "query", "text_column": "text"}
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Pairs are made of `.py`,
     `.md` and `.html`; `.jsonl` and `.parquet` hold them."""
     exclude: list[str] = []
     """Globs of files that are not read, by their paths below the input's folder."""
-    query_column: str = "query"
-    """The column of `.jsonl` and `.parquet` that holds the query."""
-    text_column: str = "text"
-    """The column that holds the text which the query is about."""
+    columns: PairColumns = PairColumns()
+    """Which columns hold what, in `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)
     """Pairs whose query has fewer words are left out (`short_query`)."""
     min_text_words: int = Field(8, ge=1)
@@ -59,8 +66,8 @@ class PairPipeline(StagedPipeline):
         return self.tokenizer.definition() if self.tokenizer else None
 
     def check(self) -> None:
-        if self.query_column == self.text_column:
-            raise ConfigError(f"query_column: {self.query_column!r} is the text_column, too; a query is no text about itself")
+        if self.columns.query == self.columns.text:
+            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text, too. Name two columns")
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
@@ -77,15 +84,17 @@ class PairPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
+        del config["columns"]
+        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # as it was when they were keys apart
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> PairMaking:
-        rules = documents.TextRules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
+        rules = documents.TextRules(text_column=self.columns.text, normalise=self.normalise, columns=(self.columns.query,))
         return PairMaking(
-            flow=flow, source=PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words)),
+            flow=flow, source=PairSource(self.input, rules, self.columns.query, Least(self.min_query_words, self.min_text_words)),
             output=output, stages=self.stages, memory_limit=self.memory_limit,
             tokenizer=self.tokenizer.model_dump() if self.tokenizer else {},
             given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,

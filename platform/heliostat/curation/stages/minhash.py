@@ -50,10 +50,10 @@ class MinHash(GlobalStage):
     """Who of a cluster stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
     largest number in `column`. Of equals, the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """The column that `oldest` and `best` compare: one of the pipeline's `columns.others`, or made by a stage before."""
     within: str = ""
     """Compares only documents with the same value in this column, as FineWeb does with the pages of one crawl. As for `column`,
-    it must be one of the pipeline's `columns`, or made by a stage before. Unset: all documents are compared."""
+    it must be one of the pipeline's `columns.others`, or made by a stage before. Unset: all documents are compared."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:

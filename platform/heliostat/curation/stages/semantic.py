@@ -53,7 +53,7 @@ class Semantic(scoring.NamesModel, GlobalStage):
     """Who is gone through first: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
     largest number in `column`. Of equals, the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """The column that `oldest` and `best` compare: one of the pipeline's `columns.others`, or made by a stage before."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:

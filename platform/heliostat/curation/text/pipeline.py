@@ -75,12 +75,20 @@ class TokenizerConfig(Strict):
             raise ConfigError(f"tokenizer.path: {location} is not UTF-8 text") from e
 
 
+class TextColumns(Strict):
+    text: str = "text"
+    """Holds the text."""
+    others: list[str] = []
+    """Others (`url`, `date`, `source`) that go with each document through the stages."""
+
+
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
                        "fill_in_the_middle", "together"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"text_column": "text"}
 
     input: str = Field(min_length=1)
     """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
@@ -92,10 +100,8 @@ class TextPipeline(StagedPipeline):
     See docs/prepare.md#code"""
     tokenizer: TokenizerConfig
     """Trained from the text, or taken as it is."""
-    text_column: str = "text"
-    """The column that holds the text, of files of records (`.jsonl`, `.parquet`, `.csv`)."""
-    columns: list[str] = []
-    """Other columns of files of records (`url`, `date`, `source`) that go with each document through the stages."""
+    columns: TextColumns = TextColumns()
+    """Which columns hold what, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode's normal form that every text is brought to before anything else. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -119,7 +125,7 @@ class TextPipeline(StagedPipeline):
 
     @property
     def rules(self) -> documents.TextRules:
-        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
+        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.columns.text, tuple(self.columns.others),
                                self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
@@ -137,7 +143,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} looks at images, which a text pipeline has none of; remove it")
             stage.check()
-        self.check_columns(self._known, "columns")
+        self.check_columns(self._known, "columns.others")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
             if self.input == sources.STDLIB:
@@ -155,16 +161,16 @@ class TextPipeline(StagedPipeline):
     def _known(self) -> set[str]:
         """Returns the columns that documents come with, or may: those of crawls are known where a file is read."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
-        return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
+        return {*self.columns.others, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents do not have the columns; those of repositories come with them."""
-        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
+        known = {*self.columns.others, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
                 known_names = f"; there are {', '.join(sorted(known))}" if known else ""
                 raise ConfigError(
-                    f"together.{key}: {name!r} is none of the documents' columns{known_names}; name it under `columns` too"
+                    f"together.{key}: {name!r} is none of the documents' columns{known_names}; name it under `columns.others` too"
                 )
 
     def _check_markers(self) -> None:
@@ -189,6 +195,9 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
+        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # as it was when they were keys apart
+        if not self.columns.others:
+            del config["columns"]
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:
