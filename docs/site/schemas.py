@@ -51,8 +51,16 @@ def write() -> None:
 
 
 def text(schema: dict[str, Any]) -> str:
-    """Writes a schema as the file has it."""
-    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+    """Writes a schema as the file has it: a line for each key of the file, and for each section."""
+    entries = []
+    for key, part in schema.items():
+        lines = [f"  {_json(name)}: {_json(one)}" for name, one in part.items()] if key in ("properties", "$defs") else []
+        entries.append(f" {_json(key)}: " + ("{\n" + ",\n".join(lines) + "\n }" if lines else _json(part)))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _json(part: object) -> str:
+    return json.dumps(part, ensure_ascii=False)
 
 
 def every() -> dict[str, dict[str, Any]]:
