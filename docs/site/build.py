@@ -30,7 +30,7 @@ from heliostat.evaluation.suite import Suite
 from heliostat.recipes.images.config import Model
 from heliostat.tune.sweep import Sweep
 
-from docs.site import api, commands, keys, versions
+from docs.site import api, commands, keys, schemas, versions
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent
@@ -170,6 +170,7 @@ def build(folder: Path = BUILD) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(folder / "pages")
     stage.write()
+    shutil.copytree(schemas.FOLDER, folder / "pages" / "schemas")
     if stage.broken:
         raise SystemExit("\n".join(stage.broken))
     shutil.copytree(SITE / "assets", folder / "pages" / "assets")

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from heliostat.config.fields import Filled
 from heliostat.curation import registry
 from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
@@ -126,6 +127,8 @@ def anchor(path: str) -> str:
 
 
 def _default(info: Any) -> str:
+    if rule := next((mark.rule for mark in info.metadata if isinstance(mark, Filled)), ""):
+        return f"default {rule}"
     if info.default is PydanticUndefined and info.default_factory is None:
         return "**required**"
     value = info.get_default(call_default_factory=True)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from heliostat.api import functions as api
 from heliostat.errors import AccessError, ConfigError, MissingDataError
+from heliostat.validation import check as checks
 
 from tests.unit.build_job import raw, write
 
@@ -149,7 +150,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
         (lambda: heliostat.load_job("nowhere.yaml"), r"nowhere\.yaml: no such file"),
         (lambda: heliostat.load_job(raw(**{"train.stepz": 1})), r"job: train\.stepz: unknown key; did you mean 'steps'\?"),
         (
-            lambda: heliostat.check(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
+            lambda: checks.check_job(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
             r"recipe: heliostat\.recipes has no 'Nothing'",
         ),
         (lambda: heliostat.Run("runs/none"), r"none: isn't a run"),

@@ -63,7 +63,7 @@ def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(change
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.parallel": {"tensor": 2}, "workers.count": 8, "train.global_batch_size": 4, "train.micro_batch_size": 1},  # no plain one
+        {"train.parallel": {"tensor": 2}, "workers.count": 8, "train.global_batch_size": 4, "train.micro_batch_size": 1},
         {"train.parallel": {"sequence": 2}, "workers.count": 8, "train.global_batch_size": 12, "train.micro_batch_size": 1},
         {"train.attention": "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 1},
         {"train.compile": "blocks", "train.zero.stage": 1},

@@ -38,7 +38,8 @@ def refusals(**changes):
     [
         ({ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' needs GPUs (workers.gpus is 0); use sdpa"),
         (GPU | {ATTENTION: "flash_attention_2", "train.precision": "fp32"}, "computes in bf16 and fp16 alone"),
-        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 2, "train.global_batch_size": 4},
+        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 2,
+                "train.global_batch_size": 4},
          "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch_size is 2"),
         (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "is not tried"),
         ({ATTENTION: "flash"}, "train.attention"),

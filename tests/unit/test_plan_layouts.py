@@ -79,8 +79,9 @@ def test_workers_share_samples_where_the_job_and_the_model_let_them():
 
 def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
     """Of eight workers each has an eighth of the activations; the same tokens are played, with more that does not hide."""
-    j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 64, "data.sequence_length": 4096, "model.head_dim": 8,
-               "model.num_attention_heads": 32, "model.num_key_value_heads": 8, "model.hidden_size": 256})  # fmt: skip
+    j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 64, "data.sequence_length": 4096,
+               "model.head_dim": 8, "model.num_attention_heads": 32, "model.num_key_value_heads": 8,
+               "model.hidden_size": 256})  # fmt: skip
     made = CausalLM(j)
     shared = ranking.degrees(j, made)
     estimates = planner.planners(j, made, None, None, hardware.table(), exchanged=shared)[-1]
@@ -104,8 +105,8 @@ def test_settings_say_only_what_changes():
     assert layouts.changes(j, same) == []
     other = Layout(3, 4, True, True, "cpu")
     assert set(layouts.changes(j, other)) == {
-        "train.zero.stage=3", "train.micro_batch_size=4", "train.activation_checkpointing=true", "train.zero.offload.optimizer=cpu",
-        "train.zero.offload.param=cpu",
+        "train.zero.stage=3", "train.micro_batch_size=4", "train.activation_checkpointing=true",
+        "train.zero.offload.optimizer=cpu", "train.zero.offload.param=cpu",
     }  # fmt: skip
 
 

@@ -74,8 +74,8 @@ def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
         ),
         (
             {"train.global_batch_size": 10, "workers.count": 8},
-            "train.global_batch_size: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x train.micro_batch_size 2; "
-            "use a global batch of 8 or 16, or workers.count 10",
+            "train.global_batch_size: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x "
+            "train.micro_batch_size 2; use a global batch of 8 or 16, or workers.count 10",
         ),
     ],
 )

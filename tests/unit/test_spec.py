@@ -38,7 +38,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
     changes = {"train.global_batch_size": batch, "train.micro_batch_size": micro, "workers.count": count}
     if batch % (micro * count) == 0:
         made = job(**changes)
-        assert made.accumulation * micro * count == batch and made.lanes == batch // micro
+        assert made.accumulation * micro * count == batch and made.virtual_ranks == batch // micro
         return
     (line,) = faults(**changes)
     assert line.startswith(
@@ -67,7 +67,7 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
         "data.virtual_ranks": lanes,
     }
     if batch % lanes == 0 and lanes % count == 0:
-        assert job(**changes).lanes == lanes
+        assert job(**changes).virtual_ranks == lanes
         return
     (line,) = faults(**changes)
     assert line.startswith(
@@ -342,7 +342,8 @@ def test_the_sections_say_what_is_due_after_which_step():
     }  # fmt: skip
     steps = {name: [done for done in range(1, 21) if asked(done)] for name, asked in due.items()}
     assert steps == {
-        "log": [4, 8, 12, 16, 20], "evaluate": [10, 20], "save": [20], "copy": [3, 6, 9, 12, 15, 18], "sdc_check": [5, 10, 15, 20],
+        "log": [4, 8, 12, 16, 20], "evaluate": [10, 20], "save": [20], "copy": [3, 6, 9, 12, 15, 18],
+        "sdc_check": [5, 10, 15, 20],
     }  # fmt: skip
     assert train.sdc_check.due(0, first=True), "the first step after every start is looked at"
     assert not any(job().checkpoint.copy_due(done) for done in range(1, 21)), "no copies unless the job wants them"

@@ -1,6 +1,7 @@
 """Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
 
-    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100, global_batch_size=8,
+    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100,
+    global_batch_size=8,
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from heliostat import schema
 from heliostat.config import spec, workspace
 from heliostat.config.fields import divisors
+from heliostat.config.sections import Data
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -93,17 +95,18 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
 
 def data_job(data: Mapping[str, object], steps: int, global_batch_size: int, held_out: float) -> Job:
     """Builds a job that has only data, by the rules and keys of a job file."""
-    lanes = data.get("virtual_ranks")
-    divides = isinstance(lanes, int) and isinstance(global_batch_size, int) and lanes > 0 and global_batch_size % lanes == 0
+    data = schema.renamed(Data, dict(data))
+    ranks = data.get("virtual_ranks")
+    divides = isinstance(ranks, int) and isinstance(global_batch_size, int) and ranks > 0 and global_batch_size % ranks == 0
     raw: dict[str, object] = {
         "name": "stream",
         "recipe": "heliostat.exact_stream:AnySamples",
         "model": {},
-        "data": dict(data),
+        "data": data,
         "train": {
             "steps": steps,
             "global_batch_size": global_batch_size,
-            "micro_batch_size": global_batch_size // lanes if divides else 1,  # type: ignore[operator]
+            "micro_batch_size": global_batch_size // ranks if divides else 1,  # type: ignore[operator]
             "optimizer": {"lr": 1.0},
         },
         "checkpoint": {"every": 1},

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
-from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
-from heliostat.schema import Float, Strict
+from heliostat.config.fields import LARGEST, Count, Experiment, Filled, Fraction, Name, NonNegative, Positive, Seed
+from heliostat.schema import Float, Strict, Was
 
 
 class Source(Strict):
@@ -27,16 +27,18 @@ class MixChange(Strict):
 
 
 class Data(Strict):
-    sources: Annotated[list[Source], Field(min_length=1)]
+    path: Annotated[str | None, Field(exclude=True)] = None
+    """The one dataset that is trained on: short for `sources: [{path: ...}]`."""
+    sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """The datasets that are mixed, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
     """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
     seed: Seed = 0
     """Of the order of samples."""
-    lanes: Count | None = None
-    """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
-    for each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
-    window: Count | None = None
+    virtual_ranks: Annotated[Count | None, Was("lanes")] = None
+    """Virtual data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one for
+    each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
+    shuffle_window: Annotated[Count | None, Was("window")] = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
     """A curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
@@ -53,6 +55,16 @@ class Data(Strict):
     """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
     document_mask: bool = False
     """Packed documents do not see each other. Refused for models in which they do, see docs/training/document-masks.md"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_path(cls, value: object) -> object:
+        """Replaces `path` by the source that it is short for."""
+        if not isinstance(value, dict) or not isinstance(value.get("path"), str):
+            return value
+        if "sources" in value:
+            raise ValueError("path is short for one source, and sources are given, too. Remove one of them")
+        return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
 BENCHMARK = "bench/"  # and a task's name: what its score is called
@@ -99,7 +111,7 @@ class Best(Strict):
 
 
 class Checkpoint(Strict):
-    every: Positive
+    every: Annotated[Positive, Filled("a tenth of `train.steps`, at most 1,000")]
     """Steps between two checkpoints."""
     keep: Positive = 2
     """So many of the newest stay."""
@@ -138,8 +150,8 @@ class Workers(Strict):
     """How many; or `[least, most]` for an elastic run, see docs/reliability/elastic.md"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     """Cores of each."""
-    gpus: Annotated[Float, Field(ge=0)] = 0.0
-    """GPUs of each: 1, or 0 to train on CPUs with gloo."""
+    gpus: Annotated[Float, Field(ge=0), Filled("`auto`")] = 0.0
+    """GPUs of each: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
     labels: dict[str, str] = {}
@@ -180,9 +192,9 @@ class Watchdog(Strict):
 
 
 class Mlflow(Strict):
-    uri: str
+    uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
     """The tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never holds a password."""
-    experiment: Experiment
+    experiment: Annotated[Experiment, Filled("the job's name")]
     """Of the run: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")
     """Name of the registered model that the run makes a version of. Unset: the model is logged, and not registered."""

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.config import schedules
-from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
+from heliostat.config.defaults import LENGTHS
+from heliostat.config.fields import LARGEST, Count, Filled, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, Was
 from heliostat.text import brief
 
 
@@ -34,10 +35,10 @@ class Zero(Strict):
     `precision: fp32`."""
     offload: Offload = Offload()
     """What is moved out of GPU memory."""
-    shard_group_size: Group | None = None
+    shard_group_size: Annotated[Group | None, Was("divide_within")] = None
     """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
     gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/training/many-nodes.md"""
-    hpz_partition_size: Group | None = None
+    hpz_partition_size: Annotated[Group | None, Was("copy_within")] = None
     """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
     step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/training/many-nodes.md"""
     quantize_weights: bool = False
@@ -72,7 +73,8 @@ NOT_OFFERED = {
 class Parallel(Strict):
     auto: bool = False
     """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch_size`, `activation_checkpointing`. Written as `parallel: auto`. See docs/training/parallelism.md#automatic-choice"""
+    `micro_batch_size`, `activation_checkpointing`. Written as `parallel: auto`. See
+    docs/training/parallelism.md#automatic-choice"""
 
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
@@ -110,7 +112,7 @@ class Ema(Strict):
     """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
 
 
-class Recheck(Strict):
+class SdcCheck(Strict):
     every: Positive
     """Steps between two looks. The first step after every start is looked at, too."""
 
@@ -150,15 +152,21 @@ def _compiled(value: object) -> object:
 
 
 class Train(Strict):
-    steps: Count
-    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
+    steps: Annotated[Count, Filled("from `epochs` or `tokens`")]
+    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one. Give `steps`, `epochs`, or `tokens`."""
+    epochs: Annotated[Float | None, Field(gt=0, exclude=True)] = None
+    """Passes over the training samples, in place of `steps`. They become steps when the dataset is known, rounded up."""
+    tokens: Annotated[int | None, Field(gt=0, exclude=True)] = None
+    """Tokens to train on, in place of `steps`. They become steps of `global_batch_size` x `data.sequence_length`, rounded up."""
+    steps_from: str | None = None
+    """In a run's record: what `steps` follows from, such as `epochs: 2`. Don't set it."""
     stop_after: Positive | None = None
     """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
-    global_batch_size: Count
+    global_batch_size: Annotated[Count, Was("global_batch"), Filled("64, or the next multiple that the workers can share")]
     """Samples of an optimizer step, whatever the number of workers."""
-    micro_batch_size: Count
+    micro_batch_size: Annotated[Count, Was("micro_batch"), Filled("up to 4")]
     """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
-    optimizer: AnyOptimizer
+    optimizer: Annotated[AnyOptimizer, Filled("AdamW with a rate by rule, see docs/reference/yaml.md#defaults")]
     """What makes a step of the gradients."""
     schedule: Schedule = Schedule()
     """The learning rate over the steps."""
@@ -172,7 +180,7 @@ class Train(Strict):
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
     parallel: Parallel = Parallel()
     """How the samples, experts and matrices are divided among the workers."""
-    accumulate: Literal["fp32", "same"] | None = None
+    grad_accum_dtype: Annotated[Literal["fp32", "same"] | None, Was("accumulate")] = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
     keeps what it had. See docs/training/precision.md#sums-of-micro-batches"""
     recipe_version: Literal[1, 2] | None = None
@@ -203,7 +211,7 @@ class Train(Strict):
     fp8: bool = False
     """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See
     docs/training/precision.md#float8"""
-    recheck: Recheck | None = None
+    sdc_check: Annotated[SdcCheck | None, Was("recheck")] = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
     docs/reliability/corruption.md"""
     seed: Seed = 0
@@ -230,6 +238,8 @@ class Train(Strict):
         """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
         if not isinstance(value, dict):
             return value
+        if len(given := [key for key in LENGTHS if value.get(key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} are {len(given)} ways to give the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")

@@ -155,6 +155,9 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
+    for key, now in getattr(cls, "moved", {}).items():
+        if key in raw:
+            log.warning("%s: %s is now columns.%s", path, key, now)
     raw, pinned = hub.resolved(raw)
     pipeline = validate(cls, raw, str(path))
     pipeline._hub = pinned

@@ -103,8 +103,8 @@ class DataPlan:
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
-        shape = {"batch": "train.global_batch_size", "lanes": "data.virtual_ranks", "superstep": "steps per block", "window": "data.shuffle_window",
-                 "unit": "data.one_source_batches, in samples"}  # fmt: skip
+        shape = {"batch": "train.global_batch_size", "lanes": "data.virtual_ranks", "superstep": "steps per block",
+                 "window": "data.shuffle_window", "unit": "data.one_source_batches, in samples"}  # fmt: skip
         return lines + [
             f"{label}: {mine['shape'][key]} -> {theirs['shape'][key]}"
             for key, label in shape.items()

@@ -95,8 +95,8 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
     zero: dict[str, object] = {"stage": job.train.zero.stage, "offload": offload}
     if job.train.zero.hpz_partition_size:
         zero["hpz_partition_size"] = WORKERS
-    raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch_size": batch, "micro_batch_size": micro, "ema": None, "zero": zero,
-                     "schedule": {"name": "constant"}}  # fmt: skip
+    raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch_size": batch, "micro_batch_size": micro, "ema": None,
+                     "zero": zero, "schedule": {"name": "constant"}}  # fmt: skip
     if not gpus:
         raw["train"] |= {"attention": attention.twin(job.train.attention), "fp8": False}
     if job.train.parallel.sequence > 1:

@@ -40,12 +40,12 @@ ALONE = (
 CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_optimizer", "speed")
 
 
-def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
+def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning: the job, its recipe, and the reason why the datasets cannot be read ("" if they can).
 
     The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
     """
-    return bound(*check.check_file(path, settings))
+    return bound(*check.check_file(path, settings, cluster))
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:

@@ -1,8 +1,8 @@
 """Computes the bytes of weights and gradients that travel in an optimizer step, and between which workers: pure functions.
 
-Everything travels in rings: of all workers, of the workers of a group (`train.zero.shard_group_size`, `hpz_partition_size`), and of the
-workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring ranks, so
-that one as large as a node, or a part of it, is in one node.
+Everything travels in rings: of all workers, of the workers of a group (`train.zero.shard_group_size`, `hpz_partition_size`), and
+of the workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring
+ranks, so that one as large as a node, or a part of it, is in one node.
 """
 
 from __future__ import annotations

@@ -95,10 +95,9 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
     """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
-    job = json.loads(json.dumps(recorded.job))
+    job = spec.with_rules(json.loads(json.dumps(recorded.job)))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
-    job["train"] = {**spec.BEFORE_KEYS, **job["train"]}
     job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
     job["mlflow"] |= {"register": None, "alias": None}
     return Job.model_validate(job).dump()

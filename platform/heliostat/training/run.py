@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
     """Loads a job file, applies `key.path=value` settings, and trains the job; the options are those of `train_job`."""
     named["tags"] = source(path) | (named.get("tags") or {})
-    return train_job(check.load_job(path, settings), *options, **named)
+    resume = bool(options[0] if options else named.get("resume"))
+    return train_job(check.load_job(path, settings, resume=resume), *options, **named)
 
 
 def source(path: Path) -> dict[str, str]:

@@ -34,7 +34,7 @@ from heliostat.training.driver.signals import Signals
 from heliostat.tune import AHEAD, report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
-from heliostat.tune.sweep import SweepPlan, load
+from heliostat.tune.sweep import SweepPlan, load, renamed_keys
 from heliostat.tune.trial_record import BestTrial, KeptTrial, SweepResult, TrialRecord
 from heliostat.validation import check
 
@@ -101,7 +101,10 @@ def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
     plan = replace(plan, base=plan.base | {"train": train | unset})
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
-    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": spec.renewed(before["job"])}
+    then = {
+        "sweep": {k: v for k, v in renamed_keys(before["sweep"]).items() if k not in free},
+        "job": spec.renewed(before["job"]),
+    }
     for part in ("sweep", "job"):
         keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
         if keys:

@@ -54,7 +54,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
     """Order of comparison, which decides what stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or
     the `best`, with the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns`, or come from an earlier stage."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    stage."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:

@@ -74,12 +74,20 @@ class TokenizerConfig(Strict):
             raise ConfigError(f"tokenizer.path: {location} isn't UTF-8 text") from e
 
 
+class TextColumns(Strict):
+    text: str = "text"
+    """Column with the text."""
+    others: list[str] = []
+    """Further columns (`url`, `date`, `source`) that accompany each document through the stages."""
+
+
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
                        "fill_in_the_middle", "together"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"text_column": "text"}
 
     input: str = Field(min_length=1)
     """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
@@ -93,10 +101,8 @@ class TextPipeline(StagedPipeline):
     See docs/data/code.md"""
     tokenizer: TokenizerConfig
     """Tokenizer to train on the text, or to use as it is."""
-    text_column: str = "text"
-    """Column with the text, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
-    columns: list[str] = []
-    """Further columns of files of records (`url`, `date`, `source`) that accompany each document through the stages."""
+    columns: TextColumns = TextColumns()
+    """Names of the columns, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form that heliostat applies to every text first. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -121,7 +127,7 @@ class TextPipeline(StagedPipeline):
 
     @property
     def rules(self) -> documents.TextRules:
-        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
+        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.columns.text, tuple(self.columns.others),
                                self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
@@ -139,7 +145,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} reads images, and a text pipeline has none. Remove it")
             stage.check()
-        self.check_columns(self._known, "columns")
+        self.check_columns(self._known, "columns.others")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
             if self.input == sources.STDLIB:
@@ -157,16 +163,16 @@ class TextPipeline(StagedPipeline):
     def _known(self) -> set[str]:
         """Returns the columns that documents have, or may have: those of crawls are known when a file is read."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
-        return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
+        return {*self.columns.others, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents lack the columns; files of repositories have their own."""
-        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
+        known = {*self.columns.others, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
                 known_names = f". Columns: {', '.join(sorted(known))}" if known else ""
                 raise ConfigError(
-                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add it to `columns` too"
+                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add it to `columns.others` too"
                 )
 
     def _check_markers(self) -> None:
@@ -191,6 +197,9 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
+        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # as it was when they were keys apart
+        if not self.columns.others:
+            del config["columns"]
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:
