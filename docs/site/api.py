@@ -50,7 +50,9 @@ class Module:
         """Returns the names that stand for types: `Place = str | os.PathLike[str]`."""
         names: dict[str, str] = {}
         for node in self.tree.body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+            if not isinstance(node, ast.Assign | ast.AnnAssign):
+                continue
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(target, ast.Name) and target.id.istitle() and isinstance(node.value, ast.BinOp | ast.Subscript):
                 names[target.id] = ast.unparse(node.value)
         return names

@@ -1,7 +1,7 @@
 """Writes the JSON Schemas of the YAML files, by which editors complete and check keys: `python -m docs.site.schemas`.
 
 They come from the pydantic models, with descriptions from the attribute docstrings. Cluster files belong to Ray and Kubernetes:
-their schema here describes the keys that heliostat reads. The files go to the template of `heliostat init`; `schemas/` links to
+their schema here describes the keys that heliostat reads. The files go to the template of `heliostat init`; `jobs/schemas/` links to
 them, and `make docs` publishes them.
 """
 
@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from docs.site import keys
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "platform/heliostat/cli/template/schemas"
+FOLDER = ROOT / "platform/heliostat/cli/template/jobs/schemas"
 DRAFT = "http://json-schema.org/draft-07/schema#"  # the newest that editors' YAML servers know in full
 BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 ALSO: dict[str, dict[str, Any]] = {  # what a validator takes in addition to the field's type
@@ -42,12 +42,12 @@ PIPELINES: dict[str, type[StagedPipeline]] = {
 def write() -> None:
     """Writes all schemas, and the links to them."""
     FOLDER.mkdir(exist_ok=True)
-    (ROOT / "schemas").mkdir(exist_ok=True)
+    (ROOT / "jobs/schemas").mkdir(exist_ok=True)
     for name, schema in every().items():
         (FOLDER / f"{name}.json").write_text(text(schema), encoding="utf-8")
-        link = ROOT / "schemas" / f"{name}.json"
+        link = ROOT / "jobs/schemas" / f"{name}.json"
         if not link.is_symlink():
-            link.symlink_to(Path("..") / FOLDER.relative_to(ROOT) / link.name)
+            link.symlink_to(Path("../..") / FOLDER.relative_to(ROOT) / link.name)
 
 
 def text(schema: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ def test_the_schema_files_are_those_of_the_code(name):
     Draft7Validator.check_schema(MADE[name])
     file = schemas.FOLDER / f"{name}.json"
     assert file.read_text() == schemas.text(MADE[name]), "run: python -m docs.site.schemas"
-    assert (ROOT / "schemas" / f"{name}.json").resolve() == file.resolve()
+    assert (ROOT / "jobs/schemas" / f"{name}.json").resolve() == file.resolve()
 
 
 def test_every_job_sweep_and_pipeline_names_its_schema():

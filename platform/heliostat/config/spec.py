@@ -177,7 +177,7 @@ def complete(
     given = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
     if given == ["tokens"] and not (raw.get("data") or {}).get("sequence_length"):
         raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set it, or use train.steps")
-    if given != ["epochs"]:
+    if not isinstance(train, dict) or given != ["epochs"]:
         return raw, filled
     epochs, length = train["epochs"], {"steps": LARGEST}
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs <= LARGEST:
@@ -239,7 +239,7 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
         *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
         part: Any = raw
         for key in parents:
-            part = part[key] if isinstance(part, dict | list) else None
+            part = part[key] if isinstance(part, dict) or (isinstance(part, list) and isinstance(key, int)) else None
         missing = fault["type"] == "missing"
         if not isinstance(part, dict) or (missing and (*parents, last) not in PLACEHOLDERS):
             return None

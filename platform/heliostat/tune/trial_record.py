@@ -62,7 +62,10 @@ class TrialRecord:
         """Replaces old names of keys, which records of earlier versions have."""
         self.params, self.drawn = renamed_params(self.params), renamed_params(self.drawn)
         for clone in self.clones:
-            clone |= {key: renamed_params(clone[key]) for key in ("old", "params") if key in clone}  # type: ignore[literal-required,misc]
+            if "old" in clone:
+                clone["old"] = renamed_params(clone["old"])
+            if "params" in clone:
+                clone["params"] = renamed_params(clone["params"])
 
     @property
     def value(self) -> float | None:
