@@ -1,8 +1,8 @@
 """Writes the JSON Schemas of the YAML files, by which editors complete and check keys: `python -m docs.site.schemas`.
 
 They come from the pydantic models, with descriptions from the attribute docstrings. Cluster files belong to Ray and Kubernetes:
-their schema here describes the keys that heliostat reads. The files go to the template of `heliostat init`; `jobs/schemas/` links to
-them, and `make docs` publishes them.
+their schema here describes the keys that heliostat reads. The files go to the template of `heliostat init`; `jobs/schemas/` links
+to them, and `make docs` publishes them.
 """
 
 from __future__ import annotations

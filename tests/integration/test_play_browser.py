@@ -97,7 +97,10 @@ class Screen:
 def test_a_model_writes_completes_and_chats(able, open_, width, scheme):
     screen = open_(f"{able}/#key={KEY}", width, scheme)
     assert screen.tabs() == ["Write", "Complete", "Chat", "Ask"] and KEY not in screen.driver.current_url
-    assert screen.one("#absent").text == "Not here: Draw (the model writes, and draws nothing)."
+    said = screen.one("#about").text
+    assert "Continues a text, completes code, chats, answers from documents" in said and "draw" not in said.lower()
+    given = screen.one("#write [name=prompt]")
+    assert given.get_attribute("value") == given.get_attribute("placeholder")
     screen.fill("write", prompt="def mean", seed="7", max_tokens="40", temperature="0.9", top_p="1")
     screen.go("write")
     asked = {"model": "coder", "seed": 7, "max_tokens": 40, "temperature": 0.9, "top_p": 1}

@@ -239,7 +239,10 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
         *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
         part: Any = raw
         for key in parents:
-            part = part[key] if isinstance(part, dict) or (isinstance(part, list) and isinstance(key, int)) else None
+            if isinstance(part, list):
+                part = part[int(key)]
+            else:
+                part = part[key] if isinstance(part, dict) else None
         missing = fault["type"] == "missing"
         if not isinstance(part, dict) or (missing and (*parents, last) not in PLACEHOLDERS):
             return None
