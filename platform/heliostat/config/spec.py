@@ -239,10 +239,7 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
         *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
         part: Any = raw
         for key in parents:
-            if isinstance(part, list):
-                part = part[int(key)]
-            else:
-                part = part[key] if isinstance(part, dict) else None
+            part = part[int(key)] if isinstance(part, list) else part[key] if isinstance(part, dict) else None
         missing = fault["type"] == "missing"
         if not isinstance(part, dict) or (missing and (*parents, last) not in PLACEHOLDERS):
             return None
