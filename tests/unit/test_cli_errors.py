@@ -20,7 +20,7 @@ RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sy
 
 BAD = {
     "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key; did you mean 'steps'?"),
-    "wrong type": ({"train.steps": "many"}, "train.steps: 'many' should be a valid integer"),
+    "wrong type": ({"train.steps": "many"}, "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER"),
     "batch": (
         {"train.global_batch_size": 9},
         "train.global_batch_size: 9 is not divisible by workers.count 1 x train.micro_batch_size 2",
