@@ -35,7 +35,7 @@ BAD = {
 def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
     """Nothing on standard output, no traceback, and neither Ray, DeepSpeed nor MLflow was imported."""
     changes, message = BAD[case]
-    code, out, lines, imported = run("check", str(write(tmp_path, **changes)))
+    code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **changes)))
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
     assert "Traceback" not in "\n".join(lines)
