@@ -29,7 +29,8 @@ from pathlib import Path, PurePosixPath
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.storage.hub import client
 from heliostat.storage.hub.names import COMMIT, HubName
-from heliostat.text import plural
+from heliostat.storage.locations import is_inside
+from heliostat.text import plural, printable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of the libraries' names of weights
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pt", ".pth")
 ELSEWHERE = ("coreml/", "flax/", "gguf/", "onnx/", "openvino/", "original/")  # folders of the same model for other libraries
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 PARTS = r"-\d+-of-\d+"
 THREADS = 8
 BLOCK = 16 << 20
@@ -100,6 +102,10 @@ def listing(key: str, name: HubName) -> list[HubFile]:
         if not _snapshot(name).is_dir():
             raise
         return _downloaded(key, name)
+    if wrong := next((f for f in found if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
+        raise DataError(
+            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
+        )
     with suppress(OSError):
         _write(kept, json.dumps([astuple(f) for f in found]))
     return found
@@ -257,7 +263,7 @@ def _downloaded(key: str, name: HubName) -> list[HubFile]:
     root, found = _snapshot(name), list[HubFile]()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         hash = path.readlink().name if path.is_symlink() else ""
-        known = hash if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", hash) else ""
+        known = hash if HASH.fullmatch(hash) else ""
         found.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
     if not found:
         raise client.missing(key, name, "the files")
