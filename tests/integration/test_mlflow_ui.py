@@ -1,6 +1,6 @@
 """What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
 
-Its server is the one of `heliostat ui`.
+Its server is the one of `heliostat run ui`.
 
 `make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
 HELIOSTAT_SCREENSHOTS, or pytest's folder.

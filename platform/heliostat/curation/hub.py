@@ -173,8 +173,9 @@ def _splits(config: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     prefix = f"{config['data_dir'].strip('/')}/" if isinstance(config.get("data_dir"), str) else ""
     data = config.get("data_files", "**/*" if prefix else None)
     entries = data if isinstance(data, list) else [data]
-    if all(isinstance(entry, str) for entry in entries):
-        yield TRAIN, [prefix + entry for entry in entries]
+    paths_alone = [prefix + entry for entry in entries if isinstance(entry, str)]
+    if len(paths_alone) == len(entries):
+        yield TRAIN, paths_alone
         return
     for entry in entries:
         if isinstance(entry, dict) and (paths := entry.get("path")):

@@ -1,7 +1,7 @@
 """Plans a job before anything starts: what it needs and what it will cost (`heliostat plan`).
 
 `plan(job, recipe, ...)` returns plain data (what `--json` prints) or raises ConfigError with the reason why the job cannot run.
-docs/plan.md has formulas and sources.
+docs/plan-method.md has formulas and sources.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from heliostat.validation import check
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
-ALONE = "Prepare it first; with model.text.pretrained and model.backbone.sample_size an image model is planned without it"
-CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
+ALONE = (
+    "Prepare it first. An image model needs no dataset for the plan if model.text.pretrained and "
+    "model.backbone.sample_size are set"
+)
+CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_optimizer", "speed")
 
 
-def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
+def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning: the job, its recipe, and the reason why the datasets cannot be read ("" if they can).
 
     The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
     """
-    return bound(*check.check_file(path, settings))
+    return bound(*check.check_file(path, settings, cluster))
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
@@ -164,21 +167,21 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
     need = chosen.memory
     if need["total"] > device.memory:
-        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), and {device.name} has {device.memory / GIB:.0f}"
+        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), but {device.name} has {device.memory / GIB:.0f}"
     else:
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
-        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, and {share}"
+        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, but {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
     fitting = best.layout if best else None
     replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
     way = (
-        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch {fitting.micro_batch}"
+        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch_size {fitting.micro_batch_size}"
         + (", train.zero.offload.optimizer cpu" if fitting.offload_optimizer else "")
         + (f", train.activation_checkpointing {str(fitting.checkpointing).lower()}" if replays else "")
         if fitting
-        else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
+        else (f"no stage and micro-batch fits on {job.workers.most} workers. Use {more}more workers, offload, or a smaller model")
     )
-    sums = "; train.accumulate: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
-    speed = f"with room for it a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
-    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}"
+    sums = ". train.grad_accum_dtype: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    speed = f"with enough memory, a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
+    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch_size {chosen.layout.micro_batch_size}"
     return f"{where}: each worker {what}; {way}{sums}; {speed}"

@@ -1,4 +1,4 @@
-"""Loads the recipe that a job names, bound to its datasets: the one way from `recipe: package.module:Class` to an object."""
+"""Loads the recipe that a job names, bound to its datasets: the only way from `recipe: package.module:Class` to an object."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from heliostat.recipes.protocol import Recipe
 
 
 def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
-    """Imports a job's recipe class; ConfigError if there is none. `record`: the run's folder, if the job is from its record."""
+    """Imports a job's recipe class; ConfigError if there is none. `record`: the run's folder, if the job comes from its
+    record."""
     return require_class("recipe", job.recipe, workspace.import_path("recipe", job.recipe, record))
 
 

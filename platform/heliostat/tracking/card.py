@@ -1,8 +1,8 @@
 """Tells where a model comes from, and writes its card: `README.md` of the exported folder, with the header that model hubs read.
 
 Its parents are every `pretrained: FOLDER` of the job's model, and the run that made that folder, if one did: a folder that
-`heliostat export` wrote, or that a registered model holds, has its origin in `heliostat.json`. A parent of the Hugging Face Hub
-is named with its commit, and has the license of its own card.
+`heliostat model export` wrote, or that a registered model holds, has its origin in `heliostat.json`. The card names a parent of
+the Hugging Face Hub with its commit, and shows the license of its card.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def _license(readme: Path) -> str | None:
 def note(job: Job, manifests: list[Manifest]) -> str:
     """Describes a new run in Markdown, as MLflow's UI shows it: what is trained, on what, and where to look."""
     length = f" of {job.data.sequence_length:,} tokens" if job.data.sequence_length else ""
-    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch:,} samples{length}"
+    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch_size:,} samples{length}"
     lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
     for source, m in zip(job.data.sources, manifests, strict=True):
         size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
@@ -131,7 +131,7 @@ def text(
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]
     lines += [job.card.summary, ""] if job.card.summary else []
     lines += [
-        f"Trained with heliostat for {step:,} steps of {job.train.global_batch:,} samples (`{job.recipe}`, "
+        f"Trained with heliostat for {step:,} steps of {job.train.global_batch_size:,} samples (`{job.recipe}`, "
         f"{job.train.precision}), MLflow run `{run_id}`. License: {license_of(job, origins)}.",
         "",
     ]

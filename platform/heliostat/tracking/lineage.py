@@ -91,7 +91,7 @@ def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
         if not (run_id := version.run_id or ""):
-            raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
+            raise ConfigError(f"{what}: was registered without a run, so its lineage isn't known")
     run = settle(client, mlflow_client.find(client, run_id, uri))
     return {"model": model_node(client, version) if version else None, "run": run_node(client, run)}
 

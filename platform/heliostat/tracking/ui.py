@@ -52,7 +52,7 @@ def serve(
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
-            raise ConfigError(f"--port: {port} on {host} is taken; give another")
+            raise ConfigError(f"--port: {port} on {host} is in use. Pass another")
     before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
@@ -78,7 +78,7 @@ def _log(place: Path) -> Path | None:
     try:
         place.touch(mode=0o600)
     except OSError as e:
-        log.warning("%s cannot be written (%s), so MLflow's output follows here", place, e.strerror)
+        log.warning("can't write %s (%s), so MLflow's output follows here", place, e.strerror)
         return None
     return place
 

@@ -1,4 +1,4 @@
-"""Wraps MLflow's server: `mlflow server --app-name heliostat`, run by `heliostat ui`. It asks for a key, and its UI opens as
+"""Wraps MLflow's server: `mlflow server --app-name heliostat`, run by `heliostat run ui`. It asks for a key, and its UI opens as
 model training.
 
 The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, no one gets in.

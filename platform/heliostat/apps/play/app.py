@@ -1,4 +1,4 @@
-"""Opens a page on a model, an index, or both, until it is stopped: `heliostat play`.
+"""Opens a page on a model, an index, or both, until it is stopped: `heliostat model play`.
 
 One process: the endpoint's front, with a replica in it instead of replicas on Ray. The page asks the front as any client does. It
 holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
@@ -177,7 +177,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
     asked for the keys, if it cannot."""
     if served.kind() == EMBEDDINGS:
-        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
+        raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")
     require_free(options.port)
     asgi = application(served, keys, options)
     config = uvicorn.Config(

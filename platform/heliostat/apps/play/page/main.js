@@ -77,7 +77,7 @@ async function open() {
     const here = await get("/abilities");
     door.hidden = true;
     document.getElementById("name").textContent = here.model ?? here.index;
-    document.title = `${here.model ?? here.index} · heliostat play`;
+    document.title = `${here.model ?? here.index} · heliostat model play`;
     document.getElementById("about").textContent = about(here);
     tabs(here);
   } catch (error) {
