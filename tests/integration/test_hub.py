@@ -33,7 +33,7 @@ def test_a_dataset_and_a_model_of_the_hub_are_prepared_trained_and_resumed(tmp_p
         pipeline = {"pipeline": "heliostat.pipelines:TextPipeline", "name": "text", "input": "hf://datasets/org/text",
                     "output": "data", "tokenizer": {"path": "org/tiny", "end_of_document": "<|end|>"}}  # fmt: skip
         (tmp_path / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
-        run("prepare", "pipeline.yaml")
+        run("data", "prepare", "pipeline.yaml")
         named = {"input": f"hf://datasets/org/text@{data}", "tokenizer.path": f"org/tiny@{model}"}
         assert manifest.read(Location(str(tmp_path / "data"))).meta["hub"] == named
 
@@ -46,6 +46,6 @@ def test_a_dataset_and_a_model_of_the_hub_are_prepared_trained_and_resumed(tmp_p
         run("train", "job.yaml", "--resume", "--set", "train.stop_after=null")
         last = layout.latest(Location(str(tmp_path / "runs" / "small")))
         assert last and last.step == 4 and last.index.job["model"]["pretrained"] == f"org/tiny@{model}"
-        run("lineage", "runs/small", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db")
+        run("run", "lineage", "runs/small", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db")
         said = (tmp_path / "log").read_text()
         assert f"org/tiny@{model}" in said and f"from hf://datasets/org/text@{data}" in said
