@@ -97,18 +97,18 @@ def listing(key: str, name: HubName) -> list[HubFile]:
                 for f in tree if isinstance(f, RepoFile)]  # fmt: skip
 
     try:
-        found = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
+        listed_files = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
     except client.HubAwayError:
         if not _snapshot(name).is_dir():
             raise
         return _downloaded(key, name)
-    if wrong := next((f for f in found if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
+    if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
         raise DataError(
             f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
         )
     with suppress(OSError):
-        _write(kept, json.dumps([astuple(f) for f in found]))
-    return found
+        _write(kept, json.dumps([astuple(f) for f in listed_files]))
+    return listed_files
 
 
 @lru_cache(maxsize=16)
@@ -260,14 +260,14 @@ def _snapshot(name: HubName) -> Path:
 
 def _downloaded(key: str, name: HubName) -> list[HubFile]:
     """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links."""
-    root, found = _snapshot(name), list[HubFile]()
+    root, listed_files = _snapshot(name), list[HubFile]()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         hash = path.readlink().name if path.is_symlink() else ""
         known = hash if HASH.fullmatch(hash) else ""
-        found.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
-    if not found:
+        listed_files.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
+    if not listed_files:
         raise client.missing(key, name, "the files")
-    return found
+    return listed_files
 
 
 def _write(place: Path, text: str) -> None:
