@@ -47,7 +47,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tour") / "heliostat"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     (folder / ".venv").symlink_to(sys.prefix)
-    os.utime(folder / "pyproject.toml", (1, 1))  # older than .venv/.installed: make installs nothing into the shared .venv
+    for name in ("pyproject.toml", "requirements.lock", "tests/requirements.lock"):
+        os.utime(folder / name, (1, 1))  # older than .venv/.installed: make installs nothing into the shared .venv
     assert (folder / ".venv" / ".installed").exists() and (folder / ".venv" / "bin" / "heliostat").exists()
     return folder
 
