@@ -63,7 +63,7 @@ def _shown(path: Path) -> str:
 
 
 def bringing(module: str) -> str | None:
-    """Finds the extra that brings a module (or the package that it is in); None if none does."""
+    """Finds the extra that installs a module (or its package); None if none does."""
     return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 
