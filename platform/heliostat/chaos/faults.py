@@ -183,7 +183,7 @@ def restart_head(scene: Scene, command: Command) -> None:
 
 
 def no_s3(job: Job) -> str | None:
-    return None if importlib.util.find_spec("moto") else f"needs an S3 server, and so {extras.advice('s3-test')}"
+    return None if importlib.util.find_spec("moto") else f"needs an S3 server. Run: {extras.command('s3-test')}"
 
 
 @contextmanager
