@@ -17,9 +17,7 @@ from docs.site.walk import steps
 from tests.unit.build_job import job
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "own").glob("*.md"))
-FILES = {
-    name: text for page in PAGES for step in steps(page.read_text(encoding="utf-8")) if step.file for name, text in [step.file]
-}
+FILES = dict(step.file for page in PAGES for step in steps(page.read_text(encoding="utf-8")) if step.file)
 JOBS = sorted(name for name, text in FILES.items() if name.endswith(".yaml") and "\nmodel:" in text)
 PIPELINES = sorted(name for name, text in FILES.items() if name.endswith(".yaml") and "\npipeline:" in text)
 
