@@ -47,5 +47,5 @@ def test_a_dataset_and_a_model_of_the_hub_are_prepared_trained_and_resumed(tmp_p
         last = layout.latest(Location(str(tmp_path / "runs" / "small")))
         assert last and last.step == 4 and last.index.job["model"]["pretrained"] == f"org/tiny@{model}"
         run("run", "lineage", "runs/small", "--mlflow", f"sqlite:///{tmp_path}/mlflow.db")
-        said = (tmp_path / "log").read_text()
+        said = (tmp_path / "log.out").read_text()
         assert f"org/tiny@{model}" in said and f"from hf://datasets/org/text@{data}" in said

@@ -18,6 +18,7 @@ from heliostat.runs import consumed, goodput
 from heliostat.runs.consumed import Consumed
 from heliostat.runs.goodput import Outline
 from heliostat.storage import run_folder
+from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.run_folder import ATTEMPTS
 from heliostat.tracking import checkpoint_models, mlflow_client, registry, tags
@@ -298,7 +299,8 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     for parent in run["parents"]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
-        out.append((below, f"initialised from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']}){changed}"))
+        kind = "a model of the Hugging Face Hub" if names.model(parent["folder"]) else "a folder"
+        out.append((below, f"initialised from {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){changed}"))
         out += _run_lines(parent["run"], below + 1) if parent["run"] else []
     return out
 
