@@ -314,18 +314,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
     """Exit code 0, one line, nothing on standard error; --json prints the report."""
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location))
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location))
     assert (code, err) == (0, "") and out == (
         "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
     )
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     assert (code, err) == (0, "") and json.loads(out) == right(23)
 
 
 def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
     run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     told = json.loads(out)
     assert code == 1 and told["first_difference"]["step"] == 8 and not told["ok"]
     assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err
@@ -335,7 +335,7 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("arguments", [("verify",), ("samples", "--step", "1")], ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [("run", "verify"), ("run", "samples", "--step", "1")], ids=lambda a: a[1])
 def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     """Bad input, with what to give instead."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))
