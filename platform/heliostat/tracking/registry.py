@@ -101,7 +101,7 @@ def parse(model: str) -> tuple[str, str, str]:
     """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
     match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not match:
-        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME/VERSION or NAME@ALIAS")
+        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME@ALIAS or NAME/VERSION")
     return match[1], match[2] or "", match[3] or ""
 
 
