@@ -113,7 +113,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such registered version ({brief(e)}). See the registered models: heliostat run ui") from e
+        raise ConfigError(f"{model}: no such version ({brief(e)}). See the registered models: heliostat run ui") from e
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
