@@ -75,9 +75,9 @@ def run(data: str, folder: Path, workers: int, steps: int, every: int = 20, anew
     if anew:
         shutil.rmtree(folder, ignore_errors=True)
     stream = heliostat.datasets(  # (*) the same on every run: what is in the folder is gone on with, or refused
-        {"sources": [{"path": data}], "sequence_length": 64, "lanes": 4, "seed": 17},
+        {"sources": [{"path": data}], "sequence_length": 64, "virtual_ranks": 4, "seed": 17},
         steps=steps,
-        global_batch=16,
+        global_batch_size=16,
         folder=str(folder / "stream"),
     )
     kept = sorted((folder / "checkpoints").glob("*"))

@@ -1,8 +1,9 @@
-"""Maps the modules that `pip install heliostat` leaves out to the extras that bring them, and reports a missing one in one line.
+"""Maps the modules that `pip install heliostat` leaves out to the extras that bring them, and reports a missing one in one
+line.
 
     require("images", "diffusers")     # before anything expensive starts
 
-pyproject.toml defines what is in an extra; MODULES lists by which of its modules it is missed.
+pyproject.toml defines the extras; MODULES lists the modules whose absence shows that an extra is missing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODULES = {
 
 
 def require(extra: str, *modules: str, what: str = "this") -> None:
-    """Raises MissingExtraError, which names `what` needs them, if a module of the extra is not installed."""
+    """Raises MissingExtraError if a module of the extra isn't installed. `what`: the part that needs it, for the message."""
     unknown = set(modules) - set(MODULES[extra])
     assert modules and not unknown, f"the extra {extra!r} does not bring {unknown or 'nothing'}"
     for module in modules:
@@ -44,7 +45,7 @@ def advice(extra: str) -> str:
 
 
 def bringing(module: str) -> str | None:
-    """Finds the extra that brings a module (or the package that it is in); None if none does."""
+    """Finds the extra that installs a module (or its package); None if none does."""
     return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 

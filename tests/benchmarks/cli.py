@@ -21,7 +21,7 @@ CASES: dict[str, tuple[list[str], float | None]] = {
     "no command": ([], None),
     "train --help": (["train", "--help"], None),
     "check, unknown key": (["check", JOB, "--set", "train.stpes=1"], CHECK),
-    "check, batch does not divide": (["check", JOB, "--set", "train.global_batch=9"], CHECK),
+    "check, batch does not divide": (["check", JOB, "--set", "train.global_batch_size=9"], CHECK),
     "check, unknown architecture": (["check", JOB, "--set", "model.arch=lama"], None),
     "check, no dataset": (["check", JOB, "--set", "data.sources.0.path=nothing"], CHECK),
     "check --offline, right": (["check", JOB, "--offline"], CHECK),

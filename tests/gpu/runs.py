@@ -30,9 +30,9 @@ def job_file(folder: Path, workers: int, **changes: Any) -> Path:
     if not (folder / "data").exists():
         data.tokens(folder / "data")
     given = {
-        "recipe": "tests.integration.paced:Paced", "data.sources": [{"path": str(folder / "data")}], "data.lanes": 4,
+        "recipe": "tests.integration.paced:Paced", "data.sources": [{"path": str(folder / "data")}], "data.virtual_ranks": 4,
         "storage": str(folder / "runs"), "mlflow": {"uri": f"sqlite:///{folder}/mlflow.db", "experiment": "gpu"},
-        "train.steps": STEPS, "train.micro_batch": 2, "train.precision": "fp32", "train.zero.stage": 2, "train.log_every": 1,
+        "train.steps": STEPS, "train.micro_batch_size": 2, "train.precision": "fp32", "train.zero.stage": 2, "train.log_every": 1,
         "train.optimizer.eps": 1e-4, "evaluate": None, "checkpoint.every": EVERY, "retries": {"max": 3, "backoff": 0.5},
         "workers": {"count": workers, "gpus": int(setting.GPU)},
     }  # fmt: skip

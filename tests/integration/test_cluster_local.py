@@ -165,7 +165,7 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
     (work.folder / "late.yaml").write_text(yaml.safe_dump({**raw, "name": "late"}))
     settings = ["--set", "data.sources.0.max_epochs=0.5", "--set", "train.steps=100000", "--set", "evaluate.every=100000"]
     out = work.heliostat("submit", "late.yaml", "-c", "cluster.yaml", "--follow", *settings, code=2)
-    assert "train.steps: 100000, but with max_epochs the data lasts for" in out
+    assert "train.steps: the data lasts for" in out
 
 
 def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
@@ -354,7 +354,7 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
     assert services >= {"NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"}
     assert paths >= {"/api/version", "/api/jobs/", "/api/v0/nodes"}
     assert (work.folder / ".heliostat" / "clusters" / "test" / "token").stat().st_mode & 0o077 == 0
-    with pytest.raises(ClusterError, match="refuses our token"):
+    with pytest.raises(ClusterError, match="rejects the token"):
         _answering(Endpoint(state.url, "0" * 64, True))
 
 

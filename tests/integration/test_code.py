@@ -100,7 +100,7 @@ def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
 def test_a_dry_run_and_what_cannot_be(yaml):
     predicted = dry_run(yaml, [], 0.9)
     assert predicted["name"] == "code"
-    with pytest.raises(ConfigError, match="python:stdlib is no repository"):
+    with pytest.raises(ConfigError, match="python:stdlib isn't a repository"):
         prepare(yaml, ["input=python:stdlib"])
     with pytest.raises(ConfigError, match="no archive"):
         prepare(yaml, [f"input={yaml.parent / 'in/note.md'}"])

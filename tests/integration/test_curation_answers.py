@@ -62,7 +62,7 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(story: dict[str, Any]) -> str:
     job = tiny_job(story["data"], story["tracking"], story["folder"])
-    job["data"] |= {"window": 64}
+    job["data"] |= {"shuffle_window": 64}
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
@@ -184,9 +184,11 @@ def contents(made: manifest.Manifest) -> dict[str, list[int]]:
 
 def test_what_cannot_be_forgotten_is_refused(story, tmp_path):
     twice = story["rows"][0]["url"]
-    with pytest.raises(ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*choose one by --id"):
+    with pytest.raises(
+        ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*Choose one with --id"
+    ):
         app(["data", "forget", story["data"], "--url", twice, "--out", str(tmp_path / "x")], standalone_mode=False)
-    with pytest.raises(ConfigError, match="lie in one another"):
+    with pytest.raises(ConfigError, match="overlap"):
         app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", story["data"] + "/x"], standalone_mode=False)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):

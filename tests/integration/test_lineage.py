@@ -56,7 +56,7 @@ class Story:
 
 def write(folder: Path, tracking: str, data: str, name: str, **changes: Any) -> Path:
     job = tiny_job(data, tracking, folder)
-    job["data"] |= {"window": WINDOW}
+    job["data"] |= {"shuffle_window": WINDOW}
     job["mlflow"] |= {"experiment": "lineage", "register": "lineage-lm"}
     job |= {"name": name, "card": {"license": "Apache-2.0", "limitations": "Knows only Python."}, **changes}
     path = folder / f"{name}.yaml"
@@ -109,7 +109,7 @@ def node(story: Story, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 
 def test_a_run_whose_driver_was_killed_is_settled_by_the_next_command_and_goes_on_as_the_same_run(story, capsys):
-    assert story.killed["status"] == "FAILED" and "died without a word" in story.killed["reason"]
+    assert story.killed["status"] == "FAILED" and "died without an error" in story.killed["reason"]
     found = ask(capsys, "run", "list", "--experiment", "lineage", "--mlflow", story.tracking)["runs"]
     rows = {r["name"]: r for r in found if r["name"] in ("base", "tuned")}
     assert rows["base"]["run_id"] == story.killed["run_id"] == story.base["run_id"] and len(rows) == 2
@@ -122,7 +122,7 @@ def test_a_run_whose_driver_was_killed_is_settled_by_the_next_command_and_goes_o
         spent = sum(a.workers * (min(a.seen, at) - a.started) for a in attempts) / 3600
         assert row["worker_hours"] == pytest.approx(spent, rel=0.02)
     assert len(curve(story.tracking, story.base["run_id"])) == STEPS  # every step once
-    with pytest.raises(ConfigError, match=r"--experiment: 'nothing' is no experiment; there are .*lineage"):
+    with pytest.raises(ConfigError, match=r"--experiment: 'nothing' isn't an experiment\. Experiments: .*lineage"):
         ask(capsys, "run", "list", "--experiment", "nothing", "--mlflow", story.tracking)
 
 
@@ -216,7 +216,7 @@ def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_
         ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<{better}", *uri)
     done = ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<={better}", *uri)
     assert (done["version"], done["replaced"], done["overruled"]) == ("1", None, [])
-    with pytest.raises(GateError, match="scored on other held-out samples than version 1"):
+    with pytest.raises(GateError, match="has other held-out samples than version 1"):
         ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", *uri)
     done = ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", "--force", *uri)
     assert (done["version"], done["replaced"], len(done["overruled"])) == ("2", "1", 1)
@@ -261,7 +261,7 @@ def test_a_recorded_run_is_reproduced_to_the_last_bit_and_its_reproduction_says_
         MlflowClient(tracking_uri=story.tracking).get_run(done["again"]).data.tags["heliostat.reproduces"]
         == story.tuned["run_id"]
     )
-    with pytest.raises(ConfigError, match=f"--steps 99: the run's record goes to step {TUNED}"):
+    with pytest.raises(ConfigError, match=f"--steps 99: the run's record ends at step {TUNED}"):
         ask(capsys, "debug", "reproduce", story.tuned["run_id"], "--steps", "99", "--mlflow", story.tracking)
 
 

@@ -153,6 +153,25 @@ def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, co
     look(f"/compare-runs?{chosen}", "compare", "swept-0000", "swept-0001", "train.optimizer.lr")
 
 
+def test_the_table_of_runs_shows_its_metrics_at_1280_pixels(look, browser, tracking):
+    client = MlflowClient(tracking_uri=tracking)
+    experiment = client.create_experiment("columns")
+    run = client.create_run(experiment, run_name="a-run").info.run_id
+    for name in (*ui.COLUMNS, "train/lr", "train/grad_norm", "eval/loss"):
+        client.log_metric(run, name, 1.5)
+    client.set_terminated(run)
+    browser.set_window_size(1280, 1000)
+    try:
+        look(f"/experiments/{experiment}/runs", "runs", "a-run", *ui.COLUMNS)
+        script = """return [...document.querySelectorAll(".ag-header-cell[col-id^=metrics]")].map(
+            cell => [cell.getAttribute("col-id"), cell.getBoundingClientRect().right])"""
+        columns = browser.execute_script(script)
+    finally:
+        browser.set_window_size(1440, 1080)
+    assert [name for name, _ in columns] == [f"metrics.`{name}`" for name in ui.COLUMNS]
+    assert max(right for _, right in columns) < 1280
+
+
 def there(browser: Any, selector: str) -> Any:
     until(lambda: browser.find_elements("css selector", selector), selector, said=lambda: said(browser, None))
     return browser.find_element("css selector", selector)

@@ -33,7 +33,7 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
     assert code == 130
     capsys.readouterr()
     code, _, error = command_line.run(monkeypatch, capsys, "model", "play", "--port", str(port))
-    assert (code, error.strip()) == (2, "error: MODEL: give a model, an index with --index, or both")
+    assert (code, error.strip()) == (2, "error: MODEL: required. Pass a model, an index with --index, or both")
 
 
 @pytest.mark.slow

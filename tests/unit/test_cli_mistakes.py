@@ -71,7 +71,7 @@ def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_
         ["data", "report"],
     ):
         code, _, err = run(monkeypatch, capsys, *words, str(tmp_path))
-        assert code == 2 and "was made without `stages`" in err and err.count("\n") == 1
+        assert code == 2 and "its pipeline has no `stages`" in err and err.count("\n") == 1
 
 
 def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, tmp_path):
@@ -79,7 +79,7 @@ def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, t
     monkeypatch.setattr(local, "known", list)
     for words, field in ((["job", "list"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
-        assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+        assert code == 2 and err.startswith(f"error: {field}no cluster given") and "heliostat cluster up" in err
 
 
 def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):

@@ -61,7 +61,7 @@ def test_the_page_of_the_command_line_names_every_command_and_every_exit_code():
     leaves = {name for name, command in NAMES.items() if not hasattr(command, "commands")} - SERVING
     assert leaves - {name.partition(" --")[0] for name in rows} <= {"init"}
     for code in (0, 1, 2, 130):
-        assert f"| {code} |" in page and re.search(rf"\b{code} \w", main.ABOUT)
+        assert f"| {code} |" in page and re.search(rf"\b{code} \w", main.__doc__ or "")
 
 
 def test_the_documented_fields_of_reports_are_those_that_are_printed(monkeypatch, capsys):

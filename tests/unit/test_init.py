@@ -27,7 +27,8 @@ def test_the_files_are_those_of_heliostats_own_workspace():
     stale = [path for path, content in shipped.items() if (TEMPLATE / path).read_bytes() != content]
     assert not stale, f"cp {stale[0]} platform/heliostat/cli/template/{stale[0]}"
     quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
-    assert shipped.keys() == quickstart | {"clusters/local.yaml"}
+    schemas = {f"jobs/schemas/{p.name}" for p in (ROOT / "jobs/schemas").iterdir()}
+    assert shipped.keys() == quickstart | {"clusters/local.yaml"} | schemas
 
 
 def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_path, monkeypatch):

@@ -130,7 +130,7 @@ def test_a_step_that_has_no_receipt_says_which_have(run):
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
     """Its job is in the checkpoints; one line says so."""
     layout.folder(run, STEPS).delete()
-    with pytest.raises(ConfigError, match="holds no complete checkpoint, so its recipe is not known"):
+    with pytest.raises(ConfigError, match="has no complete checkpoint, so its recipe isn't known"):
         samples(run, 1)
 
 

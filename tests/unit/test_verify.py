@@ -244,7 +244,7 @@ def test_a_run_without_receipts_says_so(run):
     """It was stopped before its first checkpoint."""
     run.location.join("receipts").delete()
     run.location.join("checkpoints").delete()
-    with pytest.raises(ConfigError, match="has no receipts; the first is written with the first checkpoint"):
+    with pytest.raises(ConfigError, match=r"has no receipts yet\. The first is written with the first checkpoint"):
         verify.verify(run.location)
 
 
@@ -340,7 +340,7 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, a
     """Bad input, with what to give instead."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))
     assert (code, out) == (2, "") and err == (
-        f"error: {tmp_path}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME\n"
+        f"error: {tmp_path}: isn't a run (no checkpoints, no receipts). Pass a run id, or a run's folder STORAGE/NAME\n"
     )
 
 
@@ -393,5 +393,5 @@ def test_a_receipt_of_a_version_to_come_is_named(tmp_path):
     run, _ = rows_run(tmp_path, [2, 2])
     file = run.join("receipts", "step-00000008.json")
     file.write(json.dumps(json.loads(file.read()) | {"version": 99}).encode())
-    with pytest.raises(VerifyError, match=r"step-00000008\.json: is of version 99, which a newer heliostat wrote"):
+    with pytest.raises(VerifyError, match=r"step-00000008\.json: has version 99, from a newer heliostat"):
         verify.verify(run)

@@ -35,10 +35,10 @@ Report = dict[str, Any]  # what a command has found, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
-app = typer.Typer(cls=groups.RootGroup, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(cls=groups.Root, pretty_exceptions_enable=False, context_settings=HELP)
 apps = {groups.TOP: app}
 for _name, _help in groups.GROUPS.items():
-    apps[_name] = typer.Typer(cls=groups.CommandGroup, no_args_is_help=True, context_settings=HELP, help=_help)
+    apps[_name] = typer.Typer(cls=groups.Group, no_args_is_help=True, context_settings=HELP, help=_help)
     app.add_typer(apps[_name], name=_name, rich_help_panel="Groups of commands")
 
 
@@ -70,7 +70,7 @@ def _reporting(
     """Has the option of all commands that report."""
 
 
-class Reporting(groups.NamedCommand):
+class Reporting(groups.Command):
     """Takes `--json`, with which nothing but the result's object is printed."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
@@ -89,7 +89,7 @@ def command(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__.strip("_").replace("_", "-")
         words = " ".join(filter(None, ("heliostat", group, called, example)))
-        kind = Reporting if reports else groups.NamedCommand
+        kind = Reporting if reports else groups.Command
         first = (function.__doc__ or "").partition(". ")[0].removesuffix(".") + "."
         return apps[group].command(called, cls=kind, short_help=first, epilog=f"Example: {words}")(function)
 

@@ -66,7 +66,7 @@ SYNONYMS = {  # words of other tools
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 
 
-class NamedCommand(typer.core.TyperCommand):
+class Command(typer.core.TyperCommand):
     """Takes an option of an earlier version by today's name."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -87,7 +87,7 @@ class NamedCommand(typer.core.TyperCommand):
             raise
 
 
-class RootGroup(typer.core.TyperGroup):
+class Root(typer.core.TyperGroup):
     """Lists commands and groups in the order of their use, and takes a command of an earlier version by today's name."""
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -109,7 +109,7 @@ class RootGroup(typer.core.TyperGroup):
         return super().resolve_command(ctx, [*new.split(), *rest])
 
 
-class CommandGroup(typer.core.TyperGroup):
+class Group(typer.core.TyperGroup):
     """Holds the commands of one group."""
 
     def get_params(self, ctx: Any) -> list[Any]:

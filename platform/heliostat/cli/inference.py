@@ -48,7 +48,8 @@ def generate(
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError(
-            "--prompt: no prompt is chosen, or two are. Give one of --prompt TEXT, --prompts FILE, --prefix with --suffix"
+            "--prompt: no prompt is chosen, or two are. Give exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
+            "--suffix"
         )
     if (prefix is None) != (suffix is None):
         missing = "--suffix" if suffix is None else "--prefix"

@@ -1,4 +1,6 @@
-"""Starts the command line: reads its words, runs a command, and prints what ended it. docs/cli.md has the exit codes."""
+"""Train models on Ray: from raw data to a registered model. Without a command, show what to do next in this folder.
+Exit codes: 0 done, 1 failed, 2 rejected, 130 stopped.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,6 @@ from heliostat.cli import data, curation, train, plan, inference, benchmark  # n
 from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs, next_steps  # noqa: F401
 # isort: on
 
-ABOUT = (
-    "Train models on Ray: from raw data to a registered model. Without a command, show what to do next in this folder. "
-    "Exit codes: 0 done, 1 failed, 2 rejected, 130 stopped."
-)
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
 QUIET = {  # other libraries' progress bars and notices, so that ours can be read
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -48,7 +46,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=ABOUT, invoke_without_command=True)
+@app.callback(help=" ".join(__doc__.split()), invoke_without_command=True)
 def heliostat_(
     context: typer.Context,
     version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,

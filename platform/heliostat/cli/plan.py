@@ -70,7 +70,7 @@ def show_ranking(p: Report) -> None:
         speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"]
         checkpointing = replayed(one["activation_checkpointing"])
         rows.append(
-            [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
+            [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch_size"]), checkpointing, " ".join(offload),
              f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
         )  # fmt: skip
     print_table(rows, (1, 3, 4, 8))
@@ -144,7 +144,7 @@ def lines(p: Report) -> list[str]:
     ]
     if best := p["recommended"]:
         text.append(
-            f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch']}"
+            f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch_size']}"
             f"{_checkpointing(best['activation_checkpointing'])}"
             f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
             f"MFU {best['speed']['mfu']:.1%}"
@@ -167,7 +167,7 @@ def show_dry_run(job: Path, settings: list[str], workers: int | None) -> None:
     )
     out.print(
         f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
-        f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
+        f"{data['micro_batch_size']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
         + (f"; {result['note']}" if result["note"] else "")
     )
     out.print(f"everything divides, fits and has a name; nothing was started ({result['seconds']:.1f} s)")

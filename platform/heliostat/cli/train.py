@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,26 +48,34 @@ def check(
 
     if numerics and offline:
         raise ConfigError("--numerics: not with --offline, because it needs the job's samples. Remove one of the two")
-    wanted = checks.load_job(job, setting)
+    from heliostat.plan import auto
+
+    wanted, checked, filled = checks.check_path(job, setting, cluster, offline, partial(auto.settled, cluster=cluster))
     result: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
-    if offline:
-        checks.check_job(wanted)
+    result["defaults"] = [default._asdict() for default in filled]
+    if checked is None:
         right = "the file and the model are right; datasets, stores, and machines were not checked"
     else:
-        from heliostat.plan import auto
-
-        checked = checks.check(auto.settled(wanted, cluster), cluster)
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
         epochs = steps * shape.batch / samples
         result |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
+    if filled:
+        out.print("defaults that follow from this job, this machine, or the dataset:")
+        print_table([[d.key, _plain(d.value), d.why] for d in filled], left=range(3))
     out.print(f"{job}: {right}")
     fault = None
     if numerics:
+        assert checked
         result["numerics"], fault = _show_numerics(job, checked)
     finish(result, fault)
+
+
+def _plain(value: object) -> str:
+    """Writes a default as the job file would have it."""
+    return json.dumps(value).replace('"', "") if isinstance(value, dict) else str(value)
 
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
@@ -90,7 +100,7 @@ def _recomputed(t: Report) -> list[str]:
     tokens = f" of {t['sequence_length']:,} tokens" if t["sequence_length"] else ""
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
-        f"{t['steps']} steps of {t['global_batch']} samples{tokens} in micro-batches of {t['micro_batch']}; "
+        f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
         f"from step {t['resumed']['step']} also on {t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 
@@ -166,7 +176,7 @@ def train(
     from heliostat.training.run import source, train_job
     from heliostat.validation.check import load_job
 
-    wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
+    wanted, began = auto.settled(load_job(job, setting, resume=resume), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     _print_result(result)

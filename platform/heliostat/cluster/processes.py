@@ -111,7 +111,9 @@ def free_port(host: str = "") -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
-    raise ClusterError(f"no free TCP port in {PORTS.start} to {PORTS.stop - 1} in {PORT_TRIES} attempts; end what uses them")
+    raise ClusterError(
+        f"no free TCP port in {PORTS.start} to {PORTS.stop - 1} in {PORT_TRIES} attempts. End the processes that use them"
+    )
 
 
 def listening_fault(url: str) -> str:

@@ -1,6 +1,6 @@
-"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`: what `Serves` logs by default.
+"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`, the default of `Serves`.
 
-MLflow copies this file into the model. Where it is served, heliostat and the recipe's package must be installed.
+MLflow copies this file into the model. The server needs heliostat and the recipe's package.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class SweepState:
         """Requests every trial to stop behind a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
-            log.warning("%s: trials stop after a checkpoint; --resume continues", why)
+            log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
             self.folder.join("stop").write(why.encode())
 
     def _keep(self, record: TrialRecord) -> TrialRecord:
@@ -167,7 +167,7 @@ class SweepState:
     # the budget ------------------------------------------------------------------------------------------------------
 
     def _per_step(self, record: TrialRecord) -> float:
-        batch = record.params.get("train.global_batch", self.plan.base["train"]["global_batch"])
+        batch = record.params.get("train.global_batch_size", self.plan.base["train"]["global_batch_size"])
         length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
         return float(spaces.number(batch) * spaces.number(length or 1))
 
