@@ -18,6 +18,7 @@ HELP, CHECK = 0.3, 1.0  # goals, seconds
 CASES: dict[str, tuple[list[str], float | None]] = {
     "--version": (["--version"], HELP),
     "--help": (["--help"], HELP),
+    "no command": ([], None),
     "train --help": (["train", "--help"], None),
     "check, unknown key": (["check", JOB, "--set", "train.stpes=1"], CHECK),
     "check, batch does not divide": (["check", JOB, "--set", "train.global_batch_size=9"], CHECK),

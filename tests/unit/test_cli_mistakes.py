@@ -19,8 +19,9 @@ from tests.unit.cli_mistakes import MISTAKES, OPTIONS
 from tests.unit.command_line import FILES, ROOT, run
 
 FIX = re.compile(
-    r"`heliostat|\b(Give|Use|Write|Set|Run|Add|Remove|Pass|Raise|See|Did you mean|Name|Quote|List|Lower|Change|Check|Keep)\b|"
-    r"did you mean|valid: |; (use|give|make it|name|write|see|keep|set|take out)\b"
+    r"`heliostat|: heliostat |\b(Give|Use|Write|Set|Run|Add|Remove|Pass|Raise|See|Did you mean|Name|Quote|List|Lower)\b|"
+    r"\b(Change|Keep|Check|Correct|Start|Make)\b|"
+    r"did you mean|valid: |; (use|give|make it|name|write|see|keep|set|take out)\b"  # messages that aren't in sentences yet
 )
 SILENT = ("serve", "ui", "logs")  # commands without --json
 

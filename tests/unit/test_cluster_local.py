@@ -1,6 +1,7 @@
 """Local clusters without starting one: names that are no paths, tokens that go to nobody else, and what `ray up` is told."""
 
 import contextlib
+import errno
 import json
 import os
 import pwd
@@ -140,8 +141,26 @@ def test_a_port_that_a_connection_uses_is_named_before_any_node_starts(tmp_path,
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port of http://127.0.0.1:{port} is in use"):
+        with pytest.raises(ConfigError, match=rf"--dashboard-port: the port is in use \({port}\)\. Stop"):
             launch.up(files.read(cluster_file(tmp_path, port=port)))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (socket.gaierror(socket.EAI_NONAME, "Name or service not known"), "unknown host (head.example). Use 127.0.0.1"),
+        (OSError(errno.EADDRNOTAVAIL, "Cannot assign"), "isn't an address of this machine (head.example). Use 127.0.0.1"),
+    ],
+    ids=["unknown", "elsewhere"],
+)
+def test_a_host_that_the_head_cannot_listen_at_is_not_reported_as_a_port_in_use(monkeypatch, error, words):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(processes.socket.socket, "bind", fail)
+    assert processes.listening_fault("http://head.example:8265") == f"--dashboard-host: {words}" + (
+        ", or an address of this machine" if "unknown" in words else ""
+    )
 
 
 EPHEMERAL = Path("/proc/sys/net/ipv4/ip_local_port_range")

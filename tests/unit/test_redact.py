@@ -93,8 +93,8 @@ def test_an_endpoint_of_the_environment_may_carry_no_credentials(monkeypatch):
 
 def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_the_servers(monkeypatch, tmp_path):
     """`ps` shows command lines to every user: the command refuses one, and passes the environment's on as environment."""
-    code, _, lines, _ = run("ui", "--mlflow", "postgresql://u:hunter2@h/db")
-    assert code == 2 and len(lines) == 1 and "set MLFLOW_TRACKING_URI instead" in lines[0] and "hunter2" not in lines[0]
+    code, _, lines, _ = run("run", "ui", "--mlflow", "postgresql://u:hunter2@h/db")
+    assert code == 2 and len(lines) == 1 and "Set MLFLOW_TRACKING_URI instead" in lines[0] and "hunter2" not in lines[0]
     started, popen = [], subprocess.Popen
 
     def start(command, env, **_):
@@ -114,7 +114,7 @@ def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_th
 )
 def test_a_store_of_the_environment_that_fails_is_one_line_without_its_password(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    code, out, lines, _ = run("runs")
+    code, out, lines, _ = run("run", "list")
     assert code == 1 and not out and len(lines) == 1 and "hunter" not in lines[0]
     assert lines[0].startswith(f"error: MLflow at {uri.partition(':')[0]}://u:***@")
 

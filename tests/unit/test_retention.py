@@ -214,7 +214,11 @@ def test_the_command_lists_them_in_columns_and_as_json(run):
     head, *lines = _cli(run).splitlines()
     assert head.split() == ["step", "written", "MB", "workers", "ZeRO", "kept", "as", "scores"]
     assert [line.split()[0] for line in lines] == ["10", "20", "30"]
-    assert lines[0].endswith("newest   loss 0.5") and " torn " in lines[2] and lines[2].endswith("(checkpoint.json is missing)")
+    assert (
+        lines[0].endswith("newest   loss 0.5")
+        and " incomplete " in lines[2]
+        and lines[2].endswith("(checkpoint.json is missing)")
+    )
     report = json.loads(_cli(run, "--json").splitlines()[-1])
     assert report == {"run_folder": str(run), "checkpoints": survey(run)}
 

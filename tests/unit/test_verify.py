@@ -335,7 +335,7 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     )
 
 
-@pytest.mark.parametrize("arguments", [("verify",), ("samples", "--step", "1")], ids=lambda a: a[0])
+@pytest.mark.parametrize("arguments", [("run", "verify"), ("run", "samples", "--step", "1")], ids=lambda a: a[1])
 def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, arguments):
     """Bad input, with what to give instead."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))

@@ -101,7 +101,7 @@ def parse(model: str) -> tuple[str, str, str]:
     """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
     match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not match:
-        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME/VERSION or NAME@ALIAS")
+        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME@ALIAS or NAME/VERSION")
     return match[1], match[2] or "", match[3] or ""
 
 
@@ -113,7 +113,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such registered version ({brief(e)}). See the registered models: heliostat run ui") from e
+        raise ConfigError(f"{model}: no such version ({brief(e)}). See the registered models: heliostat run ui") from e
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:

@@ -190,5 +190,5 @@ def replica_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
-        raise ConfigError(f"--replicas: expected a number, for example 2, or a range, for example 1..4, got {text!r}")
+        raise ConfigError(f"--replicas: expected a number or a range, got {text!r}. Write 2 or 1..4")
     return least, most
