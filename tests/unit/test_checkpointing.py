@@ -65,7 +65,9 @@ class Spied(HostTensors):
 
 def test_more_layers_than_there_are_is_refused_with_the_number():
     recipe(MODEL, **{WHICH: LAYERS}).probe()
-    with pytest.raises(ConfigError, match=re.escape(f"{WHICH}: 5 of the 4 layers of 'llama'; set it to true")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{WHICH}: 5 is not below the number of layers of 'llama', 4. Set it to true")
+    ):
         recipe(MODEL, **{WHICH: LAYERS + 1}).probe()
 
 

@@ -24,7 +24,7 @@ BAD = {
     "batch": ({"train.global_batch": 9}, "train.global_batch: 9 is not divisible by workers.count 1 x train.micro_batch 2"),
     "recipe": ({"recipe": "jobs.casual_lm:CausalLM"}, "recipe: no module 'jobs.casual_lm'"),
     "model": ({"model": {**BASE["model"], "arch": "lama"}}, "model.arch: 'lama' isn't a causal language model"),
-    "store": ({"storage": "gs://b/x"}, "storage: 'gs://b/x': scheme 'gs' is not supported"),
+    "store": ({"storage": "gs://b/x"}, "storage: 'gs://b/x': scheme 'gs' isn't supported"),
 }
 
 

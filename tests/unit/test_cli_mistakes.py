@@ -40,7 +40,7 @@ BOTH = "--overwrite: deletes the checkpoints that --resume needs. Pass one of th
             "ConfigError",
             "x.db: there is no such file",
         ),
-        (["benchmark", "m", "s.yaml", "--out", "jobs", "--json"], "AccessError", "--out: jobs: is a folder; name a file in it"),
+        (["benchmark", "m", "s.yaml", "--out", "jobs", "--json"], "AccessError", "--out: jobs: is a folder. Name a file in it"),
         (
             ["benchmark", "m", "s.yaml", "--out", "/proc/x/b.json", "--json"],
             "AccessError",

@@ -152,7 +152,7 @@ def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_er
     (tmp_path / "config.json").write_text("{}")
     assert exported.read(tmp_path).recipe is CausalLM and resolve(str(tmp_path), "sqlite:///x") == tmp_path
     (tmp_path / "heliostat.json").write_text('{"recipe": 1')
-    with pytest.raises(ConfigError, match=r"damaged .*; export the model again"):
+    with pytest.raises(ConfigError, match=r"isn't a valid .*\. Export the model again"):
         exported.read(tmp_path)
 
 

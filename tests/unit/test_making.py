@@ -295,7 +295,7 @@ def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
 def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
     make_input(tmp_path / "in")
     (tmp_path / "in" / "p.html").write_text("<p>Hello")
-    with pytest.raises(ConfigError, match=r"p\.html is (a page|bytes), not text; put"):
+    with pytest.raises(ConfigError, match=r"p\.html is (a page|bytes), not text\. Put"):
         make(tmp_path, "out", [{"stage": "minhash"}])
 
 

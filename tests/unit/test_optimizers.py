@@ -204,7 +204,7 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
     assert apart(lambda groups: torch.optim.Adafactor(groups, lr=LR)) > 1e-3
     for name in REFUSED:
         message = fault(name=name, lr=LR)
-        assert message == f"job.yaml: train.optimizer: name {name!r} {REFUSED[name]}; use one of {', '.join(REGISTRY)}"
+        assert message == f"job.yaml: train.optimizer: name: {name!r} {REFUSED[name]}. Use one of {', '.join(REGISTRY)}"
 
 
 @pytest.mark.parametrize(

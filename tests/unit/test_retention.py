@@ -234,7 +234,7 @@ def test_the_latest_is_passed_over_if_damaged_and_may_be_asked_for_before_a_step
     found = latest(run)
     assert found is not None and found.step == 20
     assert [r.message for r in caplog.records] == [
-        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing); using the checkpoint before",
+        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing). Using the checkpoint before",
         f"{file}: its bytes have changed since they were written (CRC-32). Using the checkpoint before",
     ]
     earlier = latest(run, before=20)

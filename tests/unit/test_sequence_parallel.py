@@ -117,7 +117,7 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        ({"arch": "mamba"}, "it has no attention heads"),
+        ({"arch": "mamba"}, "which has no attention heads"),
         ({"arch": "bloom"}, "only the implementation 'eager'"),
         ({"arch": "gpt_oss"}, "only the implementation 'eager'"),
         ({"arch": "deepseek_v3"}, "widths of queries, keys, and values"),

@@ -205,7 +205,7 @@ def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
     [
         ("storage", "gs://b/x", "scheme 'gs' isn't supported. Use a path, file:// or s3://"),
         ("storage", "s3://key:secret@b/x", "must not contain credentials"),
-        ("data.sources.0.path", "ftp://h/x", "scheme 'ftp' is not supported"),
+        ("data.sources.0.path", "ftp://h/x", "scheme 'ftp' isn't supported"),
         ("data.sources.0.path", "", "has no path"),
         ("mlflow.uri", "file:///mlruns", "'file:///mlruns' is no MLflow store; use sqlite:///FILE or http://HOST:PORT"),
         ("mlflow.uri", "mlruns", "'mlruns' is no MLflow store"),

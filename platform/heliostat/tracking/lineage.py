@@ -202,7 +202,7 @@ class LineageRow(Descendant):
 
 
 class Seen:
-    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialised from.
+    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialized from.
 
     Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
     """
@@ -234,7 +234,7 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples before the step that the run was initialised from."""
+        """Lists the run ids of ancestors that took samples before the step that the run was initialized from."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -298,7 +298,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
     for parent in run["parents"]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
-        out.append((below, f"initialised from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']}){changed}"))
+        out.append((below, f"initialized from {parent['key']}: {parent['name'] or 'a folder'}{at} ({parent['folder']}){changed}"))
         out += _run_lines(parent["run"], below + 1) if parent["run"] else []
     return out
 
