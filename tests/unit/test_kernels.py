@@ -67,7 +67,7 @@ def test_what_can_be_is_not():
         ({"arch": "gpt_neo", "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
          GPU | {ATTENTION: "flex_attention"}, "train.attention: 'gpt_neo' doesn't support 'flex_attention'"),
         ({"arch": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, GPU | {FP8: True}, "has an nn.Linear with sides"),
-        ({**MODEL, "arch": "mixtral", "num_local_experts": 4}, GPU | {FP8: True}, "experts of 'mixtral'"),
+        ({**MODEL, "arch": "mixtral", "num_local_experts": 4}, GPU | {FP8: True}, "not supported for 'mixtral'"),
     ],
 )  # fmt: skip
 def test_architectures_that_cannot_are_refused_by_the_check(model, changes, line):
