@@ -187,7 +187,7 @@ def test_measures_are_of_all_held_out_pairs(data) -> None:
     ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling by max_tokens isn't supported"),
     ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pooling by mean, cls isn't"),
     ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "../2"}], "is outside"),
-    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2"}], "can't read it .*Copy the folder"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2"}], "Copy the folder"),
 ])  # fmt: skip
 def test_a_folder_that_embeds_in_another_way_is_refused(tmp_path, file, value, said) -> None:
     sentence_folder.write(tmp_path, Embedding("mean", 24), 8)
