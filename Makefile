@@ -19,13 +19,13 @@ COMPILE = $(UV) pip compile --quiet --generate-hashes --no-annotate --custom-com
 	touch $@
 
 run: .venv/.installed  ## prepare the quickstart's text, train on it, register the model, let it write
-	$(BIN)/heliostat prepare pipelines/quickstart.yaml
+	$(BIN)/heliostat data prepare pipelines/quickstart.yaml
 	$(BIN)/heliostat train jobs/quickstart.yaml --resume
 
 run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model that draws them, let it draw a seven
-	$(BIN)/heliostat prepare pipelines/quickstart-images.yaml
+	$(BIN)/heliostat data prepare pipelines/quickstart-images.yaml
 	$(BIN)/heliostat train jobs/quickstart-diffusion.yaml --resume
-	$(BIN)/heliostat generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
+	$(BIN)/heliostat model generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10

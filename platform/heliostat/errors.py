@@ -104,7 +104,7 @@ class LossSpikeError(HeliostatError):
 
 
 class CorruptionError(HeliostatError):
-    """Reports that some workers computed different bits from the same samples and weights (`train.recheck`).
+    """Reports that some workers computed different bits from the same samples and weights (`train.sdc_check`).
 
     `nodes`: the nodes of those workers; one or all of them are at fault. `agreed`: the number of steps up to which all workers
     agreed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 # C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides and isolates of direction
@@ -33,3 +34,14 @@ def brief(text: object, longest: int = LONGEST) -> str:
     line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])
     return shown if len(shown) <= longest else f"{shown[: longest - 4]} ..."
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Suggests the nearest choice as `; did you mean 'x'?`.
+
+    Lists all choices if none is near, and returns nothing if there are none, or more than 30.
+    """
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""

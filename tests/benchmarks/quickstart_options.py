@@ -32,7 +32,7 @@ OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
     "usual initial weights": ["model.init={}"],
     "head of its own": ["model.tie_word_embeddings=false"],
     "vocabulary of 4,096": ["vocabulary=4096"],
-    "half the batch": ["train.global_batch=8"],
+    "half the batch": ["train.global_batch_size=8"],
     "width of 192": ["model.hidden_size=192", "model.num_attention_heads=6", "model.num_key_value_heads=6",
                      "model.intermediate_size=768"],
     "bf16": ["train.precision=bf16"],
@@ -43,7 +43,7 @@ def dataset(vocabulary: str) -> Path:
     """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
     folder = harness.ROOT / f".heliostat/data/quickstart-{vocabulary}"
     settings = {"output": str(folder), "tokenizer.vocab_size": vocabulary}
-    harness.heliostat("prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
     return folder
 
 
@@ -62,7 +62,7 @@ def play(made: Any, seconds: float) -> tuple[float, float]:
     engine, steps, spent = one_process.train(made, lambda _, spent: spent / seconds)
     found = one_process.scores(made, engine, made.order.held_out(made.job.evaluate.samples))["bits_per_byte"]
     deepspeed_engine.destroy_engines()
-    return steps * made.job.train.global_batch * made.job.data.sequence_length / spent, found
+    return steps * made.job.train.global_batch_size * made.job.data.sequence_length / spent, found
 
 
 def main() -> None:

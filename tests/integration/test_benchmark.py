@@ -1,4 +1,4 @@
-"""`heliostat benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
+"""`heliostat model benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
 
 import contextlib
 import dataclasses
@@ -97,7 +97,7 @@ def answer_as_the_model(folder: Path) -> None:
 
 def benchmark(folder: Path, *words: str, code: int = 0, **environment: str) -> dict:
     out = folder / "result.json"
-    done = commands.run("benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
+    done = commands.run("model", "benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
     assert done.returncode == code, done.err
     return json.loads(done.out.splitlines()[-1])
 
@@ -152,7 +152,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
     (last,) = client.get_metric_history(run_id, "bench/held_out_choice")[-1:]
     assert (last.step, last.value) == (STEP, score)
     assert client.list_artifacts(run_id, "benchmarks")[0].path == f"benchmarks/held-out-{STEP:08d}.json"
-    words = ["promote", "lm/1", "champion", "--mlflow", store, "--require"]
+    words = ["model", "promote", "lm/1", "champion", "--mlflow", store, "--require"]
     refused = commands.run(*words, f"bench/held_out_choice>{score}", log=tmp_path / "log")
     assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, required is >" in refused.err
     assert commands.run(*words, f"bench/held_out_choice>={score}", log=tmp_path / "log").returncode == 0
@@ -341,7 +341,7 @@ def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
     pages = manifest.read(Location(str(folder / "pages")))
     suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    changes = {"train.steps": 6, "train.micro_batch": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
+    changes = {"train.steps": 6, "train.micro_batch_size": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
                "evaluate.every": 2, "evaluate.samples": 8, "mlflow.uri": store, "storage": str(tmp_path / "runs"),
                "evaluate.benchmarks": {"suite": str(tmp_path / "suite.yaml"), "every": 4}}  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(pages, **changes).dump()))

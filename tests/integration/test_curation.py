@@ -205,7 +205,7 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
     """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""
     make_input(tmp_path / "in", 3000)
     yaml = make_yaml(tmp_path, keep_work=True)
-    command, log = ["prepare", str(yaml), "--json"], tmp_path / "driver.log"
+    command, log = ["data", "prepare", str(yaml), "--json"], tmp_path / "driver.log"
     done, finished = tmp_path / "out.work/done", 0
     for more in (1, 4, 8):
         run = commands.start(*command, log=log)

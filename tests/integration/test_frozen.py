@@ -56,8 +56,8 @@ class Adapted(nn.Module):
 
 def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
     world = dist.get_world_size()
-    changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": world}
-    changes |= {"train.micro_batch": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch_size": world}
+    changes |= {"train.micro_batch_size": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     return deepspeed_engine.build_engine(job(**changes), recipe)
 
 

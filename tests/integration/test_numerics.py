@@ -59,7 +59,7 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     assert ("cut from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
     rows = {row["what"]: row for row in one["rows"]}
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
-    assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
+    assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
 

@@ -1,4 +1,5 @@
-"""The page of `heliostat play` in a real browser: what a person asks is answered as it is written, on a wide screen and a phone.
+"""The page of `heliostat model play` in a real browser: what a person asks is answered as it is written, on a wide screen and a
+phone.
 
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
@@ -96,7 +97,10 @@ class Screen:
 def test_a_model_writes_completes_and_chats(able, open_, width, scheme):
     screen = open_(f"{able}/#key={KEY}", width, scheme)
     assert screen.tabs() == ["Write", "Complete", "Chat", "Ask"] and KEY not in screen.driver.current_url
-    assert screen.one("#absent").text == "Not here: Draw (the model writes, and draws nothing)."
+    said = screen.one("#about").text
+    assert "Continues a text, completes code, chats, answers from documents" in said and "draw" not in said.lower()
+    given = screen.one("#write [name=prompt]")
+    assert given.get_attribute("value") == given.get_attribute("placeholder")
     screen.fill("write", prompt="def mean", seed="7", max_tokens="40", temperature="0.9", top_p="1")
     screen.go("write")
     asked = {"model": "coder", "seed": 7, "max_tokens": 40, "temperature": 0.9, "top_p": 1}

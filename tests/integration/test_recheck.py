@@ -1,4 +1,4 @@
-"""`train.recheck`: a flipped bit in one worker's weights is found and the worker named; nothing else changes."""
+"""`train.sdc_check`: a flipped bit in one worker's weights is found and the worker named; nothing else changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ STEPS = 4
 
 def _steps(folder: str, stage: int, precision: str, **model: Any) -> curves.Steps:
     changes: dict[str, Any] = {"train.zero.stage": stage, "train.precision": precision, "workers.count": dist.get_world_size()}
-    changes |= {"data.sources": [{"path": folder}], "evaluate": None, "train.recheck": {"every": 2}, "train.global_batch": 12}
+    changes |= {
+        "data.sources": [{"path": folder}],
+        "evaluate": None,
+        "train.sdc_check": {"every": 2},
+        "train.global_batch_size": 12,
+    }
     made = job(**changes, **model)
     return curves.Steps(made, plan(made, [manifest.read(location) for location in made.sources]))
 
@@ -152,7 +157,7 @@ def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(
     assert len(rows) == 5
     for row in rows:
         assert row["error"] is None and row["at"] == [0, 1]  # the look before the last step is left out
-        assert "train.recheck is off from now on" in row["said"][-1]
+        assert "train.sdc_check is off from now on" in row["said"][-1]
 
 
 # whole runs ----------------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, 
     made = {**tiny_job(corpus, tracking, tmp_path), "name": "flipping", **FLIPPING, "checkpoint": {"every": 4, "keep": 4}}
     path = tmp_path / "flipping.json"
     path.write_text(json.dumps(made))
-    settings = ["train.zero.stage=0", "train.recheck={every: 8}", "evaluate.every=20"]
+    settings = ["train.zero.stage=0", "train.sdc_check={every: 8}", "evaluate.every=20"]
     with caplog.at_level(logging.WARNING, "heliostat"):
         result = train(path, settings)
     assert result["restarts"] == 1 and Path(made["storage"], "flipped").exists()

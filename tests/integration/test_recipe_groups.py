@@ -79,7 +79,7 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (0, 1, 2, 3):
         changes: dict[str, Any] = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": world}
-        changes |= {"train.global_batch": BATCH, "train.micro_batch": 2, "train.optimizer.weight_decay": DECAY}
+        changes |= {"train.global_batch_size": BATCH, "train.micro_batch_size": 2, "train.optimizer.weight_decay": DECAY}
         keys = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         recipe = LowRank()
         engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), recipe)

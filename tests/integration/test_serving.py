@@ -189,7 +189,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def said(*more: str) -> str:
-        code, _, error = command_line.run(monkeypatch, capsys, "serve", *more)
+        code, _, error = command_line.run(monkeypatch, capsys, "model", "serve", *more)
         assert code == 2 and len(error.strip().splitlines()) == 1, error
         return error
 

@@ -1,7 +1,7 @@
 """The tour (docs/tour.md) and then the README, command by command, in a fresh clone: what a newcomer types works, in that order.
 
 What a command is expected to do is what the page's comment behind it says: "what an error looks like" ends with one line and
-exit code 2; "press Ctrl-C while it trains" gets a SIGINT then; `heliostat ui` one when its page answers. All others succeed.
+exit code 2; "press Ctrl-C while it trains" gets a SIGINT then; `heliostat run ui` one when its page answers. All others succeed.
 The clone's `.venv` is the one that runs this test, with the clone's own code first. `make test-slow`; long.
 """
 
@@ -91,7 +91,7 @@ def run(command: Command, clone: Path, log: Path) -> int:
         try:
             if "press Ctrl-C" in command.comment:
                 return interrupt(process, log, trains)
-            if command.text.endswith("heliostat ui"):
+            if command.text.endswith("heliostat run ui"):
                 return interrupt(process, log, answers)
             return process.wait(EACH_S)
         finally:
@@ -124,7 +124,7 @@ def test_every_command_of_the_tour_and_the_readme_works_in_its_order(clone: Path
             said = log.read_text(errors="replace")
             print(f"{time.monotonic() - started:6.1f} s  exit {code}  {command.text}", flush=True)  # noqa: T201
             expected = {2} if "what an error looks like" in command.comment else {0}
-            if "press Ctrl-C" in command.comment or command.text.endswith("heliostat ui"):
+            if "press Ctrl-C" in command.comment or command.text.endswith("heliostat run ui"):
                 expected = {0, 130}
             lines = said.strip().splitlines() or [""]
             if code not in expected or "Traceback (most recent call last)" in said:

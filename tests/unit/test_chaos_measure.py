@@ -118,7 +118,7 @@ def test_every_fault_of_the_default_is_one_and_the_command_shows_them():
     from heliostat.cli.main import app
 
     assert [f.name for f in experiment.choose(ISSUE.split(","))] == ISSUE.split(",")
-    assert "--faults" in CliRunner().invoke(app, ["chaos", "--help"]).output
+    assert "--faults" in CliRunner().invoke(app, ["debug", "chaos", "--help"]).output
 
 
 def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch):

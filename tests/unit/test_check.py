@@ -138,7 +138,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
         if there == "nothing listens":
             silent.close()
         uri, begun = f"http://127.0.0.1:{port}", time.monotonic()
-        result = CliRunner().invoke(cli_app, ["runs", "--mlflow", uri])
+        result = CliRunner().invoke(cli_app, ["run", "list", "--mlflow", uri])
     error = result.exception
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
@@ -195,12 +195,12 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
         {"workers": {"count": 10**9}},
         {"workers": {"count": [1, LARGEST]}},
         {"workers": {"count": [10**9, LARGEST]}},
-        {"train.global_batch": LARGEST, "data.lanes": LARGEST - 1},
-        {"train.global_batch": LARGEST - 5, "train.micro_batch": 1, "workers": {"count": [2, 5]}},  # a prime
-        {"train.global_batch": LARGEST, "train.micro_batch": 3},
+        {"train.global_batch_size": LARGEST, "data.virtual_ranks": LARGEST - 1},
+        {"train.global_batch_size": LARGEST - 5, "train.micro_batch_size": 1, "workers": {"count": [2, 5]}},  # a prime
+        {"train.global_batch_size": LARGEST, "train.micro_batch_size": 3},
         {"model.hidden_size": LARGEST - 5},
-        {"data.lanes": 10**30},
-        {"train.global_batch": 10**30},
+        {"data.virtual_ranks": 10**30},
+        {"train.global_batch_size": 10**30},
     ],
 )
 def test_large_numbers_are_checked_by_arithmetic(changes):
@@ -227,7 +227,7 @@ def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
 def test_a_suite_that_is_not_there_is_found_before_the_run(tmp_path):
     suite = tmp_path / "suite.yaml"
     changes = {"evaluate.benchmarks": {"suite": str(suite), "every": 10}}
-    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: .*: no such file.*heliostat make-suite"):
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: .*: no such file.*heliostat model make-suite"):
         check.check_job(job(**changes))
     suite.write_text("")
     check.check_job(job(**changes))

@@ -111,7 +111,7 @@ def test_the_kuberay_job_asks_for_what_its_training_job_asks_for():
 def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
     cluster = read("kuberay-h100")
     big = job(
-        **{"workers.gpus": 1, "workers.count": 128, "train.global_batch": 256, "workers.labels": {"heliostat-pool": "train"}}
+        **{"workers.gpus": 1, "workers.count": 128, "train.global_batch_size": 256, "workers.labels": {"heliostat-pool": "train"}}
     )
     with pytest.raises(ConfigError, match=r"workers\.count: 128 workers .* has room for 64 at its maximum"):
         check_pools(big, cluster)

@@ -211,7 +211,7 @@ def test_one_command_trains_on_real_text(tmp_path):
     for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:70]:
         (tmp_path / "bad" / f"{path.name}.txt").write_text(path.read_text())
     (tmp_path / "bad" / "picture.png").write_bytes(b"\x89PNG")
-    command = ["curate", "train-classifier", str(tmp_path / "good"), str(tmp_path / "bad"), "--out"]
+    command = ["data", "train-classifier", str(tmp_path / "good"), str(tmp_path / "bad"), "--out"]
     found = CliRunner().invoke(main.app, [*command, str(tmp_path / "model"), "--json"])
     report = json.loads(found.stdout)
     assert found.exit_code == 0 and report["left_out"] == {"unknown_kind": 1} and report["held_out_bad"] == 14

@@ -182,7 +182,7 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
         launch.require_launcher(cluster_file.read(ROOT / "clusters" / "gcp-h100.yaml"))
     with pytest.raises(MissingExtraError, match=LINE.format("mlflow.uri: PostgreSQL", "server")):
         check_services(job(**{"mlflow.uri": "postgresql+psycopg:///mlflow", "storage": str(tmp_path)}))
-    with pytest.raises(MissingExtraError, match=LINE.format("heliostat benchmark", "benchmark")):
+    with pytest.raises(MissingExtraError, match=LINE.format("heliostat model benchmark", "benchmark")):
         Benchmark(Suite(name="x", tasks=["a"]), Location(str(tmp_path)))
     with pytest.raises(MissingExtraError, match=LINE.format("an index of documents", "retrieval")):
         index_documents(str(tmp_path), str(tmp_path / "index"), IndexSettings())

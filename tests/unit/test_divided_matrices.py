@@ -33,14 +33,14 @@ FAMILIES = {
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"workers.count": 3, "train.global_batch": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
+        ({"workers.count": 3, "train.global_batch_size": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
         (
             {"train.zero.stage": 3},
             "with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2",
         ),
         ({"train.compile": True}, "with train.compile is not tried; remove one of them"),
         ({"train.tiled_mlp": True}, "with train.tiled_mlp is not tried; remove one of them"),
-        ({"train.recheck": {"every": 5}}, "with train.recheck is not tried; remove one of them"),
+        ({"train.sdc_check": {"every": 5}}, "with train.sdc_check is not tried; remove one of them"),
         ({"train.zero.offload": {"optimizer": "cpu"}}, "with train.zero.offload is not tried; remove one of them"),
         ({"train.optimizer.name": "muon"}, "with train.optimizer.name: muon is not tried; remove one of them"),
     ],
@@ -56,7 +56,7 @@ def test_workers_that_divide_matrices_compute_each_sample_together():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 2, "workers.count": 6})
     assert line.startswith(
-        "train.global_batch: 8 is not divisible by workers.count 6 / train.parallel.tensor 2 x train.micro_batch 2"
+        "train.global_batch_size: 8 is not divisible by workers.count 6 / train.parallel.tensor 2 x train.micro_batch_size 2"
     )
 
 
@@ -142,7 +142,7 @@ def test_the_plan_knows_what_a_worker_has_of_each_matrix():
     rows, columns = half.model.added()
     assert (rows, columns) == (2 * 2 * 32, 2 * 5 * 32)
     assert mine.communication["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
-    two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch": 16})
+    two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch_size": 16})
     moved = planner.planners(two_nodes, CausalLM(two_nodes), None, "H100", hardware.table())[-1]._traffic(
         layouts.of(two_nodes), 1
     )

@@ -286,7 +286,7 @@ def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
 def test_a_dry_run_makes_nothing_that_could_be_forced():
     from heliostat.cli import main  # noqa: F401  (registers the commands)
 
-    found = CliRunner().invoke(app, ["prepare", "p.yaml", "--sample", "1%", "--force"])
+    found = CliRunner().invoke(app, ["data", "prepare", "p.yaml", "--sample", "1%", "--force"])
     assert isinstance(found.exception, ConfigError) and "--force" in str(found.exception)
 
 

@@ -115,7 +115,8 @@ def test_a_batch_knows_equal_texts_ends_each_and_counts_what_is_cut(data) -> Non
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
-    ({"train.global_batch": 1, "train.micro_batch": 1, "data.lanes": 1}, "train.global_batch: a batch of 1 pair"),
+    ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
+     "train.global_batch_size: a batch of 1 pair"),
     ({"model.pooling": "max"}, "model.pooling"),
     ({"model.temperature": 0}, "model.temperature"),
     ({"model.max_tokens": 64}, "model.max_tokens: 64 is above the model's max_position_embeddings 32"),

@@ -20,7 +20,7 @@ from tests.unit.test_dataset import make_dataset
 @pytest.fixture
 def data(tmp_path) -> dict:
     make_dataset(tmp_path / "data", seed=3)
-    return {"sources": [{"path": str(tmp_path / "data")}], "sequence_length": 16, "seed": 5, "lanes": 4}
+    return {"sources": [{"path": str(tmp_path / "data")}], "sequence_length": 16, "seed": 5, "virtual_ranks": 4}
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def alone(tmp_path):
 
 
 def stream(data: dict, folder: Path, **more) -> heliostat.ExactStream:
-    return heliostat.datasets(data, **{"steps": 12, "global_batch": 8, "folder": str(folder), **more})
+    return heliostat.datasets(data, **{"steps": 12, "global_batch_size": 8, "folder": str(folder), **more})
 
 
 def test_it_travels_to_workers_and_says_how_many_there_may_be(data, tmp_path):
     made = stream(data, tmp_path / "run")
     assert cloudpickle.loads(cloudpickle.dumps(made)) == made
     assert (made.steps, made.workers, made.plan.shape.batch) == (12, [1, 2, 4], 8)
-    assert stream({**data, "lanes": None}, tmp_path / "other").workers == [1, 2, 4, 8]
+    assert stream({**data, "virtual_ranks": None}, tmp_path / "other").workers == [1, 2, 4, 8]
 
 
 def test_what_is_held_out_is_of_the_plan(data, tmp_path):
@@ -54,7 +54,7 @@ def test_a_folder_goes_on_by_its_plan_and_refuses_other_samples(data, tmp_path):
     made = stream(data, tmp_path / "run")
     segments.begin(Location(made.folder), made.plan, 0)
     assert stream(data, tmp_path / "run", steps=20).plan == made.plan
-    for change in ({"seed": 6}, {"lanes": 2}, {"sequence_length": 8}):
+    for change in ({"seed": 6}, {"virtual_ranks": 2}, {"sequence_length": 8}):
         with pytest.raises(ConfigError, match=rf"run: holds the data plan of other samples(.|\n)*data\.{next(iter(change))}"):
             stream({**data, **change}, tmp_path / "run")
 

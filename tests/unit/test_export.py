@@ -1,4 +1,4 @@
-"""What `heliostat export` writes into, and what lies there afterwards."""
+"""What `heliostat model export` writes into, and what lies there afterwards."""
 
 import json
 

@@ -123,7 +123,8 @@ def test_a_pretrained_models_own_processor_makes_the_pixels(data, tmp_path) -> N
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
-    ({"train.global_batch": 1, "train.micro_batch": 1, "data.lanes": 1}, "train.global_batch: a batch of 1 pair"),
+    ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
+     "train.global_batch_size: a batch of 1 pair"),
     ({"model.temperature": 0}, "model.temperature"),
     ({"model.pooling": "mean"}, "model.pooling: unknown key"),
     ({"model.max_tokens": 13}, "model.max_tokens: 13 isn't between 2 and the model's maximum 12"),

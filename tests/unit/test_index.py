@@ -220,8 +220,8 @@ def test_a_dataset_of_rows_is_indexed_too(tmp_path):
 def test_the_command_says_what_it_did(dataset):
     """--json prints the report as one object; without it, one line."""
     shard(dataset, "00003.parquet", 3)
-    done = CliRunner().invoke(app, ["index", str(dataset), "--json"])
+    done = CliRunner().invoke(app, ["data", "index", str(dataset), "--json"])
     report = json.loads(done.stdout)
     assert set(report) == {"dataset", "digest", "previous", "shards_added", "chunks", "tokens", "rows", "seconds"}
     assert done.exit_code == 0 and report["shards_added"] == 1
-    assert "0 shards added, nothing new" in CliRunner().invoke(app, ["index", str(dataset)]).stdout
+    assert "0 shards added, nothing new" in CliRunner().invoke(app, ["data", "index", str(dataset)]).stdout

@@ -38,8 +38,9 @@ def refusals(**changes):
     [
         ({ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' needs GPUs (workers.gpus is 0); use sdpa"),
         (GPU | {ATTENTION: "flash_attention_2", "train.precision": "fp32"}, "computes in bf16 and fp16 alone"),
-        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch": 2, "train.global_batch": 4},
-         "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch is 2"),
+        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 2,
+                "train.global_batch_size": 4},
+         "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch_size is 2"),
         (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "is not tried"),
         ({ATTENTION: "flash"}, "train.attention"),
         ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0); set it to false"),
@@ -56,7 +57,7 @@ def test_what_cannot_be_is_refused_in_one_line(changes, line):
 
 def test_what_can_be_is_not():
     assert not refusals(**GPU, **{ATTENTION: "flex_attention", "data.document_mask": True, FP8: True, COMPILE: "blocks"})
-    masked = {"data.document_mask": True, "train.micro_batch": 1}
+    masked = {"data.document_mask": True, "train.micro_batch_size": 1}
     assert not refusals(**GPU, **{ATTENTION: "flash_attention_2"}, **masked)
     assert not refusals(**{ATTENTION: "eager"})
 

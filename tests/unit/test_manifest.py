@@ -84,7 +84,7 @@ def test_the_digest_does_not_depend_on_encoding_or_on_itself():
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
     """The error says what is missing and which command makes it."""
-    with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat prepare"):
+    with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat data prepare"):
         manifest.read(Location(str(tmp_path)))
 
 

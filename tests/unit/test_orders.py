@@ -168,9 +168,9 @@ def rows() -> list[str]:
 
 
 def test_the_documents_table_of_orders_is_the_codes():
-    text = Path(__file__).parents[2].joinpath("docs/reliability.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[2].joinpath("docs/reliability/driver-states.md").read_text(encoding="utf-8")
     expected = "\n".join(rows())
-    assert expected + "\n\n" in text, f"docs/reliability.md: the table of orders is\n{expected}"
+    assert expected + "\n\n" in text, f"docs/reliability/driver-states.md: the table of orders is\n{expected}"
 
 
 def test_the_table_has_every_event_of_an_attempt():

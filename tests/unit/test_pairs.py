@@ -200,7 +200,7 @@ def test_equal_pairs_are_kept_once_and_counted(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "said"), [
-    ({"text_column": "query"}, "query_column: 'query' is the text_column"),
+    ({"text_column": "query"}, "columns.query: 'query' is columns.text"),
     ({"exclude": ["[z-a]"]}, "exclude: .* not a valid pattern"),
     ({"output": "in/out"}, "output: .* overlap"),
 ])  # fmt: skip

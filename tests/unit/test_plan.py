@@ -314,12 +314,12 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["flops"]["per_token"] == 6 * (n - 128256 * 4096 - norms) + 12 * 32 * 4096 * 8192
     assert p["memory"]["total"] < 80 * GIB and 0.2 < p["speed"]["mfu"] < 0.6
     assert p["run"]["tokens"] == 240_000 * 4_194_304
-    alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
+    alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch_size=1"]
     j, recipe, _ = planner.prepare(path, alone)
     with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*but H100 has 80; ") as refused:
         planner.plan(j, recipe)
     said = str(refused.value)
-    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.accumulate: same needs no sums in fp32" in said
+    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.grad_accum_dtype: same needs no sums in fp32" in said
     assert re.search(r"with enough memory, a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 
@@ -379,7 +379,14 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and "ray" not in imported.split(",") and found["memory"]["total"] < found["memory"]["device"]
     assert "planned without the datasets" in found["notes"][0]
-    huge = ["--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216", "--set", "train.precision=fp32"]
+    huge = [
+        "--set",
+        "train.micro_batch_size=16777216",
+        "--set",
+        "train.global_batch_size=16777216",
+        "--set",
+        "train.precision=fp32",
+    ]
     code, _, lines, _ = run("plan", path, *huge)
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
 

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import shutil
 import threading
 
@@ -133,7 +134,7 @@ def test_a_model_that_draws_writes_nothing_and_the_other_way_round(painter, writ
     with pytest.raises(openai.BadRequestError, match="generates text"):
         client(answering_from).images.generate(model=writer.name, prompt="a")
     told = requests.get(f"{drawing}/abilities", headers=BEARER, timeout=60).json()
-    assert [name for name, why in told["tabs"].items() if why is None] == ["draw"] and told["images"]["size"] == [8, 8]
+    assert told["tabs"] == ["draw"] and told["images"]["size"] == [8, 8]
 
 
 # an index ------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         with pytest.raises(openai.BadRequestError, match=r"no model answers from 'code-index'\. Send the request to /v1/search"):
             client(url).chat.completions.create(**chat)
         told = requests.get(f"{url}/abilities", headers=BEARER, timeout=60).json()
-        assert [name for name, why in told["tabs"].items() if why is None] == ["ask"] and not told["passages"]["answers"]
+        assert told["tabs"] == ["ask"] and told["prompt"] is None and not told["passages"]["answers"]
 
 
 # the page ------------------------------------------------------------------------------------------------------------
@@ -208,8 +209,20 @@ def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
     with pytest.raises(openai.AuthenticationError):
         client(answering_from, "sk-a-key-of-nobody-here").models.list()
     told = requests.get(f"{answering_from}/abilities", headers=BEARER, timeout=60).json()
-    assert {name for name, why in told["tabs"].items() if why is None} == {"write", "ask"}
-    assert "chat template" in told["tabs"]["chat"] and "can't fill in the middle" in told["tabs"]["complete"]
+    assert told["tabs"] == ["write", "ask"]
+
+
+def test_the_page_begins_with_a_prompt_of_the_models_record(tmp_path):
+    folder = tmp_path / "artifacts" / "model"
+    folder.mkdir(parents=True)
+    assert app.example(folder) is None
+    trained = {"name": "a", "model": {"samples": {"prompts": [{"text": "the digit two"}]}}, "data": {}, "train": {}}
+    (folder / "heliostat.json").write_text(json.dumps({"recipe": "heliostat.recipes:TextToImage", "job": trained}))
+    assert app.example(folder) == "the digit two"
+    (tmp_path / "input_example.json").write_text('["def main"]')  # as MLflow writes it
+    assert app.example(folder) == "def main"
+    (tmp_path / "input_example.json").write_text("[]")
+    assert app.example(folder) == "the digit two"
 
 
 def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path):

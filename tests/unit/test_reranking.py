@@ -118,7 +118,7 @@ def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
 
 def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monkeypatch, capsys):
     """The best of the first fifty, not of the few that are shown; each says what it is scored by."""
-    ask = ["ask", str(place), "line long document", "--top", "3"]
+    ask = ["search", "ask", str(place), "line long document", "--top", "3"]
     code, text, _ = run(monkeypatch, capsys, *ask, "--reranker", str(model), "--json")
     told = json.loads(text)
     opened = SearchIndex(Location(str(place)))
@@ -155,7 +155,7 @@ def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypa
     gain = told["modes"]["bm25+reranker"]["mrr"] - told["modes"]["bm25"]["mrr"]
     assert told["reranked"]["bm25"]["mrr"][0] == pytest.approx(gain) == told["over_bm25"]["bm25+reranker"]["mrr"][0]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q, "document": min(d)}) + "\n" for q, d in asked))
-    words = ["ask", str(place), "--questions", str(tmp_path / "q.jsonl"), "--reranker", str(model)]
+    words = ["search", "ask", str(place), "--questions", str(tmp_path / "q.jsonl"), "--reranker", str(model)]
     text = run(monkeypatch, capsys, *words)[1]
     assert "bm25+reranker over bm25" in text and "8 questions" in text
 

@@ -220,7 +220,7 @@ def test_the_command_lists_them_in_columns_and_as_json(run):
 
 
 def _cli(run: Location, *arguments: str) -> str:
-    result = CliRunner().invoke(app, ["checkpoints", str(run), *arguments])
+    result = CliRunner().invoke(app, ["run", "checkpoints", str(run), *arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
 

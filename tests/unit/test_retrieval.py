@@ -176,21 +176,21 @@ def test_a_question_goes_to_the_end_of_its_line_whatever_is_in_it(tmp_path):
 
 
 def test_the_command_shows_passages_with_their_sources(document_index, monkeypatch, capsys):
-    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), TEXTS[7], "--json")
+    code, text, _ = run(monkeypatch, capsys, "search", "ask", str(document_index.place), TEXTS[7], "--json")
     told = json.loads(text)
     best = told["passages"][0]
     assert code == 0 and told["mode"] == "bm25" and best["document"] == "code.jsonl#7" and len(told["passages"]) == 5
     assert {"shard", "row_group", "begin", "end", "digest", "score", "columns"} <= best.keys()
-    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), "long document", "--top", "2")
+    code, text, _ = run(monkeypatch, capsys, "search", "ask", str(document_index.place), "long document", "--top", "2")
     assert code == 0 and text.count(", characters ") == 2 and "[2] code.jsonl#30" in text and "long document" in text
-    code, text, _ = run(monkeypatch, capsys, "ask", str(document_index.place), "xylophone")
+    code, text, _ = run(monkeypatch, capsys, "search", "ask", str(document_index.place), "xylophone")
     assert (code, text) == (0, "no passage has a word of the question\n")
 
 
 def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, embedder, tmp_path, monkeypatch, capsys):
     """Of five passages some, which is said; a question that has no room is an error."""
     model = write_model(tmp_path, BASE["model"], 256)
-    ask = ["ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
+    ask = ["search", "ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
     told = json.loads(run(monkeypatch, capsys, *ask, "--json")[1])
     answer = told["answer"]
     assert 1 <= answer["passages_used"] < 5 == len(told["passages"]) and answer["prompt_tokens"] <= 248 and answer["tokens"] <= 8
@@ -222,7 +222,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, 
     ],
 )
 def test_bad_input_is_one_clear_line(document_index, monkeypatch, capsys, words, told):
-    code, _, said = run(monkeypatch, capsys, "ask", *(word.format(index=document_index.place) for word in words))
+    code, _, said = run(monkeypatch, capsys, "search", "ask", *(word.format(index=document_index.place) for word in words))
     assert code == 2 and told in said and len(said.strip().splitlines()) == 1
 
 

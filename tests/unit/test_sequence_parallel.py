@@ -35,7 +35,7 @@ def refusal(**changes) -> str:
 @pytest.mark.parametrize("workers", range(1, 13))
 def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
     """A job is valid exactly then, and the numbers of workers that the message offers work."""
-    changes = {KEY: sequence, "train.global_batch": 60, "train.micro_batch": 1, "data.sequence_length": 840}
+    changes = {KEY: sequence, "train.global_batch_size": 60, "train.micro_batch_size": 1, "data.sequence_length": 840}
     replicas = workers // sequence
     if workers % sequence == 0 and 60 % replicas == 0:
         made = job(**changes, **{"workers.count": workers})
@@ -54,7 +54,7 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
-    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/job.md#" in line
+    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/training/parallelism.md#" in line
 
 
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
@@ -69,13 +69,13 @@ def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
         ({"data.sequence_length": 63}, f"{KEY}: 2 does not divide data.sequence_length 63; use a length of 62 or 64"),
         ({"train.compile": True}, f"{KEY}: 2 with train.compile is not tried; set train.compile to false"),
         (
-            {"train.recheck": {"every": 5}},
-            f"{KEY}: 2 with train.recheck: workers compare what each computes of a whole sample; remove train.recheck",
+            {"train.sdc_check": {"every": 5}},
+            f"{KEY}: 2 with train.sdc_check: workers compare what each computes of a whole sample; remove train.sdc_check",
         ),
         (
-            {"train.global_batch": 10, "workers.count": 8},
-            "train.global_batch: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x train.micro_batch 2; "
-            "use a global batch of 8 or 16, or workers.count 10",
+            {"train.global_batch_size": 10, "workers.count": 8},
+            "train.global_batch_size: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x "
+            "train.micro_batch_size 2; use a global batch of 8 or 16, or workers.count 10",
         ),
     ],
 )
@@ -100,7 +100,7 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
 def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shared, workers, fits):
     """Heads of keys and values may be fewer than workers, each then held by several of them."""
     model = {**BASE["model"], "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": shared}
-    changes = {"model": model, "data.sequence_length": 192, "train.micro_batch": 1}
+    changes = {"model": model, "data.sequence_length": 192, "train.micro_batch_size": 1}
     line = refusal(**changes, **{KEY: workers, "workers.count": workers})
     assert f"{workers} workers can't share the model's {heads} attention heads" in line and f"evenly. Use {fits} (" in line
     for number in map(int, fits.split(" or ")):
@@ -168,7 +168,13 @@ def test_the_stretches_of_a_batch_are_its_tokens_with_their_positions_and_target
 def planned(sequence: int, **changes) -> dict:
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
     sizes |= {"num_hidden_layers": 4, "vocab_size": 4096}
-    given = {"workers.gpus": 1, "workers.count": 8, "train.global_batch": 8, "train.micro_batch": 1, "data.sequence_length": 8192}
+    given = {
+        "workers.gpus": 1,
+        "workers.count": 8,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 1,
+        "data.sequence_length": 8192,
+    }
     j = job(**{**given, **changes}, **{KEY: sequence}, **{f"model.{k}": v for k, v in sizes.items()})
     return planner.plan(j, CausalLM(j))
 

@@ -71,4 +71,4 @@ def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert check.require_gpus(1) == 1
     with pytest.raises(ConfigError, match="need 8 GPUs, but this machine has 1 usable ones"):
-        check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 16}), None)
+        check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 16}), None)

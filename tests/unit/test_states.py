@@ -304,10 +304,10 @@ def grouped(pairs: list[tuple[RunState, RunState]]) -> list[tuple[str, str]]:
 
 
 def test_the_documents_table_of_states_and_events_is_the_codes():
-    text = Path(__file__).parents[2].joinpath("docs/reliability.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[2].joinpath("docs/reliability/driver-states.md").read_text(encoding="utf-8")
     found = re.search(r"(\| what happens \| in state .*?)\n\n", text, re.S)
     expected = "\n".join(rows())
-    assert found and found[1] == expected, f"docs/reliability.md: the table is\n{expected}"
+    assert found and found[1] == expected, f"docs/reliability/driver-states.md: the table is\n{expected}"
 
 
 def test_the_table_has_every_event_of_a_run():

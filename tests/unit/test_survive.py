@@ -75,12 +75,12 @@ def test_as_many_workers_as_there_is_room_for():
 
 
 def test_worker_counts_divide_the_lanes_into_whole_micro_batches():
-    made = job(**{"train.global_batch": 24, "train.micro_batch": 2, "workers.count": [1, 12]})
+    made = job(**{"train.global_batch_size": 24, "train.micro_batch_size": 2, "workers.count": [1, 12]})
     assert made.worker_counts() == [1, 2, 3, 4, 6, 12]
     for n in made.worker_counts():
         fixed = made.on(n)
         assert fixed.accumulation * n * 2 == 24 and fixed.worker_counts() == [n]
-    few = job(**{"train.global_batch": 24, "train.micro_batch": 2, "data.lanes": 4, "workers.count": [1, 8]})
+    few = job(**{"train.global_batch_size": 24, "train.micro_batch_size": 2, "data.virtual_ranks": 4, "workers.count": [1, 8]})
     assert few.worker_counts() == [1, 2, 4]
 
 
@@ -93,7 +93,7 @@ def test_a_count_is_a_number_or_a_range(count):
 def test_a_range_without_a_divisor_of_the_lanes_is_refused_with_the_nearest():
     message = r"workers\.count: from 5 to 7 there is no number that divides the 4 lanes into whole micro-batches; nearest: 4"
     with pytest.raises(ConfigError, match=message):
-        job(**{"train.global_batch": 8, "train.micro_batch": 2, "workers.count": [5, 7]})
+        job(**{"train.global_batch_size": 8, "train.micro_batch_size": 2, "workers.count": [5, 7]})
 
 
 def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():

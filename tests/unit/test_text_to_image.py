@@ -109,7 +109,12 @@ def test_random_numbers_are_of_a_step_whatever_computes_it(version, dataset):
     content = rows(dataset, 24)
 
     def drawn(workers: int, micro: int) -> dict[str, torch.Tensor]:
-        wanted = {"train.recipe_version": version, "train.global_batch": 8, "train.micro_batch": micro, "data.lanes": 4}
+        wanted = {
+            "train.recipe_version": version,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": micro,
+            "data.virtual_ranks": 4,
+        }
         given = job(**build_images.job(dataset, caption_dropout=0.5, objective={"noise_offset": 0.1}), **wanted)
         made, data = TextToImage(given), [manifest.read(Location(str(dataset)))]
         made.bind(data)

@@ -76,11 +76,11 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"space": {"train.optimzer.lr": {"uniform": [0.1, 1]}}}, {}, "train.optimzer: unknown key; did you mean 'optimizer'"),
         ({"space": {"train.optimizer.lr": {"uniform": [1, 0.1]}}}, {}, "The first number must be below the second"),
         ({"space": {"train.optimizer.lr": {"uniform": [-1, 1]}}}, {}, "a corner of the space isn't a valid job: lr -1"),
-        ({"space": {"train.global_batch": {"choice": [8, 9]}}}, {}, "isn't a valid job: global_batch 9"),
+        ({"space": {"train.global_batch_size": {"choice": [8, 9]}}}, {}, "isn't a valid job: global_batch_size 9"),
         ({"space": {"train.optimizer.momentum": {"uniform": [0, 0.9]}}}, {}, "train.optimizer.momentum: unknown key"),
         ({"space": {"train.optimizer.name": {"choice": ["adamw", "sgd"]}}}, {}, "Vary whole optimizers instead: space.train.opt"),
         ({"space": {"model.num_attention_heads": {"choice": [4, 5]}}}, {}, "isn't a valid job: num_attention_heads 5"),
-        ({"space": {"train.global_batch": {"randint": [8, 16]}}}, {}, "trial 0 isn't a valid job: global_batch"),
+        ({"space": {"train.global_batch_size": {"randint": [8, 16]}}}, {}, "trial 0 isn't a valid job: global_batch_size"),
         ({"space": {"name": {"choice": ["a", "b"]}}}, {}, "space.name: can't be varied"),
         ({"space": {}}, {}, "space"),
         ({"job": "jbo.yaml"}, {}, "job: 'jbo.yaml': no such file"),
@@ -241,7 +241,7 @@ def test_trials_of_a_resumed_sweep_follow_the_rules_of_those_before(tmp_path):
 
     def rules(of: SweepPlan) -> tuple:
         train = of.job(0, {}).train
-        return train.recipe_version, train.accumulate
+        return train.recipe_version, train.grad_accum_dtype
 
     train = made.base["train"]
     earlier = resumed({key: value for key, value in train.items() if key not in spec.BEFORE_KEYS})

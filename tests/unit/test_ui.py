@@ -1,4 +1,4 @@
-"""`heliostat ui` takes its server with it, however it ends."""
+"""`heliostat run ui` takes its server with it, however it ends."""
 
 import signal
 import socket

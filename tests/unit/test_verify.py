@@ -1,4 +1,4 @@
-"""`heliostat verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
+"""`heliostat run verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
 
 import dataclasses
 import itertools
@@ -314,18 +314,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
     """Exit code 0, one line, nothing on standard error; --json prints the report."""
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location))
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location))
     assert (code, err) == (0, "") and out == (
         "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
     )
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     assert (code, err) == (0, "") and json.loads(out) == right(23)
 
 
 def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
     run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     told = json.loads(out)
     assert code == 1 and told["first_difference"]["step"] == 8 and not told["ok"]
     assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err

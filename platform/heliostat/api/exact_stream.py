@@ -1,6 +1,7 @@
 """Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
 
-    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "lanes": 4}, steps=100, global_batch=8,
+    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100,
+    global_batch_size=8,
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
@@ -10,7 +11,7 @@
             receipt = feed.receipt()              # wherever you save a checkpoint, after the last step
 
 Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that
-divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat verify
+divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat run verify
 FOLDER` can check it.
 """
 
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from heliostat import schema
 from heliostat.config import spec, workspace
 from heliostat.config.fields import divisors
+from heliostat.config.sections import Data
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -91,19 +93,20 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     return ExactStream(checked.job, checked.plan, str(place))
 
 
-def data_job(data: Mapping[str, object], steps: int, global_batch: int, held_out: float) -> Job:
+def data_job(data: Mapping[str, object], steps: int, global_batch_size: int, held_out: float) -> Job:
     """Builds a job that has only data, by the rules and keys of a job file."""
-    lanes = data.get("lanes")
-    divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
+    data = schema.renamed(Data, dict(data))
+    ranks = data.get("virtual_ranks")
+    divides = isinstance(ranks, int) and isinstance(global_batch_size, int) and ranks > 0 and global_batch_size % ranks == 0
     raw: dict[str, object] = {
         "name": "stream",
         "recipe": "heliostat.exact_stream:AnySamples",
         "model": {},
-        "data": dict(data),
+        "data": data,
         "train": {
             "steps": steps,
-            "global_batch": global_batch,
-            "micro_batch": global_batch // lanes if divides else 1,  # type: ignore[operator]
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": global_batch_size // ranks if divides else 1,  # type: ignore[operator]
             "optimizer": {"lr": 1.0},
         },
         "checkpoint": {"every": 1},

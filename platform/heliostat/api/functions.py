@@ -41,8 +41,8 @@ def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Jo
     `overrides`: {"train.steps": 100}, or ["train.steps=100"] like `--set`. Relative paths start at the current folder.
     """
     if isinstance(job, Mapping):
-        return spec.resolve(schema.validate(Job, schema.apply(dict(job), settings(overrides)), "job"))
-    return spec.load(_path("job", job, "a job file, its mapping, or a Job"), settings(overrides))
+        return checks.make_job(spec.apply(schema.renamed(Job, dict(job)), settings(overrides)), "job")
+    return checks.load_job(_path("job", job, "a job file, its mapping, or a Job"), settings(overrides))
 
 
 def check(job: Job | Place, cluster: Place | None = None) -> Checked:
@@ -53,13 +53,14 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     from heliostat.plan import auto
 
     cluster_file = Path(cluster) if cluster is not None else None
-    return checks.check(auto.settled(_job(job), cluster_file), cluster_file)
+    wanted = _job(job, cluster=cluster_file)
+    return checks.check(auto.settled(wanted, cluster_file), cluster_file)
 
 
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
     """Makes a dataset from a pipeline's YAML file. Does nothing if the dataset is up to date, unless `force` is set.
 
-    Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped, and more.
+    Returns the report that `heliostat data prepare --json` prints: dataset, digest, tokens, dropped, and more.
     """
     from heliostat.curation.prepare import prepare as run
 
@@ -83,7 +84,7 @@ def train(
     from heliostat.plan import auto
     from heliostat.training.run import train_job
 
-    job = auto.settled(_job(job), resume=resume)
+    job = auto.settled(_job(job, resume=resume), resume=resume)
     train_job(job, resume, overwrite, allow_data_change, verbose)
     return Run(job.run_folder.uri, job.mlflow.uri)
 
@@ -141,28 +142,33 @@ def datasets(
     *,
     folder: str,
     steps: int | None = None,
-    global_batch: int | None = None,
+    global_batch_size: int | None = None,
     held_out: float = 0.0,
+    global_batch: int | None = None,
 ) -> ExactStream:
     """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
 
-    `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples per step over all workers), and `held_out` (the
+    `data`: the keys of a job's `data`, with `steps`, `global_batch_size` (samples per step over all workers), and `held_out` (the
     fraction of samples to leave out); or a complete Job. `folder`: for the plan, the receipts, and the list of bad samples. If
     it has a plan, the stream continues with it; ConfigError if the samples would differ.
     """
     from heliostat.api.exact_stream import data_job, plan_stream
 
+    if global_batch is not None and global_batch_size is not None:
+        raise ConfigError("heliostat.datasets: global_batch is the old name of global_batch_size, and both are given")
+    global_batch_size = global_batch_size if global_batch is None else global_batch
     if not isinstance(data, Job | Mapping):
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
-        if steps is not None or global_batch is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch, and held_out come from the job. Leave them out")
+        if steps is not None or global_batch_size is not None or held_out:
+            raise ConfigError("heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave them out")
         return plan_stream(data, folder)
-    if steps is None or global_batch is None:
+    if steps is None or global_batch_size is None:
         raise ConfigError(
-            "heliostat.datasets: steps and global_batch are required. Pass global_batch as samples per step over all workers"
+            "heliostat.datasets: steps and global_batch_size are required. global_batch_size counts the samples per step "
+            "over all workers"
         )
-    return plan_stream(data_job(data, steps, global_batch, held_out), folder)
+    return plan_stream(data_job(data, steps, global_batch_size, held_out), folder)
 
 
 def settings(overrides: Overrides) -> list[str]:
@@ -189,8 +195,12 @@ def _path(key: str, value: object, wanted: str) -> Path:
     return Path(value)
 
 
-def _job(job: Job | Place) -> Job:
-    return job if isinstance(job, Job) else load_job(job)
+def _job(job: Job | Place | Mapping[str, object], cluster: Path | None = None, resume: bool = False) -> Job:
+    if isinstance(job, Job):
+        return job
+    if isinstance(job, Mapping):
+        return load_job(job)
+    return checks.load_job(_path("job", job, "a job file, its mapping, or a Job"), cluster=cluster, resume=resume)
 
 
 def install() -> None:

@@ -114,9 +114,9 @@ def chaos(
 def choose(names: list[str]) -> list[Fault]:
     for name in names:
         if name not in FAULTS:
-            raise ConfigError(f"--faults: {name!r} isn't a fault{schema.nearest(name, list(FAULTS))}")
+            raise ConfigError(f"--faults: unknown fault ({name}){schema.nearest(name, list(FAULTS))}")
     if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"--faults: {','.join(names)!r} contains a fault twice. Valid: {', '.join(FAULTS)}")
+        raise ConfigError(f"--faults: name each fault once ({','.join(names)}). Use {', '.join(FAULTS)}")
     return [FAULTS[name] for name in names]
 
 

@@ -122,10 +122,8 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     state.folder.mkdir(parents=True, exist_ok=True)
     if answer := dashboard.probe(state.url):
         return _join(state, answer)
-    if not processes.bindable(state.url):
-        raise ConfigError(
-            f"{state.file}: the port of {state.url} is in use. End the process that uses it, or change --dashboard-port"
-        )
+    if fault := processes.listening_fault(state.url):
+        raise ConfigError(f"{state.file}: {fault}")
     private.write_token(state.token_file)
     try:
         _start(cluster, state, "head", cluster.addresses[:1])

@@ -104,7 +104,7 @@ def load(folder: Path) -> LinearScorer:
         scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
-            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}). Train one: heliostat curate train-classifier"
+            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
         raise ConfigError(f"model: {str(folder)!r}: weights {weights.dtype} {weights.shape} don't match its keys")

@@ -1,4 +1,4 @@
-"""Prepares raw data as shards and a manifest: `heliostat prepare PIPELINE.yaml`. A rerun without changes does nothing.
+"""Prepares raw data as shards and a manifest: `heliostat data prepare PIPELINE.yaml`. A rerun without changes does nothing.
 
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pyarrow.fs import FileType
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from heliostat import schema
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
+from heliostat.curation import hub
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.watching import PipelineWatch
@@ -77,6 +78,8 @@ class Pipeline(Strict):
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
     ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
 
+    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # what keys name of the Hub, with its commit
+
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
     output: str = Field(min_length=1)
@@ -84,7 +87,7 @@ class Pipeline(Strict):
     labels: dict[str, str] = {}
     """Ray label selectors of the nodes that do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
-    """Days to keep a replaced version for the runs that read it. See docs/prepare.md#versions"""
+    """Days to keep a replaced version for the runs that read it. See docs/data/versions.md"""
 
     @abstractmethod
     def check(self) -> None:
@@ -151,8 +154,14 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
         raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Name one, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
-        raise ConfigError(f"{path}: pipeline: {target!r} isn't a subclass of heliostat.curation.prepare.Pipeline")
-    return target, validate(cls, raw, str(path))
+        raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
+    for key, now in getattr(cls, "moved", {}).items():
+        if key in raw:
+            log.warning("%s: %s is now columns.%s", path, key, now)
+    raw, pinned = hub.resolved(raw)
+    pipeline = validate(cls, raw, str(path))
+    pipeline._hub = pinned
+    return target, pipeline
 
 
 def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -199,7 +208,8 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
         versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
         write = collection.write if "parts" in meta else manifest.write
-        dataset = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+        named = {"name": pipeline.name, "config": config, "listing": listing}
+        dataset = write(output, rows, {**meta, **named, **({manifest.HUB: pipeline._hub} if pipeline._hub else {})})
     except BaseException as e:
         _undo(output, before, record, e)
         raise
@@ -357,6 +367,7 @@ def _report(
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
         "written_by": written_by,
+        "hub": meta.get(manifest.HUB, {}),
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
         "versions_kept": pruned.kept,
@@ -383,6 +394,8 @@ def explain(report: dict[str, Any]) -> list[str]:
         f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
         f"dropped: {reasons_text or 'nothing'}{listed}",
     ]
+    if named := report["hub"]:
+        lines.append(f"from {', '.join(named.values())}")
     if by := report["written_by"]:
         model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
         lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")

@@ -118,7 +118,7 @@ def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
             f"{dataset.location}: has no record of each document, because its pipeline has no `stages`. Add "
-            "`stages`, and run `heliostat prepare`. Unreadable documents are in its quarantine.parquet"
+            "`stages`, and run `heliostat data prepare`. Unreadable documents are in its quarantine.parquet"
         )
     return dataset.meta["curation"]
 

@@ -114,7 +114,8 @@ class NamesModel(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """Folder of the model. Nodes that lack it get a copy of its files, without pickles."""
+    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes that lack it get a copy of its
+    files, without pickles."""
 
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}

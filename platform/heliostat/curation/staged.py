@@ -6,9 +6,9 @@ import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.curation import reasons, registry
 from heliostat.curation.making import Making
@@ -33,19 +33,36 @@ class StagedPipeline(Pipeline):
     _watch: PipelineWatch | None = PrivateAttr(default=None)
 
     ray_data = False
+    moved: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions that are keys of `columns` now, by their old names."""
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
-    See docs/prepare.md#stages"""
+    See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
     """Bytes of memory that a task may use in addition to its process at the start. Ray reserves them, so a node runs as many
     tasks as fit; a log line says so if that is fewer than its CPUs. A Parquet file with large row groups needs more
     (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
     work: str | None = None
     """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
-    `.work` after its name. See docs/prepare.md#work"""
+    `.work` after its name. See docs/data/work.md"""
     keep_work: bool = False
     """Keeps the work after publishing, so that the next run only processes new input."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_columns(cls, value: object) -> object:
+        """Takes a list of `columns` for `columns.others`, and the keys in `moved` for those that they are now."""
+        columns = value.get("columns") if isinstance(value, dict) else None
+        old = cls.moved.keys() & value.keys() if isinstance(value, dict) else ()
+        if not isinstance(value, dict) or not (old or isinstance(columns, list)) or "columns" not in cls.model_fields:
+            return value
+        now = {"others": columns} if isinstance(columns, list) else dict(columns or {})
+        for key in sorted(old):
+            if cls.moved[key] in now:
+                raise ValueError(f"{key} is the old name of columns.{cls.moved[key]}, and both are given. Remove {key}")
+            now[cls.moved[key]] = value[key]
+        return {key: part for key, part in value.items() if key not in old} | {"columns": now}
 
     @property
     def worked(self) -> Work:

@@ -14,7 +14,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 
-FOLDER, RECORD = "answers", "inference.json"  # as `heliostat infer` writes them, side by side
+FOLDER, RECORD = "answers", "inference.json"  # as `heliostat model infer` writes them, side by side
 
 
 @open_
@@ -39,7 +39,7 @@ class InferenceFacts(TypedDict):
     answers_in: list[File]
 
 
-TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run `heliostat infer` again")
+TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run `heliostat model infer` again")
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:

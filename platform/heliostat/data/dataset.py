@@ -103,8 +103,8 @@ class DataPlan:
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
-        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "steps per block", "window": "data.window",
-                 "unit": "data.one_source_batches, in samples"}  # fmt: skip
+        shape = {"batch": "train.global_batch_size", "lanes": "data.virtual_ranks", "superstep": "steps per block",
+                 "window": "data.shuffle_window", "unit": "data.one_source_batches, in samples"}  # fmt: skip
         return lines + [
             f"{label}: {mine['shape'][key]} -> {theirs['shape'][key]}"
             for key, label in shape.items()
@@ -140,22 +140,22 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     happened.
     """
     length = job.data.sequence_length
-    lanes = job.lanes if job.data.lanes or recorded is None else recorded.shape.lanes
+    lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
     if (
         recorded is not None
         and lanes == recorded.shape.lanes
-        and job.train.global_batch == recorded.shape.batch
-        and not job.data.window
+        and job.train.global_batch_size == recorded.shape.batch
+        and not job.data.shuffle_window
         and job.data.one_source_batches == (recorded.shape.unit > 1)
     ):
         shape = recorded.shape
     else:
         size = sample_bytes(length, manifests)
-        shape = choose_shape(job.train.global_batch, lanes, size, job.data.window, job.data.one_source_batches)
-    if job.data.one_source_batches and shape.per_lane % job.train.micro_batch:
+        shape = choose_shape(job.train.global_batch_size, lanes, size, job.data.shuffle_window, job.data.one_source_batches)
+    if job.data.one_source_batches and shape.per_lane % job.train.micro_batch_size:
         raise ConfigError(
-            f"train.micro_batch: {job.train.micro_batch} doesn't divide the {shape.per_lane} samples of a virtual "
-            f"rank, which come from one source. Use {shape.per_lane}, or change data.lanes"
+            f"train.micro_batch_size: {job.train.micro_batch_size} doesn't divide the {shape.per_lane} samples of a virtual "
+            f"rank, which come from one source. Use {shape.per_lane}, or change data.virtual_ranks"
         )
     if not job.worker_counts(lanes):
         raise ConfigError(f"workers.count: {job.workers.count} doesn't divide the run's {lanes} virtual ranks")

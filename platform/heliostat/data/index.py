@@ -1,4 +1,4 @@
-"""Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat index DATASET`.
+"""Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat data index DATASET`.
 
 Guarantees: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
 with the sizes that were recorded. The version before stays readable by its digest, and with it the sample order of the runs

@@ -8,8 +8,8 @@ list column; "rows": a row is a sample), `digest`, `files` (plain name -> this v
 files), and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder
 is refused.
 
-The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
-(`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
+The digest is SHA-256 over the chunk table and the metadata except `hub`: the same files from a folder give the same. It changes
+with any shard's bytes (`footer` hashes the Parquet footer: sizes, offsets, statistics, and the content hash of the writer).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief
 
 FILE = "manifest.parquet"
-VERSIONS = "manifests"
-SHARDS = "shards"
+VERSIONS, SHARDS = "manifests", "shards"
 FILES = "files"  # what versions need next to their shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
+HUB = "hub"  # of the metadata: names of the Hub by the pipeline's keys; no digest covers it
 UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: what no digest covers
 SCHEMA = pa.schema(
     [
@@ -149,7 +149,7 @@ class Manifest:
 
 def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
-    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
+    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]
         if column.name in LATER:
@@ -310,7 +310,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat prepare") from e
+        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat data prepare") from e
     if digest is None or newest.digest == digest:
         return newest
     changed = f"{location}: the dataset changed during the run (digest {newest.digest[:12]}, was {digest[:12]})"

@@ -124,9 +124,9 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    config, within = engine_config(job), job.train.zero.divide_within
+    config, within = engine_config(job), job.train.zero.shard_group_size
     group = StateGroup(within) if within and within < dist.get_world_size() else None
-    if job.train.zero.copy_within:
+    if job.train.zero.hpz_partition_size:
         patches.share_second_copies()
     model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:

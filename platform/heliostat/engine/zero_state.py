@@ -232,7 +232,7 @@ class Divided(ZeroState):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         parameter: Any
         for parameter in self.module.parameters():
-            parameter.ds_secondary_tensor = None  # as these do (`train.zero.copy_within`)
+            parameter.ds_secondary_tensor = None  # as these do (`train.zero.hpz_partition_size`)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         stream_patches.gathers_wait(zero)

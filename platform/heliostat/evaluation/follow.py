@@ -1,4 +1,4 @@
-"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat benchmark RUN SUITE --follow`.
+"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat model benchmark RUN SUITE --follow`.
 
 Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
 may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the

@@ -1,6 +1,6 @@
-"""Makes a suite of a prepared dataset's held-out text: `heliostat make-suite DATASET --out FOLDER`.
+"""Makes a suite of a prepared dataset's held-out text: `heliostat model make-suite DATASET --out FOLDER`.
 
-    FOLDER/suite.yaml            what `heliostat benchmark` takes
+    FOLDER/suite.yaml            what `heliostat model benchmark` takes
     FOLDER/tasks/*.yaml          task files of lm-eval, which its own command takes too, run in FOLDER
     FOLDER/data/*.jsonl          the questions
     FOLDER/made.json             what they were made of

@@ -89,7 +89,13 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
         raise ConfigError("--sequence-length: required, because the model doesn't record the length of its samples")
     held_out = fraction or (before.get("evaluate") or {}).get("fraction", 0.01)
     source, trained = {"path": str(Location(data).absolute(workspace.root()))}, before["train"]
-    train = {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}, "seed": trained.get("seed", 0)}
+    train = {
+        "steps": 1,
+        "global_batch_size": BATCH,
+        "micro_batch_size": BATCH,
+        "optimizer": {"lr": 1.0},
+        "seed": trained.get("seed", 0),
+    }
     train["recipe_version"] = trained.get("recipe_version") or spec.BEFORE_KEYS["recipe_version"]
     train["precision"] = "bf16" if trained.get("precision") == "bf16" else "fp32"
     return validate(

@@ -1,6 +1,6 @@
 """Records a result in MLflow, on the run that made the model: metrics at the model's step, and the whole result as an artifact.
 
-Registered versions of that step get the scores too, which `heliostat promote --require 'bench/TASK>0.4'` asks for.
+Registered versions of that step get the scores too, which `heliostat model promote --require 'bench/TASK>0.4'` asks for.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def require_language_model(folder: Path) -> None:
     """Raises ConfigError if a model's folder holds another kind of model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
-            f"{folder}: isn't a language model, and benchmarks are text. Score it on its dataset: heliostat evaluate"
+            f"{folder}: isn't a language model, and benchmarks are text. Score it on its dataset: heliostat model evaluate"
         )
 
 

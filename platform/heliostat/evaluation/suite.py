@@ -1,4 +1,4 @@
-"""Defines the suite file of `heliostat benchmark`: which tasks, on how many examples, how."""
+"""Defines the suite file of `heliostat model benchmark`: which tasks, on how many examples, how."""
 
 from __future__ import annotations
 

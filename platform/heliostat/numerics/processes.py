@@ -150,8 +150,8 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
         "precision": train.precision,
         "optimizer": train.optimizer.name,
         "steps": small.STEPS,
-        "global_batch": train.global_batch,
-        "micro_batch": train.micro_batch,
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
         "sequence_length": trial.job.data.sequence_length,
         "resumed": {"workers": 1, "stage": other.train.zero.stage, "step": small.SAVED},
     }

@@ -71,7 +71,7 @@ def settled(
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning, in the layout that it trains in: what `planner.prepare` returns."""
-    return bound(*check.check_job(settled(check.load_job(path, settings), cluster)))
+    return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 
 def recorded(job: Job) -> Job | None:

@@ -45,14 +45,14 @@ def plan_file(
     instead of the job's own.
     """
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    job, recipe, unread = prepare(path, settings)  # last: it asks the stores of the datasets
+    job, recipe, unread = prepare(path, settings, pools)  # last: it asks the stores of the datasets
     notes = [f"planned without the datasets: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)
         notes.append(note)
     if job.train.parallel.auto and not rank:
         device = device or (None if pools else auto.here(job))
-        wanted = auto.settled(check.load_job(path, settings), pools, device=device, prices=table, unread=unread)
+        wanted = auto.settled(check.load_job(path, settings, pools), pools, device=device, prices=table, unread=unread)
         job, recipe, _ = bound(*check.check_job(wanted), unread)
     if rank:
         ranked = ranking(job, recipe, pools, device, table)

@@ -116,7 +116,7 @@ def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
     zero |= {"stage": stage} | ({"offload": {}} if parallel else {})
-    train |= {"parallel": parallel, "micro_batch": 1, "activation_checkpointing": job.train.activation_offload}
+    train |= {"parallel": parallel, "micro_batch_size": 1, "activation_checkpointing": job.train.activation_offload}
     return schema.validate(Job, raw, job.name)
 
 
@@ -137,7 +137,7 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
         raw = job.dump()
-        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
+        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch_size": 1}
         try:
             schema.validate(Job, raw, job.name)
             sent[parts] = _exchanged(recipe, parts)

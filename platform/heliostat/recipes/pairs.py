@@ -63,8 +63,8 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
         super().__init__(job)
         if job.data.sequence_length:
             raise ConfigError("data.sequence_length: not used for rows. Remove it, and set model.max_tokens")
-        if job.train.global_batch < 2:
-            raise ConfigError("train.global_batch: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
+        if job.train.global_batch_size < 2:
+            raise ConfigError("train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
         if "init" in job.model:
             raise ConfigError("model.init: only for language models. Remove it")
         self.keys = _own_keys(self.own, job.model)

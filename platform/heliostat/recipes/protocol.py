@@ -216,7 +216,8 @@ class Evaluates(ABC):
 
 
 class Exports(ABC):
-    """Exports its checkpoints to a folder that works without the engine: for `heliostat export`, and at the end of every run."""
+    """Exports its checkpoints to a folder that works without the engine: for `heliostat model export`, and at the end of every
+    run."""
 
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
@@ -317,7 +318,7 @@ class DividesMatrices(ABC):
 
 
 class Generates(Exports):
-    """Answers prompts with its exports; required for `heliostat generate`."""
+    """Answers prompts with its exports; required for `heliostat model generate`."""
 
     prompts: tuple[str, ...] = ()  # what the exported model is asked at the end of a run
 
@@ -334,7 +335,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Generates images for prompts with its exports, repeatedly with different options; required for `heliostat serve` and
+    """Generates images for prompts with its exports, repeatedly with different options; required for `heliostat model serve` and
     `play`."""
 
     @staticmethod

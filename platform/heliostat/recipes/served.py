@@ -17,7 +17,7 @@ from heliostat.recipes.protocol import Request
 
 
 class Served(PythonModel):
-    """Answers prompts; params: seed, and those options of `heliostat generate` that the signature names."""
+    """Answers prompts; params: seed, and those options of `heliostat model generate` that the signature names."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["model"])

@@ -192,7 +192,7 @@ class AttemptStart(Outline):
 
 
 class GoodputReport(TypedDict):
-    """Describes what `heliostat goodput --json` prints. `attributed`: the parts' share of the total."""
+    """Describes what `heliostat run goodput --json` prints. `attributed`: the parts' share of the total."""
 
     total_s: float
     parts: dict[str, float]

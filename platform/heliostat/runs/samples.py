@@ -77,4 +77,4 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     last = layout.latest(run)
     if last is None:
         raise ConfigError(f"{run}: has no complete checkpoint, so its recipe isn't known")
-    return load(last.job, data.sources, None if run.is_s3 else Path(run.path))
+    return load(last.job, data.sources, None if run.is_s3 else Path(run.path), weights=False)

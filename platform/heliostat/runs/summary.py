@@ -60,7 +60,7 @@ def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, at
         "steps": step,
         "train_loss": metrics["train_loss"],
         "eval": {k: v for k, v in metrics.items() if k != "train_loss"},
-        "tokens_per_second": done * job.train.global_batch * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
+        "tokens_per_second": done * job.train.global_batch_size * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
         "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
         "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
         "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,

@@ -132,7 +132,7 @@ class SeenSamples:
 
 
 class VerifyReport(TypedDict):
-    """Describes what `heliostat verify --json` prints.
+    """Describes what `heliostat run verify --json` prints.
 
     `steps`: covered steps with all receipts right; `samples`: those that receipts cover; `lost`: planned samples before the last
     known step that no receipt covers; `repeated`: samples that their epoch held before (an epoch has as many places as samples:

@@ -9,7 +9,7 @@ waited for; MLflow is not needed to resume. A command that ends by itself record
 Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
-cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
+cluster. `heliostat job stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
 driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
 --now`): storage may be what does not answer.
 """
@@ -132,7 +132,7 @@ class Driver:
         self.folder = self.run_folder.join(run_folder.LOGS)
         retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
         self.again = Again(self.run_folder, retries, sweep is not None, self._pause)
-        what = ["tune", str(sweep)] if sweep else ["train", str(job)]
+        what = ["sweep", "run", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
         self.jobs_url = jobs_url

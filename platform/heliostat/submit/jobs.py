@@ -58,6 +58,7 @@ PASSED = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "MLFLOW_S3_ENDPOINT_URL",
+    "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
 )
 
@@ -114,7 +115,7 @@ class Jobs:
                 return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {record.id!r} has already {status.lower()}. Continue with `heliostat resume "
+                    f"name: job {record.id!r} has already {status.lower()}. Continue with `heliostat job resume "
                     f"{record.id}`, or start from scratch with --overwrite"
                 )
             self._forget(record.id)

@@ -312,6 +312,7 @@ def node_line(node: LivingNode) -> str:
 def _source_line(s: consumed.ConsumedSource) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
     forgotten = "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in s.get("forgotten", []))
+    forgotten += "".join(f", from {name}" for name in s.get("hub", {}).values())
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
             f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{forgotten}")  # fmt: skip

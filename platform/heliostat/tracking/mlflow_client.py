@@ -239,7 +239,7 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     run_id = known.get("run_id")
     if run_id is None:
         problem = "isn't a run id (32 hex digits) or a run's folder with a run.json"
-        raise ConfigError(f"{run!r}: {problem}. List the runs: heliostat runs")
+        raise ConfigError(f"{run!r}: {problem}. List the runs: heliostat run list")
     try:
         recorded_run = client.get_run(run_id)
     except MlflowException as e:

@@ -101,7 +101,7 @@ def parse(model: str) -> tuple[str, str, str]:
     """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
     match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not match:
-        raise ConfigError(f"{model!r}: expected a registered model's version. Pass NAME@ALIAS or NAME/VERSION")
+        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME/VERSION or NAME@ALIAS")
     return match[1], match[2] or "", match[3] or ""
 
 
@@ -113,7 +113,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such version of a registered model ({brief(e)})") from e
+        raise ConfigError(f"{model}: no such registered version ({brief(e)}). See the registered models: heliostat run ui") from e
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
@@ -161,7 +161,7 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
         before, its_data = scores(client, present)
         if data != its_data:
             faults.append(f"it has other held-out samples than version {present.version}. Score both on one dataset with "
-                "`heliostat evaluate`, and use --force")  # fmt: skip
+                "`heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

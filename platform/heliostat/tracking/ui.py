@@ -27,6 +27,8 @@ END_S = 5.0
 START_S = 120.0  # for the server to answer
 ANSWER_S = 5.0  # for one answer
 POLL_S = 0.1
+# metrics in the table of runs, with the pixels of each: they fit in addition to the runs' names in 1280
+COLUMNS = {"train/loss": 90, "eval/bits_per_byte": 140, "train/tokens_per_second": 175, "train/time/goodput": 140}
 KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environment: the file of its keys, and its address
 
 

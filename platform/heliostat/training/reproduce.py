@@ -68,7 +68,7 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
             settings,
             overwrite=overwrite,
             recorded=recorded.plan,
-            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat reproduce {recorded.run_id}"},
+            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat debug reproduce {recorded.run_id}"},
         )
     curve = read_curve(client, result["run_id"])
     return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}
@@ -95,10 +95,9 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
     """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
-    job = json.loads(json.dumps(recorded.job))
+    job = spec.with_rules(json.loads(json.dumps(recorded.job)))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
-    job["train"] = {**spec.BEFORE_KEYS, **job["train"]}
     job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
     job["mlflow"] |= {"register": None, "alias": None}
     return Job.model_validate(job).dump()

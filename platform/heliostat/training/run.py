@@ -19,7 +19,7 @@ from typing import Any
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import private_ray
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
     """Loads a job file, applies `key.path=value` settings, and trains the job; the options are those of `train_job`."""
     named["tags"] = source(path) | (named.get("tags") or {})
-    return train_job(check.load_job(path, settings), *options, **named)
+    resume = bool(options[0] if options else named.get("resume"))
+    return train_job(check.load_job(path, settings, resume=resume), *options, **named)
 
 
 def source(path: Path) -> dict[str, str]:
@@ -70,6 +71,7 @@ def train_job(
     started = started or time.time()
     if resume:
         job.run_folder.wait_for_store()
+        job = _as_recorded(job)
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
@@ -80,6 +82,12 @@ def train_job(
             taken.fence.check()
             lease.clear(job.run_folder)
         return _carry_out(DrivenRun(checked, taken, last.step if last else 0, started, verbose, tags), last)
+
+
+def _as_recorded(job: Job) -> Job:
+    """Returns the job with the commits of models of the Hub that the run began with."""
+    last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
+    return pretrained.as_recorded(job, last.index.job) if last else job
 
 
 def _require_settled(job: Job) -> None:
@@ -128,6 +136,7 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     job = run.job
     if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
+        pretrained.located(job)  # downloads here first: what the Hub rejects ends the command before workers start
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, checkpoint.step, job.last_step)
     if (result := endings.result(job.run_folder, checkpoint.step)) is None:
@@ -148,7 +157,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     _require_settled(job)
     job, recipe = check.check_job(job)
     if job.evaluate and job.evaluate.benchmarks:
-        log.warning("evaluate.benchmarks: not supported in trials. Score the best one: heliostat benchmark")
+        log.warning("evaluate.benchmarks: not supported in trials. Score the best one: heliostat model benchmark")
     with lease.take(job.run_folder) as taken:
         checkpoint = layout.latest(job.run_folder)
         job = spec.settle(job, checkpoint.index.job if checkpoint else None)

@@ -1,4 +1,4 @@
-"""Drives `heliostat tune`: a sweep from its file to its result, through Ray Tune.
+"""Drives `heliostat sweep run`: a sweep from its file to its result, through Ray Tune.
 
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
@@ -23,7 +23,7 @@ import ray
 
 from heliostat import training
 from heliostat.cluster.capacity import FETCHING, fits
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.recipes import built_in
@@ -34,7 +34,7 @@ from heliostat.training.driver.signals import Signals
 from heliostat.tune import AHEAD, report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
-from heliostat.tune.sweep import SweepPlan, load
+from heliostat.tune.sweep import SweepPlan, load, renamed_keys
 from heliostat.tune.trial_record import BestTrial, KeptTrial, SweepResult, TrialRecord
 from heliostat.validation import check
 
@@ -73,7 +73,7 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"Wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as lease_:
+    with lease.take(plan.folder, "driven", f"Wait for it, or stop it with `heliostat sweep stop {plan.folder}`") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
@@ -85,8 +85,7 @@ def tune(
             for folder in ("records", "trials", "result.json", "ray", "stop"):
                 plan.folder.join(folder).delete()
             before = None
-        if before:
-            plan = _same(plan, before)
+        plan = _same(plan, before) if before else replace(plan, base=pretrained.pinned(base).dump())
         return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
@@ -96,12 +95,16 @@ def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
     Returns its plan, in which the job leaves open (`spec.BEFORE_KEYS`) only what it left open then: trials that are compared
     follow the same rules.
     """
+    plan = replace(plan, base=pretrained.as_recorded(Job.model_validate(plan.base), before["job"]).dump())
     train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
     unset = {key: rules[key] for key in spec.BEFORE_KEYS if train.get(key) is None}
     plan = replace(plan, base=plan.base | {"train": train | unset})
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
-    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": spec.renewed(before["job"])}
+    then = {
+        "sweep": {k: v for k, v in renamed_keys(before["sweep"]).items() if k not in free},
+        "job": spec.renewed(before["job"]),
+    }
     for part in ("sweep", "job"):
         keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
         if keys:
@@ -161,7 +164,7 @@ class _Tuning:
         if stopped:
             raise StoppedError(f"stopped ({reason}). Use --resume to continue the sweep")
         if not result["best"]:
-            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished. See `heliostat sweep {folder}`")
+            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished. See `heliostat sweep show {folder}`")
         return result
 
     def _connect(self) -> int:

@@ -65,7 +65,7 @@ def find(sweep: str, storage: str) -> Location:
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
             return folder
-    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has none of this name. List them: heliostat sweeps")
+    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has none of this name. List them: heliostat sweep list")
 
 
 def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
@@ -126,7 +126,7 @@ def best_job(folder: Location) -> dict[str, object]:
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)
     if best is None:
-        raise ConfigError(f"{folder}: no trial has finished yet. Continue with `heliostat tune SWEEP.yaml --resume`")
+        raise ConfigError(f"{folder}: no trial has finished yet. Continue with `heliostat sweep run SWEEP.yaml --resume`")
     raw = place(plan.base, best.params)
     raw["name"] = f"{plan.sweep.name}-best"
     return validate(Job, raw, f"{folder}: the job of trial {best.number}").dump()

@@ -21,7 +21,7 @@ from heliostat.config.fields import Fraction, Name, Positive, Seed
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, renamed_path
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tune import space as spaces
@@ -29,10 +29,25 @@ from heliostat.tune.space import Params, Space
 from heliostat.validation import check
 
 Above0 = Annotated[Float, Field(gt=0)]
-OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
+OWN = (
+    "name",
+    "storage",
+    "mlflow",
+    "recipe",
+    "evaluate",
+    "train.epochs",
+    "train.tokens",
+)  # the sweep's own, or what makes trials comparable
 FIXED_WHERE_COMPARED = ("train.steps",)
 MOST = 100_000  # trials of a sweep
-DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
+DATA = (
+    "data",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "model",
+    "train.ema",
+    "train.steps",
+)  # a checkpoint fits no other
 
 
 class SweepBudget(Strict):
@@ -103,6 +118,11 @@ class Sweep(Strict):
     register_best: bool = True
     """Exports, logs, and registers the best trial's model, under the job's `mlflow.register`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_keys(cls, value: object) -> object:
+        return renamed_keys(value) if isinstance(value, dict) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         faults = spaces.faults(self.space)
@@ -123,6 +143,19 @@ class Sweep(Strict):
 
     def dump(self) -> dict[str, object]:
         return json.loads(self.model_dump_json(by_alias=True, exclude_defaults=True))
+
+
+def renamed_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a sweep's file or record holds with old names of the job's keys replaced; ValueError if one has both."""
+    for key in (key for key in ("set", "space") if isinstance(raw.get(key), dict)):
+        new = {renamed_path(Job, str(path)): part for path, part in raw[key].items()}
+        if len(new) < len(raw[key]):
+            raise ValueError(f"{key}: holds one key of the job by its old and its new name. Remove one of them")
+        for path, part in new.items():
+            if key == "space" and isinstance(part, dict) and isinstance(part.get("when"), dict):
+                new[path] = part | {"when": {renamed_path(Job, str(other)): one for other, one in part["when"].items()}}
+        raw = raw | {key: new}
+    return raw
 
 
 def _scheduler_faults(sweep: Sweep) -> list[str]:
@@ -179,12 +212,12 @@ class SweepPlan:
     def tokens_per_trial(self) -> int:
         """Returns the number of tokens, or samples, that a whole trial of the base job trains on."""
         train = self.base["train"]
-        return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
+        return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
     """Sets the parameters in the job."""
-    return schema.apply(raw, settings(params))
+    return spec.apply(raw, settings(params))
 
 
 def settings(params: Params) -> list[str]:
@@ -256,9 +289,7 @@ def load(path: Path, changes: list[str] | None = None) -> SweepPlan:
     file = base_file(sweep)
     if not file.is_file():
         raise ConfigError(f"{path}: job: {sweep.job!r}: no such file in {workspace.root()}")
-    raw = schema.read_yaml(file)
-    schema.require_kind("job", file, raw)
-    return make(sweep, place(raw, sweep.set_), str(path))
+    return make(sweep, place(spec.read(file), sweep.set_), str(path))
 
 
 def base_file(sweep: Sweep) -> Path:
@@ -268,7 +299,7 @@ def base_file(sweep: Sweep) -> Path:
 
 def make(sweep: Sweep, raw: dict[str, object], where: str) -> SweepPlan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
-    base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
+    base = check.make_job(raw, f"{where}: job {sweep.job} with set")
     plan = SweepPlan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
     if faults:

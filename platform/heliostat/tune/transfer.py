@@ -18,12 +18,12 @@ import numpy as np
 import yaml
 
 from heliostat import schema
-from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.tune.space import number
 from heliostat.tune.sweep import SweepPlan
 from heliostat.tune.trial_record import TrialRecord
+from heliostat.validation.check import load_job
 
 LR, WIDTH = "train.optimizer.lr", "hidden_size"
 MUP = -1.0  # Adam, hidden matrices
@@ -65,7 +65,7 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
 
 def check(plan: SweepPlan, big: Path) -> Job:
     """Loads the big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
-    job = spec.load(big)
+    job = load_job(big)
     if LR not in plan.sweep.space:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):

@@ -179,7 +179,7 @@ def clone(wanted: Clone, run: Location) -> bool:
     """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
 
     A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
-    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
+    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat run verify` holds.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False

@@ -3,8 +3,8 @@
     checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
 
 Three functions do it: `load_job` checks the file and its cross-field rules; `check_setup` checks the recipe and its model, the
-machine, and the stores; `check_data` checks the datasets and the order of their samples. Each error is a ConfigError,
-DataError, or StorageError that names the key, the value, and the fix.
+machine, and the stores; `check_data` checks the datasets and the order of their samples. Each reports all faults that it can
+find without the others in one error, with a line for each: the key, the value, and the fix.
 """
 
 from __future__ import annotations
@@ -15,28 +15,37 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from heliostat import extras
+from heliostat import extras, schema
 from heliostat.cluster.capacity import require_gpus
-from heliostat.config import deepspeed_keys, spec
+from heliostat.config import deepspeed_keys, pretrained, spec
+from heliostat.config.defaults import Default
 from heliostat.config.sections import Benchmarks
 from heliostat.config.spec import Job
-from heliostat.data import collection, manifest
+from heliostat.data import collection
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, TrackingError
+from heliostat.errors import ConfigError, HeliostatError, TrackingError
 from heliostat.recipes.conformance import require_abilities
-from heliostat.recipes.loading import recipe_class
+from heliostat.recipes.loading import make, recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
 from heliostat.text import brief
+from heliostat.validation.faults import Faults
+from heliostat.validation.loading import devices_of as devices_of
+from heliostat.validation.loading import load_job as load_job
+from heliostat.validation.loading import make_job as make_job
+from heliostat.validation.loading import named, read_manifest
+from heliostat.validation.loading import training_samples as training_samples
+
+if TYPE_CHECKING:
+    from heliostat.cluster.cluster_file import ClusterFile
 
 log = logging.getLogger(__name__)
 
@@ -50,46 +59,112 @@ class Checked:
     order: Order
 
 
-def load_job(path: Path, settings: list[str] | None = None) -> Job:
-    """Reads a job file, with `key.path=value` settings applied; ConfigError names every wrong key."""
-    return spec.load(path, settings)
+def check_path(
+    path: Path,
+    settings: list[str] | None = None,
+    cluster: Path | None = None,
+    offline: bool = False,
+    settle: Callable[[Job], Job] = lambda job: job,
+) -> tuple[Job, Checked | None, list[Default]]:
+    """Checks all of a job file in one round: the keys, the rules between them, the model, the machine, the stores, the datasets.
+
+    Returns the job, what `check` returns (None if `offline`: then only the file and the model are checked), and the defaults that
+    were filled in. `settle`: settles `train.parallel: auto`. The error lists every fault that can be found without the others.
+    """
+    raw, faults, checked = spec.read(path, settings), Faults(), None
+    draft = spec.draft(raw, devices_of(cluster))
+    job, filled = draft.job, draft.filled
+    if not draft.faults:
+        with faults.part():
+            whole, filled = spec.complete(raw, str(path), training_samples, devices_of(cluster))
+            job = spec.resolve(schema.validate(Job, whole, str(path)))
+    if job:
+        with faults.part():
+            if offline:
+                check_job(job)
+            else:
+                checked = check(settle(job), cluster)
+    known = {line.partition(":")[0] for line in draft.faults}
+    lines = [*draft.faults, *(line for line in faults.lines if line.partition(":")[0] not in known)]
+    if draft.faults or len(lines) > 1:
+        raise ConfigError(schema.listed(str(path), list(dict.fromkeys(lines))))
+    if faults:
+        raise faults.error
+    assert job
+    return job, checked, filled
 
 
 def check(job: Job, cluster: Path | None = None) -> Checked:
     """Checks all of a job that hasn't been trained yet. `cluster`: the cluster file that the job is for."""
-    return check_data(*check_setup(job, cluster))
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    _check_place(job, cluster, False, faults)
+    if recipe is None or faults:
+        with faults.part():
+            _manifests(job, recipe, None, None)
+        raise faults.error
+    return check_data(job, recipe)
 
 
 def check_setup(job: Job, cluster: Path | None = None, resume: bool = False) -> tuple[Job, Recipe]:
     """Checks everything that doesn't depend on the run's progress: the recipe and its model, the machine, and the stores."""
-    job, recipe = check_job(job)
-    check_devices(job, cluster)
-    check_services(job, resume)
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    _check_place(job, cluster, resume, faults)
+    if recipe is None or faults:
+        raise faults.error
     return job, recipe
 
 
-def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
+def check_file(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe]:
     """Loads a job, and checks everything that needs no dataset, store, or machine."""
-    return check_job(load_job(path, settings))
+    return check_job(load_job(path, settings, cluster))
 
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
     """Checks everything that needs no dataset, store, or machine. Returns the job as this machine can compute it, and its
     recipe."""
-    if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
-        raise ConfigError("\n  ".join(faults))
-    job = computable(job, cpu_flags())
-    recipe = recipe_class(job)(job)
-    require_abilities(job, recipe)
-    if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        raise ConfigError(
-            f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and this machine has none. "
-            "Install g++, or set it to false"
-        )
-    if job.evaluate and job.evaluate.benchmarks:
-        _check_benchmarks(job.evaluate.benchmarks, recipe)
-    recipe.probe()
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    if recipe is None or faults:
+        raise faults.error
     return job, recipe
+
+
+def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
+    with faults.part():
+        if lines := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
+            raise ConfigError("\n  ".join(lines))
+    with faults.part():
+        if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+            raise ConfigError(
+                f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and this machine has none. "
+                "Install g++, or set it to false"
+            )
+    job, recipe = computable(job, cpu_flags()), None
+    with faults.part():
+        job = pretrained.pinned(job)
+        recipe = make(recipe_class(job), job)
+        for line in pretrained.described(job):
+            log.info("%s", line)
+    if recipe is None:
+        return job, None
+    with faults.part():
+        require_abilities(job, recipe)
+    with faults.part():
+        if job.evaluate and job.evaluate.benchmarks:
+            _check_benchmarks(job.evaluate.benchmarks, recipe)
+    if not faults:  # this builds the model, which other faults may prevent
+        with faults.part():
+            recipe.probe()
+    return job, recipe
+
+
+def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -> None:
+    with faults.part():
+        check_devices(job, cluster)
+    with faults.part():
+        check_services(job, resume)
 
 
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
@@ -97,7 +172,7 @@ def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     if recipe.kind != "tokens":
         raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat make-suite")
+        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
@@ -128,25 +203,41 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, res
 def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
     """Checks the datasets, and plans the order of their samples. A resumed run keeps the dataset versions that it started
     with. `change_at`: the step from which its data may differ from `recorded`."""
-    for i, location in enumerate(job.sources):
-        with _named(f"data.sources.{i}.path"):
-            location.wait_for_store() if recorded else location.probe()
+    _reach_sources(job, recorded)
     as_given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not as_given:
-        recipe = type(recipe)(job)
-    manifests = []
-    versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
-    for i, location in enumerate(job.sources):
-        key = f"data.sources.{i}.path"
-        with _named(key):
-            shared = manifest.share(partial(_version, location, versions.get(str(location))))
-        if shared.kind != recipe.kind:
-            raise ConfigError(
-                f"{key}: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, got {shared.kind!r} ({location})"
-            )
-        manifests.append(shared)
+        recipe = make(type(recipe), job)
+    manifests = _manifests(job, recipe, recorded, change_at)
     recipe.bind(manifests)
     return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
+
+
+def _reach_sources(job: Job, recorded: DataPlan | None) -> None:
+    """Checks that the stores of all datasets answer."""
+    faults = Faults()
+    for i, location in enumerate(job.sources):
+        with faults.part(), named(f"data.sources.{i}.path"):
+            location.wait_for_store() if recorded else location.probe()
+    if faults:
+        raise faults.error
+
+
+def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, change_at: int | None) -> list[Manifest]:
+    """Reads the datasets' manifests, of the versions that are recorded; checks their kind if there is a recipe."""
+    faults, manifests = Faults(), list[Manifest]()
+    versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
+    for i, location in enumerate(job.sources):
+        with faults.part():
+            shared = read_manifest(i, location, versions.get(str(location)))
+            if recipe and shared.kind not in (recipe.kind, collection.KIND):
+                raise ConfigError(
+                    f"data.sources.{i}.path: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, "
+                    f"got {shared.kind!r} ({location})"
+                )
+            manifests.append(shared)
+    if faults:
+        raise faults.error
+    return manifests
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
@@ -172,40 +263,25 @@ def _check_kernels(job: Job) -> None:
         float8.require_device()
 
 
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Puts the job's key before an error about the place that it names."""
-    try:
-        yield
-    except (DataError, StorageError) as e:
-        raise type(e)(f"{key}: {e}") from e
-
-
 def check_services(job: Job, resume: bool = False) -> None:
     """Checks that the run's store answers and can be written to, and that MLflow answers.
 
     A resuming run waits for an unreachable store. It trains without MLflow and keeps the metrics until MLflow is back.
     """
-    with _named("storage"):
+    faults = Faults()
+    with faults.part(), named("storage"):
         storage = Location(job.storage)
         storage.wait_for_store() if resume else storage.probe()
         storage.require_writable()
-    try:
-        _check_mlflow(job.mlflow.uri)
-    except TrackingError as e:
-        if not resume:
-            raise
-        log.warning("%s. The run resumes without MLflow, and keeps its metrics until MLflow answers", e)
-
-
-def _version(location: Location, digest: str | None) -> Manifest:
-    """Reads the version of a dataset with this digest if it still exists, else the newest."""
-    try:
-        return manifest.read(location, digest)
-    except DataError:
-        if digest is None:
-            raise
-        return manifest.read(location)
+    with faults.part():
+        try:
+            _check_mlflow(job.mlflow.uri)
+        except TrackingError as e:
+            if not resume:
+                raise
+            log.warning("%s. The run resumes without MLflow, and keeps its metrics until MLflow answers", e)
+    if faults:
+        raise faults.error
 
 
 def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
@@ -235,7 +311,8 @@ def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[s
             number = has_places.index(False)
             fix = (
                 f"data.sources.{number} has no document boundaries, so only whole row groups can be held out "
-                f"({len(order.splits[number].held):,}). Prepare it again (`heliostat prepare --force`), or raise the fraction"
+                f"({len(order.splits[number].held):,}). "
+                f"Prepare it again (`heliostat data prepare --force`), or raise the fraction"
             )
         raise ConfigError(f"evaluate.fraction: {fraction:g} holds out none of {sum(total):,} samples. {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):

@@ -1,4 +1,4 @@
-"""Builds an index of a prepared dataset of text, on Ray: `heliostat index-documents DATASET --out INDEX`.
+"""Builds an index of a prepared dataset of text, on Ray: `heliostat search index DATASET --out INDEX`.
 
     INDEX/passages.lance     the passages with their places, embeddings and full-text index; a version for each that was built
     INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up, and replaced ones

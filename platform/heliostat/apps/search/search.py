@@ -102,7 +102,7 @@ class SearchIndex:
             return next((row["columns"] for row in reasons.end_of(kept, document)), {})
         except FileNotFoundError as e:
             missing = f"{self.place}: the record of its documents is missing ({brief(e)})"
-            raise DataError(f"{missing}. Run `heliostat index-documents` again") from e
+            raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
         """Returns those of the documents that the index has passages of; reads the ids of all."""

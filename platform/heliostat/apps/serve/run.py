@@ -1,4 +1,4 @@
-"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat serve MODEL`.
+"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 

@@ -29,9 +29,9 @@ class Latents(Strict):
     """Configures the folders of the frozen models; without `text_encoder`, captions stay text."""
 
     autoencoder: str
-    """Folder of the frozen `AutoencoderKL`."""
+    """Folder of the frozen `AutoencoderKL`, or its name on the Hugging Face Hub (docs/guides/hub.md)."""
     text_encoder: str | None = None
-    """Folder of the frozen text encoder (CLIP, T5). Unset: captions stay text."""
+    """Folder of the frozen text encoder (CLIP, T5), or its name on the Hugging Face Hub. Unset: captions stay text."""
     length: int = Field(77, gt=1)
     """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)

@@ -1,4 +1,4 @@
-"""Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards, on Ray. Run: `heliostat data prepare pipelines/quickstart-images.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of an
 image's pixels selects its shard; within a shard, images are sorted by hash, so scheduling can't change the order. Of equal
@@ -71,8 +71,8 @@ class ImagePipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
-    docs/diffusion.md#images"""
+    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
+    Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
     """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()

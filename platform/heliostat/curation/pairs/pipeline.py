@@ -1,5 +1,5 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
-HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
 pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.
@@ -22,24 +22,32 @@ from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, sources, tokens
 from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
+
+
+class PairColumns(Strict):
+    query: str = "query"
+    """Holds the query."""
+    text: str = "text"
+    """Holds the text which the query is about."""
 
 
 class PairPipeline(StagedPipeline):
     """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"query_column": "query", "text_column": "text"}
 
     input: str = Field(min_length=1)
-    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. heliostat extracts pairs from
-    `.py`, `.md` and `.html`, and reads them from `.jsonl` and `.parquet`."""
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. heliostat extracts pairs from `.py`, `.md` and `.html`,
+    and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
     """Globs of files to skip, matched against their paths below the input's folder."""
-    query_column: str = "query"
-    """Column of `.jsonl` and `.parquet` with the query."""
-    text_column: str = "text"
-    """Column with the text that answers the query."""
+    columns: PairColumns = PairColumns()
+    """Names of the columns of `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)
     """Minimum words of a query; pairs with shorter ones are dropped (`short_query`)."""
     min_text_words: int = Field(8, ge=1)
@@ -59,8 +67,8 @@ class PairPipeline(StagedPipeline):
         return self.tokenizer.definition() if self.tokenizer else None
 
     def check(self) -> None:
-        if self.query_column == self.text_column:
-            raise ConfigError(f"query_column: {self.query_column!r} is the text_column too. Name different columns")
+        if self.columns.query == self.columns.text:
+            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text too. Name different columns")
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
@@ -77,15 +85,17 @@ class PairPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
+        del config["columns"]
+        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # as it was when they were keys apart
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> PairMaking:
-        rules = documents.TextRules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
+        rules = documents.TextRules(text_column=self.columns.text, normalise=self.normalise, columns=(self.columns.query,))
         return PairMaking(
-            flow=flow, source=PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words)),
+            flow=flow, source=PairSource(self.input, rules, self.columns.query, Least(self.min_query_words, self.min_text_words)),
             output=output, stages=self.stages, memory_limit=self.memory_limit,
             tokenizer=self.tokenizer.model_dump() if self.tokenizer else {},
             given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,

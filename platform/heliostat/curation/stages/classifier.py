@@ -1,7 +1,7 @@
 """Drops documents that your own classifier finds unlike its good examples: linear, on hashed word n-grams.
 
 GPT-3, CCNet's followers and DCLM (Li et al. 2024, arXiv 2406.11794) select pages this way, with fastText on examples of good
-and other documents. Train one with `heliostat curate train-classifier GOOD BAD --out FOLDER`, which reports precision and
+and other documents. Train one with `heliostat data train-classifier GOOD BAD --out FOLDER`, which reports precision and
 recall on held-out documents; its folder holds safetensors and JSON. `score` (by `column`) becomes a column. The right
 threshold depends on the data: see the report in the folder's classifier.json.
 """

@@ -50,10 +50,11 @@ class MinHash(GlobalStage):
     """Document of a cluster to keep: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with
     the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns`, or come from an earlier stage."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    stage."""
     within: str = ""
     """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. It must be
-    one of the pipeline's `columns`, or come from an earlier stage. Unset: compares all documents."""
+    one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:

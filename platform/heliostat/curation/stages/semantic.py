@@ -40,8 +40,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
-    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of `heliostat curate
-    report`."""
+    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of
+    `heliostat data report`."""
     cell_documents: int = Field(65_536, ge=1)
     """Documents per cell, approximately; the stage compares all documents within a cell with those that stay."""
     max_tokens: int = Field(512, ge=8)
@@ -54,7 +54,8 @@ class Semantic(scoring.NamesModel, GlobalStage):
     """Order of comparison, which decides what stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or
     the `best`, with the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns`, or come from an earlier stage."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    stage."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:

@@ -1,4 +1,4 @@
-"""Turns text into token shards, on Ray. Run: `heliostat prepare pipelines/quickstart.yaml`.
+"""Turns text into token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of a
 document's text selects its shard, so one task sees all duplicates and drops them (the smallest id stays). Within a shard,
@@ -49,7 +49,7 @@ class TokenizerConfig(Strict):
     train_bytes: int = Field(100_000_000, gt=0)
     """Bytes of text that train the tokenizer, from the documents with the lowest hashes."""
     path: str | None = None
-    """Existing tokenizer: a `tokenizer.json`, or a folder that holds one."""
+    """Existing tokenizer: a `tokenizer.json`, a folder that holds one, or `ORG/NAME` of the Hugging Face Hub."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
     """Token after each document. An existing tokenizer must have it."""
 
@@ -74,28 +74,35 @@ class TokenizerConfig(Strict):
             raise ConfigError(f"tokenizer.path: {location} isn't UTF-8 text") from e
 
 
+class TextColumns(Strict):
+    text: str = "text"
+    """Column with the text."""
+    others: list[str] = []
+    """Further columns (`url`, `date`, `source`) that accompany each document through the stages."""
+
+
 class TextPipeline(StagedPipeline):
     """Defines the keys of a text pipeline's YAML; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     later = frozenset({"max_document_bytes", "max_file_bytes", "columns", "stages", "exclude", "repositories",
                        "fill_in_the_middle", "together"})  # fmt: skip
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"text_column": "text"}
 
     input: str = Field(min_length=1)
-    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Kinds of files:
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. Kinds of files:
     docs/reference/text-pipeline.md#what-is-read"""
     exclude: list[str] = []
     """Globs of files to skip (`encodings/**`), matched against their paths below the input's folder, like the globs of
     `input`."""
     repositories: bool = False
     """Reads the input's archives (`.tar`, also compressed, and `.zip`) and git clones as repositories of code, and nothing else.
-    See docs/prepare.md#code"""
+    See docs/data/code.md"""
     tokenizer: TokenizerConfig
     """Tokenizer to train on the text, or to use as it is."""
-    text_column: str = "text"
-    """Column with the text, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
-    columns: list[str] = []
-    """Further columns of files of records (`url`, `date`, `source`) that accompany each document through the stages."""
+    columns: TextColumns = TextColumns()
+    """Names of the columns, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
     """Unicode normal form that heliostat applies to every text first. It decides which documents are equal."""
     min_chars: int = Field(1, ge=1)
@@ -107,19 +114,20 @@ class TextPipeline(StagedPipeline):
     max_file_bytes: int = Field(1 << 40, ge=1)
     """Maximum bytes of an input file, stored and uncompressed: everything after the limit is dropped (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
-    """Tokens per row group, approximately, and at most twice as many: longer documents are split. See docs/prepare.md#chunks"""
+    """Tokens per row group, approximately, and at most twice as many: longer documents are split. See
+    docs/data/format.md#row-groups"""
     shard_bytes: int = Field(128_000_000, gt=0)
     """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
     fill_in_the_middle: FillInTheMiddle | None = None
     """Rearranges documents, so that a model learns to write the text between a prefix and a suffix. See
-    docs/prepare.md#filling-in-the-middle"""
+    docs/data/fill-in-the-middle.md"""
     together: Together | None = None
     """Documents to keep next to each other, so that a model sees them in one sequence: those with the same value in a column,
-    such as `repository`. heliostat holds them out together. See docs/prepare.md#documents-that-belong-together"""
+    such as `repository`. heliostat holds them out together. See docs/data/grouping.md"""
 
     @property
     def rules(self) -> documents.TextRules:
-        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.text_column, tuple(self.columns),
+        return documents.TextRules(self.max_document_bytes, self.max_file_bytes, self.columns.text, tuple(self.columns.others),
                                self.normalise, self.min_chars, self.max_chars)  # fmt: skip
 
     @cached_property
@@ -137,7 +145,7 @@ class TextPipeline(StagedPipeline):
             if stage.of_images:
                 raise ConfigError(f"stages: {stage.named()} reads images, and a text pipeline has none. Remove it")
             stage.check()
-        self.check_columns(self._known, "columns")
+        self.check_columns(self._known, "columns.others")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
             if self.input == sources.STDLIB:
@@ -155,16 +163,16 @@ class TextPipeline(StagedPipeline):
     def _known(self) -> set[str]:
         """Returns the columns that documents have, or may have: those of crawls are known when a file is read."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
-        return {*self.columns, *(repositories.COLUMNS if self.repositories else crawled)}
+        return {*self.columns.others, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
         """Raises ConfigError if documents lack the columns; files of repositories have their own."""
-        known = {*self.columns, *(repositories.COLUMNS if self.repositories else ())}
+        known = {*self.columns.others, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
                 known_names = f". Columns: {', '.join(sorted(known))}" if known else ""
                 raise ConfigError(
-                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add it to `columns` too"
+                    f"together.{key}: {name!r} isn't a column of the documents{known_names}. Add it to `columns.others` too"
                 )
 
     def _check_markers(self) -> None:
@@ -189,6 +197,9 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
+        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # as it was when they were keys apart
+        if not self.columns.others:
+            del config["columns"]
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:

@@ -1,4 +1,4 @@
-"""Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, or `python:stdlib`.
+"""Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, a dataset of the Hub, or `python:stdlib`.
 
 The listing is the same at any location: paths are relative to the input's root, and sorted. A file is read up to a limit, and
 only if it is inside the input: links and names in metadata files can't lead out of it.
@@ -24,12 +24,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from heliostat.config import workspace
-from heliostat.curation import readers
+from heliostat.curation import hub, readers
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed, RewrittenError
 from heliostat.text import brief, printable
@@ -85,6 +86,8 @@ def root(uri: str) -> Location:
 
     Each worker computes it, because its Python may be installed elsewhere.
     """
+    if names.is_dataset(uri):
+        return hub.root(uri)
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0], "input")
 
 
@@ -95,6 +98,8 @@ def absolute(uri: str) -> str:
 
 def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
+    if names.is_dataset(uri):
+        return hub.find(uri, glob_regex)
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
     if base.attempt(lambda: base.fs.get_file_info(base.path)).type == pafs.FileType.File and (info := base.info()):
@@ -159,7 +164,8 @@ def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -
     error.
     """
     with _readable(base, path) as place:
-        data = place.read(limit + 1) if part is None or not part.etag else _of_object(place, part, 0, min(part.bytes, limit + 1))
+        listed = place.is_s3 and part is not None and part.etag
+        data = _of_object(place, part, 0, min(part.bytes, limit + 1)) if listed and part else place.read(limit + 1)
     if len(data) > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
     return data
@@ -172,7 +178,7 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
     LeftOutError like `fetch`, DataError if an object was rewritten.
     """
     with _readable(base, path) as place:
-        if part is not None and part.etag:
+        if part is not None and part.etag and place.is_s3:
             file, size = None, _as_listed(place, part)
         else:
             file = place.open()
@@ -206,8 +212,9 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
 
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
-    """Returns the path of a file; LeftOutError if it is outside the input, or (a local file) can't be opened."""
-    if not inside(base, path):
+    """Returns the path of a file, after downloading it if it is on the Hub; LeftOutError if it is outside the input, or (a local
+    file) can't be opened."""
+    if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
         yield base.join(path) if path else base

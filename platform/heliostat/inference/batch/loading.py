@@ -80,7 +80,9 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
         if task != "embed":
             raise ConfigError(f"--task {task}: {folder} is an embedder. Use --task embed")
     elif getattr(exported.read(folder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"{folder}: isn't a language model. To generate images from prompts: heliostat generate --prompts")
+        raise ConfigError(
+            f"{folder}: isn't a language model. To generate images from prompts: heliostat model generate --prompts"
+        )
     if task == "chat":
         _require_template(folder)
     if task in WRITES:

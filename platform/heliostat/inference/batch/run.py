@@ -1,4 +1,4 @@
-"""Runs a model over all documents of an input, on Ray: `heliostat infer MODEL --input IN --out OUT`.
+"""Runs a model over all documents of an input, on Ray: `heliostat model infer MODEL --input IN --out OUT`.
 
     OUT/answers/9c01....parquet   the answers of a piece of the input, in its order
     OUT/bad.parquet               inputs that have no answer, and why

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
+from heliostat.storage.hub import files
 from heliostat.storage.records import Format
 from heliostat.text import brief
 
@@ -111,8 +112,7 @@ class Samples(Strict):
     per_prompt: int = Field(default=4, gt=0)
     """Images per prompt."""
     judge: bool = False
-    """Folder of a classifier, trained on the real images, that scores samples of labeled prompts, see
-    docs/diffusion.md#what-is-watched"""
+    """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
     """Folder of an image model of `transformers` whose features FID and KID use. Unset: neither is computed."""
 
@@ -130,7 +130,7 @@ class Model(Strict):
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
     """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()
-    """Samples to generate after every evaluation, and the defaults of `heliostat generate`."""
+    """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
@@ -207,7 +207,7 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 def require_weights(key: str, folder: str) -> None:
     """Checks that the weights of a frozen model are safetensors, because its digest doesn't cover `.bin` files; ConfigError if
     not."""
-    if not any(Path(folder).glob("*.safetensors")):
+    if not any(Path(folder).glob("*.safetensors")) and not files.absent_weights(Path(folder)):
         raise ConfigError(f"{key}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
 
 
@@ -257,7 +257,8 @@ def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def folder_digest(folder: str) -> str:
     """Computes a digest of a model folder's configuration and weights, which identifies the model at any path."""
-    return _digest(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    listed = {p.name: _sha256(p) for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")}
+    return _digest({**files.absent_weights(Path(folder)), **listed})
 
 
 def tokenizer_digest(folder: str) -> str | None:
@@ -268,14 +269,19 @@ def tokenizer_digest(folder: str) -> str | None:
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))
-    files = [p for p in place.iterdir() if p.suffix in suffixes] if place.is_dir() else []
-    return _digest(files) if files else None
+    listed = {p.name: _sha256(p) for p in place.iterdir() if p.suffix in suffixes} if place.is_dir() else {}
+    return _digest(listed) if listed else None
 
 
-def _digest(files: Iterable[Path]) -> str:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(listed: Mapping[str, str]) -> str:
+    """Computes the digest of files by their names and SHA-256."""
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode())
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+    for name, content in sorted(listed.items()):
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(content))
     return digest.hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Generates images with an exported model: `heliostat generate MODEL --prompt "..." --out x.png`."""
+"""Generates images with an exported model: `heliostat model generate MODEL --prompt "..." --out x.png`."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ from heliostat.recipes.protocol import (
     Serving,
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
+from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -184,13 +185,13 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
-        field = f"model.pretrained: {str(folder)!r}"
+        field = f"model.pretrained: {files.shown(folder)!r}"
         ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
         what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
                 f"{field}: its tokenizer differs from that of data.sources.0.path {str(source.location)!r} ({what}). "
-                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {folder}}}` in the "
+                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
                 "pipeline file"
             )
 
@@ -263,7 +264,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         from heliostat.parallel import sequence_attention
 
-        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch, self.document_mask)
+        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch_size, self.document_mask)
 
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.parallel import experts

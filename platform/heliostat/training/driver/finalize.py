@@ -1,8 +1,8 @@
 """Ends a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
 
 While its workers still train, `WarmUp` imports what that takes, and `Beside` scores the run's checkpoints on tasks
-(`evaluate.benchmarks`): `heliostat benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its own.
-No worker waits for it, and if it fails the run does not.
+(`evaluate.benchmarks`): `heliostat model benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its
+own. No worker waits for it, and if it fails the run does not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WAIT_S = 120.0  # the longest that the end of a run waits for imports that it wo
 NICE = 10
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
 LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
-    True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat export",
+    True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat model export",
     False: "doesn't support export. The run leaves its checkpoints",
 }
 
@@ -130,7 +130,7 @@ class Beside:
         if self.asked is None or (self._process and self._process.poll() is None):
             return
         run = self.job.run_folder
-        command = ["benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
+        command = ["model", "benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
                    run.join(paths.BENCHMARKS, "followed.json").uri, "--json"]  # fmt: skip
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), sys.executable, "-m", "heliostat", *command],
@@ -141,7 +141,7 @@ class Beside:
         """Waits for the last scores, at most `evaluate.benchmarks.wait`; says so if they are not there then."""
         if self.asked is None or self._process is None:
             return
-        again = f"heliostat benchmark {self.job.run_folder} {self.asked.suite} --follow"
+        again = f"heliostat model benchmark {self.job.run_folder} {self.asked.suite} --follow"
         try:
             code = self._process.wait(self.asked.wait)
         except subprocess.TimeoutExpired:

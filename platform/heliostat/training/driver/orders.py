@@ -1,8 +1,8 @@
 """Decides what the driver orders the workers of an attempt, and when it gives them up.
 
-`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability.md has the table. All times are
-seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they are ordered to
-stop, of some seconds once one of them has failed or ended, and else the watchdog's.
+`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability/driver-states.md has the table.
+All times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they
+are ordered to stop, of some seconds once one of them has failed or ended, and else the watchdog's.
 """
 
 from __future__ import annotations

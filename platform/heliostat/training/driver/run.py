@@ -1,7 +1,7 @@
 """Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
 
 `heliostat.training.run` claims and plans it first. `states` decides what follows an event, and this carries it out;
-docs/reliability.md describes what happens when something fails.
+docs/reliability/driver-states.md describes what happens when something fails.
 """
 
 from __future__ import annotations

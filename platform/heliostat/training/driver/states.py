@@ -1,7 +1,7 @@
 """Decides what a run's driver does next: `follow(course, event)` is a pure function, whose actions `run` carries out.
 
 Every attempt has a number. What carries the number of another attempt, or of one that has ended, is dropped and counted: nothing
-that its workers computed, raised, or posted counts any more. docs/reliability.md has the table of all states and events.
+that its workers computed, raised, or posted counts any more. docs/reliability/driver-states.md has the table.
 
 starting -> running -> finalizing -> finished      resizing, recovering: from running, until workers make a step again
 """

@@ -100,6 +100,6 @@ def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
     if checkpoint := layout.latest(run):
         log.warning(
             ("no checkpoint up to step %d is left, so the run resumes from a newer one that may be corrupt. Raise "
-                "checkpoint.keep, or lower train.recheck.every"), error.agreed,
+                "checkpoint.keep, or lower train.sdc_check.every"), error.agreed,
         )  # fmt: skip
     return checkpoint

@@ -75,7 +75,7 @@ class HeldOut:
         assert job.evaluate and isinstance(recipe, Evaluates)
         self.recipe, self.evaluates, self.sharing = recipe, recipe, sharing
         everything = dataset.order.held_out(job.evaluate.samples)
-        self.micro = job.train.micro_batch
+        self.micro = job.train.micro_batch_size
         sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
         deal = dealt_whole if recipe.gathered else dealt
         replica, replicas = sharing.replica, sharing.replicas

@@ -50,7 +50,7 @@ class BatchPlan:
     """Assigns random seeds to samples rather than to workers."""
 
     def __init__(self, job: Job, plan: DataPlan) -> None:
-        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch_size, plan.shape.per_lane
         self.batch = plan.shape.batch
 
     def keys(self, step: int, lanes: range) -> np.ndarray:

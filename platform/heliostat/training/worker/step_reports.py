@@ -133,7 +133,7 @@ class StepReports:
         return self.skipped, scale
 
     def _per_second(self, steps: int, seconds: float) -> float:
-        return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+        return steps * self.job.train.global_batch_size * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
 
     def _mfu(self, steps: int, seconds: float) -> float | None:
         device = self.engine.device
@@ -147,4 +147,6 @@ class StepReports:
                 f"train/mfu isn't reported: heliostat doesn't know the peak FLOP/s of {name!r} in {precision}"
             )
         flops = self.recipe.flops_per_sample(self.engine.module)
-        return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None
+        return (
+            flops * self.job.train.global_batch_size * steps / seconds / (peak * self.context.world) if peak and flops else None
+        )

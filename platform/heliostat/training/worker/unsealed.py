@@ -149,7 +149,7 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
 
     DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on.
     """
-    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch)
+    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch_size)
     allowed = job.data.max_bad_fraction * base
     if bad > allowed:
         raise DataError(
