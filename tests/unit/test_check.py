@@ -218,7 +218,7 @@ def test_divisors_are_all_that_there_are():
 
 @pytest.mark.parametrize("name", ["../../x", "..", "a/../b", "", "   ", "a\x1b[2J", "a\\b", "a//b", "x" * 300])
 def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
-    with pytest.raises(ConfigError, match=r"mlflow\.experiment: .* is no experiment's name"):
+    with pytest.raises(ConfigError, match=r"mlflow\.experiment: .* isn't a valid experiment name"):
         job(**{"mlflow.experiment": name})
     for name in ("quickstart", "a b", "team/vision 2", "/Users/someone@example.com/runs", "Größe"):
         assert job(**{"mlflow.experiment": name}).mlflow.experiment == name

@@ -165,7 +165,7 @@ def test_an_index_is_judged_by_questions_of_known_documents(document_index):
 )
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     (tmp_path / "q.jsonl").write_text('{"question": "a", "document": "b"}\n' + line + "\n")
-    with pytest.raises(ConfigError, match="line 2: is not"):
+    with pytest.raises(ConfigError, match="line 2: expected"):
         judging.questions(tmp_path / "q.jsonl")
 
 

@@ -86,7 +86,7 @@ def test_worker_counts_divide_the_lanes_into_whole_micro_batches():
 
 @pytest.mark.parametrize("count", [[4, 1], [0, 2], [1], [1, 2, 3], "four", 0, -1, True, [1.0, 2.0]])
 def test_a_count_is_a_number_or_a_range(count):
-    with pytest.raises(ConfigError, match=r"workers\.count: .* is neither a number of workers nor \[least, most\]"):
+    with pytest.raises(ConfigError, match=r"workers\.count: expected a number of workers, or \[least, most\]"):
         job(**{"workers.count": count})
 
 
