@@ -20,7 +20,7 @@ RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sy
 
 BAD = {
     "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key; did you mean 'steps'?"),
-    "wrong type": ({"train.steps": "many"}, "train.steps: 'many' should be a valid integer"),
+    "wrong type": ({"train.steps": "many"}, "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER"),
     "batch": (
         {"train.global_batch_size": 9},
         "train.global_batch_size: 9 isn't divisible by workers.count 1 x train.micro_batch_size 2",
@@ -35,7 +35,7 @@ BAD = {
 def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
     """Nothing on standard output, no traceback, and neither Ray, DeepSpeed nor MLflow was imported."""
     changes, message = BAD[case]
-    code, out, lines, imported = run("check", str(write(tmp_path, **changes)))
+    code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **changes)))
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
     assert "Traceback" not in "\n".join(lines)

@@ -100,9 +100,9 @@ def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_pat
     }
     path = write(tmp_path, storage=str(tmp_path / "runs"), **changes, **{"mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     calls: list[str] = []
-    for module, name in ((check, "load_job"), (check, "check_job"), (check, "check_devices"), (check, "check_services"),
+    for module, name in ((check, "load_job"), (check, "_check_job"), (check, "check_devices"), (check, "check_services"),
                          (lease, "take"), (check, "check_data"), (running.DrivenRun, "run")):  # fmt: skip
         act = (lambda self: {}) if name == "run" else getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _act=act, _name=name, **k: (calls.append(_name), _act(*a, **k))[1])
     assert running.train(path) == {}
-    assert calls == ["load_job", "check_job", "check_devices", "check_services", "take", "check_data", "run"]
+    assert calls == ["load_job", "_check_job", "check_devices", "check_services", "take", "check_data", "run"]

@@ -284,8 +284,19 @@ def test_the_image_has_the_cuda_that_its_locked_torch_is_built_for_and_takes_not
     major, minor, _ = cuda.split(".")
     assert re.search(rf"^cuda-toolkit=={major}\.{minor}\.", locked, re.MULTILINE)  # which is torch's own pin
     assert "FROM nvidia/cuda:${CUDA}-" in docker and "@}${CUDA_DIGEST}" in docker and "sha256sum --check" in docker
-    assert "--no-deps --require-hashes --requirement requirements.lock" in docker
-    assert "--no-deps --no-build-isolation ." in docker and "pip check" in docker
+    installs = re.findall(r"pip install (?:--no-cache-dir )(.*?)(?: \\\\)?$", docker, re.MULTILINE)
+    assert len(installs) == 3 and "pip check" in docker
+    assert all("--no-deps --require-hashes" in line for line in installs[:2]) and "--no-index --no-deps" in installs[2]
+
+
+def test_the_container_of_development_installs_by_the_lock():
+    """Its command is a target of the Makefile, and a folder of wheels comes by the variable that .ci/install reads."""
+    text = re.sub(r"^\s*//.*$|\s//.*$", "", (ROOT / ".devcontainer" / "devcontainer.json").read_text(), flags=re.MULTILINE)
+    container = json.loads(text)
+    target = container["postCreateCommand"].split()[1]
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert container["containerEnv"]["WHEELS"] == "${localEnv:WHEELS}" and "${WHEELS:-}" in (ROOT / ".ci" / "install").read_text()
+    assert re.fullmatch(r"mcr\.microsoft\.com/devcontainers/python:[\w.]+-3\.1[1-9]-\w+", container["image"])
 
 
 def test_the_image_has_the_packages_of_every_extra_that_the_docs_use_on_a_cluster():

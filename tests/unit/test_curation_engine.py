@@ -240,7 +240,7 @@ def test_two_digits(value, text):
     ({"min_words": 3}, "stage: required key missing. Write stage: NAME"),
     (3, "Write {stage: NAME, KEY: VALUE}"),
     ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key; did you mean 'min_words'"),
-    ({"stage": "longer", "min_words": "x"}, "longer: min_words: 'x' should be a valid integer"),
+    ({"stage": "longer", "min_words": "x"}, "longer: min_words: expected an integer, got 'x'. Write min_words: INTEGER"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_stage_is_said(raw, message):
     with pytest.raises(ValueError) as e:

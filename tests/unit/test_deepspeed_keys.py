@@ -37,7 +37,7 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
         ({"zero_optimization": {"reduce_bucket_size": 0}},
          "train.deepspeed.zero_optimization.reduce_bucket_size: 0 should be greater than 0"),
         ({"zero_optimization": {"overlap_comm": "yes"}},
-         "train.deepspeed.zero_optimization.overlap_comm: 'yes' should be a valid boolean"),
+         "train.deepspeed.zero_optimization.overlap_comm: expected true or false, got 'yes'"),
         ({"zero_optimization": 3}, "train.deepspeed.zero_optimization: expected a mapping, got 3"),
         ({"fp16": {"initial_scale_power": 8}}, "train.deepspeed.fp16: has no effect without train.precision fp16"),
         ({"zero_optimization": {"offload_param": {"buffer_count": 2}}},

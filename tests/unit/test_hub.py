@@ -50,7 +50,7 @@ def refusal(name: str, **options) -> str:
 def test_names_of_models_and_datasets():
     assert model("Qwen/Qwen3-0.6B") == HubName("model", "Qwen/Qwen3-0.6B")
     assert model("a/b/text_encoder@refs/pr/3") == HubName("model", "a/b", "refs/pr/3", "text_encoder")
-    for other in ("gpt2", "/a/b", "./a/b", "a/../b", "models:/a/1", "s3://a/b", "a/b@", "a//b", "~/a/b", "0" * 32):
+    for other in ("a/b@../../c", "gpt2", "/a/b", "./a/b", "a/../b", "models:/a/1", "s3://a/b", "a/b@", "a//b", "~/a/b", "0" * 32):
         assert names.model(other) is None, other
     expected = HubName("dataset", "org/name", "v1", "data/train")
     for uri in ("hf://datasets/org/name@v1/data/train", "hf://datasets/org/name/data/train@v1"):
@@ -58,7 +58,14 @@ def test_names_of_models_and_datasets():
     assert names.dataset("input", str(expected)) == expected
     assert names.dataset("input", "hf://datasets/o/n@refs/convert/parquet/a.parquet").revision == "refs/convert/parquet"
     assert names.dataset("input", "hf://datasets/o/n/*.jsonl").inside == "*.jsonl"
-    for wrong in ("hf://datasets/imdb", "hf://o/n", "hf://datasets/o/n@", "hf://datasets/o/n/../x", "hf://datasets/o/n/x@"):
+    for wrong in (
+        "hf://datasets/imdb",
+        "hf://o/n",
+        "hf://datasets/o/n@",
+        "hf://datasets/o/n/../x",
+        "hf://datasets/o/n/x@../y",
+        "hf://datasets/o/n/x@",
+    ):
         with pytest.raises(ConfigError, match=r"input: .*(Write hf://datasets/ORG/NAME|Remove '..')"):
             names.dataset("input", wrong)
 
@@ -147,7 +154,7 @@ def test_a_partial_file_that_is_damaged_is_downloaded_from_its_start(hub):
     [
         (
             "absent",
-            "no folder 'org/absent' here, and no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
+            "no folder 'org/absent' here; no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
         ),
         ("m@v9", "org/m has no revision 'v9' (404). Name a branch, a tag, or a commit"),
         ("gated", "org/gated: the Hub denies access (401). Accept the terms at"),
@@ -205,6 +212,12 @@ def test_a_cache_that_hugging_face_filled_is_taken_and_checked(hub, tmp_path, mo
     (folder / "config.json").resolve().write_bytes(b"{'model_type': 'other'}")
     with pytest.raises(DataError, match=r"config.json isn't what the Hub lists"):
         files.model("k", resolved("org/m"))
+
+
+@pytest.mark.parametrize("path", ["../../outside.json", "/outside.json", "a//b.json"])
+def test_a_list_that_leads_out_of_the_cache_is_refused(hub, path):
+    hub.push("org/m", {**MODEL, path: b"{}"})
+    assert "isn't a place inside it" in refusal("org/m")
 
 
 # datasets ------------------------------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ import logging
 import shutil
 
 import pytest
+import torch
 import yaml
 from heliostat.config import pretrained, spec
 from heliostat.curation import prepare
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan.plan_file import plan_file
+from heliostat.recipes import loading
 from heliostat.storage.locations import Location
 from heliostat.tracking import card, models
 from heliostat.validation import check
+from transformers import AutoModelForCausalLM
 
 from tests.unit import build_job
 from tests.unit.build_language_model import ARCHITECTURES, write_model
@@ -54,9 +57,11 @@ def test_check_and_plan_pin_a_model_and_download_no_weights(job_file, hub, caplo
     assert plan_file(job_file)["parameters"]["total"] > 10_000
     assert not weights(hub)
 
-    located = pretrained.located(checked)
-    assert pretrained.located(checked) == located and len(weights(hub)) == 1
-    assert models.resolve("org/tiny", "sqlite://").samefile(located.model["pretrained"])
+    trained = loading.load(checked, [manifest.read(checked.sources[0])]).build()  # as a worker does
+    whole = AutoModelForCausalLM.from_pretrained(pretrained.located(checked).model["pretrained"])
+    assert all(torch.equal(p, whole.get_parameter(name)) for name, p in trained.named_parameters())
+    assert models.resolve("org/tiny", "sqlite://").samefile(pretrained.located(checked).model["pretrained"])
+    assert len(weights(hub)) == 1
 
 
 def test_a_folder_wins_over_a_name_of_the_hub(job_file, hub, tiny):
@@ -91,7 +96,7 @@ def test_a_tokenizer_that_is_not_the_models_names_the_model_of_the_hub(job_file,
     definition = (tmp_path / "other" / "tokenizer.json").read_text()
     (tmp_path / "other" / "tokenizer.json").write_text(definition.replace('"<|end|>"', '"<|stop|>"'))
     commit = hub.push("org/tiny", tmp_path / "other")
-    with pytest.raises(ConfigError, match=rf"`tokenizer: \{{path: org/tiny@{commit}\}}` in its pipeline's file"):
+    with pytest.raises(ConfigError, match=rf"write `tokenizer: \{{path: org/tiny@{commit}\}}`"):
         check.check_data(*check.check_job(check.load_job(job_file)))
 
 

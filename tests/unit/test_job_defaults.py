@@ -251,6 +251,29 @@ def test_a_job_without_faults_comes_with_its_defaults(workspace):
     assert checked is None and job.train.steps == 4 and "train.optimizer.lr" in {d.key for d in filled}
 
 
+def test_a_mapping_of_tokens_without_a_length_of_samples_says_what_is_missing():
+    with pytest.raises(ConfigError, match=r"train\.tokens: needs data\.sequence_length"):
+        made(five(tokens=100) | {"data": {"path": "images"}})
+
+
+BAD = [None, 5, -1, 2.5, "x", [], {}, [1], {"a": 1}, True, 10**400, float("nan"), {"sequence": {}}, "auto"]
+
+
+@every_seed(60)
+def test_whatever_a_file_holds_is_a_job_or_a_config_error(seed):
+    """Rules that fill in defaults come before the schema, so they meet values of any kind."""
+    rng = random.Random(seed)
+    raw = five(steps=5, optimizer={"name": "adamw"}, schedule={}, parallel={"tensor": 1}) | {"workers": {"count": [1, 2]}}
+    for _ in range(rng.randrange(1, 4)):
+        section = rng.choice([raw, *(part for part in raw.values() if isinstance(part, dict))])
+        section[rng.choice([*section, "epochs", "tokens", "lanes", "global_batch", 3])] = rng.choice(BAD)
+    for load in (lambda: made(raw, samples=lambda job: 100), lambda: spec.draft(raw, CPU)):
+        try:
+            load()
+        except ConfigError:
+            continue
+
+
 # keys of other tools -------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ def made(**domains) -> Space:
         ({"qrandint": [0, 8, 0]}, "the step must be above 0"),
         ({"choice": []}, "at least 1 item"),
         ({"grid": [1, 2, 1]}, "contains a value twice"),
-        ({"randint": [1.5, 3]}, "should be a valid integer"),
+        ({"randint": [1.5, 3]}, "expected an integer, got 1.5"),
         ({"logunifrom": [1, 2]}, "did you mean 'loguniform'"),
     ],
 )

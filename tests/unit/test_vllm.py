@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from heliostat import extras
 from heliostat.apps.serve.row import Row, Stopping
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import vllm_engine
@@ -52,12 +53,10 @@ def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, t
 def test_where_vllm_is_not_installed_a_line_says_how_it_comes(model):
     if "vllm" in sys.modules or loading.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    assert loading.choose("auto", model, "chat", 1)[1] == (
-        "vLLM isn't installed (the extra 'vllm': pip install 'heliostat[vllm]')"
-    )
+    assert loading.choose("auto", model, "chat", 1)[1] == f"vLLM isn't installed ({extras.command('vllm')})"
     with pytest.raises(HeliostatError) as found:
         loading.choose("vllm", model, "chat", 0)
-    assert str(found.value) == "--engine vllm needs the extra 'vllm': pip install 'heliostat[vllm]' (there is no module 'vllm')"
+    assert str(found.value) == f"--engine vllm needs the extra 'vllm' (no module 'vllm'). Run: {extras.command('vllm')}"
 
 
 def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model, vllm):

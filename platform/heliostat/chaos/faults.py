@@ -183,7 +183,7 @@ def restart_head(scene: Scene, command: Command) -> None:
 
 
 def no_s3(job: Job) -> str | None:
-    return None if importlib.util.find_spec("moto") else f"needs an S3 server, and so {extras.advice('s3-test')}"
+    return None if importlib.util.find_spec("moto") else f"needs an S3 server. Run: {extras.command('s3-test')}"
 
 
 @contextmanager
@@ -217,7 +217,7 @@ def prepare_s3(scene: Scene) -> proxy.FaultProxy:
 def s3_503(scene: Scene, command: Command) -> None:
     """Makes the store refuse a share of the requests, from now to the end of the run."""
     scene.tool.faults = (proxy.ProxyFault("status", rate=scene.rate),)
-    command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was refused")
+    command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was rejected")
     scene.seen = time.time()
 
 

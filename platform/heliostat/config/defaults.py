@@ -120,10 +120,10 @@ def _replicas(job: _Filling) -> int:
     count = job.part("workers").get("count", 1)
     most = count[-1] if isinstance(count, list) and count else count
     parallel = job.part("train").get("parallel")
-    sharing = math.prod(parallel.get(key, 1) for key in ("sequence", "tensor")) if isinstance(parallel, dict) else 1
-    if not (isinstance(most, int) and isinstance(sharing, int) and most > 0 and sharing > 0):
+    degrees = [parallel.get(key, 1) for key in ("sequence", "tensor")] if isinstance(parallel, dict) else []
+    if not all(isinstance(number, int) and 0 < number <= LARGEST for number in (most, *degrees)):
         return 1
-    return max(1, most // sharing)
+    return max(1, most // math.prod(degrees))
 
 
 def _fill_batches(job: _Filling) -> None:
@@ -196,7 +196,7 @@ def _rate(job: _Filling) -> tuple[float, str]:
     if job.raw.get("recipe") != LANGUAGE_MODEL:
         return 1e-4, "as DiT and Stable Diffusion (arXiv 2212.09748)"
     width, depth = (next((model[key] for key in keys if isinstance(model.get(key), int)), 0) for keys in (WIDTHS, DEPTHS))
-    if width <= 0 or depth <= 0:
+    if not (0 < width <= LARGEST and 0 < depth <= LARGEST):
         return 3e-4, "as LLaMA (arXiv 2302.13971)"
     size = 12 * depth * width**2
     rate = max(1e-4, 0.003239 - 0.0001395 * math.log(size))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -174,10 +175,10 @@ def complete(
             log.warning("train.%s: has no effect any more. Remove it", key)
     raw, filled = fill(raw, devices)
     train = raw.get("train")
-    given = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
-    if given == ["tokens"] and not (raw.get("data") or {}).get("sequence_length"):
+    lengths = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
+    if lengths == ["tokens"] and isinstance(data := raw.get("data"), dict) and "sequence_length" not in data:
         raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set it, or use train.steps")
-    if not isinstance(train, dict) or given != ["epochs"]:
+    if not isinstance(train, dict) or lengths != ["epochs"]:
         return raw, filled
     epochs, length = train["epochs"], {"steps": LARGEST}
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs <= LARGEST:
@@ -234,7 +235,7 @@ PLACEHOLDERS: dict[tuple[str, ...], object] = {("name",): "unnamed", ("train",):
 
 def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | None:
     """Returns a job without the values that an error names, and with placeholders for what is missing; None if there is none."""
-    raw = json.loads(json.dumps(raw, default=str))
+    raw = copy.deepcopy(raw)
     for fault in error.errors():
         *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
         part: Any = raw

@@ -240,8 +240,8 @@ class Train(Strict):
         """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
         if not isinstance(value, dict):
             return value
-        if len(given := [key for key in LENGTHS if value.get(key) is not None]) > 1:
-            raise ValueError(f"{' and '.join(given)} are {len(given)} ways to give the length of the run. Keep one")
+        if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(lengths)} are {len(lengths)} ways to give the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} isn't supported: {why}. Remove it, and use train.schedule.warmup_steps")

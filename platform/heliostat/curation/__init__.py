@@ -1,6 +1,7 @@
 """Makes datasets from raw text and images: readers, stages, deduplication, shard builders, and provenance.
 
-Start at `prepare`. May import: `cluster`, `config`, `data`, `recipes`, `storage`, `tasks`.
+Start at `prepare`.
+May import: `cluster`, `config`, `data`, `recipes`, `storage`, `tasks`.
 
 A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, this package's earlier name.
 """

@@ -124,14 +124,16 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
     splits = {split: [f for f in listed if any(compiled(p).fullmatch(f.path) for p in paths)]
               for split, paths in configs[chosen].items()}  # fmt: skip
     taken = {TRAIN: splits[TRAIN]} if TRAIN in splits else splits
-    unread = {split: found for split, found in splits.items() if split not in taken}
+    unread = {split: members for split, members in splits.items() if split not in taken}
     log.info("input: %s, configuration %r: split %s%s", name, chosen, _counted(taken),
              f"; not read: {_counted(unread)} (name their path to read them)" if unread else "")  # fmt: skip
-    return sorted({f.path: f for found in taken.values() for f in found}.values(), key=lambda f: f.path)
+    return sorted({f.path: f for members in taken.values() for f in members}.values(), key=lambda f: f.path)
 
 
 def _counted(splits: dict[str, list[HubFile]]) -> str:
-    sizes = {split: (plural(len(found), "file"), files.readable(sum(f.bytes for f in found))) for split, found in splits.items()}
+    sizes = {
+        split: (plural(len(members), "file"), files.readable(sum(f.bytes for f in members))) for split, members in splits.items()
+    }
     return ", ".join(f"{split} ({count}, {size})" for split, (count, size) in sizes.items())
 
 
@@ -139,7 +141,7 @@ def _trained(name: HubName, listed: list[HubFile]) -> list[HubFile]:
     """Leaves out files whose paths say that they are a split to test with, where others say that they are to train with."""
     words = {f.path: set(re.split(r"[/_.-]", f.path.lower())) for f in listed}
     others = [f for f in listed if words[f.path] & OTHERS and TRAIN not in words[f.path]]
-    if not others or not any(TRAIN in found for found in words.values()):
+    if not others or not any(TRAIN in members for members in words.values()):
         return listed
     log.info("input: %s: not read: %s of other splits, such as %s (name their path to read them)",
              name, plural(len(others), "file"), others[0].path)  # fmt: skip

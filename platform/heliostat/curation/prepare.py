@@ -201,7 +201,10 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
-            raise DataError(f"{pipeline.name}: no document is left of {len(inputs)} files. Dropped: {meta.get('dropped')}")
+            reasons = ", ".join(f"{n:,} {_plain(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
+            raise DataError(
+                f"input: no document left of {len(inputs):,} files (dropped: {reasons}). Check `columns` and `stages`"
+            )
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)

@@ -57,6 +57,8 @@ class StagedPipeline(Pipeline):
         old = cls.moved.keys() & value.keys() if isinstance(value, dict) else ()
         if not isinstance(value, dict) or not (old or isinstance(columns, list)) or "columns" not in cls.model_fields:
             return value
+        if columns is not None and not isinstance(columns, list | dict):
+            return value  # for the schema to report
         now = {"others": columns} if isinstance(columns, list) else dict(columns or {})
         for key in sorted(old):
             if cls.moved[key] in now:

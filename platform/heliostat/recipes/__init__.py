@@ -1,6 +1,7 @@
 """Defines what a recipe is (`protocol`), and holds the built-in recipes: text and images.
 
-Start at `protocol`. May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
+Start at `protocol`.
+May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
 
 A job file names a recipe as `recipe: heliostat.recipes:NAME`. `built_in` finds the names; each recipe is one file.
 """

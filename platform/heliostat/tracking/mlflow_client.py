@@ -148,7 +148,7 @@ def asking(uri: str) -> Iterator[None]:
         raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
     except ModuleNotFoundError as e:
         extra = extras.bringing(e.name or "")
-        fix = f". Install {extras.advice(extra)}" if extra else ""
+        fix = f". Run: {extras.command(extra)}" if extra else ""
         raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which isn't installed{fix}") from e
     except Exception as e:
         if not type(e).__module__.startswith("sqlalchemy"):

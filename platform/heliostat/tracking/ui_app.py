@@ -7,7 +7,7 @@ MLflow's UI has two modes, and a browser that has chosen neither opens every exp
 kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not.
 
 The browser also keeps the columns of an experiment's table of runs. MLflow begins with source, models, datasets, and no metric.
-Here the table begins with `COLUMNS`, which fit beside the runs' names at 1280 pixels. What a person chooses replaces them.
+Here the table begins with `COLUMNS`, which fit in 1280 pixels with the runs' names. What a person chooses replaces them.
 """
 
 from __future__ import annotations

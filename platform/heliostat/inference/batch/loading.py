@@ -54,7 +54,7 @@ def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[st
     if not gpus:
         return "this machine has no GPU"
     if find_spec("vllm") is None:
-        return f"vLLM isn't installed ({extras.advice('vllm')})"
+        return f"vLLM isn't installed ({extras.command('vllm')})"
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     named = config.get("architectures") or ["a model that its config.json does not name"]
     return "" if named[0] in known() else f"vLLM doesn't support {named[0]}"

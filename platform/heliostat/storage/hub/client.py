@@ -79,7 +79,9 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
     def give_up(failure: FailedAttempts) -> NoReturn:
         waited = f"{_reason(failure.error)} (waited {failure.seconds:.0f} s)"
-        raise HubAwayError(f"{key}: {name.repo}: {waited}. {_advice(name, failure.error)}") from failure.error
+        raise HubAwayError(
+            f"{key}: {_unless_folder(name)}{name.repo}: {waited}. {_advice(name, failure.error)}"
+        ) from failure.error
 
     def report(failure: FailedAttempts, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", name.repo, _reason(failure.error), wait)
@@ -169,10 +171,14 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
     if code == "EntryNotFound":
         return f"{name.repo}@{name.revision} lacks a file that it lists (404). Try again, or name another revision"
     if status in (401, 404):
-        folder = f"no folder {str(name).partition('@')[0]!r} here, and " if name.kind == "model" else ""
-        absent = f"{folder}no {name.kind} {name.repo!r} on the Hub ({status})"
+        absent = f"{_unless_folder(name)}no {name.kind} {name.repo!r} on the Hub ({status})"
         return f"{absent}. Check the name; if it is private, log in: hf auth login"
     return f"{name.repo}: the Hub rejects the request ({status}). See {page}"
+
+
+def _unless_folder(name: HubName) -> str:
+    """Says first that there is no such folder, of a name that may have been meant as one."""
+    return "" if name.kind == "dataset" or name.pinned else f"no folder {str(name).partition('@')[0]!r} here; "
 
 
 def _may_pass(error: Exception) -> bool:

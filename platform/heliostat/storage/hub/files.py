@@ -29,7 +29,8 @@ from pathlib import Path, PurePosixPath
 from heliostat.errors import ConfigError, DataError, HeliostatError
 from heliostat.storage.hub import client
 from heliostat.storage.hub.names import COMMIT, HubName
-from heliostat.text import plural
+from heliostat.storage.locations import is_inside
+from heliostat.text import plural, printable
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
 STEMS = ("model", "diffusion_pytorch_model")  # of the libraries' names of weights
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pt", ".pth")
 ELSEWHERE = ("coreml/", "flax/", "gguf/", "onnx/", "openvino/", "original/")  # folders of the same model for other libraries
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 PARTS = r"-\d+-of-\d+"
 THREADS = 8
 BLOCK = 16 << 20
@@ -95,14 +97,18 @@ def listing(key: str, name: HubName) -> list[HubFile]:
                 for f in tree if isinstance(f, RepoFile)]  # fmt: skip
 
     try:
-        found = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
+        listed_files = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
     except client.HubAwayError:
         if not _snapshot(name).is_dir():
             raise
         return _downloaded(key, name)
+    if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
+        raise DataError(
+            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
+        )
     with suppress(OSError):
-        _write(kept, json.dumps([astuple(f) for f in found]))
-    return found
+        _write(kept, json.dumps([astuple(f) for f in listed_files]))
+    return listed_files
 
 
 @lru_cache(maxsize=16)
@@ -254,14 +260,14 @@ def _snapshot(name: HubName) -> Path:
 
 def _downloaded(key: str, name: HubName) -> list[HubFile]:
     """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links."""
-    root, found = _snapshot(name), list[HubFile]()
+    root, listed_files = _snapshot(name), list[HubFile]()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         hash = path.readlink().name if path.is_symlink() else ""
-        known = hash if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", hash) else ""
-        found.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
-    if not found:
+        known = hash if HASH.fullmatch(hash) else ""
+        listed_files.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
+    if not listed_files:
         raise client.missing(key, name, "the files")
-    return found
+    return listed_files
 
 
 def _write(place: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from heliostat.errors import ConfigError
+from heliostat.storage.locations import is_inside
 
 SCHEME = "hf://"
 DATASETS = "hf://datasets/"
@@ -53,7 +54,14 @@ class HubName:
 def model(name: str) -> HubName | None:
     """Reads the name of a model; None for a text that can't be one."""
     match = MODEL.fullmatch(name)
-    return HubName("model", match["repo"], match["revision"] or MAIN, match["inside"] or "") if match else None
+    if match is None or not _is_revision(match["revision"] or MAIN):
+        return None
+    return HubName("model", match["repo"], match["revision"] or MAIN, match["inside"] or "")
+
+
+def _is_revision(text: str) -> bool:
+    """Tells whether a text can be a revision, which is also a path in the cache."""
+    return is_inside(text) and re.fullmatch(r"[\w./-]+", text) is not None
 
 
 def is_dataset(uri: str) -> bool:
@@ -74,7 +82,7 @@ def dataset(key: str, uri: str) -> HubName:
     elif "@" in inside:
         inside, _, revision = inside.rpartition("@")
     repo = f"{org}/{name}"
-    if not uri.startswith(DATASETS) or not REPO.fullmatch(repo) or not revision:
+    if not uri.startswith(DATASETS) or not REPO.fullmatch(repo) or not _is_revision(revision):
         raise ConfigError(f"{key}: {uri!r} isn't a dataset of the Hugging Face Hub. Write {expected}")
     if ".." in inside.split("/"):
         raise ConfigError(f"{key}: {uri!r}: the path leaves the dataset. Remove '..'")

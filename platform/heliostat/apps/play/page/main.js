@@ -19,7 +19,7 @@ function about(here) {
   const can = here.tabs.map((name) => TABS[name][2]).join(", ");
   const told = [can[0].toUpperCase() + can.slice(1)];
   if (here.version !== here.model && here.model) told.push(here.version);
-  if (here.text) told.push(here.text.longest ? `takes ${here.text.longest.toLocaleString("en")} tokens` : "takes any number of tokens");
+  if (here.text) told.push(here.text.longest ? `up to ${here.text.longest.toLocaleString("en")} tokens` : "any number of tokens");
   if (here.images) told.push(`draws ${here.images.size.join(" × ")} pixels`);
   if (here.index) {
     const { documents, passages } = here.passages;

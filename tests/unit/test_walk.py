@@ -1,0 +1,71 @@
+"""`docs.site.walk` runs a page's commands, compares their output with the page, and refreshes it."""
+
+import pytest
+
+from docs.site import walk
+
+PAGE = """# A page
+
+```yaml
+# notes.yaml
+name: notes
+```
+
+```sh
+cat notes.yaml    # the file
+echo 12 documents after 3 s
+```
+
+```text
+# notes.yaml
+...
+99 documents after 1 min 2 s
+```
+
+<!-- varies -->
+"""
+
+
+def test_a_page_is_run_and_compared_but_for_numbers_and_durations(tmp_path):
+    assert walk.walk(PAGE, tmp_path).faults == []
+    assert (tmp_path / "notes.yaml").read_text() == "# notes.yaml\nname: notes\n"
+    (fault,) = walk.walk(PAGE.replace("documents after 1", "files after 1"), tmp_path).faults
+    assert "shown, and not printed: 99 files after 1 min 2 s" in fault
+
+
+def test_lines_in_another_order_are_a_fault():
+    assert walk.missing("a\nb\n", "a\nx\nb\n") == []
+    assert walk.missing("b\na\n", "a\nb\n") == ["a"]
+
+
+def test_a_page_is_refreshed_in_the_blocks_that_it_has(tmp_path):
+    page = walk.refreshed(PAGE, walk.walk(PAGE, tmp_path).outputs)
+    assert page == PAGE.replace("...\n99 documents after 1 min 2 s", "name: notes\n12 documents after 3 s")
+    assert walk.walk(page, tmp_path).faults == []
+
+
+def test_an_output_whose_words_differ_is_refreshed_and_not_compared(tmp_path):
+    page = "```sh\necho a\n```\n\n<!-- varies -->\n```text\nb\n```\n"
+    result = walk.walk(page, tmp_path)
+    assert result.faults == [] and walk.refreshed(page, result.outputs) == page.replace("\nb\n", "\na\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "faults"),
+    [
+        ("false", 1),
+        ("exit 2  # what an error looks like", 0),
+        ("echo a; echo b; exit 2  # what an error looks like", 1),
+        ("true  # what an error looks like", 1),
+        ("echo 'Traceback (most recent call last)'", 1),
+        ("echo step 12; sleep 60  # press Ctrl-C while it trains", 1),  # bash ends by the signal, and not with 130
+    ],
+)
+def test_what_a_command_is_expected_to_do_is_in_its_comment(command, faults, tmp_path):
+    assert len(walk.run(next(walk.commands(command)), tmp_path)[1]) == faults
+
+
+def test_a_long_output_is_cut_to_its_first_and_last_lines():
+    text = "".join(f"{i}\n" for i in range(100))
+    assert walk.abridged(text).split() == [*map(str, range(5)), "...", *map(str, range(91, 100))]
+    assert walk.missing(walk.abridged(text), text) == []
