@@ -79,7 +79,7 @@ def configuration(model: dict[str, Any]) -> Any:
     """Builds the configuration from `pretrained: FOLDER`, or from keys of BertConfig; ConfigError for what makes no sense."""
     if "pretrained" in model:
         if not (Path(model["pretrained"]) / "config.json").is_file():
-            raise ConfigError(f"model.pretrained: {model['pretrained']!r} is not a model folder (no config.json)")
+            raise ConfigError(f"model.pretrained: {model['pretrained']!r} isn't a model folder (no config.json)")
         return transformers.BertConfig.from_pretrained(model["pretrained"])
     known = sorted(transformers.BertConfig.__dataclass_fields__)
     for key in model:
@@ -91,5 +91,5 @@ def configuration(model: dict[str, Any]) -> Any:
     except Exception as e:  # whatever transformers makes of a wrong value
         raise ConfigError(f"model: {brief((str(e).splitlines() or [type(e).__name__])[-1])}") from e
     if not whole:
-        raise ConfigError(f"model.num_attention_heads: {made.num_attention_heads} does not divide hidden_size {made.hidden_size}")
+        raise ConfigError(f"model.num_attention_heads: {made.num_attention_heads} doesn't divide hidden_size {made.hidden_size}")
     return made

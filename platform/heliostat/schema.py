@@ -122,7 +122,7 @@ class _UniqueKeys(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for i, key in enumerate(keys):
             if key in keys[:i]:
-                raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} is given twice; keep one")
+                raise ConfigError(f"line {node.start_mark.line + 1}: key {key!r} appears twice. Keep one")
         return super().construct_mapping(node, deep)
 
 
@@ -140,15 +140,15 @@ def documents(path: Path) -> list[Any]:
         near = f"; did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
         raise ConfigError(f"{path}: no such file{near}") from e
     except IsADirectoryError as e:
-        raise ConfigError(f"{path}: is a folder; name a YAML file in it") from e
+        raise ConfigError(f"{path}: is a folder. Name a YAML file in it") from e
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from e
+        raise ConfigError(f"{path}: can't read it ({e})") from e
     except BROKEN as e:
         why = "it is nested too deeply" if isinstance(e, RecursionError) else brief(" ".join(str(e).split()))
         fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {why}"
         raise ConfigError(f"{path}: {fault}") from e
     if bounded(sections) > NODES:
-        raise ConfigError(f"{path}: holds more than {NODES:,} values, or repeats itself (with & and *) without end")
+        raise ConfigError(f"{path}: has more than {NODES:,} values, or repeats itself (with & and *) without end")
     return sections
 
 
@@ -156,11 +156,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping; ConfigError if it holds anything else."""
     sections = documents(path)
     if len(sections) > 1:
-        raise ConfigError(f"{path}: holds {len(sections)} documents; take out what begins at the second `---`")
+        raise ConfigError(f"{path}: contains {len(sections)} documents. Remove everything from the second `---`")
     if not sections:
-        raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
+        raise ConfigError(f"{path}: is empty. Write a mapping of keys to values")
     if not isinstance(sections[0], dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(sections[0]).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(sections[0]).__name__}")
     return sections[0]
 
 
@@ -184,7 +184,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
-            raise ConfigError(f"--set {setting!r}: write it as key.path=value")
+            raise ConfigError(f"--set {setting!r}: expected key.path=value")
         if model and (new := renamed_path(model, path)) != path:
             _say_renamed("--set", path, new)
             path = new
@@ -202,7 +202,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
                     target[key] = {}
                 target = target[key]
             if not isinstance(target, dict | list):
-                raise ConfigError(f"--set {setting!r}: {key!r} holds a value, not keys")
+                raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a mapping of keys")
         if isinstance(target, list):
             target[_index(setting, last, target)] = value
         else:
@@ -219,7 +219,7 @@ def _copied(tree: Any) -> Any:
 
 def _index(setting: str, key: str, items: list[object]) -> int:
     if not key.isdecimal() or int(key) >= len(items):
-        raise ConfigError(f"--set {setting!r}: {key!r} is not an index into a list of {len(items)}")
+        raise ConfigError(f"--set {setting!r}: {key!r} isn't an index into a list of {len(items)}")
     return int(key)
 
 

@@ -202,7 +202,7 @@ WRONG = {  # what the task file has, the suite, and what is said
     "missing split": ({"test_split": "tset"}, {}, "t.yaml: can't build the task: .*tset"),
     "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: can't build the task: .*contxt"),
     "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
-    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' is not a choice; did you mean"),
+    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice; did you mean"),
     "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter; did you mean"),
     "code of a library": ({"generation_kwargs": {"custom_generate": "x/y"}}, {}, "generation_kwargs: 'custom_generate' is not"),
     "code in a template": ({"doc_to_text": CLASSES}, {}, "t.yaml: can't build the task: SecurityError"),

@@ -64,7 +64,7 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     assert run.goodput()["total_s"] > 0
     again = heliostat.generate("from-python-model", "class ", seed=8, max_tokens=16)
     assert names["both"][0].prompt == "def " and again == names["both"][1]
-    with pytest.raises(ConfigError, match="from-python-model: is not empty"):
+    with pytest.raises(ConfigError, match="from-python-model: not empty"):
         run.export("from-python-model")
     with pytest.raises(CheckpointError):
         run.export("other", step=11)

@@ -218,7 +218,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
     claim(Location(str(out)), known, "answers", "batch inference")
     with pytest.raises(
-        ConfigError, match=r"--out: .* holds answers of another input \('.*one', not '.*two'\); name another folder"
+        ConfigError, match=r"--out: .* holds answers of another input \('.*one', not '.*two'\)\. Name another folder"
     ):
         run.infer(model, str(tmp_path / "two"), str(out), asked)
     with (
@@ -290,7 +290,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     place = Location(str(tmp_path / "out"))
     claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
     claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
-    with pytest.raises(ConfigError, match=r"--out: .* holds answers of another seed \('0', not '1'\); name another folder"):
+    with pytest.raises(ConfigError, match=r"--out: .* holds answers of another seed \('0', not '1'\)\. Name another folder"):
         claim(place, {"model": "a", "seed": 1}, "answers", "batch inference")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")

@@ -194,13 +194,13 @@ def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_ba
     found = stall(reduced, (12, 4), (12, 4), (12, 1), (12, 3))
     assert str(found) == (
         "no worker made progress for 70 s (watchdog: 60 s): worker 2 on 10.0.0.2 (node node2, GPU GPU-1) is the slowest, "
-        "in step 12 after micro-batch 1; the fastest is in step 12 after micro-batch 4; the workers' stacks are in stacks.txt"
+        "in step 12 after micro-batch 1; the fastest is in step 12 after micro-batch 4. Read the workers' stacks in stacks.txt"
     )
 
 
 def test_a_stall_in_which_all_workers_wait_in_one_call_says_so():
     reduced = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce"))
-    same = "all 4 workers answer and wait in the same call, all_reduce (c10d.py:7), in step 12 after micro-batch 4; "
+    same = "all 4 workers answer and wait in the same call, all_reduce (c10d.py:7), in step 12 after micro-batch 4. "
     assert same in str(stall(reduced, *[(12, 4)] * 4))
     assert "same call, all_reduce (c10d.py:7), before the first step" in str(stall(reduced, *[(0, 0)] * 4))
 
@@ -210,7 +210,7 @@ def test_a_stall_names_the_worker_that_is_in_another_call_or_that_does_not_answe
     place, where = "worker 3 on 10.0.0.3 (node node3, GPU GPU-1)", "read (recipe.py:7), in step 12 after micro-batch 4"
     assert f"{place} is in a different call from the others, {where}. " in str(stall(stacks, *[(12, 4)] * 4))
     del stacks[1]
-    assert "worker 1 on 10.0.0.1 (node node1) doesn't answer; the" in str(stall(stacks, *[(12, 4)] * 4, gpus=()))
+    assert "worker 1 on 10.0.0.1 (node node1) doesn't answer. Read the" in str(stall(stacks, *[(12, 4)] * 4, gpus=()))
 
 
 def test_a_worker_tells_which_step_and_micro_batch_it_is_at(monkeypatch):

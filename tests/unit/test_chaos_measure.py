@@ -68,7 +68,7 @@ def test_what_is_lost_repeated_or_unlogged_is_a_problem_and_nothing_else_is():
     assert good["loss_difference"] == 0 and measure.problems(good, REPORT, steps, 60) == []
     for changes, curve, words in (
         ({"lost": 16, "ok": False}, steps, "lost 16 samples"),
-        ({"repeated": 1, "ok": False}, steps, "1 repeated"),
+        ({"repeated": 1, "ok": False}, steps, "repeated 1"),
         ({"steps": 59}, steps, "receipts differ"),
         ({}, [*steps, 60], "MLflow doesn't have the loss of every step"),
         ({}, steps[:-1], "MLflow doesn't have"),

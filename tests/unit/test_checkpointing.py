@@ -65,7 +65,9 @@ class Spied(HostTensors):
 
 def test_more_layers_than_there_are_is_refused_with_the_number():
     recipe(MODEL, **{WHICH: LAYERS}).probe()
-    with pytest.raises(ConfigError, match=re.escape(f"{WHICH}: 5 of the 4 layers of 'llama'; set it to true")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"{WHICH}: 5 is not below the number of layers of 'llama', 4. Set it to true")
+    ):
         recipe(MODEL, **{WHICH: LAYERS + 1}).probe()
 
 
@@ -85,13 +87,13 @@ def test_layers_that_take_their_input_by_name_are_refused(monkeypatch):
 
 
 def test_what_cannot_hold_it_is_refused_by_name():
-    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: moves what {WHICH} keeps; set that, too"]
+    assert faults(**{OFFLOAD: True}) == [f"{OFFLOAD}: needs {WHICH}, whose layer inputs it moves. Set that too"]
     assert faults(**{OFFLOAD: True, WHICH: True, "train.compile": True}) == [
-        f"{OFFLOAD}: true with train.compile is not tried; set one of them to false"
+        f"{OFFLOAD}: true isn't supported with train.compile. Set one of them to false"
     ]
     for wrong in (0, "some", 1.5):
         assert faults(**{WHICH: wrong}) == [
-            f"{WHICH}: {wrong!r} should be true, false, selective, or how many of the first layers (1 or more)"
+            f"{WHICH}: expected true, false, selective, or a number of layers (1 or more), got {wrong!r}"
         ]
     for changes, said in (
         ({WHICH: 2}, "checkpoints all layers or none"),

@@ -23,7 +23,7 @@ BAD = {
     "wrong type": ({"train.steps": "many"}, "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER"),
     "batch": (
         {"train.global_batch_size": 9},
-        "train.global_batch_size: 9 is not divisible by workers.count 1 x train.micro_batch_size 2",
+        "train.global_batch_size: 9 isn't divisible by workers.count 1 x train.micro_batch_size 2",
     ),
     "recipe": ({"recipe": "jobs.casual_lm:CausalLM"}, "recipe: no module 'jobs.casual_lm'"),
     "model": ({"model": {**BASE["model"], "arch": "lama"}}, "model.arch: 'lama' isn't a causal language model"),
@@ -48,7 +48,7 @@ def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
     code, _, lines, _ = run("check", str(tmp_path / "jop.yaml"))
     assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file; did you mean 'job.yaml'?"]
     code, _, lines, _ = run("check", str(tmp_path / "job.yaml"), "--set", "train.steps")
-    assert code == 2 and lines == ["error: --set 'train.steps': write it as key.path=value"]
+    assert code == 2 and lines == ["error: --set 'train.steps': expected key.path=value"]
 
 
 def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):

@@ -34,9 +34,9 @@ def cluster_file(folder: Path, name: object = "local", port: int = 8275) -> Path
 def test_a_clusters_name_leads_to_no_other_folder(name, tmp_path, monkeypatch):
     """`cluster up` and `down` make and delete a folder of this name."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"cluster_name: .* is no name"):
+    with pytest.raises(ConfigError, match=r"cluster_name: .* isn't a valid name"):
         files.read(cluster_file(tmp_path, name))
-    with pytest.raises(ConfigError, match=r"metadata.name: .* is no name"):
+    with pytest.raises(ConfigError, match=r"metadata.name: .* isn't a valid name"):
         text = f"apiVersion: ray.io/v1\nkind: RayCluster\nmetadata: {{name: {json.dumps(name)}}}\nspec: {{}}\n"
         (tmp_path / "kube.yaml").write_text(text)
         files.read(tmp_path / "kube.yaml")
@@ -49,9 +49,9 @@ def test_down_and_the_commands_for_jobs_take_no_path_for_a_name(tmp_path, monkey
     monkeypatch.chdir(work)
     (other / "state.json").write_text(json.dumps({"name": "other", "file": "x", "url": "http://127.0.0.1:1", "nodes": []}))
     for name in ("../../../other", str(other)):
-        with pytest.raises(ConfigError, match="is no name"):
+        with pytest.raises(ConfigError, match="isn't a valid name"):
             launch.down(name)
-        with pytest.raises(ConfigError, match="is no name"):
+        with pytest.raises(ConfigError, match="isn't a valid name"):
             SubmissionRecord.read(name)
     assert (other / "state.json").exists()
 

@@ -238,7 +238,7 @@ def test_two_digits(value, text):
 @pytest.mark.parametrize(("raw", "message"), [
     ({"stage": "minhsh"}, "'minhsh' isn't a stage; did you mean 'minhash'"),
     ({"min_words": 3}, "stage: required key missing. Write stage: NAME"),
-    (3, "write it as {stage: NAME, KEY: VALUE}"),
+    (3, "Write {stage: NAME, KEY: VALUE}"),
     ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key; did you mean 'min_words'"),
     ({"stage": "longer", "min_words": "x"}, "longer: min_words: expected an integer, got 'x'. Write min_words: INTEGER"),
 ])  # fmt: skip

@@ -236,7 +236,7 @@ def test_length():
     assert reason(Length(max_lines=1), "a\nb") == "long" and reason(Length(max_lines=1), "a\n") == ""
     with pytest.raises(ValidationError, match="at least one, such"):
         Length()
-    with pytest.raises(ValidationError, match="min_chars 5 is more than max_chars 3"):
+    with pytest.raises(ValidationError, match="min_chars 5 is above max_chars 3"):
         Length(min_chars=5, max_chars=3)
 
 

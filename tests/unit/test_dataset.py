@@ -189,7 +189,7 @@ def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
     for micro in (1, 2, 4, 8):
         again = plan_of(source, first, **{"train.global_batch_size": 48, "train.micro_batch_size": micro, "workers.count": 2})
         assert again == first and again.digest == first.digest
-    with pytest.raises(ConfigError, match=r"workers\.count: 48 does not divide the run's 24 lanes"):
+    with pytest.raises(ConfigError, match=r"workers\.count: 48 doesn't divide the run's 24 virtual ranks"):
         plan_of(source, first, **{"train.global_batch_size": 48, "train.micro_batch_size": 1, "workers.count": 48})
 
 

@@ -25,7 +25,7 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
     """One line: the key, and what to use."""
     changes = {"train.precision": "fp16", "workers.gpus": 1} if key.startswith("fp16") else {}
     changes |= {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"}
-    assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}"]
+    assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: not supported here: {INSTEAD[key]}"]
 
 
 @pytest.mark.parametrize(
@@ -39,9 +39,9 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
         ({"zero_optimization": {"overlap_comm": "yes"}},
          "train.deepspeed.zero_optimization.overlap_comm: expected true or false, got 'yes'"),
         ({"zero_optimization": 3}, "train.deepspeed.zero_optimization: expected a mapping, got 3"),
-        ({"fp16": {"initial_scale_power": 8}}, "train.deepspeed.fp16: would be ignored; it needs train.precision fp16"),
+        ({"fp16": {"initial_scale_power": 8}}, "train.deepspeed.fp16: has no effect without train.precision fp16"),
         ({"zero_optimization": {"offload_param": {"buffer_count": 2}}},
-         "train.deepspeed.zero_optimization.offload_param: would be ignored; it needs train.zero.offload.param"),
+         "train.deepspeed.zero_optimization.offload_param: has no effect without train.zero.offload.param"),
     ],
 )  # fmt: skip
 def test_an_unknown_or_wrong_or_idle_key_is_refused(given, line):
@@ -56,9 +56,9 @@ def test_the_check_refuses_them_before_anything_starts():
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
     assert first.startswith(
-        "train.deepspeed.gradient_accumulation_steps: is not taken here: follows from train.global_batch_size"
+        "train.deepspeed.gradient_accumulation_steps: not supported here: follows from train.global_batch_size"
     )
-    assert second.strip().startswith("train.deepspeed.tensor_parallel: is not taken here: use train.parallel.tensor")
+    assert second.strip().startswith("train.deepspeed.tensor_parallel: not supported here: use train.parallel.tensor")
 
 
 def test_what_is_allowed_reaches_deepspeed_as_given():

@@ -63,5 +63,5 @@ def test_a_model_folder_that_lacks_a_weight_is_refused(tmp_path, monkeypatch):
     ):
         target.read(tmp_path / "right")
     changes = {"model": {"pretrained": str(place.parent)}, "train.precision": "fp32", "data.sequence_length": 16}
-    with pytest.raises(ConfigError, match="lacks 1 of the model's weights"):
+    with pytest.raises(ConfigError, match="1 of the model's weights are missing"):
         CausalLM(job(**changes)).build()

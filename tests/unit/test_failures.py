@@ -86,7 +86,7 @@ def test_whatever_fails_in_whatever_order_the_cause_is_what_a_worker_raised_befo
         found = explain([failure(rank, error) for rank, error in enumerate(errors)])
         words = {0: "KeyError", 1: "the store is away", 2: "uncorrectable ECC", 3: "died unexpectedly"}[causes.index(true)]
         assert words in str(found), str(found)
-        assert not any(word in str(found) for word in ("Default process group", "did not end", "ncclRemoteError"))
+        assert not any(word in str(found) for word in ("Default process group", "didn't end", "ncclRemoteError"))
 
 
 def test_the_end_of_the_data_stream_that_follows_a_failure_is_not_its_cause():
@@ -121,17 +121,17 @@ def test_what_a_worker_told_before_it_hung_or_died_is_the_cause(end):
     """A broken device lets a process neither clean up nor end: the driver has ended it, and knows why it failed."""
     told = WorkerError(f"the workers failed: {faults.describe(RuntimeError(ECC))}")
     found = explain([failure(0, raised(LATE)), failure(3, end, told)])
-    assert type(found) is DeviceError and "ECC" in str(found) and "did not end" not in str(found)
+    assert type(found) is DeviceError and "ECC" in str(found) and "didn't end" not in str(found)
     found = explain([failure(0, raised(LATE)), failure(3, end, NonFiniteError("step 3: loss nan"))])
     assert type(found) is NonFiniteError, "a final error stays final if its worker does not end"
 
 
 def test_a_worker_that_did_not_end_is_named_only_where_there_is_no_error():
     hung = failure(3, None)
-    assert "did not end" not in str(explain([failure(0, raised(KeyError("x"))), hung]))
+    assert "didn't end" not in str(explain([failure(0, raised(KeyError("x"))), hung]))
     found = explain([failure(0, raised(LATE)), hung])
     assert type(found) is TrainingError and found.suspects == ("node1",)
-    assert str(found).startswith("the workers failed: worker 3 on 10.0.0.1 (node node1, GPU 1): did not end")
+    assert str(found).startswith("the workers failed: worker 3 on 10.0.0.1 (node node1, GPU 1): didn't end")
     found = explain([failure(0, raised(RuntimeError(NCCL))), hung])
     assert "ncclRemoteError" in str(found) and "worker 3 on" in str(found)
     assert isinstance(found, TrainingError) and found.suspects == ("node1",)

@@ -54,7 +54,9 @@ def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
     source = make_dataset(tmp_path, 1, shards=1)
     chunks = len(source.chunks)
     why = rf"data\.sources\.0 has no document boundaries, so only whole row groups can be held out \({chunks}\)"
-    with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it again"):
+    with pytest.raises(
+        ConfigError, match=rf"evaluate\.fraction: 0\.0001 holds out none of [\d,]+ samples\. {why}\. Prepare it again"
+    ):
         faults(source, fraction=0.0001)
 
 

@@ -158,7 +158,7 @@ def test_a_file_name_that_leads_out_of_an_image_input_is_left_out(beside, name):
 def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
     (beside.parent / "secret/rows").write_text('{"file_name": "a.png"}')
     (beside / "metadata.jsonl").symlink_to("../secret/rows")
-    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: is not read: a link, .* that leads out"):
+    with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read it: a link, .* that leads out"):
         list(image_sources.tasks(str(beside), image_sources.listing(str(beside)), ImageColumns()))
 
 
@@ -245,7 +245,7 @@ def test_a_csv_field_without_end_is_one_error(tmp_path):
     """Also where documents in .csv were read before, whose fields may be longer."""
     csv.field_size_limit(1 << 30)
     (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
-    with pytest.raises(ConfigError, match=r"input: metadata\.csv: cannot be read"):
+    with pytest.raises(ConfigError, match=r"input: metadata\.csv: can't read it"):
         list(image_sources.tasks(str(tmp_path), image_sources.listing(str(tmp_path)), ImageColumns()))
 
 

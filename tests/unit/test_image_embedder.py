@@ -128,7 +128,7 @@ def test_a_pretrained_models_own_processor_makes_the_pixels(data, tmp_path) -> N
     ({"model.temperature": 0}, "model.temperature"),
     ({"model.pooling": "mean"}, "model.pooling: unknown key"),
     ({"model.max_tokens": 13}, "model.max_tokens: 13 isn't between 2 and the model's maximum 12"),
-    ({"model.arch": "bert"}, "model.arch: 'bert' is no model of images and texts"),
+    ({"model.arch": "bert"}, "model.arch: 'bert' isn't a model of images and texts"),
     ({"model.text_config.widht": 3}, "model.text_config.widht: unknown key of CLIPTextConfig"),
     ({"model.vision_config": 3}, "model.vision_config: expected a mapping"),
     ({"model.vision_config.num_attention_heads": 3}, "model: .*16.*not a multiple of the number of attention heads .*3"),

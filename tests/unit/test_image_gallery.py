@@ -55,7 +55,7 @@ def test_real_images_of_a_damaged_chunk_are_left_out_and_it_is_said(tmp_path, ca
     seen: list[None] = []
     images, labels = real_images([made], progressed=lambda: seen.append(None))
     assert len(images) == len(labels) == 40 and len(seen) == 2
-    assert "row group 0: cannot be read" in caplog.text and "its images are left out" in caplog.text
+    assert "row group 0: cannot be read" in caplog.text and "Its images are left out" in caplog.text
 
 
 def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(dataset):
@@ -152,7 +152,7 @@ def test_a_folder_of_a_language_model_needs_no_record_and_a_damaged_one_is_an_er
     (tmp_path / "config.json").write_text("{}")
     assert exported.read(tmp_path).recipe is CausalLM and resolve(str(tmp_path), "sqlite:///x") == tmp_path
     (tmp_path / "heliostat.json").write_text('{"recipe": 1')
-    with pytest.raises(ConfigError, match=r"damaged .*; export the model again"):
+    with pytest.raises(ConfigError, match=r"isn't a valid .*\. Export the model again"):
         exported.read(tmp_path)
 
 

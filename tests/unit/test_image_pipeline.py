@@ -352,8 +352,11 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
     refused("image_size comes after similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
     refused("'label' is the name of the label column", columns={"others": ["label"]})
     within = {"stage": "minhash", "within": "crawls"}
-    refused(r"stages.0: minhash: within: 'crawls' is none .* Correct it, or name it under `columns.others` too", stages=[within])
-    refused(r"within: 'crawls' is none .*did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
+    refused(
+        r"stages.0: minhash: within: 'crawls' isn't a column .* Correct it, or name it under `columns.others` too",
+        stages=[within],
+    )
+    refused(r"within: 'crawls' isn't a column .*did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
     Here.model_validate(keys(tmp_path, stages=[within | {"within": "crawl"}], columns={"others": ["crawl"]})).check()
     refused("work: .* and the output .* overlap", work=str(tmp_path / "out" / "work"))
 
@@ -366,7 +369,7 @@ def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
         Here.model_validate(keys(tmp_path, **more)).check()
 
     for resolution, buckets in ((500, {"step": 64, "max_aspect": 1.1}), (100, {"step": 64, "max_aspect": 1.5})):
-        with pytest.raises(ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*; raise max_aspect"):
+        with pytest.raises(ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*\. Raise max_aspect"):
             checked(resolution=resolution, buckets=buckets)
     with pytest.raises(ConfigError, match=r"^encoding: webp doesn't support grayscale \(channels: 1\)\. Use png or jpeg"):
         checked(channels=1, encoding="webp")

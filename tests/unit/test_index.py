@@ -148,7 +148,7 @@ BAD = {
     "lists of lists": (pa.table({"tokens": [[[1]]]}), "isn't a list of integers"),
     "a foreign vocabulary": (
         pa.table({"tokens": pa.array([[1, 500]], TOKENS)}),
-        "tokens from 1 to 500, but .* vocabulary is 500",
+        "tokens from 1 to 500, but .* vocabulary has 500",
     ),
     "negative ids": (pa.table({"tokens": pa.array([[-1, 7]], TOKENS)}), "tokens from -1 to 7"),
     "an empty document": (pa.table({"tokens": pa.array([[1], []], TOKENS)}), "1 empty documents or null tokens"),

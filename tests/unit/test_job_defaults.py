@@ -131,7 +131,7 @@ def test_any_job_of_five_keys_is_valid_on_any_workers(seed):
 
 
 def test_path_is_one_source_and_no_more():
-    with pytest.raises(ConfigError, match="data: path is short for one source, and sources are given, too"):
+    with pytest.raises(ConfigError, match="data: path is short for one source, and sources is set too"):
         made(five() | {"data": {"path": "a", "sources": [{"path": "b"}], "sequence_length": 16}})
     changed = spec.apply(five(), ["data.sources.0.weight=2.0", "data.seed=3"])
     assert made(changed).data.sources[0].weight == 2 and made(changed).data.seed == 3
@@ -218,8 +218,8 @@ def test_one_round_reports_keys_rules_model_machine_and_datasets(workspace):
         "train.learning_rate: unknown key. Use train.optimizer.lr",
         "lora: unknown key. Adapters such as LoRA are not supported",
         "train.precision: 'fp16' needs GPUs",
-        "checkpoint.keep_every: 15 must be a multiple",
-        "mlflow.uri: 'foo:bar' is no MLflow store",
+        "checkpoint.keep_every: 15 isn't a multiple",
+        "mlflow.uri: 'foo:bar' isn't an MLflow store",
         "train.deepspeed.optimizer: ",
         "model.hidden_sise: ",
         "data.sources.0.path: ",

@@ -36,19 +36,19 @@ def refusals(**changes):
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' needs GPUs (workers.gpus is 0); use sdpa"),
-        (GPU | {ATTENTION: "flash_attention_2", "train.precision": "fp32"}, "computes in bf16 and fp16 alone"),
+        ({ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' needs GPUs (workers.gpus is 0). Use sdpa"),
+        (GPU | {ATTENTION: "flash_attention_2", "train.precision": "fp32"}, "supports only bf16 and fp16"),
         (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 2,
                 "train.global_batch_size": 4},
-         "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch_size is 2"),
-        (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "is not tried"),
+         "needs micro-batches of one sample, and train.micro_batch_size is 2"),
+        (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "isn't supp"),
         ({ATTENTION: "flash"}, "train.attention"),
-        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0); set it to false"),
+        ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0). Set it to false"),
         (GPU | {FP8: True, "train.precision": "fp16"}, "with train.precision 'fp16'"),
-        (GPU | {FP8: True, "train.tiled_mlp": True}, "with train.tiled_mlp is not tried"),
-        (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true with train.compile is not tried"),
-        ({COMPILE: "blocks", "train.zero.stage": 3}, "train.compile: blocks with train.zero.stage 3, which gathers"),
-        ({COMPILE: "layers"}, "'layers' should be true, false or blocks"),
+        (GPU | {FP8: True, "train.tiled_mlp": True}, "isn't supported with train.tiled_mlp"),
+        (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true isn't supported with train.compile"),
+        ({COMPILE: "blocks", "train.zero.stage": 3}, "train.compile: blocks isn't supported with train.zero.stage 3"),
+        ({COMPILE: "layers"}, "expected true, false, or blocks, got 'layers'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(changes, line):
@@ -68,7 +68,7 @@ def test_what_can_be_is_not():
         ({"arch": "gpt_neo", "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
          GPU | {ATTENTION: "flex_attention"}, "train.attention: 'gpt_neo' doesn't support 'flex_attention'"),
         ({"arch": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, GPU | {FP8: True}, "has an nn.Linear with sides"),
-        ({**MODEL, "arch": "mixtral", "num_local_experts": 4}, GPU | {FP8: True}, "experts of 'mixtral'"),
+        ({**MODEL, "arch": "mixtral", "num_local_experts": 4}, GPU | {FP8: True}, "not supported for 'mixtral'"),
     ],
 )  # fmt: skip
 def test_architectures_that_cannot_are_refused_by_the_check(model, changes, line):

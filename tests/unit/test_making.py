@@ -203,7 +203,7 @@ def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp
     kept = [name for _, _, name in laid(tmp_path / "large", rows) if known[name][0] == "r20"]
     size = sum(len(texts[name]) for name in kept)
     told = (rf"together\.column: 'repository': the documents of 'r20' have {size:,} bytes.*more than memory_limit \(40,000\)\. "
-            f"give a memory_limit of {6 * size:,}, name a column with smaller groups")  # fmt: skip
+            f"Set memory_limit to {6 * size:,}, name a column with smaller groups")  # fmt: skip
     with pytest.raises(ConfigError, match=told):
         make(tmp_path, "out", [], 40_000, together)
     assert len(kept) > 100 and not (tmp_path / "out" / "shards").exists() and (tmp_path / "large" / "shards").exists()
@@ -257,7 +257,7 @@ def test_a_column_that_documents_do_not_have_is_named(tmp_path):
         ConfigError, match=r"together\.column: 'repo' isn't a column of the documents\. Columns: repository\. Add"
     ):
         validate(TextPipeline, {**told, "together": "repo"}, "pipeline").check()
-    with pytest.raises(ConfigError, match=r"together\.order: 'path' is none"):
+    with pytest.raises(ConfigError, match=r"together\.order: 'path' isn't a column"):
         validate(TextPipeline, {**told, "together": {"column": "repository", "order": "path"}}, "pipeline").check()
     asked = validate(TextPipeline, {**told, "together": "repository"}, "pipeline")
     asked.check()
@@ -295,7 +295,7 @@ def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
 def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
     make_input(tmp_path / "in")
     (tmp_path / "in" / "p.html").write_text("<p>Hello")
-    with pytest.raises(ConfigError, match=r"p\.html is (a page|bytes), not text; put"):
+    with pytest.raises(ConfigError, match=r"p\.html is (a page|bytes), not text\. Put"):
         make(tmp_path, "out", [{"stage": "minhash"}])
 
 

@@ -164,15 +164,17 @@ def test_lion_and_schedule_free_follow_their_papers():
 
 
 def test_an_average_in_the_optimizer_takes_the_place_of_a_schedule_and_of_another_average():
-    with pytest.raises(ConfigError, match=r"train\.schedule\.name: 'cosine' with optimizer 'schedule_free', .*; use constant"):
+    with pytest.raises(
+        ConfigError, match=r"train\.schedule\.name: 'cosine' isn't supported with optimizer 'schedule_free', .*\. Use constant"
+    ):
         job(**{"train.optimizer": {"name": "schedule_free", "lr": LR}})
-    with pytest.raises(ConfigError, match=r"train\.ema: optimizer 'schedule_free' keeps an average .*; remove train\.ema"):
+    with pytest.raises(ConfigError, match=r"train\.ema: optimizer 'schedule_free' keeps an average .*\. Remove train\.ema"):
         job(**changed({"name": "schedule_free", "lr": LR}), **{"train.ema": {}})
 
 
 @pytest.mark.parametrize("key", GROWING)
 def test_batches_and_samples_that_grow_are_refused_by_name(key):
-    with pytest.raises(ConfigError, match=rf"^job\.yaml: train: {key} is not supported: every .*; remove it, and use train\."):
+    with pytest.raises(ConfigError, match=rf"^job\.yaml: train: {key} isn't supported: every .*\. Remove it, and use train\."):
         job(**{f"train.{key}": 100})
 
 
@@ -204,7 +206,7 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
     assert apart(lambda groups: torch.optim.Adafactor(groups, lr=LR)) > 1e-3
     for name in REFUSED:
         message = fault(name=name, lr=LR)
-        assert message == f"job.yaml: train.optimizer: name {name!r} {REFUSED[name]}; use one of {', '.join(REGISTRY)}"
+        assert message == f"job.yaml: train.optimizer: name: {name!r} {REFUSED[name]}. Use one of {', '.join(REGISTRY)}"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_files_are_read_where_the_pipeline_has_the_stage(tmp_path, caplog):
     source = TextSource(str(folder), TextRules())
 
     read = {f.path: next(iter(source.read(FilePart(f.path, f.bytes, 0)))) for f in listing(str(folder), ["pdf"])}
-    with pytest.raises(ConfigError, match=r"a\.pdf is a PDF, not text; put {stage: pdf} among the first"):
+    with pytest.raises(ConfigError, match=r"a\.pdf is a PDF, not text\. Put {stage: pdf} among the first"):
         source.finish(read["a.pdf"])
     outcomes = parse({"stage": "pdf"}).open()(list(read.values()))
     assert [o.document and o.document.text for o in outcomes] == ["a", "b", "c", None]

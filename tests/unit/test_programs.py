@@ -215,8 +215,8 @@ TASK = {"task": "functions", "unit_tests": "{{tests}}", "doc_to_text": "{{prompt
         ({}, False, r"suite doesn't allow it\. .* set run_code: true"),
         ({"unit_tests": " "}, True, "expected a template of tests"),
         ({"unit_tests": ["x"]}, True, "expected a template of tests"),
-        ({"metric_list": [{"metric": "acc"}]}, True, "metric_list: does not go with unit_tests"),
-        ({"output_type": "multiple_choice"}, True, "output_type: does not go with unit_tests"),
+        ({"metric_list": [{"metric": "acc"}]}, True, "metric_list: not supported with unit_tests"),
+        ({"output_type": "multiple_choice"}, True, "output_type: not supported with unit_tests"),
     ],
 )
 def test_a_task_that_runs_code_is_allowed_by_the_suite_alone(changed, allowed, said):

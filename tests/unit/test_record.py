@@ -120,9 +120,9 @@ def test_the_card_says_what_the_job_says_and_where_the_model_comes_from(tmp_path
 
 
 def test_a_password_in_the_trackers_address_is_refused_and_so_is_an_alias_without_a_model():
-    with pytest.raises(ConfigError, match=r"mlflow\.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME"):
+    with pytest.raises(ConfigError, match=r"mlflow\.uri: must not contain a password\. Set MLFLOW_TRACKING_USERNAME"):
         job(**{"mlflow.uri": "http://me:secret@host:5000"})
-    with pytest.raises(ConfigError, match=r"mlflow\.alias: 'candidate' is of a registered model; set mlflow\.register"):
+    with pytest.raises(ConfigError, match=r"mlflow\.alias: 'candidate' needs a registered model\. Set mlflow\.register"):
         job(**{"mlflow.alias": "candidate"})
 
 

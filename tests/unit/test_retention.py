@@ -68,20 +68,21 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint.keep_every": 25}, "checkpoint.keep_every: 25 must be a multiple of checkpoint.every 10; nearest: 20"),
-        ({"checkpoint.keep_every": 4}, "checkpoint.keep_every: 4 must be a multiple of checkpoint.every 10; nearest: 10"),
+        ({"checkpoint.keep_every": 25}, "checkpoint.keep_every: 25 isn't a multiple of checkpoint.every 10. Nearest: 20"),
+        ({"checkpoint.keep_every": 4}, "checkpoint.keep_every: 4 isn't a multiple of checkpoint.every 10. Nearest: 10"),
         (
             {"evaluate.benchmarks": {"suite": "suite.yaml", "every": 14}},
-            "evaluate.benchmarks.every: 14 must be a multiple of checkpoint.every 10; nearest: 10",
+            "evaluate.benchmarks.every: 14 isn't a multiple of checkpoint.every 10. Nearest: 10",
         ),
-        ({"checkpoint.best": {}, "evaluate": None}, "checkpoint.best: needs scores; add evaluate, or remove checkpoint.best"),
+        ({"checkpoint.best": {}, "evaluate": None}, "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"),
         (
             {"checkpoint.best": {}, "evaluate.every": 4},
-            "checkpoint.best: evaluate.every 4 must divide checkpoint.every 10, so that each checkpoint is scored",
+            "checkpoint.best: evaluate.every 4 doesn't divide checkpoint.every 10, so some checkpoints would have no "
+            "score. Change one of them",
         ),
         (
             {"checkpoint.best": {"metric": "train_loss"}},
-            "checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss",
+            "checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss",
         ),
     ],
 )
@@ -90,7 +91,7 @@ def test_a_policy_that_cannot_be_kept_is_refused(changes, message):
     with pytest.raises(ConfigError) as e:
         job(**changes)
     assert str(e.value).removeprefix("job.yaml:").strip() == message
-    if "nearest" in message:
+    if "Nearest" in message:
         job(**{"checkpoint.keep_every": int(message.rpartition(" ")[2])})
     job(
         **{
@@ -238,7 +239,7 @@ def test_the_latest_is_passed_over_if_damaged_and_may_be_asked_for_before_a_step
     found = latest(run)
     assert found is not None and found.step == 20
     assert [r.message for r in caplog.records] == [
-        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing); using the checkpoint before",
+        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing). Using the checkpoint before",
         f"{file}: its bytes have changed since they were written (CRC-32). Using the checkpoint before",
     ]
     earlier = latest(run, before=20)

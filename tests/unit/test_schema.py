@@ -69,8 +69,8 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
         ("data.shuffle_window", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
         ("evaluate.samples", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
         ("train.steps", [1], "expected an integer, got [1]. Write train.steps: INTEGER"),
-        ("train.compile", 1, "1 should be true, false or blocks"),
-        ("train.compile", "yes", "'yes' should be true, false or blocks"),
+        ("train.compile", 1, "expected true, false, or blocks, got 1"),
+        ("train.compile", "yes", "expected true, false, or blocks, got 'yes'"),
         ("train.optimizer.lr", True, "expected a number, got True. Write train.optimizer.lr: NUMBER"),
         ("train.optimizer.lr", "fast", "expected a number, got 'fast'. Write train.optimizer.lr: NUMBER"),
         ("train.optimizer.lr", float("inf"), "inf should be a finite number"),
@@ -155,9 +155,9 @@ def test_a_key_given_twice_is_refused(tmp_path):
     """YAML would silently keep the last; at any depth the error has the file, the line of its mapping, and the key."""
     path = tmp_path / "job.yaml"
     path.write_text("name: a\nrecipe: b\nname: c\n")
-    assert fault(path) == f"{path}: line 1: key 'name' is given twice; keep one"
+    assert fault(path) == f"{path}: line 1: key 'name' appears twice. Keep one"
     path.write_text("name: a\ntrain:\n  steps: 1\n  zero: {stage: 1, stage: 2}\n")
-    assert fault(path) == f"{path}: line 4: key 'stage' is given twice; keep one"
+    assert fault(path) == f"{path}: line 4: key 'stage' appears twice. Keep one"
 
 
 @pytest.mark.parametrize(
@@ -166,9 +166,9 @@ def test_a_key_given_twice_is_refused(tmp_path):
         ("a: [1", "not valid YAML"),
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
-        ("- 1", "must be a mapping of keys to values, not list"),
-        ("", "is empty; it must be a mapping of keys to values"),
-        ("just words", "must be a mapping of keys to values, not str"),
+        ("- 1", "expected a mapping of keys to values, got list"),
+        ("", "is empty. Write a mapping of keys to values"),
+        ("just words", "expected a mapping of keys to values, got str"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -247,16 +247,16 @@ def test_settings_apply_in_order():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.steps", "write it as key.path=value"),
-        ("=5", "write it as key.path=value"),
-        ("", "write it as key.path=value"),
+        ("train.steps", "expected key.path=value"),
+        ("=5", "expected key.path=value"),
+        ("", "expected key.path=value"),
         ("train.steps=[", "the value is not valid YAML"),
-        ("data.sources.1.path=x", "'1' is not an index into a list of 1"),
-        ("data.sources.path=x", "'path' is not an index into a list of 1"),
-        ("data.sources.-1.path=x", "'-1' is not an index into a list of 1"),
-        ("data.sources.²=x", "'²' is not an index into a list of 1"),
-        ("name.first=x", "'name' holds a value, not keys"),
-        ("train.steps.a.b=x", "'steps' holds a value, not keys"),
+        ("data.sources.1.path=x", "'1' isn't an index into a list of 1"),
+        ("data.sources.path=x", "'path' isn't an index into a list of 1"),
+        ("data.sources.-1.path=x", "'-1' isn't an index into a list of 1"),
+        ("data.sources.²=x", "'²' isn't an index into a list of 1"),
+        ("name.first=x", "'name' is a value, not a mapping of keys"),
+        ("train.steps.a.b=x", "'steps' is a value, not a mapping of keys"),
     ],
 )
 def test_a_bad_setting_is_shown_back(setting, message):

@@ -44,8 +44,8 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
     if workers % sequence == 0:
         return
     (line,) = faults(**changes, **{"workers.count": workers})
-    offered = re.search(r"use ([\d or]+) workers", line)
-    assert line.startswith(f"{KEY}: {sequence} does not divide workers.count {workers}; ") and offered
+    offered = re.search(r"Use ([\d or]+) workers", line)
+    assert line.startswith(f"{KEY}: {sequence} doesn't divide workers.count {workers}. ") and offered
     for number in map(int, offered[1].split(" or ")):
         assert job(**changes, **{"workers.count": number}).replicas == number / sequence
 
@@ -54,28 +54,28 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
-    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/training/parallelism.md#" in line
+    assert line.startswith(f"train.parallel: {key} isn't supported: ") and ". Remove it (docs/training/parallelism.md#" in line
 
 
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: there is no multiple of it from workers.count 1 to 3"
+    assert line == f"{KEY}: 4: workers.count 1 to 3 contains no multiple of it. Change one of them"
 
 
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"data.sequence_length": 63}, f"{KEY}: 2 does not divide data.sequence_length 63; use a length of 62 or 64"),
-        ({"train.compile": True}, f"{KEY}: 2 with train.compile is not tried; set train.compile to false"),
+        ({"data.sequence_length": 63}, f"{KEY}: 2 doesn't divide data.sequence_length 63. Use a length of 62 or 64"),
+        ({"train.compile": True}, f"{KEY}: 2 isn't supported with train.compile. Set train.compile to false"),
         (
             {"train.sdc_check": {"every": 5}},
-            f"{KEY}: 2 with train.sdc_check: workers compare what each computes of a whole sample; remove train.sdc_check",
+            f"{KEY}: 2 isn't supported with train.sdc_check, which compares complete samples. Remove train.sdc_check",
         ),
         (
             {"train.global_batch_size": 10, "workers.count": 8},
-            "train.global_batch_size: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x "
-            "train.micro_batch_size 2; use a global batch of 8 or 16, or workers.count 10",
+            "train.global_batch_size: 10 isn't divisible by workers.count 8 / train.parallel.sequence 2 x "
+            "train.micro_batch_size 2. Use a global batch of 8 or 16, or workers.count 10",
         ),
     ],
 )
@@ -90,7 +90,7 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
     ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
-    assert line == f"{KEY}: 2 cuts samples of data.sequence_length tokens, and the job has none; remove it"
+    assert line == f"{KEY}: 2 splits samples of data.sequence_length tokens, and the job has none. Remove it"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        ({"arch": "mamba"}, "it has no attention heads"),
+        ({"arch": "mamba"}, "which has no attention heads"),
         ({"arch": "bloom"}, "only the implementation 'eager'"),
         ({"arch": "gpt_oss"}, "only the implementation 'eager'"),
         ({"arch": "deepseek_v3"}, "widths of queries, keys, and values"),

@@ -366,7 +366,7 @@ def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatc
 def test_a_budget_that_is_no_number_is_refused(monkeypatch, budget):
     """The variable, its value and the fix."""
     monkeypatch.setenv(retries.BUDGET, budget)
-    with pytest.raises(ConfigError, match=f"HELIOSTAT_RETRY_BUDGET_S: '{budget}' is no number of seconds; set it to 60"):
+    with pytest.raises(ConfigError, match=f"HELIOSTAT_RETRY_BUDGET_S: '{budget}' isn't a number of seconds. Set it to 60"):
         retries.retry_budget()
 
 

@@ -139,7 +139,7 @@ def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
     code, starts, log = _supervised(tmp_path, "early", "killed", "exits", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], ["--overwrite"], ["--resume"], ["--resume"]]
     assert "the driver died without an error, killed by SIGKILL. Starting it again in 0 s (retry 1 of 3)" in log
-    assert "with exit code 1: starting it again" in log
+    assert "with exit code 1. Starting it again" in log
 
 
 def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_path):

@@ -33,7 +33,7 @@ tokenizer: {{vocab_size: 300}}
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
         (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read it"),
-        (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' is not in the vocabulary"),
+        (["tokenizer={path: TMP/tok, end_of_document: </s>}"], "'</s>' isn't in the vocabulary"),
         (["tokenizer.vocab_size=10"], "tokenizer.vocab_size"),
         (
             ["tokenizer.vocab_size=258", "fill_in_the_middle={rate: 0.5}"],
@@ -52,14 +52,17 @@ tokenizer: {{vocab_size: 300}}
             ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: dat}]"],
             "stages.0: minhash: column: 'dat' isn't a column of the documents; did you mean 'date'? Correct it, or name",
         ),
-        (["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"], "stages.1: minhash: column: 'score' is none"),
-        (["stages=[{stage: minhash, keep: oldest, column: language}, {stage: language}]"], "column: 'language' is none"),
+        (
+            ["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"],
+            "stages.1: minhash: column: 'score' isn't a column",
+        ),
+        (["stages=[{stage: minhash, keep: oldest, column: language}, {stage: language}]"], "column: 'language' isn't a column"),
         (["exclude=['[b-a]']"], "exclude: '[b-a]' is not a valid pattern"),
         (["exclude=['**']"], "exclude: matches all 1 files"),
         (["output=TMP/in/out"], "overlap"),
         (["output=TMP"], "overlap"),
         (["output=TMP/in/a.txt"], "can't write to the folder"),
-        (["output=ftp://x/y"], "scheme 'ftp' is not supported"),
+        (["output=ftp://x/y"], "scheme 'ftp' isn't supported"),
     ],
 )
 def test_errors_come_before_ray(tmp_path, monkeypatch, settings, message):

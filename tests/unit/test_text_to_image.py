@@ -191,12 +191,12 @@ def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset)
             "model.backbone.layer_per_block: unknown key for arch 'unet'; did you mean",
         ),
         ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
-        ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4, but the data has 1"),
+        ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4 given, but the data has 1"),
         ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' isn't a model folder"),
         ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' isn't a model folder"),
         ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
         ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
-        ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "use euler"),
+        ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "Use euler"),
         ({"objectives": {}}, "objectives: unknown key; did you mean 'objective'?"),
     ],
 )
@@ -212,7 +212,7 @@ PIXARTS = {
     "sizes wanted": (
         {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: not supported",
     ),
-    "another width": ({"out_channels": 1, "caption_channels": 24}, "model.backbone.caption_channels: 24, but the text encoder's"),
+    "another width": ({"out_channels": 1, "caption_channels": 24}, "model.backbone.caption_channels: 24 given, but"),
 }  # fmt: skip
 
 

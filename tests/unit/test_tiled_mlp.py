@@ -118,6 +118,6 @@ def test_an_mlp_that_mixes_tokens_is_found(monkeypatch):
 
 def test_what_cannot_hold_it_is_refused_by_name():
     (line,) = faults(**TILED, **{"train.compile": True})
-    assert line == "train.tiled_mlp: true with train.compile is not tried; set one of them to false"
+    assert line == "train.tiled_mlp: true isn't supported with train.compile. Set one of them to false"
     with pytest.raises(ConfigError, match=re.escape("doesn't support tiled MLPs. Set it to false")):
         require_abilities(job(**TILED, evaluate=None), Around(torch.nn.Module))

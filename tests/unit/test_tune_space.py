@@ -24,9 +24,9 @@ def made(**domains) -> Space:
 @pytest.mark.parametrize(
     ("domain", "needle"),
     [
-        ({}, "give one of uniform"),
-        ({"uniform": [0, 1], "choice": [1]}, "; there are uniform and choice"),
-        ({"uniform": [1, 1]}, "is empty; the first number must be below the second"),
+        ({}, "set exactly one of uniform"),
+        ({"uniform": [0, 1], "choice": [1]}, "; found uniform and choice"),
+        ({"uniform": [1, 1]}, "is empty. The first number must be below the second"),
         ({"loguniform": [0, 1]}, "must begin above 0"),
         ({"quniform": [0, 1, 2]}, "the step must be above 0, and fit between the bounds"),
         ({"qrandint": [0, 8, 0]}, "the step must be above 0"),
@@ -84,7 +84,7 @@ def test_a_condition_must_name_an_earlier_key_and_a_value_that_it_may_have():
     space = made(d={"uniform": [0, 1], "when": {"s": 1}}, s={"choice": [1, 2]}, e={"uniform": [0, 1], "when": {"s": 3}})
     assert spaces.faults(space) == [
         "space.d.when: 's' must be an earlier key of the space",
-        "space.e.when: s is never 3; it is one of [1, 2]",
+        "space.e.when: s is never 3. It is one of [1, 2]",
     ]
 
 

@@ -46,7 +46,7 @@ def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, t
     )
     (tmp_path / "config.json").write_text('{"model_type": "clip", "architectures": ["CLIPModel"]}')
     assert loading.choose("auto", tmp_path, "embed", 1)[1] == "heliostat doesn't support vLLM for CLIP embeddings"
-    with pytest.raises(ConfigError, match="--engine: 'tensorrt' is none of auto, transformers, vllm"):
+    with pytest.raises(ConfigError, match="--engine: 'tensorrt' isn't an engine"):
         loading.choose("tensorrt", model, "chat", 1)
 
 

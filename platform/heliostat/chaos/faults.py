@@ -217,7 +217,7 @@ def prepare_s3(scene: Scene) -> proxy.FaultProxy:
 def s3_503(scene: Scene, command: Command) -> None:
     """Makes the store refuse a share of the requests, from now to the end of the run."""
     scene.tool.faults = (proxy.ProxyFault("status", rate=scene.rate),)
-    command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was refused")
+    command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was rejected")
     scene.seen = time.time()
 
 
@@ -356,7 +356,7 @@ FAULTS = {
               kill_driver_late, prepare_late, submitted_again=True, late=True),
         Fault("restart-head", "the cluster's head dies and starts again, and the command is submitted again", restart_head,
               prepare_head, cannot_make_nodes, submitted_again=True),
-        Fault("s3-503", "the object store refuses a share of the requests", s3_503, prepare_s3, no_s3),
+        Fault("s3-503", "the object store rejects a share of the requests", s3_503, prepare_s3, no_s3),
         Fault("corrupt-shard", "a byte of a shard is wrong", met_corrupt_shard, prepare_corrupt_shard),
         Fault("torn-checkpoint", "the newest checkpoint loses half of a shard, and a worker is killed", torn_checkpoint),
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,

@@ -21,27 +21,27 @@ Elements = Annotated[int, Field(ge=0)]
 
 class OffloadOptimizer(Strict):
     pin_memory: bool = True
-    """Page-locked memory: faster to copy, and not for others."""
+    """Page-locked memory: copies are faster, but other processes can't use it."""
     buffer_count: Positive = 4
-    """Buffers of optimizer state."""
+    """Number of buffers of optimizer state."""
 
 
 class OffloadParam(Strict):
     pin_memory: bool = True
-    """Page-locked memory: faster to copy, and not for others."""
+    """Page-locked memory: copies are faster, but other processes can't use it."""
     buffer_count: Positive = 5
-    """Buffers of weights."""
+    """Number of buffers of weights."""
     buffer_size: Positive = 100_000_000
-    """Elements of a buffer."""
+    """Elements per buffer."""
     max_in_cpu: Elements = 1_000_000_000
     """Elements that stay in host memory with NVMe."""
 
 
 class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
-    """Elements that are reduced together."""
+    """Elements per reduction."""
     allgather_bucket_size: Positive = 500_000_000
-    """Elements that are gathered together."""
+    """Elements per gather."""
     overlap_comm: bool = False
     """Reduces gradients during the backward pass, with twice the buckets."""
     contiguous_gradients: bool = True
@@ -51,27 +51,27 @@ class ZeroKeys(Strict):
     allgather_partitions: bool = True
     """All-gather in place of broadcasts."""
     use_multi_rank_bucket_allreduce: bool = True
-    """One all-reduce of a bucket that several workers own parts of."""
+    """Uses one all-reduce for a bucket that several workers own parts of."""
     sub_group_size: Positive = 1_000_000_000
-    """Elements that the optimizer steps at a time, at stage 3."""
+    """Elements per optimizer step at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
-    """Elements that are gathered ahead."""
+    """Elements to gather ahead."""
     stage3_param_persistence_threshold: Elements = 100_000
-    """Parameters of fewer elements are kept whole on every worker."""
+    """Smaller parameters stay complete on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
-    """Elements that may be kept so in all."""
+    """Maximum total elements of such parameters."""
     stage3_max_live_parameters: Elements = 1_000_000_000
-    """Elements that are gathered at the same time, at most."""
+    """Maximum elements that are gathered at the same time."""
     stage3_max_reuse_distance: Elements = 1_000_000_000
-    """A parameter that is used again within so many elements is not given back."""
+    """Keeps a parameter that is used again within so many elements."""
     stage3_module_granularity_threshold: Elements = 0
-    """Modules of smaller parts than that are gathered whole; 0: none are."""
+    """Gathers modules with smaller parts as one; 0: none."""
     stage3_use_all_reduce_for_fetch_params: bool = False
     """Gathers parameters by all-reduce."""
     stage3_allgather_sequential: bool = False
     """Gathers parameters one after another."""
     memory_efficient_linear: bool = True
-    """A linear layer that keeps no gathered weight for the backward pass."""
+    """Uses a linear layer that keeps no gathered weight for the backward pass."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
     """With `train.zero.offload.optimizer`."""
     offload_param: OffloadParam = OffloadParam()
@@ -80,30 +80,30 @@ class ZeroKeys(Strict):
 
 class Fp16(Strict):
     loss_scale: Annotated[Float, Field(ge=0)] = 0.0
-    """Fixed; 0 finds it as the run goes."""
+    """Fixed loss scale; 0 adjusts it during the run."""
     initial_scale_power: Annotated[int, Field(ge=0, le=32)] = 16
-    """The first scale is 2 to this power."""
+    """Initial loss scale, as a power of 2."""
     loss_scale_window: Positive = 1000
-    """Steps without an overflow, after which the scale is doubled."""
+    """Steps without an overflow after which the scale doubles."""
     hysteresis: Positive = 2
-    """Overflows, after which it is halved."""
+    """Overflows after which the scale is halved."""
     consecutive_hysteresis: bool = False
-    """A step without an overflow resets their count."""
+    """Resets the overflow count after a step without an overflow."""
     min_loss_scale: Positive = 1
-    """It does not fall below."""
+    """Minimum loss scale."""
 
 
 class Aio(Strict):
     block_size: Positive = 1 << 20
-    """Bytes of a request."""
+    """Bytes per request."""
     queue_depth: Positive = 8
-    """Requests under way."""
+    """Concurrent requests."""
     intra_op_parallelism: Positive = 1
-    """Threads of an operation."""
+    """Threads per operation."""
     single_submit: bool = False
     """Submits requests one by one."""
     overlap_events: bool = True
-    """Submits while others are waited for."""
+    """Overlaps submission with waiting."""
 
 
 class Allowed(Strict):
@@ -116,11 +116,11 @@ class Allowed(Strict):
     aio: Aio = Aio()
     """Reading and writing NVMe, with `train.zero.offload.param: nvme`."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
-    """In which gradients travel between workers. Unset: what the precision is."""
+    """Precision in which gradients travel between workers. Unset: the training precision."""
 
 
 SET = "heliostat sets it"
-STAGES = "no key does it: models are not cut into stages; use train.zero, or train.parallel"
+STAGES = "not supported: heliostat doesn't split models into pipeline stages. Use train.zero, or train.parallel"
 OFFLOAD = "use train.zero.offload"
 MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
 INSTEAD = {
@@ -140,7 +140,7 @@ INSTEAD = {
     "amp": "use train.precision",
     "fp16.enabled": "use train.precision",
     "fp16.auto_cast": "use train.precision",
-    "fp16.fp16_master_weights_and_grads": "use train.precision; masters are always fp32",
+    "fp16.fp16_master_weights_and_grads": "use train.precision; master weights are always fp32",
     "data_types": "use train.grad_accum_dtype (fp32 or same) and train.precision",
     "zero_optimization.stage": "use train.zero.stage",
     "zero_optimization.offload_optimizer.device": "use train.zero.offload.optimizer",
@@ -150,16 +150,16 @@ INSTEAD = {
     "zero_optimization.cpu_offload": "use train.zero.offload.optimizer",
     "zero_optimization.cpu_offload_param": "use train.zero.offload.param",
     "zero_optimization.cpu_offload_use_pin_memory": OFFLOAD,
-    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always hold fp32 masters (checkpoint)",
+    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always hold fp32 master weights (checkpoint)",
     "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers (checkpoint)",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat model export`",
     "zero_optimization.zero_hpz_partition_size": "use train.zero.hpz_partition_size",
     "zero_optimization.zero_quantized_weights": "use train.zero.quantize_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights": "would round weights that a checkpoint holds",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would round weights that a checkpoint holds",
     "zero_optimization.zero_quantized_gradients": QUANTIZED_GRADIENTS,
     "zero_optimization.mics_shard_size": "use train.zero.shard_group_size",
     "zero_optimization.mics_hierarchical_params_gather": "use train.zero.shard_group_size",
-    "zero_optimization.zeropp_loco_param": "what it carries from step to step would be in no checkpoint",
+    "zero_optimization.zeropp_loco_param": "its state would be missing from checkpoints",
     "activation_checkpointing": "use train.activation_checkpointing",
     "compile": f"use train.compile (DeepCompile is not supported: {DEEPCOMPILE})",
     "sequence_parallel_size": "use train.parallel.sequence",
@@ -169,14 +169,14 @@ INSTEAD = {
     "elasticity": "use workers.count: [least, most]",
     "data_efficiency": "use data.mix_schedule",
     "curriculum_learning": "use data.mix_schedule",
-    "dataloader_drop_last": "use train.global_batch_size; every step has a whole batch",
+    "dataloader_drop_last": "use train.global_batch_size; every step has a full batch",
     "steps_per_print": "use train.log_every",
-    "timers": "they would wait for the GPU in every micro-batch; the ledger says where the time went (`heliostat run goodput`)",
-    "wall_clock_breakdown": "the ledger says where the time went (`heliostat run goodput`)",
-    "memory_breakdown": "`heliostat plan` says what memory is needed",
-    "dump_state": "`heliostat check` shows what is wrong with a job",
+    "timers": "it would wait for the GPU in every micro-batch; the ledger shows the use of time (`heliostat run goodput`)",
+    "wall_clock_breakdown": "the ledger shows the use of time (`heliostat run goodput`)",
+    "memory_breakdown": "`heliostat plan` shows the memory that a job needs",
+    "dump_state": "`heliostat check` shows the errors of a job",
     "flops_profiler": MLFLOW,
-    "comms_logger": "the ledger says where the time went (`heliostat run goodput`)",
+    "comms_logger": "the ledger shows the use of time (`heliostat run goodput`)",
     "tensorboard": MLFLOW,
     "wandb": MLFLOW,
     "csv_monitor": MLFLOW,
@@ -195,7 +195,7 @@ INSTEAD = {
 def faults(job: Job) -> list[str]:
     """Lists one line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
     section = job.train.deepspeed
-    lines = [f"train.deepspeed.{key}: is not taken here: {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
+    lines = [f"train.deepspeed.{key}: not supported here: {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
     try:
         Allowed.model_validate(_without(section, list(INSTEAD)))
     except ValidationError as e:
@@ -208,7 +208,9 @@ def faults(job: Job) -> list[str]:
         ("zero_optimization.offload_param", bool(offload.param), "train.zero.offload.param"),
     ]
     lines += [
-        f"train.deepspeed.{key}: would be ignored; it needs {need}" for key, met, need in needs if _has(section, key) and not met
+        f"train.deepspeed.{key}: has no effect without {need}. Remove it"
+        for key, met, need in needs
+        if _has(section, key) and not met
     ]
     return lines
 

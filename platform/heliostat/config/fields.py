@@ -33,8 +33,8 @@ def _experiment(name: str) -> str:
     parts = name.removeprefix("/").split("/")  # Databricks' begin with one
     if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
         raise ValueError(
-            f"{printable(name[:60])!r} is no experiment's name: up to 250 characters, none of them a control character or \\, "
-            "and no part between slashes empty, . or .."
+            f"{printable(name[:60])!r} isn't a valid experiment name. Use up to 250 characters, without control "
+            "characters or backslashes; no part between slashes may be empty, . or .."
         )
     return name
 

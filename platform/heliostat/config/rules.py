@@ -47,9 +47,9 @@ def faults(job: Ruled) -> list[str]:
 def _step_faults(job: Ruled) -> Iterator[str]:
     paths, schedule = [s.path for s in job.data.sources], job.train.schedule
     if len(set(paths)) < len(paths):
-        yield "data.sources: a path is given twice; add up its weights"
+        yield "data.sources: a path is listed twice. Add up its weights"
     if schedule.warmup_steps >= job.train.steps:
-        yield f"train.schedule.warmup_steps: {schedule.warmup_steps} must be below train.steps {job.train.steps}"
+        yield f"train.schedule.warmup_steps: {schedule.warmup_steps} isn't below train.steps {job.train.steps}. Lower it"
 
 
 def _sequence_faults(job: Ruled) -> Iterator[str]:
@@ -60,14 +60,14 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
     yield from _group_faults(key, each, job)
     length = job.data.sequence_length
     if not length:
-        yield f"{key} cuts samples of data.sequence_length tokens, and the job has none; remove it"
+        yield f"{key} splits samples of data.sequence_length tokens, and the job has none. Remove it"
     elif length % each:
         near = " or ".join(map(str, _multiples(length, each)))
-        yield f"{key} does not divide data.sequence_length {length}; use a length of {near}"
+        yield f"{key} doesn't divide data.sequence_length {length}. Use a length of {near}"
     if train.compile:
-        yield f"{key} with train.compile is not tried; set train.compile to false"
+        yield f"{key} isn't supported with train.compile. Set train.compile to false"
     if train.sdc_check:
-        yield f"{key} with train.sdc_check: workers compare what each computes of a whole sample; remove train.sdc_check"
+        yield f"{key} isn't supported with train.sdc_check, which compares complete samples. Remove train.sdc_check"
 
 
 def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
@@ -75,9 +75,9 @@ def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
     workers = job.workers
     if isinstance(workers.count, int) and workers.count % each:
         near = " or ".join(map(str, _multiples(workers.count, each)))
-        return [f"{key} does not divide workers.count {workers.count}; use {near} workers"]
+        return [f"{key} doesn't divide workers.count {workers.count}. Use {near} workers"]
     if workers.most // each * each < workers.least:
-        return [f"{key}: there is no multiple of it from workers.count {workers.least} to {workers.most}"]
+        return [f"{key}: workers.count {workers.least} to {workers.most} contains no multiple of it. Change one of them"]
     return []
 
 
@@ -88,7 +88,7 @@ def _multiples(number: int, of: int) -> list[int]:
 
 def _untried(key: str, others: Mapping[str, object]) -> list[str]:
     """Lists those of the other settings, by name, that are made, and were never tried with a key."""
-    return [f"{key} with {other} is not tried; remove one of them" for other, is_set in others.items() if is_set]
+    return [f"{key} isn't supported with {other}. Remove one of them" for other, is_set in others.items() if is_set]
 
 
 def _expert_faults(job: Ruled) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _expert_faults(job: Ruled) -> Iterator[str]:
     key = f"train.parallel.expert: {each}"
     yield from _group_faults(key, each, job)
     if train.zero.stage != 3:
-        yield f"{key} needs train.zero.stage 3, which divides what is not of experts; set it"
+        yield f"{key} needs train.zero.stage 3, which shards the other weights. Set it"
     yield from _untried(key, _unshared(train))
 
 
@@ -109,7 +109,7 @@ def _tensor_faults(job: Ruled) -> Iterator[str]:
     key = f"train.parallel.tensor: {each}"
     yield from _group_faults(key, each, job)
     if train.zero.stage == 3:
-        yield f"{key} with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2"
+        yield f"{key} isn't supported with train.zero.stage 3, which shards every matrix over all workers. Use 1 or 2"
     own = {
         "train.parallel.expert": train.parallel.expert > 1,
         "train.tiled_mlp": train.tiled_mlp,
@@ -148,20 +148,23 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
         if not each:
             continue
         if zero.stage != 3:
-            yield f"{key} is of weights that are divided, and needs train.zero.stage 3, not {zero.stage}"
+            yield f"{key} shards weights, so it needs train.zero.stage 3, not {zero.stage}"
         if not isinstance(each, bool):
             yield from _group_faults(key, each, job)
         yield from _untried(key, untried)
     if zero.shard_group_size and zero.hpz_partition_size:
-        yield "train.zero.hpz_partition_size: with train.zero.shard_group_size all weights are within a group already; remove it"
+        yield (
+            "train.zero.hpz_partition_size: no effect with train.zero.shard_group_size, which keeps all weights "
+            "within a group. Remove it"
+        )
     if zero.shard_group_size and zero.offload.optimizer:
-        yield "train.zero.shard_group_size: with train.zero.offload.optimizer is not tried; remove one of them"
+        yield "train.zero.shard_group_size: not supported with train.zero.offload.optimizer. Remove one of them"
     if zero.shard_group_size and train.optimizer.orthogonalizes:
-        yield f"train.zero.shard_group_size: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it"
+        yield f"train.zero.shard_group_size: not supported with train.optimizer.name {train.optimizer.name!r}. Remove it"
     if zero.quantize_weights and not job.workers.gpus:
-        yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0), whose kernels round; set it to false"
+        yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0). Set it to false"
     if zero.quantize_weights and zero.shard_group_size:
-        yield "train.zero.quantize_weights: with train.zero.shard_group_size is not tried; remove one of them"
+        yield "train.zero.quantize_weights: not supported with train.zero.shard_group_size. Remove one of them"
 
 
 def _memory_faults(job: Ruled) -> Iterator[str]:
@@ -170,11 +173,11 @@ def _memory_faults(job: Ruled) -> Iterator[str]:
     options = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
     for key, on in options.items():
         if on and train.compile:
-            yield f"train.{key}: true with train.compile is not tried; set one of them to false"
+            yield f"train.{key}: true isn't supported with train.compile. Set one of them to false"
     if train.activation_checkpointing == SELECTIVE:
         yield from _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
     if train.activation_offload and not train.activation_checkpointing:
-        yield "train.activation_offload: moves what train.activation_checkpointing keeps; set that, too"
+        yield ("train.activation_offload: needs train.activation_checkpointing, whose layer inputs it moves. Set that too")
 
 
 def untried_selective(job: Ruled) -> dict[str, bool]:
@@ -199,17 +202,19 @@ def _batch_faults(job: Ruled) -> list[str]:
     count, named = job.replicas, f"workers.count {job.workers.count}{shared}"
     if batch % (micro * count):
         fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
-        near = f"use a global batch of {' or '.join(map(str, _multiples(batch, count * micro)))}"
+        near = f"Use a global batch of {' or '.join(map(str, _multiples(batch, count * micro)))}"
         workers = f", or workers.count {each * min(fits, key=lambda n: abs(n - count))}" if fits else ""
-        return [f"train.global_batch_size: {batch} is not divisible by {named} x train.micro_batch_size {micro}; {near}{workers}"]
+        return [f"train.global_batch_size: {batch} isn't divisible by {named} x train.micro_batch_size {micro}. {near}{workers}"]
     if batch % job.virtual_ranks or job.virtual_ranks % count:
         fits = [count * d for d in divisors(batch // count)]
         return [
-            f"data.virtual_ranks: {job.virtual_ranks} must divide train.global_batch_size {batch} and be a multiple of {named}; "
-            f"nearest: {min(fits, key=lambda c: abs(c - job.virtual_ranks))}"
+            (
+                f"data.virtual_ranks: {job.virtual_ranks} doesn't divide train.global_batch_size {batch}, or isn't a "
+                f"multiple of {named}. Nearest: {min(fits, key=lambda c: abs(c - job.virtual_ranks))}"
+            )
         ]
     if (batch // count) % micro:
-        return [f"train.micro_batch_size: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
+        return [f"train.micro_batch_size: {micro} doesn't divide the {batch // count} samples of a worker per step"]
     return []
 
 
@@ -217,7 +222,7 @@ def _elastic_faults(job: Ruled) -> list[str]:
     batch, lanes, workers = job.train.global_batch_size, job.virtual_ranks, job.workers
     if batch % lanes:
         near = min(divisors(batch), key=lambda c: abs(c - lanes))
-        return [f"data.virtual_ranks: {lanes} must divide train.global_batch_size {batch}; nearest: {near}"]
+        return [f"data.virtual_ranks: {lanes} doesn't divide train.global_batch_size {batch}. Nearest: {near}"]
     if job.worker_counts():
         return []
     most = lanes * job.train.parallel.sharing
@@ -233,9 +238,9 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     for i, change in enumerate(data.mix_schedule):
         key = f"data.mix_schedule.{i}"
         if len(change.weights) != len(data.sources):
-            yield f"{key}.weights: {len(change.weights)} given, one for each of the {len(data.sources)} sources wanted"
+            yield f"{key}.weights: expected one for each of the {len(data.sources)} sources, got {len(change.weights)}"
         if change.step <= before:
-            yield f"{key}.step: {change.step} must be above {before}; list the changes in the order of their steps"
+            yield f"{key}.step: {change.step} isn't above {before}. List the changes in the order of their steps"
         before = change.step
     mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
     empty = [i for i, weights in enumerate(mixes) if not any(weights)]
@@ -243,24 +248,27 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
         yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Give one source a weight"
     for i in range(len(data.sources)):
         if not empty and not any(weights[i] for weights in mixes if i < len(weights)):
-            yield f"data.sources.{i}.weight: is 0 at every step; remove the source, or give it a weight"
+            yield f"data.sources.{i}.weight: is 0 at every step. Remove the source, or give it a weight"
 
 
 def _precision_faults(job: Ruled) -> Iterator[str]:
     if job.train.precision == "fp16" and not job.workers.gpus:
-        yield "train.precision: 'fp16' needs GPUs (workers.gpus is 0); use bf16 or fp32"
+        yield "train.precision: 'fp16' needs GPUs (workers.gpus is 0). Use bf16 or fp32"
     if job.train.compile == "blocks" and job.train.zero.stage == 3:
         yield (
-            "train.compile: blocks with train.zero.stage 3, which gathers weights inside each layer, was not seen to finish "
-            "compiling; use stage 2, or set train.compile to true or false"
+            "train.compile: blocks isn't supported with train.zero.stage 3, which gathers weights inside each "
+            "layer. Use stage 2, or set train.compile to true or false"
         )
     if job.train.precision == "bf16" and job.train.zero.stage == 0:
-        yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32"
+        yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed. Use stage 1, or fp32"
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
-        yield "train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1"
+        yield "train.zero.stage: 0 with train.precision 'fp16' has no master weights for checkpoints. Use stage 1"
     if job.train.grad_accum_dtype == "fp32" and sums_on_host(job):
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
-        yield f"train.grad_accum_dtype: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        yield (
+            f"train.grad_accum_dtype: fp32 isn't supported with {where}: DeepSpeed sums in host memory in low "
+            "precision. Use stage 3, or same"
+        )
 
 
 def _attention_faults(job: Ruled) -> Iterator[str]:
@@ -269,16 +277,16 @@ def _attention_faults(job: Ruled) -> Iterator[str]:
         return
     key = f"train.attention: {name!r}"
     if not job.workers.gpus:
-        yield f"{key} needs GPUs (workers.gpus is 0); use sdpa, which computes the same"
+        yield f"{key} needs GPUs (workers.gpus is 0). Use sdpa, which computes the same"
     if train.parallel.sequence > 1:
-        yield f"{key} with train.parallel.sequence is not tried; use sdpa"
+        yield f"{key} isn't supported with train.parallel.sequence. Use sdpa"
     if name.startswith("flash"):
         if train.precision == "fp32":
-            yield f"{key} computes in bf16 and fp16 alone; set train.precision, or use sdpa"
+            yield f"{key} supports only bf16 and fp16. Set train.precision, or use sdpa"
         if job.data.document_mask and train.micro_batch_size > 1:
             yield (
-                f"{key} with data.document_mask keeps documents apart in a micro-batch of one sample alone, and "
-                f"train.micro_batch_size is {train.micro_batch_size}; set it to 1 (with longer samples), or use flex_attention"
+                f"{key} with data.document_mask needs micro-batches of one sample, and train.micro_batch_size is "
+                f"{train.micro_batch_size}. Set it to 1 (with longer samples), or use flex_attention"
             )
 
 
@@ -288,22 +296,26 @@ def _fp8_faults(job: Ruled) -> list[str]:
         return []
     wrong = {
         "needs GPUs (workers.gpus is 0)": not job.workers.gpus,
-        f"with train.precision {train.precision!r}: what is not multiplied in float8 is to be bf16": train.precision != "bf16",
-        "with train.parallel is not tried": train.parallel.sharing > 1 or train.parallel.expert > 1,
-        "with train.tiled_mlp is not tried": train.tiled_mlp,
+        f"isn't supported with train.precision {train.precision!r}: the rest of the model must be bf16": train.precision
+        != "bf16",
+        "isn't supported with train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
+        "isn't supported with train.tiled_mlp": train.tiled_mlp,
     }
-    return [f"train.fp8: true {why}; set it to false, or change that" for why, is_so in wrong.items() if is_so]
+    return [f"train.fp8: true {why}. Set it to false, or change that" for why, is_so in wrong.items() if is_so]
 
 
 def _optimizer_faults(job: Ruled) -> Iterator[str]:
     optimizer = job.train.optimizer
     if optimizer.averages and job.train.schedule.name != "constant":
         name = job.train.schedule.name
-        yield f"train.schedule.name: {name!r} with optimizer {optimizer.name!r}, whose average takes its place; use constant"
+        yield (
+            f"train.schedule.name: {name!r} isn't supported with optimizer {optimizer.name!r}, whose average replaces "
+            "it. Use constant"
+        )
     if optimizer.averages and job.train.ema:
-        yield f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself; remove train.ema"
+        yield f"train.ema: optimizer {optimizer.name!r} keeps an average of the weights itself. Remove train.ema"
     if optimizer.orthogonalizes and job.train.zero.offload.param == "nvme":
-        yield f"train.zero.offload.param: nvme with optimizer {optimizer.name!r} is not known to train right; use cpu"
+        yield f"train.zero.offload.param: nvme isn't supported with optimizer {optimizer.name!r}. Use cpu"
 
 
 def sums_on_host(job: Ruled) -> bool:
@@ -317,18 +329,18 @@ def _offload_faults(job: Ruled) -> Iterator[str]:
     if offload.param and zero.stage != 3:
         yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}"
     if (offload.param == "nvme") != bool(offload.nvme_path):
-        yield "train.zero.offload.nvme_path: give the folder when, and only when, param is 'nvme'"
+        yield "train.zero.offload.nvme_path: required with param 'nvme', and only then"
 
 
 def _mlflow_faults(job: Ruled) -> Iterator[str]:
     mlflow = job.mlflow
     if carries_secret(mlflow.uri):
         yield (
-            "mlflow.uri: must not carry a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
+            "mlflow.uri: must not contain a password. Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN (for PostgreSQL: PGPASSWORD; for MySQL: ?read_default_file=FILE)"
         )
     if mlflow.alias and not mlflow.register_as:
-        yield f"mlflow.alias: {mlflow.alias!r} is of a registered model; set mlflow.register too"
+        yield f"mlflow.alias: {mlflow.alias!r} needs a registered model. Set mlflow.register too"
 
 
 def _checkpoint_faults(job: Ruled) -> Iterator[str]:
@@ -338,14 +350,14 @@ def _checkpoint_faults(job: Ruled) -> Iterator[str]:
     for key, every in rare.items():
         if every and every % policy.every:
             near = policy.every * max(1, round(every / policy.every))
-            yield f"{key}: {every} must be a multiple of checkpoint.every {policy.every}; nearest: {near}"
+            yield f"{key}: {every} isn't a multiple of checkpoint.every {policy.every}. Nearest: {near}"
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
-        yield "checkpoint.best: needs scores; add evaluate, or remove checkpoint.best"
+        yield "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"
     elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
         yield (
-            f"checkpoint.best: evaluate.every {job.evaluate.every} must divide checkpoint.every {policy.every}, "
-            "so that each checkpoint is scored"
+            f"checkpoint.best: evaluate.every {job.evaluate.every} doesn't divide checkpoint.every {policy.every}, "
+            "so some checkpoints would have no score. Change one of them"
         )
     if policy.best and policy.best.metric == "train_loss":
-        yield "checkpoint.best.metric: 'train_loss' is of the training data; name a score of the evaluation, as loss"
+        yield ("checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss")

@@ -56,14 +56,13 @@ else:
 
 class Schedule(Strict):
     name: Name = "cosine"
-    """How the learning rate falls after the warm-up. `wsd`: constant, then linear over the last `decay_fraction` of the
-    steps."""
+    """Decay of the learning rate after the warm-up. `wsd`: constant, then linear over the last `decay_fraction` of the steps."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps in which the rate rises linearly to its peak, from a step's share of it. Below `train.steps`."""
+    """Steps of the linear warm-up. Below `train.steps`."""
     final_ratio: Fraction = 0.1
-    """The rate at `train.steps`, as a share of the peak. Not of `constant`."""
+    """Final learning rate, as a fraction of the peak. Not used with `constant`."""
     decay_fraction: Fraction = 0.2
-    """The share of the steps in which `wsd` decays; the others ignore it."""
+    """Fraction of the steps in which `wsd` decays; others ignore it."""
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:

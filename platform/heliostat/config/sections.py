@@ -14,47 +14,47 @@ class Source(Strict):
     path: str
     """A prepared dataset, or a collection of them: a folder, or `s3://bucket/prefix`."""
     weight: NonNegative = 1.0
-    """Its share of the samples, relative to the other sources'."""
+    """Weight of its samples, relative to the other sources."""
     max_epochs: Annotated[Float, Field(gt=0)] | None = None
-    """So many passes over it; then it is left out, and the other sources share its weight. Unset: no limit."""
+    """Maximum passes over it; then the other sources share its weight. Unset: no limit."""
 
 
 class MixChange(Strict):
     step: Positive
-    """The weights hold for all steps after this one."""
+    """Step after which the weights apply."""
     weights: list[NonNegative]
-    """One for each source, in the order of `data.sources`."""
+    """Weights, one for each source, in the order of `data.sources`."""
 
 
 class Data(Strict):
     path: Annotated[str | None, Field(exclude=True)] = None
     """The one dataset that is trained on: short for `sources: [{path: ...}]`."""
     sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
-    """The datasets that are mixed, each path once."""
+    """Datasets to mix, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
-    """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
+    """Tokens per sample. Required for token datasets; images have none."""
     seed: Seed = 0
-    """Of the order of samples."""
+    """Random seed for sample order."""
     virtual_ranks: Annotated[Count | None, Was("lanes")] = None
     """Virtual data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one for
     each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
     shuffle_window: Annotated[Count | None, Was("window")] = None
-    """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
+    """Size of the shuffle window in samples; one task fetches a window. Unset: 32 MB of samples."""
     mix_schedule: list[MixChange] = []
-    """A curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
+    """Curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
     on_bad_sample: Literal["replace", "fail"] = "replace"
-    """`replace`: a damaged chunk's samples are replaced by others of their window, counted and listed; `fail`: the run stops.
-    See docs/data-order.md#bad-data"""
+    """`replace`: replaces the samples of a damaged row group with others from their shuffle window, and counts and lists them;
+    `fail`: stops the run. See docs/data-order.md#bad-data"""
     max_bad_fraction: Fraction = 0.01
-    """Replaced samples, as a share of an epoch's (or of all that were trained on, if more), beyond which the run stops."""
+    """Maximum share of replaced samples, relative to an epoch (or to all trained samples, if more). Above it the run stops."""
     memory_limit: ByteSize = ByteSize(2 << 30)
-    """Bytes (`512MiB`) for samples on their way from storage to workers, for each stream: large runs have one on each node."""
+    """Bytes (`512MiB`) of samples in flight from storage to workers, per stream; large runs have one stream per node."""
     one_source_batches: bool = False
-    """A lane's samples of a step all come from one source. Set by itself where a source is a collection of buckets."""
+    """Takes a virtual rank's samples of a step from one source. On automatically if a source is a collection of buckets."""
     labels: dict[str, str] = {}
-    """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
+    """Ray labels of the nodes that fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Packed documents do not see each other. Refused for models in which they do, see docs/training/document-masks.md"""
+    """Keeps packed documents from attending to each other. Not supported for some models, see docs/training/document-masks.md"""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +63,7 @@ class Data(Strict):
         if not isinstance(value, dict) or not isinstance(value.get("path"), str):
             return value
         if "sources" in value:
-            raise ValueError("path is short for one source, and sources are given, too. Remove one of them")
+            raise ValueError("path is short for one source, and sources is set too. Remove one of them")
         return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
@@ -72,23 +72,23 @@ BENCHMARK = "bench/"  # and a task's name: what its score is called
 
 class Benchmarks(Strict):
     suite: str = Field(min_length=1)
-    """A suite's file (docs/benchmark.md), from the workspace on."""
+    """Benchmark suite file (docs/benchmark.md), relative to the workspace."""
     every: Positive
-    """Steps between two checkpoints that are scored: a multiple of `checkpoint.every`. The last is always scored."""
+    """Steps between two scored checkpoints: a multiple of `checkpoint.every`. The last is always scored."""
     wait: Annotated[Float, Field(ge=0)] = 3600.0
-    """Seconds that the end of the run waits for the last scores."""
+    """Maximum seconds that the end of the run waits for the last scores."""
 
 
 class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
     samples: Count = 256
-    """Held-out samples that are scored, at most; where there are fewer, the run says so."""
+    """Maximum number of held-out samples to score; if there are fewer, the run reports it."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
-    """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
-    thousand are exact, see docs/data-order.md#held-out-documents"""
+    """Share of the documents to hold out, by the hash of their text; the run never trains on them. 1, 2, and 5 parts of ten to
+    ten thousand are exact, see docs/data-order.md#held-out-documents"""
     benchmarks: Benchmarks | None = None
-    """Scores checkpoints on tasks while the run trains. Unset: none. See docs/benchmark.md#while-a-run-trains"""
+    """Scores checkpoints on benchmark tasks during training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
     def due(self, done: int) -> bool:
         """Tells whether the model is scored after `done` steps."""
@@ -97,12 +97,11 @@ class Evaluate(Strict):
 
 class Best(Strict):
     metric: str = "loss"
-    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat model benchmark --follow` gives
-    later."""
+    """Score of the evaluation, by the recipe's name, or `bench/TASK` from `heliostat model benchmark --follow`."""
     mode: Literal["min", "max"] = "min"
-    """Whether a low or a high score is good."""
+    """Whether a low or a high score is better."""
     keep: Positive = 1
-    """So many checkpoints with the best scores stay."""
+    """Number of checkpoints with the best scores to keep."""
 
     @property
     def is_late(self) -> bool:
@@ -114,18 +113,18 @@ class Checkpoint(Strict):
     every: Annotated[Positive, Filled("a tenth of `train.steps`, at most 1,000")]
     """Steps between two checkpoints."""
     keep: Positive = 2
-    """So many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     keep_every: Positive | None = None
-    """Checkpoints at multiples of so many steps stay for ever. Unset: no such rule."""
+    """Keeps checkpoints at multiples of this number of steps forever. Unset: none."""
     best: Best | None = None
-    """The best by a score stay, too. Unset: no such rule. See docs/checkpoints.md#what-is-kept"""
+    """Also keeps the best by a score. Unset: none. See docs/checkpoints.md#what-is-kept"""
     grace: Annotated[Float, Field(gt=0)] = 60.0
-    """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
+    """Seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
     memory_every: Positive | None = None
-    """Steps between two copies of the training state in the memory of its node and of another, from which a run continues after
-    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability/memory-checkpoints.md"""
+    """Steps between two in-memory checkpoints, on their node and another, from which a run resumes after a failure; it loses at
+    most this many steps. Unset: none. See docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
-    """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
+    """Bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, the run makes none, and reports it."""
 
     def due(self, done: int) -> bool:
         """Tells whether the state is saved after `done` steps."""
@@ -141,21 +140,21 @@ def _count(value: object) -> object:
     both = value if isinstance(value, list) else [value, value]
     counts = [n for n in both if isinstance(n, int) and not isinstance(n, bool)]
     if not len(both) == len(counts) == 2 or not 0 < counts[0] <= counts[1] <= LARGEST:
-        raise ValueError(f"{value!r} is neither a number of workers nor [least, most], as [1, 4]")
+        raise ValueError(f"expected a number of workers, or [least, most] such as [1, 4], got {value!r}")
     return value
 
 
 class Workers(Strict):
     count: Annotated[int | list[int], BeforeValidator(_count)] = 1
-    """How many; or `[least, most]` for an elastic run, see docs/reliability/elastic.md"""
+    """Number of workers, or `[least, most]` for an elastic run, see docs/reliability/elastic.md"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
-    """Cores of each."""
+    """CPU cores per worker."""
     gpus: Annotated[Float, Field(ge=0), Filled("`auto`")] = 0.0
-    """GPUs of each: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
+    """GPUs per worker: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
+    """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: one per node."""
     labels: dict[str, str] = {}
-    """Only nodes that carry these Ray labels hold workers. Empty: any node."""
+    """Ray labels of the nodes that hold workers. Empty: any node."""
 
     @property
     def least(self) -> int:
@@ -168,48 +167,47 @@ class Workers(Strict):
 
 class Limits(Strict):
     hours: Annotated[Float, Field(gt=0)] | None = None
-    """Hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after a
-    checkpoint; `--resume` with a higher limit continues. See docs/reliability/stop.md#limits"""
+    """Maximum hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after
+    a checkpoint; `--resume` with a higher limit continues. See docs/reliability/stop.md#limits"""
     cost: Annotated[Float, Field(gt=0)] | None = None
-    """The same of money: what the devices that workers hold cost, by the list prices of `heliostat plan`, in its currency."""
+    """Maximum cost of the workers' devices, by the list prices of `heliostat plan`, in its currency."""
 
 
 class Retries(Strict):
     max: Annotated[int, Field(ge=0)] = 10
-    """Failures in a row without a new checkpoint between them. Preemptions do not count. See
-    docs/reliability/failures.md"""
+    """Maximum failures in a row without a new checkpoint. Preemptions don't count. See docs/reliability/failures.md"""
     backoff: NonNegative = 1.0
-    """Seconds before the second retry in a row; the first comes at once, each further one waits twice as long."""
+    """Seconds before the second retry in a row; the first comes at once, and each further one waits twice as long."""
     backoff_max: NonNegative = 60.0
-    """The longest wait, in seconds."""
+    """Maximum wait in seconds."""
 
 
 class Watchdog(Strict):
     stall: Annotated[Float, Field(gt=0)] = 300.0
-    """Seconds in which some worker must make progress: a micro-batch, or a batch of an evaluation."""
+    """Seconds in which at least one worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
     """The same before the first step is done."""
 
 
 class Mlflow(Strict):
     uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
-    """The tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never holds a password."""
+    """Tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never contains a password."""
     experiment: Annotated[Experiment, Filled("the job's name")]
-    """Of the run: up to 250 characters; no part between slashes is empty, `.` or `..`."""
+    """Name of the experiment: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")
-    """Name of the registered model that the run makes a version of. Unset: the model is logged, and not registered."""
+    """Name of the registered model; the run adds a version. Unset: the model is logged, but not registered."""
     alias: Name | None = None
-    """That the new version gets, as `candidate`."""
+    """Alias of the new version, for example `candidate`."""
 
 
 class Card(Strict):
     """Holds what people must know of the model, its model card, which travels with it."""
 
     license: Name | None = None
-    """SPDX identifier, as `Apache-2.0`. Unset: the parent model's, or `unknown`."""
+    """SPDX identifier, for example `Apache-2.0`. Unset: the parent model's, or `unknown`."""
     summary: str = ""
-    """What the model is."""
+    """Description of the model."""
     intended_use: str = ""
-    """What it is for."""
+    """Intended use."""
     limitations: str = ""
-    """What it is not for, and where it fails."""
+    """Limits: where not to use it, and where it fails."""

@@ -45,38 +45,38 @@ class Job(Strict):
     synonyms = SYNONYMS
 
     name: Name
-    """The run: its folder is `storage/name`, and `--resume` continues it."""
+    """Name of the run: its folder is `storage/name`, and `--resume` continues it."""
     recipe: Annotated[str, Filled("from the keys of `model`; else `heliostat.recipes:CausalLM`")]
-    """Import path of the recipe: the class that says what is trained."""
+    """Import path of the recipe: the class that defines the model, the batch, and the loss."""
     model: dict[str, Any]
     """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
     (docs/training/initial-weights.md); or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
     (docs/guides/hub.md), whose tokenizer must be the datasets' (compared by content), and keys that change its configuration.
     TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
-    """What is trained on, and in which order."""
+    """Datasets to train on, and the order of their samples."""
     train: Train
-    """How it is trained."""
+    """Training: length, optimizer, precision, parallelism."""
     evaluate: Evaluate | None = None
-    """Scores on samples that are never trained on. Unset: no evaluation."""
+    """Evaluation on held-out samples. Unset: no evaluation."""
     checkpoint: Annotated[Checkpoint, Filled("`every` by rule")]
-    """When the state is saved, and which checkpoints stay."""
+    """When to save checkpoints, and which ones to keep."""
     workers: Workers = Workers()
-    """The processes that train, and where they may be."""
+    """Number, resources, and placement of the workers."""
     limits: Limits = Limits()
-    """What a run may take before it is stopped. Empty: no limit."""
+    """Limits of time and cost. Empty: no limit."""
     retries: Retries = Retries()
-    """How often the run tries again by itself."""
+    """Automatic retries."""
     watchdog: Watchdog = Watchdog()
-    """When a run that stands still is ended and tried again."""
+    """Time without progress after which the run is ended and retried."""
     spike: Spike | None = None
-    """What is done about loss spikes, see docs/reliability/spikes.md. Unset: nothing."""
+    """Action on loss spikes, see docs/reliability/spikes.md. Unset: none."""
     storage: Annotated[str, Filled("`.heliostat/runs`")]
-    """Where runs live: a folder, or `s3://bucket/prefix`."""
+    """Folder of all runs, or `s3://bucket/prefix`."""
     mlflow: Annotated[Mlflow, Filled("the store that commands use")]
-    """Where the run is recorded, see docs/mlflow.md"""
+    """Tracking of the run, see docs/mlflow.md"""
     card: Card = Card()
-    """The model card, which travels with the model."""
+    """Model card, which accompanies the model."""
 
     @property
     def last_step(self) -> int:
@@ -175,10 +175,10 @@ def complete(
             log.warning("train.%s: has no effect any more. Remove it", key)
     raw, filled = fill(raw, devices)
     train = raw.get("train")
-    given = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
-    if given == ["tokens"] and isinstance(data := raw.get("data"), dict) and "sequence_length" not in data:
+    lengths = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
+    if lengths == ["tokens"] and isinstance(data := raw.get("data"), dict) and "sequence_length" not in data:
         raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set it, or use train.steps")
-    if not isinstance(train, dict) or given != ["epochs"]:
+    if not isinstance(train, dict) or lengths != ["epochs"]:
         return raw, filled
     epochs, length = train["epochs"], {"steps": LARGEST}
     if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs <= LARGEST:
@@ -305,8 +305,8 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     """
     if job.workers.gpus not in (0, 1):
         raise ConfigError(
-            f"workers.gpus: a worker trains on one GPU or on none ({job.workers.gpus:g}). Set it to 1 or 0, and workers.count to "
-            "the number of GPUs"
+            f"workers.gpus: a worker trains on one GPU or none, not {job.workers.gpus:g}. Set it to 1 or 0, and "
+            "workers.count to the number of GPUs"
         )
     root = workspace.root()
     raw = job.dump()
@@ -326,7 +326,7 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
 def require_store(key: str, uri: str) -> None:
     """Raises ConfigError that names the key if a URI is not that of an MLflow store which heliostat uses."""
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
-        raise ConfigError(f"{key}: {uri!r} is no MLflow store; use sqlite:///FILE or http://HOST:PORT")
+        raise ConfigError(f"{key}: {uri!r} isn't an MLflow store. Use sqlite:///FILE or http://HOST:PORT")
 
 
 def _pretrained(model: object, root: Path) -> object:

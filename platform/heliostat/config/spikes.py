@@ -22,11 +22,11 @@ FLOOR = 0.01  # of the median: a window of all but equal losses must not make no
 
 class Spike(Strict):
     window: Annotated[int, Field(ge=4)] = 50
-    """Steps whose losses say what is usual."""
+    """Number of recent steps that define the usual loss."""
     threshold: Annotated[Float, Field(gt=0)] = 8.0
-    """Robust standard deviations above their median, from which on a loss is a spike."""
+    """Robust standard deviations above their median from which a loss is a spike."""
     action: Literal["warn", "rollback"] = "warn"
-    """`warn`: say so and go on; `rollback`: go back to the checkpoint before it, and leave the samples at fault out."""
+    """`warn`: log it and continue; `rollback`: go back to the checkpoint before it, and skip the samples at fault."""
 
 
 class Excess(NamedTuple):

@@ -39,7 +39,7 @@ def check_name(field: str, name: object) -> str:
     """Checks that a name, as a part of a path, leads nowhere else, and returns it; ConfigError that names `field` if it could."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(
-            f"{field}: {name!r} is no name; use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
+            f"{field}: {name!r} isn't a valid name. Use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
         )
     return name
 
@@ -68,9 +68,9 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         if extra := extras.bringing(e.name or ""):
             raise extras.missing(f"{field}: {path}", extra, str(e.name)) from e
-        raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
+        raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which isn't installed. Install it") from e
     except Exception as e:  # whatever the module does as it is imported; --verbose shows where
-        raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e
+        raise ConfigError(f"{field}: can't import {module_name} ({type(e).__name__}: {brief(e)})") from e
     if target is None:
         own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         names = list(getattr(module, "__all__", own))
@@ -90,8 +90,8 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
         for way in () if _installed(place.resolve()) else (place.absolute(), place.resolve()):
             if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
                 raise ConfigError(
-                    f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which is not run; only that of "
-                    "installed packages and of the workspace's own folders is. If you trust it, copy it to jobs/, and name it so"
+                    f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which heliostat "
+                    "doesn't run. If you trust it, copy it to jobs/, and name that copy"
                 )
 
 

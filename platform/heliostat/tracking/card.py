@@ -28,7 +28,7 @@ FILE = "README.md"
 
 
 class ParentModel(TypedDict):
-    """Describes a folder, or a model of the Hub, that a model is initialised from: an entry of `parents.json`."""
+    """Describes a folder, or a model of the Hub, that a model is initialized from: an entry of `parents.json`."""
 
     key: str
     folder: str
@@ -46,7 +46,7 @@ class Parents(TypedDict):
 
 
 def parents(job: Job) -> list[ParentModel]:
-    """Describes each folder that the job's model is initialised from."""
+    """Describes each folder that the job's model is initialized from."""
     return [_parent(key, named, changed) for key, named, changed in _folders(job.model, "model")]
 
 
@@ -110,7 +110,7 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 def license_of(job: Job, origins: list[ParentModel]) -> str:
     """Determines the license of a job's model.
 
-    It is the job's own; else that of the models it was initialised from, if they agree; else `unknown`.
+    It is the job's own; else that of the models it was initialized from, if they agree; else `unknown`.
     """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None
@@ -143,7 +143,7 @@ def text(
         for name, source, m in zip(names, job.data.sources, manifests, strict=True)
     ]
     if origins:
-        lines += ["", "## Initialised from", ""]
+        lines += ["", "## Initialized from", ""]
         lines += [
             f"- `{p['key']}`: {p['name'] or p['folder']}" + (f", run `{p['run_id']}`" if p["run_id"] else "") for p in origins
         ]

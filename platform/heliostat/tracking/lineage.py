@@ -203,7 +203,7 @@ class LineageRow(Descendant):
 
 
 class Seen:
-    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialised from.
+    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialized from.
 
     Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
     """
@@ -235,7 +235,7 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples before the step that the run was initialised from."""
+        """Lists the run ids of ancestors that took samples before the step that the run was initialized from."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -300,7 +300,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
         at = f", step {parent['step']:,}" if parent["step"] is not None else ""
         changed = f", with {', '.join(keys)} changed" if (keys := parent.get("changed")) else ""
         kind = "a model of the Hugging Face Hub" if names.model(parent["folder"]) else "a folder"
-        out.append((below, f"initialised from {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){changed}"))
+        out.append((below, f"initialized from {parent['key']}: {parent['name'] or kind}{at} ({parent['folder']}){changed}"))
         out += _run_lines(parent["run"], below + 1) if parent["run"] else []
     return out
 

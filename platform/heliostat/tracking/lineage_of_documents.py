@@ -66,7 +66,7 @@ class TrainedOnDocument:
         return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
 
     def runs(self, only: str | None = None) -> list[Reached]:
-        """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialised from."""
+        """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialized from."""
         seen = Seen(self.client)
         rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}

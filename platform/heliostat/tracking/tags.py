@@ -24,7 +24,7 @@ MODEL_URI = "heliostat.model_uri"
 SPIKES = "heliostat.spikes"  # steps, comma-separated
 CORRUPTION = "heliostat.corruption"  # what train.sdc_check found last
 BAD_NODES = "heliostat.bad_nodes"  # on which workers failed again and again or computed wrongly; a line each
-PARENT_RUNS = "heliostat.parent_runs"  # run ids that it was initialised from, comma-separated
+PARENT_RUNS = "heliostat.parent_runs"  # run ids that it was initialized from, comma-separated
 REPRODUCES = "heliostat.reproduces"  # a run id
 
 # of a sweep, its trials, and the versions that it registers
