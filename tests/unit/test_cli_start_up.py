@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import yaml
-from heliostat.config.spec import Job
+from heliostat.config import spec
 
 from tests.unit.build_job import write
 from tests.unit.command_line import FILES, ROOT
@@ -59,7 +59,7 @@ def test_what_needs_no_library_imports_none(arguments, code, more, seconds):
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_right_job_is_checked_without_the_libraries_that_train_it(tmp_path, command):
     """The quickstart's model, whole: keys, stores, datasets, order of samples; of `train`, all that comes before Ray starts."""
-    raw = Job.model_validate(yaml.safe_load((ROOT / FILES["job"]).read_text())).dump()
+    raw = spec.load(ROOT / FILES["job"]).dump()
     make_text(tmp_path / "data")
     raw["data"] |= {"sources": [{"path": str(tmp_path / "data")}], "sequence_length": 16}
     raw |= {"storage": str(tmp_path / "runs"), "mlflow": raw["mlflow"] | {"uri": f"sqlite:///{tmp_path}/mlflow.db"}}

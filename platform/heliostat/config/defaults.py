@@ -200,4 +200,4 @@ def _rate(job: _Filling) -> tuple[float, str]:
         return 3e-4, "as LLaMA (arXiv 2302.13971)"
     size = 12 * depth * width**2
     rate = max(1e-4, 0.003239 - 0.0001395 * math.log(size))
-    return float(f"{rate:.2g}"), f"by size, {size / 1e6:,.1f} million weights in layers (arXiv 2001.08361, D.1)"
+    return float(f"{rate:.2g}"), f"by size, {size:,} weights in the layers (arXiv 2001.08361, D.1)"
