@@ -1,8 +1,12 @@
-# Every target makes .venv with pip when it is missing or pyproject.toml has changed; nothing is done twice.
-PYTHON ?= python3
+# Every target installs into .venv what it needs, when that is missing or its lock file has changed: `make run` the core, the others
+# everything (.ci/install). WHEELS=FOLDER installs from a folder, without a network.
+export PYTHON ?= python3
+export WHEELS
 BIN := .venv/bin
+CORE := $(or $(wildcard .venv/.installed),.venv/.core)
+IMAGES := $(or $(wildcard .venv/.installed),.venv/.images)
 
-.PHONY: run run-diffusion test test-ci test-slow bench lint docs locked lock
+.PHONY: run run-diffusion test test-ci test-slow bench lint docs locked wheels lock
 # whose build is the machine's own, CPU or CUDA of some version: CI takes torch by its version alone, and what comes with it
 OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc \
 	nvidia-cuda-runtime nvidia-cudnn-cu13 nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse \
@@ -10,22 +14,29 @@ OF_TORCH := torch triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cubla
 # extras of what the docs run on a cluster's nodes: training, prepare, tune, infer, serve, benchmark, index-documents
 ON_NODES := images curation tune serve benchmark retrieval gcp
 UV ?= uv
+LOCK ?= requirements.lock
 COMPILE = $(UV) pip compile --quiet --generate-hashes --no-annotate --custom-compile-command 'make lock' pyproject.toml
 
-.venv/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"heliostat needs Python 3.11 or later, not {sys.version}"'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+.venv/.core: pyproject.toml requirements.lock
+	.ci/install requirements.lock
 	touch $@
 
-run: .venv/.installed  ## prepare the quickstart's text, train on it, register the model, let it write
-	$(BIN)/heliostat prepare pipelines/quickstart.yaml
+.venv/.images: pyproject.toml requirements.lock
+	.ci/install requirements.lock images
+	touch .venv/.core $@
+
+.venv/.installed: pyproject.toml tests/requirements.lock
+	.ci/install tests/requirements.lock
+	touch .venv/.core $@
+
+run: $(CORE)  ## prepare the quickstart's text, train on it, register the model, let it write
+	$(BIN)/heliostat data prepare pipelines/quickstart.yaml
 	$(BIN)/heliostat train jobs/quickstart.yaml --resume
 
-run-diffusion: .venv/.installed  ## prepare handwritten digits, train a model that draws them, let it draw a seven
-	$(BIN)/heliostat prepare pipelines/quickstart-images.yaml
+run-diffusion: $(IMAGES)  ## prepare handwritten digits, train a model that draws them, let it draw a seven
+	$(BIN)/heliostat data prepare pipelines/quickstart-images.yaml
 	$(BIN)/heliostat train jobs/quickstart-diffusion.yaml --resume
-	$(BIN)/heliostat generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
+	$(BIN)/heliostat model generate models:/quickstart-diffusion/1 --prompt 'a handwritten seven' --grid 8 --out .heliostat/seven.png
 
 test: .venv/.installed  ## unit and integration tests (tests/gpu skips itself without a GPU)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit --numprocesses auto --dist worksteal --durations 10
@@ -55,15 +66,18 @@ lint: .venv/.installed docs  ## ruff (lint, format), mypy, which rooms may impor
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-locked:  ## .venv as CI has it: each package of the version and the hash in tests/requirements.lock, torch of the version in the image's
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "$$(grep -o '^torch==[^ ]*' clusters/requirements.lock)"
-	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement tests/requirements.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch .venv/.installed
+locked: .venv/.installed  ## .venv as CI has it: every package by version and hash (tests/requirements.lock), torch by version
 
-lock:  ## writes both lock files anew, for what pyproject.toml has come to ask for; UPGRADE=--upgrade takes the newest versions
+wheels:  ## wheels/: every package as a file, for machines without a network; LOCK=tests/requirements.lock takes those of all extras
+	$(PYTHON) -m venv build/pip
+	build/pip/bin/pip download --quiet --dest wheels pip "$$(grep -o '^torch==[^ ]*' clusters/requirements.lock)"
+	build/pip/bin/pip download --quiet --dest wheels --no-deps --require-hashes --requirement .ci/uv.lock --requirement $(LOCK)
+
+lock:  ## rewrites the lock files, for what pyproject.toml has come to ask for; UPGRADE=--upgrade takes the newest versions
 	$(COMPILE) $(UPGRADE) $(addprefix --extra ,$(ON_NODES)) --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
 		--output-file clusters/requirements.lock
+	$(COMPILE) $(UPGRADE) --universal --python-version 3.11 --constraint clusters/requirements.lock \
+		$(addprefix --no-emit-package ,$(OF_TORCH)) --output-file requirements.lock
 	$(COMPILE) $(UPGRADE) --extra dev --universal --python-version 3.11 --constraint clusters/requirements.lock \
 		$(addprefix --no-emit-package ,$(OF_TORCH)) --output-file tests/requirements.lock
+	echo uv | $(subst pyproject.toml,-,$(COMPILE)) $(UPGRADE) --universal --python-version 3.11 --output-file .ci/uv.lock

@@ -30,7 +30,7 @@ from heliostat.evaluation.suite import Suite
 from heliostat.recipes.images.config import Model
 from heliostat.tune.sweep import Sweep
 
-from docs.site import commands, keys
+from docs.site import api, commands, keys, schemas, versions
 
 ROOT = Path(__file__).parents[2]
 SITE = Path(__file__).parent
@@ -56,6 +56,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "keys of a text pipeline": lambda: keys.reference(TextPipeline),
     "keys of an image pipeline": lambda: keys.reference(ImagePipeline),
     "keys of a pipeline of pairs": lambda: keys.reference(PairPipeline),
+    "keys of stages": keys.stages,
     "keys of a sweep": lambda: keys.reference(Sweep),
     "keys of a suite": lambda: keys.reference(Suite),
     "reasons of the text pipeline": lambda: reasons(documents.REASONS),
@@ -63,6 +64,11 @@ GENERATED: dict[str, Callable[[], str]] = {
     "reasons of the pipeline of pairs": lambda: reasons(reading.REASONS),
     "commands": lambda: commands.reference(app),
     "exit codes": commands.exit_codes,
+    "error classes": api.errors,
+    "tested versions": versions.table,
+    "python types": api.aliases,
+    "python api": api.public,
+    "recipe protocol": api.recipes,
     "architecture": lambda: figure(ROOT / "docs/images/architecture.svg"),
 }
 MARK = re.compile(r"^<!-- generated: ([\w ]+?) -->$", re.MULTILINE)
@@ -164,6 +170,7 @@ def build(folder: Path = BUILD) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(folder / "pages")
     stage.write()
+    shutil.copytree(schemas.FOLDER, folder / "pages" / "schemas")
     if stage.broken:
         raise SystemExit("\n".join(stage.broken))
     shutil.copytree(SITE / "assets", folder / "pages" / "assets")

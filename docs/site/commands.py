@@ -29,13 +29,15 @@ def reference(app: typer.Typer) -> str:
     group: Any = typer.main.get_command(app)
     found, lines, heading = list(leaves(group)), [], None
     for name, command in found:
-        under = getattr(group.commands[name.split()[1]], "rich_help_panel", None)
-        lines += ["", f"**{under}**", ""] if under != heading and isinstance(under, str) else []
+        below = group.commands[name.split()[1]]
+        under = f"**`{below.name}`**: {prose(below.help)}" if hasattr(below, "commands") else "**Without a group**"
+        lines += ["", under, ""] if under != heading else []
         heading = under
-        lines.append(f"- [`{name}`](#{name.replace(' ', '-')}): {prose(command.help).partition(chr(10))[0]}")
+        lines.append(f"- [`{name}`](#{name.replace(' ', '-')}): {prose(command.short_help)}")
     for name, command in found:
         context = typer.Context(command)
         lines += ["", f"## `{name}`", "", prose(command.help), ""]
+        lines += ["```sh", command.epilog.removeprefix("Example: "), "```", ""]
         for parameter in command.params:
             record = None if parameter.name == "help" else parameter.get_help_record(context)
             if record:

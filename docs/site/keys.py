@@ -8,11 +8,14 @@ import ast
 import inspect
 import itertools
 import re
+import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from heliostat.config.fields import Filled
+from heliostat.curation import registry
 from pydantic import BaseModel, ByteSize
 from pydantic_core import PydanticUndefined
 
@@ -107,12 +110,25 @@ def _written(section: Section, headed: bool, one_of_several: bool) -> list[str]:
     return lines
 
 
+def stages() -> str:
+    """Writes the reference of all stages of pipelines as Markdown: what each does, its keys, and its reasons to drop."""
+    lines = list[str]()
+    for name in registry.names():
+        cls = registry.find(name)
+        about = (sys.modules[cls.__module__].__doc__ or "").partition("\n\n")[0]
+        extra = f" Needs `pip install 'heliostat[{cls.needs[0]}]'`." if cls.needs else ""
+        lines += [f"## `{name}`", "", " ".join(about.split()) + extra, "", *_written(Section(name, cls), False, False)]
+    return "\n".join(lines)
+
+
 def anchor(path: str) -> str:
     """Returns the anchor of a key on the page of its schema: its path."""
     return path.replace("[]", "")
 
 
 def _default(info: Any) -> str:
+    if rule := next((mark.rule for mark in info.metadata if isinstance(mark, Filled)), ""):
+        return f"default {rule}"
     if info.default is PydanticUndefined and info.default_factory is None:
         return "**required**"
     value = info.get_default(call_default_factory=True)

@@ -149,7 +149,8 @@ def clone(folder: Path) -> Path:
     """Clones the last commit into a folder, with the environment that runs this."""
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder)], check=True)
     (folder / ".venv").symlink_to(sys.prefix)
-    os.utime(folder / "pyproject.toml", (1, 1))  # older than .venv/.installed: make installs nothing into the shared .venv
+    for name in ("pyproject.toml", "requirements.lock", "tests/requirements.lock"):
+        os.utime(folder / name, (1, 1))  # older than .venv/.installed: make installs nothing into the shared .venv
     return folder
 
 

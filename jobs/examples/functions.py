@@ -1,7 +1,7 @@
 """Prepares the functions of Python's standard library, each with the package that it comes from: rows with a text and a label,
 from what every machine has. A pipeline of one's own.
 
-    heliostat prepare jobs/examples/data/functions.yaml
+    heliostat data prepare jobs/examples/data/functions.yaml
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Trains with a loop of your own, under Ray Train's TorchTrainer, on heliostat's exact, elastic stream of samples.
 
-    heliostat prepare pipelines/quickstart.yaml
+    heliostat data prepare pipelines/quickstart.yaml
     python jobs/examples/own_trainer.py --workers 2 --steps 40
     python jobs/examples/own_trainer.py --workers 1 --steps 80      # goes on behind step 40, with the same samples as two workers
-    heliostat verify .heliostat/own-trainer/stream
+    heliostat run verify .heliostat/own-trainer/stream
 
 The model, the loop and the checkpoints are plain torch and Ray; of heliostat there are three lines, marked with (*).
 """
@@ -75,9 +75,9 @@ def run(data: str, folder: Path, workers: int, steps: int, every: int = 20, anew
     if anew:
         shutil.rmtree(folder, ignore_errors=True)
     stream = heliostat.datasets(  # (*) the same on every run: what is in the folder is gone on with, or refused
-        {"sources": [{"path": data}], "sequence_length": 64, "lanes": 4, "seed": 17},
+        {"sources": [{"path": data}], "sequence_length": 64, "virtual_ranks": 4, "seed": 17},
         steps=steps,
-        global_batch=16,
+        global_batch_size=16,
         folder=str(folder / "stream"),
     )
     kept = sorted((folder / "checkpoints").glob("*"))

@@ -1,11 +1,11 @@
-"""Defines every error that heliostat raises on purpose: one line for the person, the cause chained for the engineer.
+"""Defines every error that heliostat raises on purpose: one line for the user, and the cause chained for the engineer.
 
-Exit codes: 2 where a person must change something first (the command, a file, a dataset's place, credentials), 130 where the run
-was stopped on request, 1 for everything else.
+Exit codes: 2 if the user must change something first (the command, a file, a dataset's path, credentials), 130 if the run was
+stopped on request, 1 for everything else.
 
-The command line prints the line and exits with `exit_code`; a traceback means a bug. All of them pickle, because they travel from
-Ray workers to the driver, so what each takes are its `args`: the message, and what the driver must know. No message holds the
-password of a URI, in any message.
+The command line prints the line and exits with `exit_code`; a traceback means a bug. All errors pickle, because they travel
+from Ray workers to the driver. So their `args` hold everything: the message, and what the driver must know. No message shows
+the password of a URI.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,25 +28,25 @@ class HeliostatError(Exception):
 
 
 class ConfigError(HeliostatError, ValueError):
-    """Reports that a job, pipeline or command line cannot work: names the field, the value and the fix."""
+    """Reports that a job, pipeline, or command can't work; names the field, the value, and the fix."""
 
     exit_code = 2
 
 
 class MissingExtraError(ConfigError):
-    """Reports that an optional part of heliostat is needed and not installed: names the extra."""
+    """Reports that an optional part of heliostat is needed but isn't installed; names the extra."""
 
 
 class StorageError(HeliostatError):
-    """Reports that object storage failed beyond its retry budget, or refused access."""
+    """Reports that object storage failed beyond its retry budget, or denied access."""
 
 
 class AccessError(StorageError):
-    """Reports that the store refuses access, or has no such bucket, or no room for a folder: a retry by the same process is
-    useless before that changes.
+    """Reports that the store denies access, has no such bucket, or has no room for a folder. A retry by the same process is
+    useless until that changes.
 
-    `place`: the URI of the file or folder; `node`: the id of the Ray node that was refused, by default that of this process
-    (`this_node`). Empty where they are not known.
+    `place`: the URI of the file or folder. `node`: the id of the Ray node whose access was denied, by default this process's
+    (`this_node`). Both are empty if they aren't known.
     """
 
     exit_code = 2
@@ -58,11 +58,11 @@ class AccessError(StorageError):
 
 
 class DataError(HeliostatError):
-    """Reports that a dataset is missing, unfinished, or not what its manifest describes."""
+    """Reports that a dataset is missing, incomplete, or differs from its manifest."""
 
 
 class MissingDataError(DataError):
-    """Reports that there is no dataset at the place that is named, or that it was made without what is asked for."""
+    """Reports that no dataset exists at the given path, or that it lacks something that the job needs."""
 
     exit_code = 2
 
@@ -72,7 +72,7 @@ class CheckpointError(HeliostatError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Reports that the checkpoint of `step` is incomplete, or its bytes are not those that were written: use the one before."""
+    """Reports that the checkpoint of `step` is incomplete, or that its bytes have changed. Use the one before."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
@@ -80,11 +80,11 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class VerifyError(HeliostatError):
-    """Reports that a run's receipts are damaged, or differ from what its data plan and datasets give."""
+    """Reports that a run's receipts are damaged, or differ from its data plan and datasets."""
 
 
 class NumericsError(HeliostatError):
-    """Reports that a job computes something else than one plain process of torch: names the parameter and the step."""
+    """Reports that a job computes different numbers from one plain torch process; names the parameter and the step."""
 
 
 class NonFiniteError(HeliostatError):
@@ -92,8 +92,11 @@ class NonFiniteError(HeliostatError):
 
 
 class LossSpikeError(HeliostatError):
-    """Reports that the loss of a step is far above what is usual: the run is to go back to before it and leave its samples out.
-    `step` counts from 0; the message, as all that people read, from 1."""
+    """Reports that the loss of a step is far above the usual. The run goes back to an earlier checkpoint and skips the step's
+    samples.
+
+    `step` counts from 0; the message counts from 1, like everything that users read.
+    """
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
@@ -101,8 +104,11 @@ class LossSpikeError(HeliostatError):
 
 
 class CorruptionError(HeliostatError):
-    """Reports that workers computed other bits than others from the same samples and weights (`train.recheck`): their `nodes` are
-    at fault, or one of them is. `agreed`: the steps that were done when all last agreed."""
+    """Reports that some workers computed different bits from the same samples and weights (`train.sdc_check`).
+
+    `nodes`: the nodes of those workers; one or all of them are at fault. `agreed`: the number of steps up to which all workers
+    agreed.
+    """
 
     def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
         super().__init__(message, nodes, agreed)
@@ -110,20 +116,22 @@ class CorruptionError(HeliostatError):
 
 
 class TrainingError(HeliostatError):
-    """Reports that the run failed, after all the retries that it was allowed. `suspects`: ids of nodes that may be the cause."""
+    """Reports that the run failed after all its retries. `suspects`: ids of nodes that may be the cause."""
 
     suspects: tuple[str, ...] = ()
 
 
 class WorkerError(TrainingError):
-    """Reports that a worker raised an error that is not heliostat's own: in a recipe, a library, or heliostat's code. `rank`: of
-    the worker, where all workers raise its error."""
+    """Reports that a worker raised an error other than heliostat's own: in a recipe, a library, or heliostat's code.
+
+    `rank`: the worker, if all workers raise its error.
+    """
 
     rank: int | None = None
 
 
 class PeerLostError(TrainingError):
-    """Reports that a worker ended because another worker had failed: this error is never the cause."""
+    """Reports that a worker ended because another worker had failed. This error is never the cause."""
 
 
 class DeviceError(TrainingError):
@@ -135,15 +143,15 @@ class StalledError(TrainingError):
 
 
 class PlacementError(TrainingError):
-    """Reports that the cluster had no room for the workers, or not for long enough to start them."""
+    """Reports that the cluster had no room for the workers, or lost it before they started."""
 
 
 class LeaseError(HeliostatError):
-    """Reports that another driver has taken the run over: this one must not write to it any more."""
+    """Reports that another driver has taken over the run, so this one must not write to it."""
 
 
 class StoppedError(HeliostatError):
-    """Reports that the run was requested to stop, and did so behind a checkpoint."""
+    """Reports that the run stopped on request, after a checkpoint."""
 
     exit_code = 130
 
@@ -153,16 +161,16 @@ class LimitError(StoppedError):
 
 
 class ClusterError(HeliostatError):
-    """Reports that a cluster did not start or stop, cannot be reached, or refused a request."""
+    """Reports that a cluster didn't start or stop, can't be reached, or rejected a request."""
 
 
 class TrackingError(HeliostatError):
-    """Reports that MLflow cannot be reached, or refused a request."""
+    """Reports that MLflow can't be reached, or rejected a request."""
 
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the place that is at fault before an error's own message, unless the message names it."""
+    """Puts the place that is at fault before an error's message, unless the message names it."""
     try:
         yield
     except HeliostatError as e:
@@ -174,7 +182,7 @@ def naming(where: object) -> Iterator[None]:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raises what a task raised, if it is meant for the person, as it was before Ray wrapped it."""
+    """Raises a task's error as it was before Ray wrapped it, if it is one for the user."""
     try:
         yield
     except Exception as e:
@@ -185,7 +193,7 @@ def unwrapped() -> Iterator[None]:
 
 
 def innermost(error: BaseException | None) -> HeliostatError | None:
-    """Finds the HeliostatError under Ray's wrappers, if one is the cause: it is what the person should read."""
+    """Finds the HeliostatError under Ray's wrappers, if one is the cause. The user should read that error."""
     inner, seen = None, set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))

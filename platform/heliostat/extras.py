@@ -1,15 +1,19 @@
-"""Maps the modules that `pip install heliostat` leaves out to the extras that bring them, and reports a missing one in one line.
+"""Maps optional modules to the extras that install them, and reports a missing one in one line with the command.
 
-    require("images", "diffusers")     # before anything expensive starts
+    require("images", "diffusers", what="recipe: TextToImage")     # before anything expensive starts
 
-pyproject.toml defines what is in an extra; MODULES lists by which of its modules it is missed.
+pyproject.toml defines the extras. MODULES lists the modules of each that heliostat looks for.
 """
 
 from __future__ import annotations
 
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from heliostat.errors import MissingExtraError
 
@@ -31,20 +35,35 @@ MODULES = {
 
 
 def require(extra: str, *modules: str, what: str = "this") -> None:
-    """Raises MissingExtraError, which names `what` needs them, if a module of the extra is not installed."""
+    """Raises MissingExtraError, which says that `what` needs the extra, if one of its modules isn't installed."""
     unknown = set(modules) - set(MODULES[extra])
     assert modules and not unknown, f"the extra {extra!r} does not bring {unknown or 'nothing'}"
     for module in modules:
         if find_spec(module) is None:
-            raise MissingExtraError(f"{what} needs {advice(extra)} (there is no module {module!r})")
+            raise missing(what, extra, module)
 
 
-def advice(extra: str) -> str:
-    return f"the extra {extra!r}: pip install 'heliostat[{extra}]'"
+def missing(what: str, extra: str, module: str) -> MissingExtraError:
+    """Returns the error for a missing module: what needs it, the extra that has it, and the command that installs it."""
+    return MissingExtraError(f"{what} needs the extra {extra!r} (no module {module!r}). Run: {command(extra)}")
+
+
+def command(extra: str) -> str:
+    """Returns the command that installs an extra into this process's environment, also where the PATH has another `pip`."""
+    own = Path(sysconfig.get_path("scripts")) / "pip"
+    if not own.exists():
+        pip = f"uv pip install --python {_shown(Path(sys.executable))}"
+    else:
+        pip = f"{'pip' if shutil.which('pip') == str(own) else _shown(own)} install"
+    return f"{pip} 'heliostat[{extra}]'"
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def bringing(module: str) -> str | None:
-    """Finds the extra that brings a module (or the package that it is in); None if none does."""
+    """Finds the extra that installs a module (or its package); None if none does."""
     return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 

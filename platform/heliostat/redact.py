@@ -1,7 +1,7 @@
-"""Hides secrets in text: passwords and keys in URIs, and values of keys that are named after what they hold.
+"""Hides secrets in text: passwords and keys in URIs, and the values of keys whose names suggest a secret.
 
-Errors and logs pass through `redact`, so no URI shows its password there. Files are searched with `secret_lines`, before they
-travel or are kept. Better a word too much hidden than a password shown: what cannot be distinguished is taken for a secret.
+Errors and logs pass through `redact`, so no URI shows its password there. `secret_lines` searches files before they travel or
+are stored. In doubt, heliostat hides a word rather than show a password.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def redact(text: str) -> str:
 
 
 def carries_secret(uri: str) -> bool:
-    """Tells whether a URI holds a password or a key, in whatever place."""
+    """Checks whether a URI contains a password or a key anywhere."""
     whole = re.sub(r"""[\s"<>]""", "_", uri)  # of one URI nothing ends it
     return redact(whole) != whole
 
@@ -70,7 +70,7 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 class Formatter(logging.Formatter):
-    """Formats log lines, tracebacks too, without the secrets of URIs."""
+    """Formats log lines and tracebacks without the secrets of URIs."""
 
     def format(self, record: logging.LogRecord) -> str:
         return redact(super().format(record))
@@ -87,14 +87,14 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 
 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
-    """Finds the lines, numbered from 0, that hold a secret: in a file of settings (its suffix is one of SETTINGS) whatever value
-    a key has that is named like one, with the lines that go on with it; in code only a literal."""
+    """Finds the lines, numbered from 0, that contain a secret. In a settings file (its suffix is in SETTINGS), any value of a
+    key with a secret-like name counts, and the lines that continue it. In code, only a literal counts."""
     secret = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
     return secret | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
-    """Hides the secrets of a line, as far as the line alone shows them."""
+    """Hides the secrets of a line, as far as one line shows them."""
     line = redact(line)
     if not settings:
         return LITERAL.sub(rf"\1{HIDDEN}", line)
@@ -105,7 +105,7 @@ def hide(line: str, settings: bool) -> str:
 
 
 def _values(line: str) -> list[int]:
-    """Finds where values begin that may be secrets; an empty one may have them on the lines behind."""
+    """Finds where values begin that may be secrets. An empty value may continue on the next lines."""
     values = []
     for match in KEY.finditer(line):
         before, value = line[: match.start()], line[match.end() :].strip()
@@ -129,7 +129,7 @@ def _keys(lines: list[str]) -> set[int]:
 
 
 def _continued(lines: list[str]) -> set[int]:
-    """Finds the lines behind a key that belong to its value: all that are indented further, or a list's plain items."""
+    """Finds the lines after a key that belong to its value: all that are indented further, or a list's plain items."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)
@@ -147,7 +147,7 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` next to a `name` that is named like a secret, as Kubernetes writes environment variables."""
+    """Finds each `value` next to a `name` that suggests a secret, as Kubernetes writes environment variables."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

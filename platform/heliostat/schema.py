@@ -1,27 +1,97 @@
 """Validates YAML against pydantic models, with errors that name the key, the value and the nearest valid choice.
 
 `Strict` models refuse unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings and returns the model,
-or raises one ConfigError that lists everything wrong.
+or raises one ConfigError that lists everything wrong. A key that was renamed keeps its old name as an alias (`Was`).
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import types
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from heliostat.errors import ConfigError
 from heliostat.text import brief
+from heliostat.text import nearest as nearest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Was:
+    """Keeps a field's key of earlier versions, which is still read: `rate: Annotated[float, Was("speed")]`."""
+
+    key: str
 
 
 class Strict(BaseModel):
     """Refuses unknown keys and silent conversions (except of whole numbers to floats)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+
+    synonyms: ClassVar[dict[str, str]] = {}
+    """Keys of other tools, and what to write here instead: the model that is a whole file has them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, value: object) -> object:
+        old = old_names(cls)
+        if not old or not isinstance(value, dict):
+            return value
+        for key in (key for key in old if key in value and old[key] in value):
+            raise ValueError(f"{key} is the old name of {old[key]}, and both are given. Remove {key}")
+        return {old.get(key, key): part for key, part in value.items()}
+
+    def __getattr__(self, name: str) -> Any:
+        """Reads a field by its old name: recipes of earlier versions name it so."""
+        if new := old_names(type(self)).get(name):
+            return getattr(self, new)
+        return super().__getattr__(name)  # type: ignore[misc]  # pydantic hides it from type checkers
+
+
+@cache
+def old_names(model: type[BaseModel]) -> dict[str, str]:
+    """Returns the model's keys by their old names."""
+    fields = model.model_fields.items()
+    return {mark.key: field.alias or name for name, field in fields for mark in field.metadata if isinstance(mark, Was)}
+
+
+def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
+    """Returns what a file holds with old names of keys replaced, unless it has both; `into` gets each new path by the old one."""
+    if isinstance(raw, list):
+        return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
+    if not isinstance(raw, dict):
+        return raw
+    old, whole = old_names(model), {}
+    for key, part in raw.items():
+        new = old[key] if key in old and old[key] not in raw else key
+        if new != key and into is not None:
+            into[f"{at}{key}"] = f"{at}{new}"
+        inner = _below(model, new)
+        whole[new] = renamed(inner, part, f"{at}{new}.", into) if inner else part
+    return whole
+
+
+def renamed_path(model: type[BaseModel], path: str) -> str:
+    """Returns a path of keys (`train.steps`) with old names replaced."""
+    parts, inner = list[str](), model
+    for part in path.split("."):
+        parts.append(old_names(inner).get(part, part) if inner else part)
+        inner = inner if part.isdecimal() else _below(inner, parts[-1])  # type: ignore[assignment]
+    return ".".join(parts)
+
+
+def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
+    field = next((f for name, f in model.model_fields.items() if key == (f.alias or name)), None) if model else None
+    inner = _inner(field.annotation) if field and get_origin(field.annotation) is not dict else None
+    return inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
 
 
 def _number(value: object) -> object:
@@ -39,6 +109,7 @@ SHOWN = 200  # characters of a wrong value
 KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
 WANTED = {  # what pydantic says of its own classes, in words of YAML
     "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
+    "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
 }  # fmt: skip
 NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
 M = TypeVar("M", bound=BaseModel)
@@ -86,12 +157,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     sections = documents(path)
     if len(sections) > 1:
         raise ConfigError(f"{path}: holds {len(sections)} documents; take out what begins at the second `---`")
-    raw = sections[0] if sections else None
-    if raw is None:
+    if not sections:
         raise ConfigError(f"{path}: is empty; it must be a mapping of keys to values")
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(raw).__name__}")
-    return raw
+    if not isinstance(sections[0], dict):
+        raise ConfigError(f"{path}: must be a mapping of keys to values, not {type(sections[0]).__name__}")
+    return sections[0]
 
 
 def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
@@ -108,13 +178,16 @@ def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
     return count
 
 
-def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index); the input is not changed."""
+def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index). `model`: replaces old names."""
     raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
             raise ConfigError(f"--set {setting!r}: write it as key.path=value")
+        if model and (new := renamed_path(model, path)) != path:
+            _say_renamed("--set", path, new)
+            path = new
         try:
             value = yaml.safe_load(text)
         except BROKEN as e:
@@ -150,16 +223,7 @@ def _index(setting: str, key: str, items: list[object]) -> int:
     return int(key)
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """Suggests the nearest choice as `; did you mean 'x'?`, or all choices when none is near, or nothing when there are many or
-    none."""
-    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""
-
-
-def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
+def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
     """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
     path as the file has it, without the tags of union members that pydantic puts between."""
     current: object = model
@@ -180,7 +244,7 @@ def _walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Bas
 
 
 def _inner(annotation: object) -> Any:
-    """Finds the model inside of an annotation; of a union whose members have tags, all models by tag."""
+    """Finds the model in an annotation; of a union with tags, all models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
             m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
@@ -192,19 +256,18 @@ def _inner(annotation: object) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
-    """Explains each fault in one line: the key's path, what is wrong with which value, and the nearest valid choice.
-
-    `within`: the key that holds the model in a file.
-    """
-    lines = []
+    """Explains each fault in one line: the key's path (below the key `within`), what is wrong, and the nearest valid choice."""
+    lines, advice = [], getattr(model, "synonyms", {})
     for fault in error.errors():
-        owner, path = _walk(model, fault["loc"])
+        owner, path = walk(model, fault["loc"])
         key = brief(".".join(str(p) for p in ((within, *path) if within else path)))
         if fault["type"] == "extra_forbidden":
             known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
-            lines.append(f"{key}: unknown key{nearest(str(path[-1]), known)}")
+            own = advice.get(str(path[-1]).lower().replace("-", "_"), "")
+            own = "" if own == f"Use {key}" else own
+            lines.append(f"{key}: unknown key{f'. {own}' if own else nearest(str(path[-1]), known)}")
         elif fault["type"] == "missing":
-            lines.append(absent(key, _example(owner, str(path[-1]))))
+            lines.append(advice.get(f"{key}?") or absent(key, _example(owner, str(path[-1]))))
         elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
             names = list(_inner(owner.model_fields[str(path[-1])].annotation)) if owner else []
             lines.append(f"{key}.name: {_shown(fault['input']['name'])} is not a choice{nearest(fault['ctx']['tag'], names)}")
@@ -227,12 +290,11 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
 
 
 def absent(key: str, example: str = "...") -> str:
-    """Says that a key is missing, and how to write it."""
+    """Writes that a key is missing, and how to write it."""
     return f"{key}: required key missing. Write {key}: {example}"
 
 
 def _example(owner: type[BaseModel] | None, key: str) -> str:
-    """Shows what stands for a key's value: a mapping's required keys, or its first, choices, or the kind of value."""
     fields = owner.model_fields if owner else {}
     field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
     return _kind(field.annotation) if field else "..."
@@ -253,7 +315,6 @@ def _kind(annotation: object) -> str:
 
 
 def _shown(value: object) -> str:
-    """Shows a value as it was written, as far as a line has room for it."""
     return brief(repr(value if not isinstance(value, str) else value[:SHOWN]), SHOWN)
 
 
@@ -270,45 +331,59 @@ def require_whole(model: type, key: str) -> None:
         )
 
 
-def validate(model: type[M], raw: object, where: str) -> M:
+def validate(model: type[M], raw: object, where: str, context: object = None) -> M:
     """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
     require_whole(model, where)
     try:
-        return model.model_validate(raw)
+        return model.model_validate(raw, context=context)
     except ValidationError as e:
-        lines = explain(e, model)
-        raise ConfigError(f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])) from e
+        raise ConfigError(listed(where, explain(e, model))) from e
+
+
+def listed(where: str, lines: list[str]) -> str:
+    """Writes faults as one message: in the line of `where`, or below it if there are several."""
+    return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
     """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
-    return validate(model, read(kind, path, settings), str(path))
+    return validate(model, read(model, kind, path, settings), str(path))
 
 
-def read(kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, with settings applied; ConfigError if it is clearly of another."""
-    raw = read_yaml(path)
+def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """Reads a file of a kind in the keys of its model, with settings applied; ConfigError if it is clearly of another kind.
+
+    Old names of keys are replaced, and a line in the log names each, once for a file.
+    """
+    raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
-    return apply(raw, settings or [])
+    raw = renamed(model, raw, into=changes)
+    for old, new in changes.items():
+        _say_renamed(str(path), old, new)
+    return apply(raw, settings or [], model)
 
 
-# The kind of a YAML file follows from its keys, so that a file given to the wrong command gets an error that names the right
-# one. A file is of a kind if it has one of the keys that only this kind has; the schema reports what this does not find.
+@cache
+def _say_renamed(where: str, old: str, new: str) -> None:
+    log.warning("%s: %s is now %s", where, old, new)
+
+
+# A file is of a kind if it has one of the keys that only this kind has. One for another command gets an error that names that.
 
 KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
     "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
     "pipeline": ("pipeline",),
     "sweep": ("space", "searcher", "scheduler"),
-    "job": ("recipe",),
+    "job": ("recipe", "train"),
     "suite": ("tasks",),
 }
 KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
 KIND_COMMANDS = {
     "cluster": "heliostat cluster up {0}`, or name it with `--cluster {0}",
-    "pipeline": "heliostat prepare {0}",
-    "sweep": "heliostat tune {0}",
+    "pipeline": "heliostat data prepare {0}",
+    "sweep": "heliostat sweep run {0}",
     "job": "heliostat train {0}",
-    "suite": "heliostat benchmark MODEL {0}",
+    "suite": "heliostat model benchmark MODEL {0}",
 }
 
 
@@ -321,7 +396,6 @@ def kind_of(raw: object) -> str | None:
 def require_kind(wanted: str, path: Path, raw: object) -> None:
     """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
     other = kind_of(raw)
-    keys = set(raw) if isinstance(raw, dict) else set()
-    if other and other != wanted and not keys & set(KIND_KEYS[wanted]):
+    if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)
-        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, and {KIND_NAMES[wanted]} is wanted here; use `{command}`")
+        raise ConfigError(f"{path}: is {KIND_NAMES[other]}, not {KIND_NAMES[wanted]}. Use `{command}`")

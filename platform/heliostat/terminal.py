@@ -1,4 +1,4 @@
-"""Shares one console for standard error, so that a live line and log lines on a terminal do not write over each other."""
+"""Shares one console for standard error, so that a live line and log lines on a terminal don't overwrite each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ console = Console(stderr=True)
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration in the two largest units that it has, as `42 s`, `5 min 10 s`, `3 h 20 min` or `2 d 4 h`."""
+    """Formats a duration in its two largest units, for example `42 s`, `5 min 10 s`, `3 h 20 min`, or `2 d 4 h`."""
     whole = max(0, round(seconds))
     for size, unit, smaller, name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if whole >= size:
@@ -17,8 +17,8 @@ def duration(seconds: float) -> str:
 
 
 def fit(parts: list[tuple[int, str]], width: int, gap: str = "  ") -> str:
-    """Joins texts to one line of at most `width`: those of the highest rank number are left out first, and what stays keeps
-    its order. The first part alone is cut rather than left out."""
+    """Joins texts to one line of at most `width` characters. Texts with the highest rank number are left out first, and the
+    rest keep their order. If only the first text remains, it is truncated."""
     kept = [(rank, text) for rank, text in parts if text]
     while len(kept) > 1 and len(gap.join(text for _, text in kept)) > width:
         kept.remove(max(kept[1:], key=lambda one: one[0]))

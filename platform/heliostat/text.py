@@ -1,7 +1,8 @@
-"""Makes text that others wrote safe for a terminal: names of files, samples, captions, messages of a library or a server."""
+"""Makes untrusted text safe for a terminal: file names, samples, captions, messages of a library or a server."""
 
 from __future__ import annotations
 
+import difflib
 import re
 
 # C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides and isolates of direction
@@ -10,9 +11,9 @@ LONGEST = 300
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Escapes everything in the text that moves a terminal's cursor, colours it, or turns its writing around.
+    """Escapes everything in the text that moves a terminal's cursor, colors it, or reverses its direction.
 
-    `lines`: line breaks and tabs stay.
+    `lines`: keeps line breaks and tabs.
     """
     return UNSAFE.sub(lambda match: match[0] if lines and match[0] in "\n\t" else _escape(match[0]), text)
 
@@ -27,9 +28,20 @@ def plural(count: float, noun: str) -> str:
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
-    """Cuts a text to its first line, printable and of at most `longest` characters: what of a library's words belongs into an
+    """Cuts a text to its first line, printable, with at most `longest` characters: the part of a library's message for an
     error."""
     said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
     line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])
     return shown if len(shown) <= longest else f"{shown[: longest - 4]} ..."
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """Suggests the nearest choice as `; did you mean 'x'?`.
+
+    Lists all choices if none is near, and returns nothing if there are none, or more than 30.
+    """
+    close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""

@@ -42,8 +42,8 @@ def llama(size: str) -> Any:
 def engine(size: str, stage: int, workers: int, universal: bool = False) -> Any:
     from heliostat.engine import deepspeed_engine
 
-    changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch": workers}
-    changes |= {"train.micro_batch": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
+    changes: dict[str, Any] = {"train.zero.stage": stage, "workers.count": workers, "train.global_batch_size": workers}
+    changes |= {"train.micro_batch_size": 1, "train.deepspeed": {"checkpoint": {"load_universal": universal}}}
     return deepspeed_engine.build_engine(job(**changes), Around(lambda: llama(size)))
 
 

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.cli [--rounds 5]
 
 Of the child process, in seconds, least of the rounds: the least disturbed. `check` and `train` want the dataset of
-`heliostat prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
+`heliostat data prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CASES: dict[str, tuple[list[str], float | None]] = {
     "--help": (["--help"], HELP),
     "train --help": (["train", "--help"], None),
     "check, unknown key": (["check", JOB, "--set", "train.stpes=1"], CHECK),
-    "check, batch does not divide": (["check", JOB, "--set", "train.global_batch=9"], CHECK),
+    "check, batch does not divide": (["check", JOB, "--set", "train.global_batch_size=9"], CHECK),
     "check, unknown architecture": (["check", JOB, "--set", "model.arch=lama"], None),
     "check, no dataset": (["check", JOB, "--set", "data.sources.0.path=nothing"], CHECK),
     "check --offline, right": (["check", JOB, "--offline"], CHECK),

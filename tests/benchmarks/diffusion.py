@@ -35,7 +35,7 @@ def prepare(folder: Path, name: str, **keys: Any) -> Path:
     raw |= {"output": str(folder / name), "resolution": 32, **keys}
     path = folder / f"{name}-pipeline.yaml"
     path.write_text(yaml.safe_dump(raw))
-    harness.heliostat("prepare", path)
+    harness.heliostat("data", "prepare", path)
     return folder / name
 
 
@@ -44,7 +44,7 @@ def job(folder: Path, name: str, data: Path, steps: int, batch: int = BATCH, **m
     raw["name"], raw["data"] = name, {"sources": [{"path": str(data)}]}
     raw["model"]["backbone"] |= CHANNELS
     raw["model"] |= {"samples": {}, **model}
-    raw["train"] |= {"steps": steps, "global_batch": batch, "micro_batch": min(16, batch // 2), "log_every": 1}
+    raw["train"] |= {"steps": steps, "global_batch_size": batch, "micro_batch_size": min(16, batch // 2), "log_every": 1}
     raw["train"]["schedule"] = {"name": "constant"}
     raw["evaluate"] = {"every": steps, "samples": 16, "fraction": 0.05}
     raw["checkpoint"] = {"every": steps // 2}

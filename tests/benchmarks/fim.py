@@ -25,9 +25,9 @@ break between them). The token that ends documents stands first where the traini
 that ends the middle, which it must write; `plain` has none, and the nearest thing is the suffix's first token behind the middle.
 The two are different events.
 
-**Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat benchmark` has them. `fim` ends its middle
-itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself: cut
-as an editor can, where it goes on with the suffix's first 8 characters (behind its spaces), else behind its line.
+**Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat model benchmark` has them. `fim` ends its
+middle itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself:
+cut as an editor can, where it goes on with the suffix's first 8 characters (behind its spaces), else behind its line.
 """
 
 from __future__ import annotations

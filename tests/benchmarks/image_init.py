@@ -1,6 +1,7 @@
 """Held-out loss of small U-Nets and PixArts that begin as their authors have it, against torch's default weights.
 
-    heliostat prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init [--steps 600]
+    heliostat data prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init [--steps
+    600]
 
 The model, the samples, the loss, the schedule and the average are those of `jobs/quickstart-diffusion.yaml`, in a plain loop of
 one process: no Ray, no ZeRO. PixArt takes the U-Net's place with a backbone of its own and a lower rate. The two starts of a seed
@@ -34,8 +35,8 @@ HELD_OUT = 128
 def settings(arch: str, steps: int, batch: int, seed: int) -> list[str]:
     """What is other than in the quickstart's job."""
     backbone = [f"model.backbone={PIXART}"] if arch == "pixart" else []
-    return [*backbone, f"train.optimizer.lr={RATES[arch]}", f"train.steps={steps}", f"train.global_batch={batch}",
-            f"train.micro_batch={batch // 4}", f"train.seed={seed}", f"data.seed={seed}", "evaluate.every=100",
+    return [*backbone, f"train.optimizer.lr={RATES[arch]}", f"train.steps={steps}", f"train.global_batch_size={batch}",
+            f"train.micro_batch_size={batch // 4}", f"train.seed={seed}", f"data.seed={seed}", "evaluate.every=100",
             f"evaluate.samples={HELD_OUT}", "model.samples={}", "mlflow.register=null"]  # fmt: skip
 
 
@@ -68,7 +69,9 @@ def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
         for group in optimizer.param_groups:
             group["lr"] = given.lr * schedules.factor(train.schedule, step, train.steps)
         samples = dataset.order.step(step).ravel()
-        batch = recipe.batch(dataset.read(dataset.order.locate(samples)), step * train.global_batch + np.arange(len(samples)))
+        batch = recipe.batch(
+            dataset.read(dataset.order.locate(samples)), step * train.global_batch_size + np.arange(len(samples))
+        )
         (recipe.loss(model, batch).sum / len(samples)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
         optimizer.step()

@@ -1,10 +1,11 @@
-"""Chaos for `heliostat infer`: a worker, a node and the driver killed in one batch inference, against one that nobody disturbed.
+"""Chaos for `heliostat model infer`: a worker, a node and the driver killed in one batch inference, against one that nobody
+disturbed.
 
     python -m tests.benchmarks.infer_chaos MODEL [--inputs 20000] [--tokens 4] [--batch 64] [--rounds 1] [--seed 0]
 
-MODEL is an exported folder, as `heliostat export RUN OUT` writes. The inputs are short: 2 to 8 words in eight files, each with
-one line that is no JSON and one without a text. The unbroken run has a private Ray with two workers; the others a cluster of two
-nodes (raylets on loopback addresses, one CPU each). In a round each strikes once, in a random order, at random moments:
+MODEL is an exported folder, as `heliostat model export RUN OUT` writes. The inputs are short: 2 to 8 words in eight files, each
+with one line that is no JSON and one without a text. The unbroken run has a private Ray with two workers; the others a cluster of
+two nodes (raylets on loopback addresses, one CPU each). In a round each strikes once, in a random order, at random moments:
 
     worker    SIGKILL to a process that answers a piece of the input
     node      all of a node is killed, and another joins
@@ -72,7 +73,17 @@ class Inference:
     def round(self, name: str, rng: random.Random, tasks: int, environment: dict[str, str]) -> Round:
         folder, given = self.folder / name, self.given
         folder.mkdir()
-        words = ["infer", str(given.model), "--input", str(self.folder / "in"), "--out", str(folder / "out"), "--keep", "n"]
+        words = [
+            "model",
+            "infer",
+            str(given.model),
+            "--input",
+            str(self.folder / "in"),
+            "--out",
+            str(folder / "out"),
+            "--keep",
+            "n",
+        ]
         words += ["--max-tokens", str(given.tokens), "--batch", str(given.batch), "--seed", str(given.seed)]
         done = Location(str(folder / "out/work/done/infer"))
         return Round(folder, words, done, rng, tasks, environment, limit_s=LIMIT_S)

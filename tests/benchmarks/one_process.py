@@ -34,7 +34,7 @@ def train(made: Any, share: Callable[[int, float], float]) -> tuple[Any, int, fl
         began = time.process_time()
         at = min(settings.steps - 1, int(done * settings.steps))
         deepspeed_engine.set_lr(engine, settings.optimizer.lr * factor(settings.schedule, at, settings.steps))
-        for part in np.split(rows, settings.global_batch // settings.micro_batch):
+        for part in np.split(rows, settings.global_batch_size // settings.micro_batch_size):
             batch = recipe.batch(part)
             engine.backward(recipe.loss(engine, batch).sum / recipe.terms(batch))
             engine.step()

@@ -1,4 +1,4 @@
-"""Holds the plan to published runs, by hand: prints the tables of docs/plan.md, counts the models again, fits the constants.
+"""Holds the plan to published runs, by hand: prints the tables of docs/benchmarks/plan.md, counts models, fits constants.
 
 python -m tests.benchmarks.plan_published            # every run, measured and planned, and the errors
 python -m tests.benchmarks.plan_published --count    # counts the operations of the table's models again (two minutes)

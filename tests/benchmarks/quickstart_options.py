@@ -37,8 +37,8 @@ OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
     "output projections of zeros": ["model.init={zero_output_projections: true}"],
     "vocabulary of 1,024": ["vocabulary=1024"],
     "vocabulary of 4,096": ["vocabulary=4096"],
-    "twice the batch": ["train.global_batch=32"],
-    "samples of 256 tokens": ["data.sequence_length=256", "train.global_batch=8", "train.micro_batch=4"],
+    "twice the batch": ["train.global_batch_size=32"],
+    "samples of 256 tokens": ["data.sequence_length=256", "train.global_batch_size=8", "train.micro_batch_size=4"],
     "bf16": ["train.precision=bf16"],
 }
 
@@ -47,7 +47,7 @@ def dataset(vocabulary: str) -> Path:
     """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
     folder = harness.ROOT / f".heliostat/data/quickstart-{vocabulary}"
     settings = {"output": str(folder), "tokenizer.vocab_size": vocabulary}
-    harness.heliostat("prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
     return folder
 
 
@@ -66,7 +66,7 @@ def play(made: Any, seconds: float) -> tuple[float, float]:
     engine, steps, spent = one_process.train(made, lambda _, spent: spent / seconds)
     found = one_process.scores(made, engine, made.order.held_out(made.job.evaluate.samples))["bits_per_byte"]
     deepspeed_engine.destroy_engines()
-    return steps * made.job.train.global_batch * made.job.data.sequence_length / spent, found
+    return steps * made.job.train.global_batch_size * made.job.data.sequence_length / spent, found
 
 
 def main() -> None:

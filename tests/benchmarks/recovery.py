@@ -55,7 +55,7 @@ PHASES = {
     "step": "data",
     "stepped": "first step",
 }  # fmt: skip (the part that the phase's beginning ends)
-ELASTIC = ["workers.count=[2, 3]", "train.global_batch=24", "data.lanes=6"]
+ELASTIC = ["workers.count=[2, 3]", "train.global_batch_size=24", "data.virtual_ranks=6"]
 
 
 class Recording(progress.ProgressReporter):

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.start [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
 
-Wants the dataset of `heliostat prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of whoever
-started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second `heliostat.train` in a
-process whose first has left its private Ray there. Trial: each but the first of a sweep that runs one at a time, from the trial's
-own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
+Wants the dataset of `heliostat data prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of
+whoever started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second
+`heliostat.train` in a process whose first has left its private Ray there. Trial: each but the first of a sweep that runs one at a
+time, from the trial's own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
 docs/benchmarks/start.md has the table, and what the parts are.
 """
 
@@ -84,7 +84,7 @@ def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
     sweep["space"] = {"train.seed": {"grid": list(range(rounds + 1))}}
     file = Path(folder) / "sweep.yaml"
     file.write_text(json.dumps(sweep))
-    harness.heliostat("tune", file)
+    harness.heliostat("sweep", "run", file)
     results = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("sweep/trials/*/summary.json"))[1:]]
     return [told({"command to first step": one["seconds_to_first_step"], **one["startup"]}) for one in results]
 

@@ -20,7 +20,7 @@ STEPS = 1_000_000  # more than both train
 
 def main() -> None:
     options = harness.arguments(__doc__, pairs=40, turn=5.0)
-    harness.heliostat("prepare", "pipelines/quickstart.yaml")
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml")
     data = harness.ROOT / ".heliostat/data/quickstart"
     with tempfile.TemporaryDirectory() as name:
         both = {}

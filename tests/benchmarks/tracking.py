@@ -35,7 +35,7 @@ def job(folder: Path, name: str, uri: str) -> Job:
         {
             "name": name, "recipe": "heliostat.recipes:CausalLM", "model": {"arch": "llama"}, "storage": str(folder / "runs"),
             "data": {"sources": [{"path": str(folder / "none")}], "sequence_length": 64},
-            "train": {"steps": 1_000_000, "global_batch": 8, "micro_batch": 8, "optimizer": {"lr": 1e-3}},
+            "train": {"steps": 1_000_000, "global_batch_size": 8, "micro_batch_size": 8, "optimizer": {"lr": 1e-3}},
             "checkpoint": {"every": 1000}, "mlflow": {"uri": uri, "experiment": "benchmark"},
         }
     )  # fmt: skip

@@ -27,10 +27,10 @@ LLAMA = {"arch": "llama", "hidden_size": 384, "num_hidden_layers": 8, "num_atten
 def job(folder: Path, steps: int, precision: str) -> Path:
     raw: dict[str, Any] = yaml.safe_load((harness.ROOT / "jobs/quickstart.yaml").read_text())
     raw["model"] = LLAMA
-    raw["train"] |= {"steps": steps, "global_batch": 16, "micro_batch": 8, "precision": precision, "log_every": 1}
+    raw["train"] |= {"steps": steps, "global_batch_size": 16, "micro_batch_size": 8, "precision": precision, "log_every": 1}
     raw["train"]["optimizer"] = {"name": "adamw", "lr": 2e-3}
     raw["train"]["schedule"] = {"name": "constant"}
-    raw["data"].pop("lanes")
+    raw["data"].pop("virtual_ranks")
     raw["evaluate"] = {"every": steps // 2, "samples": 16, "fraction": 0.01}
     raw["checkpoint"] = {"every": steps // 3}
     raw["watchdog"] = {"stall": 3600}  # it stands still between its turns
@@ -42,7 +42,7 @@ def job(folder: Path, steps: int, precision: str) -> Path:
 
 def main() -> None:
     options = harness.arguments(__doc__, steps=60, turn=12.0, stages=[1, 2, 3], precision=["bf16", "fp32"])
-    harness.heliostat("prepare", "pipelines/quickstart.yaml")
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml")
     with tempfile.TemporaryDirectory() as name:
         for precision in options.precision:
             path = job(Path(name), options.steps, precision)

@@ -54,8 +54,8 @@ def asha(folder: Path, steps: int, trials: int) -> None:
     rates = [rates[i] for i in np.random.default_rng(0).permutation(trials)]
     asked = {"name": "asha", "grace": steps // 8, "reduction": 2}
     found = {
-        "grid": harness.heliostat("tune", sweep(folder, "grid", steps, rates, {"name": "none"})),
-        "ASHA": harness.heliostat("tune", sweep(folder, "asha", steps, rates, asked)),
+        "grid": harness.heliostat("sweep", "run", sweep(folder, "grid", steps, rates, {"name": "none"})),
+        "ASHA": harness.heliostat("sweep", "run", sweep(folder, "asha", steps, rates, asked)),
     }
     print(f"\nthe quickstart, {steps} steps, {trials} trials of 2 workers\n")
     harness.head("", "best lr", "its held-out loss", "steps", "share", "seconds")
@@ -70,7 +70,7 @@ def overhead(folder: Path, steps: int, rounds: int) -> None:
     direct, trial, first = [], [], []
     for i in range(rounds):
         path = sweep(folder, f"one{i}", steps, [2e-3], {"name": "none"})
-        result = harness.heliostat("tune", path)
+        result = harness.heliostat("sweep", "run", path)
         trial.append(result["trials"][0]["seconds"])
         started = json.loads((Path(result["best"]["run_folder"]) / "summary.json").read_text())
         fixed = yaml.safe_load(path.read_text())["set"]
@@ -88,7 +88,7 @@ def overhead(folder: Path, steps: int, rounds: int) -> None:
 
 def main() -> None:
     options = harness.arguments(__doc__, steps=80, trials=8, rounds=3, only=["asha", "overhead"])
-    harness.heliostat("prepare", "pipelines/quickstart.yaml")
+    harness.heliostat("data", "prepare", "pipelines/quickstart.yaml")
     with tempfile.TemporaryDirectory() as name:
         if "asha" in options.only:
             asha(Path(name), options.steps, options.trials)

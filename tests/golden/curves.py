@@ -87,10 +87,15 @@ def job_of(case: Case, folder: Path) -> Job:
     """8 samples a step: of text in micro-batches of 2 (4 or 2 a worker), of images in micro-batches of 4 (2 or 1 a worker)."""
     changes: dict[str, Any] = {"train.precision": case.precision, "train.zero.stage": case.stage, "workers.count": case.workers}
     changes |= {"train.steps": TRAINED, "train.schedule": {"name": "cosine", "warmup_steps": 4}, "data.seed": 5, "train.seed": 11}
-    changes |= {"evaluate": None, "data.window": 64, "data.lanes": 2, "train.optimizer": {"lr": RATE[case.recipe]}}
+    changes |= {
+        "evaluate": None,
+        "data.shuffle_window": 64,
+        "data.virtual_ranks": 2,
+        "train.optimizer": {"lr": RATE[case.recipe]},
+    }
     if case.recipe == "text_to_image":
         images = build_images.job(folder / "text_to_image", caption_dropout=0.2)
-        return job(**{**images, **changes, "train.micro_batch": 4, "train.recipe_version": 1})
+        return job(**{**images, **changes, "train.micro_batch_size": 4, "train.recipe_version": 1})
     changes |= {"data.sources": [{"path": str(folder / "causal_lm")}], "data.document_mask": case.recipe == "causal_lm_documents"}
     return job(**{**changes, "model": {**BASE["model"], "vocab_size": 96}})
 

@@ -88,7 +88,12 @@ def attending(kernel: str) -> Iterator[Row]:
     """A job that names what computes attention, samples of one document and of several, beside torch's own on the CPU."""
     setting.start()
     for several in (False, True):
-        changes = {"train.attention": kernel, "train.precision": "bf16", "data.document_mask": several, "train.micro_batch": 1}
+        changes = {
+            "train.attention": kernel,
+            "train.precision": "bf16",
+            "data.document_mask": several,
+            "train.micro_batch_size": 1,
+        }
         yield _against_plain(f"{kernel}, {'several documents' if several else 'one document'} a sample, bf16", **changes)
 
 

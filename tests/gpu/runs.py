@@ -30,9 +30,9 @@ def job_file(folder: Path, workers: int, **changes: Any) -> Path:
     if not (folder / "data").exists():
         data.tokens(folder / "data")
     given = {
-        "recipe": "tests.integration.paced:Paced", "data.sources": [{"path": str(folder / "data")}], "data.lanes": 4,
+        "recipe": "tests.integration.paced:Paced", "data.sources": [{"path": str(folder / "data")}], "data.virtual_ranks": 4,
         "storage": str(folder / "runs"), "mlflow": {"uri": f"sqlite:///{folder}/mlflow.db", "experiment": "gpu"},
-        "train.steps": STEPS, "train.micro_batch": 2, "train.precision": "fp32", "train.zero.stage": 2, "train.log_every": 1,
+        "train.steps": STEPS, "train.micro_batch_size": 2, "train.precision": "fp32", "train.zero.stage": 2, "train.log_every": 1,
         "train.optimizer.eps": 1e-4, "evaluate": None, "checkpoint.every": EVERY, "retries": {"max": 3, "backoff": 0.5},
         "workers": {"count": workers, "gpus": int(setting.GPU)},
     }  # fmt: skip
@@ -71,7 +71,7 @@ def profile() -> Iterator[Row]:
                     if driver.poll() is not None:
                         raise RuntimeError(f"heliostat train: ended with {driver.returncode} before its first step")
                     time.sleep(0.2)
-                result = heliostat("profile", str(run.path), "--steps", "3")
+                result = heliostat("debug", "profile", str(run.path), "--steps", "3")
             finally:
                 if driver.poll() is None:
                     driver.terminate()  # saves, and ends
@@ -113,7 +113,7 @@ def elastic() -> Iterator[Row]:
         far = 0.0 if missing else apart(found, right)
         wrong = missing or (f"the losses are {far:.2g} from the unbroken run's" if far > SAME else "")
         yield _row("losses on 2, 1, and 2 workers, from those on 2", far, f"of {SAME}", wrong)
-        report = heliostat("verify", str(folder / "runs/small"))
+        report = heliostat("run", "verify", str(folder / "runs/small"))
         yield _row(
             "samples lost or repeated",
             report["lost"] + report["repeated"],

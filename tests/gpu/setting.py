@@ -34,7 +34,12 @@ def start() -> Any:
 def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4, **changes: Any) -> Any:
     """A job of one worker on this device; its learning rate makes a tiny model learn within a few steps."""
     base = {"model": model, "data.sequence_length": length, "workers": {"count": 1, "gpus": int(GPU)}, "train.steps": 1000}
-    base |= {"train.global_batch": batch, "train.micro_batch": micro, "train.optimizer.lr": 3e-3, "train.precision": "fp32"}
+    base |= {
+        "train.global_batch_size": batch,
+        "train.micro_batch_size": micro,
+        "train.optimizer.lr": 3e-3,
+        "train.precision": "fp32",
+    }
     return build_job(**(base | {key: value for key, value in changes.items() if value is not None}))
 
 
@@ -58,8 +63,8 @@ def engine(made: Any, its: Any) -> Any:
 def micros(made: Any, its: Any, step: int) -> list[Any]:
     """A step's micro-batches, on the CPU."""
     train, size = made.train, made.model["vocab_size"]
-    tokens = np.random.default_rng(step).zipf(1.3, (train.global_batch, made.data.sequence_length)) % size
-    parts = np.split(tokens.astype(np.int32), train.global_batch // train.micro_batch)
+    tokens = np.random.default_rng(step).zipf(1.3, (train.global_batch_size, made.data.sequence_length)) % size
+    parts = np.split(tokens.astype(np.int32), train.global_batch_size // train.micro_batch_size)
     return [its.batch(part, np.arange(len(part))) for part in parts]
 
 

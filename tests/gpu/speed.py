@@ -66,7 +66,7 @@ def train(
     on = setting.engine(made, its)
     step_s, steps = _timed(made, its, on, seconds)
     peak = peak_flops(torch.cuda.get_device_name(), precision) if setting.GPU else None
-    flops = (its.flops_per_sample(on.module) or 0.0) * made.train.global_batch
+    flops = (its.flops_per_sample(on.module) or 0.0) * made.train.global_batch_size
     mfu = flops / step_s / peak if peak else None
     compiling = {False: "", True: "compiled", "blocks": "compiled by layers"}[compile]
     name = f"{model}, {precision}, ZeRO-{stage}, {attention or 'sdpa'}"
@@ -74,7 +74,7 @@ def train(
     missed = goal is not None and mfu is not None and "H100" in torch.cuda.get_device_name() and mfu < goal
     yield {
         "kind": "speed", "what": name + (f", {optimizer}" if optimizer != "adamw" else ""), "ok": not missed, "steps": steps,
-        "step_s": step_s, "tokens_per_second": made.train.global_batch * length / step_s, "mfu": mfu, "goal": goal,
+        "step_s": step_s, "tokens_per_second": made.train.global_batch_size * length / step_s, "mfu": mfu, "goal": goal,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB if setting.GPU else None, "plan_gib": planned(made) / GIB,
     }  # fmt: skip
 

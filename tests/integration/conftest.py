@@ -130,8 +130,8 @@ def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
         "data": {"sequence_length": 64, "sources": [{"path": corpus}], "seed": 5},
         "train": {
             "steps": 20,
-            "global_batch": 8,
-            "micro_batch": 2,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
             "optimizer": {"lr": 3e-3},
             "schedule": {"name": "cosine", "warmup_steps": 4},
             "precision": "fp32",

@@ -54,7 +54,7 @@ def stopped(process: subprocess.Popen) -> int:
 
 
 class Endpoint:
-    """`heliostat serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
+    """`heliostat model serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.store = folder, f"sqlite:///{folder}/mlflow.db"
@@ -65,7 +65,17 @@ class Endpoint:
         keys = folder / "keys"
         keys.write_text(f"alice {KEY}\nbob {OTHER}\n")
         keys.chmod(0o600)
-        command = ["serve", f"models:/{NAME}@champion", "--mlflow", self.store, "--port", str(self.port), "--keys", str(keys)]
+        command = [
+            "model",
+            "serve",
+            f"models:/{NAME}@champion",
+            "--mlflow",
+            self.store,
+            "--port",
+            str(self.port),
+            "--keys",
+            str(keys),
+        ]
         self.process, self.log = started(folder, "is served at", *command, "--poll", "0.5", *options)
 
     def _register(self) -> None:

@@ -18,7 +18,7 @@ class Flipping(CausalLM):
 
     def batch(self, content: np.ndarray, keys: Any = None) -> Batch:
         if keys is not None:
-            self.step = int(keys[0]) // self.job.train.global_batch
+            self.step = int(keys[0]) // self.job.train.global_batch_size
         return super().batch(content, keys)
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:

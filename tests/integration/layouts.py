@@ -85,9 +85,14 @@ def in_rings(rings: Iterable[Sequence[Any]]) -> dict[Any, Any]:
 
 def described(name: Any, folder: Path, batch: int = 8, **changes: Any) -> Job:
     """The job of a case: a few clipped steps on the golden text, scored twice, with these changes."""
-    given: dict[str, Any] = {"name": str(name).replace("_", "-"), "storage": str(folder), "data.window": 64, "data.lanes": 4}
+    given: dict[str, Any] = {
+        "name": str(name).replace("_", "-"),
+        "storage": str(folder),
+        "data.shuffle_window": 64,
+        "data.virtual_ranks": 4,
+    }
     given |= {"data.sources": [{"path": str(folder / "causal_lm")}], "train.precision": "fp32", "train.steps": STEPS}
-    given |= {"train.global_batch": batch, "train.micro_batch": 1, "train.grad_clip": 0.5, "train.optimizer.lr": 3e-3}
+    given |= {"train.global_batch_size": batch, "train.micro_batch_size": 1, "train.grad_clip": 0.5, "train.optimizer.lr": 3e-3}
     given |= {"train.optimizer.eps": 1e-4, "evaluate": {"every": 2, "samples": 6, "fraction": 0.1}}
     return job(**given | changes)
 

@@ -24,7 +24,7 @@ def plain_losses(path: Path, settings: list[str]) -> list[float]:
     losses = []
     for step in range(job.train.steps):
         content = dataset.read(dataset.order.locate(dataset.order.step(step).ravel()))
-        keys = step * job.train.global_batch + np.arange(job.train.global_batch)
+        keys = step * job.train.global_batch_size + np.arange(job.train.global_batch_size)
         batch = recipe.batch(content, keys)
         for group in optimizer.param_groups:
             group["lr"] = settings_.lr * factor(job.train.schedule, step, job.train.steps)

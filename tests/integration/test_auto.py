@@ -14,7 +14,7 @@ def test_a_run_trains_in_the_layout_that_the_plan_finds_and_resumes_in_it(job_fi
     path = job_file("auto")
     wanted = heliostat.load_job(path, {**ASKED, "train.stop_after": 4})
     layout = layouts.of(auto.settled(wanted)).settings()
-    assert layout["train.micro_batch"] != wanted.train.micro_batch, "or this would show nothing"
+    assert layout["train.micro_batch_size"] != wanted.train.micro_batch_size, "or this would show nothing"
     first = heliostat.train(wanted)
     assert layouts.of(first.job).settings() == layout and not first.job.train.parallel.auto
     assert max(first.losses()) == 4

@@ -1,4 +1,4 @@
-"""`heliostat benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
+"""`heliostat model benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
 
 import contextlib
 import dataclasses
@@ -97,7 +97,7 @@ def answer_as_the_model(folder: Path) -> None:
 
 def benchmark(folder: Path, *words: str, code: int = 0, **environment: str) -> dict:
     out = folder / "result.json"
-    done = commands.run("benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
+    done = commands.run("model", "benchmark", *words, "--out", str(out), "--json", log=folder / "log", **ENV, **environment)
     assert done.returncode == code, done.err
     return json.loads(done.out.splitlines()[-1])
 
@@ -152,7 +152,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
     (last,) = client.get_metric_history(run_id, "bench/held_out_choice")[-1:]
     assert (last.step, last.value) == (STEP, score)
     assert client.list_artifacts(run_id, "benchmarks")[0].path == f"benchmarks/held-out-{STEP:08d}.json"
-    words = ["promote", "lm/1", "champion", "--mlflow", store, "--require"]
+    words = ["model", "promote", "lm/1", "champion", "--mlflow", store, "--require"]
     refused = commands.run(*words, f"bench/held_out_choice>{score}", log=tmp_path / "log")
     assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, required is >" in refused.err
     assert commands.run(*words, f"bench/held_out_choice>={score}", log=tmp_path / "log").returncode == 0
@@ -190,18 +190,22 @@ def test_solved_examples_and_fewer_of_them_are_as_lm_eval_has_them(place, tmp_pa
 METRIC, FILTER = {"task": "t", "metric": "accuracy"}, [{"name": "x", "filter": [{"function": "take_frist"}]}]
 CLASSES = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 WRONG = {  # what the task file has, the suite, and what is said
-    "no such task": ({}, {"tasks": ["held_out_choic"]}, "held_out_choic' is no task of .*did you mean 'held_out_choice'"),
-    "a group": ({}, {"tasks": ["mmlu"]}, "'mmlu' is a group of lm-eval's; name its tasks"),
-    "not its metric": ({}, {"tasks": [METRIC]}, "metric: 'accuracy' is none of the task's; there are acc, acc_norm"),
-    "unknown metric": ({"metric_list": [{"metric": "acurracy"}]}, {}, "t.yaml: metric_list: 'acurracy' is no metric of lm-eval"),
-    "missing data": ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, {}, "t.yaml: data_files: there is no .*gone.jsonl"),
-    "missing split": ({"test_split": "tset"}, {}, "t.yaml: the task cannot be built: .*tset"),
-    "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: the task cannot be built: .*contxt"),
+    "no such task": ({}, {"tasks": ["held_out_choic"]}, "held_out_choic' isn't a task of .*Did you mean 'held_out_choice'"),
+    "a group": ({}, {"tasks": ["mmlu"]}, "'mmlu' is a group of tasks in lm-eval. Name its tasks"),
+    "not its metric": ({}, {"tasks": [METRIC]}, "metric: 'accuracy' isn't a metric of the task. Metrics: acc, acc_norm"),
+    "unknown metric": (
+        {"metric_list": [{"metric": "acurracy"}]},
+        {},
+        "t.yaml: metric_list: 'acurracy' isn't a metric of lm-eval",
+    ),
+    "missing data": ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, {}, "t.yaml: data_files: .*gone.jsonl: no such file"),
+    "missing split": ({"test_split": "tset"}, {}, "t.yaml: can't build the task: .*tset"),
+    "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: can't build the task: .*contxt"),
     "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
     "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' is not a choice; did you mean"),
-    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' is no filter; did you mean"),
+    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter; did you mean"),
     "code of a library": ({"generation_kwargs": {"custom_generate": "x/y"}}, {}, "generation_kwargs: 'custom_generate' is not"),
-    "code in a template": ({"doc_to_text": CLASSES}, {}, "t.yaml: the task cannot be built: SecurityError"),
+    "code in a template": ({"doc_to_text": CLASSES}, {}, "t.yaml: can't build the task: SecurityError"),
 }
 
 
@@ -231,7 +235,7 @@ def test_functions_are_scored_by_tests_that_are_run_in_a_sandbox(place, tmp_path
     (tmp_path / "functions.yaml").write_text(yaml.safe_dump(task))
     told = {"name": "x", "tasks": ["functions"], "contamination": {"measure": False}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(told))
-    with pytest.raises(ConfigError, match=r"functions\.yaml: unit_tests: runs what the model .* does not allow"):
+    with pytest.raises(ConfigError, match=r"functions\.yaml: unit_tests: runs the model's code, .* doesn't allow"):
         Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({**told, "run_code": True}))
     with contextlib.closing(Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)) as made:
@@ -251,7 +255,7 @@ def test_a_model_that_is_no_language_model_is_one_line(place, tmp_path):
     pictures.mkdir()
     told = json.loads((folder / "model" / "heliostat.json").read_text()) | {"recipe": "heliostat.recipes:TextToImage"}
     (pictures / "heliostat.json").write_text(json.dumps(told))
-    assert "is no language model" in benchmark(tmp_path, str(pictures), suite, code=2)["error"]["message"]
+    assert "isn't a language model" in benchmark(tmp_path, str(pictures), suite, code=2)["error"]["message"]
 
 
 @pytest.fixture
@@ -309,7 +313,7 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
         first.follow(poll_s=0.05)
         made = summary(first)
         assert scored == [10, 30] == [one["step"] for one in made["steps"]]
-        assert made["removed"] == dict.fromkeys(("20", "25"), "retention has removed its checkpoint before it was scored")
+        assert made["removed"] == dict.fromkeys(("20", "25"), "retention removed its checkpoint before it was scored")
         assert list(made["torn"]) == ["40"] and made["failed"] == {}
         curve = client.get_metric_history(run_id, "bench/held_out_choice")
         assert [(point.step, point.value) for point in curve] == [
@@ -337,7 +341,7 @@ def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
     pages = manifest.read(Location(str(folder / "pages")))
     suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
-    changes = {"train.steps": 6, "train.micro_batch": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
+    changes = {"train.steps": 6, "train.micro_batch_size": 8, "workers": {"count": 1}, "checkpoint": {"every": 2, "keep": 5},
                "evaluate.every": 2, "evaluate.samples": 8, "mlflow.uri": store, "storage": str(tmp_path / "runs"),
                "evaluate.benchmarks": {"suite": str(tmp_path / "suite.yaml"), "every": 4}}  # fmt: skip
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_on(pages, **changes).dump()))
@@ -362,7 +366,5 @@ def test_task_files_and_data_sets_of_a_store_are_those_of_the_folder(place, tmp_
         for one, other in zip(far.tasks, near.tasks, strict=True):
             assert list(one.task.eval_docs) == list(other.task.eval_docs) and len(one.task.eval_docs) > 5
     store.join("data", "held_out_cloze.jsonl").delete()
-    with pytest.raises(
-        ConfigError, match=r"held_out_cloze\.yaml\S*: data_files: there is no s3://suites/held-out/data/held_out_cloze"
-    ):
+    with pytest.raises(ConfigError, match=r"held_out_cloze\.yaml\S*: data_files: s3://suites/held-out/data/held_out_cloze"):
         Benchmark(*load(tmp_path / "suite.yaml"), quiet=True)

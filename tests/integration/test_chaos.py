@@ -1,4 +1,4 @@
-"""`heliostat chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
+"""`heliostat debug chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing
     job["model"] |= model
     job["train"] |= {"steps": 30, **train}
     chaos_job.write_text(yaml.safe_dump(job))
-    (row,) = ask(capsys, "chaos", str(chaos_job), "--faults", "kill-worker")["faults"]
+    (row,) = ask(capsys, "debug", "chaos", str(chaos_job), "--faults", "kill-worker")["faults"]
     assert (row["fault"], row["lost"], row["repeated"]) == ("kill-worker", 0, 0)
     assert row["loss_difference"] < 1e-5 and row["recovered_s"] > row["detected_s"] > 0
 
@@ -41,7 +41,7 @@ def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing
 def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job, capsys):
     """One costs a restart from the checkpoint before the torn one, one the samples of a chunk, one a command, and none more."""
     faults = "torn-checkpoint,corrupt-shard,kill-driver-late"
-    torn, corrupt, late = ask(capsys, "chaos", str(chaos_job), "--faults", faults)["faults"]
+    torn, corrupt, late = ask(capsys, "debug", "chaos", str(chaos_job), "--faults", faults)["faults"]
     assert (late["lost"], late["repeated"], late["recomputed_steps"], late["loss_difference"]) == (0, 0, 0, 0)
     assert [torn["fault"], corrupt["fault"]] == ["torn-checkpoint", "corrupt-shard"]
     assert {key: torn[key] for key in ("lost", "repeated")} == {key: corrupt[key] for key in ("lost", "repeated")} == {

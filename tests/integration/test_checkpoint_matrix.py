@@ -80,8 +80,8 @@ class Model(nn.Module):
 
 def _engine(case: Case) -> Any:
     changes = {"train.zero.stage": case.stage, "train.precision": case.precision, "workers.count": case.workers}
-    changes |= {"train.global_batch": BATCH, "train.optimizer.lr": 0.05}
-    changes["train.micro_batch"] = BATCH // case.workers // case.micros
+    changes |= {"train.global_batch_size": BATCH, "train.optimizer.lr": 0.05}
+    changes["train.micro_batch_size"] = BATCH // case.workers // case.micros
     if case.offload:
         changes["train.zero.offload.optimizer"] = "cpu"
     # tiny parameters would otherwise stay gathered, and hide faults of stage 3

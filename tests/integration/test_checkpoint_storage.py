@@ -131,7 +131,7 @@ def test_a_flipped_bit_is_found_by_all_ranks_before_anything_is_used(tmp_path: P
     damaged = by_case["damaged"]
     assert [(row["error"], row["step"]) for row in damaged] == [("CorruptCheckpointError", 20)] * 2
     assert all("step-00000020/shard-00000.safetensors: bytes" in row["text"] for row in damaged)
-    assert "are not what was written (CRC-32)" in by_case["exported"][0]["text"]
+    assert "have changed since they were written (CRC-32)" in by_case["exported"][0]["text"]
     assert [row["right"] for row in by_case["whole"] + by_case["torch"]] == [True] * 3
 
 
@@ -181,7 +181,7 @@ def test_a_full_disk_is_a_storage_error_on_all_ranks_and_the_checkpoint_before_s
 def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     run = Location(folder)
     saver = checkpoint.Saver(run, spec.Checkpoint.model_validate({"every": 1, "best": {"metric": "accuracy"}}), group)
-    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' is no score; there are loss$"):
+    with pytest.raises(ConfigError, match=r"^checkpoint.best.metric: 'accuracy' isn't a score of the recipe\. Scores: loss$"):
         saver.save(1, _state(_whole(1, 1000)), FACTS)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
     saver.save(1, _state(_whole(1, 1000)), FACTS)
@@ -191,7 +191,7 @@ def refusals(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
         ({"master.new": torch.zeros(3)}, "has no 'master.new'"),
         ({"master.small": torch.zeros(30)}, "holds 'master.small' in another shape"),
     ]:
-        with pytest.raises(CheckpointError, match=f"{message}; it was made by another model"):
+        with pytest.raises(CheckpointError, match=f"{message}, so another model made it"):
             checkpoint.load(found, other, group)
     yield {"done": True}
 

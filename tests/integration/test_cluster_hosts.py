@@ -164,7 +164,7 @@ def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, c
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
         heliostat(tmp_path, env, "submit", "job.yaml", "-c", url)
         until(lambda: living(url, token) == 3, "two nodes more")
-        log_ = heliostat(tmp_path, env, "logs", "scaled", "--follow")
+        log_ = heliostat(tmp_path, env, "job", "logs", "scaled", "--follow")
         assert "step 6/6" in log_
         until(lambda: living(url, token) == 1, "end of what is idle")
     finally:

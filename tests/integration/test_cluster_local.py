@@ -77,7 +77,7 @@ class Workspace:
 
     def served(self, model: Path, port: int, log: Path) -> subprocess.Popen:
         """Serves a model on the cluster, as `tiny`."""
-        words = ("serve", str(model), "--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny")
+        words = ("model", "serve", str(model), "--cluster", "test", "--port", str(port), "--no-keys", "--name", "tiny")
         process = self.started(log, *words)
         until(lambda: "tiny is served at" in log.read_text(), "endpoint", LONG_S, lambda: process.poll() is None, log.read_text)
         return process
@@ -85,7 +85,7 @@ class Workspace:
     def trains(self, name: str, run: Location, least: int = 1) -> None:
         """Waits until a run has got to a step."""
         until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", LONG_S,
-              said=lambda: self.heliostat("logs", name))  # fmt: skip
+              said=lambda: self.heliostat("job", "logs", name))  # fmt: skip
 
     @property
     def token(self) -> str:
@@ -142,16 +142,16 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
     work.heliostat("submit", "onto.yaml", "-c", "cluster.yaml", "--set", "train.seed=2", code=2)  # another: refused
 
     work.trains("onto", run, 10)
-    seen = work.json("status", "onto")
+    seen = work.json("job", "status", "onto")
     assert seen["status"] == "RUNNING" and 10 <= seen["progress"]["step"] < STEPS and seen["progress"]["eta_s"] > 0
-    stopped = work.json("stop", "onto")
+    stopped = work.json("job", "stop", "onto")
     assert stopped["status"] == "STOPPED" and stopped["progress"]["step"] < STEPS
-    assert re.search(r"\bonto +stopped\b", work.heliostat("jobs", "-c", "cluster.yaml"))
+    assert re.search(r"\bonto +stopped\b", work.heliostat("job", "list", "-c", "cluster.yaml"))
     work.heliostat("submit", "onto.yaml", "-c", "cluster.yaml", code=2)  # it says to use resume
 
-    log = work.heliostat("resume", "onto", "--follow")
+    log = work.heliostat("job", "resume", "onto", "--follow")
     assert f"step {STEPS}/{STEPS}" in log and "step 1/" not in log  # it went on, and the first submission's log is left out
-    assert work.json("status", "onto")["progress"]["fraction"] == 1.0
+    assert work.json("job", "status", "onto")["progress"]["fraction"] == 1.0
     found = MlflowClient(tracking_uri=tracking).search_runs(
         [e.experiment_id for e in MlflowClient(tracking_uri=tracking).search_experiments()], "tags.mlflow.runName = 'onto'"
     )
@@ -165,7 +165,7 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
     (work.folder / "late.yaml").write_text(yaml.safe_dump({**raw, "name": "late"}))
     settings = ["--set", "data.sources.0.max_epochs=0.5", "--set", "train.steps=100000", "--set", "evaluate.every=100000"]
     out = work.heliostat("submit", "late.yaml", "-c", "cluster.yaml", "--follow", *settings, code=2)
-    assert "train.steps: 100000, but with max_epochs the data lasts for" in out
+    assert "train.steps: the data lasts for" in out
 
 
 def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
@@ -199,37 +199,37 @@ def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
         run = Location(work.json("submit", "dead.yaml", "-c", "cluster.yaml")["run_folder"])
         work.trains("dead", run)
     began = time.monotonic()
-    assert work.json("stop", "dead", "--now")["status"] == "STOPPED"
+    assert work.json("job", "stop", "dead", "--now")["status"] == "STOPPED"
     assert time.monotonic() - began < 60
-    assert [j["id"] for j in work.json("jobs", "-c", "cluster.yaml")["jobs"]].count("dead") == 1
-    assert not any(j["id"].startswith("stop-") for j in work.json("jobs", "-c", "cluster.yaml")["jobs"])
+    assert [j["id"] for j in work.json("job", "list", "-c", "cluster.yaml")["jobs"]].count("dead") == 1
+    assert not any(j["id"].startswith("stop-") for j in work.json("job", "list", "-c", "cluster.yaml")["jobs"])
 
 
 @pytest.mark.slow  # minutes
 def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
-    """`heliostat tune --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
+    """`heliostat sweep run --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
     sweep = {"name": "rates", "job": "onto.yaml", "searcher": {"name": "grid"}, "register_best": False}
     sweep["set"] = {"train.steps": 8, "evaluate.every": 8, "checkpoint.every": 8}
     sweep["space"] = {"train.optimizer.lr": {"grid": [1e-5, 1e-3]}}
     (work.folder / "rates.yaml").write_text(yaml.safe_dump(sweep))
     wrong = "space={train.optimizer.rl: {grid: [1]}}"
-    refused = work.heliostat("tune", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
+    refused = work.heliostat("sweep", "run", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
     assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
-    sent = work.json("tune", "rates.yaml", "-c", "cluster.yaml")
+    sent = work.json("sweep", "run", "rates.yaml", "-c", "cluster.yaml")
     folder = Location(sent["run_folder"])
     until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", LONG_S,
-          said=lambda: work.heliostat("logs", "rates"))  # fmt: skip
-    assert work.json("stop", "rates")["status"] == "STOPPED"
-    assert not work.json("sweep", sent["run_folder"])["running"]
-    done = work.json("resume", "rates", "--follow")
+          said=lambda: work.heliostat("job", "logs", "rates"))  # fmt: skip
+    assert work.json("job", "stop", "rates")["status"] == "STOPPED"
+    assert not work.json("sweep", "show", sent["run_folder"])["running"]
+    done = work.json("job", "resume", "rates", "--follow")
     assert (done["id"], done["status"]) == ("rates", "SUCCEEDED")
-    found = work.json("sweep", done["run_folder"])
+    found = work.json("sweep", "show", done["run_folder"])
     assert [t["status"] for t in found["trials"]] == ["finished", "finished"]
     assert found["best"]["params"] == {"train.optimizer.lr": 1e-3}
-    assert work.json("status", "rates")["progress"] == {
+    assert work.json("job", "status", "rates")["progress"] == {
         "step": 2, "steps": 2, "fraction": 1.0, "eta_s": None, "unit": "trial"}  # fmt: skip
-    assert "trial 1" in work.heliostat("logs", "rates")
-    assert work.json("tune", "rates.yaml", "-c", "cluster.yaml")["id"] == "rates"  # it is there already
+    assert "trial 1" in work.heliostat("job", "logs", "rates")
+    assert work.json("sweep", "run", "rates.yaml", "-c", "cluster.yaml")["id"] == "rates"  # it is there already
 
 
 RPC = (  # a harmless method of every service that Ray's processes offer
@@ -354,7 +354,7 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
     assert services >= {"NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"}
     assert paths >= {"/api/version", "/api/jobs/", "/api/v0/nodes"}
     assert (work.folder / ".heliostat" / "clusters" / "test" / "token").stat().st_mode & 0o077 == 0
-    with pytest.raises(ClusterError, match="refuses our token"):
+    with pytest.raises(ClusterError, match="rejects the token"):
         _answering(Endpoint(state.url, "0" * 64, True))
 
 
@@ -369,7 +369,7 @@ def test_down_leaves_no_process_and_the_logs_stay(work) -> None:
     assert [p for p in there if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
     assert sockets & _open_sockets() == set()  # by socket, not by port: another test's Ray may have been given a port by now
     assert not Path(state.nodes[0].folder).parent.exists()
-    assert re.search(rf"step {STEPS}/{STEPS}", work.heliostat("logs", "onto"))
-    seen = work.json("status", "onto")
+    assert re.search(rf"step {STEPS}/{STEPS}", work.heliostat("job", "logs", "onto"))
+    seen = work.json("job", "status", "onto")
     assert seen["status"] == "UNKNOWN" and seen["progress"]["fraction"] == 1.0
     assert work.json("cluster", "list")["clusters"] == []

@@ -82,10 +82,10 @@ def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
     assert found["cut.tar.gz"][0] == "corrupt" and first["dropped"]["corrupt"] == 1
     assert first["dropped"]["1 license: unknown"] >= 2 and first["dropped"]["link"] == 2
     assert not any("note.md" in id for id in found)
-    (document,) = ask(capsys, "trace", str(folder / "out"), "--id", f"{at}src/one.py", "--mlflow", tracking)["documents"]
+    (document,) = ask(capsys, "data", "trace", str(folder / "out"), "--id", f"{at}src/one.py", "--mlflow", tracking)["documents"]
     assert document["read"] == {"file": "own/one/.git", "path": "src/one.py"} and document["columns"]["license"] == "MIT"
     assert [stage["did"] for stage in document["stages"]] == ["kept", "kept", "kept"], "read, code, license"
-    app(["trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py", "--mlflow", tracking], standalone_mode=False)
+    app(["data", "trace", str(folder / "out"), "--id", "two.tar.gz#two/src/two.py", "--mlflow", tracking], standalone_mode=False)
     assert "read from two.tar.gz, path two/src/two.py" in capsys.readouterr().out
 
     assert prepare(yaml, [])["up_to_date"]
@@ -100,7 +100,7 @@ def test_code_with_licences_from_archives_and_clones(yaml, tracking, capsys):
 def test_a_dry_run_and_what_cannot_be(yaml):
     predicted = dry_run(yaml, [], 0.9)
     assert predicted["name"] == "code"
-    with pytest.raises(ConfigError, match="python:stdlib is no repository"):
+    with pytest.raises(ConfigError, match="python:stdlib isn't a repository"):
         prepare(yaml, ["input=python:stdlib"])
     with pytest.raises(ConfigError, match="no archive"):
         prepare(yaml, [f"input={yaml.parent / 'in/note.md'}"])

@@ -82,12 +82,12 @@ def _watched(engine: Any) -> Named:
 
 def plain(job: Job, data_plan: Any) -> tuple[float, list[float], Named]:
     """The loss of the first step, its parts, and its gradients, with `all` of them end to end: one graph over all pairs."""
-    dataset, batches, micro = open_dataset(data_plan), BatchPlan(job, data_plan), job.train.micro_batch
+    dataset, batches, micro = open_dataset(data_plan), BatchPlan(job, data_plan), job.train.micro_batch_size
     recipe = load(job, dataset.sources)
     torch.manual_seed(job.train.seed)
     model = building.build(recipe)
     content = dataset.load(dataset.order.step(0).ravel(), True).content
-    keys = np.arange(job.train.global_batch)
+    keys = np.arange(job.train.global_batch_size)
     found = []
     for i, start in enumerate(range(0, len(keys), micro)):
         torch.manual_seed(batches.seed(0, range(data_plan.shape.lanes), i))

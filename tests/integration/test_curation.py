@@ -148,12 +148,12 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
     tasks = [Task(f"{i:032}", {"number": i, "mark": str(tmp_path / "mark")}) for i in range(4)]
     records = found.all("gpu", once, iter(tasks), pooled=True)
     assert [r["number"] for r in records] == list(range(4)) and len({r["pid"] for r in records}) == 1
-    assert "1 of 2 actors have a place" in caplog.text
+    assert "started 1 of 2 actors" in caplog.text
     monkeypatch.setattr(pool, "PLACE_S", 3.0)
     others = placement_group([{"CPU": 1}])
     ray.get(others.ready(), timeout=60)
     try:
-        with pytest.raises(HeliostatError, match="none of 2 actors had a place within 3 s"):
+        with pytest.raises(HeliostatError, match="none of 2 actors could start within 3 s"):
             flow.Flow(Work(Location(str(tmp_path / "other")))).all("gpu", once, iter(tasks), pooled=True)
     finally:
         remove_placement_group(others)
@@ -205,7 +205,7 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
     """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""
     make_input(tmp_path / "in", 3000)
     yaml = make_yaml(tmp_path, keep_work=True)
-    command, log = ["prepare", str(yaml), "--json"], tmp_path / "driver.log"
+    command, log = ["data", "prepare", str(yaml), "--json"], tmp_path / "driver.log"
     done, finished = tmp_path / "out.work/done", 0
     for more in (1, 4, 8):
         run = commands.start(*command, log=log)

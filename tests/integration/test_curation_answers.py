@@ -62,7 +62,7 @@ def story(tracking: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 @pytest.fixture(scope="module")
 def run(story: dict[str, Any]) -> str:
     job = tiny_job(story["data"], story["tracking"], story["folder"])
-    job["data"] |= {"window": 64}
+    job["data"] |= {"shuffle_window": 64}
     path = story["folder"] / "job.yaml"
     path.write_text(yaml.safe_dump(job | {"name": "first"} | PLAIN))
     return train(path, [f"train.steps={STEPS}", f"checkpoint.every={STEPS}"])["run_id"]
@@ -95,7 +95,7 @@ def test_a_duplicate_leads_to_who_stayed_and_every_stage_tells_its_figures(story
     near, exact = ended(story, "near_duplicate"), ended(story, "duplicate")
     assert len(near) + len(exact) >= 6
     url = json.loads(near[0]["columns"])["url"]
-    told = next(d for d in ask(capsys, "trace", story["data"], "--url", url)["documents"] if d["id"] == near[0]["id"])
+    told = next(d for d in ask(capsys, "data", "trace", story["data"], "--url", url)["documents"] if d["id"] == near[0]["id"])
     number = int(near[0]["id"].partition("#")[2])
     assert told["read"] == {"file": "code.jsonl", "line": number} and told["columns"]["date"]
     assert [s["did"] for s in told["stages"]] == ["kept", "kept", "dropped"] and told["notes"] == []
@@ -107,12 +107,12 @@ def test_a_duplicate_leads_to_who_stayed_and_every_stage_tells_its_figures(story
     assert text in (kept, kept.removesuffix("\n# and one line more\n"))
     file = story["folder"] / "text.txt"
     file.write_text(kept)
-    assert ask(capsys, "trace", story["data"], "--text", str(file))["documents"][0]["kept"] == told["kept"]
+    assert ask(capsys, "data", "trace", story["data"], "--text", str(file))["documents"][0]["kept"] == told["kept"]
 
 
 def test_a_document_leads_to_the_samples_that_hold_it(story, run, seen, capsys):
     (id, expected), where = seen, ["--run", run, "--mlflow", story["tracking"]]
-    (row,) = ask(capsys, "trace", story["data"], "--id", id, *where)["documents"][0]["runs"]
+    (row,) = ask(capsys, "data", "trace", story["data"], "--id", id, *where)["documents"][0]["runs"]
     assert len(expected) > 1 and row["run_id"] == run
     assert {(s["step"], s["lane"], s["place"]) for s in row["samples"]} == expected
     assert row["steps"] == sorted({step for step, *_ in expected})
@@ -123,8 +123,8 @@ def test_a_document_leads_to_the_samples_that_hold_it(story, run, seen, capsys):
 def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen, capsys, tmp_path):
     (id, _), made = seen, story["made"]
     where = ["--mlflow", story["tracking"]]
-    told = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), *where)
-    again = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "again"), *where)
+    told = ask(capsys, "data", "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), *where)
+    again = ask(capsys, "data", "forget", story["data"], "--id", id, "--out", str(tmp_path / "again"), *where)
     assert told["digest"] == again["digest"] != made.digest and [r["run_id"] for r in told["runs"]] == [run]
     less = manifest.read(Location(str(tmp_path / "less")))
     assert less.meta["forgotten"] == [{"digest": made.digest, "ids": [id]}]
@@ -139,7 +139,7 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen,
     for other in others:
         path = documents.current(less, reasons.end_of(less, other)[0]["detail"])
         assert path in less.paths and documents.pieces(less, path, other)
-    after = ask(capsys, "trace", str(tmp_path / "less"), "--id", id, *where)["documents"][0]
+    after = ask(capsys, "data", "trace", str(tmp_path / "less"), "--id", id, *where)["documents"][0]
     assert after["shard"] is None and [r["run_id"] for r in after["runs"]] == [run], "the earlier dataset's runs saw it"
     job = tiny_job(str(tmp_path / "less"), story["tracking"], tmp_path)
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job | {"name": "second"} | PLAIN))
@@ -157,14 +157,17 @@ def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_pat
     found = reasons.funnel(story["made"])["0 length"]["examples"]["dropped short"]
     texts = [text[:60] for _, _, text, *_ in found]
     _, id, text, *_ = next(e for e in found if texts.count(e[2][:60]) == 1)  # a duplicate's text stays with the duplicate
-    told = ask(capsys, "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"])
+    told = ask(
+        capsys, "data", "forget", story["data"], "--id", id, "--out", str(tmp_path / "less"), "--mlflow", story["tracking"]
+    )
     assert told["shard"] is None and told["runs"] == [] and told["forgotten"] == [id]
     assert shown(Path(story["data"])) == 1 and shown(tmp_path / "less") == 0
     less = manifest.read(Location(str(tmp_path / "less")))
     assert less.digest != story["made"].digest and contents(less) == contents(story["made"])
     assert reasons.end_of(less, id)[0]["measures"] == {}
     one, two = (
-        ask(capsys, "trace", str(d), "--id", id, "--mlflow", story["tracking"]) for d in (story["data"], tmp_path / "less")
+        ask(capsys, "data", "trace", str(d), "--id", id, "--mlflow", story["tracking"])
+        for d in (story["data"], tmp_path / "less")
     )
     assert one["documents"][0]["stages"][-1]["reason"] == "short" and two["documents"][0]["end"]["reason"] == "forgotten"
 
@@ -181,15 +184,17 @@ def contents(made: manifest.Manifest) -> dict[str, list[int]]:
 
 def test_what_cannot_be_forgotten_is_refused(story, tmp_path):
     twice = story["rows"][0]["url"]
-    with pytest.raises(ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*choose one by --id"):
-        app(["forget", story["data"], "--url", twice, "--out", str(tmp_path / "x")], standalone_mode=False)
-    with pytest.raises(ConfigError, match="lie in one another"):
-        app(["forget", story["data"], "--id", "code.jsonl#1", "--out", story["data"] + "/x"], standalone_mode=False)
+    with pytest.raises(
+        ConfigError, match=r"--url: 2 documents match: code.jsonl#1 \(.*, code.jsonl#\d+ \(.*Choose one with --id"
+    ):
+        app(["data", "forget", story["data"], "--url", twice, "--out", str(tmp_path / "x")], standalone_mode=False)
+    with pytest.raises(ConfigError, match="overlap"):
+        app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", story["data"] + "/x"], standalone_mode=False)
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty"):
-        app(["forget", story["data"], "--id", "code.jsonl#1", "--out", str(tmp_path)], standalone_mode=False)
+        app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", str(tmp_path)], standalone_mode=False)
     with pytest.raises(ConfigError, match="no document has this id"):
-        app(["trace", story["data"], "--id", "code.jsonl#9999"], standalone_mode=False)
+        app(["data", "trace", story["data"], "--id", "code.jsonl#9999"], standalone_mode=False)
     with pytest.raises(ConfigError, match="give one of --url, --id or --text"):
-        app(["trace", story["data"]], standalone_mode=False)
+        app(["data", "trace", story["data"]], standalone_mode=False)
     assert not (tmp_path / "x").exists()

@@ -49,7 +49,7 @@ def tiny_job(dataset: Path, tracking: str, folder: Path, **model: Any) -> dict[s
         "model": {"backbone": UNET, "text": TEXT, "objective": {"prediction": "v"}, "samples": samples, **model},
         "data": {"sources": [{"path": str(dataset)}], "seed": 5},
         "train": {
-            "steps": 12, "global_batch": 8, "micro_batch": 2, "optimizer": {"lr": 3e-3}, "precision": "fp32",
+            "steps": 12, "global_batch_size": 8, "micro_batch_size": 2, "optimizer": {"lr": 3e-3}, "precision": "fp32",
             "zero": {"stage": 2},
             "schedule": {"name": "cosine", "warmup_steps": 2}, "ema": {"decay": 0.9}, "seed": 1,
             # tiny parameters would otherwise stay gathered, and hide faults of stage 3
@@ -241,9 +241,9 @@ def test_buckets_train_in_batches_of_one_size_on_any_workers(ray_session, tracki
     prepare(make_yaml(tmp_path), [])
     job = tiny_job(tmp_path / "out", tracking, tmp_path, samples={})
     job["evaluate"]["fraction"] = 0.2
-    job["data"]["lanes"] = 4
+    job["data"]["virtual_ranks"] = 4
     path = write(tmp_path / "buckets.yaml", job)
     result = train(path)
-    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, ["train.micro_batch=2"]), abs=1e-4)
+    assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, ["train.micro_batch_size=2"]), abs=1e-4)
     report = verify(Location(str(tmp_path / "runs/buckets")))
     assert report["ok"] and report["samples"] == 96

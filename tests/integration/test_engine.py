@@ -35,7 +35,12 @@ class Layers(nn.Module):
 
 
 def _engine(model: type[nn.Module], micro: int, **changes: Any) -> Any:
-    changes = {"train.global_batch": BATCH, "train.micro_batch": micro, "workers.count": dist.get_world_size(), **changes}
+    changes = {
+        "train.global_batch_size": BATCH,
+        "train.micro_batch_size": micro,
+        "workers.count": dist.get_world_size(),
+        **changes,
+    }
     keys = changes.pop("train.deepspeed", {})
     keys = {**keys, "zero_optimization": {"stage3_param_persistence_threshold": 0, **keys.get("zero_optimization", {})}}
     return deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), Around(model))
@@ -169,7 +174,9 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
     fp16 = {"train.precision": "fp16", "workers.gpus": 1, "train.deepspeed": {"fp16": {"hysteresis": 1, "loss_scale_window": 4}}}
     for stage in (1, 2, 3):
         for accumulate in ("fp32", "same"):
-            made = [_engine(Steep, 3, **fp16, **{"train.zero.stage": stage, "train.accumulate": accumulate}) for _ in range(2)]
+            made = [
+                _engine(Steep, 3, **fp16, **{"train.zero.stage": stage, "train.grad_accum_dtype": accumulate}) for _ in range(2)
+            ]
             run = Location(f"{folder}/{stage}-{accumulate}")
             _train(made[0], 3, 12)
             steps, held = sharded_state.of(made[0]).steps, sharded_state.of(made[0]).read_loss_scale()
@@ -188,7 +195,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
             if dist.get_rank() == 0:
                 yield {
                     "stage": stage,
-                    "accumulate": accumulate,
+                    "grad_accum_dtype": accumulate,
                     "held": held,
                     "steps": steps,
                     "ends": ends,
@@ -222,7 +229,11 @@ def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (1, 2, 3):
         for accumulate in ("same", "fp32"):
-            changes = {"train.zero.stage": stage, "train.accumulate": accumulate, "train.global_batch": 4 * MICROS * world}
+            changes = {
+                "train.zero.stage": stage,
+                "train.grad_accum_dtype": accumulate,
+                "train.global_batch_size": 4 * MICROS * world,
+            }
             engine = _engine(Layers, 4, **changes, **{"train.grad_clip": 0})
             plain = Layers().bfloat16()
             with GatheredParameters(list(engine.module.parameters())):
@@ -302,9 +313,14 @@ def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
     sums = [("fp32", "same"), ("bf16", "same"), ("bf16", "fp32")]
     kinds = [(s, *sum_, b) for s in (1, 2, 3) for sum_ in sums for b in (50, 1 << 20) if sum_ != ("bf16", "fp32") or b == 50]
     for stage, precision, accumulate, bucket in kinds:
-        changes = {"train.zero.stage": stage, "train.precision": precision, "train.accumulate": accumulate, "train.grad_clip": 0}
+        changes = {
+            "train.zero.stage": stage,
+            "train.precision": precision,
+            "train.grad_accum_dtype": accumulate,
+            "train.grad_clip": 0,
+        }
         keys = {"reduce_bucket_size": bucket, "overlap_comm": bucket == 50}  # which GPUs have
-        changes |= {"train.global_batch": 8 * world, "train.deepspeed": {"zero_optimization": keys}}
+        changes |= {"train.global_batch_size": 8 * world, "train.deepspeed": {"zero_optimization": keys}}
         engine = _engine(Reused, 4, **changes)
         for use, loss in USES.items():
             plain = Reused()

@@ -74,7 +74,7 @@ def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_co
     damage(own_corpus, 0)
     source = {"data.sources": [{"path": str(own_corpus)}], "train.steps": 40, "checkpoint.every": 20}
     path = job_file("damaged")
-    with pytest.raises(DataError, match=r"data\.max_bad_fraction: \d+ bad samples were replaced by step \d+, more than 1e-06"):
+    with pytest.raises(DataError, match=r"data\.max_bad_fraction: replaced \d+ bad samples by step \d+, more than 1e-06"):
         train(path, settings(2, **source, **{"data.max_bad_fraction": 1e-6}))
     train(path, settings(2, **source, **{"data.max_bad_fraction": 0.5}), overwrite=True)
     entries = [json.loads(line) for name, _ in run_folder(path).join("quarantine").files()

@@ -58,7 +58,13 @@ def trained(tracking: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     def run(name: str, recipe: str, dataset: str, length: int | None, steps: int) -> dict[str, Any]:
         made = {**tiny_job(dataset, tracking, tmp_path), "name": name, "recipe": recipe, "model": MODEL}
         made["data"] = {"sources": [{"path": dataset}], "seed": 5, **({"sequence_length": length} if length else {})}
-        made["train"] = {**made["train"], "steps": steps, "global_batch": 16, "micro_batch": 4, "optimizer": {"lr": 5e-3}}
+        made["train"] = {
+            **made["train"],
+            "steps": steps,
+            "global_batch_size": 16,
+            "micro_batch_size": 4,
+            "optimizer": {"lr": 5e-3},
+        }
         made |= {"evaluate": {"every": steps, "samples": 64, "fraction": 0.1}, "checkpoint": {"every": steps}}
         made["mlflow"] = {**made["mlflow"], "register": name}
         (tmp_path / "job.yaml").write_text(yaml.safe_dump(made))
@@ -68,8 +74,8 @@ def trained(tracking: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def test_a_classifier_of_ones_own_trains_from_rows_to_a_served_model(trained, functions, tracking):
-    """Rows of varying length; parts of the loss are curves; scores of all samples together are those of `heliostat evaluate`; the
-    model answers with plain transformers, `generate` and MLflow alike."""
+    """Rows of varying length; parts of the loss are curves; scores of all samples together are those of
+    `heliostat model evaluate`; the model answers with plain transformers, `generate` and MLflow alike."""
     result = trained("classifier", "jobs.examples.classifier:Classifier", functions, None, 40)
     losses = curve(tracking, result["run_id"])
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -136,21 +142,24 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
     (tmp_path / "bigrams.yaml").write_text(yaml.safe_dump(made))
     with caplog.at_level(logging.WARNING, logger="heliostat"):
         result = train(tmp_path / "bigrams.yaml")
-    said = f"no model is logged, because {__name__}:Bigrams is not exported; what the run leaves are its checkpoints"
+    said = f"no model logged: {__name__}:Bigrams doesn't support export. The run leaves its checkpoints"
     assert said in caplog.text and result["model_uri"] is None and result["samples"] == []
     assert result["eval"]["loss"] < curve(tracking, result["run_id"])[0]
     assert train(tmp_path / "bigrams.yaml", resume=True) == result
     assert mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).info.status == "FINISHED"
     _print_result(result)
     assert f"model not logged, run {result['run_id']}" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(ConfigError, match="Bigrams is not exported: it does not derive from Exports"):
+    with pytest.raises(ConfigError, match="Bigrams doesn't support export: it doesn't derive from Exports"):
         export(saver.latest(Location(made["storage"]).join("bigrams")), tmp_path / "out")
 
 
 def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """In every rank: the scores of one model, untrained, on the held-out rows."""
     changes = {"data.sources.0.path": folder, "data.sequence_length": None, "model": {**MODEL, "max_position_embeddings": 96}}
-    made = job(**changes, **{"evaluate.samples": 70, "evaluate.fraction": 0.3, "train.global_batch": 24, "train.micro_batch": 4})
+    made = job(
+        **changes,
+        **{"evaluate.samples": 70, "evaluate.fraction": 0.3, "train.global_batch_size": 24, "train.micro_batch_size": 4},
+    )
     source = read(Location(folder))
     recipe = Classifier(made)
     recipe.bind([source])

@@ -36,7 +36,7 @@ def server(tmp_path, monkeypatch):
 def prepared(folder: Path, server: Secure, nodes: LocalNodes, killed_after: int = 1 << 30) -> dict:
     """Prepares; kills the command once the server was asked so often, and returns nothing then."""
     said, log = folder / "said", folder / "log"
-    command = [sys.executable, "-c", COMMAND, "prepare", str(folder / "pipeline.yaml"), "--json"]
+    command = [sys.executable, "-c", COMMAND, "data", "prepare", str(folder / "pipeline.yaml"), "--json"]
     end = time.monotonic() + LIMIT_S
     with said.open("w") as out, log.open("w") as errors:
         run = subprocess.Popen(command, stdout=out, stderr=errors, env=os.environ | nodes.environment)

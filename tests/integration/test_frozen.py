@@ -56,8 +56,8 @@ class Adapted(nn.Module):
 
 def _engine(recipe: Any, stage: int, precision: str = "bf16") -> Any:
     world = dist.get_world_size()
-    changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": world}
-    changes |= {"train.micro_batch": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch_size": world}
+    changes |= {"train.micro_batch_size": 1, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     return deepspeed_engine.build_engine(job(**changes), recipe)
 
 
@@ -171,7 +171,7 @@ def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_pat
     assert len(sums) == 1 and {row["case"] for row in told} == {"clone", "truth", "flipped", "cut", "again"}
     errors = {row["case"]: row for row in told if "error" in row}
     assert [row["error"] for row in errors.values()] == ["CheckpointError"] * 2
-    assert all("put it back from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
+    assert all("Restore it from a copy" in row["text"] and "frozen-" in row["text"] for row in errors.values())
 
 
 def indexed(*names: str) -> TensorIndex:
@@ -186,6 +186,6 @@ def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_
         initial = export._initial(old, job(), Around(Adapted), names)
     torch.manual_seed(job().train.seed)
     assert torch.equal(initial["base.weight"], Adapted().base.weight) and set(initial) == {"base.weight", "base.bias"}
-    assert "holds no parameters that are not trained; 2 are built from the seed" in caplog.text
+    assert "has no frozen parameters, so 2 are built from the seed" in caplog.text
     frozen = layout.SavedCheckpoint(Location("/nowhere"), indexed(*(f"frozen.{n}" for n in names)))
     assert export._initial(layout.SavedCheckpoint(old.location, old.index, frozen), job(), Around(Adapted), names) == {}

@@ -33,7 +33,7 @@ def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_p
     whole = run.infer(model, str(asked), str(tmp_path / "whole"), settings)
 
     out = tmp_path / "out"
-    words = ["infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n", "--max-tokens", "4"]
+    words = ["model", "infer", str(model), "--input", str(asked), "--out", str(out), "--keep", "n", "--max-tokens", "4"]
     driver = commands.start(*words, "--temperature", "0.7", log=tmp_path / "driver.log", RAY_ADDRESS="")
     try:
         until(lambda: len(list((out / run.WORK).glob("done/infer/*.json"))) >= 2, "two pieces")
@@ -116,7 +116,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     asked.write_text('{"text": "a"}\n')
 
     def said(*more: str) -> str:
-        code, _, error = command_line.run(monkeypatch, capsys, "infer", str(model), "--input", str(asked), *more)
+        code, _, error = command_line.run(monkeypatch, capsys, "model", "infer", str(model), "--input", str(asked), *more)
         assert code == 2 and len(error.strip().splitlines()) == 1
         return error
 
@@ -126,7 +126,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert "is not empty" in said("--out", str(tmp_path), "--max-tokens", "3")
     few = ("--out", str(tmp_path / "out"), "--max-tokens", "3")
     assert "--engine vllm needs the extra 'vllm'" in said(*few, "--engine", "vllm")
-    assert "max_tokens: 100 leave no room for a prompt" in said("--out", str(tmp_path / "out"))
-    assert "without a head that classifies" in said("--out", str(tmp_path / "out"), "--task", "classify")
+    assert "max_tokens: 100 leaves no room for a prompt" in said("--out", str(tmp_path / "out"))
+    assert "without a classification head" in said("--out", str(tmp_path / "out"), "--task", "classify")
     assert "task" in said("--out", str(tmp_path / "out"), "--task", "sing")
     assert not (tmp_path / "out").exists()

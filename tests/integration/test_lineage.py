@@ -49,14 +49,14 @@ class Story:
     data: str
     run: str
     head: str  # the commit when it began
-    killed: dict[str, Any]  # the row of `heliostat runs` after the driver's death
+    killed: dict[str, Any]  # the row of `heliostat run list` after the driver's death
     base: dict[str, Any]
     tuned: dict[str, Any]
 
 
 def write(folder: Path, tracking: str, data: str, name: str, **changes: Any) -> Path:
     job = tiny_job(data, tracking, folder)
-    job["data"] |= {"window": WINDOW}
+    job["data"] |= {"shuffle_window": WINDOW}
     job["mlflow"] |= {"experiment": "lineage", "register": "lineage-lm"}
     job |= {"name": name, "card": {"license": "Apache-2.0", "limitations": "Knows only Python."}, **changes}
     path = folder / f"{name}.yaml"
@@ -104,13 +104,13 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def node(story: Story, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The base model's run, as `heliostat lineage` tells it."""
-    return ask(capsys, "lineage", "lineage-lm/1", "--mlflow", story.tracking)["run"]
+    """The base model's run, as `heliostat run lineage` tells it."""
+    return ask(capsys, "run", "lineage", "lineage-lm/1", "--mlflow", story.tracking)["run"]
 
 
 def test_a_run_whose_driver_was_killed_is_settled_by_the_next_command_and_goes_on_as_the_same_run(story, capsys):
-    assert story.killed["status"] == "FAILED" and "died without a word" in story.killed["reason"]
-    found = ask(capsys, "runs", "--experiment", "lineage", "--mlflow", story.tracking)["runs"]
+    assert story.killed["status"] == "FAILED" and "died without an error" in story.killed["reason"]
+    found = ask(capsys, "run", "list", "--experiment", "lineage", "--mlflow", story.tracking)["runs"]
     rows = {r["name"]: r for r in found if r["name"] in ("base", "tuned")}
     assert rows["base"]["run_id"] == story.killed["run_id"] == story.base["run_id"] and len(rows) == 2
     for row, result, steps in ((rows["base"], story.base, STEPS), (rows["tuned"], story.tuned, TUNED)):
@@ -122,8 +122,8 @@ def test_a_run_whose_driver_was_killed_is_settled_by_the_next_command_and_goes_o
         spent = sum(a.workers * (min(a.seen, at) - a.started) for a in attempts) / 3600
         assert row["worker_hours"] == pytest.approx(spent, rel=0.02)
     assert len(curve(story.tracking, story.base["run_id"])) == STEPS  # every step once
-    with pytest.raises(ConfigError, match=r"--experiment: 'nothing' is no experiment; there are .*lineage"):
-        ask(capsys, "runs", "--experiment", "nothing", "--mlflow", story.tracking)
+    with pytest.raises(ConfigError, match=r"--experiment: 'nothing' isn't an experiment\. Experiments: .*lineage"):
+        ask(capsys, "run", "list", "--experiment", "nothing", "--mlflow", story.tracking)
 
 
 def test_lineage_tells_every_attempt_with_its_workers_steps_and_end(story, node):
@@ -167,7 +167,7 @@ def test_lineage_tells_the_data_to_the_sample_and_every_shard_that_was_not_seen(
     assert (source["digest"], source["shards"]) == (plan.digests[0], {"seen": len(expected), "total": len(set(paths))})
     assert node["tokenizers"] == [data.sources[0].meta["tokenizer"]]
     for path in sorted(set(paths)):
-        told = ask(capsys, "lineage", "--shard", f"{story.data}/{path}", "--mlflow", story.tracking)["runs"]
+        told = ask(capsys, "run", "lineage", "--shard", f"{story.data}/{path}", "--mlflow", story.tracking)["runs"]
         assert {r["name"]: r["samples"] for r in told if r["samples"]} == ({"base": expected[path]} if expected[path] else {})
         inherited = [r["inherited"] for r in told if r["name"] == "tuned"]
         assert inherited == ([[story.base["run_id"]]] if expected[path] else [])
@@ -176,11 +176,11 @@ def test_lineage_tells_the_data_to_the_sample_and_every_shard_that_was_not_seen(
 def test_a_dataset_is_traced_to_every_model_that_saw_it_itself_or_through_its_parent(story, corpus, capsys):
     for data, samples in ((story.data, {"base": 8 * STEPS, "tuned": 0}), (corpus, {"tuned": 8 * TUNED})):
         digest = manifest.read(Location(data)).digest[:10]
-        told = ask(capsys, "lineage", "--dataset", digest, "--mlflow", story.tracking)["runs"]
+        told = ask(capsys, "run", "lineage", "--dataset", digest, "--mlflow", story.tracking)["runs"]
         mine = {r["name"]: r for r in told if r["run_id"] in (story.base["run_id"], story.tuned["run_id"])}
         assert {name: r["samples"] for name, r in mine.items()} == samples
         assert all(len(r["models"]) == 1 and r["models"][0].startswith("models:/lineage-lm/") for r in mine.values())
-    assert ask(capsys, "lineage", "--dataset", "0" * 12, "--mlflow", story.tracking)["runs"] == []
+    assert ask(capsys, "run", "lineage", "--dataset", "0" * 12, "--mlflow", story.tracking)["runs"] == []
 
 
 def test_checkpoints_are_logged_models_by_reference_and_removed_ones_are_marked(story, node):
@@ -200,7 +200,7 @@ def test_checkpoints_are_logged_models_by_reference_and_removed_ones_are_marked(
 
 
 def test_a_fine_tuned_model_knows_its_parent_model_and_inherits_its_license(story, capsys):
-    told = ask(capsys, "lineage", "models:/lineage-lm@candidate", "--mlflow", story.tracking)
+    told = ask(capsys, "run", "lineage", "models:/lineage-lm@candidate", "--mlflow", story.tracking)
     assert (told["model"]["version"], told["model"]["aliases"], told["model"]["license"]) == ("2", ["candidate"], "Apache-2.0")
     (parent,) = told["run"]["parents"]
     assert (parent["key"], parent["name"], parent["step"]) == ("model.pretrained", "base", STEPS)
@@ -213,20 +213,20 @@ def test_a_fine_tuned_model_knows_its_parent_model_and_inherits_its_license(stor
 def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_is_kept(story, capsys):
     better, uri = story.base["eval"]["loss"], ["--mlflow", story.tracking]
     with pytest.raises(GateError, match=r"eval/loss is .*, required is <"):
-        ask(capsys, "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<{better}", *uri)
-    done = ask(capsys, "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<={better}", *uri)
+        ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<{better}", *uri)
+    done = ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<={better}", *uri)
     assert (done["version"], done["replaced"], done["overruled"]) == ("1", None, [])
-    with pytest.raises(GateError, match="scored on other held-out samples than version 1"):
-        ask(capsys, "promote", "lineage-lm@candidate", "champion", *uri)
-    done = ask(capsys, "promote", "lineage-lm@candidate", "champion", "--force", *uri)
+    with pytest.raises(GateError, match="has other held-out samples than version 1"):
+        ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", *uri)
+    done = ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", "--force", *uri)
     assert (done["version"], done["replaced"], len(done["overruled"])) == ("2", "1", 1)
-    first, second = (ask(capsys, "lineage", f"lineage-lm/{v}", *uri)["model"] for v in (1, 2))
+    first, second = (ask(capsys, "run", "lineage", f"lineage-lm/{v}", *uri)["model"] for v in (1, 2))
     assert [(e["event"], e["alias"]) for e in first["history"]] == [
         ("registered", "candidate"), ("promoted", "champion"), ("replaced", "champion"),
     ]  # fmt: skip
     assert first["history"][2]["replaced_by"] == "2" and second["aliases"] == ["candidate", "champion"]
     with pytest.raises(ConfigError, match="lineage-lm@nobody: no such version"):
-        ask(capsys, "promote", "lineage-lm@nobody", "champion", *uri)
+        ask(capsys, "model", "promote", "lineage-lm@nobody", "champion", *uri)
 
 
 def test_a_model_serves_where_there_is_only_mlflow_and_its_own_libraries(story):
@@ -253,7 +253,7 @@ print(len(model.predict(["def "], params={{"max_tokens": 4}})))
 
 
 def test_a_recorded_run_is_reproduced_to_the_last_bit_and_its_reproduction_says_so(story, capsys):
-    done = ask(capsys, "reproduce", story.tuned["run_id"], "--steps", "6", "--mlflow", story.tracking)
+    done = ask(capsys, "debug", "reproduce", story.tuned["run_id"], "--steps", "6", "--mlflow", story.tracking)
     assert (done["steps"], done["bitwise"], done["largest_difference"]) == (6, True, 0.0)
     assert not [note for note in done["notes"] if note.startswith("environment")]
     assert curve(story.tracking, done["again"]) == curve(story.tracking, story.tuned["run_id"])[:6]
@@ -261,13 +261,13 @@ def test_a_recorded_run_is_reproduced_to_the_last_bit_and_its_reproduction_says_
         MlflowClient(tracking_uri=story.tracking).get_run(done["again"]).data.tags["heliostat.reproduces"]
         == story.tuned["run_id"]
     )
-    with pytest.raises(ConfigError, match=f"--steps 99: the run's record goes to step {TUNED}"):
-        ask(capsys, "reproduce", story.tuned["run_id"], "--steps", "99", "--mlflow", story.tracking)
+    with pytest.raises(ConfigError, match=f"--steps 99: the run's record ends at step {TUNED}"):
+        ask(capsys, "debug", "reproduce", story.tuned["run_id"], "--steps", "99", "--mlflow", story.tracking)
 
 
 def test_the_report_is_one_page_that_needs_nothing_else_and_is_logged_with_the_run(story, capsys, tmp_path):
     to = tmp_path / "mine.html"
-    ask(capsys, "report", story.run, "--out", str(to), "--mlflow", story.tracking)
+    ask(capsys, "run", "report", story.run, "--out", str(to), "--mlflow", story.tracking)
     page = to.read_text()
     assert page.count('class="chart"') >= 6 and "http://" not in page and "https://" not in page and " src='http" not in page
     for text in ("base", "starts of the workers", "3: steps", "on 1 workers", "the workers failed", story.base["run_id"]):

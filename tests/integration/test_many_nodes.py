@@ -27,16 +27,21 @@ from tests.unit.build_recipe import Around
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"train.zero.stage": 3},
     "stage 1": {"train.zero.stage": 1},
-    "divided": {"train.zero.stage": 3, "train.zero.divide_within": 2},
-    "copied": {"train.zero.stage": 3, "train.zero.copy_within": 2},
+    "divided": {"train.zero.stage": 3, "train.zero.shard_group_size": 2},
+    "copied": {"train.zero.stage": 3, "train.zero.hpz_partition_size": 2},
 }
 WORKERS = 4
 
 
 def engine(precision: str, model: type[nn.Module] = Model, lr: float = 0.05, **changes: Any) -> Any:
     """In bf16 with several micro-batches a step, whose sums are fp32."""
-    changes |= {"train.precision": precision, "workers.count": WORKERS, "train.global_batch": BATCH, "train.optimizer.lr": lr}
-    changes["train.micro_batch"] = BATCH // WORKERS // (3 if precision == "bf16" else 1)
+    changes |= {
+        "train.precision": precision,
+        "workers.count": WORKERS,
+        "train.global_batch_size": BATCH,
+        "train.optimizer.lr": lr,
+    }
+    changes["train.micro_batch_size"] = BATCH // WORKERS // (3 if precision == "bf16" else 1)
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     return deepspeed_engine.build_engine(job(**changes), Around(model))
 
@@ -136,7 +141,7 @@ def rounded(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     CUDAQuantizer.quantizer_cuda_module = twin = Twin()
     given = {"train.zero.stage": 3, "train.zero.quantize_weights": True, "workers.gpus": 1}
     plain = _play(engine("bf16", Even, 0.005, **{"train.zero.stage": 3}), 0, TRAINED + AFTER)
-    for name, more in {"rounded": {}, "rounded and copied": {"train.zero.copy_within": 2}}.items():
+    for name, more in {"rounded": {}, "rounded and copied": {"train.zero.hpz_partition_size": 2}}.items():
         run, made = Location(f"{folder}/{name}"), engine("bf16", Even, 0.005, **given, **more)
         held, losses = save(made, run, group)
         got, next_ = load(made, run, group)
@@ -154,7 +159,7 @@ def test_weights_that_travel_in_8_bits_resume_exactly(tmp_path) -> None:
     told = ranks.run(f"{__name__}:rounded", (WORKERS,), str(tmp_path))
     for row in told:
         if row["name"] == "uneven":
-            assert row["error"].startswith("train.zero.quantize_weights: ") and "multiple of 8" in row["error"]
+            assert row["error"].startswith("train.zero.quantize_weights: ") and "multiples of 8" in row["error"]
             continue
         assert row["calls"] > 10 and row["losses"] != row["plain"]
         assert row["losses"] == pytest.approx(row["plain"], rel=2e-2)
@@ -184,9 +189,9 @@ class Halves(Around):
 
 def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     """In each of four ranks: trains what was built whole, in groups whose norms differ a little, and what was built in halves."""
-    given = {"train.precision": "fp32", "workers.count": WORKERS, "train.global_batch": BATCH, "train.zero.stage": 3}
-    given |= {"train.micro_batch": BATCH // WORKERS, "train.optimizer.lr": 0.05, "train.grad_clip": 0.01}
-    made = deepspeed_engine.build_engine(job(**given, **{"train.zero.divide_within": 2}), Whole(Model))
+    given = {"train.precision": "fp32", "workers.count": WORKERS, "train.global_batch_size": BATCH, "train.zero.stage": 3}
+    given |= {"train.micro_batch_size": BATCH // WORKERS, "train.optimizer.lr": 0.05, "train.grad_clip": 0.01}
+    made = deepspeed_engine.build_engine(job(**given, **{"train.zero.shard_group_size": 2}), Whole(Model))
     norm: Any = made.optimizer.get_grad_norm_direct
     off = 1 + 1e-6 * sharded_state.of(made).replicas[0]
     made.optimizer.get_grad_norm_direct = lambda *each, **named: norm(*each, **named) * off
@@ -194,7 +199,7 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
     yield {"masters": [float(t.double().sum()) for name, t in sorted(_whole(made).items()) if name.startswith("master")]}
     deepspeed_engine.destroy_engines()
     deepspeed_engine.forget_groups()
-    losses = _play(deepspeed_engine.build_engine(job(**given, **{"train.zero.copy_within": 2}), Halves(Model)), 0, TRAINED)
+    losses = _play(deepspeed_engine.build_engine(job(**given, **{"train.zero.hpz_partition_size": 2}), Halves(Model)), 0, TRAINED)
     yield {"losses": losses}
 
 
@@ -221,7 +226,7 @@ def overflowing(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
     Zero.has_overflow = odd
     given = {"train.precision": "fp16", "workers.count": WORKERS, "workers.gpus": 1, "train.zero.stage": 3}
-    given |= {"train.zero.divide_within": 2, "train.global_batch": BATCH, "train.micro_batch": BATCH // WORKERS}
+    given |= {"train.zero.shard_group_size": 2, "train.global_batch_size": BATCH, "train.micro_batch_size": BATCH // WORKERS}
     given |= {"train.optimizer.lr": 0.05, "train.deepspeed": {"fp16": {"initial_scale_power": 4}}}
     made = deepspeed_engine.build_engine(job(**given), Around(Model))
     _play(made, 0, TRAINED)

@@ -61,7 +61,7 @@ def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog)
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "memory_every" in r.getMessage())
     need = re.search(
-        r"no copies are kept in memory: they need (\d+\.\d) MiB on a node, and .*memory_limit is 0.1 MiB; raise", text
+        r"in-memory checkpoints are off: they need (\d+\.\d) MiB on a node, and .*memory_limit is 0.1 MiB\. Raise", text
     )
     assert need, text
     assert 3 < float(need[1]) < 10, "two generations of 3 x 4 bytes for each of some 170,000 parameters"
@@ -95,6 +95,6 @@ def test_a_torn_or_a_damaged_generation_is_not_used(memory, caplog):
     keeper = plan.keepers[1][0]
     ray.get(keeper.write.remote(f"{plan.attempt}:10", 1, 500, np.array([7], np.uint8)))
     assert made.newest(1, 5, "plan") is None
-    assert "step 10: the copy of worker 1 in memory is damaged (checksum), and is not used" in caplog.text
+    assert "step 10: the in-memory checkpoint of worker 1 is damaged (checksum)" in caplog.text
     ray.kill(keeper)
     assert made.newest(1, 5, "plan") is None

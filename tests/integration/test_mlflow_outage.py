@@ -108,11 +108,11 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
     assert time.monotonic() - began < 5  # nothing waits for MLflow, which its client asks for two minutes
     server.start()
     until(lambda: "MLflow answers again" in caplog.text, "word of the server's return")
-    assert "MLflow takes no metrics" in caplog.text and has(tracking, run, 20)
+    assert "MLflow doesn't accept metrics" in caplog.text and has(tracking, run, 20)
     assert not run.join(run_folder.UNLOGGED).exists()
     server.stop()
     owner.post(steps(21, 26))
-    with pytest.raises(TrackingError, match=r"did not take the run's metrics for 3 s .*unlogged\.jsonl, and the next"):
+    with pytest.raises(TrackingError, match=r"didn't accept the run's metrics for 3 s .*unlogged\.jsonl\. To log them"):
         owner.finish("FINISHED", "", ended(1, 25))
     assert run.join(run_folder.UNLOGGED).exists()
     server.start()
@@ -132,7 +132,7 @@ def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, m
     owner = RunOwner(job, checked.manifests)
     owner.post(steps(1, 5))
     owner.finish("FAILED", "a worker failed", ended(1, 4))
-    assert "did not take the run's metrics for 3 s" in caplog.text
+    assert "didn't accept the run's metrics for 3 s" in caplog.text
     lines = [json.loads(line) for line in job.run_folder.join(run_folder.UNLOGGED).read().splitlines()]
     assert [step for key, _, _, step in lines if key == "train/loss"] == [1, 2, 3, 4]
 

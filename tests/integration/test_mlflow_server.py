@@ -149,11 +149,11 @@ def test_a_run_on_postgresql_and_s3_behind_a_login(login, password, job_file, s3
     mlflow.set_tracking_uri(login)
     model = mlflow.pyfunc.load_model("models:/served-lm@candidate")
     assert isinstance(model.predict(["def "], params={"max_tokens": 4})[0], str)
-    app(["lineage", "served-lm@candidate", "--mlflow", login], standalone_mode=False)
+    app(["run", "lineage", "served-lm@candidate", "--mlflow", login], standalone_mode=False)
     assert result["run_id"] in capsys.readouterr().out
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "visitor")
     with pytest.raises(MlflowException, match="Permission denied"):  # nobody shared the run with them
         MlflowClient(tracking_uri=login).get_run(result["run_id"])
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
     with pytest.raises(TrackingError, match=r"401|not authenticated"):
-        app(["runs", "--mlflow", login], standalone_mode=False)
+        app(["run", "list", "--mlflow", login], standalone_mode=False)

@@ -1,6 +1,6 @@
 """What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
 
-Its server is the one of `heliostat ui`.
+Its server is the one of `heliostat run ui`.
 
 `make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
 HELIOSTAT_SCREENSHOTS, or pytest's folder.
@@ -151,6 +151,25 @@ def test_the_ui_shows_a_sweep_its_trials_its_plots_and_their_comparison(look, co
     look(f"{here}/artifacts/history.png", "sweep-history", "history.png", picture=True)
     chosen = f"runs={json.dumps([r.info.run_id for r in trials])}&experiments={json.dumps([experiment])}"
     look(f"/compare-runs?{chosen}", "compare", "swept-0000", "swept-0001", "train.optimizer.lr")
+
+
+def test_the_table_of_runs_shows_its_metrics_at_1280_pixels(look, browser, tracking):
+    client = MlflowClient(tracking_uri=tracking)
+    experiment = client.create_experiment("columns")
+    run = client.create_run(experiment, run_name="a-run").info.run_id
+    for name in (*ui.COLUMNS, "train/lr", "train/grad_norm", "eval/loss"):
+        client.log_metric(run, name, 1.5)
+    client.set_terminated(run)
+    browser.set_window_size(1280, 1000)
+    try:
+        look(f"/experiments/{experiment}/runs", "runs", "a-run", *ui.COLUMNS)
+        script = """return [...document.querySelectorAll(".ag-header-cell[col-id^=metrics]")].map(
+            cell => [cell.getAttribute("col-id"), cell.getBoundingClientRect().right])"""
+        columns = browser.execute_script(script)
+    finally:
+        browser.set_window_size(1440, 1080)
+    assert [name for name, _ in columns] == [f"metrics.`{name}`" for name in ui.COLUMNS]
+    assert max(right for _, right in columns) < 1280
 
 
 def there(browser: Any, selector: str) -> Any:

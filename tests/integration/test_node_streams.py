@@ -25,7 +25,7 @@ ray.init(log_to_driver=False)
 here = ray.get_runtime_context().get_node_id()
 others = [n["NodeID"] for n in ray.nodes() if n["NodeID"] != here]
 steps, ranks = 24, [others[0], others[0], others[1], others[1]]
-data = {"sources": [{"path": sys.argv[1]}], "sequence_length": 16, "seed": 3, "lanes": 8}
+data = {"sources": [{"path": sys.argv[1]}], "sequence_length": 16, "seed": 3, "virtual_ranks": 8}
 plan = exact_stream.plan_stream(exact_stream.data_job(data, steps, 16, 0.0), sys.argv[2]).plan
 plan = dataclasses.replace(plan, shape=Shape(16, 8, 3, 12))  # windows of two blocks, as many as a node has ranks
 dataset = open_dataset(plan)

@@ -36,8 +36,8 @@ pytestmark = [
 def job(corpus: str, tracking: str, tmp_path: Path) -> dict:
     """Six lanes: one, two or three workers can play them, each on a node of its own."""
     made = tiny_job(corpus, tracking, tmp_path)
-    made["train"] |= {"steps": STEPS, "global_batch": 24, "log_every": 1}
-    made["data"]["lanes"] = 6
+    made["train"] |= {"steps": STEPS, "global_batch_size": 24, "log_every": 1}
+    made["data"]["virtual_ranks"] = 6
     made["evaluate"] = None
     made["checkpoint"] = {"every": 5, "keep": 3}
     made["retries"] = {"backoff": 0.2}

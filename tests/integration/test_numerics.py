@@ -59,7 +59,7 @@ def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -
     assert ("cut from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
     rows = {row["what"]: row for row in one["rows"]}
     assert rows["gradients"]["count"] == rows["updates"]["count"] >= 4 * 15  # a row for each tensor and step
-    assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch"]
+    assert rows["receipts"]["count"] == 4 * one["trial"]["global_batch_size"]
     assert one["losses"]["engine"][0] != one["losses"]["engine"][1]
 
 
@@ -162,7 +162,7 @@ def named(found: dict[str, Any], what: str) -> list[dict[str, Any]]:
     ("name", "cause", "first"),
     [
         ("wrong-scale", "is 1.02 times the right one: a wrong scale", 1),
-        ("stale-gradient", "is that of the step before: a stale buffer", 2),
+        ("stale-gradient", "is that of the previous step: a stale buffer", 2),
     ],
 )
 def test_a_wrong_gradient_is_found_and_its_cause_and_parameter_are_named(name, cause, first, faulty) -> None:
@@ -180,7 +180,7 @@ def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
         len({fault["name"] for fault in gradients})
         == next(r for r in faulty["not-reduced"]["rows"] if r["what"] == "updates")["count"] / 4
     )
-    assert all("a worker's own share: not reduced over the workers" in fault["text"] for fault in gradients)
+    assert all("one worker's share: not reduced over the workers" in fault["text"] for fault in gradients)
 
 
 @pytest.mark.ci

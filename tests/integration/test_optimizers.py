@@ -74,7 +74,12 @@ class Model(nn.Module):
 
 def _job(variant: str, layout: Layout) -> spec.Job:
     changes = {"train.optimizer": VARIANTS[variant], "train.precision": layout.precision, "train.zero.stage": layout.stage}
-    changes |= {"workers.count": layout.workers, "train.global_batch": BATCH, "train.micro_batch": 2, "train.grad_clip": 0}
+    changes |= {
+        "workers.count": layout.workers,
+        "train.global_batch_size": BATCH,
+        "train.micro_batch_size": 2,
+        "train.grad_clip": 0,
+    }
     if VARIANTS[variant]["name"] == "schedule_free":
         changes["train.schedule"] = {"name": "constant", "warmup_steps": 2}
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}

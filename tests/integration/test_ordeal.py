@@ -72,8 +72,8 @@ class Ordeal:
 
 def test_a_run_resized_five_times_without_three_workers_a_node_and_its_driver_verifies(corpus, tracking, tmp_path: Path):
     job = tiny_job(corpus, tracking, tmp_path)
-    job["train"] |= {"steps": STEPS, "global_batch": 24, "log_every": 1}
-    job["data"]["lanes"] = 6
+    job["train"] |= {"steps": STEPS, "global_batch_size": 24, "log_every": 1}
+    job["data"]["virtual_ranks"] = 6
     job |= {"evaluate": None, "retries": {"backoff": 0.2}, "watchdog": {"stall": 60, "start": 120}}
     job["checkpoint"] = {"every": 20, "keep": 3, "memory_every": 4}
     whole = tmp_path / "whole.yaml"

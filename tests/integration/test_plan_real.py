@@ -17,7 +17,12 @@ CASES = [("fp32", 0), *((p, s) for p in ("fp32", "bf16") for s in (1, 2, 3))]
 
 def _job(precision: str, stage: int, workers: int) -> Any:
     changes: dict[str, Any] = {"train.precision": precision, "train.zero.stage": stage, "workers.count": workers}
-    changes |= {"train.global_batch": 12, "train.micro_batch": 6 // workers, "model.hidden_size": 64, "model.vocab_size": 512}
+    changes |= {
+        "train.global_batch_size": 12,
+        "train.micro_batch_size": 6 // workers,
+        "model.hidden_size": 64,
+        "model.vocab_size": 512,
+    }
     changes["train.deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": KEPT_WHOLE}}
     return job(**changes)
 
@@ -31,7 +36,7 @@ def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
         j = _job(precision, stage, dist.get_world_size())
         recipe = CausalLM(j)
         engine = deepspeed_engine.build_engine(j, recipe)
-        batch = recipe.batch(torch.zeros(j.train.micro_batch, 64, dtype=torch.int32).numpy())
+        batch = recipe.batch(torch.zeros(j.train.micro_batch_size, 64, dtype=torch.int32).numpy())
         for _ in range(3):  # a step, so that stage 3 has gathered what it keeps gathered, and half of the next
             engine.backward(recipe.loss(engine, batch).sum)
             engine.step()

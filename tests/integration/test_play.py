@@ -1,4 +1,4 @@
-"""`heliostat play` as a command, and the endpoint on real Ray Serve with a model that draws beside an index."""
+"""`heliostat model play` as a command, and the endpoint on real Ray Serve with a model that draws beside an index."""
 
 import openai
 import psutil
@@ -24,7 +24,7 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
         processes = family(process)
         listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"} and len(processes) == 1
-        assert "<title>heliostat play</title>" in requests.get(f"http://127.0.0.1:{port}/", timeout=60).text
+        assert "<title>heliostat model play</title>" in requests.get(f"http://127.0.0.1:{port}/", timeout=60).text
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
         stream = client.completions.create(model="model", prompt="a", max_tokens=5, stream=True, temperature=0)
         assert "".join(piece.choices[0].text for piece in stream)
@@ -32,14 +32,14 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
         code = stopped(process)
     assert code == 130
     capsys.readouterr()
-    code, _, error = command_line.run(monkeypatch, capsys, "play", "--port", str(port))
-    assert (code, error.strip()) == (2, "error: MODEL: give a model, an index with --index, or both")
+    code, _, error = command_line.run(monkeypatch, capsys, "model", "play", "--port", str(port))
+    assert (code, error.strip()) == (2, "error: MODEL: required. Pass a model, an index with --index, or both")
 
 
 @pytest.mark.slow
 def test_the_endpoint_on_ray_draws_and_searches(painter, documents, tmp_path):  # noqa: F811
     port = free_port()
-    command = ["serve", str(painter), "--index", str(documents), "--port", str(port), "--no-keys", "--name", "digits"]
+    command = ["model", "serve", str(painter), "--index", str(documents), "--port", str(port), "--no-keys", "--name", "digits"]
     process, log = started(tmp_path, "is served at", *command)
     try:
         assert "digits and code-index is served at" in log.read_text()

@@ -1,4 +1,5 @@
-"""The page of `heliostat play` in a real browser: what a person asks is answered as it is written, on a wide screen and a phone.
+"""The page of `heliostat model play` in a real browser: what a person asks is answered as it is written, on a wide screen and a
+phone.
 
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
@@ -96,7 +97,10 @@ class Screen:
 def test_a_model_writes_completes_and_chats(able, open_, width, scheme):
     screen = open_(f"{able}/#key={KEY}", width, scheme)
     assert screen.tabs() == ["Write", "Complete", "Chat", "Ask"] and KEY not in screen.driver.current_url
-    assert screen.one("#absent").text == "Not here: Draw (the model writes, and draws nothing)."
+    said = screen.one("#about").text
+    assert "Continues a text, completes code, chats, answers from documents" in said and "draw" not in said.lower()
+    given = screen.one("#write [name=prompt]")
+    assert given.get_attribute("value") == given.get_attribute("placeholder")
     screen.fill("write", prompt="def mean", seed="7", max_tokens="40", temperature="0.9", top_p="1")
     screen.go("write")
     asked = {"model": "coder", "seed": 7, "max_tokens": 40, "temperature": 0.9, "top_p": 1}
@@ -163,7 +167,7 @@ def test_a_model_draws_a_grid_from_seeds(painter, open_, width, scheme):  # noqa
         assert not screen.driver.get_log("browser")
         screen.fill("draw", width="64")
         screen.go("draw")
-        assert "at most 4 times as many are drawn" in screen.error("draw")
+        assert "at most 4 times as many are allowed" in screen.error("draw")
 
 
 def test_an_answer_is_seen_while_it_is_written_and_can_be_stopped(able, open_):
@@ -197,7 +201,7 @@ def test_without_its_key_the_page_asks_for_it_and_says_what_is_wrong(able, open_
     screen.until(lambda: screen.one("#door").is_displayed())
     assert not screen.all("[role=tab]") and not screen.one("#door .error").is_displayed()
     screen.one("#door input").send_keys("sk-a-key-of-nobody-here\n")
-    assert screen.error("door") == "the API key is not known"
+    assert screen.error("door") == "unknown API key"
     screen.one("#door input").clear()
     screen.one("#door input").send_keys(f"{KEY}\n")
     assert screen.tabs() and not screen.one("#door").is_displayed()

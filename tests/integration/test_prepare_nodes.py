@@ -46,7 +46,7 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose, stages=STAGES) 
                    tokenizer={"vocab_size": 400, "train_bytes": 50_000})  # fmt: skip
     worked, lost, end = set[str](), False, time.monotonic() + LIMIT_S
     with (folder / "said").open("w") as said, (folder / "log").open("w") as log:
-        command = [sys.executable, "-m", "heliostat", "prepare", str(folder / "pipeline.yaml"), "--json"]
+        command = [sys.executable, "-m", "heliostat", "data", "prepare", str(folder / "pipeline.yaml"), "--json"]
         run = subprocess.Popen(command, stdout=said, stderr=log, env=os.environ | nodes.environment)
         try:
             while run.poll() is None and time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""`heliostat profile` of a real run of two workers: the trace, the table, the artifacts, and the same losses."""
+"""`heliostat debug profile` of a real run of two workers: the trace, the table, the artifacts, and the same losses."""
 
 import gzip
 import json

@@ -60,7 +60,7 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     assert run.name == "from-python" and run.folder == str(tmp_path / ".heliostat/runs/from-python")
     assert heliostat.Run(run.run_id).folder == run.folder and run.job.train.steps == 24
     assert run.result["train_loss"] == losses[24] < losses[1] and run.metrics()["eval/loss"][24] == run.result["eval"]["loss"]
-    assert run.receipts()[-1].end == 24 and len(run.samples(1)) == run.job.train.global_batch == 16
+    assert run.receipts()[-1].end == 24 and len(run.samples(1)) == run.job.train.global_batch_size == 16
     assert run.goodput()["total_s"] > 0
     again = heliostat.generate("from-python-model", "class ", seed=8, max_tokens=16)
     assert names["both"][0].prompt == "def " and again == names["both"][1]

@@ -1,4 +1,4 @@
-"""`train.recheck`: a flipped bit in one worker's weights is found and the worker named; nothing else changes."""
+"""`train.sdc_check`: a flipped bit in one worker's weights is found and the worker named; nothing else changes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ STEPS = 4
 
 def _steps(folder: str, stage: int, precision: str, **model: Any) -> curves.Steps:
     changes: dict[str, Any] = {"train.zero.stage": stage, "train.precision": precision, "workers.count": dist.get_world_size()}
-    changes |= {"data.sources": [{"path": folder}], "evaluate": None, "train.recheck": {"every": 2}, "train.global_batch": 12}
+    changes |= {
+        "data.sources": [{"path": folder}],
+        "evaluate": None,
+        "train.sdc_check": {"every": 2},
+        "train.global_batch_size": 12,
+    }
     made = job(**changes, **model)
     return curves.Steps(made, plan(made, [manifest.read(location) for location in made.sources]))
 
@@ -136,14 +141,14 @@ def test_a_fault_is_found_by_all_and_its_worker_named(fault, stages, what, told)
     for row in rows:
         assert "step 2: silent data corruption: worker" in row["error"] and what in row["error"]
         assert row["nodes"] == (["node-1"] if row["workers"] == 3 else ["node-0", "node-1"])
-        assert ("is unknown" in row["error"]) == (row["workers"] == 2)
+        assert ("isn't known" in row["error"]) == (row["workers"] == 2)
         assert row["agreed"] == 0
 
 
 @pytest.mark.ci
 def test_a_worker_that_errs_once_differs_from_itself_and_is_named_even_among_two(told) -> None:
     rows = [row for row in told if row.get("fault") == "errs once"]
-    assert len(rows) == 5 and all(row["nodes"] == ["node-1"] and "is unknown" not in row["error"] for row in rows)
+    assert len(rows) == 5 and all(row["nodes"] == ["node-1"] and "isn't known" not in row["error"] for row in rows)
 
 
 @pytest.mark.ci
@@ -152,7 +157,7 @@ def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(
     assert len(rows) == 5
     for row in rows:
         assert row["error"] is None and row["at"] == [0, 1]  # the look before the last step is left out
-        assert "train.recheck is off from here on" in row["said"][-1]
+        assert "train.sdc_check is off from now on" in row["said"][-1]
 
 
 # whole runs ----------------------------------------------------------------------------------------------------------
@@ -164,14 +169,14 @@ def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, 
     made = {**tiny_job(corpus, tracking, tmp_path), "name": "flipping", **FLIPPING, "checkpoint": {"every": 4, "keep": 4}}
     path = tmp_path / "flipping.json"
     path.write_text(json.dumps(made))
-    settings = ["train.zero.stage=0", "train.recheck={every: 8}", "evaluate.every=20"]
+    settings = ["train.zero.stage=0", "train.sdc_check={every: 8}", "evaluate.every=20"]
     with caplog.at_level(logging.WARNING, "heliostat"):
         result = train(path, settings)
     assert result["restarts"] == 1 and Path(made["storage"], "flipped").exists()
     said = [record.getMessage() for record in caplog.records]
     found = next(line for line in said if "silent data corruption" in line)
     assert "step 16: silent data corruption: worker 0 on" in found and "up to step 7 all agreed" in found
-    assert "going on from step 4" in found  # of the checkpoints at 4, 8 and 12 the one that is in no doubt
+    assert "Resuming from step 4" in found  # of the checkpoints at 4, 8 and 12 the one that is in no doubt
     assert any("no other nodes have room for 2 workers, so these stay in use" in line for line in said)
     run = mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"])
     assert "silent data corruption" in run.data.tags["heliostat.corruption"]

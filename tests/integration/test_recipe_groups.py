@@ -79,7 +79,7 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (0, 1, 2, 3):
         changes: dict[str, Any] = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": world}
-        changes |= {"train.global_batch": BATCH, "train.micro_batch": 2, "train.optimizer.weight_decay": DECAY}
+        changes |= {"train.global_batch_size": BATCH, "train.micro_batch_size": 2, "train.optimizer.weight_decay": DECAY}
         keys = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
         recipe = LowRank()
         engine = deepspeed_engine.build_engine(job(**changes, **{"train.deepspeed": keys}), recipe)
@@ -155,7 +155,7 @@ def test_groups_frozen_modules_parts_and_a_merged_export_are_autograds_at_every_
         for step, (ours, theirs) in enumerate(zip(row["told"], parts, strict=True)):
             assert ours == pytest.approx(theirs, rel=2e-4), (row["stage"], row["workers"], step)
     errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) == 4 * (2 + 3) and all("names other parts on other workers" in e for e in errors)
+    assert len(errors) == 4 * (2 + 3) and all("names different parts on other workers" in e for e in errors)
 
 
 def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(
@@ -168,7 +168,7 @@ def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(
     shapes = {n: tuple(shape) for n, shape in names.items()}
     with caplog.at_level(logging.WARNING):
         export._files(recipe, shapes, found)
-    assert "1 parameters are in no file of the export, as head.bias" in caplog.text
+    assert "the export leaves out 1 parameters, for example head.bias" in caplog.text
     two = {"both": Weight(("up.weight", "down.weight"), (13, 2))}
     with pytest.raises(ConfigError, match="the export's 'both' is of 2 tensors and has no `make`"):
         export.write_weights(found, shapes, torch.float32, tmp_path / "model", two)

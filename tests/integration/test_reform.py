@@ -41,8 +41,13 @@ def llama() -> torch.nn.Module:
 def _begin(folder: str, number: int, rank: int, world: int, stage: int, precision: str, load: Path | None) -> Any:
     """Joins a new group and builds an engine in it, as an attempt does; loads a checkpoint."""
     process_group.join(process_group.WorkerPlace(rank, world, rank, world, f"file://{folder}/meeting-{number}", "gloo"))
-    changes = {"train.zero.stage": stage, "train.precision": precision, "workers.count": world, "train.global_batch": 2 * world}
-    changes |= {"train.micro_batch": 2, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
+    changes = {
+        "train.zero.stage": stage,
+        "train.precision": precision,
+        "workers.count": world,
+        "train.global_batch_size": 2 * world,
+    }
+    changes |= {"train.micro_batch_size": 2, "train.deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
     engine = deepspeed_engine.build_engine(job(**changes), Around(llama))
     if load:
         found = checkpoint.open_checkpoint(Location(str(load)), 3)

@@ -44,23 +44,23 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
     """The id, the shard and the row group that `ask` gives are those that `trace` tells; after `forget` the index, brought up
     to date, has all the others."""
     out = f"s3://retrieval/tools?{stores.bucket(s3_server, 'retrieval')}"
-    made = ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    made = ask(capsys, "search", "index", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (made["documents"], made["added"], made["deleted"]) == (64, 64, 0) and made["passages"] > 128
-    assert ask(capsys, "index-documents", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
+    assert ask(capsys, "search", "index", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")["new"] == 0
 
     asked = ("Who built gyroscope number 38?", "--mode", "bm25")
-    best = ask(capsys, "ask", out, *asked)["passages"][0]
+    best = ask(capsys, "search", "ask", out, *asked)["passages"][0]
     assert best["columns"] == {"url": "https://example.org/38"} and text(38)[best["begin"] : best["end"]] == best["text"]
-    told = ask(capsys, "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
+    told = ask(capsys, "data", "trace", str(dataset), "--id", best["document"], "--mlflow", tracking)["documents"][0]
     assert told["columns"] == best["columns"] and told["read"]["line"] == 39
     assert told["shard"]["path"] == best["shard"] and told["shard"]["pieces"][0]["row_group"] == best["row_group"]
 
     without = str(tmp_path / "without")
-    ask(capsys, "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
-    after = ask(capsys, "index-documents", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
+    ask(capsys, "data", "forget", str(dataset), "--id", best["document"], "--out", without, "--mlflow", tracking)
+    after = ask(capsys, "search", "index", without, "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (after["added"], after["deleted"], after["kept"]) == (0, 1, 63)
     assert after["new"] < len(set(manifest.read(Location(without)).paths))
-    found = ask(capsys, "ask", out, *asked, "--top", "50")["passages"]
+    found = ask(capsys, "search", "ask", out, *asked, "--top", "50")["passages"]
     assert found and best["document"] not in {passage["document"] for passage in found}
     assert {passage["shard"] for passage in found} <= set(manifest.read(Location(without)).paths)
 
@@ -69,7 +69,7 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_path, monkeypatch, capsys):
     """By SIGKILL after its first units, with the embedder; what was finished is not done again, each passage is there once."""
     model, out = write_model(tmp_path, BASE["model"], 64), tmp_path / "index"
-    words = ["index-documents", str(dataset), "--out", str(out), "--embedder", str(model), "--chunk-tokens", "128"]
+    words = ["search", "index", str(dataset), "--out", str(out), "--embedder", str(model), "--chunk-tokens", "128"]
     words += ["--workers", "1"]
     driver = commands.start(*words, log=tmp_path / "driver.log", RAY_ADDRESS="")
     try:
@@ -81,6 +81,6 @@ def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_pat
     made = ask(capsys, *words)
     units = len(list((out / WORK).glob("done/passages/*.json")))
     assert made["new"] < units and made["unembedded"] == 0
-    found = ask(capsys, "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
+    found = ask(capsys, "search", "ask", str(out), "the fluxgate", "--mode", "hybrid", "--top", "500")["passages"]
     places = [(passage["document"], passage["number"]) for passage in found]
     assert len(places) == len(set(places)) and "fluxgate" in found[0]["text"]

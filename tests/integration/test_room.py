@@ -58,8 +58,8 @@ def test_a_run_on_a_full_node_says_within_ten_seconds_what_others_hold_and_train
     thread.join()
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "no room" in r.getMessage())
-    assert "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that may take them have 8 CPUs" in text
-    assert "others hold 7 CPUs; as they lie there is room for 0 workers now, and for 7 with no other jobs; waiting" in text
+    assert "no room for 2 workers of 1 CPUs, and 1 CPU for reading the data: the 1 nodes that can hold them have 8 CPUs" in text
+    assert "others use 7 CPUs. There is room for 0 workers now, and for 7 without other jobs; waiting" in text
     assert said["no room"] - said["placing the workers"] < 10
 
 
@@ -70,7 +70,7 @@ def test_a_sweep_without_room_for_one_trial_says_so_before_it_starts(others, job
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
     tuner = tuning._Tuning(load(tmp_path / "sweep.yaml", []), {}, False, False, None)
     assert tuner._connect() == 1
-    assert "one trial after another: no room for 2 workers of 1 CPUs" in caplog.text and "others hold 7 CPUs" in caplog.text
+    assert "one trial after another: no room for 2 workers of 1 CPUs" in caplog.text and "others use 7 CPUs" in caplog.text
     others()
     until(lambda: caplog.clear() or tuner._connect() > 1, "room for several trials")
     assert "no room" not in caplog.text
@@ -86,4 +86,4 @@ def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
     code = "from heliostat.cluster.connect import connect; connect(1)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, check=False)
     remove_placement_group(last)
-    assert done.returncode == 0 and "none of the cluster's 8 CPUs is free; its tasks wait for one" in done.stderr, done.stderr
+    assert done.returncode == 0 and "none of the cluster's 8 CPUs is free, so its tasks wait for one" in done.stderr, done.stderr

@@ -136,7 +136,7 @@ def test_a_stream_whose_replicas_die_ends_in_an_error_and_the_next_request_is_an
                     for process in victims:
                         process.kill()
         except openai.APIError as e:
-            assert "the replica that wrote this answer died" in str(e)
+            assert "the replica that generated this answer died" in str(e)
             break
         assert chunks[-1].choices[0].finish_reason in ("stop", "length")
         psutil.wait_procs(victims, timeout=120)
@@ -189,7 +189,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint, monkeypatc
     monkeypatch.chdir(tmp_path)
 
     def said(*more: str) -> str:
-        code, _, error = command_line.run(monkeypatch, capsys, "serve", *more)
+        code, _, error = command_line.run(monkeypatch, capsys, "model", "serve", *more)
         assert code == 2 and len(error.strip().splitlines()) == 1, error
         return error
 

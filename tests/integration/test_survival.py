@@ -177,7 +177,7 @@ def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking,
 
 
 def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(job_file):
-    with pytest.raises(WorkerError, match=r"the workers failed: TypeError: .*; a second time, so it was not tried again"):
+    with pytest.raises(WorkerError, match=r"the workers failed: TypeError: .*It happened twice at the same checkpoint"):
         train(job_file("buggy"), settings(recipe="tests.integration.test_survival:Broken"))
 
 
@@ -203,13 +203,15 @@ def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(j
     monkeypatch.setattr(limits, "EVERY_S", 0.0)
     monkeypatch.setattr(LedgerRecorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
     path = job_file("limited")
-    with pytest.raises(LimitError, match=r"limits\.hours: 0\.5 h are used up .*; stopped at step \d+, after a checkpoint"):
+    with pytest.raises(
+        LimitError, match=r"limits\.hours: the limit of 0\.5 h is reached .*; stopped at step \d+, after a checkpoint"
+    ):
         train(path, [*settings(**PACED_PLAIN), "limits.hours=0.5"])
     run = run_folder(path)
     stopped, ended = saver.latest(run), liveness.last(run)
     assert stopped and 3 <= stopped.step < STEPS
     assert ended and ended.outcome == "interrupted" and ended.reason.startswith("limits.hours: 0.5 h")
-    with pytest.raises(ConfigError, match=r"limits\.hours: 0\.5 h are used up .*; raise it to continue"):
+    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 0\.5 h is reached .*\. Raise it to continue"):
         train(path, [*settings(), "limits.hours=0.5"], resume=True)
     train(path, [*settings(), "limits.hours=2"], resume=True)
     assert verify(run)["ok"]

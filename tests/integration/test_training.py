@@ -139,7 +139,7 @@ def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(f
 
 def _every_second_is_told(capsys: pytest.CaptureFixture[str], run: Path, wall_s: float) -> None:
     """The run's second attempt took `wall_s`, and went on from step 10, where the first had reached 20."""
-    told = ask(capsys, "goodput", str(run))
+    told = ask(capsys, "run", "goodput", str(run))
     first, second = told["attempts"]
     assert told["attributed"] >= 0.99
     assert sum(told["parts"].values()) == pytest.approx(told["total_s"], rel=0.01)

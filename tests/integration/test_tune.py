@@ -145,11 +145,11 @@ def test_a_finished_sweep_is_listed_and_not_repeated(asha, tracking) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., commands.Process]]:
-    """Starts `heliostat tune` in a process of its own; what a failed test leaves of it is killed."""
+    """Starts `heliostat sweep run` in a process of its own; what a failed test leaves of it is killed."""
     started: list[commands.Process] = []
 
     def make(path: Path, log: Path, *more: str) -> commands.Process:
-        started.append(commands.start("tune", str(path), "--json", *more, log=log, RAY_ADDRESS=""))
+        started.append(commands.start("sweep", "run", str(path), "--json", *more, log=log, RAY_ADDRESS=""))
         return started[-1]
 
     yield make

@@ -38,7 +38,7 @@ def test_a_stopped_sweep_goes_on_its_failed_trial_is_tried_again_and_the_best_jo
     folder, log = Location(f"{tmp_path}/runs/halted"), tmp_path / "log"
     process = start(path, log)
     process.until(lambda: [r.status for r in trial_record.read(folder)[:2]] == ["failed", "running"], "second trial", 450)
-    stopped = ask(capsys, "sweep", str(folder), "--stop")
+    stopped = ask(capsys, "sweep", "show", str(folder), "--stop")
     assert process.wait(60) == 130, log.read_text()[-3000:]
     assert not stopped["running"] and stopped["best"] is None
     assert {t["trial"]: t["status"] for t in stopped["trials"]} == {0: "failed", 1: "stopped"}
@@ -60,7 +60,7 @@ def test_the_rate_of_two_small_widths_is_carried_to_a_big_job(corpus, tracking, 
     path.write_text(yaml.safe_dump({**raw, "space": {**rates, "model": {"grid": widths}}}))
     big = tmp_path / "big.yaml"
     big.write_text(yaml.safe_dump({**base, "name": "big", "model": {**base["model"], "hidden_size": 256}}))
-    found = ask(capsys, "tune", str(path), "--transfer", str(big))
+    found = ask(capsys, "sweep", "run", str(path), "--transfer", str(big))
     assert {t["status"] for t in found["trials"]} == {"finished"} and len(found["trials"]) == 6
     told = found["transfer"]
     assert set(map(int, told["rates"])) == {32, 64} and told["measured"] and told["width"] == 256

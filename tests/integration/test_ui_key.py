@@ -1,4 +1,4 @@
-"""The server of `heliostat ui` as a process: what it does with a key and without one, for programs and for browsers."""
+"""The server of `heliostat run ui` as a process: what it does with a key and without one, for programs and for browsers."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ BROWSER = {"Accept": "text/html,*/*", "Sec-Fetch-Site": "none"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The server process of `heliostat ui`, with a registered model in a store of its own."""
+    """The server process of `heliostat run ui`, with a registered model in a store of its own."""
     folder = tmp_path_factory.mktemp("ui")
     store = f"sqlite:///{folder}/mlflow.db"
     own = {**ui.environment(store, "127.0.0.1", keys_in(folder)), "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts")}

@@ -53,18 +53,20 @@ def test_in_an_empty_folder_with_no_clone_the_wheel_makes_prepares_trains_and_ex
     assert Path(file).is_relative_to(tmp_path / "venv") and module == "heliostat.recipes.text.causal_lm"
     heliostat("init", ".", cwd=work)
     assert not list(work.rglob("*.py"))
-    report = json.loads(heliostat("prepare", "pipelines/quickstart.yaml", "--json", cwd=work).splitlines()[-1])
+    report = json.loads(heliostat("data", "prepare", "pipelines/quickstart.yaml", "--json", cwd=work).splitlines()[-1])
     assert report["tokens"] > 1_000_000
     short = {"train.steps": 4, "train.schedule.warmup_steps": 1, "checkpoint.every": 4, "evaluate.samples": 8, "workers.count": 1,
              "model.hidden_size": 64, "model.intermediate_size": 128, "mlflow.register": "null"}  # fmt: skip
     settings = [word for key, value in short.items() for word in ("--set", f"{key}={value}")]
     result = json.loads(heliostat("train", "jobs/quickstart.yaml", "--json", *settings, cwd=work).splitlines()[-1])
     assert result["steps"] == 4 and result["train_loss"] > 0
-    heliostat("export", ".heliostat/runs/quickstart", "--to", "../model", cwd=work)
+    heliostat("model", "export", ".heliostat/runs/quickstart", "--out", "../model", cwd=work)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     answer = json.loads(
-        heliostat("generate", "../model", "--prompt", "def ", "--max-tokens", "4", "--json", cwd=elsewhere).splitlines()[-1]
+        heliostat("model", "generate", "../model", "--prompt", "def ", "--max-tokens", "4", "--json", cwd=elsewhere).splitlines()[
+            -1
+        ]
     )
     assert answer["prompt"] == "def " and not list(elsewhere.iterdir())
     code = "from transformers import AutoModelForCausalLM as M; print(M.from_pretrained('../model').num_parameters())"

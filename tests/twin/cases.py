@@ -79,8 +79,9 @@ CASES: dict[str, Case] = {
 def made(case: str, folder: Path, **changes: Any) -> Job:
     """The job of a case: fp32, ZeRO-0, a few steps of 8 samples in micro-batches of 2."""
     usual = {
-        "name": case.replace(" ", "-"), "storage": str(folder), "train.precision": "fp32", "train.steps": 4, "data.lanes": 4,
-        "train.global_batch": 8, "train.micro_batch": 2, "data.window": 64, "train.zero.stage": 0,
+        "name": case.replace(" ", "-"), "storage": str(folder), "train.precision": "fp32", "train.steps": 4,
+        "data.virtual_ranks": 4, "train.global_batch_size": 8, "train.micro_batch_size": 2,
+        "data.shuffle_window": 64, "train.zero.stage": 0,
         "evaluate": {"every": 2, "samples": 4, "fraction": 0.1},
     }  # fmt: skip
     return CASES[case](folder, **{**usual, **changes})

@@ -34,7 +34,7 @@ def batches(given: Job) -> tuple[Recipe, list[dict[str, torch.Tensor]]]:
     data_plan, recipe = plan(given, sources), load(given, sources)
     open_dataset(data_plan)
     samples = dealt(data_plan, 0, 1, 0).next_step()
-    keys, size = BatchPlan(given, data_plan).keys(0, samples.lanes), given.train.micro_batch
+    keys, size = BatchPlan(given, data_plan).keys(0, samples.lanes), given.train.micro_batch_size
     parts = zip(content.split(samples.content, size), content.split(keys, size), strict=True)
     return recipe, [recipe.batch(part, numbers) for part, numbers in parts]
 

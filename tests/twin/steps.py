@@ -25,7 +25,7 @@ OFFLOADED = {"": (), "optimizer": ("optimizer",), "full": ("optimizer", "param")
 
 @dataclass(frozen=True)
 class Setup:
-    """A job: a case of `cases`, a ZeRO stage, and what else it changes. `within`: `train.zero.divide_within`."""
+    """A job: a case of `cases`, a ZeRO stage, and what else it changes. `within`: `train.zero.shard_group_size`."""
 
     case: str
     stage: int
@@ -51,10 +51,10 @@ class Setup:
             "name": "-".join(words), "workers.count": dist.get_world_size(), "workers.gpus": gpus, "train.zero.stage": self.stage,
             "train.precision": self.precision, "train.zero.offload": offload, "train.steps": STEPS,
             "train.optimizer": {"name": "adamw", "lr": 1e-3, "eps": 1e-4},
-            "train.micro_batch": 2 if dist.get_world_size() == 1 else 1,
+            "train.micro_batch_size": 2 if dist.get_world_size() == 1 else 1,
         }  # fmt: skip
         if self.within:
-            changes["train.zero.divide_within"] = self.within
+            changes["train.zero.shard_group_size"] = self.within
         if self.optimizer != "adamw":
             changes["train.optimizer"] = {"name": self.optimizer, "lr": 1e-3}
             changes["train.schedule"] = {"name": "constant", "warmup_steps": 1}  # which schedule_free wants

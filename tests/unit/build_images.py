@@ -82,9 +82,9 @@ def job(dataset: Path, **model: Any) -> dict[str, Any]:
 
 def embedder(dataset: Path, **changes: Any) -> Job:
     """16 pairs of captions and digits a step in micro-batches of 2, in 4 lanes, with dropout."""
-    usual: dict[str, Any] = {"recipe": "heliostat.recipes:ImageEmbedder", "model": copy.deepcopy(CLIP), "data.lanes": 4,
+    usual: dict[str, Any] = {"recipe": "heliostat.recipes:ImageEmbedder", "model": copy.deepcopy(CLIP), "data.virtual_ranks": 4,
                              "data.sources": [{"path": str(dataset)}], "data.sequence_length": None,
-                             "train.global_batch": 16, "train.precision": "fp32"}  # fmt: skip
+                             "train.global_batch_size": 16, "train.precision": "fp32"}  # fmt: skip
     return build_job.job(**{**usual, **changes})
 
 

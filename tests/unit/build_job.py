@@ -17,7 +17,7 @@ BASE: dict[str, Any] = {
     "model": {"arch": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 64, "vocab_size": 96},
     "data": {"sources": [{"path": "data/a", "weight": 1.0}], "sequence_length": 64},
-    "train": {"steps": 100, "global_batch": 8, "micro_batch": 2, "optimizer": {"lr": 1e-3}},
+    "train": {"steps": 100, "global_batch_size": 8, "micro_batch_size": 2, "optimizer": {"lr": 1e-3}},
     "evaluate": {"every": 10, "fraction": 0.1},
     "checkpoint": {"every": 10},
     "storage": "runs",

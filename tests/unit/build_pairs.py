@@ -52,6 +52,6 @@ MODEL = {"arch": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 def embedder(data: Path, **changes: Any) -> Job:
     """16 pairs a step in micro-batches of 2, in 4 lanes, with dropout."""
     usual: dict[str, Any] = {"recipe": "heliostat.recipes:Embedder", "model": {**MODEL}, "data.sequence_length": None,
-                             "data.sources": [{"path": str(data)}], "data.lanes": 4, "train.global_batch": 16,
+                             "data.sources": [{"path": str(data)}], "data.virtual_ranks": 4, "train.global_batch_size": 16,
                              "train.precision": "fp32"}  # fmt: skip
     return job(**{**usual, **changes})

@@ -1,5 +1,6 @@
 """Calls commands in the tests' own process, and lists them."""
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import typer
 from heliostat.cli import common, main
 
+BUILT = functools.cache(typer.main.get_command)
 ROOT = Path(__file__).parents[2]
 FILES = {"job": "jobs/quickstart.yaml", "pipeline": "pipelines/quickstart.yaml", "sweep": "jobs/sweeps/quickstart.yaml",
          "cluster": "clusters/local.yaml"}  # fmt: skip
@@ -15,7 +17,7 @@ FILES = {"job": "jobs/quickstart.yaml", "pipeline": "pipelines/quickstart.yaml",
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     """Every command and group with the words that call it."""
-    command = command or typer.main.get_command(common.app)
+    command = command or BUILT(common.app)
     below = getattr(command, "commands", {})
     return [(path, command), *(found for name, one in below.items() for found in commands(one, (*path, name)))]
 
@@ -26,6 +28,7 @@ NAMES = {" ".join(path) or "heliostat": command for path, command in commands()}
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a command in this process."""
     monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
+    monkeypatch.setattr(typer.main, "get_command", BUILT)  # which builds all commands, at each call
     with pytest.raises(SystemExit) as end:
         main.main()
     return end.value.code or 0, *capsys.readouterr()

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from heliostat.storage.hub import client
 from heliostat.storage.locations import Location
 
-from tests import stores
+from tests import hub_server, stores
+from tests.hub_server import Hub
 
 if TYPE_CHECKING:
     from heliostat.apps.search.search import SearchIndex
@@ -110,3 +112,17 @@ def document_index(corpus: Manifest, embedder: Path, tmp_path_factory: pytest.Te
 
     index(corpus, folder := tmp_path_factory.mktemp("index"), embedder)
     return SearchIndex(Location(str(folder)))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Runs a server that speaks the Hub's protocol, with a cache of its own, and retries nothing."""
+    with hub_server.serving() as server:
+        for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "0")
+        monkeypatch.setattr(client, "BACKOFF", client.Backoff(0.01, 0.02))
+        monkeypatch.setattr(client, "RECEIVED", 1000)
+        yield server

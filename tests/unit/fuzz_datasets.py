@@ -49,7 +49,7 @@ def mutating(
 
 def jobs(folder: Path) -> Target:
     (folder / "text.yaml").write_text(yaml.safe_dump(build_job.raw(**{
-        "data.sources": [{"path": "a", "weight": 0.5}, {"path": "s3://b/c", "max_epochs": 2}], "data.lanes": 4,
+        "data.sources": [{"path": "a", "weight": 0.5}, {"path": "s3://b/c", "max_epochs": 2}], "data.virtual_ranks": 4,
         "data.mix_schedule": [{"step": 5, "weights": [1, 2]}], "train.precision": "fp32", "card": {"license": "MIT"},
         "checkpoint": {"every": 10, "keep_every": 20, "best": {"metric": "loss"}}, "spike": {"window": 10},
         "workers": {"count": [1, 4], "cpus": 1, "labels": {"a": "b"}}})))  # fmt: skip
@@ -139,7 +139,7 @@ def text_dataset(place: Location) -> manifest.Manifest:
 def _train_on(copied: Path) -> None:
     """What comes before a run's first step, and reading that step and what is held out."""
     changes = {"data.sources.0.path": str(copied / "data"), "storage": str(copied / "runs"), "data.sequence_length": LENGTH,
-               "data.window": 1024,  # where few samples are left, a larger one would be of thousands of epochs
+               "data.shuffle_window": 1024,  # where few samples are left, a larger one would be of thousands of epochs
                "mlflow.uri": f"sqlite:///{copied}/mlflow.db", "train.precision": "fp32"}  # fmt: skip
     checked = check.check_stores(*check.check_job(build_job.job(**changes)))
     data = open_dataset(checked.plan)

@@ -211,7 +211,7 @@ def records(folder: Path) -> Target:
 
 
 def models(folder: Path) -> Target:
-    """A language model as `heliostat export` leaves it, and a dataset that it is scored on."""
+    """A language model as `heliostat model export` leaves it, and a dataset that it is scored on."""
     from heliostat.recipes import exported
     from heliostat.recipes.text.causal_lm import CausalLM
 

@@ -1,4 +1,4 @@
-"""An endpoint in a thread of this process, as `heliostat play` makes it: the front, a replica beside it, and the page."""
+"""An endpoint in a thread of this process, as `heliostat model play` makes it: the front, a replica beside it, and the page."""
 
 from __future__ import annotations
 

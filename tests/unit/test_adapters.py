@@ -124,7 +124,7 @@ def test_requests_choose_by_the_models_name(base, folders, merged):
             assert list(pool.map(written, names)) == [wanted[name] for name in names]
         stream = ask.completions.create(model="rude", prompt="def f", max_tokens=12, temperature=0, stream=True)
         assert "".join(piece.choices[0].text for piece in stream) == wanted["rude"]
-        with pytest.raises(openai.BadRequestError, match="'kind' is an adapter, and writes alone"):
+        with pytest.raises(openai.BadRequestError, match="'kind' is an adapter, which only generates text"):
             ask.embeddings.create(model="kind", input="x")
         with pytest.raises(openai.NotFoundError, match="and 'rude' are"):
             ask.completions.create(model="gentle", prompt="x")
@@ -133,12 +133,12 @@ def test_requests_choose_by_the_models_name(base, folders, merged):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"peft_type": "LOHA"}, "is an adapter of kind 'LOHA'; LORA is served"),
-        ({"use_dora": True}, r"use_dora: True is not served; merge it into its model"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not served"),
+        ({"peft_type": "LOHA"}, "adapters of kind 'LOHA' aren't supported. Use LORA"),
+        ({"use_dora": True}, r"use_dora: True isn't supported\. Merge the adapter into its model"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* isn't supported"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
-        ({"r": None}, "r and lora_alpha are required"),
+        ({"r": None}, r"lora_alpha \(a number\) are required"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused_before_a_weight_is_read(base, tmp_path, config, said):
@@ -151,18 +151,18 @@ def test_an_adapter_of_another_kind_is_refused_before_a_weight_is_read(base, tmp
 def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
     model = LoadedModel(base).model
     (tmp_path / "none").mkdir()
-    with pytest.raises(ConfigError, match=r"holds no adapter \(adapter_config.json is missing\)"):
+    with pytest.raises(ConfigError, match=r"isn't an adapter \(adapter_config.json is missing\)"):
         Adapters(model, {"x": str(tmp_path / "none")})
     write_adapter(tmp_path / "pickled", base, 1, ("q_proj",))
     (tmp_path / "pickled/adapter_model.safetensors").rename(tmp_path / "pickled/adapter_model.bin")
     with pytest.raises(ConfigError, match=r"has no adapter_model.safetensors; save it with safetensors"):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
-    with pytest.raises(ConfigError, match=r"down_proj: its matrices are .* is it an adapter of another model\?"):
+    with pytest.raises(ConfigError, match=r"down_proj: its matrices are .*\. Pass an adapter of this model"):
         Adapters(LoadedModel(other).model, {"x": folders["rude"]})
     for tensors, said in (
-        ({"base_model.model.lm_head.weight": torch.ones(2)}, "is no matrix of a layer"),
-        ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: is no linear layer of the model"),
+        ({"base_model.model.lm_head.weight": torch.ones(2)}, "isn't a layer's matrix"),
+        ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: isn't a linear layer of the model"),
         ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "has A alone"),
         ({}, "is empty"),
     ):
@@ -190,21 +190,21 @@ def test_a_layer_that_does_not_see_rows_is_refused_when_it_is_loaded(tmp_path):
     sizes = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
     tensors = {f"base_model.model.proj.lora_{letter}.weight": tensor for letter, tensor in sizes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match="--adapter: x: one of its layers does not go row by row; merge it"):
+    with pytest.raises(ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge it"):
         Adapters(Flat(), {"x": str(tmp_path)})
 
 
 def test_names_are_apart_and_only_a_model_that_writes_has_adapters(base, folders, tmp_path):
     told = served(str(base), "", None, None, None)
     for given, said in (
-        (["kind"], "'kind' is not NAME=FOLDER"),
-        ([f"{base.name}={folders['kind']}"], "is the name of something else"),
-        ([f"a={folders['kind']}", f"a={folders['rude']}"], "'a' is the name of something else"),
+        (["kind"], "expected NAME=FOLDER, got 'kind'"),
+        ([f"{base.name}={folders['kind']}"], "is already in use"),
+        ([f"a={folders['kind']}", f"a={folders['rude']}"], "the name 'a' is already in use"),
     ):
         with pytest.raises(ConfigError, match=said):
             told.with_adapters(given)
-    with pytest.raises(ConfigError, match="holds no adapter"):
+    with pytest.raises(ConfigError, match="isn't an adapter"):
         told.with_adapters([f"x={tmp_path}"]).kind()
     assert told.with_adapters([f"x={folders['kind']}"]).kind() == "text"
-    with pytest.raises(ConfigError, match="--adapter: goes with a model"):
+    with pytest.raises(ConfigError, match="--adapter: needs a model"):
         served(None, "", None, str(tmp_path / "index"), None).with_adapters([f"x={folders['kind']}"])

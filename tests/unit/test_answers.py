@@ -56,7 +56,7 @@ def test_a_document_is_traced_and_forgotten_wherever_the_dataset_lies(place):
     ] == []
     for name, digest in (("made", made.digest), ("less", less.digest)):
         assert DIGESTS.setdefault(name, digest) == digest, "the place plays no part"
-    with pytest.raises(ConfigError, match="lie in one another"):
+    with pytest.raises(ConfigError, match="overlap"):
         forget.check(made, place.join("data/x"))
     place.join("other/file").write(b"x")
     with pytest.raises(ConfigError, match="is not empty"):

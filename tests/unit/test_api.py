@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from heliostat.api import functions as api
 from heliostat.errors import AccessError, ConfigError, MissingDataError
+from heliostat.validation import check as checks
 
 from tests.unit.build_job import raw, write
 
@@ -149,34 +150,39 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
         (lambda: heliostat.load_job("nowhere.yaml"), r"nowhere\.yaml: no such file"),
         (lambda: heliostat.load_job(raw(**{"train.stepz": 1})), r"job: train\.stepz: unknown key; did you mean 'steps'\?"),
         (
-            lambda: heliostat.check(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
+            lambda: checks.check_job(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
             r"recipe: heliostat\.recipes has no 'Nothing'",
         ),
-        (lambda: heliostat.Run("runs/none"), r"none: holds no run"),
+        (lambda: heliostat.Run("runs/none"), r"none: isn't a run"),
         (lambda: heliostat.generate("0" * 31, "x"), r"no such folder, and not a run id. Pass models:/NAME/VERSION"),
-        (lambda: heliostat.datasets({"sources": []}, folder="f"), r"heliostat\.datasets: give steps and global_batch"),
         (
-            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lanes": 3}, steps=1, global_batch=8, folder="f"),
-            r"heliostat\.datasets: data\.lanes: 3 must divide train\.global_batch 8",
+            lambda: heliostat.datasets({"sources": []}, folder="f"),
+            r"heliostat\.datasets: steps and global_batch_size are required",
         ),
         (
-            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lane": 3}, steps=1, global_batch=8, folder="f"),
-            r"heliostat\.datasets: data\.lane: unknown key; did you mean 'lanes'\?",
+            lambda: heliostat.datasets(
+                {"sources": [{"path": "d"}], "virtual_ranks": 3}, steps=1, global_batch_size=8, folder="f"
+            ),
+            r"heliostat\.datasets: data\.virtual_ranks: 3 must divide train\.global_batch_size 8",
+        ),
+        (
+            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lane": 3}, steps=1, global_batch_size=8, folder="f"),
+            r"heliostat\.datasets: data\.lane: unknown key; did you mean 'virtual_ranks'\?",
         ),
         (
             lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),
-            r"heliostat\.datasets: steps, global_batch and held_out are what the job says",
+            r"heliostat\.datasets: steps, global_batch_size, and held_out come from the job",
         ),
         (lambda: heliostat.train(None), "job: expected a job file, its mapping, or a Job, got None"),
         (lambda: heliostat.prepare(3), "pipeline: expected a pipeline file, got 3"),
         (lambda: heliostat.load_job(raw(), None), "overrides: expected a mapping, or a list of .*, got None"),
         (lambda: heliostat.load_job(raw(), [3]), r"overrides: expected a mapping, or a list of .*, got \[3\]"),
-        (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: \{1\} is no value"),
+        (lambda: heliostat.load_job(raw(), {"train.steps": {1}}), r"overrides: train\.steps: YAML can't represent \{1\}"),
         (lambda: heliostat.generate("m", 3), "prompts: expected a text or a list of texts, got 3"),
         (lambda: heliostat.generate("m", "x", seed="a"), "seed: expected an integer, got 'a'"),
         (lambda: heliostat.generate("0" * 31, "x", seed=np.int64(1)), r"no such folder, and not a run id"),
         (lambda: heliostat.generate(None, "x"), "model: expected a folder, models:/NAME/VERSION, or a run id, got None"),
-        (lambda: heliostat.datasets(None, steps=1, global_batch=8, folder="f"), "data: expected the keys"),
+        (lambda: heliostat.datasets(None, steps=1, global_batch_size=8, folder="f"), "data: expected the keys"),
     ],
 )
 def test_bad_input_is_one_line_that_names_it(call, line, tmp_path, monkeypatch):
@@ -190,15 +196,15 @@ def test_bad_input_is_one_line_that_names_it(call, line, tmp_path, monkeypatch):
 def test_a_dataset_that_is_missing_says_so_and_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(MissingDataError, match=r"data\.sources\.0\.path: "):
-        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="f")
+        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch_size=8, folder="f")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
 def test_a_folder_that_takes_no_receipts_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AccessError, match=r"^folder: /proc/x: /proc is not a folder that can be written to; name another place$"):
-        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch=8, folder="/proc/x")
+    with pytest.raises(AccessError, match=r"^folder: /proc/x: can't write to the folder /proc\. Name another place$"):
+        heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch_size=8, folder="/proc/x")
 
 
 def test_the_page_tells_of_no_name_that_there_is_not():

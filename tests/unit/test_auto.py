@@ -19,7 +19,7 @@ from tests.unit.build_index import index
 from tests.unit.build_job import ROOT, job, write
 from tests.unit.forked import run
 
-FOUR = {"workers.count": 4, "workers.gpus": 1, "train.global_batch": 16}
+FOUR = {"workers.count": 4, "workers.gpus": 1, "train.global_batch_size": 16}
 MIXTRAL = {"model.arch": "mixtral", "model.num_local_experts": 8, "model.num_experts_per_tok": 2}
 DEEP = {"model.hidden_size": 16384, "model.num_hidden_layers": 3, "model.intermediate_size": 65536, "model.vocab_size": 4096}
 
@@ -41,10 +41,10 @@ def degrees(found) -> set[tuple[int, int, int]]:
 @pytest.mark.parametrize(
     ("changes", "expected", "note"),
     [
-        ({}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts: train.parallel.expert: 'llama' has no"),
-        ({"workers.count": [2, 4]}, {(1, 1, 1), (2, 1, 1), (1, 2, 1)}, "no workers divide experts"),
-        (MIXTRAL, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 2), (1, 1, 4)}, "no workers divide matrices: train.parallel.tensor:"),
-        ({"train.parallel": {"tensor": 2}}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "no workers divide experts"),
+        ({}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "expert parallelism: train.parallel.expert: 'llama' has no"),
+        ({"workers.count": [2, 4]}, {(1, 1, 1), (2, 1, 1), (1, 2, 1)}, "workers supports expert parallelism"),
+        (MIXTRAL, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 1, 2), (1, 1, 4)}, "tensor parallelism: train.parallel.tensor:"),
+        ({"train.parallel": {"tensor": 2}}, {(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1)}, "workers supports expert parallelism"),
         ({"train.compile": True}, {(1, 1, 1)}, "no workers divide matrices: train.parallel.tensor: 2 with train.compile is not"),
         ({"workers.count": 1}, {(1, 1, 1)}, ""),
     ],
@@ -63,14 +63,14 @@ def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(change
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train.parallel": {"tensor": 2}, "workers.count": 8, "train.global_batch": 4, "train.micro_batch": 1},  # no plain one
-        {"train.parallel": {"sequence": 2}, "workers.count": 8, "train.global_batch": 12, "train.micro_batch": 1},
-        {"train.attention": "flash_attention_2", "data.document_mask": True, "train.micro_batch": 1},
+        {"train.parallel": {"tensor": 2}, "workers.count": 8, "train.global_batch_size": 4, "train.micro_batch_size": 1},
+        {"train.parallel": {"sequence": 2}, "workers.count": 8, "train.global_batch_size": 12, "train.micro_batch_size": 1},
+        {"train.attention": "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 1},
         {"train.compile": "blocks", "train.zero.stage": 1},
-        {"train.accumulate": "fp32", "train.zero.stage": 1},
-        {"workers.count": [2, 6], "train.global_batch": 48, "train.micro_batch": 1},
-        {"workers.count": [2, 16], "train.global_batch": 64, "train.micro_batch": 8},
-        {"data.lanes": 4, "workers.count": [2, 4]},
+        {"train.grad_accum_dtype": "fp32", "train.zero.stage": 1},
+        {"workers.count": [2, 6], "train.global_batch_size": 48, "train.micro_batch_size": 1},
+        {"workers.count": [2, 16], "train.global_batch_size": 64, "train.micro_batch_size": 8},
+        {"data.virtual_ranks": 4, "workers.count": [2, 4]},
     ],
 )  # fmt: skip
 def test_what_is_offered_is_a_job_on_every_number_of_workers_that_the_job_has(changes):
@@ -80,7 +80,7 @@ def test_what_is_offered_is_a_job_on_every_number_of_workers_that_the_job_has(ch
     for one in found["layouts"]:
         keys = one["layout"]
         layout = layouts.Layout(
-            keys["train.zero.stage"], keys["train.micro_batch"], keys["train.activation_checkpointing"],
+            keys["train.zero.stage"], keys["train.micro_batch_size"], keys["train.activation_checkpointing"],
             bool(keys["train.zero.offload.optimizer"]), keys["train.zero.offload.param"], *one["parallel"].values())  # fmt: skip
         assert set(counts) <= set(layouts.applied(made, layout).worker_counts())
     assert found["workers"] == counts[-1] and layouts.of(made).family in {
@@ -109,12 +109,12 @@ def test_divided_matrices_are_planned_on_a_workers_part_and_experts_on_those_tha
 
 
 def test_auto_is_the_first_of_the_ranking_and_a_job_like_any_other(caplog):
-    asked = {**FOUR, **DEEP, "data.sequence_length": 512, "train.global_batch": 64}
+    asked = {**FOUR, **DEEP, "data.sequence_length": 512, "train.global_batch_size": 64}
     _, found = ranked(**asked)
     with caplog.at_level(logging.INFO, "heliostat"):
         made = auto.settled(job(**asked, **{"train.parallel": "auto"}))
     assert layouts.of(made).settings() == found["layouts"][0]["layout"] and not made.train.parallel.auto
-    assert f"of {len(found['layouts'])} layouts the fastest on 4 workers of H100" in caplog.text
+    assert f"the fastest of {len(found['layouts'])} parallelism configurations on 4 workers of H100" in caplog.text
     assert all(f"--set {s}" in caplog.text for s in found["set"]) and found["set"]
     assert "--set 'train.parallel={" in caplog.text or "--set train.parallel={}" in caplog.text
     assert auto.settled(made) is made, "which is settled already"
@@ -123,19 +123,19 @@ def test_auto_is_the_first_of_the_ranking_and_a_job_like_any_other(caplog):
 
 def test_a_run_that_goes_on_with_as_many_workers_keeps_its_layout(tmp_path, caplog):
     asked = {**FOUR, "storage": str(tmp_path), "train.parallel": "auto"}
-    own = {k: v for k, v in asked.items() if k != "train.parallel"} | {"train.zero.stage": 2, "train.micro_batch": 4}
+    own = {k: v for k, v in asked.items() if k != "train.parallel"} | {"train.zero.stage": 2, "train.micro_batch_size": 4}
     place = layout.folder(job(**asked).run_folder, 10).join(layout.INDEX)
     place.write(layout.encode(index(10, job=job(**own).dump())))
     with caplog.at_level(logging.INFO, "heliostat"):
         kept = auto.settled(job(**asked), resume=True)
     assert (
-        (kept.train.zero.stage, kept.train.micro_batch)
+        (kept.train.zero.stage, kept.train.micro_batch_size)
         == (
             2,
             4,
         )
         and "--set train.zero.stage=2" in caplog.text
-        and "keeps its layout: --set" in caplog.text
+        and "keeps its parallelism configuration: --set" in caplog.text
     )
     fewer = job(**{**asked, "workers.count": 2})
     assert auto.settled(fewer, resume=True) == auto.settled(fewer), "other workers, and so the fastest on those"
@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_one_error_and_what_is_not_settled_is_not_trained(t
         ConfigError, match=r"^train\.parallel: auto: no layout fits on 4 workers of H100 \(the nearest: .* GiB too much"
     ):
         auto.settled(job(**huge, **{"train.parallel": "auto"}))
-    with pytest.raises(ConfigError, match=r"^train\.parallel: auto is settled by"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel: auto works only with"):
         train_job(job(**{"train.parallel": "auto", "storage": str(tmp_path)}))
     with pytest.raises(ConfigError, match=r"train\.parallel: .*automatic"):
         job(**{"train.parallel": "automatic"})
@@ -181,7 +181,7 @@ def test_this_machines_gpu_is_one_of_the_table_with_its_memory_or_an_error(name,
     if expected:
         assert auto.named(name, gib * hardware.GIB, devices) == expected
         return
-    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB is not in the price table"):
+    with pytest.raises(ConfigError, match=f"this machine's {name} with {gib:.0f} GiB isn't in the price table"):
         auto.named(name, gib * hardware.GIB, devices)
 
 

@@ -102,7 +102,7 @@ def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
     """It is not the inputs: else all would be listed as bad, and never asked again."""
     engine = Continue(model, 4, {"max_tokens": 6})
     monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
-    with pytest.raises(HeliostatError, match="answers nothing: ZeroDivisionError"):
+    with pytest.raises(HeliostatError, match="answers no input: ZeroDivisionError"):
         engine(PROMPTS)
 
 

@@ -136,13 +136,13 @@ def test_a_kept_value_that_cannot_be_written_stops_nothing_and_a_column_that_is_
     rows = [{"text": "a", "n": "\ud800"}, {"text": "b", "n": {"c": "\ud800"}}, {"text": "c", "n": None}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = infer(tmp_path / "in.jsonl", tmp_path / "out")
-    assert (found["answers"], found["bad"], found["missing"]) == (2, 1, []) and "no input has" not in caplog.text
+    assert (found["answers"], found["bad"], found["missing"]) == (2, 1, []) and "inputs have no" not in caplog.text
     assert [(row["text"], row["n"]) for row in answers(tmp_path / "out")] == [("b", '{"c": "\\ud800"}'), ("c", None)]
     (bad,) = pq.read_table(tmp_path / "out" / run.BAD).to_pylist()
     assert (bad["reason"], bad["detail"]) == ("not_utf8", "the kept column 'n'")
     (tmp_path / "other.jsonl").write_text('{"text": "a", "m": 1}\n')
     assert infer(tmp_path / "other.jsonl", tmp_path / "other")["missing"] == ["n"]
-    assert "--keep: 'n': no input has such a column" in caplog.text
+    assert "--keep: 'n': the inputs have no such column" in caplog.text
 
 
 def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path):
@@ -176,7 +176,7 @@ def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp
         assert found == {name: facts[name] for name in ("model", "engine", "settings", "input", "inputs", "answers")}, input
     assert known(str(tmp_path / "in")) is None and not caplog.text
     shutil.copy(one, out / "mine.parquet")
-    assert known(str(out)) is None and "inference.json does not list mine.parquet" in caplog.text
+    assert known(str(out)) is None and "inference.json doesn't list mine.parquet" in caplog.text
 
 
 def test_answers_that_were_lost_are_made_again(echo, tmp_path):
@@ -233,7 +233,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     [
         ({"temperature": -1}, "options: temperature: -1 should be greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": 32}, "max_tokens: 32 leave no room for a prompt: the model takes 32 tokens with its answer"),
+        ({"max_tokens": 32}, "max_tokens: 32 leaves no room for a prompt: prompt and answer have at most 32 tokens"),
     ],
 )
 def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options, said):
@@ -243,7 +243,7 @@ def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options
         run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), BatchSettings(options=options))
     assert said in str(found.value) and "\n" not in str(found.value)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="leave no room for a prompt"):  # of `ask` too
+    with pytest.raises(ConfigError, match="leaves no room for a prompt"):  # of `ask` too
         Continue(model, 1, {"max_tokens": 33})
 
 
@@ -274,14 +274,14 @@ def test_what_ends_drawing_is_one_line(model, tmp_path, monkeypatch):
 
 def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model, tmp_path, no_ray):
     (tmp_path / "file").write_text("")
-    with pytest.raises(AccessError, match="is not a folder that can be written to"):
+    with pytest.raises(AccessError, match="can't write to the folder"):
         generate_many(model, ["a"], {}, 0, str(tmp_path / "file"), 1)
 
 
 def test_a_place_that_takes_no_answer_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "generator", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
-    for out, why in ((tmp_path, "is a folder; name a file in it"), (tmp_path / "file" / "a.txt", "is not a folder that can be")):
+    for out, why in ((tmp_path, "is a folder. Name a file in it"), (tmp_path / "file" / "a.txt", "can't write to the folder")):
         with pytest.raises(AccessError, match=why):
             generate.generate(model, "a", {}, 0, str(out))
 
@@ -321,10 +321,10 @@ def test_of_commands_that_begin_together_one_has_the_folder(tmp_path):
 def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_before_ray_starts(model, tmp_path, no_ray):
     config = transformers.LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
     config.save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match=r"its tokenizer or config.json cannot be read .*; is the folder whole") as found:
+    with pytest.raises(ConfigError, match=r"can't read its tokenizer or config.json .*Copy the folder again") as found:
         run.infer(tmp_path / "model", str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings())
     assert "\n" not in str(found.value)
-    with pytest.raises(ConfigError, match="no file there"):
+    with pytest.raises(ConfigError, match="no such file"):
         run.infer(model, str(tmp_path / "empty"), str(tmp_path / "out"), BatchSettings(options={"max_tokens": 3}))
     assert not (tmp_path / "out").exists()
 

@@ -118,7 +118,7 @@ def test_what_is_no_chat_is_said_and_stops_nothing(writer):
     ]
     answers = engine([Input(text, 0) for text in [*bad, ask(("user", "a"))]])
     assert [a.bad for a in answers] == ["no_messages"] * 5 + ["template", "template", ""]
-    assert "no JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
+    assert "isn't a JSON list" in answers[0].detail and "0.role" in answers[3].detail and "no question" in answers[5].detail
     assert chat.read('[{"role": "user", "content": "a", "name": null, "tool_calls": null}]') == [{"role": "user", "content": "a"}]
     parts = [{"type": "text", "text": "a", "image_url": None}]  # as a Parquet file has them
     assert chat.read(json.dumps([{"role": "user", "content": parts}])) == [{"role": "user", "content": "a"}]
@@ -182,12 +182,12 @@ def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifi
     write_classifier(tmp_path / "scores", problem_type="regression")
     write_model(tmp_path, BASE["model"])
     for folder, task, said in [
-        (writer, "classify", "holds LlamaForCausalLM, without a head that classifies; take a model ...ForSequenceClassification"),
+        (writer, "classify", "holds LlamaForCausalLM, without a classification head. Use a model ...ForSequenceClassification"),
         (tmp_path / "one", "classify", "has one label (score)"),
         (tmp_path / "scores", "classify", "has problem_type regression"),
-        (clip, "continue", "embeds texts and images; give --task embed, or embed-images"),
-        (writer, "embed-images", "is no CLIP"),
-        (tmp_path / "model", "chat", "has no chat template; give --task continue"),
+        (clip, "continue", "not supported for a CLIP"),
+        (writer, "embed-images", "isn't a CLIP"),
+        (tmp_path / "model", "chat", "has no chat template. Use --task continue"),
     ]:
         with pytest.raises(ConfigError) as found:
             loading.require(folder, task)

@@ -165,7 +165,7 @@ def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_wh
         assert isinstance(ahead.take(step).samples, float)
         ahead.begin(step + 1)
     assert threads[0] == "batches" and set(threads[1:]) == {threading.current_thread().name}
-    assert len(notices) == 1 and notices[0].startswith("recipe: `batch` draws") and "`keys`" in notices[0]
+    assert len(notices) == 1 and notices[0].startswith("recipe: `batch` uses a process-wide random") and "`keys`" in notices[0]
 
 
 def attended(dropout: float) -> float:

@@ -33,7 +33,7 @@ def test_a_suite_names_its_tasks_alone_or_with_what_it_sets(tmp_path):
     ("changes", "said"),
     [
         ({"tasks": []}, "tasks"),
-        ({"tasks": ["a", "a"]}, "'a' is there twice"),
+        ({"tasks": ["a", "a"]}, "'a' is listed twice"),
         ({"tasks": [{"task": "a", "few": 1}]}, r"tasks\.0\.few: unknown key; did you mean 'fewshot'"),
         ({"tasks": ["../a"]}, r"tasks\.0"),
         ({"exampels": 3}, "exampels: unknown key; did you mean 'examples'"),
@@ -77,13 +77,13 @@ def test_an_included_file_gives_what_the_task_does_not_say(tmp_path):
     [
         (
             "task: colours\nprocess_docs: !function evil.run\n",
-            "colours.yaml: holds a `!function`, and code .* is not run",
+            "colours.yaml: contains a `!function`, .*doesn't run code",
         ),
-        ("task: colours\nmetric_list:\n  - metric: !function evil.run\n", "holds a `!function`"),
+        ("task: colours\nmetric_list:\n  - metric: !function evil.run\n", "contains a `!function`"),
         ("task: colours\nx: !!python/object/apply:os.system ['touch ran']\n", "colours.yaml: not valid YAML"),
-        ("task: colours\ninclude: ../outside.yaml\n", "outside.yaml lies outside of"),
-        ("task: colours\ninclude: colours.yaml\n", "leads back to itself"),
-        ("task: colours\ninclude: 3\n", "include: 3 is no path"),
+        ("task: colours\ninclude: ../outside.yaml\n", "outside.yaml is outside"),
+        ("task: colours\ninclude: colours.yaml\n", "includes itself"),
+        ("task: colours\ninclude: 3\n", "include: 3 isn't a path"),
         ("task: colours\ninclude: gone.yaml\n", "gone.yaml: no such file"),
         ("task: colours\nx: [\n", "colours.yaml: not valid YAML"),
     ],
@@ -102,7 +102,7 @@ def test_a_task_file_that_is_wrong_or_would_run_code_is_one_line(tmp_path, text,
 def test_code_in_a_file_that_is_included_is_refused_too(tmp_path):
     (tmp_path / "base.yaml").write_text("process_docs: !function evil.run\n")
     write(tmp_path, include="base.yaml")
-    with pytest.raises(ConfigError, match=r"base\.yaml: holds a `!function`"):
+    with pytest.raises(ConfigError, match=r"base\.yaml: contains a `!function`"):
         task_files.read(tmp_path, tmp_path / "colours.yaml")
 
 
@@ -127,13 +127,13 @@ def test_files_are_of_the_task_files_folder_and_a_folder_gives_a_split_a_file(tm
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({}, "data_files: there is no .*colours.jsonl"),
+        ({}, "data_files: .*colours.jsonl: no such file"),
         ({"dataset_kwargs": {}}, "data_files is required"),
-        ({"dataset_kwargs": {"data_files": {"test": 3}}}, "data_files: 3 is no path"),
+        ({"dataset_kwargs": {"data_files": {"test": 3}}}, "data_files: 3 isn't a path"),
         ({"dataset_kwargs": {"data_files": "x.jsonl", "script": "y.py"}}, "'script' is not taken"),
-        ({"dataset_path": "pandas"}, "'pandas' is no folder with a data set, and no reader"),
+        ({"dataset_path": "pandas"}, "'pandas' is neither a folder with a data set nor a reader"),
         ({"dataset_path": "./gone"}, "is no folder with a data set"),
-        ({"dataset_path": None}, "None is no data set"),
+        ({"dataset_path": None}, "None isn't a data set"),
         ({"dataset_path": "mixed"}, "files of several kinds"),
         ({"dataset_path": "empty"}, "no file of"),
     ],

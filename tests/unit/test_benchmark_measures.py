@@ -88,8 +88,8 @@ def test_the_table_fits_into_80_columns_and_what_was_left_out_is_said():
     lines = common.table_lines(shown.rows(result()), (0, 1))
     assert max(map(len, lines)) <= 80, lines
     said = "\n".join(shown.notes(result()))
-    for part in ("+0.217 ± 0.039 (1 of 2 tasks)", "1,234 chunks", "20 have fewer words", "1 damaged chunks", "end of 3 examples",
-                 "at step 300, and of models:/lm/3"):  # fmt: skip
+    for part in ("+0.217 ± 0.039 (1 of 2 tasks)", "1,234 chunks", "20 have fewer words", "1 damaged row groups",
+                 "3 examples are longer", "at step 300, and of models:/lm/3"):  # fmt: skip
         assert part in said, part
     nothing = {"run_id": None, "step": None, "versions": [], "why_not": "the model's folder names no run"}
     said = "\n".join(shown.notes(result(contamination=None, recorded=nothing)))

@@ -96,7 +96,7 @@ def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, 
     assert 0 <= state.drain()[1][0]["moved"] < 60
     made._heartbeats[0]["moved"] = time.monotonic() - 61
     made._look()
-    assert "no worker got on for 61 s" in str(made._watch.fault)
+    assert "no worker made progress for 61 s" in str(made._watch.fault)
 
 
 def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_counted(monkeypatch):
@@ -193,7 +193,7 @@ def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_ba
     reduced = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce"))
     found = stall(reduced, (12, 4), (12, 4), (12, 1), (12, 3))
     assert str(found) == (
-        "no worker got on for 70 s (watchdog: 60 s): worker 2 on 10.0.0.2 (node node2, GPU GPU-1) is the slowest, "
+        "no worker made progress for 70 s (watchdog: 60 s): worker 2 on 10.0.0.2 (node node2, GPU GPU-1) is the slowest, "
         "in step 12 after micro-batch 1; the fastest is in step 12 after micro-batch 4; the workers' stacks are in stacks.txt"
     )
 
@@ -208,7 +208,7 @@ def test_a_stall_in_which_all_workers_wait_in_one_call_says_so():
 def test_a_stall_names_the_worker_that_is_in_another_call_or_that_does_not_answer():
     stacks = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce")) | {3: stack("loop.py step", "recipe.py read")}
     place, where = "worker 3 on 10.0.0.3 (node node3, GPU GPU-1)", "read (recipe.py:7), in step 12 after micro-batch 4"
-    assert f"{place} is in another call than others, {where}; " in str(stall(stacks, *[(12, 4)] * 4))
+    assert f"{place} is in a different call from the others, {where}. " in str(stall(stacks, *[(12, 4)] * 4))
     del stacks[1]
     assert "worker 1 on 10.0.0.1 (node node1) doesn't answer; the" in str(stall(stacks, *[(12, 4)] * 4, gpus=()))
 

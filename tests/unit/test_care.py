@@ -321,5 +321,5 @@ def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(
     told = trace.trace(SimpleNamespace(kind="tokens"), end)
     assert [step["did"] for step in told["stages"]] == ["came through", "came through", "dropped"]
     assert told["end"]["what"] == care.MEANING and told["notes"] == [
-        "it is not taken through the stages again, as it would end this process, too"
+        "heliostat doesn't run the stages again, because the document would crash this process too"
     ]

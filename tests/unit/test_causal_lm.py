@@ -57,14 +57,14 @@ def refusal(model: dict, length: int = 64) -> str:
 def test_an_unknown_architecture_suggests_the_nearest(arch, near):
     """The value as given and a suggestion."""
     assert refusal({**LLAMA, "arch": arch}) == (
-        f"model.arch: {arch!r} is no causal language model of transformers; did you mean {near}?"
+        f"model.arch: {arch!r} isn't a causal language model of transformers; did you mean {near}?"
     )
 
 
 @pytest.mark.parametrize("arch", [None, 5, ["llama"], "bert-like-thing", "t5"])
 def test_what_is_no_architecture_is_one_line(arch):
     """Missing, another type, or a model that is no causal language model: one line that names the key."""
-    assert refusal({**LLAMA, "arch": arch}).startswith(f"model.arch: {str(arch)!r} is no causal language model of transformers; ")
+    assert refusal({**LLAMA, "arch": arch}).startswith(f"model.arch: {str(arch)!r} isn't a causal language model of transformers")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_heads_must_divide_the_width(arch):
             recipe(model)
             continue
         message = refusal(model)
-        assert message.startswith(f"model.{name}: {heads} does not divide {width} 32; nearest that does: ")
+        assert message.startswith(f"model.{name}: {heads} doesn't divide {width} 32. Nearest divisor: ")
         nearest = int(message.rpartition(" ")[2])
         assert abs(nearest - heads) == min(abs(d - heads) for d in (1, 2, 4, 8, 16, 32))
     if arch == "mistral":
@@ -107,7 +107,7 @@ def test_key_value_heads_must_divide_the_heads():
             recipe(model)
         else:
             message = refusal(model)
-            assert message.startswith(f"model.num_key_value_heads: {groups} does not divide num_attention_heads 8; nearest")
+            assert message.startswith(f"model.num_key_value_heads: {groups} doesn't divide num_attention_heads 8. Nearest")
             assert 8 % int(message.rpartition(" ")[2]) == 0
 
 
@@ -118,29 +118,29 @@ def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
     """Under either name of the key; positions that the job does not give grow with the sequence."""
     shape = {k: v for k, v in SHAPES[arch].items() if k != "n_positions"}
     assert recipe({**shape, key: 64}).config.max_position_embeddings == 64
-    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is longer than the model's max_position_embeddings 63"
+    assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings 63"
     assert recipe(shape, 5000).config.max_position_embeddings == 5000
 
 
 def test_a_language_model_needs_a_sequence_length():
     """The key is optional for other recipes, so this one says it."""
-    with pytest.raises(ConfigError, match=r"data\.sequence_length: is required for a language model"):
+    with pytest.raises(ConfigError, match=r"data\.sequence_length: required for a language model"):
         CausalLM(job(**{"data.sequence_length": None}))
 
 
 def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
     """A missing folder and a model of another kind are refused; no hub is asked."""
     gone = str(tmp_path / "gone")
-    assert refusal({"pretrained": gone}) == f"model.pretrained: {gone!r} is not a model folder (no config.json)"
+    assert refusal({"pretrained": gone}) == f"model.pretrained: {gone!r} isn't a model folder (no config.json)"
     from transformers import BertConfig, LlamaConfig, T5Config
 
     for kind in (T5Config, BertConfig):
         kind().save_pretrained(tmp_path)
         found = kind.model_type
         if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            assert refusal({"pretrained": str(tmp_path)}).endswith(f"holds a {found!r}, which is no causal language model")
+            assert refusal({"pretrained": str(tmp_path)}).endswith(f"holds a {found!r}, which isn't a causal language model")
     LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
-    assert "is longer than the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
+    assert "is above the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
 
 
@@ -266,7 +266,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
 
 
 @pytest.mark.parametrize(("key", "value", "says"), [
-    ("hidden_act", "siluu", "model.hidden_act: 'siluu' is no activation; did you mean 'silu'?"),
+    ("hidden_act", "siluu", "model.hidden_act: 'siluu' isn't an activation; did you mean 'silu'?"),
     ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
 ])  # fmt: skip
 def test_values_that_only_building_would_find_are_found_before(key, value, says):

@@ -56,10 +56,10 @@ def server(status: int, body: str) -> Iterator[str]:
 def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named(monkeypatch):
     """Named, the cluster's file decides; in a cluster Ray does."""
     wanted = job(workers={"gpus": 1, "cpus": 8})
-    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers ask for .* has none that can be used"):
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers need .* has no usable one"):
         check.check_devices(wanted, None)
     check.check_devices(wanted, ROOT / "clusters" / "aws-h100.yaml")
-    with pytest.raises(ConfigError, match=r"^workers\.count: .* do not fit on .*aws-h100\.yaml"):
+    with pytest.raises(ConfigError, match=r"^workers\.count: .* don't fit on .*aws-h100\.yaml"):
         check.check_devices(job(workers={"gpus": 9}), ROOT / "clusters" / "aws-h100.yaml")
     check.check_devices(job(), None)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
@@ -68,7 +68,7 @@ def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named
 
 def test_a_storage_that_cannot_be_made_is_told_by_its_key(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(AccessError, match=r"^storage: .*/runs: .*/runs is not a folder that can be written to; name another"):
+    with pytest.raises(AccessError, match=r"^storage: .*/runs: can't write to the folder .*/runs\. Name another"):
         check.check_services(job(storage=str(tmp_path / "runs")))
 
 
@@ -77,7 +77,7 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
     full = "<html><p>No space left\n on device</p>"
     with server(503, full) as uri, pytest.raises(HeliostatError) as e:
         check._check_mlflow(uri)
-    assert str(e.value) == f"mlflow.uri: {uri} answers, but with an error: 503 Service Unavailable (No space left on device)"
+    assert str(e.value) == f"mlflow.uri: {uri} answers with an error: 503 Service Unavailable (No space left on device)"
 
 
 def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, caplog):
@@ -86,7 +86,7 @@ def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, capl
     with pytest.raises(TrackingError, match="does not answer"):
         check.check_services(wanted)
     check.check_services(wanted, resume=True)
-    assert "does not answer" in caplog.text and "the run resumes without it" in caplog.text
+    assert "doesn't answer" in caplog.text and "The run resumes without MLflow" in caplog.text
     with server(503, "busy") as uri:
         check.check_services(job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": uri}), resume=True)
     with server(401, "who are you") as uri, pytest.raises(HeliostatError, match="401"):
@@ -111,7 +111,7 @@ def test_a_file_that_is_no_database_is_found_before_the_run(tmp_path):
     """MLflow would find it once the workers were placed. An empty file becomes a database."""
     place = tmp_path / "x.db"
     place.write_text("text")
-    with pytest.raises(ConfigError, match=r"^mlflow\.uri: .*x\.db is not an SQLite database"):
+    with pytest.raises(ConfigError, match=r"^mlflow\.uri: .*x\.db isn't an SQLite database"):
         check._check_mlflow(f"sqlite:///{place}")
     place.write_text("")
     check._check_mlflow(f"sqlite:///{place}")
@@ -138,7 +138,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
         if there == "nothing listens":
             silent.close()
         uri, begun = f"http://127.0.0.1:{port}", time.monotonic()
-        result = CliRunner().invoke(cli_app, ["runs", "--mlflow", uri])
+        result = CliRunner().invoke(cli_app, ["run", "list", "--mlflow", uri])
     error = result.exception
     assert isinstance(error, TrackingError) and time.monotonic() - begun < 45
     assert str(error).startswith(f"MLflow at {uri}: no answer within 2 s (") and "\n" not in str(error)
@@ -183,7 +183,7 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
     """It is said which there are; an address has a port."""
     monkeypatch.setattr(local, "known", lambda: [local.ClusterState("local", "f", "http://127.0.0.1:1")])
     for name in ("locel", "my-cluster", "host.example.com", "a/b:80"):
-        with pytest.raises(ConfigError, match=r"^--cluster: .* is no local cluster that runs"), reach.endpoint(name):
+        with pytest.raises(ConfigError, match=r"^--cluster: .* isn't a running local cluster"), reach.endpoint(name):
             pass
     with pytest.raises(ConfigError, match="did you mean 'local'"), reach.endpoint("locel"):
         pass
@@ -195,12 +195,12 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
         {"workers": {"count": 10**9}},
         {"workers": {"count": [1, LARGEST]}},
         {"workers": {"count": [10**9, LARGEST]}},
-        {"train.global_batch": LARGEST, "data.lanes": LARGEST - 1},
-        {"train.global_batch": LARGEST - 5, "train.micro_batch": 1, "workers": {"count": [2, 5]}},  # a prime
-        {"train.global_batch": LARGEST, "train.micro_batch": 3},
+        {"train.global_batch_size": LARGEST, "data.virtual_ranks": LARGEST - 1},
+        {"train.global_batch_size": LARGEST - 5, "train.micro_batch_size": 1, "workers": {"count": [2, 5]}},  # a prime
+        {"train.global_batch_size": LARGEST, "train.micro_batch_size": 3},
         {"model.hidden_size": LARGEST - 5},
-        {"data.lanes": 10**30},
-        {"train.global_batch": 10**30},
+        {"data.virtual_ranks": 10**30},
+        {"train.global_batch_size": 10**30},
     ],
 )
 def test_large_numbers_are_checked_by_arithmetic(changes):
@@ -227,7 +227,7 @@ def test_an_experiments_name_cannot_lead_out_of_a_folder(name):
 def test_a_suite_that_is_not_there_is_found_before_the_run(tmp_path):
     suite = tmp_path / "suite.yaml"
     changes = {"evaluate.benchmarks": {"suite": str(suite), "every": 10}}
-    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: there is no file .*`heliostat make-suite`"):
+    with pytest.raises(ConfigError, match=r"evaluate\.benchmarks\.suite: .*: no such file.*heliostat model make-suite"):
         check.check_job(job(**changes))
     suite.write_text("")
     check.check_job(job(**changes))

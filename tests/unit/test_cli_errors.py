@@ -20,10 +20,13 @@ RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sy
 
 BAD = {
     "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key; did you mean 'steps'?"),
-    "wrong type": ({"train.steps": "many"}, "train.steps: 'many' should be a valid integer"),
-    "batch": ({"train.global_batch": 9}, "train.global_batch: 9 is not divisible by workers.count 1 x train.micro_batch 2"),
+    "wrong type": ({"train.steps": "many"}, "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER"),
+    "batch": (
+        {"train.global_batch_size": 9},
+        "train.global_batch_size: 9 is not divisible by workers.count 1 x train.micro_batch_size 2",
+    ),
     "recipe": ({"recipe": "jobs.casual_lm:CausalLM"}, "recipe: no module 'jobs.casual_lm'"),
-    "model": ({"model": {**BASE["model"], "arch": "lama"}}, "model.arch: 'lama' is no causal language model"),
+    "model": ({"model": {**BASE["model"], "arch": "lama"}}, "model.arch: 'lama' isn't a causal language model"),
     "store": ({"storage": "gs://b/x"}, "storage: 'gs://b/x': scheme 'gs' is not supported"),
 }
 
@@ -32,7 +35,7 @@ BAD = {
 def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
     """Nothing on standard output, no traceback, and neither Ray, DeepSpeed nor MLflow was imported."""
     changes, message = BAD[case]
-    code, out, lines, imported = run("check", str(write(tmp_path, **changes)))
+    code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **changes)))
     errors = [line for line in lines if line.startswith("error: ")]
     assert code == 2 and out == "" and len(errors) == 1 and message in errors[0]
     assert "Traceback" not in "\n".join(lines)
@@ -56,9 +59,7 @@ def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
     )
     code, out, lines, imported = run("check", str(path))
     assert code == 2 and out == "" and imported == ""
-    assert (
-        len(lines) == 1 and lines[0].startswith("error: data.sources.0.path: ") and "make it with `heliostat prepare`" in lines[0]
-    )
+    assert len(lines) == 1 and lines[0].startswith("error: data.sources.0.path: ") and "heliostat data prepare" in lines[0]
 
 
 def test_a_right_job_passes_offline(tmp_path):

@@ -2,12 +2,13 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
 import heliostat
 import pytest
-from heliostat.cli import common
+from heliostat.cli import groups
 
 from tests.unit.command_line import NAMES, run
 
@@ -29,17 +30,28 @@ def test_no_help_is_cut_at_80_columns(name, monkeypatch, capsys):
     code, text, _ = run(monkeypatch, capsys, *([] if name == "heliostat" else name.split()), "--help")
     assert code == 0 and "…" not in text and max(map(len, text.splitlines())) <= 80
     words = re.sub(r"[│\s]+", "", text)
-    for parameter in NAMES[name].params:
+    for parameter in (p for p in NAMES[name].params if not getattr(p, "hidden", False)):
         for option in parameter.opts:
             assert not option.startswith("-") or option in text, option
         assert re.sub(r"\s+", "", parameter.help)[:30] in words or parameter.help.split()[0] in text, parameter.name
 
 
-def test_commands_are_listed_under_headings_in_the_order_of_their_use():
-    command = [sys.executable, "-m", "heliostat", "--help"]  # of its own: commands are in the order of their import
+def test_the_first_page_lists_commands_and_groups_in_the_order_of_their_use_on_one_screen():
+    command = [sys.executable, "-m", "heliostat", "--help"]  # in a new process: groups list commands in the order of their import
     text = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "80"}).stdout
-    places = [text.index(f"─ {panel} ─") for panel in common.PANELS]
-    assert places == sorted(places) and text.index(" check ") < text.index(" train ") < text.index(" chaos ")
+    places = [text.index(f"│ {name} ") for name in (*groups.FIRST, *groups.GROUPS)]
+    assert places == sorted(places) and 24 <= len(text.splitlines()) <= 30
+    assert not re.search(r"│ (prepare|runs|tune|curate) ", text)
+
+
+@pytest.mark.parametrize("name", [name for name, command in NAMES.items() if not hasattr(command, "commands")])
+def test_every_command_has_an_example_that_it_takes(name):
+    """The words of the example are read as typed: every option exists, every value is of its type."""
+    example = shlex.split(NAMES[name].epilog.removeprefix("Example: "))
+    words = name.split()
+    assert example[: len(words) + 1] == ["heliostat", *words]
+    with NAMES[name].make_context(name, example[len(words) + 1 :], resilient_parsing=False):
+        pass
 
 
 def test_the_version_is_printed(monkeypatch, capsys):

@@ -1,66 +1,63 @@
 """A user's mistake is one line, one JSON object and exit code 2, and names the command that was meant."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from heliostat import schema
 from heliostat.cli import common, main
+from heliostat.cli.workspace_template import create
 from heliostat.cluster import local
 from heliostat.curation.text import tokens
 from heliostat.data import manifest
 from heliostat.errors import AccessError, ConfigError, TrainingError
 from heliostat.storage.locations import Location
 
+from tests.unit.cli_mistakes import MISTAKES, OPTIONS
 from tests.unit.command_line import FILES, ROOT, run
 
-BOTH = "--overwrite: deletes what --resume continues from; give one of the two"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "words"),
-    [
-        (["train", "--stpes", "--json"], "UsageError", "No such option: --stpes"),
-        (["evaluate", "m", "--json"], "UsageError", "Missing option '--data'; see `heliostat evaluate --help`"),
-        (["nonsense", "--json"], "UsageError", "No such command 'nonsense'"),
-        (["cluster", "nonsense", "--json"], "UsageError", "see `heliostat cluster --help`"),
-        (["samples", "r", "--step", "0", "--json"], "UsageError", "'--step'"),
-        (["train", "nothing.yaml", "--json"], "ConfigError", "nothing.yaml: no such file"),
-        (["check", "jobs", "--json"], "ConfigError", "jobs: is a folder; name a YAML file in it"),
-        (["verify", "/nowhere", "--json"], "ConfigError", "/nowhere: holds no run"),
-        (["index", "/nowhere", "--json"], "MissingDataError", "make it with `heliostat prepare`"),
-        *[
-            (["train", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
-            (["tune", "jobs/sweeps/quickstart.yaml", "--retry-failed", "--overwrite", "--json"], "ConfigError", BOTH),
-            (["submit", "jobs/quickstart.yaml", "--resume", "--overwrite", "--json"], "ConfigError", BOTH),
-        ],
-        (
-            ["runs", "--mlflow", "sqlite:////nowhere/x.db", "--json"],
-            "ConfigError",
-            "x.db: there is no such file",
-        ),
-        (["benchmark", "m", "s.yaml", "--out", "jobs", "--json"], "AccessError", "--out: jobs: is a folder; name a file in it"),
-        (
-            ["benchmark", "m", "s.yaml", "--out", "/proc/x/b.json", "--json"],
-            "AccessError",
-            "--out: /proc/x: /proc is not a folder that can be",
-        ),
-        (["runs", "--mlflow", "foo://x", "--json"], "ConfigError", "--mlflow: 'foo://x' is no MLflow store; use sqlite:///FILE"),
-        (["runs", "--mlflow", "sqlite:///README.md", "--json"], "ConfigError", "README.md is not an SQLite database"),
-        (["runs", "--mlflow", "sqlite:///jobs", "--json"], "ConfigError", "--mlflow: jobs cannot be read (Is a directory)"),
-        (["jobs", "--cluster", "127.0.0.1:99999", "--json"], "ConfigError", "and no address (HOST:PORT"),
-        (["runs", "--mlflow", "http://u:p@h", "--json"], "ConfigError", "--mlflow: carries a password"),
-    ],
-    ids=lambda a: " ".join(a[:2]) if isinstance(a, list) else None,
+FIX = re.compile(
+    r"`heliostat|\b(Give|Use|Write|Set|Run|Add|Remove|Pass|Raise|See|Did you mean|Name|Quote|List|Lower|Change|Check|Keep)\b|"
+    r"did you mean|valid: |; (use|give|make it|name|write|see|keep|set|take out)\b"
 )
-def test_a_users_mistake_is_one_line_one_object_and_exit_code_2(monkeypatch, capsys, arguments, kind, words):
-    monkeypatch.chdir(ROOT)
-    code, out, err = run(monkeypatch, capsys, *arguments)
-    told = json.loads(out)
-    assert code == 2 and set(told) == {"error"} and set(told["error"]) == {"type", "message", "exit_code"}
-    assert told["error"]["type"] == kind and told["error"]["exit_code"] == 2 and words in told["error"]["message"]
-    assert err == f"error: {told['error']['message']}\n" and out.count("\n") == 1
+SILENT = ("serve", "ui", "logs")  # commands without --json
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Paths of files with mistakes in a new workspace, by name."""
+    folder = tmp_path_factory.mktemp("workspace")
+    create(folder)
+    texts = {"empty": "", "list": "- 1\n", "broken": "a: [\n", "twice": "name: a\nname: b\n", "two": "a: 1\n---\nb: 2\n",
+             "suite": "name: s\ntasks: [{name: arc_easy}]\n"}  # fmt: skip
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return {"folder": str(folder), **{name: f"{name}.yaml" for name in texts}}
+
+
+def test_there_are_ninety_mistakes():
+    assert len({tuple(words) for words, _, _ in MISTAKES}) >= 90
+
+
+@pytest.mark.parametrize(("words", "field", "answer"), MISTAKES, ids=lambda a: " ".join(a) if isinstance(a, list) else "")
+def test_a_mistake_is_one_line_that_names_the_field_the_problem_and_the_fix(monkeypatch, capsys, workspace, words, field, answer):
+    """Exit code 2, nothing on standard output, no traceback; and with `--json` the same line in one object."""
+    monkeypatch.chdir(workspace["folder"])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    words = [word.format(**workspace) if re.fullmatch(r"\{\w+\}", word) else word for word in words]
+    reports = words not in [w for w, _, _ in OPTIONS] and not set(words) & set(SILENT)
+    code, out, err = run(monkeypatch, capsys, *words, *(["--json"] if reports else []))
+    line = err.removesuffix("\n")
+    assert code == 2 and "\n" not in line and "Traceback" not in line, err
+    assert re.search(rf": ['`]?{re.escape(field.format(**workspace))}(?!\w)", line), line
+    assert answer in line and FIX.search(line), line
+    if reports:
+        error = json.loads(out)["error"]
+        assert error["exit_code"] == 2 and line == f"error: {error['message']}"
+    else:
+        assert not out
 
 
 def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_path):
@@ -68,30 +65,34 @@ def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_
     location = Location(str(tmp_path))
     location.join("shards/00000/x.parquet").write(tokens.shard(["a"], [np.zeros(9, np.int32)], 100, np.zeros(1, np.int64)))
     manifest.write(location, manifest.read_footer(location, "shards/00000/x.parquet", "tokens"), {"kind": "tokens"})
-    for words in (["trace", "--id", "a"], ["forget", "--id", "a", "--out", str(tmp_path / "b")], ["curate", "report"]):
+    for words in (
+        ["data", "trace", "--id", "a"],
+        ["data", "forget", "--id", "a", "--out", str(tmp_path / "b")],
+        ["data", "report"],
+    ):
         code, _, err = run(monkeypatch, capsys, *words, str(tmp_path))
-        assert code == 2 and "was made without `stages`" in err and err.count("\n") == 1
+        assert code == 2 and "its pipeline has no `stages`" in err and err.count("\n") == 1
 
 
 def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, tmp_path):
     """An option of `jobs`, an argument of `cluster status`."""
     monkeypatch.setattr(local, "known", list)
-    for words, field in ((["jobs"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
+    for words, field in ((["job", "list"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
-        assert code == 2 and err.startswith(f"error: {field}none is given") and "heliostat cluster up" in err
+        assert code == 2 and err.startswith(f"error: {field}no cluster given") and "heliostat cluster up" in err
 
 
 def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):
     """For a run's id and for a model: both ended with a traceback of SQLAlchemy."""
     (tmp_path / "x.db").write_text("no database")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
-    for words in (["checkpoints", "0" * 32], ["generate", "models:/a/1", "--prompt", "x"]):
+    for words in (["run", "checkpoints", "0" * 32], ["model", "generate", "models:/a/1", "--prompt", "x"]):
         code, _, err = run(monkeypatch, capsys, *words)
         assert code == 1 and err.startswith("error: MLflow at sqlite:///") and err.count("\n") == 1
 
 
 def test_without_json_nothing_of_an_error_is_on_standard_output(monkeypatch, capsys):
-    code, out, err = run(monkeypatch, capsys, "verify", "/nowhere")
+    code, out, err = run(monkeypatch, capsys, "run", "verify", "/nowhere")
     assert code == 2 and not out and err.startswith("error: /nowhere")
 
 
@@ -114,12 +115,12 @@ def test_whatever_ends_a_command_is_an_object_too(monkeypatch, capsys, raised, c
 
     monkeypatch.setattr(index, "index", fail)
     if code is None:
-        monkeypatch.setattr(sys, "argv", ["heliostat", "index", "d", "--json"])
+        monkeypatch.setattr(sys, "argv", ["heliostat", "data", "index", "d", "--json"])
         with pytest.raises(KeyError):
             main.main()
         out = capsys.readouterr().out
     else:
-        ended, out, _ = run(monkeypatch, capsys, "index", "d", "--json")
+        ended, out, _ = run(monkeypatch, capsys, "data", "index", "d", "--json")
         assert ended == code
     assert json.loads(out)["error"]["type"] == kind and json.loads(out)["error"]["exit_code"] == (code or 1)
 
@@ -141,9 +142,16 @@ def test_what_was_found_before_an_error_is_in_the_object(monkeypatch, capsys):
 
 
 TAKES = {
-    "job": (["train"], ["check"], ["check", "--offline"], ["plan"], ["chaos"], ["submit", "-c", "clusters/kuberay-h100.yaml"]),
-    "pipeline": (["prepare"],),
-    "sweep": (["tune"],),
+    "job": (
+        ["train"],
+        ["check"],
+        ["check", "--offline"],
+        ["plan"],
+        ["debug", "chaos"],
+        ["submit", "-c", "clusters/kuberay-h100.yaml"],
+    ),
+    "pipeline": (["data", "prepare"],),
+    "sweep": (["sweep", "run"],),
     "cluster": (["cluster", "check"], ["cluster", "up"], ["check", "jobs/quickstart.yaml", "--offline", "--cluster"]),
 }
 
@@ -174,5 +182,5 @@ def test_every_file_of_the_workspace_is_of_its_kind(path):
 
 def test_a_sweep_whose_job_is_no_job_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    code, _, err = run(monkeypatch, capsys, "tune", FILES["sweep"], "--set", f"job={FILES['pipeline']}")
-    assert code == 2 and "heliostat prepare" in err
+    code, _, err = run(monkeypatch, capsys, "sweep", "run", FILES["sweep"], "--set", f"job={FILES['pipeline']}")
+    assert code == 2 and "heliostat data prepare" in err

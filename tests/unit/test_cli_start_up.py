@@ -34,13 +34,14 @@ except SystemExit as e:
     ("arguments", "code", "more", "seconds"),
     [
         (["--help"], 0, ("pydantic", "yaml", "psutil"), 2.0),
+        (["--json"], 0, ("pydantic", "psutil"), 2.0),
         (["check", "jobs/quickstart.yaml", "--set", "train.stpes=1"], 2, (), 4.0),
     ],
-    ids=["help", "check"],
+    ids=["help", "nothing", "check"],
 )
 def test_what_needs_no_library_imports_none(arguments, code, more, seconds):
-    """`--help`, and `check` of a file with a wrong key; The bound of
-    processor time is generous: tests/benchmarks/cli.py measures it."""
+    """`--help`, no command, and `check` of a file with a wrong key. The bound of processor time is generous:
+    tests/benchmarks/cli.py measures it."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -78,12 +79,10 @@ def test_no_module_of_the_command_line_imports_the_one_that_starts_it():
         tree = ast.parse(path.read_text())
         names = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
         assert path.name == "main.py" or not any(name.startswith("heliostat.cli.main") for name in names), path
-        if path.name in ("common.py", "options.py", "__init__.py"):
-            assert not any(
-                name.startswith("heliostat.cli")
-                for name in names
-                if not name.startswith(("heliostat.cli.common", "heliostat.cli.options"))
-            ), path
+        if path.name in ("common.py", "options.py", "groups.py", "completion.py", "usage.py", "__init__.py"):
+            shared = {f"heliostat.cli.{name}" for name in ("common", "options", "groups", "completion")}
+            ours = {name for name in names if name.startswith("heliostat.cli")}
+            assert all(any(name.startswith(one) for one in shared) for name in ours), path
 
 
 def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_path, monkeypatch):
@@ -101,9 +100,9 @@ def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_pat
     }
     path = write(tmp_path, storage=str(tmp_path / "runs"), **changes, **{"mlflow.uri": f"sqlite:///{tmp_path}/mlflow.db"})
     calls: list[str] = []
-    for module, name in ((check, "load_job"), (check, "check_job"), (check, "check_devices"), (check, "check_services"),
+    for module, name in ((check, "load_job"), (check, "_check_job"), (check, "check_devices"), (check, "check_services"),
                          (lease, "take"), (check, "check_data"), (running.DrivenRun, "run")):  # fmt: skip
         act = (lambda self: {}) if name == "run" else getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, _act=act, _name=name, **k: (calls.append(_name), _act(*a, **k))[1])
     assert running.train(path) == {}
-    assert calls == ["load_job", "check_job", "check_devices", "check_services", "take", "check_data", "run"]
+    assert calls == ["load_job", "_check_job", "check_devices", "check_services", "take", "check_data", "run"]

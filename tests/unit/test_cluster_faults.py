@@ -11,36 +11,36 @@ KUBE_FAULTS = {
     "unknown key": (("replicas: 0", "replcas: 0"), "spec.workerGroupSpecs.0.replcas: unknown key; did you mean 'replicas'?"),
     "wrong type": (
         ("maxReplicas: 8", "maxReplicas: many"),
-        'spec.workerGroupSpecs.0.maxReplicas: "many" should be of type integer',
+        'spec.workerGroupSpecs.0.maxReplicas: expected integer, got "many"',
     ),
-    "not a choice": (("mode: token", "mode: tokn"), 'spec.authOptions.mode: "tokn" is not a choice; did you mean'),
-    "sizes": (("minReplicas: 0", "minReplicas: 9"), "pool gpu: at least 9 nodes, but at most 8"),
+    "not a choice": (("mode: token", "mode: tokn"), 'spec.authOptions.mode: "tokn" isn\'t a choice; did you mean'),
+    "sizes": (("minReplicas: 0", "minReplicas: 9"), "pool gpu: minimum of 9 nodes is above the maximum of 8"),
     "secret": (
         (
             "            envFrom:\n",
             "            env: [{name: AWS_SECRET_ACCESS_KEY, value: hunter2hunter2}]\n            envFrom:\n",
         ),
-        "env AWS_SECRET_ACCESS_KEY: its value is written in",
+        "env AWS_SECRET_ACCESS_KEY: the file contains its value",
     ),
     "two versions": (
         ("heliostat:0.1.0   # change: built", "heliostat:0.2.0   # change: built"),
-        "images: 0.1.0, 0.2.0: head and",
+        "images: 0.1.0, 0.2.0: the head and",
     ),
 }
 
 
 KUBE_OPEN = {
     "authOptions: Ray asks for no token": ("authOptions: {mode: token} ", "authOptions: {mode: disabled} "),
-    "NetworkPolicy: every pod of Kubernetes reaches Ray's ports of head, gpu, data": (
+    "NetworkPolicy: every pod of Kubernetes can reach Ray's ports of head, gpu, data": (
         "policyTypes: [Ingress, ",
         "policyTypes: [",
     ),
-    "reaches Ray's ports of gpu;": (
+    "reach Ray's ports of gpu.": (
         "        metadata: {labels: {heliostat-cluster: heliostat-h100}}\n        spec:\n          automount",
         "        spec:\n          automount",
     ),
-    "LoadBalancer opens Ray's ports": ("serviceType: ClusterIP", "serviceType: LoadBalancer"),
-    "enableIngress: opens the dashboard": ("enableIngress: false", "enableIngress: true"),
+    "LoadBalancer exposes Ray's ports": ("serviceType: ClusterIP", "serviceType: LoadBalancer"),
+    "enableIngress: exposes the dashboard": ("enableIngress: false", "enableIngress: true"),
     "hostNetwork": ("automountServiceAccountToken: true", "hostNetwork: true"),
 }
 
@@ -79,7 +79,7 @@ def test_a_submitter_needs_no_policy_of_its_own_and_one_that_the_head_does_not_k
     unknown = ("    metadata: {labels: {heliostat-cluster: gpt-1b}}\n    spec:\n      restart", "    spec:\n      restart")
     found = review.check(broken(ROOT / "clusters" / "kuberay-job.yaml", tmp_path, unknown))
     warned = [w for w in found.warnings if "NetworkPolicy" in w]
-    assert len(warned) == 1 and "head: ingress: the pod that submits the job cannot reach it; allow port 8265" in warned[0]
+    assert len(warned) == 1 and "head: ingress: the pod that submits the job can't reach the head. Allow port 8265" in warned[0]
 
 
 LAUNCHER_FAULTS = {
@@ -88,10 +88,10 @@ LAUNCHER_FAULTS = {
         ("    resources: {CPU: 64}", "    resorces: {CPU: 64}"),
         "available_node_types.data.resorces: unknown key",
     ),
-    "head": (("head_node_type: head", "head_node_type: haed"), "head_node_type: 'haed' is no node type; did you mean 'head'?"),
-    "sizes": (("min_workers: 0 ", "min_workers: 30 "), "pool gpu: at least 30 nodes, but at most 8"),
+    "head": (("head_node_type: head", "head_node_type: haed"), "head_node_type: 'haed' isn't a node type; did you mean 'head'?"),
+    "sizes": (("min_workers: 0 ", "min_workers: 30 "), "pool gpu: minimum of 30 nodes is above the maximum of 8"),
     "no CPU": (("{CPU: 192, GPU: 8}", "{GPU: 8}"), "pool gpu: 8 GPUs and no CPU"),
-    "secret": (("  - ray stop\n", "  - export AWS_SECRET_ACCESS_KEY=abcdefghij0123456789\n"), "a secret's value is written in"),
+    "secret": (("  - ray stop\n", "  - export AWS_SECRET_ACCESS_KEY=abcdefghij0123456789\n"), "contains a secret's value"),
     "access key": (
         ("  - ray stop\n", "  - aws configure set aws_access_key_id AKIAABCDEFGHIJKLMNOP\n"),
         "an AWS access key is written",
@@ -119,7 +119,7 @@ LAUNCHER_OPEN = {
     "the dashboard listens on $(hostname -I)": ("--dashboard-host=127.0.0.1", "--dashboard-host $(hostname -I)"),
     "the dashboard listens on ::": ("--dashboard-host=127.0.0.1", "--dashboard-host ::"),
     "docker.run_options: publishes a port": ("- --shm-size=256g", "- -p 8265:8265"),
-    "run_options: publishes a port; Ray's": ("- --shm-size=256g", "- -p8265:8265"),
+    "run_options: publishes a port. Only": ("- --shm-size=256g", "- -p8265:8265"),
     "gpu.docker.worker_run_options: publishes a port": ("        - --gpus=all", "        - --gpus=all --publish=8265:8265"),
     "open to the whole internet": (
         "  cache_stopped_nodes: false",
@@ -131,49 +131,49 @@ LAUNCHER_OPEN = {
         "  security_group: {GroupName: g, IpPermissions: [{FromPort: 6379, Ipv6Ranges: [{CidrIpv6: '::/0'}]}]}\n"
         "  cache_stopped_nodes: false",
     ),
-    "worker_start_ray_commands: the nodes do not ask for a token": (
+    "worker_start_ray_commands: the nodes don't ask for a token": (
         "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/.ray/auth_token FI_PROVIDER=efa",
         "export FI_PROVIDER=efa",
     ),
     "has no version": ("heliostat:0.1.0@sha256:change-me", "heliostat:latest"),
-    "the head takes work": ("{CPU: 0}", "{CPU: 8}"),
+    "the head runs work": ("{CPU: 0}", "{CPU: 8}"),
 }
 
 
 CLOUD_FAULTS = {
     "aws-h100": {
-        "setup_commands: not given, so Ray runs its own": ("setup_commands: []", ""),
-        "/root/.ray/auth_token can be read by root alone": ("  /home/ray/.ray/auth_token: ~", "  /root/.ray/auth_token: ~"),
-        "the container sees no GPU without --gpus=all": ("        - --gpus=all\n", ""),
-        "EFA's devices are not in the container": ("        - --device=/dev/infiniband\n", ""),
-        "give --ulimit=memlock": ("    - --ulimit=memlock=-1:-1 ", "    - --ulimit=core=0 "),
-        "Ray watches for no notice": ("python -m heliostat.cluster.spot aws", "true"),
-        "nothing logs in to change-me.dkr.ecr": ("  - aws ecr get-login-password", "  - 'true' #"),
-        "head_start_ray_commands: the nodes do not ask": ("    ray start --head --port", "    /opt/start.sh --port"),
+        "setup_commands: not set, so Ray uses its defaults": ("setup_commands: []", ""),
+        "only root can read /root/.ray/auth_token": ("  /home/ray/.ray/auth_token: ~", "  /root/.ray/auth_token: ~"),
+        "the container sees no GPU. Add --gpus=all": ("        - --gpus=all\n", ""),
+        "the container has no EFA devices": ("        - --device=/dev/infiniband\n", ""),
+        "Add --ulimit=memlock": ("    - --ulimit=memlock=-1:-1 ", "    - --ulimit=core=0 "),
+        "Ray doesn't watch for their notice": ("python -m heliostat.cluster.spot aws", "true"),
+        "no command logs in to change-me.dkr.ecr": ("  - aws ecr get-login-password", "  - 'true' #"),
+        "head_start_ray_commands: the nodes don't ask": ("    ray start --head --port", "    /opt/start.sh --port"),
         "the latest image changes": ("ImageId: ami-change-me", "ImageId: resolve:ssm:/aws/service/x/latest/ami-id"),
         "every node gets a public address": ("use_internal_ips: true", "use_internal_ips: false"),
         "AmazonEC2FullAccess": ("      IamInstanceProfile: {Name: heliostat-head} ", "      # "),
         "no credentials for the datasets": ("      IamInstanceProfile: {Name: heliostat-worker} ", "      # "),
         "HttpTokens: required} is missing": ("HttpTokens: required", "HttpTokens: optional"),
-        "is not encrypted": (", Encrypted: true", ""),
-        "leave AssociatePublicIpAddress out": ("NetworkCardIndex: 0,", "NetworkCardIndex: 0, AssociatePublicIpAddress: true,"),
+        "isn't encrypted": (", Encrypted: true", ""),
+        "Remove AssociatePublicIpAddress": ("NetworkCardIndex: 0,", "NetworkCardIndex: 0, AssociatePublicIpAddress: true,"),
     },
     "gcp-h100": {
-        "A3 machines do not take pd-standard": ("diskType: zones/us-central1-a/diskTypes/pd-balanced", "diskName: x"),
-        "no driver for the GPUs": ("install-nvidia-driver", "other"),
-        "gpu.node_config.networkInterfaces: none, so Ray gives the machine a public address": (
+        "A3 machines don't support pd-standard": ("diskType: zones/us-central1-a/diskTypes/pd-balanced", "diskName: x"),
+        "the GPUs have no driver": ("install-nvidia-driver", "other"),
+        "gpu.node_config.networkInterfaces: not set, so Ray gives the machine a public address": (
             "guide (more interfaces)\n      disks: *disk\n      networkInterfaces: *private\n",
             "guide (more interfaces)\n      disks: *disk\n",
         ),
-        "networkInterfaces: a public address": (
+        "networkInterfaces: the machine gets a public address": (
             "      networkInterfaces: &private",
             "      networkInterfaces: &private [{accessConfigs: [{type: ONE_TO_ONE_NAT}]}]\n      tags: &unused",
         ),
         "provider.use_internal_ips: not true": ("  use_internal_ips: true ", "  use_internal_ips: false "),
-        "a family's image changes": ("global/images/change-me", "global/images/family/common-nvidia-580"),
+        "an image family changes": ("global/images/change-me", "global/images/family/common-nvidia-580"),
         "the scope cloud-platform opens every service": ("auth/devstorage.read_write", "auth/cloud-platform"),
-        "Ray watches for no notice": ("python -m heliostat.cluster.spot gcp", "true"),
-        "nothing logs in to us-central1-docker.pkg.dev": ("  - gcloud auth configure-docker", "  - 'true' #"),
+        "Ray doesn't watch for their notice": ("python -m heliostat.cluster.spot gcp", "true"),
+        "no command logs in to us-central1-docker.pkg.dev": ("  - gcloud auth configure-docker", "  - 'true' #"),
         "the container sees no GPU": ("worker_run_options: [--gpus=all]", "worker_run_options: []"),
     },
     "kuberay-h100": {
@@ -185,39 +185,39 @@ CLOUD_FAULTS = {
             "  headGroupSpec:\n",
             "  tlsOptions: {}\n  headGroupSpec:\n",
         ),
-        "ingress: not all of the cluster's own pods": (
+        "ingress: doesn't allow all of the cluster's own pods": (
             "    - from: [{podSelector: {matchLabels: *pods}}] ",
             "    - from: [{podSelector: {matchLabels: {a: b}}}] ",
         ),
-        "no name can be looked up": (
+        "pods can't look up names": (
             "- ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}] ",
             "- ports: [{port: 54}] ",
         ),
-        "allow port 53": ("{port: 53, protocol: UDP}, ", ""),
-        "the autoscaler cannot reach Kubernetes": ("{port: 443, protocol: TCP}, {port: 6443, protocol: TCP}", "{port: 444}"),
-        "pods cannot fetch the credentials": (
+        "Allow port 53": ("{port: 53, protocol: UDP}, ", ""),
+        "the autoscaler can't reach Kubernetes": ("{port: 443, protocol: TCP}, {port: 6443, protocol: TCP}", "{port: 444}"),
+        "pods can't fetch the credentials": (
             "      ports: [{port: 80, protocol: TCP}, {port: 988, protocol: TCP}",
             "      ports: [{port: 81}",
             "          automountServiceAccountToken: false\n",
             "          serviceAccountName: reader\n",
         ),
-        "Prometheus cannot read Ray's metrics": ("{port: 8080, protocol: TCP}", "{port: 8081, protocol: TCP}"),
+        "Prometheus can't read Ray's metrics": ("{port: 8080, protocol: TCP}", "{port: 8081, protocol: TCP}"),
         "lacks runAsNonRoot": ("          runAsNonRoot: true ", "          runAsNonRoot: false "),
         "seccompProfile: {type: RuntimeDefault}": ("          seccompProfile: {type: RuntimeDefault}\n", ""),
         "lacks allowPrivilegeEscalation: false": ("allowPrivilegeEscalation: false", "allowPrivilegeEscalation: true"),
-        "add the capability IPC_LOCK": (", add: [IPC_LOCK]", "", "nvidia.com/gpu: 8}\n", "nvidia.com/gpu: 8, rdma/ib: 8}\n"),
+        "Add the capability IPC_LOCK": (", add: [IPC_LOCK]", "", "nvidia.com/gpu: 8}\n", "nvidia.com/gpu: 8, rdma/ib: 8}\n"),
         "autoscaler: container autoscaler: securityContext lacks": (
             "allowPrivilegeEscalation: false",
             "allowPrivilegeEscalation: true",
         ),
         "no tolerations": ("            - {key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}", "            []"),
         "no nodeSelector": ("          nodeSelector: {nvidia.com/gpu.product: NVIDIA-H100-80GB-HBM3}", "          #"),
-        "without the preStop hook": ("[python, -m, heliostat.cluster.spot, now,", "[python, -m, other, now,"),
+        "a deleted pod ends its workers at once": ("[python, -m, heliostat.cluster.spot, now,", "[python, -m, other, now,"),
         "terminationGracePeriodSeconds: 120 is too short": ('--seconds, "90"', '--seconds, "110"'),
     },
     "kuberay-job": {
-        "activeDeadlineSeconds: none": ("  activeDeadlineSeconds: 1209600 ", "  #"),
-        "the operator cannot ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}"),
+        "activeDeadlineSeconds: not set": ("  activeDeadlineSeconds: 1209600 ", "  #"),
+        "the operator can't ask for the job's state": ("{port: 8265, protocol: TCP}", "{port: 8266, protocol: TCP}"),
         "submitter: container ray-job-submitter: securityContext": (
             "          securityContext: *restricted   # like",
             "          # like",

@@ -99,7 +99,7 @@ def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
     """Relative paths and SQLite files mean this machine; a cluster on it takes them, made absolute."""
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path)
-    with pytest.raises(ConfigError, match=r"mlflow\.uri: sqlite:///mlflow\.db is a file of one machine"):
+    with pytest.raises(ConfigError, match=r"mlflow\.uri: sqlite:///mlflow\.db is a file on one machine"):
         submission.load(path, [], THERE)
     server = ["mlflow.uri=http://mlflow:5000"]
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.path: 'data/a' is a path of this workspace"):

@@ -63,7 +63,7 @@ def test_down_deletes_no_folder_that_a_copied_state_names(tmp_path, monkeypatch)
     (local.home() / "local").mkdir(parents=True)
     state = {"name": "local", "file": "x", "url": "http://127.0.0.1:1", "nodes": [node]}
     (local.home() / "local" / "state.json").write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match="names folders that are not this cluster's"):
+    with pytest.raises(ConfigError, match="names folders of another cluster"):
         launch.down("local")
     assert (mine / "0").is_dir()
 
@@ -110,14 +110,14 @@ def test_the_token_is_not_sent_to_a_server_of_another_user(tmp_path, monkeypatch
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     with server("nobody") as (port, process):
         cluster = files.read(cluster_file(tmp_path, port=port))
-        with pytest.raises(ConfigError, match="is no process of this user, so it was sent no token"):
+        with pytest.raises(ConfigError, match=r"another user's process answers .*, so heliostat sent it no token"):
             launch.up(cluster)
         state = local.ClusterState("local", str(cluster.path), local.url_of(cluster))  # joined when it was another
         state.folder.mkdir(parents=True, exist_ok=True)
         private.write_token(state.token_file, "secret")
         state.write()
         for target in ("local", state.url, str(cluster.path)):
-            with pytest.raises(ClusterError, match="no process of this user"), endpoint(target):
+            with pytest.raises(ClusterError, match="another user's process"), endpoint(target):
                 pass
         assert given(process) == set()
 
@@ -163,7 +163,7 @@ def test_what_answers_but_is_no_ray_is_not_joined(tmp_path, monkeypatch):
     assert process.stdout
     try:
         port = int(process.stdout.readline())
-        with pytest.raises(ConfigError, match="something that is no Ray cluster answers"):
+        with pytest.raises(ConfigError, match="something other than a Ray cluster answers"):
             launch.up(files.read(cluster_file(tmp_path, port=port)))
     finally:
         process.kill()

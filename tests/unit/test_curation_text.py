@@ -248,7 +248,7 @@ def test_few_public_addresses_look_like_versions():
     ],
 )
 def test_a_region_that_has_no_phone_numbers_is_refused(region, hint):
-    with pytest.raises(ConfigError, match=rf"^region: '{region}' is no country's .*{hint}"):
+    with pytest.raises(ConfigError, match=rf"^region: '{region}' isn't an ISO 3166 .*{hint}"):
         Pii(kinds=["phone"], region=region).check()
     Pii(kinds=["phone"], region="GB").check()
     Pii(kinds=["phone"]).check()
@@ -283,7 +283,7 @@ def test_masks_are_idempotent_on_noise():
 
 
 def test_a_mask_that_could_be_masked_is_refused():
-    with pytest.raises(ValidationError, match="must hold neither a digit nor @"):
+    with pytest.raises(ValidationError, match="contains a digit or @"):
         Pii(mask="x@example.com")
 
 
@@ -318,7 +318,7 @@ def test_hostile_text_takes_linear_time(text, hostile_stages):
 def test_a_missing_library_is_one_line_that_names_the_extra(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     for stage in (Extract(), FixText(), Language(), DetectSecrets(), Pii(kinds=["phone"])):
-        with pytest.raises(MissingExtraError, match=r"^stage \w+.* needs the extra 'curation': pip install"):
+        with pytest.raises(MissingExtraError, match=r"^stage \w+.* needs the extra 'curation' .*pip install"):
             stage.check()
     assert issubclass(MissingExtraError, ConfigError)
     Pii().check()

@@ -89,7 +89,7 @@ def test_spikes_and_added_losses_are_curves_too(run):
     assert [(p.value, p.step) for p in found if p.key == "train/spike"] == [(9.0, 22)]
     assert [p.step for p in found if p.key == "train/router_loss"] == list(range(21, 31))
     local_curves.write(run, 30, [event(21, 31, added={"router_loss": [0.5] * 9})])
-    with pytest.raises(DataError, match="not of as many steps"):
+    with pytest.raises(DataError, match="different numbers of steps"):
         local_curves.missing(run, {"train/loss": 20})
 
 
@@ -104,7 +104,7 @@ def test_curves_of_earlier_versions_are_read(run, caplog):
         ("train/loss", 1.0, 21), ("train/lr", 0.1, 21), ("train/grad_norm", 2.0, 21), ("train/data/a/samples", 8.0, 21),
         ("train/checkpoint/blocked_s", 0.5, 21),
     }  # fmt: skip
-    assert "an event of kind 'held' is of another version" in caplog.text
+    assert "an event of kind 'held' comes from another version" in caplog.text
 
 
 def test_going_back_removes_the_curves_of_later_steps(run):

@@ -124,7 +124,7 @@ def test_a_dataset_that_changed_under_the_run_is_refused(tmp_path):
     """The plan's digest must be the manifest's; the error says both."""
     source = make_dataset(tmp_path / "a", 1)
     changed = dataclasses.replace(make_plan(source), digests=("0" * 64,))
-    with pytest.raises(DataError, match=f"changed under the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
+    with pytest.raises(DataError, match=f"changed during the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
         Dataset(changed)
 
 
@@ -153,10 +153,10 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
         ({"sequence_length": 32}, "data.sequence_length: 16 -> 32"),
         ({"held_fraction": 0.0}, "evaluate.fraction: 0.1 -> 0.0"),
         ({"digests": ("b",)}, "the datasets' content: ['a'] -> ['b']"),
-        ({"shape": Shape(16, 4, 2, 32)}, "train.global_batch: 8 -> 16"),
-        ({"shape": Shape(8, 8, 2, 32)}, "data.lanes: 4 -> 8"),
+        ({"shape": Shape(16, 4, 2, 32)}, "train.global_batch_size: 8 -> 16"),
+        ({"shape": Shape(8, 8, 2, 32)}, "data.virtual_ranks: 4 -> 8"),
         ({"shape": Shape(8, 4, 1, 32)}, "steps per block: 2 -> 1"),
-        ({"shape": Shape(8, 4, 2, 64)}, "data.window: 32 -> 64"),
+        ({"shape": Shape(8, 4, 2, 64)}, "data.shuffle_window: 32 -> 64"),
     ],
 )
 def test_differences_name_what_changed(change, line):
@@ -176,21 +176,21 @@ def plan_of(source: manifest.Manifest, recorded: DataPlan | None = None, **chang
 def test_the_plan_does_not_depend_on_the_number_of_workers(tmp_path):
     """Any number of workers that divides the lanes has the same plan, so the same samples at every step."""
     source = make_dataset(tmp_path / "a", 1)
-    batch = {"train.global_batch": 48, "train.micro_batch": 2}
+    batch = {"train.global_batch_size": 48, "train.micro_batch_size": 2}
     plans = [plan_of(source, **batch, **{"workers.count": n}) for n in (1, 2, 3, 4, 6, 8, 12, 24)]
     assert all(p == plans[0] for p in plans)
     assert plans[0].shape == choose_shape(48, 24, 4 * LENGTH)
 
 
 def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
-    """What the job leaves open is taken from the run, even if micro_batch (and so the default lanes) changed."""
+    """What the job leaves open is taken from the run, even if micro_batch_size (and so the default lanes) changed."""
     source = make_dataset(tmp_path / "a", 1)
-    first = plan_of(source, **{"train.global_batch": 48, "train.micro_batch": 2, "data.window": 999})
+    first = plan_of(source, **{"train.global_batch_size": 48, "train.micro_batch_size": 2, "data.shuffle_window": 999})
     for micro in (1, 2, 4, 8):
-        again = plan_of(source, first, **{"train.global_batch": 48, "train.micro_batch": micro, "workers.count": 2})
+        again = plan_of(source, first, **{"train.global_batch_size": 48, "train.micro_batch_size": micro, "workers.count": 2})
         assert again == first and again.digest == first.digest
     with pytest.raises(ConfigError, match=r"workers\.count: 48 does not divide the run's 24 lanes"):
-        plan_of(source, first, **{"train.global_batch": 48, "train.micro_batch": 1, "workers.count": 48})
+        plan_of(source, first, **{"train.global_batch_size": 48, "train.micro_batch_size": 1, "workers.count": 48})
 
 
 def test_the_split_follows_the_content_not_the_dataset_around_it(tmp_path):
@@ -298,7 +298,7 @@ def test_nothing_to_replace_with_is_an_error(tmp_path):
     file = tmp_path / "a" / "shards" / "0.parquet"
     for group in range(pq.ParquetFile(file).num_row_groups):
         damage(file, group)
-    with pytest.raises(DataError, match="no sample near it in the order is good either"):
+    with pytest.raises(DataError, match="the samples near it are bad too"):
         data.load(np.arange(40))
 
 

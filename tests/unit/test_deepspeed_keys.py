@@ -37,7 +37,7 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
         ({"zero_optimization": {"reduce_bucket_size": 0}},
          "train.deepspeed.zero_optimization.reduce_bucket_size: 0 should be greater than 0"),
         ({"zero_optimization": {"overlap_comm": "yes"}},
-         "train.deepspeed.zero_optimization.overlap_comm: 'yes' should be a valid boolean"),
+         "train.deepspeed.zero_optimization.overlap_comm: expected true or false, got 'yes'"),
         ({"zero_optimization": 3}, "train.deepspeed.zero_optimization: expected a mapping, got 3"),
         ({"fp16": {"initial_scale_power": 8}}, "train.deepspeed.fp16: would be ignored; it needs train.precision fp16"),
         ({"zero_optimization": {"offload_param": {"buffer_count": 2}}},
@@ -55,7 +55,9 @@ def test_the_check_refuses_them_before_anything_starts():
     with pytest.raises(ConfigError) as e:
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
-    assert first.startswith("train.deepspeed.gradient_accumulation_steps: is not taken here: follows from train.global_batch")
+    assert first.startswith(
+        "train.deepspeed.gradient_accumulation_steps: is not taken here: follows from train.global_batch_size"
+    )
     assert second.strip().startswith("train.deepspeed.tensor_parallel: is not taken here: use train.parallel.tensor")
 
 

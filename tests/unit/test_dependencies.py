@@ -166,7 +166,7 @@ def bare(monkeypatch):
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name in away else real(name))
 
 
-LINE = r"^{0} needs the extra '{1}': pip install 'heliostat\[{1}\]' \(there is no module '\w+'\)$"
+LINE = r"^{0} needs the extra '{1}' \(no module '\w+'\)\. Run: \S*pip install 'heliostat\[{1}\]'$"
 
 
 def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, monkeypatch, tmp_path):
@@ -182,7 +182,7 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
         launch.require_launcher(cluster_file.read(ROOT / "clusters" / "gcp-h100.yaml"))
     with pytest.raises(MissingExtraError, match=LINE.format("mlflow.uri: PostgreSQL", "server")):
         check_services(job(**{"mlflow.uri": "postgresql+psycopg:///mlflow", "storage": str(tmp_path)}))
-    with pytest.raises(MissingExtraError, match=LINE.format("heliostat benchmark", "benchmark")):
+    with pytest.raises(MissingExtraError, match=LINE.format("heliostat model benchmark", "benchmark")):
         Benchmark(Suite(name="x", tasks=["a"]), Location(str(tmp_path)))
     with pytest.raises(MissingExtraError, match=LINE.format("an index of documents", "retrieval")):
         index_documents(str(tmp_path), str(tmp_path / "index"), IndexSettings())
@@ -205,6 +205,21 @@ def test_what_is_installed_is_not_missed():
     assert extras.bringing("diffusers.models") == "images" and extras.bringing("diffusers_else") is None
     with pytest.raises(AssertionError, match="does not bring"):
         extras.require("images", "optuna")
+
+
+def test_the_command_installs_into_the_environment_that_lacks_the_extra(monkeypatch, tmp_path):
+    """Its own pip, by its path unless the PATH has it; uv where the environment has no pip."""
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extras.sysconfig, "get_path", {"scripts": str(scripts)}.__getitem__)
+    monkeypatch.setattr(extras.sys, "executable", str(scripts / "python"))
+    assert extras.command("play") == "uv pip install --python .venv/bin/python 'heliostat[play]'"
+    (scripts / "pip").touch(mode=0o755)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert extras.command("play") == ".venv/bin/pip install 'heliostat[play]'"
+    monkeypatch.setenv("PATH", f"{scripts}:/usr/bin")
+    assert extras.command("play") == "pip install 'heliostat[play]'"
 
 
 def test_an_exported_image_model_names_the_extra_that_reads_it(bare, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""`train.recheck` compares bits of kernels that are asked to be deterministic: fused attention isn't, and ended the checks."""
+"""`train.sdc_check` compares bits of kernels that are asked to be deterministic: fused attention isn't, and ended the checks."""
 
 import os
 from types import SimpleNamespace
@@ -72,7 +72,7 @@ def test_attention_that_is_not_deterministic_in_training_does_not_end_the_checks
 
 def test_kernels_that_are_never_deterministic_end_the_checks_as_before(monkeypatch):
     found = checking(monkeypatch, Model(), compiled=True)  # no mode, and so no strict request
-    assert "train.recheck is off from here on" in str(found.look(1)) and found.off
+    assert "train.sdc_check is off from now on" in str(found.look(1)) and found.off
 
 
 def test_real_attention_has_gradients_inside_and_runs_under_the_strict_request(monkeypatch):

@@ -22,11 +22,11 @@ TWO = {KEY: 2, "workers.count": 2, "train.zero.stage": 3}
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"workers.count": 3, "train.global_batch": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
+        ({"workers.count": 3, "train.global_batch_size": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
         ({"train.zero.stage": 2}, "needs train.zero.stage 3, which divides what is not of experts; set it"),
         ({"train.compile": True}, "with train.compile is not tried; remove one of them"),
         ({"train.parallel.sequence": 2}, "with train.parallel.sequence is not tried; remove one of them"),
-        ({"train.recheck": {"every": 5}}, "with train.recheck is not tried; remove one of them"),
+        ({"train.sdc_check": {"every": 5}}, "with train.sdc_check is not tried; remove one of them"),
         ({"train.optimizer.name": "muon"}, "with train.optimizer.name: muon is not tried; remove one of them"),
     ],
 )
@@ -61,7 +61,9 @@ def test_experts_of_an_architecture_can_be_divided_where_they_are_stacked(arch):
 
 def test_a_recipe_that_divides_no_experts_is_refused():
     made = job(**TWO, **{"evaluate": None})
-    with pytest.raises(ConfigError, match=rf"^{KEY}: .* divides no experts; derive it from heliostat.recipes.protocol.Divides"):
+    with pytest.raises(
+        ConfigError, match=rf"^{KEY}: .* expert parallelism.*or derive it from heliostat.recipes.protocol.Divides"
+    ):
         require_abilities(made, Around(lambda: None))
 
 
@@ -82,7 +84,13 @@ def test_slices_of_divided_experts_are_every_element_once(workers, parts):
 def planned(**changes):
     """The plan of a job whose parameters are experts', most of them, on eight GPUs."""
     sizes = {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4}
-    layout = {"workers.gpus": 1, "workers.count": 8, "train.global_batch": 64, "train.zero.stage": 3, "train.precision": "bf16"}
+    layout = {
+        "workers.gpus": 1,
+        "workers.count": 8,
+        "train.global_batch_size": 64,
+        "train.zero.stage": 3,
+        "train.precision": "bf16",
+    }
     made = job(**{**layout, "model": {**MODELS["mixtral"], **sizes}, **changes})
     return planner.planners(made, CausalLM(made), None, None, hardware.table())[-1]
 

@@ -33,14 +33,14 @@ FAMILIES = {
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"workers.count": 3, "train.global_batch": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
+        ({"workers.count": 3, "train.global_batch_size": 12}, "does not divide workers.count 3; use 2 or 4 workers"),
         (
             {"train.zero.stage": 3},
             "with train.zero.stage 3 is not tried, which divides every matrix over all workers by itself; use 1 or 2",
         ),
         ({"train.compile": True}, "with train.compile is not tried; remove one of them"),
         ({"train.tiled_mlp": True}, "with train.tiled_mlp is not tried; remove one of them"),
-        ({"train.recheck": {"every": 5}}, "with train.recheck is not tried; remove one of them"),
+        ({"train.sdc_check": {"every": 5}}, "with train.sdc_check is not tried; remove one of them"),
         ({"train.zero.offload": {"optimizer": "cpu"}}, "with train.zero.offload is not tried; remove one of them"),
         ({"train.optimizer.name": "muon"}, "with train.optimizer.name: muon is not tried; remove one of them"),
     ],
@@ -56,7 +56,7 @@ def test_workers_that_divide_matrices_compute_each_sample_together():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 2, "workers.count": 6})
     assert line.startswith(
-        "train.global_batch: 8 is not divisible by workers.count 6 / train.parallel.tensor 2 x train.micro_batch 2"
+        "train.global_batch_size: 8 is not divisible by workers.count 6 / train.parallel.tensor 2 x train.micro_batch_size 2"
     )
 
 
@@ -66,8 +66,8 @@ def test_workers_that_divide_matrices_compute_each_sample_together():
         ({**LLAMA, "num_key_value_heads": 1}, 2, r"2 does not divide model\.num_key_value_heads 1; set it to 1"),
         ({**LLAMA, "intermediate_size": 65}, 2, r"2 does not divide model\.intermediate_size 65; set it to 1"),
         (LLAMA, 4, r"4 does not divide model\.num_key_value_heads 2; use 2"),
-        ({"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, 2, r"transformers does not tell how matrices of 'gpt2' .*"),
-        (MODELS["mixtral"], 2, r"'mixtral' has experts, whose matrices it does not divide; use train\.parallel\.expert"),
+        ({"arch": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4}, 2, r"transformers has no tensor-parallel plan for 'gpt2'"),
+        (MODELS["mixtral"], 2, r"not supported for the experts of 'mixtral'\. Use train\.parallel\.expert"),
         ({**LLAMA, "arch": "olmo2"}, 2, r"transformers divides '.*q_proj' of 'olmo2' by 'colwise_gather_output', which .*"),
     ],
 )  # fmt: skip
@@ -100,16 +100,14 @@ def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
     """As where a row of products is not added up."""
     monkeypatch.setattr(divided_matrices._Meeting, "_sum", lambda self, number, made: made)
     monkeypatch.setattr(divided_matrices, "_known", {})
-    with pytest.raises(
-        ConfigError, match=r"^train\.parallel\.tensor: matrices of 'llama' cannot be divided: a part of each does not"
-    ):
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: not supported for 'llama': the shards don't"):
         recipe(LLAMA, **TWO).probe()
 
 
 def test_a_norm_of_each_workers_own_heads_is_found():
     """Its logits are right in each part, and its gradient would be of a part of the heads."""
     phi = {**{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "arch": "phi", "qk_layernorm": True}
-    with pytest.raises(ConfigError, match=r"matrices of 'phi' cannot be divided: every worker would have '.*q_layernorm' whole"):
+    with pytest.raises(ConfigError, match=r"not supported for 'phi': every worker would hold all of '.*q_layernorm'"):
         recipe(phi, **TWO).probe()
     recipe({**phi, "qk_layernorm": False}, **TWO).probe()
 
@@ -123,7 +121,7 @@ def test_biases_of_what_is_summed_are_summed_too():
 
 
 def test_a_recipe_that_divides_no_matrices_is_refused():
-    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* divides no matrices; .*set it to 1"):
+    with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: .* doesn't support tensor parallelism\. Set it to 1"):
         made = job(**TWO, evaluate=None)
         require_abilities(made, Around(made))
 
@@ -144,7 +142,7 @@ def test_the_plan_knows_what_a_worker_has_of_each_matrix():
     rows, columns = half.model.added()
     assert (rows, columns) == (2 * 2 * 32, 2 * 5 * 32)
     assert mine.communication["bytes_per_step"] > 0 and {one.stage for one in layouts.candidates(half.job, 4)} == {1, 2}
-    two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch": 16})
+    two_nodes = job(**{**four, "workers.count": 16}, **{"train.parallel": {"tensor": 2}, "train.global_batch_size": 16})
     moved = planner.planners(two_nodes, CausalLM(two_nodes), None, "H100", hardware.table())[-1]._traffic(
         layouts.of(two_nodes), 1
     )

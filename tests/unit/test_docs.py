@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal
 
 import pytest
 import typer
+import yaml
+from heliostat.cli import groups
 from heliostat.cli.main import app
 from heliostat.config.deepspeed_keys import Allowed
 from heliostat.config.spec import Job
+from heliostat.curation import registry
 from heliostat.curation.images.pipeline import ImagePipeline
 from heliostat.curation.pairs.pipeline import PairPipeline
 from heliostat.curation.text.pipeline import TextPipeline
@@ -44,6 +47,7 @@ NO_MODULES = {
     "clones",
     "pruned",
 }  # a file; MLflow's tags and types
+ELSEWHERE = {"ds_to_universal.py", "zero_to_fp32.py", "torchtitan/components/data/loader.py"}  # of other projects
 MADE = {"jobs/llama3-8b-transferred.yaml", "jobs/digits.py", "jobs/digits.yaml", "pipeline.py", "shapes.py"}  # as the page says
 
 
@@ -58,6 +62,15 @@ def test_every_key_of_every_schema_has_a_description(model):
         if not told
     ]
     assert missing == []
+
+
+def test_every_stage_of_a_pipeline_and_each_of_its_keys_is_in_the_reference():
+    sections = dict(re.findall(r"^## `(\w+)`\n\n(.+?)(?=^## |\Z)", keys.stages(), re.M | re.S))
+    assert sorted(sections) == registry.names()
+    for name, text in sections.items():
+        assert not text.startswith("`"), f"{name}: the docstring of its module says nothing"
+        described = keys.descriptions(registry.find(name))
+        assert [key for key, meaning in described.items() if not meaning or f"`{key}`" not in text] == []
 
 
 def test_every_key_of_a_job_is_in_the_reference_with_its_type_and_default():
@@ -134,7 +147,7 @@ def test_every_path_that_a_page_names_exists(page):
     named = set(re.findall(rf"(?<![\w/.:-])((?:{FOLDERS})/[\w./*-]*[\w*])", TEXTS[page])) - MADE
     missing = {n for n in named if not any(ROOT.glob(n))}
     ends = {n for n in re.findall(r"`([\w/]+\.py)`", TEXTS[page]) if not re.match(rf"(?:{FOLDERS})/", n)}
-    missing |= {n for n in ends - MADE if not any(str(p).endswith("/" + n) for p in PYTHON)}
+    missing |= {n for n in ends - MADE - ELSEWHERE - saved(TEXTS[page]) if not any(str(p).endswith("/" + n) for p in PYTHON)}
     assert sorted(missing) == []
 
 
@@ -143,6 +156,11 @@ def test_every_dotted_name_that_a_page_names_exists(page):
     named = set(re.findall(r"(?<![\w/.-])heliostat((?:\.[A-Za-z_]\w*)+(?::\w+)?)", TEXTS[page]))
     wrong = [f"heliostat{n}" for n in named if n.split(".")[1] not in NO_MODULES and not resolves(f"heliostat{n}")]
     assert sorted(wrong) == []
+
+
+def saved(text: str) -> set[str]:
+    """Names of the files that a page has its reader save: blocks that begin with `# NAME`."""
+    return set(re.findall(r"^```(?:python|yaml)\n# ([\w.-]+\.\w+)$", text, re.MULTILINE))
 
 
 def resolves(name: str) -> bool:
@@ -162,7 +180,37 @@ def resolves(name: str) -> bool:
 
 def blocks(text: str, language: str) -> Iterator[str]:
     """Yield the code of a page's blocks in a language, without the indentation of lists."""
-    yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b.*\n(.*?)^ *```", text, re.M | re.S))
+    yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b[^\n]*\n(.*?)^ *```", text, re.M | re.S))
+
+
+def test_all_blocks_of_a_page_are_read():
+    text = "1. a\n\n    ```yaml\n    a: 1\n    ```\n\n```yaml title\nb: 2\n```\n```sh\nc\n```\n"
+    assert list(blocks(text, "yaml|yml")) == ["a: 1\n", "b: 2\n"]
+
+
+JOB_KEYS = {
+    keys.anchor(f"{section.path}.{info.alias or name}".lstrip(".")).removesuffix(".KEY")
+    for section in keys.sections(Job)
+    for name, info in section.model.model_fields.items()
+}
+
+
+def unknown_keys(part: Any, at: str = "") -> Iterator[str]:
+    """Yield the keys of a part of a job that the schema lacks; a mapping of free keys (`model`, `train.deepspeed`) has any."""
+    for key, value in part.items() if isinstance(part, dict) else ():
+        path = f"{at}.{key}".lstrip(".")
+        if path not in JOB_KEYS:
+            yield path
+        elif any(known.startswith(f"{path}.") for known in JOB_KEYS):
+            for inner in value if isinstance(value, list) else [value]:
+                yield from unknown_keys(inner, path)
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_yaml_block_of_a_page_can_be_read_and_a_jobs_keys_exist(page):
+    parts = [yaml.safe_load(code) for code in blocks(TEXTS[page], "yaml|yml")]
+    jobs = [part for part in parts if isinstance(part, dict) and set(part) <= Job.model_fields.keys()]
+    assert [key for job in jobs for key in unknown_keys(job)] == []
 
 
 def imported(code: str) -> Iterator[str]:
@@ -195,7 +243,7 @@ def test_every_python_file_and_module_that_a_page_runs_exists(page):
             )
             if module and not (place.with_suffix(".py").is_file() or (place / "__main__.py").is_file()):
                 wrong.append(line)
-            if path and path not in MADE and not (ROOT / path).is_file():
+            if path and path not in MADE | saved(TEXTS[page]) and not (ROOT / path).is_file():
                 wrong.append(line)
     assert wrong == []
 
@@ -239,7 +287,8 @@ def test_every_command_and_option_that_a_page_names_exists(page):
     group = typer.main.get_command(app)
     wrong = []
     for line in spoken(TEXTS[page]):
-        words = shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line))
+        _, name, words = groups.current(shlex.split(re.sub(r"[\[\]|()]|\.\.\.", " ", line)))
+        words = [*name.split(), *words]
         command: Any = group
         while words and hasattr(command, "commands") and words[0] in command.commands:
             command = command.commands[words.pop(0)]

@@ -206,7 +206,7 @@ def test_fragments_that_were_lost_are_made_again(corpus, tmp_path):
 def test_a_folder_of_another_index_is_refused_before_ray_starts(corpus, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="is not empty, and holds no index of documents"):
+    with pytest.raises(ConfigError, match=r"not empty, and has no index of documents"):
         build.index_documents(str(corpus.location), str(tmp_path / "x"), SETTINGS)
     build.claim(
         Location(str(tmp_path / "y")), {"embedder": None, **IndexSettings().model_dump()}, "an index", "index of documents"

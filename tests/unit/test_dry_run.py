@@ -256,7 +256,7 @@ def test_a_share_that_holds_nothing_is_refused_and_nothing_stays(tmp_path, monke
     path.write_text(json.dumps({"name": "i", "pipeline": "heliostat.pipelines:TextPipeline", "input": str(tmp_path / "in"),
                                 "output": str(tmp_path / "out"), "tokenizer": {"vocab_size": 300}}))  # fmt: skip
     monkeypatch.setattr("heliostat.curation.prepare._start_ray", lambda pipeline: None)
-    with pytest.raises(ConfigError, match=r"--sample: .*1 files holds nothing; give a larger one"):
+    with pytest.raises(ConfigError, match=r"--sample: .*1 files selects none\. Choose a larger one"):
         dry_run(path, [], 1e-9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "p.yaml"]
 
@@ -272,21 +272,21 @@ class OwnPipeline(Pipeline):
 
 
 def test_pipelines_without_a_dry_run_say_so(tmp_path):
-    with pytest.raises(ConfigError, match="--sample: OwnPipeline has no dry run"):
+    with pytest.raises(ConfigError, match="--sample: OwnPipeline doesn't support dry runs"):
         OwnPipeline.model_construct().predict(Location(str(tmp_path)), [], 0.5)
 
 
 def test_a_sample_of_which_nothing_is_left_says_so(tmp_path):
     make_input(tmp_path / "in", 300)
     made, inputs = trial(tmp_path, 0.5, stages=[{"stage": "length", "min_words": 5000}])
-    with pytest.raises(DataError, match=r"nothing is left of the sample.*give a larger one"):
+    with pytest.raises(DataError, match=r"the sample is empty .*Choose a larger one"):
         made.predicted(inputs)
 
 
 def test_a_dry_run_makes_nothing_that_could_be_forced():
     from heliostat.cli import main  # noqa: F401  (registers the commands)
 
-    found = CliRunner().invoke(app, ["prepare", "p.yaml", "--sample", "1%", "--force"])
+    found = CliRunner().invoke(app, ["data", "prepare", "p.yaml", "--sample", "1%", "--force"])
     assert isinstance(found.exception, ConfigError) and "--force" in str(found.exception)
 
 
@@ -327,4 +327,4 @@ def test_tokens_a_byte_of_a_whole_are_estimated_from_halves_of_a_sample(tmp_path
     assert kept == pytest.approx(sum(map(len, texts)), rel=0.03)
     assert found["tokens"] == pytest.approx(truly * kept / sum(map(len, texts)), rel=0.05)
     assert found["tokens_low"] <= truly <= found["tokens_high"]
-    assert any(note.startswith("tokens: the sample's own tokenizer") for note in found["notes"])
+    assert any(note.startswith("tokens: the sample's tokenizer") for note in found["notes"])

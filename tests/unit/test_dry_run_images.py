@@ -73,9 +73,9 @@ def test_the_digits_have_a_dry_run(tmp_path):
 
 def test_what_cannot_be_tried_is_one_error(tmp_path):
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
-    with pytest.raises(DataError, match="nothing is left of the sample"):
+    with pytest.raises(DataError, match="the sample is empty"):
         predict(tmp_path, 0.0001)
-    with pytest.raises(ConfigError, match="--sample: a dry run would fetch images only to throw them away"):
+    with pytest.raises(ConfigError, match="--sample: not supported with fetch"):
         ImagePipeline.model_construct(fetch=object()).predict(Location(str(tmp_path)), [], 0.5)
 
 

@@ -114,12 +114,13 @@ def test_a_batch_knows_equal_texts_ends_each_and_counts_what_is_cut(data) -> Non
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"data.sequence_length": 64}, "data.sequence_length: rows have none"),
-    ({"train.global_batch": 1, "train.micro_batch": 1, "data.lanes": 1}, "train.global_batch: 1 pair has no other"),
+    ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
+    ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
+     "train.global_batch_size: a batch of 1 pair"),
     ({"model.pooling": "max"}, "model.pooling"),
     ({"model.temperature": 0}, "model.temperature"),
-    ({"model.max_tokens": 64}, "model.max_tokens: 64 is longer than the model's max_position_embeddings 32"),
-    ({"model.arch": "vit"}, "model.arch: 'vit' is no encoder or decoder of text"),
+    ({"model.max_tokens": 64}, "model.max_tokens: 64 is above the model's max_position_embeddings 32"),
+    ({"model.arch": "vit"}, "model.arch: 'vit' isn't a text encoder or decoder"),
     ({"model.init": {"zero_output_projections": True}}, "model.init"),
     ({"model.widht": 3}, "model.widht: unknown key"),
     ({"model.vocab_size": 100}, "model.vocab_size: 100 is below the tokenizer's"),
@@ -134,7 +135,7 @@ def test_a_loss_that_couples_samples_is_an_ability_of_its_own(data) -> None:
     made = recipe(data)
     assert require_class("recipe", "x", Embedder) is Embedder
     require_abilities(made.job, made)
-    with pytest.raises(ConfigError, match=r"`couple`, which nothing would call; derive it from .*CouplesSamples"):
+    with pytest.raises(ConfigError, match=r"`couple`, but heliostat never calls it\. Derive the recipe from .*CouplesSamples"):
         require_class("recipe", "x", type("Plain", (Least,), {"couple": lambda *_: None}))
 
 
@@ -182,11 +183,11 @@ def test_measures_are_of_all_held_out_pairs(data) -> None:
 
 @pytest.mark.parametrize(("file", "value", "said"), [
     ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Dense", "path": "2"}], "a module 'Dense' is not known"),
-    ("modules.json", [{"type": "a.Transformer", "path": ""}], "names no model in this folder with a pooling"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}], "lists no pooling for a model in this folder"),
     ("modules.json", {"a": 1}, "list of modules"),
-    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pools by max_tokens; known"),
-    ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pools by mean, cls"),
-    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "../2"}], "lies outside"),
+    ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "pooling by max_tokens isn't supported"),
+    ("1_Pooling/config.json", {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}, "pooling by mean, cls isn't"),
+    ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "../2"}], "is outside"),
     ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.Pooling", "path": "2"}], "cannot be read .*whole"),
 ])  # fmt: skip
 def test_a_folder_that_embeds_in_another_way_is_refused(tmp_path, file, value, said) -> None:

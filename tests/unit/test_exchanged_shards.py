@@ -45,7 +45,7 @@ def test_a_shard_exchanged_before_training_is_not_trained_on(tmp_path):
                    write_statistics=["tokens.list.element"], row_group_size=10)  # fmt: skip
     shards, reasons = replaced(made)
     assert shards == {"shards/1.parquet"}
-    assert reasons == {"another shard lies there: its footer is not the one that the manifest lists)"}
+    assert reasons == {"this is another shard: its footer differs from the manifest's)"}
 
 
 def test_a_chunk_exchanged_under_its_footer_is_not_trained_on(tmp_path):
@@ -60,7 +60,7 @@ def test_a_chunk_exchanged_under_its_footer_is_not_trained_on(tmp_path):
     mine.write_bytes(mine.read_bytes()[:start] + theirs.read_bytes()[start:end] + mine.read_bytes()[end:])
     pq.read_table(mine, page_checksum_verification=True)
     shards, reasons = replaced(made)
-    assert shards == {"shards/1.parquet"} and reasons == {"its bytes are not those that the manifest lists)"}
+    assert shards == {"shards/1.parquet"} and reasons == {"its bytes differ from those that the manifest lists)"}
     data = Dataset(make_plan(made, held=0.0))
     found = data.load(np.arange(int(data.order.epoch_samples[0])))
     assert {made.chunks["row_group"][b.chunk].as_py() for b in found.bad} == {2}

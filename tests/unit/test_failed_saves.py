@@ -58,8 +58,8 @@ def test_a_failed_save_is_passed_over_counted_and_shown():
     for _ in range(3):
         state.settle()
     assert state.failed == 2 and state._in_a_row == 1
-    tolerated = f"(1 in a row, of {TOLERATED} that are tolerated)"
-    assert notices == [f"a checkpoint could not be saved {tolerated}; training continues without it: {AWAY}"] * 2
+    tolerated = f"(1 in a row; up to {TOLERATED} are allowed)"
+    assert notices == [f"can't save a checkpoint {tolerated}. Training continues without it: {AWAY}"] * 2
     logged = {point.key: point.value for point in points(Saved(step=5, blocked_s=1.0, failed=2))}
     assert logged == {"train/checkpoint/blocked_s": 1.0, "train/checkpoint/failed": 2}
 
@@ -133,9 +133,9 @@ def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save()
     for step in range(TOLERATED + 5):
         saver._prune(step)
     later = "they use space until the store deletes again"
-    assert notices[0] == f"step 0: old checkpoints could not be removed; {later}: delete: denied"
-    assert notices[1].startswith("step 2: old checkpoints could not be removed; ")
-    assert notices[-1] == f"step 7: old checkpoints could not be removed, 6 times in a row; {later}: {AWAY}"
+    assert notices[0] == f"step 0: can't remove old checkpoints. {later}: delete: denied"
+    assert notices[1].startswith("step 2: can't remove old checkpoints. ")
+    assert notices[-1] == f"step 7: can't remove old checkpoints, 6 times in a row. {later}: {AWAY}"
     assert len(notices) == TOLERATED + 4
 
 

@@ -98,12 +98,12 @@ def test_the_command_and_the_endpoint_write_the_same_middle(folders, name):
 def test_a_tokenizer_without_the_tokens_is_one_clear_error(folders):
     folder = folders / "none"
     assert "fill_in_the_middle" not in json.loads((folder / "tokenizer_config.json").read_text())
-    with pytest.raises(ConfigError, match="suffix: the model's tokenizer has no tokens for a prefix, a suffix and a middle"):
+    with pytest.raises(ConfigError, match="suffix: the model's tokenizer has no prefix, suffix, and middle tokens"):
         generate(folder, PREFIX, {"suffix": SUFFIX}, 0, None)
     replica, answer = Replica(Holds(str(folder), 4)), CompletionsRoute().answer
     made = asyncio.run(replica.ask(answer, Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [], suffix=SUFFIX)))
     status, message, param, code, _ = made["refused"]
-    assert (status, param, code) == (400, "suffix", "no_fill_in_the_middle") and "has no tokens for a prefix" in message
+    assert (status, param, code) == (400, "suffix", "no_fill_in_the_middle") and "has no prefix, suffix, and middle" in message
     plain_one = asyncio.run(replica.ask(answer, Ask([PREFIX], None, MOST, MOST, 0.0, 1.0, [0], [])))
     assert (
         plain_one["answers"][0]["text"]
@@ -117,5 +117,5 @@ def test_what_names_a_file_is_read_as_it_is_and_anything_else_is_text(tmp_path):
     assert read_text("--prefix", str(tmp_path / "a.py")) == "def f():\r\n\t"
     for text in ("", "def f():\n", "x" * 5000, "a\0b", str(tmp_path)):
         assert read_text("--prefix", text) == text
-    with pytest.raises(ConfigError, match=r"--suffix: .*b\.py is no UTF-8 text"):
+    with pytest.raises(ConfigError, match=r"--suffix: .*b\.py isn't UTF-8 text"):
         read_text("--suffix", str(tmp_path / "b.py"))

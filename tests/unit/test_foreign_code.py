@@ -83,7 +83,7 @@ def test_the_workspaces_own_folders_and_installed_packages_are_imported_as_ever(
     (home / "jobs2" / "mine.py").write_text("from heliostat.recipes import CausalLM\nclass Recipe(CausalLM):\n    mark = 1\n")
     assert exported.read(model(home / "my-model", "jobs2.mine:Recipe")).recipe.mark == 1
     assert exported.read(model(home / "my-model", "heliostat.recipes:CausalLM")).recipe is CausalLM  # installed, or on the path
-    with pytest.raises(ConfigError, match=r"recipe: 'subprocess:Popen' is no recipe"):
+    with pytest.raises(ConfigError, match=r"recipe: 'subprocess:Popen' isn't a recipe"):
         exported.read(model(home / "my-model", "subprocess:Popen"))
     with pytest.raises(ConfigError, match=r"no module 'jobs2\.other'"):
         exported.read(model(home / "my-model", "jobs2.other:Recipe"))

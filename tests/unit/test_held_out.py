@@ -30,7 +30,9 @@ def test_a_number_of_samples_that_cannot_be_met_is_said(tmp_path: Path):
     source = prepared(tmp_path, 2000)
     (line,) = faults(source, samples=1_000_000, fraction=0.05)
     held = int(line.split("set evaluate.samples to ")[1])
-    assert line.startswith(f"evaluate.samples: 1,000,000 cannot be met, {held:,} are scored: evaluate.fraction 0.05 holds out")
+    assert line.startswith(
+        f"evaluate.samples: only {held:,} held-out samples can be scored, not 1,000,000. evaluate.fraction 0.05"
+    )
     assert held > 100 and faults(source, samples=held, fraction=0.05) == []
 
 
@@ -44,14 +46,14 @@ def test_a_share_that_is_far_from_the_fraction_is_said(tmp_path: Path):
     """Ten chunks or so cannot give a twentieth each; the source is named."""
     coarse, fine = make_dataset(tmp_path / "a", 5, shards=2), prepared(tmp_path / "b", 2000)
     lines = faults(fine, coarse, samples=1, fraction=0.05)
-    assert len(lines) == 1 and "of data.sources.1 is held out: the dataset does not tell its documents apart" in lines[0]
+    assert len(lines) == 1 and "of data.sources.1 is held out, not 0.05: the dataset has no document boundaries" in lines[0]
 
 
 def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
     """The line says why, how many chunks there are, and both ways out."""
     source = make_dataset(tmp_path, 1, shards=1)
     chunks = len(source.chunks)
-    why = rf"holds none out; data\.sources\.0 does not tell its documents apart, so only whole ones of its {chunks} chunks can be"
+    why = rf"data\.sources\.0 has no document boundaries, so only whole row groups can be held out \({chunks}\)"
     with pytest.raises(ConfigError, match=rf"evaluate\.fraction: 0\.0001 of [\d,]+ samples {why}; prepare it again"):
         faults(source, fraction=0.0001)
 
@@ -85,7 +87,7 @@ def test_no_recipe_meets_a_bad_held_out_row():
     assert evaluation.whole(found, 2, pytest.fail)["image"].to_pylist() == [b"a", b"a", b"c", b"c", b"a", b"a"]
     mine = Gathered(pa.table({"image": pa.array([None, None], pa.binary())}), dict.fromkeys((0, 1), why))
     assert evaluation.whole(mine, 2, lambda: found)["image"].to_pylist() == [b"a", b"a"]
-    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read; with it, no held-out sample can be scored"):
+    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read\. Without it, no held-out sample can be scored"):
         evaluation.whole(mine, 2, lambda: mine)
     tokens = np.zeros((2, 4), np.int32)
     assert evaluation.whole(Gathered(tokens, {0: "x"}), 2, pytest.fail) is tokens

@@ -141,7 +141,7 @@ def test_what_cannot_score_is_refused_with_the_fix(tmp_path, classifier, clip):
         with pytest.raises((ConfigError, ValueError), match=match):
             parse({"stage": "hf_image", **keys}).check()
 
-    refused("give min_score, max_score or both", model=str(clip))
+    refused("set min_score, max_score, or both", model=str(clip))
     refused("has no preprocessor_config.json", model=str(tmp_path), min_score=0.5)
     refused("is a classifier; name one of its labels, clean, watermark", model=str(classifier), min_score=0.5)
     refused("'watermarks' is none of the model's.*watermark", model=str(classifier), label="watermarks", min_score=0.5)
@@ -149,12 +149,12 @@ def test_what_cannot_score_is_refused_with_the_fix(tmp_path, classifier, clip):
     shutil.copytree(classifier, tmp_path / "code")
     about = json.loads((tmp_path / "code" / "preprocessor_config.json").read_text())
     (tmp_path / "code" / "preprocessor_config.json").write_text(json.dumps(about | {"auto_map": {"AutoProcessor": "x.Y"}}))
-    refused("needs code that it brings", model=str(tmp_path / "code"), label="clean", min_score=0.5)
+    refused("needs its own code", model=str(tmp_path / "code"), label="clean", min_score=0.5)
 
 
 def test_a_text_pipeline_has_no_images_to_look_at(tmp_path, clip):
     (tmp_path / "in").mkdir()
     pipeline = TextPipeline(name="x", input=str(tmp_path / "in"), output=str(tmp_path / "out"), tokenizer={"vocab_size": 300},
                             stages=[{"stage": "hf_image", "model": str(clip), "min_score": 0.1}])  # fmt: skip
-    with pytest.raises(ConfigError, match="stages: hf_image looks at images, which a text pipeline has none of; remove it"):
+    with pytest.raises(ConfigError, match=r"stages: hf_image reads images, and a text pipeline has none\. Remove it"):
         pipeline.check()

@@ -117,26 +117,27 @@ def test_a_pretrained_models_own_processor_makes_the_pixels(data, tmp_path) -> N
     settings = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "do_normalize": False}))
     other = ImageEmbedder(build_images.embedder(data, model={"pretrained": str(tmp_path)}))
-    with pytest.raises(ConfigError, match="does not scale pixels of 0 to 255"):
+    with pytest.raises(ConfigError, match="doesn't normalize pixels of 0 to 255"):
         other.probe()
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"data.sequence_length": 64}, "data.sequence_length: rows have none"),
-    ({"train.global_batch": 1, "train.micro_batch": 1, "data.lanes": 1}, "train.global_batch: 1 pair has no other"),
+    ({"data.sequence_length": 64}, "data.sequence_length: not used for rows"),
+    ({"train.global_batch_size": 1, "train.micro_batch_size": 1, "data.virtual_ranks": 1},
+     "train.global_batch_size: a batch of 1 pair"),
     ({"model.temperature": 0}, "model.temperature"),
     ({"model.pooling": "mean"}, "model.pooling: unknown key"),
-    ({"model.max_tokens": 13}, "model.max_tokens: 13 is not between 2 and the model's 12"),
+    ({"model.max_tokens": 13}, "model.max_tokens: 13 isn't between 2 and the model's maximum 12"),
     ({"model.arch": "bert"}, "model.arch: 'bert' is no model of images and texts"),
     ({"model.text_config.widht": 3}, "model.text_config.widht: unknown key of CLIPTextConfig"),
-    ({"model.vision_config": 3}, "model.vision_config: 3 must be keys and values"),
+    ({"model.vision_config": 3}, "model.vision_config: expected a mapping"),
     ({"model.vision_config.num_attention_heads": 3}, "model: .*16.*not a multiple of the number of attention heads .*3"),
-    ({"model.vision_config.patch_size": 3}, "patch_size: 3 does not divide the images' 8 pixels"),
-    ({"model.vision_config.image_size": 16}, "image_size: 16, but the images have 8 pixels a side; remove it"),
+    ({"model.vision_config.patch_size": 3}, "patch_size: 3 doesn't divide the image side of 8 pixels"),
+    ({"model.vision_config.image_size": 16}, "image_size: 16 given, but the images have 8 pixels per side. Remove it"),
     ({"model.text_config.vocab_size": 100}, "model.text_config.vocab_size: 100 is below the tokenizer's"),
     ({"model.init": {"zero_output_projections": True}}, "model.init"),
-    ({"model": {"pretrained": "no/where"}}, "model.pretrained: 'no/where' is not a model folder"),
-    ({"model": {"pretrained": "no/where", "projection_dim": 3}}, "model.projection_dim: a pretrained model is as its folder"),
+    ({"model": {"pretrained": "no/where"}}, "model.pretrained: 'no/where' isn't a model folder"),
+    ({"model": {"pretrained": "no/where", "projection_dim": 3}}, "model.projection_dim: a pretrained model takes its"),
 ])  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_its_key(data, changes, said) -> None:
     with pytest.raises(ConfigError, match=said):
@@ -147,7 +148,7 @@ def test_images_that_are_no_squares_of_one_size_are_refused(data) -> None:
     made, found = recipe(data), manifest.read(Location(str(data)))
     for size in ([16, 8], [16, 16]):
         other = type(found)(**{**vars(found), "meta": {**found.meta, "size": size}})
-        with pytest.raises(ConfigError, match=f"the images are .*{size[0]} x {size[1]} pixels, and CLIP takes squares"):
+        with pytest.raises(ConfigError, match=f"CLIP needs square images .*{size[0]} x {size[1]} pixels"):
             made.bind([found, other])
 
 

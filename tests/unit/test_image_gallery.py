@@ -166,7 +166,7 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
         ImageGenerator(tmp_path, {"temperature": 0.5})
     with pytest.raises(ConfigError, match="generate: guidance: unknown key; valid: max_tokens, suffix, temperature, top_p"):
         CausalLM.generator(tmp_path, {"guidance": 4.0})
-    with pytest.raises(ConfigError, match="'euler' cannot sample a model of prediction 'epsilon'"):
+    with pytest.raises(ConfigError, match="'euler' doesn't support a model with prediction 'epsilon'"):
         ImageGenerator(tmp_path, {"sampler": "euler"})
 
 
@@ -179,6 +179,6 @@ def test_a_prompts_file_is_a_prompt_a_line(tmp_path):
     (tmp_path / "p.txt").write_text("a seven\n\n  an eight \n")
     assert read_prompts(tmp_path / "p.txt") == ["a seven", "an eight"]
     (tmp_path / "empty.txt").write_text("\n")
-    for name, says in (("empty.txt", "holds no prompt"), ("gone.txt", "cannot be read")):
+    for name, says in (("empty.txt", "contains no prompt"), ("gone.txt", "can't read")):
         with pytest.raises(ConfigError, match=says):
             read_prompts(tmp_path / name)

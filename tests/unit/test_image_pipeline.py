@@ -268,7 +268,7 @@ def test_what_became_of_every_image_is_told(tmp_path):
 def test_what_images_cannot_be_asked_is_one_error(tmp_path):
     make_input(tmp_path / "in", 12)
     made, _ = prepared(keys(tmp_path, stages=STAGES))
-    with pytest.raises(ConfigError, match="--text: the dataset holds images; find one by --id or --url"):
+    with pytest.raises(ConfigError, match=r"--text: the dataset holds images\. Pass --id or --url"):
         trace.find(made, text=b"x")
 
 
@@ -349,13 +349,13 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
         with pytest.raises(ConfigError, match=match):
             Here.model_validate(keys(tmp_path, **more)).check()
 
-    refused("image_size is after similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
-    refused("'label' is the name of the label's", columns={"others": ["label"]})
+    refused("image_size comes after similar_images", stages=[{"stage": "similar_images"}, {"stage": "image_size"}])
+    refused("'label' is the name of the label column", columns={"others": ["label"]})
     within = {"stage": "minhash", "within": "crawls"}
     refused(r"stages.0: minhash: within: 'crawls' is none .* Correct it, or name it under `columns.others` too", stages=[within])
     refused(r"within: 'crawls' is none .*did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
     Here.model_validate(keys(tmp_path, stages=[within | {"within": "crawl"}], columns={"others": ["crawl"]})).check()
-    refused("work: .* and the output .* lie in one another", work=str(tmp_path / "out" / "work"))
+    refused("work: .* and the output .* overlap", work=str(tmp_path / "out" / "work"))
 
 
 def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
@@ -368,7 +368,7 @@ def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
     for resolution, buckets in ((500, {"step": 64, "max_aspect": 1.1}), (100, {"step": 64, "max_aspect": 1.5})):
         with pytest.raises(ConfigError, match=r"^buckets.max_aspect: 1.[15] allows no size of resolution .*; raise max_aspect"):
             checked(resolution=resolution, buckets=buckets)
-    with pytest.raises(ConfigError, match=r"^encoding: webp stores no grey, and channels is 1; take png or jpeg"):
+    with pytest.raises(ConfigError, match=r"^encoding: webp doesn't support grayscale \(channels: 1\)\. Use png or jpeg"):
         checked(channels=1, encoding="webp")
     checked(resolution=512, buckets={"step": 64, "max_aspect": 1.1})
     checked(resolution=500, buckets={"step": 64, "max_aspect": 1.2})

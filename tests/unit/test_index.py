@@ -136,16 +136,16 @@ def test_a_listed_shard_that_changed_is_named(dataset, change):
     else:
         victim.unlink()
     shard(dataset, "00003.parquet", 3)
-    with pytest.raises(DataError, match=rf"shards/00001\.parquet: .*{size:,} bytes are listed; put it back"):
+    with pytest.raises(DataError, match=rf"shards/00001\.parquet: expected {size:,} bytes, .*Restore the file"):
         index(place)
     assert manifest.read(place).digest == digest
 
 
 BAD = {
     "another column": (pa.table({"text": ["a"]}), r"has no column 'tokens'"),
-    "no lists": (pa.table({"tokens": pa.array([1, 2], pa.int32())}), "is not a list of integers"),
-    "lists of text": (pa.table({"tokens": [["a"]]}), "is not a list of integers"),
-    "lists of lists": (pa.table({"tokens": [[[1]]]}), "is not a list of integers"),
+    "no lists": (pa.table({"tokens": pa.array([1, 2], pa.int32())}), "isn't a list of integers"),
+    "lists of text": (pa.table({"tokens": [["a"]]}), "isn't a list of integers"),
+    "lists of lists": (pa.table({"tokens": [[[1]]]}), "isn't a list of integers"),
     "a foreign vocabulary": (
         pa.table({"tokens": pa.array([[1, 500]], TOKENS)}),
         "tokens from 1 to 500, but .* vocabulary is 500",
@@ -175,7 +175,7 @@ def test_a_damaged_new_shard_is_named(dataset):
     shard(dataset, "00003.parquet", 3)
     file = dataset / "shards" / "00003.parquet"
     file.write_bytes(file.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"shards/00003\.parquet: not a readable Parquet file"):
+    with pytest.raises(DataError, match=r"shards/00003\.parquet: isn't a readable Parquet file"):
         index(Location(str(dataset)))
 
 
@@ -220,8 +220,8 @@ def test_a_dataset_of_rows_is_indexed_too(tmp_path):
 def test_the_command_says_what_it_did(dataset):
     """--json prints the report as one object; without it, one line."""
     shard(dataset, "00003.parquet", 3)
-    done = CliRunner().invoke(app, ["index", str(dataset), "--json"])
+    done = CliRunner().invoke(app, ["data", "index", str(dataset), "--json"])
     report = json.loads(done.stdout)
     assert set(report) == {"dataset", "digest", "previous", "shards_added", "chunks", "tokens", "rows", "seconds"}
     assert done.exit_code == 0 and report["shards_added"] == 1
-    assert "0 shards added, nothing new" in CliRunner().invoke(app, ["index", str(dataset)]).stdout
+    assert "0 shards added, nothing new" in CliRunner().invoke(app, ["data", "index", str(dataset)]).stdout

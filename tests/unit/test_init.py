@@ -27,7 +27,8 @@ def test_the_files_are_those_of_heliostats_own_workspace():
     stale = [path for path, content in shipped.items() if (TEMPLATE / path).read_bytes() != content]
     assert not stale, f"cp {stale[0]} platform/heliostat/cli/template/{stale[0]}"
     quickstart = {str(p.relative_to(ROOT)) for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("quickstart*.yaml")}
-    assert shipped.keys() == quickstart | {"clusters/local.yaml"}
+    schemas = {f"jobs/schemas/{p.name}" for p in (ROOT / "jobs/schemas").iterdir()}
+    assert shipped.keys() == quickstart | {"clusters/local.yaml"} | schemas
 
 
 def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_path, monkeypatch):
@@ -35,7 +36,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
     done = CliRunner().invoke(app, ["init", "a/mine"])
     assert done.exit_code == 0, done.output
     told = done.stdout.split()
-    assert "a/mine" in told and "cd a/mine heliostat prepare pipelines/quickstart.yaml" in " ".join(told)
+    assert "a/mine" in told and "cd a/mine heliostat data prepare pipelines/quickstart.yaml" in " ".join(told)
     made = written(tmp_path / "a" / "mine")
     assert made.pop(".gitignore").decode().splitlines() == [
         ".heliostat/",
@@ -86,7 +87,7 @@ def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
 def test_what_the_first_pages_export_is_ignored():
     """An exported model showed up as new files of the repository, and would travel with a submitted job."""
     pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/tour.md", "docs/python-api.md"))
-    exported = set(re.findall(r"export \S+ --to ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages))
+    exported = set(re.findall(r"export \S+ --out ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages))
     assert exported == {"my-model", "from-python-model"}
     for ignored in (ROOT / ".gitignore", TEMPLATE / "gitignore"):
         assert {f"/{folder}/" for folder in exported} <= set(ignored.read_text().splitlines())

@@ -69,7 +69,7 @@ def test_which_parameters_are_output_projections(names, found):
         (LLAMA | {"init": {"zero_output_projections": 1}}, "model.init: zero_output_projections: 1"),
         (LLAMA | {"init": None}, "model.init: expected a mapping, got None"),
         ({"arch": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 4} | ZERO,
-         "model.init.zero_output_projections: the layers of 'mamba' have no output projections that are known as such"),
+         "model.init.zero_output_projections: heliostat doesn't know the output projections of 'mamba'"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused_by_name(model, message):
@@ -80,7 +80,7 @@ def test_what_makes_no_sense_is_refused_by_name(model, message):
 
 def test_a_pretrained_model_begins_as_its_folder_says(tmp_path):
     built(LLAMA).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match=r"model\.init: a pretrained model begins as its folder says; remove"):
+    with pytest.raises(ConfigError, match=r"model\.init: a pretrained model takes its first weights .*\. Remove"):
         CausalLM(job(model={"pretrained": str(tmp_path)} | ZERO))
 
 

@@ -69,7 +69,7 @@ def test_llama3_8b_is_the_published_shape():
     c = recipe.config
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.max_position_embeddings) == (32, 8, 128, 8192)
     assert (c.rms_norm_eps, c.rope_parameters["rope_theta"], c.tie_word_embeddings) == (1e-5, 500_000.0, False)
-    assert job.train.global_batch * job.data.sequence_length == 4_194_304
+    assert job.train.global_batch_size * job.data.sequence_length == 4_194_304
 
 
 @pytest.mark.parametrize(("name", "active"), [("moe-8x1b", 1_861_675_008), ("qwen3-30b-a3b", 3_353_032_704)])
@@ -94,7 +94,7 @@ def test_stable_diffusion_2_is_the_published_recipe():
     """Batch, latents, the text's width and the noise schedule; DiT-XL/2 has 28 layers of width 1,152 on patches of 2."""
     job, recipe = check.check_file(ROOT / "jobs" / "stable-diffusion-2.yaml")
     keys, objective = recipe.model.backbone, recipe.model.objective
-    assert (job.train.global_batch, keys["in_channels"], keys["cross_attention_dim"], job.train.ema.decay) == (
+    assert (job.train.global_batch_size, keys["in_channels"], keys["cross_attention_dim"], job.train.ema.decay) == (
         2048,
         4,
         1024,

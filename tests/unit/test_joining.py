@@ -28,7 +28,7 @@ def test_nothing_is_joined_unless_asked():
 
 @pytest.mark.parametrize(
     ("target", "error", "said"),
-    [("nope", ConfigError, "'nope' is no local cluster that runs"), (str(LOCAL), ClusterError, "this cluster does not run"),
+    [("nope", ConfigError, "'nope' isn't a running local cluster"), (str(LOCAL), ClusterError, "this cluster isn't running"),
      ("http://127.0.0.1:9", ClusterError, "no Ray cluster answers here")],
 )  # fmt: skip
 def test_what_does_not_run_here_is_said_in_a_line(target, error, said):

@@ -38,8 +38,9 @@ def refusals(**changes):
     [
         ({ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' needs GPUs (workers.gpus is 0); use sdpa"),
         (GPU | {ATTENTION: "flash_attention_2", "train.precision": "fp32"}, "computes in bf16 and fp16 alone"),
-        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch": 2, "train.global_batch": 4},
-         "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch is 2"),
+        (GPU | {ATTENTION: "flash_attention_2", "data.document_mask": True, "train.micro_batch_size": 2,
+                "train.global_batch_size": 4},
+         "keeps documents apart in a micro-batch of one sample alone, and train.micro_batch_size is 2"),
         (GPU | {ATTENTION: "flex_attention", "workers": {"count": 2, "gpus": 1}, "train.parallel.sequence": 2}, "is not tried"),
         ({ATTENTION: "flash"}, "train.attention"),
         ({FP8: True, "train.precision": "bf16"}, "train.fp8: true needs GPUs (workers.gpus is 0); set it to false"),
@@ -56,7 +57,7 @@ def test_what_cannot_be_is_refused_in_one_line(changes, line):
 
 def test_what_can_be_is_not():
     assert not refusals(**GPU, **{ATTENTION: "flex_attention", "data.document_mask": True, FP8: True, COMPILE: "blocks"})
-    masked = {"data.document_mask": True, "train.micro_batch": 1}
+    masked = {"data.document_mask": True, "train.micro_batch_size": 1}
     assert not refusals(**GPU, **{ATTENTION: "flash_attention_2"}, **masked)
     assert not refusals(**{ATTENTION: "eager"})
 
@@ -65,8 +66,8 @@ def test_what_can_be_is_not():
     ("model", "changes", "line"),
     [
         ({"arch": "gpt_neo", "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]},
-         GPU | {ATTENTION: "flex_attention"}, "train.attention: 'flex_attention' is not what 'gpt_neo' can compute"),
-        ({"arch": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, GPU | {FP8: True}, "has no nn.Linear in its layers"),
+         GPU | {ATTENTION: "flex_attention"}, "train.attention: 'gpt_neo' doesn't support 'flex_attention'"),
+        ({"arch": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, GPU | {FP8: True}, "has an nn.Linear with sides"),
         ({**MODEL, "arch": "mixtral", "num_local_experts": 4}, GPU | {FP8: True}, "experts of 'mixtral'"),
     ],
 )  # fmt: skip
@@ -78,8 +79,8 @@ def test_architectures_that_cannot_are_refused_by_the_check(model, changes, line
 def test_recipes_without_a_choice_are_refused():
     other = {"recipe": "tests.unit.build_recipe:Around", "model": {}, "evaluate": None}
     for changes, line in (
-        ({ATTENTION: "eager"}, "has no choice of kernels"),
-        ({COMPILE: "blocks"}, "does not list its `blocks`"),
+        ({ATTENTION: "eager"}, "doesn't let you choose kernels"),
+        ({COMPILE: "blocks"}, "doesn't list its `blocks`"),
     ):
         with pytest.raises(ConfigError, match=line):
             check_job(build_job(**other | changes))

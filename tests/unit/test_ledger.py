@@ -292,7 +292,7 @@ def test_a_store_that_refuses_the_ledger_costs_a_warning_only(tmp_path, caplog):
     (tmp_path / "ledger").write_text("a file lies where a folder is needed")
     recorder = LedgerRecorder(Location(str(tmp_path)), time.time() - 5, 0, 1)
     recorder.close("finished")
-    assert "the run's ledger lags" in caplog.text
+    assert "the run's ledger is late" in caplog.text
 
 
 # showing -------------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_the_command_prints_shares_that_add_up_to_100_percent_a_column_for_each_
     attempts = History(3).attempts
     for attempt in attempts:
         Location(str(tmp_path)).join("ledger", attempt.name).write(attempt.dump())
-    printed = CliRunner().invoke(app, ["goodput", str(tmp_path)])
+    printed = CliRunner().invoke(app, ["run", "goodput", str(tmp_path)])
     assert printed.exit_code == 0, printed.output
     head, *rows, total, steps = printed.stdout.splitlines()
     assert head.split()[:3] == ["part", "seconds", "share"] and head.count("attempt") == len(attempts) > 1
@@ -311,13 +311,13 @@ def test_the_command_prints_shares_that_add_up_to_100_percent_a_column_for_each_
     each = [float(cell) for cell in total.split()[3:]]
     assert sum(each) == pytest.approx(float(total.split()[1].replace(",", "")), abs=0.05 * len(each) + 0.05)
     assert steps.startswith("steps")
-    told = CliRunner().invoke(app, ["goodput", str(tmp_path), "--json"])
+    told = CliRunner().invoke(app, ["run", "goodput", str(tmp_path), "--json"])
     assert json.loads(told.stdout.splitlines()[-1]) == report(attempts)
 
 
 def test_a_run_without_a_ledger_is_one_clear_error(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    result = CliRunner().invoke(app, ["goodput", str(tmp_path)])
+    result = CliRunner().invoke(app, ["run", "goodput", str(tmp_path)])
     assert isinstance(result.exception, ConfigError) and "has no ledger/" in str(result.exception)
 
 

@@ -73,12 +73,12 @@ def test_an_application_of_others_without_deployments_stays(cluster, left):
 
 def test_a_serve_without_applications_that_others_have_started_stays(cluster):
     cluster.proxies, cluster.ours = {"node": "HEALTHY"}, False
-    with pytest.raises(ConfigError, match="was started by others"):
+    with pytest.raises(ConfigError, match="others started this cluster's Ray Serve"):
         run.end_left()
     assert not cluster.ended
 
 
 def test_stop_goes_with_a_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ConfigError, match="--stop: goes with --cluster"):
+    with pytest.raises(ConfigError, match="--stop: needs --cluster"):
         run.stop()

@@ -57,7 +57,7 @@ def test_hours_count_over_all_commands_and_not_between_them(tmp_path):
     watched = spending(tmp_path, {"hours": 5.0}, (2.0, 4, 0.0), (2.5, 4, 1.0))
     assert watched.due() and watched.check() == "" and not watched.due()
     more = spending(tmp_path, {"hours": 4.5}, (2.0, 4, 0.0), (2.5, 4, 1.0))
-    assert more.check() == "limits.hours: 4.5 h are used up (4.50 h over all commands)" and not more.due()
+    assert more.check() == "limits.hours: the limit of 4.5 h is reached (4.50 h over all commands)" and not more.due()
 
 
 def test_money_is_what_workers_hold_at_the_price_of_their_node(tmp_path):
@@ -78,14 +78,14 @@ def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_w
     assert hourly(workers, []) is None and hourly(job(workers={"cpus": 4}).workers, []) == pytest.approx(0.2)
     of_ray = job(workers={"gpus": 1, "labels": {"pool": "a", "ray.io/accelerator-type": "L4"}}).workers
     assert hourly(of_ray, [node("L4", pool="a"), node("H100", pool="a")]) == pytest.approx(1.67)
-    with pytest.raises(ConfigError, match=r"^limits\.cost: the price of MI300X isn't in the price table .*; use limits\.hours"):
+    with pytest.raises(ConfigError, match=r"^limits\.cost: the price table has no price for MI300X .*\. Use limits\.hours"):
         hourly(job(workers={"gpus": 1}).workers, [node("H100"), node("MI300X")])
     with pytest.raises(ConfigError, match="a GPU that Ray has no name for"):
         hourly(job(workers={"gpus": 1}).workers, [node()])
 
 
 def test_a_command_whose_run_has_used_up_its_limit_does_not_begin(tmp_path):
-    with pytest.raises(ConfigError, match=r"limits\.hours: 4 h are used up .*; raise it to continue"):
+    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 4 h is reached .*\. Raise it to continue"):
         spending(tmp_path, {"hours": 4.0}, (5.0, 4, 0.0)).require_left()
     with pytest.raises(ConfigError, match=r"limits\.cost: 0\.5 USD are used up"):
         spending(tmp_path, {"cost": 0.5}, (5.0, 4, 0.0), cpus=1).require_left()
@@ -105,8 +105,10 @@ def test_a_limit_stops_a_run_as_a_signal_does_and_the_error_says_which(tmp_path,
     )
     run._follow, run._carry_out = partial(DrivenRun._follow, run), partial(DrivenRun._carry_out, run)
     DrivenRun._beat(run)
-    assert run.signals.name.startswith("limits.hours: 1 h are used up")
-    with pytest.raises(LimitError, match=r"^limits\.hours: .*; stopped at step 7, after a checkpoint; raise it and use --resume"):
+    assert run.signals.name.startswith("limits.hours: the limit of 1 h is reached")
+    with pytest.raises(
+        LimitError, match=r"^limits\.hours: .*; stopped at step 7, after a checkpoint\. Raise the limit, and use --resume"
+    ):
         run._follow(Stopped(1, INTERRUPTED, 7, watched.reached))
     run.course = under_way(0)
     with pytest.raises(LimitError, match="before the first step"):
@@ -128,7 +130,7 @@ def test_a_signal_behind_a_limit_still_waits_for_the_checkpoint():
 
 def test_a_sweep_takes_no_limits_of_a_run():
     faults = sweep._base_faults(sweep.Sweep.model_construct(space={}), job(limits={"hours": 1.0}, evaluate=None))
-    assert any(f.startswith("job: limits are of one run; use the sweep's budget") for f in faults)
+    assert any(f.startswith("job: limits apply to one run. Use the sweep's budget") for f in faults)
 
 
 def test_the_price_table_is_the_plans():
@@ -159,18 +161,20 @@ def test_a_ledger_that_cannot_be_read_at_first_is_read_again_and_said_to_be_miss
         assert watched.check() == ""
         time.sleep(0.01)
     assert [record.getMessage() for record in caplog.records] == [
-        f"the run's ledger can't be read; until it is, goodput and limits count this command only: {error}"
+        f"can't read the run's ledger. Until then, goodput and limits count this command only: {error}"
     ]
     store.error = None
     until(watched.check, "limit")
-    assert watched.reached == "limits.hours: 4 h are used up (5.00 h over all commands)"
+    assert watched.reached == "limits.hours: the limit of 4 h is reached (5.00 h over all commands)"
     assert len(caplog.records) == 2 and "count all commands" in caplog.text
 
 
 def test_a_limit_that_is_reached_without_the_ledger_says_so(tmp_path, monkeypatch):
     Away(monkeypatch, StorageError("away"))
     watched = Spending(job(limits={"hours": 1.0}), ledger(tmp_path, started=2 * HOUR))
-    assert watched.check() == ("limits.hours: 1 h are used up (2.00 h in this command; the ledger of earlier ones can't be read)")
+    assert watched.check() == (
+        "limits.hours: the limit of 1 h is reached (2.00 h in this command; can't read the ledger of earlier ones)"
+    )
 
 
 def test_a_wall_clock_that_is_set_uses_up_no_hours(tmp_path, monkeypatch):
@@ -197,15 +201,16 @@ def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, m
     run.ledger.restart = lambda **given: None
     run._beat = lambda: (DrivenRun._beat(run), signal_too and setattr(run.signals, "name", "SIGTERM"))
     error = PlacementError("no room")
-    text = r"^limits\.hours: 1 h are used up .*; stopped between two attempts; raise it and use --resume to go on from step 5$"
+    text = r"^limits\.hours: the limit of 1 h is reached .*; stopped between two attempts\. "
+    text += r"Raise the limit and use --resume to continue from step 5$"
     with pytest.raises(LimitError, match=text):
         run._failed(1, error)
     run.course = under_way(5)
-    with pytest.raises(LimitError, match=r"limits\.hours: 1 h are used up"):
+    with pytest.raises(LimitError, match=r"limits\.hours: the limit of 1 h is reached"):
         run._failed(1, StoppedError("stopped by SIGTERM; no checkpoint"))
     run.course = dataclasses.replace(under_way(5), under_way=False)
     after = run._stopped("after the last step", "use --resume to export and register the model")
-    assert isinstance(after, LimitError) and str(after).startswith("limits.hours: 1 h are used up")
+    assert isinstance(after, LimitError) and str(after).startswith("limits.hours: the limit of 1 h is reached")
     run.spending.reached, run.signals.name = "", "SIGINT"
-    with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts; use --resume to go on from step 5$"):
+    with pytest.raises(StoppedError, match=r"^stopped by SIGINT between two attempts\. Use --resume to continue from step 5$"):
         run._pause(10.0)

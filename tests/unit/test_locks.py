@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LOCKS = {"clusters/requirements.lock": ("images", "tune", "gcp"), "tests/requirements.lock": ("dev",)}
+LOCKS = {"requirements.lock": (), "clusters/requirements.lock": ("images", "tune", "gcp"), "tests/requirements.lock": ("dev",)}
 
 
 def entries(name: str) -> dict[str, tuple[str, list[str]]]:
@@ -40,7 +42,7 @@ def test_a_lock_file_has_everything_of_a_version_that_pyproject_takes_and_with_h
     locked = entries(name)
     for requirement in wanted(*LOCKS[name]):
         distribution = canonicalize_name(requirement.name)
-        if distribution == "torch" and name.startswith("tests/"):
+        if distribution == "torch" and not name.startswith("clusters/"):
             continue
         version, _ = locked[distribution]
         assert requirement.specifier.contains(version), f"{name}: {distribution}=={version} is outside {requirement}; make lock"
@@ -48,15 +50,51 @@ def test_a_lock_file_has_everything_of_a_version_that_pyproject_takes_and_with_h
     assert "://" not in (ROOT / name).read_text()  # whichever index has them
 
 
-def test_ci_tests_the_versions_that_the_image_has():
-    image, tests = entries("clusters/requirements.lock"), entries("tests/requirements.lock")
-    assert "torch" in image and "torch" not in tests  # `make locked` takes the image's version, of the machine's own build
-    assert not {d: (image[d], tests[d]) for d in image.keys() & tests.keys() if image[d] != tests[d]}
+def test_ci_tests_the_versions_that_the_image_and_the_core_have():
+    image, tests, core = (entries(f) for f in ("clusters/requirements.lock", "tests/requirements.lock", "requirements.lock"))
+    assert "torch" in image and "torch" not in tests | core  # .ci/install takes the image's version, of the machine's own build
+    for other in (image, core):
+        assert not {d: (other[d], tests[d]) for d in other.keys() & tests.keys() if other[d] != tests[d]}
+    assert core.keys() < tests.keys()
 
 
-def test_ci_installs_by_the_lock_and_nothing_beside_it():
-    make = (ROOT / "Makefile").read_text()
-    target = make[make.index("\nlocked:") : make.index("\nlock:")]
+def test_make_installs_by_the_lock_files_alone():
+    """`make run` the core, and `make locked`, which CI calls, everything; each package by its hash."""
+    make, script = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "install").read_text()
     assert "make locked" in (ROOT / ".ci" / "run").read_text()
-    assert "--no-deps --require-hashes --requirement tests/requirements.lock" in target and "clusters/requirements.lock" in target
-    assert target.count("pip install") == target.count("--no-deps") + 1  # torch's own pins bring what its build needs
+    assert re.search(r"^\.venv/\.core: .*\n\t\.ci/install requirements\.lock$", make, re.MULTILINE)
+    assert re.search(r"^\.venv/\.installed: .*\n\t\.ci/install tests/requirements\.lock$", make, re.MULTILINE)
+    installs = re.findall(r"^ *install (.*)$", script, re.MULTILINE)
+    assert "pip install" not in make and len(installs) == 5
+    assert "with_pip --require-hashes --requirement .ci/uv.lock" in script and entries(".ci/uv.lock")["uv"][1]
+    for line in installs:
+        torch, extra = '"$torch"' in line, line.startswith("--constraint .venv/versions.txt ")
+        assert torch or extra or ("--no-deps" in line and ("--require-hashes" in line or "--editable ." in line)), line
+
+
+@pytest.mark.parametrize("tool", ["uv", "pip"])
+def test_the_installer_uses_what_is_there_and_takes_a_folder_of_wheels_for_the_index(tool, tmp_path):
+    """With programs that only record how they are called."""
+    for folder in (".ci", "clusters", "bin", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in (".ci/install", "clusters/requirements.lock", "requirements.lock"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    record = f'#!/bin/sh\necho "$UV_NO_INDEX$PIP_NO_INDEX $UV_FIND_LINKS $PIP_FIND_LINKS $@" >> {tmp_path}/calls\n'
+    for program in (".venv/bin/python", *(["bin/uv"] if tool == "uv" else [])):
+        (tmp_path / program).write_text(record)
+        (tmp_path / program).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}/bin:/usr/bin:/bin",
+        "PYTHON": sys.executable,
+        "WHEELS": "wheels",
+        "UV": {"uv": "uv", "pip": ""}[tool],
+    }
+    done = subprocess.run(
+        ["bash", ".ci/install", "requirements.lock"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(rf"Installing \d+ packages into \.venv with {tool} \(requirements\.lock\)", done.stdout)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    front = "11 wheels wheels pip install --quiet" if tool == "uv" else "11 wheels wheels -m pip install --quiet --no-compile"
+    assert len(calls) == 4 and all(call.startswith(front) for call in calls)  # setuptools, the lock, torch, heliostat
+    assert not any("download.pytorch.org" in call for call in calls)

@@ -202,7 +202,7 @@ def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp
     (rows, _), _ = make(tmp_path, "large", [], together=together)
     kept = [name for _, _, name in laid(tmp_path / "large", rows) if known[name][0] == "r20"]
     size = sum(len(texts[name]) for name in kept)
-    told = (rf"together\.column: 'repository': the documents of 'r20' have {size:,} bytes.*more than memory_limit \(40,000\); "
+    told = (rf"together\.column: 'repository': the documents of 'r20' have {size:,} bytes.*more than memory_limit \(40,000\)\. "
             f"give a memory_limit of {6 * size:,}, name a column with smaller groups")  # fmt: skip
     with pytest.raises(ConfigError, match=told):
         make(tmp_path, "out", [], 40_000, together)
@@ -254,7 +254,7 @@ def test_a_column_that_documents_do_not_have_is_named(tmp_path):
     told = {"name": "x", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"),
             "tokenizer": {"vocab_size": 300}, "columns": ["repository"]}  # fmt: skip
     with pytest.raises(
-        ConfigError, match=r"together\.column: 'repo' is none of the documents' columns; there are repository; name"
+        ConfigError, match=r"together\.column: 'repo' isn't a column of the documents\. Columns: repository\. Add"
     ):
         validate(TextPipeline, {**told, "together": "repo"}, "pipeline").check()
     with pytest.raises(ConfigError, match=r"together\.order: 'path' is none"):
@@ -281,7 +281,7 @@ def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
     (tmp_path / "spill").mkdir()
     (tmp_path / "spill/mine").write_text("x")
     work = Work(Location(str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"work: .*: is not empty, and holds no unfinished work; name another folder"):
+    with pytest.raises(ConfigError, match=r"work: .*: is not empty, and isn't unfinished work\. Name another folder"):
         work.begin(1)
     work.clear()
     assert (tmp_path / "spill/mine").exists()
@@ -318,12 +318,12 @@ def test_every_kind_and_codec_is_read_with_and_without_stages(tmp_path, caplog, 
     }
     assert found == {"a.txt", "b.csv#1", "c.jsonl.bz2#1", "d.txt.xz", "e.ndjson#1", "f.py.bz2"} and meta["documents"] == 6
     assert meta["dropped"] == {"empty": 1, "invalid_json": 1}
-    assert ("1 pages or web archives are not read; {stage: extract}" in caplog.text) == (not stages)
+    assert ("skipping 1 pages or web archives. To read them, put {stage: extract}" in caplog.text) == (not stages)
 
 
 def test_pages_alone_are_an_error_that_names_their_stage(tmp_path):
     (tmp_path / "a.html").write_text("<p>a")
-    with pytest.raises(ConfigError, match=r"1 pages or web archives and nothing else; put {stage: extract} first"):
+    with pytest.raises(ConfigError, match=r"only 1 pages or web archives\. Put {stage: extract} first"):
         sources.listing(str(tmp_path))
 
 

@@ -84,7 +84,7 @@ def test_the_digest_does_not_depend_on_encoding_or_on_itself():
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
     """The error says what is missing and which command makes it."""
-    with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\); make it with `heliostat prepare`"):
+    with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat data prepare"):
         manifest.read(Location(str(tmp_path)))
 
 
@@ -133,14 +133,14 @@ def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
     """DataError with both digests; also if its file holds another version, or is damaged."""
     place = Location(str(tmp_path))
     old, new = (manifest.write(place, some_rows(random.Random(i)), META) for i in range(2))
-    with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*that version was not kept"):
+    with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*didn't keep that version"):
         manifest.read(place, "0" * 64)
     kept = {v.digest: tmp_path / manifest.VERSIONS / f"{v.digest[:12]}.parquet" for v in (old, new)}
     kept[old.digest].write_bytes(kept[new.digest].read_bytes())
     with pytest.raises(DataError, match=f"{old.digest[:12]}.parquet is {new.digest}, not {old.digest}"):
         manifest.read(place, old.digest)
     kept[old.digest].write_bytes(b"damaged")
-    with pytest.raises(DataError, match=rf"{old.digest[:12]}\.parquet: not a heliostat manifest, or damaged"):
+    with pytest.raises(DataError, match=rf"{old.digest[:12]}\.parquet: isn't a heliostat manifest, or is damaged"):
         manifest.read(place, old.digest)
 
 
@@ -151,7 +151,7 @@ def test_a_changed_manifest_is_refused(tmp_path):
     table = pq.read_table(tmp_path / manifest.FILE)
     edited = table.set_column(3, "tokens", pa.array(table["tokens"].to_numpy() + 1))
     pq.write_table(edited, tmp_path / manifest.FILE)
-    with pytest.raises(DataError, match="does not match its own digest"):
+    with pytest.raises(DataError, match="doesn't match its own digest"):
         manifest.read(place)
 
 
@@ -224,10 +224,10 @@ def test_a_damaged_shard_is_a_data_error_that_names_it(tmp_path):
     place, bad = Location(str(tmp_path)), tmp_path / "bad.parquet"
     for size in [0, 1, 3, 4, 7, 8, 11, 12, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(100))]:
         bad.write_bytes(raw[:size])
-        with pytest.raises(DataError, match=r"bad\.parquet: not a readable Parquet file"):
+        with pytest.raises(DataError, match=r"bad\.parquet: isn't a readable Parquet file"):
             manifest.read_footer(place, "bad.parquet", "tokens")
     bad.write_bytes(bytes(200_000) + b"\xff\xff\xff\xffPAR1")  # claims a footer of 4 GB
-    with pytest.raises(DataError, match=r"bad\.parquet: not a readable Parquet file"):
+    with pytest.raises(DataError, match=r"bad\.parquet: isn't a readable Parquet file"):
         manifest.read_footer(place, "bad.parquet", "tokens")
     refused = 0
     footer = int.from_bytes(raw[-8:-4], "little") + 8

@@ -21,27 +21,30 @@ GPUS = {**FOUR, "workers.gpus": 1}
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"workers.count": 4, "train.zero.copy_within": 2}, "train.zero.copy_within: 2 is of weights that are divided, and"),
-        ({"workers.count": 4, "train.zero.divide_within": 2, "train.zero.stage": 2}, "train.zero.divide_within: 2 is of weights"),
-        ({**FOUR, "train.zero.divide_within": 3}, "train.zero.divide_within: 3 does not divide workers.count 4; use 3"),
-        ({**FOUR, "train.zero.copy_within": 8}, "train.zero.copy_within: 8 does not divide workers.count 4; use 8 workers"),
-        ({**FOUR, "train.zero.copy_within": 0}, "train.zero.copy_within: 0 should be greater than or equal to 2"),
-        ({**FOUR, "train.zero.copy_within": 2, "train.zero.divide_within": 2}, "train.zero.copy_within: with train.zero.di"),
-        ({**FOUR, "train.zero.divide_within": 2, "train.zero.offload.optimizer": "cpu"},
-         "train.zero.divide_within: with train.zero.offload.optimizer is not tried"),
-        ({**FOUR, "train.zero.divide_within": 2, "train.optimizer": {"name": "muon", "lr": 1e-2}},
-         "train.zero.divide_within: with train.optimizer.name 'muon' is not tried"),
-        ({**FOUR, "train.zero.divide_within": 2, "train.parallel.sequence": 2, "train.global_batch": 8},
-         "train.zero.divide_within: 2 with train.parallel is not tried"),
-        ({**FOUR, "train.zero.copy_within": 2, "train.compile": True}, "train.zero.copy_within: 2 with train.compile is"),
+        ({"workers.count": 4, "train.zero.hpz_partition_size": 2}, "train.zero.hpz_partition_size: 2 is of weights"),
+        ({"workers.count": 4, "train.zero.shard_group_size": 2, "train.zero.stage": 2},
+         "train.zero.shard_group_size: 2 is of weights"),
+        ({**FOUR, "train.zero.shard_group_size": 3}, "train.zero.shard_group_size: 3 does not divide workers.count 4; use 3"),
+        ({**FOUR, "train.zero.hpz_partition_size": 8}, "train.zero.hpz_partition_size: 8 does not divide workers.count 4; use 8"),
+        ({**FOUR, "train.zero.hpz_partition_size": 0}, "train.zero.hpz_partition_size: 0 should be greater than or equal to 2"),
+        ({**FOUR, "train.zero.hpz_partition_size": 2, "train.zero.shard_group_size": 2},
+         "train.zero.hpz_partition_size: with train."),
+        ({**FOUR, "train.zero.shard_group_size": 2, "train.zero.offload.optimizer": "cpu"},
+         "train.zero.shard_group_size: with train.zero.offload.optimizer is not tried"),
+        ({**FOUR, "train.zero.shard_group_size": 2, "train.optimizer": {"name": "muon", "lr": 1e-2}},
+         "train.zero.shard_group_size: with train.optimizer.name 'muon' is not tried"),
+        ({**FOUR, "train.zero.shard_group_size": 2, "train.parallel.sequence": 2, "train.global_batch_size": 8},
+         "train.zero.shard_group_size: 2 with train.parallel is not tried"),
+        ({**FOUR, "train.zero.hpz_partition_size": 2, "train.compile": True},
+         "train.zero.hpz_partition_size: 2 with train.compile is"),
         ({**FOUR, "train.zero.quantize_weights": True}, "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0)"),
         ({**GPUS, "train.zero.stage": 2, "train.zero.quantize_weights": True}, "train.zero.quantize_weights: true is of weights"),
-        ({**GPUS, "train.zero.quantize_weights": True, "train.zero.divide_within": 2},
-         "train.zero.quantize_weights: with train.zero.divide_within is not tried"),
+        ({**GPUS, "train.zero.quantize_weights": True, "train.zero.shard_group_size": 2},
+         "train.zero.quantize_weights: with train.zero.shard_group_size is not tried"),
         ({**GPUS, "train.zero.quantize_gradients": True}, "train.zero: quantize_gradients is not supported: DeepSpeed's"),
         ({"train.compile": "deepcompile"}, "train.compile: deepcompile is not supported: DeepSpeed's passes begin at"),
-        ({"train.zero.divide_within": 4, "train.zero.stage": 3, "workers.count": [1, 3]},
-         "train.zero.divide_within: 4: there is no multiple of it from workers.count 1 to 3"),
+        ({"train.zero.shard_group_size": 4, "train.zero.stage": 3, "workers.count": [1, 3]},
+         "train.zero.shard_group_size: 4: there is no multiple of it from workers.count 1 to 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_or_was_not_tried_is_one_line(changes, line):
@@ -51,14 +54,16 @@ def test_what_cannot_be_or_was_not_tried_is_one_line(changes, line):
 
 
 def test_the_keys_reach_deepspeed_as_its_own():
-    made = engine_config(job(**GPUS, **{"train.zero.copy_within": 2, "train.zero.quantize_weights": True}))["zero_optimization"]
+    made = engine_config(job(**GPUS, **{"train.zero.hpz_partition_size": 2, "train.zero.quantize_weights": True}))[
+        "zero_optimization"
+    ]
     assert made["zero_hpz_partition_size"] == 2 and made["zero_quantized_weights"] is True
     assert not {"zero_hpz_partition_size", "zero_quantized_weights"} & engine_config(job(**FOUR))["zero_optimization"].keys()
 
 
-@pytest.mark.parametrize("key", ["divide_within", "copy_within"])
+@pytest.mark.parametrize("key", ["shard_group_size", "hpz_partition_size"])
 def test_an_elastic_job_has_whole_groups(key):
-    changes = {"train.zero.stage": 3, "workers.count": [1, 8], "train.global_batch": 16, "train.micro_batch": 1}
+    changes = {"train.zero.stage": 3, "workers.count": [1, 8], "train.global_batch_size": 16, "train.micro_batch_size": 1}
     assert job(**changes).worker_counts() == [1, 2, 4, 8]
     assert job(**changes, **{f"train.zero.{key}": 4}).worker_counts() == [4, 8]
 
@@ -88,13 +93,13 @@ N = 8_000_000_000
 
 
 def moved(workers: int = 64, accumulation: int = 8, summed: int = 4, **given) -> traffic.Traffic:
-    zero = job(**{**GPUS, "workers.count": workers, "train.global_batch": workers * 2, **given}).train.zero
+    zero = job(**{**GPUS, "workers.count": workers, "train.global_batch_size": workers * 2, **given}).train.zero
     return traffic.of(zero, 3, N, 2, summed, workers, accumulation)
 
 
 def test_what_leaves_a_node_is_counted_for_each_way():
     """8 nodes of 8 GPUs, 8 billion parameters in bf16, 8 micro-batches."""
-    plain, copied, divided = moved(), moved(**{"train.zero.copy_within": 8}), moved(**{"train.zero.divide_within": 8})
+    plain, copied, divided = moved(), moved(**{"train.zero.hpz_partition_size": 8}), moved(**{"train.zero.shard_group_size": 8})
     quantized = moved(**{"train.zero.quantize_weights": True})
     one = 2 * N * 63 / 64  # all weights, or all gradients, once around
     assert plain.total == plain.between_nodes(8) == pytest.approx(24 * one)
@@ -107,7 +112,7 @@ def test_what_leaves_a_node_is_counted_for_each_way():
 
 
 def test_the_seconds_are_those_of_the_links_that_the_bytes_take():
-    divided = moved(**{"train.zero.divide_within": 8})
+    divided = moved(**{"train.zero.shard_group_size": 8})
     beside, after = divided.seconds(DEVICE)
     assert beside == pytest.approx(divided.inside / 450e9)  # in the node
     assert after == pytest.approx(divided.across * 8 / 400e9)  # eight rings through one node's network
@@ -115,9 +120,9 @@ def test_the_seconds_are_those_of_the_links_that_the_bytes_take():
 
 
 def test_the_plan_of_a_job_has_them_and_no_layout_that_the_check_refuses():
-    sixteen = {**GPUS, "workers.count": 16, "train.global_batch": 64, "train.precision": "bf16"}
+    sixteen = {**GPUS, "workers.count": 16, "train.global_batch_size": 64, "train.precision": "bf16"}
     first = planner.planners(made := job(**sixteen), CausalLM(made), None, None, hardware.table())[-1]
-    keys = [{}, {"train.zero.divide_within": 8}, {"train.zero.copy_within": 8}, {"train.zero.quantize_weights": True}]
+    keys = [{}, {"train.zero.shard_group_size": 8}, {"train.zero.hpz_partition_size": 8}, {"train.zero.quantize_weights": True}]
     counts = Counts(first.model, first.kept, first.work)
     plans = [Planner(job(**sixteen, **given), counts, first.device, first.prices) for given in keys]
     plain, divided, copied, rounded = (one.chosen() for one in plans)
@@ -132,6 +137,6 @@ def test_the_plan_of_a_job_has_them_and_no_layout_that_the_check_refuses():
 
 
 def test_on_one_node_nothing_leaves_it():
-    for given in ({}, {"train.zero.copy_within": 2}, {"train.zero.divide_within": 2}):
+    for given in ({}, {"train.zero.hpz_partition_size": 2}, {"train.zero.shard_group_size": 2}):
         assert moved(workers=8, **given).between_nodes(8) == 0 < moved(workers=8, **given).total
-    assert moved(workers=8, **{"train.zero.divide_within": 8}) == moved(workers=8)  # one group is all workers
+    assert moved(workers=8, **{"train.zero.shard_group_size": 8}) == moved(workers=8)  # one group is all workers

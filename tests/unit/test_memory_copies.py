@@ -151,7 +151,7 @@ def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
     assert [one._off for one in workers.all] == [True, True]
     assert workers.held(0) == ["0:2", "0:3"] and workers.held(1) == ["0:2"]
     until = "until the workers start again, after 3 copies: worker 1: keeper lost"
-    assert workers.notices == [f"checkpoint.memory_every: no copies are kept in memory {until}"]
+    assert workers.notices == [f"checkpoint.memory_every: in-memory checkpoints are off {until}"]
 
 
 def test_copies_that_training_waits_too_long_for_are_switched_off(monkeypatch):
@@ -163,7 +163,7 @@ def test_copies_that_training_waits_too_long_for_are_switched_off(monkeypatch):
     began = time.monotonic()
     workers.step(2)
     assert time.monotonic() - began < 120 and [one._off for one in workers.all] == [True, True]
-    assert workers.notices[0].endswith("worker 1: training waited 0 s for a copy; raise checkpoint.memory_every")
+    assert workers.notices[0].endswith("worker 1: training waited 0 s for an in-memory checkpoint. Raise checkpoint.memory_every")
     go.set()
     workers.end()
 
@@ -174,7 +174,7 @@ def test_a_piece_that_is_damaged_on_its_way_is_found(monkeypatch):
     workers.step(1)
     workers.step(2)
     workers.end()
-    assert workers.held(0) == workers.held(1) == [] and "did not arrive as it was sent" in workers.notices[0]
+    assert workers.held(0) == workers.held(1) == [] and "arrived damaged" in workers.notices[0]
     assert "worker 0 and 1 more: " in workers.notices[0]
 
 
@@ -244,7 +244,7 @@ def test_copies_that_come_after_their_attempt_are_refused_and_counted():
         lambda: keeper.seal("1:30", 0, [], facts(30), [], b""),
     ]
     for send in late:
-        with pytest.raises(ValueError, match="a copy of attempt 1 came in attempt 2"):
+        with pytest.raises(ValueError, match="checkpoint of attempt 1 in attempt 2"):
             send()
     assert [id for id, _, _ in keeper.held()] == ["1:20"] and keeper.intact("1:20") == [0]
     assert keeper.begin(2, "1:20") == 3 and keeper.begin(3, "1:20") == 0
@@ -283,7 +283,7 @@ def test_damage_is_found_on_the_way_and_while_it_lies_there():
     keeper.write("0:10", 0, 500, DATA[:1])
     assert keeper.intact("0:10") == [1]
     keeper.open("0:20", 0, len(DATA))
-    with pytest.raises(ValueError, match="did not arrive"):
+    with pytest.raises(ValueError, match="arrived damaged"):
         keeper.seal("0:20", 0, [sums()[0]], facts(20), [], b"")
     assert [id for id, _, _ in keeper.held()] == ["0:10", "0:10"]
 

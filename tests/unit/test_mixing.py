@@ -226,5 +226,5 @@ def test_an_epoch_number_times_a_dataset_s_size_does_not_overflow(samples):
 
 
 def test_caps_below_a_batch_are_refused():
-    with pytest.raises(ConfigError, match=r"max_epochs leaves fewer samples than one train\.global_batch"):
+    with pytest.raises(ConfigError, match=r"max_epochs leaves fewer samples than one train\.global_batch_size"):
         Order([whole(np.full(2, 10), np.ones(2), 0.0)], [(0, [1.0])], 0, Shape(64, 2, 1, 64), [1.0])

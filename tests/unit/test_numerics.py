@@ -1,4 +1,4 @@
-"""The pure parts of `check --numerics` and `train.recheck`: distances, causes, votes, digests, and the small job."""
+"""The pure parts of `check --numerics` and `train.sdc_check`: distances, causes, votes, digests, and the small job."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ RIGHT, BEFORE = PARTS[0] + PARTS[1], torch.randn(40, generator=DRAW)
     ("found", "cause"),
     [
         (0.5 * RIGHT, "is 0.5 times the right one: a wrong scale"),
-        (PARTS[0], "is a worker's own share: not reduced over the workers"),
-        (2 * PARTS[1], "is a worker's own share: not reduced over the workers"),
-        (torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]), "is a worker's own share: not reduced over the workers"),
-        (BEFORE, "is that of the step before: a stale buffer"),
-        (RIGHT + BEFORE, "holds that of the step before, too: a stale buffer, not cleared"),
+        (PARTS[0], "is one worker's share: not reduced over the workers"),
+        (2 * PARTS[1], "is one worker's share: not reduced over the workers"),
+        (torch.cat([2 * PARTS[0][:20], 2 * PARTS[1][20:]]), "is one worker's share: not reduced over the workers"),
+        (BEFORE, "is that of the previous step: a stale buffer"),
+        (RIGHT + BEFORE, "includes that of the previous step: a stale buffer, not cleared"),
         (torch.zeros(40), "is zero: the parameter gets no gradient"),
         (torch.randn(40, generator=DRAW), ""),
     ],
@@ -89,14 +89,14 @@ def test_corruption_is_a_failure_like_others_and_ends_as_what_it_is() -> None:
     assert classify(error) == "failure"
     for failure in (error, LossSpikeError("high", 3)):
         budget = Budget(job(**{"retries.max": 0}).retries)
-        with pytest.raises(type(failure), match="given up after 0 retries"):
+        with pytest.raises(type(failure), match="Giving up after 0 retries"):
             budget.spend(failure, 0)
 
 
 def test_the_small_job_keeps_the_layout_and_what_is_tried(tmp_path) -> None:
     changes = {
-        "train.global_batch": 512,
-        "train.micro_batch": 8,
+        "train.global_batch_size": 512,
+        "train.micro_batch_size": 8,
         "train.zero.stage": 3,
         "workers.count": 4,
     }
@@ -106,24 +106,24 @@ def test_the_small_job_keeps_the_layout_and_what_is_tried(tmp_path) -> None:
         "train.ema": {},
         "train.grad_clip": 0.5,
     }
-    large = job(**{**changes, "data.sequence_length": 4096, "train.accumulate": "same"})
+    large = job(**{**changes, "data.sequence_length": 4096, "train.grad_accum_dtype": "same"})
     made = small.small_job(large, tmp_path, False, 48)
-    assert made.accumulation == 2 and made.train.global_batch == 2 * 2 * made.train.micro_batch
+    assert made.accumulation == 2 and made.train.global_batch_size == 2 * 2 * made.train.micro_batch_size
     assert (made.train.zero.stage, made.train.optimizer, made.train.grad_clip) == (3, large.train.optimizer, 0.5)
-    assert (made.train.accumulate, made.train.schedule.name, made.data.sequence_length) == ("same", "constant", 48)
+    assert (made.train.grad_accum_dtype, made.train.schedule.name, made.data.sequence_length) == ("same", "constant", 48)
     other = small.elsewhere(made)
     assert (other.workers.count, other.train.zero.stage) == (1, 1)
     own = job(**{"workers.count": 2})
-    assert small.small_job(own, tmp_path, False, 512).train.global_batch == own.train.global_batch
+    assert small.small_job(own, tmp_path, False, 512).train.global_batch_size == own.train.global_batch_size
 
 
 def test_what_two_workers_cannot_play_is_named_and_the_second_copy_is_played(tmp_path) -> None:
-    asked = {"workers.count": 8, "workers.gpus": 1, "train.zero.stage": 3, "train.global_batch": 64}
-    copied = job(**asked, **{"train.zero.copy_within": 8})
-    assert small.small_job(copied, tmp_path, False, 48).train.zero.copy_within == 2 and small.left_out(copied) == ""
-    divided = job(**asked, **{"train.zero.divide_within": 8, "train.ema.decay": 0.99})
-    assert small.small_job(divided, tmp_path, False, 48).train.zero.divide_within is None
-    assert small.left_out(divided) == ", without train.ema, train.zero.divide_within"
+    asked = {"workers.count": 8, "workers.gpus": 1, "train.zero.stage": 3, "train.global_batch_size": 64}
+    copied = job(**asked, **{"train.zero.hpz_partition_size": 8})
+    assert small.small_job(copied, tmp_path, False, 48).train.zero.hpz_partition_size == 2 and small.left_out(copied) == ""
+    divided = job(**asked, **{"train.zero.shard_group_size": 8, "train.ema.decay": 0.99})
+    assert small.small_job(divided, tmp_path, False, 48).train.zero.shard_group_size is None
+    assert small.left_out(divided) == ", without train.ema, train.zero.shard_group_size"
     quantized = job(**asked, **{"train.zero.quantize_weights": True})
     assert small.left_out(quantized) == ", without train.zero.quantize_weights"
 

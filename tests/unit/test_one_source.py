@@ -87,7 +87,7 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
     """As between the moments at which a `prepare` publishes the parts and the whole: never one version's parts with another's."""
     place = Location(str(buckets / "8x16"))
     manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
-    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 is .* is listed: a prepare .* run it again"):
+    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 has digest .*: a prepare .* Run it again"):
         collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 
 
@@ -98,8 +98,8 @@ def test_a_run_keeps_the_version_of_a_collection_that_it_began_with(buckets):
     base = {
         "data.sequence_length": None,
         "data.sources": [{"path": str(buckets)}],
-        "train.global_batch": 8,
-        "train.micro_batch": 4,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 4,
     }
     began = collection.expand(job(**base))
     recorded = plan(began, [manifest.read(Location(s.path)) for s in began.data.sources])
@@ -115,7 +115,7 @@ def test_a_run_keeps_the_version_of_a_collection_that_it_began_with(buckets):
 
 
 def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, tmp_path):
-    base = {"data.sequence_length": None, "train.global_batch": 8, "train.micro_batch": 4}
+    base = {"data.sequence_length": None, "train.global_batch_size": 8, "train.micro_batch_size": 4}
     plain = job(**base)
     assert collection.expand(plain) is plain
     sources = [{"path": str(buckets), "weight": 2.0}, {"path": str(tmp_path / "other"), "weight": 1.0, "max_epochs": 3.0}]
@@ -131,11 +131,13 @@ def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, 
 def test_a_micro_batch_must_divide_a_lanes_share(buckets):
     from heliostat.data.dataset import plan
 
-    made = collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}], "data.lanes": 4}))
+    made = collection.expand(
+        job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}], "data.virtual_ranks": 4})
+    )
     manifests = [manifest.read(location) for location in made.sources]
     assert plan(made, manifests).shape.unit == 2
-    wide = made.model_copy(update={"train": made.train.model_copy(update={"micro_batch": 4})})
-    with pytest.raises(ConfigError, match=r"train.micro_batch: 4 does not divide the 2 samples of a lane"):
+    wide = made.model_copy(update={"train": made.train.model_copy(update={"micro_batch_size": 4})})
+    with pytest.raises(ConfigError, match=r"train.micro_batch_size: 4 doesn't divide the 2 samples of a virtual rank"):
         plan(wide, manifests)
 
 

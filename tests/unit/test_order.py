@@ -231,7 +231,7 @@ def test_held_out_evaluation_is_spread_over_the_dataset():
 def test_a_source_without_training_samples_is_refused():
     """An empty source would be asked for samples for ever; the error names it."""
     good, empty = (whole(np.array(n), np.ones(2), 0.0) for n in ([3, 4], [0, 0]))
-    with pytest.raises(ConfigError, match=r"data\.sources\.1: holds no training sample"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.1: no training sample left"):
         Order([good, empty], [(0, [1.0, 1.0])], 0, Shape(1, 1, 1, 1))
 
 

@@ -53,7 +53,7 @@ def test_a_signal_after_the_grace_of_a_node_that_goes_has_a_grace_of_its_own():
 @pytest.mark.parametrize("phase", PHASES[:4])
 def test_a_signal_before_the_first_step_needs_no_checkpoint(phase):
     fault = decide(watch(phase), orders.StopAsked("SIGINT", NOW))[0].fault
-    assert str(fault) == "stopped by SIGINT before the first step; nothing was lost" and isinstance(fault, StoppedError)
+    assert str(fault) == "stopped by SIGINT before the first step. No progress was lost" and isinstance(fault, StoppedError)
 
 
 def test_the_first_reason_to_give_up_stays():
@@ -168,9 +168,9 @@ def rows() -> list[str]:
 
 
 def test_the_documents_table_of_orders_is_the_codes():
-    text = Path(__file__).parents[2].joinpath("docs/reliability.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[2].joinpath("docs/reliability/driver-states.md").read_text(encoding="utf-8")
     expected = "\n".join(rows())
-    assert expected + "\n\n" in text, f"docs/reliability.md: the table of orders is\n{expected}"
+    assert expected + "\n\n" in text, f"docs/reliability/driver-states.md: the table of orders is\n{expected}"
 
 
 def test_the_table_has_every_event_of_an_attempt():

@@ -86,7 +86,7 @@ def test_beyond_the_limit_the_oldest_are_given_up_and_that_is_said(tmp_path, mon
     box = Outbox(Location(str(tmp_path)), store.send, store.known)
     box.add(steps(1, 9))
     box.flush()
-    assert store.points == steps(4, 9) and "6 metrics, the oldest that waited for MLflow, were given up" in caplog.text
+    assert store.points == steps(4, 9) and "dropped 6 metrics, the oldest that waited for MLflow" in caplog.text
 
 
 def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog):
@@ -107,7 +107,7 @@ def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog)
     assert later.flush() == 130
     assert store.points[:80] == steps(1, 41) and all(p.key.startswith("system/") for p in store.points[80:])
     box.flush()
-    assert f"{40 * 64 - 50} system metrics, the oldest that waited for MLflow, were given up" in caplog.text
+    assert f"dropped {40 * 64 - 50} system metrics, the oldest that waited" in caplog.text
 
 
 def test_all_nodes_together_sample_no_more_than_mlflow_is_to_hold():
@@ -134,7 +134,7 @@ def test_what_mlflow_will_never_take_holds_up_nothing(tmp_path, caplog):
     box.flush()
     box.add(steps(3, 5))
     box.flush()
-    assert taken == steps(3, 5) and "refused 4 metrics for good" in caplog.text
+    assert taken == steps(3, 5) and "rejected 4 metrics" in caplog.text
 
 
 def test_goodput_is_of_a_time_and_not_of_a_step(tmp_path):

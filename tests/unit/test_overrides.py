@@ -56,7 +56,7 @@ def test_rotary_positions_are_extended_by_the_factor(folder, scaling, expected):
     ours = made.eval()(input_ids=tokens).logits
     torch.testing.assert_close(ours, by_transformers.eval()(input_ids=tokens).logits)
     assert (ours - plain.eval()(input_ids=tokens).logits).abs().max() > 1e-4
-    assert told(folder, 257, rope_scaling=scaling).startswith("data.sequence_length: 257 is longer than the model's max_position")
+    assert told(folder, 257, rope_scaling=scaling).startswith("data.sequence_length: 257 is above the model's max_position")
 
 
 def test_other_keys_of_the_architecture_are_taken(folder):
@@ -103,17 +103,17 @@ def test_the_lineage_says_what_was_changed(folder):
         ({"rope_scaling": {**YARN, "beta_fas": 1}}, "rope_scaling.beta_fas: unknown key; did you mean 'beta_fast'?"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 1}},
-            "rope_scaling: beta_fast is not of rope_type 'linear'; remove it",
+            "rope_scaling: beta_fast: not supported for rope_type 'linear'. Remove it",
         ),
-        ({"rope_scaling": YARN, "rope_parameters": {}}, "rope_scaling: model.rope_parameters is given, too; remove one of them"),
+        ({"rope_scaling": YARN, "rope_parameters": {}}, "rope_scaling: model.rope_parameters is set too. Remove one of them"),
         (
             {"hidden_size": 64},
-            "hidden_size: 64 does not fit the pretrained weights, whose 'lm_head.weight' is 96 x 32 and would be 96 x 64; "
+            "hidden_size: 64 doesn't fit the pretrained weights: 'lm_head.weight' has size 96 x 32, and would have 96 x 64. "
             "remove this key",
         ),
         (
             {"attention_dropout": 0.1, "num_hidden_layers": 1},
-            "num_hidden_layers: 1 does not fit the pretrained weights, whose 'model.layers.1.input_layernorm.weight' is 32 and "
+            "num_hidden_layers: 1 doesn't fit the pretrained weights: 'model.layers.1.input_layernorm.weight' has size 32, and "
             "would be not there; remove this key",
         ),
     ],
@@ -124,10 +124,10 @@ def test_what_does_not_fit_is_refused_by_name(folder, keys, error):
 
 def test_a_model_without_rotary_positions_has_none_to_extend(tmp_path):
     transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=96).save_pretrained(tmp_path)
-    assert told(str(tmp_path), rope_scaling=YARN) == "model.rope_scaling: 'gpt2' has no rotary positions; remove this key"
+    assert told(str(tmp_path), rope_scaling=YARN) == "model.rope_scaling: 'gpt2' has no rotary embeddings. Remove this key"
 
 
 def test_positions_of_several_kinds_are_given_whole(tmp_path):
     """Gemma 3 turns its windows otherwise than its full attention."""
     transformers.Gemma3TextConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}).save_pretrained(tmp_path)
-    assert "has rotary positions of several kinds; give all of model.rope_parameters" in told(str(tmp_path), rope_scaling=YARN)
+    assert "has several kinds of rotary embeddings. Set all of model.rope_parameters" in told(str(tmp_path), rope_scaling=YARN)

@@ -78,8 +78,8 @@ def test_a_yaml_file_with_a_password_does_not_travel_and_what_is_left_out_is_sai
     workspace_package.stage(tmp_path / "work", tmp_path / "there")
     assert sorted(p.name for p in (tmp_path / "there").rglob("*.*")) == ["a.py", "a.yaml"]
     said = caplog.text
-    assert "2 paths that hold a password: jobs/b.yaml, jobs/c.YML" in said and "1 paths that are data: data.parquet" in said
-    assert "20 paths that may hold secrets: 0.pem, 1.pem" in said and "and 12 more" in said and "hunter2" not in said
+    assert "2 paths that contain a password: jobs/b.yaml, jobs/c.YML" in said and "1 paths that are data: data.parquet" in said
+    assert "20 paths that may contain secrets: 0.pem, 1.pem" in said and "and 12 more" in said and "hunter2" not in said
 
 
 def test_gitignore_files_are_respected_as_git_does(tmp_path):

@@ -33,7 +33,7 @@ def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
     """Whatever its size: here each class's defaults, billions of parameters. Before, most were taken, and trained on leaks."""
     model = {"arch": arch}
     recipe(model).probe()
-    with pytest.raises(ConfigError, match=r"data\.document_mask: packed documents see each other in .*; set it to false") as e:
+    with pytest.raises(ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set it to false") as e:
         recipe(model, **MASK).probe()
     assert "\n" not in str(e.value)
 
@@ -51,7 +51,7 @@ def test_positions_that_follow_the_longest_document_are_refused():
     for original, leaks in ((64, False), (16, True)):
         made = recipe({**model, "rope_parameters": rope, "original_max_position_embeddings": original}, 64, **MASK)
         if leaks:
-            with pytest.raises(ConfigError, match="packed documents see each other"):
+            with pytest.raises(ConfigError, match="attends across packed documents"):
                 made.probe()
         else:
             made.probe()
@@ -60,7 +60,7 @@ def test_positions_that_follow_the_longest_document_are_refused():
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
     monkeypatch.setattr(tiny, "LARGEST", 0)
     monkeypatch.setattr(packing, "_known", {})
-    with pytest.raises(ConfigError, match=r"data\.document_mask: could not try whether 'llama' keeps"):
+    with pytest.raises(ConfigError, match=r"data\.document_mask: can't check whether 'llama' keeps"):
         recipe(**MASK).probe()
 
 

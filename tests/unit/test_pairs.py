@@ -200,9 +200,9 @@ def test_equal_pairs_are_kept_once_and_counted(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(("keys", "said"), [
-    ({"text_column": "query"}, "query_column: 'query' is the text_column"),
+    ({"text_column": "query"}, "columns.query: 'query' is columns.text"),
     ({"exclude": ["[z-a]"]}, "exclude: .* not a valid pattern"),
-    ({"output": "in/out"}, "output: .* lie in one another"),
+    ({"output": "in/out"}, "output: .* overlap"),
 ])  # fmt: skip
 def test_a_pipeline_that_makes_no_sense_is_refused(keys, said) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -51,9 +51,9 @@ def test_mfu_of_an_unknown_gpu_is_left_out_and_said_once(monkeypatch):
     reports.recipe = SimpleNamespace(flops_per_sample=lambda model: 1e12)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S MIG 1g")
     assert reports._mfu(1, 1.0) is None and reports._mfu(1, 1.0) is None
-    assert notices == ["train/mfu isn't reported: the peak FLOP/s of 'NVIDIA L40S MIG 1g' in bf16 isn't known"]
+    assert notices == ["train/mfu isn't reported: heliostat doesn't know the peak FLOP/s of 'NVIDIA L40S MIG 1g' in bf16"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
-    samples = reports.job.train.global_batch
+    samples = reports.job.train.global_batch_size
     assert reports._mfu(10, 2.0) == pytest.approx(samples * 1e12 * 10 / 2 / (2 * 362.05e12)) and len(notices) == 1
 
 

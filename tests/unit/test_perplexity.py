@@ -86,12 +86,12 @@ def test_a_model_whose_numbers_are_not_finite_is_told_and_its_documents_are_not_
         broken.lm_head.weight.fill_(float("nan"))
     shutil.copytree(model, tmp_path / "broken")
     broken.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ConfigError, match="gives probabilities that are not finite; take another model"):
+    with pytest.raises(ConfigError, match="returns probabilities that aren't finite"):
         outcomes(entry(tmp_path / "broken"), ["some words of a text"])
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"max_perplexity": None}, "give min_perplexity, max_perplexity or buckets"), ({"buckets": [3, 3]}, "must ascend"),
+    ({"max_perplexity": None}, "set min_perplexity, max_perplexity, or buckets"), ({"buckets": [3, 3]}, "must ascend"),
     ({"bucket_column": "perplexity"}, "is the column of the perplexity"), ({"min_perplexity": 0.5}, "greater than or equal to 1"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(model, keys, message):
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said(model, keys, message):
 
 def test_a_folder_that_is_no_language_model_is_refused(tmp_path, model):
     make_model(tmp_path / "bert")
-    with pytest.raises(ConfigError, match="is of BertForSequenceClassification, and no causal language model"):
+    with pytest.raises(ConfigError, match="is a BertForSequenceClassification, not a causal language model"):
         parse(entry(tmp_path / "bert")).check()
-    with pytest.raises(ConfigError, match="max_tokens: 4,096 is more than the model can read"):
+    with pytest.raises(ConfigError, match="max_tokens: 4,096 is above the model's maximum"):
         parse(entry(model, max_tokens=4096)).check()

@@ -120,13 +120,13 @@ def test_a_slice_that_is_missing_or_there_twice_makes_no_checkpoint() -> None:
         (((0, 5), (4, 6)), "elements 5 to 4 are in no chunk, or in two"),
         (((0, 5), (5, 4)), "its chunks hold 9 of 10 elements"),
     ]:
-        with pytest.raises(CheckpointError, match=f"'w' cannot be saved: {said}"):
+        with pytest.raises(CheckpointError, match=f"can't save 'w': {said}"):
             index.root(1, {}, part(*slices))
         shards = [{"file": f"s{n}", "bytes": 99, "index": {"bytes": 1, "crc32": 1}} for n in range(2)]
         tensors = {name: dataclasses.asdict(entry) for name, entry in part(*slices).tensors.items()}
         with pytest.raises(DataError, match=f"tensors: 'w': {said}"):
             index.build({"format": 4, "shards": shards, "tensors": tensors}, None)
-    assert placement.fault(Tensor("F32", [10], [[1, 2, 0, 5]]), 2) == "a chunk lies in no shard"
+    assert placement.fault(Tensor("F32", [10], [[1, 2, 0, 5]]), 2) == "a chunk is in no shard"
 
 
 def test_the_table_of_1024_ranks_is_small() -> None:

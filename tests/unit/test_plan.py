@@ -314,13 +314,13 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     assert p["flops"]["per_token"] == 6 * (n - 128256 * 4096 - norms) + 12 * 32 * 4096 * 8192
     assert p["memory"]["total"] < 80 * GIB and 0.2 < p["speed"]["mfu"] < 0.6
     assert p["run"]["tokens"] == 240_000 * 4_194_304
-    alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch=1"]
+    alone = ["data.sources=[{path: nowhere}]", "workers.count=1", "train.zero.stage=1", "train.micro_batch_size=1"]
     j, recipe, _ = planner.prepare(path, alone)
     with pytest.raises(ConfigError, match=r"each worker needs \d+\.\d GiB .*and H100 has 80; ") as refused:
         planner.plan(j, recipe)
     said = str(refused.value)
-    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.accumulate: same needs no sums in fp32" in said
-    assert re.search(r"with room for it a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
+    assert "gradients 44.9 (29.9 of them sums in fp32)" in said and "train.grad_accum_dtype: same needs no sums in fp32" in said
+    assert re.search(r"with enough memory, a step would take \d+ s \(MFU \d\d\.\d%\)$", said)
 
 
 @pytest.mark.parametrize(
@@ -378,8 +378,15 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
     code, out, _, imported = run("plan", path, "--json")
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and "ray" not in imported.split(",") and found["memory"]["total"] < found["memory"]["device"]
-    assert "the datasets were not looked at" in found["notes"][0]
-    huge = ["--set", "train.micro_batch=16777216", "--set", "train.global_batch=16777216", "--set", "train.precision=fp32"]
+    assert "planned without the datasets" in found["notes"][0]
+    huge = [
+        "--set",
+        "train.micro_batch_size=16777216",
+        "--set",
+        "train.global_batch_size=16777216",
+        "--set",
+        "train.precision=fp32",
+    ]
     code, _, lines, _ = run("plan", path, *huge)
     assert code == 2 and len(lines) == 1 and "each worker needs" in lines[0] and "it fits with" in lines[0]
 
@@ -393,7 +400,7 @@ def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(
     assert "vocab" not in planner.prepare(given, [])[2] and "vocab" not in dry_run(given, [])["note"]
     assumed = write(tmp_path, **missing, **{"model.vocab_size": None})
     for note in (planner.prepare(assumed, [])[2], dry_run(assumed, [])["note"]):
-        assert "counted with 32,000 tokens" in note and "model.vocab_size" in note
+        assert "with 32,000 tokens" in note and "model.vocab_size" in note
 
 
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():

@@ -112,7 +112,7 @@ def test_an_mlp_in_tiles_is_computed_once_more_and_not_with_its_layer():
 
 
 def estimates(**changes) -> Planner:
-    keys = {"workers.gpus": 1, "workers.count": 4, "train.global_batch": 16, **LONG, "train.precision": "bf16"}
+    keys = {"workers.gpus": 1, "workers.count": 4, "train.global_batch_size": 16, **LONG, "train.precision": "bf16"}
     return planner.planners(job(**{**keys, **changes}), CausalLM(job(**keys)), None, None, hardware.table())[-1]
 
 
@@ -138,10 +138,10 @@ def test_offload_moves_inputs_to_the_host_and_takes_the_time_of_two_copies():
     plain, moved = (estimates(**{WHICH: True, **more}) for more in ({}, {OFFLOAD: True}))
     layout = layouts.of(plain.job)
     here, there = plain.candidate(layout), moved.candidate(layout)
-    inputs = 4 * 256 * 32 * 2 * layout.micro_batch  # of four layers
+    inputs = 4 * 256 * 32 * 2 * layout.micro_batch_size  # of four layers
     assert there.memory["host"] - here.memory["host"] == inputs
     assert here.memory["activations"] - there.memory["activations"] == inputs * 3 // 4
-    accumulation = 16 // (4 * layout.micro_batch)
+    accumulation = 16 // (4 * layout.micro_batch_size)
     rate = hardware.table()["storage"]["host_copy"] * 1e9
     assert there.parts["copying"] - here.parts["copying"] == pytest.approx(2 * inputs * accumulation / rate)
     assert all(one.checkpointing is not False for one in layouts.candidates(moved.job, 4))

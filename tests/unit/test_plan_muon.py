@@ -55,7 +55,7 @@ def test_products_are_those_that_torch_counts():
 
 
 def planned(**changes):
-    made = job(**{"workers.gpus": 1, "workers.count": 8, "train.precision": "bf16", "train.global_batch": 16} | changes)
+    made = job(**{"workers.gpus": 1, "workers.count": 8, "train.precision": "bf16", "train.global_batch_size": 16} | changes)
     return made, planner.plan(made, CausalLM(made))
 
 

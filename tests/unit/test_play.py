@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import json
 import shutil
 import threading
 
@@ -112,11 +113,11 @@ def test_pictures_follow_from_their_seeds_and_are_those_of_generate(painter, dra
     [
         ({"n": 11}, "n", "less than or equal to 10"),
         ({"size": "big"}, "size", "pattern"),
-        ({"size": "40x40"}, "size", "the model draws 8x8 pixels, and at most 4 times as many are drawn"),
+        ({"size": "40x40"}, "size", "the model generates 8x8 pixels, and at most 4 times as many are allowed"),
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"quality": "hd"}, "quality", "is not supported"),
         ({"steps": 1001}, "steps", "less than or equal to 1000"),
-        ({"sampler": "euler"}, None, "'euler' cannot sample a model of prediction"),
+        ({"sampler": "euler"}, None, "'euler' doesn't support a model with prediction"),
         ({"guidence": 3}, "guidence", "did you mean 'guidance'?"),
     ],
 )
@@ -128,12 +129,12 @@ def test_what_is_not_drawn_is_refused_by_name(painter, drawing, body, param, sai
 
 
 def test_a_model_that_draws_writes_nothing_and_the_other_way_round(painter, writer, drawing, answering_from):
-    with pytest.raises(openai.BadRequestError, match="draws, and writes nothing; ask it at /v1/images/generations"):
+    with pytest.raises(openai.BadRequestError, match=r"generates images\. Send the request to /v1/images/generations"):
         client(drawing).completions.create(model=painter.name, prompt="a")
     with pytest.raises(openai.BadRequestError, match="writes, and draws nothing"):
         client(answering_from).images.generate(model=writer.name, prompt="a")
     told = requests.get(f"{drawing}/abilities", headers=BEARER, timeout=60).json()
-    assert [name for name, why in told["tabs"].items() if why is None] == ["draw"] and told["images"]["size"] == [8, 8]
+    assert told["tabs"] == ["draw"] and told["images"]["size"] == [8, 8]
 
 
 # an index ------------------------------------------------------------------------------------------------------------
@@ -167,14 +168,14 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
     for path, body, status, said in [
         ("search", {"query": " "}, 400, "is empty"),
         ("search", {"query": "a", "top": 51}, 400, "less than or equal to 50"),
-        ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings, and is searched by bm25 alone"),
-        ("search", {"query": "a", "model": writer.name}, 400, "is not the index; 'code-index' is"),
+        ("search", {"query": "a", "mode": "dense"}, 400, "the index has no embeddings. Use bm25"),
+        ("search", {"query": "a", "model": writer.name}, 400, "isn't the index. The index is 'code-index'"),
         ("chat/completions", {**chat, "messages": [message, message]}, 400, "at most 1 item"),
-        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "takes one question"),
+        ("chat/completions", {**chat, "messages": [{**message, "role": "system"}]}, 400, "expected one question"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "zzzzqqq"}]}, 404, "no passage of the index"),
         ("chat/completions", {**chat, "messages": [{**message, "content": "line " * 600}]}, 400, "without any passage"),
         ("chat/completions", {**chat, "model": writer.name, "top": 3}, 400, "top: unknown parameter"),
-        ("completions", {"model": "code-index", "prompt": "a"}, 400, "is an index; ask it at /v1/search"),
+        ("completions", {"model": "code-index", "prompt": "a"}, 400, "is an index. Send the request to /v1/search"),
         ("completions", {"model": "gpt", "prompt": "a"}, 404, "and 'code-index' are"),
     ]:
         answer = post(path, **body)
@@ -184,7 +185,7 @@ def test_a_search_finds_passages_and_what_is_wrong_is_refused(writer, answering_
         with pytest.raises(openai.BadRequestError, match="no model answers from 'code-index'; ask /v1/search"):
             client(url).chat.completions.create(**chat)
         told = requests.get(f"{url}/abilities", headers=BEARER, timeout=60).json()
-        assert [name for name, why in told["tabs"].items() if why is None] == ["ask"] and not told["passages"]["answers"]
+        assert told["tabs"] == ["ask"] and told["prompt"] is None and not told["passages"]["answers"]
 
 
 # the page ------------------------------------------------------------------------------------------------------------
@@ -208,8 +209,20 @@ def test_nothing_is_told_without_the_key_or_under_another_name(answering_from):
     with pytest.raises(openai.AuthenticationError):
         client(answering_from, "sk-a-key-of-nobody-here").models.list()
     told = requests.get(f"{answering_from}/abilities", headers=BEARER, timeout=60).json()
-    assert {name for name, why in told["tabs"].items() if why is None} == {"write", "ask"}
-    assert "chat template" in told["tabs"]["chat"] and "cannot fill in the middle" in told["tabs"]["complete"]
+    assert told["tabs"] == ["write", "ask"]
+
+
+def test_the_page_begins_with_a_prompt_of_the_models_record(tmp_path):
+    folder = tmp_path / "artifacts" / "model"
+    folder.mkdir(parents=True)
+    assert app.example(folder) is None
+    trained = {"name": "a", "model": {"samples": {"prompts": [{"text": "the digit two"}]}}, "data": {}, "train": {}}
+    (folder / "heliostat.json").write_text(json.dumps({"recipe": "heliostat.recipes:TextToImage", "job": trained}))
+    assert app.example(folder) == "the digit two"
+    (tmp_path / "input_example.json").write_text('["def main"]')  # as MLflow writes it
+    assert app.example(folder) == "def main"
+    (tmp_path / "input_example.json").write_text("[]")
+    assert app.example(folder) == "the digit two"
 
 
 def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path):
@@ -218,7 +231,7 @@ def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path)
     index(write_dataset(tmp_path / "data", CORPUS), place, folder)
     assert Shelf(str(place), None).index.modes == ("bm25", "dense", "hybrid")
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which .* was made with, is not there"):
+    with pytest.raises(ConfigError, match=r"--embedder: .*embedder, which made .*, doesn't exist"):
         Replica(Holds(None, 4, str(place)))
     assert Shelf(str(place), str(tmp_path / "elsewhere")).index.embedder == tmp_path / "elsewhere"
 
@@ -235,9 +248,9 @@ def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_p
             assert one.embedding == pytest.approx(right.values["embedding"].tolist(), abs=1e-6)
         with pytest.raises(openai.BadRequestError, match="is longer than the 16 tokens"):
             client(url).embeddings.create(model="embedder", input=texts[2:])
-        with pytest.raises(openai.BadRequestError, match="embeds texts, and writes nothing; ask it at /v1/embeddings"):
+        with pytest.raises(openai.BadRequestError, match=r"embeds texts\. Send the request to /v1/embeddings"):
             client(url).completions.create(model="embedder", prompt="x")
-    with pytest.raises(ConfigError, match="embeds texts, and has no page"):
+    with pytest.raises(ConfigError, match="is an embedder, which has no page"):
         play(served(str(folder), "sqlite:///x", None, None, None), lambda: pytest.fail("made keys"), Serving(), print)
 
 
@@ -270,9 +283,9 @@ def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(pa
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((None, None, None, None), "give a model, an index"),
-        ((None, "n", "i", None), "--name: is the model's"),
-        (("m", None, None, "e"), "--embedder: goes with --index"),
+        ((None, None, None, None), "Pass a model, an index"),
+        ((None, "n", "i", None), "--name: names the model"),
+        (("m", None, None, "e"), "--embedder: needs --index"),
         (("a/code", None, "b/code", None), "the index is called 'code' as well"),
     ],
 )

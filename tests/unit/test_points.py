@@ -8,10 +8,14 @@ import pytest
 from heliostat.runs.events import Evaluation, Goodput, LossSpike, NodeSample, Saved, Steps
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
-from heliostat.tracking import metrics, outbox, tags
+from heliostat.tracking import metrics, outbox, tags, ui
 from heliostat.tracking.metrics import METRICS, RESERVED, Metric, Point, latest, metric_of, points, renamed
 
 SOURCE = Path(heliostat.__file__).parent
+
+
+def test_the_columns_of_mlflows_table_of_runs_are_metrics():
+    assert all(metric_of(name) for name in ui.COLUMNS)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_ctrl_c_says_that_it_was_heard_and_what_there_is(tmp_path, where):
     (tmp_path / "slow_pipeline.py").write_text(SLOW)
     keys = {"name": where, "pipeline": "slow_pipeline:Slow", "output": str(tmp_path / "out")}
     (tmp_path / "p.yaml").write_text(json.dumps(keys))
-    command = [sys.executable, "-m", "heliostat", "prepare", str(tmp_path / "p.yaml")]
+    command = [sys.executable, "-m", "heliostat", "data", "prepare", str(tmp_path / "p.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 200
@@ -56,7 +56,7 @@ def test_ctrl_c_says_that_it_was_heard_and_what_there_is(tmp_path, where):
     running.send_signal(signal.SIGINT)
     _, told = running.communicate(timeout=100)
     assert running.returncode == 130 and told.splitlines()[-1] == "interrupted" and "Traceback" not in told
-    assert ("removing what was written: the dataset there is what it was before" in told) == (where == "write")
+    assert ("removing the files of this run" in told) == (where == "write")
     assert set(files(tmp_path / "out")) <= {versions.RECORD}
 
 

@@ -125,13 +125,15 @@ def test_a_dataset_that_is_prepared_again_says_why(make, monkeypatch, caplog):
         caplog.clear()
         with caplog.at_level("INFO"):
             make(**keys)
-        return next((r.message.partition("preparing it again, because ")[2] for r in caplog.records if "again" in r.message), "")
+        return next(
+            (r.message.partition("preparing the dataset again, because ")[2] for r in caplog.records if "again" in r.message), ""
+        )
 
     assert said() == "" and said() == ""
     version["pii"] = 3
-    assert said() == "its stages decide otherwise: 0 pii has version 3, and had 2" and said() == ""
-    assert said(first=7) == "its keys, or versions of its stages, have changed"
-    assert said(first=7, shards=2) == "its keys, or versions of its stages, have changed"
+    assert said() == "its stages have new versions: 0 pii has version 3, formerly 2" and said() == ""
+    assert said(first=7) == "its keys, or the versions of its stages, have changed"
+    assert said(first=7, shards=2) == "its keys, or the versions of its stages, have changed"
 
 
 @pytest.mark.parametrize("fault", ["check", "write", "interrupt"])
@@ -145,7 +147,7 @@ def test_a_prepare_that_fails_or_is_interrupted_leaves_the_dataset_as_it_was(mak
     assert numbers(manifest.read(Location(str(tmp_path / "out")))) == list(range(30))
     assert make()["up_to_date"] and make()["digest"] == made["digest"]
     if fault == "interrupt":
-        assert "interrupted; removing what was written: the dataset there is what it was before" in caplog.text
+        assert "interrupted; removing the files of this run" in caplog.text
 
 
 def test_a_prepare_that_is_killed_costs_nothing_and_what_it_left_goes_later(make, tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_a_run_keeps_the_version_that_it_reads_until_its_days_are_over(make, tmp
     assert numbers(again) == list(range(30)) and again.file("tokenizer.json").read() == b"0"
     report = make(first=7, keep_days=0)
     assert report["up_to_date"] and report["versions_kept"] == 0 and report["removed"]["files"] > 3
-    with pytest.raises(DataError, match="that version was not kept"):
+    with pytest.raises(DataError, match="didn't keep that version"):
         manifest.read(place, old.digest)
     newest = manifest.read(place)
     assert set(data(tmp_path / "out")) == {
@@ -310,7 +312,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(make, 
     file.parent.mkdir(parents=True)
     file.write_bytes(b"years of work")
     for force in (False, True):
-        with pytest.raises(ConfigError, match=rf"output: .*out: is not empty and holds no dataset.*'{name.split('/')[0]}'"):
+        with pytest.raises(ConfigError, match=rf"output: .*out: not empty, and not a heliostat dataset.*'{name.split('/')[0]}'"):
             make(force=force)
     assert files(tmp_path / "out") == {name: b"years of work"}
 

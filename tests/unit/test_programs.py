@@ -197,9 +197,9 @@ def test_a_machine_without_a_sandbox_is_refused(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(unit_tests, "LIBRARIES", ("/proc/none",))
         patch.setattr(unit_tests, "_python", lambda: {"libraries": ["/nowhere"], "executable": "/nowhere/python"})
-        with pytest.raises(HeliostatError, match="cannot be shut in on this machine"):
+        with pytest.raises(HeliostatError, match="can't isolate a program on this machine"):
             unit_tests.run_program("", "")
-        with pytest.raises(ConfigError, match=r"it needs Linux 5\.12, and user namespaces"):
+        with pytest.raises(ConfigError, match=r"It needs Linux 5\.12 or later, and user namespaces"):
             unit_tests.require_sandbox()
     unit_tests.require_sandbox.cache_clear()
 
@@ -212,9 +212,9 @@ TASK = {"task": "functions", "unit_tests": "{{tests}}", "doc_to_text": "{{prompt
 @pytest.mark.parametrize(
     ("changed", "allowed", "said"),
     [
-        ({}, False, r"suite does not allow it; .* set run_code: true"),
-        ({"unit_tests": " "}, True, "is no template of tests"),
-        ({"unit_tests": ["x"]}, True, "is no template of tests"),
+        ({}, False, r"suite doesn't allow it\. .* set run_code: true"),
+        ({"unit_tests": " "}, True, "expected a template of tests"),
+        ({"unit_tests": ["x"]}, True, "expected a template of tests"),
         ({"metric_list": [{"metric": "acc"}]}, True, "metric_list: does not go with unit_tests"),
         ({"output_type": "multiple_choice"}, True, "output_type: does not go with unit_tests"),
     ],
@@ -238,7 +238,7 @@ def test_filters_that_leave_a_list_of_answers_are_refused_before_the_model_write
 
     assert build(bare, last).filter == "bare"
     for steps in ((bare,), (last, bare)):
-        with pytest.raises(ConfigError, match=r"filter_list: bare: leaves a list of answers, .* end it with take_first$"):
+        with pytest.raises(ConfigError, match=r"filter_list: bare: returns several answers, .* Add take_first at the end$"):
             build(*steps)
 
 

@@ -89,7 +89,7 @@ def test_what_version_1_could_not_plan_is_planned_by_version_2_and_refused_by_ve
     order = Order(splits, mix, key, shape, caps)
     for step in range(mix[0][0], order.runs_out or 300, 7):
         order.step(step)
-    with pytest.raises(DataError, match="version 1 of the data plan takes more of a source than max_epochs allows"):
+    with pytest.raises(DataError, match="version 1 of the data plan exceeds a source's max_epochs"):
         Order(splits, mix, key, shape, caps, version=1)
 
 
@@ -125,9 +125,9 @@ def test_a_plan_without_a_version_is_of_version_1_and_keeps_its_digest():
     new = dataclasses.replace(old, version=2)
     assert new.digest != old.digest and old.differences(new) == ["the version of the data plan: 1 -> 2"]
     for newer in ({"version": 3}, {"version": 3, "stride": 7, "skips": "none"}):  # whatever keys it has
-        with pytest.raises(DataError, match=r"x: is of version 3, and this heliostat knows 1 to 2; use a newer one"):
+        with pytest.raises(DataError, match=r"x: version 3 isn't supported; this heliostat reads 1 to 2\. Use a newer one"):
             DataPlan.parse(raw | newer, "x")
-    with pytest.raises(DataError, match=r"x: is a data plan of another version of heliostat \('stride'\)"):
+    with pytest.raises(DataError, match=r"x: written by another version of heliostat \('stride'\)"):
         DataPlan.parse({**raw, "stride": 7}, "x")
-    with pytest.raises(DataError, match=r"x: is no data plan, or damaged \(version: 0\)"):
+    with pytest.raises(DataError, match=r"x: isn't a valid data plan \(version: 0"):
         DataPlan.parse({**raw, "version": 0}, "x")

@@ -105,7 +105,7 @@ def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
              {"digests": ["d"]}, {"max_epochs": [None, -1.0]}, {"sequence_length": "64"}, {"seed": -1}, {"held_fraction": 1.5},
              {"unheard": 1}, {"skips": [[1, 2]]}]  # fmt: skip
     for change in wrong:
-        with pytest.raises(DataError, match=r"^x: is (no data plan|a data plan of another version)"):
+        with pytest.raises(DataError, match=r"^x: (isn't a valid data plan|written by another version)"):
             DataPlan.parse({**raw, **change}, "x")
 
 
@@ -122,6 +122,6 @@ def test_a_manifest_with_a_right_digest_that_cannot_be_true_is_refused(tmp_path,
     manifest.write(place, [{**rows[0], **change}, *rows[1:]], META)
     with pytest.raises(
         DataError,
-        match=r"\.parquet: (is no manifest of a dataset \((rows|tokens|footer|row_group): |names .* not a place inside)",
+        match=r"\.parquet: (isn't a valid manifest \((rows|tokens|footer|row_group): |lists .* a path outside)",
     ):
         manifest.read(place)

@@ -47,7 +47,7 @@ def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_ag
     error = refusal(tmp_path / "small" / "checkpoints" / "x")
     recover(run, error)
     assert run.restarts == [("failed", str(error))] and run.course.budget.used == 1
-    with pytest.raises(AccessError, match="given up after 10 retries"):  # within the budget of all failures
+    with pytest.raises(AccessError, match="Giving up after 10 retries"):  # within the budget of all failures
         for _ in range(10):
             recover(run, error)
 

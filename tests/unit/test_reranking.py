@@ -74,7 +74,7 @@ def test_positions_that_begin_behind_the_padding_are_not_counted_as_room(model, 
     assert {p["document"]: p["rerank_cut"] for p in found} == {"d000": False, "d001": True}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 32}))
     assert Reranker(tmp_path).pairs.max_tokens == 32
-    with pytest.raises(ConfigError, match=r"question: has \d+ tokens, and the reranker takes 32"):
+    with pytest.raises(ConfigError, match=r"question: has \d+ tokens, but the reranker reads 32"):
         Reranker(tmp_path).order("y" * 40, passages(["x"]))
 
 
@@ -90,10 +90,10 @@ def test_a_folder_without_a_cross_encoder_is_one_clear_error_before_a_weight_is_
     monkeypatch.setattr(reranking, "Pairs", None)  # what reads weights
     make_model(tmp_path / "many", ("no", "maybe", "yes"))
     for folder, said in (
-        (tmp_path / "many", r"has 3 labels \(no, maybe, yes\); take a cross-encoder, which has one"),
-        (unlike(model, tmp_path / "plain", architectures=["BertModel"]), "holds BertModel, without a head that scores"),
+        (tmp_path / "many", r"has 3 labels \(no, maybe, yes\)\. Use a cross-encoder, which has one"),
+        (unlike(model, tmp_path / "plain", architectures=["BertModel"]), "holds BertModel, without a scoring head"),
         (unlike(model, tmp_path / "unnamed", architectures=None), "a model that its config.json does not name"),
-        (unlike(model, tmp_path / "code", auto_map={"AutoModel": "x.py"}), "needs code that it brings"),
+        (unlike(model, tmp_path / "code", auto_map={"AutoModel": "x.py"}), "needs its own code"),
     ):
         with pytest.raises(ConfigError, match=f"^--reranker: .*{said}"):
             Reranker(folder)
@@ -112,13 +112,13 @@ def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
     BertForSequenceClassification.from_pretrained(model).bert.save_pretrained(tmp_path / "bare")
     folder = unlike(model, tmp_path / "headless")
     shutil.copy(tmp_path / "bare" / "model.safetensors", folder / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"^--reranker: .*lacks 2 of the model's weights, as classifier"):
+    with pytest.raises(ConfigError, match=r"^--reranker: .*2 of the model's weights are missing, for example classifier"):
         Reranker(folder)
 
 
 def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monkeypatch, capsys):
     """The best of the first fifty, not of the few that are shown; each says what it is scored by."""
-    ask = ["ask", str(place), "line long document", "--top", "3"]
+    ask = ["search", "ask", str(place), "line long document", "--top", "3"]
     code, text, _ = run(monkeypatch, capsys, *ask, "--reranker", str(model), "--json")
     told = json.loads(text)
     opened = SearchIndex(Location(str(place)))
@@ -155,7 +155,7 @@ def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypa
     gain = told["modes"]["bm25+reranker"]["mrr"] - told["modes"]["bm25"]["mrr"]
     assert told["reranked"]["bm25"]["mrr"][0] == pytest.approx(gain) == told["over_bm25"]["bm25+reranker"]["mrr"][0]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps({"question": q, "document": min(d)}) + "\n" for q, d in asked))
-    words = ["ask", str(place), "--questions", str(tmp_path / "q.jsonl"), "--reranker", str(model)]
+    words = ["search", "ask", str(place), "--questions", str(tmp_path / "q.jsonl"), "--reranker", str(model)]
     text = run(monkeypatch, capsys, *words)[1]
     assert "bm25+reranker over bm25" in text and "8 questions" in text
 
@@ -167,5 +167,5 @@ def test_the_endpoint_finds_passages_in_the_same_order_and_says_at_once_what_is_
     make_model(tmp_path / "many", ("no", "yes"))
     with pytest.raises(ConfigError, match=r"--reranker: .* has 2 labels"):
         served(None, "", None, str(place), None, tmp_path / "many").kind()
-    with pytest.raises(ConfigError, match="--reranker: goes with --index"):
+    with pytest.raises(ConfigError, match="--reranker: needs --index"):
         served("m", "", None, None, None, model)

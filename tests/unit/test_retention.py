@@ -220,7 +220,7 @@ def test_the_command_lists_them_in_columns_and_as_json(run):
 
 
 def _cli(run: Location, *arguments: str) -> str:
-    result = CliRunner().invoke(app, ["checkpoints", str(run), *arguments])
+    result = CliRunner().invoke(app, ["run", "checkpoints", str(run), *arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
 
@@ -235,7 +235,7 @@ def test_the_latest_is_passed_over_if_damaged_and_may_be_asked_for_before_a_step
     assert found is not None and found.step == 20
     assert [r.message for r in caplog.records] == [
         f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing); using the checkpoint before",
-        f"{file}: is not what was written (CRC-32); using the checkpoint before",
+        f"{file}: its bytes have changed since they were written (CRC-32). Using the checkpoint before",
     ]
     earlier = latest(run, before=20)
     assert earlier is not None and earlier.step == 10

@@ -127,7 +127,7 @@ def test_experts_that_nothing_balances_are_told_of_and_a_loss_that_is_not_there_
     ):
         caplog.clear()
         recipe(given).probe()
-        assert ("router's loss (coefficient 0.3) is left out of the objective" in caplog.text) == told
+        assert ("leaves out the router's loss (coefficient 0.3)" in caplog.text) == told
     latent = {"arch": "deepseek_v3", "output_router_logits": True}
-    with pytest.raises(ConfigError, match=r"model\.output_router_logits: 'deepseek_v3' gives no router loss to add"):
+    with pytest.raises(ConfigError, match=r"model\.output_router_logits: 'deepseek_v3' returns no router loss"):
         recipe(latent).probe()

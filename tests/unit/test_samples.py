@@ -1,4 +1,4 @@
-"""`heliostat samples`: the text that a step trained on, and where it lies in the dataset."""
+"""`heliostat run samples`: the text that a step trained on, and where it lies in the dataset."""
 
 import dataclasses
 import hashlib
@@ -98,7 +98,7 @@ def test_a_replaced_sample_says_what_was_there(tmp_path, monkeypatch, capsys):
     for sample in (s for s in found if s["replaces"]):
         assert max(row(source, sample["shard"], sample["row_group"], sample["row"])) < 290
         assert "a token outside the vocabulary of 290" in sample["replaces"]["reason"]
-    _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", str(bad.index(True) // 8 + 1))
+    _, out, _ = command(monkeypatch, capsys, "run", "samples", str(run), "--step", str(bad.index(True) // 8 + 1))
     assert out.count("\n  in place of shards/") == sum(bad[bad.index(True) // 8 * 8 :][:8])
 
 
@@ -130,22 +130,22 @@ def test_a_step_that_has_no_receipt_says_which_have(run):
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
     """Its job is in the checkpoints; one line says so."""
     layout.folder(run, STEPS).delete()
-    with pytest.raises(ConfigError, match="holds no complete checkpoint, so its recipe is not known"):
+    with pytest.raises(ConfigError, match="has no complete checkpoint, so its recipe isn't known"):
         samples(run, 1)
 
 
 def test_the_command_shows_a_sample_in_two_lines_or_whole(run, monkeypatch, capsys):
     """One line of place and one of escaped text each; --full prints the text as it is, --json everything."""
     expected = samples(run, 2)
-    code, out, err = command(monkeypatch, capsys, "samples", str(run), "--step", "2")
+    code, out, err = command(monkeypatch, capsys, "run", "samples", str(run), "--step", "2")
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 16)
     for sample, place, text in zip(expected, lines[::2], lines[1::2], strict=True):
         assert f"/{sample['shard']}, row group {sample['row_group']}, row {sample['row']}, epoch 0" in place
         assert json.loads(text) == sample["text"]
-    _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", "2", "--full")
+    _, out, _ = command(monkeypatch, capsys, "run", "samples", str(run), "--step", "2", "--full")
     assert all(s["text"] + "\n" in out for s in expected)
-    _, out, _ = command(monkeypatch, capsys, "samples", str(run), "--step", "2", "--json")
+    _, out, _ = command(monkeypatch, capsys, "run", "samples", str(run), "--step", "2", "--json")
     assert json.loads(out) == {"step": 2, "samples": expected}
 
 

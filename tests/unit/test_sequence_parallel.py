@@ -35,7 +35,7 @@ def refusal(**changes) -> str:
 @pytest.mark.parametrize("workers", range(1, 13))
 def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
     """A job is valid exactly then, and the numbers of workers that the message offers work."""
-    changes = {KEY: sequence, "train.global_batch": 60, "train.micro_batch": 1, "data.sequence_length": 840}
+    changes = {KEY: sequence, "train.global_batch_size": 60, "train.micro_batch_size": 1, "data.sequence_length": 840}
     replicas = workers // sequence
     if workers % sequence == 0 and 60 % replicas == 0:
         made = job(**changes, **{"workers.count": workers})
@@ -54,7 +54,7 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
     """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
-    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/job.md#" in line
+    assert line.startswith(f"train.parallel: {key} is not supported: ") and "; remove it (docs/training/parallelism.md#" in line
 
 
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
@@ -69,13 +69,13 @@ def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
         ({"data.sequence_length": 63}, f"{KEY}: 2 does not divide data.sequence_length 63; use a length of 62 or 64"),
         ({"train.compile": True}, f"{KEY}: 2 with train.compile is not tried; set train.compile to false"),
         (
-            {"train.recheck": {"every": 5}},
-            f"{KEY}: 2 with train.recheck: workers compare what each computes of a whole sample; remove train.recheck",
+            {"train.sdc_check": {"every": 5}},
+            f"{KEY}: 2 with train.sdc_check: workers compare what each computes of a whole sample; remove train.sdc_check",
         ),
         (
-            {"train.global_batch": 10, "workers.count": 8},
-            "train.global_batch: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x train.micro_batch 2; "
-            "use a global batch of 8 or 16, or workers.count 10",
+            {"train.global_batch_size": 10, "workers.count": 8},
+            "train.global_batch_size: 10 is not divisible by workers.count 8 / train.parallel.sequence 2 x "
+            "train.micro_batch_size 2; use a global batch of 8 or 16, or workers.count 10",
         ),
     ],
 )
@@ -84,7 +84,10 @@ def test_what_cannot_hold_it_is_refused_by_name(changes, line):
 
 
 def test_another_recipe_is_refused_and_told_what_it_lacks():
-    with pytest.raises(ConfigError, match=rf"{KEY}: .* cuts no samples; derive it from heliostat.recipes.protocol.CutsSamples"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{KEY}: .* doesn't support sequence parallelism.* derive it from heliostat.recipes.protocol.CutsSamples",
+    ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
     assert line == f"{KEY}: 2 cuts samples of data.sequence_length tokens, and the job has none; remove it"
@@ -97,9 +100,9 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
 def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shared, workers, fits):
     """Heads of keys and values may be fewer than workers, each then held by several of them."""
     model = {**BASE["model"], "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": shared}
-    changes = {"model": model, "data.sequence_length": 192, "train.micro_batch": 1}
+    changes = {"model": model, "data.sequence_length": 192, "train.micro_batch_size": 1}
     line = refusal(**changes, **{KEY: workers, "workers.count": workers})
-    assert f"{workers} workers cannot share the model's {heads} attention heads" in line and f"evenly; use {fits} (" in line
+    assert f"{workers} workers can't share the model's {heads} attention heads" in line and f"evenly. Use {fits} (" in line
     for number in map(int, fits.split(" or ")):
         check.check_job(job(**changes, **{KEY: number, "workers.count": number}))
 
@@ -115,13 +118,13 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
     ("model", "why"),
     [
         ({"arch": "mamba"}, "it has no attention heads"),
-        ({"arch": "bloom"}, "no other implementation than 'eager'"),
-        ({"arch": "gpt_oss"}, "no other implementation than 'eager'"),
-        ({"arch": "deepseek_v3"}, "heads and widths of queries, keys and values, and not all the same"),
+        ({"arch": "bloom"}, "only the implementation 'eager'"),
+        ({"arch": "gpt_oss"}, "only the implementation 'eager'"),
+        ({"arch": "deepseek_v3"}, "widths of queries, keys, and values"),
         ({"arch": "mistral", "sliding_window": 32}, "something other than full attention mixes tokens"),
         ({"arch": "gemma3_text", "sliding_window": 32}, "something other than full attention mixes tokens"),
         pytest.param({"arch": "qwen3_next"}, "something other than full attention mixes tokens", marks=pytest.mark.ci),
-        ({"arch": "mixtral", "output_router_logits": True}, "the router's loss of 'mixtral' is of whole micro-batches"),
+        ({"arch": "mixtral", "output_router_logits": True}, "the router's loss of 'mixtral', which needs whole samples"),
     ],
 )
 def test_an_architecture_that_mixes_tokens_otherwise_is_refused(model, why):
@@ -139,9 +142,7 @@ def test_a_window_that_is_longer_than_a_sample_is_taken():
 def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
     monkeypatch.setattr(cutting.tiny, "LARGEST", 0)
     monkeypatch.setattr(cutting, "_known", {})
-    with pytest.raises(
-        ConfigError, match=rf"{KEY}: samples of 'llama' cannot be cut: it could not be tried \(the smallest model"
-    ):
+    with pytest.raises(ConfigError, match=rf"{KEY}: not supported for 'llama': the check failed \(its smallest model"):
         recipe(**TWO).probe()
 
 
@@ -167,7 +168,13 @@ def test_the_stretches_of_a_batch_are_its_tokens_with_their_positions_and_target
 def planned(sequence: int, **changes) -> dict:
     sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 16, "num_key_value_heads": 4}
     sizes |= {"num_hidden_layers": 4, "vocab_size": 4096}
-    given = {"workers.gpus": 1, "workers.count": 8, "train.global_batch": 8, "train.micro_batch": 1, "data.sequence_length": 8192}
+    given = {
+        "workers.gpus": 1,
+        "workers.count": 8,
+        "train.global_batch_size": 8,
+        "train.micro_batch_size": 1,
+        "data.sequence_length": 8192,
+    }
     j = job(**{**given, **changes}, **{KEY: sequence}, **{f"model.{k}": v for k, v in sizes.items()})
     return planner.plan(j, CausalLM(j))
 

@@ -49,9 +49,9 @@ def test_a_completion_is_read_with_openais_defaults():
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
-        ({"n": 2}, "n", "2 is not supported; leave it out, or give 1"),
+        ({"n": 2}, "n", "2 isn't supported. Leave it out, or set it to 1"),
         ({"echo": True}, "echo", "true is not supported"),
-        ({"suffix": 3}, "suffix", "is not text"),
+        ({"suffix": 3}, "suffix", "isn't text"),
         ({"prompt": "a \ud800"}, "prompt", "surrogates not allowed"),
         ({"suffix": "\ud800"}, "suffix", "surrogates not allowed"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
@@ -64,14 +64,14 @@ def test_a_completion_is_read_with_openais_defaults():
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
-        ({"prompt": [[1, "a"]]}, "prompt", "is no text, no list of tokens, and no list of these"),
-        ({"prompt": [1, -2]}, "prompt", "is no text, no list of tokens"),
-        ({"prompt": [True]}, "prompt", "is no text, no list of tokens"),
-        ({"prompt": [[]]}, "prompt", "is no text, no list of tokens"),
-        ({"prompt": 3}, "prompt", "is no text, no list of tokens"),
+        ({"prompt": [[1, "a"]]}, "prompt", "isn't a text, a list of tokens, or a list of these"),
+        ({"prompt": [1, -2]}, "prompt", "isn't a text, a list of tokens"),
+        ({"prompt": [True]}, "prompt", "isn't a text, a list of tokens"),
+        ({"prompt": [[]]}, "prompt", "isn't a text, a list of tokens"),
+        ({"prompt": 3}, "prompt", "isn't a text, a list of tokens"),
         ({"prompt": [[1]] * 65}, "prompt", "at most 64"),
         ({"prompt": ["a"] * 65}, "prompt", "at most 64"),
-        ({"stream_options": {"include_usage": True}}, "stream_options", "goes with stream: true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
     ],
 )  # fmt: skip
 def test_what_is_not_done_is_refused_by_name(body, param, said):
@@ -94,7 +94,7 @@ def test_a_chat_takes_text_only_and_refuses_tools():
         (3, {"logprobs": True, "top_logprobs": 3}),
     ]:
         assert read(ChatRequest, json.dumps({"model": "m", "messages": [message], **more}).encode()).top_count == told
-    for more, said in [({"top_logprobs": 3}, "goes with logprobs: true"), ({"logprobs": 3}, "boolean"),
+    for more, said in [({"top_logprobs": 3}, "needs logprobs: true"), ({"logprobs": 3}, "boolean"),
                        ({"logprobs": True, "top_logprobs": 21}, "less than or equal to 20")]:  # fmt: skip
         found = refusal(ChatRequest, messages=[message], **more)
         assert found.param == next(reversed(more)) and said in found.message and "Value error" not in found.message
@@ -155,7 +155,7 @@ def test_limits_count_each_key_by_itself_and_say_when_to_come_again():
     limits = RequestLimits(at_once=2, a_minute=3, clock=lambda: now[0])
     limits.enter("a")
     limits.enter("a")
-    with pytest.raises(Refusal, match="2 requests of this key are open") as found:
+    with pytest.raises(Refusal, match="this key has 2 open requests") as found:
         limits.enter("a")
     assert (found.value.status, found.value.headers()) == (429, {"Retry-After": "1"})
     limits.enter("b")
@@ -203,9 +203,9 @@ def test_a_key_may_have_a_sign_that_begins_comments(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "holds no key"),
+        ("", "contains no key"),
         ("short", "shorter than 16"),
-        (f"a b {'k' * 20}", "is no key"),
+        (f"a b {'k' * 20}", "isn't a key"),
         (f"a {'k' * 20}\na {'l' * 20}", "twice"),
     ],
 )
@@ -352,7 +352,7 @@ def test_a_stream_is_begun_again_only_before_its_first_piece():
             raise LostError
 
         got = []
-        with pytest.raises(Refusal, match="replica that wrote this answer died") as found:
+        with pytest.raises(Refusal, match="replica that generated this answer died") as found:
             async for _, item in backend.stream(pieces):
                 got.append(item["piece"]["text"])
         assert (got, len(starts), found.value.status) == (["a"], 2, 503) and not any(backend.open.values())
@@ -363,7 +363,7 @@ def test_a_stream_is_begun_again_only_before_its_first_piece():
 def test_what_is_not_answered_in_time_and_what_waits_for_a_version():
     async def run() -> None:
         backend = Backend((LostError,), 0.05)
-        with pytest.raises(Refusal, match=r"not answered within 0\.05 s") as found:
+        with pytest.raises(Refusal, match=r"no answer within 0\.05 s") as found:
             await backend.ask(lambda version: asyncio.sleep(0))  # no version is there
         assert found.value.status == 504
         backend.use("m")
@@ -372,7 +372,7 @@ def test_what_is_not_answered_in_time_and_what_waits_for_a_version():
             yield {"index": 0, "piece": {}}
             await asyncio.sleep(9)
 
-        with pytest.raises(Refusal, match="not answered"):
+        with pytest.raises(Refusal, match="no answer"):
             [item async for item in backend.stream(slow)]
         assert not any(backend.open.values())
 

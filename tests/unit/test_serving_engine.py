@@ -87,7 +87,7 @@ def test_an_empty_prompt_that_no_token_begins_is_an_error_line_of_the_command():
     generator = TextGenerator.__new__(TextGenerator)
     generator.tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
     generator.infilling, generator.suffix, generator.ends = None, None, []
-    with pytest.raises(ConfigError, match=r"^prompt: is empty, and the tokenizer has no token that begins a document"):
+    with pytest.raises(ConfigError, match=r"^prompt: is empty, and the tokenizer has no beginning-of-document token"):
         generator([Request("", 0, None)])
 
 

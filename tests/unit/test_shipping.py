@@ -67,7 +67,7 @@ def test_a_node_without_the_folder_gets_the_files_and_no_pickle(spill, model, fa
         (model / "model.safetensors").write_text("v" * 100)
     else:
         (model / "other.safetensors").write_text("v")
-    with pytest.raises(NotHereError, match=r"node .* doesn't have this file as the driver has it"):
+    with pytest.raises(NotHereError, match=r"this file on node .* is missing or differs from the driver's"):
         here(spill, described)
     shutil.rmtree(model, ignore_errors=True)
     shutil.copytree(kept, model)
@@ -87,7 +87,7 @@ def test_a_folder_of_pickles_is_not_copied(spill, model):
     described = describe("model", str(model))
     assert here(spill, described) == str(model)
     (model / "pytorch_model.bin").write_text("other")
-    with pytest.raises(ConfigError, match=r"isn't copied: it can run code. Save the model as safetensors"):
+    with pytest.raises(ConfigError, match=r"because it can run code\. Save the model as safetensors"):
         here(spill, described)
 
 
@@ -143,7 +143,7 @@ def test_a_link_to_a_folder_is_an_error_where_it_would_be_copied(spill, model):
     (model / "1_Pooling").symlink_to(model.parent / "pooling")
     described = describe("model", str(model))
     assert here(spill, described) == str(model)
-    with pytest.raises(ConfigError, match=r"model/1_Pooling: is a link to a folder, and isn't copied"):
+    with pytest.raises(ConfigError, match=r"model/1_Pooling: is a link to a folder, which heliostat doesn't copy"):
         offer(spill, described)
     assert not Path(spill.path).exists()
 
@@ -168,7 +168,7 @@ def test_a_damaged_copy_is_not_used(spill, model, where):
     (weights,) = [p for p in copies.iterdir() if p.stat().st_size == 100]
     if where == "work":
         weights.write_text("v" * 100)
-        with pytest.raises(NotHereError, match="was damaged and is removed"):
+        with pytest.raises(NotHereError, match="was damaged, so heliostat removed it"):
             here(spill, described)
         assert not weights.exists() and not cached()
         shutil.move(kept, model)
@@ -209,10 +209,10 @@ def test_one_process_copies_while_others_wait_and_not_forever(spill, model, monk
     monkeypatch.setattr(shipping, "WAIT_S", 0.2)
     monkeypatch.setattr(shipping, "BYTES_PER_S", 1 << 40)
     with (local_files.alone(local_files.cache(shipping.SHIPPED) / described.digest, 1.0),
-          pytest.raises(HeliostatError, match=r"another process copied .*model for 0 s; start again")):  # fmt: skip
+          pytest.raises(HeliostatError, match=r"another process has been copying .*model for 0 s\. Start again")):  # fmt: skip
         here(spill, described)
     monkeypatch.setattr(shipping, "WAIT_S", -1.0)
-    with pytest.raises(HeliostatError, match="is read too slowly"):
+    with pytest.raises(HeliostatError, match="reading is too slow"):
         here(spill, described)
 
 
@@ -221,7 +221,7 @@ def test_a_disk_without_room_is_one_error_that_names_the_cache(spill, model, mon
     offer(spill, described)
     shutil.rmtree(model)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 10, 10))
-    told = r"heliostat-shipped-\d+/\w+: node .* bytes are needed, and 10 are free\)\. Give it room"
+    told = r"heliostat-shipped-\d+/\w+: node .*needs .* bytes, and only 10 are free\)\. Free some space"
     with pytest.raises(HeliostatError, match=told):
         here(spill, described)
     assert not cached()

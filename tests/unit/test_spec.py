@@ -32,20 +32,22 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 @every_seed(200)
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
-    """A job is valid exactly if micro_batch x workers divides the batch, and every number that the message offers works."""
+    """A job is valid exactly if micro_batch_size x workers divides the batch, and every number that the message offers works."""
     rng = random.Random(seed)
     batch, micro, count = rng.randrange(1, 200), rng.randrange(1, 12), rng.randrange(1, 12)
-    changes = {"train.global_batch": batch, "train.micro_batch": micro, "workers.count": count}
+    changes = {"train.global_batch_size": batch, "train.micro_batch_size": micro, "workers.count": count}
     if batch % (micro * count) == 0:
         made = job(**changes)
-        assert made.accumulation * micro * count == batch and made.lanes == batch // micro
+        assert made.accumulation * micro * count == batch and made.virtual_ranks == batch // micro
         return
     (line,) = faults(**changes)
-    assert line.startswith(f"train.global_batch: {batch} is not divisible by workers.count {count} x train.micro_batch {micro}; ")
+    assert line.startswith(
+        f"train.global_batch_size: {batch} is not divisible by workers.count {count} x train.micro_batch_size {micro}; "
+    )
     offered = [int(n) for n in re.search(r"use a global batch of ([\d or]+)", line)[1].split(" or ")]
     assert offered and all(abs(n - batch) < micro * count for n in offered)
     for n in offered:
-        job(**{**changes, "train.global_batch": n})
+        job(**{**changes, "train.global_batch_size": n})
     workers = re.search(r"or workers\.count (\d+)", line)
     assert bool(workers) == (batch % micro == 0)
     if workers:
@@ -58,16 +60,21 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
     rng = random.Random(seed)
     count, micro = rng.randrange(1, 5), rng.randrange(1, 4)
     batch, lanes = count * micro * rng.randrange(1, 20), rng.randrange(1, 60)
-    changes = {"train.global_batch": batch, "train.micro_batch": micro, "workers.count": count, "data.lanes": lanes}
+    changes = {
+        "train.global_batch_size": batch,
+        "train.micro_batch_size": micro,
+        "workers.count": count,
+        "data.virtual_ranks": lanes,
+    }
     if batch % lanes == 0 and lanes % count == 0:
-        assert job(**changes).lanes == lanes
+        assert job(**changes).virtual_ranks == lanes
         return
     (line,) = faults(**changes)
     assert line.startswith(
-        f"data.lanes: {lanes} must divide train.global_batch {batch} and be a multiple of workers.count {count}"
+        f"data.virtual_ranks: {lanes} must divide train.global_batch_size {batch} and be a multiple of workers.count {count}"
     )
     nearest = int(line.rpartition("nearest: ")[2])
-    job(**{**changes, "data.lanes": nearest})
+    job(**{**changes, "data.virtual_ranks": nearest})
     valid = [c for c in range(1, batch + 1) if batch % c == 0 and c % count == 0]
     assert abs(nearest - lanes) == min(abs(c - lanes) for c in valid)
 
@@ -75,8 +82,8 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
 def test_a_huge_batch_is_checked_at_once(workspace):
     """A number with too many zeros is an error, not a search through all the smaller ones."""
     start = time.process_time()
-    assert faults(**{"train.global_batch": 10**12 + 1, "train.micro_batch": 2})
-    assert faults(**{"train.global_batch": 10**12, "train.micro_batch": 1, "data.lanes": 7})
+    assert faults(**{"train.global_batch_size": 10**12 + 1, "train.micro_batch_size": 2})
+    assert faults(**{"train.global_batch_size": 10**12, "train.micro_batch_size": 1, "data.virtual_ranks": 7})
     assert time.process_time() - start < 2
 
 
@@ -90,8 +97,8 @@ def test_a_huge_batch_is_checked_at_once(workspace):
             "train.zero.stage: 0 with train.precision 'fp16'",
         ),
         (
-            {"train.accumulate": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
-            "train.accumulate: fp32 with train.zero.offload.optimizer at train.zero.stage 2: DeepSpeed sums",
+            {"train.grad_accum_dtype": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
+            "train.grad_accum_dtype: fp32 with train.zero.offload.optimizer at train.zero.stage 2: DeepSpeed sums",
         ),
         ({"train.zero.offload.param": "cpu", "train.zero.stage": 2}, "train.zero.offload.param: needs train.zero.stage 3, not 2"),
         (
@@ -118,8 +125,8 @@ def test_a_combination_that_cannot_train_is_refused(changes, start):
         {"train.precision": "fp16", "workers.gpus": 1},
         {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"},
         {"train.zero.stage": 3, "train.zero.offload.param": "nvme", "train.zero.offload.nvme_path": "/nvme"},
-        {"train.accumulate": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 3},
-        {"train.accumulate": "same", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
+        {"train.grad_accum_dtype": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 3},
+        {"train.grad_accum_dtype": "same", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
         {"train.schedule.warmup_steps": 99},
         {"evaluate": None},
     ],
@@ -133,7 +140,7 @@ def test_all_cross_field_faults_are_listed_at_once():
     """Five faults, five lines, one error."""
     lines = faults(
         **{
-            "train.global_batch": 9,
+            "train.global_batch_size": 9,
             "train.precision": "fp16",
             "train.zero.offload.param": "cpu",
             "data.sources": [{"path": "a"}, {"path": "a"}],
@@ -141,7 +148,7 @@ def test_all_cross_field_faults_are_listed_at_once():
         }
     )
     assert [line.split(": ")[0] for line in lines] == [
-        "train.global_batch",
+        "train.global_batch_size",
         "train.precision",
         "train.zero.offload.param",
         "data.sources",
@@ -203,10 +210,10 @@ def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("storage", "gs://b/x", "scheme 'gs' is not supported; use a path, file:// or s3://"),
-        ("storage", "s3://key:secret@b/x", "must not carry credentials"),
+        ("storage", "gs://b/x", "scheme 'gs' isn't supported. Use a path, file:// or s3://"),
+        ("storage", "s3://key:secret@b/x", "must not contain credentials"),
         ("data.sources.0.path", "ftp://h/x", "scheme 'ftp' is not supported"),
-        ("data.sources.0.path", "", "names no place"),
+        ("data.sources.0.path", "", "has no path"),
         ("mlflow.uri", "file:///mlruns", "'file:///mlruns' is no MLflow store; use sqlite:///FILE or http://HOST:PORT"),
         ("mlflow.uri", "mlruns", "'mlruns' is no MLflow store"),
     ],
@@ -262,20 +269,20 @@ def test_a_source_may_come_later():
     ("changes", "recorded", "value"),
     [
         ({}, None, "fp32"),
-        ({}, {"accumulate": "same"}, "same"),
-        ({}, {"accumulate": "fp32"}, "fp32"),
+        ({}, {"grad_accum_dtype": "same"}, "same"),
+        ({}, {"grad_accum_dtype": "fp32"}, "fp32"),
         ({}, {}, "same"),  # a run from before there was the key
-        ({"train.accumulate": "fp32"}, {}, "fp32"),
-        ({"train.accumulate": "same"}, None, "same"),
+        ({"train.grad_accum_dtype": "fp32"}, {}, "fp32"),
+        ({"train.grad_accum_dtype": "same"}, None, "same"),
         ({"train.zero.offload.optimizer": "cpu"}, None, "same"),
-        ({"train.zero.offload.optimizer": "cpu"}, {"accumulate": "fp32"}, "same"),
+        ({"train.zero.offload.optimizer": "cpu"}, {"grad_accum_dtype": "fp32"}, "same"),
     ],
 )
 def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
     """A new run takes fp32 where it can be had; what the job file says goes before both."""
     optimizer = {"optimizer": {"lr": 1e-3}}
     settled = spec.settle(job(**changes), None if recorded is None else {"train": {**optimizer, **recorded}})
-    assert settled.train.accumulate == value
+    assert settled.train.grad_accum_dtype == value
     assert spec.settle(settled, {"train": optimizer}) == settled and schema.validate(Job, settled.dump(), "dump") == settled
 
 
@@ -283,7 +290,7 @@ def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
     ("changes", "wanted"),
     [
         ({"train.precision": "bf16"}, {"grad_accum_dtype": "fp32"}),
-        ({"train.precision": "bf16", "train.accumulate": "same"}, None),
+        ({"train.precision": "bf16", "train.grad_accum_dtype": "same"}, None),
         ({"train.precision": "bf16", "workers.count": 4}, None),  # one micro-batch a step: nothing to sum
         ({"train.precision": "fp32", "train.zero.stage": 0}, None),
         ({"train.precision": "fp32"}, None),
@@ -324,20 +331,21 @@ def test_what_an_earlier_version_recorded_is_no_change_of_the_job():
 def test_the_sections_say_what_is_due_after_which_step():
     """The loop asks the section that declares a key, so a key that changes when something is done is read there alone."""
     made = job(**{
-        "train.log_every": 4, "train.recheck": {"every": 5}, "evaluate.every": 10, "checkpoint.every": 20,
+        "train.log_every": 4, "train.sdc_check": {"every": 5}, "evaluate.every": 10, "checkpoint.every": 20,
         "checkpoint.memory_every": 3,
     })  # fmt: skip
-    assert made.evaluate and made.train.recheck
+    assert made.evaluate and made.train.sdc_check
     train, checkpoint = made.train, made.checkpoint
     due = {
         "log": train.log_due, "evaluate": made.evaluate.due, "save": checkpoint.due, "copy": checkpoint.copy_due,
-        "recheck": lambda done: made.train.recheck.due(done - 1, first=False),  # it looks before the step
+        "sdc_check": lambda done: made.train.sdc_check.due(done - 1, first=False),  # it looks before the step
     }  # fmt: skip
     steps = {name: [done for done in range(1, 21) if asked(done)] for name, asked in due.items()}
     assert steps == {
-        "log": [4, 8, 12, 16, 20], "evaluate": [10, 20], "save": [20], "copy": [3, 6, 9, 12, 15, 18], "recheck": [5, 10, 15, 20],
+        "log": [4, 8, 12, 16, 20], "evaluate": [10, 20], "save": [20], "copy": [3, 6, 9, 12, 15, 18],
+        "sdc_check": [5, 10, 15, 20],
     }  # fmt: skip
-    assert train.recheck.due(0, first=True), "the first step after every start is looked at"
+    assert train.sdc_check.due(0, first=True), "the first step after every start is looked at"
     assert not any(job().checkpoint.copy_due(done) for done in range(1, 21)), "no copies unless the job wants them"
 
 
@@ -346,12 +354,12 @@ def test_a_run_keeps_the_rules_that_its_numbers_were_computed_by():
 
     def settled(recorded: dict | None, **changes) -> tuple:
         train = spec.settle(job(**changes), recorded).train
-        return train.recipe_version, train.accumulate
+        return train.recipe_version, train.grad_accum_dtype
 
     before = {key: value for key, value in job().dump()["train"].items() if key not in spec.BEFORE_KEYS}
     assert settled(None) == (2, "fp32") and settled({"train": before}) == (1, "same")
-    assert settled({"train": before | {"recipe_version": 2, "accumulate": "fp32"}}) == (2, "fp32")
-    assert settled({"train": before | {"recipe_version": None, "accumulate": None}}) == (1, "same")
+    assert settled({"train": before | {"recipe_version": 2, "grad_accum_dtype": "fp32"}}) == (2, "fp32")
+    assert settled({"train": before | {"recipe_version": None, "grad_accum_dtype": None}}) == (1, "same")
     assert settled(None, **{"train.recipe_version": 1}) == (1, "fp32")
     assert settled({"train": before}, **{"train.recipe_version": 2}) == (2, "same"), "as the job asks for"
     assert spec.settle(settled_job := spec.settle(job(), None), {"train": before}) is settled_job

@@ -44,7 +44,9 @@ def test_a_start_that_was_too_slow_is_tried_once_more(rays, caplog):
 def test_a_second_failure_is_one_line(rays):
     tries, started = rays
     tries += [RuntimeError(SLOW), ConnectionError(SLOW)]
-    with pytest.raises(ClusterError, match=r"^Ray did not start, 2 times: The current .*failed to startup\.; is the") as e:
+    with pytest.raises(
+        ClusterError, match=r"^Ray didn't start in 2 attempts: The current .*failed to startup\.\. Check the"
+    ) as e:
         connect.init()
     assert "\n" not in str(e.value) and all(p.wait(60) is not None for p in started)
 
@@ -62,9 +64,11 @@ def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers ask for .* this machine has none .* `heliostat submit`"):
+    with pytest.raises(
+        ConfigError, match=r"^workers\.gpus: the workers need .* this machine has no usable one.* `heliostat submit`"
+    ):
         connect.connect(cpus=2, gpus=2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert check.require_gpus(1) == 1
-    with pytest.raises(ConfigError, match="ask for 8 GPUs, but this machine has 1 that can be used"):
-        check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch": 16}), None)
+    with pytest.raises(ConfigError, match="need 8 GPUs, but this machine has 1 usable ones"):
+        check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 16}), None)

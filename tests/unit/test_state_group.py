@@ -1,4 +1,4 @@
-"""Groups that divide the training state (`train.zero.divide_within`) make the same steps, or skip the same ones, together."""
+"""Groups that divide the training state (`train.zero.shard_group_size`) make the same steps, or skip the same ones, together."""
 
 from __future__ import annotations
 

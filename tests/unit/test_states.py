@@ -52,7 +52,7 @@ def test_a_failure_is_counted_once_and_its_late_messages_change_nothing():
     assert actions[-3:] == [
         states.Restart("failed", "worker 1 died"),
         states.GoBack(10),
-        states.Wait(0.0, "worker 1 died; going on from step 10 in 0 s (retry 1 of 3)"),
+        states.Wait(0.0, "worker 1 died. Resuming from step 10 in 0 s (retry 1 of 3)"),
     ]
     late = states.WorkerMessage(1, "Steps", 15), states.Failed(1, TrainingError("late")), states.Stopped(1, RUN, 40)
     for between in ((), (states.Begin(),)):  # before and after the next attempt begins
@@ -304,10 +304,10 @@ def grouped(pairs: list[tuple[RunState, RunState]]) -> list[tuple[str, str]]:
 
 
 def test_the_documents_table_of_states_and_events_is_the_codes():
-    text = Path(__file__).parents[2].joinpath("docs/reliability.md").read_text(encoding="utf-8")
+    text = Path(__file__).parents[2].joinpath("docs/reliability/driver-states.md").read_text(encoding="utf-8")
     found = re.search(r"(\| what happens \| in state .*?)\n\n", text, re.S)
     expected = "\n".join(rows())
-    assert found and found[1] == expected, f"docs/reliability.md: the table is\n{expected}"
+    assert found and found[1] == expected, f"docs/reliability/driver-states.md: the table is\n{expected}"
 
 
 def test_the_table_has_every_event_of_a_run():

@@ -59,5 +59,5 @@ def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog)
     run.join(run_folder.LEDGER, "attempt-1.json").write(b"{")
     assert (
         summary.read(run, last, job())["tokens_per_second"] == 0.0
-        and "rates and times of the training are not known" in caplog.text
+        and "rates and times of the training aren't known" in caplog.text
     )

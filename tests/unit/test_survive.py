@@ -40,7 +40,7 @@ def test_what_would_come_again_is_final(error, kind):
 def test_failures_in_a_row_wait_longer_and_longer_and_then_end_the_run():
     budget = Budget(spec.Retries(max=5, backoff=1.0, backoff_max=6.0))
     assert [budget.spend(TrainingError(str(i)), 100) for i in range(5)] == [0.0, 1.0, 2.0, 4.0, 6.0]
-    with pytest.raises(TrainingError, match=r"^5; given up after 5 retries without a new checkpoint$"):
+    with pytest.raises(TrainingError, match=r"^5\. Giving up after 5 retries without a new checkpoint$"):
         budget.spend(TrainingError("5"), 100)
 
 
@@ -51,7 +51,7 @@ def test_a_new_checkpoint_begins_a_new_row():
 
 
 def test_no_retries_means_none():
-    with pytest.raises(StorageError, match="given up after 0 retries"):
+    with pytest.raises(StorageError, match="Giving up after 0 retries"):
         Budget(spec.Retries(max=0)).spend(StorageError("down"), 0)
 
 
@@ -59,7 +59,7 @@ def test_the_same_error_of_a_workers_own_code_is_tried_once_more_only():
     """A bug in a recipe fails at the same place each time; a dead worker may do so by chance."""
     budget = Budget(spec.Retries(max=10))
     budget.spend(WorkerError("TypeError: 'int'"), 40)
-    with pytest.raises(WorkerError, match="TypeError: 'int'; a second time, so it was not tried again"):
+    with pytest.raises(WorkerError, match=r"TypeError: 'int'\. It happened twice"):
         budget.spend(WorkerError("TypeError: 'int'"), 40)
     for _ in range(3):
         budget.spend(TrainingError("worker died"), 40)
@@ -75,12 +75,12 @@ def test_as_many_workers_as_there_is_room_for():
 
 
 def test_worker_counts_divide_the_lanes_into_whole_micro_batches():
-    made = job(**{"train.global_batch": 24, "train.micro_batch": 2, "workers.count": [1, 12]})
+    made = job(**{"train.global_batch_size": 24, "train.micro_batch_size": 2, "workers.count": [1, 12]})
     assert made.worker_counts() == [1, 2, 3, 4, 6, 12]
     for n in made.worker_counts():
         fixed = made.on(n)
         assert fixed.accumulation * n * 2 == 24 and fixed.worker_counts() == [n]
-    few = job(**{"train.global_batch": 24, "train.micro_batch": 2, "data.lanes": 4, "workers.count": [1, 8]})
+    few = job(**{"train.global_batch_size": 24, "train.micro_batch_size": 2, "data.virtual_ranks": 4, "workers.count": [1, 8]})
     assert few.worker_counts() == [1, 2, 4]
 
 
@@ -93,7 +93,7 @@ def test_a_count_is_a_number_or_a_range(count):
 def test_a_range_without_a_divisor_of_the_lanes_is_refused_with_the_nearest():
     message = r"workers\.count: from 5 to 7 there is no number that divides the 4 lanes into whole micro-batches; nearest: 4"
     with pytest.raises(ConfigError, match=message):
-        job(**{"train.global_batch": 8, "train.micro_batch": 2, "workers.count": [5, 7]})
+        job(**{"train.global_batch_size": 8, "train.micro_batch_size": 2, "workers.count": [5, 7]})
 
 
 def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():
@@ -115,12 +115,13 @@ def test_what_is_missing_is_said_in_numbers_with_what_others_hold():
     workers, nodes = spec.Workers(cpus=2.0, gpus=1.0), {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 2}}
     said = missing(workers, 4, nodes, {"a": {"CPU": 2.0, "GPU": 1.0}, "b": {"CPU": 8.0}})
     assert said == (
-        "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that may take them have 16 CPUs "
+        "no room for 4 workers of 2 CPUs and 1 GPUs, and 1 CPU for reading the data: the 2 nodes that can hold them have 16 CPUs "
         "and 4 GPUs, of which others hold 6 CPUs and 3 GPUs; as they lie there is room for 1 workers now, and for 4 with no "
         "other jobs; waiting"
     )
     assert missing(workers, 5, nodes, nodes, apart=True).endswith(
-        "for 4 workers now, and for 4 with no other jobs; waiting for more nodes: else lower workers.count or workers.cpus"
+        "for 4 workers now, and for 4 without other jobs; waiting for more nodes. To start earlier, lower workers.count or "
+        "workers.cpus"
     )
     assert "no living node with the labels pool=x may take 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
 
@@ -132,9 +133,9 @@ def pulse(moved: float, at: float) -> dict:
 def test_a_stall_is_when_nobody_gets_on_or_somebody_is_silent():
     """Workers wait for each other, so one that gets on is enough; a frozen one is silent while the others wait for it."""
     assert stalled({}, 2, now=50, limit=60, since=0) is None
-    assert stalled({}, 2, now=70, limit=60, since=0) == "no worker got on for 70 s"
+    assert stalled({}, 2, now=70, limit=60, since=0) == "no worker made progress for 70 s"
     assert stalled({0: pulse(10, 100), 1: pulse(95, 100)}, 2, now=100, limit=60, since=0) is None
-    assert stalled({0: pulse(10, 100), 1: pulse(30, 100)}, 2, now=100, limit=60, since=0) == "no worker got on for 70 s"
+    assert stalled({0: pulse(10, 100), 1: pulse(30, 100)}, 2, now=100, limit=60, since=0) == "no worker made progress for 70 s"
     silent = "no sign of life from worker 1 for 60 s"
     assert stalled({0: pulse(95, 100), 1: pulse(30, 30)}, 2, now=100, limit=60, since=0) == silent
     assert stalled({0: pulse(95, 100)}, 2, now=100, limit=60, since=0) == silent

@@ -54,7 +54,7 @@ def test_a_log_line_with_control_characters_is_written_escaped():
 
 
 def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["heliostat", "index", f"/nowhere/{EVIL.replace(chr(0), '')}"])
+    monkeypatch.setattr("sys.argv", ["heliostat", "data", "index", f"/nowhere/{EVIL.replace(chr(0), '')}"])
     with pytest.raises(SystemExit) as end:
         main.main()
     error = capsys.readouterr().err
@@ -69,7 +69,7 @@ def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(index, "index", interrupted)
-    monkeypatch.setattr("sys.argv", ["heliostat", "index", "/nowhere"])
+    monkeypatch.setattr("sys.argv", ["heliostat", "data", "index", "/nowhere"])
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 130 and capsys.readouterr().err.strip() == "interrupted"

@@ -109,7 +109,12 @@ def test_random_numbers_are_of_a_step_whatever_computes_it(version, dataset):
     content = rows(dataset, 24)
 
     def drawn(workers: int, micro: int) -> dict[str, torch.Tensor]:
-        wanted = {"train.recipe_version": version, "train.global_batch": 8, "train.micro_batch": micro, "data.lanes": 4}
+        wanted = {
+            "train.recipe_version": version,
+            "train.global_batch_size": 8,
+            "train.micro_batch_size": micro,
+            "data.virtual_ranks": 4,
+        }
         given = job(**build_images.job(dataset, caption_dropout=0.5, objective={"noise_offset": 0.1}), **wanted)
         made, data = TextToImage(given), [manifest.read(Location(str(dataset)))]
         made.bind(data)
@@ -180,17 +185,17 @@ def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset)
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' is no backbone; did you mean 'unet'?"),
+        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' isn't a backbone; did you mean 'unet'?"),
         (
             {"backbone": {**UNET, "layer_per_block": 1}},
             "model.backbone.layer_per_block: unknown key for arch 'unet'; did you mean",
         ),
         ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
         ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4, but the data has 1"),
-        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' is not a model folder"),
-        ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' is not a model folder"),
-        ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads 4 does not divide hidden_size 30"),
-        ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' is not a model folder"),
+        ({"backbone": {"pretrained": "/nowhere"}}, "model.backbone.pretrained: '/nowhere' isn't a model folder"),
+        ({"text": {"pretrained": "/nowhere"}}, "model.text.pretrained: '/nowhere' isn't a model folder"),
+        ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
+        ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
         ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "use euler"),
         ({"objectives": {}}, "objectives: unknown key; did you mean 'objective'?"),
     ],
@@ -202,10 +207,10 @@ def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, 
 
 
 PIXARTS = {
-    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2, but what is to be predicted has 1; it"),
-    "the class's default": ({}, "model.backbone.out_channels: 8, but what is to be predicted has 1"),
+    "the variance too": ({"out_channels": 2}, "model.backbone.out_channels: 2 given, but the prediction target has 1. The"),
+    "the class's default": ({}, "model.backbone.out_channels: 8 given, but the prediction target has 1"),
     "sizes wanted": (
-        {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: the model wants each",
+        {"out_channels": 1, "use_additional_conditions": True}, "model.backbone.use_additional_conditions: not supported",
     ),
     "another width": ({"out_channels": 1, "caption_channels": 24}, "model.backbone.caption_channels: 24, but the text encoder's"),
 }  # fmt: skip
@@ -249,7 +254,9 @@ def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is
     keys = {k: v for k, v in UNET.items() if k != "arch"} | {"in_channels": 1, "out_channels": 1, "cross_attention_dim": 16}
     UNet2DConditionModel(**keys, addition_embed_type="text_time", addition_time_embed_dim=8,
                          projection_class_embeddings_input_dim=24).save_pretrained(tmp_path)  # fmt: skip
-    with pytest.raises(ConfigError, match=r"model\.backbone\.pretrained: is not trained by images and captions alone \(") as e:
+    with pytest.raises(
+        ConfigError, match=r"model\.backbone\.pretrained: the backbone needs more than images and captions \("
+    ) as e:
         recipe(dataset, backbone={"pretrained": str(tmp_path)})
     assert "\n" not in str(e.value)
 
@@ -502,7 +509,7 @@ def test_a_frozen_model_without_safetensors_is_refused(which, dataset, tmp_path)
     (weights,) = folder.glob("*.safetensors")
     torch.save(load_file(weights), folder / f"{name}.bin")
     weights.unlink()
-    with pytest.raises(ConfigError, match=r"^latents\.(autoencoder|text_encoder): '.*' has no safetensors; save it"):
+    with pytest.raises(ConfigError, match=r"^latents\.(autoencoder|text_encoder): '.*' has no safetensors weights\. Save"):
         latents.check(((16, 16),), 1)
     load = config.frozen_autoencoder if which == "autoencoder" else config.frozen_text_encoder
     with pytest.raises(ConfigError, match=rf"^model\.{which}\.pretrained: .* has no safetensors"):
@@ -559,10 +566,10 @@ def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(dataset, tmp
 def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):
     whole = manifest.read(Location(str(dataset)))
     other = manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "size": [16, 8]})
-    with pytest.raises(ConfigError, match=r"data.one_source_batches: must be true"):
+    with pytest.raises(ConfigError, match=r"data.one_source_batches: required"):
         image_rows.facts([whole, other], False)
     assert image_rows.facts([whole, other], True).size == (8, 8)
-    with pytest.raises(ConfigError, match="have other channels"):
+    with pytest.raises(ConfigError, match="have different numbers of channels"):
         image_rows.facts([whole, manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "channels": 3})], True)
     with pytest.raises(ConfigError, match="holds no images"):
         image_rows.facts([manifest.Manifest(whole.location, whole.chunks, {"kind": "rows"})], True)

@@ -160,7 +160,7 @@ def test_a_model_with_another_tokenizer_is_refused_by_name_with_the_fix(tmp_path
     with pytest.raises(ConfigError) as e:
         made.bind([source])
     message = str(e.value)
-    assert message.startswith(f"model.pretrained: '{tmp_path / 'model'}' has another tokenizer than data.sources.0.path")
+    assert message.startswith(f"model.pretrained: '{tmp_path / 'model'}': its tokenizer differs from that of data.sources.0.path")
     assert f"'{tmp_path / 'data'}'" in message and f"`tokenizer: {{path: {tmp_path / 'model'}}}`" in message
     assert "in the dataset's and" in message and "\n" not in message
 
@@ -184,7 +184,7 @@ def test_tokenizers_are_compared_by_everything_that_decides_about_tokens(change,
         added = {**other["added_tokens"][0], "id": 800, "content": "    ", "special": False}
         other["added_tokens"].append(added)
     made = model_folder(tmp_path / "model", json.dumps(other))
-    with pytest.raises(ConfigError, match="has another tokenizer than"):
+    with pytest.raises(ConfigError, match="its tokenizer differs from that of"):
         made.bind([source])
 
 
@@ -212,7 +212,7 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
 def test_a_model_folder_without_a_tokenizer_is_refused_before_training(tmp_path):
     """The export would need it, after all the training."""
     source = dataset(tmp_path / "data", trained("byte-level"))
-    with pytest.raises(ConfigError, match=r"model\.pretrained: .* holds no tokenizer that can be read"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .* holds no readable tokenizer"):
         model_folder(tmp_path / "model", None).bind([source])
-    with pytest.raises(ConfigError, match=r"model\.pretrained: .*tokenizer\.json is none"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .*can't read its tokenizer\.json"):
         model_folder(tmp_path / "model", "{}").bind([source])

@@ -44,10 +44,10 @@ def test_behind_what_was_cut_out_the_record_tells(made):
     assert [(step["stage"], step["did"]) for step in told["stages"]] == [
         ("read", "kept"), ("0 repeated_lines", "came through"), ("1 length", "dropped")]  # fmt: skip
     assert told["end"]["stage"] == "1 length"
-    assert [note for note in told["notes"] if "follows from all documents" in note] == told["notes"] != []
+    assert [note for note in told["notes"] if "depend on all documents" in note] == told["notes"] != []
     whole = {row["hash"] for table in reasons.ends(made) for row in table.to_pylist()}  # one has kept the line that all have
     changed = next(text for text in TEXTS if hashlib.sha256(text.encode()).hexdigest() not in whole)
-    with pytest.raises(ConfigError, match=r"after stage 0 repeated_lines texts follow from all documents, .* use --id or --url"):
+    with pytest.raises(ConfigError, match=r"Stage 0 repeated_lines derives texts from all documents, .* Use --id or --url"):
         trace.find(made, text=changed.encode())
 
 
@@ -66,7 +66,7 @@ def _read(row):
 def test_a_stage_that_this_version_does_not_have_is_one_clear_line(made):
     by = reasons.made_by(made)
     by = by | {"stages": [{**by["stages"][1], "gone_key": 3}]}
-    with pytest.raises(ConfigError, match=r"made by a stage that this version does not have, or not so: .*gone_key"):
+    with pytest.raises(ConfigError, match=r"made with a stage that this version doesn't have, or has changed: .*gone_key"):
         list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(by), "a.jsonl#1"))))
 
 

@@ -31,8 +31,8 @@ def made(**domains) -> Space:
         ({"quniform": [0, 1, 2]}, "the step must be above 0, and fit between the bounds"),
         ({"qrandint": [0, 8, 0]}, "the step must be above 0"),
         ({"choice": []}, "at least 1 item"),
-        ({"grid": [1, 2, 1]}, "names a value twice"),
-        ({"randint": [1.5, 3]}, "should be a valid integer"),
+        ({"grid": [1, 2, 1]}, "contains a value twice"),
+        ({"randint": [1.5, 3]}, "expected an integer, got 1.5"),
         ({"logunifrom": [1, 2]}, "did you mean 'loguniform'"),
     ],
 )
@@ -83,7 +83,7 @@ def test_a_condition_leaves_the_key_out_and_moves_nothing_else():
 def test_a_condition_must_name_an_earlier_key_and_a_value_that_it_may_have():
     space = made(d={"uniform": [0, 1], "when": {"s": 1}}, s={"choice": [1, 2]}, e={"uniform": [0, 1], "when": {"s": 3}})
     assert spaces.faults(space) == [
-        "space.d.when: 's' must be a key of the space that stands before it",
+        "space.d.when: 's' must be an earlier key of the space",
         "space.e.when: s is never 3; it is one of [1, 2]",
     ]
 

@@ -65,7 +65,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         plan(tmp_path, space=OPTIMIZERS, **PBT)
     both = [{"name": "sgd", "lr": 0.1}, {"name": "sgd", "lr": 0.1, "nesterov": True}]
     plan(tmp_path, space={"train.optimizer": {"choice": both}}, **PBT)
-    with pytest.raises(ConfigError, match=r"keep different things of every parameter: nothing \(sgd\) and momentum_buffer"):
+    with pytest.raises(ConfigError, match=r"keep different state per parameter: nothing \(sgd\) and momentum_buffer"):
         base = {"train.optimizer": both[0]}
         plan(tmp_path, base, space={"train.optimizer.momentum": {"uniform": [0.0, 0.9]}}, **PBT)
 
@@ -75,26 +75,26 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
     [
         ({"space": {"train.optimzer.lr": {"uniform": [0.1, 1]}}}, {}, "train.optimzer: unknown key; did you mean 'optimizer'"),
         ({"space": {"train.optimizer.lr": {"uniform": [1, 0.1]}}}, {}, "the first number must be below the second"),
-        ({"space": {"train.optimizer.lr": {"uniform": [-1, 1]}}}, {}, "the space holds jobs that cannot be trained: lr -1"),
-        ({"space": {"train.global_batch": {"choice": [8, 9]}}}, {}, "cannot be trained: global_batch 9"),
+        ({"space": {"train.optimizer.lr": {"uniform": [-1, 1]}}}, {}, "a corner of the space isn't a valid job: lr -1"),
+        ({"space": {"train.global_batch_size": {"choice": [8, 9]}}}, {}, "isn't a valid job: global_batch_size 9"),
         ({"space": {"train.optimizer.momentum": {"uniform": [0, 0.9]}}}, {}, "train.optimizer.momentum: unknown key"),
-        ({"space": {"train.optimizer.name": {"choice": ["adamw", "sgd"]}}}, {}, "write whole ones instead, as space.train.opt"),
-        ({"space": {"model.num_attention_heads": {"choice": [4, 5]}}}, {}, "cannot be trained: num_attention_heads 5"),
-        ({"space": {"train.global_batch": {"randint": [8, 16]}}}, {}, "trial 0 would be no valid job: global_batch"),
-        ({"space": {"name": {"choice": ["a", "b"]}}}, {}, "space.name: cannot be swept"),
+        ({"space": {"train.optimizer.name": {"choice": ["adamw", "sgd"]}}}, {}, "Vary whole optimizers instead: space.train.opt"),
+        ({"space": {"model.num_attention_heads": {"choice": [4, 5]}}}, {}, "isn't a valid job: num_attention_heads 5"),
+        ({"space": {"train.global_batch_size": {"randint": [8, 16]}}}, {}, "trial 0 isn't a valid job: global_batch_size"),
+        ({"space": {"name": {"choice": ["a", "b"]}}}, {}, "space.name: can't be varied"),
         ({"space": {}}, {}, "space"),
-        ({"job": "jbo.yaml"}, {}, "job: there is no file 'jbo.yaml'"),
+        ({"job": "jbo.yaml"}, {}, "job: 'jbo.yaml': no such file"),
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key; did you mean 'steps'"),
         ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is in set, too"),
-        ({"metric": "los"}, {}, "metric: 'los' is no score of heliostat.recipes:CausalLM; did you mean 'loss'"),
+        ({"metric": "los"}, {}, "metric: 'los' isn't a score of heliostat.recipes:CausalLM; did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
-        ({}, {"workers.count": [1, 4]}, "is elastic; a sweep needs a number"),
-        ({}, {"train.parallel": "auto"}, "train.parallel auto would be another layout a trial"),
+        ({}, {"workers.count": [1, 4]}, "is elastic, and a sweep needs a number"),
+        ({}, {"train.parallel": "auto"}, "train.parallel auto could choose another configuration"),
         ({"budget": {}}, {}, "budget: searcher 'random' never ends"),
         ({"budget": {"trials": 0}}, {}, "budget.trials: 0 should be greater than 0"),
         ({"budget": {"tokens": 1000}}, {}, "budget.tokens: 1,000 is below one trial's 51,200 tokens"),
         ({"budget": {"gpu_hours": 2}}, {}, "budget.gpu_hours: the job's workers have no GPUs"),
-        ({"searcher": {"name": "grid"}}, {}, "searcher 'grid' needs listed values"),
+        ({"searcher": {"name": "grid"}}, {}, "searcher 'grid' needs lists of values"),
         ({"space": {"train.seed": {"grid": [1, 2]}}}, {}, "grid needs searcher.name 'grid'"),
         (
             {"space": {"train.seed": {"grid": [1, 2, 3]}}, "searcher": {"name": "grid"}, "budget": {"trials": 2}},
@@ -102,7 +102,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
             "budget.trials: 2 is below the grid's 3 trials",
         ),
         ({"searcher": {"name": "bohb"}}, {}, "searcher.name: 'bohb' is not a choice"),
-        ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: is required for 'asha'"),
+        ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: required for 'asha'"),
         (
             {"scheduler": {"name": "asha", "grace": 15}},
             {},
@@ -111,25 +111,25 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
         ({"scheduler": {"name": "asah"}}, {}, "did you mean 'asha'"),
         ({"scheduler": {"name": "bohb"}}, {}, "'bohb' is not a choice; valid: asha, hyperband, median, none, pb2, pbt"),
-        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.grace: is required for 'hyperband'"),
-        ({"scheduler": {"name": "pb2"}}, {}, "scheduler.interval: is required for 'pb2'"),
+        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.grace: required for 'hyperband'"),
+        ({"scheduler": {"name": "pb2"}}, {}, "scheduler.interval: required for 'pb2'"),
         (
             {"scheduler": {"name": "pb2", "interval": 10}, "space": {"train.grad_clip": {"choice": [0.5, 1.0]}}},
             {},
-            "space.train.grad_clip: 'pb2' models ranges; write one instead of choice",
+            "space.train.grad_clip: 'pb2' needs ranges. Write one instead of choice",
         ),
         (
             {"scheduler": {"name": "asha", "grace": 10}, "space": {"train.steps": {"choice": [50, 100]}}},
             {},
-            "space.train.steps: trials of other lengths cannot be compared",
+            "space.train.steps: trials of different lengths can't be compared",
         ),
-        ({"scheduler": {"name": "pbt"}}, {}, "scheduler.interval: is required for 'pbt'"),
+        ({"scheduler": {"name": "pbt"}}, {}, "scheduler.interval: required for 'pbt'"),
         (
             {"scheduler": {"name": "pbt", "interval": 10}, "space": {"model.hidden_size": {"choice": [32, 64]}}},
             {},
-            "space.model.hidden_size: 'pbt' cannot change it in the middle of a run",
+            "space.model.hidden_size: 'pbt' can't change it during a run",
         ),
-        ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: 'pbt' needs its population"),
+        ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: required for 'pbt'"),
     ],
 )
 def test_a_bad_sweep_is_one_clear_error(tmp_path, changes, job, needle):
@@ -241,7 +241,7 @@ def test_trials_of_a_resumed_sweep_follow_the_rules_of_those_before(tmp_path):
 
     def rules(of: SweepPlan) -> tuple:
         train = of.job(0, {}).train
-        return train.recipe_version, train.accumulate
+        return train.recipe_version, train.grad_accum_dtype
 
     train = made.base["train"]
     earlier = resumed({key: value for key, value in train.items() if key not in spec.BEFORE_KEYS})

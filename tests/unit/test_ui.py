@@ -1,4 +1,4 @@
-"""`heliostat ui` takes its server with it, however it ends."""
+"""`heliostat run ui` takes its server with it, however it ends."""
 
 import signal
 import socket
@@ -45,7 +45,7 @@ def test_a_port_that_is_taken_is_said_before_a_server_starts(host, tmp_path):
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port: {port} on {host} is taken"):
+        with pytest.raises(ConfigError, match=f"--port: {port} on {host} is in use"):
             serve(f"sqlite:///{tmp_path}/mlflow.db", host, port, keys_in(tmp_path), print)
 
 

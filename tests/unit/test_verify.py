@@ -1,4 +1,4 @@
-"""`heliostat verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
+"""`heliostat run verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
 
 import dataclasses
 import itertools
@@ -244,7 +244,7 @@ def test_a_run_without_receipts_says_so(run):
     """It was stopped before its first checkpoint."""
     run.location.join("receipts").delete()
     run.location.join("checkpoints").delete()
-    with pytest.raises(ConfigError, match="has no receipts; the first is written with the first checkpoint"):
+    with pytest.raises(ConfigError, match=r"has no receipts yet\. The first is written with the first checkpoint"):
         verify.verify(run.location)
 
 
@@ -314,18 +314,18 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
     """Exit code 0, one line, nothing on standard error; --json prints the report."""
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location))
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location))
     assert (code, err) == (0, "") and out == (
         "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
     )
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     assert (code, err) == (0, "") and json.loads(out) == right(23)
 
 
 def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
     run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
-    code, out, err = command(monkeypatch, capsys, "verify", str(run.location), "--json")
+    code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     told = json.loads(out)
     assert code == 1 and told["first_difference"]["step"] == 8 and not told["ok"]
     assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err
@@ -340,7 +340,7 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, a
     """Bad input, with what to give instead."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))
     assert (code, out) == (2, "") and err == (
-        f"error: {tmp_path}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME\n"
+        f"error: {tmp_path}: isn't a run (no checkpoints, no receipts). Pass a run id, or a run's folder STORAGE/NAME\n"
     )
 
 
@@ -393,5 +393,5 @@ def test_a_receipt_of_a_version_to_come_is_named(tmp_path):
     run, _ = rows_run(tmp_path, [2, 2])
     file = run.join("receipts", "step-00000008.json")
     file.write(json.dumps(json.loads(file.read()) | {"version": 99}).encode())
-    with pytest.raises(VerifyError, match=r"step-00000008\.json: is of version 99, which a newer heliostat wrote"):
+    with pytest.raises(VerifyError, match=r"step-00000008\.json: has version 99, from a newer heliostat"):
         verify.verify(run)

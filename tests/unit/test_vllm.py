@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from heliostat import extras
 from heliostat.apps.serve.row import Row, Stopping
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.inference import vllm_engine
@@ -38,10 +39,13 @@ from tests.unit.build_language_model import PROMPTS
 
 def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, tmp_path):
     assert loading.choose("transformers", model, "chat", 1) == ("transformers", transformers.__version__)
-    assert loading.choose("auto", model, "chat", 0) == ("transformers", "there is no GPU here")
-    assert loading.choose("auto", model, "classify", 1) == ("transformers", "vLLM does not classify here")
+    assert loading.choose("auto", model, "chat", 0) == ("transformers", "this machine has no GPU")
+    assert loading.choose("auto", model, "classify", 1) == (
+        "transformers",
+        "heliostat doesn't support vLLM for the task classify",
+    )
     (tmp_path / "config.json").write_text('{"model_type": "clip", "architectures": ["CLIPModel"]}')
-    assert loading.choose("auto", tmp_path, "embed", 1)[1] == "vLLM does not embed with a CLIP here"
+    assert loading.choose("auto", tmp_path, "embed", 1)[1] == "heliostat doesn't support vLLM for CLIP embeddings"
     with pytest.raises(ConfigError, match="--engine: 'tensorrt' is none of auto, transformers, vllm"):
         loading.choose("tensorrt", model, "chat", 1)
 
@@ -49,21 +53,19 @@ def test_without_a_gpu_or_the_package_transformers_answers_and_says_why(model, t
 def test_where_vllm_is_not_installed_a_line_says_how_it_comes(model):
     if "vllm" in sys.modules or loading.find_spec("vllm"):
         pytest.skip("vLLM is installed")
-    assert loading.choose("auto", model, "chat", 1)[1] == (
-        "vLLM is not installed, which comes with the extra 'vllm': pip install 'heliostat[vllm]'"
-    )
+    assert loading.choose("auto", model, "chat", 1)[1] == f"vLLM isn't installed ({extras.command('vllm')})"
     with pytest.raises(HeliostatError) as found:
         loading.choose("vllm", model, "chat", 0)
-    assert str(found.value) == "--engine vllm needs the extra 'vllm': pip install 'heliostat[vllm]' (there is no module 'vllm')"
+    assert str(found.value) == f"--engine vllm needs the extra 'vllm' (no module 'vllm'). Run: {extras.command('vllm')}"
 
 
 def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model, vllm):
     known = {"LlamaForCausalLM"}
     assert loading.choose("auto", model, "serve", 1, lambda: known) == ("vllm", "0.33.0")
-    assert loading.choose("auto", model, "serve", 1, set) == ("transformers", "vLLM has no LlamaForCausalLM")
-    with pytest.raises(ConfigError, match="--engine vllm: vLLM has no LlamaForCausalLM; give --engine transformers"):
+    assert loading.choose("auto", model, "serve", 1, set) == ("transformers", "vLLM doesn't support LlamaForCausalLM")
+    with pytest.raises(ConfigError, match=r"--engine vllm: vLLM doesn't support LlamaForCausalLM\. Use --engine transformers"):
         loading.choose("vllm", model, "serve", 1, set)
-    with pytest.raises(ConfigError, match="--engine vllm: there is no GPU here"):
+    with pytest.raises(ConfigError, match="--engine vllm: this machine has no GPU"):
         loading.choose("vllm", model, "serve", 0, lambda: known)
 
 
@@ -86,12 +88,12 @@ def test_scores_add_up_and_one_that_is_missing_is_an_error():
     at = [None, {5: SimpleNamespace(logprob=-1.5)}, {7: SimpleNamespace(logprob=-0.5), 8: SimpleNamespace(logprob=-0.1)}]
     assert vllm_engine.nats([3, 5, 7], at) == 2.0
     for tokens, found in (([3, 5], at), ([3, 5, 9], at), ([3, 5, 7], [*at[:2], None])):
-        with pytest.raises(ValueError, match="vLLM has scored"):
+        with pytest.raises(ValueError, match="vLLM scored"):
             vllm_engine.nats(tokens, found)
     told = vllm_engine.probabilities(at[2], 7, 1)
     assert told == {"chosen": -0.5, "best": [(8, -0.1)]} and vllm_engine.probabilities(at[2], 7, 0)["best"] == []
     assert [vllm_engine.rank(n) for n in (1, 2, 8, 9, 512)] == [1, 8, 8, 16, 512]
-    with pytest.raises(ConfigError, match="rank 512 at most, not 513"):
+    with pytest.raises(ConfigError, match="up to rank 512, not 513"):
         vllm_engine.rank(513)
 
 
@@ -265,7 +267,7 @@ def test_an_adapter_of_another_model_is_refused_before_vllm_starts(model, vllm, 
     path = "base_model.model.model.layers.0.self_attn.q_proj"
     pair = {f"{path}.lora_A.weight": torch.ones(4, 9), f"{path}.lora_B.weight": torch.ones(9, 4)}
     save_file(pair, tmp_path / "one/adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"q_proj: its matrices are .* is it an adapter of another model\?"):
+    with pytest.raises(ConfigError, match=r"q_proj: its matrices are .*\. Pass an adapter of this model"):
         VllmEngine(model, 4, {"one": str(tmp_path / "one")})
 
 

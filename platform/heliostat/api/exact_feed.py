@@ -1,7 +1,7 @@
-"""Feeds a worker from an `ExactStream`: with its share of every step's samples, for which it writes the receipts.
+"""Feeds a worker from an `ExactStream`: yields its share of every step's samples, and writes the receipts.
 
-Rank 0 starts the Ray Dataset, in the worker itself, because only there it is known at which step the checkpoint stands; the
-others get their parts from it. The stream ends with the workers, and begins from scratch wherever the next ones start.
+Rank 0 starts the Ray Dataset in its worker, because only the worker knows the checkpoint's step. The other ranks get their
+parts from it. The stream ends with the workers; the next ones start a new stream.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ START_S = 120.0  # for the actor that hands out the parts of the stream
 class Batch:
     """Holds a worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
 
-    `step`: counted from 1; `lanes`: the canonical ranks whose samples they are, in this order; `replaced`: how many of the
-    samples stand in for bad ones.
+    `step`: counted from 1; `lanes`: the virtual ranks of the samples, in this order; `replaced`: how many of the samples stand
+    in for bad ones.
     """
 
     step: int
@@ -61,22 +61,24 @@ class Sealed(TypedDict):
 
 
 class Feed(Iterator[Batch]):
-    """Iterates over a worker's batches, one a step, from the step that it was opened at to the last."""
+    """Iterates over a worker's batches, one per step, from the step at which it was opened to the last."""
 
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
-            raise ConfigError("ExactStream.start: call it in the training function of a TorchTrainer, on every worker")
+            raise ConfigError(
+                "ExactStream.start: called outside a TorchTrainer. Call it in the training function, on every worker"
+            )
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.job, self.plan, self.folder = job, plan, Location(folder)
         self.done, self.last_step = step, job.last_step
         workers = divisors(plan.shape.lanes)
         if self.world not in workers:
             raise ConfigError(
-                f"ExactStream.start: {self.world} workers do not divide the stream's {self.plan.shape.lanes} lanes; use "
-                f"{' or '.join(map(str, workers))}"
+                f"ExactStream.start: {self.world} workers don't divide the stream's {self.plan.shape.lanes} "
+                f"virtual ranks. Use {' or '.join(map(str, workers))}"
             )
         if not 0 <= step <= self.last_step:
-            raise ConfigError(f"ExactStream.start: step {step} is not between 0 and the stream's {self.last_step}")
+            raise ConfigError(f"ExactStream.start: step {step} isn't between 0 and the stream's last step, {self.last_step}")
         self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
         self.dataset = open_dataset(self.plan)
         self._unsealed = Unsealed(self.folder, self.dataset, self.group)
@@ -94,14 +96,14 @@ class Feed(Iterator[Batch]):
         self.done += 1
         self._unsealed.add(index, mine)
         for bad in mine.bad:
-            log.warning("step %d: a bad sample was replaced: %s", self.done, bad.reason)
+            log.warning("step %d: replaced a bad sample: %s", self.done, bad.reason)
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
-        """Seals the steps that came since the last receipt, and returns what the run's receipts say so far. Collective.
+        """Seals the steps since the last receipt, and returns the state of the run's receipts. Collective.
 
-        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if more
-        bad samples were replaced than `data.max_bad_fraction` allows.
+        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if
+        more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:
@@ -117,7 +119,7 @@ class Feed(Iterator[Batch]):
         self._parts = []
 
     def _begin(self, step: int) -> tuple[str, int]:
-        """Prepares the folder, and returns the receipts' chain up to the step and the number of bad samples before it."""
+        """Prepares the folder. Returns the receipts' chain up to the step, and the number of bad samples before it."""
         chain, replaced = agreement.first(self.group, lambda: self._started(step))
         return chain, replaced if self.rank == 0 else 0
 
@@ -126,13 +128,13 @@ class Feed(Iterator[Batch]):
         ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
         if step not in ends:
             known = ", ".join(map(str, sorted(ends)))
-            raise ConfigError(f"ExactStream.start: no receipt in {self.folder} ends at step {step}; go on from one of {known}")
+            raise ConfigError(f"ExactStream.start: no receipt in {self.folder} ends at step {step}. Continue from one of {known}")
         segments.begin(self.folder, self.plan, step)
         listed = self.folder.join(run_folder.QUARANTINE)
         return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
 
     def _share(self) -> list[DataIterator]:
-        """Distributes the stream, which rank 0 starts: returns every worker's part of it.
+        """Distributes the stream, which rank 0 starts. Returns this worker's part.
 
         The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
         """
@@ -152,12 +154,12 @@ class Feed(Iterator[Batch]):
         return parts
 
     def _dataset(self) -> RayDataset:
-        """Makes the Ray Dataset. Where the trainer's workers leave no CPU free, fetching takes none of Ray's: it mostly waits."""
+        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, fetching reserves none, because it mostly waits."""
         data = self.job.data
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
         size = sample_bytes(data.sequence_length, self.dataset.sources)
         if crowd := nodes.crowded_now(self.job):
-            log.warning("%s; so reading takes no CPU of Ray's, and shares the workers' cores", crowd)
+            log.warning("%s, so reading reserves no CPU in Ray, and shares the workers' cores", crowd)
         return stream.dataset(task, max(2, self.world), data.memory_limit, size, data.labels, own_cpu=not crowd)
 
 

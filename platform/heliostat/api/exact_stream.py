@@ -1,16 +1,18 @@
 """Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
 
-    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "lanes": 4}, steps=100, global_batch=8,
+    stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100,
+    global_batch_size=8,
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
         feed = config["stream"].start(done)       # the steps that your checkpoint holds; 0 at first
         for batch in feed:                        # batch.step, batch.content: this worker's share of the step's global batch
             ...
-            receipt = feed.receipt()              # wherever you save a checkpoint: behind the step that came last
+            receipt = feed.receipt()              # wherever you save a checkpoint, after the last step
 
-Every step's global batch follows from the data, the seed and the step: it is the same on any number of workers that divides the
-lanes. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat verify FOLDER` can check it.
+Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that
+divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat run verify
+FOLDER` can check it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 from heliostat import schema
 from heliostat.config import spec, workspace
 from heliostat.config.fields import divisors
+from heliostat.config.sections import Data
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.data.manifest import Manifest
@@ -35,7 +38,7 @@ if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan d
 
 
 class AnySamples:
-    """Implements the least of a recipe: takes samples of the kind that the job asks for, whatever is in them."""
+    """Implements the minimum of a recipe: accepts samples of the kind that the job asks for, with any content."""
 
     def __init__(self, job: Job) -> None:
         self.kind = "tokens" if job.data.sequence_length else "rows"
@@ -46,7 +49,7 @@ class AnySamples:
 
 @dataclass(frozen=True)
 class ExactStream:
-    """Describes an exact stream of samples as plain data, which is given to the workers in `train_loop_config`."""
+    """Describes an exact stream of samples as plain data, for `train_loop_config`."""
 
     job: Job
     plan: DataPlan
@@ -59,14 +62,14 @@ class ExactStream:
 
     @property
     def workers(self) -> list[int]:
-        """Lists the numbers of workers that can share the stream: each divides the lanes."""
+        """Lists the numbers of workers that can share the stream: each divides the number of virtual ranks."""
         return divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:
-        """Opens this worker's share of the steps behind `step`, up to the last. Collective: all call it, with the same step.
+        """Opens this worker's share of the steps after `step`. Collective: all workers call it with the same step.
 
-        ConfigError if the number of workers does not divide the lanes, or if no receipt ends at the step. What the folder holds
-        of later steps is removed: they come again.
+        ConfigError if the number of workers doesn't divide the virtual ranks, or if no receipt ends at the step. Records of
+        later steps are removed from the folder, because those steps run again.
         """
         from heliostat.api.exact_feed import Feed
 
@@ -74,7 +77,7 @@ class ExactStream:
 
 
 def plan_stream(job: Job, folder: str) -> ExactStream:
-    """Plans a job's data; where the folder has a plan, continues by that: ConfigError if the samples would be others."""
+    """Plans a job's data. If the folder has a plan, continues with it; ConfigError if the samples would differ."""
     place = Location(folder).absolute(workspace.root())
     try:
         place.probe()
@@ -85,24 +88,25 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     checked = check_data(job, AnySamples(job), recorded)  # type: ignore[arg-type]
     if recorded and (changes := recorded.differences(checked.plan)):
         raise ConfigError(
-            f"{place}: holds the data plan of other samples; undo this, or give another folder:\n  " + "\n  ".join(changes)
+            f"{place}: holds the data plan of other samples. Undo this, or pass another folder:\n  " + "\n  ".join(changes)
         )
     return ExactStream(checked.job, checked.plan, str(place))
 
 
-def data_job(data: Mapping[str, object], steps: int, global_batch: int, held_out: float) -> Job:
-    """Builds a job of nothing but its data, by the rules and in the keys of a job file's."""
-    lanes = data.get("lanes")
-    divides = isinstance(lanes, int) and isinstance(global_batch, int) and lanes > 0 and global_batch % lanes == 0
+def data_job(data: Mapping[str, object], steps: int, global_batch_size: int, held_out: float) -> Job:
+    """Builds a job that has only data, by the rules and keys of a job file."""
+    data = schema.renamed(Data, dict(data))
+    ranks = data.get("virtual_ranks")
+    divides = isinstance(ranks, int) and isinstance(global_batch_size, int) and ranks > 0 and global_batch_size % ranks == 0
     raw: dict[str, object] = {
         "name": "stream",
         "recipe": "heliostat.exact_stream:AnySamples",
         "model": {},
-        "data": dict(data),
+        "data": data,
         "train": {
             "steps": steps,
-            "global_batch": global_batch,
-            "micro_batch": global_batch // lanes if divides else 1,  # type: ignore[operator]
+            "global_batch_size": global_batch_size,
+            "micro_batch_size": global_batch_size // ranks if divides else 1,  # type: ignore[operator]
             "optimizer": {"lr": 1.0},
         },
         "checkpoint": {"every": 1},

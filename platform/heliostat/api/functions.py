@@ -1,6 +1,6 @@
-"""Defines what `import heliostat` offers: a job loaded, checked and trained, a run looked into, a model that answers, exact data.
+"""Defines what `import heliostat` offers: load, check, and train a job, read a run, generate with a model, and exact data.
 
-Each function does what the command of its name does, and raises what that would print: a HeliostatError of one line.
+Each function does the same as the command of its name, and raises a HeliostatError of one line where the command prints one.
 docs/python-api.md is the reference.
 """
 
@@ -36,13 +36,13 @@ Overrides = Mapping[str, object] | Sequence[str]
 
 
 def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Job:
-    """Loads a job from its YAML file, or from what one would hold; ConfigError names every wrong key.
+    """Loads a job from its YAML file, or from a mapping; ConfigError names every wrong key.
 
-    `overrides`: {"train.steps": 100}, or ["train.steps=100"] as `--set` takes it. Relative paths are of the current folder.
+    `overrides`: {"train.steps": 100}, or ["train.steps=100"] like `--set`. Relative paths start at the current folder.
     """
     if isinstance(job, Mapping):
-        return spec.resolve(schema.validate(Job, schema.apply(dict(job), settings(overrides)), "job"))
-    return spec.load(_path("job", job, "a job file, its mapping, or a Job"), settings(overrides))
+        return checks.make_job(spec.apply(schema.renamed(Job, dict(job)), settings(overrides)), "job")
+    return checks.load_job(_path("job", job, "a job file, its mapping, or a Job"), settings(overrides))
 
 
 def check(job: Job | Place, cluster: Place | None = None) -> Checked:
@@ -53,13 +53,14 @@ def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     from heliostat.plan import auto
 
     cluster_file = Path(cluster) if cluster is not None else None
-    return checks.check(auto.settled(_job(job), cluster_file), cluster_file)
+    wanted = _job(job, cluster=cluster_file)
+    return checks.check(auto.settled(wanted, cluster_file), cluster_file)
 
 
 def prepare(pipeline: Place, overrides: Overrides = (), force: bool = False) -> dict[str, object]:
-    """Makes a dataset by a pipeline's YAML file; does nothing if it is up to date, unless `force` is given.
+    """Makes a dataset from a pipeline's YAML file. Does nothing if the dataset is up to date, unless `force` is set.
 
-    Returns the report that `heliostat prepare --json` prints: dataset, digest, tokens, dropped and more.
+    Returns the report that `heliostat data prepare --json` prints: dataset, digest, tokens, dropped, and more.
     """
     from heliostat.curation.prepare import prepare as run
 
@@ -76,14 +77,14 @@ def train(
 ) -> Run:
     """Trains a job to its last step, exports and registers its model, and returns the run.
 
-    `resume`: continues from the run's last checkpoint, if there is one; `overwrite`: deletes the run of this name first;
+    `resume`: continues from the run's last checkpoint, if there is one. `overwrite`: deletes the run of this name first.
     `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
-    Ctrl-C or SIGTERM, behind a checkpoint.
+    Ctrl-C or SIGTERM, after a checkpoint.
     """
     from heliostat.plan import auto
     from heliostat.training.run import train_job
 
-    job = auto.settled(_job(job), resume=resume)
+    job = auto.settled(_job(job, resume=resume), resume=resume)
     train_job(job, resume, overwrite, allow_data_change, verbose)
     return Run(job.run_folder.uri, job.mlflow.uri)
 
@@ -115,10 +116,12 @@ def generate(
     tracking_uri: str | None = None,
     **options: object,
 ) -> Generated | list[Generated]:
-    """Lets a model write or draw, in this process: one answer to a prompt, or a list of answers, the i-th by seed + i.
+    """Generates text or images with a model, in this process: one answer for a prompt, or a list of answers, the i-th with
+    seed + i.
 
-    `model`: an exported folder, models:/NAME/VERSION, or a run id; `out`: where an image goes (a text may), or the folder
-    of those of many prompts; `options`: as the command has them, `max_tokens=64`, `steps=20`, each without its dashes.
+    `model`: an exported folder, models:/NAME/VERSION, or a run id. `out`: the file of an image (optional for text), or the
+    folder for the images of several prompts. `options`: the command's options without dashes, for example `max_tokens=64` or
+    `steps=20`.
     """
     from heliostat.inference.generate import answer
     from heliostat.tracking.mlflow_client import default_uri
@@ -139,30 +142,37 @@ def datasets(
     *,
     folder: str,
     steps: int | None = None,
-    global_batch: int | None = None,
+    global_batch_size: int | None = None,
     held_out: float = 0.0,
+    global_batch: int | None = None,
 ) -> ExactStream:
     """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
 
-    `data`: the keys of a job's `data`, with `steps`, `global_batch` (samples of a step over all workers) and `held_out` (the
-    fraction of samples that is left out of the order); or a whole Job, which holds all of these itself. `folder`: gets the plan,
-    the receipts and the list of bad samples; one that has a plan is gone on with, ConfigError if the samples would be others.
+    `data`: the keys of a job's `data`, with `steps`, `global_batch_size` (samples per step over all workers), and `held_out` (the
+    fraction of samples to leave out); or a complete Job. `folder`: for the plan, the receipts, and the list of bad samples. If
+    it has a plan, the stream continues with it; ConfigError if the samples would differ.
     """
     from heliostat.api.exact_stream import data_job, plan_stream
 
+    if global_batch is not None and global_batch_size is not None:
+        raise ConfigError("heliostat.datasets: global_batch is the old name of global_batch_size, and both are given")
+    global_batch_size = global_batch_size if global_batch is None else global_batch
     if not isinstance(data, Job | Mapping):
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
     if isinstance(data, Job):
-        if steps is not None or global_batch is not None or held_out:
-            raise ConfigError("heliostat.datasets: steps, global_batch and held_out are what the job says; leave them out")
+        if steps is not None or global_batch_size is not None or held_out:
+            raise ConfigError("heliostat.datasets: steps, global_batch_size, and held_out come from the job. Leave them out")
         return plan_stream(data, folder)
-    if steps is None or global_batch is None:
-        raise ConfigError("heliostat.datasets: give steps and global_batch, the samples of a step over all workers")
-    return plan_stream(data_job(data, steps, global_batch, held_out), folder)
+    if steps is None or global_batch_size is None:
+        raise ConfigError(
+            "heliostat.datasets: steps and global_batch_size are required. global_batch_size counts the samples per step "
+            "over all workers"
+        )
+    return plan_stream(data_job(data, steps, global_batch_size, held_out), folder)
 
 
 def settings(overrides: Overrides) -> list[str]:
-    """Converts the overrides to settings as `--set` takes them."""
+    """Converts the overrides to settings in the form of `--set`."""
     if isinstance(overrides, Mapping):
         return [f"{key}={_json(key, value)}" for key, value in overrides.items()]
     lines = [overrides] if isinstance(overrides, str) else overrides
@@ -175,24 +185,28 @@ def _json(key: str, value: object) -> str:
     try:
         return json.dumps(value)
     except (TypeError, ValueError) as e:
-        raise ConfigError(f"overrides: {key}: {brief(repr(value))} is no value that YAML has ({e})") from e
+        raise ConfigError(f"overrides: {key}: YAML can't represent {brief(repr(value))} ({e})") from e
 
 
 def _path(key: str, value: object, wanted: str) -> Path:
-    """Returns a path that a person gave; ConfigError that names the argument if it is of another kind."""
+    """Returns a path that the user gave; ConfigError that names the argument if it is of another type."""
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{key}: expected {wanted}, got {brief(repr(value))}")
     return Path(value)
 
 
-def _job(job: Job | Place) -> Job:
-    return job if isinstance(job, Job) else load_job(job)
+def _job(job: Job | Place | Mapping[str, object], cluster: Path | None = None, resume: bool = False) -> Job:
+    if isinstance(job, Job):
+        return job
+    if isinstance(job, Mapping):
+        return load_job(job)
+    return checks.load_job(_path("job", job, "a job file, its mapping, or a Job"), cluster=cluster, resume=resume)
 
 
 def install() -> None:
-    """Shows an uncaught error that a person can fix in one line; the hook that is there gets all other errors.
+    """Prints an uncaught error in one line if the user can fix it; the previous hook handles all other errors.
 
-    Nothing else changes: the error itself keeps its traceback and its cause.
+    The error itself keeps its traceback and its cause.
     """
     before = sys.excepthook
 

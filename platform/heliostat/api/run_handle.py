@@ -1,6 +1,6 @@
-"""Opens a run's folder to Python: its curves, checkpoints, receipts, an export, answers of its model.
+"""Reads a run's folder from Python: its curves, checkpoints, and receipts; exports it, and generates with its model.
 
-run = heliostat.Run(".heliostat/runs/quickstart")     # or an MLflow run id
+run = heliostat.Run(".heliostat/runs/quickstart") # or an MLflow run id
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 
 class Run:
-    """Opens a run; ConfigError if there is no such run. Everything is read when it is asked for, so a run under way can be looked
-    into."""
+    """Opens a run; ConfigError if there is no such run. Reads everything on demand, so it also works for a running run."""
 
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
-        """Finds the run by its folder (STORAGE/NAME, also on S3) or its MLflow run id; `tracking_uri`: of the store that knows
-        the id."""
+        """Finds the run by its folder (STORAGE/NAME, also on S3) or its MLflow run id. `tracking_uri`: the store that has the
+        id."""
         from heliostat.tracking.mlflow_client import default_uri
         from heliostat.tracking.models import find_run
 
@@ -67,16 +66,17 @@ class Run:
 
     @property
     def result(self) -> Ending | None:
-        """Reads what `heliostat train --json` printed at the end; None before that."""
+        """Reads the output of `heliostat train --json`; None before the run has ended."""
         try:
             return json.loads(self._place.join(run_folder.RESULT).read())
         except FileNotFoundError:
             return None
 
     def metrics(self) -> dict[str, dict[int, float]]:
-        """Reads every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by step.
+        """Reads every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by
+        step.
 
-        Steps count what is done: 1 is the first.
+        Steps count from 1.
         """
         from heliostat.tracking.local_curves import read
 
@@ -86,20 +86,22 @@ class Run:
         return curves
 
     def losses(self) -> dict[int, float]:
-        """Reads the training loss of every step, 1 the first, up to the newest checkpoint."""
+        """Reads the training loss of every step, counted from 1, up to the newest checkpoint."""
         return self.metrics().get("train/loss", {})
 
     def checkpoints(self) -> list[RetentionRow]:
-        """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage, metrics}.
+        """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage,
+        metrics}.
 
-        `written`: seconds since 1970; one that is not whole has a fault, and nothing from `written` on.
+        `whole`: whether it is complete; an incomplete one has a `fault`, and no later fields. `written`: seconds since 1970.
         """
         from heliostat.checkpoint.retention import survey
 
         return survey(self._place)
 
     def receipts(self) -> list[ReceiptFile]:
-        """Reads the receipts, in order: each of the steps `first` + 1 to `end`, a digest a step, and the chain behind them."""
+        """Reads the receipts, in order: each covers the steps `first` + 1 to `end`, with one digest per step, and the chain
+        after them."""
         from heliostat.runs.history import receipts
 
         return receipts(self._place)
@@ -117,15 +119,15 @@ class Run:
         return verify(self._place)
 
     def goodput(self) -> Goodput:
-        """Reports where the time went, in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
+        """Reports the use of time in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
         from heliostat.runs.goodput import read_report
 
         return read_report(self._place)
 
     def export(self, to: str | os.PathLike[str], step: int | None = None) -> Path:
-        """Writes a checkpoint (the newest, if no step is given) as a folder that `from_pretrained` loads; returns it.
+        """Writes a checkpoint (the newest, if no step is given) to a folder for `from_pretrained`; returns the folder.
 
-        ConfigError if the folder is there and not empty; CheckpointError if there is no such checkpoint.
+        ConfigError if the folder isn't empty; CheckpointError if there is no such checkpoint.
         """
         from heliostat.inference.export import export
 
@@ -146,7 +148,8 @@ class Run:
     def generate(
         self, prompts: str | Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> Generated | list[Generated]:
-        """Lets the model of a checkpoint (the newest, if no step is given) write or draw: as `heliostat.inference.generate`."""
+        """Generates text or images with the model of a checkpoint (the newest, if no step is given), like
+        `heliostat.generate`."""
         from heliostat.inference.generate import answer
 
         with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:
@@ -157,10 +160,10 @@ class Run:
 
         if step is not None:
             if step not in (steps := layout.steps(self._place)):
-                have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}; {have}")
+                have = ", ".join(map(str, steps)) or "none"
+                raise CheckpointError(f"step: {self._place} has no checkpoint of step {step}. Its checkpoints: {have}")
             return layout.open_checkpoint(self._place, step)
         saved = layout.latest(self._place)
         if saved is None:
-            raise CheckpointError(f"{self._place}: holds no complete checkpoint")
+            raise CheckpointError(f"{self._place}: has no complete checkpoint")
         return saved

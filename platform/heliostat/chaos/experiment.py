@@ -80,18 +80,19 @@ def chaos(
     job_given = check.load_job(path, settings)
     if job_given.train.parallel.auto:
         raise ConfigError(
-            "train.parallel: auto may be another layout after each fault; set what `heliostat plan JOB --rank` finds"
+            "train.parallel: auto may choose another configuration after each fault. Set the one that `heliostat "
+            "plan JOB --rank` finds"
         )
     checked = check.check(job_given)
     job = checked.job
     if job.train.steps < 4 * job.checkpoint.every:
         raise ConfigError(
-            f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} steps, too few to "
-            f"break the run among them; set it to {max(1, job.train.steps // 8)}"
+            f"checkpoint.every: {job.checkpoint.every} gives fewer than four checkpoints in {job.train.steps} "
+            f"steps, too few for the faults. Set it to {max(1, job.train.steps // 8)}"
         )
     for fault in faults:
         if reason := fault.unable(job):
-            raise ConfigError(f"--faults: {fault.name} cannot be injected here: it {reason}; leave it out")
+            raise ConfigError(f"--faults: can't inject {fault.name} here: it {reason}. Leave it out")
     work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
     work.mkdir(parents=True, exist_ok=True)
     it = Chaos(path, checked, settings or [], work, seed, rate)
@@ -113,9 +114,9 @@ def chaos(
 def choose(names: list[str]) -> list[Fault]:
     for name in names:
         if name not in FAULTS:
-            raise ConfigError(f"--faults: {name!r} is no fault{schema.nearest(name, list(FAULTS))}")
+            raise ConfigError(f"--faults: unknown fault ({name}){schema.nearest(name, list(FAULTS))}")
     if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"--faults: {','.join(names)!r}: name each fault once; valid: {', '.join(FAULTS)}")
+        raise ConfigError(f"--faults: name each fault once ({','.join(names)}). Use {', '.join(FAULTS)}")
     return [FAULTS[name] for name in names]
 
 
@@ -125,7 +126,7 @@ def _unbroken(it: Chaos) -> Unbroken:
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
         if command.wait(RUN_S):
-            raise HeliostatError(f"the job does not train without faults either: {command.last_words()}; see {command.log}")
+            raise HeliostatError(f"the job doesn't train without faults either: {command.last_words()}. Read {command.log}")
         result = command.result()
     run = Location(str(it.work / "runs")).join(name)
     sizes = [sum(size for _, size in layout.folder(run, step).files()) for step in layout.steps(run)]
@@ -159,14 +160,14 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object]
             code = command.wait(RUN_S)
             scene.cured = time.time() if fault.late else None  # no step is left to make
         if code:
-            raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}; see {command.log}")
+            raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}. Read {command.log}")
         return _compare(it, fault, scene, command, whole)
 
 
 def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
     result, report = command.result(), verify(scene.run)
     if fault.name == "corrupt-shard" and not report["replaced"]:
-        raise ChaosError("the run did not come upon the damaged shard")
+        raise ChaosError("the run didn't read the damaged shard")
     attempts = goodput.read(scene.run)
     seen = scene.seen or (command.heard(fault.notice, scene.struck) if fault.notice else None)
     cured = scene.cured or (command.heard(fault.cured, scene.struck) if fault.cured else None)

@@ -98,7 +98,7 @@ class Fault:
 def _one_worker(scene: Scene, command: Command) -> psutil.Process:
     processes = workers(command.process.pid)
     if not processes:
-        raise ChaosError("no worker's process was found")
+        raise ChaosError("found no worker process")
     return scene.random.choice(processes)
 
 
@@ -132,7 +132,7 @@ def kill_driver_late(scene: Scene, command: Command) -> None:
     command.until(last.exists, SEEING_S, "the last checkpoint was written")
     time.sleep(scene.random.uniform(0.0, scene.late_s))
     if command.process.poll() is not None:
-        raise ChaosError("the run had come to its end before the fault's moment; try another --seed")
+        raise ChaosError("the run ended before the fault was due. Try another --seed")
     scene.struck = time.time()
     command.process.kill()
 
@@ -142,12 +142,12 @@ def kill_driver_late(scene: Scene, command: Command) -> None:
 
 def cannot_make_nodes(job: Job) -> str | None:
     if job.workers.gpus:
-        return "makes nodes of this machine's CPUs; set workers.gpus to 0"
+        return "simulates nodes on this machine's CPUs, so workers.gpus must be 0"
     try:
         with socket.socket() as probe:
             probe.bind(("127.0.0.2", 0))
     except OSError as e:
-        return f"needs the loopback addresses 127.0.0.2 and on, as Linux has them ({e.strerror})"
+        return f"needs the loopback addresses 127.0.0.2 and above, as on Linux ({e.strerror})"
     return None
 
 
@@ -163,7 +163,7 @@ def prepare_nodes(scene: Scene) -> LocalNodes:
 def kill_node(scene: Scene, command: Command) -> None:
     busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first is the head
     if not busy:
-        raise ChaosError("no node with a worker was found")
+        raise ChaosError("found no node with a worker")
     scene.random.choice(busy).kill()
 
 
@@ -183,7 +183,7 @@ def restart_head(scene: Scene, command: Command) -> None:
 
 
 def no_s3(job: Job) -> str | None:
-    return None if importlib.util.find_spec("moto") else f"needs an S3 server, and so {extras.advice('s3-test')}"
+    return None if importlib.util.find_spec("moto") else f"needs an S3 server. Run: {extras.command('s3-test')}"
 
 
 @contextmanager
@@ -342,7 +342,7 @@ def disk_full(scene: Scene, command: Command) -> None:
     ballast.unlink()
 
 
-AGAIN = "going on from step"
+AGAIN = "Resuming from step"
 FAULTS = {
     fault.name: fault
     for fault in (
@@ -362,7 +362,7 @@ FAULTS = {
         Fault("mlflow-down", "MLflow's server dies, and comes back", mlflow_down, prepare_mlflow,
               notice=logger.AWAY, cured=logger.BACK),
         Fault("disk-full", "the disk of the run's folder fills up, and is given room again", disk_full, prepare_disk,
-              no_disk, notice="a checkpoint could not be saved"),
+              no_disk, notice="can't save a checkpoint"),
     )
 }  # fmt: skip
 

@@ -100,13 +100,13 @@ def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps:
     """
     faults = []
     if row["lost"] or row["repeated"]:
-        faults.append(f"{row['lost']} samples were lost and {row['repeated']} repeated")
+        faults.append(f"lost {row['lost']} samples and repeated {row['repeated']}")
     if not report["ok"] or report["steps"] != steps:
-        faults.append(f"its receipts do not agree with its data: {report['first_difference']}")
+        faults.append(f"its receipts differ from its data: {report['first_difference']}")
     if curve != list(range(1, steps + 1)):
-        faults.append("MLflow does not hold the loss of every step once")
+        faults.append("MLflow doesn't have the loss of every step exactly once")
     if not math.isfinite(row["loss_difference"]):
-        faults.append("its last loss is not finite")
+        faults.append("its last loss isn't finite")
     return faults
 
 

@@ -110,8 +110,8 @@ class LocalNodes:
                 return
             self.nodes.pop().kill()
             last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            logger.warning("the Ray node at %s did not start: %s", host, last[:200])
-        raise ChaosError(f"the Ray node at {host} did not start in {STARTS} attempts ({last[:200]}); see {log}")
+            logger.warning("the Ray node at %s didn't start: %s", host, last[:200])
+        raise ChaosError(f"the Ray node at {host} didn't start in {STARTS} attempts ({last[:200]}). Read {log}")
 
 
 def _joined(process: subprocess.Popen[bytes], log: Path) -> bool:

@@ -88,16 +88,16 @@ class Command:
         try:
             return json.loads(self.said)
         except ValueError as e:
-            raise ChaosError(f"the last line of what the run printed is no result: {self.said!r}; see {self.log}") from e
+            raise ChaosError(f"the last line of the run's output isn't a result: {self.said!r}. Read {self.log}") from e
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Waits until the condition holds; ChaosError if the command ends first, or it takes longer."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
-                raise ChaosError(f"the run ended before {what}; see {self.log}")
+                raise ChaosError(f"the run ended before {what}. Read {self.log}")
             if time.monotonic() > deadline:
-                raise ChaosError(f"no {what} within {seconds:.0f} s; see {self.log}")
+                raise ChaosError(f"no {what} within {seconds:.0f} s. Read {self.log}")
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
@@ -105,7 +105,7 @@ class Command:
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
-            log.warning("the command was still there %.0f s after it had lost its cluster, and was killed", seconds)
+            log.warning("killed the command, which was still running %.0f s after it had lost its cluster", seconds)
             processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
@@ -114,14 +114,14 @@ class Command:
 
     def last_words(self) -> str:
         """Returns the last line on standard error: the error, if the command ended with one."""
-        return next((line for _, line in reversed(self.lines) if line.strip()), "nothing was said")
+        return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
     def wait(self, seconds: float) -> int:
         """Waits until the command ends and returns its exit code; ChaosError if it takes longer."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired as e:
-            raise ChaosError(f"the run did not end within {seconds:.0f} s; see {self.log}") from e
+            raise ChaosError(f"the run didn't end within {seconds:.0f} s. Read {self.log}") from e
         for reader in self._readers:
             reader.join(ENDING_S)
         return code

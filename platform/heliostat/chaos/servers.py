@@ -40,7 +40,7 @@ class ServerProcess:
         while not self._well():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                raise ChaosError(f"{self._command[2]} did not start; see {self._log}")
+                raise ChaosError(f"{self._command[2]} didn't start. Read {self._log}")
             time.sleep(0.1)
 
     def _launch(self) -> subprocess.Popen[bytes]:

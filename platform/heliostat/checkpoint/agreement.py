@@ -159,7 +159,7 @@ def _receive(where: Channel, source: int) -> object:
     first = _get(where, source, HEAD)
     size = int.from_bytes(first[:SIZE], "little")
     if size > wire.MOST:
-        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, more than {wire.MOST:,}")
+        raise TrainingError(f"worker {source} announced a message of {size:,} bytes, more than the limit of {wire.MOST:,}")
     data = first[SIZE : SIZE + size]
     if size > len(data):
         data += _get(where, source, size - len(data))

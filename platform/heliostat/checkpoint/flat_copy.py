@@ -103,7 +103,7 @@ def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> li
                 _append(copied, CopiedBytes(rank, source, target, (stop - at) * r.itemsize))
                 at = stop
         if at < end:
-            raise TrainingError(f"the copies in memory lack elements {at} to {end} of {want.name!r}")
+            raise TrainingError(f"the in-memory checkpoints lack elements {at} to {end} of {want.name!r}")
     return copied
 
 

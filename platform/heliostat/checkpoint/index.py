@@ -89,10 +89,10 @@ def build(raw: object, step: int | None) -> TensorIndex:
     if isinstance(index, CheckpointIndex):
         DataPlan.parse(index.data, "data")
         if index.step != step:
-            raise DataError(f"step: it is of step {index.step}")
+            raise DataError(f"step: the index is of step {index.step}")
     listed = index.format in LISTED
     if not listed and any(shard.index is None for shard in index.shards):
-        raise DataError("shards: one has no index")
+        raise DataError("shards: one of them has no index")
     for name, tensor in index.tensors.items():
         if fault := _fault(tensor, index.shards, listed):
             raise DataError(f"tensors: {name[:200]!r}: {fault}")
@@ -102,7 +102,7 @@ def build(raw: object, step: int | None) -> TensorIndex:
 def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
     """Finds what is wrong with a tensor; empty if nothing is."""
     if tensor.dtype not in BYTES:
-        return f"dtype {tensor.dtype[:20]!r} is none"
+        return f"unknown dtype {tensor.dtype[:20]!r}"
     if listed != (tensor.chunks is not None):  # only those of a format that lists them are checked, and used
         return "has no chunks" if listed else f"lists chunks, which formats {LISTED[0]} and {LISTED[1]} do"
     if tensor.columns != ROWS:
@@ -136,7 +136,7 @@ def root(step: int | None, facts: Mapping[str, object], whole: placement.Written
     """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
     for name, entry in whole.tensors.items():
         if fault := placement.fault(entry, len(whole.shards)):
-            raise CheckpointError(f"{name!r} cannot be saved: {fault}")
+            raise CheckpointError(f"can't save {name!r}: {fault}")
     return {**facts, "step": step, "shards": whole.shards, "tensors": whole.tensors}
 
 
@@ -167,14 +167,14 @@ def seal(data: bytes) -> SealedIndex:
 def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
     """Decodes the index of a shard, which `checkpoint.json` describes; ValueError unless it is what was written, and fits."""
     if seal(data) != shard.index:
-        raise ValueError("is not what was written (CRC-32)")
+        raise ValueError("its bytes have changed since they were written (CRC-32)")
     try:
         places = SHARD_INDEX.parse(data, "it").tensors
     except DataError as e:
         raise ValueError(str(e)) from e
     for tensor, place in places.items():
         if tensor not in tensors:
-            raise ValueError(f"{tensor[:200]!r} is no tensor of the checkpoint")
+            raise ValueError(f"{tensor[:200]!r} isn't a tensor of the checkpoint")
         if fault := _place_fault(place, BYTES[tensors[tensor].dtype], shard.bytes):
             raise ValueError(f"{tensor[:200]!r}: {fault}")
     return {(tensor, place.start): place for tensor, place in places.items()}
@@ -184,5 +184,5 @@ def _place_fault(place: ChunkPlace, itemsize: int, shard_bytes: int) -> str:
     """Finds what is wrong with a chunk's place in its shard; empty if nothing is."""
     size = place.numel * itemsize
     if place.offset + size > shard_bytes:
-        return "a chunk lies outside its shard"
-    return "" if len(place.crc32) == -(-size // BLOCK) else "a chunk has not one CRC-32 for each of its blocks"
+        return "a chunk is outside its shard"
+    return "" if len(place.crc32) == -(-size // BLOCK) else "a chunk doesn't have one CRC-32 per block"

@@ -127,7 +127,7 @@ class SavedCheckpoint:
         """
         dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another type would be taken for numbers
-            raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, and cannot be read as {target.dtype}")
+            raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, which can't be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
         for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
             low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)
@@ -142,7 +142,7 @@ class SavedCheckpoint:
         place = self.places[chunk.shard].get((name, chunk.start))
         if place is None or place.numel != chunk.numel:
             file = self.location.join(indexes.shard_name(self.index.shards[chunk.shard].file))
-            raise self.fault(f"{file}: does not list the elements of {name!r} that {INDEX} places there")
+            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} places there")
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:
@@ -162,7 +162,7 @@ class SavedCheckpoint:
         try:
             return indexes.decode_shard(file.read(), shard, self.index.tensors)
         except (OSError, ValueError) as e:
-            said = f"cannot be read ({brief(e)})" if isinstance(e, OSError) else str(e)
+            said = f"can't be read ({brief(e)})" if isinstance(e, OSError) else str(e)
             raise self.fault(f"{file}: {said}") from e
 
     def fill(self, wanted: list[tuple[int, checksums.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
@@ -191,10 +191,10 @@ class SavedCheckpoint:
         try:
             total, damaged = location.attempt(read)
         except OSError as e:
-            raise self.fault(f"{location}: cannot be read ({brief(e)})") from e
+            raise self.fault(f"{location}: can't read it ({brief(e)})") from e
         if damaged:
             where = f"bytes {damaged.offset} to {damaged.offset + damaged.size}"
-            raise self.fault(f"{location}: {where} are not what was written (CRC-32)")
+            raise self.fault(f"{location}: {where} have changed since they were written (CRC-32)")
         return total
 
     def _size(self, name: str) -> tuple[int, torch.dtype]:
@@ -270,7 +270,7 @@ def decode(data: bytes) -> object:
 def _fault(what: str, step: int | None) -> CheckpointError:
     if step is not None:
         return CorruptCheckpointError(what, step)
-    return CheckpointError(f"{what}; every checkpoint of the run needs it: put it back from a copy")
+    return CheckpointError(f"{what}. Every checkpoint of the run needs it. Restore it from a copy")
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
@@ -289,18 +289,18 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
     except FileNotFoundError as e:
         raise _fault(f"{location}: no complete checkpoint here ({INDEX} is missing)", step) from e
     except ValueError as e:
-        raise _fault(f"{location.join(INDEX)}: is not what was written (CRC-32)", step) from e
+        raise _fault(f"{location.join(INDEX)}: its bytes have changed since they were written (CRC-32)", step) from e
     if isinstance(raw, dict) and raw.get("format") not in READABLE:
-        what = f"format {brief(raw.get('format'))} is none that this version of heliostat reads"
-        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}); use a newer one")
+        what = f"format {brief(raw.get('format'))} isn't supported by this version of heliostat"
+        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}). Use a newer one")
     try:
         index, places = indexes.upgrade(indexes.build(raw, step))
     except DataError as e:  # its checksum holds: not incomplete, but foreign, or of a newer heliostat
-        raise CheckpointError(f"{location.join(INDEX)}: is no index that this version of heliostat reads ({e})") from e
+        raise CheckpointError(f"{location.join(INDEX)}: isn't an index that this version of heliostat reads ({e})") from e
     present = dict(location.files())
     for file, size in files(index):
         if present.get(file) != size:
-            raise _fault(f"{location.join(file)}: {size} bytes expected, {present.get(file, 'nothing')} found", step)
+            raise _fault(f"{location.join(file)}: expected {size} bytes, found {present.get(file, 'none')}", step)
     return SavedCheckpoint(location, cast("CheckpointIndex", index), places=places)
 
 
@@ -319,5 +319,5 @@ def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
             try:
                 return open_checkpoint(run, step)
             except CorruptCheckpointError as e:
-                log.warning("%s; using the checkpoint before", e)
+                log.warning("%s. Using the checkpoint before", e)
     return None

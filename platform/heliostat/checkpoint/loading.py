@@ -47,7 +47,7 @@ def load(
     try:
         total = agreed(group, read)
     except WorkerError as e:
-        raise CheckpointError(f"{checkpoint.location}: cannot be loaded: {e}") from e
+        raise CheckpointError(f"{checkpoint.location}: can't load it: {e}") from e
     for name, target in targets.items():
         local = _local(state[name])
         if target.data_ptr() != local.data_ptr():
@@ -63,13 +63,13 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
         n for n in state if n not in missing and (list(state[n].shape) != tensors[n].shape or not _turns(checkpoint, n, state[n]))
     ]
     if missing or wrong:
-        what = f"has no {missing[0]!r}" if missing else f"holds {wrong[0]!r} in another shape"
-        raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+        what = f"has no {missing[0]!r}" if missing else f"has {wrong[0]!r} in another shape"
+        raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
     for name, tensor in state.items():
         stored = safetensors_file.DTYPES[tensors[name].dtype]
         if stored != tensor.dtype and not (stored.is_floating_point and tensor.dtype.is_floating_point):
-            what = f"holds {name!r} as {stored}, and the model has it as {tensor.dtype}"
-            raise CheckpointError(f"{checkpoint.location}: {what}; it was made by another model")
+            what = f"has {name!r} as {stored}, but the model has it as {tensor.dtype}"
+            raise CheckpointError(f"{checkpoint.location}: {what}. Another model made this checkpoint")
 
 
 def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
@@ -121,4 +121,4 @@ def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | 
         if torch.promote_types(stored, tensor.dtype) != tensor.dtype:
             changed.setdefault(f"from {stored} to {tensor.dtype}".replace("torch.", ""), []).append(name)
     parts = [f"{len(names)} tensors {how} ({names[0]}{', ...' * (len(names) > 1)})" for how, names in changed.items()]
-    return f"{checkpoint.location}: loaded into an engine of fewer bits, rounded: {'; '.join(parts)}" if parts else None
+    return f"{checkpoint.location}: rounded to the precision of this run: {'; '.join(parts)}" if parts else None

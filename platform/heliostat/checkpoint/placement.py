@@ -2,7 +2,7 @@
 
 A tensor's chunks are kept as runs: `[shard, shards, start, numel]` are that many consecutive shards with `numel` elements each,
 the first from element `start` on. ZeRO cuts evenly, so a tensor has a run or two on any number of ranks; with
-`train.zero.divide_within` it has one for each worker. That its chunks hold every element once is checked on the table.
+`train.zero.shard_group_size` it has one for each worker. That its chunks hold every element once is checked on the table.
 """
 
 from __future__ import annotations
@@ -146,6 +146,6 @@ def fault(entry: Tensor, shards: int) -> str:
             return f"elements {end} to {start} are in no chunk, or in two"
         end += count * numel
         if shard + count > shards:
-            return "a chunk lies in no shard"
+            return "a chunk is in no shard"
     numel = math.prod(entry.shape)
     return "" if end == numel else f"its chunks hold {end} of {numel} elements"

@@ -39,7 +39,7 @@ class Result(TypedDict):
     tasks: list[TaskScore]
 
 
-RESULT = Format(Result, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+RESULT = Format(Result, "result of a benchmark", DataError, fix="Delete it, and heliostat scores its checkpoint again")
 
 
 class RetentionRow(TypedDict):

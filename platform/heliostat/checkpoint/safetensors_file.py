@@ -59,6 +59,6 @@ def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[st
     except BaseException as e:
         path.unlink(missing_ok=True)  # half of it would only take up room
         if isinstance(e, OSError):
-            raise StorageError(f"{path}: cannot be written ({(e.strerror or str(e)).lower()}); make room there") from e
+            raise StorageError(f"{path}: can't write it ({(e.strerror or str(e)).lower()}). Free some space there") from e
         raise
     return {name: 8 + len(text) + offset for name, offset in offsets.items()}

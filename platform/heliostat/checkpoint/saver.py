@@ -98,7 +98,9 @@ class Saver:
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
-            raise ConfigError(f"checkpoint.best.metric: {best.metric!r} is no score; there are {', '.join(sorted(scores))}")
+            raise ConfigError(
+                f"checkpoint.best.metric: {best.metric!r} isn't a score of the recipe. Scores: {', '.join(sorted(scores))}"
+            )
         self.wait()
         started = time.perf_counter()
         # the forward pass may change buffers: they are copied now
@@ -189,9 +191,7 @@ class Saver:
         except StorageError as e:
             self._unpruned += 1
             again = f", {self._unpruned} times in a row" if self._unpruned > 1 else ""
-            self._notice(
-                f"step {step}: old checkpoints could not be removed{again}; they use space until the store deletes again: {e}"
-            )
+            self._notice(f"step {step}: can't remove old checkpoints{again}. They use space until the store deletes again: {e}")
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}

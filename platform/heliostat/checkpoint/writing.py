@@ -49,7 +49,7 @@ def write(
         part = merged(channel, partial(write_shard, target, mine(tensors, rank, world), rank, wrote), placement.merge)
         first(channel, partial(finish, target, step, facts, part, fence))
     except WorkerError as e:
-        raise CheckpointError(f"{target}: cannot be saved: {e}") from e
+        raise CheckpointError(f"{target}: can't save it: {e}") from e
 
 
 def mine(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:

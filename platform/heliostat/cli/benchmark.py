@@ -1,4 +1,4 @@
-"""Judges models by tasks: `heliostat benchmark`, and `heliostat make-suite`, which makes tasks of held-out text."""
+"""Judges models by tasks: `heliostat model benchmark`, and `heliostat model make-suite`, which makes tasks of held-out text."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from heliostat.cli.common import command, finish, model_folder, out, print_table, require_file, run_folder, store_uri
-from heliostat.cli.options import MODELS, Model, TextDataset, TrackingUri, flag
+from heliostat.cli.groups import MODEL
+from heliostat.cli.options import Model, TextDataset, TrackingUri, flag
 from heliostat.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
     from heliostat.evaluation.run import Benchmark
 
 
-@command(MODELS)
+@command(MODEL, example="models:/quickstart-lm/1 suite/suite.yaml --out scores.json")
 def benchmark(
     model: Model,
     suite: Annotated[Path, typer.Argument(help="A suite of tasks (docs/benchmark.md)", metavar="SUITE", show_default=False)],
-    to: Annotated[str, typer.Option("--out", help="The JSON file to write; or s3://BUCKET/KEY")] = "benchmark.json",
+    to: Annotated[str, typer.Option("--out", metavar="FILE", help="JSON file to write, or s3://BUCKET/KEY")] = "benchmark.json",
     follow: Annotated[
-        bool, flag("--follow", help="MODEL is a run, an id or its folder: score each of its checkpoints as it appears")
+        bool, flag("--follow", help="Score each checkpoint of a run as it appears; MODEL is the run's id or folder")
     ] = False,
     every: Annotated[
         int,
-        typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last one"),
+        typer.Option(min=1, help="With --follow: score only checkpoints at multiples of this step, and the last checkpoint"),
     ] = 1,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Score a language model on tasks of lm-eval, with intervals, chance levels, and the examples that it was trained on."""
+    """Score a language model on lm-eval tasks, with confidence intervals, chance levels, and contamination."""
+    if every != 1 and not follow:
+        raise ConfigError(f"--every: only with --follow ({every}). Add --follow")
     from heliostat.evaluation import run
     from heliostat.evaluation.suite import load
     from heliostat.storage.locations import Location
 
     require_file(Location(to))
     suite_, folder = load(suite)
-    if every != 1 and not follow:
-        raise ConfigError("--every: goes with --follow")
     with contextlib.closing(run.Benchmark(suite_, folder, out.quiet)) as tasks:
         if follow:
             _follow(tasks, model, every, to, mlflow)
@@ -85,23 +86,26 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | Non
     finish({**totals, "file": to})
 
 
-@command(MODELS, "make-suite")
+@command(MODEL, example=".heliostat/data/quickstart --out suite")
 def make_suite(
     dataset: TextDataset,
-    to: Annotated[Path, typer.Option("--out", help="The folder to write; it must be empty or missing", show_default=False)],
-    examples: Annotated[int, typer.Option(min=10, max=100_000, help="The largest number of examples per task")] = 200,
+    to: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
+    ],
+    examples: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum number of examples per task")] = 200,
     fraction: Annotated[
         float, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; at most the evaluate.fraction of the models' jobs")
     ] = 0.01,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; the same seed makes the same files")] = 0,
 ) -> None:
-    """Make a suite of a dataset's held-out text: multiple choice, cloze, and exact match; nothing is downloaded."""
+    """Make a benchmark suite from a dataset's held-out text: multiple choice, cloze, exact match. Downloads nothing."""
     from heliostat.evaluation.held_out import make
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--out: {to} is not empty; name another folder")
+        raise ConfigError(f"--out: {to} is not empty. Give another folder")
     result = make(dataset, to, examples, fraction, seed)
     for name, count in result["tasks"].items():
         out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
-    out.print(f"{result['suite']}: of {result['documents']:,} held-out documents; heliostat benchmark MODEL {result['suite']}")
+    out.print(f"{result['suite']}: of {result['documents']:,} held-out documents; "
+              f"heliostat model benchmark MODEL {result['suite']}")  # fmt: skip
     finish(result)

@@ -7,24 +7,37 @@ from typing import Annotated
 
 import typer
 
-from heliostat.cli.common import HELP, Reporting, app, finish, out
+from heliostat.cli import completion
+from heliostat.cli.common import command, finish, out
+from heliostat.cli.groups import CLUSTER
 from heliostat.cli.jobs import jobs_on
-from heliostat.cli.options import CLUSTERS, Settings, flag
+from heliostat.cli.options import Settings, flag
 from heliostat.errors import ConfigError
 from heliostat.text import plural
 
-cluster_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Clusters from YAML: check, up, down, status, list.")
-app.add_typer(cluster_app, name="cluster", rich_help_panel=CLUSTERS)
+File = Annotated[
+    Path,
+    typer.Argument(
+        help="A cluster file, such as clusters/local.yaml",
+        metavar="FILE",
+        show_default=False,
+        autocompletion=completion.cluster_files,
+    ),
+]
 
-File = Annotated[Path, typer.Argument(help="A cluster file, for example clusters/local.yaml", metavar="FILE", show_default=False)]
 
-
-@cluster_app.command("check", cls=Reporting)
+@command(CLUSTER, "check", example="clusters/aws-h100.yaml --job jobs/gpt-1b.yaml")
 def check_(
-    file: File, job: Annotated[Path | None, typer.Option(help="Also check that this job fits and its stores answer")] = None,
+    file: File,
+    job: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="JOB", help="Also check that this job fits and its stores answer", autocompletion=completion.job_files
+        ),
+    ] = None,
     setting: Settings = None,
-) -> None:  # fmt: skip
-    """Check a cluster file: schema, sizes, secrets, open ports, and faults that would show at the first real start."""
+) -> None:
+    """Check a cluster file: schema, sizes, secrets, open ports, and errors that a real start would show."""
     from heliostat.cluster import pods
     from heliostat.cluster import review as checks
 
@@ -54,12 +67,12 @@ def check_(
     finish(result, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
 
 
-@cluster_app.command(cls=Reporting)
+@command(CLUSTER, example="clusters/local.yaml")
 def up(
     file: File,
-    restart: Annotated[bool, flag("--restart", help="Restart Ray where it runs; this ends the jobs there")] = False,
+    restart: Annotated[bool, flag("--restart", help="Restart Ray where it runs; this ends its jobs")] = False,
 ) -> None:
-    """Start a cluster, or join one that runs: processes on this machine, `ray up`, or `kubectl apply`."""
+    """Start a cluster, or join a running one: processes on this machine, `ray up`, or `kubectl apply`."""
     from heliostat.cluster import launch, review
 
     cluster = review.require(file)
@@ -68,13 +81,19 @@ def up(
     finish(result)
 
 
-@cluster_app.command(cls=Reporting)
+@command(CLUSTER, example="clusters/local.yaml")
 def down(
     target: Annotated[
-        str, typer.Argument(help="A cluster file, or a local cluster's name", metavar="CLUSTER", show_default=False)
+        str,
+        typer.Argument(
+            help="A cluster file, or a local cluster's name",
+            metavar="CLUSTER",
+            show_default=False,
+            autocompletion=completion.clusters,
+        ),
     ],
 ) -> None:
-    """Stop a cluster. A local one leaves no process; one that was only joined stays."""
+    """Stop a cluster. A local cluster leaves no process; a joined cluster keeps running."""
     from heliostat.cluster import launch
 
     result = launch.down(target)
@@ -82,9 +101,12 @@ def down(
     finish(result)
 
 
-@cluster_app.command("status", cls=Reporting)
+@command(CLUSTER, "status", example="clusters/local.yaml")
 def status_(
-    target: Annotated[str | None, typer.Argument(help="A cluster file, an address or a name", metavar="CLUSTER")] = None,
+    target: Annotated[
+        str | None,
+        typer.Argument(help="A cluster file, an address, or a name", metavar="CLUSTER", autocompletion=completion.clusters),
+    ] = None,
 ) -> None:
     """Show a cluster's nodes, their resources, and its jobs."""
     from heliostat.cluster import dashboard
@@ -103,7 +125,7 @@ def status_(
     finish({"url": endpoint.url, "nodes": nodes, "jobs": jobs})
 
 
-@cluster_app.command("list", cls=Reporting)
+@command(CLUSTER, "list", example="")
 def list_() -> None:
     """List the local clusters of this workspace."""
     from heliostat.cluster import dashboard, local, private

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from heliostat.cli.options import PANELS, flag
+from heliostat.cli import groups
+from heliostat.cli.options import flag
 from heliostat.errors import ConfigError, HeliostatError, StorageError
 from heliostat.redact import carries_secret
 from heliostat.text import printable
@@ -34,15 +35,11 @@ Report = dict[str, Any]  # what a command has found, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
-class Commands(typer.core.TyperGroup):
-    """Lists the commands of one heading together."""
-
-    def list_commands(self, ctx: object) -> list[str]:
-        panels = {name: getattr(command, "rich_help_panel", None) for name, command in self.commands.items()}
-        return sorted(self.commands, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else len(PANELS))
-
-
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
+app = typer.Typer(cls=groups.Root, pretty_exceptions_enable=False, context_settings=HELP)
+apps = {groups.TOP: app}
+for _name, _help in groups.GROUPS.items():
+    apps[_name] = typer.Typer(cls=groups.Group, no_args_is_help=True, context_settings=HELP, help=_help)
+    app.add_typer(apps[_name], name=_name, rich_help_panel="Groups of commands")
 
 
 class Printer(Console):
@@ -61,7 +58,7 @@ REPORTING = typer.Typer(add_completion=False)
 
 
 def _be_quiet(quiet: bool) -> None:
-    out.quiet = quiet
+    out.quiet = out.quiet or quiet
 
 
 @REPORTING.command()
@@ -73,7 +70,7 @@ def _reporting(
     """Has the option of all commands that report."""
 
 
-class Reporting(typer.core.TyperCommand):
+class Reporting(groups.Command):
     """Takes `--json`, with which nothing but the result's object is printed."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
@@ -81,9 +78,22 @@ class Reporting(typer.core.TyperCommand):
         self.params += [p for p in typer.main.get_command(REPORTING).params if p.name == "json_"]
 
 
-def command(panel: str, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command that reports, below a heading of `heliostat --help`."""
-    return app.command(name, cls=Reporting, rich_help_panel=panel)
+def command(
+    group: str, name: str | None = None, *, example: str, reports: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command in a group (`groups`), or without one. Its docstring is its help, with the first sentence in lists.
+
+    `name`: by default the function's. `example`: the words after the command, for its help. `reports`: whether it takes `--json`.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        called = name or function.__name__.strip("_").replace("_", "-")
+        words = " ".join(filter(None, ("heliostat", group, called, example)))
+        kind = Reporting if reports else groups.Command
+        first = (function.__doc__ or "").partition(". ")[0].removesuffix(".") + "."
+        return apps[group].command(called, cls=kind, short_help=first, epilog=f"Example: {words}")(function)
+
+    return register
 
 
 def require_file(place: Location) -> None:
@@ -168,7 +178,7 @@ def store_uri(uri: str | None) -> str:
     """Finds the MLflow store that a command is to ask: as given, of the environment, or the quickstart's."""
     if uri and carries_secret(uri):
         raise ConfigError(
-            "--mlflow: carries a password, which every user of this machine can see; set MLFLOW_TRACKING_URI instead, or "
+            "--mlflow: has a password, which every user of this machine can see. Set MLFLOW_TRACKING_URI instead, or "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     from heliostat.config.spec import require_store
@@ -181,7 +191,7 @@ def store_uri(uri: str | None) -> str:
     if uri.startswith("sqlite:///"):
         place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         if not place.exists():
-            raise ConfigError(f"--mlflow: {uri}: there is no such file")
+            raise ConfigError(f"--mlflow: no such file ({place}). Give the database of a store; `heliostat train` makes one")
         require_database("--mlflow", place)
     return uri
 
@@ -213,12 +223,12 @@ def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
 def write_page(to: Path, page: Callable[[], str]) -> None:
     """Makes an HTML page and writes it to the file that `--out` names; ConfigError, before it is made, if there is no folder."""
     if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--out: {to}: there is no folder {to.parent}")
+        raise ConfigError(f"--out: no such folder ({to.parent}). Make it first, or give another path")
     text = page()
     try:
         to.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"--out: {to} cannot be written ({e.strerror})") from e
+        raise ConfigError(f"--out: {to} cannot be written ({e.strerror}). Give another path") from e
     out.print(f"{to}: {to.stat().st_size:,} bytes")
 
 

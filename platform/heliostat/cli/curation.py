@@ -1,4 +1,4 @@
-"""Shows what curation did, and trains its classifiers: `heliostat trace`, `forget`, `curate report`, `train-classifier`."""
+"""Shows what curation did, and trains its classifiers: `heliostat data` trace, forget, report, train-classifier."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import HELP, Report, Reporting, app, command, finish, out, print_table, tracking, write_page
-from heliostat.cli.options import DATA, Prices, TrackingUri
+from heliostat.cli import completion
+from heliostat.cli.common import Report, command, finish, out, print_table, tracking, write_page
+from heliostat.cli.groups import DATA
+from heliostat.cli.options import Prices, TrackingUri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,13 +21,19 @@ if TYPE_CHECKING:
 MOST = 20  # documents, samples and steps that are printed; --json has all
 
 Dataset = Annotated[
-    str, typer.Argument(help="A dataset made with stages: a folder or s3:// URI", metavar="DATASET", show_default=False)
+    str,
+    typer.Argument(
+        help="A dataset made with stages: a folder or s3:// URI",
+        metavar="DATASET",
+        show_default=False,
+        autocompletion=completion.datasets,
+    ),
 ]
-Url = Annotated[str | None, typer.Option("--url", help="The document of this url, a column of the dataset", metavar="URL")]
+Url = Annotated[str | None, typer.Option("--url", help="Choose the document by its url, a column of the dataset", metavar="URL")]
 Id = Annotated[
-    str | None, typer.Option("--id", help="The document of this id: its path in the input, with #record", metavar="ID")
+    str | None, typer.Option("--id", help="Choose the document by its id: its path in the input, with #record", metavar="ID")
 ]
-Text = Annotated[Path | None, typer.Option("--text", help="The document with the text of this file", metavar="FILE")]
+Text = Annotated[Path | None, typer.Option("--text", help="Choose the document that has the text of this file", metavar="FILE")]
 
 
 def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> tuple[Manifest, list[Report]]:
@@ -34,26 +42,22 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
     from heliostat.storage.locations import Location
 
     if sum(x is not None for x in (url, id, text)) != 1:
-        raise ConfigError("give one of --url, --id or --text")
+        raise ConfigError("DATASET: no single document is chosen. Give exactly one of --url URL, --id ID, --text FILE")
     try:
         raw = text.read_bytes() if text else None
     except OSError as e:
-        raise ConfigError(f"--text: {text} cannot be read ({e.strerror})") from e
+        raise ConfigError(f"--text: {text} cannot be read ({e.strerror}). Give a text file") from e
     dataset_ = manifest.read(Location(dataset))
     return dataset_, find(dataset_, id=id, url=url, text=raw)
 
 
-curate_app = typer.Typer(no_args_is_help=True, context_settings=HELP, help="Reports of curation, and its classifiers.")
-app.add_typer(curate_app, name="curate", rich_help_panel=DATA)
-
-
-@curate_app.command("report", cls=Reporting)
+@command(DATA, example=".heliostat/data/mine --out curation.html")
 def report(
     dataset: Dataset,
-    to: Annotated[Path, typer.Option("--out", help="An HTML file", metavar="FILE")] = Path("curation.html"),
+    to: Annotated[Path, typer.Option("--out", help="HTML file to write", metavar="FILE")] = Path("curation.html"),
     prices: Prices = None,
 ) -> None:
-    """Write one self-contained page about how a dataset was made: funnel, histograms, examples, clusters, languages, domains."""
+    """Write an HTML page about how a dataset was made: funnel, histograms, examples, clusters, languages, domains."""
     from heliostat.data import manifest
     from heliostat.plan import hardware
     from heliostat.storage.locations import Location
@@ -73,14 +77,15 @@ def _stages(facts: Report) -> Report:
     return {"stages": {n: p | {"seconds": facts["seconds"].get(n)} for n, p in parts.items()}}
 
 
-@command(DATA)
+@command(DATA, example=".heliostat/data/mine --url https://example.com/page")
 def trace(
     dataset: Dataset,
     url: Url = None,
     id: Id = None,
     text: Text = None,
     run: Annotated[
-        str | None, typer.Option(help="Only this run's samples and steps, by its id or folder", metavar="RUN", show_default=False)
+        str | None,
+        typer.Option(help="Show only this run: an id or a folder", metavar="RUN", autocompletion=completion.runs),
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
@@ -99,11 +104,11 @@ def trace(
     finish({"dataset": str(prepared.location), "digest": prepared.digest, "documents": traces})
 
 
-@command(DATA)
+@command(DATA, example=".heliostat/data/mine --id crawl/a.warc.gz#12 --out .heliostat/data/mine-2")
 def forget(
     dataset: Dataset,
     to: Annotated[
-        str, typer.Option("--out", help="The new dataset: a folder or s3:// URI", metavar="DATASET2", show_default=False)
+        str, typer.Option("--out", help="Dataset to write: a folder or s3:// URI", metavar="DATASET2", show_default=False)
     ],
     url: Url = None,
     id: Id = None,
@@ -225,11 +230,11 @@ Good = Annotated[Path, typer.Argument(help="A folder of documents to keep", meta
 Bad = Annotated[Path, typer.Argument(help="A folder of documents to drop", metavar="BAD", show_default=False)]
 
 
-@curate_app.command("train-classifier", cls=Reporting)
+@command(DATA, example="good bad --out models/quality")
 def train_classifier(
     good: Good,
     bad: Bad,
-    to: Annotated[Path, typer.Option("--out", help="The folder to write the classifier to", metavar="FOLDER")],
+    to: Annotated[Path, typer.Option("--out", help="Folder to write the classifier to", metavar="FOLDER")],
 ) -> None:
     """Train a quality classifier from two folders of examples, for `stage: classifier`; prints precision and recall."""
     from heliostat.curation import training

@@ -1,4 +1,4 @@
-"""Makes a workspace, and its datasets: `heliostat init`, `heliostat prepare`, `heliostat index`."""
+"""Makes a workspace, and its datasets: `heliostat init`, `heliostat data prepare`, `heliostat data index`."""
 
 from __future__ import annotations
 
@@ -8,52 +8,59 @@ from typing import Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out, print_table, program
-from heliostat.cli.options import DATA, Dataset, Settings, Verbose, flag
+from heliostat.cli.groups import DATA, TOP
+from heliostat.cli.options import Dataset, Settings, Verbose, flag
 from heliostat.errors import ConfigError
 
 
-@command(DATA)
+@command(TOP, example="my-workspace")
 def init(
     folder: Annotated[
-        Path, typer.Argument(help="The folder of the workspace; made if it is missing", show_default="this one")
+        Path, typer.Argument(help="Folder of the workspace; a missing folder is made", show_default="this folder")
     ] = Path(),
 ) -> None:
-    """Make a workspace with jobs, pipelines and a local cluster. It never overwrites a file."""
+    """Make a workspace with jobs, pipelines, and a local cluster. Never overwrites a file."""
     from heliostat.cli.workspace_template import create
 
     written = create(folder)
     out.print(f"{folder} is a workspace with {', '.join(path for path in written if path.endswith('.yaml'))}")
     go = "" if folder.resolve() == Path.cwd() else f"cd {folder}\n       "
     name = shlex.quote(program(elsewhere=bool(go)))
-    out.print(f"\nNext:  {go}{name} prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
+    out.print(f"\nNext:  {go}{name} data prepare pipelines/quickstart.yaml\n       {name} train jobs/quickstart.yaml")
     finish({"folder": str(folder), "files": written})
 
 
-@command(DATA)
+@command(DATA, example="pipelines/quickstart.yaml --set output=.heliostat/data/mine")
 def prepare(
     pipeline: Annotated[
         Path,
-        typer.Argument(help="A pipeline file, such as pipelines/quickstart.yaml", metavar="PIPELINE", show_default=False),
+        typer.Argument(
+            help="A pipeline file, such as pipelines/quickstart.yaml",
+            metavar="PIPELINE",
+            show_default=False,
+            autocompletion=completion.pipeline_files,
+        ),
     ],
     setting: Settings = None,
-    force: Annotated[bool, flag("--force", help="Make it again even if it is up to date")] = False,
+    force: Annotated[bool, flag("--force", help="Make the dataset again, even if it is up to date")] = False,
     sample: Annotated[
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="Make nothing: try a share of the input, such as 0.1%, and predict the funnel and hours",
+            help="Dry run: try a share of the input, such as 0.1%, and predict documents, tokens, hours, and cost",
         ),
     ] = None,
     verbose: Verbose = False,
 ) -> None:
-    """Make a dataset: run a pipeline's Ray Data job. Does nothing if the dataset is up to date."""
+    """Make a dataset: run a pipeline on Ray Data. Does nothing if the dataset is up to date."""
     from heliostat.curation.prepare import explain
     from heliostat.curation.prepare import prepare as run
 
     if sample is not None:
         if force:
-            raise ConfigError("--force: a dry run (--sample) makes nothing that could be made again; give one of the two")
+            raise ConfigError("--force: not with --sample, which makes no dataset. Remove one of the two")
         _predict(pipeline, setting or [], sample)
         return
     report = run(pipeline, setting or [], force=force, quiet=out.quiet)
@@ -76,11 +83,9 @@ def _predict(pipeline: Path, settings: list[str], sample: str) -> None:
     finish(result)
 
 
-@command(DATA)
-def index(
-    dataset: Dataset,
-) -> None:
-    """Add new shards in a dataset's folder to its manifest. This makes a new version; old versions stay valid."""
+@command(DATA, example=".heliostat/data/quickstart")
+def index(dataset: Dataset) -> None:
+    """Add new shards in a dataset's folder to its manifest, as a new version. Earlier versions stay valid."""
     from dataclasses import asdict
 
     from heliostat.data.index import index as run

@@ -1,4 +1,4 @@
-"""Puts models to work: `heliostat generate`, `heliostat evaluate`, `heliostat export`."""
+"""Runs models: `heliostat model` generate, infer, evaluate, export."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from typing import Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import command, finish, model_folder, out, run_folder
-from heliostat.cli.options import MODELS, Engine, MaxTokens, Model, OnCluster, Run, Seed, Temperature, TopP, TrackingUri
+from heliostat.cli.groups import MODEL
+from heliostat.cli.options import Engine, MaxTokens, Model, OnCluster, Run, Seed, Temperature, TopP, TrackingUri
 from heliostat.errors import ConfigError
 
 
-@command(MODELS)
+@command(MODEL, example="models:/quickstart-lm/1 --prompt 'class '")
 def generate(
     model: Model,
     prompt: Annotated[str | None, typer.Option(help="The text to continue, or a description of the image")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with one prompt per line; answers go to --out")] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="A file with one prompt per line; needs --out")] = None,
     prefix: Annotated[
         str | None,
-        typer.Option(help="Text that precedes the answer; a file, or the text itself"),
+        typer.Option(help="Text before the answer: a file, or the text itself"),
     ] = None,
-    suffix: Annotated[str | None, typer.Option(help="Text that follows the answer; a file, or the text itself")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text after the answer: a file, or the text itself")] = None,
     seed: Seed = 0,
     to: Annotated[
-        str | None, typer.Option("--out", help="Where to write the answer; required for an image and for --prompts (a folder)")
+        str | None, typer.Option("--out", metavar="FILE", help="File to write the answer to; for --prompts a folder")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="With --prompts: the number of models that run in parallel")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="With --prompts: number of models that run in parallel")] = 1,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    steps: Annotated[int | None, typer.Option(help="Images: steps of the sampler")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Images: how strictly to follow the prompt; 1 is plain")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++ or euler")] = None,
-    grid: Annotated[int | None, typer.Option(help="Images: how many to draw, in one row")] = None,
-    width: Annotated[int | None, typer.Option(help="Images: size in pixels")] = None,
-    height: Annotated[int | None, typer.Option(help="Images: size in pixels")] = None,
+    steps: Annotated[int | None, typer.Option(help="Images: sampler steps")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Images: classifier-free guidance scale; 1: none")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Images: ddpm, ddim, dpm++, or euler")] = None,
+    grid: Annotated[int | None, typer.Option(help="Images: number of images, in one row")] = None,
+    width: Annotated[int | None, typer.Option(help="Images: width in pixels")] = None,
+    height: Annotated[int | None, typer.Option(help="Images: height in pixels")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Generate text or images."""
@@ -45,14 +47,18 @@ def generate(
              "sampler": sampler, "grid": grid, "width": width, "height": height}  # fmt: skip
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
-        raise ConfigError("--prompt: give either one prompt, or a file of them with --prompts, or --prefix and --suffix")
+        raise ConfigError(
+            "--prompt: no prompt is chosen, or two are. Give exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
+            "--suffix"
+        )
     if (prefix is None) != (suffix is None):
-        raise ConfigError("--suffix: goes with --prefix; give both, of which one may be empty")
+        missing = "--suffix" if suffix is None else "--prefix"
+        raise ConfigError(f"{missing}: is missing. Give both --prefix and --suffix; one may be empty")
     if prefix is not None and suffix is not None:
         prompt, options["suffix"] = generating.read_text("--prefix", prefix), generating.read_text("--suffix", suffix)
     if prompts is not None:
         if to is None:
-            raise ConfigError("--out: is needed with --prompts; give a folder or an s3:// prefix")
+            raise ConfigError("--out: is required with --prompts. Give a folder or an s3:// prefix")
         from heliostat.inference.many import generate_many
 
         texts = generating.read_prompts(prompts)
@@ -65,30 +71,34 @@ def generate(
     finish({"prompt": result.prompt, **result.facts})
 
 
-@command(MODELS)
+@command(MODEL, example="models:/quickstart-lm/1 --input questions.jsonl --out answers")
 def infer(
     model: Model,
     input_: Annotated[
         str,
-        typer.Option("--input", help="The input, as in a text pipeline: a file, folder, glob or s3:// URI", show_default=False),
+        typer.Option("--input", metavar="PATH", help="Input documents: a file, folder, glob, or s3:// URI", show_default=False),
     ],
-    to: Annotated[str, typer.Option("--out", help="The folder of the answers, or s3://BUCKET/PREFIX", show_default=False)],
-    task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify or embed-images")] = "continue",
+    to: Annotated[
+        str, typer.Option("--out", metavar="FOLDER", help="Folder of the answers, or s3://BUCKET/PREFIX", show_default=False)
+    ],
+    task: Annotated[str, typer.Option(help="continue, chat, score, embed, classify, or embed-images")] = "continue",
     column: Annotated[
-        str, typer.Option(help="The column of the input; the default is text, messages for chat, image for embed-images")
+        str, typer.Option(help="Column of the input", show_default="text; messages for chat; image for embed-images")
     ] = "",
-    keep: Annotated[list[str] | None, typer.Option(help="A column of the input to copy to the output; may be repeated")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Copy this column of the input to the output; may be repeated")
+    ] = None,
     seed: Seed = 0,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
     top_p: TopP = None,
-    batch: Annotated[int, typer.Option(help="Batch size: inputs that the model takes at once")] = 16,
+    batch: Annotated[int, typer.Option(help="Batch size of the model, in inputs")] = 16,
     engine: Engine = "auto",
-    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: the number of models that run in parallel")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Without a cluster: number of models that run in parallel")] = 2,
     cluster: OnCluster = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Run a model over all documents of an input. Each is answered once; after a kill, run it again to resume."""
+    """Run a model over all documents of an input. If the command is killed, run it again to resume."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)
@@ -100,9 +110,11 @@ def infer(
 
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
-        raise ConfigError(f"--{next(iter(options)).replace('_', '-')}: goes with --task {' or '.join(WRITES)}, not with {task}")
+        option = next(iter(options)).replace("_", "-")
+        raise ConfigError(f"--{option}: only with --task {' or '.join(WRITES)} ({task}). Remove it")
     settings = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
-    run_ = run(model_folder(model, mlflow), input_, to, validate(BatchSettings, settings, "infer"), workers, out.quiet, engine)
+    checked = validate(BatchSettings, settings, "infer")
+    run_ = run(model_folder(model, mlflow), input_, to, checked, workers, out.quiet, engine)
     prices = hardware.table()
     run_ |= {"cost": hardware.cost(run_["devices"], prices), "currency": prices["currency"]}
     without = f", {run_['bad']:,} without one (bad.parquet)" if run_["bad"] else ""
@@ -116,14 +128,23 @@ def infer(
     finish(run_)
 
 
-@command(MODELS)
+@command(MODEL, example="models:/quickstart-lm/1 --dataset .heliostat/data/quickstart")
 def evaluate(
     model: Model,
-    data: Annotated[str, typer.Option(help="A prepared dataset: a folder or s3:// URI", show_default=False)],
-    samples: Annotated[int, typer.Option(min=1, help="The largest number of held-out samples")] = 256,
-    sequence_length: Annotated[int | None, typer.Option(min=2, help="The default is the model's own")] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--dataset",
+            metavar="DATASET",
+            help="A prepared dataset: a folder or s3:// URI",
+            show_default=False,
+            autocompletion=completion.datasets,
+        ),
+    ],
+    samples: Annotated[int, typer.Option(min=1, help="Maximum number of held-out samples")] = 256,
+    sequence_length: Annotated[int | None, typer.Option(min=2, help="Tokens per sample", show_default="the model's own")] = None,
     fraction: Annotated[
-        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction; the default is the job's, or 0.01")
+        float | None, typer.Option(min=0.0001, max=0.9999, help="Held-out fraction", show_default="the job's, or 0.01")
     ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
@@ -135,11 +156,13 @@ def evaluate(
     finish(scores)
 
 
-@command(MODELS)
+@command(MODEL, example=".heliostat/runs/quickstart --out my-model")
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder to write; it must be empty or missing", show_default=False)],
-    step: Annotated[int | None, typer.Option(help="The checkpoint's step; the default is the newest")] = None,
+    to: Annotated[
+        Path, typer.Option("--out", metavar="FOLDER", help="Folder to write; it must be empty or missing", show_default=False)
+    ],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint", show_default="the newest")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
     """Write a run's checkpoint as a Hugging Face folder."""
@@ -149,11 +172,11 @@ def export(
 
     place = run_folder(run, mlflow)
     if step is not None and step not in (steps := layout.steps(place)):
-        have = f"there are {', '.join(map(str, steps))}" if steps else "there is none"
-        raise ConfigError(f"--step {step}: {place} has no checkpoint of it; {have}")
+        have = f"Use one of {', '.join(map(str, steps))}" if steps else "The run has no checkpoint yet"
+        raise ConfigError(f"--step: {place} has no checkpoint of this step ({step}). {have}")
     checkpoint = layout.open_checkpoint(place, step) if step is not None else layout.latest(place)
     if checkpoint is None:
-        raise ConfigError(f"{place}: holds no complete checkpoint")
+        raise ConfigError(f"{place}: has no complete checkpoint. Run: heliostat run checkpoints {place}")
     exporting.export(checkpoint, to, record(place).get("run_id"))
     out.print(f"step {checkpoint.step} of {checkpoint.index.name} is in {to}")
     finish({"folder": str(to), "step": checkpoint.step})

@@ -1,4 +1,4 @@
-"""Sends jobs to clusters and looks after them: submit, jobs, status, logs, stop, resume.
+"""Sends jobs to clusters and looks after them: `heliostat submit`, `heliostat job` list, status, logs, stop, resume.
 
 Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
 """
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from heliostat.cli.common import app, command, finish, out, print_table
-from heliostat.cli.options import JOBS, Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, flag
+from heliostat.cli import completion
+from heliostat.cli.common import command, finish, out, print_table
+from heliostat.cli.groups import JOB, TOP
+from heliostat.cli.options import Follow, JobFile, Overwrite, Queue, Resume, Settings, Target, flag
 from heliostat.errors import ConfigError, HeliostatError
 from heliostat.terminal import duration
 
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from heliostat.submit.progress import RunProgress
     from heliostat.submit.submission import SubmissionRecord
 
-Id = Annotated[str, typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False)]
+Id = Annotated[
+    str,
+    typer.Argument(help="The job's id: its run's name", metavar="ID", show_default=False, autocompletion=completion.jobs),
+]
 
 
 def recorded(job_id: str) -> SubmissionRecord | None:
@@ -47,7 +52,7 @@ def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: 
         yield Jobs(endpoint_)
 
 
-@command(JOBS)
+@command(TOP, example="jobs/quickstart.yaml --cluster clusters/local.yaml")
 def submit(
     job: JobFile,
     cluster: Target = None,
@@ -57,7 +62,7 @@ def submit(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Send a job to a cluster, with the workspace and heliostat. Its id is the run's name. Plans and checks the job first."""
+    """Send a job to a cluster. Checks and plans the job first, and sends the workspace's files with it."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.submit.submission import SubmissionRecord
 
@@ -94,7 +99,8 @@ def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: b
 
     job_id = jobs.submit(wanted, flags)
     if not follow:
-        out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat status {job_id}`, `heliostat logs {job_id} --follow`")
+        out.print(f"job {job_id} is on {jobs.there.url}; see `heliostat job status {job_id}`, "
+                  f"`heliostat job logs {job_id} --follow`")  # fmt: skip
         finish({"id": job_id, "url": jobs.there.url, "run_folder": wanted.run_folder})
         return
     for text in jobs.follow(job_id):
@@ -107,9 +113,9 @@ def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: b
     sys.exit(code)
 
 
-@command(JOBS)
+@command(JOB, "list", example="--cluster clusters/local.yaml")
 def jobs(cluster: Target = None) -> None:
-    """List a cluster's jobs."""
+    """List the jobs of a cluster."""
     with jobs_on(cluster) as known:
         result = known.list()
     print_table(_cells(result), left=range(4))
@@ -124,9 +130,9 @@ def _cells(jobs: list[Submitted]) -> list[list[str]]:
     return rows
 
 
-@command(JOBS)
+@command(JOB, example="quickstart")
 def status(id_: Id, cluster: Target = None) -> None:
-    """Show how far a job is, and when it will be done."""
+    """Show a job's status, step, and remaining time."""
     result = _look(id_, cluster)
     result["progress"] = _progress(result["run_folder"], result["steps"], result.get("metadata", {}))
     p = result["progress"]
@@ -159,9 +165,9 @@ def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
         return {"id": job_id, "status": "UNKNOWN", "message": str(e), **kept}
 
 
-@app.command(rich_help_panel=JOBS)
+@command(JOB, example="quickstart --follow", reports=False)
 def logs(id_: Id, follow: Follow = False, cluster: Target = None) -> None:
-    """Show a job's log: from the cluster, or from storage when the cluster is gone."""
+    """Show a job's log: from its cluster, or from storage if the cluster is gone."""
     from heliostat.storage.locations import Location
     from heliostat.submit.jobs import exit_code
     from heliostat.submit.logs import stored
@@ -187,13 +193,13 @@ def _write(text: str, to: TextIO | None = None) -> None:
     to.flush()
 
 
-@command(JOBS)
+@command(JOB, example="quickstart")
 def stop(
     id_: Id,
-    now: Annotated[bool, flag("--now", help="Do not wait for a checkpoint")] = False,
+    now: Annotated[bool, flag("--now", help="Don't wait for a checkpoint")] = False,
     cluster: Target = None,
 ) -> None:
-    """Stop a job; it saves a checkpoint first, unless --now."""
+    """Stop a job. It saves a checkpoint first, unless you pass --now."""
     from heliostat.storage.retries import BUDGET
 
     with jobs_on(cluster, recorded(id_)) as jobs:
@@ -202,17 +208,17 @@ def stop(
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
     at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
-    out.print(f"{id_}: {stopped['status'].lower()}{at}; go on with `heliostat resume {id_}`")
+    out.print(f"{id_}: {stopped['status'].lower()}{at}; resume it with `heliostat job resume {id_}`")
     finish({**stopped, "progress": p})
 
 
-@command(JOBS)
+@command(JOB, example="quickstart --set workers.count=4")
 def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Settings = None) -> None:
-    """Send a job again to resume from its last checkpoint. --set changes keys that may change then, such as workers.count."""
+    """Submit a job again, to resume from its last checkpoint. --set changes keys such as workers.count."""
     from heliostat.submit.submission import changed
 
     record = recorded(id_)
     if record is None:
-        raise ConfigError(f"{id_}: was not submitted from this workspace; use `heliostat submit JOB.yaml --resume`")
+        raise ConfigError(f"{id_}: was not submitted from this workspace. Run: heliostat submit JOB.yaml --resume")
     with jobs_on(cluster, record) as jobs:
         send(jobs, changed(record, setting or [], cluster or record.cluster), ("--resume",), follow)

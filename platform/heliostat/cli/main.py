@@ -1,13 +1,5 @@
-"""Trains models on Ray, distributed: from raw data, through an exact and elastic run, to a registered model.
-
-Results go to standard output, progress and logs to standard error. With --json a command prints one JSON object, on errors too
-(docs/cli.md).
-
-Exit codes:
-0    done
-1    failed: the run, a check of it, or a machine, store or server that it needs
-2    refused: change the command, a file, a path or credentials first
-130  stopped: by Ctrl-C, a signal, `heliostat stop`, or the job's `limits`
+"""Train models on Ray: from raw data to a registered model. Without a command, show what to do next in this folder.
+Exit codes: 0 done, 1 failed, 2 rejected, 130 stopped.
 """
 
 from __future__ import annotations
@@ -17,27 +9,29 @@ import logging
 import os
 import sys
 from datetime import date, datetime
-from typing import Annotated, Any, TypedDict
+from pathlib import Path
+from typing import Annotated, TypedDict
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
 import heliostat
-from heliostat.cli.common import app, out, write_json
+from heliostat.cli.common import app, finish, out, write_json
+from heliostat.cli.groups import UsageError
 from heliostat.cli.options import flag
+from heliostat.cli.usage import explain
 from heliostat.errors import HeliostatError
 from heliostat.redact import Formatter, excepthook, redact
 from heliostat.terminal import console
 from heliostat.text import printable
 
 # isort: off
-# They register their commands, in the order in which `heliostat --help` lists those of a heading
+# They register their commands, in the order in which the help of a group lists them
 from heliostat.cli import data, curation, train, plan, inference, benchmark  # noqa: F401
-from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs  # noqa: F401
+from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs, next_steps  # noqa: F401
 # isort: on
 
-UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
 QUIET = {  # other libraries' progress bars and notices, so that ours can be read
     "MLFLOW_LOGGING_LEVEL": "ERROR",
@@ -52,17 +46,19 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def _help(text: str) -> str:
-    """Makes each paragraph one line, which the terminal wraps; the table of exit codes stays as it is."""
-    return "\n\n".join(p if p.startswith("Exit codes") else " ".join(p.split()) for p in text.split("\n\n"))
-
-
-@app.callback(help=_help(__doc__))
+@app.callback(help=" ".join(__doc__.split()), invoke_without_command=True)
 def heliostat_(
+    context: typer.Context,
     version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,
+    json_: Annotated[bool, flag("--json", help="Print one JSON object", hidden=True)] = False,
 ) -> None:
-    """Takes the options that stand before a command."""
-    out.quiet = False
+    """Takes the options before a command; without a command, shows what to do next."""
+    out.quiet = json_
+    if context.invoked_subcommand is None:
+        status = next_steps.status(Path())
+        for line in next_steps.lines(status):
+            out.print(line)
+        finish(status)
 
 
 def main() -> None:
@@ -115,15 +111,8 @@ def described(error: BaseException) -> DescribedCommand:
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         kind, message, code = "Interrupted", "interrupted", 130
     elif isinstance(error, UsageError):
-        kind, message, code = "UsageError", usage(error), 2
+        kind, message, code = "UsageError", explain(error), 2
     return {"type": kind, "message": redact(message), "exit_code": code}
-
-
-def usage(error: Any) -> str:
-    """Explains what is wrong with a command line, in one line that names the help to read."""
-    said = error.format_message().strip().removesuffix(".")
-    where = f"{error.ctx.command_path} --help" if error.ctx else "heliostat --help"
-    return f"{said} See `{where}`" if said.endswith("?") else f"{said}; see `{where}`"
 
 
 def _nothing_more() -> None:

@@ -10,9 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-DATA, TRAINING, MODELS, RUNS = "Data", "Training", "Models", "Runs"  # headings of `heliostat --help`
-SWEEPS, CLUSTERS, JOBS = "Sweeps", "Clusters", "Jobs on clusters"
-PANELS = (DATA, TRAINING, MODELS, RUNS, SWEEPS, CLUSTERS, JOBS)  # in this order
+from heliostat.cli import completion
 
 
 def flag(*names: str, help: str, **more: Any) -> Any:
@@ -20,50 +18,115 @@ def flag(*names: str, help: str, **more: Any) -> Any:
     return typer.Option(*names, help=help, metavar="", **more)
 
 
-JobFile = Annotated[Path, typer.Argument(help="A job file, for example jobs/quickstart.yaml", metavar="JOB", show_default=False)]
-Run = Annotated[str, typer.Argument(help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False)]
+JobFile = Annotated[
+    Path,
+    typer.Argument(
+        help="A job file, such as jobs/quickstart.yaml", metavar="JOB", show_default=False, autocompletion=completion.job_files
+    ),
+]
+Run = Annotated[
+    str,
+    typer.Argument(
+        help="A run id, or a run's folder (STORAGE/NAME)", metavar="RUN", show_default=False, autocompletion=completion.runs
+    ),
+]
 Model = Annotated[
-    str, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="MODEL", show_default=False)
+    str,
+    typer.Argument(
+        help="models:/NAME/VERSION, a run id, or a model's folder",
+        metavar="MODEL",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file, such as train.optimizer.lr=1e-3; may be repeated"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the file; may be repeated"),
 ]
 Verbose = Annotated[bool, flag("--verbose", "-v", help="Show the logs of Ray and of the workers, and tracebacks")]
 OnCluster = Annotated[
     str | None,
     typer.Option(
-        "--cluster", "-c", help="A cluster that runs on this machine: its file or name; the default is RAY_ADDRESS, or none"
+        "--cluster",
+        "-c",
+        metavar="CLUSTER",
+        help="A cluster that runs on this machine: its file or name",
+        show_default="$RAY_ADDRESS, or none",
+        autocompletion=completion.clusters,
     ),
 ]
 TrackingUri = Annotated[
     str | None,
-    typer.Option("--mlflow", metavar="URI", help="MLflow tracking URI; the default is MLFLOW_TRACKING_URI or the quickstart's"),
+    typer.Option(
+        "--mlflow",
+        metavar="URI",
+        help="MLflow tracking URI",
+        show_default="$MLFLOW_TRACKING_URI, else .heliostat/mlflow.db",
+    ),
 ]
-Prices = Annotated[Path | None, typer.Option("--prices", help="A YAML file laid over the price table (docs/plan.md)")]
-Dataset = Annotated[str, typer.Argument(help="A prepared dataset: a folder or s3:// URI", metavar="DATASET", show_default=False)]
+Prices = Annotated[
+    Path | None, typer.Option("--prices", metavar="FILE", help="A YAML file that changes the price table (docs/plan.md)")
+]
+Dataset = Annotated[
+    str,
+    typer.Argument(
+        help="A prepared dataset: a folder or s3:// URI",
+        metavar="DATASET",
+        show_default=False,
+        autocompletion=completion.datasets,
+    ),
+]
 TextDataset = Annotated[
-    str, typer.Argument(help="A prepared dataset of text: a folder or s3:// URI", metavar="DATASET", show_default=False)
+    str,
+    typer.Argument(
+        help="A prepared dataset of text: a folder or s3:// URI",
+        metavar="DATASET",
+        show_default=False,
+        autocompletion=completion.datasets,
+    ),
 ]
 Resume = Annotated[bool, flag("--resume", help="Resume from the run's last checkpoint, if there is one")]
 Overwrite = Annotated[bool, flag("--overwrite", help="Delete the run of this name and start from scratch")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Text: the largest number of tokens")]
-Temperature = Annotated[float | None, typer.Option("--temperature", help="Text: 0 always takes the likeliest token")]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Text: maximum number of new tokens")]
+Temperature = Annotated[
+    float | None, typer.Option("--temperature", help="Text: sampling temperature; 0 always takes the likeliest token")
+]
 TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="Text: sample from the likeliest tokens of this total probability (top-p)"),
 ]
-Engine = Annotated[str, typer.Option("--engine", help="auto, transformers or vllm; auto is vllm where that works")]
+Engine = Annotated[str, typer.Option("--engine", help="auto, transformers, or vllm; auto uses vllm where it can run the model")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers")]
 Embedder = Annotated[
-    str | None, typer.Option("--embedder", metavar="MODEL", help="The folder of the index's embedder, if it has moved")
+    str | None, typer.Option("--embedder", metavar="MODEL", help="Folder of the index's embedder, if it has moved")
 ]
 Reranker = Annotated[
-    str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that orders what the index finds")
+    str | None, typer.Option("--reranker", metavar="MODEL", help="A cross-encoder that sorts the passages that the index finds")
 ]
 Keys = Annotated[
-    Path, typer.Option(help="A file of API keys, one KEY or NAME KEY per line; if it is missing, it is made with a new key")
+    Path,
+    typer.Option(metavar="FILE", help="A file of API keys, one KEY or NAME KEY per line; a missing file is made with a new key"),
 ]
-Target = Annotated[str | None, typer.Option("--cluster", "-c", help="A cluster file, an address, or a local cluster's name")]
-Queue = Annotated[str | None, typer.Option(help="Jobs of one queue run one after another")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        "-c",
+        metavar="CLUSTER",
+        help="A cluster file, an address, or a local cluster's name",
+        autocompletion=completion.clusters,
+    ),
+]
+ClusterFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--cluster",
+        "-c",
+        metavar="FILE",
+        help="A cluster file",
+        show_default="this machine",
+        autocompletion=completion.cluster_files,
+    ),
+]
+Queue = Annotated[str | None, typer.Option(metavar="NAME", help="Jobs of one queue run one after another")]
 Follow = Annotated[bool, flag("--follow", "-f", help="Show the log until the job is over; its outcome is the exit code")]

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, out, print_table, run_folder
-from heliostat.cli.options import TRAINING, JobFile, Prices, Settings, TrackingUri, flag
+from heliostat.cli.groups import TOP
+from heliostat.cli.options import ClusterFile, JobFile, Prices, Settings, TrackingUri, flag
 from heliostat.errors import ConfigError
 from heliostat.terminal import duration
 from heliostat.text import plural
@@ -16,27 +18,33 @@ from heliostat.text import plural
 GIB = 1 << 30
 
 
-@command(TRAINING)
+@command(TOP, example="jobs/gpt-1b.yaml --cluster clusters/aws-h100.yaml")
 def plan(
     job: JobFile,
-    cluster: Annotated[
-        Path | None, typer.Option(help="A cluster file: its GPU pool's device, and whether the workers fit")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="A device of the price table, for example H100")] = None,
+    cluster: ClusterFile = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="A device of the price table, for example H100")] = None,
     prices: Prices = None,
-    rank: Annotated[bool, flag("--rank", help="Rank the layouts that the job could train in, by time within memory")] = False,
+    rank: Annotated[bool, flag("--rank", help="Rank the parallelism configurations that fit, by time per step")] = False,
     calibrate: Annotated[
-        str | None, typer.Option(help="A run (its id or folder) whose measured speed corrects the device's", metavar="RUN")
+        str | None,
+        typer.Option(
+            help="A run whose measured speed corrects the device's: an id or a folder",
+            metavar="RUN",
+            autocompletion=completion.runs,
+        ),
     ] = None,
-    write: Annotated[Path | None, typer.Option(help="With --calibrate: write the measured speed to a file for --prices")] = None,
+    write: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="With --calibrate: write the measured speed to a file for --prices"),
+    ] = None,
     setting: Settings = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Show what a job needs and costs: parameters, memory, speed, days, money, failures. Fails if it cannot fit."""
+    """Show what a job needs: memory, time, cost, expected failures. Fails if the job doesn't fit."""
     from heliostat.plan.plan_file import plan_file
 
     if write and not calibrate:
-        raise ConfigError("--write: needs --calibrate RUN")
+        raise ConfigError(f"--out: only with --calibrate ({write}). Add --calibrate RUN")
     run = run_folder(calibrate, mlflow) if calibrate else None
     result = plan_file(job, setting, cluster, device, prices, run, write, rank)
     if rank:
@@ -45,7 +53,12 @@ def plan(
         for line in lines(result):
             out.print(line)
     fits = not rank or result["set"] is not None
-    finish(result, None if fits else ConfigError(f"{job}: no layout fits on {result['workers']} workers; use more"))
+    finish(
+        result,
+        None
+        if fits
+        else ConfigError(f"{job}: no parallelism configuration fits on {result['workers']} workers. Raise workers.count"),
+    )
 
 
 def show_ranking(p: Report) -> None:
@@ -57,7 +70,7 @@ def show_ranking(p: Report) -> None:
         speed = [f"{one['speed']['step_s']:.3f}", f"{one['speed']['mfu']:.1%}"]
         checkpointing = replayed(one["activation_checkpointing"])
         rows.append(
-            [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch"]), checkpointing, " ".join(offload),
+            [str(one["stage"]), degrees(one["parallel"]), str(one["micro_batch_size"]), checkpointing, " ".join(offload),
              f"{one['memory']['total'] / GIB:.1f}", *speed, one["why"]]
         )  # fmt: skip
     print_table(rows, (1, 3, 4, 8))
@@ -131,7 +144,7 @@ def lines(p: Report) -> list[str]:
     ]
     if best := p["recommended"]:
         text.append(
-            f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch']}"
+            f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch_size']}"
             f"{_checkpointing(best['activation_checkpointing'])}"
             f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
             f"MFU {best['speed']['mfu']:.1%}"
@@ -154,7 +167,7 @@ def show_dry_run(job: Path, settings: list[str], workers: int | None) -> None:
     )
     out.print(
         f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
-        f"{data['micro_batch']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
+        f"{data['micro_batch_size']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
         + (f"; {result['note']}" if result["note"] else "")
     )
     out.print(f"everything divides, fits and has a name; nothing was started ({result['seconds']:.1f} s)")

@@ -1,4 +1,4 @@
-"""Puts documents to work: `heliostat index-documents`, `heliostat ask`."""
+"""Searches documents: `heliostat search` index, ask."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, model_folder, out, print_table
-from heliostat.cli.options import DATA, MODELS, Embedder, Reranker, TextDataset, TrackingUri
+from heliostat.cli.groups import SEARCH
+from heliostat.cli.options import Embedder, Reranker, TextDataset, TrackingUri
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,20 +19,21 @@ if TYPE_CHECKING:
 SHOWN = 600  # characters of a passage that are printed; --json has all
 
 
-@command(DATA, "index-documents")
+@command(SEARCH, "index", example=".heliostat/data/quickstart --out .heliostat/index")
 def index_documents(
     dataset: TextDataset,
-    to: Annotated[str, typer.Option("--out", help="The folder of the index, or s3://BUCKET/PREFIX", show_default=False)],
+    to: Annotated[str, typer.Option("--out", help="Folder of the index, or s3://BUCKET/PREFIX", show_default=False)],
     embedder: Annotated[
-        str | None, typer.Option(help="A language model that embeds the passages: as MODEL of `heliostat infer`", metavar="MODEL")
+        str | None,
+        typer.Option(help="A model that embeds the passages: models:/NAME/VERSION, a run id, or a folder", metavar="MODEL"),
     ] = None,
-    chunk_tokens: Annotated[int, typer.Option(help="The largest number of tokens per passage, by the dataset's tokenizer")] = 256,
-    overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the next one")] = 32,
-    batch: Annotated[int, typer.Option(min=1, max=4096, help="Batch size: passages that the embedder takes at once")] = 16,
-    workers: Annotated[int, typer.Option(min=1, help="On a Ray of its own: the number of tasks that run in parallel")] = 2,
+    chunk_tokens: Annotated[int, typer.Option(help="Maximum number of tokens per passage, by the dataset's tokenizer")] = 256,
+    overlap: Annotated[int, typer.Option(help="Tokens that a passage shares with the next passage")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="Batch size of the embedder, in passages")] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Without a cluster: number of parallel tasks")] = 2,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Make a dataset's documents searchable, or bring their index up to date: by words, and with --embedder by meaning too."""
+    """Index a dataset's documents, or update their index: by words, and with --embedder also by meaning."""
     from heliostat.apps.search import build
     from heliostat.apps.search.tasks import IndexSettings
     from heliostat.schema import validate
@@ -59,49 +62,61 @@ def _print_made(result: Report, to: str) -> None:
             out.print(f"  {count:,} {what}")
 
 
-@command(MODELS)
+@command(SEARCH, example='.heliostat/index "How do I parse JSON?"')
 def ask(
-    index: Annotated[str, typer.Argument(help="An index: a folder or s3:// URI", metavar="INDEX", show_default=False)],
+    index: Annotated[
+        str,
+        typer.Argument(help="An index of `heliostat search index`: a folder or s3:// URI", metavar="INDEX", show_default=False),
+    ],
     question: Annotated[str | None, typer.Argument(help="The question", show_default=False)] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A language model that answers from the passages; without it the passages are shown", metavar="MODEL"),
+        typer.Option(
+            help="A language model that answers from the passages; by default the passages are shown",
+            metavar="MODEL",
+            autocompletion=completion.models,
+        ),
     ] = None,
-    top: Annotated[int, typer.Option(min=1, max=1000, help="The largest number of passages")] = 5,
-    mode: Annotated[str | None, typer.Option(help="bm25 (by words; the default), dense (by meaning) or hybrid (both)")] = None,
+    top: Annotated[int, typer.Option(min=1, max=1000, help="Maximum number of passages")] = 5,
+    mode: Annotated[
+        str | None, typer.Option(help="bm25 (by words), dense (by meaning), or hybrid (both)", show_default="bm25")
+    ] = None,
     questions: Annotated[
         Path | None,
-        typer.Option(help="Instead of a question: a file of questions and their documents, to measure the index", metavar="FILE"),
+        typer.Option(help="Measure the index on a file of questions and their documents", metavar="FILE"),
     ] = None,
     embedder: Embedder = None,
     reranker: Reranker = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="The largest number of tokens of the answer")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens of the answer")] = 128,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Ask an index of documents: prints the passages with their sources, or a model's answer from them."""
+    """Ask an index a question: show passages with their sources, or a model's answer from them."""
     from heliostat.apps.search import build, reranking
     from heliostat.apps.search.search import MODES, SearchIndex
     from heliostat.storage.locations import Location
 
     build.require()
     if (question is None) == (questions is None):
-        raise ConfigError("question: give either one question, or a file of them with --questions")
+        raise ConfigError(
+            "QUESTION: no question, or two. Give exactly one of a question and --questions FILE. Quote a question with spaces"
+        )
     if mode is not None and mode not in MODES:
-        raise ConfigError(f"--mode: {mode!r} is none of {', '.join(MODES)}")
+        raise ConfigError(f"--mode: unknown mode ({mode}). Use {', '.join(MODES)}")
+    if question is not None and not question.strip():
+        raise ConfigError("QUESTION: is empty. Write a question in quotes")
+    if question is not None and question.encode("utf-8", "replace").decode() != question:
+        raise ConfigError(f"QUESTION: isn't valid UTF-8 ({question[:80]!r}). Check the terminal's encoding")
     opened = SearchIndex(Location(index), model_folder(embedder, mlflow) if embedder else None)
     ordering = model_folder(reranker, mlflow) if reranker else None
     if ordering is not None:
         reranking.require(ordering)
     if questions is not None:
         if model is not None or mode is not None:
-            raise ConfigError(f"--{'model' if model else 'mode'}: does not go with --questions, which judges every way to search")
+            option = "--model" if model else "--mode"
+            raise ConfigError(f"{option}: not with --questions, which measures every mode. Remove one of the two")
         _judge(opened, questions, ordering)
         return
     assert question is not None
-    if not question.strip():
-        raise ConfigError("question: is empty")
-    if question.encode("utf-8", "replace").decode() != question:
-        raise ConfigError(f"question: {question[:80]!r} is no text in UTF-8")
     answering = model_folder(model, mlflow) if model else None
     way, orders = mode or "bm25", reranking.Reranker(ordering) if ordering else None
     passages_found = reranking.best(opened, orders, question, way, top)

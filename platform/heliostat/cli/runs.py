@@ -1,5 +1,6 @@
-"""Shows runs and models as MLflow and their folders keep them: runs, checkpoints, verify, goodput, samples, profile, report,
-lineage, promote, reproduce, ui. docs/mlflow.md lists the records.
+"""Shows runs and models from MLflow and run folders: `heliostat run`, `model promote`, `debug` profile, reproduce.
+
+docs/mlflow.md lists the records.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import (
-    app,
     command,
     finish,
     keys_of,
@@ -24,7 +25,8 @@ from heliostat.cli.common import (
     tracking,
     write_page,
 )
-from heliostat.cli.options import MODELS, RUNS, Keys, Run, Settings, TrackingUri, flag
+from heliostat.cli.groups import DEBUG, MODEL, RUN
+from heliostat.cli.options import Keys, Run, Settings, TrackingUri, flag
 from heliostat.errors import ConfigError, VerifyError
 from heliostat.redact import redact
 
@@ -35,12 +37,12 @@ if TYPE_CHECKING:
     from heliostat.runs.samples import Sample
 
 
-@command(RUNS)
+@command(RUN, "list", example="--experiment quickstart")
 def runs(
-    experiment: Annotated[str | None, typer.Option(help="Only the runs of this MLflow experiment")] = None,
+    experiment: Annotated[str | None, typer.Option(metavar="NAME", help="Show only runs of this MLflow experiment")] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """List all runs, newest first: status, step, losses, tokens/s, goodput, worker-hours."""
+    """List runs, newest first: status, step, losses, tokens per second, goodput, worker-hours."""
     from heliostat.tracking import run_table
 
     with tracking(mlflow) as (client, uri):
@@ -52,13 +54,13 @@ def runs(
     finish({"runs": result})
 
 
-@command(RUNS)
+@command(RUN, example=".heliostat/runs/quickstart --out report.html")
 def report(
     run: Run,
-    to: Annotated[Path, typer.Option("--out", help="An HTML file")] = Path("report.html"),
+    to: Annotated[Path, typer.Option("--out", metavar="FILE", help="HTML file to write")] = Path("report.html"),
     mlflow: TrackingUri = None,
 ) -> None:
-    """Write one self-contained page about a run: curves, goodput, restarts, samples, lineage."""
+    """Write an HTML page about a run: curves, goodput, restarts, samples, lineage."""
     from heliostat.tracking import mlflow_client
     from heliostat.tracking.reconcile import settle
     from heliostat.tracking.report import page
@@ -69,22 +71,33 @@ def report(
     finish({"file": str(to), "run_id": ended.info.run_id})
 
 
-@command(RUNS)
+@command(RUN, example="models:/quickstart-lm/1")
 def lineage(
     what: Annotated[
-        str | None, typer.Argument(help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder", metavar="WHAT")
+        str | None,
+        typer.Argument(
+            help="models:/NAME/VERSION, NAME@ALIAS, a run id, or a run's folder",
+            metavar="MODEL",
+            autocompletion=completion.models,
+        ),
     ] = None,
-    shard: Annotated[str | None, typer.Option(help="Instead: every run that trained on this shard (a path, or its end)")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Instead: every run that trained on the dataset of this digest")] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="PATH", help="List the runs that trained on this shard: a path, or its end")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="List the runs that trained on the dataset with this digest")
+    ] = None,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Show where a model comes from: run, restarts, code, machines, shards, parents; or which models saw a shard or dataset."""
+    """Show a model's provenance: run, restarts, code, machines, shards, parents. Or list the models of a shard or dataset."""
     from heliostat.tracking import lineage as tracing
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
-        raise ConfigError("lineage: give one of MODEL, --shard or --dataset")
+        raise ConfigError(
+            "MODEL: nothing is chosen, or two things are. Give exactly one of MODEL, --shard PATH, and --dataset DIGEST"
+        )
     if dataset is not None and len(dataset) < 6:
-        raise ConfigError(f"--dataset: {dataset!r} is too short; give at least 6 digits of the digest")
+        raise ConfigError(f"--dataset: the digest is too short ({dataset}). Give at least its first 6 digits")
     with tracking(mlflow) as (client, uri):
         if what is None:
             _backwards(client, shard, dataset)
@@ -108,21 +121,30 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
     finish({"shard": shard, "dataset": dataset, "runs": rows})
 
 
-@command(MODELS)
+@command(MODEL, example="quickstart-lm/2 champion --require 'eval/loss<2.1'")
 def promote(
-    model: Annotated[str, typer.Argument(help="NAME@ALIAS or NAME/VERSION", metavar="MODEL", show_default=False)],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="NAME/VERSION or NAME@ALIAS", metavar="MODEL", show_default=False, autocompletion=completion.registered
+        ),
+    ],
     alias: Annotated[str, typer.Argument(help="The alias to assign, for example champion", metavar="ALIAS", show_default=False)],
-    require: Annotated[list[str] | None, typer.Option(help="A score that it must have: 'eval/loss<2.1'; may be repeated")] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RULE", help="A score that the model must have, such as 'eval/loss<2.1'; may be repeated"),
+    ] = None,
     metric: Annotated[
-        str, typer.Option(help="The metric that must not be worse than that of the model that has the alias now")
+        str, typer.Option(help="Metric that must not be worse than that of the alias's current model")
     ] = "eval/loss",
-    maximize: Annotated[bool, flag("--maximize", help="A larger metric is better")] = False,
-    force: Annotated[bool, flag("--force", help="Promote it anyway; the history shows that")] = False,
+    maximize: Annotated[bool, flag("--maximize", help="Larger values of the metric are better")] = False,
+    force: Annotated[bool, flag("--force", help="Promote the model even if it fails a rule; the history records it")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Give a registered model an alias, unless it is worse than what has the alias now, or lacks what is required."""
+    """Give a registered model an alias, unless it is worse than the alias's current model or fails a rule."""
     from heliostat.tracking import registry
 
+    registry.parse(model)  # before the store, which takes seconds
     with tracking(mlflow) as (client, _):
         done = registry.promote(client, model, alias, require or [], metric, "max" if maximize else "min", force)
     instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
@@ -132,14 +154,14 @@ def promote(
     finish(done)
 
 
-@command(RUNS)
+@command(DEBUG, example="quickstart --rank 1 --steps 5")
 def profile(
     run: Run,
-    rank: Annotated[int, typer.Option(min=0, help="The worker to profile")] = 0,
-    steps: Annotated[int, typer.Option(min=1, max=100, help="Steps to profile, from the worker's next one on")] = 5,
+    rank: Annotated[int, typer.Option(min=0, help="Worker to profile")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="Number of steps to profile, from the next step on")] = 5,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Profile a worker's next steps in a running job, and show the top operations and the longest gaps."""
+    """Profile a worker of a running job: show the most expensive operations and the longest gaps."""
     from heliostat.runs import profile as profiles
     from heliostat.runs import profile_table as table
     from heliostat.storage.locations import Location
@@ -163,15 +185,17 @@ def profile(
             **summary})  # fmt: skip
 
 
-@command(RUNS)
+@command(DEBUG, example=".heliostat/runs/quickstart --steps 20")
 def reproduce(
     run: Run,
-    steps: Annotated[int | None, typer.Option(min=1, help="Train only this many steps of the recorded schedule")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of steps to train, of the recorded schedule", show_default="all")
+    ] = None,
     setting: Settings = None,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete an earlier reproduction of the run")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Train a recorded run again, and compare the losses of every step. Shows differences of the environment."""
+    """Train a recorded run again, and compare the losses of every step and the environments."""
     from heliostat.training import reproduce as again
 
     with tracking(mlflow) as (client, uri):
@@ -185,23 +209,23 @@ def reproduce(
     finish(result)
 
 
-@app.command(rich_help_panel=RUNS)
+@command(RUN, example="--port 5000", reports=False)
 def ui(
     mlflow: TrackingUri = None,
     keys: Keys = Path(".heliostat/ui/keys"),
-    host: Annotated[str, typer.Option(help="The address to listen on; on a network, keys are sent unencrypted")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on; keys are sent unencrypted")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on")] = 5000,
     verbose: Annotated[bool, flag("--verbose", "-v", help="Show the output of MLflow's server")] = False,
 ) -> None:
-    """Open MLflow's UI on the runs' store, for those who have a key, and print its address."""
+    """Open MLflow's UI on the recorded runs, protected by a key, and print its address."""
     from heliostat.tracking.ui import serve
 
     serve(store_uri(mlflow), host, port, keys, lambda url: print_page(url, keys), keys_of(keys), verbose)
 
 
-@command(RUNS)
+@command(RUN, example=".heliostat/runs/quickstart")
 def checkpoints(run: Run, mlflow: TrackingUri = None) -> None:
-    """List a run's checkpoints: step, size, whether each is complete, and which rule keeps it."""
+    """List a run's checkpoints: step, size, completeness, and the rule that keeps each."""
     from heliostat.checkpoint.retention import survey
 
     place = run_folder(run, mlflow)
@@ -216,7 +240,7 @@ def checkpoints(run: Run, mlflow: TrackingUri = None) -> None:
 def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
     table = [["step", "written", "MB", "workers", "ZeRO", "kept as", "scores"]]
     for row in rows:
-        facts = [f"{row['step']:,}", "torn", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"] or ""]
+        facts = [f"{row['step']:,}", "incomplete", f"{row['bytes'] / 1e6:,.1f}", "", "", "", row["fault"] or ""]
         if row["whole"]:
             written = datetime.fromtimestamp(row["written"]).isoformat(sep=" ", timespec="seconds")
             scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["metrics"].items() if v is not None)
@@ -226,9 +250,9 @@ def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
     return table
 
 
-@command(RUNS)
+@command(RUN, example=".heliostat/runs/quickstart")
 def verify(run: Run, mlflow: TrackingUri = None) -> None:
-    """Check a run's receipts against its datasets: what every step trained on, and that nothing was lost or repeated."""
+    """Check a run's receipts against its datasets: which samples each step trained on, none lost or repeated."""
     from heliostat.runs import verify as verifying
 
     place = run_folder(run, mlflow)
@@ -238,9 +262,9 @@ def verify(run: Run, mlflow: TrackingUri = None) -> None:
     finish(report, None if report["ok"] else VerifyError(f"{place}: {verifying.explain(report)}"))
 
 
-@command(RUNS)
+@command(RUN, example=".heliostat/runs/quickstart")
 def goodput(run: Run, mlflow: TrackingUri = None) -> None:
-    """Show where a run's time went, from the command's start to its end, over all restarts. The parts add up to 100 %."""
+    """Show where a run's time went, over all restarts. The parts add up to 100 %."""
     from heliostat.runs import goodput as accounting
     from heliostat.tracking.reconcile import settle_folder
 
@@ -251,14 +275,14 @@ def goodput(run: Run, mlflow: TrackingUri = None) -> None:
     finish(report)
 
 
-@command(RUNS)
+@command(RUN, example=".heliostat/runs/quickstart --step 100")
 def samples(
     run: Run,
-    step: Annotated[int, typer.Option(min=1, help="The first is 1", show_default=False)],
-    full: Annotated[bool, flag("--full", help="Show each sample's whole text")] = False,
+    step: Annotated[int, typer.Option(min=1, help="Step to show; the first step is 1", show_default=False)],
+    full: Annotated[bool, flag("--full", help="Show the complete text of each sample")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Show the samples that a step trained on: their places in the datasets, and their text."""
+    """Show the samples that a step trained on: their positions in the datasets, and their text."""
     from heliostat.runs.samples import samples as read
 
     result = read(run_folder(run, mlflow), step)

@@ -1,4 +1,4 @@
-"""Serves models: `heliostat serve`."""
+"""Serves models: `heliostat model` serve, play."""
 
 from __future__ import annotations
 
@@ -7,51 +7,60 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from heliostat.cli.common import app, keys_of, model_folder, out, print_page, store_uri
-from heliostat.cli.options import MODELS, Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, flag
+from heliostat.cli import completion
+from heliostat.cli.common import command, keys_of, model_folder, out, print_page, store_uri
+from heliostat.cli.groups import MODEL
+from heliostat.cli.options import Embedder, Engine, Keys, OnCluster, Reranker, TrackingUri, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
     from heliostat.apps.serve.served import ServedModels
 
 AnyModel = Annotated[
-    str | None, typer.Argument(help="models:/NAME/VERSION, a run id, or a model's folder", metavar="[MODEL]", show_default=False)
+    str | None,
+    typer.Argument(
+        help="models:/NAME/VERSION, models:/NAME@ALIAS, a run id, or a model's folder",
+        metavar="[MODEL]",
+        show_default=False,
+        autocompletion=completion.models,
+    ),
 ]
 Index = Annotated[
-    str | None, typer.Option("--index", metavar="INDEX", help="An index of documents to search: a folder or s3:// URI")
+    str | None,
+    typer.Option("--index", metavar="INDEX", help="Also serve an index of `heliostat search index`: a folder or s3:// URI"),
 ]
-Open = Annotated[bool, flag("--no-keys", help="Answer everyone who can reach the port, without a key")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", help="The largest number of tokens of an answer")]
+Open = Annotated[bool, flag("--no-keys", help="Answer requests without a key")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", help="Maximum number of tokens of an answer")]
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODEL, example="models:/quickstart-lm/1 --port 8000", reports=False)
 def serve(
     model: AnyModel = None,
     index: Index = None,
     embedder: Embedder = None,
     reranker: Reranker = None,
-    name: Annotated[str | None, typer.Option(help="What clients call the model; the default is its own name")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's name for clients", show_default="its own name")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FOLDER", help="A LoRA adapter of the model, by the name for clients; may be repeated"),
+        typer.Option(metavar="NAME=FOLDER", help="Also serve a LoRA adapter of the model, under this name; may be repeated"),
     ] = None,
     keys: Keys = Path(".heliostat/serve/keys"),
     open_: Open = False,
-    port: Annotated[int, typer.Option(help="The port on 127.0.0.1")] = 8000,
-    replicas: Annotated[str, typer.Option(help="The number of replicas, or a range by load, such as 1..4")] = "1",
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 8000,
+    replicas: Annotated[str, typer.Option(help="Number of replicas, or a range by load, such as 1..4")] = "1",
     engine: Engine = "auto",
-    batch: Annotated[int, typer.Option(help="Batch size: prompts that a replica answers at once")] = 16,
+    batch: Annotated[int, typer.Option(help="Batch size of a replica, in prompts")] = 16,
     max_tokens: MaxTokens = 1024,
-    max_body: Annotated[int, typer.Option(help="The largest number of bytes of a request")] = 1 << 20,
-    concurrent: Annotated[int, typer.Option(help="Concurrent requests per key; 0 is no limit")] = 256,
-    per_minute: Annotated[int, typer.Option(help="Requests per key and minute; 0 is no limit")] = 0,
-    deadline: Annotated[float, typer.Option(help="Seconds that an answer may take")] = 300.0,
+    max_body: Annotated[int, typer.Option(help="Maximum number of bytes of a request")] = 1 << 20,
+    concurrent: Annotated[int, typer.Option(help="Concurrent requests per key; 0: no limit")] = 256,
+    per_minute: Annotated[int, typer.Option(help="Requests per key and minute; 0: no limit")] = 0,
+    deadline: Annotated[float, typer.Option(help="Maximum number of seconds of an answer")] = 300.0,
     poll: Annotated[float, typer.Option(help="Seconds between two checks of the alias")] = 2.0,
     cluster: OnCluster = None,
-    stop: Annotated[bool, flag("--stop", help="End the endpoint that a killed command has left on the cluster")] = False,
+    stop: Annotated[bool, flag("--stop", help="Stop the endpoint that a killed command left on the cluster")] = False,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Serve a model, an index, or both over HTTP with OpenAI's API. It follows an alias of the registry."""
+    """Serve a model, an index, or both over HTTP with OpenAI's API. Follows an alias of the registry."""
     from heliostat.cluster.endpoint import join
 
     join(cluster)
@@ -60,7 +69,7 @@ def serve(
     from heliostat.apps.serve.served import Options, replica_range
     from heliostat.schema import validate
 
-    extras.require("serve", "watchfiles", what="heliostat serve")
+    extras.require("serve", "watchfiles", what="heliostat model serve")
     if stop:
         out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
         return
@@ -69,7 +78,7 @@ def serve(
              "deadline_s": deadline}  # fmt: skip
     options = validate(Options, flags, "serve")
     if open_ and keys != Path(".heliostat/serve/keys"):
-        raise ConfigError("--no-keys: goes without --keys")
+        raise ConfigError("--no-keys: not with --keys. Remove one of the two")
     served = _served(model, name, index, embedder, reranker, mlflow).with_adapters(adapter or [])
     called = " and ".join(one for one in (served.name, *served.adapters, served.index_name) if one)
 
@@ -80,7 +89,7 @@ def serve(
     raise typer.Exit(130)
 
 
-@app.command(rich_help_panel=MODELS)
+@command(MODEL, example="models:/quickstart-lm/1", reports=False)
 def play(
     model: AnyModel = None,
     index: Index = None,
@@ -88,20 +97,20 @@ def play(
     reranker: Reranker = None,
     keys: Keys = Path(".heliostat/play/keys"),
     open_: Open = False,
-    port: Annotated[int, typer.Option(help="The port on 127.0.0.1")] = 7860,
+    port: Annotated[int, typer.Option(help="Port on 127.0.0.1")] = 7860,
     max_tokens: MaxTokens = 1024,
     mlflow: TrackingUri = None,
 ) -> None:
-    """Open a page in the browser to try a model or an index: write, complete code, chat, draw, ask."""
+    """Open a web page to try a model or an index: write, complete code, chat, draw, ask."""
     from heliostat import extras
     from heliostat.schema import validate
 
-    extras.require("play", "starlette", "uvicorn", what="heliostat play")
+    extras.require("play", "starlette", "uvicorn", what="heliostat model play")
     from heliostat.apps.play import app as page
     from heliostat.apps.serve.served import Options
 
     if open_ and keys != Path(".heliostat/play/keys"):
-        raise ConfigError("--no-keys: goes without --keys")
+        raise ConfigError("--no-keys: not with --keys. Remove one of the two")
     options = validate(Options, {"port": port, "max_tokens": max_tokens, "at_once": 64, "batch": 8}, "play")
     served = _served(model, None, index, embedder, reranker, mlflow)
 

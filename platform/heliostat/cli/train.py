@@ -1,16 +1,20 @@
-"""Checks jobs, trains them, and breaks their runs on purpose: `heliostat check`, `train`, `chaos`."""
+"""Checks jobs, trains them, and breaks their runs on purpose: `heliostat check`, `train`, `debug chaos`."""
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import Report, command, finish, out, print_table, program, store_uri
-from heliostat.cli.options import TRAINING, JobFile, Overwrite, Resume, Settings, Verbose, flag
+from heliostat.cli.groups import DEBUG, TOP
+from heliostat.cli.options import ClusterFile, JobFile, Overwrite, Resume, Settings, Verbose, flag
 from heliostat.errors import ConfigError, NumericsError, VerifyError
 from heliostat.terminal import console
 
@@ -29,12 +33,12 @@ HEADS = {
 ISSUE = "kill-worker,kill-node,hang,sigterm,s3-503,corrupt-shard,torn-checkpoint,mlflow-down,disk-full"
 
 
-@command(TRAINING)
+@command(TOP, example="jobs/quickstart.yaml --set train.steps=50")
 def check(
     job: JobFile,
     setting: Settings = None,
-    offline: Annotated[bool, flag("--offline", help="Don't check datasets, stores and machines")] = False,
-    cluster: Annotated[Path | None, typer.Option(help="The cluster file; the default is this machine")] = None,
+    offline: Annotated[bool, flag("--offline", help="Don't check datasets, stores, and machines")] = False,
+    cluster: ClusterFile = None,
     numerics: Annotated[
         bool, flag("--numerics", help="Run some steps on two workers here, and compare them with one plain process in fp32")
     ] = False,
@@ -43,27 +47,35 @@ def check(
     from heliostat.validation import check as checks
 
     if numerics and offline:
-        raise ConfigError("--numerics: plays the job's own samples, which --offline leaves out; give one of the two")
-    wanted = checks.load_job(job, setting)
-    result: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
-    if offline:
-        checks.check_job(wanted)
-        right = "the file and the model are right; datasets, stores and machines were not looked at"
-    else:
-        from heliostat.plan import auto
+        raise ConfigError("--numerics: not with --offline, because it needs the job's samples. Remove one of the two")
+    from heliostat.plan import auto
 
-        checked = checks.check(auto.settled(wanted, cluster), cluster)
+    wanted, checked, filled = checks.check_path(job, setting, cluster, offline, partial(auto.settled, cluster=cluster))
+    result: dict[str, object] = {"file": str(job), "name": wanted.name, "offline": offline}
+    result["defaults"] = [default._asdict() for default in filled]
+    if checked is None:
+        right = "the file and the model are right; datasets, stores, and machines were not checked"
+    else:
         shape, steps, samples = checked.plan.shape, checked.job.train.steps, int(checked.order.epoch_samples.sum())
         epochs = steps * shape.batch / samples
         result |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
                 f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
+    if filled:
+        out.print("defaults that follow from this job, this machine, or the dataset:")
+        print_table([[d.key, _plain(d.value), d.why] for d in filled], left=range(3))
     out.print(f"{job}: {right}")
     fault = None
     if numerics:
+        assert checked
         result["numerics"], fault = _show_numerics(job, checked)
     finish(result, fault)
+
+
+def _plain(value: object) -> str:
+    """Writes a default as the job file would have it."""
+    return json.dumps(value).replace('"', "") if isinstance(value, dict) else str(value)
 
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
@@ -88,7 +100,7 @@ def _recomputed(t: Report) -> list[str]:
     tokens = f" of {t['sequence_length']:,} tokens" if t["sequence_length"] else ""
     return [
         f"{t['model']}; {t['optimizer']}, {t['precision']}, ZeRO stage {t['stage']}, {t['workers']} workers on {where}",
-        f"{t['steps']} steps of {t['global_batch']} samples{tokens} in micro-batches of {t['micro_batch']}; "
+        f"{t['steps']} steps of {t['global_batch_size']} samples{tokens} in micro-batches of {t['micro_batch_size']}; "
         f"from step {t['resumed']['step']} also on {t['resumed']['workers']} worker at stage {t['resumed']['stage']}",
     ]
 
@@ -113,28 +125,39 @@ def explain(faults: list[Report]) -> str:
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
 
 
-@command(TRAINING)
+@command(TOP, example="jobs/quickstart.yaml --set train.steps=50")
 def train(
     job: Annotated[
-        Path | None, typer.Argument(help="A job file; none with --from-sweep", metavar="JOB", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A job file; none with --from-sweep", metavar="JOB", show_default=False, autocompletion=completion.job_files
+        ),
     ] = None,
     setting: Settings = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     allow_data_change: Annotated[
-        bool, flag("--allow-data-change", help="Resume with other data: a new segment of the run")
+        bool, flag("--allow-data-change", help="Resume on other data, as a new segment of the run")
     ] = False,
-    alias: Annotated[str | None, typer.Option(help="Alias to assign to the registered model (mlflow.alias)")] = None,
-    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: compute the share of every rank in this process")] = False,
+    alias: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Alias to assign to the registered model (mlflow.alias)")
+    ] = None,
+    dry_run: Annotated[bool, flag("--dry-run", help="Train nothing: compute every rank's part in this process")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="With --dry-run: the number of ranks")] = None,
-    from_sweep: Annotated[str | None, typer.Option(help="A sweep's folder or name, to train a job of it")] = None,
+    from_sweep: Annotated[
+        str | None,
+        typer.Option(metavar="SWEEP", help="Train a job of a sweep: its folder or name", autocompletion=completion.sweeps),
+    ] = None,
     best: Annotated[bool, flag("--best", help="With --from-sweep: train the job of the best trial")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a job: Ray Data streams its samples to DeepSpeed workers, and MLflow gets the model."""
+    """Train a job on Ray and DeepSpeed, recorded in MLflow. Ray Data streams the samples to the workers."""
     setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
     if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
-        raise ConfigError("give a job file, or --from-sweep SWEEP --best")
+        raise ConfigError(
+            "JOB: no job is chosen, or two are. Run: heliostat train jobs/quickstart.yaml, or "
+            "heliostat train --from-sweep SWEEP --best"
+        )
     if from_sweep is not None:
         from heliostat.cli.tune import write_best
 
@@ -146,14 +169,14 @@ def train(
         show_dry_run(job, setting, workers)
         return
     if workers is not None:
-        raise ConfigError("--workers goes with --dry-run; to train with another number use --set workers.count=N")
+        raise ConfigError(f"--workers: only with --dry-run ({workers}). Use --set workers.count={workers} to train")
     import psutil
 
     from heliostat.plan import auto
     from heliostat.training.run import source, train_job
     from heliostat.validation.check import load_job
 
-    wanted, began = auto.settled(load_job(job, setting), resume=resume), psutil.Process().create_time()
+    wanted, began = auto.settled(load_job(job, setting, resume=resume), resume=resume), psutil.Process().create_time()
     usual = store_uri(None)  # now: MLflow sets the variable to what the job names
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     _print_result(result)
@@ -193,28 +216,28 @@ def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
     commands = []
     if model and result["samples"]:
         drawn = ["--out", "sample.png"] if result["unit"] == "samples" else []
-        commands.append([program(), "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
-    commands.append([program(), "verify", str(job.run_folder)])
-    commands.append([program(), "ui", *store])
+        commands.append([program(), "model", "generate", model, "--prompt", result["samples"][0]["prompt"], *drawn, *store])
+    commands.append([program(), "run", "verify", str(job.run_folder)])
+    commands.append([program(), "run", "ui", *store])
     return [shlex.join(words) for words in commands]
 
 
-@command(TRAINING)
+@command(DEBUG, example="jobs/chaos.yaml --faults kill-worker,hang")
 def chaos(
     job: JobFile,
     faults: Annotated[
         str,
         typer.Option(
             metavar="NAME,...",
-            help="The faults; also kill-driver, kill-driver-late, restart-head",
+            help="Faults to inject; also kill-driver, kill-driver-late, restart-head",
             show_default=ISSUE.replace(",", ", "),
         ),
     ] = ISSUE,
     seed: Annotated[int, typer.Option(help="Random seed for the times and targets of faults")] = 0,
-    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: the share of requests that fail")] = 0.2,
+    rate: Annotated[float, typer.Option(min=0.01, max=0.9, help="s3-503: fraction of requests that fail")] = 0.2,
     setting: Settings = None,
 ) -> None:
-    """Break a job's runs on purpose, one fault per run, and compare each with the unbroken run. Fails if a sample is lost."""
+    """Inject faults into runs of a job, one fault per run, and compare each with a run without faults."""
     from heliostat.chaos.experiment import chaos as run
 
     names = [name.strip() for name in faults.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""Runs and shows sweeps: `heliostat tune`, `heliostat sweeps`, `heliostat sweep`, and `heliostat train --from-sweep`."""
+"""Runs and shows sweeps: `heliostat sweep` run, list, show, stop, and `heliostat train --from-sweep`."""
 
 from __future__ import annotations
 
@@ -8,41 +8,57 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from heliostat.cli import completion
 from heliostat.cli.common import command, finish, out, print_table, program
+from heliostat.cli.groups import SWEEP
 from heliostat.cli.jobs import checked, jobs_on, send
-from heliostat.cli.options import SWEEPS, Follow, Queue, Settings, Target, Verbose, flag
+from heliostat.cli.options import Follow, Queue, Settings, Target, Verbose, flag
 from heliostat.errors import ConfigError
 
 if TYPE_CHECKING:
+    from heliostat.storage.locations import Location
     from heliostat.tune.trial_record import SweepProgress
 
 DEFAULT_STORAGE = ".heliostat/runs"
-Storage = Annotated[str, typer.Option(help="The folder or s3:// prefix of runs and sweeps")]
+Storage = Annotated[str, typer.Option(metavar="FOLDER", help="Folder or s3:// prefix of runs and sweeps")]
 SweepName = Annotated[
-    str, typer.Argument(help="A sweep's folder (STORAGE/NAME), or its name below --storage", metavar="SWEEP", show_default=False)
+    str,
+    typer.Argument(
+        help="A sweep's folder (STORAGE/NAME), or its name in --storage",
+        metavar="SWEEP",
+        show_default=False,
+        autocompletion=completion.sweeps,
+    ),
 ]
+Top = Annotated[int, typer.Option(min=1, help="Number of best trials to show")]
 
 
-@command(SWEEPS)
+@command(SWEEP, "run", example="jobs/sweeps/quickstart.yaml --set trials=8")
 def tune(
     sweep: Annotated[
-        Path, typer.Argument(help="A sweep file, for example jobs/sweeps/quickstart.yaml", metavar="SWEEP", show_default=False)
+        Path,
+        typer.Argument(
+            help="A sweep file, such as jobs/sweeps/quickstart.yaml",
+            metavar="SWEEP",
+            show_default=False,
+            autocompletion=completion.sweep_files,
+        ),
     ],
     setting: Settings = None,
-    resume: Annotated[bool, flag("--resume", help="Resume the sweep: no trial runs twice, and none is lost")] = False,
+    resume: Annotated[bool, flag("--resume", help="Resume the sweep: finished trials don't run again")] = False,
     retry_failed: Annotated[
         bool, flag("--retry-failed", help="With --resume: failed trials continue from their last checkpoints")
     ] = False,
     overwrite: Annotated[bool, flag("--overwrite", help="Delete the sweep of this name and start from scratch")] = False,
     transfer: Annotated[
-        Path | None, typer.Option(help="A large job: scale the learning rate to it from the widths of the sweep")
+        Path | None, typer.Option(metavar="JOB", help="A large job: scale the learning rate to it from the widths of the sweep")
     ] = None,
     cluster: Target = None,
     follow: Follow = False,
     queue: Queue = None,
     verbose: Verbose = False,
 ) -> None:
-    """Search for a job's best settings with many runs in parallel on Ray Tune (docs/tuning.md)."""
+    """Search for a job's best hyperparameters with parallel runs on Ray Tune (docs/tuning.md)."""
     from heliostat.storage.run_folder import require_one_way
     from heliostat.tune.driver import tune as run
 
@@ -50,7 +66,7 @@ def tune(
     if cluster:
         if transfer:
             raise ConfigError(
-                "--transfer: not with --cluster; when the sweep is over, run this with --resume and without --cluster"
+                f"--transfer: not with --cluster ({transfer}). After the sweep, run this with --resume, without --cluster"
             )
         flags = {"--resume": resume, "--retry-failed": retry_failed, "--overwrite": overwrite}
         _submit(sweep, setting or [], cluster, queue, tuple(f for f, is_set in flags.items() if is_set), follow)
@@ -65,9 +81,9 @@ def tune(
     finish({**result, "transfer": _carry(result["folder"], transfer)} if transfer else result)
 
 
-@command(SWEEPS)
+@command(SWEEP, "list", example="--storage .heliostat/runs")
 def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
-    """List the sweeps in a place."""
+    """List sweeps: state, trials, best score."""
     from heliostat.storage.locations import Location
     from heliostat.tune.listing import sweeps as find
 
@@ -77,23 +93,31 @@ def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
         states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
         out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
     if not result:
-        out.print(f"no sweep in {storage}; start one with `heliostat tune SWEEP.yaml`")
+        out.print(f"no sweep in {storage}; start one with `heliostat sweep run SWEEP.yaml`")
     finish({"sweeps": result})
 
 
-@command(SWEEPS)
-def sweep(
-    sweep: SweepName,
-    top: Annotated[int, typer.Option(min=1, help="The number of best trials to show")] = 10,
-    stop: Annotated[bool, flag("--stop", help="Stop it: its trials stop after a checkpoint")] = False,
-    storage: Storage = DEFAULT_STORAGE,
-) -> None:
-    """Show a sweep's best trials; or stop it."""
+@command(SWEEP, example="quickstart --top 3")
+def show(sweep: SweepName, top: Top = 10, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Show a sweep's best trials."""
+    from heliostat.tune import listing
+
+    _show(listing.find(sweep, storage), top)
+
+
+@command(SWEEP, example="quickstart")
+def stop(sweep: SweepName, top: Top = 10, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Stop a sweep: its trials save a checkpoint first. Then show its best trials."""
     from heliostat.tune import listing
 
     folder = listing.find(sweep, storage)
-    if stop:
-        listing.stop(folder)
+    listing.stop(folder)
+    _show(folder, top)
+
+
+def _show(folder: Location, top: int) -> None:
+    from heliostat.tune import listing
+
     result = listing.show(folder)
     _print(result, top)
     finish({**result, "trials": result["trials"][:top]})

@@ -83,10 +83,11 @@ def require_gpus(wanted: float) -> int:
 
     if (count := torch.cuda.device_count()) >= wanted:
         return count
-    have = f"{count} that can be used" if count else "none that can be used"
+    have = f"{count} usable ones" if count else "no usable one"
     raise ConfigError(
-        f"workers.gpus: the workers ask for {wanted:g} GPUs, but this machine has {have}, and no cluster is named; use "
-        "`heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus or workers.count"
+        f"workers.gpus: the workers need {wanted:g} GPUs, but this machine has {have}, and no cluster is named. "
+        "Use `heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus "
+        "or workers.count"
     )
 
 
@@ -101,17 +102,20 @@ def missing(
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
     if not all_:
         labels = ", ".join(f"{k}={v}" for k, v in workers.labels.items())
-        return f"no living node{f' with the labels {labels}' if labels else ''} may take {need}; waiting for one"
+        return f"no living node{f' with the labels {labels}' if labels else ''} can hold {need}; waiting for one"
     have = [sum(node.get(kind, 0.0) for node in all_.values()) for kind in ("CPU", "GPU")]
     left = [sum(free.get(name, {}).get(kind, 0.0) for name in all_) for kind in ("CPU", "GPU")]
     used = _amount(have[0] - left[0], have[1] - left[1] if workers.gpus else 0)
     now, empty = room(workers, free, {}, apart), room(workers, all_, {}, apart)
     text = (
-        f"no room for {need}: the {len(all_)} nodes that may take them have "
-        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others hold {used}; "
-        f"as they lie there is room for {now} workers now, and for {empty} with no other jobs"
+        f"no room for {need}: the {len(all_)} nodes that can hold them have "
+        f"{_amount(have[0], have[1] if workers.gpus else 0)}, of which others use {used}. There is room for {now} "
+        f"workers now, and for {empty} without other jobs"
     )
-    return f"{text}; {'waiting' if empty >= count else 'waiting for more nodes: else lower workers.count or workers.cpus'}"
+    return (
+        f"{text}; "
+        f"{'waiting' if empty >= count else 'waiting for more nodes. To start earlier, lower workers.count or workers.cpus'}"
+    )
 
 
 def _amount(cpus: float, gpus: float) -> str:
@@ -142,15 +146,15 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
     nodes = {f"{p.name}/{i}": {"CPU": p.cpus or 0.0, "GPU": p.gpus} for p in train for i in range(p.most)}
     if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
-            f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs do not fit on {cluster.path}, "
-            f"which has room for {fits} at its largest; lower it, or raise the pool's maximum"
+            f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs don't fit on "
+            f"{cluster.path}, which has room for {fits} at its maximum. Lower it, or raise the pool's maximum"
         )
     if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
         return
     if not any(p in train for p in data) or room(need, nodes, {}) < need.least:
         raise ConfigError(
-            f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs leave no node of {cluster.path} the {FETCHING:g} CPU that "
-            "reading the data needs; lower workers.cpus or workers.count, or add a node"
+            f"workers.cpus: {need.least} workers of {need.cpus:g} CPUs leave no node of {cluster.path} the "
+            f"{FETCHING:g} CPU that reading the data needs. Lower workers.cpus or workers.count, or add a node"
         )
 
 
@@ -159,5 +163,5 @@ def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[Nod
     pools = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not pools and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})
-        raise ConfigError(f"{field}: no pool of {cluster.path} carries {dict(labels)}; there are {', '.join(have)}")
+        raise ConfigError(f"{field}: no pool of {cluster.path} has the labels {dict(labels)}. Labels: {', '.join(have)}")
     return pools

@@ -44,8 +44,8 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
     missing = [k for k in ("setup_commands", "head_setup_commands", "worker_setup_commands") if k not in cluster.raw]
     if cluster.raw.get("docker") and missing:
         yield (
-            f"{', '.join(missing)}: not given, so Ray runs its own, which install packages of no fixed version into the "
-            "running image; set them to []"
+            f"{', '.join(missing)}: not set, so Ray uses its defaults, which install packages without fixed "
+            "versions into the running image. Set them to []"
         )
     if not cluster.raw.get("docker"):
         return
@@ -53,8 +53,8 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
     for target in cluster.raw.get("file_mounts") or {}:
         if target.startswith("/root/") and not as_root:
             yield (
-                f"file_mounts: {target} can be read by root alone, and clusters/Dockerfile's user is ray; put it below "
-                "/home/ray, and RAY_AUTH_TOKEN_PATH with it"
+                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put it "
+                "below /home/ray, with RAY_AUTH_TOKEN_PATH"
             )
 
 
@@ -68,7 +68,7 @@ def _registry(cluster: ClusterFile) -> Iterator[str]:
     for image in sorted({pool.image for pool in cluster.pools if pool.image}):
         host = image.partition("/")[0]
         if PRIVATE_REGISTRY.search(host) and not any("docker" in c and host in c for c in registries):
-            yield f"initialization_commands: nothing logs in to {host}, so the nodes cannot pull {image}"
+            yield f"initialization_commands: no command logs in to {host}, so the nodes can't pull {image}. Add one"
 
 
 def _docker(cluster: ClusterFile) -> Iterator[str]:
@@ -84,43 +84,55 @@ def _docker(cluster: ClusterFile) -> Iterator[str]:
         name = next(n for n, t in cluster.raw["available_node_types"].items() if t is node)
         where = f"available_node_types.{name}.docker.worker_run_options"
         if "--gpus" not in words and "NVIDIA_VISIBLE_DEVICES" not in words:
-            yield f"{where}: the container sees no GPU without --gpus=all (or --env=NVIDIA_VISIBLE_DEVICES=all)"
+            yield f"{where}: the container sees no GPU. Add --gpus=all (or --env=NVIDIA_VISIBLE_DEVICES=all)"
         efa = any(str(card.get("InterfaceType", "")).startswith("efa") for card in config.get("NetworkInterfaces") or [])
         if efa and "/dev/infiniband" not in words:
-            yield f"{where}: EFA's devices are not in the container without --device=/dev/infiniband; NCCL falls back to TCP"
+            yield f"{where}: the container has no EFA devices, so NCCL falls back to TCP. Add --device=/dev/infiniband"
         if efa and "memlock" not in words:
-            yield f"{where}: EFA registers memory; give --ulimit=memlock=-1:-1"
+            yield f"{where}: EFA registers memory. Add --ulimit=memlock=-1:-1"
 
 
 def _spot(cluster: ClusterFile) -> Iterator[str]:
     spot = [pool.name for pool in cluster.pools if pool.spot and not pool.head]
     if spot and not any(SPOT_WATCHER in c for c in cluster.raw.get("worker_start_ray_commands") or []):
         yield (
-            f"worker_start_ray_commands: {', '.join(spot)} are spot machines, and Ray watches for no notice: start "
-            f"`python -m {SPOT_WATCHER} {cluster.provider}` in the background, or lose the steps since the last checkpoint"
+            f"worker_start_ray_commands: {', '.join(spot)} are spot machines, and Ray doesn't watch for their "
+            f"notice. Start `python -m {SPOT_WATCHER} {cluster.provider}` in the background, or you lose the "
+            "steps since the last checkpoint"
         )
 
 
 def _aws(cluster: ClusterFile) -> Iterator[str]:
     head = cluster.raw.get("head_node_type")
     if not cluster.raw["provider"].get("use_internal_ips"):
-        yield "provider.use_internal_ips: every node gets a public address; true, with private subnets, keeps them inside the VPC"
+        yield (
+            "provider.use_internal_ips: every node gets a public address. Set it to true, with private subnets, to "
+            "keep the nodes inside the VPC"
+        )
     for where, config, node, _ in _nodes(cluster):
         if "/latest/" in str(config.get("ImageId", "")):
-            yield f"{where}.ImageId: the latest image changes, so later nodes may boot another; name one by its id (ami-...)"
+            yield (
+                f"{where}.ImageId: the latest image changes, so later nodes may boot another. Name an image by its id (ami-...)"
+            )
         if "IamInstanceProfile" not in config:
-            of_head = "Ray makes the head one of its own with AmazonEC2FullAccess and AmazonS3FullAccess"
+            of_head = "Ray creates one for the head, with AmazonEC2FullAccess and AmazonS3FullAccess"
             others = "the nodes have no credentials for the datasets"
             is_head = cluster.raw["available_node_types"].get(head) is node
-            yield f"{where}.IamInstanceProfile: none, so {of_head if is_head else others}; name one (docs/clusters.md)"
+            yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Name one (docs/clusters.md)")
         if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
-            yield f"{where}.MetadataOptions: {{HttpTokens: required}} is missing: a forged request reads the node's credentials"
+            yield (
+                f"{where}.MetadataOptions: {{HttpTokens: required}} is missing, so a forged request can read the "
+                "node's credentials. Add it"
+            )
         for disk in config.get("BlockDeviceMappings") or []:
             if "Ebs" in disk and not disk["Ebs"].get("Encrypted"):
-                yield f"{where}.BlockDeviceMappings: {disk.get('DeviceName', 'a disk')} is not encrypted; add Encrypted: true"
+                yield (f"{where}.BlockDeviceMappings: {disk.get('DeviceName', 'a disk')} isn't encrypted. Add Encrypted: true")
         for card in config.get("NetworkInterfaces") or []:
             if card.get("AssociatePublicIpAddress"):
-                yield f"{where}.NetworkInterfaces: a public address; leave AssociatePublicIpAddress out, and use a private subnet"
+                yield (
+                    f"{where}.NetworkInterfaces: the node gets a public address. Remove AssociatePublicIpAddress, and "
+                    "use a private subnet"
+                )
 
 
 def _gcp(cluster: ClusterFile) -> Iterator[str]:
@@ -129,19 +141,24 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
         for disk in config.get("disks") or []:
             kind = str((disk.get("initializeParams") or {}).get("diskType", "pd-standard")).rpartition("/")[2]
             if str(config.get("machineType", "")).rpartition("/")[2].startswith("a3-") and kind not in A3_DISKS:
-                yield f"{where}.disks: A3 machines do not take {kind}; set initializeParams.diskType: {' or '.join(A3_DISKS)}"
+                yield (f"{where}.disks: A3 machines don't support {kind}. Set initializeParams.diskType: {' or '.join(A3_DISKS)}")
         image = " ".join(str((d.get("initializeParams") or {}).get("sourceImage", "")) for d in config.get("disks") or [])
         if "/images/family/" in image:
-            yield f"{where}.disks: a family's image changes, so later nodes may boot another; name one image of it"
+            yield f"{where}.disks: an image family changes, so later nodes may boot another image. Name one image"
         items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
         if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
-            yield f"{where}: no driver for the GPUs: take an image with one, or set metadata.items install-nvidia-driver: 'True'"
+            yield (
+                f"{where}: the GPUs have no driver. Use an image with one, or set metadata.items install-nvidia-driver: 'True'"
+            )
         for account in config.get("serviceAccounts") or []:
             if BROAD_SCOPE in (account.get("scopes") or []):
-                yield f"{where}.serviceAccounts: the scope cloud-platform opens every service; name those that the nodes use"
+                yield (f"{where}.serviceAccounts: the scope cloud-platform opens every service. Name those that the nodes use")
         is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
         if not is_head and not config.get("serviceAccounts"):
-            yield f"{where}.serviceAccounts: none, so the nodes have no credentials for the datasets; name one of least rights"
+            yield (
+                f"{where}.serviceAccounts: not set, so the nodes have no credentials for the datasets. Name one with "
+                "the least permissions"
+            )
 
 
 def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
@@ -150,13 +167,19 @@ def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
         interfaces = config.get("networkInterfaces")
         if not interfaces:
             yield (
-                f"{where}.networkInterfaces: none, so Ray gives the machine a public address; name a subnetwork there, "
-                "without accessConfigs, and set provider.use_internal_ips: true"
+                f"{where}.networkInterfaces: not set, so Ray gives the machine a public address. Name a "
+                "subnetwork without accessConfigs, and set provider.use_internal_ips: true"
             )
         elif any(card.get("accessConfigs") or card.get("ipv6AccessConfigs") for card in interfaces):
-            yield f"{where}.networkInterfaces: a public address; leave accessConfigs out, and use Cloud NAT for the way out"
+            yield (
+                f"{where}.networkInterfaces: the machine gets a public address. Remove accessConfigs, and use Cloud "
+                "NAT for outgoing traffic"
+            )
         elif not cluster.raw["provider"].get("use_internal_ips"):
-            yield f"provider.use_internal_ips: not true, and {where} has no public address: Ray would wait for one in vain"
+            yield (
+                f"provider.use_internal_ips: not true, and {where} has no public address, so Ray would wait for one "
+                "forever. Set it to true"
+            )
 
 
 # what stands open -----------------------------------------------------------------------------------------------------
@@ -176,23 +199,23 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
     for host in DASHBOARD.findall("\n".join(cluster.commands)):
         if not host.strip("\"'").startswith(LOOPBACK):
             yield (
-                f"the dashboard listens on {host}, which other machines reach; use --dashboard-host=127.0.0.1, and reach it "
-                "through an ssh tunnel"
+                f"the dashboard listens on {host}, which other machines can reach. Use "
+                "--dashboard-host=127.0.0.1, and an ssh tunnel"
             )
             break
     if not cluster.local:
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
             starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each in a shell of its own
             if not starts or not all(map(_asks_for_token, starts)):  # none: Ray runs its own, without
-                yield f"{key}: the nodes do not ask for a token; export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them"
+                yield (f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them")
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
-            yield f"{where}: publishes a port; Ray's ports must be reachable from the cluster's nodes alone"
+            yield f"{where}: publishes a port. Only the cluster's nodes may reach Ray's ports: remove it"
     group = cluster.raw["provider"].get("security_group") or {}
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
         if any(value in EVERYWHERE for r in ranges for value in r.values()):
-            yield f"provider.security_group: port {rule.get('FromPort', 'any')} is open to the whole internet"
+            yield (f"provider.security_group: port {rule.get('FromPort', 'any')} is open to the whole internet. Restrict it")
 
 
 def _asks_for_token(command: str) -> bool:
@@ -220,12 +243,12 @@ def _words(option: str) -> list[str]:
 
 def _kuberay_ports(spec: Section) -> Iterator[str]:
     if (spec.get("authOptions") or {}).get("mode") != "token":
-        yield "authOptions: Ray asks for no token; set mode: token"
+        yield "authOptions: Ray asks for no token. Set mode: token"
     head = spec["headGroupSpec"]
     if head.get("serviceType", "ClusterIP") != "ClusterIP":
-        yield f"headGroupSpec.serviceType: {head['serviceType']} opens Ray's ports; use ClusterIP and a port-forward"
+        yield f"headGroupSpec.serviceType: {head['serviceType']} exposes Ray's ports. Use ClusterIP and a port-forward"
     if head.get("enableIngress"):
-        yield "headGroupSpec.enableIngress: opens the dashboard to the outside; use a port-forward"
+        yield "headGroupSpec.enableIngress: exposes the dashboard. Use a port-forward"
     for name, group in groups(spec):
         if group["template"]["spec"].get("hostNetwork"):
-            yield f"{name}: hostNetwork: Ray's ports are open on the host's addresses"
+            yield f"{name}: hostNetwork: exposes Ray's ports on the host's addresses. Remove it"

@@ -104,7 +104,7 @@ def shaped(path: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         fault = f"{type(e).__name__}: {brief(e)}"
-        raise ConfigError(f"{path}: a part of it is missing or of the wrong kind, so it cannot be read ({fault})") from e
+        raise ConfigError(f"{path}: can't read it: a part is missing or of the wrong kind ({fault})") from e
 
 
 def read(path: Path) -> ClusterFile:
@@ -113,12 +113,12 @@ def read(path: Path) -> ClusterFile:
     schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
-        raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources; one cluster a file, please")
+        raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources, expected one. Split the file")
     try:
         if kuberay:
             raw, kind = kuberay[0], str(kuberay[0].get("kind"))
             if kind not in ("RayCluster", "RayJob"):
-                raise ConfigError(f"{path}: kind: {kind!r} is not one that heliostat starts; use RayCluster or RayJob")
+                raise ConfigError(f"{path}: kind: {kind!r} isn't supported. Use RayCluster or RayJob")
             name = workspace.check_name(f"{path}: metadata.name", raw["metadata"]["name"])
             return ClusterFile(path, kind, name, raw, tuple(d for d in documents if d is not raw))
         if len(documents) == 1 and {"cluster_name", "provider"} <= documents[0].keys():
@@ -128,14 +128,15 @@ def read(path: Path) -> ClusterFile:
     except (KeyError, TypeError) as e:
         raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
     raise ConfigError(
-        f"{path}: is neither cluster-launcher YAML (cluster_name, provider) nor a KubeRay manifest (apiVersion: ray.io/v1)"
+        f"{path}: isn't a cluster file. Write cluster-launcher YAML (cluster_name, provider) or a KubeRay "
+        "manifest (apiVersion: ray.io/v1)"
     )
 
 
 def _documents(path: Path) -> list[Section]:
     sections = documents(path)
     if not sections or not all(isinstance(d, dict) for d in sections):
-        raise ConfigError(f"{path}: must hold mappings of keys to values")
+        raise ConfigError(f"{path}: expected mappings of keys to values")
     return sections
 
 

@@ -48,7 +48,9 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     if os.environ.get("RAY_ADDRESS"):
         init(address="auto", **options)
         if ray.available_resources().get("CPU", 0.0) < 1:
-            log.warning("none of the cluster's %g CPUs is free; its tasks wait for one", ray.cluster_resources().get("CPU", 0.0))
+            log.warning(
+                "none of the cluster's %g CPUs is free, so its tasks wait for one", ray.cluster_resources().get("CPU", 0.0)
+            )
         return
     gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it sees
     with _confined(gpus), _without_monitors(verbose), _in_own_groups():
@@ -86,8 +88,8 @@ def _confined(gpus: int) -> Iterator[None]:
         with _forking(server.launcher) if server and runs else contextlib.nullcontext():
             yield
         if server and (not runs or server.process.poll() is not None):
-            why = f"exit code {server.process.poll()}" if runs else f"{server.launcher} may not be executed"
-            log.warning("workers take some seconds each to start, because there is no fork server (%s)", why)
+            why = f"exit code {server.process.poll()}" if runs else f"{server.launcher} can't be executed"
+            log.warning("workers take some seconds each to start, because the fork server isn't running (%s)", why)
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = clusters
         os.environ.clear()
@@ -179,8 +181,10 @@ def init(**options: Any) -> None:
             if not isinstance(e, Exception):
                 raise
             if not left:
-                raise ClusterError(f"Ray did not start, {TRIES} times: {brief(e)}; is the machine too busy, or full?") from e
-            log.warning("Ray did not start (%s); trying once more", brief(e))
+                raise ClusterError(
+                    f"Ray didn't start in {TRIES} attempts: {brief(e)}. Check the machine's load, memory, and disk"
+                ) from e
+            log.warning("Ray didn't start (%s). Trying once more", brief(e))
         else:
             return
 

@@ -54,9 +54,11 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
     if target is None:
         states = local.known()
         if len(states) != 1:
-            have = f"{len(states)} run here: {', '.join(s.name for s in states)}" if states else "no cluster runs here"
+            have = (
+                f"{len(states)} are running here: {', '.join(s.name for s in states)}" if states else "no cluster is running here"
+            )
             start = "" if states else ", or start one: heliostat cluster up clusters/local.yaml"
-            raise ConfigError(f"{field}: none is given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
+            raise ConfigError(f"{field}: no cluster given ({have}). Pass a cluster file, an address, or a cluster's name{start}")
         target = states[0].name
     file = target.endswith((".yaml", ".yml"))
     if state := local.read(target) if workspace.NAME.fullmatch(target) and not file else None:
@@ -65,7 +67,7 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
         cluster = cluster_file.read(Path(target))
         if cluster.local:
             if not (state := local.read(cluster.name)):
-                raise ClusterError(f"{target}: this cluster does not run; start it with `heliostat cluster up {target}`")
+                raise ClusterError(f"{target}: this cluster isn't running. Start it: heliostat cluster up {target}")
             yield _local(state, cluster)
         elif cluster.kind == "launcher":
             with _tunnel(["ray", "dashboard", target, "--remote-port", _port(cluster), "--port"], dashboard.own_token()) as (
@@ -80,13 +82,13 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
                 yield Endpoint(url, token, False, cluster)
     else:
         if carries_secret(target if "://" in target else f"http://{target}"):
-            raise ConfigError(f"{field}: the address must not carry a token; set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
+            raise ConfigError(f"{field}: the address must not contain a token. Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH")
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         if url != target and not _is_address(target):
             names = [s.name for s in local.known()]
             raise ConfigError(
-                f"{field}: {target!r} is no local cluster that runs{schema.nearest(target, names)}, no cluster file "
-                "(FILE.yaml) and no address (HOST:PORT or http://HOST:PORT)"
+                f"{field}: {target!r} isn't a running local cluster{schema.nearest(target, names)}, a cluster "
+                "file (FILE.yaml), or an address (HOST:PORT or http://HOST:PORT)"
             )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):
@@ -104,7 +106,8 @@ def _is_address(text: str) -> bool:
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
     if dashboard.probe(state.url) and not private.ours(state.url):
         raise ClusterError(
-            f"{state.url}: what answers there is no process of this user, so it was sent no token; is {state.name} down?"
+            f"{state.url}: another user's process answers there, so heliostat sent it no token. Check whether "
+            f"{state.name} is down: heliostat cluster list"
         )
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
 
@@ -112,7 +115,9 @@ def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
 def _answering(endpoint_given: Endpoint) -> Endpoint:
     status = dashboard.probe(endpoint_given.url, endpoint_given.token)
     if status in (401, 403):
-        raise ClusterError(f"{endpoint_given.url}: refuses our token; give the cluster's in RAY_AUTH_TOKEN_PATH")
+        raise ClusterError(
+            f"{endpoint_given.url}: the cluster rejects the token. Set RAY_AUTH_TOKEN_PATH to the file with the cluster's token"
+        )
     if status != 200:
         raise ClusterError(f"{endpoint_given.url}: no Ray cluster answers here ({status or 'no connection'})")
     return endpoint_given
@@ -132,7 +137,7 @@ def kube_name(cluster: ClusterFile) -> str:
     command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
     name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
     if not name:
-        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet; it may wait for its quota (`suspend`)")
+        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet. It may wait for its quota (`suspend`)")
     return name
 
 
@@ -155,11 +160,11 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
     `stdin`: the text for its standard input.
     """
     if not shutil.which(command[0]):
-        raise ClusterError(f"{what} needs `{command[0]}`, which is not on the PATH")
+        raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
     try:
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired as e:
-        raise ClusterError(f"{what}: `{' '.join(command[:3])}` did not end in {timeout:.0f} s") from e
+        raise ClusterError(f"{what}: `{' '.join(command[:3])}` didn't end within {timeout:.0f} s") from e
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         raise ClusterError(f"{what}: {lines[-1].strip() if lines else f'exit code {done.returncode}'}")
@@ -170,7 +175,7 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
 def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | None]]:
     """Runs a forwarding command until the body ends; a free local port is its last argument (`LOCAL:8265` for kubectl)."""
     if not shutil.which(command[0]):
-        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which is not on the PATH")
+        raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install it")
     port = processes.free_port()
     place = f"{port}:8265" if command[0] == "kubectl" else str(port)
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -181,7 +186,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"`{' '.join(command[:3])}` opened no way to the cluster's Jobs API in {TUNNEL_S:.0f} s")
+                raise ClusterError(f"`{' '.join(command[:3])}` didn't reach the cluster's Jobs API within {TUNNEL_S:.0f} s")
             time.sleep(0.5)
         yield url, token
     finally:
@@ -200,14 +205,14 @@ def join(target: str | None) -> None:
     if target is None:
         return
     if named := os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster, too ({named}); unset it, or leave --cluster out")
+        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster too ({named}). Unset it, or leave out --cluster")
     with endpoint(target) as cluster:
         file = cluster.file
         state = local.read(file.name) if file and file.local else None
         if file is None or state is None:
             raise ConfigError(
-                f"--cluster: {target!r} is no cluster that `heliostat cluster up` has started on this machine; give the command "
-                "on the head node of one that is elsewhere, with RAY_ADDRESS=auto"
+                f"--cluster: {target!r} isn't a cluster that `heliostat cluster up` started on this machine. For "
+                "a cluster elsewhere, run the command on its head node with RAY_ADDRESS=auto"
             )
         os.environ |= {"RAY_ADDRESS": address(file), "RAY_AUTH_MODE": "token"}
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(state.token_file.resolve())

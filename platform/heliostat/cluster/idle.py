@@ -63,9 +63,9 @@ def main() -> int:
         return 0
     token = state.token
     if not wait(lambda: busy(state.url, token), options.minutes * 60):
-        log.info("cluster %s does not answer any more", options.name)
+        log.info("cluster %s no longer answers", options.name)
         return 0
-    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes): ending it", options.name, options.minutes)
+    log.info("cluster %s had no job for %g minutes (idle_timeout_minutes). Ending it", options.name, options.minutes)
     local.down(options.name)
     return 0
 

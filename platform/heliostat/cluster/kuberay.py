@@ -77,8 +77,9 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
             raise ClusterError(
-                f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting; run the command again to wait, or "
-                f"look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} {cluster.name}"
+                f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting. Run the command "
+                f"again to wait, or look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
+                f"{cluster.name}"
             )
         time.sleep(POLL_S)
 
@@ -101,7 +102,7 @@ class Asker:
         except ClusterError as e:
             if first:
                 self.blind = True
-                log.warning("%s; the operator's events are not shown", e)
+                log.warning("%s. heliostat doesn't show the operator's events", e)
             return []
 
     def status(self) -> Section:

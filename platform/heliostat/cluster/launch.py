@@ -46,13 +46,15 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else "; where Ray ran already, it still runs as it was started (--restart restarts it)"
+        kept = "" if restart else ". Nodes that ran Ray already keep it as it is (--restart restarts it)"
         return {
             "name": cluster.name,
-            "note": f"is up{kept}; `heliostat submit JOB.yaml --cluster {cluster.path}` reaches it through ssh",
+            "note": (
+                f"is up{kept}. Submit a job, which reaches it through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"
+            ),
         }
     if restart:
-        raise ConfigError(f"--restart: is not for KubeRay; use `heliostat cluster down {cluster.path}`, and up again")
+        raise ConfigError(f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and up again")
     return {"name": cluster.name, "note": kuberay.start(cluster)}
 
 
@@ -95,14 +97,14 @@ def _stop_hosts(cluster: ClusterFile) -> None:
         try:
             tool(["ssh", *key, *trust, "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", where, stop], f"stopping {address}", 60)
         except ClusterError as e:
-            log.warning("%s; if the host is there, Ray may still run on it", e)
+            log.warning("%s. If the host exists, Ray may still run on it", e)
 
 
 def _down_local(name: str) -> LaunchResult:
     state = local.read(name)
     if state is None:
         have = ", ".join(s.name for s in local.known()) or "none"
-        raise ConfigError(f"{name}: no such local cluster; there are: {have}")
+        raise ConfigError(f"{name}: no such local cluster. Clusters: {have}")
     ended = local.down(name)
-    note = f"is down, {ended} processes ended" if state.nodes else "was joined, not started here: it runs on"
+    note = f"is down, {ended} processes ended" if state.nodes else "was joined, not started here, so it keeps running"
     return {"name": name, "note": note, "processes": ended}

@@ -59,13 +59,13 @@ class ClusterState:
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
-            raise ConfigError(f"{self.token_file}: cannot be read ({e.strerror}); `heliostat cluster down {self.name}`") from e
+            raise ConfigError(f"{self.token_file}: can't read it ({e.strerror}). Run: heliostat cluster down {self.name}") from e
 
     def write(self) -> None:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
 
 
-STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="end its processes, and delete its folder")
+STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End its processes, and delete its folder")
 
 
 def home() -> Path:
@@ -79,7 +79,7 @@ def read(name: str) -> ClusterState | None:
     except FileNotFoundError:
         return None
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes what it names
-        raise ConfigError(f"{place}: names folders that are not this cluster's; was it copied here? Remove it")
+        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove it")
     return replace(state, name=name)
 
 
@@ -102,7 +102,9 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     state = read(cluster.name)
     if state and restart:
         if not state.nodes:
-            raise ConfigError(f"--restart: the cluster at {state.url} was joined; restart it where it was started")
+            raise ConfigError(
+                f"--restart: heliostat joined the cluster at {state.url} and didn't start it. Restart it where it was started"
+            )
         down(cluster.name)
         state = None
     if state and state.nodes:
@@ -111,17 +113,17 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
             return _watched(cluster, _complete(cluster, state, alive))
         if alive:
             raise ClusterError(
-                f"{cluster.name}: its head has died, and {len(alive)} of its workers run on; "
-                "`heliostat cluster up --restart` ends them, and starts it again"
+                f"{cluster.name}: its head has died, and {len(alive)} of its workers still run. To end and "
+                "restart them: heliostat cluster up --restart"
             )
-        log.info("nothing of cluster %s runs any more; starting it again", state.name)
+        log.info("cluster %s has no running processes. Starting it again", state.name)
         down(cluster.name)
     state = ClusterState(cluster.name, str(cluster.path), url_of(cluster))
     state.folder.mkdir(parents=True, exist_ok=True)
     if answer := dashboard.probe(state.url):
         return _join(state, answer)
-    if not processes.bindable(state.url):
-        raise ConfigError(f"{state.file}: the port of {state.url} is in use; end what uses it, or change --dashboard-port")
+    if fault := processes.listening_fault(state.url):
+        raise ConfigError(f"{state.file}: {fault}")
     private.write_token(state.token_file)
     try:
         _start(cluster, state, "head", cluster.addresses[:1])
@@ -145,7 +147,7 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
         processes.stop([watcher])
         state.watcher = None
         state.write()
-        log.info("cluster %s: the watch with another idle_timeout_minutes is ended", state.name)
+        log.info("cluster %s: ended the watch with another idle_timeout_minutes", state.name)
     if not minutes:
         return state
     pid = processes.detached([sys.executable, *wanted], state.folder / "logs" / "idle.log", workspace.root())
@@ -177,9 +179,11 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
     state.nodes = [n for n in state.nodes if n in alive]
     addresses = {n.address for n in state.nodes}
     if more := [n.address for n in state.nodes if n.address not in cluster.addresses]:
-        log.warning("%s: nodes %s run, and are not in %s; `--restart` starts what the file says", state.name, more, cluster.path)
+        log.warning(
+            "%s: nodes %s run, but aren't in %s. `--restart` starts the nodes in the file", state.name, more, cluster.path
+        )
     missing = [a for a in cluster.addresses[1:] if a not in addresses]
-    log.info("cluster %s runs already at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")
+    log.info("cluster %s already runs at %s%s", state.name, state.url, f"; starting {', '.join(missing)}" if missing else "")
     _start(cluster, state, "worker", missing)
     return state
 
@@ -189,19 +193,20 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
 
     ConfigError unless its processes are this user's, and the user's own token opens it.
     """
-    elsewhere = "change --port and --dashboard-port in the file"
+    elsewhere = "Change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
-        raise ConfigError(f"{state.file}: something that is no Ray cluster answers at {state.url} ({answer}); {elsewhere}")
+        raise ConfigError(f"{state.file}: something other than a Ray cluster answers at {state.url} ({answer}). {elsewhere}")
     if not private.ours(state.url):
         raise ConfigError(
-            f"{state.file}: what answers at {state.url} is no process of this user, so it was sent no token; {elsewhere}, or, "
-            f"if you trust it with your token and your code, say so: `heliostat submit --cluster {state.url}`"
+            f"{state.file}: another user's process answers at {state.url}, so heliostat sent it no token. "
+            f"{elsewhere}, or, if you trust it with your token and your code, run: heliostat submit --cluster "
+            f"{state.url}"
         )
     token = dashboard.own_token()
     if answer != 200 and not (token and dashboard.probe(state.url, token) == 200):
         raise ConfigError(
-            f"{state.file}: something answers at {state.url} and wants a token that we do not have; {elsewhere}, "
-            "or give its token in RAY_AUTH_TOKEN_PATH"
+            f"{state.file}: the server at {state.url} needs a token that heliostat doesn't have. {elsewhere}, or "
+            "set RAY_AUTH_TOKEN_PATH to its token"
         )
     private.write_token(state.token_file, token or "")
     state.write()
@@ -261,7 +266,7 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
     while addresses:
         for node in state.nodes:
             if node.address in addresses and not node.process:
-                raise ClusterError(f"{state.name}: the {node.role} {node.address} did not start: {_tail(state, node)}")
+                raise ClusterError(f"{state.name}: the {node.role} {node.address} didn't start: {_tail(state, node)}")
         if private.ours(state.url):  # a process that took the port meanwhile must not get the token
             table = dashboard.node_table(state.url, state.token)
             if {n["address"] for n in table if n["alive"] and n["id"] not in before} >= set(addresses):
@@ -274,29 +279,32 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
 def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str:
     """Says what a start waits for, with the last line of the log that explains it."""
     if not private.ours(state.url):
-        return f"no dashboard of this user answers at {state.url}; if its port is in use, change --dashboard-port in the file"
+        return (
+            f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
+            "--dashboard-port in the file"
+        )
     ready = {n["address"] for n in dashboard.node_table(state.url, state.token) if n["alive"] and n["id"] not in before}
     late = [n for n in state.nodes if n.address in addresses and n.address not in ready]
-    return "; ".join(f"the {n.role} {n.address} has not joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
+    return "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
 
 
 def _tail(state: ClusterState, node: Node) -> str:
     text = (state.folder / "logs" / f"{node.role}-{node.address}.log").read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
-    return (wrong or lines or ["it said nothing"])[-1].strip()
+    return (wrong or lines or ["it printed nothing"])[-1].strip()
 
 
 def down(name: str) -> int:
     """Ends all of the cluster's processes, deletes its record and returns how many processes there were."""
     state = read(name)
     if state is None:
-        raise ConfigError(f"{name}: no such cluster here; `heliostat cluster list` shows those that there are")
+        raise ConfigError(f"{name}: no such cluster on this machine. List them: heliostat cluster list")
     if watcher := _watcher(state):
         processes.stop([watcher])
     ended, remaining = processes.end(state.nodes)
     if remaining:
-        raise ClusterError(f"{name}: processes {remaining} do not end")
+        raise ClusterError(f"{name}: processes {remaining} don't end. End them yourself")
     for node in state.nodes:
         shutil.rmtree(Path(node.folder).parent, ignore_errors=True)
     shutil.rmtree(state.folder, ignore_errors=True)

@@ -49,8 +49,11 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
     gated = [key for key in GATES if cluster.spec.get(key) is not None]
     for key in gated:
         yield (
-            f"{key}: KubeRay rejects the cluster unless its operator has the feature gate {GATES[key]}, which is off by default; "
-            + ("use a NetworkPolicy object, as clusters/kuberay-h100.yaml does" if key == "networkPolicy" else "turn it on first")
+            (
+                f"{key}: KubeRay rejects the cluster unless its operator has the feature gate {GATES[key]}, which is "
+                "off by default. "
+            )
+            + ("Use a NetworkPolicy object, like clusters/kuberay-h100.yaml" if key == "networkPolicy" else "Turn it on first")
         )
     if "networkPolicy" in gated:
         return  # the operator makes the policies
@@ -58,8 +61,8 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
     rules = {kind.name: _rules(cluster, kind) for kind in kinds}
     if exposed := [name for name, own in rules.items() if own.ingress is None and name != SUBMITTER]:
         yield (
-            f"NetworkPolicy: every pod of Kubernetes reaches Ray's ports of {', '.join(exposed)}; add a policy for Ingress that "
-            "selects them, as clusters/kuberay-h100.yaml does"
+            f"NetworkPolicy: every pod of Kubernetes can reach Ray's ports of {', '.join(exposed)}. Add an "
+            "Ingress policy that selects them, like clusters/kuberay-h100.yaml"
         )
     for kind in kinds:
         yield from _unreachable(cluster, kind, rules[kind.name], kinds)
@@ -116,23 +119,27 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
         if kind.name == SUBMITTER or rules is None:
             continue
         if not all(_lets_pods_through(rules, other) for other in of_ray):
-            yield f"NetworkPolicy: {kind.name}: {direction}: not all of the cluster's own pods; allow them on every port"
+            yield (
+                f"NetworkPolicy: {kind.name}: {direction}: doesn't allow all of the cluster's own pods. Allow them on every port"
+            )
     yield from _unsubmitted(kind, own, kinds)
     if own.egress is not None:
         if not _open(own.egress, DNS, kinds, "UDP"):
-            yield f"NetworkPolicy: {kind.name}: egress: no name can be looked up, the head's neither; allow port {DNS}"
+            yield f"NetworkPolicy: {kind.name}: egress: pods can't look up names, not even the head's. Allow port {DNS}"
         autoscales = kind.name == "head" and cluster.spec.get("enableInTreeAutoscaling")
         if autoscales and not any(_open(own.egress, port, kinds) for port in KUBERNETES_API):
-            yield "NetworkPolicy: head: egress: the autoscaler cannot reach Kubernetes; allow port 443 or 6443 of its API"
+            yield ("NetworkPolicy: head: egress: the autoscaler can't reach Kubernetes. Allow port 443 or 6443 of its API")
         account = (kind.template.get("spec") or {}).get("serviceAccountName")
         if account and not any(_open(own.egress, port, kinds) for port in IDENTITY):
             where = ", ".join(f"{port} for {cloud}" for port, cloud in IDENTITY.items())
-            yield f"NetworkPolicy: {kind.name}: egress: pods cannot fetch the credentials of their service account; allow {where}"
+            yield (
+                f"NetworkPolicy: {kind.name}: egress: pods can't fetch the credentials of their service account. Allow {where}"
+            )
     if own.ingress is not None and kind.name != SUBMITTER:
         if kind.name == "head" and cluster.kind == "RayJob" and not _open(own.ingress, DASHBOARD, kinds):
-            yield f"NetworkPolicy: head: ingress: the operator cannot ask for the job's state; allow port {DASHBOARD} from it"
+            yield (f"NetworkPolicy: head: ingress: the operator can't ask for the job's state. Allow port {DASHBOARD} from it")
         if not _open(own.ingress, METRICS, kinds):
-            yield f"NetworkPolicy: {kind.name}: ingress: Prometheus cannot read Ray's metrics; allow port {METRICS}"
+            yield f"NetworkPolicy: {kind.name}: ingress: Prometheus can't read Ray's metrics. Allow port {METRICS}"
 
 
 def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
@@ -142,11 +149,11 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
         return
     if kind.name == "head" and own.ingress is not None and not _lets_pods_through(own.ingress, named[SUBMITTER], DASHBOARD):
         yield (
-            f"NetworkPolicy: head: ingress: the pod that submits the job cannot reach it; allow port {DASHBOARD} from it, by a "
-            "label of submitterPodTemplate"
+            "NetworkPolicy: head: ingress: the pod that submits the job can't reach the head. Allow port "
+            f"{DASHBOARD} from it, by a label of submitterPodTemplate"
         )
     if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):
-        yield f"NetworkPolicy: {SUBMITTER}: egress: it cannot reach the head; allow port {DASHBOARD} to it"
+        yield f"NetworkPolicy: {SUBMITTER}: egress: it can't reach the head. Allow port {DASHBOARD} to it"
 
 
 def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:

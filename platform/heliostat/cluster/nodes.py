@@ -48,8 +48,9 @@ def crowded_now(job: Job) -> str | None:
         return None
     total = sum(labeled.values())
     return (
-        f"no node has the {FETCHING:g} CPU free that reading the data needs: {len(labeled)} nodes have {total:g} CPUs, of which "
-        f"{total - sum(left.values()):g} are held, by this run's workers, its reading, and others"
+        f"no node has the {FETCHING:g} free CPU that reading the data needs: {len(labeled)} nodes have {total:g} "
+        f"CPUs, and {total - sum(left.values()):g} of them are in use by this run's workers, its reading, and "
+        "other jobs"
     )
 
 
@@ -148,4 +149,4 @@ def kill(processes: Collection[Mapping[str, Any]]) -> None:
         waiting.append(_kill.options(scheduling_strategy=affinity).remote([p["pid"] for p in processes if p["node"] == node]))
     _, late = ray.wait(waiting, num_returns=len(waiting), timeout=ENDING_S)
     if late:
-        log.warning("%d nodes did not end their workers within %.0f s", len(late), ENDING_S)
+        log.warning("%d nodes didn't end their workers within %.0f s", len(late), ENDING_S)

@@ -22,7 +22,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
     yield from network_policies.warnings(cluster)
     yield from _made_by_kuberay(cluster)
     if cluster.kind == "RayJob" and not cluster.raw["spec"].get("activeDeadlineSeconds"):
-        yield "activeDeadlineSeconds: none, so a job that hangs or is forgotten keeps its GPUs; set it to the job's longest time"
+        yield "activeDeadlineSeconds: not set, so a job that hangs keeps its GPUs. Set it to the job's maximum duration"
     for name, group in groups(spec):
         pod = group["template"]["spec"]
         yield from _privileges(name, pod)
@@ -41,7 +41,10 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
     if cluster.kind == "RayJob" and cluster.raw["spec"].get("submissionMode", "K8sJobMode") == "K8sJobMode":
         template = cluster.raw["spec"].get("submitterPodTemplate")
         if template is None:
-            yield "submitterPodTemplate: none, so the pod that submits has no securityContext; a restricted namespace refuses it"
+            yield (
+                "submitterPodTemplate: not set, so the pod that submits has no securityContext, which a restricted "
+                "namespace rejects. Add one"
+            )
         else:
             yield from _privileges("submitter", template["spec"])
 
@@ -55,8 +58,9 @@ def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
         seconds = _hook_seconds(pod)
         if _amount(pod, GPU_RESOURCES) and seconds is not None and seconds < job.checkpoint.grace:
             yield (
-                f"{name}: the preStop hook gives the workers {seconds:g} s, and the job's checkpoint.grace is "
-                f"{job.checkpoint.grace:g}; raise --seconds (and terminationGracePeriodSeconds), or lower checkpoint.grace"
+                f"{name}: the preStop hook gives the workers {seconds:g} s, but the job's checkpoint.grace is "
+                f"{job.checkpoint.grace:g}. Raise --seconds (and terminationGracePeriodSeconds), or lower "
+                "checkpoint.grace"
             )
 
 
@@ -78,14 +82,17 @@ def _privileges(name: str, pod: Section) -> Iterator[str]:
             yield f"{name}: container {container.get('name')}: securityContext lacks {', '.join(missing)}"
         network = [r for r in _resources(container) if RDMA.search(r)]
         if network and "IPC_LOCK" not in ((own.get("capabilities") or {}).get("add") or []):
-            yield f"{name}: container {container.get('name')}: {network[0]} registers memory; add the capability IPC_LOCK"
+            yield (f"{name}: container {container.get('name')}: {network[0]} registers memory. Add the capability IPC_LOCK")
 
 
 def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
     if not pod.get("tolerations"):
-        yield f"{name}: no tolerations: nodes with GPUs are usually tainted (nvidia.com/gpu), so the pods would wait for ever"
+        yield (
+            f"{name}: no tolerations: nodes with GPUs usually have a taint (nvidia.com/gpu), so the pods would wait "
+            "forever. Add a toleration"
+        )
     if not pod.get("nodeSelector") and not pod.get("affinity"):
-        yield f"{name}: no nodeSelector: the pods may land on nodes with another GPU; name the product"
+        yield f"{name}: no nodeSelector: the pods may run on nodes with another GPU. Name the product"
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:
@@ -93,13 +100,13 @@ def _ending(name: str, pod: Section) -> Iterator[str]:
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
         yield (
-            f"{name}: without the preStop hook `python -m heliostat.cluster.spot now` a deleted pod takes its workers with it, "
-            "and the steps since the last checkpoint"
+            f"{name}: a deleted pod ends its workers at once, and loses the steps since the last checkpoint. Add "
+            "the preStop hook `python -m heliostat.cluster.spot now`"
         )
     elif seconds + ENDING_S > allowed:
         yield (
-            f"{name}: terminationGracePeriodSeconds: {allowed:g} is too short for a preStop hook of {seconds:g} s; "
-            f"make it {seconds + ENDING_S:g} or more"
+            f"{name}: terminationGracePeriodSeconds: {allowed:g} is too short for a preStop hook of {seconds:g} "
+            f"s. Set it to {seconds + ENDING_S:g} or more"
         )
 
 

@@ -27,7 +27,7 @@ def folder(path: Path) -> Path:
     except FileExistsError:
         status = path.lstat()  # a link would lead to wherever its owner says
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise ConfigError(f"{path}: is not a folder of this user; remove it, or set TMPDIR to another place") from None
+            raise ConfigError(f"{path}: isn't a folder of this user. Remove it, or set TMPDIR to another folder") from None
         path.chmod(0o700)
     return path
 
@@ -50,8 +50,8 @@ def tighten(path: Path) -> None:
     if status.st_uid == os.getuid() and status.st_mode & 0o077:
         path.chmod(status.st_mode & 0o700)
         log.warning(
-            "%s could be read by other users of this machine, and no longer can; if there are any, make a new one: "
-            "`rm %s`, then `ray get-auth-token --generate`", path, path,
+            ("other users of this machine could read %s until now. If there are other users, make a new token: "
+                "`rm %s`, then `ray get-auth-token --generate`"), path, path,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ workers) overwrite their environment with it; they are recognized by the logs be
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import signal
 import socket
@@ -110,17 +111,25 @@ def free_port(host: str = "") -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind((host, port))
             return port
-    raise ClusterError(f"no free TCP port in {PORTS.start} to {PORTS.stop - 1} in {PORT_TRIES} attempts; end what uses them")
+    raise ClusterError(
+        f"no free TCP port in {PORTS.start} to {PORTS.stop - 1} in {PORT_TRIES} attempts. End the processes that use them"
+    )
 
 
-def bindable(url: str) -> bool:
-    """Checks whether a server could listen at a URL's address; a connection of another process can use its port too."""
+def listening_fault(url: str) -> str:
+    """Explains why a server can't listen at a URL's address: another process's connection can use its port too. "" if it can."""
     parts = urllib.parse.urlsplit(url)
-    with socket.socket() as probe, contextlib.suppress(OSError):
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended connection does not count
-        probe.bind((parts.hostname, parts.port))
-        return True
-    return False
+        try:
+            probe.bind((parts.hostname, parts.port))
+        except socket.gaierror:
+            return f"--dashboard-host: unknown host ({parts.hostname}). Use 127.0.0.1, or an address of this machine"
+        except OSError as e:
+            if e.errno == errno.EADDRNOTAVAIL:
+                return f"--dashboard-host: isn't an address of this machine ({parts.hostname}). Use 127.0.0.1"
+            return f"--dashboard-port: the port is in use ({parts.port}). Stop the process that uses it, or give another port"
+    return ""
 
 
 # the processes of Ray nodes ----------------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def _report(cluster: ClusterFile) -> FileReview:
     warnings = [*clouds.open_ports(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
-            f"the file was not held against KubeRay's schema: {schemas.crd_folder()} does not have its CRDs; "
-            f"set {schemas.CRDS} to a folder that has"
+            f"can't check the file against KubeRay's schema: {schemas.crd_folder()} doesn't have its CRDs. Set "
+            f"{schemas.CRDS} to a folder with them"
         )
     return FileReview(cluster, [*_impossible(cluster), *secrets(cluster)], warnings)
 
@@ -58,12 +58,12 @@ def _impossible(cluster: ClusterFile) -> Iterator[str]:
     heads = [p for p in cluster.pools if p.head]
     if cluster.kind == "launcher" and raw.get("available_node_types") and not heads:
         head, known = str(raw.get("head_node_type")), list(raw["available_node_types"])
-        yield f"head_node_type: {head!r} is no node type{nearest(head, known)}"
+        yield f"head_node_type: {head!r} isn't a node type{nearest(head, known)}"
     for pool in cluster.pools:
         if pool.least > pool.most:
-            yield f"pool {pool.name}: at least {pool.least} nodes, but at most {pool.most}"
+            yield f"pool {pool.name}: minimum of {pool.least} nodes is above the maximum of {pool.most}"
         if pool.gpus and not pool.cpus:
-            yield f"pool {pool.name}: {pool.gpus:g} GPUs and no CPU: no worker fits; give it CPUs"
+            yield f"pool {pool.name}: {pool.gpus:g} GPUs and no CPU, so no worker fits. Give it CPUs"
     if "max_workers" in raw and (most := sum(p.most for p in cluster.pools if not p.head)) and raw["max_workers"] < most:
         least = sum(p.least for p in cluster.pools if not p.head)
         if raw["max_workers"] < least:
@@ -71,7 +71,7 @@ def _impossible(cluster: ClusterFile) -> Iterator[str]:
     if cluster.provider == "local":
         for address in cluster.addresses:
             if cluster.addresses.count(address) > 1:
-                yield f"provider.worker_ips: {address} is there twice"
+                yield f"provider.worker_ips: {address} is listed twice"
                 break
     if cluster.kind != "launcher":
         yield from _kuberay_impossible(cluster)
@@ -83,26 +83,33 @@ def _kuberay_impossible(cluster: ClusterFile) -> Iterator[str]:
         c["image"].rpartition(":")[2] for _, g in groups(spec) for c in g["template"]["spec"]["containers"] if "image" in c
     }
     if len(versions) > 1:
-        yield f"images: {', '.join(sorted(versions))}: head and workers must have one version of Ray and of heliostat"
+        yield (
+            f"images: {', '.join(sorted(versions))}: the head and the workers must have the same versions of Ray and heliostat"
+        )
     if spec.get("enableInTreeAutoscaling"):
         for group in spec.get("workerGroupSpecs") or []:
             if "maxReplicas" not in group:
-                yield f"worker group {group['groupName']}: maxReplicas: is required with enableInTreeAutoscaling"
+                yield f"worker group {group['groupName']}: maxReplicas: required with enableInTreeAutoscaling"
     names = [g["groupName"] for g in spec.get("workerGroupSpecs") or []]
     if len(set(names)) < len(names):
-        yield f"workerGroupSpecs: two groups have one name: {', '.join(names)}"
+        yield f"workerGroupSpecs: two groups have the same name: {', '.join(names)}"
 
 
 def _sense(cluster: ClusterFile) -> Iterator[str]:
     for pool in cluster.pools:
         if pool.gpus and not pool.labels:
-            yield f"pool {pool.name}: has GPUs and no labels, so jobs cannot keep other work off it (workers.labels, data.labels)"
+            yield (
+                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off it. Add labels "
+                "(workers.labels, data.labels)"
+            )
         if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
-            yield f"pool {pool.name}: image {pool.image} has no version: nodes that start later may run other code"
+            yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add one"
         if pool.head and pool.cpus and len(cluster.pools) > 1:
-            yield f"pool {pool.name}: the head takes work ({pool.cpus:g} CPUs); with CPU: 0 losing a worker never loses the head"
+            yield (
+                f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker never loses the head"
+            )
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
-        yield "the file still holds change-me: put your own values there"
+        yield "the file still contains change-me. Replace it with your values"
 
 
 # secrets --------------------------------------------------------------------------------------------------------------
@@ -133,13 +140,13 @@ def secrets(cluster: ClusterFile) -> Iterator[str]:
     for number, line in enumerate(text.splitlines(), 1):
         code = "" if line.lstrip().startswith("#") else line.split(" #")[0]
         if what := found_in(code):
-            yield f"line {number}: {what} is written in; give it by environment or as a Kubernetes secret"
+            yield f"line {number}: contains {what}. Use an environment variable or a Kubernetes secret"
     for document in (cluster.raw, *cluster.others):
         if document.get("kind") == "Secret" and (document.get("data") or document.get("stringData")):
-            yield "a Secret with its values is in the file; make it with `kubectl create secret`"
+            yield "the file contains a Secret with its values. Make it with `kubectl create secret`"
         for name, value in _environment(document):
             if SECRET_NAMES.search(name) and value and not HARMLESS.search(name):
-                yield f"env {name}: its value is written in; use valueFrom.secretKeyRef"
+                yield f"env {name}: the file contains its value. Use valueFrom.secretKeyRef"
 
 
 def found_in(line: str) -> str | None:

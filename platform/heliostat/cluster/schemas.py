@@ -89,12 +89,12 @@ def _lines(error: ValidationError) -> list[str]:
         return [f"{dot}{key}: unknown key{nearest(str(key), known)}" for key in error.instance if key not in known]
     if error.validator == "required":
         missing = [key for key in error.validator_value if key not in error.instance]
-        return [f"{dot}{key}: is required" for key in missing[:1]]
+        return [f"{dot}{key}: required" for key in missing[:1]]
     value = json.dumps(error.instance, default=str)
     value = value if len(value) <= 60 else value[:57] + "..."
     if error.validator == "type":
         kinds = error.validator_value if isinstance(error.validator_value, str) else " or ".join(error.validator_value)
-        return [f"{where}: {value} should be of type {kinds}"]
+        return [f"{where}: expected {kinds}, got {value}"]
     if error.validator == "enum":
-        return [f"{where}: {value} is not a choice{nearest(str(error.instance), [str(v) for v in error.validator_value])}"]
+        return [f"{where}: {value} isn't a choice{nearest(str(error.instance), [str(v) for v in error.validator_value])}"]
     return [f"{where}: {value}: {error.message if len(error.message) < 120 else error.validator}"]

@@ -65,7 +65,7 @@ class SourceCode:
         return json.dumps(asdict(self))
 
 
-SOURCE = Format(SourceCode, "record of the code that was submitted", fix="submit the job again")
+SOURCE = Format(SourceCode, "record of the code that was submitted", fix="Submit the job again")
 
 
 def source() -> SourceCode:
@@ -130,19 +130,19 @@ def difference(root: Path) -> tuple[str, list[str]]:
     """Computes the difference from HEAD, and lists for a person what it leaves out."""
     changed, parts, left_out = _changed(root), [], []
     if changed is None:
-        return "", ["all of it: git did not tell what has changed"]
+        return "", ["all of it: git didn't show the changes"]
     for path, origin in changed:
         if workspace_package.private(path) or workspace_package.private(origin):
             left_out.append(path)
             continue
         text = git(root, *PLAIN, *DIFF, path)
         if text is None:
-            left_out.append(f"{path}: git did not tell how it has changed")
+            left_out.append(f"{path}: git didn't show its changes")
             continue
         hidden, lines = hide(text, *_secrets(root, path))
         parts.append(hidden)
         if lines:
-            left_out.append(f"{path}: {lines} lines with secrets, which are hidden")
+            left_out.append(f"{path}: hid {lines} lines with secrets")
     return "".join(parts), left_out
 
 

@@ -58,7 +58,7 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
     """
     status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if status != 200:
-        raise ClusterError(f"{url}: gave no session token (HTTP {status})")
+        raise ClusterError(f"{url}: returned no session token (HTTP {status})")
     status, text = ask(f"{url}/latest/meta-data/spot/instance-action", "GET", {"X-aws-ec2-metadata-token": token})
     if status == 404:  # no notice
         return None
@@ -95,13 +95,13 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
         nodes = client.get_all_node_info(timeout=RETRY_S).items()
         mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]
         if len(mine) != 1:
-            raise ClusterError(f"{len(mine)} Ray nodes live at {here}; one was expected")
+            raise ClusterError(f"{len(mine)} Ray nodes run at {here}, expected one")
         until = int((time.time() + seconds) * 1000)  # the protocol's: a time of day
         accepted, why = client.drain_node(mine[0], preemption, reason, until)
     except (ConnectionError, ray.exceptions.RayError) as e:
-        raise ClusterError(f"Ray's state server cannot be asked: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise ClusterError(f"can't ask Ray's state server: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
     if not accepted:
-        raise ClusterError(f"the drain was refused: {why}")
+        raise ClusterError(f"Ray rejected the drain: {why}")
     return mine[0]
 
 
@@ -119,21 +119,21 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
             deaf = False
         except (OSError, ClusterError) as e:
             if not deaf:
-                log.warning("no answer about spot notices (%s); asking on", e)
+                log.warning("no answer about spot notices (%s). Trying again", e)
             deaf, left = True, None
         if left is not None:
             break
         time.sleep(poll_s)
-    log.warning("the provider takes this machine in %.0f s: draining its Ray node", left)
+    log.warning("the provider takes this machine away in %.0f s: draining its Ray node", left)
     deadline = time.monotonic() + left
     while True:
         try:
-            log.warning("node %s drains", drains(max(0.0, deadline - time.monotonic())))
+            log.warning("node %s is draining", drains(max(0.0, deadline - time.monotonic())))
             return
         except ClusterError as e:
             log.warning("%s", e)
         if time.monotonic() >= deadline:
-            raise ClusterError("the node was not drained before its time was up")
+            raise ClusterError("the node didn't drain in time")
         time.sleep(min(poll_s, 1.0))
 
 
@@ -147,7 +147,7 @@ def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], boo
     """Drains at once and waits, at most `seconds`, until no worker is left; returns whether that was reached."""
     deadline = time.monotonic() + seconds
     try:
-        log.warning("node %s drains", drains(seconds))
+        log.warning("node %s is draining", drains(seconds))
     except ClusterError as e:
         log.warning("%s", e)
         return False
@@ -158,11 +158,11 @@ def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], boo
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m heliostat.cluster.spot", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("who", choices=[*NOTICES, "now"], help="who gives notice, or `now`")
-    parser.add_argument("--seconds", type=float, default=90.0, help="with now: how long the workers have (90)")
-    parser.add_argument("--url", default=METADATA, help=f"the metadata service ({METADATA})")
-    parser.add_argument("--address", help="Ray's state server; the default is the one that this machine's Ray uses")
-    parser.add_argument("--node-ip", help="the node's address; the default is the one that Ray takes")
+    parser.add_argument("who", choices=[*NOTICES, "now"], help="source of the notice: a provider, or `now`")
+    parser.add_argument("--seconds", type=float, default=90.0, help="seconds for the workers, with `now` (90)")
+    parser.add_argument("--url", default=METADATA, help=f"URL of the metadata service ({METADATA})")
+    parser.add_argument("--address", help="address of Ray's state server; default: this machine's")
+    parser.add_argument("--node-ip", help="address of the node; default: Ray's")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
 

@@ -61,7 +61,7 @@ SECRETS = GitIgnoreSpec.from_lines(  # in lower case
     ]
 )
 YAML = (".yaml", ".yml")
-SECRET, HOLDS, KEPT, LINK = "may hold secrets", "hold a password", "are data", "are links to what does not travel"
+SECRET, HOLDS, KEPT, LINK = "may contain secrets", "contain a password", "are data", "are links to files outside the package"
 
 
 @dataclass
@@ -113,8 +113,8 @@ def look(workspace: Path, limit: int = LIMIT) -> Packed:
         biggest = sorted(sizes, key=lambda p: -sizes[p])[:SHOWN]
         shown = "\n".join(f"  {sizes[p] / 2**20:8.1f} MiB  {p}" for p in biggest)
         raise ConfigError(
-            f"the workspace {workspace} has {total / 2**20:.1f} MiB to send, and the limit is {limit / 2**20:.0f}; data "
-            f"belongs into storage. Put what the job does not need into .gitignore. The biggest:\n{shown}"
+            f"the workspace {workspace} has {total / 2**20:.1f} MiB to send, and the limit is {limit / 2**20:.0f}. "
+            f"Put data into storage, and list unneeded files in .gitignore. The biggest:\n{shown}"
         )
     return packed
 
@@ -159,7 +159,7 @@ def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
         shutil.copy2(workspace / path, target / path)
     for reason, paths in packed.left_out.items():
         more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
-        log.warning("not sent with the job: %d paths that %s: %s%s", len(paths), reason, ", ".join(paths[:SHOWN]), more)
+        log.warning("not sending %d paths that %s: %s%s", len(paths), reason, ", ".join(paths[:SHOWN]), more)
     return packed
 
 

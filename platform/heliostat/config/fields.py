@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
 from heliostat.schema import Float
 from heliostat.text import printable
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Marks a field that `defaults` fills in where a job file leaves it out, by a rule that this names."""
+
+    rule: str
+
 
 LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger
 Positive = Annotated[int, Field(gt=0)]

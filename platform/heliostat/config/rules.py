@@ -29,7 +29,7 @@ class Ruled(Protocol):
     @property
     def mlflow(self) -> Mlflow: ...
     @property
-    def lanes(self) -> int: ...
+    def virtual_ranks(self) -> int: ...
     @property
     def replicas(self) -> int: ...
     def worker_counts(self) -> list[int]: ...
@@ -66,8 +66,8 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
         yield f"{key} does not divide data.sequence_length {length}; use a length of {near}"
     if train.compile:
         yield f"{key} with train.compile is not tried; set train.compile to false"
-    if train.recheck:
-        yield f"{key} with train.recheck: workers compare what each computes of a whole sample; remove train.recheck"
+    if train.sdc_check:
+        yield f"{key} with train.sdc_check: workers compare what each computes of a whole sample; remove train.sdc_check"
 
 
 def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
@@ -123,7 +123,7 @@ def _unshared(train: Train) -> dict[str, object]:
     return {
         "train.parallel.sequence": train.parallel.sequence > 1,
         "train.compile": train.compile,
-        "train.recheck": train.recheck,
+        "train.sdc_check": train.sdc_check,
         "train.zero.offload": train.zero.offload.optimizer or train.zero.offload.param,
         f"train.optimizer.name: {train.optimizer.name}": train.optimizer.orthogonalizes,
     }
@@ -132,12 +132,16 @@ def _unshared(train: Train) -> dict[str, object]:
 def _many_nodes_faults(job: Ruled) -> Iterator[str]:
     """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
     train, zero = job.train, job.train.zero
-    options = {"divide_within": zero.divide_within, "copy_within": zero.copy_within, "quantize_weights": zero.quantize_weights}
+    options = {
+        "shard_group_size": zero.shard_group_size,
+        "hpz_partition_size": zero.hpz_partition_size,
+        "quantize_weights": zero.quantize_weights,
+    }
     untried = {
         "train.parallel": train.parallel.sharing > 1 or train.parallel.expert > 1,
         "train.zero.offload.param": zero.offload.param,
         "train.compile": train.compile,
-        "train.recheck": train.recheck,
+        "train.sdc_check": train.sdc_check,
     }
     for name, each in options.items():
         key = f"train.zero.{name}: {str(each).lower()}"
@@ -148,16 +152,16 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
         if not isinstance(each, bool):
             yield from _group_faults(key, each, job)
         yield from _untried(key, untried)
-    if zero.divide_within and zero.copy_within:
-        yield "train.zero.copy_within: with train.zero.divide_within all weights are within a group already; remove it"
-    if zero.divide_within and zero.offload.optimizer:
-        yield "train.zero.divide_within: with train.zero.offload.optimizer is not tried; remove one of them"
-    if zero.divide_within and train.optimizer.orthogonalizes:
-        yield f"train.zero.divide_within: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it"
+    if zero.shard_group_size and zero.hpz_partition_size:
+        yield "train.zero.hpz_partition_size: with train.zero.shard_group_size all weights are within a group already; remove it"
+    if zero.shard_group_size and zero.offload.optimizer:
+        yield "train.zero.shard_group_size: with train.zero.offload.optimizer is not tried; remove one of them"
+    if zero.shard_group_size and train.optimizer.orthogonalizes:
+        yield f"train.zero.shard_group_size: with train.optimizer.name {train.optimizer.name!r} is not tried; remove it"
     if zero.quantize_weights and not job.workers.gpus:
         yield "train.zero.quantize_weights: true needs GPUs (workers.gpus is 0), whose kernels round; set it to false"
-    if zero.quantize_weights and zero.divide_within:
-        yield "train.zero.quantize_weights: with train.zero.divide_within is not tried; remove one of them"
+    if zero.quantize_weights and zero.shard_group_size:
+        yield "train.zero.quantize_weights: with train.zero.shard_group_size is not tried; remove one of them"
 
 
 def _memory_faults(job: Ruled) -> Iterator[str]:
@@ -190,37 +194,37 @@ def _batch_faults(job: Ruled) -> list[str]:
     if isinstance(job.workers.count, list):
         return _elastic_faults(job)
     parallel = job.train.parallel
-    batch, micro, each = job.train.global_batch, job.train.micro_batch, parallel.sharing
+    batch, micro, each = job.train.global_batch_size, job.train.micro_batch_size, parallel.sharing
     shared = f" / train.parallel.{'tensor' if parallel.tensor > 1 else 'sequence'} {each}" if each > 1 else ""
     count, named = job.replicas, f"workers.count {job.workers.count}{shared}"
     if batch % (micro * count):
         fits = [n for n in divisors(batch // micro) if n < 2 * count] if batch % micro == 0 else []
         near = f"use a global batch of {' or '.join(map(str, _multiples(batch, count * micro)))}"
         workers = f", or workers.count {each * min(fits, key=lambda n: abs(n - count))}" if fits else ""
-        return [f"train.global_batch: {batch} is not divisible by {named} x train.micro_batch {micro}; {near}{workers}"]
-    if batch % job.lanes or job.lanes % count:
+        return [f"train.global_batch_size: {batch} is not divisible by {named} x train.micro_batch_size {micro}; {near}{workers}"]
+    if batch % job.virtual_ranks or job.virtual_ranks % count:
         fits = [count * d for d in divisors(batch // count)]
         return [
-            f"data.lanes: {job.lanes} must divide train.global_batch {batch} and be a multiple of {named}; "
-            f"nearest: {min(fits, key=lambda c: abs(c - job.lanes))}"
+            f"data.virtual_ranks: {job.virtual_ranks} must divide train.global_batch_size {batch} and be a multiple of {named}; "
+            f"nearest: {min(fits, key=lambda c: abs(c - job.virtual_ranks))}"
         ]
     if (batch // count) % micro:
-        return [f"train.micro_batch: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
+        return [f"train.micro_batch_size: {micro} does not divide the {batch // count} samples that a worker gets in a step"]
     return []
 
 
 def _elastic_faults(job: Ruled) -> list[str]:
-    batch, lanes, workers = job.train.global_batch, job.lanes, job.workers
+    batch, lanes, workers = job.train.global_batch_size, job.virtual_ranks, job.workers
     if batch % lanes:
         near = min(divisors(batch), key=lambda c: abs(c - lanes))
-        return [f"data.lanes: {lanes} must divide train.global_batch {batch}; nearest: {near}"]
+        return [f"data.virtual_ranks: {lanes} must divide train.global_batch_size {batch}; nearest: {near}"]
     if job.worker_counts():
         return []
     most = lanes * job.train.parallel.sharing
     nearest = min(job.train.worker_counts(lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
     return [
         f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
-        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch must divide train.global_batch'}"
+        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch_size must divide train.global_batch_size'}"
     ]
 
 
@@ -254,9 +258,9 @@ def _precision_faults(job: Ruled) -> Iterator[str]:
         yield "train.zero.stage: 0 with train.precision 'bf16' trains wrongly in DeepSpeed; use stage 1, or fp32"
     if job.train.precision == "fp16" and job.train.zero.stage == 0:
         yield "train.zero.stage: 0 with train.precision 'fp16' has no masters that a checkpoint could hold; use stage 1"
-    if job.train.accumulate == "fp32" and sums_on_host(job):
+    if job.train.grad_accum_dtype == "fp32" and sums_on_host(job):
         where = f"train.zero.offload.optimizer at train.zero.stage {job.train.zero.stage}"
-        yield f"train.accumulate: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
+        yield f"train.grad_accum_dtype: fp32 with {where}: DeepSpeed sums in host memory in low precision; use stage 3, or same"
 
 
 def _attention_faults(job: Ruled) -> Iterator[str]:
@@ -271,10 +275,10 @@ def _attention_faults(job: Ruled) -> Iterator[str]:
     if name.startswith("flash"):
         if train.precision == "fp32":
             yield f"{key} computes in bf16 and fp16 alone; set train.precision, or use sdpa"
-        if job.data.document_mask and train.micro_batch > 1:
+        if job.data.document_mask and train.micro_batch_size > 1:
             yield (
                 f"{key} with data.document_mask keeps documents apart in a micro-batch of one sample alone, and "
-                f"train.micro_batch is {train.micro_batch}; set it to 1 (with longer samples), or use flex_attention"
+                f"train.micro_batch_size is {train.micro_batch_size}; set it to 1 (with longer samples), or use flex_attention"
             )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ByteSize, Field
+from pydantic import BeforeValidator, ByteSize, Field, model_validator
 
-from heliostat.config.fields import LARGEST, Count, Experiment, Fraction, Name, NonNegative, Positive, Seed
-from heliostat.schema import Float, Strict
+from heliostat.config.fields import LARGEST, Count, Experiment, Filled, Fraction, Name, NonNegative, Positive, Seed
+from heliostat.schema import Float, Strict, Was
 
 
 class Source(Strict):
@@ -27,16 +27,18 @@ class MixChange(Strict):
 
 
 class Data(Strict):
-    sources: Annotated[list[Source], Field(min_length=1)]
+    path: Annotated[str | None, Field(exclude=True)] = None
+    """The one dataset that is trained on: short for `sources: [{path: ...}]`."""
+    sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """The datasets that are mixed, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
     """Tokens in a sample. Needed where the datasets hold tokens; images have none."""
     seed: Seed = 0
     """Of the order of samples."""
-    lanes: Count | None = None
-    """Canonical data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one
-    for each micro-batch of a step (`train.global_batch` / `train.micro_batch`)."""
-    window: Count | None = None
+    virtual_ranks: Annotated[Count | None, Was("lanes")] = None
+    """Virtual data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one for
+    each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
+    shuffle_window: Annotated[Count | None, Was("window")] = None
     """Samples that are shuffled together, and fetched by one task. Unset: 32 MB of them."""
     mix_schedule: list[MixChange] = []
     """A curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
@@ -52,7 +54,17 @@ class Data(Strict):
     labels: dict[str, str] = {}
     """Only nodes that carry these Ray labels fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Packed documents do not see each other. Refused for models in which they do, see docs/job.md#what-the-check-tries"""
+    """Packed documents do not see each other. Refused for models in which they do, see docs/training/document-masks.md"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_path(cls, value: object) -> object:
+        """Replaces `path` by the source that it is short for."""
+        if not isinstance(value, dict) or not isinstance(value.get("path"), str):
+            return value
+        if "sources" in value:
+            raise ValueError("path is short for one source, and sources are given, too. Remove one of them")
+        return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
 BENCHMARK = "bench/"  # and a task's name: what its score is called
@@ -74,7 +86,7 @@ class Evaluate(Strict):
     """Held-out samples that are scored, at most; where there are fewer, the run says so."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
     """Share of the documents that is held out by the hash of their text, and never trained on. 1, 2 and 5 parts of ten to ten
-    thousand are exact, see docs/data-order.md#what-is-held-out"""
+    thousand are exact, see docs/data-order.md#held-out-documents"""
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on tasks while the run trains. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
@@ -85,7 +97,8 @@ class Evaluate(Strict):
 
 class Best(Strict):
     metric: str = "loss"
-    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat benchmark --follow` gives later."""
+    """A score of the evaluation, as the recipe reports it; or `bench/TASK`, which `heliostat model benchmark --follow` gives
+    later."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is good."""
     keep: Positive = 1
@@ -98,7 +111,7 @@ class Best(Strict):
 
 
 class Checkpoint(Strict):
-    every: Positive
+    every: Annotated[Positive, Filled("a tenth of `train.steps`, at most 1,000")]
     """Steps between two checkpoints."""
     keep: Positive = 2
     """So many of the newest stay."""
@@ -110,7 +123,7 @@ class Checkpoint(Strict):
     """Seconds for the last checkpoint after SIGTERM, Ctrl-C or a preemption notice."""
     memory_every: Positive | None = None
     """Steps between two copies of the training state in the memory of its node and of another, from which a run continues after
-    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability.md#copies-in-memory"""
+    a failure; it loses at most so many steps. Unset: none, only checkpoints. See docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for these copies. Where they need more, none are kept, and the run says so."""
 
@@ -134,11 +147,11 @@ def _count(value: object) -> object:
 
 class Workers(Strict):
     count: Annotated[int | list[int], BeforeValidator(_count)] = 1
-    """How many; or `[least, most]` for an elastic run, see docs/reliability.md#elastic-runs"""
+    """How many; or `[least, most]` for an elastic run, see docs/reliability/elastic.md"""
     cpus: Annotated[Float, Field(gt=0)] = 1.0
     """Cores of each."""
-    gpus: Annotated[Float, Field(ge=0)] = 0.0
-    """GPUs of each: 1, or 0 to train on CPUs with gloo."""
+    gpus: Annotated[Float, Field(ge=0), Filled("`auto`")] = 0.0
+    """GPUs of each: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: each on a node of its own."""
     labels: dict[str, str] = {}
@@ -156,7 +169,7 @@ class Workers(Strict):
 class Limits(Strict):
     hours: Annotated[Float, Field(gt=0)] | None = None
     """Hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after a
-    checkpoint; `--resume` with a higher limit continues. See docs/reliability.md#limits"""
+    checkpoint; `--resume` with a higher limit continues. See docs/reliability/stop.md#limits"""
     cost: Annotated[Float, Field(gt=0)] | None = None
     """The same of money: what the devices that workers hold cost, by the list prices of `heliostat plan`, in its currency."""
 
@@ -164,7 +177,7 @@ class Limits(Strict):
 class Retries(Strict):
     max: Annotated[int, Field(ge=0)] = 10
     """Failures in a row without a new checkpoint between them. Preemptions do not count. See
-    docs/reliability.md#what-is-tried-again"""
+    docs/reliability/failures.md"""
     backoff: NonNegative = 1.0
     """Seconds before the second retry in a row; the first comes at once, each further one waits twice as long."""
     backoff_max: NonNegative = 60.0
@@ -179,9 +192,9 @@ class Watchdog(Strict):
 
 
 class Mlflow(Strict):
-    uri: str
+    uri: Annotated[str, Filled("MLFLOW_TRACKING_URI, or `sqlite:///.heliostat/mlflow.db`")]
     """The tracking store: `sqlite:///FILE`, or `http://HOST:PORT`. It never holds a password."""
-    experiment: Experiment
+    experiment: Annotated[Experiment, Filled("the job's name")]
     """Of the run: up to 250 characters; no part between slashes is empty, `.` or `..`."""
     register_as: Name | None = Field(default=None, alias="register")
     """Name of the registered model that the run makes a version of. Unset: the model is logged, and not registered."""

@@ -5,46 +5,61 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, model_validator
+from pydantic import ValidationError, ValidationInfo, model_validator
 
 from heliostat import schema
 from heliostat.config import rules, workspace
-from heliostat.config.fields import Name
+from heliostat.config.defaults import LENGTHS, Default, Devices, fill, here, set_steps
+from heliostat.config.fields import LARGEST, Filled, Name
 from heliostat.config.rules import sums_on_host
 from heliostat.config.sections import Card, Checkpoint, Data, Evaluate, Limits, Mlflow, Retries, Watchdog, Workers
 from heliostat.config.spikes import Spike
+from heliostat.config.synonyms import SYNONYMS
 from heliostat.config.train_section import NEWEST_RECIPES, RETIRED, Train
 from heliostat.errors import ConfigError
 from heliostat.optim import optimizers
-from heliostat.schema import Strict
+from heliostat.schema import Strict, explain
+from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
+from heliostat.text import brief
 
 log = logging.getLogger(__name__)
+FindDevices = Callable[[], Devices]
 
-BEFORE_KEYS: dict[str, str | int] = {"accumulate": "same", "recipe_version": 1}  # what runs had before they recorded these keys
+BEFORE_KEYS: dict[str, str | int] = {
+    "grad_accum_dtype": "same",
+    "recipe_version": 1,
+}  # what runs had before they recorded these keys
 
 
 class Job(Strict):
+    synonyms = SYNONYMS
+
     name: Name
     """The run: its folder is `storage/name`, and `--resume` continues it."""
-    recipe: str
+    recipe: Annotated[str, Filled("from the keys of `model`; else `heliostat.recipes:CausalLM`")]
     """Import path of the recipe: the class that says what is trained."""
     model: dict[str, Any]
     """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
-    (docs/job.md#initial-weights); or `pretrained: FOLDER`, whose tokenizer must be the datasets' (compared by content), and
-    keys that change its configuration. TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    (docs/training/initial-weights.md); or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
+    (docs/guides/hub.md), whose tokenizer must be the datasets' (compared by content), and keys that change its configuration.
+    TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """What is trained on, and in which order."""
     train: Train
     """How it is trained."""
     evaluate: Evaluate | None = None
     """Scores on samples that are never trained on. Unset: no evaluation."""
-    checkpoint: Checkpoint
+    checkpoint: Annotated[Checkpoint, Filled("`every` by rule")]
     """When the state is saved, and which checkpoints stay."""
     workers: Workers = Workers()
     """The processes that train, and where they may be."""
@@ -55,10 +70,10 @@ class Job(Strict):
     watchdog: Watchdog = Watchdog()
     """When a run that stands still is ended and tried again."""
     spike: Spike | None = None
-    """What is done about loss spikes, see docs/reliability.md#loss-spikes. Unset: nothing."""
-    storage: str
+    """What is done about loss spikes, see docs/reliability/spikes.md. Unset: nothing."""
+    storage: Annotated[str, Filled("`.heliostat/runs`")]
     """Where runs live: a folder, or `s3://bucket/prefix`."""
-    mlflow: Mlflow
+    mlflow: Annotated[Mlflow, Filled("the store that commands use")]
     """Where the run is recorded, see docs/mlflow.md"""
     card: Card = Card()
     """The model card, which travels with the model."""
@@ -71,7 +86,7 @@ class Job(Strict):
     @property
     def accumulation(self) -> int:
         """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
-        return self.train.global_batch // (self.replicas * self.train.micro_batch)
+        return self.train.global_batch_size // (self.replicas * self.train.micro_batch_size)
 
     @property
     def replicas(self) -> int:
@@ -79,18 +94,21 @@ class Job(Strict):
         assert isinstance(self.workers.count, int)
         return self.workers.count // self.train.parallel.sharing
 
-    def worker_counts(self, lanes: int | None = None) -> list[int]:
-        """Lists the numbers of workers, ascending, that the job allows and that can play its lanes (of a run resumed: its
-        `lanes`)."""
-        return self.train.worker_counts(lanes or self.lanes, self.workers.least, self.workers.most)
+    def worker_counts(self, virtual_ranks: int | None = None) -> list[int]:
+        """Lists the numbers of workers, ascending, that the job allows and that can process its virtual ranks.
+
+        `virtual_ranks`: those of the run that is resumed.
+        """
+        return self.train.worker_counts(virtual_ranks or self.virtual_ranks, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
         """Copies the job, with this fixed number of workers."""
         return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property
-    def lanes(self) -> int:
-        return self.data.lanes or self.train.global_batch // self.train.micro_batch
+    def virtual_ranks(self) -> int:
+        """Returns the number of virtual ranks of a new run."""
+        return self.data.virtual_ranks or self.train.global_batch_size // self.train.micro_batch_size
 
     @property
     def run_folder(self) -> Location:
@@ -105,31 +123,146 @@ class Job(Strict):
         return json.loads(self.model_dump_json(by_alias=True))
 
     @model_validator(mode="after")
-    def _consistent(self) -> Job:
-        if faults := rules.faults(self):
+    def _consistent(self, info: ValidationInfo) -> Job:
+        faults = rules.faults(self)
+        if faults and info.context is not None:
+            info.context.extend(faults)
+        elif faults:
             raise ValueError("\n  ".join(faults))
         return self
 
 
-def load(path: Path, settings: list[str] | None = None) -> Job:
+Samples = Callable[[Job], int]
+
+
+def load(path: Path, settings: list[str] | None = None, samples: Samples | None = None, devices: FindDevices = here) -> Job:
     """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
-    raw = schema.read("job", path, settings)
+    return make(read(path, settings), str(path), samples, devices)
+
+
+def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
+    """Reads a job file in the keys of this version, with settings applied. Nothing is validated yet."""
+    return apply(schema.read(Job, "job", path), settings or [])
+
+
+def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """Applies `key.path=value` settings to a job. One of `train.steps`, `epochs`, and `tokens` takes the place of the others."""
+    data = raw.get("data")
+    if isinstance(data, dict) and "path" in data and any(one.startswith("data.sources.") for one in settings):
+        raw = raw | {"data": {"sources": [{"path": data["path"]}]} | {k: v for k, v in data.items() if k != "path"}}
+    raw = schema.apply(raw, settings, Job)
+    set_ = [key for key in LENGTHS if any(one.startswith(f"train.{key}=") for one in settings)]
+    if len(set_) == 1 and isinstance(raw.get("train"), dict):
+        raw["train"] = {key: part for key, part in raw["train"].items() if key in set_ or key not in (*LENGTHS, "steps_from")}
+    return raw
+
+
+def make(raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here) -> Job:
+    """Makes the job that a file holds: fills in defaults, and makes paths absolute. ConfigError that lists everything wrong.
+
+    `samples`: counts the training samples of a job's datasets, which `train.epochs` needs.
+    """
+    return resolve(schema.validate(Job, complete(raw, where, samples, devices)[0], where))
+
+
+def complete(
+    raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here
+) -> tuple[dict[str, Any], list[Default]]:
+    """Fills in what a job leaves out; returns the whole job and what was filled in."""
+    raw = schema.renamed(Job, raw)
     if isinstance(raw.get("train"), dict):
         for key in RETIRED & raw["train"].keys():
             log.warning("train.%s: has no effect any more. Remove it", key)
-    return resolve(schema.validate(Job, raw, str(path)))
+    raw, filled = fill(raw, devices)
+    train = raw.get("train")
+    given = [key for key in LENGTHS if train.get(key) is not None] if isinstance(train, dict) else []
+    if given == ["tokens"] and isinstance(data := raw.get("data"), dict) and "sequence_length" not in data:
+        raise ConfigError(f"{where}: train.tokens: needs data.sequence_length. Set it, or use train.steps")
+    if not isinstance(train, dict) or given != ["epochs"]:
+        return raw, filled
+    epochs, length = train["epochs"], {"steps": LARGEST}
+    if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs <= LARGEST:
+        raise ConfigError(f"{where}: train.epochs: expected a number above 0, got {brief(repr(epochs))}. Write train.epochs: 2")
+    draft = fill(raw | {"train": {k: v for k, v in train.items() if k != "epochs"} | length}, devices)[0]
+    job = resolve(schema.validate(Job, draft, where))
+    if samples is None:
+        raise ConfigError("train.epochs: needs the datasets, which aren't read here. Set train.steps")
+    count = samples(job)
+    steps = max(1, math.ceil(epochs * count / job.train.global_batch_size))
+    set_steps(train, steps, f"epochs: {epochs:g}")
+    raw, rest = fill(raw, devices)
+    why = f"{epochs:g} epochs of {count:,} samples / {job.train.global_batch_size}"
+    return raw, [*filled, Default("train.steps", steps, why), *rest]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Holds what can be made of a job file with faults: the job without the keys at fault, or None; the faults, a line each."""
+
+    job: Job | None
+    faults: list[str]
+    filled: list[Default]
+
+
+def draft(raw: dict[str, Any], devices: FindDevices = here) -> Draft:
+    """Makes a job of what is right in a file, and lists what is wrong, so that the rest can be checked in the same round."""
+    train, lines, filled = raw.get("train"), list[str](), list[Default]()
+    if isinstance(train, dict) and [key for key in LENGTHS if key in train] == ["epochs"]:
+        raw = raw | {"train": {k: v for k, v in train.items() if k != "epochs"} | {"steps": LARGEST}}
+    for _ in range(ROUNDS):
+        whole, filled = fill(raw, devices)
+        broken_rules: list[str] = []
+        try:
+            job = Job.model_validate(whole, context=broken_rules)
+        except ValidationError as e:
+            known = {line.partition(":")[0] for line in lines}
+            lines += [line for line in explain(e, Job) if line.partition(":")[0] not in known]
+            if (repaired := _repaired(whole, e)) is None:
+                break
+            raw = repaired
+        else:
+            try:
+                job = resolve(job, [])
+            except ConfigError as e:
+                broken_rules.append(str(e))
+            return Draft(job, list(dict.fromkeys([*lines, *broken_rules])), filled)
+    return Draft(None, list(dict.fromkeys(lines)), filled)
+
+
+ROUNDS = 5  # repairs of a draft
+PLACEHOLDERS: dict[tuple[str, ...], object] = {("name",): "unnamed", ("train",): {"steps": LARGEST}, ("train", "steps"): LARGEST}
+
+
+def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | None:
+    """Returns a job without the values that an error names, and with placeholders for what is missing; None if there is none."""
+    raw = copy.deepcopy(raw)
+    for fault in error.errors():
+        *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
+        part: Any = raw
+        for key in parents:
+            part = part[int(key)] if isinstance(part, list) else part[key] if isinstance(part, dict) else None
+        missing = fault["type"] == "missing"
+        if not isinstance(part, dict) or (missing and (*parents, last) not in PLACEHOLDERS):
+            return None
+        part.pop(last, None)
+        if missing:
+            part[last] = PLACEHOLDERS[*map(str, parents), str(last)]
+    return raw
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Settles what the job leaves open in `train`: as the run that it resumes has it (`BEFORE_KEYS` if that is from before there
     was the key), else the newest. ConfigError if the run cannot go on with the job's optimizer."""
     if recorded is not None:
-        optimizers.require_resumable(job.train.optimizer, recorded["train"].get("optimizer", {}))
-        values = {key: recorded["train"].get(key) or before for key, before in BEFORE_KEYS.items()}
+        before = with_rules(recorded)["train"]
+        optimizers.require_resumable(job.train.optimizer, before.get("optimizer", {}))
+        values = {key: before.get(key) or first for key, first in BEFORE_KEYS.items()}
+        if job.train.steps_from and (steps := before.get("steps")) and steps != job.train.steps:
+            log.warning("train.steps: the run had %s, and has %s now (%s)", steps, job.train.steps, job.train.steps_from)
     else:
-        values = {"accumulate": "fp32", "recipe_version": NEWEST_RECIPES}
+        values = {"grad_accum_dtype": "fp32", "recipe_version": NEWEST_RECIPES}
     if sums_on_host(job):
-        values["accumulate"] = "same"
+        values["grad_accum_dtype"] = "same"
     unset = {key: value for key, value in values.items() if getattr(job.train, key) is None}
     return job.model_copy(update={"train": job.train.model_copy(update=unset)}) if unset else job
 
@@ -144,24 +277,30 @@ def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job with what it had before the keys of `BEFORE_KEYS` were recorded, where it lacks them."""
+    """Returns a recorded job in today's names of keys, and with what it had before the keys of `BEFORE_KEYS` were recorded."""
+    recorded = schema.renamed(Job, recorded)
     train = recorded.get("train")
     return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
 
 
-def changed_keys(recorded: object, now: object, key: str = "") -> list[str]:
+def changed_keys(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Lists the keys of a recorded job whose values are others now, or of its model there are only now; keys that came with a
     newer version are none of them."""
+    return _changed(schema.renamed(Job, recorded), now)
+
+
+def _changed(recorded: object, now: object, key: str = "") -> list[str]:
     if not isinstance(recorded, dict) or not isinstance(now, dict):
         return [] if recorded == now else [key]
     names = recorded.keys() | now.keys() if key.startswith("model") else recorded.keys() & now.keys()
     below = ((name, f"{key}.{name}" if key else name) for name in sorted(names))
-    return [changed for name, path in below for changed in changed_keys(recorded.get(name), now.get(name), path)]
+    return [changed for name, path in below for changed in _changed(recorded.get(name), now.get(name), path)]
 
 
-def resolve(job: Job) -> Job:
+def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't be trained.
 
+    `broken_rules`: gets the faults between sections, which are then no error.
     What no job could be trained with is checked here, and not in `Job`, so that jobs recorded by older versions still open.
     """
     if job.workers.gpus not in (0, 1):
@@ -181,7 +320,7 @@ def resolve(job: Job) -> Job:
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     require_store("mlflow.uri", uri)
-    return schema.validate(Job, raw, job.name)  # again, because two ways to write a path are now one
+    return schema.validate(Job, raw, job.name, broken_rules)  # again, because two ways to write a path are now one
 
 
 def require_store(key: str, uri: str) -> None:
@@ -191,10 +330,16 @@ def require_store(key: str, uri: str) -> None:
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep."""
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep; names of the Hub stay, where no such folder
+    exists."""
     if not isinstance(model, dict):
         return model
-    return {k: str(root / v) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
+    return {k: _folder(v, root) if k == "pretrained" and isinstance(v, str) else _pretrained(v, root) for k, v in model.items()}
+
+
+def _folder(value: str, root: Path) -> str:
+    folder = root / value
+    return value if names.model(value) and not folder.exists() else str(folder)
 
 
 def _absolute(key: str, path: str, root: Path) -> str:

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.config import schedules
-from heliostat.config.fields import LARGEST, Count, NonNegative, Positive, Seed, divisors
+from heliostat.config.defaults import LENGTHS
+from heliostat.config.fields import LARGEST, Count, Filled, NonNegative, Positive, Seed, divisors
 from heliostat.config.schedules import Schedule
 from heliostat.optim.optimizers import AnyOptimizer
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, Was
 from heliostat.text import brief
 
 
@@ -34,14 +35,14 @@ class Zero(Strict):
     `precision: fp32`."""
     offload: Offload = Offload()
     """What is moved out of GPU memory."""
-    divide_within: Group | None = None
+    shard_group_size: Annotated[Group | None, Was("divide_within")] = None
     """Workers that divide the state among them, as those of a node; each such group has all of it, and groups average their
-    gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/job.md#many-nodes"""
-    copy_within: Group | None = None
+    gradients once a step. Stage 3 alone. Unset: all workers divide it. See docs/training/many-nodes.md"""
+    hpz_partition_size: Annotated[Group | None, Was("copy_within")] = None
     """Workers that keep a second copy of the weights, divided among them, as those of a node: a layer that was gathered once in a
-    step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/job.md#many-nodes"""
+    step is gathered again from there (ZeRO++ hpZ). Stage 3 alone. Unset: no copy. See docs/training/many-nodes.md"""
     quantize_weights: bool = False
-    """Sends weights in 8 bits when they are gathered (ZeRO++ qwZ). Stage 3 and GPUs alone. See docs/job.md#many-nodes"""
+    """Sends weights in 8 bits when they are gathered (ZeRO++ qwZ). Stage 3 and GPUs alone. See docs/training/many-nodes.md"""
 
     @model_validator(mode="before")
     @classmethod
@@ -49,7 +50,7 @@ class Zero(Strict):
         """Refuses ways to send less that are known elsewhere, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
-                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use divide_within, which sends "
+                f"quantize_gradients is not supported: {QUANTIZED_GRADIENTS}; remove it, and use shard_group_size, which sends "
                 "gradients between nodes once a step"
             )
         return value
@@ -72,19 +73,20 @@ NOT_OFFERED = {
 class Parallel(Strict):
     auto: bool = False
     """Chooses the layout that the plan finds fastest, of all that fit: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch`, `activation_checkpointing`. Written as `parallel: auto`. See docs/job.md#the-fastest-layout"""
+    `micro_batch_size`, `activation_checkpointing`. Written as `parallel: auto`. See
+    docs/training/parallelism.md#automatic-choice"""
 
     sequence: Count = 1
     """Workers that share each sample, a stretch of its tokens each. 1: every worker has samples of its own. See
-    docs/job.md#sequence-parallelism"""
+    docs/training/long-context.md"""
 
     expert: Count = 1
     """Workers that divide the experts of each layer among them, and send each other tokens. 1: every worker computes all. See
-    docs/job.md#expert-parallelism"""
+    docs/training/mixture-of-experts.md#expert-parallelism"""
 
     tensor: Count = 1
     """Workers that divide the matrices of each layer among them, and compute each sample together. 1: every worker has whole
-    matrices, or gathers them. See docs/job.md#tensor-parallelism"""
+    matrices, or gathers them. See docs/training/parallelism.md#tensor-parallelism"""
 
     @property
     def sharing(self) -> int:
@@ -100,7 +102,8 @@ class Parallel(Strict):
         if isinstance(value, str):
             raise ValueError(f"{brief(repr(value))} is no layout; write auto, or degrees such as {{tensor: 2}}")
         for key in (key for key in NOT_OFFERED if isinstance(value, dict) and key in value):
-            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it (docs/job.md#layouts-that-are-not-offered)")
+            page = "docs/training/parallelism.md#not-supported"
+            raise ValueError(f"{key} is not supported: {NOT_OFFERED[key]}; remove it ({page})")
         return value
 
 
@@ -109,7 +112,7 @@ class Ema(Strict):
     """Of the average, at most; at step t it is min(decay, (1 + t) / (10 + t))."""
 
 
-class Recheck(Strict):
+class SdcCheck(Strict):
     every: Positive
     """Steps between two looks. The first step after every start is looked at, too."""
 
@@ -118,7 +121,9 @@ class Recheck(Strict):
         return first or (step + 1) % self.every == 0
 
 
-GROWING = dict.fromkeys(("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch samples")
+GROWING = dict.fromkeys(
+    ("batch_warmup", "batch_size_warmup", "global_batch_warmup"), "every step has train.global_batch_size samples"
+)
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
@@ -147,15 +152,21 @@ def _compiled(value: object) -> object:
 
 
 class Train(Strict):
-    steps: Count
-    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one."""
+    steps: Annotated[Count, Filled("from `epochs` or `tokens`")]
+    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one. Give `steps`, `epochs`, or `tokens`."""
+    epochs: Annotated[Float | None, Field(gt=0, exclude=True)] = None
+    """Passes over the training samples, in place of `steps`. They become steps when the dataset is known, rounded up."""
+    tokens: Annotated[int | None, Field(gt=0, exclude=True)] = None
+    """Tokens to train on, in place of `steps`. They become steps of `global_batch_size` x `data.sequence_length`, rounded up."""
+    steps_from: str | None = None
+    """In a run's record: what `steps` follows from, such as `epochs: 2`. Don't set it."""
     stop_after: Positive | None = None
     """Training ends after this step, for now; the schedule follows `steps` all the same. Unset: at `steps`."""
-    global_batch: Count
+    global_batch_size: Annotated[Count, Was("global_batch"), Filled("64, or the next multiple that the workers can share")]
     """Samples of an optimizer step, whatever the number of workers."""
-    micro_batch: Count
+    micro_batch_size: Annotated[Count, Was("micro_batch"), Filled("up to 4")]
     """Samples that a worker plays at once; the number of accumulated micro-batches follows."""
-    optimizer: AnyOptimizer
+    optimizer: Annotated[AnyOptimizer, Filled("AdamW with a rate by rule, see docs/reference/yaml.md#defaults")]
     """What makes a step of the gradients."""
     schedule: Schedule = Schedule()
     """The learning rate over the steps."""
@@ -164,41 +175,45 @@ class Train(Strict):
     ema: Ema | None = None
     """An average of the weights over the steps, which is evaluated, drawn from and exported in their place. Unset: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/job.md#precision"""
+    """Of weights and computing; masters and moments are fp32 in all. `fp16` needs GPUs. See docs/training/precision.md"""
     zero: Zero = Zero()
     """DeepSpeed's ZeRO: how the state is divided among the workers."""
     parallel: Parallel = Parallel()
     """How the samples, experts and matrices are divided among the workers."""
-    accumulate: Literal["fp32", "same"] | None = None
+    grad_accum_dtype: Annotated[Literal["fp32", "same"] | None, Was("accumulate")] = None
     """What a step's micro-batches are summed in: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
-    keeps what it had. See docs/job.md#sums-of-micro-batches"""
+    keeps what it had. See docs/training/precision.md#sums-of-micro-batches"""
     recipe_version: Literal[1, 2] | None = None
     """Version of the rules by which an image recipe computes a sample's numbers. Unset: 2, but a resumed run keeps what it had.
     See docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
     """DeepSpeed's own settings of speed and memory, merged over what the keys above make. Which:
-    docs/job.md#deepspeeds-own-keys"""
+    docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Computes activations again in the backward pass, which trades time for memory. A number: those of the first so many layers.
     `selective`: of all layers, but for products and attention, whose outputs are kept. See
-    docs/job.md#activation-checkpointing"""
+    docs/training/memory.md#activation-checkpointing"""
     activation_offload: bool = False
-    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See docs/job.md#activation-checkpointing"""
+    """Keeps the inputs of checkpointed layers in host memory until the backward pass. See
+    docs/training/memory.md#activation-offload"""
     tiled_loss: bool = False
-    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See docs/job.md#tiled-loss"""
+    """Computes logits and their loss a tile of tokens at a time, so that never all logits exist. See
+    docs/training/memory.md#tiled-loss"""
     tiled_mlp: bool = False
     """Computes the MLP of each layer a tile of tokens at a time, and again in the backward pass, so that never all of its inside
-    exists. See docs/job.md#tiled-mlp"""
+    exists. See docs/training/memory.md#tiled-mlp"""
     compile: Annotated[bool | Literal["blocks"], BeforeValidator(_compiled)] = False
     """Runs the model through `torch.compile`. `blocks`: layer by layer, so that one is compiled for all. See
-    docs/job.md#kernels"""
+    docs/training/kernels.md#compilation"""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
-    """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See docs/job.md#kernels"""
+    """What computes attention; flash and flex need GPUs. Unset: sdpa where the architecture has it. See
+    docs/training/kernels.md#attention"""
     fp8: bool = False
-    """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See docs/job.md#kernels"""
-    recheck: Recheck | None = None
+    """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See
+    docs/training/precision.md#float8"""
+    sdc_check: Annotated[SdcCheck | None, Was("recheck")] = None
     """Looks for silent data corruption: all workers compute one micro-batch of the step, and compare its bits. Unset: never. See
-    docs/reliability.md#silent-data-corruption"""
+    docs/reliability/corruption.md"""
     seed: Seed = 0
     """Of initial weights and dropout."""
     log_every: Positive = 10
@@ -223,6 +238,8 @@ class Train(Strict):
         """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
         if not isinstance(value, dict):
             return value
+        if len(given := [key for key in LENGTHS if value.get(key) is not None]) > 1:
+            raise ValueError(f"{' and '.join(given)} are {len(given)} ways to give the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
             why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
             raise ValueError(f"{key} is not supported: {why}; remove it, and use train.schedule.warmup_steps")
@@ -233,8 +250,8 @@ class Train(Strict):
 
         The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
         """
-        batch, micro, each = self.global_batch, self.micro_batch, self.parallel.sharing
+        batch, micro, each = self.global_batch_size, self.micro_batch_size, self.parallel.sharing
         replicas = divisors(math.gcd(lanes, batch))
         counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
-        groups = self.parallel.expert, self.zero.divide_within or 1, self.zero.copy_within or 1
+        groups = self.parallel.expert, self.zero.shard_group_size or 1, self.zero.hpz_partition_size or 1
         return [n for n in counts if not any(n % each for each in groups)]

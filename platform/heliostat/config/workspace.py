@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat import extras
-from heliostat.errors import ConfigError, MissingExtraError
+from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 from heliostat.text import brief
 
@@ -67,7 +67,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
             near = nearest(path, [*here, *_built_in(field)])
             raise ConfigError(f"{field}: no module {module_name!r} in {root()}{near}") from e
         if extra := extras.bringing(e.name or ""):
-            raise MissingExtraError(f"{field}: {path} needs {extras.advice(extra)} (there is no module {e.name!r})") from e
+            raise extras.missing(f"{field}: {path}", extra, str(e.name)) from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which is not installed") from e
     except Exception as e:  # whatever the module does as it is imported; --verbose shows where
         raise ConfigError(f"{field}: {module_name} cannot be imported ({type(e).__name__}: {brief(e)})") from e

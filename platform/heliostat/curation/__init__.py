@@ -1,9 +1,9 @@
-"""Makes datasets of raw text and images: readers, stages, deduplication, builders of shards, explanations.
+"""Makes datasets from raw text and images: readers, stages, deduplication, shard builders, and provenance.
 
 Start at `prepare`.
 May import: `cluster`, `config`, `data`, `recipes`, `storage`, `tasks`.
 
-A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, which is this package under its earlier name.
+A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, this package's earlier name.
 """
 
 from typing import TYPE_CHECKING

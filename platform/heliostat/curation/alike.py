@@ -1,18 +1,19 @@
-"""Finds all pairs of perceptual hashes that differ in at most `distance` of 64 bits, exactly, with the hashes on disk.
+"""Finds all pairs of 64-bit perceptual hashes that differ in at most `distance` bits, exactly, with the hashes on disk.
 
-(Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007.) Bits are cut into blocks. Two hashes that differ in
-d bits are equal in all blocks but d of them, so for every choice of d blocks to leave out, the others are a key under which such
-a pair meets. More blocks make longer keys, and more of them; there are as many as keep chance from filling the groups.
+Method: Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007. The bits are split into blocks. Two hashes
+that differ in d bits are equal in all blocks except at most d. So for every choice of d blocks to leave out, the other blocks
+are a key, and such a pair shares one of these keys. More blocks make longer keys, and more of them; there are enough that
+chance doesn't fill the groups.
 
-A node is a perceptual hash that some image has; images with the same one are a group, in which the first by the hash of pixels
-stands for the others. Its rank is the first 64 bits of that hash.
+A node is a perceptual hash of some image. Images with the same hash are a group, represented by the first by pixel hash. A
+node's rank is the first 64 bits of that pixel hash.
 
-Then the images are chosen that stay, as if all were gone through by the hashes of their pixels, one by one.
+Then this module chooses the images that stay, as if it visited all of them in the order of their pixel hashes.
 
-An image goes if it is near to one before it that stays: those that stay are the lexicographically first maximal independent set
-of the pairs. It is found in rounds: a node stays when all that are near and before it are known to go, and goes when one of them
-is known to stay. The order is a hash, so it is random, and the rounds are few however many nodes there are (Blelloch, Fineman and
-Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average, 2012).
+An image is dropped if it is near an earlier one that stays. Those that stay are the lexicographically first maximal
+independent set of the pairs. Rounds find it: a node stays when all nearby earlier nodes are known to be dropped, and is
+dropped when one of them is known to stay. The order is a hash, so it is random, and there are few rounds for any number of
+nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average, 2012).
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ EDGES: dict[str, type[np.generic]] = {**dict.fromkeys(("u", "v", "u_rank", "v_ra
 
 
 def blocks(distance: int, hashes: int) -> int:
-    """Chooses the number of blocks: the first whose keys are as long as tells so many hashes apart, within KEYS keys of each."""
+    """Chooses the number of blocks: the first whose keys are long enough to separate so many hashes, with at most KEYS keys
+    each."""
     count = distance + 1
     while comb(count + 1, distance) <= KEYS and BITS - distance * ceil(BITS / count) < log2(max(2, hashes)):
         count += 1
@@ -48,7 +50,7 @@ def blocks(distance: int, hashes: int) -> int:
 
 
 def masks(distance: int, count: int) -> list[int]:
-    """Lists the bits of each key: all blocks but `distance` of them."""
+    """Lists the bits of each key: all blocks except `distance` of them."""
     edges = np.linspace(0, BITS, count + 1).astype(int).tolist()
     of_block = [(1 << stop) - (1 << start) for start, stop in pairwise(edges)]
     whole = (1 << BITS) - 1
@@ -56,7 +58,7 @@ def masks(distance: int, count: int) -> list[int]:
 
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Spills the perceptual hash of each image of a run, which has this number; if `exact`, the pixels' hash in its place."""
+    """Spills the perceptual hash of each image of the run with this number; with `exact`, the pixel hash instead."""
     runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
@@ -69,25 +71,25 @@ def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[s
 
 
 def gather(folder: Location, part: int, parts: int, names: list[str]) -> pa.Table:
-    """Reads the images of a part of all perceptual hashes, in groups, each sorted by the hash of pixels and the id."""
+    """Reads the images of one part of all perceptual hashes, in groups, each sorted by pixel hash and id."""
     order = [(name, "ascending") for name in ("looks", "hash", "id")]
     return spill.joined(folder, names, *spill.share(part, parts), FACES).sort_by(order).combine_chunks()
 
 
 def firsts(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Tells of gathered images whether each is the first of its group, and the first with its pixels."""
+    """Returns for each gathered image whether it is the first of its group, and the first with its pixels."""
     looks, hashes = table["looks"].to_numpy(), prefixes(table, 4)
     return spill.starts(looks), spill.starts(looks, *hashes.T)
 
 
 def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
-    """Returns the first 64-bit words of the hashes, a row of them for each image."""
+    """Returns the first 64-bit words of the hashes, one row per image."""
     whole = np.frombuffer(b"".join(table["hash"].to_pylist()), ">u8").astype(np.uint64)
     return whole.reshape(-1, 4)[:, :words]
 
 
 def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
-    """Spills every node of this part under its keys, of `count` blocks, with its rank and its images of different pixels."""
+    """Spills every node of this part under its keys, of `count` blocks, with its rank and its images with different pixels."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -106,7 +108,7 @@ def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, object]:
-    """Spills the edges between nodes that meet under a key of this part and are near enough, both ways."""
+    """Spills the edges between near nodes that share a key of this part, in both directions."""
     keys, looks, ranks, images = spill.arrays(
         folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
     )
@@ -126,7 +128,7 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
 
 
 def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:
-    """Spills edges by the node that they begin at, each once; returns the spill's name and their number."""
+    """Spills edges by their first node, each once; returns the spill's name and their number."""
     order = np.lexsort((edges[1], edges[0]))
     edges = tuple(column[order] for column in edges)
     first = spill.starts(*edges[:2])
@@ -141,9 +143,10 @@ NAMES = pa.schema(
 
 
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, object]:
-    """Decides on the nodes of this part that can be decided on, and spills messages to those that come after them.
+    """Decides on the nodes of this part that can be decided now, and spills messages to the nodes after them.
 
-    `messages` say which nodes stay and which go. Also spilled are the edges of nodes that are left, and by whom others go.
+    `messages` say which nodes stay and which are dropped. It also spills the edges of undecided nodes, and the cause of each
+    drop.
     """
     low, high = spill.share(part, parts)
     u, v, u_rank, v_rank, images = spill.arrays(folder, names, low, high, **EDGES)
@@ -168,7 +171,7 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """Spills for each node that goes, and for those that others go for, the id of the image that stays and their number."""
+    """Spills, for each dropped node and each node that causes a drop, the id of the image that stays and their number."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -188,7 +191,7 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
-    """Spills which images of this part go, by their places in runs, with the reason and who stays."""
+    """Spills which images of this part are dropped, by their places in runs, with the reason and the image that stays."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()

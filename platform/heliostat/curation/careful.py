@@ -1,6 +1,6 @@
-"""Takes a task's documents with care, so that one document does not end a run (`tasks.care`).
+"""Processes a task's documents with care, so that one bad document doesn't end a run (`tasks.care`).
 
-Where a stage raises an error, the documents of the batch are taken one by one at once. The rest of a part at which reading fails
+If a stage raises an error, the documents of the batch are processed one by one. If reading a part fails, the rest of the part
 is left out (`unread`).
 """
 
@@ -24,7 +24,7 @@ READ_TOGETHER = 64  # documents that are read between notes
 
 @dataclass
 class Careful:
-    """Takes a task's documents with care, or plainly without; `crashes` are those that it leaves out."""
+    """Processes a task's documents, with or without care; `crashes` counts the documents that it leaves out."""
 
     care: Care | None
     taken: int = 0
@@ -39,7 +39,7 @@ class Careful:
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
     ) -> Iterator[Document | Dropped]:
-        """Yields what parts hold; of one at which reading fails, what comes before."""
+        """Yields the documents of parts; if reading a part fails, those before the failure."""
         for self.part, part in enumerate(piece):
             yield from read(part) if self.care is None else self._part(self.care, part, read)
 
@@ -78,13 +78,13 @@ class Careful:
             self.note(TaskPlace(at, 0))
 
     def note(self, place: TaskPlace) -> None:
-        """Notes what comes next."""
+        """Records the next step."""
         if self.care is not None:
             note = {"attempt": self.care.attempt, "place": asdict(place)}
             self.care.note.write(json.dumps(note).encode())
 
     def take(self, batch: list[Document], through: Through) -> None:
-        """Takes a batch through the stages, without the documents that crash."""
+        """Processes a batch through the stages, without the documents that crash."""
         first, self.taken = self.taken, self.taken + len(batch)
         if self.care is None:
             through.batch(batch)
@@ -131,7 +131,7 @@ class Careful:
     def _crashed(self, crash: Crash) -> None:
         self.crashes += 1
         if self.crashes > most(max(self.read, self.taken)):
-            raise too_many(self.crashes, f"such as {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
+            raise too_many(self.crashes, f"for example {printable(crash.id)!r} at {printable(crash.stage)} ({crash.detail})")
 
 
 def _range(part: FilePart) -> str:
@@ -141,17 +141,17 @@ def _range(part: FilePart) -> str:
 
 
 def _row(last: str, count: int) -> str:
-    """Returns the number of the last row that was read: that in its id, or how many were."""
+    """Returns the number of the last row that was read: the one in its id, or the count."""
     number = last.rpartition("#")[2]
     return number if number.isdecimal() else str(count)
 
 
 class Through(ABC):
-    """Takes documents through the stages; all of a batch, or nothing of it. A task defines how."""
+    """Processes documents through the stages: a complete batch, or nothing of it. A task defines how."""
 
     @abstractmethod
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
-        """Takes a batch; calls `about` before each stage."""
+        """Processes a batch; calls `about` before each stage."""
 
     @abstractmethod
     def leave_out(self, document: Document, crash: Crash) -> None:
@@ -159,7 +159,7 @@ class Through(ABC):
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
-    """Counts a document that crashed at one of the `stages`, to which it came through those before, or behind them all."""
+    """Counts a document that crashed at one of the `stages`, after it passed the earlier ones, or after all of them."""
     for name in stages:
         entry = tally.entry(counts, name)
         entry["documents"] += 1

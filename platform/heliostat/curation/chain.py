@@ -1,4 +1,4 @@
-"""Runs documents through the stages that look at them one by one."""
+"""Runs documents through the stages that process them one by one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is som
 
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
-    """Yields documents in batches, with what was left out between them."""
+    """Yields documents in batches, with the dropped ones between them."""
     waiting, dropped, size = list[Document](), list[Dropped](), 0
     for item in documents:
         if isinstance(item, Dropped):
@@ -40,7 +40,7 @@ def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Docu
 
 
 class Chain:
-    """Runs a list of stages, numbered from `first`, and counts in `tally` what they do."""
+    """Runs a list of stages, numbered from `first`, and counts their actions in `tally`."""
 
     def __init__(self, folder: Location, stages: list[Entry], first: int = 0) -> None:
         self.stages: list[tuple[str, Stage, Work]] = []
@@ -54,7 +54,7 @@ class Chain:
     def run(
         self, documents: list[Document], about: Callable[[str], None] = lambda stage: None
     ) -> tuple[list[Document], list[Gone]]:
-        """Returns the documents that go on, and (id, stage, reason, detail, measures, columns) of the others; calls `about` with
+        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of the others; calls `about` with
         each stage's name before it."""
         dropped = []
         for name, stage, work in self.stages:
@@ -66,7 +66,7 @@ class Chain:
             outcomes = work(documents)
             tally.entry(self.tally, name)["seconds"] += cpu_time.now() - start
             if len(outcomes) != len(documents):
-                raise HeliostatError(f"stage {name!r} made {len(outcomes)} outcomes of {len(documents)} documents")
+                raise HeliostatError(f"stage {name!r} returned {len(outcomes)} outcomes for {len(documents)} documents")
             documents = []
             for old, size, outcome in zip(before, sizes, outcomes, strict=True):
                 after = 0 if outcome.document is None else bytes_of(outcome.document)
@@ -86,11 +86,11 @@ def bytes_of(document: Document) -> int:
 
 @lru_cache(maxsize=64)
 def _opened(entry: str, follows: str) -> Work:
-    """Opens a stage once in each process: its models and lists stay for the tasks to come that follow from the same ones."""
+    """Opens a stage once per process: later tasks with the same stage reuse its models and lists."""
     stage = registry.parse(json.loads(entry))
     if key(stage.follows()) != follows:
         raise ConfigError(
-            f"stages: {stage.named()}: its files or its libraries on node {socket.gethostname()} are not those of the start. "
-            "Give every node the same ones, leave them as they are during the run, and start again"
+            f"stages: {stage.named()}: its files or libraries on node {socket.gethostname()} differ from those at "
+            "the start. Give every node the same ones, don't change them during the run, and start again"
         )
     return stage.open()

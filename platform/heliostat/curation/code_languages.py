@@ -1,4 +1,4 @@
-"""Tells the language of a source file by its name, and which files are generated, minified, or other people's."""
+"""Detects the language of a source file by its name, and generated, minified, or vendored files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _GENERATED_WORDS = re.compile(
 
 
 def language_of(path: str, text: str) -> str:
-    """Tells the language by the file's name, then by an interpreter that its first line names; "" if neither says."""
+    """Detects the language by the file's name, then by the interpreter in its first line; "" if neither is known."""
     name = path.rpartition("/")[2].partition("#")[0].lower()
     language = BY_NAME.get(name) or (BY_SUFFIX.get(name.rpartition(".")[2]) if "." in name else None)
     if language is None and text.startswith("#!") and (said := _SHEBANG.match(text[:200])):
@@ -56,17 +56,17 @@ def language_of(path: str, text: str) -> str:
 
 
 def is_vendored(path: str) -> bool:
-    """Checks whether a path is one that other people's code is put at."""
+    """Checks whether a path is a usual place for vendored code."""
     return _VENDORED.search(path) is not None
 
 
 def is_generated(path: str, text: str) -> bool:
-    """Checks whether a file's name, or one of its first five lines, says that a program wrote it."""
+    """Checks whether a file's name, or one of its first five lines, marks it as generated."""
     if _GENERATED_NAME.search(path):
         return True
     return any(_GENERATED_WORDS.search(line[:500]) for line in text[:4000].split("\n")[:5])
 
 
 def is_minified(path: str) -> bool:
-    """Checks whether a file's name says that it is minified."""
+    """Checks whether a file's name marks it as minified."""
     return _MINIFIED_NAME.search(path) is not None

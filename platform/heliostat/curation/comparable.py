@@ -1,7 +1,7 @@
-"""Turns texts into the words that are compared: one definition for `minhash`, `decontaminate` and `repeated_*`.
+"""Turns texts into comparable words: one definition for `minhash`, `decontaminate`, and `repeated_*`.
 
-What does not count is what FineWeb leaves out (Penedo et al., 2024): case, punctuation, white space, accents, and the values of
-numbers, which are all 0. Texts are compared in NFC, so how a file encodes an accent doesn't count either. Three rules differ:
+It ignores the same as FineWeb (Penedo et al., 2024): case, punctuation, white space, accents, and the values of numbers, which
+all become 0. Texts are compared in NFC, so the encoding of an accent doesn't matter either. Three rules differ:
 
 - Marks are dropped in the scripts that can do without them (Latin, Greek, Cyrillic, Arabic, Hebrew). A vowel sign of Hindi stays.
 - Where a script puts no spaces between words (Chinese, Japanese, Thai, ...), each character with its marks is a word.
@@ -49,8 +49,7 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 class ComparableWords:
     """Holds the words of texts, one text after another.
 
-    `hashes` are equal for words that are compared as equal, `exact` differ for numbers that do, and `counts` are the words of
-    each text.
+    `hashes` are equal for comparable words; `exact` also distinguishes numbers; `counts` are the words of each text.
     """
 
     counts: np.ndarray
@@ -59,7 +58,7 @@ class ComparableWords:
     numbers: np.ndarray
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Hashes spans of words, given in ascending order: spans of numbers alone as written."""
+        """Hashes spans of words, in ascending order; spans of numbers only are hashed as written."""
         span_hashes = hashed(self.hashes, starts, stops)
         if self.numbers.any():
             others = np.concatenate([[0], np.cumsum(~self.numbers)])
@@ -68,9 +67,9 @@ class ComparableWords:
         return span_hashes
 
     def ngrams(self, n: int, short: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Hashes every n-gram of the texts; returns (hashes, how many each text has).
+        """Hashes every n-gram of the texts; returns (hashes, number per text).
 
-        A text of fewer words has none, or if `short`, a single one.
+        A text with fewer words has none or, with `short`, a single one.
         """
         ends = np.cumsum(self.counts)
         left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each to its text's end
@@ -103,7 +102,7 @@ def words(texts: Sequence[str]) -> ComparableWords:
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns where each word of a text begins and ends, a row each; as many as `words` finds, in NFC or not."""
+    """Returns the begin and end of each word of a text, one row each; as many as `words` finds, in NFC or not."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -114,9 +113,9 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words where it has as many as its NFC between two white spaces; else the NFC's, at the same share of it.
+    """Returns a text's words if it has as many as its NFC between two white spaces, else the NFC's, at proportional positions.
 
-    Marks of several scripts in a row are put in another order by NFC, which may begin a word elsewhere.
+    NFC reorders marks of several scripts in a row, which may move the start of a word.
     """
     cuts, plain_cuts = _gaps(text), _gaps(plain)
     at, plain_at = np.searchsorted(places[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
@@ -133,7 +132,7 @@ def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> n
 
 
 def _gaps(text: str) -> np.ndarray:
-    """Returns where a text begins, where each white space in it ends, and a place behind it."""
+    """Returns the start of a text, the end of each white space in it, and a position after it."""
     gaps = np.fromiter((gap.end() for gap in regex.finditer(r"\s", text)), np.int64)
     return np.concatenate([[0], gaps, [len(text) + 1]])
 
@@ -146,7 +145,7 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes spans of values, given in ascending order: polynomials, from sums over all values, whose powers are divided out."""
+    """Hashes spans of values, in ascending order: polynomials, from prefix sums over all values, divided by their powers."""
     span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):
@@ -175,7 +174,7 @@ def _block_powers() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Returns what each code point is compared as, and its kind."""
+    """Returns the comparison value and the kind of each code point."""
     kinds, folded = np.zeros(CODES, np.uint8), np.arange(CODES, dtype=np.uint32)
     marks, alone = _having(r"\p{M}"), _having(ALONE)
     kinds[_having(r"\p{L}\p{N}") | marks] = LETTER
@@ -197,19 +196,19 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=1)
 def _ascii_tables() -> tuple[bytes, bytes]:
-    """Returns the same for characters of ASCII, as `bytes.translate` takes it."""
+    """Returns the same for ASCII characters, in the form of `bytes.translate`."""
     folded, kinds = (table[:128].astype(np.uint8).tobytes() for table in _tables())
     return folded + bytes(128), kinds + bytes(128)
 
 
 @lru_cache(maxsize=1)
 def _every() -> list[tuple[int, str]]:
-    """Returns all code points that are assigned, as (the first, a text): behind 0x40000 tags and variation selectors alone."""
+    """Returns all assigned code points, as (the first, a text). After 0x40000 there are only tags and variation selectors."""
     return [(first, "".join(map(chr, range(first, stop)))) for first, stop in ((0, 0x40000), (0xE0000, 0xE0200))]
 
 
 def _having(properties: str) -> np.ndarray:
-    """Returns which code points have one of some properties, or are among some characters."""
+    """Returns the code points that have one of some properties, or are among some characters."""
     table = np.zeros(CODES, bool)
     for first, text in _every():
         for run in regex.finditer(rf"[{properties}]+", text):
@@ -233,7 +232,7 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _end(text: str, begin: int) -> int:
-    """Finds where a part of a text ends: where a word does, or in one that is too long, so far from where that begins."""
+    """Finds the end of a part of a text: the end of a word or, in a word that is too long, a fixed distance from its start."""
     most = begin + BLOCK + LONGEST
     if (match := END.search(text, begin + BLOCK, most)) is not None:
         return match.start()
@@ -244,7 +243,7 @@ def _end(text: str, begin: int) -> int:
 
 
 def _block(text: str) -> Block:
-    """Finds the words of a part of a text. A number is hashed as one 0, so its other digits are taken out first."""
+    """Finds the words of a part of a text. A number is hashed as one 0, so its other digits are removed first."""
     raw, code, kind = _looked_up(text)
     at = np.flatnonzero(kind != SKIPPED) if len(kind) and kind.max() == SKIPPED else None
     if at is not None:
@@ -270,7 +269,7 @@ def _block(text: str) -> Block:
 
 
 def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the code points of a text, what each is compared as, and its kind."""
+    """Returns the code points of a text, and the comparison value and kind of each."""
     if text.isascii():  # the same, faster
         data = text.encode()
         raw, code, kind = (np.frombuffer(some, np.uint8) for some in (data, *map(data.translate, _ascii_tables())))
@@ -281,7 +280,7 @@ def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _edges(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds where words begin and end, by the kinds of characters."""
+    """Finds the begin and end of words, by the kinds of characters."""
     inside = np.zeros(len(kind) + 2, bool)
     inside[1:-1] = (kind == LETTER) | (kind >= UNSPACED)
     begins = inside[1:] & ~inside[:-1]

@@ -1,4 +1,4 @@
-"""Ends a comparison of documents: tells every run which of its documents go, and the funnel what the stage did."""
+"""Ends a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
 
 from __future__ import annotations
 
@@ -31,25 +31,27 @@ JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name i
 
 
 def parts(bytes: int, memory_limit: int) -> int:
-    """Chooses into how many parts of all keys so many bytes are cut."""
+    """Chooses the number of parts into which so many bytes of keys are split."""
     return max(1, -(-bytes // memory_limit))
 
 
 def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> Iterator[Task]:
-    """Describes tasks that read what spills have about some runs: about as many documents as have room if it is about all."""
+    """Describes tasks that read the parts of spills for some runs. If they read them for all runs, each task takes as many
+    documents as fit."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
 
 
 def adding(task: Task, **more: object) -> Task:
-    """Returns a task with further arguments, which its result follows from."""
+    """Returns a task with further arguments, on which its result depends."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Describes tasks that read what spills have about each group of all runs, by their places; `also`: what they follow from."""
+    """Describes tasks that read the parts of spills for each group of all runs, by their places. `also`: further inputs of
+    their results."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
@@ -59,9 +61,9 @@ def about(
 
 def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
-    """Leaves out who goes, and adds the stage's tally to `curated`; returns the runs that are left.
+    """Drops the losing documents, and adds the stage's tally to `curated`; returns the remaining runs.
 
-    Records in `judged` name spills of JUDGED, and tell `clusters`, `largest` and `sizes`; `more` goes into the tally.
+    Records in `judged` name spills of JUDGED, and have `clusters`, `largest`, and `sizes`; `more` goes into the tally.
     """
     label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
     decided, left = settled(flow, curated, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
@@ -76,7 +78,7 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
 
 def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
             tasks: Iterator[Task]) -> tuple[list[dict[str, Any]], list[SpilledRun]]:  # fmt: skip
-    """Runs the tasks that tell each run which of its documents go; returns their records, and the runs that are left."""
+    """Runs the tasks that mark the dropped documents of each run; returns their records, and the remaining runs."""
     decided = flow.all(f"{kind}-decide", decide, tasks)
     for record in decided:
         curated.take({**record, "runs": []})
@@ -92,7 +94,7 @@ def counted(sizes: Iterable[int]) -> dict[str, int]:
 def stage_tally(
     flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a comparing stage's part of the tally, without reasons: what came, what stayed, and the largest clusters."""
+    """Returns a comparing stage's part of the tally, without reasons: input, output, and the largest clusters."""
     part = tally.entry({}, "")
     part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
              "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip
@@ -107,12 +109,12 @@ def stage_tally(
 
 
 def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> SpilledRun:
-    """Returns a run without the rows that a spill says were decided against, if there is one."""
+    """Returns a run without the rows that a spill marks as dropped, if there is one."""
     return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
 def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
-    """Spills which documents of some runs go, and tells why."""
+    """Spills the dropped documents of some runs, with the reasons."""
     out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0

@@ -14,7 +14,7 @@ from heliostat.errors import ConfigError
 
 
 def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
-    """Returns the hash of each n-gram of each text's words, in their order."""
+    """Returns the hash of each n-gram of each text's words, in order."""
     hashes, counts = words(texts).ngrams(n)
     return np.split(hashes, np.cumsum(counts))[: len(texts)]
 
@@ -35,17 +35,17 @@ class NgramIndex:
         return np.flatnonzero(self.hashes[at] == grams)
 
     def name(self, gram: np.uint64) -> str:
-        """Returns the place of an n-gram that is a hit: the first, if there are several."""
+        """Returns the place of a matching n-gram: the first, if there are several."""
         return self.names[int(self.places[np.searchsorted(self.hashes, gram)])]
 
 
 def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the numbered texts of an evaluation set: of JSON lines, the fields (all strings, if none is named), joined
-    by line ends; of any other file, paragraphs. ConfigError if it cannot be read."""
+    """Yields the numbered texts of an evaluation set: for JSON lines, the fields (all strings, if none is named), joined by
+    line ends; for other files, paragraphs. ConfigError if it can't be read."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"sets: {path!r} is not UTF-8 (byte {e.start:,}); convert it") from e
+        raise ConfigError(f"sets: {path!r} is not UTF-8 (byte {e.start:,}). Convert it") from e
     if not path.endswith((".jsonl", ".json", ".ndjson")):
         yield from enumerate(filter(str.strip, re.split(r"\n\s*\n", text)), 1)
         return
@@ -55,10 +55,10 @@ def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, s
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as e:
-            raise ConfigError(f"sets: {path!r}, line {number:,} is no JSON object; give one example a line") from e
+            raise ConfigError(f"sets: {path!r}, line {number:,}: not a JSON object. Write one example per line") from e
         strings = list(_strings({k: record.get(k) for k in fields} if fields and isinstance(record, dict) else record))
         if fields and not strings:
-            raise ConfigError(f"sets: {path!r}, line {number:,} has none of the fields {', '.join(fields)}")
+            raise ConfigError(f"sets: {path!r}, line {number:,}: none of the fields {', '.join(fields)} is present")
         yield number, "\n".join(strings)
 
 
@@ -71,7 +71,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
-    """Builds the index of named sets (their path and bytes); also counts the examples that are too short to have an n-gram."""
+    """Builds the index of named sets (path and bytes); also counts the examples that are too short for an n-gram."""
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))
@@ -83,6 +83,6 @@ def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tupl
             parts.append(hashes_of_example)
             places.append(np.full(len(hashes_of_example), len(names) - 1, np.int32))
     if not parts:
-        raise ConfigError(f"sets: no example has {n} words; lower `n`")
+        raise ConfigError(f"sets: no example has {n} words. Lower `n`")
     hashes, first = np.unique(np.concatenate(parts), return_index=True)
     return NgramIndex(hashes, np.concatenate(places)[first], names), short

@@ -1,8 +1,8 @@
-"""Embeds texts by a Hugging Face folder: of an embedder, as sentence-transformers saves one too, or of a language model.
+"""Embeds texts with a Hugging Face folder: an embedder, also in the form of sentence-transformers, or a language model.
 
-The last hidden states become one vector as the folder says (`heliostat.recipes.text.sentence_folder`); their mean over the
-tokens where it says nothing. Vectors are rounded to 8 bits, each by its own largest number, so that products of two are whole
-numbers, and the same on every machine.
+The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`); by default, their
+mean over the tokens. Each vector is rounded to 8 bits by its largest number. So products of two vectors are integers, and
+equal on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def pooling(folder: str) -> str:
-    """Tells how the folder's hidden states become a vector: `mean`, `cls` or `last`; ConfigError if in another way."""
+    """Returns how the folder's hidden states become a vector: `mean`, `cls`, or `last`; ConfigError if in another way."""
     with naming("model"):
         how = sentence_folder.read(Path(folder))
     return how.pooling if how else "mean"
@@ -37,7 +37,7 @@ def identity(folder: str) -> dict[str, str]:
 
 
 class TextEmbedder(Reader[np.ndarray]):
-    """Makes a vector of each text, of 8-bit numbers; one without tokens is all zeros."""
+    """Embeds texts as vectors of 8-bit numbers; a text without tokens is all zeros."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
         describe(folder)
@@ -54,12 +54,12 @@ class TextEmbedder(Reader[np.ndarray]):
 
         vectors = encoder.pool(output.last_hidden_state.float(), mask, self.pooling).cpu().numpy()
         if not np.isfinite(vectors).all():
-            raise ConfigError(f"model: {self.folder!r} gives vectors that are not finite; take another model")
+            raise ConfigError(f"model: {self.folder!r} returns vectors that aren't finite. Use another model")
         return list(rounded(vectors))
 
 
 def rounded(vectors: np.ndarray) -> np.ndarray:
-    """Rounds vectors to 8 bits, each by its own largest number."""
+    """Rounds each vector to 8 bits by its largest number."""
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     scale = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(vectors * scale).astype(np.int8)

@@ -1,9 +1,8 @@
 """Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding
 sniffing").
 
-A byte-order mark wins; then the `charset` of the Content-Type header; then what a `meta` element in the first 1,024 bytes says;
-then UTF-8 if the bytes are that; then what the bytes look like. Labels mean what browsers take them for (latin1 is
-windows-1252).
+The order: a byte-order mark, the `charset` of the Content-Type header, a `meta` element in the first 1,024 bytes, UTF-8 if the
+bytes are valid, and a guess from the bytes. Labels have the browsers' meaning (latin1 is windows-1252).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns a page's encoding, by Python's name, and what it was detected by: mark, header, meta, utf-8, looks."""
+    """Returns a page's encoding, by Python's name, and the evidence: mark, header, meta, utf-8, looks."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:
@@ -41,7 +40,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
 
 
 def _named(label: str) -> str | None:
-    """Returns the encoding that browsers take a label for, by Python's name; None if they know none."""
+    """Returns the encoding that browsers use for a label, by Python's name; None for an unknown label."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     name = map_encoding_to_html5(label, False)
@@ -49,7 +48,7 @@ def _named(label: str) -> str | None:
 
 
 def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:
-    """Decodes a page: its text, the encoding, and the number of characters that could not be decoded (U+FFFD in their place)."""
+    """Decodes a page: its text, the encoding, and the number of characters that couldn't be decoded (replaced by U+FFFD)."""
     encoding, _ = sniff(data, content_type)
     text = data.decode(encoding, "replace").removeprefix("\ufeff")
     wrong = text.count("\ufffd")

@@ -1,8 +1,8 @@
-"""Takes an input's documents through the stages, on Ray: from pieces of files to spilled runs of what is left.
+"""Runs an input's documents through the stages, on Ray: from pieces of files to spilled runs of the kept documents.
 
-The result is a pure function of inputs and configuration: what a task makes does not depend on where or when it ran, or how
-often, and what compares documents (`GlobalStage`) does not depend on how they lie in runs. Every task that is finished is
-recorded (`work`), so that the next run begins behind it.
+The result is a pure function of inputs and configuration. A task's output doesn't depend on where, when, or how often it runs,
+and comparisons of documents (`GlobalStage`) don't depend on their distribution over runs. Every finished task is recorded
+(`work`), so the next run continues after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Curated:
-    """Holds what the stages left: runs of documents, spills of what was left out, and tallies."""
+    """Holds the output of the stages: runs of documents, spills of dropped ones, and tallies."""
 
     runs: list[SpilledRun] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Curated:
         return sum(run.bytes for run in self.runs)
 
     def take(self, record: dict[str, Any]) -> list[SpilledRun]:
-        """Takes what a task left out, and returns its runs."""
+        """Adds a task's dropped documents, and returns its runs."""
         self.left_out += record["left_out"]
         self.tallies += [record["tally"]] if record.get("tally") else []
         self.reasons.update(record["reasons"])
@@ -59,7 +59,7 @@ class Curated:
 
 @dataclass
 class StageEngine:
-    """Runs stages as tasks of a flow; `memory_limit` is what a task may take, in bytes."""
+    """Runs stages as tasks of a flow; `memory_limit`: the bytes that a task may use."""
 
     flow: Flow
     source: DocumentSource
@@ -67,7 +67,7 @@ class StageEngine:
     memory_limit: int
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
-        """Takes the pieces through all stages; if `explained`, what was read is counted too."""
+        """Processes the pieces through all stages; with `explained`, also counts the documents read."""
         first, *rest = segments(stages)
         curated = Curated(source=self.source, identity=self.identity)
         curated.runs = self._taken(
@@ -139,7 +139,7 @@ class StageEngine:
 
 
 def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
-    """Cuts a list of stages, with their numbers, around those that run by themselves: they compare documents or need a GPU.
+    """Splits a list of stages, with their numbers, at those that run alone, because they compare documents or need a GPU.
 
     The first segment has none of these.
     """
@@ -156,7 +156,7 @@ def _alone(stage: Stage) -> bool:
 
 
 def summed(flow: Flow, names: list[str]) -> tally.Tally:
-    """Sums tallies, in tasks where they are many."""
+    """Sums tallies, in tasks if there are many."""
     while len(names) > TALLIES:
         tasks = (Task(key("tally", part), {"names": part}) for part in groups(names, TALLIES))
         names = [record["tally"] for record in flow.all("tally", _sum, tasks)]
@@ -169,14 +169,14 @@ def _sum(folder: Location, names: list[str]) -> dict[str, object]:
 
 
 def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yields the items in groups of a size, the last may be smaller."""
+    """Yields the items in groups of one size; the last may be smaller."""
     left = iter(items)
     while group := list(islice(left, size)):
         yield group
 
 
 def filled(items: Iterable[Item], size: Callable[[Item], int], room: int, most: int = 1 << 60) -> Iterator[list[Item]]:
-    """Yields the items in groups of `most` at most, whose sizes make `room` together at most or that are a single item."""
+    """Yields the items in groups of at most `most` items and `room` total size, or of a single item."""
     waiting, taken = list[Item](), 0
     for item in items:
         if waiting and (taken + size(item) > room or len(waiting) == most):

@@ -1,4 +1,4 @@
-"""Estimates what holds of a whole from a sample of it: shares with intervals, and duplicates, of which a sample shows few."""
+"""Estimates properties of a whole input from a sample: shares with intervals, and duplicates, of which a sample shows few."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHOWN = 40  # documents of a cluster, which tell its size to a third
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Computes the 95 % interval of a share (Wilson 1927), of which `hits` of `count` drawn were seen."""
+    """Computes the 95 % interval (Wilson 1927) of a share, from `hits` of `count`."""
     if not count:
         return 0.0, 1.0
     share, z2 = hits / count, Z * Z
@@ -22,8 +22,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def enough(fraction: float, spread: float, within: float) -> float:
-    """Computes the share that would tell a sum to `within` of it (95 %), of which this one tells it with the standard error
-    `spread`: it falls with the square root of (1 - f) / f."""
+    """Computes the share of the input that would estimate a sum to `within` of it (95 %), if this share has the standard error
+    `spread`. The error falls with the square root of (1 - f) / f."""
     needed = (within / Z) ** 2
     constant = spread * spread * fraction / (1 - fraction)
     return constant / (constant + needed)
@@ -31,7 +31,7 @@ def enough(fraction: float, spread: float, within: float) -> float:
 
 @dataclass(frozen=True)
 class DuplicateShare:
-    """Holds the share of documents that are dropped as duplicates: in the sample, and expected of the whole, with bounds."""
+    """Holds the share of documents that are dropped as duplicates: in the sample, and expected in the whole, with bounds."""
 
     seen: float
     expected: float
@@ -40,14 +40,14 @@ class DuplicateShare:
 
 
 def duplicates(documents: int, sizes: dict[int, int], times: float) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of two
-    and more by their documents.
+    """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of
+    two and more by their documents.
 
-    Both of a pair are in a sample of a share f with probability f squared, so the share that the sample shows is too low. What
-    is expected are the duplicates of the sizes in the whole that make those of the sample likely (`whole_sizes`), within the
-    bounds: in small samples what is likely is little more than where it began. The bounds are the sample's own share, and what
-    the most pairs that a Poisson variable may stand for (95 %) would mean if no cluster were larger (pairs by f squared, capped
-    by the lower bound of distinct documents by Chao and Lin, 2012).
+    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low.
+    The expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In
+    small samples it depends mostly on its starting point. The lower bound is the sample's share. The upper bound is the
+    largest number of pairs (95 % of a Poisson variable) if no cluster were larger: pairs divided by f squared, capped by the
+    lower bound of distinct documents by Chao and Lin, 2012.
     """
     clusters, duplicate_documents = sum(sizes.values()), sum(size * number for size, number in sizes.items())
     dropped, single = duplicate_documents - clusters, documents - duplicate_documents
@@ -64,14 +64,14 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
 def duplicates_by_place(
     documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float
 ) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole of `times` a sample's documents, which was drawn by places, such as ranges of
-    a file, and then by documents, of which each place in it shows the share `rate`.
+    """Estimates the share of duplicates in a whole of `times` the sample's documents. The sample chose places, such as ranges
+    of a file, and then documents in them, at the rate `rate`.
 
-    `groups` counts what a cluster has in one place, two documents and more, by their number; `places` counts clusters by the
-    number of places, two and more. Neighbours are often similar, as pages of a site are: both of a pair in one place are in the
-    sample with the place, of two places with the square of that probability. So what is similar in a place is estimated by
-    `rate`, and what is left of each place as documents that were drawn one by one. The bounds of both are multiplied, and those
-    of the places' own share are widened by chance (`wilson`).
+    `groups` counts a cluster's documents in one place, two or more, by their number; `places` counts clusters by the number of
+    places, two or more. Neighbors are often similar, for example pages of a site. A sample contains both documents of a pair
+    in one place together with that place, and a pair in two places with the square of its probability. So `rate` gives the
+    estimate within a place, and the remaining documents of each place count as independent. The bounds of both are multiplied,
+    and those of the places' share are widened by chance (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
@@ -84,12 +84,12 @@ def duplicates_by_place(
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
-    """Estimates how many clusters there are, and documents in them, of which a share was drawn: `sizes` counts clusters by how
-    many of their documents were, from 1.
+    """Estimates the number of clusters, and their documents, from a sample: `sizes` counts clusters by the number of their
+    documents in the sample, from 1.
 
-    A cluster of k documents shows m of them with the binomial probability. Of mixtures of sizes, that of the greatest likelihood
-    is approached by expectation maximisation, from clusters that are the fewer the larger they are, and not to its end: far
-    rounds follow chance. Clusters that show many documents are as large as their share says.
+    A cluster of k documents shows m of them with the binomial probability. Expectation maximization approaches the most likely
+    mixture of sizes, from a start with fewer large clusters. It stops early, because late rounds fit chance. Clusters that
+    show many documents are as large as their share suggests.
     """
     known = {m: n for m, n in sizes.items() if n and m > SHOWN}
     seen = {m: n for m, n in sizes.items() if n and m <= SHOWN}
@@ -109,7 +109,7 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
 
 
 def _grid(most: float) -> np.ndarray:
-    """Lists sizes of clusters: the first eight, then each a third larger."""
+    """Lists cluster sizes: the first eight, then each a third larger."""
     sizes = list(range(1, 9))
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 4 // 3)

@@ -1,8 +1,8 @@
-"""Makes a dataset without a document, or an image: what a shard, the record of its making and the manifest say of it is left out.
+"""Makes a dataset without one document or image: its shard, the record of its making, and the manifest lose it.
 
-The other shards are copied as they are. A run continues with the old dataset; a new one takes the other. What stays is what no
-person can take out: what a tokenizer that was trained on the document has learned, and who stayed of the clusters that it was in.
-Of a collection, the parts' manifests follow.
+The other shards are copied unchanged. A run continues with the old dataset; a new run uses the new one. Two traces remain:
+what a tokenizer learned from the document, and the choice of kept documents in its clusters. In a collection, the parts'
+manifests change too.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ SAME = "duplicate"  # the reason of documents whose text is another's, which sta
 
 
 def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:
-    """Chooses the document that was meant, and all that are the same text; ConfigError that lists candidates if several are."""
+    """Chooses the document, and all documents with the same text; ConfigError that lists candidates if several match."""
     targets = dict.fromkeys(row["detail"] if row["reason"] == SAME else row["id"] for row in rows)
     if len(targets) > 1:
         lines = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in rows[:LISTED]]
         more = f" and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
-        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(lines)}{more}; choose one by --id")
+        raise ConfigError(f"{option}: {len(targets)} documents match: {', '.join(lines)}{more}. Choose one with --id")
     return next(iter(targets)), rows
 
 
 def check(dataset: Manifest, output: Location) -> None:
-    """Checks that a document can be taken out, and the new dataset be written to `output`; ConfigError if not."""
+    """Checks that a document can be removed, and that the new dataset can be written to `output`; ConfigError if not."""
     here, target = dataset.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{target}/".startswith(f"{here}/") or f"{here}/".startswith(f"{target}/"):
-        raise ConfigError(f"--out: {output} and {dataset.location} lie in one another; name another folder")
+        raise ConfigError(f"--out: {output} and {dataset.location} overlap. Name another folder")
     output.probe()
     foreign = [name for name, _ in output.files() if not versions.OURS.fullmatch(name)]
     if foreign:
-        raise ConfigError(f"--out: {output}: is not empty (there is {min(foreign)!r}); name another folder")
+        raise ConfigError(f"--out: {output}: not empty (it holds {min(foreign)!r}). Name another folder")
 
 
 def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
@@ -64,7 +64,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
         chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
         if not len(chunks):
-            raise ConfigError(f"{dataset.location}: {id!r} is its only document")
+            raise ConfigError(f"{dataset.location}: {id!r} is its only document, and a dataset can't be empty")
     meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
@@ -92,7 +92,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
 
 
 def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Writes a shard again without a document; returns its rows of the manifest, and what the document was."""
+    """Rewrites a shard without a document; returns its rows of the manifest, and the document's content."""
     place = dataset.location.join(path)
     if dataset.kind != "tokens":
         with place.open() as source:
@@ -109,7 +109,7 @@ def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[lis
 
 
 def _rows(output: Location, path: str, data: bytes | None, column: str | None) -> list[dict[str, Any]]:
-    """Stores a shard in the place of the one at `path`, and returns its rows of the manifest; none if nothing is left."""
+    """Stores a shard in place of the one at `path`, and returns its rows of the manifest; none if the shard is empty."""
     if data is None:
         return []
     new = versions.store(output, f"{path.rpartition('/')[0]}/", data, ".parquet")
@@ -118,7 +118,7 @@ def _rows(output: Location, path: str, data: bytes | None, column: str | None) -
 
 
 def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:
-    """Writes the record of the making without the documents' texts, columns and hashes; returns the manifest's part of it."""
+    """Rewrites the record of the making without the documents' texts, columns, and hashes; returns the manifest's part of it."""
     funnel = reasons.funnel(dataset)
     for part in funnel.values():
         for rule, examples in part.get("examples", {}).items():
@@ -135,7 +135,7 @@ def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: 
 
 
 def _copy(source: Location, output: Location, paths: list[str]) -> None:
-    """Copies the files that are not there yet: their names say what is in them."""
+    """Copies the files that don't exist yet: their names identify their content."""
     present = {name for name, _ in output.files()}
     with ThreadPoolExecutor(COPIERS) as pool:
         list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in present]))

@@ -1,4 +1,4 @@
-"""Makes text of HTML pages, with resiliparse or trafilatura; runs in a process of its own (`heliostat.curation.isolated`)."""
+"""Extracts text from HTML pages, with resiliparse or trafilatura; runs in a separate process (`heliostat.curation.isolated`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Answer = tuple[dict[str, object], bytes]
 
 
 def extractor(keys: ExtractKeys) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a page's bytes to its text, and what is recorded about it. `keys` are those of the stage."""
+    """Builds the function from a page's bytes to its text, and facts to record. `keys`: the stage's."""
     extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
 
     def work(about: dict[str, object], data: bytes) -> Answer:

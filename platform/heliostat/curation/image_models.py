@@ -1,7 +1,7 @@
-"""Runs images through a Hugging Face folder's model: safetensors and JSON alone, no code of the folder's.
+"""Runs images through a Hugging Face folder's model: only safetensors and JSON, and no code from the folder.
 
-What is made of an image, a score or a caption, does not depend on the images with it: batches are always full, so that each goes
-through the same kernels, and captions are decoded greedily.
+The result for an image, a score or a caption, doesn't depend on the other images in its batch: batches are always full, so
+every image uses the same kernels, and captions are decoded greedily.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ GENERATION = "generation_config.json"
 
 
 def describe(folder: str) -> Config:
-    """Reads the folder's config.json; ConfigError if something that is needed is not there."""
+    """Reads the folder's config.json; ConfigError if a required file is missing."""
     processors = _processors(folder)
     if not processors:
-        raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}; save it by save_pretrained, with its image processor")
+        raise ConfigError(f"model: {folder!r} has no {PROCESSORS[0]}. Save the image processor there with save_pretrained")
     config, *_ = [read_json(folder, name) for name in (CONFIG, *processors)]
     require_files(folder, tokenizer=is_clip(config) or config.get("model_type") in CAPTIONERS)
     return config
 
 
 def require_captioner(folder: str) -> None:
-    """Raises ConfigError if the folder holds no captioner, or something that is needed is not there."""
+    """Raises ConfigError if the folder isn't a captioner, or a required file is missing."""
     if (kind := describe(folder).get("model_type")) not in CAPTIONERS:
-        raise ConfigError(f"model: {folder!r} is of the kind {kind!r}; captions are written by {', '.join(CAPTIONERS)}")
+        raise ConfigError(f"model: {folder!r} is a {kind!r}. Captions need one of {', '.join(CAPTIONERS)}")
 
 
 def _processors(folder: str) -> list[str]:
@@ -58,12 +58,12 @@ def digests(folder: str) -> dict[str, str]:
 
 
 class ImageModel(ABC, Generic[Value]):
-    """Runs images, with their captions where it needs them, through a folder's model, on a GPU if there is one."""
+    """Runs images, with their captions if needed, through a folder's model, on a GPU if there is one."""
 
     what = "an image classifier or CLIP"
 
     def __init__(self, folder: str, cls: Any, batch: int) -> None:
-        """Loads the folder with a class of transformers; ConfigError if it holds no such model."""
+        """Loads the folder with a class of transformers; ConfigError if it has no such model."""
         import torch
         import transformers
 
@@ -75,7 +75,7 @@ class ImageModel(ABC, Generic[Value]):
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"model: {folder!r} cannot be loaded as {self.what} ({fault})") from e
+            raise ConfigError(f"model: can't load {folder!r} as {self.what} ({fault})") from e
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def tokenizer(self) -> Tokenizer:
@@ -84,10 +84,10 @@ class ImageModel(ABC, Generic[Value]):
         try:
             return Tokenizer.from_file(str(Path(self.folder) / TOKENIZER))
         except Exception as e:  # the library raises nothing narrower
-            raise ConfigError(f"model: {self.folder!r} cannot be loaded as {self.what} ({TOKENIZER}: {e})") from e
+            raise ConfigError(f"model: can't load {self.folder!r} as {self.what} ({TOKENIZER}: {e})") from e
 
     def __call__(self, images: list[bytes], captions: list[str] | None = None) -> list[Value]:
-        """Returns what the model makes of each image."""
+        """Returns the model's result for each image."""
         import torch
 
         values = list[Value]()
@@ -103,7 +103,7 @@ class ImageModel(ABC, Generic[Value]):
 
     @abstractmethod
     def values(self, pixels: Tensor, captions: list[str]) -> list[Value]:
-        """Computes a value for each image of a batch, decoded to what the model takes, and its caption."""
+        """Computes a value for each image of a batch, from its decoded pixels and its caption."""
 
 
 class ImageLabels(ImageModel[float]):
@@ -140,7 +140,7 @@ class CaptionFit(ImageModel[float]):
 
 
 class Captioner(ImageModel[tuple[str, bool]]):
-    """Returns (its caption, whether that was cut at `max_tokens`) of each image."""
+    """Returns (caption, whether it was truncated at `max_tokens`) for each image."""
 
     what = "a captioner"
 

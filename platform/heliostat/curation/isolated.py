@@ -1,13 +1,12 @@
-"""Runs a function over one item after another in a process of its own, within a limit of processor time and memory for each.
+"""Runs a function on one item after another in a separate process, with a limit of processor time and memory for each.
 
-Parsers written in C cannot be interrupted, and may crash: what they do to their process then happens to one that is replaced,
-and the item is named. The limit is of processor time, so that a busy machine drops nothing else than an idle one; `WALL` times
-as much may pass on the clock. Requests and answers are framed bytes over a socket; nothing of the function's result is
-executed.
+Parsers written in C can't be interrupted, and may crash. The separate process is then replaced, and the error names the item.
+The limit is processor time, so a busy machine drops the same items as an idle one; `WALL` times as much wall time is allowed.
+Requests and answers are framed bytes over a socket, and no result is executed.
 
-A document may take a parser over. So its process has no variables of the environment but `KEPT`, no file but Python's libraries
-and fonts, no network, and may start nothing (`tasks.sandbox`). Where the machine allows no namespaces, the log says so once:
-files of this user can be read then.
+A malicious document may take over a parser. So its process has only the environment variables in `KEPT`, only the files of
+Python's libraries and fonts, no network, and can't start processes (`tasks.sandbox`). If the machine doesn't allow namespaces,
+the log reports it once: the process can then read this user's files.
 
     extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
     about, text = extract({"content_type": None}, page)
@@ -52,7 +51,7 @@ _logged = set[str]()  # what was logged of this machine
 
 
 class IsolatedError(Exception):
-    """Reports why there is no answer: `reason` is `timeout`, `crashed`, or what the function raised."""
+    """Explains a missing answer: `reason` is `timeout`, `crashed`, or the function's own reason."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -60,7 +59,7 @@ class IsolatedError(Exception):
 
 
 class Isolated:
-    """Calls `module:function`, made with `keys`, in a process that is started when it is needed and replaced when it fails."""
+    """Calls `module:function`, made with `keys`, in a process that starts on demand and is replaced when it fails."""
 
     def __init__(self, function: str, keys: dict[str, object], seconds: float, megabytes: int) -> None:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
@@ -115,10 +114,10 @@ class Isolated:
         try:
             started, _ = _receive(ours, time.monotonic() + START_SECONDS)
         except OSError:
-            raise RuntimeError(f"{self._function}: its process did not start (exit code {self.close()})") from None
+            raise RuntimeError(f"{self._function}: its process didn't start (exit code {self.close()})") from None
         for lack in set(started["lacks"]) - _logged:
             _logged.add(lack)
-            log.warning("parsers of documents are not shut in on this machine: %s; what is left protects from less", lack)
+            log.warning("can't fully isolate document parsers on this machine: %s. The remaining isolation is weaker", lack)
 
     def close(self) -> int | None:
         """Ends the process, if there is one; returns its exit code."""
@@ -164,7 +163,7 @@ def _exactly(sock: socket.socket, size: int, deadline: float | None) -> bytes:
         sock.settimeout(_left(deadline))
         piece = sock.recv(min(size - len(out), 1 << 20))
         if not piece:
-            raise ConnectionError("the other side has ended")
+            raise ConnectionError("the other process has ended")
         out += piece
     return bytes(out)
 
@@ -178,7 +177,7 @@ def _left(deadline: float | None) -> float | None:
 
 
 def places() -> list[str]:
-    """Lists what a parser reads after it was loaded: Python's libraries, those of the system, fonts, and this package."""
+    """Lists the files that a loaded parser reads: Python's libraries, system libraries, fonts, and this package."""
     paths = sysconfig.get_paths()
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
@@ -188,23 +187,23 @@ def places() -> list[str]:
 
 
 def _shut_in(root: Path) -> list[str]:
-    """Shuts this process in, with what it has loaded; returns what the machine does not allow."""
+    """Isolates this process, with the modules that it has loaded; returns the protections that the machine doesn't support."""
     lacks = []
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         return [f"it needs Linux on {', '.join(sandbox.CALLS)}"]
     try:
         sandbox.shut_in(root, places(), BOX_BYTES, {}, same_user=True)
     except OSError as e:
-        lacks.append(f"no namespaces ({e})")
+        lacks.append(f"namespaces aren't available ({e})")
     try:
         sandbox.forbid(alone=True)
     except OSError as e:
-        lacks.append(f"no filter of system calls ({e})")
+        lacks.append(f"a system call filter isn't available ({e})")
     return lacks
 
 
 def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: int, root: Path) -> None:
-    """Answers requests on standard input, a socket, until the other side has ended."""
+    """Answers requests on standard input, a socket, until the other process has ended."""
     sock = socket.socket(fileno=os.dup(0))
     module, _, name = function.partition(":")
     work = getattr(importlib.import_module(module), name)(keys)

@@ -24,7 +24,7 @@ def sample_folder(output: Location) -> Location:
 
 
 def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
-    """Removes the folders of dry runs next to the output in which nothing was written for a day; returns their names."""
+    """Removes dry-run folders next to the output that were last written over a day ago; returns their names."""
     base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
     place, _, name = base.rstrip("/").rpartition("/")
     if output.is_s3 and place == "s3:/":  # a bucket has none next to it
@@ -37,12 +37,12 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
                 samples.delete()
                 gone.append(folder)
     if gone:
-        log.info("%s: removed what killed dry runs have left: %s", beside, ", ".join(gone))
+        log.info("%s: removed the leftovers of killed dry runs: %s", beside, ", ".join(gone))
     return gone
 
 
 def _written(folder: Location) -> float:
-    """Returns when something in the folder was last written, in seconds since 1970; now, if that is not known."""
+    """Returns the time of the last write in the folder, in seconds since 1970; now, if it isn't known."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     try:
         infos = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])

@@ -1,10 +1,9 @@
-"""Finds the licence of a file: by the SPDX id that it names itself, else by the licence files of the nearest folder above it.
+"""Finds the license of a file: by its own SPDX id, else by the license files of the nearest folder above it.
 
-A licence file counts as a licence only if all of its words are those of the licence's text (`identify` brings the 35 texts of
-choosealicense.com), but for what SPDX lets vary: titles, copyright lines, names of holders, list marks and the FSF's
-addresses; what the text has behind its terms may be missing. An edited text, or one with more behind it, is another licence, so
-it is NOASSERTION, SPDX's word for what is not known; a file without any licence file above it is NONE. Several licence files in
-one folder are joined by AND.
+A license file counts only if all its words match the license's text (`identify` has the 35 texts of choosealicense.com). SPDX
+allows differences in titles, copyright lines, names of holders, list marks, and the FSF's addresses; text after the terms may
+be missing. An edited text, or one with additions, is NOASSERTION, SPDX's word for unknown; a file without any license file
+above it is NONE. Several license files in one folder are joined by AND.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def is_license_file(path: str) -> bool:
 
 
 def spdx_of(text: str) -> str | None:
-    """Returns the SPDX id of a licence's text; None if it is none that is known, or not to the word."""
+    """Returns the SPDX id of a license's text; None if it is unknown, or edited."""
     words = normalised(text).split()
     for length, known in _by_length().items():
         if length <= len(words) <= length + _TITLE_WORDS and (license := known.get(" ".join(words[-length:]))):
@@ -60,7 +59,7 @@ def spdx_of(text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Brings a licence's text to the words that count."""
+    """Reduces a license's text to the words that count."""
     body = _MARK.sub("", _COPYRIGHT.sub("", text.lower().replace("https://", "http://")))
     words = " ".join(re.findall(r"[a-z0-9]+", body))
     for pattern, holder in _HOLDERS:
@@ -70,7 +69,7 @@ def normalised(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_length() -> dict[int, dict[str, str]]:
-    """Maps numbers of words to the licences whose text, without its title, has so many."""
+    """Maps numbers of words to the licenses whose text, without its title, has that many."""
     from identify.vendor.licenses import LICENSES
 
     by_length: dict[int, dict[str, str]] = {}
@@ -84,7 +83,7 @@ def _by_length() -> dict[int, dict[str, str]]:
 
 
 class Licenses:
-    """Collects the licence files of a repository, and finds those that hold for a file."""
+    """Collects the license files of a repository, and finds those that apply to a file."""
 
     def __init__(self) -> None:
         self._by_folder: dict[str, set[str]] = {}
@@ -100,7 +99,7 @@ class Licenses:
 
 
 def _above(path: str) -> Iterator[str]:
-    """Yields the folders that a file is in, the nearest first; "" is the repository's."""
+    """Yields the folders above a file, the nearest first; "" is the repository's root."""
     while path:
         path = path.rpartition("/")[0]
         yield path

@@ -1,6 +1,7 @@
-"""Holds a linear classifier on hashed n-grams of words: features, training, and a folder of safetensors and JSON.
+"""Holds a linear classifier on hashed word n-grams: features, training, and a folder of safetensors and JSON.
 
-A text is the mean of its n-grams' weights, as in fastText (Joulin et al. 2016, arXiv 1607.01759) with one number for each n-gram.
+A text's score is the mean weight of its n-grams, as in fastText (Joulin et al. 2016, arXiv 1607.01759) with one number per
+n-gram.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
 class ThresholdScores(TypedDict):
-    """Holds how well a threshold chooses the good ones of the held-out documents. `precision` is None if it chooses none."""
+    """Holds the scores of a threshold on held-out documents. `precision` is None if it selects none."""
 
     precision: float | None
     recall: float
@@ -41,7 +42,7 @@ class TrainingReport(TypedDict):
 
 
 class NgramCounter:
-    """Counts a text's n-grams of words, up to `ngrams` words long, in 2 to the `bits` buckets."""
+    """Counts a text's word n-grams, up to `ngrams` words long, in 2 to the `bits` buckets."""
 
     def __init__(self, ngrams: int, bits: int, chars: int) -> None:
         self.ngrams, self.bits, self.chars = ngrams, bits, chars
@@ -55,7 +56,7 @@ class NgramCounter:
         return number
 
     def __call__(self, text: str) -> np.ndarray:
-        """Returns the buckets of a text's n-grams; of its first `chars` characters only."""
+        """Returns the buckets of the n-grams in a text's first `chars` characters."""
         if len(self._known) > MOST_WORDS:
             self._known.clear()
         known, shift = self._known, np.uint64(64 - self.bits)
@@ -76,13 +77,13 @@ class LinearScorer:
         self.weights, self.bias, self.features = weights, bias, features
 
     def score(self, text: str) -> float:
-        """Returns the probability that a text is like the good examples; that of an empty one follows from their share alone."""
+        """Returns the probability that a text is like the good examples; for an empty text, their share."""
         buckets = self.features(text)
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
     def save(self, folder: Path, report: Mapping[str, object]) -> None:
-        """Writes the folder: the weights, and what they were made with and from."""
+        """Writes the folder: the weights, their settings, and their sources."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,11 +104,10 @@ def load(folder: Path) -> LinearScorer:
         scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
-            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}); train one by "
-            "`heliostat curate train-classifier`"
+            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
-        raise ConfigError(f"model: {str(folder)!r} holds weights {weights.dtype} {weights.shape} that do not fit its keys")
+        raise ConfigError(f"model: {str(folder)!r}: weights {weights.dtype} {weights.shape} don't match its keys")
     return scorer
 
 
@@ -116,7 +116,7 @@ def train(
 ) -> tuple[LinearScorer, TrainingReport]:
     """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
 
-    Which are held out follows from the texts' hashes; equal texts count once. ConfigError if there are too few.
+    The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few.
     """
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression
@@ -124,7 +124,7 @@ def train(
     examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
-        raise ConfigError(f"{both:,} documents are examples of both kinds; take them out of one")
+        raise ConfigError(f"{both:,} documents are examples of both kinds. Remove them from one of the folders")
     ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     labels = np.array([examples[text] for text in ordered])
     test = np.zeros(len(ordered), bool)
@@ -132,7 +132,7 @@ def train(
         places = np.flatnonzero(labels == label)
         if len(places) < 10:
             raise ConfigError(
-                f"{len(places)} different examples of {'good' if label else 'bad'} documents are too few; give at least 10"
+                f"only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
     features = NgramCounter(ngrams, bits, chars)

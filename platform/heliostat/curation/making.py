@@ -1,8 +1,8 @@
-"""Makes a dataset of an input: reads and curates, writes the shards, and says in the manifest what was done.
+"""Makes a dataset from an input: reads and curates it, writes the shards, and records the steps in the manifest.
 
-Its kinds (texts, pairs, images) say what they read, and how shards are written.
+The kinds (texts, pairs, images) define the reading and the shards.
 
-A making of a sample predicts what the dataset of the whole would give and take.
+A making on a sample predicts the size and cost of the complete dataset.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class WrittenShards:
-    """Holds the manifest's rows and facts of written shards, their part of the funnel, and spills of what became of documents."""
+    """Holds the manifest's rows and facts of written shards, their part of the funnel, and spills of the documents' fates."""
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -50,7 +50,7 @@ class WrittenShards:
 
 @dataclass
 class Making(ABC):
-    """Makes the dataset of one pipeline; the fields are its keys."""
+    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     kind: ClassVar[str] = "rows"
     meanings: ClassVar[dict[str, str]] = {}
@@ -75,11 +75,11 @@ class Making(ABC):
     @property
     @abstractmethod
     def identity(self) -> list[object]:
-        """Returns what the documents follow from that `source` reads, as JSON values."""
+        """Returns everything that the documents of `source` depend on, as JSON values."""
 
     @property
     def columns(self) -> list[str]:
-        """Returns the columns that are recorded of each document."""
+        """Returns the columns that are recorded for each document."""
         return []
 
     @property
@@ -88,21 +88,21 @@ class Making(ABC):
 
     @property
     def as_read(self) -> list[str] | None:
-        """Returns the labels of stages whose reasons are reported as reading's, None where there can be none."""
+        """Returns the labels of stages whose reasons are reported like reading's; None if there can be none."""
         return None
 
     @property
     def explained(self) -> bool:
-        """Tells whether the dataset says what became of each document."""
+        """Checks whether the dataset records the fate of each document."""
         return self.recorded and (bool(self.stages) or self.sample is not None)
 
     @abstractmethod
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Cuts the input into pieces of work."""
+        """Splits the input into pieces of work."""
 
     @abstractmethod
     def write(self, curated: Curated) -> WrittenShards:
-        """Writes the shards of what the stages have left."""
+        """Writes the shards of the kept documents."""
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, and returns its rows and metadata."""
@@ -120,12 +120,12 @@ class Making(ABC):
         return written.rows, meta
 
     def curated(self, inputs: list[InputFile]) -> Curated:
-        """Reads the input and takes it through the stages."""
+        """Reads the input and runs it through the stages."""
         engine = StageEngine(self.flow, self.source, self.identity, self.memory_limit)
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
     def _dropped(self, curated: Curated) -> dict[str, int]:
-        """Counts what was left out by reason, and logs each with examples; of a sample, the prediction says it."""
+        """Counts the dropped documents by reason, and logs each with examples; for a sample, the prediction shows them."""
         prefixes, dropped, examples = tuple(f"{name}: " for name in self.as_read or ()), Counter[str](), dict[str, list[str]]()
         for reason, number in curated.reasons.items():
             plain = next((reason.removeprefix(prefix) for prefix in prefixes if reason.startswith(prefix)), reason)
@@ -141,7 +141,7 @@ class Making(ABC):
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
-        """Writes the funnel and what became of each document; returns what the manifest says of them."""
+        """Writes the funnel and the fate of each document; returns the manifest's part of it."""
         total = summed(self.flow, sorted(curated.tallies))
         explained = reasons.explained(self.all_stages, total, written.shard)
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
@@ -162,12 +162,12 @@ class Making(ABC):
         return {segment.READ: round(max(0.0, reading - first), 3), **of_stages, "shard": round(shards, 3)}
 
     def ranges(self, runs: list[SpilledRun], shards: int, bounds: merging.Bounds | None = None) -> list[ShardRange]:
-        """Merges runs where each of so many shards would have little of them; by default, shards are equal ranges of hashes."""
+        """Merges runs if a shard would take too little from each of so many; by default, shards are equal ranges of hashes."""
         of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
     def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
-        """Writes the shards that are not there yet; yields the tasks' records as they finish."""
+        """Writes the missing shards; yields the tasks' records as they finish."""
         present = dict(self.output.files())
 
         def whole(record: dict[str, Any]) -> bool:
@@ -176,7 +176,7 @@ class Making(ABC):
         return (record for _, record in self.flow.run("shards", function, work, cpus, whole))
 
     def tokenizer_facts(self, definition: str, end_of_document: str, folders: list[Location] | None = None) -> dict[str, Any]:
-        """Stores a tokenizer, in each of the folders; returns what the manifest says of it."""
+        """Stores a tokenizer in each of the folders; returns the manifest's part of it."""
         tokenizer = tokens.load(definition)
         (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json")
                    for folder in folders or [self.output]}  # fmt: skip
@@ -188,12 +188,12 @@ class Making(ABC):
         }
 
     def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
-        """Makes the dataset of the sample, and returns what it says of the whole, as JSON values."""
+        """Makes the dataset of the sample, and returns the prediction for the whole input, as JSON values."""
         assert self.sample is not None
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
         if not rows:
-            raise DataError(f"nothing is left of the sample ({meta.get('dropped')}); give a larger one")
+            raise DataError(f"the sample is empty after all stages ({meta.get('dropped')}). Choose a larger one")
         funnel = json.loads(self.output.join(meta["curation"]["funnel"]).read())
         spread = spread_of(self.flow, curated.runs, self.sample.fraction)
         shares = alike_of(self.flow, self.output, meta["curation"]["ends"], funnel, self.sample)
@@ -209,21 +209,21 @@ class Making(ABC):
         return {}
 
     def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
-        """Adds to a prediction what follows from this kind of dataset; returns notes on it."""
+        """Adds estimates of this kind of dataset to a prediction; returns notes on it."""
         return []
 
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
-    """Lists so many documents that were left out, in as many files as ranges of hashes; returns their paths."""
+    """Lists so many dropped documents, in as many files as ranges of hashes; returns their paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]
 
 
 def log_dropped(dropped: Counter[str], examples: dict[str, list[str]], meanings: dict[str, str], stages: list[Stage]) -> None:
-    """Logs what was left out, by reason, with examples."""
+    """Logs the dropped documents by reason, with examples."""
     of_stages = {f"{tally.label(number, stage)}: {reason}": f"{stage.named()}: {what}"
                  for number, stage in enumerate(stages) for reason, what in stage.reasons.items()}  # fmt: skip
     known = meanings | of_stages
     for reason, count in sorted(dropped.items()):
-        log.warning("dropped %d: %s, such as %s", count, known.get(reason, reason), sources.examples(examples[reason]))
+        log.warning("dropped %d: %s, for example %s", count, known.get(reason, reason), sources.examples(examples[reason]))

@@ -1,4 +1,4 @@
-"""Reads the text of PDFs with PDFium; runs in a process of its own (`heliostat.curation.isolated`)."""
+"""Reads the text of PDFs with PDFium; runs in a separate process (`heliostat.curation.isolated`)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def is_pdf(data: bytes) -> bool:
 
 
 def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a PDF's bytes to its text, and what is recorded about it. `keys` are those of the stage."""
+    """Builds the function from a PDF's bytes to its text, and facts to record. `keys`: the stage's."""
     import pypdfium2
 
     def work(about: dict[str, object], data: bytes) -> Answer:

@@ -1,7 +1,6 @@
 """Finds e-mail addresses, public IP addresses, phone numbers, card and account numbers in text. Each function returns spans.
 
-What has a checksum or a register of valid numbers is held to it. Every pattern is bounded, so that no text takes more than
-linear time.
+Numbers must pass their checksum or register of valid numbers. Every pattern is bounded, so every text takes linear time.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ _IBAN_LENGTHS = {
 
 
 def emails(text: str) -> Iterator[Span]:
-    """Finds e-mail addresses: of a domain that there is, and no login of a URL or a repository."""
+    """Finds e-mail addresses with an existing top-level domain that aren't logins in a URL or a repository."""
     for match in _EMAIL.finditer(text) if "@" in text else ():
         local, at, host = match[0].partition("@")
         labels = host.split(".")
@@ -80,7 +79,7 @@ def emails(text: str) -> Iterator[Span]:
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds IP addresses that are public, and not private, local, multicast, documentation ranges, or networks."""
+    """Finds public IP addresses: no private, local, multicast, or documentation ranges, and no networks."""
     for match in _IPV4.finditer(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
@@ -94,7 +93,7 @@ def addresses(text: str) -> Iterator[Span]:
 
 
 def _public(address: str, text: str, end: int) -> bool:
-    """Tells whether an address that ends there in a text is public, and not the first of a network: `2001:db8:7:a::/64`."""
+    """Checks whether an address that ends there in a text is public, and not the first of a network: `2001:db8:7:a::/64`."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -111,7 +110,7 @@ def _public(address: str, text: str, end: int) -> bool:
 
 
 def cards(text: str) -> Iterator[Span]:
-    """Finds card numbers: an issuer's first digits, its lengths, the groups that cards have, and Luhn's checksum."""
+    """Finds card numbers: an issuer's first digits and lengths, the usual groups, and Luhn's checksum."""
     yield from _first_valid(_CARD, text, _is_card)
 
 
@@ -123,7 +122,7 @@ def _is_card(number: str, before: str) -> bool:
 
 
 def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
-    """Finds numbers that are valid, of a match as many of its groups of digits as can be: a date or a code may stand behind."""
+    """Finds valid numbers, with as many of a match's groups of digits as possible: a date or a code may follow."""
     at = 0
     while match := pattern.search(text, at):
         at, number = match.end(), match[0]
@@ -161,18 +160,18 @@ def ibans(text: str) -> Iterator[Span]:
 
 
 def require_region(region: str) -> None:
-    """Checks that phone numbers of a region are known: ConfigError if not."""
+    """Checks that a region's phone numbers are known; ConfigError if not."""
     import phonenumbers
 
     if region not in phonenumbers.SUPPORTED_REGIONS:
         meant = OTHER_NAMES.get(region.upper(), region.upper())
         known = meant in phonenumbers.SUPPORTED_REGIONS
         hint = f"did you mean {meant!r}?" if known else "leave it out for numbers with + only"
-        raise ConfigError(f"region: {region!r} is no country's two capitals (ISO 3166), such as US; {hint}")
+        raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code of two capitals, such as US; {hint}")
 
 
 def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
-    """Builds the function that finds phone numbers that are valid: in the international form, and in a region's own."""
+    """Builds the function that finds valid phone numbers: in the international form, and in a region's own."""
     import phonenumbers
 
     def valid(candidate: str, before: str) -> bool:
@@ -196,20 +195,20 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
 
 
 def _apart(number: str) -> bool:
-    """Tells whether parentheses are closed, and points are all that stands between groups: there are decimal numbers with one."""
+    """Checks that parentheses are closed, and that points aren't the only separator, because a decimal number has one."""
     between = {*number} - {*"0123456789+"}
     return number.count("(") == number.count(")") and ("." not in between or (between == {"."} and number.count(".") > 1))
 
 
 def _as_written(groups: list[str], usual: list[str]) -> bool:
-    """Tells whether an area code stands by itself, as is usual; in a date or a row of numbers it does not."""
+    """Checks whether an area code stands alone, which is usual; in a date or a row of numbers it doesn't."""
     ends = {len("".join(groups[i:])) for i in range(1, len(groups))}
     apart = len("".join(usual[1:])) in ends
     return apart and min(map(len, groups)) >= min(2, *map(len, usual))
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:
-    """Replaces spans by their kind's placeholder, and counts them; of two that overlap, the kind that is named first wins."""
+    """Replaces spans with their kind's placeholder, and counts them; of two that overlap, the kind that is named first wins."""
     order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
     for start, stop, kind in sorted(

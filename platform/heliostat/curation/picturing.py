@@ -21,19 +21,19 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def picture_of(document: Document) -> Picture:
-    """Returns a document's image; ConfigError if it is none."""
+    """Returns a document's image; ConfigError if it isn't an image."""
     if document.picture is None:
-        raise ConfigError(f"stages: {document.id} is no image; this stage is for image pipelines")
+        raise ConfigError(f"stages: {document.id} isn't an image. Use this stage in image pipelines")
     return document.picture
 
 
 def fault(error: Exception) -> str:
-    """Formats what is wrong with an image, the same in every process: Pillow's errors may name places in memory."""
+    """Formats an image's fault, equally in every process: Pillow's errors may contain memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
 def opened(data: bytes) -> Image:
-    """Opens an image, of which only the header has been read; raises Pillow's own errors for bytes that are none, or too many."""
+    """Opens an image, and reads only its header; raises Pillow's errors for invalid bytes, or too many pixels."""
     from PIL import Image as pil
 
     with warnings.catch_warnings():
@@ -42,7 +42,7 @@ def opened(data: bytes) -> Image:
 
 
 def upright(data: bytes) -> Image:
-    """Decodes an image to 8 bits, turned as its EXIF says, on white where it is transparent; raises as `opened`."""
+    """Decodes an image to 8 bits, rotated by its EXIF, with white for transparent pixels; raises like `opened`."""
     from PIL import Image as pil
     from PIL import ImageOps
 
@@ -58,7 +58,7 @@ def upright(data: bytes) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Scales grey of 16 bits to 8, as Pillow reads colours of 16 bits: their upper byte. What is transparent becomes white."""
+    """Scales 16-bit grayscale to 8 bits, like Pillow's 16-bit colors: the upper byte. Transparent pixels become white."""
     from PIL import Image as pil
 
     values = np.asarray(image)
@@ -71,7 +71,7 @@ def _eight_bits(image: Image) -> Image:
 
 
 def thumbnail(data: bytes) -> str:
-    """Makes a small JPEG of an image, in base64; "" of bytes that are no image that is read."""
+    """Makes a small JPEG of an image, in base64; "" for bytes that can't be read."""
     try:
         image = upright(data).convert("RGB")
     except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for bytes that are none

@@ -1,7 +1,8 @@
-"""Cuts an input's files into pieces of work: a pure function of the listing and a size, and hardly another when files are added.
+"""Splits an input's files into pieces of work: a pure function of the listing and a size that changes little when files are
+added.
 
-A large file becomes ranges of bytes, where its kind can be read from the middle; small ones are read together. Where a piece of
-small files ends is decided by the names in it, so that a file that comes or goes changes the piece that it is in, and no other.
+A large file becomes ranges of bytes, if its kind can be read from the middle; small files are read together. The names of
+small files decide where their piece ends, so a new or removed file changes only its own piece.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
 
 @dataclass(frozen=True)
 class FilePart:
-    """Describes what is read of one file, of `bytes` bytes and modified when it was: all, or the records that begin in a range.
+    """Describes the part of a file to read: all, or the records that begin in a range. `bytes`, `modified`: of the file.
 
-    `first` is the number of the range's first record, from 1; 0 where the reader finds that out. `etag`: of an object, where its
-    store gives one. `path_by_time`: the path that a spilled task would have without ETags, if it is another.
+    `first`: the number of the range's first record, from 1; 0 if the reader finds it out. `etag`: of an object, if its store
+    has one. `path_by_time`: the path that a spilled task would have without ETags, if it differs.
     """
 
     path: str
@@ -35,40 +36,40 @@ class FilePart:
 
     @property
     def length(self) -> int:
-        """Returns the bytes that are read."""
+        """Returns the number of bytes to read."""
         return (self.bytes if self.stop is None else self.stop) - self.start
 
     @property
     def identity(self) -> list[object]:
-        """Returns what the part's documents follow from, as JSON values."""
+        """Returns everything that the part's documents depend on, as JSON values."""
         *fields, etag, _ = astuple(self)
         return [*fields, etag] if etag else fields
 
     @property
     def identity_by_time(self) -> list[object]:
-        """Returns the identity without the ETag, which versions before it gave to the same part."""
+        """Returns the identity without the ETag, as versions before it recorded it."""
         return replace(self, path=self.path_by_time or self.path, etag="").identity
 
     @property
     def fields(self) -> dict[str, object]:
-        """Returns the part as JSON values by its fields' names; those of a part without an ETag are as they always were."""
+        """Returns the part as JSON values by field names; without an ETag, in the original form."""
         return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
 
 
 def size(total: int) -> int:
-    """Chooses the bytes of a piece for an input of so many: an eighth of it, as a power of two, within limits."""
+    """Chooses the bytes per piece for an input of so many: an eighth of it, as a power of two, within limits."""
     return min(MOST, max(LEAST, 1 << max(0, (total // 8).bit_length() - 1)))
 
 
 def number(bytes: int, files: int) -> int:
-    """Estimates into how many pieces so many bytes in so many files are cut."""
+    """Estimates the number of pieces for so many bytes in so many files."""
     return max(1, -(-(bytes + files * FILE_BYTES) // size(bytes)), -(-files // MOST_FILES))
 
 
 def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -> Iterator[list[FilePart]]:
-    """Yields pieces of about `target` bytes of whole files in their order.
+    """Yields pieces of about `target` bytes of complete files, in order.
 
-    `ranged` says of a path whether such a file can be read from the middle. Ranges of a file are pieces of their own.
+    `ranged` returns whether a file can be read from the middle. Ranges of a file are separate pieces.
     """
     piece, size = list[FilePart](), 0
     for file in files:
@@ -86,6 +87,6 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
 
 
 def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
-    """Cuts a file into ranges of the target's size, the last up to half as much again; a file that grows keeps the others."""
+    """Splits a file into ranges of the target size; the last may be half as large again. A file that grows keeps the others."""
     count = max(1, (bytes + target // 2) // target)
     return [(i * target, (i + 1) * target if i + 1 < count else bytes) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Predicts from what a sample's run found what the whole would give and take: the funnel, tokens, hours, and their bounds."""
+"""Predicts the result and cost for the whole input from a sample's run: the funnel, tokens, hours, and their bounds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Alike = tuple[dict[int, int], dict[int, int]]
 
 @dataclass(frozen=True)
 class Rate:
-    """Holds tokens a byte of the whole: expected, and between which bounds."""
+    """Holds the tokens per byte of the whole: expected, with bounds."""
 
     expected: float
     low: float
@@ -115,7 +115,7 @@ class Prediction:
         return rows
 
     def _repeated(self) -> dict[str, DuplicateShare]:
-        """Estimates the duplicates of each stage that drops documents for others, and of shards that leave out exact ones."""
+        """Estimates the duplicates of each stage that drops documents because of others, and of shards that drop exact ones."""
         shares = dict[str, DuplicateShare]()
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not shares):
@@ -126,7 +126,7 @@ class Prediction:
         return shares
 
     def _hours(self, factors: dict[str, float], taken: dict[str, float]) -> dict[str, float]:
-        """Predicts the hours of each kind of task from the seconds of the sample; stages are opened as often as there."""
+        """Predicts the hours of each kind of task from the sample's seconds."""
         before = {number: factors[tally.label(number, stage)] for number, stage in enumerate(self.stages)}
         hours, sample = {}, self.sample
         for kind, seconds in taken.items():
@@ -149,24 +149,25 @@ class Prediction:
         kept, notes = self.funnel[SHARD]["kept"], list[str]()
         for name, share in self.repeated.items():
             if share.high - share.low > 0.01:
-                notes.append(f"{name}: a sample holds few duplicates of its own documents: {share.seen:.1%} here, "
-                             f"{share.expected:.1%} expected of all, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
+                notes.append(f"{name}: the sample has few duplicates of its own documents: {share.seen:.1%} here, "
+                    f"{share.expected:.1%} expected in all input, {share.low:.1%} to {share.high:.1%} possible")  # fmt: skip
         for number, stage in enumerate(self.stages):
             if isinstance(stage, GlobalStage) and (name := tally.label(number, stage)) not in self.repeated:
-                notes.append(f"{name}: compares all documents, of which a sample holds few; it will drop more of the whole")
+                notes.append(
+                    f"{name}: compares all documents, and the sample has few of them. It will drop more from the whole input"
+                )
         if kept < FEW:
-            notes.append(
-                f"{kept:,} documents of the sample are kept, so what they are few of is known badly; give a larger share"
-            )
+            notes.append(f"only {kept:,} documents of the sample are kept, so the estimates are rough. Choose a larger share")
         if (known := estimates.Z * self.spread) > GOOD:
             larger = estimates.enough(self.sample.fraction, self.spread, GOOD)
-            notes.append(f"bytes, tokens and hours of what is kept are known to {known:.0%}, by the number of documents that are "
-                         f"kept, and their sizes; a share of {larger:.2g} would tell them to {GOOD:.0%}")  # fmt: skip
+            notes.append(f"bytes, tokens, and hours have an error of {known:.0%}, given the number of kept documents and their "
+                f"sizes. A share of {larger:.2g} would reduce it to {GOOD:.0%}")  # fmt: skip
         return notes
 
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
-    """Computes by what share of the sample's documents at each stage the whole has fewer, as it has more duplicates."""
+    """Computes the factor on each stage's documents in the sample by which the whole has fewer, because it has more
+    duplicates."""
     factors, factor = {}, 1.0
     for name in funnel:
         factors[name] = factor
@@ -178,9 +179,9 @@ def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str
 def rows_of(
     funnel: Funnel, sample: SampledParts, factors: list[dict[str, float]], per_byte: float | None
 ) -> list[dict[str, Any]]:
-    """Scales the funnel to the whole, with a binomial interval of what each stage leaves of what was read.
+    """Scales the funnel to the whole, with a binomial interval of the share that each stage keeps.
 
-    `factors` are `kept_factors` for the expected share of duplicates, and the lowest and highest; `per_byte` are tokens.
+    `factors`: `kept_factors` for the expected share of duplicates, and for the lowest and highest; `per_byte`: tokens.
     """
     expected, fewest, most = factors
     read, rows = funnel[segment.READ]["documents"], list[dict[str, Any]]()
@@ -207,9 +208,9 @@ def rows_of(
 
 
 def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
-    """Estimates the standard error of the bytes in runs of a sample, as a share of them: as if documents were drawn one by one.
+    """Estimates the standard error of the bytes in a sample's runs, as a share of them, for independent documents.
 
-    Where few large documents hold most of the bytes it is large, however many documents there are.
+    It is large if a few large documents hold most of the bytes.
     """
     parts = [runs[first : first + GROUP] for first in range(0, len(runs), GROUP)]
     work = (Task(key("spread", [[run.name, run.decided] for run in part]), {"runs": part}) for part in parts)
@@ -232,7 +233,7 @@ def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 def alike_of(
     flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
-    """Counts what the stages that compare documents found equal in a sample, by the places that it was drawn by."""
+    """Counts the documents that comparing stages found equal in a sample, by their places."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
     stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
     arguments = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
@@ -250,8 +251,8 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
                 places: list[str]) -> dict[str, object]:  # fmt: skip
-    """Counts, of what each stage dropped for another document, in a part of all clusters: documents of a cluster in one place by
-    their number, and clusters by the number of their places, of two and more each."""
+    """Counts, for each stage and a part of all clusters: documents of a cluster in one place by their number, and clusters by
+    their number of places, both from two."""
     by_stage: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
     drawn = set(places)
     for path in paths:
@@ -268,7 +269,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Finds the place that a document was drawn with: one of those with many documents that its id begins with, or itself."""
+    """Finds the place of a document in the sample: a place with many documents, by the start of its id, or itself."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

@@ -1,4 +1,4 @@
-"""Reads the share of a dry run from the command line, and tells its prediction: a table of stages, and plain sentences."""
+"""Parses the share of a dry run, and formats its prediction: a table of stages, and plain sentences."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ HOUR_S = 3600
 
 
 def fraction(value: str) -> float:
-    """Reads a share as `0.1%` or `0.001`; ConfigError if it is none between 0 and 1."""
+    """Parses a share such as `0.1%` or `0.001`; ConfigError unless it is between 0 and 1."""
     text = value.strip()
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         number = 0.0
     if not 0 < number < 1:
-        raise ConfigError(f"--sample: {value!r} is no share of the input; give one as 0.1% or 0.001, above 0 and below 1")
+        raise ConfigError(f"--sample: {value!r} isn't a share of the input. Pass a value between 0 and 1, such as 0.1% or 0.001")
     return number
 
 
@@ -46,9 +46,13 @@ def explain(facts: dict[str, Any]) -> list[str]:
     return [
         f"{facts['name']}: predicted from {sample['documents']:,} documents, {sample['fraction']:.4g} of {whole['bytes']:,} bytes"
         f" in {whole['files']:,} files, in {duration(facts['seconds'])}",
-        f"the whole: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}"
-        f"{cpu} of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs",
-        "in brackets: 95 %, as if documents were drawn one by one, with the fewest and the most duplicates that are possible; "
-        "where neighbors are similar, more",
+        (
+            f"whole input: {facts['documents']:,} documents ({row['kept_low']:,} to {row['kept_high']:,}), {size}{tokens}{cpu} "
+            f"of CPU ({few} to {many}; {cost}), {wall} on {facts['cpus']} CPUs"
+        ),
+        (
+            "in brackets: 95 % interval, for independent documents, from the fewest to the most possible duplicates; "
+            "wider if neighbors are similar"
+        ),
         *(f"note: {note}" for note in facts["notes"]),
     ]

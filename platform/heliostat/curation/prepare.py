@@ -1,4 +1,4 @@
-"""Prepares raw data as shards and a manifest, once: `heliostat prepare PIPELINE.yaml`; a rerun with nothing new does nothing.
+"""Prepares raw data as shards and a manifest: `heliostat data prepare PIPELINE.yaml`. A rerun without changes does nothing.
 
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pyarrow.fs import FileType
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from heliostat import schema
 from heliostat.cluster import private_ray
 from heliostat.cluster.connect import connect
 from heliostat.config import workspace
+from heliostat.curation import hub
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.watching import PipelineWatch
@@ -66,7 +67,7 @@ class InputFile:
 
     @property
     def part(self) -> FilePart:
-        """Returns all of the file, to be read."""
+        """Returns a part that covers the complete file."""
         return FilePart(self.path, self.bytes, self.modified, etag=self.etag)
 
 
@@ -77,14 +78,16 @@ class Pipeline(Strict):
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
     ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
 
+    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # what keys name of the Hub, with its commit
+
     name: str = Field(min_length=1)
-    """The dataset's name, which its manifest records."""
+    """Name of the dataset, recorded in its manifest."""
     output: str = Field(min_length=1)
-    """The folder of the dataset, or `s3://bucket/prefix`. It must not lie in the input."""
+    """Folder of the dataset, or `s3://bucket/prefix`. It must be outside the input."""
     labels: dict[str, str] = {}
-    """Only nodes that these Ray label selectors take do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
+    """Ray label selectors of the nodes that do the work: `v`, `!v`, `in(v, w)` or `!in(v, w)`. Empty: any node."""
     keep_days: Float = Field(7.0, ge=0)
-    """Days that a version stays after it was replaced, for the runs that read it. See docs/prepare.md#versions"""
+    """Days to keep a replaced version for the runs that read it. See docs/data/versions.md"""
 
     @abstractmethod
     def check(self) -> None:
@@ -95,11 +98,12 @@ class Pipeline(Strict):
         """Lists the files to read, sorted by path; ConfigError if there are none."""
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
-        """Returns which model wrote the input, and from what, where that is known: of answers of batch inference."""
+        """Returns the model that wrote the input, and its source, if they are known: for answers of batch inference."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Returns the part of the configuration that shapes the data: all but the locations, and later keys at their defaults."""
+        """Returns the part of the configuration that shapes the data: all except the locations, and newer keys with default
+        values."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
@@ -112,21 +116,21 @@ class Pipeline(Strict):
         """
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
-        """Prepares a share of the input in a folder, on Ray, and returns what the whole would give and take, as JSON values."""
-        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+        """Prepares a share of the input in a folder, on Ray, and returns the prediction for the whole input, as JSON values."""
+        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
 
     def watched(self, watch: PipelineWatch) -> None:
-        """Takes what shows a person how far `write` and `predict` are."""
+        """Sets the progress display of `write` and `predict`."""
 
     def begin_anew(self) -> None:
-        """Forgets what an earlier run has left unfinished: `--force` was given."""
+        """Deletes an earlier run's unfinished work, for `--force`."""
 
     def finish(self, dataset: Manifest) -> None:
-        """Removes what is of no use once the dataset is published, and adds what its digest does not cover."""
+        """Removes temporary files once the dataset is published, and adds files that its digest doesn't cover."""
 
 
 def place(uri: str, key: str) -> Location:
-    """Resolves the URI that a key of a pipeline has to a location; a relative path starts at the workspace."""
+    """Resolves a pipeline key's URI to a location; a relative path starts at the workspace."""
     try:
         return Location(uri).absolute(workspace.root())
     except ConfigError as e:
@@ -147,17 +151,23 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
     target = raw.pop("pipeline")
     if not isinstance(target, str):
-        raise ConfigError(f"{path}: pipeline: {target!r} must name a class, such as heliostat.pipelines:TextPipeline")
+        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Name one, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
-    return target, validate(cls, raw, str(path))
+    for key, now in getattr(cls, "moved", {}).items():
+        if key in raw:
+            log.warning("%s: %s is now columns.%s", path, key, now)
+    raw, pinned = hub.resolved(raw)
+    pipeline = validate(cls, raw, str(path))
+    pipeline._hub = pinned
+    return target, pipeline
 
 
 def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
 
-    It shows how far it is, unless it is to be `quiet`.
+    It shows its progress, unless `quiet` is set.
     """
     start = time.monotonic()
     target, pipeline = load(path, settings)
@@ -180,7 +190,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
 
     stages = {f"{number} {of['stage']}": of["version"] for number, of in enumerate(pipeline.identity().get("stages", []))}
     if why := changed(of_made, wanted, record.get("made", {}).get("stages"), stages):
-        log.info("%s: preparing it again, because %s", output, why)
+        log.info("%s: preparing the dataset again, because %s", output, why)
     record, written_by = versions.claim(output, record), pipeline.written_by(inputs)
     if force:
         pipeline.begin_anew()
@@ -191,14 +201,18 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
-            raise DataError(f"{pipeline.name}: nothing is left of {len(inputs)} files; dropped: {meta.get('dropped')}")
+            reasons = ", ".join(f"{n:,} {_plain(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
+            raise DataError(
+                f"input: no document left of {len(inputs):,} files (dropped: {reasons}). Check `columns` and `stages`"
+            )
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
         versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
         write = collection.write if "parts" in meta else manifest.write
-        dataset = write(output, rows, {**meta, "name": pipeline.name, "config": config, "listing": listing})
+        named = {"name": pipeline.name, "config": config, "listing": listing}
+        dataset = write(output, rows, {**meta, **named, **({manifest.HUB: pipeline._hub} if pipeline._hub else {})})
     except BaseException as e:
         _undo(output, before, record, e)
         raise
@@ -213,21 +227,25 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
 
 
 def changed(known: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
-    """Says what is not as it was when the dataset was made; "" if nothing is, or there is no dataset.
+    """Explains what has changed since the dataset was made; "" if nothing has, or there is no dataset.
 
-    `before` and `stages` are versions of stages by `NUMBER NAME`; older records have none.
+    `before` and `stages`: versions of stages by `NUMBER NAME`; older records have none.
     """
     if known["config"] is None or known == wanted:
         return ""
-    newer = [f"{name} has version {stages[name]}, and had {was}" for name, was in (before or {}).items()
+    newer = [f"{name} has version {stages[name]}, formerly {was}" for name, was in (before or {}).items()
              if stages.get(name, was) != was]  # fmt: skip
     if newer:
-        return f"its stages decide otherwise: {', '.join(newer)}"
-    return "its keys, or versions of its stages, have changed" if known["config"] != wanted["config"] else "its input has changed"
+        return f"its stages have new versions: {', '.join(newer)}"
+    return (
+        "its keys, or the versions of its stages, have changed"
+        if known["config"] != wanted["config"]
+        else "its input has changed"
+    )
 
 
 def dry_run(path: Path, settings: list[str], fraction: float, quiet: bool = False) -> dict[str, Any]:
-    """Prepares a sample of the input in a folder that is deleted again, and predicts what the whole would give and take."""
+    """Prepares a sample of the input in a temporary folder, and predicts the result and cost for the whole input."""
     _, pipeline = load(path, settings)
     output = place(pipeline.output, "output")
     _check_output(output)
@@ -254,22 +272,23 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes what this run has written and no version names; where that fails too, logs that a later prepare removes it."""
-    log.warning("%s: %s; removing what was written: the dataset there is what it was before", output,
+    """Removes this run's files that no version names; if that fails too, logs that a later prepare removes them."""
+    log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
         needed = set[str]().union(*(versions.paths(v) for v in versions.all_versions(output).values()))
         versions.remove_all(output, sorted(set(versions.listing(output)) - before - needed))
         versions.release(output, record)
     except HeliostatError as e:
-        log.warning("%s; a later prepare removes it", e)
+        log.warning("%s. A later prepare removes the files", e)
 
 
 def _list(output: Location, listed: list[str]) -> None:
-    """Publishes the list of what was left out under its plain name, a file or a folder of several, in place of an older list.
+    """Publishes the list of dropped documents under its plain name, as a file or a folder of several, in place of an older
+    list.
 
-    The older list is replaced when the new one is complete. Where one is a file in a store and the other a folder, the older one
-    is deleted first: some stores allow no file and folder of one name.
+    The older list is replaced when the new one is complete. If one is a file in a store and the other a folder, the older one
+    is deleted first, because some stores don't allow both with one name.
     """
     place = output.join(LISTED)
     ready = place if output.is_s3 else output.join(f".{LISTED}.new")
@@ -294,7 +313,7 @@ def _list(output: Location, listed: list[str]) -> None:
 
 
 def _keep_to(labels: dict[str, str]) -> None:
-    """Restricts Ray Data's tasks to nodes that carry the labels."""
+    """Restricts Ray Data's tasks to nodes with the labels."""
     import ray.data
 
     ray.data.DataContext.get_current().execution_options.label_selector = labels or None
@@ -320,7 +339,7 @@ def _finished(output: Location) -> Manifest | None:
         return None
     sizes = dict(output.files())
     if any(sizes.get(path) != size for path, size in zip(*_columns(dataset, "path", "file_bytes"), strict=True)):
-        log.warning("%s: shards are missing or cut; preparing it again", output)
+        log.warning("%s: shards are missing or truncated, so heliostat prepares the dataset again", output)
         return None
     return dataset
 
@@ -335,8 +354,8 @@ def _report(
     meta = dataset.meta
     if pruned.until is not None:
         until = datetime.fromtimestamp(pruned.until).isoformat(" ", "minutes")
-        log.info("%s: %d replaced versions stay for the runs that read them, the last until %s; a prepare after that removes "
-                 "them (keep_days)", dataset.location, pruned.kept, until)  # fmt: skip
+        log.info(("%s: keeping %d replaced versions for the runs that read them, the last until %s. A prepare after that "
+            "removes them (keep_days)"), dataset.location, pruned.kept, until)  # fmt: skip
     return {
         "dataset": str(dataset.location),
         "digest": dataset.digest,
@@ -351,6 +370,7 @@ def _report(
         "rearranged": meta.get(COUNTS),
         "vocab_size": meta.get("vocab_size"),
         "written_by": written_by,
+        "hub": meta.get(manifest.HUB, {}),
         "seconds": round(seconds, 2),
         "up_to_date": up_to_date,
         "versions_kept": pruned.kept,
@@ -359,13 +379,13 @@ def _report(
 
 
 def _plain(reason: str) -> str:
-    """Writes why a stage dropped documents, which reports name `NUMBER STAGE: REASON`, without what a person need not read."""
+    """Formats the reason why a stage dropped documents for people; reports name it `NUMBER STAGE: REASON`."""
     stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
     return f"{stage}: {why}" if why not in ("", stage) else stage
 
 
 def explain(report: dict[str, Any]) -> list[str]:
-    """Explains the report in plain sentences: what the dataset holds, and what was left out."""
+    """Explains the report in sentences: the dataset's content, and the dropped documents."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
     contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
     left_out = Counter(duplicate=report["duplicates"])
@@ -375,12 +395,14 @@ def explain(report: dict[str, Any]) -> list[str]:
     listed = f" (listed in {report['listed']})" if report["listed"] else ""
     lines = [
         f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
-        f"left out: {reasons_text or 'nothing'}{listed}",
+        f"dropped: {reasons_text or 'nothing'}{listed}",
     ]
+    if named := report["hub"]:
+        lines.append(f"from {', '.join(named.values())}")
     if by := report["written_by"]:
         model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
         lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
     if counts := report["rearranged"]:
-        lines.append(f"rearranged for filling in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
-                    f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+        lines.append(f"rearranged for fill in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+            f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
     return lines

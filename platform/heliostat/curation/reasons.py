@@ -1,4 +1,4 @@
-"""Defines what a curated dataset says about its making, and reads it: the funnel, and a reason for every document.
+"""Defines the record of a curated dataset's making, and reads it: the funnel, and a reason for every document.
 
 A dataset whose pipeline has `stages` names these files in its manifest's metadata, under `curation`:
 
@@ -50,12 +50,12 @@ def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def seconds(dataset: Manifest) -> dict[str, float]:
-    """Reads the CPU seconds of each stage, by the funnel's names; empty where they are not known."""
+    """Reads the CPU seconds of each stage, by the funnel's names; empty if they aren't known."""
     return _uncovered(dataset, SECONDS)
 
 
 def made_by(dataset: Manifest) -> dict[str, Any]:
-    """Reads what made the dataset: `input`, `rules` and `stages` of its pipeline; empty where it is not known."""
+    """Reads how the dataset was made: `input`, `rules`, and `stages` of its pipeline; empty if they aren't known."""
     return _uncovered(dataset, PIPELINE)
 
 
@@ -67,23 +67,24 @@ def _uncovered(dataset: Manifest, name: str) -> dict[str, Any]:
 
 
 def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:
-    """Finds what became of a document: rows of END, whose `detail` is its shard if `reason` is `kept`; none if no id is this."""
+    """Finds the fate of a document: rows of END, whose `detail` is its shard if `reason` is `kept`; none for an unknown id."""
     wanted = key_of(id)
     return [row for table in _tables(dataset, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
 
 
 def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
-    """Finds what became of documents whose text, after all stages, has this SHA-256 (hex); reads all ends."""
+    """Finds the fate of documents whose text, after all stages, has this SHA-256 (hex); reads all ends."""
     return [row for table in ends(dataset) for row in _rows(table.filter(pc.equal(table["hash"], digest)))]
 
 
 def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds what became of documents whose column has this value; reads all ends (MissingDataError: they do not have it)."""
+    """Finds the fate of documents whose column has this value; reads all ends (MissingDataError: they don't have the column)."""
     part, rows = json.dumps(value), []
     for table in ends(dataset):
         if "columns" not in table.column_names:
             raise MissingDataError(
-                f"{dataset.location}: does not keep the column {name!r} of its documents; prepare it with `columns: [{name}]`"
+                f"{dataset.location}: the dataset doesn't keep the column {name!r} of its documents. Prepare it "
+                f"with `columns: [{name}]`"
             )
         near = _rows(table.filter(pc.match_substring(table["columns"].fill_null(""), part)))
         rows += [row for row in near if row["columns"].get(name) == value]
@@ -96,7 +97,7 @@ def _rows(table: pa.Table) -> list[dict[str, Any]]:
 
 
 def ends(dataset: Manifest) -> Iterator[pa.Table]:
-    """Yields what became of all documents, as tables of END."""
+    """Yields the fates of all documents, as tables of END."""
     yield from _tables(dataset, 0, spill.ALL)
 
 
@@ -107,7 +108,7 @@ def _tables(dataset: Manifest, low: int, high: int) -> Iterator[pa.Table]:
 
 
 def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
-    """Yields (first hash, hash behind the last, path) of each file of ends."""
+    """Yields (first hash, hash after the last, path) of each file of ends."""
     listed = _named(dataset)["ends"]
     for (begin, path), (end, _) in zip(listed, [*listed[1:], [f"{spill.ALL:x}", ""]], strict=True):
         yield int(begin, 16), int(end, 16), path
@@ -116,8 +117,8 @@ def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
 def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
-            f"{dataset.location}: was made without `stages`, so it does not record what became of documents. Add `stages` to its "
-            "pipeline, and run `heliostat prepare`; what could not be read is in its quarantine.parquet"
+            f"{dataset.location}: has no record of each document, because its pipeline has no `stages`. Add "
+            "`stages`, and run `heliostat data prepare`. Unreadable documents are in its quarantine.parquet"
         )
     return dataset.meta["curation"]
 
@@ -130,7 +131,7 @@ def parts(rows: int) -> int:
 
 
 def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, object]:
-    """Writes one file of ends, in a task: those of one part of all keys, with the documents' columns that are named."""
+    """Writes one file of ends, in a task: those of one part of all keys, with the named columns of the documents."""
     low, high = spill.share(part, parts)
     table = spill.joined(folder, names, low, high, END)
     place = table.schema.get_field_index("columns")
@@ -146,9 +147,9 @@ def store_ends(output: Location, table: pa.Table) -> str:
 
 
 def rewritten(dataset: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
-    """Writes the ends again where these documents are: all that is left of them is their id, and `end`.
+    """Rewrites the ends of these documents: only their id and `end` remain.
 
-    Returns the list of all files of ends; those of other documents are not written.
+    Returns the list of all files of ends; the files of other documents aren't rewritten.
     """
     files, keys = list[list[str]](), sorted(key_of(id) for id in ids)
     for begin, stop, path in _listed(dataset):
@@ -167,7 +168,7 @@ def _chosen(packed_columns: str | None, columns: list[str]) -> str | None:
 
 
 def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Puts the funnel together: what reading, the stages in their order, and the shards did, without seconds."""
+    """Combines the funnel: reading, the stages in order, and the shards, without seconds."""
     entries = {segment.READ: tally.entry(total, segment.READ)}
     for number, stage in enumerate(stages):
         limits = {m: [v for f in fields if (v := getattr(stage, f, None)) is not None] for m, fields in stage.thresholds.items()}

@@ -1,4 +1,4 @@
-"""Finds stages by the names that pipeline files give them: a file of `heliostat.curation.stages` is a stage."""
+"""Finds stages by their names in pipeline files: a file of `heliostat.curation.stages` is a stage."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Stage]:
-    """Finds a stage's class; ValueError that names the nearest if there is none."""
+    """Finds a stage's class; ValueError with the nearest name if there is none."""
     if name not in names():
-        raise ValueError(f"{name!r} is not a stage{nearest(name, names())}")
+        raise ValueError(f"{name!r} isn't a stage{nearest(name, names())}")
     module = importlib.import_module(f"{STAGES}.{name}")
     (class_name,) = (
         c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c.__module__ == module.__name__
@@ -34,13 +34,13 @@ def find(name: str) -> type[Stage]:
 
 
 def parse(raw: object) -> Stage:
-    """Makes a stage of its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that says what is wrong."""
+    """Makes a stage from its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that names the problem."""
     if isinstance(raw, Stage):
         return raw
     if isinstance(raw, dict) and "stage" not in raw:
         raise ValueError(absent("stage", "NAME"))
     if not isinstance(raw, dict) or not isinstance(raw["stage"], str):
-        raise ValueError(f"{raw!r} is no stage; write it as {{stage: NAME, KEY: VALUE}}")
+        raise ValueError(f"{raw!r} isn't a stage. Write {{stage: NAME, KEY: VALUE}}")
     cls = find(raw["stage"])
     try:
         return cls.model_validate({key: value for key, value in raw.items() if key != "stage"})

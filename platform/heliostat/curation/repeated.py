@@ -1,12 +1,13 @@
-"""Finds the parts of documents that others have too, of any number of documents: signed, chosen by hash, and removed.
+"""Finds the parts that documents share, for any number of documents: hashed, chosen, and removed.
 
-Every part of a text is spilled under the hash of its content. A task holds the hashes of one part of all keys: it finds the first
-occurrence of each, then goes through the occurrences some at a time and spills the others under the document that they are in.
-So a line that is in every document takes no more memory than one that is in two. What is first follows from the documents' ids.
+Every part of a text is spilled under the hash of its content. A task holds the hashes of one part of all keys: it finds the
+first occurrence of each, then goes through the occurrences some at a time and spills the others under the document that they
+are in. So a line that is in every document takes no more memory than one that is in two. What is first follows from the
+documents' ids.
 
-Lines and paragraphs are compared, or windows of words. Some of the windows are chosen by content (winnowing: Schleimer, Wilkerson
-and Aiken 2003). Of every `size` windows in a row, the one of the least hash is chosen. So a span of two sizes, less one word,
-that two texts have in common holds one that both choose.
+Lines and paragraphs are compared, or windows of words. Some of the windows are chosen by content (winnowing: Schleimer,
+Wilkerson and Aiken 2003). Of every `size` windows in a row, the one of the least hash is chosen. So a span of two sizes, less
+one word, that two texts have in common holds one that both choose.
 """
 
 from __future__ import annotations
@@ -54,23 +55,23 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence,
 
 
 class Signing(Protocol):
-    """Hashes the parts of texts that are compared; an object of plain fields, which travels to tasks."""
+    """Hashes the comparable parts of texts; an object of plain fields, which travels to tasks."""
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (place, hash of the content) of a text's parts."""
+        """Lists (place, content hash) of a text's parts."""
         ...
 
 
 @dataclass(frozen=True)
 class ComparedParts:
-    """Defines lines or paragraphs that are compared, and how."""
+    """Defines the comparable lines or paragraphs."""
 
     unit: Unit
     min_words: int
     normalise: bool
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (place, hash of the content) of a text's parts that have enough words."""
+        """Lists (place, content hash) of a text's parts with enough words."""
         parts = text.split(BETWEEN[self.unit])
         part_words = words(parts)
         long = np.flatnonzero(part_words.counts >= self.min_words)
@@ -99,7 +100,8 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills the repeated parts of a part of all keys, by the documents that lose them: all but each one's first occurrence."""
+    """Spills the repeated parts of one part of all keys, by the documents that lose them: all except the first occurrence of
+    each."""
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
     waiting, size, files = list[pa.Table](), 0, list[str]()
@@ -119,7 +121,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 
 def _firsts(folder: Location, names: list[str], low: int, high: int) -> Rows:
-    """Finds the first occurrence of each hash: in the document whose id has the least hash, and there the first."""
+    """Finds the first occurrence of each hash: in the document whose id has the smallest hash, at the first place."""
     none = (np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
     waiting, new = [none], 0
     for name in names:
@@ -142,7 +144,7 @@ def _first(tables: list[Rows]) -> Rows:
 def lost_of(
     folder: Location, first: int, runs: list[SpilledRun], names: list[str]
 ) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
-    """Yields some runs, of which the first has the number `first`, with the places that each of their documents loses, by row."""
+    """Yields some runs, the first with number `first`, with the places that each of their documents loses, by row."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
         lost_parts: dict[int, set[int]] = {}
@@ -160,14 +162,14 @@ class WordWindows:
     size: int
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (number of its first word, hash) of the windows that are chosen; none of a text of fewer than two sizes."""
+        """Lists (number of the first word, hash) of the chosen windows; none for a text of fewer than two sizes."""
         windows, _ = words([text]).ngrams(self.size)
         places = least(windows, self.size)
         return list(zip(places.tolist(), windows[places].tolist(), strict=True))
 
 
 def least(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Returns the places of the least hash of every `size` in a row, each once."""
+    """Returns the places of the smallest hash among every `size` in a row, each once."""
     places = [np.zeros(0, np.int64)]
     for start in range(0, len(hashes) - size + 1, BLOCK):
         part = hashes[start : start + BLOCK + size - 1]
@@ -177,7 +179,7 @@ def least(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
-    """Joins windows that overlap or touch: (first word, word behind the last) of each span."""
+    """Joins windows that overlap or touch: (first word, word after the last) of each span."""
     stretches: list[tuple[int, int]] = []
     for place in sorted(lost):
         if stretches and place <= stretches[-1][1]:
@@ -193,7 +195,7 @@ REWRITTEN = 8  # that a task rewrites
 
 @dataclass(frozen=True)
 class Cut:
-    """Holds a text without what is repeated in it, how much of it that was, and what it is called."""
+    """Holds a text without its repeated parts, the amount removed, and the unit's name."""
 
     text: str
     removed_words: float
@@ -202,7 +204,7 @@ class Cut:
 
 
 class RepeatingStage(GlobalStage):
-    """Removes what documents have in common, all but one occurrence; a subclass says what is compared, and how it is cut out."""
+    """Removes the parts that documents share, except one occurrence; a subclass defines the parts and the removal."""
 
     version: ClassVar[int] = 3  # words are those of `comparable`, and what is left too short is dropped
     reasons: ClassVar = {
@@ -212,11 +214,11 @@ class RepeatingStage(GlobalStage):
     thresholds: ClassVar = {"removed_words": ("max_removed_words",)}
 
     max_removed_words: Float = Field(1.0, ge=0, le=1)
-    """Documents with a larger share of their words in what is removed are dropped (`repeated`); 1 drops none."""
+    """Maximum share of a document's words that may be removed; documents above it are dropped (`repeated`); 1 drops none."""
 
     @abstractmethod
     def signing(self) -> Signing:
-        """Returns what hashes the parts of texts that are compared."""
+        """Returns the object that hashes the parts of texts."""
 
     @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
@@ -261,7 +263,7 @@ class RepeatingStage(GlobalStage):
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
            names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
-    """Spills the documents of some runs again, without what is repeated in them; `source` finishes those that were cut."""
+    """Spills the documents of some runs again, without their repeated parts; `source` finishes the changed ones."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)

@@ -1,4 +1,4 @@
-"""Measures how much of a text repeats itself: lines and paragraphs that are there twice, and n-grams of words."""
+"""Measures the repetition in a text: duplicate lines and paragraphs, and repeated word n-grams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: numbers stay apart when they are
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Counts the parts, those that were there before, and the characters of these; holds a hash of each part."""
+    """Counts the parts, the duplicates among them, and the duplicates' characters; holds a hash of each part."""
     hashes, lengths = array("Q"), array("q")
     for part in parts:
         hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
@@ -34,7 +34,7 @@ class Repeats:
         self._twice: np.ndarray | None = None  # where the n-gram may be one that is there more than once; None: everywhere
 
     def _advance(self, n: int) -> np.ndarray:
-        """Returns a hash of every n-gram; must be called with rising `n`."""
+        """Returns a hash of every n-gram; call it with rising `n`."""
         while self._n < n:
             for start in range(0, len(self.words) - self._n, BLOCK):
                 stop = min(start + BLOCK, len(self.words) - self._n)
@@ -46,7 +46,7 @@ class Repeats:
         return self._words[: len(self.words) - n + 1]
 
     def top_chars(self, n: int) -> int:
-        """Counts the characters that the most frequent n-gram takes, with single spaces in it; of several, the first."""
+        """Counts the characters of the most frequent n-gram, with single spaces; of several, the first."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
@@ -60,7 +60,7 @@ class Repeats:
         return int(self.ends[at + n] - self.ends[at] + n - 1) * most
 
     def duplicate_chars(self, n: int) -> int:
-        """Counts the characters of n-grams that were there before; read from the left, and none overlaps another."""
+        """Counts the characters of repeated n-grams, read from the left without overlaps."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
@@ -91,7 +91,7 @@ class Repeats:
 
 
 def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
-    """Returns the place of the first hash that is one of sorted values, of which there is one."""
+    """Returns the place of the first hash that is among sorted values; there must be one."""
     for start in range(0, len(hashes), BLOCK):
         part = hashes[start : start + BLOCK]
         which = np.minimum(np.searchsorted(values, part), len(values) - 1)
@@ -102,7 +102,7 @@ def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
 
 
 def _among(hashes: np.ndarray, places: np.ndarray | None, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the hashes that are among sorted values, and of each which value it is."""
+    """Returns the places of the hashes that are among sorted values, and the value's index for each."""
     kept, groups = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for start in range(0, len(hashes) if len(values) else 0, BLOCK):
         part = hashes[start : start + BLOCK]

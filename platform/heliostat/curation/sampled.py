@@ -1,4 +1,4 @@
-"""Defines a sample of an input: what of it is read, and how many times as large the whole is."""
+"""Defines a sample of an input: the parts to read, and the ratio of the whole to the sample."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ FEW_UNKNOWN = 0.05
 
 
 def chosen(what: str, rate: float, seed: int) -> bool:
-    """Tells whether a record is among a share of all, by its hash."""
+    """Checks by its hash whether a record is in the sample."""
     return _drawn(what, seed) < rate
 
 
 def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
-    """Chooses a share of parts that has large ones and small ones as all have them; a larger share holds the smaller.
+    """Chooses a share of parts with a representative mix of sizes; a larger share contains the smaller one.
 
-    Parts are classed by the powers of two in their sizes, and in the order of their hashes as many of each class are chosen as
-    its share is, by a lot of the class where that is no whole number. So each has the same chance, and within a class those of
-    a pair are drawn almost as if by themselves.
+    Parts are grouped by the powers of two in their sizes. In the order of their hashes, each class contributes its share, and
+    a draw per class decides fractions. So each part has the same chance, and within a class, pairs are almost independent.
     """
     classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
@@ -42,14 +41,14 @@ def _drawn(what: str, seed: int) -> float:
 
 
 def place(part: FilePart, name: str) -> str:
-    """Returns the name of what was drawn, with which the ids in it begin; `name` is the path of an input that is one file."""
+    """Returns the name of a drawn place, with which its ids begin; `name`: the path of an input that is one file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 
 
 @dataclass
 class SampledParts:
-    """Holds the parts that are read, the share of the records in them that is taken, by kind of file, and the sizes of both."""
+    """Holds the parts to read, the share of the records in them, by kind of file, and the sizes of both."""
 
     fraction: float
     name: str = ""
@@ -67,7 +66,7 @@ class SampledParts:
     """Of the input's bytes, those of files of many documents, whose number is not known."""
 
     def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
-        """Counts parts, of which some are read, and a share (`rate`) of their records taken; each may hold `one` document."""
+        """Counts parts, some of which are read, with a share (`rate`) of their records; each may hold `one` document."""
         total, read = sum(part.length for part in parts), sum(part.length for part in taken)
         self.records[kind] = rate
         self.parts += taken
@@ -81,7 +80,7 @@ class SampledParts:
 
     @property
     def of_bytes(self) -> float:
-        """Returns how many times the sample's bytes the input has."""
+        """Returns the ratio of the input's bytes to the sample's."""
         return self.input_bytes / self.taken_bytes
 
     @property
@@ -91,7 +90,7 @@ class SampledParts:
 
     @property
     def of_documents(self) -> float:
-        """Returns how many times the sample's documents the input has: by files where they are known to be one each."""
+        """Returns the ratio of the input's documents to the sample's: by files, if they are known to hold one each."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:

@@ -1,7 +1,7 @@
-"""Runs texts through a Hugging Face folder's model: safetensors and tokenizer.json alone, no code of the folder's.
+"""Runs texts through a Hugging Face folder's model: only safetensors and tokenizer.json, and no code from the folder.
 
-What is computed of a text, such as a classifier's score, does not depend on the texts with it: texts are padded to lengths that
-follow from their own, and batches are always full, so that every text of a length goes through the same kernels.
+The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: texts are padded to
+lengths that depend on their own, and batches are always full, so every text of a length uses the same kernels.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
 def describe(folder: str, name: str = "model") -> Config:
-    """Reads the folder's config.json; ConfigError, which begins with `name`, if something that is needed is not there."""
+    """Reads the folder's config.json; ConfigError, which begins with `name`, if a required file is missing."""
     config = read_json(folder, CONFIG, name)
     require_files(folder, name)
     return config
 
 
 def read_json(folder: str, file: str, name: str = "model") -> Config:
-    """Reads a mapping of the folder; ConfigError if it is none, or needs code that the folder brings."""
+    """Reads a JSON mapping from the folder; ConfigError if it isn't one, or needs the folder's code."""
     try:
         config = json.loads(files.read(name, str(Path(folder) / file)))
-        fault = "" if isinstance(config, dict) else "is no mapping"
+        fault = "" if isinstance(config, dict) else "isn't a mapping"
     except ValueError as e:
-        config, fault = {}, f"is not JSON ({e})"
+        config, fault = {}, f"isn't JSON ({e})"
     if fault:
-        raise ConfigError(f"{name}: {folder!r}: {file} {fault}; name a folder that save_pretrained has written")
+        raise ConfigError(f"{name}: {folder!r}: {file} {fault}. Name a folder that save_pretrained has written")
     if "auto_map" in config:
         raise ConfigError(
-            f"{name}: {folder!r} needs code that it brings ({file}: auto_map), which is not run; take another model"
+            f"{name}: {folder!r} needs its own code ({file}: auto_map), which heliostat doesn't run. Use another model"
         )
     return config
 
 
 def require_files(folder: str, name: str = "model", tokenizer: bool = True) -> None:
-    """Raises ConfigError if the folder has no safetensors, or lacks the tokenizer."""
+    """Raises ConfigError if the folder has no safetensors, or no tokenizer."""
     if not weights(folder):
-        raise ConfigError(f"{name}: {folder!r} has no safetensors; save it by save_pretrained")
+        raise ConfigError(f"{name}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
     if tokenizer and not (Path(folder) / TOKENIZER).is_file():
-        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}; save it by save_pretrained, with its fast tokenizer")
+        raise ConfigError(f"{name}: {folder!r} has no {TOKENIZER}. Save its fast tokenizer there with save_pretrained")
 
 
 def weights(folder: str) -> list[Path]:
@@ -76,11 +76,11 @@ def labels(config: Config) -> list[str]:
 def require_label(label: str, config: Config) -> None:
     known = labels(config)
     if label not in known:
-        raise ConfigError(f"label: {label!r} is none of the model's, {', '.join(known)}{nearest(label, known)}")
+        raise ConfigError(f"label: {label!r} isn't a label of the model ({', '.join(known)}){nearest(label, known)}")
 
 
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
-    """Computes the scores of the label at a place: probabilities, or the outputs of a model with one, such as grades."""
+    """Computes the scores of the label at an index: probabilities, or the outputs of a model with one label, such as grades."""
     values = logits.float()
     if values.shape[-1] > 1:
         values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
@@ -93,7 +93,7 @@ def digests(folder: str) -> dict[str, str]:
 
 
 def padded(tokens: int, most: int) -> int:
-    """Returns the length that a text of so many tokens is padded to: a power of two, or one and a half of one."""
+    """Returns the padded length for so many tokens: a power of two, or one and a half of one."""
     length = LEAST_TOKENS
     while length < tokens:
         length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
@@ -101,20 +101,21 @@ def padded(tokens: int, most: int) -> int:
 
 
 def check_length(config: Config, max_tokens: int) -> None:
-    """Raises ConfigError if the model cannot read so many tokens."""
+    """Raises ConfigError if the model can't read so many tokens."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and max_tokens > most:
-        raise ConfigError(f"max_tokens: {max_tokens:,} is more than the model can read; give at most {most:,}")
+        raise ConfigError(f"max_tokens: {max_tokens:,} is above the model's maximum. Set it to {most:,} or less")
 
 
 class NamesModel(Stage):
-    """Holds the folder of a model: of texts, where a subclass says nothing else."""
+    """Holds the folder of a model, which reads texts unless a subclass defines otherwise."""
 
     libraries: ClassVar[tuple[str, ...]] = MODELS
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The model's folder. Nodes that lack it get a copy of its files, without pickles."""
+    """Folder of the model, or `ORG/NAME` of the Hugging Face Hub (docs/guides/hub.md). Nodes that lack it get a copy of its
+    files, without pickles."""
 
     def digests(self) -> dict[str, object]:
         return {"model": digests(self.model)}
@@ -130,15 +131,15 @@ class ModelStage(NamesModel):
 
     @abstractmethod
     def computing(self) -> Callable[[list[Document]], Sequence[tuple[object, ...]]]:
-        """Loads the model, and returns what computes the values of documents that `outcome` takes."""
+        """Loads the model, and returns the function that computes the values for `outcome`."""
 
     @abstractmethod
     def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
-        """Decides on a document by its values."""
+        """Decides on a document from its values."""
 
 
 class ScoringStage(ModelStage):
-    """Drops what a folder's model scores too low or too high; a subclass computes the scores."""
+    """Drops documents with too low or too high a score from a folder's model; a subclass computes the scores."""
 
     gpu: ClassVar[bool] = True
     limits: ClassVar = {
@@ -147,16 +148,16 @@ class ScoringStage(ModelStage):
     }
 
     min_score: Float | None = None
-    """The least score that is kept (`low_score`)."""
+    """Minimum score to keep a document (`low_score`)."""
     max_score: Float | None = None
-    """The largest score that is kept (`high_score`)."""
+    """Maximum score to keep a document (`high_score`)."""
     column: str = Field("score", min_length=1)
-    """The column that the score becomes."""
+    """Column for the score."""
 
     @model_validator(mode="after")
     def _one(self) -> ScoringStage:
         if self.min_score is None and self.max_score is None:
-            raise ValueError("give min_score, max_score or both")
+            raise ValueError("set min_score, max_score, or both")
         return self
 
     def outcome(self, document: Document, score: float, cut: bool = False) -> Outcome:
@@ -164,8 +165,8 @@ class ScoringStage(ModelStage):
 
 
 class Reader(ABC, Generic[Value]):
-    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass says which, and what of its
-    output. Of a pair that is longer than `max_tokens` the second text is cut."""
+    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass defines the model and its
+    output. If a pair is longer than `max_tokens`, its second text is truncated."""
 
     pairs = False
 
@@ -180,7 +181,7 @@ class Reader(ABC, Generic[Value]):
             model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
         except Exception as e:  # of many kinds: what is wrong with a folder of others
             fault = str(e).partition("\n")[0]
-            raise ConfigError(f"{name}: {folder!r} cannot be loaded as {what} ({fault})") from e
+            raise ConfigError(f"{name}: can't load {folder!r} as {what} ({fault})") from e
         self.model = model.eval().to(self.device)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens, strategy="only_second" if self.pairs else "longest_first")
@@ -192,7 +193,7 @@ class Reader(ABC, Generic[Value]):
         """Loads the folder's model, with these options of transformers."""
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
-        """Returns (what is computed, whether the text, or the pair, was longer than max_tokens) of each."""
+        """Returns (result, whether the text or pair was longer than max_tokens) for each."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
@@ -220,7 +221,7 @@ class Reader(ABC, Generic[Value]):
 
     @abstractmethod
     def values(self, output: Any, ids: Tensor, mask: Tensor) -> list[Value]:
-        """Computes a value for each row of a batch from the model's output, the tokens and which of them count."""
+        """Computes a value for each row of a batch from the model's output, the tokens, and their mask."""
 
 
 class SequenceClassifier(Reader[float]):
@@ -242,8 +243,8 @@ class Scorer(SequenceClassifier):
 
 
 class Likelihood(Reader[float | None]):
-    """Measures the mean negative logarithm of the probabilities that a causal language model gives a text's tokens, behind the
-    first; None for one token, or none. ConfigError if a model gives what is not finite."""
+    """Measures the mean negative log probability that a causal language model gives a text's tokens, except the first; None
+    for fewer than two tokens. ConfigError if the result isn't finite."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
         self.folder = folder
@@ -264,7 +265,7 @@ class Likelihood(Reader[float | None]):
                 return None
             nats = float(cross_entropy(logits[: count - 1].float(), row[1:count]))
             if not math.isfinite(nats):
-                raise ConfigError(f"model: {self.folder!r} gives probabilities that are not finite; take another model")
+                raise ConfigError(f"model: {self.folder!r} returns probabilities that aren't finite. Use another model")
             return nats
 
         lengths = mask.sum(1).tolist()

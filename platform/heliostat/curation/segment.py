@@ -1,7 +1,7 @@
-"""Runs the stages between two places where documents are compared: over pieces of the input, or over what was spilled before.
+"""Runs the stages between two comparisons of documents: on pieces of the input, or on earlier spills.
 
-A segment's task reads documents, runs the stages, and spills what is left in runs, each sorted by the hash of its texts and no
-larger than a share of `memory_limit`. What is left out goes to a spill of its own, and what the stages did to a tally.
+A segment's task reads documents, runs the stages, and spills the kept ones in runs, each sorted by text hash and no larger
+than a share of `memory_limit`. Dropped documents go to a separate spill, and the stages' counts to a tally.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Row = tuple[Any, ...]  # of Arrow values
 
 
 class SegmentRecord(TypedDict):
-    """Describes the record of a task that has taken documents through stages."""
+    """Describes the record of a task that ran documents through stages."""
 
     runs: list[tuple[str, int, int]]
     left_out: list[str]
@@ -64,16 +64,16 @@ class DocumentSource(Protocol):
     """Reads an input's documents in a task; an object that travels to it."""
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields the documents of a part of the input, and what is left out."""
+        """Yields the documents of a part of the input, and the dropped ones."""
         ...
 
     def finish(self, document: Document) -> Document | Dropped:
-        """Returns a document as it is to be stored, after the stages."""
+        """Returns a document in its stored form, after the stages."""
         ...
 
 
 def key_of(id: str) -> int:
-    """Computes the key by which a document's records are found: the hash of its id."""
+    """Computes the key of a document's records: the hash of its id."""
     return xxhash.xxh64_intdigest(id.encode("utf-8", "surrogatepass"))
 
 
@@ -83,7 +83,7 @@ def packed(columns: Mapping[str, object] | None) -> str | None:
 
 
 def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Yields (a run's number, the rows about its documents, in their order) of some runs, of those that there are rows about.
+    """Yields (a run's number, the rows about its documents, in order) for those of some runs that have rows.
 
     The rows' keys are places: (number of the run) << 32 | row.
     """
@@ -98,7 +98,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment over a piece of the input; if `explained`, it also counts what was read."""
+    """Runs a segment over a piece of the input; with `explained`, also counts the documents read."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
     opening = cpu_time.now() - start
@@ -119,7 +119,7 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Counts documents as they are read, and the seconds that reading takes."""
+    """Counts documents while they are read, and the seconds of reading."""
     entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()
@@ -138,7 +138,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
-    """Yields the run's documents, with their rows, without those that were decided against."""
+    """Yields the run's documents, with their rows, without the dropped ones."""
     for table in survivors(folder, run):
         for row in table.to_pylist():
             columns = json.loads(row["columns"]) if row["columns"] else {}
@@ -150,7 +150,7 @@ def _picture(row: dict[str, Any]) -> Picture:
 
 
 def _unfinished(document: Document) -> bool:
-    """Tells whether a document is in the form that its source has it in."""
+    """Checks whether a document is still in its source's form."""
     return isinstance(document.text, bytes) or (document.picture is not None and not document.picture.hash)
 
 
@@ -167,7 +167,7 @@ def _run(folder: Location, documents: Iterable[Document | Dropped], source: Docu
 
 @dataclass
 class _Stages(careful.Through):
-    """Takes documents through a chain of stages to what is spilled."""
+    """Runs documents through a chain of stages, and collects the spills."""
 
     chain: Chain
     source: DocumentSource
@@ -198,7 +198,7 @@ class _Stages(careful.Through):
 
 
 class _Undoing(_Stages):
-    """Takes documents through a chain so that nothing is counted or changed of a batch at which a stage fails."""
+    """Runs documents through a chain such that a batch leaves no counts or changes if a stage fails."""
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         counts, self.chain.tally = self.chain.tally, {}
@@ -210,7 +210,7 @@ class _Undoing(_Stages):
 
 
 def row_of(document: Document) -> Row:
-    """Returns a document as its run holds it, but for its key and its number."""
+    """Returns a document as a row of its run, without its key and number."""
     assert isinstance(document.text, str)
     raw, picture = document.text.encode(), document.picture
     digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
@@ -220,14 +220,14 @@ def row_of(document: Document) -> Row:
 
 def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, float] | None = None,
              columns: Mapping[str, object] | str | None = None) -> Row:  # fmt: skip
-    """Returns what LEFT_OUT holds of a document that is left out."""
+    """Returns the LEFT_OUT row of a dropped document."""
     numbers, kept = json.dumps(measures) if measures else None, columns if isinstance(columns, str) else packed(columns)
     return key_of(id), id, stage, reason, detail, numbers, None, kept
 
 
 @dataclass
 class Spiller:
-    """Collects a task's documents, and what it leaves out, and spills both whenever much is held."""
+    """Collects a task's kept and dropped documents, and spills both when they are large."""
 
     folder: Location
     run_bytes: int
@@ -255,7 +255,7 @@ class Spiller:
         self.hold_left_out(left_out(id, stage, reason, detail, measures, columns))
 
     def hold_left_out(self, row: Row) -> None:
-        """Adds the row of a document that is left out."""
+        """Adds the row of a dropped document."""
         _, id, stage, reason, detail, _, _, columns = row
         self.out.append(row)
         self.out_size += len(id) + len(detail) + len(columns or "")
@@ -266,7 +266,7 @@ class Spiller:
             self.spill_left_out()
 
     def spill(self) -> None:
-        """Writes what is held as a run: sorted by hash, then id, and numbered in that order."""
+        """Writes the collected documents as a run: sorted by hash, then id, and numbered in that order."""
         self.rows.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
         self.rows, self.size = [], 0  # before the file is made, which takes as much again
@@ -297,7 +297,7 @@ class Spiller:
 
 
 def _table(rows: list[Row]) -> pa.Table:
-    """Makes a run's table of its sorted rows."""
+    """Makes a run's table from its sorted rows."""
     hashes, *others = zip(*rows, strict=True)
     keys = np.frombuffer(b"".join(hashes), ">u8")[::4].astype(np.uint64)
     schema = PICTURES if len(others) > 4 else RUN
@@ -306,7 +306,7 @@ def _table(rows: list[Row]) -> pa.Table:
 
 
 def store(folder: Location, value: object) -> str:
-    """Writes JSON values to the spill folder under the name of their content."""
+    """Writes JSON values to the spill folder, under a name derived from their content."""
     return spill.put(folder, _encoded(value), ".json")
 
 

@@ -1,4 +1,4 @@
-"""Cuts texts into slices at white space or line ends, so that what is made of a large text is held a slice at a time."""
+"""Splits texts into slices at white space or line ends, so that only a slice's results are in memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SPACE, LINE_END = re.compile(r"\s"), re.compile(r"\n")
 
 
 def slices(text: str, ends: re.Pattern[str] = SPACE) -> Iterator[str]:
-    """Yields slices of a text, each with the character that ends it; a text without such a character is one."""
+    """Yields slices of a text, each with the character that ends it; a text without such a character is one slice."""
     at = 0
     while at < len(text):
         end = ends.search(text, at + SLICE) if len(text) - at > SLICE else None
@@ -20,7 +20,7 @@ def slices(text: str, ends: re.Pattern[str] = SPACE) -> Iterator[str]:
 
 
 def split(text: str, mark: str = "\n") -> Iterator[str]:
-    """Yields what `text.split(mark)` lists, without the list."""
+    """Yields the items of `text.split(mark)`, without making the list."""
     at = 0
     while (end := text.find(mark, at)) >= 0:
         yield text[at:end]

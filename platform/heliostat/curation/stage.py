@@ -1,10 +1,10 @@
-"""Defines a curation stage: what happens to one document, as a schema of YAML keys and a function over a batch of documents.
+"""Defines a curation stage, which processes one document: a schema of YAML keys and a function on a batch of documents.
 
-A stage sees documents alone, never each other (what compares documents is the engine's: deduplication), so that its result does
-not depend on the batch, the worker or the order. One stage is one file in `heliostat.curation.stages`, whose name is the stage's
+A stage processes each document alone (the engine compares documents, for deduplication), so its result doesn't depend on the
+batch, the worker, or the order. One stage is one file in `heliostat.curation.stages`, whose name is the stage's
 (`gopher_quality.py`: `{stage: gopher_quality}`). It subclasses `Stage`, once: its fields are the keys that a pipeline file may
-give, with the paper's values as defaults, and `open` returns the function that does the work, called once in each worker, where
-models and lists are loaded.
+give, with the paper's values as defaults, and `open` returns the function that does the work, called once in each worker,
+where models and lists are loaded.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Holds an image: as its source has it, and, once `hash` is there, in the form that it is stored in.
+    """Holds an image: from its source or, once `hash` is set, in its stored form.
 
-    `hash` is the SHA-256 of the decoded pixels, `looks` the perceptual hash, `size` the width and height of the stored form.
+    `hash`: SHA-256 of the decoded pixels; `looks`: the perceptual hash; `size`: width and height of the stored form.
     """
 
     data: bytes
@@ -43,10 +43,10 @@ class Picture:
 
 @dataclass(slots=True)
 class Document:
-    """Holds a document on its way: `text` is bytes as they were read until a stage makes text of them.
+    """Holds a document in curation. `text` is the bytes read, until a stage extracts text from them.
 
-    `id` is where it was read (`path#record`); `columns` (`url`, `date`, `source`, `license`, ...) go with it to the shard. Of
-    an image with a caption, `text` is the caption.
+    `id`: the place where it was read (`path#record`). `columns` (`url`, `date`, `source`, `license`, ...) accompany it to the
+    shard. For an image with a caption, `text` is the caption.
     """
 
     id: str
@@ -57,10 +57,10 @@ class Document:
 
 @dataclass(slots=True)
 class Outcome:
-    """Holds what a stage made of one document: None, with one of the stage's reasons, where it is dropped.
+    """Holds a stage's result for one document: None, with one of the stage's reasons, if it is dropped.
 
-    `measures` are the numbers that the decision was made by, whether it was kept or dropped: the funnel draws them next to the
-    thresholds. `counts` are things done to a document that stays: lines removed, addresses masked.
+    `measures`: the numbers behind the decision, for kept and dropped documents; the funnel draws them next to the thresholds.
+    `counts`: changes to a kept document, such as lines removed or addresses masked.
     """
 
     document: Document | None
@@ -72,7 +72,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Tells that a document, or a file, is left out, and why."""
+    """Reports that a document, or a file, is dropped, and why."""
 
     id: str
     reason: str
@@ -85,14 +85,14 @@ Judge = Callable[[str], tuple[str, dict[str, float]]]
 
 
 def text_of(document: Document) -> str:
-    """Returns a document's text; ConfigError if it is bytes still."""
+    """Returns a document's text; ConfigError if it is still bytes."""
     if isinstance(document.text, bytes):
-        raise ConfigError(f"stages: {document.id} is bytes, not text; put `extract` or `pdf` before stages that look at text")
+        raise ConfigError(f"stages: {document.id} is bytes, not text. Put `extract` or `pdf` before the stages that read text")
     return document.text
 
 
 def by_text(judge: Judge) -> Work:
-    """Builds a stage's function of a judge: a document is kept untouched, or dropped."""
+    """Builds a stage's function from a judge: a document is kept unchanged, or dropped."""
 
     def work(documents: list[Document]) -> list[Outcome]:
         judged = [judge(text_of(document)) for document in documents]
@@ -108,7 +108,7 @@ def first_failed(*rules: tuple[bool, str]) -> str:
 
 @runtime_checkable
 class Decides(Protocol):
-    """Describes a stage that decides on one document, without anything to load."""
+    """Describes a stage that decides on one document, without loading anything."""
 
     def decide(self, document: Document) -> Outcome:
         """Decides on one document."""
@@ -158,32 +158,32 @@ class Stage(Strict):
 
     @classmethod
     def named(cls) -> str:
-        """Returns the name that a pipeline file gives it: its file's."""
+        """Returns its name in a pipeline file: its file's name."""
         return cls.__module__.rpartition(".")[2]
 
     def identity(self) -> dict[str, object]:
-        """Returns all that its result follows from: name, version, keys, and digests of the files that keys name."""
+        """Returns everything that its result depends on: name, version, keys, and digests of the files in its keys."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         entry = {key: value for key, value in self.entry().items() if key not in usual}
         return {"version": self.version, **entry, **self.digests()}
 
     def digests(self) -> dict[str, object]:
-        """Returns what its identity has for the keys of `paths`: a digest for each file. Stages with a folder override it."""
+        """Returns the identity's part for the keys of `paths`: a digest for each file. Stages with a folder override it."""
         return {key: files.mapped(getattr(self, key), partial(_digest, key)) for key in self.paths}
 
     def named_paths(self) -> Iterator[tuple[str, str]]:
-        """Yields each key that names files, and a path that it holds: one, a list of them, or a mapping of names to them."""
+        """Yields each key that names files, and a path in it: one, a list of them, or a mapping of names to them."""
         for key in self.paths:
             value = getattr(self, key)
             paths = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
             yield from ((key, path) for path in paths)
 
     def located(self, places: Mapping[str, str]) -> Self:
-        """Returns the stage with the places of this node for the paths that it names."""
+        """Returns the stage with this node's locations of its paths."""
         return self.model_copy(update={key: files.mapped(getattr(self, key), places.__getitem__) for key in self.paths})
 
     def follows(self) -> dict[str, object]:
-        """Returns what its tasks follow from: its identity, and the versions of the libraries that it uses."""
+        """Returns everything that its tasks depend on: its identity, and its libraries' versions."""
         return {**self.identity(), "libraries": self.library_versions()}
 
     @classmethod
@@ -196,21 +196,21 @@ class Stage(Strict):
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
     def made(self) -> set[str]:
-        """Returns the names of the columns that it gives to documents."""
+        """Returns the names of the columns that it adds to documents."""
         keys = {"column", "bucket_column", "original"} - {*self.compares}
         return {*self.makes, *(name for key in keys if (name := getattr(self, key, None)))}
 
     def stored(self) -> tuple[str, ...]:
-        """Returns the names of columns that it makes, and that shards of images keep."""
+        """Returns the names of its columns that shards of images keep."""
         return ()
 
     def check(self) -> None:
-        """Checks what can be checked before anything starts, such as files that a key names; ConfigError if not."""
+        """Checks everything that can be checked before the start, such as the files in its keys; ConfigError if not."""
         if self.needs:
             extras.require(*self.needs, what=f"stage {self.named()}")
 
     def failed(self, measures: Mapping[str, float]) -> str:
-        """Returns the reason of the first of `limits` that the measures do not meet; "" if there is none."""
+        """Returns the reason of the first of `limits` that the measures violate; "" if there is none."""
         for reason, (measure, name, _) in self.limits.items():
             limit, value = getattr(self, name), measures.get(measure)
             if limit is None or value is None:
@@ -226,19 +226,19 @@ class Stage(Strict):
         counts: dict[str, int] | None = None,
         columns: Mapping[str, object] = MappingProxyType({}),
     ) -> Outcome:
-        """Drops a document whose measures do not meet the limits, or keeps it with further columns."""
+        """Drops a document whose measures violate the limits, or keeps it with further columns."""
         reason = self.failed(measures)
         if not reason:
             document.columns |= columns
         return Outcome(None if reason else document, reason, measures=measures, counts=counts or {})
 
     def open(self) -> Work:
-        """Loads what the stage needs and returns its function: as many outcomes as documents, in their order."""
+        """Loads the stage's models and lists, and returns its function: from documents to as many outcomes, in order."""
         decide = self.loaded()
         return lambda documents: [decide(document) for document in documents]
 
     def loaded(self) -> Callable[[Document], Outcome]:
-        """Loads what the stage needs and returns its function of one document; `open` is for those that take several at once."""
+        """Loads the stage's models and lists, and returns its function of one document; `open` is for batches."""
         Stage.check(self)  # on this node: `decide` may take a module that is missing for bad data
         if not isinstance(self, Decides):
             raise ConfigError(
@@ -252,11 +252,11 @@ def _digest(key: str, path: str) -> str:
 
 
 class GlobalStage(Stage):
-    """Defines a stage that compares documents, in tasks of its own between the others': it has no function over a batch."""
+    """Defines a stage that compares documents, in its own tasks between the other stages': it has no function on a batch."""
 
     @abstractmethod
     def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `curated`, and returns the runs without those that were decided against.
+        """Compares the documents of the runs in `curated`, and returns the runs without the dropped ones.
 
-        It is stage `number`; what it leaves out, and its tally, it adds to `curated`.
+        `number`: of the stage. It adds its dropped documents and its tally to `curated`.
         """

@@ -6,9 +6,9 @@ import json
 import time
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny
+from pydantic import BeforeValidator, ByteSize, Field, PrivateAttr, SerializeAsAny, model_validator
 
 from heliostat.curation import reasons, registry
 from heliostat.curation.making import Making
@@ -33,19 +33,38 @@ class StagedPipeline(Pipeline):
     _watch: PipelineWatch | None = PrivateAttr(default=None)
 
     ray_data = False
+    moved: ClassVar[dict[str, str]] = {}
+    """Keys of earlier versions that are keys of `columns` now, by their old names."""
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
-    """What documents, or images with captions, go through between reading and shards, in this order: `{stage: NAME, KEY:
-    VALUE}`. See docs/prepare.md#stages"""
+    """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
+    See docs/data/stages.md"""
     memory_limit: ByteSize = Field(ByteSize(2 << 30), ge=LEAST_MEMORY)
-    """Bytes of memory that a task may take in addition to what its process has at the start, and that Ray reserves for it:
-    so many tasks run on a node at once as have room there, and a line in the log says so where that is fewer than CPUs. A Parquet
-    file with large row groups takes more (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
+    """Bytes of memory that a task may use in addition to its process at the start. Ray reserves them, so a node runs as many
+    tasks as fit; a log line says so if that is fewer than its CPUs. A Parquet file with large row groups needs more
+    (docs/benchmarks/curation.md), and so may a document of more than a fortieth of it."""
     work: str | None = None
-    """The folder or `s3://` prefix of unfinished work, from which a run that was ended continues. Unset: next to the output,
-    as its name with `.work`. See docs/prepare.md#work"""
+    """Folder or `s3://` prefix for unfinished work, from which an interrupted run resumes. Unset: next to the output, with
+    `.work` after its name. See docs/data/work.md"""
     keep_work: bool = False
-    """Keeps the work when the dataset is published, so that the next one does again only what is new."""
+    """Keeps the work after publishing, so that the next run only processes new input."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_columns(cls, value: object) -> object:
+        """Takes a list of `columns` for `columns.others`, and the keys in `moved` for those that they are now."""
+        columns = value.get("columns") if isinstance(value, dict) else None
+        old = cls.moved.keys() & value.keys() if isinstance(value, dict) else ()
+        if not isinstance(value, dict) or not (old or isinstance(columns, list)) or "columns" not in cls.model_fields:
+            return value
+        if columns is not None and not isinstance(columns, list | dict):
+            return value  # for the schema to report
+        now = {"others": columns} if isinstance(columns, list) else dict(columns or {})
+        for key in sorted(old):
+            if cls.moved[key] in now:
+                raise ValueError(f"{key} is the old name of columns.{cls.moved[key]}, and both are given. Remove {key}")
+            now[cls.moved[key]] = value[key]
+        return {key: part for key, part in value.items() if key not in old} | {"columns": now}
 
     @property
     def worked(self) -> Work:
@@ -53,27 +72,28 @@ class StagedPipeline(Pipeline):
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None) -> Flow:
-        """Makes what runs the tasks, and shows how far they are; in another place than the pipeline's own, if one is given."""
+        """Makes the flow that runs the tasks and shows their progress; in another place than the pipeline's, if given."""
         return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
 
     def check_places(self, input: str, here: str | None) -> None:
-        """Checks that the input (its path `here`, if it has one), the output and the work lie apart; ConfigError if not."""
+        """Checks that the input (its path `here`, if it has one), the output, and the work don't overlap; ConfigError if they
+        do."""
         output_path = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, output_path):
-            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} lie in one another; move the work away")
+            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Move the work elsewhere")
         if here is None:
             return
         if _overlap(here, output_path):
-            raise ConfigError(f"output: {self.output!r} and the input {input!r} lie in one another; move the output away")
+            raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Move the output elsewhere")
         if _overlap(here, self.worked.location.path):
-            raise ConfigError(f"work: {self.worked.location} and the input {input!r} lie in one another; name another folder")
+            raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Name another folder")
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
-        """Checks that documents can have the columns that stages compare: where none has it, all would be equal; ConfigError if
-        not. `known` columns come with the documents, and `key` is the pipeline's that names more of them, if there is one."""
+        """Checks that documents can have the columns that stages compare, because without it all would be equal; ConfigError
+        if not. `known`: columns that come with the documents; `key`: the pipeline key that names more, if there is one."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
@@ -82,7 +102,7 @@ class StagedPipeline(Pipeline):
                 if (name := getattr(stage, field)) and name not in available:
                     hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""
                     fix = f"{hint}{'' if hint.endswith('?') else '.'} Correct it{also}"
-                    problem = f"{name!r} is none of the documents' columns"
+                    problem = f"{name!r} isn't a column of the documents"
                     raise ConfigError(f"stages.{number}: {stage.named()}: {field}: {problem}{fix}")
             available |= stage.made()
 
@@ -94,11 +114,11 @@ class StagedPipeline(Pipeline):
 
     @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
-        """Returns what makes the dataset, or that of a sample."""
+        """Returns the making of the dataset, or of a sample's."""
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
-        raise ConfigError(f"--sample: {type(self).__name__} has no dry run; those of text and of images have one")
+        raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
 
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         making = self.making(self.flow(), output)
@@ -112,11 +132,11 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns what is kept next to a dataset with stages and no digest covers, by its name."""
+        """Returns the files next to a dataset with stages that no digest covers, by name."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:
-        """Writes what no digest covers, and removes the work."""
+        """Writes the files that no digest covers, and removes the work."""
         for name, facts in self.uncovered().items() if self.stages else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:
@@ -126,5 +146,5 @@ class StagedPipeline(Pipeline):
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Tells whether one of two folders lies in the other."""
+    """Checks whether one of two folders contains the other."""
     return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")

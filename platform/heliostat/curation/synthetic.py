@@ -1,4 +1,4 @@
-"""Reads which model wrote an input, where that is the answers of a batch inference: the lineage of synthetic data."""
+"""Reads which model wrote an input that is the answers of a batch inference: the lineage of synthetic data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 
-FOLDER, RECORD = "answers", "inference.json"  # as `heliostat infer` writes them, side by side
+FOLDER, RECORD = "answers", "inference.json"  # as `heliostat model infer` writes them, side by side
 
 
 @open_
@@ -39,13 +39,13 @@ class InferenceFacts(TypedDict):
     answers_in: list[File]
 
 
-TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="give the `heliostat infer` again")
+TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run `heliostat model infer` again")
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
-    """Returns what `inference.json` says of the model, the settings and the inputs of files; None if they are no such answers.
+    """Returns the model, the settings, and the inputs of files from `inference.json`; None if they aren't such answers.
 
-    A warning tells of a record that cannot be read or does not list the files: then nothing is known of them.
+    Warns of a record that can't be read or doesn't list the files, which then have no lineage.
     """
     folder = root if root.name == FOLDER else _above(root)
     if folder.name != FOLDER:
@@ -56,11 +56,11 @@ def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     except DataError as e:
-        log.warning("the dataset does not say which model wrote it: %s", e)
+        log.warning("the dataset doesn't record which model wrote it: %s", e)
         return None
     listed = {PurePosixPath(one["file"]).name for one in facts["answers_in"]}
     if others := {PurePosixPath(file.path or root.name).name for file in files} - listed:
-        log.warning("the dataset does not say which model wrote it: %s does not list %s", record, min(others))
+        log.warning("the dataset doesn't record which model wrote it: %s doesn't list %s", record, min(others))
         return None
     return {name: value for name, value in facts.items() if name in InferenceFacts.__annotations__ and name != "answers_in"}
 

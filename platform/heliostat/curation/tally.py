@@ -1,9 +1,10 @@
-"""Counts what stages do to documents: the funnel, histograms of measures, and examples of what was dropped and only just kept.
+"""Counts the actions of stages on documents: the funnel, histograms of measures, and examples of dropped and barely kept
+documents.
 
-A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`), so that tallies of tasks are summed
-in any order to the same result. Histograms have a bin for every value of two significant digits. Examples are the twenty
-documents of a rule whose ids have the lowest hashes, so that they are a random sample which every run chooses again. Seconds are
-the only values that another run does not find again.
+A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`), so that tallies of tasks are
+summed in any order to the same result. Histograms have a bin for every value of two significant digits. Examples are the
+twenty documents of a rule whose ids have the lowest hashes, so they are a random sample that every run reproduces. Only the
+seconds differ between runs.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ def label(number: int, stage: Stage) -> str:
 
 
 def entry(tally: Tally, name: str) -> dict[str, Any]:
-    """Returns a stage's part of the tally, which is there afterwards."""
+    """Returns a stage's part of the tally, and creates it if needed."""
     empty = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
              "histograms": {}, "examples": {}}  # fmt: skip
     return tally.setdefault(name, empty)
 
 
 def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outcome, sizes: tuple[int, int]) -> None:
-    """Counts what a stage made of a document, of `sizes` bytes before and after."""
+    """Counts a stage's result for a document, of `sizes` bytes before and after."""
     counts, kept = entry(tally, name), outcome.document is not None
     counts["documents"] += 1
     counts["bytes"] += sizes[0]
@@ -73,7 +74,7 @@ def rounded(value: float) -> float:
 
 
 def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
-    """Takes a document as an example of a rule if its hash is among the lowest."""
+    """Records a document as an example of a rule if its hash is among the lowest."""
     kept_examples, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
     if len(kept_examples) < EXAMPLES or place < kept_examples[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
@@ -84,7 +85,7 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """Sums tallies, of which it holds one at a time."""
+    """Sums tallies, with one in memory at a time."""
     total: Tally = {}
     for tally in tallies:
         add(total, tally)

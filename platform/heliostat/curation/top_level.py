@@ -1,6 +1,7 @@
-"""Lists the top-level domains that IANA has delegated in Latin letters, so that `x@self.weight` in code is no e-mail address.
+"""Lists the top-level domains that IANA has delegated in Latin letters, so that `x@self.weight` in code isn't an e-mail
+address.
 
-Two are left out: `arpa` has no mailboxes, and `data` is an attribute in code far more often than a domain.
+It leaves out two: `arpa` has no mailboxes, and `data` is an attribute in code far more often than a domain.
 """
 
 _LISTED = """

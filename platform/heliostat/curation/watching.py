@@ -1,4 +1,4 @@
-"""Shows a person how far a pipeline is: a live line on a terminal, log lines now and then where there is none."""
+"""Shows a pipeline's progress: a live line on a terminal, otherwise a log line from time to time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOG_S = 15.0  # between log lines
 
 
 class PipelineWatch:
-    """Shows what a pipeline is doing; nothing if `quiet`."""
+    """Shows a pipeline's current work; nothing if `quiet`."""
 
     def __init__(self, console: Console, doing: str, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.doing, self.quiet, self.clock, self.logged = printable(doing), quiet, clock, clock()

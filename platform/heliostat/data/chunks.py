@@ -98,11 +98,11 @@ class Chunks:
             table = location.attempt(get)
             values = _tokens(table["tokens"]) if length else table
         except FileNotFoundError as e:
-            raise DataError(f"{location}: the shard is missing; put it back, or prepare the dataset again") from e
+            raise DataError(f"{location}: the shard is missing. Restore it, or prepare the dataset again") from e
         except (pa.ArrowException, OSError, IndexError, KeyError, ValueError) as e:
-            raise DamagedError(f"{place}: cannot be read ({brief(e)})") from e
+            raise DamagedError(f"{place}: can't read it ({brief(e)})") from e
         if len(values) != (expected := self._sizes[source][chunk]):
-            raise DamagedError(f"{place}: has {len(values)} {'tokens' if length else 'rows'}, not {expected}")
+            raise DamagedError(f"{place}: expected {expected} {'tokens' if length else 'rows'}, found {len(values)}")
         return values[: len(values) // length * length].reshape(-1, length) if length else values
 
 

@@ -67,15 +67,15 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
         for name, digest in meta.get("digests", {}).items():
             if not as_recorded and (now := manifest.read(place.join(name)).digest) != digest:
                 raise ConfigError(
-                    f"data.sources: {source.path}: its part {name} is {now[:12]}, but {digest[:12]} is listed: a prepare is at "
-                    "work or broke off; run it again"
+                    f"data.sources: {source.path}: its part {name} has digest {now[:12]}, but the list names "
+                    f"{digest[:12]}: a prepare is running, or was interrupted. Run it again"
                 )
         total = sum(meta["parts"].values())
         expanded.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(meta["parts"].items())]))
     if all(parts == [(source.path, 1.0)] for source, parts in expanded):
         return job
     if job.data.sequence_length:
-        raise ConfigError("data.sources: a collection holds images; remove data.sequence_length")
+        raise ConfigError("data.sources: a collection holds images. Remove data.sequence_length")
 
     def shares(weights: list[float]) -> list[float]:
         return [_round(w * share) for w, (_, parts) in zip(weights, expanded, strict=True) for _, share in parts]

@@ -74,9 +74,11 @@ class DataPlan:
             raw = {"version": 1, **raw}  # the first runs name none
             version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
             if isinstance(version, int) and version > NEWEST:  # before its keys, which may be other ones
-                raise DataError(f"{where}: is of version {version}, and this heliostat knows 1 to {NEWEST}; use a newer one")
+                raise DataError(
+                    f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer one"
+                )
             if others:
-                raise DataError(f"{where}: is a data plan of another version of heliostat ({printable(others[0])[:100]!r})")
+                raise DataError(f"{where}: written by another version of heliostat ({printable(others[0])[:100]!r})")
         return PLAN.build(raw, where)
 
     @staticmethod
@@ -101,8 +103,8 @@ class DataPlan:
                  "held_fraction": "evaluate.fraction"}  # fmt: skip
         mine, theirs = self.dump(), other.dump()
         lines = [f"{label}: {mine[key]} -> {theirs[key]}" for key, label in names.items() if mine[key] != theirs[key]]
-        shape = {"batch": "train.global_batch", "lanes": "data.lanes", "superstep": "steps per block", "window": "data.window",
-                 "unit": "data.one_source_batches, in samples"}  # fmt: skip
+        shape = {"batch": "train.global_batch_size", "lanes": "data.virtual_ranks", "superstep": "steps per block",
+                 "window": "data.shuffle_window", "unit": "data.one_source_batches, in samples"}  # fmt: skip
         return lines + [
             f"{label}: {mine['shape'][key]} -> {theirs['shape'][key]}"
             for key, label in shape.items()
@@ -114,13 +116,13 @@ def _fault(plan: DataPlan) -> str | None:
     shape, sources, steps = plan.shape, len(plan.uris), [step for step, _ in plan.mix]
     per_lane, rest = divmod(shape.batch, shape.lanes)
     if plan.version < 1:
-        return f"version: {plan.version}"
+        return f"version: {plan.version} isn't supported"
     if not sources or {len(plan.digests), len(plan.max_epochs), *(len(weights) for _, weights in plan.mix)} != {sources}:
-        return "uris, digests, max_epochs and weights are not one for each source"
+        return "uris, digests, max_epochs, and weights don't all have one entry per source"
     if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
-        return "mix: its steps do not ascend"
+        return "mix: its steps don't ascend"
     if any(min(weights) < 0 or not 0 < math.fsum(weights) < 1e18 for _, weights in plan.mix):
-        return "mix: weights must not be negative, and one must be above 0"
+        return "mix: weights must not be negative, and at least one must be above 0"
     if any(limit is not None and not 0 < limit < 1e12 for limit in plan.max_epochs):
         return "max_epochs: must be above 0"
     if rest or per_lane % shape.unit or shape.window % (shape.steps_per_block * per_lane):
@@ -138,25 +140,25 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     happened.
     """
     length = job.data.sequence_length
-    lanes = job.lanes if job.data.lanes or recorded is None else recorded.shape.lanes
+    lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
     if (
         recorded is not None
         and lanes == recorded.shape.lanes
-        and job.train.global_batch == recorded.shape.batch
-        and not job.data.window
+        and job.train.global_batch_size == recorded.shape.batch
+        and not job.data.shuffle_window
         and job.data.one_source_batches == (recorded.shape.unit > 1)
     ):
         shape = recorded.shape
     else:
         size = sample_bytes(length, manifests)
-        shape = choose_shape(job.train.global_batch, lanes, size, job.data.window, job.data.one_source_batches)
-    if job.data.one_source_batches and shape.per_lane % job.train.micro_batch:
+        shape = choose_shape(job.train.global_batch_size, lanes, size, job.data.shuffle_window, job.data.one_source_batches)
+    if job.data.one_source_batches and shape.per_lane % job.train.micro_batch_size:
         raise ConfigError(
-            f"train.micro_batch: {job.train.micro_batch} does not divide the {shape.per_lane} samples of a lane, which are "
-            f"of one source; use {shape.per_lane}, or other data.lanes"
+            f"train.micro_batch_size: {job.train.micro_batch_size} doesn't divide the {shape.per_lane} samples of a virtual "
+            f"rank, which come from one source. Use {shape.per_lane}, or change data.virtual_ranks"
         )
     if not job.worker_counts(lanes):
-        raise ConfigError(f"workers.count: {job.workers.count} does not divide the run's {lanes} lanes")
+        raise ConfigError(f"workers.count: {job.workers.count} doesn't divide the run's {lanes} virtual ranks")
     start = first_step if first_step is not None else recorded.first_step if recorded else 0
     changes = [(0, [s.weight for s in job.data.sources]), *((c.step, c.weights) for c in job.data.mix_schedule)]
     now = [weights for step, weights in changes if step <= start][-1]
@@ -237,7 +239,9 @@ class Dataset:
         samples = self.order.locate(positions)
         gathered = self.gather(samples)
         if gathered.faults and not replace:
-            raise DataError(f"{next(iter(gathered.faults.values()))}; data.on_bad_sample 'replace' would train on another one")
+            raise DataError(
+                f"{next(iter(gathered.faults.values()))}. With data.on_bad_sample 'replace', heliostat trains on another sample"
+            )
         bad: list[Bad] = []
         parts = [gathered.content] if len(gathered.content) else []  # then the replacements, one by one
         index, first = np.arange(len(samples)), len(gathered.content)
@@ -265,7 +269,7 @@ def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> 
     for j in (*same, *turn):
         if int(j) not in read.faults:
             return int(j)
-    raise DataError(f"{reason}; and no sample near it in the order is good either")
+    raise DataError(f"{reason}; the samples near it are bad too")
 
 
 @lru_cache(maxsize=2)

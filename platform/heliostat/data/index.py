@@ -1,4 +1,4 @@
-"""Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat index DATASET`.
+"""Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat data index DATASET`.
 
 Guarantees: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
 with the sizes that were recorded. The version before stays readable by its digest, and with it the sample order of the runs
@@ -56,7 +56,7 @@ def index(location: Location) -> IndexReport:
     unlisted = {p for p in sizes if p not in listed and p.count("/") == 1 and p.endswith(".parquet")}
     new = sorted(unlisted - _of_replaced(location)) if unlisted else []
     if len(new) < len(unlisted):
-        log.info("%s: %d shards of replaced versions are not taken", location, len(unlisted) - len(new))
+        log.info("%s: ignoring %d shards of replaced versions", location, len(unlisted) - len(new))
     after = _extend(before, new) if new else before
     return IndexReport(
         dataset=str(location),
@@ -82,7 +82,8 @@ def _check_listed(location: Location, listed: dict[str, int], sizes: dict[str, i
         if sizes.get(path) != expected:
             actual = f"{sizes[path]:,} bytes" if path in sizes else "missing"
             raise DataError(
-                f"{location.join(path)}: {actual}, but {expected:,} bytes are listed; put it back, and give new data new names"
+                f"{location.join(path)}: expected {expected:,} bytes, found {actual}. Restore the file, and give "
+                "new data new names"
             )
 
 
@@ -94,7 +95,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
         tables = list(pool.map(read, paths))
     for path, rows in zip(paths, tables, strict=True):
         if not rows:
-            raise DataError(f"{before.location.join(path)}: holds no row group; take it away")
+            raise DataError(f"{before.location.join(path)}: holds no row group. Remove it")
     # no data is read: `content` stays unknown
     added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in tables for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)

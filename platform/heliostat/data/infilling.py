@@ -104,7 +104,7 @@ def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
     """Returns the markers of these names; ConfigError if the tokenizer lacks one."""
     ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
     if len(ids) != 3:
-        raise ConfigError(f"{FACT}: {list(named)} are not three tokens of the tokenizer")
+        raise ConfigError(f"{FACT}: {list(named)} aren't three tokens of the tokenizer")
     return Markers(*ids)
 
 
@@ -119,5 +119,5 @@ def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     probe, *rest = [ids[len(before) :] for ids in encoded]
     apart = tokenizer.decode(probe).removeprefix(" ") == PROBE and all(ids[: len(before)] == before for ids in encoded)
     if anchor and not apart:
-        raise ConfigError(f"{FACT}: the tokenizer puts a space before each text, also before pieces of one; take another")
+        raise ConfigError(f"{FACT}: the tokenizer puts a space before each text, even within a document. Use another tokenizer")
     return rest

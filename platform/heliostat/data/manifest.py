@@ -8,8 +8,8 @@ list column; "rows": a row is a sample), `digest`, `files` (plain name -> this v
 files), and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder
 is refused.
 
-The digest is SHA-256 over the chunk table and the metadata, so it changes with any shard's bytes
-(`footer` hashes the Parquet footer: sizes, offsets, statistics and the content hash that the writer put there).
+The digest is SHA-256 over the chunk table and the metadata except `hub`: the same files from a folder give the same. It changes
+with any shard's bytes (`footer` hashes the Parquet footer: sizes, offsets, statistics, and the content hash of the writer).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from heliostat.storage.records import Format, Whole, open_
 from heliostat.text import brief
 
 FILE = "manifest.parquet"
-VERSIONS = "manifests"
-SHARDS = "shards"
+VERSIONS, SHARDS = "manifests", "shards"
 FILES = "files"  # what versions need next to their shards, each named after its content
 BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
+HUB = "hub"  # of the metadata: names of the Hub by the pipeline's keys; no digest covers it
 UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: what no digest covers
 SCHEMA = pa.schema(
     [
@@ -103,7 +103,7 @@ class Manifest:
     def fact(self, name: str) -> Any:
         """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
         if self.meta.get(name) is None:
-            raise DataError(f"{self.location}: its manifest does not say its {name!r}; prepare the dataset again")
+            raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
 
     @property
@@ -149,7 +149,7 @@ class Manifest:
 
 def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
     """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
-    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k != "digest"}, sort_keys=True).encode())
+    h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]
         if column.name in LATER:
@@ -189,7 +189,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
     except FileNotFoundError as e:
         raise DataError(f"{place}: the shard is missing") from e
     except (pa.ArrowException, OSError, ValueError) as e:
-        raise DataError(f"{place}: not a readable Parquet file ({brief(e)})") from e
+        raise DataError(f"{place}: isn't a readable Parquet file ({brief(e)})") from e
     if token_column:
         _check_tokens(place, parquet, [i for i, name in enumerate(names) if name == token_column], token_column, vocab_size)
     places = _places(parquet)
@@ -229,17 +229,17 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
         raise DataError(f"{place}: has no column {name!r}")
     leaf = parquet.schema.column(columns[0])
     if len(columns) > 1 or leaf.max_repetition_level != 1 or leaf.physical_type not in ("INT32", "INT64"):
-        raise DataError(f"{place}: column {name!r} is not a list of integers")
+        raise DataError(f"{place}: column {name!r} isn't a list of integers")
     for group in range(parquet.num_row_groups):
         bounds = parquet.row_group(group).column(columns[0]).statistics
         if bounds is None:
             continue
         if bounds.has_null_count and bounds.null_count:
-            raise DataError(f"{place}: row group {group} has {bounds.null_count} empty documents or null tokens; leave them out")
+            raise DataError(f"{place}: row group {group} has {bounds.null_count} empty documents or null tokens. Leave them out")
         if vocab_size and bounds.has_min_max and not 0 <= bounds.min <= bounds.max < vocab_size:
             raise DataError(
-                f"{place}: row group {group} has tokens from {bounds.min} to {bounds.max}, but the dataset's vocabulary is "
-                f"{vocab_size}; use its tokenizer.json"
+                f"{place}: row group {group} has tokens from {bounds.min} to {bounds.max}, but the dataset's "
+                f"vocabulary has {vocab_size}. Use its tokenizer.json"
             )
 
 
@@ -310,14 +310,14 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         newest = _read(location, FILE)
     except FileNotFoundError as e:
-        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing); make it with `heliostat prepare`") from e
+        raise MissingDataError(f"{location}: no dataset here ({FILE} is missing). Prepare it: heliostat data prepare") from e
     if digest is None or newest.digest == digest:
         return newest
-    changed = f"{location}: the dataset changed under the run (digest {newest.digest[:12]}, was {digest[:12]})"
+    changed = f"{location}: the dataset changed during the run (digest {newest.digest[:12]}, was {digest[:12]})"
     try:
         manifest = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
-        raise DataError(f"{changed}, and that version was not kept") from e
+        raise DataError(f"{changed}, and heliostat didn't keep that version") from e
     if manifest.digest != digest:
         raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {manifest.digest}, not {digest}")
     return manifest
@@ -363,13 +363,13 @@ def _read(location: Location, *parts: str) -> Manifest:
             raise ValueError("columns of other types, or values are missing")
         computed, outside = digest(chunks, meta), _outside(chunks, meta)
     except (pa.ArrowException, OSError, AttributeError, KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{place}: not a heliostat manifest, or damaged") from e
+        raise DataError(f"{place}: isn't a heliostat manifest, or is damaged") from e
     if computed != meta.get("digest"):
-        raise DataError(f"{place}: does not match its own digest; prepare the dataset again")
+        raise DataError(f"{place}: doesn't match its own digest. Prepare the dataset again")
     if outside is not None:
-        raise DataError(f"{place}: names {outside!r}, which is not a place inside the dataset; do not use it")
+        raise DataError(f"{place}: lists {outside!r}, a path outside the dataset. Don't use this dataset")
     if fault := _unsound(chunks, meta):
-        raise DataError(f"{place}: is no manifest of a dataset ({fault}); prepare the dataset again")
+        raise DataError(f"{place}: isn't a valid manifest ({fault}). Prepare the dataset again")
     return Manifest(location, chunks, meta)
 
 
@@ -396,5 +396,5 @@ def _unsound(chunks: pa.Table, meta: object) -> str:
     footers = pc.unique(chunks["footer"]).cast(pa.string())
     wrong = pc.invert(pc.match_substring_regex(footers, "^[0-9a-f]{16,128}$"))
     if pc.any(wrong).as_py():
-        return f"footer: {footers.filter(wrong)[0].as_py()[:100]!r} is no digest"
+        return f"footer: {footers.filter(wrong)[0].as_py()[:100]!r} isn't a digest"
     return ""

@@ -75,7 +75,7 @@ def proportions(weights: Sequence[float]) -> list[int]:
     counts = [int(s * scale) for s in shares]
     counts = [c // math.gcd(*counts) for c in counts]
     if sum(counts) > MAX_PERIOD:
-        raise ConfigError(f"data.sources: weights {list(weights)} have too many digits to be honoured exactly; round them")
+        raise ConfigError(f"data.sources: weights {list(weights)} have too many digits for exact mixing. Round them")
     return counts
 
 
@@ -221,11 +221,11 @@ def sections(
                 base, owed = base + mixture.counts(taken), mixture.owed(taken)
             if not steps and not any(w and stop for w, stop in zip(left, over, strict=True)):
                 raise DataError(
-                    f"data.sources: after step {step} version 1 of the data plan takes more of a source than max_epochs allows "
-                    "and cannot continue; train under another name, which plans the data again"
+                    f"data.sources: after step {step}, version 1 of the data plan exceeds a source's max_epochs "
+                    "and can't continue. Train under another name, which makes a new data plan"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
-    raise AssertionError("the last section is endless or runs out")
+    raise AssertionError("the last section is endless, or runs out of data")
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:

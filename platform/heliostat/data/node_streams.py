@@ -67,7 +67,11 @@ class NodeStreams:
         if len(grouped) == 1:
             self._streams.append(self._limits.split(self._task, len(nodes)))
             return self._streams[0]
-        log.info("%d streams read the data; a window is read %.2f times", len(grouped), reads(grouped, self._task.plan.shape))
+        log.info(
+            "%d streams read the data; each shuffle window is read %.2f times",
+            len(grouped),
+            reads(grouped, self._task.plan.shape),
+        )
         opening = []
         for ranks in grouped:
             here = NodeAffinitySchedulingStrategy(nodes[ranks[0]], soft=False)  # which fails at once where the node is gone

@@ -85,8 +85,7 @@ class Order:
         for i, split in enumerate(splits):
             if not split.trained:
                 raise ConfigError(
-                    f"data.sources.{i}: holds no training sample; shorten data.sequence_length, lower evaluate.fraction, or "
-                    "add data"
+                    f"data.sources.{i}: no training sample left. Lower data.sequence_length or evaluate.fraction, or add data"
                 )
         self.splits, self.shape, self.skips = splits, shape, skips or []
         first = mix[0][0]
@@ -96,7 +95,7 @@ class Order:
         caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
         self.sections, self.runs_out = sections(mix, caps, shape, carry=version > 1)
         if not self.sections:
-            raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch; raise it")
+            raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch_size. Raise it")
         counts = [0 if s.steps is None else s.steps // s.steps_per_block * shape.lanes for s in self.sections]
         self._blocks = np.concatenate([[0], np.cumsum(counts)[:-1]])  # number of each section's first block
         self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])
@@ -125,7 +124,7 @@ class Order:
         number = self._section(self._steps, step)
         section = self.sections[number]
         if section.steps is not None and step >= section.first_step + section.steps:
-            raise DataError(f"step {step + 1}: the data lasts for {self.runs_out} steps; raise max_epochs or lower train.steps")
+            raise DataError(f"step {step + 1}: the data lasts for {self.runs_out} steps. Raise max_epochs, or lower train.steps")
         skipped = (step - section.first_step) // section.steps_per_block
         begin, size = section.begin, section.steps_per_block * self.shape.batch
         return Round(

@@ -34,7 +34,7 @@ def read_footer(file: pa.NativeFile) -> Footer:
     tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
     length = int.from_bytes(tail[-8:-4], "little") + 8
     if length > size:  # a damaged length would make pyarrow reserve gigabytes
-        raise pa.ArrowInvalid(f"its footer claims {length:,} of the file's {size:,} bytes")
+        raise pa.ArrowInvalid(f"its footer claims {length:,} bytes, but the file has {size:,}")
     raw = tail[-length:] if length <= len(tail) else file.read_at(length, size - length)
     return Footer(size, hashlib.sha256(raw).hexdigest()[:32], pq.read_metadata(io.BytesIO(raw)))
 
@@ -73,13 +73,13 @@ def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str,
     """
     read = read_footer(file)
     if read.digest != footer:
-        raise ExchangedError("another shard lies there: its footer is not the one that the manifest lists")
+        raise ExchangedError("this is another shard: its footer differs from the manifest's")
     start, end = extent(read.parquet, group, column)
     if not 0 <= start < end <= read.size:
-        raise pa.ArrowInvalid(f"row group {group} is said to lie outside the file")
+        raise pa.ArrowInvalid(f"row group {group} is outside the file")
     raw = file.read_buffer(end - start) if file.seek(start) == start else b""
     if content and content_digest(raw) != content:
-        raise ExchangedError("its bytes are not those that the manifest lists")
+        raise ExchangedError("its bytes differ from those that the manifest lists")
     part = pa.PythonFile(_Part(raw, start, read.size), mode="r")
     reader = pq.ParquetFile(part, metadata=read.parquet, page_checksum_verification=True)
     return reader.read_row_group(group, columns=[column] if column else None)
@@ -103,7 +103,7 @@ class _Part:
     def read(self, size: int = -1) -> pa.Buffer:
         begin = self.at - self.start
         if begin < 0:
-            raise pa.ArrowInvalid("its footer names places outside the row group")
+            raise pa.ArrowInvalid("its footer refers to bytes outside the row group")
         content = self.raw.slice(begin, len(self.raw) - begin if size < 0 else min(size, max(0, len(self.raw) - begin)))
         self.at += len(content)
         return content

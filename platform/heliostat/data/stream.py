@@ -265,7 +265,7 @@ class LaneStream:
     def _receive(self, expected: int) -> tuple[np.ndarray, Content, dict[int, Bad]]:
         table = next(self.blocks)
         number = table["block"][0].as_py()
-        assert number == expected, f"the stream brought block {number} where {expected} was due"
+        assert number == expected, f"the stream delivered block {number}, expected block {expected}"
         digests = np.frombuffer(table["digests"][0].as_buffer(), dtype="<u8")
         content = unpack(table["content"][0].as_buffer(), len(digests), bool(self.plan.sequence_length))
         first = int(self.order.block(number)[0])

@@ -70,12 +70,12 @@ def read_record(location: Location) -> dict[str, Any]:
         record = json.loads(location.join(RECORD).read())
         if isinstance(record, dict):
             return record | {"replaced": _times(record.get("replaced"))}
-        log.warning("%s: damaged; it is written again", location.join(RECORD))
+        log.warning("%s: damaged, so heliostat writes it again", location.join(RECORD))
         return {}
     except FileNotFoundError:
         pass
     except ValueError:
-        log.warning("%s: damaged; it is written again", location.join(RECORD))
+        log.warning("%s: damaged, so heliostat writes it again", location.join(RECORD))
         return {}
     files = location.attempt(lambda: location.fs.get_file_info(pafs.FileSelector(location.path, allow_not_found=True)))
     if not files:
@@ -85,8 +85,8 @@ def read_record(location: Location) -> dict[str, Any]:
     except DataError as e:
         first = min(i.base_name for i in files)
         raise ConfigError(
-            f"output: {location}: is not empty and holds no dataset of ours ({RECORD} is missing; there is {first!r}); "
-            "give another folder, or empty this one yourself"
+            f"output: {location}: not empty, and not a heliostat dataset ({RECORD} is missing, {first!r} is "
+            "there). Name another folder, or empty this one"
         ) from e
     return {}
 
@@ -105,10 +105,10 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
-            log.warning("%s: a prepare on %r did not finish, or is still at work: two at once would disturb each other",
+            log.warning("%s: a prepare on %r didn't finish, or is still running. Two at once would damage each other's files",
                         location, host)  # fmt: skip
         elif pid != os.getpid() and _alive(pid, other.get("started")):
-            raise ConfigError(f"output: {location}: process {pid} is preparing it; wait for it, or stop it first")
+            raise ConfigError(f"output: {location}: process {pid} is preparing it. Wait for it, or stop it first")
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     record = {**record, "building": mine}
     write_record(location, record)
@@ -175,7 +175,7 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
         versions = all_versions(location)
         newest = manifest.read(location)
     except DataError as e:
-        log.warning("%s; nothing of the versions before is removed", e)
+        log.warning("%s. heliostat removes no files of the earlier versions", e)
         return NOTHING
     ages = {name: now - when for name, when in record.get("replaced", {}).items() if name in versions}
     gone = {name for name, age in ages.items() if age >= keep_s and name != manifest.version_name(newest.digest)}
@@ -185,7 +185,7 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
     orphans = {p for p, i in ours.items() if p not in needed and now - (i.mtime_ns or 0) / 1e9 >= ORPHAN_S} - wanted
     doomed = sorted(wanted | orphans)
     if doomed:
-        log.info("%s: removing %d files of %d replaced versions and of runs that broke off", location, len(doomed), len(gone))
+        log.info("%s: removing %d files of %d replaced versions and of interrupted runs", location, len(doomed), len(gone))
     removed = remove_all(location, doomed)
     for name in sorted(gone):  # last: what breaks off is done again
         remove(location, f"{manifest.VERSIONS}/{name}")

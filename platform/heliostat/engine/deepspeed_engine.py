@@ -79,8 +79,8 @@ def _require_dimensions(model: torch.nn.Module) -> None:
     """Raises ConfigError for a parameter that is one number: DeepSpeed sends it to no other worker."""
     if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
         raise ConfigError(
-            f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed sends no such one to workers; "
-            f"give it the shape [1], or make it a buffer if it is not trained ({GUIDE})"
+            f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed can't send it to "
+            f"workers. Give it the shape [1], or make it a buffer if it isn't trained ({GUIDE})"
         )
 
 
@@ -124,9 +124,9 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    config, within = engine_config(job), job.train.zero.divide_within
+    config, within = engine_config(job), job.train.zero.shard_group_size
     group = StateGroup(within) if within and within < dist.get_world_size() else None
-    if job.train.zero.copy_within:
+    if job.train.zero.hpz_partition_size:
         patches.share_second_copies()
     model = build_model(job, recipe, config, group)
     if job.train.zero.quantize_weights:
@@ -141,8 +141,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     for block in building.sparse_blocks(model):
         if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
             raise ConfigError(
-                f"train.zero.stage: {train.zero.stage} reduces no gradients of experts that are modules of their own, of which "
-                "workers use different ones; use 3"
+                f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of separate expert modules, "
+                "of which workers use different ones. Set it to 3"
             )
         set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
     for block in building.gathered_whole(model):
@@ -189,8 +189,9 @@ def _require_eighths(model: torch.nn.Module) -> None:
         numel = division.numel(p)
         if numel % (8 * workers):
             raise ConfigError(
-                f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers cannot divide into equal "
-                "parts of a multiple of 8; use another number of workers, or set it to false"
+                f"train.zero.quantize_weights: {name} has {numel:,} elements, which {workers} workers can't "
+                "divide into equal parts that are multiples of 8. Use another number of workers, or set it to "
+                "false"
             )
 
 

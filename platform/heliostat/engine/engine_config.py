@@ -29,12 +29,12 @@ def engine_config(job: Job) -> dict[str, Any]:
     if offload.param:
         where = {"nvme_path": offload.nvme_path} if offload.nvme_path else {}
         zero["offload_param"] = {"device": offload.param, "pin_memory": bool(job.workers.gpus), **where}
-    if train.zero.copy_within:
-        zero["zero_hpz_partition_size"] = train.zero.copy_within
+    if train.zero.hpz_partition_size:
+        zero["zero_hpz_partition_size"] = train.zero.hpz_partition_size
     if train.zero.quantize_weights:
         zero["zero_quantized_weights"] = True
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": job.accumulation,
         "zero_optimization": zero,
         # at stage 0 the loop clips, because DeepSpeed would not tell the norm
@@ -49,7 +49,7 @@ def engine_config(job: Job) -> dict[str, Any]:
         config[train.precision] = {"enabled": True}
         if train.precision == "bf16":  # every step would wait for the device; the loop judges the norm, a step later
             config["bf16"]["check_grad_overflow"] = False
-        if spec.settle(job, None).train.accumulate == "fp32" and job.accumulation > 1:
+        if spec.settle(job, None).train.grad_accum_dtype == "fp32" and job.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merge(config, train.deepspeed)
 

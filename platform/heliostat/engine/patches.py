@@ -161,7 +161,7 @@ def _nothing(*_: object, **__: object) -> None:
 
 @_patch
 def share_second_copies() -> None:
-    """Makes all parts of a model keep their second copies (`train.zero.copy_within`) in one process group.
+    """Makes all parts of a model keep their second copies (`train.zero.hpz_partition_size`) in one process group.
 
     DeepSpeed 0.19.8; https://github.com/deepspeedai/DeepSpeed/issues/4901. Without it the second part of a model that is built
     partitioned fails: DeepSpeed refuses to make the group twice.

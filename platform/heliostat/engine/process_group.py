@@ -102,7 +102,7 @@ def ordered() -> bool:
 def check() -> None:
     """Raises PeerLostError once the workers were ordered to abort: what this worker has computed meanwhile may be wrong."""
     if ordered():
-        raise PeerLostError("this worker was ordered to abort, because another worker has failed")
+        raise PeerLostError("this worker aborted because another worker failed")
 
 
 def obey(abort: threading.Event) -> None:

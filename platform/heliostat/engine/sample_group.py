@@ -68,7 +68,9 @@ class SampleGroup:
                 recipe.exchange(model, self.group)
 
 
-def exchange_heads(attention: Core, group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int) -> Core:
+def exchange_heads(
+    attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
+) -> Core:
     """Makes an attention of all tokens for some heads out of one of some tokens for all heads, by DeepSpeed's Ulysses; `sizes` as
     `sequence_attention.sizes` returns them."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
@@ -76,7 +78,7 @@ def exchange_heads(attention: Core, group: dist.ProcessGroup, micro_batch: int, 
     heads, shared, width = sizes
     return UlyssesSPAttentionHF(
         attn=attention,
-        batch_size=micro_batch,
+        batch_size=micro_batch_size,
         attn_head_count=heads,
         attn_head_size=width,
         kv_head_count=shared,

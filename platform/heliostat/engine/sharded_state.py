@@ -162,7 +162,7 @@ class ShardedState(ABC):
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
                 if (part := self.weights(p)) is None:
-                    raise ConfigError(f"train.zero.offload.param: nvme cannot hold {name!r}, which is not trained; use cpu")
+                    raise ConfigError(f"train.zero.offload.param: nvme doesn't support {name!r}, which isn't trained. Use cpu")
                 shard = division.placed(p, *part)
                 out[f"{FROZEN}.{name}"] = shard if whole else self._part(p, shard, self.weight_replicas)
         return out

@@ -1,4 +1,4 @@
-"""Divides training state within groups of workers (`train.zero.divide_within`), each of which has all of it, at ZeRO stage 3.
+"""Divides training state within groups of workers (`train.zero.shard_group_size`), each of which has all of it, at ZeRO stage 3.
 
 Ranks [0, n) are the first group, [n, 2n) the second, ... To DeepSpeed a group is all workers there are: it gathers and reduces
 within, after every micro-batch. Before the optimizer's step the workers of all groups that have the same part average its

@@ -66,16 +66,14 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
     """Notes on each parameter which part of it this worker has, and its whole shape; TrainingError for unequal parts."""
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
         raise TrainingError(
-            f"train.parallel.tensor: DeepSpeed has groups of {dist.get_world_size(group)} workers in this process already"
+            f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers"
         )
     rank = dist.get_rank(group)
     for parameter in model.parameters():
         if not (cut := patches.matrix_part(parameter)):
             continue
         if len(set(cut.sizes)) > 1:
-            raise TrainingError(
-                f"train.parallel.tensor: DeepSpeed has divided a matrix of {cut.shape} unevenly: {list(cut.sizes)}"
-            )
+            raise TrainingError(f"train.parallel.tensor: DeepSpeed sharded a matrix of {cut.shape} unevenly: {list(cut.sizes)}")
         division.note(parameter, cut.shape, Division(rank, parts, group, cut.shape[1] if cut.by == 1 else 0))
 
 
@@ -91,7 +89,7 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
     divided = {(name, "row" if how.width else "column") for name, how in cut.items() if how.parts > 1}
     if wanted != divided:
         some = ", ".join(f"{name} ({kind})" for name, kind in sorted(wanted ^ divided)[:3])
-        raise TrainingError(f"train.parallel.tensor: DeepSpeed has divided other matrices than the recipe names: {some}")
+        raise TrainingError(f"train.parallel.tensor: DeepSpeed sharded other matrices than the recipe names: {some}")
 
 
 def clipped_norm(engine: DeepSpeedEngine, limit: float) -> torch.Tensor:

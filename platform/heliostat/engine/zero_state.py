@@ -103,7 +103,7 @@ class ZeroState(ShardedState):
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
         scaler = self._scaler()
         if scaler and not values:
-            return f"the checkpoint holds no fp16 loss scale: it starts again at {scaler.cur_scale:g}, and steps may be skipped"
+            return f"the checkpoint has no fp16 loss scale, so it starts again at {scaler.cur_scale:g}, and steps may be skipped"
         for key, value in (values or {}).items() if scaler else ():
             setattr(scaler, key, value)
         return None
@@ -232,7 +232,7 @@ class Divided(ZeroState):
             zero._reassign_or_swap_out_partitioned_parameters(group)
         parameter: Any
         for parameter in self.module.parameters():
-            parameter.ds_secondary_tensor = None  # as these do (`train.zero.copy_within`)
+            parameter.ds_secondary_tensor = None  # as these do (`train.zero.hpz_partition_size`)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         stream_patches.gathers_wait(zero)

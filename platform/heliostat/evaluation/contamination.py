@@ -43,7 +43,7 @@ def of_model(folder: Path) -> Training:
     """Opens the datasets that an exported model was trained on, without what was held out; ConfigError if it does not say."""
     export = exported.read(folder)
     if export.job is None:
-        raise ConfigError(f"{folder} does not say what it was trained on; name it under contamination.data")
+        raise ConfigError(f"{folder}: doesn't record its training data. Name it in contamination.data")
     data, evaluated = export.job["data"], export.job.get("evaluate")
     held_out = evaluated.get("fraction", 0.01) if evaluated else 0.0
     version = {"version": export.data_version} if export.data_version else {}

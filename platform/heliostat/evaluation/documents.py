@@ -19,7 +19,7 @@ def open_text(place: Location) -> Manifest:
     """Opens a prepared dataset; ConfigError if it holds no text."""
     dataset = manifest.read(place)
     if dataset.kind != "tokens":
-        raise ConfigError(f"{place}: holds {dataset.kind!r}, not text, so no text of it can be compared or asked about")
+        raise ConfigError(f"{place}: holds {dataset.kind!r}. Only text datasets can be compared or searched")
     return dataset
 
 

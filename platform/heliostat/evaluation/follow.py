@@ -1,4 +1,4 @@
-"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat benchmark RUN SUITE --follow`.
+"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat model benchmark RUN SUITE --follow`.
 
 Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
 may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 POLL_S = 2.0
 RETRY_S = 30.0
-REMOVED = "retention has removed its checkpoint before it was scored"
+REMOVED = "retention removed its checkpoint before it was scored"
 
 
 @open_
@@ -50,7 +50,7 @@ class KeptResult(TypedDict):
     recorded: dict[str, Any]
 
 
-KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="delete it, and its checkpoint is scored again")
+KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, and heliostat scores its checkpoint again")
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Followed:
         left = layout.steps(self.run)
         for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
             if step in left or step > max(left, default=0):
-                self.torn[step] = "its checkpoint is not complete, and its writer is gone"
+                self.torn[step] = "its checkpoint is incomplete, and its writer is gone"
             else:
                 self.removed[step] = REMOVED
 
@@ -108,7 +108,7 @@ class Followed:
             kept = dict(KEPT.read(place))
             if not same(kept["suite"], suite):
                 raise ConfigError(
-                    f"name: {suite.name!r} has scored step {step} of {self.run} with other settings; rename the suite"
+                    f"name: {suite.name!r} has scored step {step} of {self.run} with other settings. Rename the suite"
                 )
             self.results[step] = kept
 
@@ -153,12 +153,12 @@ class Followed:
         if step in layout.steps(self.run):
             return False
         self.removed[step] = REMOVED
-        log.warning("step %d: %s; keep more (checkpoint.keep), or score fewer examples", step, self.removed[step])
+        log.warning("step %d: %s. Keep more checkpoints (checkpoint.keep), or score fewer examples", step, self.removed[step])
         return True
 
     def _fail(self, step: int, error: Exception) -> None:
         self.failed[step] = brief(error)
-        log.error("step %d is not scored: %s", step, self.failed[step])
+        log.error("not scoring step %d: %s", step, self.failed[step])
 
     def _keep(self, step: int) -> None:
         place = run_folder.benchmark(self.run, self.benchmark.suite.name, step)
@@ -184,7 +184,7 @@ class Followed:
         try:
             tagged = recording.tag(mlflow["uri"], mlflow["run_id"], sent)
         except TrackingError as e:
-            log.warning("MLflow does not take the scores of registered versions; give the command again: %s", brief(e))
+            log.warning("MLflow doesn't accept the scores of registered versions. Run the command again: %s", brief(e))
             return
         for step, versions in tagged.items():
             if versions != sent[step]["recorded"]["versions"]:
@@ -199,7 +199,7 @@ class Followed:
             self._send()
         except TrackingError as e:
             self._again = now + RETRY_S
-            log.warning("MLflow does not take the scores yet: %s", brief(e))
+            log.warning("MLflow doesn't accept the scores yet: %s", brief(e))
 
 
 def alive(run: Location) -> bool:

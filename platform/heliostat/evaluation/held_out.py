@@ -1,6 +1,6 @@
-"""Makes a suite of a prepared dataset's held-out text: `heliostat make-suite DATASET --out FOLDER`.
+"""Makes a suite of a prepared dataset's held-out text: `heliostat model make-suite DATASET --out FOLDER`.
 
-    FOLDER/suite.yaml            what `heliostat benchmark` takes
+    FOLDER/suite.yaml            what `heliostat model benchmark` takes
     FOLDER/tasks/*.yaml          task files of lm-eval, which its own command takes too, run in FOLDER
     FOLDER/data/*.jsonl          the questions
     FOLDER/made.json             what they were made of
@@ -190,7 +190,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
     texts = _texts(prepared, fraction, DOCUMENTS * count, seed)
     if len(texts) < CHOICES:
         raise ConfigError(
-            f"--fraction: {fraction:g} of {dataset} holds out {len(texts)} documents of text, too few; give a larger one"
+            f"--fraction: {fraction:g} of {dataset} holds out only {len(texts)} documents of text. Pass a larger fraction"
         )
     counts = {}
     for name, (ask, shape) in {**TASKS, **_of_middles(prepared)}.items():
@@ -200,7 +200,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
         counts[name] = len(written)
     if not any(counts.values()):
         raise ConfigError(
-            f"{dataset}: its held-out documents are too short to ask about; give a larger --fraction, or another dataset"
+            f"{dataset}: its held-out documents are too short to ask about. Give a larger --fraction, or another dataset"
         )
     facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
              "tasks": counts}  # fmt: skip

@@ -42,18 +42,18 @@ def _evaluate(
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
     if not isinstance(recipe, Evaluates) or not isinstance(recipe, Exports):
-        raise ConfigError(f"{export.folder}: is of {job.recipe}, which does not derive from Evaluates and Exports ({GUIDE})")
+        raise ConfigError(f"{export.folder}: a model of {job.recipe}, which doesn't derive from Evaluates and Exports ({GUIDE})")
     if manifests[0].kind != recipe.kind:
-        raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model is scored on {recipe.kind!r}")
+        raise ConfigError(f"--data: {data} holds {manifests[0].kind!r}, but the model needs {recipe.kind!r}")
     recipe.bind(manifests)
     planned = plan(job, manifests)
     dataset = open_dataset(dataclasses.replace(planned, version=export.data_version) if export.data_version else planned)
     held_out = dataset.order.held_out(samples)
     if not len(held_out):
-        raise ConfigError(f"--fraction: {planned.held_fraction:g} of {data} holds no sample out; give a larger one")
+        raise ConfigError(f"--fraction: {planned.held_fraction:g} of {data} holds out no sample. Pass a larger fraction")
     if len(held_out) < min(samples, sum(dataset.order.held_shares(samples))):
         log.warning(
-            "--samples: %d wanted, but --fraction %g holds out %d, which are scored",
+            "--samples: scoring fewer than the %d samples asked for, because --fraction %g holds out %d",
             samples,
             planned.held_fraction,
             len(held_out),
@@ -86,10 +86,16 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
     before: exports.TrainedFacts = export.job or {"name": "", "model": {}, "data": {}, "train": {}}
     length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
-        raise ConfigError("--sequence-length: the model does not say how long its samples are; give it")
+        raise ConfigError("--sequence-length: required, because the model doesn't record the length of its samples")
     held_out = fraction or (before.get("evaluate") or {}).get("fraction", 0.01)
     source, trained = {"path": str(Location(data).absolute(workspace.root()))}, before["train"]
-    train = {"steps": 1, "global_batch": BATCH, "micro_batch": BATCH, "optimizer": {"lr": 1.0}, "seed": trained.get("seed", 0)}
+    train = {
+        "steps": 1,
+        "global_batch_size": BATCH,
+        "micro_batch_size": BATCH,
+        "optimizer": {"lr": 1.0},
+        "seed": trained.get("seed", 0),
+    }
     train["recipe_version"] = trained.get("recipe_version") or spec.BEFORE_KEYS["recipe_version"]
     train["precision"] = "bf16" if trained.get("precision") == "bf16" else "fp32"
     return validate(

@@ -1,6 +1,6 @@
 """Records a result in MLflow, on the run that made the model: metrics at the model's step, and the whole result as an artifact.
 
-Registered versions of that step get the scores too, which `heliostat promote --require 'bench/TASK>0.4'` asks for.
+Registered versions of that step get the scores too, which `heliostat model promote --require 'bench/TASK>0.4'` asks for.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def record(uri: str, result: Result) -> dict[str, object]:
     with mlflow_client.asking(uri):
         client = mlflow_client.connect(uri)
         if (fault := _unknown(client, run_id)) is not None:
-            return unrecorded(f"run {run_id} is not in {uri}: {fault}")
+            return unrecorded(f"run {run_id} isn't in {uri}: {fault}")
         scores, now = metrics(result), time.time()
         mlflow_client.send(client, run_id, [Point(name, value, now, step) for name, value in scores.items()])
         artifact = f"{ARTIFACTS}/{result['suite']['name']}-{step:08d}.json"

@@ -1,4 +1,4 @@
-"""Scores a model on a suite: `heliostat benchmark MODEL SUITE.yaml`."""
+"""Scores a model on a suite: `heliostat model benchmark MODEL SUITE.yaml`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Benchmark:
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
         """Builds the tasks; ConfigError for what is wrong with one. `quiet`: shows nothing of its progress."""
-        extras.require("benchmark", "lm_eval", what="heliostat benchmark")
+        extras.require("benchmark", "lm_eval", what="heliostat model benchmark")
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
         self._seen: dict[str, object] = {}

@@ -33,7 +33,7 @@ def require_language_model(folder: Path) -> None:
     """Raises ConfigError if a model's folder holds another kind of model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
-            f"{folder}: is no language model, and benchmarks are of text; `heliostat evaluate` scores it on its dataset"
+            f"{folder}: isn't a language model, and benchmarks are text. Score it on its dataset: heliostat model evaluate"
         )
 
 
@@ -60,8 +60,8 @@ def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[floa
         raise
     except Exception as e:
         raise HeliostatError(
-            f"tasks: {task.name}: lm-eval cannot score it ({type(e).__name__}: {brief(e) or 'no reason given'}); "
-            f"the model takes {model.max_length} tokens"
+            f"tasks: {task.name}: lm-eval can't score it ({type(e).__name__}: {brief(e) or 'no reason given'}). "
+            f"The model reads at most {model.max_length} tokens"
         ) from e
     samples = [one for one in evaluated["samples"][task.name] if one["filter"] == task.filter]
     row = _row(task, evaluated, samples, truncated(model, task))

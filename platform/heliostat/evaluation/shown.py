@@ -46,13 +46,13 @@ def notes(result: Result) -> list[str]:
     if average["centred"] is not None:
         error = "" if average["stderr"] is None else f" ± {1.96 * average['stderr']:.3f}"
         lines.append(
-            f"average of the centred scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
+            f"mean of the centered scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
         )
-    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1: each is the right one)"
+    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1 means that all are right)"
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
     lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     lines += _of_contamination(result, seen)
-    lines += [f"{row['task']}: the model saw only the end of {row['truncated']:,} examples, which are longer than it takes"
+    lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so it saw only their end"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
     if recorded["why_not"]:
         lines.append(f"not in MLflow: {recorded['why_not']}")
@@ -74,14 +74,14 @@ def _of_contamination(result: Result, seen: Row | None) -> list[str]:
     if seen is None:
         return ["seen: not measured (contamination.measure: false)"]
     if seen["unknown"]:
-        return [f"seen: not known: {seen['unknown']}"]
+        return [f"seen: unknown: {seen['unknown']}"]
     chunks = sum(one["chunks"] for one in seen["datasets"])
     short = sum(row["contamination"]["too_short"] for row in result["tasks"])
     lines = [f"seen: examples that share {seen['n']} words in a row with the training data ({chunks:,} chunks)"]
     if short:
-        lines[0] += f"; {short:,} have fewer words and are not compared"
+        lines[0] += f"; {short:,} examples have fewer words and aren't compared"
     if seen["damaged"]:
-        lines.append(f"seen: {seen['damaged']:,} damaged chunks are not compared")
+        lines.append(f"seen: {seen['damaged']:,} damaged row groups aren't compared")
     return lines
 
 

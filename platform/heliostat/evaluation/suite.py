@@ -1,4 +1,4 @@
-"""Defines the suite file of `heliostat benchmark`: which tasks, on how many examples, how."""
+"""Defines the suite file of `heliostat model benchmark`: which tasks, on how many examples, how."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class SuiteEntry(Strict):
     """Describes a task of the suite, and what of it the suite sets; its name alone leaves everything to the task."""
 
     task: Name
-    """The task's name: of a task file below `folder` (`task: NAME` in it), else one of lm-eval's own."""
+    """Name of the task: of a task file below `folder` (`task: NAME` in it), or of a task in lm-eval."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Solved examples before each question, in place of what the task file says."""
+    """Solved examples before each question. Unset: the value in the task file."""
     metric: str | None = Field(None, min_length=1)
-    """The metric that is the task's score, as `acc_norm`, or with its filter `exact_match,strict-match`; the default is the first
+    """Metric that is the task's score, for example `acc_norm`, or with its filter `exact_match,strict-match`. Unset: the first
     of the task's `metric_list`."""
     chance: Float | None = Field(None, ge=0, lt=1)
-    """The score of guessing; the default is one of the number of choices for accuracies of multiple choice, and 0 for exact match
-    and cloze."""
+    """Score of random guessing. Unset: one divided by the number of choices for accuracies of multiple choice, and 0 for exact
+    match and cloze."""
 
     @model_validator(mode="before")
     @classmethod
@@ -40,43 +40,43 @@ class Contamination(Strict):
     """Describes how the examples are looked for in the training data."""
 
     measure: bool = True
-    """Whether they are; each run reads the training data once."""
+    """Checks the examples against the training data; each run reads that data once."""
     data: list[str] = []
-    """Prepared datasets that are looked through, folders or `s3://` URIs; the default are those that the model was trained on,
-    without what was held out of them."""
+    """Prepared datasets to check, as folders or `s3://` URIs. Unset: those that the model trained on, without their held-out
+    samples."""
     n: int = Field(default=13, ge=2, le=100)
-    """The words of an n-gram."""
+    """Words per n-gram."""
 
 
 class Suite(Strict):
     """Describes a suite of benchmarks."""
 
     name: Name
-    """The suite's name, under which its results are kept."""
+    """Name of the suite; its results are stored under it."""
     folder: str = Field(".", min_length=1)
-    """Where the task files are, and their data sets: a folder, from the suite's file on, or an `s3://` prefix."""
+    """Folder or `s3://` prefix of the task files and their data sets, relative to the suite's file."""
     tasks: list[SuiteEntry] = Field(min_length=1)
-    """The tasks: names, or mappings with the keys below."""
+    """Tasks: names, or mappings with the keys below."""
     examples: Positive | None = None
-    """At most so many examples of each task, its first; the default is all."""
+    """Maximum examples of each task, from the start. Unset: all."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Solved examples before each question, of tasks that do not say 0 themselves; the default is what each task says, or 0."""
+    """Solved examples before each question, for tasks that don't set 0 themselves. Unset: the task's value, or 0."""
     seed: Seed = 1234
-    """Of the choice of solved examples. The default is lm-eval's own."""
+    """Random seed for the choice of solved examples. Unset: lm-eval's seed."""
     batch: int = Field(16, ge=1, le=4096)
-    """Questions that the model takes together."""
+    """Questions that the model answers in one batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """The precision of the weights; `auto` is that of the model's files."""
+    """Precision of the weights; `auto` uses the precision of the model's files."""
     contamination: Contamination = Contamination()
-    """Which examples share text with the training data (docs/benchmark.md#contamination)."""
+    """Reports which examples share text with the training data (docs/benchmark.md#contamination)."""
     run_code: bool = False
-    """Whether tasks may run what the model writes, in a sandbox: those with `unit_tests` (docs/benchmark.md#unit-tests)."""
+    """Allows tasks with `unit_tests` to run the model's code, in a sandbox (docs/benchmark.md#unit-tests)."""
 
     @model_validator(mode="after")
     def _once(self) -> Suite:
         names = [entry.task for entry in self.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"tasks: {twice!r} is there twice; name it once")
+            raise ValueError(f"tasks: {twice!r} is listed twice. Remove one")
         return self
 
 

@@ -29,7 +29,7 @@ def download(folder: Location, to: Path) -> Path:
     """Returns the folder if it is of this machine; else copies its YAML files to `to`, each at its own path."""
     if not folder.is_s3:
         if not Path(folder.path).is_dir():
-            raise ConfigError(f"folder: {folder} is no folder; it is to hold the task files")
+            raise ConfigError(f"folder: {folder}: no such folder. Name the folder with the task files")
         return Path(folder.path)
     names = [name for name, size in folder.files() if name.endswith(SUFFIXES) and size <= MOST_BYTES and is_inside(name)]
     for name in names:
@@ -43,7 +43,7 @@ def find(root: Path, name: str) -> Path | None:
     """Finds the file of a task below a folder, hidden folders left out; None if there is none, ConfigError if there are two."""
     files = naming(root, "task", name)
     if len(files) > 1:
-        raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}; rename one")
+        raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one")
     return files[0] if files else None
 
 
@@ -70,20 +70,20 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
     """Reads a task file, with the files that it includes below its own keys, as lm-eval does; ConfigError if it is unsound."""
     path = path.resolve()
     if path in seen:
-        raise ConfigError(f"{path}: include: leads back to itself; take one out")
+        raise ConfigError(f"{path}: include: includes itself. Remove one of the includes")
     if not path.is_relative_to(root.resolve()):
-        raise ConfigError(f"{seen[-1] if seen else path}: include: {path} lies outside of {root}; copy it there")
+        raise ConfigError(f"{seen[-1] if seen else path}: include: {path} is outside {root}. Copy it there")
     if path.is_file() and FUNCTION.search(path.read_text(encoding="utf-8", errors="replace")):
         raise ConfigError(
-            f"{path}: holds a `!function`, and code of task files is not run; write it as a Jinja template, "
-            "or do its work when the data set is made"
+            f"{path}: contains a `!function`, and heliostat doesn't run code of task files. Write a Jinja "
+            "template, or do the work when you make the data set"
         )
     own = schema.read_yaml(path)
     included = own.pop("include", [])
     merged: dict[str, object] = {}
     for other in included if isinstance(included, list) else [included]:
         if not isinstance(other, str):
-            raise ConfigError(f"{path}: include: {other!r} is no path; name a file in the folder of this one")
+            raise ConfigError(f"{path}: include: {other!r} isn't a path. Name a file in the same folder")
         inherited = read(root, path.parent / other, (*seen, path))
         merged |= {key: value for key, value in inherited.items() if key not in ("task_list",)}
     return merged | own
@@ -97,7 +97,7 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
     """
     path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str) or not isinstance(kwargs, dict):
-        raise ConfigError(f"{where}: dataset_path: {path!r} is no data set; name a reader ({', '.join(BUILDERS)}), or a folder")
+        raise ConfigError(f"{where}: dataset_path: {path!r} isn't a data set. Name a reader ({', '.join(BUILDERS)}), or a folder")
     if path in BUILDERS:
         options = _of_files(kwargs, folder, cache, where)
     elif (place := _folder(path, folder, where)) is not None:
@@ -105,17 +105,19 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
     elif "/" in path and not path.startswith((".", "/")) and not urlsplit(path).scheme:
         return config  # of the hub
     else:
-        raise ConfigError(f"{where}: dataset_path: {path!r} is no folder with a data set, and no reader ({', '.join(BUILDERS)})")
+        raise ConfigError(
+            f"{where}: dataset_path: {path!r} is neither a folder with a data set nor a reader ({', '.join(BUILDERS)})"
+        )
     return config | {"dataset_path": path, "dataset_kwargs": options | {"cache_dir": str(cache / "arrow")}}
 
 
 def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
     """Resolves `data_files`: a path, a list of them, or one of both for each split."""
     if unknown := [key for key in kwargs if key not in KWARGS]:
-        raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} is not taken; there are {', '.join(KWARGS[:-1])}")
+        raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} isn't supported. Use {', '.join(KWARGS[:-1])}")
     files = kwargs.get("data_files")
     if not files:
-        raise ConfigError(f"{where}: dataset_kwargs: data_files is required; name a file, or one for each split")
+        raise ConfigError(f"{where}: dataset_kwargs: data_files is required. Name a file, or one for each split")
 
     def local(value: object) -> object:
         if isinstance(value, dict):
@@ -123,7 +125,7 @@ def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: o
         if isinstance(value, list):
             return [local(one) for one in value]
         if not isinstance(value, str):
-            raise ConfigError(f"{where}: data_files: {value!r} is no path")
+            raise ConfigError(f"{where}: data_files: {value!r} isn't a path")
         place = _place(value, folder, where)
         return str(_fetched(place, cache, where))
 
@@ -136,13 +138,13 @@ def _place(value: str, folder: Location, where: object) -> Location:
     try:
         return folder.join(value)
     except DataError as e:
-        raise ConfigError(f"{where}: {value!r} leads out of {folder}; copy it there, or give its absolute path") from e
+        raise ConfigError(f"{where}: {value!r} is outside {folder}. Copy it there, or pass its absolute path") from e
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
     """Returns the file, or its copy if it is of a store; ConfigError if it is missing."""
     if not place.exists():
-        raise ConfigError(f"{where}: data_files: there is no {place}; put it there, or name another")
+        raise ConfigError(f"{where}: data_files: {place}: no such file. Put it there, or name another")
     if not place.is_s3:
         return Path(place.path)
     copy = cache / "data" / hashlib.sha256(place.uri.encode()).hexdigest()[:16] / place.name
@@ -162,7 +164,9 @@ def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[s
     readers = {READERS[Path(name).suffix] for name in named}
     if len(readers) != 1:
         problem = f"files of several kinds ({', '.join(sorted(readers))})" if readers else f"no file of {', '.join(READERS)}"
-        raise ConfigError(f"{where}: dataset_path: {place} holds {problem}; give one kind, a file a split, as test.jsonl")
+        raise ConfigError(
+            f"{where}: dataset_path: {place} holds {problem}. Put one kind there, one file per split, for example test.jsonl"
+        )
     splits: dict[str, list[str]] = {}
     for name in named:
         splits.setdefault(Path(name).name.partition(".")[0].partition("-")[0], []).append(

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
 REFUSED = {  # keys by which a task file would run code, or that are of other models than of text
-    "class": "a task written in Python is not run; write it as a task file",
-    "custom_dataset": "a data set that code makes is not taken; write it as JSON lines or Parquet",
-    "process_results": "code that scores is not run; take metrics of lm-eval's",
-    "use_prompt": "write the prompt as doc_to_text and doc_to_target",
-    "unsafe_code": "what a model writes is run for `unit_tests` alone; write the task with them",
-    "doc_to_image": "the model is of text",
-    "doc_to_audio": "the model is of text",
+    "class": "heliostat doesn't run tasks written in Python. Write a task file",
+    "custom_dataset": "heliostat doesn't run code that makes data sets. Write the data set as JSON lines or Parquet",
+    "process_results": "heliostat doesn't run scoring code. Use lm-eval's metrics",
+    "use_prompt": "not supported. Write the prompt as doc_to_text and doc_to_target",
+    "unsafe_code": "heliostat run list the model's code only for `unit_tests`. Write the task with them",
+    "doc_to_image": "the model reads text only",
+    "doc_to_audio": "the model reads text only",
 }
 GENERATION = ("until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks", "max_new_tokens", "max_tokens", "max_length",
               "repetition_penalty", "num_beams")  # fmt: skip
@@ -72,7 +72,7 @@ def _build(suite: Suite, entry: SuiteEntry, folder: Location, root: Path, cache:
         task = _made({k: v for k, v in config.items() if k not in ("tag", "group", "task_list")}, where, folder, cache)
     if runs_code and (entry.fewshot or entry.metric):
         raise ConfigError(
-            f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: does not go with unit tests; take it out"
+            f"tasks: {entry.task}: {'fewshot' if entry.fewshot else 'metric'}: not supported with unit tests. Remove it"
         )
     _settle(task, suite, entry)
     metric, filter_ = _score(task, entry)
@@ -88,7 +88,7 @@ def _made(config: dict[str, object], where: Location, folder: Location, cache: P
     except HeliostatError:
         raise
     except Exception as e:
-        raise ConfigError(f"{where}: the task cannot be built: {_said(e, config)}") from e
+        raise ConfigError(f"{where}: can't build the task: {_said(e, config)}") from e
 
 
 def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
@@ -103,25 +103,25 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
     try:  # by its file: to index all that lm-eval brings takes a minute
         task = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
     except Exception as e:
-        raise ConfigError(f"tasks: {name!r}, lm-eval's own, cannot be built: {_said(e, {})}") from e
+        raise ConfigError(f"tasks: {name!r}: can't build this task of lm-eval: {_said(e, {})}") from e
     if not isinstance(task, ConfigurableTask) or getattr(task, "UNSAFE_CODE", False):
-        raise ConfigError(f"tasks: {name!r} is a task of its own code, or runs what the model writes; take another")
+        raise ConfigError(f"tasks: {name!r} runs its own code, or the model's. Use another task")
     return task
 
 
 def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
     """Says that there is no task of a name, and which is near."""
     if task_files.naming(brought, "group", name):
-        return "is a group of lm-eval's; name its tasks"
+        return "is a group of tasks in lm-eval. Name its tasks"
     near = difflib.get_close_matches(name, [*task_files.names(root), *task_files.names(brought)], n=1)
-    return f"is no task of {folder}, nor of lm-eval's" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"isn't a task of {folder} or of lm-eval" + (f". Did you mean {near[0]!r}?" if near else "")
 
 
 def _said(error: Exception, config: dict[str, object]) -> str:
     """Explains why a task was not built."""
     kind = type(error).__name__
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout"):
-        return f"its data set {config.get('dataset_path', '')!r} is of the Hugging Face hub, which does not answer ({kind})"
+        return f"its data set {config.get('dataset_path', '')!r} is on the Hugging Face Hub, which doesn't answer ({kind})"
     return f"{kind}: {brief(error)}"
 
 
@@ -142,11 +142,9 @@ def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
     filters = [ensemble.name for ensemble in task._filters]
     metric, _, filter_ = (entry.metric or metrics[0]).partition(",")
     if metric not in metrics:
-        raise ConfigError(f"tasks: {entry.task}: metric: {metric!r} is none of the task's; there are {', '.join(metrics)}")
+        raise ConfigError(f"tasks: {entry.task}: metric: {metric!r} isn't a metric of the task. Metrics: {', '.join(metrics)}")
     if filter_ and filter_ not in filters:
-        raise ConfigError(
-            f"tasks: {entry.task}: metric: {filter_!r} is none of the task's filters; there are {', '.join(filters)}"
-        )
+        raise ConfigError(f"tasks: {entry.task}: metric: {filter_!r} isn't a filter of the task. Filters: {', '.join(filters)}")
     return metric, filter_ or filters[0]
 
 
@@ -159,14 +157,14 @@ def check(config: dict[str, object], where: object) -> None:
         if config.get(key):
             raise ConfigError(f"{where}: {key}: {why}")
     if isinstance(config.get("group"), str) or not isinstance(config.get("task"), str):
-        raise ConfigError(f"{where}: is a group of tasks; name its tasks in the suite")
+        raise ConfigError(f"{where}: is a group of tasks. Name its tasks in the suite")
     if unknown := [key for key in config if key not in known and key not in STRUCTURE]:
         raise ConfigError(f"{where}: {unknown[0]}: unknown key{nearest(str(unknown[0]), known)}")
     kind = config.get("output_type", "generate_until")
     if kind not in KINDS:
-        raise ConfigError(f"{where}: output_type: {kind!r} is not a choice{nearest(str(kind), list(KINDS))}")
+        raise ConfigError(f"{where}: output_type: {kind!r} isn't a choice{nearest(str(kind), list(KINDS))}")
     if not (config.get("test_split") or config.get("validation_split")):
-        raise ConfigError(f"{where}: test_split is required; name the split of the data set that is scored")
+        raise ConfigError(f"{where}: test_split: required. Name the split of the data set to score")
     _metrics(config.get("metric_list"), where)
     _filters(config.get("filter_list"), where)
     _generation(config.get("generation_kwargs"), where)
@@ -180,9 +178,9 @@ def _metrics(listed: object, where: object) -> None:
     for entry in _entries(listed, "metric_list", "metric", where):
         name, way = entry["metric"], entry.get("aggregation")
         if name not in known or entry.get("hf_evaluate"):
-            raise ConfigError(f"{where}: metric_list: {name!r} is no metric of lm-eval's{nearest(str(name), known)}")
+            raise ConfigError(f"{where}: metric_list: {name!r} isn't a metric of lm-eval{nearest(str(name), known)}")
         if way is not None and way not in ways:
-            raise ConfigError(f"{where}: metric_list: {name}: aggregation: {way!r} is not a choice{nearest(str(way), ways)}")
+            raise ConfigError(f"{where}: metric_list: {name}: aggregation: {way!r} isn't a choice{nearest(str(way), ways)}")
 
 
 def _filters(listed: object, where: object) -> None:
@@ -195,7 +193,7 @@ def _filters(listed: object, where: object) -> None:
         for step in _entries(chain.get("filter"), "filter_list: filter", "function", where):
             if step["function"] not in known:
                 raise ConfigError(
-                    f"{where}: filter_list: {step['function']!r} is no filter{nearest(str(step['function']), known)}"
+                    f"{where}: filter_list: {step['function']!r} isn't a filter{nearest(str(step['function']), known)}"
                 )
 
 
@@ -203,14 +201,16 @@ def _generation(options: object, where: object) -> None:
     if options is None:
         return
     if not isinstance(options, dict):
-        raise ConfigError(f"{where}: generation_kwargs: {options!r} is no mapping")
+        raise ConfigError(f"{where}: generation_kwargs: expected a mapping, got {options!r}")
     if unknown := [key for key in options if key not in GENERATION]:  # one of transformers' would fetch code
-        raise ConfigError(f"{where}: generation_kwargs: {unknown[0]!r} is not taken{nearest(str(unknown[0]), list(GENERATION))}")
+        raise ConfigError(
+            f"{where}: generation_kwargs: {unknown[0]!r} isn't supported{nearest(str(unknown[0]), list(GENERATION))}"
+        )
 
 
 def _entries(listed: object, key: str, name: str, where: object) -> list[dict[str, object]]:
     if listed is None:
         return []
     if not isinstance(listed, list) or not all(isinstance(one, dict) and isinstance(one.get(name), str) for one in listed):
-        raise ConfigError(f"{where}: {key}: must be a list of mappings, each with {name!r}, a text")
+        raise ConfigError(f"{where}: {key}: expected a list of mappings, each with {name!r}, a text")
     return listed

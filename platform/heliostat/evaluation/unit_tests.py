@@ -52,13 +52,15 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
     """
     template = config[KEY]
     if not isinstance(template, str) or not template.strip():
-        raise ConfigError(f"{where}: {KEY}: {template!r} is no template of tests, such as '{{{{tests}}}}'")
+        raise ConfigError(f"{where}: {KEY}: expected a template of tests, such as '{{{{tests}}}}', got {template!r}")
     if unfit := [key for key in ITS_OWN if key in config]:
-        raise ConfigError(f"{where}: {unfit[0]}: does not go with {KEY}; the model writes, and {METRIC} is the score")
+        raise ConfigError(
+            f"{where}: {unfit[0]}: not supported with {KEY}, where the model generates code and {METRIC} is the score. Remove it"
+        )
     if not allowed:
         raise ConfigError(
-            f"{where}: {KEY}: runs what the model writes, and the suite does not allow it; "
-            "read docs/benchmark.md#unit-tests, then set run_code: true"
+            f"{where}: {KEY}: runs the model's code, and the suite doesn't allow it. Read "
+            "docs/benchmark.md#unit-tests, then set run_code: true"
         )
     try:
         require_sandbox()
@@ -74,7 +76,7 @@ def require_one_answer(config: dict[str, Any], where: object) -> None:
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
             raise ConfigError(
-                f"{where}: filter_list: {chain['name']}: leaves a list of answers, and one is run; end it with {LAST}"
+                f"{where}: filter_list: {chain['name']}: returns several answers, and only one can run. Add {LAST} at the end"
             )
 
 
@@ -137,11 +139,9 @@ def require_sandbox() -> None:
     try:
         outcome = run_program("x = 1", "assert x == 1")
     except HeliostatError as e:
-        raise ConfigError(
-            f"{brief(e)}; it needs Linux 5.12, and user namespaces that are allowed (containers often forbid them)"
-        ) from e
+        raise ConfigError(f"{brief(e)}. It needs Linux 5.12 or later, and user namespaces, which containers often forbid") from e
     if outcome.verdict != PASSED:
-        raise ConfigError(f"Python does not run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
+        raise ConfigError(f"Python doesn't run in the sandbox ({outcome.verdict}: {brief(outcome.output)})")
 
 
 def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
@@ -155,7 +155,7 @@ def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits(
                 "cpu_s": limits.cpu_s, "memory": limits.memory, "files": limits.files}  # fmt: skip
         said, result, code, ended = _ran(json.dumps(task).encode(), limits)
     if code == sandbox.REFUSED:
-        raise HeliostatError(f"a program cannot be shut in on this machine ({brief(result)})")
+        raise HeliostatError(f"can't isolate a program on this machine ({brief(result)})")
     verdict = ended or (PASSED if result == token else TIMED_OUT if code == sandbox.OVER_TIME else FAILED)
     return ProgramResult(verdict, said[: limits.output].decode(errors="replace"))
 

@@ -45,10 +45,10 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
         raise ConfigError(
-            f"{checkpoint.location}: {job.recipe} is not exported: it does not derive from {Exports.__name__} ({GUIDE})"
+            f"{checkpoint.location}: {job.recipe} doesn't support export: it doesn't derive from {Exports.__name__} ({GUIDE})"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: is not empty, and its files would be mixed with the model's; give another folder")
+        raise ConfigError(f"{folder}: not empty, and the model's files would mix with the others. Pass another folder")
     Location(str(folder.absolute())).require_writable()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -71,7 +71,7 @@ def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
-    log.warning("%s: holds no parameters that are not trained; %d are built from the seed", checkpoint.location, len(wanted))
+    log.warning("%s: has no frozen parameters, so %d are built from the seed", checkpoint.location, len(wanted))
     torch.manual_seed(job.train.seed)
     built = dict(building.build(recipe).named_parameters())
     return {n: built[n].detach() for n in wanted}
@@ -82,7 +82,7 @@ def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: Save
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
     if unused := [n for n in shapes if n not in used]:
-        log.warning("%d parameters are in no file of the export, as %s", len(unused), unused[0])
+        log.warning("the export leaves out %d parameters, for example %s", len(unused), unused[0])
     return files
 
 
@@ -132,11 +132,11 @@ class _Sources:
 
     def entry(self, name: str, weight: Weight, dtype: torch.dtype) -> safetensors_file.Entry:
         if missing := [s for s in weight.sources if s not in self.places and s not in self.initial]:
-            raise CheckpointError(f"{self.checkpoint.location}: has no weights for {missing[0]!r}; it was made by another model")
+            raise CheckpointError(f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so another model made it")
         if weight.make is not None:
             return _entry(name, partial(self._made, name, weight), weight.shape, dtype)
         if len(weight.sources) != 1:
-            raise ConfigError(f"recipe: the export's {name!r} is of {len(weight.sources)} tensors and has no `make` ({GUIDE})")
+            raise ConfigError(f"recipe: the export's {name!r} combines {len(weight.sources)} tensors and has no `make` ({GUIDE})")
         (source,) = weight.sources
         place = self.places.get(source, "")
         if place.startswith("buffer."):
@@ -154,7 +154,7 @@ class _Sources:
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):
-            raise ConfigError(f"recipe: the export's {name!r} was made {shape}, and is to be {tuple(weight.shape)}")
+            raise ConfigError(f"recipe: the export's {name!r} has shape {shape}, expected {tuple(weight.shape)}")
         yield computed.reshape(-1)
 
     def _whole(self, source: str) -> torch.Tensor:

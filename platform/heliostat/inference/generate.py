@@ -54,7 +54,7 @@ def read_text(option: str, value: str) -> str:
             return value
         return Path(value).read_bytes().decode()
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{option}: {value} is no UTF-8 text ({e})") from e
+        raise ConfigError(f"{option}: {value} isn't UTF-8 text ({e})") from e
     except OSError:  # such as a name that is too long
         return value
 
@@ -64,8 +64,8 @@ def read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--prompts: {path} cannot be read ({e})") from e
+        raise ConfigError(f"--prompts: can't read {path} ({e})") from e
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ConfigError(f"--prompts: {path} holds no prompt; write one a line")
+        raise ConfigError(f"--prompts: {path} contains no prompt. Write one per line")
     return prompts

@@ -1,4 +1,4 @@
-"""Answers many prompts on Ray, text or images: `heliostat generate MODEL --prompts FILE --out OUT`.
+"""Answers many prompts on Ray, text or images: `heliostat model generate MODEL --prompts FILE --out OUT`.
 
     OUT/00000.png ...    what is drawn, by the prompt's number
     OUT/results.jsonl    the answers in the prompts' order, written last
@@ -47,10 +47,10 @@ def generate_many(
         exported.generator(folder, options)  # what is wrong is found before Ray starts
     identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
-    claim(place, identity, "answers", "answers of `heliostat generate --prompts`")
+    claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
     import torch
 
-    with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
         with flow_on_ray(place, "answering prompts", workers, torch.cuda.device_count(), quiet) as flow:
             try:
                 results = answered(flow, folder, prompts, options, seed, out, key(identity))

@@ -5,7 +5,8 @@ draw from the softmax. The noise is of the row's own generator, so that it is th
 
 heliostat generates text in three ways. They share prompts, chat templates, ends, and (the last two) this module:
 
-- `heliostat generate` and a model that MLflow serves run `recipes/text/server.py`, one prompt at a time with the sampling of
+- `heliostat model generate` and a model that MLflow serves run `recipes/text/server.py`, one prompt at a time with the sampling
+of
   `transformers`. Its draws come from torch's own generator: this module would give other texts for recorded seeds. MLflow copies
   that file into the model, so it imports nothing of heliostat.
 - Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps the

@@ -52,7 +52,7 @@ def engine_options(
 def rank(most: int) -> int:
     """Returns the least rank of its kernels that adapters of this rank fit; ConfigError if there is none."""
     if most > RANKS[-1]:
-        raise ConfigError(f"--adapter: vLLM has adapters of rank {RANKS[-1]} at most, not {most}; give --engine transformers")
+        raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)
 
 
@@ -75,10 +75,10 @@ def scoring() -> dict[str, object]:
 def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) -> float:
     """Adds up the negative log-likelihoods of a prompt's tokens behind the first; ValueError if one is missing."""
     if len(scored) != len(tokens):
-        raise ValueError(f"vLLM has scored {len(scored)} of {len(tokens)} tokens")
+        raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
     if len(known) != len(tokens) - 1:
-        raise ValueError(f"vLLM has scored {len(known)} of {len(tokens) - 1} tokens")
+        raise ValueError(f"vLLM scored {len(known)} of {len(tokens) - 1} tokens")
     return -math.fsum(known)
 
 
@@ -119,7 +119,7 @@ class VllmStream:
                     token, at = written.token_ids[place], written.logprobs[place] if logprobs is not None else None
                     yield token, None if logprobs is None or at is None else probabilities(at, token, logprobs)
                 sent, said = len(written.token_ids), written.finish_reason
-        raise HeliostatError(f"vLLM ended the answer before its end ({said})")
+        raise HeliostatError(f"vLLM stopped the answer before its end ({said})")
 
 
 class OnVllm:

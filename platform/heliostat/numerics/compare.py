@@ -42,13 +42,13 @@ def explain_gradient(
     for scale in (1.0, float(len(parts))):
         apart = torch.stack([(value - scale * part).abs() for part in parts]).amin(0)
         if float(apart.norm()) <= tolerance:
-            return "is a worker's own share: not reduced over the workers"
+            return "is one worker's share: not reduced over the workers"
     if before is not None:
         if float((value - _ratio(value, before) * before).norm()) <= tolerance:
-            return "is that of the step before: a stale buffer"
+            return "is that of the previous step: a stale buffer"
         rest = value - right
         if float((rest - _ratio(rest, before) * before).norm()) <= tolerance:
-            return "holds that of the step before, too: a stale buffer, not cleared"
+            return "includes that of the previous step: a stale buffer, not cleared"
     return ""
 
 
@@ -56,7 +56,7 @@ def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> st
     """Finds the cause of a wrong update."""
     size = float(value.norm())
     if not size:
-        return "the weights did not change"
+        return "the weights didn't change"
     ratio = _ratio(value, right)
     if float((value - ratio * right).norm()) <= max(limit, EXPLAINED) * size:
         return f"is {ratio:.4g} times the right one: a wrong scale"

@@ -49,7 +49,7 @@ class PlainLoop:
 
     def next_micros(self, step: int) -> list[tuple[int, Batch]]:
         """Makes the step's micro-batches, a lane each, with their seeds."""
-        mine, size = self.samples.next_step(), self.job.train.micro_batch
+        mine, size = self.samples.next_step(), self.job.train.micro_batch_size
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
         return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
@@ -104,7 +104,7 @@ class PlainLoop:
         return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in self.trained.items()}
 
     def terms(self, micro: Batch) -> int:
-        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch or self.recipe.terms(micro)
+        return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch_size or self.recipe.terms(micro)
 
     def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
         """Makes the optimizer's step from these weights with this gradient; returns the update of each parameter."""

@@ -219,7 +219,7 @@ def read(place: Path, seconds: float) -> dict[str, torch.Tensor]:
     until = time.monotonic() + seconds
     while not place.exists():
         if time.monotonic() > until:
-            raise TimeoutError(f"{place.name} did not come within {seconds:.0f} s")
+            raise TimeoutError(f"{place.name} wasn't written within {seconds:.0f} s")
         time.sleep(POLL_S)
     with np.load(place, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}

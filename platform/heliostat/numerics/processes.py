@@ -47,7 +47,7 @@ def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
     try:
         host.wait(DEADLINE_S)
     except subprocess.TimeoutExpired:
-        raise TrainingError(f"--numerics: did not end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
+        raise TrainingError(f"--numerics: didn't end within {DEADLINE_S:.0f} s: {_last(folder)}") from None
     finally:
         _end(host)
     if (failed := folder / "error.json").exists():
@@ -80,7 +80,7 @@ def _end(host: subprocess.Popen[bytes]) -> None:
 
 def _last(folder: Path) -> str:
     lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 # in the host ---------------------------------------------------------------------------------------------------------
@@ -150,8 +150,8 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
         "precision": train.precision,
         "optimizer": train.optimizer.name,
         "steps": small.STEPS,
-        "global_batch": train.global_batch,
-        "micro_batch": train.micro_batch,
+        "global_batch_size": train.global_batch_size,
+        "micro_batch_size": train.micro_batch_size,
         "sequence_length": trial.job.data.sequence_length,
         "resumed": {"workers": 1, "stage": other.train.zero.stage, "step": small.SAVED},
     }

@@ -56,17 +56,17 @@ class DifferenceRow:
 @dataclass(frozen=True)
 class Thresholds:
     loss: float
-    """Of a step's loss."""
+    """Tolerance of a step's loss."""
     gradient: float
-    """Of each parameter's gradient."""
+    """Tolerance of each parameter's gradient."""
     floor: float
-    """Of a gradient's norm, as a share of what its size would have in the whole gradient: some are zero but for rounding, such as
-    those of biases of keys, which attention cancels."""
+    """Tolerance of a gradient's norm, as a share of its expected size in the whole gradient: some gradients, such as those of
+    key biases, which attention cancels, are zero except for rounding."""
     update: float
-    """Of each parameter's update against torch's optimizer, given the engine's own gradient. In fp32 at every precision, since
-    masters and moments are."""
+    """Tolerance of each parameter's update against torch's optimizer, for the engine's gradient. In fp32 at every precision,
+    like the master weights and optimizer state."""
     resumed: float
-    """Of the losses after a checkpoint at another layout, against those of the workers that saved it."""
+    """Tolerance of the losses after a checkpoint with another configuration, against those of the workers that saved it."""
 
 
 UPDATE = 1e-3  # clipping divides by a norm that was summed in another order, and small updates round in the weight's last bits

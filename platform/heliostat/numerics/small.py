@@ -45,7 +45,7 @@ class SmallTrial:
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
     """Makes what is run of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
-    size = tiny.parameters(loading.load(job, sources).build)
+    size = tiny.parameters(loading.load(job, sources, weights=False).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
         return SmallTrial(small, _loaded(small, sources), f"the whole model, {size:,} parameters{left_out(job)}")
@@ -53,15 +53,15 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     recipe = _loaded(small, sources)
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
-            f"recipe: --numerics plays models of up to {LARGEST:,} parameters, and this one has {size:,}; only those of CausalLM "
-            "are cut by themselves: make it smaller with --set model.KEY=VALUE"
+            f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It "
+            "shrinks only models of CausalLM by itself. Make this one smaller with --set model.KEY=VALUE"
         )
     return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
     """Lists the settings of the job that two workers, compared with a plain process, cannot play; nothing if there are none."""
-    keys = {"train.ema": job.train.ema, "train.zero.divide_within": job.train.zero.divide_within,
+    keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
     return f", without {named}" if named else ""
@@ -79,24 +79,24 @@ def unaided(recipe: Recipe) -> Recipe:
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
     """Makes the job that is run, at its full learning rate; its run lies in `folder`, its samples have `longest` tokens at
     most."""
-    micro, batch = job.train.micro_batch, job.train.global_batch
+    micro, batch = job.train.micro_batch_size, job.train.global_batch_size
     if batch > BATCH or batch % (WORKERS * micro):
-        sums = 2 if job.train.global_batch > job.workers.most * micro else 1
+        sums = 2 if job.train.global_batch_size > job.workers.most * micro else 1
         micro = min(micro, BATCH // 4)
         batch = WORKERS * micro * sums
     raw = job.dump()
     raw["name"], raw["storage"], raw["spike"] = "numerics", str(folder), None
     raw["data"] |= {
-        "lanes": batch // micro,
+        "virtual_ranks": batch // micro,
         "mix_schedule": [],
         "sequence_length": min(job.data.sequence_length or 0, longest) or None,
     }
     offload = {k: "cpu" for k, v in raw["train"]["zero"]["offload"].items() if v and k != "nvme_path"}
     zero: dict[str, object] = {"stage": job.train.zero.stage, "offload": offload}
-    if job.train.zero.copy_within:
-        zero["copy_within"] = WORKERS
-    raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch": batch, "micro_batch": micro, "ema": None, "zero": zero,
-                     "schedule": {"name": "constant"}}  # fmt: skip
+    if job.train.zero.hpz_partition_size:
+        zero["hpz_partition_size"] = WORKERS
+    raw["train"] |= {"steps": STEPS, "stop_after": None, "global_batch_size": batch, "micro_batch_size": micro, "ema": None,
+                     "zero": zero, "schedule": {"name": "constant"}}  # fmt: skip
     if not gpus:
         raw["train"] |= {"attention": attention.twin(job.train.attention), "fp8": False}
     if job.train.parallel.sequence > 1:
@@ -140,7 +140,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
         if size <= LARGEST:
             _fold(recipe, tiny.VOCABULARY)
             return size
-    raise ConfigError(f"model: no small model of {whole.model_type!r} can be made for --numerics; make it smaller with --set")
+    raise ConfigError(f"model: can't make a small model of {whole.model_type!r} for --numerics. Make it smaller with --set")
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:

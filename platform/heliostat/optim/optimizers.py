@@ -32,7 +32,7 @@ class Optimizer(Strict):
 
     name: str
     lr: Annotated[Float, Field(gt=0)]
-    """The peak learning rate, which the schedule scales."""
+    """Peak learning rate, which the schedule scales."""
     weight_decay: NonNegative
 
     copies: ClassVar[frozenset[str]] = frozenset()
@@ -61,13 +61,13 @@ class AdamW(Optimizer):
     """Optimizes by Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """Decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the second moment's root."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay, of matrices only: vectors (biases, norms) have none."""
+    """Decoupled weight decay of matrices; vectors (biases, norms) have none."""
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -84,18 +84,18 @@ class Sgd(Optimizer):
     """Optimizes by stochastic gradient descent, with momentum (Sutskever et al. 2013) or, if that is 0, without any state."""
 
     name: Literal["sgd"] = "sgd"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     momentum: Rate = 0.9
-    """Decay rate of the gradients' running sum; 0 keeps none, and no state."""
+    """Momentum: decay rate of the running sum of gradients; 0 keeps no optimizer state."""
     nesterov: bool = False
-    """Looks ahead along the momentum, which must not be 0."""
+    """Nesterov momentum; needs a momentum above 0."""
     weight_decay: NonNegative = 0.0
-    """Added to the gradient, times the weight; of matrices only."""
+    """L2 penalty of matrices: added to the gradient, times the weight."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sgd:
         if self.nesterov and not self.momentum:
-            raise ValueError("nesterov: true needs momentum; set momentum above 0, or nesterov to false")
+            raise ValueError("nesterov: true needs momentum. Set momentum above 0, or nesterov to false")
         return self
 
     @property
@@ -112,13 +112,13 @@ class RmsProp(Optimizer):
     """Optimizes by gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
 
     name: Literal["rmsprop"] = "rmsprop"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     alpha: Rate = 0.99
-    """Decay rate of the squares' mean."""
+    """Decay rate of the mean of squared gradients."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the root."""
+    """Added to the square root."""
     weight_decay: NonNegative = 0.0
-    """Added to the gradient, times the weight; of matrices only."""
+    """L2 penalty of matrices: added to the gradient, times the weight."""
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -135,11 +135,11 @@ class Lion(Optimizer):
     and five times its weight decay."""
 
     name: Literal["lion"] = "lion"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.99]
-    """How much of the momentum is in a step, and the momentum's decay rate."""
+    """Share of the momentum in a step, and decay rate of the momentum."""
     weight_decay: NonNegative = 0.5
-    """Decoupled weight decay, of matrices only."""
+    """Decoupled weight decay of matrices."""
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -156,13 +156,13 @@ class ScheduleFree(Optimizer):
     `train.schedule.name: constant`; a warm-up is allowed. The average is evaluated, drawn from and exported."""
 
     name: Literal["schedule_free"] = "schedule_free"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Where between iterate and average gradients are taken, and the decay rate of the second moment."""
+    """Interpolation between iterate and average for the gradients, and decay rate of the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """Added to the second moment's root."""
+    """Added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay, of matrices only."""
+    """Decoupled weight decay of matrices."""
     copies: ClassVar[frozenset[str]] = frozenset({"z", "ema"})
     averages: ClassVar[bool] = True
 
@@ -181,24 +181,25 @@ class Muon(Optimizer):
     convolutions, norms and biases by AdamW. Whole matrices are orthogonalized at every ZeRO stage."""
 
     name: Literal["muon"] = "muon"
-    """The optimizer's algorithm."""
+    """Algorithm of the optimizer."""
     momentum: Rate = 0.95
-    """Decay rate of the gradients' running mean, of hidden matrices."""
+    """Decay rate of the gradients' running mean, for hidden matrices."""
     nesterov: bool = True
-    """Looks ahead along the momentum."""
+    """Nesterov momentum."""
     scale: Literal["adamw", "spectral"] = "adamw"
-    """By what the learning rate is multiplied for a matrix: `adamw`, so that a step is as large as AdamW's and its learning rate
-    fits; `spectral`, as Muon was published: the root of rows over columns, at least 1, with rates of about 0.02."""
+    """Scale of the learning rate for a matrix. `adamw`: steps as large as AdamW's, so its learning rates fit. `spectral`: as
+    Muon was published, the square root of rows over columns, at least 1, with learning rates of about 0.02."""
     newton_schulz: Literal["fp32", "bf16"] = "fp32"
-    """In which matrices are orthogonalized. `bf16` is faster on GPUs, and rounds: other worker counts then take other steps."""
+    """Precision of the orthogonalization. `bf16` is faster on GPUs, but other worker counts then take slightly different
+    steps."""
     adamw_lr: Annotated[Float, Field(gt=0)] | None = None
-    """The peak learning rate of what AdamW steps; the schedule scales it, too. Unset: `lr`."""
+    """Peak learning rate of AdamW's parameters, which the schedule also scales. Unset: `lr`."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     """AdamW's decay rates of the first and the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
-    """AdamW's: added to the second moment's root."""
+    """AdamW's eps: added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay, of matrices only: hidden ones, embeddings and heads."""
+    """Decoupled weight decay of all matrices: hidden ones, embeddings, and heads."""
     orthogonalizes: ClassVar[bool] = True
 
     @property
@@ -228,13 +229,15 @@ class Muon(Optimizer):
 KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, Muon)
 REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in KINDS}
 REFUSED = {
-    **dict.fromkeys(("adafactor", "shampoo", "soap", "lamb", "lars"), "looks at whole tensors, and ZeRO gives workers slices"),
+    **dict.fromkeys(
+        ("adafactor", "shampoo", "soap", "lamb", "lars"), "isn't supported: it needs whole tensors, and ZeRO gives workers slices"
+    ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "keeps its state in blocks, which ZeRO would cut: a reshard keeps some in fp32 unsaid, and rounds others again",
+        "isn't supported: ZeRO would split the blocks of its state, and a resume on other workers would change it",
     ),
-    "adagrad": "is made again by DeepSpeed, which then steps only one group of the parameters",
-    "lbfgs": "asks for several losses in a step",
+    "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
+    "lbfgs": "isn't supported: it needs several losses per step",
 }
 
 
@@ -242,7 +245,7 @@ def _refuse(value: object) -> object:
     """Refuses a known optimizer that is not supported, with the reason."""
     name = value.get("name") if isinstance(value, dict) else None
     if isinstance(name, str) and (why := REFUSED.get(name.lower())):
-        raise ValueError(f"name {name!r} {why}; use one of {', '.join(REGISTRY)}")
+        raise ValueError(f"name: {name!r} {why}. Use one of {', '.join(REGISTRY)}")
     return value
 
 
@@ -266,8 +269,10 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     if recorded_state == optimizer.state:
         return
     keeps = ", ".join(optimizer.state) or "nothing"
-    holds = "what this heliostat does not know" if recorded_state is None else ", ".join(recorded_state) or "nothing"
+    holds = (
+        "state that this version of heliostat doesn't know" if recorded_state is None else ", ".join(recorded_state) or "nothing"
+    )
     raise ConfigError(
-        f"train.optimizer: {optimizer.name!r} keeps {keeps} of every parameter, and the run's checkpoints, made with {name!r}, "
-        f"hold {holds}; keep {name!r} as it was, or start another run"
+        f"train.optimizer: {optimizer.name!r} keeps {keeps} per parameter, but the run's checkpoints ({name!r}) "
+        f"hold {holds}. Keep {name!r}, or start another run"
     )

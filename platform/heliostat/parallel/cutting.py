@@ -38,25 +38,25 @@ def require(recipe: LanguageModel, parts: int) -> None:
     kind = recipe.config.model_type
     if recipe.router_weight is not None:
         raise ConfigError(
-            f"{KEY}: the router's loss of {kind!r} is of whole micro-batches, and is not computed from stretches of them; set "
-            "model.output_router_logits to false, or it to 1"
+            f"{KEY}: not supported with the router's loss of {kind!r}, which needs whole samples. Set "
+            f"model.output_router_logits to false, or {KEY} to 1"
         )
     how = [recipe.length, recipe.document_mask]
     if fault := tiny.remembered(_known, recipe, how, lambda: tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{KEY}: samples of {kind!r} cannot be cut: {fault}; set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to 1")
 
 
 def _require_heads(recipe: LanguageModel, parts: int) -> None:
     """Raises ConfigError unless every worker has the same number of heads; heads of keys and values may be fewer than workers."""
     if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
-        raise ConfigError(f"{KEY}: samples of {recipe.config.model_type!r} cannot be cut: it has no attention heads; set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}, which has no attention heads. Set it to 1")
     heads, shared, _ = sequence_attention.sizes(recipe.config)
     fits = [n for n in divisors(heads) if (shared % n == 0 or n % shared == 0) and recipe.length % n == 0]
     if parts not in fits:
-        what = f"{heads} attention heads" + (f" with {shared} heads of keys and values" if shared < heads else "")
+        what = f"{heads} attention heads" + (f"and {shared} key/value heads" if shared < heads else "")
         raise ConfigError(
-            f"{KEY}: {parts} workers cannot share the model's {what} evenly; use {' or '.join(map(str, fits))} (it must divide "
-            "the heads, and divide the heads of keys and values or be a multiple of them)"
+            f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (it "
+            "must divide the heads, and be a divisor or a multiple of the key/value heads)"
         )
 
 
@@ -67,7 +67,10 @@ def _fault(small: LanguageModel) -> str:
         return str(e)
     if off <= TOLERANCE:
         return ""
-    return f"something other than full attention mixes tokens, such as windows or a state (its logits are off by {off:.1%})"
+    return (
+        "something other than full attention mixes tokens, for example windows or a recurrent state (its logits "
+        f"differ by {off:.1%})"
+    )
 
 
 @torch.no_grad()
@@ -91,14 +94,14 @@ def _put_together(model: PreTrainedModel, documents: bool) -> None:
     """Makes a model take the rows of a batch for the stretches of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
-        raise UnfitForCutting("its attention has no other implementation than 'eager', which is causal by a mask alone")
+        raise UnfitForCutting("its attention has only the implementation 'eager', which is causal only through a mask")
     core, (heads, shared, width) = sequence_attention.core(model), sequence_attention.sizes(model.config)
 
     def exchanged(module: torch.nn.Module, *stretches: torch.Tensor, **options: object) -> Attended:
         *rows, documents_of = stretches
         shapes = [(x.shape[1], x.shape[3]) for x in rows]
         if shapes != [(heads, width), (shared, width), (shared, width)]:
-            raise UnfitForCutting(f"its layers have {shapes} heads and widths of queries, keys and values, and not all the same")
+            raise UnfitForCutting(f"its layers have different numbers of heads, or widths of queries, keys, and values: {shapes}")
         whole = [x.transpose(0, 1).flatten(1, 2)[None] for x in rows]
         attended, _ = core(module, *whole, documents_of, **options)
         return attended.unflatten(1, (PARTS, -1)).squeeze(0), None

@@ -58,20 +58,20 @@ def require(recipe: LanguageModel, parts: int) -> None:
     config, kind = recipe.config, recipe.config.model_type
     plan = dict(_plan(config))
     if not plan:
-        raise ConfigError(f"{KEY}: transformers does not tell how matrices of {kind!r} are divided; set it to 1")
+        raise ConfigError(f"{KEY}: transformers has no tensor-parallel plan for {kind!r}. Set it to 1")
     if recipe.routes:
-        raise ConfigError(f"{KEY}: {kind!r} has experts, whose matrices it does not divide; use train.parallel.expert")
+        raise ConfigError(f"{KEY}: not supported for the experts of {kind!r}. Use train.parallel.expert")
     for name, style in plan.items():
         if style not in KINDS:
-            raise ConfigError(f"{KEY}: transformers divides {name!r} of {kind!r} by {style!r}, which is not tried; set it to 1")
+            raise ConfigError(f"{KEY}: not supported: transformers shards {name!r} of {kind!r} by {style!r}. Set it to 1")
     for field in FIELDS:
         number = getattr(config, field, None)
         if isinstance(number, int) and number % parts:
             fits = [n for n in range(2, number + 1) if all(_number(config, f) % n == 0 for f in FIELDS)]
-            instead = f"use {' or '.join(map(str, fits[:4]))}" if fits else "set it to 1"
-            raise ConfigError(f"{KEY}: {parts} does not divide model.{field} {number}; {instead}")
+            instead = f"Use {' or '.join(map(str, fits[:4]))}" if fits else "Set it to 1"
+            raise ConfigError(f"{KEY}: {parts} doesn't divide model.{field} {number}. {instead}")
     if fault := tiny.remembered(_known, recipe, [recipe.document_mask], lambda: tiny.tried(recipe, _fault, 2 * PARTS)):
-        raise ConfigError(f"{KEY}: matrices of {kind!r} cannot be divided: {fault}; set it to 1")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to 1")
 
 
 def _number(config: PreTrainedConfig, field: str) -> int:
@@ -82,8 +82,8 @@ def _number(config: PreTrainedConfig, field: str) -> int:
 def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
-        return f"every worker would have {narrowed[0]!r} whole, and see a part of what goes through it"
-    return "" if off <= TOLERANCE else f"a part of each does not compute what the whole does (its logits are off by {off:.1%})"
+        return f"every worker would hold all of {narrowed[0]!r}, but see only a part of its input"
+    return "" if off <= TOLERANCE else f"the shards don't compute the same as the whole model (its logits differ by {off:.1%})"
 
 
 def played(recipe: LanguageModel) -> tuple[float, list[str]]:

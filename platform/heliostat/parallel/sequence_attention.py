@@ -29,7 +29,7 @@ class HeadExchange(Protocol):
     """Makes an attention of all tokens for some heads, of one of some tokens for all heads; `sizes` as this module's `sizes`."""
 
     def __call__(
-        self, attention: Core, group: dist.ProcessGroup, micro_batch: int, sizes: tuple[int, int, int], layers: int
+        self, attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
     ) -> Core: ...
 
 
@@ -46,21 +46,21 @@ def exchanging(exchange: HeadExchange) -> Iterator[None]:
         _exchange.reset(token)
 
 
-def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch: int, documents: bool) -> None:
+def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int, documents: bool) -> None:
     """Makes a model of transformers exchange heads in the group, from now on; `documents`: positions at 0 begin documents, which
     do not attend to each other. Only within `exchanging`, in which the engine calls a recipe's `exchange`."""
     exchange = _exchange.get()
     if exchange is None:
         raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    attention = exchange(core(model), group, micro_batch, sizes(model.config), layers)
+    attention = exchange(core(model), group, micro_batch_size, sizes(model.config), layers)
 
     def gathered(positions: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(positions) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, positions, group=group)
         return torch.cat(parts, dim=1)
 
-    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch}{'-documents' if documents else ''}"  # the same for the same
+    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch_size}{'-documents' if documents else ''}"  # the same for the same
     install(model, name, Attention(attention, gathered if documents else None))
 
 

@@ -61,12 +61,12 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
     """Returns what comes of the first small version of the recipe, of so many heads at most, that can be computed;
     UntriedError if none can. Its model is built again on every `build`, and its kernels are those that a CPU can compute.
     `largest`: parameters at most; the default is LARGEST."""
-    reason, most = "no small model of it can be made", LARGEST if largest is None else largest
+    reason, most = "no small model of it can be built", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
         small = recipe.small(config, LENGTH, END)
         try:
             if (size := parameters(small.build)) > most:
-                reason = f"the smallest model of it has {size:,} parameters"
+                reason = f"its smallest model has {size:,} parameters"
                 continue
             with one_thread(), torch.random.fork_rng(devices=[]):
                 return what(small)
@@ -91,7 +91,7 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
     try:
         return attempt(recipe, fault, heads)
     except UntriedError as e:
-        return f"it could not be tried ({e})"
+        return f"the check failed ({e})"
 
 
 def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:

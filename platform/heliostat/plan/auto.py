@@ -48,23 +48,30 @@ def settled(
     before = recorded(computed) if resume else None
     if before is not None:
         kept = layouts.of(before)
-        log.info("%s: the run has begun on as many workers, and keeps its layout: %s", KEY, said(computed, kept))
+        log.info(
+            "%s: the run already has as many workers, and keeps its parallelism configuration: %s", KEY, said(computed, kept)
+        )
         return layouts.applied(computed, kept)
     plain, recipe, unread = bound(*check.check_job(computed), unread)
     pools = cluster_file.read(cluster) if isinstance(cluster, Path) else cluster
     ranked = ranking(plain, recipe, pools, device or (None if cluster else here(job)), prices)
     best, where = ranked.candidates[0], f"{ranked.planner.workers} workers of {ranked.planner.device.name}"
     if ranked.changes is None:
-        raise ConfigError(f"{KEY}: no layout fits on {where} (the nearest: {best.why}); use more workers, or a smaller model")
-    note = f"; the datasets were not looked at: {unread}" if unread else ""
-    which = f"of {len(ranked.candidates)} layouts the fastest on {where}, {best.speed['step_s']:.3g} s a step by the plan"
+        raise ConfigError(
+            f"{KEY}: no parallelism configuration fits on {where} (the nearest: {best.why}). Use more workers, or a smaller model"
+        )
+    note = f"; computed without the datasets: {unread}" if unread else ""
+    which = (
+        f"the fastest of {len(ranked.candidates)} parallelism configurations on {where}, {best.speed['step_s']:.3g} s "
+        "per step by the plan"
+    )
     log.info("%s: %s: %s%s", KEY, which, shown(ranked.changes), note)
     return schema.validate(Job, schema.apply(computed.dump(), ranked.changes), job.name)
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning, in the layout that it trains in: what `planner.prepare` returns."""
-    return bound(*check.check_job(settled(check.load_job(path, settings), cluster)))
+    return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 
 def recorded(job: Job) -> Job | None:
@@ -73,7 +80,7 @@ def recorded(job: Job) -> Job | None:
         job.run_folder.wait_for_store()
         newest = layout.latest(job.run_folder)
     except StorageError as e:
-        log.warning("%s: which layout the run has was not looked at: %s", KEY, e)
+        log.warning("%s: can't read the run's parallelism configuration: %s", KEY, e)
         return None
     before = newest.job if newest else None
     same = before and before.workers.count in job.worker_counts() and before.workers.gpus == job.workers.gpus
@@ -87,14 +94,14 @@ def here(job: Job) -> str | None:
     import torch
 
     if not torch.cuda.is_available():
-        log.info("%s: there is no GPU on this machine, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
+        log.info("%s: this machine has no GPU, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
         return None
     return named(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory, hardware.table()["devices"])
 
 
 def elsewhere() -> str:
     """Returns the device to plan for if no cluster file names one."""
-    log.info("%s: no cluster file says which GPUs there are, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
+    log.info("%s: no cluster file names the GPUs, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
     return hardware.DEFAULT_GPU
 
 
@@ -103,8 +110,8 @@ def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(
-        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB is not in the price table; set the layout that "
-        "`heliostat plan JOB --rank --prices FILE --device NAME` finds"
+        f"{KEY}: this machine's {name} with {memory / hardware.GIB:.0f} GiB isn't in the price table. Set the "
+        "configuration that `heliostat plan JOB --rank --prices FILE --device NAME` finds"
     )
 
 
@@ -114,4 +121,4 @@ def said(job: Job, wanted: Layout) -> str:
 
 
 def shown(settings: list[str]) -> str:
-    return " ".join(f"--set {shlex.quote(s)}" for s in settings) or "the job as it is"
+    return " ".join(f"--set {shlex.quote(s)}" for s in settings) or "the job without changes"

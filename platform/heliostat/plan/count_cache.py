@@ -34,7 +34,7 @@ PLACE = "HELIOSTAT_CACHE"
 KEPT = 64  # counts, the newest
 LIBRARIES = ("torch", "transformers", "diffusers")
 APART = ("name", "storage", "mlflow", "checkpoint", "retries", "evaluate")  # of a job, on which no count depends
-APART_TRAIN = ("zero", "steps", "seed", "schedule", "global_batch", "grad_clip", "loss_spikes", "recheck")
+APART_TRAIN = ("zero", "steps", "steps_from", "seed", "schedule", "global_batch_size", "grad_clip", "loss_spikes", "sdc_check")
 COUNTS = Format(Counts, "count of a model")
 
 
@@ -56,7 +56,7 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
         for old in sorted(place.parent.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
     except (StorageError, OSError) as e:
-        log.info("the count of the model was not kept: %s", e)
+        log.info("can't store the count of the model: %s", e)
     return counts
 
 

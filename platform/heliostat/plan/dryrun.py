@@ -71,7 +71,7 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
         shapes = {n: s for n, s in model.own(parallel.tensor).items() if n in model.trained}
         whole = frozenset(shapes) - frozenset(model.divided)
         return zero_layout.divided(shapes, stage, job.workers.most, groups, parallel.tensor, whole)
-    workers, replicas = job.workers.most, job.workers.most // (job.train.zero.divide_within or job.workers.most)
+    workers, replicas = job.workers.most, job.workers.most // (job.train.zero.shard_group_size or job.workers.most)
     return zero_layout.slices(model.trained, stage, workers, groups, model.stacked, parallel.expert, replicas)
 
 
@@ -81,14 +81,14 @@ def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
     try:
         shape = check.check_data(job, recipe).plan.shape
     except (DataError, StorageError) as e:
-        note = f"the datasets were not read ({unread or e})"
+        note = f"planned without the datasets ({unread or e})"
         size = 4 * job.data.sequence_length if job.data.sequence_length else 1
-        shape = mixing.choose_shape(job.train.global_batch, job.lanes, size, job.data.window)
+        shape = mixing.choose_shape(job.train.global_batch_size, job.virtual_ranks, size, job.data.shuffle_window)
     return {
         "lanes": shape.lanes,
         "lanes_per_rank": shape.lanes // job.replicas,
         "samples_per_rank": shape.batch // job.replicas,
-        "micro_batch": job.train.micro_batch,
+        "micro_batch_size": job.train.micro_batch_size,
         "accumulation": job.accumulation,
         "steps_per_block": shape.steps_per_block,
         "window": shape.window,

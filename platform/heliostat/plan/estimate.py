@@ -84,7 +84,7 @@ class Planner:
         return need.total <= self.device.memory and need.host <= self.device.host_memory
 
     def _accumulation(self, layout: Layout) -> int:
-        return self.job.train.global_batch * layout.sequence // (self.replicas * layout.micro_batch)
+        return self.job.train.global_batch_size * layout.sequence // (self.replicas * layout.micro_batch_size)
 
     def _checkpointed(self, layout: Layout) -> int:
         """Counts the layers whose activations a layout computes again."""
@@ -97,7 +97,7 @@ class Planner:
         state, need, left = self._memory(layout, accumulation)
         moved = self._traffic(layout, accumulation)
         took, replaying, handed = self._time(layout, accumulation, moved, state.host + state.disk + left * accumulation)
-        per_second = self.job.train.global_batch / took.total
+        per_second = self.job.train.global_batch_size / took.total
         return Candidate(
             layout=layout,
             fits=self._within(need),
@@ -119,7 +119,7 @@ class Planner:
                 "step_s": took.total,
                 "samples_per_second": per_second,
                 "tokens_per_second": per_second * (self.job.data.sequence_length or 0),
-                "mfu": self.model.flops * self.job.train.global_batch / took.total / (self.device.flops * self.workers),
+                "mfu": self.model.flops * self.job.train.global_batch_size / took.total / (self.device.flops * self.workers),
             },
         )
 
@@ -142,7 +142,7 @@ class Planner:
         if rest.around:
             layers, buckets = len(self.kept.layers) + 1, -(-parameters // memory.BUCKETS["reduce_bucket_size"])
             rest = replace(
-                rest, calls=traffic.calls(layout.stage, accumulation, layers, buckets, train.zero.copy_within is not None)
+                rest, calls=traffic.calls(layout.stage, accumulation, layers, buckets, train.zero.hpz_partition_size is not None)
             )
         if self.tensor > 1:  # one ring for each part, over as many nodes as all workers
             rest = replace(rest, workers=self.workers, rings=min(self.tensor, self.device.per_node))
@@ -150,7 +150,7 @@ class Planner:
 
     @property
     def _sums_fp32(self) -> bool:
-        return spec.settle(self.job, None).train.accumulate == "fp32"
+        return spec.settle(self.job, None).train.grad_accum_dtype == "fp32"
 
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.StateBytes, memory.Need, int]:
         """Estimates the training state, all that a worker needs, and the bytes of activations that are on the host."""
@@ -168,52 +168,52 @@ class Planner:
             bool(train.ema),
             self._sums_fp32,
             {name: len(kept) for name, kept in model.kept(train.optimizer).items()},
-            train.zero.copy_within if layout.stage == 3 else None,
+            train.zero.hpz_partition_size if layout.stage == 3 else None,
         )
         parameters, layer = sum(map(math.prod, self.shapes.values())), model.layer
         if train.parallel.expert > 1:
             parameters, layer = self._own.total(), max(self._own.values())
         live = memory.working(parameters, layer, layout.stage, train.precision, self._zero, self.gpu)
         kept, left = self._activations(layout)
-        pinned = BATCHES * accumulation * layout.micro_batch * self.kept.batch // layout.sequence if self.gpu else 0
+        pinned = BATCHES * accumulation * layout.micro_batch_size * self.kept.batch // layout.sequence if self.gpu else 0
         return state, memory.need(state, live, kept, self.gpu, model.frozen_models, left + pinned), left
 
     def _dividing(self, layout: Layout) -> int:
         """Counts the workers that divide the state among them."""
-        return (self.job.train.zero.divide_within if layout.stage == 3 else None) or self.replicas
+        return (self.job.train.zero.shard_group_size if layout.stage == 3 else None) or self.replicas
 
     def _activations(self, layout: Layout) -> tuple[int, int]:
         """Estimates the bytes of activations on a worker's device, and of those that it leaves to its host."""
         train, length, first = self.job.train, self.job.data.sequence_length or 0, self._checkpointed(layout)
         selective = layout.checkpointing == SELECTIVE
         most = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
-        kept = (most + self.kept.largest) * layout.micro_batch // layout.sequence
-        left = self.kept.inputs(first) * layout.micro_batch // layout.sequence if train.activation_offload else 0
+        kept = (most + self.kept.largest) * layout.micro_batch_size // layout.sequence
+        left = self.kept.inputs(first) * layout.micro_batch_size // layout.sequence if train.activation_offload else 0
         if layout.sequence > 1 and self.job.data.document_mask:  # each makes it for whole samples
             from heliostat.parallel import document_attention
 
-            kept += layout.micro_batch * document_attention.mask_bytes(length, memory.LOW[train.precision])
+            kept += layout.micro_batch_size * document_attention.mask_bytes(length, memory.LOW[train.precision])
         if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight, which is not cut
             kept += 4 * self.model.layer
         if self.kept.tile:
-            kept += self.kept.tile.held(layout.micro_batch * length // layout.sequence)
+            kept += self.kept.tile.held(layout.micro_batch_size * length // layout.sequence)
         return kept, left
 
     def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.StepSeconds, float, int]:
         """Estimates a step, the seconds of it that compute the forward pass again, and the bytes that workers hand each other of
         samples, tokens and whole matrices. `on_host`: bytes that cross to the host and back in a step."""
-        micro_batch, first = layout.micro_batch / layout.sequence, self._checkpointed(layout)
+        micro_batch_size, first = layout.micro_batch_size / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
         reducing = self.workers if self.replicas > 1 else 1  # one of each group, so over as many nodes as all
         train, selective = self.job.train, layout.checkpointing == SELECTIVE
         setting = step_time.Setting(
-            reducing, layout.stage, micro_batch, accumulation, replayed, bool(train.compile), selective, train.fp8
+            reducing, layout.stage, micro_batch_size, accumulation, replayed, bool(train.compile), selective, train.fp8
         )
         low = memory.LOW[self.job.train.precision]
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
         if (parts := self.job.train.parallel.expert) > 1:
-            each = replace(setting, micro_batch=micro_batch / parts)  # of each of the parts, which are counted together
+            each = replace(setting, micro_batch_size=micro_batch_size / parts)  # of each of the parts, which are counted together
             away = self.model.sent * (parts - 1) // parts
             tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
             handed, handing = handed + tokens, handing + seconds
@@ -225,7 +225,7 @@ class Planner:
             handed, handing = handed + sums, handing + seconds
         whole, gathering, orthogonal = self._orthogonalizing(layout.stage)
         handed, handing = handed + whole, handing + gathering
-        key = layout.micro_batch, first, selective, layout.stage == 3, layout.sequence
+        key = layout.micro_batch_size, first, selective, layout.stage == 3, layout.sequence
         if key not in self._micro:
             micro = step_time.computing(self.work, setting, self.device)
             self._micro[key] = micro, micro - step_time.computing(self.work, replace(setting, replayed=0.0), self.device)
@@ -296,8 +296,8 @@ class Planner:
         hours = wall / HOUR
         energy = self.device.watts * self.workers * self.prices["pue"] * hours / 1000
         return {
-            "samples": self.job.train.steps * self.job.train.global_batch,
-            "tokens": self.job.train.steps * self.job.train.global_batch * (self.job.data.sequence_length or 0),
+            "samples": self.job.train.steps * self.job.train.global_batch_size,
+            "tokens": self.job.train.steps * self.job.train.global_batch_size * (self.job.data.sequence_length or 0),
             "days": wall / 86400,
             "failures": wall / self.between(),
             "goodput": good,

@@ -101,7 +101,7 @@ def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict
             raise ConfigError(f"--prices: {path}: unknown key{schema.nearest(str(key), [str(k) for k in base])}")
         if isinstance(inner := base.get(key), dict):
             if not isinstance(value, dict):
-                raise ConfigError(f"--prices: {path}: {value!r} should be a mapping")
+                raise ConfigError(f"--prices: {path}: expected a mapping, got {value!r}")
             value = _merge(inner, value, f"{path}.")
         out[key] = value
     return out
@@ -115,15 +115,18 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
     gpus, cores = job.workers.gpus, job.workers.cpus
     if instance and gpus and not name and instance not in prices["instances"]:
         raise ConfigError(
-            f"machine type {instance!r} of the cluster file is not in the price table"
-            f"{schema.nearest(instance, list(prices['instances']))}. Pass --device NAME, or add it to instances in --prices FILE"
+            f"machine type {instance!r} of the cluster file isn't in the price table"
+            f"{schema.nearest(instance, list(prices['instances']))}. "
+            "Pass --device NAME, or add it to instances in --prices FILE"
         )
     rented = prices["instances"].get(instance or "", {})
     name = name or (rented.get("device", DEFAULT_GPU) if gpus else "cpu")
     if name not in prices["devices"]:
-        raise ConfigError(f"device {name!r} is not in the price table{schema.nearest(name, list(prices['devices']))}")
+        raise ConfigError(f"device {name!r} isn't in the price table{schema.nearest(name, list(prices['devices']))}")
     if (name == "cpu") == bool(gpus):
-        raise ConfigError(f"workers.gpus: is {gpus:g}, but the plan is for {name}; give it GPUs, or plan on another device")
+        raise ConfigError(
+            f"workers.gpus: {gpus:g} given, but the plan is for {name}. Set workers.gpus, or plan on another device"
+        )
     raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
         units = cores if name == "cpu" else gpus  # a device is what one worker has
@@ -143,7 +146,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
             host_bandwidth=raw.get("host_bandwidth", HOST_BANDWIDTH) * 1e9 / raw["per_node"] * units,
         )
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it is no number") from e
+        raise ConfigError(f"--prices: devices.{name}: lacks {e}, or it isn't a number") from e
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
@@ -182,7 +185,7 @@ def efficiency(prices: Prices, name: str) -> Efficiency:
         if key not in known:
             raise ConfigError(f"--prices: efficiency.{name}.{key}: unknown key{schema.nearest(str(key), known)}")
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"--prices: efficiency.{name}.{key}: {value!r} should be a number above 0")
+            raise ConfigError(f"--prices: efficiency.{name}.{key}: expected a number above 0, got {value!r}")
     return Efficiency(**raw)
 
 

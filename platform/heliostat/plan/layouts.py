@@ -28,7 +28,7 @@ class Layout:
     expensive operations; `offload_param`: where stage 3 keeps its weights, None: on the device."""
 
     stage: int
-    micro_batch: int
+    micro_batch_size: int
     checkpointing: Checkpointing
     offload_optimizer: bool
     offload_param: str | None = None
@@ -50,7 +50,7 @@ class Layout:
         """Returns the job's keys that make it train so."""
         return {
             "train.zero.stage": self.stage,
-            "train.micro_batch": self.micro_batch,
+            "train.micro_batch_size": self.micro_batch_size,
             "train.activation_checkpointing": self.checkpointing,
             "train.zero.offload.optimizer": "cpu" if self.offload_optimizer else None,
             "train.zero.offload.param": self.offload_param,
@@ -75,7 +75,7 @@ class Candidate:
     def dump(self) -> dict[str, object]:
         layout, estimates = self.layout, {k: v for k, v in vars(self).items() if k != "layout"}
         return {
-            "layout": layout.settings(), "stage": layout.stage, "micro_batch": layout.micro_batch,
+            "layout": layout.settings(), "stage": layout.stage, "micro_batch_size": layout.micro_batch_size,
             "parallel": {"sequence": layout.sequence, "tensor": layout.tensor, "expert": layout.expert},
             "activation_checkpointing": layout.checkpointing, "offload_optimizer": layout.offload_optimizer, **estimates,
         }  # fmt: skip
@@ -86,7 +86,7 @@ def of(job: Job) -> Layout:
     train, zero = job.train, job.train.zero
     param = zero.offload.param if zero.stage == 3 else None
     offload, degrees = bool(zero.offload.optimizer), (train.parallel.sequence, train.parallel.tensor, train.parallel.expert)
-    return Layout(zero.stage, train.micro_batch, train.activation_checkpointing, offload, param, *degrees)
+    return Layout(zero.stage, train.micro_batch_size, train.activation_checkpointing, offload, param, *degrees)
 
 
 def changes(job: Job, layout: Layout) -> list[str]:
@@ -124,9 +124,11 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
     kinds: list[Checkpointing] = [False, True] if not selects or any(rules.untried_selective(job).values()) else CHECKPOINTING
     if job.train.activation_offload:
         kinds = [True]
-    micros = divisors(job.train.global_batch // replicas)
+    micros = divisors(job.train.global_batch_size // replicas)
     zero, parallel = job.train.zero, job.train.parallel
-    apart = parallel.expert > 1 or bool(zero.divide_within or zero.copy_within or zero.quantize_weights)  # which is at stage 3
+    apart = parallel.expert > 1 or bool(
+        zero.shard_group_size or zero.hpz_partition_size or zero.quantize_weights
+    )  # which is at stage 3
     least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 trains in fp32 alone
     divides = apart or parallel.tensor > 1  # which is without offload
     for stage in range(least, 3 if parallel.tensor > 1 else 4):
@@ -151,7 +153,7 @@ def complexity(layout: Layout) -> tuple[object, ...]:
     offload = layout.offload_optimizer, layout.offload_param or ""
     which = layout.checkpointing
     kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
-    return (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch)
+    return (*offload, math.prod(layout.degrees), layout.stage, kind, -layout.micro_batch_size)
 
 
 def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
@@ -176,16 +178,16 @@ def why(one: Candidate, first: Candidate) -> str:
     part = max(more, key=lambda p: more[p])
     if slower < 1e-3 or more[part] <= 0:
         simpler = complexity(one.layout) < complexity(first.layout)
-        return f"{1000 * slower:.1f} ms slower, and simpler" if simpler else "as fast, and more complicated"
+        return f"{1000 * slower:.1f} ms slower, but simpler" if simpler else "as fast, but more complex"
     return f"+{more[part]:.2f} s {PARTS[part]}"
 
 
 PARTS = {
-    "forward_backward": "of smaller operations",
-    "replaying": "of the forward pass computed again",
-    "updating": "of the optimizer's update",
-    "exposed": "of communication that does not hide",
-    "copying": "of copies to and from the host",
+    "forward_backward": "for smaller operations",
+    "replaying": "for the recomputed forward pass",
+    "updating": "for the optimizer's update",
+    "exposed": "for communication that doesn't overlap",
+    "copying": "for copies to and from the host",
 }
 
 
@@ -194,4 +196,4 @@ def _lacks(memory: dict[str, int]) -> str:
         largest = max(("weights", "gradients", "optimizer", "working", "activations", "frozen"), key=lambda k: memory[k])
         sums = f" ({memory['summed'] / GIB:.1f} of them sums in fp32)" if largest == "gradients" and memory["summed"] else ""
         return f"{(memory['total'] - memory['device']) / GIB:.1f} GiB too much, {largest} {memory[largest] / GIB:.1f}{sums}"
-    return f"{memory['host'] / GIB:.1f} GiB of host memory a worker, more than its share"
+    return f"{memory['host'] / GIB:.1f} GiB of host memory per worker, more than its share"

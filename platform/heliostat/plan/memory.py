@@ -1,6 +1,6 @@
 """Computes the bytes that training state takes on each worker, by ZeRO stage and offload: pure functions.
 
-docs/plan.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of
+docs/plan-method.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of
 optimizer state: an fp32 master and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The stage decides which
 of them are divided by the workers. Other optimizers keep fewer moments, or none.
 """

@@ -45,14 +45,14 @@ def plan_file(
     instead of the job's own.
     """
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    job, recipe, unread = prepare(path, settings)  # last: it asks the stores of the datasets
-    notes = [f"the datasets were not looked at: {unread}"] if unread else []
+    job, recipe, unread = prepare(path, settings, pools)  # last: it asks the stores of the datasets
+    notes = [f"planned without the datasets: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)
         notes.append(note)
     if job.train.parallel.auto and not rank:
         device = device or (None if pools else auto.here(job))
-        wanted = auto.settled(check.load_job(path, settings), pools, device=device, prices=table, unread=unread)
+        wanted = auto.settled(check.load_job(path, settings, pools), pools, device=device, prices=table, unread=unread)
         job, recipe, _ = bound(*check.check_job(wanted), unread)
     if rank:
         ranked = ranking(job, recipe, pools, device, table)
@@ -72,9 +72,9 @@ def calibrated(
     if write:
         write_efficiency(write, name, efficiency, run, measurement)
     note = (
-        f"{name} as measured in {run}: {measurement.step_s:.3g} s a step over {measurement.steps} steps, where the plan said "
-        f"{planned.speed['step_s']:.3g}" + (f"; written to {write}" if write else "")
-    )
+        f"{name} as measured in {run}: {measurement.step_s:.3g} s per step over {measurement.steps} steps; the "
+        f"plan predicted {planned.speed['step_s']:.3g}"
+    ) + (f"; written to {write}" if write else "")
     return {**prices, "efficiency": {**prices["efficiency"], name: asdict(efficiency)}}, note
 
 
@@ -91,12 +91,10 @@ def measured(run: Location) -> Measured:
     """Reads what a run measured; ConfigError if it did not: no checkpoint (with its job), no ledger, too few steps."""
     checkpoint = layout.latest(run)
     if not checkpoint:
-        raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job; let it train until it saves one")
+        raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job. Let it train until it saves one")
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:
-        raise ConfigError(
-            f"--calibrate: {run}: measured no steps: no attempt in its ledger has {LEAST} after the first; train it longer"
-        )
+        raise ConfigError(f"--calibrate: {run}: no attempt in its ledger has {LEAST} steps after the first. Train it longer")
     longest, seconds, steps = max(attempts, key=lambda one: one[2])
     return Measured(checkpoint.job.on(longest.workers), seconds, steps)
 

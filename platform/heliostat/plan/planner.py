@@ -1,7 +1,7 @@
 """Plans a job before anything starts: what it needs and what it will cost (`heliostat plan`).
 
 `plan(job, recipe, ...)` returns plain data (what `--json` prints) or raises ConfigError with the reason why the job cannot run.
-docs/plan.md has formulas and sources.
+docs/plan-method.md has formulas and sources.
 """
 
 from __future__ import annotations
@@ -26,28 +26,33 @@ from heliostat.plan.counts import Counts
 from heliostat.plan.estimate import Planner
 from heliostat.plan.hardware import GIB, Device, Prices
 from heliostat.plan.layouts import Candidate
+from heliostat.recipes.loading import make
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
 
 if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
     import torch
 
-ALONE = "Prepare it first; with model.text.pretrained and model.backbone.sample_size an image model is planned without it"
-CHOICES = ("stage", "micro_batch", "activation_checkpointing", "offload_optimizer", "speed")
+ALONE = (
+    "Prepare it first. An image model needs no dataset for the plan if model.text.pretrained and "
+    "model.backbone.sample_size are set"
+)
+CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_optimizer", "speed")
 
 
-def prepare(path: Path, settings: list[str] | None) -> tuple[Job, Recipe, str]:
+def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None = None) -> tuple[Job, Recipe, str]:
     """Loads a job file for planning: the job, its recipe, and the reason why the datasets cannot be read ("" if they can).
 
     The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
     """
-    return bound(*check.check_file(path, settings))
+    return bound(*check.check_file(path, settings, cluster))
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
     """Prepares a job that was checked, as `prepare` does; datasets that were `unread` a moment ago are not asked for."""
     if job.train.activation_checkpointing:
-        recipe = type(recipe)(job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})}))
+        plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
+        recipe = make(type(recipe), plain)
     if unread:
         recipe.presume(1)
         return job, recipe, unread
@@ -56,7 +61,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
             location.probe()
         written, job = job, collection.expand(job)
         if job is not written:
-            recipe = type(recipe)(job)
+            recipe = make(type(recipe), job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
         if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape follows from the data
@@ -162,21 +167,21 @@ def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
 def _refusal(job: Job, device: Device, chosen: Candidate, best: Candidate | None) -> str:
     need = chosen.memory
     if need["total"] > device.memory:
-        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), and {device.name} has {device.memory / GIB:.0f}"
+        what = f"needs {need['total'] / GIB:.1f} GiB ({memory.parts(need)}), but {device.name} has {device.memory / GIB:.0f}"
     else:
         share = f"a worker's share is {device.host_memory / GIB:.0f}"
-        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, and {share}"
+        what = f"needs {need['host'] / GIB:.1f} GiB of host memory for offload and batches, but {share}"
     more = "activation_checkpointing: true, " if not job.train.activation_checkpointing else ""
     fitting = best.layout if best else None
     replays = fitting and str(fitting.checkpointing) != str(job.train.activation_checkpointing)
     way = (
-        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch {fitting.micro_batch}"
+        f"it fits with train.zero.stage {fitting.stage}, train.micro_batch_size {fitting.micro_batch_size}"
         + (", train.zero.offload.optimizer cpu" if fitting.offload_optimizer else "")
         + (f", train.activation_checkpointing {str(fitting.checkpointing).lower()}" if replays else "")
         if fitting
-        else f"no stage and micro-batch fits on {job.workers.most} workers; use {more}more workers, offload, or a smaller model"
+        else (f"no stage and micro-batch fits on {job.workers.most} workers. Use {more}more workers, offload, or a smaller model")
     )
-    sums = "; train.accumulate: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
-    speed = f"with room for it a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
-    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch {chosen.layout.micro_batch}"
+    sums = ". train.grad_accum_dtype: same needs no sums in fp32" if need["summed"] and need["total"] > device.memory else ""
+    speed = f"with enough memory, a step would take {chosen.speed['step_s']:.3g} s (MFU {chosen.speed['mfu']:.1%})"
+    where = f"train.zero.stage {chosen.layout.stage}, train.micro_batch_size {chosen.layout.micro_batch_size}"
     return f"{where}: each worker {what}; {way}{sums}; {speed}"

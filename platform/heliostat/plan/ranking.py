@@ -59,7 +59,9 @@ def ranking(
                 estimates.append(most.candidate(layout) if few.fits else few)
     ranked = layouts.ranked(estimates, lambda layout: possible(job, layout, counts))
     if not ranked:
-        raise ConfigError(f"{job.name}: no layout trains on {most.workers} workers; {'; '.join(notes) or 'use others'}")
+        raise ConfigError(
+            f"{job.name}: no parallelism configuration trains on {most.workers} workers; {'; '.join(notes) or 'use others'}"
+        )
     return Ranking(most, ranked, layouts.changes(job, ranked[0].layout) if ranked[0].fits else None, notes)
 
 
@@ -83,7 +85,7 @@ def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
             jobs = [_divides(job, {}, stage)]
         except ConfigError as e:
             jobs = []
-            notes.append(f"workers divide matrices or experts: {_last(e, job)}")
+            notes.append(f"tensor or expert parallelism: {_last(e, job)}")
     for key, at in ((TENSOR, min(2, max(1, stage))), (EXPERT, 3)):
         own, why = list[Job](), ""
         for parts in _parts(job.worker_counts()):
@@ -94,7 +96,7 @@ def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
             except ConfigError as e:
                 why = why or _last(e, job)
         if why and not own:
-            notes.append(f"no workers divide {'matrices' if key == TENSOR else 'experts'}: {why}")
+            notes.append(f"no number of workers supports {'tensor' if key == TENSOR else 'expert'} parallelism: {why}")
         jobs += own
     return jobs, notes
 
@@ -114,7 +116,7 @@ def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
     zero |= {"stage": stage} | ({"offload": {}} if parallel else {})
-    train |= {"parallel": parallel, "micro_batch": 1, "activation_checkpointing": job.train.activation_offload}
+    train |= {"parallel": parallel, "micro_batch_size": 1, "activation_checkpointing": job.train.activation_offload}
     return schema.validate(Job, raw, job.name)
 
 
@@ -135,12 +137,12 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
         raw = job.dump()
-        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch": 1}
+        raw["train"] |= {"parallel": {**raw["train"]["parallel"], "sequence": parts}, "micro_batch_size": 1}
         try:
             schema.validate(Job, raw, job.name)
             sent[parts] = _exchanged(recipe, parts)
         except ConfigError as e:
-            log.debug("%d workers cannot share a sample: %s", parts, e)
+            log.debug("%d workers can't share a sample: %s", parts, e)
     return sent
 
 
@@ -149,6 +151,6 @@ def _exchanged(recipe: Recipe, parts: int) -> int:
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):
-        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} cuts no samples")
+        raise ConfigError(f"train.parallel.sequence: {type(recipe).__name__} doesn't support sequence parallelism")
     recipe.require_cut(parts)
     return recipe.exchanged(parts)

@@ -2,7 +2,7 @@
 
 An operation takes the time of its arithmetic at the rate that its kind of work reaches on the device, and the time of its bytes
 at the memory's rate; the rates are the peaks of the device times `efficiency` (prices.yaml), fitted to published runs or measured
-by `heliostat plan --calibrate`. docs/plan.md has the formulas.
+by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Setting:
 
     workers: int
     stage: int
-    micro_batch: float  # samples; of those that workers share, each counts for this worker's stretch
+    micro_batch_size: float  # samples; of those that workers share, each counts for this worker's stretch
     accumulation: int
     replayed: float = 0.0
     compiled: bool = False
@@ -49,7 +49,7 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
     computed again. Nothing hides them: attention waits.
     """
     passes = 2 + setting.replayed
-    moved = int(elements * low * passes * setting.micro_batch * parts * setting.accumulation)
+    moved = int(elements * low * passes * setting.micro_batch_size * parts * setting.accumulation)
     return moved, moved / (rate(parts, device) * network.rate)
 
 
@@ -62,7 +62,7 @@ def adding(
     moves each element twice, and goes around twice. Nothing hides them. The result is of a step.
     """
     elements, calls = (forward * (1 + setting.replayed) + backward for forward, backward in (added, sums))
-    moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch * setting.accumulation)
+    moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch_size * setting.accumulation)
     around = 2 * calls * setting.accumulation * hops(parts, device, network)
     return moved, moved / (rate(parts, device) * network.rate) + around
 
@@ -105,7 +105,7 @@ def computing(work: Collection[OperationWork], setting: Setting, device: Device)
     return sum(
         w.count
         * (1 + setting.again(w))
-        * operation(w, setting.micro_batch, device, setting.compiled, w.kind == MATMUL and (w.flops, w.fixed) in inside)
+        * operation(w, setting.micro_batch_size, device, setting.compiled, w.kind == MATMUL and (w.flops, w.fixed) in inside)
         for w in work
     )
 

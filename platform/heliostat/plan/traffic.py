@@ -1,8 +1,8 @@
 """Computes the bytes of weights and gradients that travel in an optimizer step, and between which workers: pure functions.
 
-Everything travels in rings: of all workers, of the workers of a group (`train.zero.divide_within`, `copy_within`), and of the
-workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring ranks, so
-that one as large as a node, or a part of it, is in one node.
+Everything travels in rings: of all workers, of the workers of a group (`train.zero.shard_group_size`, `hpz_partition_size`), and
+of the workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring
+ranks, so that one as large as a node, or a part of it, is in one node.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool
 
 def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int) -> Traffic:
     """Computes what travels in a step. `low`, `summed`: bytes of a weight, and of the sum of a gradient over micro-batches."""
-    if stage == 3 and zero.divide_within and zero.divide_within < workers:
-        group = zero.divide_within
+    if stage == 3 and zero.shard_group_size and zero.shard_group_size < workers:
+        group = zero.shard_group_size
         copies, part = workers // group, -(-numel // group)
         inside = volume(numel, low, group, 3, accumulation)
         return Traffic(0, workers, inside, int(2 * part * summed * (copies - 1) / copies), group)
     gathered = EIGHT_BITS if stage == 3 and zero.quantize_weights else low
-    if stage == 3 and zero.copy_within:
-        group = min(zero.copy_within, workers)
+    if stage == 3 and zero.hpz_partition_size:
+        group = min(zero.hpz_partition_size, workers)
         one, again = numel * (workers - 1) / workers, numel * (group - 1) / group
         around = int(one * (gathered + low * accumulation))  # the first gather of a step, and all reductions
         return Traffic(around, workers, int(again * gathered * (2 * accumulation - 1)), 0, group)

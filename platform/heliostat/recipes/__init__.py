@@ -3,7 +3,7 @@
 Start at `protocol`.
 May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
 
-A job file names a recipe as `recipe: heliostat.recipes:NAME`. `built_in` finds the names: a recipe is one file.
+A job file names a recipe as `recipe: heliostat.recipes:NAME`. `built_in` finds the names; each recipe is one file.
 """
 
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""Builds parts of recipes' batches: pads rows, finds the documents of packed samples. Gathers scores of all samples in order."""
+"""Helps recipes build batches: pads rows, finds the documents of packed samples, and gathers the scores of all samples in
+order."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 
 
 class Padded(NamedTuple):
-    """Holds rows padded to one length: `values` int64 [rows, length]; `mask` bool, true where a row has a value; `cut`: how many
-    values beyond `longest` were left out."""
+    """Holds rows padded to one length: `values` int64 [rows, length]; `mask` bool, true for real values; `cut`: the number of
+    values beyond `longest`, which were left out."""
 
     values: torch.Tensor
     mask: torch.Tensor
@@ -19,13 +20,13 @@ class Padded(NamedTuple):
 
     @property
     def padding(self) -> float:
-        """Returns the share of places that are padding."""
+        """Returns the fraction of positions that are padding."""
         return 1.0 - float(self.mask.float().mean())
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
-    """Pads rows of varying length to one tensor: as long as the longest row, at most `longest`, rounded up to a multiple of
-    `multiple`, which keeps the number of shapes small."""
+    """Pads rows of varying length to one tensor. Its length is that of the longest row, at most `longest`, rounded up to a
+    multiple of `multiple`, which limits the number of shapes."""
     whole = [len(row) for row in rows]
     lengths = np.array([min(n, longest) if longest else n for n in whole], dtype=np.int64)
     width = max(multiple, -(-int(lengths.max(initial=0)) // multiple) * multiple)
@@ -38,8 +39,8 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int 
 
 
 class Segments(NamedTuple):
-    """Holds the documents of packed samples, all [rows, length]: where documents start (never a sample's first token), the number
-    of each token's document in its sample, and its position in that document."""
+    """Holds the documents of packed samples, all [rows, length]: where documents start (never at a sample's first token), each
+    token's document number in its sample, and its position in that document."""
 
     starts: torch.Tensor
     ids: torch.Tensor
@@ -47,7 +48,7 @@ class Segments(NamedTuple):
 
 
 def segments(tokens: torch.Tensor, end: int) -> Segments:
-    """Finds the documents of packed samples, which lie end to end, each starting behind an `end` token."""
+    """Finds the documents of packed samples, which follow each other; each starts after an `end` token."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == end
     place = torch.arange(tokens.shape[1])
@@ -55,13 +56,14 @@ def segments(tokens: torch.Tensor, end: int) -> Segments:
 
 
 def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
-    """Takes the gathered scores of one batch, without the samples that do not count; bf16, which NumPy lacks, becomes fp32."""
+    """Selects the gathered scores of one batch, without the samples that don't count. Converts bf16, which NumPy lacks, to
+    fp32."""
     tensors = {n: scores[n].detach().cpu() for n in names}
     return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
 
 
 def in_order(parts: list[list[tuple[np.ndarray, dict[str, np.ndarray]]]]) -> dict[str, np.ndarray]:
-    """Concatenates the scores of all workers to one array per name, in the order of the samples' numbers."""
+    """Concatenates the scores of all workers to one array per name, ordered by the samples' numbers."""
     batches = [batch for part in parts for batch in part]
     order = np.argsort(np.concatenate([numbers for numbers, _ in batches]))
     return {name: np.concatenate([arrays[name] for _, arrays in batches])[order] for name in batches[0][1]}

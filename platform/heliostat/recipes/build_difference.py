@@ -1,7 +1,7 @@
-"""Finds what a recipe's `build` makes otherwise where it has no weights, beyond the weights themselves.
+"""Finds differences in what a recipe's `build` makes with and without weights, beyond the weights themselves.
 
-A recipe of one's own may read the weights that it has just made, keep a copy, or draw further random numbers. What is then in an
-attribute of the model or of the recipe, in a list, or in a closure, would differ between workers.
+A custom recipe may read the new weights, copy them, or draw further random numbers. The results in an attribute of the model
+or the recipe, in a list, or in a closure would then differ between workers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
 def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Module]) -> str:
-    """Finds the first difference between two recipes and the models that they have built; "" if there is none. The values of
-    parameters, and of registered buffers, don't count."""
+    """Finds the first difference between two recipes and the models that they built; "" if there is none. The values of
+    parameters and registered buffers don't count."""
     if _parameters(right[1]) != _parameters(other[1]):
         return "its parameters"
     if _buffers(right[1]) != _buffers(other[1]):
@@ -49,7 +49,7 @@ class _Comparison:
         self.kept = list[object]()  # what was compared: Python gives the id of an object that is gone to another
 
     def of(self, right: Any, other: Any, where: str = "") -> str:
-        """Compares two things; names the place of the first difference."""
+        """Compares two objects; names the place of the first difference."""
         if right is other or (id(right), id(other)) in self.seen:
             return ""
         if type(right) is not type(other):
@@ -71,7 +71,7 @@ class _Comparison:
 
 
 def _parts(thing: object) -> dict[str, object]:
-    """Lists what is in a thing, by the way to it."""
+    """Lists the parts of an object, by the path to each."""
     if isinstance(thing, dict):
         return {f"[{key!r}]": value for key, value in thing.items()}
     if isinstance(thing, set | frozenset):

@@ -26,23 +26,25 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
     known = dict(model.named_modules())
     for name in recipe.frozen:
         if name not in known:
-            raise ConfigError(f"recipe: {type(recipe).__name__}.frozen names {name!r}, no submodule of its model ({GUIDE})")
+            raise ConfigError(
+                f"recipe: {type(recipe).__name__}.frozen names {name!r}, which isn't a submodule of its model ({GUIDE})"
+            )
     return [known[name] for name in recipe.frozen]
 
 
 def rest(recipe: Recipe, model: torch.nn.Module) -> None:
-    """Puts frozen submodules into evaluation mode, which `train()` takes them out of: no dropout, no running statistics."""
+    """Puts frozen submodules into evaluation mode, which `train()` switches off: no dropout, no running statistics."""
     for module in frozen_modules(recipe, model):
         module.eval()
 
 
 def sparse_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that hold a list of experts, modules of their own of which a token meets a few."""
+    """Lists the modules that hold a list of expert modules, of which a token uses a few."""
     return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
 
 
 def gathered_whole(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that compute with their submodules' parameters as with their own: ZeRO-3 gathers them together."""
+    """Lists the modules that compute directly with their submodules' parameters. ZeRO-3 gathers those together."""
     return [m for m in model.modules() if getattr(m, "gathered_whole", False)]
 
 
@@ -55,8 +57,9 @@ def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
 def parameter_groups(
     model: torch.nn.Module, weight_decay: float, recipe: Recipe, orthogonalizes: bool = False
 ) -> list[dict[str, Any]]:
-    """Makes the optimizer's parameter groups from the recipe's, with `weight_decay` and `lr_scale`: those with the job's weight
-    decay first, then in the model's order. For an optimizer that `orthogonalizes`, hidden matrices are apart (`orthogonal`)."""
+    """Makes the optimizer's parameter groups from the recipe's, with `weight_decay` and `lr_scale`. Groups with the job's
+    weight decay come first, then the model's order. An optimizer that `orthogonalizes` gets hidden matrices in separate groups
+    (`orthogonal`)."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = hidden_matrices(recipe, model) if orthogonalizes else frozenset[str]()
     return [
@@ -71,16 +74,18 @@ def parameter_groups(
 
 
 def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
-    """Lists the trained parameters that are matrices between hidden layers, by names: what is 2-D, and the stacked matrices of
-    experts; neither embeddings nor the output head that transformers tells nor convolutions. A recipe's `Group.hidden` overrules
-    it; ConfigError where that is no matrix."""
+    """Lists the names of trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts, but no
+    embeddings, output heads, or convolutions. A recipe's `Group.hidden` overrides this; ConfigError if that parameter isn't a
+    matrix."""
     apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
     names = set()
     for name, p in model.named_parameters():
         if p.requires_grad:
             dimensions, said = len(shape(p)), recipe.group(name, shape(p)).hidden
             if said and dimensions not in (2, 3):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group calls {name!r} hidden, which is no matrix ({GUIDE})")
+                raise ConfigError(
+                    f"recipe: {type(recipe).__name__}.group marks {name!r} as hidden, but it isn't a matrix ({GUIDE})"
+                )
             looks = id(p) not in apart and (dimensions == 2 or (dimensions == 3 and "experts" in name.split(".")))
             if looks if said is None else said:
                 names.add(name)
@@ -88,7 +93,7 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
 
 
 def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yields the modules whose matrices are not between hidden layers."""
+    """Yields the modules whose matrices aren't between hidden layers."""
     yield from (m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.modules.conv._ConvNd))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
@@ -98,13 +103,13 @@ def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def grouped(
     recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], hidden: frozenset[str] = frozenset()
 ) -> list[tuple[Group, list[str]]]:
-    """Groups the names of trained parameters by the recipe's `group` for their shapes, in order, with `hidden` ones apart from
-    others; ConfigError for a weight decay or a learning rate that is negative or not finite."""
+    """Groups the names of trained parameters, in order, by the result of the recipe's `group`, with `hidden` ones in separate
+    groups. ConfigError for a weight decay or learning rate that is negative or not finite."""
     groups: dict[tuple[Group, bool], list[str]] = {}
     for name, size in shapes.items():
         groups.setdefault((recipe.group(name, size), name in hidden), []).append(name)
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group gives {what} {value!r}, which must be at least 0")
+                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. It must be at least 0")
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

@@ -1,7 +1,7 @@
-"""Finds the recipes of the package by reading their files, without importing one: a recipe imports torch.
+"""Finds the recipes of the package by reading their files. Importing a recipe would import torch.
 
 A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`: the name of the class, with
-the modules and libraries that it imports late.
+the modules and libraries that it imports lazily.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LIBRARIES = {  # the modules that a recipe with such a library imports when it b
 
 
 class BuiltIn(NamedTuple):
-    """Holds a recipe's module, and the modules and libraries that it imports late."""
+    """Holds a recipe's module, and the modules and libraries that it imports lazily."""
 
     module: str
     late: tuple[str, ...]
@@ -47,8 +47,8 @@ def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
 def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
     """Returns the modules that workers import for a job's `recipe` and `model`, so that a fork server can import them ahead.
 
-    There are none for a user's own recipe, whose import may do anything. A module in the list may be missing: the fork server
-    leaves out what it cannot import.
+    The list is empty for a custom recipe, whose import may have any effect. The fork server skips modules that it can't
+    import.
     """
     from heliostat.config import workspace  # whose import takes longer than that of all recipes' names
 

@@ -1,6 +1,6 @@
-"""Checks, before anything starts, whether a class is a recipe, and whether a recipe can do what a job asks of it.
+"""Checks, before anything starts, whether a class is a recipe, and whether it can do what a job asks.
 
-A recipe of the protocol's first form, which had no base classes, gets an error of its own that points to the guide.
+A recipe of the first protocol, which had no base classes, gets a separate error that points to the guide.
 """
 
 from __future__ import annotations
@@ -40,95 +40,103 @@ GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named p
 
 
 def require_class(field: str, path: str, target: object) -> type[Recipe]:
-    """Returns the class if it is a complete recipe, else raises ConfigError; `path` is its import path, for the message."""
+    """Returns the class if it is a complete recipe, else raises ConfigError. `path`: its import path, for the message."""
     if not isinstance(target, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
     if not issubclass(target, Recipe):
         if all(hasattr(target, name) for name in ("build", "batch", "loss")):
             raise ConfigError(
-                f"{field}: {path!r} is of the protocol's first form; derive it from {_named(Recipe)} and what it can do "
-                f'in addition, and let `loss` return a Loss: {GUIDE}, "From the first form"'
+                f"{field}: {path!r} uses the first recipe protocol. Derive it from {_named(Recipe)} and the "
+                f'classes of its other abilities, and let `loss` return a Loss: {GUIDE}, "From the first form"'
             )
-        raise ConfigError(f"{field}: {path!r} is no recipe: it does not derive from {_named(Recipe)} ({GUIDE})")
+        raise ConfigError(f"{field}: {path!r} isn't a recipe: it doesn't derive from {_named(Recipe)} ({GUIDE})")
     _refuse_gone(field, path, target)
     if missing := sorted(target.__abstractmethods__):
         raise ConfigError(f"{field}: {path!r} lacks {', '.join(f'`{name}`' for name in missing)} ({GUIDE})")
     if getattr(target, "kind", None) not in KINDS:
-        raise ConfigError(f"{field}: {path!r} must say `kind`, the datasets it eats: {' or '.join(map(repr, KINDS))} ({GUIDE})")
+        raise ConfigError(
+            f"{field}: {path!r} doesn't define `kind`, the kind of dataset that it reads: "
+            f"{' or '.join(map(repr, KINDS))} ({GUIDE})"
+        )
     for name, ability in MARKS.items():
         if hasattr(target, name) and not issubclass(target, ability):
             raise ConfigError(
-                f"{field}: {path!r} has `{name}`, which nothing would call; derive it from {_named(ability)} ({GUIDE})"
+                f"{field}: {path!r} defines `{name}`, but heliostat never calls it. Derive the recipe from "
+                f"{_named(ability)} ({GUIDE})"
             )
     if issubclass(target, Evaluates) and target.gathered and target.measure is Evaluates.measure:
-        raise ConfigError(f"{field}: {path!r} gathers {', '.join(target.gathered)}, but has no `measure` that uses it ({GUIDE})")
+        raise ConfigError(
+            f"{field}: {path!r} gathers {', '.join(target.gathered)}, but has no `measure` that uses them ({GUIDE})"
+        )
     if issubclass(target, Serves) and target.serving is Serves.serving and not issubclass(target, Generates):
         raise ConfigError(
-            f"{field}: {path!r} is served as its `generator` answers, and has none; derive it from {_named(Generates)}, or give "
-            f"it `serving` ({GUIDE})"
+            f"{field}: {path!r} is served through its `generator`, but defines none. Derive it from "
+            f"{_named(Generates)}, or define `serving` ({GUIDE})"
         )
     return target
 
 
 def _refuse_gone(field: str, path: str, target: object) -> None:
-    """Raises ConfigError for names of the protocol's first form, in a class or set by its `__init__`."""
+    """Raises ConfigError for names of the first protocol, in a class or set by its `__init__`."""
     for name, instead in GONE.items():
         if hasattr(target, name):
-            raise ConfigError(f"{field}: {path!r} has `{name}`, which is not asked for any more: {instead} ({GUIDE})")
+            raise ConfigError(f"{field}: {path!r} defines `{name}`, which heliostat no longer uses: {instead} ({GUIDE})")
 
 
 def require_abilities(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the job asks for something that the recipe cannot do."""
+    """Raises ConfigError if the job asks for an ability that the recipe lacks."""
     _refuse_gone("recipe", job.recipe, recipe)
     if job.evaluate and not isinstance(recipe, Evaluates):
-        raise _lacks("evaluate", job, "is not scored", Evaluates, "remove evaluate")
+        raise _lacks("evaluate", job, "doesn't support evaluation", Evaluates, "Remove evaluate")
     _require_room_makers(job, recipe)
     if job.train.parallel.sequence > 1:
         if not isinstance(recipe, CutsSamples):
-            raise _lacks("train.parallel.sequence", job, "cuts no samples", CutsSamples, "set it to 1")
+            raise _lacks("train.parallel.sequence", job, "doesn't support sequence parallelism", CutsSamples, "Set it to 1")
         if isinstance(recipe, Draws) or (isinstance(recipe, Evaluates) and recipe.gathered):
-            raise ConfigError(f"train.parallel.sequence: {job.recipe} draws or measures whole samples; set it to 1")
+            raise ConfigError(f"train.parallel.sequence: {job.recipe} generates or measures whole samples. Set it to 1")
     if job.train.parallel.expert > 1 and not isinstance(recipe, DividesExperts):
-        raise _lacks("train.parallel.expert", job, "divides no experts", DividesExperts, "set it to 1")
+        raise _lacks("train.parallel.expert", job, "doesn't support expert parallelism", DividesExperts, "Set it to 1")
     if job.train.parallel.tensor > 1:
         if not isinstance(recipe, DividesMatrices):
-            raise _lacks("train.parallel.tensor", job, "divides no matrices", DividesMatrices, "set it to 1")
+            raise _lacks("train.parallel.tensor", job, "doesn't support tensor parallelism", DividesMatrices, "Set it to 1")
         if isinstance(recipe, Draws | CouplesSamples) or (isinstance(recipe, Evaluates) and recipe.gathered) or recipe.balances:
             raise ConfigError(
-                f"train.parallel.tensor: {job.recipe} draws, couples samples, balances experts or measures arrays, which is not "
-                "tried; set it to 1"
+                "train.parallel.tensor: not supported with recipes that generate, couple samples, balance "
+                f"experts, or measure arrays ({job.recipe}). Set it to 1"
             )
     if job.mlflow.register_as and not isinstance(recipe, Serves):
-        raise _lacks("mlflow.register", job, "is not served, so there is no model to register", Serves, "remove it")
+        raise _lacks("mlflow.register", job, "can't be served, so there is no model to register", Serves, "Remove it")
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving
     if as_answers and isinstance(recipe, Generates) and not recipe.prompts:
-        raise ConfigError(f"recipe: {job.recipe!r} gives no `prompts`, and MLflow logs one with the model; add some ({GUIDE})")
+        raise ConfigError(f"recipe: {job.recipe!r} defines no `prompts`, and MLflow logs one with the model. Add some ({GUIDE})")
     best = job.checkpoint.best
     if best and isinstance(recipe, Evaluates) and best.metric not in recipe.scores:
         raise ConfigError(
-            f"checkpoint.best.metric: {best.metric!r} is no score of {job.recipe}{nearest(best.metric, list(recipe.scores))}"
+            f"checkpoint.best.metric: {best.metric!r} isn't a score of {job.recipe}{nearest(best.metric, list(recipe.scores))}"
         )
 
 
 def _require_room_makers(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the job asks for a way to save memory that the recipe does not have."""
+    """Raises ConfigError if the job asks for a way to save memory that the recipe doesn't support."""
     train = job.train
     if train.tiled_loss and not recipe.tiles:
-        raise ConfigError(f"train.tiled_loss: {job.recipe} computes no loss in tiles; set it to false")
+        raise ConfigError(f"train.tiled_loss: {job.recipe} doesn't support a tiled loss. Set it to false")
     if train.tiled_mlp and not recipe.tiles:
-        raise ConfigError(f"train.tiled_mlp: {job.recipe} computes no MLPs in tiles; set it to false")
+        raise ConfigError(f"train.tiled_mlp: {job.recipe} doesn't support tiled MLPs. Set it to false")
     if (train.attention or train.fp8) and not recipe.chooses:
-        raise ConfigError(f"train.{'attention' if train.attention else 'fp8'}: {job.recipe} has no choice of kernels; remove it")
+        raise ConfigError(
+            f"train.{'attention' if train.attention else 'fp8'}: {job.recipe} doesn't let you choose kernels. Remove it"
+        )
     if train.compile == "blocks" and type(recipe).blocks is Recipe.blocks:
-        raise ConfigError(f"train.compile: blocks: {job.recipe} does not list its `blocks` ({GUIDE}); set it to true")
+        raise ConfigError(f"train.compile: {job.recipe} doesn't list its `blocks` ({GUIDE}). Set it to true")
     if train.activation_offload and not recipe.selects:
-        raise ConfigError(f"train.activation_offload: {job.recipe} leaves no activations to the host; set it to false")
+        raise ConfigError(f"train.activation_offload: {job.recipe} doesn't support activation offload. Set it to false")
     if not isinstance(train.activation_checkpointing, bool) and not recipe.selects:
-        raise ConfigError(f"train.activation_checkpointing: {job.recipe} checkpoints all layers or none; set it to true or false")
+        raise ConfigError(f"train.activation_checkpointing: {job.recipe} checkpoints all layers or none. Set it to true or false")
 
 
 def _lacks(key: str, job: Job, what: str, ability: type, way: str) -> ConfigError:
-    return ConfigError(f"{key}: {job.recipe} {what}; derive it from {_named(ability)} ({GUIDE}), or {way}")
+    return ConfigError(f"{key}: {job.recipe} {what}. {way}, or derive it from {_named(ability)} ({GUIDE})")
 
 
 def _named(kind: type) -> str:

@@ -18,7 +18,7 @@ class Constant:
         self._copies: dict[torch.device, tuple[torch.Tensor, Arrival]] = {}
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """Returns the values on a device: the same tensor at every call, on whichever stream."""
+        """Returns the values on a device: the same tensor at every call, on any stream."""
         if device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[device] = self.values.to(device), Arrival(device)

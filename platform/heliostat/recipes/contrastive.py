@@ -1,7 +1,7 @@
-"""Computes the contrastive loss of pairs of embeddings, and how well a text is found by its query. Pure functions.
+"""Computes the contrastive loss of pairs of embeddings, and retrieval scores. Pure functions.
 
 The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: each query against all texts, each text
-against all queries. Pairs that share their query or their text are no negatives of each other, and are left out.
+against all queries. Pairs with the same query or text aren't negatives of each other, and are left out.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ CUTS = (1, 5, 10)
 
 
 class Contrast(NamedTuple):
-    """Holds the sum of the loss over the pairs, in nats; how many places of the matrix of all pairs were left out; and how many
-    queries have their own text nearest."""
+    """Holds the sum of the loss over the pairs in nats, the number of matrix entries that were left out, and the number of
+    queries whose nearest text is their own."""
 
     loss: torch.Tensor
     masked: torch.Tensor
@@ -28,10 +28,11 @@ class Contrast(NamedTuple):
 def contrast(
     query: torch.Tensor, text: torch.Tensor, names: torch.Tensor, temperature: float, some: slice | None = None
 ) -> Contrast:
-    """Contrasts pairs of embeddings of length 1, [pairs, width] each; `names`, int64 [pairs, 2]: what query and text each has.
+    """Computes the contrastive loss of pairs of embeddings of length 1, [pairs, width] each. `names`, int64 [pairs, 2]: ids of
+    the query and the text of each pair.
 
-    `some`: computes what these pairs add alone, their queries against all texts and their texts against all queries; the matrix
-    of all pairs is in memory nowhere.
+    `some`: computes only what these pairs add: their queries against all texts and their texts against all queries. The matrix
+    of all pairs is never in memory.
     """
     own = torch.arange(len(query), device=query.device)[some or slice(None)]
     mine = names if some is None else names[some]
@@ -45,15 +46,15 @@ def contrast(
 
 
 def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
-    """Cuts so many pairs into slices of at most `rows`; [None], which is all of them, if they are no more."""
+    """Splits so many pairs into slices of at most `rows`; [None], which means all, if they fit in one."""
     if pairs <= rows:
         return [None]
     return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]
 
 
 def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Returns for each pair the rank, from 1, of the nearest right text among all different texts, by its query. Right are the
-    texts of all pairs with that query; of those at the same distance the wrong come first."""
+    """Returns for each pair the rank, from 1, of the nearest correct text among all different texts. Correct are the texts of
+    all pairs with the same query. Among equal distances, wrong texts come first."""
     _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
     _, query_of = np.unique(names[:, 0], return_inverse=True)
     order, texts = np.argsort(query_of, kind="stable"), text[first]
@@ -70,5 +71,5 @@ def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
 
 
 def recall(ranks: np.ndarray) -> dict[str, float]:
-    """Computes the shares of queries whose text is among the nearest, and the mean reciprocal rank."""
+    """Computes recall (the fraction of queries whose text is among the nearest), and the mean reciprocal rank."""
     return {**{f"recall_at_{k}": float(np.mean(ranks <= k)) for k in CUTS}, "mrr": float(np.mean(1 / ranks))}

@@ -1,13 +1,13 @@
-"""Draws random numbers that follow from a seed and a key alone, with the same bits on every device.
+"""Draws random numbers that depend only on a seed and a key, with the same bits on every device.
 
     normals(seed, keys, stream=1, count=4096)   # fp32 [len(keys), 4096], on the device of `keys`
     words(seed, keys, stream=0, count=2)        # int64 [len(keys), 2]; `uniform` and `normal` map each to a number
 
-The words are Philox4x32-10's (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), a generator without state: the
-block cipher of a counter, here (block, stream, key), under the seed. It is written in integer operations of torch.
+The generator is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), which has no state: it
+encrypts a counter, here (block, stream, key), with the seed. It uses torch's integer operations.
 
-A normal number is the inverse of the normal distribution at its word, from a table of parabolas. That takes one multiplication
-or addition at a time, which IEEE 754 defines to the last bit, and no logarithm or sine, which devices compute differently.
+A normal number is the inverse of the normal distribution at its word, from a table of parabolas. That needs only
+multiplications and additions, which IEEE 754 defines to the last bit. Logarithms and sines differ between devices.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ GRID = 2.0**-28  # of slopes and curvatures
 
 
 def normals(seed: int, keys: torch.Tensor, stream: int, count: int) -> torch.Tensor:
-    """Draws `count` normal numbers for each key: fp32 [keys, count], on the keys' device; arguments as of `words`.
+    """Draws `count` normal numbers for each key: fp32 [keys, count], on the keys' device. For the arguments, see `words`.
 
-    A CPU draws parts of them, one after another, which its caches hold.
+    On a CPU, it draws blocks that fit into the caches.
     """
     if keys.device.type != "cpu":
         return normal(words(seed, keys, stream, count))
@@ -86,8 +86,8 @@ def normal(words: torch.Tensor) -> torch.Tensor:
 def exact_heights() -> np.ndarray:
     """Computes the inverse of the normal distribution at three points of each parabola, fp64 [3, parabolas].
 
-    Parabola i is for a tail of probability 2^(e - 33) (1 + j / 2^CUTS) and up, where e and j are the quotient and the rest of i
-    by 2^CUTS.
+    Parabola i covers tail probabilities from 2^(e - 33) (1 + j / 2^CUTS), where e and j are the quotient and the remainder of
+    i by 2^CUTS.
     """
     octave, cut = np.divmod(np.arange(OCTAVES << CUTS), 1 << CUTS)
     tails = np.ldexp(1 + (cut + np.array(POINTS)[:, None]) / (1 << CUTS), octave - OCTAVES - 1)
@@ -95,9 +95,9 @@ def exact_heights() -> np.ndarray:
 
 
 def parabolas(heights: np.ndarray) -> np.ndarray:
-    """Lays a parabola through each three points: heights, slopes, and curvatures, fp32 [3, parabolas + 1].
+    """Fits a parabola through each three points: heights, slopes, and curvatures, fp32 [3, parabolas + 1].
 
-    Rounds so that other machines, whose heights differ in the last bit, agree.
+    Rounds the results, so that machines whose heights differ in the last bit agree.
     """
     (first, second, third), (low, middle, high) = heights, POINTS
     rise = (second - first) / (middle - low)

@@ -1,7 +1,5 @@
-"""Writes and reads `heliostat.json`, the record in an exported folder: it names the recipe and the job that made the model, so
-every command that uses a model goes through its recipe, whatever kind it is. A folder without a record is taken for a language
-model of `transformers`.
-"""
+"""Writes and reads `heliostat.json`, the record in an exported folder. It names the recipe and the job that made the model, so
+every command uses a model through its recipe. A folder without a record counts as a language model of `transformers`."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 
 @open_
 class TrainedFacts(TypedDict):
-    """Describes the part of a job that is read from an exported model's record."""
+    """Describes the part of a job that heliostat reads from an exported model's record."""
 
     name: str
     model: dict[str, object]
@@ -40,7 +38,7 @@ class TrainedFacts(TypedDict):
 
 @open_
 class Origin(TypedDict):
-    """Describes where an exported model comes from: its run, and the version of its data plan."""
+    """Describes an exported model's origin: its run, and the version of its data plan."""
 
     data_version: NotRequired[Whole]
 
@@ -52,13 +50,13 @@ class Exported(TypedDict):
     origin: NotRequired[Origin]
 
 
-EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="export the model again")
+EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="Export the model again")
 
 
 @dataclass(frozen=True)
 class Export:
-    """Holds an exported folder's recipe and record. `job`: the job that trained the model; None for a folder that came from
-    elsewhere. `data_version`: of its data plan, and so of what was held out; None: not known."""
+    """Holds an exported folder's recipe and record. `job`: the job that trained the model; None for a folder from elsewhere.
+    `data_version`: the version of its data plan, which decides the held-out samples; None if it isn't known."""
 
     folder: Path
     recipe: Any  # the class: a Recipe that Exports
@@ -67,7 +65,7 @@ class Export:
 
 
 def write(folder: Path, job: Job, origin: dict[str, object]) -> None:
-    """Writes the record of an exported model into its folder; `origin`: the run and the step that the model comes from."""
+    """Writes the record of an exported model into its folder. `origin`: the model's run and step."""
     (folder / RECORD).write_text(json.dumps({"recipe": job.recipe, "job": job.dump(), "origin": origin}, indent=1))
 
 
@@ -83,7 +81,7 @@ def read(folder: Path) -> Export:
     record_read = record(folder)
     recipe = workspace.import_path(f"{place}: recipe", record_read["recipe"], folder)
     if not issubclass(recipe := require_class(f"{place}: recipe", printable(record_read["recipe"]), recipe), Exports):
-        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} is not exported ({GUIDE})")
+        raise ConfigError(f"{place}: recipe: {printable(record_read['recipe'])!r} doesn't support export ({GUIDE})")
     return Export(folder, recipe, record_read["job"], record_read.get("origin", {}).get("data_version", 1))
 
 
@@ -93,19 +91,19 @@ def record(folder: Path) -> Exported:
 
 
 def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:
-    """Loads the generator of an exported model, which answers requests; ConfigError if its recipe does not answer prompts."""
+    """Loads the generator of an exported model; ConfigError if its recipe doesn't answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
-        raise ConfigError(f"{folder}: is of {recipe.__name__}, which answers no prompts")
+        raise ConfigError(f"{folder}: a model of {recipe.__name__} doesn't answer prompts")
     return recipe.generator(folder, options)
 
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Turns whatever a library raises while it uses a model's folder into a ConfigError of one line that names the folder."""
+    """Turns a library's error about a model's folder into a ConfigError of one line that names the folder."""
     try:
         yield
     except HeliostatError:
         raise
     except Exception as e:
-        raise ConfigError(f"{folder}: the model cannot be used ({type(e).__name__}: {brief(e)})") from e
+        raise ConfigError(f"{folder}: can't load the model ({type(e).__name__}: {brief(e)})") from e

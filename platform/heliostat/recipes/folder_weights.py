@@ -1,7 +1,7 @@
-"""Reads a pretrained model's weights from safetensors files, one tensor at a time, where they are what the model has.
+"""Reads a pretrained model's weights from safetensors files, one tensor at a time, if they match the model's tensors.
 
-transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then tells why the
-tensors can't be read one by one, and the library itself must load the folder.
+transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then reports
+the reason, and the library itself must load the folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
 class UnreadableError(Exception):
-    """Says why a folder's tensors can't be read one by one."""
+    """Explains why a folder's tensors can't be read one by one."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Reads the tensor into host memory of its own: a mapped file would count as the process's memory."""
+        """Reads the tensor into its own host memory. A mapped file would count as the process's memory."""
         values = torch.empty(self.shape, dtype=self.dtype)
         left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
         with self.file.open("rb", buffering=0) as f:
             f.seek(self.offset)
             while left:
                 if not (count := f.readinto(left)):
-                    raise OSError(f"{self.file}: ends before its tensors do")
+                    raise OSError(f"{self.file}: the file ends before its last tensor")
                 left = left[count:]
         return values.float() if values.dtype == torch.float64 else values  # the libraries load all weights in fp32
 
 
 def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
-    """Locates the values of all parameters of the model, and of those buffers that folders have, by the tensors' ids;
+    """Locates the values of all parameters of the model, and of buffers that are in the folder, by the tensors' ids;
     UnreadableError if a parameter has none."""
     if not noted:
         raise UnreadableError("its weights are drawn at random")
@@ -81,13 +81,13 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
         tensor = pretrained.tensors[names[0]]
         keys = {key for name in names for key in _spellings(name, prefix) if key in stored}
         if len(keys) != 1:
-            raise UnreadableError(f"{folder}: has {len(keys) or 'no'} tensors for {names[0]!r}")
+            raise UnreadableError(f"{folder}: expected one tensor for {names[0]!r}, found {len(keys) or 'none'}")
         (key,) = keys
         if any(transform.rename_source_key(key) != (key, None) for transform in converts):
             raise UnreadableError(f"{folder}: transformers converts {key!r}")
         one = stored[key]
         if one.shape != tuple(tensor.shape) or one.dtype.is_floating_point != tensor.dtype.is_floating_point:
-            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, and the model has another")
+            raise UnreadableError(f"{folder}: {key!r} is {one.dtype} {list(one.shape)}, which doesn't match the model")
         weights[id(tensor)] = one
     return weights
 
@@ -105,10 +105,10 @@ def _conversions(module: torch.nn.Module) -> list[Any]:
 
 
 def _listed(folder: Path) -> dict[str, Stored]:
-    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors under a library's name."""
+    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors with a standard name."""
     files = [file for name in NAMES for file in (folder / name, folder / f"{name}.index.json") if file.is_file()]
     if len(files) != 1:
-        raise UnreadableError(f"{folder}: has {len(files) or 'no'} sets of safetensors")
+        raise UnreadableError(f"{folder}: expected one set of safetensors files, found {len(files) or 'none'}")
     if files[0].suffix == ".safetensors":
         return _header(files[0])
     index: dict[str, str] = json.loads(files[0].read_text())["weight_map"]

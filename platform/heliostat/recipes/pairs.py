@@ -1,9 +1,9 @@
-"""Trains embedders on pairs of what belongs together, contrastively: what those of texts and of images have in common.
+"""Trains embedders contrastively on matching pairs: the common part of the text and image embedders.
 
-All other pairs of a step are a pair's negatives, on whichever worker they are (`CouplesSamples`), but for those that share one of
-its sides (`contrastive`).
+All other pairs of a step are a pair's negatives, on any worker (`CouplesSamples`), except pairs that share one of its sides
+(`contrastive`).
 
-Held-out scores: the loss of all held-out pairs against each other, recall at 1, 5 and 10, and the mean reciprocal rank.
+Held-out scores: the loss of all held-out pairs against each other, recall at 1, 5, and 10, and the mean reciprocal rank.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
 class PairKeys(Strict):
-    """Defines the keys of `model` that every embedder has besides those of its architecture."""
+    """Defines the keys of `model` that every embedder has in addition to those of its architecture."""
 
     temperature: Float
-    """Divides the cosines of the pairs in the loss."""
+    """Temperature: divides the cosine similarities in the loss."""
 
 
 K = TypeVar("K", bound=PairKeys)
 
 
 class EmbedsPairs(CouplesSamples, Evaluates, Exports):
-    """Represents each sample as two embeddings of length 1, by the names of its `sides`: what asks, and what it is to find.
+    """Represents each sample as two embeddings of length 1, named by `sides`: the query and its match.
 
-    In addition to them `represent` gives `names`, int64 [batch, 2], by which equal sides are known, and `cut`: where a text was
-    too long."""
+    `represent` also returns `names`, int64 [batch, 2], by which equal sides are recognized, and `cut`: whether a text was
+    truncated.
+    """
 
     kind = "rows"
     sides: tuple[str, str]
@@ -61,11 +62,11 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: rows have none; remove it, and set model.max_tokens")
-        if job.train.global_batch < 2:
-            raise ConfigError("train.global_batch: 1 pair has no other to compare with; give 2 or more")
+            raise ConfigError("data.sequence_length: not used for rows. Remove it, and set model.max_tokens")
+        if job.train.global_batch_size < 2:
+            raise ConfigError("train.global_batch_size: a batch of 1 pair has no other pair to compare with. Set it to 2 or more")
         if "init" in job.model:
-            raise ConfigError("model.init: is of language models; remove it")
+            raise ConfigError("model.init: only for language models. Remove it")
         self.keys = _own_keys(self.own, job.model)
         self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
         self.pretrained: str | None = job.model.get("pretrained")
@@ -73,16 +74,16 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     @property
     @abstractmethod
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
+        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
 
     @property
     @abstractmethod
     def max_tokens(self) -> int:
-        """Returns how many tokens of a text are seen."""
+        """Returns the maximum number of tokens of a text."""
 
     @abstractmethod
     def first(self) -> PreTrainedModel:
-        """Builds the model with first weights."""
+        """Builds the model with initial weights."""
 
     def whole(self, folder: str) -> PreTrainedModel:
         """Loads the pretrained model."""
@@ -164,7 +165,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
 
 def _own_keys(kind: type[K], model: dict[str, object]) -> K:
-    """Reads the keys of a job's `model` that are no architecture's; ConfigError for wrong values."""
+    """Reads the keys of a job's `model` that don't belong to the architecture; ConfigError for invalid values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
     except ValidationError as e:
@@ -174,12 +175,12 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
 def present(content: pa.Table, column: str) -> list[Any]:
     """Returns a column's values; DataError if a row has none."""
     if nulls := content[column].null_count:
-        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}; leave such rows out of the dataset")
+        raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Leave such rows out of the dataset")
     return content[column].to_pylist()
 
 
 def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:
-    """Makes the `names` of samples from what their two sides are, texts or bytes: numbers by which equal ones are known."""
+    """Makes the `names` of samples from their two sides, texts or bytes: numbers by which equal ones are recognized."""
     import torch
 
     return torch.tensor([[_number(value) for value in side] for side in sides]).T.contiguous()

@@ -1,7 +1,7 @@
-"""Lets recipes build models that the engine partitions among workers while they are built (ZeRO stage 3).
+"""Lets recipes build models that the engine partitions among workers during construction (ZeRO stage 3).
 
-The engine is above this room. It passes in a `Partitioner` for the time in which it builds a model, and recipes ask here for it.
-Without one, as below stage 3 or on the driver, models are built as always.
+The engine is above this room. It sets a `Partitioner` while it builds a model, and recipes ask here for it. Without one, for
+example below stage 3 or on the driver, models are built as usual.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Partitioner(Protocol):
         """Opens the context in which constructors keep only this worker's part of each parameter."""
 
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
-        """Opens the context in which a parameter is whole. Afterwards all workers have the first one's values; collective."""
+        """Opens the context in which a parameter is complete. Afterwards, all workers have the first one's values; collective."""
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
         """Returns the shape of the parameter that this worker has a part of."""
@@ -35,7 +35,7 @@ _partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default
 
 @contextmanager
 def by(partitioner: Partitioner) -> Iterator[None]:
-    """Makes models that are built inside partitioned."""
+    """Partitions models that are built inside."""
     token = _partitioner.set(partitioner)
     try:
         yield
@@ -44,12 +44,12 @@ def by(partitioner: Partitioner) -> Iterator[None]:
 
 
 def wanted() -> bool:
-    """Tells whether a model is built partitioned now."""
+    """Checks whether models are partitioned now."""
     return _partitioner.get() is not None
 
 
 def constructing() -> AbstractContextManager[object]:
-    """Opens the context to call a model's constructor in, where the constructor's own library knows nothing of ZeRO."""
+    """Opens the context for a model's constructor, if the library of the constructor doesn't support ZeRO."""
     partitioner = _partitioner.get()
     return partitioner.constructing() if partitioner else nullcontext()
 
@@ -61,7 +61,7 @@ def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter, of which this worker may have a part."""
+    """Returns the shape of the complete parameter, of which this worker may have a part."""
     partitioner = _partitioner.get()
     return partitioner.shape(parameter) if partitioner else division.shape(parameter)
 

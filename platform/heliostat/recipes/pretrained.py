@@ -1,6 +1,6 @@
-"""Makes models of transformers with its Auto classes: from a folder, or from a configuration with first weights.
+"""Makes models of transformers with its Auto classes: from a folder, or from a configuration with initial weights.
 
-Code that is in a folder ("remote code") is never run. First weights are the same at every ZeRO stage.
+heliostat never runs code from a folder ("remote code"). Initial weights are the same at every ZeRO stage.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
         if "trust_remote_code" not in str(e):
             raise
         raise ConfigError(
-            f"{key}: {str(folder)!r} needs its own code to be run, which is not done; take a model of a class of transformers'"
+            f"{key}: {str(folder)!r} needs its own code, which heliostat doesn't run. Use a model whose class is in transformers"
         ) from e
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Loads a folder's model; ConfigError if a weight is missing, which transformers would draw at random."""
+    """Loads a folder's model; ConfigError if a weight is missing, because transformers would initialize it at random."""
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     if absent := sorted(set(loading["missing_keys"]) - set(tied)):
-        raise ConfigError(f"{folder}: lacks {len(absent)} of the model's weights, as {absent[0]}; is the folder whole?")
+        raise ConfigError(
+            f"{folder}: {len(absent)} of the model's weights are missing, for example {absent[0]}. Copy the folder again"
+        )
     return model
 
 

@@ -1,12 +1,12 @@
-"""Defines the protocol between the engine and a recipe: what a recipe must implement for its model to be trained, and what else
-it can (docs/guides/recipe.md).
+"""Defines the protocol between the engine and a recipe: the methods that a recipe must implement, and the optional ones
+(docs/guides/recipe.md).
 
 `Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
-classes are abilities: to be scored, exported, prompted and served, and to draw pictures. A job that asks for an ability that its
+classes are abilities, such as evaluation, export, generation, serving, and images. A job that asks for an ability that its
 recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
 
-The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model and what a
-batch, a loss and a score are. Every process makes its own recipe, from the job and the datasets alone.
+The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model and what
+a batch, a loss and a score are. Every process makes its own recipe, from the job and the datasets alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Group:
-    """Describes how some of the parameters are trained; parameters with equal groups are trained as one group."""
+    """Describes the training of some parameters; parameters with equal groups are one group of the optimizer."""
 
     weight_decay: float | None = None  # None: the job's, train.optimizer.weight_decay
     lr: float = 1.0  # times the schedule's learning rate
@@ -62,14 +62,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, it isn't saved."""
+    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, and checkpoints
+    leave it out."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
 
 
 class Recipe(ABC):
-    """Defines what every recipe implements. Every method is called on every rank unless its description restricts that."""
+    """Defines the methods of every recipe. The engine calls them on every rank, unless their description restricts that."""
 
     kind: str  # of the datasets it eats: "tokens" or "rows"
     terms_per_sample: int | None = None  # loss terms of every sample, or None where samples differ
@@ -80,21 +81,23 @@ class Recipe(ABC):
     frozen: tuple[str, ...] = ()  # submodules of the model that are not trained: no gradients, no dropout, saved once per run
 
     def __init__(self, job: Job) -> None:
-        """Reads `job.model`; ConfigError, with no model library's traceback, if it makes no sense. Cheap."""
+        """Reads `job.model`; ConfigError in one line for invalid keys. Cheap."""
         self.job = job
 
     def probe(self) -> None:  # noqa: B027
-        """Tries on the driver, in seconds and without the datasets, what `__init__` cannot check; ConfigError if it fails."""
+        """Tests on the driver, in seconds and without the datasets, what `__init__` can't check; ConfigError if it fails."""
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
-        """Takes what the datasets determine (a tokenizer, a vocabulary size); ConfigError if they do not fit the model."""
+        """Takes the values that the datasets determine (a tokenizer, a vocabulary size); ConfigError if they don't fit the
+        model."""
 
     def assumed(self) -> str:
-        """Describes what a plan without the datasets assumes of the model, such as its vocabulary size; empty: nothing."""
+        """Describes the assumptions of a plan without the datasets, such as a vocabulary size; empty if there are none."""
         return ""
 
     def presume(self, rows: int) -> Content | None:  # noqa: B027
-        """Returns samples of datasets that don't exist yet, by the job's sizes; None if it is bound, or lacks them."""
+        """Returns samples of datasets that don't exist yet, from the job's sizes; None if the recipe is bound, or lacks the
+        sizes."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
@@ -104,19 +107,22 @@ class Recipe(ABC):
     def batch(self, content: Content, keys: np.ndarray) -> Batch:
         """Makes CPU tensors from the samples' contents: int32 [batch, sequence_length] for tokens, an Arrow table for rows.
 
-        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample; draw what is random from it.
-        One thread calls this for the next step while the present one computes. `heliostat.recipes.batches` has helpers."""
+        `keys`, int64 [batch]: a number for each sample of each step, and for each held-out sample; derive random numbers from
+        it. One thread calls this for the next step while the current one computes. `heliostat.recipes.batches` has helpers.
+        """
 
     def complete(self, batch: Batch) -> Batch:
-        """Adds to a batch on the device what weights in training don't change, such as noise and outputs of frozen encoders.
+        """Adds values to a batch on the device that don't depend on weights in training, such as noise and outputs of frozen
+        encoders.
 
-        No gradients, no numbers of torch's generators. The engine calls it before `loss`; on a GPU on the uploads' stream, while
-        the micro-batch before is computed. `loss` and `evaluate` complete a batch that isn't complete."""
+        No gradients, and no numbers from torch's generators. The engine calls it before `loss`; on a GPU it uses the upload
+        stream, while the previous micro-batch computes. `loss` and `evaluate` complete a batch that isn't complete.
+        """
         return batch
 
     @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
-        """Computes the sum of the batch's loss terms, and whatever else is minimised or logged."""
+        """Computes the sum of the batch's loss terms, and other values to minimize or log."""
 
     def terms(self, batch: Batch) -> int:
         """Counts the loss terms of a batch, before its forward pass; not called if `terms_per_sample` is set."""
@@ -125,34 +131,36 @@ class Recipe(ABC):
         return len(next(iter(batch.values())))
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
-        """Decides how a parameter is trained: by default matrices get weight decay, vectors (norms, biases) don't."""
+        """Decides how a parameter is trained: by default, matrices get weight decay, and vectors (norms, biases) don't."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes buffers that balance experts, the same on every worker. `routed`: as in `Loss`, of the step's global batch."""
+        """Changes buffers that balance experts, identically on every worker. `routed`: as in `Loss`, for the step's global
+        batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
-        """Lists the buffers that stay in fp32 whatever the precision, by names."""
+        """Lists the names of buffers that stay in fp32 at every precision."""
         return []
 
     def companions(self) -> dict[str, Companion]:
-        """Lists, by name, the models on the device next to the one that is trained."""
+        """Lists, by name, the models on the device in addition to the trained one."""
         return {}
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists the layers of a model that are the same, which `train.compile: blocks` compiles one by one; none if not known."""
+        """Lists the identical layers of a model, which `train.compile: blocks` compiles one by one; empty if they aren't
+        known."""
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
-        """Counts the parameters that one token meets, of a model with experts; None: all."""
+        """Counts the parameters that one token uses, in a model with experts; None means all."""
         return None
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
-        """Counts the forward and backward FLOPs of one sample, for MFU; None: not known, and MFU is not reported."""
+        """Counts the forward and backward FLOPs of one sample, for MFU; None if it isn't known, and then MFU isn't reported."""
         return None
 
     def describe(self, content: Content) -> str:
-        """Describes one sample, given as the content of a batch of one, for people to read."""
+        """Describes one sample, given as a batch of one, for people to read."""
         if self.kind == "tokens":
             return " ".join(map(str, content[0].tolist()))
         row = cast("pa.Table", content).to_pylist()[0]
@@ -160,23 +168,24 @@ class Recipe(ABC):
 
 
 class CouplesSamples(Recipe):
-    """Trains on a loss of all samples of a step together, such as a contrastive one. The engine goes over each micro-batch twice
-    (GradCache): loss and gradients are those of the global batch, on any number of workers, and memory that of a micro-batch."""
+    """Trains on a loss over all samples of a step together, for example a contrastive one. The engine processes each
+    micro-batch twice (GradCache): loss and gradients are those of the global batch, on any number of workers, with the memory
+    of one micro-batch."""
 
     terms_per_sample = 1
 
     @abstractmethod
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes what the loss needs of each sample, [batch, ...] by name, the same when it is called again with the same
-        random numbers. Gradients flow through floating-point numbers."""
+        """Computes each sample's values for the loss, [batch, ...] by name. A second call with the same random numbers must
+        return the same. Gradients flow through floating-point numbers."""
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes a step's loss from its samples' vectors, in their order: on every worker, or shared with a `CouplesSome`."""
+        """Computes a step's loss from its samples' vectors, in order: on every worker, or shared with a `CouplesSome`."""
 
     @classmethod
     def shares_coupling(cls) -> bool:
-        """Tells whether `couple_some` is of the loss that `couple` computes; where a class overrides `couple` alone, it isn't."""
+        """Checks whether `couple_some` computes the same loss as `couple`. If a class overrides only `couple`, it doesn't."""
         some, every = (next((c for c in cls.__mro__ if name in vars(c)), None) for name in ("couple_some", "couple"))
         return some is not None and every is not None and issubclass(some, every)
 
@@ -186,7 +195,7 @@ class CouplesSamples(Recipe):
 
 
 class Evaluates(ABC):
-    """Evaluates its model on the held-out samples: a job may ask for `evaluate`."""
+    """Evaluates its model on the held-out samples; required for a job's `evaluate`."""
 
     scores: tuple[str, ...] = ("loss",)  # what `metrics`, `measure` and a gallery's `judge` report
     gathered: tuple[str, ...] = ()  # what `evaluate` gives that is no sum: kept of every sample, for `measure`
@@ -198,7 +207,7 @@ class Evaluates(ABC):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """Computes the reported metrics, among them `loss`, from the sums of `evaluate`: by default each over that of `terms`."""
         if "terms" not in sums:
-            raise ConfigError(f"recipe: {type(self).__name__}.evaluate gives no `terms` to divide by; add it ({GUIDE})")
+            raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add it ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
 
     def measure(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
@@ -207,13 +216,14 @@ class Evaluates(ABC):
 
 
 class Exports(ABC):
-    """Exports its checkpoints to a folder that is used without the engine: by `heliostat export`, and at the end of every run."""
+    """Exports its checkpoints to a folder that works without the engine: for `heliostat model export`, and at the end of every
+    run."""
 
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
     def tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, dict[str, Weight]]:
-        """Maps each file of an export to its tensors by their names there; by default as `layout` assigns them. `shapes`: of the
-        model's parameters, and of the buffers that checkpoints hold."""
+        """Maps each file of an export to its tensors, by their names there; by default in the files of `layout`. `shapes`:
+        those of the model's parameters, and of the buffers in checkpoints."""
         return {
             file: {name.removeprefix(prefix): Weight((name,), shape) for name, shape in shapes.items() if name.startswith(prefix)}
             for prefix, file in self.layout.items()
@@ -221,7 +231,7 @@ class Exports(ABC):
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
-        """Writes on the driver all of an export but the weights (config.json, tokenizer), so that from_pretrained loads it."""
+        """Writes everything in an export except the weights (config.json, tokenizer) for from_pretrained. On the driver."""
 
     @abstractmethod
     def load(self, folder: Path) -> torch.nn.Module:
@@ -233,14 +243,14 @@ class Exports(ABC):
 
     @staticmethod
     def exported(folder: Path, model: dict[str, Any]) -> dict[str, object]:
-        """Derives `job.model` for an exported folder from the `job.model` that it was trained with."""
+        """Derives an exported folder's `job.model` from the `job.model` of the training."""
         return {"pretrained": str(folder)}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Describes a tensor of an export: the model's tensor of that name, or what `make` computes from several, which are read in
-    fp32 when it is written; one such tensor is in memory at a time."""
+    """Describes a tensor of an export: the model's tensor of that name, or the result of `make` from several tensors, which
+    are read in fp32 when it is written. One such tensor is in memory at a time."""
 
     sources: tuple[str, ...]
     shape: tuple[int, ...]
@@ -248,69 +258,74 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Trains with each sample cut over several workers, a stretch of tokens each: a job may ask for `train.parallel.sequence`.
+    """Trains with each sample split over several workers, one range of tokens each; required for `train.parallel.sequence`.
     The loss has no parts, or parts that are means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
-        """Raises ConfigError if the model's samples cannot be cut over so many workers; on the driver, in seconds."""
+        """Raises ConfigError if the model's samples can't be split over so many workers; on the driver, in seconds."""
 
     @abstractmethod
     def cut(self, batch: Batch, part: int, parts: int) -> Batch:
-        """Cuts the part-th of so many equal stretches of a whole batch, with all that the loss, its terms and scores need of it:
-        their sums over the parts are those of the whole."""
+        """Cuts one of so many equal ranges out of a complete batch, with everything that the loss, its terms, and scores need.
+        Their sums over the ranges equal those of the complete batch."""
 
     @abstractmethod
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model exchange what a token needs of other stretches, which the group's workers have in rank order."""
+        """Makes the model exchange what a token needs from other ranges, which the group's workers hold in rank order."""
 
     @abstractmethod
     def exchanged(self, parts: int) -> int:
-        """Counts, for the plan, the elements that each of so many workers sends to the others in a forward pass over a sample."""
+        """Counts, for the plan, the elements that each worker sends to the others in a forward pass over a sample."""
 
 
 class DividesExperts(ABC):
-    """Trains a mixture whose experts are divided over workers: a job may ask for `train.parallel.expert`."""
+    """Trains a mixture whose experts are partitioned over workers; required for `train.parallel.expert`."""
 
     @abstractmethod
     def require_divided(self, parts: int) -> None:
-        """Raises ConfigError if the model's experts cannot be divided into so many parts; on the driver, in seconds."""
+        """Raises ConfigError if the model's experts can't be partitioned into so many parts; on the driver, in seconds."""
 
     @abstractmethod
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists the modules whose own parameters hold all experts of a layer, one after another in their first dimension."""
+        """Lists the modules whose parameters hold all experts of a layer, stacked in their first dimension."""
 
     def sent(self, model: torch.nn.Module) -> int:
-        """Counts, for the plan, the elements that a sample's tokens are on their way to experts and back, in a forward pass."""
+        """Counts, for the plan, the elements that a sample's tokens send to experts and back, in a forward pass."""
         return 0
 
     @abstractmethod
     def exchange_tokens(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model send tokens to the group's worker that has their expert; each has its part, in rank order."""
+        """Makes the model send tokens to the worker in the group that has their expert; the workers hold the experts in rank
+        order."""
 
 
 class DividesMatrices(ABC):
-    """Trains a model whose layers' matrices are divided over workers, which compute each sample together: a job may ask for
-    `train.parallel.tensor`. Nothing else of the model depends on how many there are."""
+    """Trains a model whose matrices are sharded over workers, which compute each sample together; required for
+    `train.parallel.tensor`.
+
+    Nothing else in the model depends on their number.
+    """
 
     @abstractmethod
     def require_matrices_divided(self, parts: int) -> None:
-        """Raises ConfigError if the model's matrices cannot be divided into so many parts; on the driver, in seconds."""
+        """Raises ConfigError if the model's matrices can't be sharded into so many parts; on the driver, in seconds."""
 
     @abstractmethod
     def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
-        """Lists modules by name whose weights, and biases of outputs, are divided: `column` by outputs, `row` by inputs, whose
-        products the workers add up. `summed`: whole, but applied to a part of what passes, so gradients are added up."""
+        """Lists by name the modules whose weights, and biases of outputs, are sharded: `column` by outputs; `row` by inputs,
+        so the workers add up their products. `summed`: not sharded, but applied to a part of the data, so the workers add up
+        the gradients."""
 
 
 class Generates(Exports):
-    """Answers prompts with its exports: `heliostat generate`."""
+    """Answers prompts with its exports; required for `heliostat model generate`."""
 
     prompts: tuple[str, ...] = ()  # what the exported model is asked at the end of a run
 
     @staticmethod
     @abstractmethod
     def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:
-        """Loads an exported folder once and answers requests; ConfigError for options that this kind of model does not have."""
+        """Loads an exported folder once and answers requests; ConfigError for options that this kind of model doesn't have."""
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         if not self.prompts:
@@ -320,7 +335,8 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Draws pictures of prompts with its exports, over and over with other options: `heliostat serve` and `play`."""
+    """Generates images for prompts with its exports, repeatedly with different options; required for `heliostat model serve` and
+    `play`."""
 
     @staticmethod
     @abstractmethod
@@ -329,7 +345,8 @@ class Paints(Generates):
 
 
 class Canvas(Protocol):
-    """Draws pictures. `size`: width and height of the model's own, in pixels; `defaults`: options, as `generator` takes them."""
+    """Generates images. `size`: width and height of the model's images, in pixels; `defaults`: options, in the form of
+    `generator`."""
 
     defaults: dict[str, object]
 
@@ -337,14 +354,14 @@ class Canvas(Protocol):
     def size(self) -> tuple[int, int]: ...
 
     def draw(self, prompts: list[str], seeds: list[int], options: dict[str, object]) -> list[bytes]:
-        """Draws a picture for each prompt, as PNG, from its own seed; ConfigError for an unknown option."""
+        """Generates an image for each prompt, as PNG, from its own seed; ConfigError for an unknown option."""
 
 
 class Serves(Exports):
-    """Logs its exports to MLflow, which serves them: a job may ask for `mlflow.register`."""
+    """Logs its exports to MLflow, which serves them; required for `mlflow.register`."""
 
     def serving(self) -> Serving:
-        """Describes how MLflow serves the folder, on the driver. By default by `generator`, which needs the recipe's code."""
+        """Describes how MLflow serves the folder, on the driver. The default uses `generator`, which needs the recipe's code."""
         from mlflow.models import infer_signature
 
         assert isinstance(self, Generates)
@@ -353,23 +370,24 @@ class Serves(Exports):
 
 
 class Draws(ABC):
-    """Draws pictures after every evaluation."""
+    """Generates images after every evaluation."""
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
-        """Returns the gallery to draw; None if the job asks for none."""
+        """Returns the gallery to generate; None if the job asks for none."""
 
 
 class Gallery(Protocol):
-    """Draws `count` pictures after every evaluation and scores them."""
+    """Generates `count` images after every evaluation and scores them."""
 
     count: int
 
     def draw(self, model: torch.nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
-        """Draws the pictures of these numbers, each uint8 [height, width, channels]; any rank may be asked for any of them."""
+        """Generates the images with these numbers, each uint8 [height, width, channels]; any rank may be asked for any of
+        them."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
-        """Judges all pictures, given in order, on rank 0 only: scores, and PNG images for the log, both by name."""
+        """Scores all images, in order, on rank 0: returns scores, and PNG images for the log, both by name."""
 
 
 @dataclass(frozen=True)
@@ -384,7 +402,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Request:
-    """Holds a prompt to answer; `out`: where a file is written, if the answer is one (its `file` fact holds the place)."""
+    """Holds a prompt to answer. `out`: the file for an answer that is one (its `file` fact names it)."""
 
     prompt: str
     seed: int

@@ -1,6 +1,6 @@
-"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`: what `Serves` logs by default.
+"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`, the default of `Serves`.
 
-MLflow copies this file into the model. Where it is served, heliostat and the recipe's package must be installed.
+MLflow copies this file into the model. The server needs heliostat and the recipe's package.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from heliostat.recipes.protocol import Request
 
 
 class Served(PythonModel):
-    """Answers prompts; params: seed, and those options of `heliostat generate` that the signature names."""
+    """Answers prompts; params: seed, and those options of `heliostat model generate` that the signature names."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["model"])

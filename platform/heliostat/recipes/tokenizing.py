@@ -1,4 +1,4 @@
-"""Makes the tokens of texts that an embedder sees, with the tokenizer of the datasets or of a folder."""
+"""Tokenizes texts for an embedder, with the tokenizer of the datasets or of a folder."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ if TYPE_CHECKING:
 
 
 def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of datasets, which puts the end of a document behind each text; ConfigError if they have not one."""
+    """Loads the datasets' tokenizer, which appends the end of a document to each text; ConfigError if they don't share one."""
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
     raw, number = Tokenizer.from_str(definition(sources).decode()), sources[0].fact("end_of_document")
     if (end := raw.id_to_token(number)) is None:
         raise ConfigError(
-            f"{sources[0].file('tokenizer.json')}: has no token {number}, which ends documents there; prepare the dataset again"
+            f"{sources[0].file('tokenizer.json')}: lacks token {number}, which ends documents. Prepare the dataset again"
         )
     raw.post_processor = processors.TemplateProcessing(single=f"$A {end}", special_tokens=[(end, number)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end, pad_token=end, model_max_length=longest)
 
 
 def definition(sources: list[Manifest]) -> bytes:
-    """Reads the `tokenizer.json` of datasets; ConfigError if they don't have one and the same, DataError if the file is gone."""
+    """Reads the datasets' `tokenizer.json`; ConfigError if they don't share one, DataError if the file is missing."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
-        raise ConfigError("data.sources: the datasets were made with different tokenizers; prepare them with one")
+        raise ConfigError("data.sources: the datasets have different tokenizers. Prepare them with one")
     if "tokenizer" not in sources[0].meta:
-        raise ConfigError(f"data.sources: {sources[0].location} has no tokenizer, and the model none of its own; give the "
-                          "pipeline a `tokenizer`, or take model.pretrained")  # fmt: skip
+        raise ConfigError(f"data.sources: neither {sources[0].location} nor the model has a tokenizer. Set `tokenizer` in the "
+            "pipeline, or use model.pretrained")  # fmt: skip
     file = sources[0].file("tokenizer.json")
     try:
         content = file.read()
     except FileNotFoundError as e:
-        raise DataError(f"{file}: is not there; prepare the dataset again") from e
+        raise DataError(f"{file}: no such file. Prepare the dataset again") from e
     if hashlib.sha256(content).hexdigest() != sources[0].fact("tokenizer"):
-        raise ConfigError(f"{file}: is not the tokenizer that made the dataset")
+        raise ConfigError(f"{file}: isn't the tokenizer that made the dataset. Prepare the dataset again")
     return content
 
 
 def of_folder(folder: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a pretrained model; it pads with its end if it has nothing of its own for that."""
+    """Loads the tokenizer of a pretrained model; it pads with its end token if it has no padding token."""
     from transformers import AutoTokenizer
 
     from heliostat.recipes.pretrained import from_folder
@@ -59,18 +59,18 @@ def of_folder(folder: str) -> PreTrainedTokenizerBase:
 
 
 def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a configuration of text the tokenizer's size and special tokens; ConfigError if `wanted`, from the job's `key`, is
-    too small for them."""
+    """Sets the tokenizer's size and special tokens in a text configuration; ConfigError if `wanted`, from the job's `key`, is
+    too small."""
     size = len(tokenizer)
     if wanted is not None and wanted < size:
-        raise ConfigError(f"{key}: {wanted} is below the tokenizer's {size}")
+        raise ConfigError(f"{key}: {wanted} is below the tokenizer's size {size}")
     config.vocab_size = wanted or -(-size // 64) * 64  # a multiple that matrix units like
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
 
 
 class Tokens(NamedTuple):
-    """Holds texts as tokens, both int64 [texts, length], and where (bool [texts]) not all of a text is seen."""
+    """Holds texts as tokens, both int64 [texts, length], and whether a text was truncated (bool [texts])."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -78,7 +78,7 @@ class Tokens(NamedTuple):
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> Tokens:
-    """Makes the tokens of texts, padded; of one that is longer than is seen, the first and the end behind them."""
+    """Tokenizes texts with padding; a text that is too long keeps its first tokens and the end token."""
     from heliostat.recipes.batches import pad
 
     whole, fill = tokenizer(texts, verbose=False)["input_ids"], tokenizer.pad_token_id

@@ -1,8 +1,8 @@
-"""Builds a model without memory for its weights, which another worker or a folder then gives their values.
+"""Builds a model without memory for its weights, which another worker or a folder fills later.
 
-Parameters have shapes alone (torch's meta device) while the model is built; buffers are real. `put` then gives a parameter its
-values on the device that trains, in the precision that trains. A parameter stays the same object throughout, so what refers to it
-(tied weights, optimizers) keeps it.
+During construction, parameters have only shapes (torch's meta device); buffers are real. `put` then sets a parameter's values
+on the training device, in the training precision. A parameter stays the same object, so references to it (tied weights,
+optimizers) stay valid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Locates the folder that has the values of a module's tensors, here by their names in the module."""
+    """Locates the folder with the values of a module's tensors, by their names in the module."""
 
     module: torch.nn.Module
     folder: Path
@@ -29,19 +29,19 @@ _building = ContextVar[list[Pretrained] | None]("weightless", default=None)
 
 
 def wanted() -> bool:
-    """Checks whether a model is built without weights now: a recipe then loads none."""
+    """Checks whether models are built without weights now; a recipe then loads none."""
     return _building.get() is not None
 
 
 def comes_from(module: torch.nn.Module, folder: str | Path) -> None:
-    """Notes that a module, as it is now, has its weights from a folder. Does nothing where the module was built with weights."""
+    """Records that a module's weights, as they are now, come from a folder. Does nothing if the module was built with weights."""
     if (noted := _building.get()) is not None:
         noted.append(Pretrained(module, Path(folder), dict(module.state_dict(keep_vars=True))))
 
 
 @contextmanager
 def building() -> Iterator[list[Pretrained]]:
-    """Makes modules that are built inside register parameters without memory; yields the list of folders that recipes note."""
+    """Makes modules that are built inside register parameters without memory; yields the list of folders that recipes record."""
     register = torch.nn.Module.register_parameter
 
     def without(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -60,12 +60,12 @@ def building() -> Iterator[list[Pretrained]]:
 
 
 def empty(param: torch.nn.Parameter) -> None:
-    """Takes a parameter's values away; its shape and its attributes stay."""
+    """Removes a parameter's values; its shape and attributes stay."""
     put(param, torch.empty_like(param, device="meta"))
 
 
 def empty_all(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Takes the values of all parameters away; yields each parameter that the model then has, and its values."""
+    """Removes the values of all parameters; yields each parameter that the model then has, and its values."""
     for param in list(model.parameters()):
         values = param.detach()
         try:

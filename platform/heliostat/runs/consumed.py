@@ -12,7 +12,7 @@ from typing_extensions import TypedDict
 from heliostat.data import coverage
 from heliostat.data.coverage import Segment
 from heliostat.data.dataset import DataPlan, Dataset, open_dataset
-from heliostat.data.manifest import Manifest
+from heliostat.data.manifest import HUB, Manifest
 from heliostat.runs import segments
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
@@ -66,6 +66,7 @@ class ConsumedSource(TypedDict):
     ranges: list[tuple[str, str]]  # of shards
     ranges_left_out: int
     forgotten: NotRequired[list[Forgotten]]
+    hub: NotRequired[dict[str, str]]  # what the dataset was made of that is of the Hugging Face Hub, with its commit
 
 
 class Taken(TypedDict):
@@ -152,6 +153,8 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
     }
     if "forgotten" in manifest.meta:
         source["forgotten"] = manifest.meta["forgotten"]
+    if HUB in manifest.meta:
+        source["hub"] = manifest.meta[HUB]
     return source
 
 

@@ -88,7 +88,7 @@ class LossSpike(Event):
 
 @dataclass(kw_only=True)
 class Corruption(Event):
-    """Reports that workers computed other bits than others (`train.recheck`): their nodes, and what was found, in one line."""
+    """Reports that workers computed other bits than others (`train.sdc_check`): their nodes, and what was found, in one line."""
 
     nodes: list[str]
     text: str

@@ -91,17 +91,17 @@ class RecordedAttempt:
 
 def _fault(attempt: RecordedAttempt) -> str | None:
     if unknown := {*attempt.parts, attempt.pending} - set(PARTS):
-        return f"{min(unknown)!r} is none of the parts"
+        return f"unknown part {min(unknown)!r}"
     times = [attempt.started, attempt.known, attempt.seen]
     seconds = [*attempt.parts.values(), *(s for _, s in attempt.marks)]
     if not all(0 <= t < LATEST for t in times) or not all(abs(s) < LATEST for s in seconds):
-        return "a time is no time"
+        return "a time isn't a number"
     if not all(0 <= n < 2**53 for n in (attempt.start_step, attempt.workers, *(step for step, _ in attempt.marks))):
-        return "a step or the number of workers is no count"
+        return "a step or the number of workers isn't a count"
     return None
 
 
-LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "delete it to go without it")
+LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "Delete it to continue without it")
 
 
 @dataclass
@@ -192,7 +192,7 @@ class AttemptStart(Outline):
 
 
 class GoodputReport(TypedDict):
-    """Describes what `heliostat goodput --json` prints. `attributed`: the parts' share of the total."""
+    """Describes what `heliostat run goodput --json` prints. `attributed`: the parts' share of the total."""
 
     total_s: float
     parts: dict[str, float]
@@ -245,7 +245,7 @@ def read(run: Location) -> list[RecordedAttempt]:
 def read_report(run: Location) -> GoodputReport:
     attempts = read(run)
     if not attempts:
-        raise ConfigError(f"{run}: has no {run_folder.LEDGER}/; it was trained by a version that kept none")
+        raise ConfigError(f"{run}: has no {run_folder.LEDGER}/, because an older version of heliostat trained it")
     return report(attempts)
 
 

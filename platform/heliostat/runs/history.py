@@ -74,14 +74,14 @@ class History:
         self.plans = segments.read(run)
         if not self.plans:
             raise ConfigError(
-                f"{run}: does not say what data it follows ({run_folder.SEGMENTS}/ is missing); was it made by an older version?"
+                f"{run}: has no record of its data ({run_folder.SEGMENTS}/ is missing). An older version may have made it"
             )
         self.receipts = receipts(run)
         self.links: dict[int, list[Link]] = {}
         for link in [*(Link(r.where, r.end, r.chain) for r in self.receipts), *self._checkpoints(run)]:
             self.links.setdefault(link.end, []).append(link)
         if not self.links:
-            raise ConfigError(f"{run}: has no receipts; the first is written with the first checkpoint")
+            raise ConfigError(f"{run}: has no receipts yet. The first is written with the first checkpoint")
         self.steps = max(self.links)
 
     def version(self, step: int) -> int:
@@ -116,10 +116,10 @@ def receipts(run: Location) -> list[ReceiptFile]:
         sealed = ReceiptFile(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
         if sealed.version not in receipt.CONTENTS:
             raise VerifyError(
-                f"{folder.join(name)}: is of version {sealed.version}, which a newer heliostat wrote; check with that"
+                f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify it with that version"
             )
         if sealed.end != run_folder.step_of(name):
-            raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, and is named after another")
+            raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, but its name says another step")
         return sealed
 
     with ThreadPoolExecutor(READERS) as pool:

@@ -1,7 +1,7 @@
 """Profiles some steps of one worker of a running job: the request and its answer, which travel through the run's folder.
 
-`heliostat profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its next
-steps; the worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and `answer.json` last.
+`heliostat debug profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its
+next steps; the worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and `answer.json` last.
 """
 
 from __future__ import annotations

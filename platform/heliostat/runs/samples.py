@@ -76,5 +76,5 @@ def _recipe(run: Location, data: Dataset) -> Recipe:
     """Loads the run's recipe from the job in its newest checkpoint, bound to the data; ConfigError if there is none."""
     last = layout.latest(run)
     if last is None:
-        raise ConfigError(f"{run}: holds no complete checkpoint, so its recipe is not known")
-    return load(last.job, data.sources, None if run.is_s3 else Path(run.path))
+        raise ConfigError(f"{run}: has no complete checkpoint, so its recipe isn't known")
+    return load(last.job, data.sources, None if run.is_s3 else Path(run.path), weights=False)

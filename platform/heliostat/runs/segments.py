@@ -34,5 +34,7 @@ def read(run: Location) -> list[DataPlan]:
     folder = run.join(run_folder.SEGMENTS)
     followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):
-        raise DataError(f"{folder}: the data plans do not begin one after another, as their names say; one is not this run's")
+        raise DataError(
+            f"{folder}: the data plans don't follow one another as their names say. One of them belongs to another run"
+        )
     return followed

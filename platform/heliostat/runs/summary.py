@@ -35,7 +35,7 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
-        log.info("%s: no command has written down how the training ended: its last checkpoint and its ledger tell", run)
+        log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
         ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 
@@ -60,7 +60,7 @@ def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, at
         "steps": step,
         "train_loss": metrics["train_loss"],
         "eval": {k: v for k, v in metrics.items() if k != "train_loss"},
-        "tokens_per_second": done * job.train.global_batch * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
+        "tokens_per_second": done * job.train.global_batch_size * (job.data.sequence_length or 1) / seconds if seconds else 0.0,
         "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
         "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
         "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,
@@ -75,7 +75,7 @@ def _of_step(place: Location, step: int) -> Ending | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        log.warning("%s: is damaged, and is made again", place)
+        log.warning("%s: damaged, so heliostat makes it again", place)
         return None
     return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 
@@ -84,5 +84,5 @@ def _attempts(run: Location) -> list[RecordedAttempt]:
     try:
         return goodput.read(run)
     except (HeliostatError, OSError) as e:
-        log.warning("rates and times of the training are not known: %s", e)
+        log.warning("the rates and times of the training aren't known: %s", e)
         return []

@@ -237,10 +237,10 @@ class LedgerRecorder:
         except (HeliostatError, OSError) as e:
             self._again = time.monotonic() + RETRY_S
             if first:
-                log.warning("the run's ledger can't be read; until it is, goodput and limits count this command only: %s", e)
+                log.warning("can't read the run's ledger. Until then, goodput and limits count this command only: %s", e)
             return
         if not first:
-            log.warning("the run's ledger is read: goodput and limits count all commands")
+            log.warning("read the run's ledger. Goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
         """Closes the ledger at the command's end; the file is written when this returns."""
@@ -253,4 +253,4 @@ def _store(place: Location, data: bytes) -> None:
     try:
         place.write(data)
     except (HeliostatError, OSError) as e:
-        log.warning("the run's ledger lags: %s", e)
+        log.warning("the run's ledger is late: %s", e)

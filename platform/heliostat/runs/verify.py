@@ -132,7 +132,7 @@ class SeenSamples:
 
 
 class VerifyReport(TypedDict):
-    """Describes what `heliostat verify --json` prints.
+    """Describes what `heliostat run verify --json` prints.
 
     `steps`: covered steps with all receipts right; `samples`: those that receipts cover; `lost`: planned samples before the last
     known step that no receipt covers; `repeated`: samples that their epoch held before (an epoch has as many places as samples:
@@ -218,9 +218,9 @@ def explain(report: VerifyReport) -> str:
     """Explains in a line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
     first = report["first_difference"]
     if not first:
-        return f"{report['repeated']:,} samples come twice within an epoch; the order of samples is at fault"
+        return f"{report['repeated']:,} samples come twice within an epoch, so the order of samples is wrong"
     step, where, expected, actual = (first[k] for k in ("step", "where", "expected", "found"))
     if first["what"] == "receipt":
-        return f"step {step} is the first that no receipt covers, with {report['lost']:,} samples in all; a file is missing"
+        return f"step {step} is the first without a receipt, with {report['lost']:,} samples in total. A file is missing"
     names = {"digest": "its samples' digest", "chain": "the chain after it", "data plan": "its data plan"}
-    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, {where} says {actual}"
+    return f"step {step} is the first that differs: {names[str(first['what'])]} is {expected}, but {where} has {actual}"

@@ -84,7 +84,7 @@ class Fence:
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
             who = f"process {by.pid} on {by.host} has taken it over" if by else "its lease is gone"
-            raise LeaseError(f"{self.folder}: {who}; this driver stops, and writes nothing more")
+            raise LeaseError(f"{self.folder}: {who}. This driver stops, and writes nothing more")
 
 
 class Lease:
@@ -112,7 +112,7 @@ class Lease:
                 self.fence.check()
                 self._place.write(replace(self._holder, released=True).dump())
         except (HeliostatError, OSError) as e:  # the next command then waits until this process is gone
-            log.warning("the lease of %s was not given back: %s", self.fence.folder, e)
+            log.warning("can't release the lease of %s: %s", self.fence.folder, e)
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
@@ -124,13 +124,13 @@ class Lease:
                 self.lost = e
                 return
             except (HeliostatError, OSError) as e:
-                log.warning("the lease of %s could not be renewed: %s", self.fence.folder, e)
+                log.warning("can't renew the lease of %s: %s", self.fence.folder, e)
 
 
 def take(
     folder: Location,
     doing: str = "trained",
-    instead: str = "wait for it, stop it, or use another name",
+    instead: str = "Wait for it, stop it, or use another name",
     field: str = "name",
 ) -> Lease:
     """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether it lives.
@@ -140,7 +140,7 @@ def take(
     for _ in range(TRIES):
         number = newest_number(folder)
         if number and (other := holder(folder, number)):
-            raise ConfigError(f"{field}: {folder} is being {doing} by process {other.pid} on {other.host}; {instead}")
+            raise ConfigError(f"{field}: {folder} is being {doing} by process {other.pid} on {other.host}. {instead}")
         mine = Holder.me()
         place = _place(folder, number + 1)
         if not place.create(mine.dump()):
@@ -149,7 +149,7 @@ def take(
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
-    raise ConfigError(f"{field}: {folder} is being {doing} by other commands, which were faster {TRIES} times; {instead}")
+    raise ConfigError(f"{field}: {folder} is being {doing} by other commands, which were faster {TRIES} times. {instead}")
 
 
 def holder(folder: Location, number: int) -> Holder | None:
@@ -159,7 +159,9 @@ def holder(folder: Location, number: int) -> Holder | None:
         return None
     if own.machine == _machine():
         return own if own.alive else None
-    log.info("waiting up to %.0f s to see whether process %d on %s, which has %s, lives", SILENCE_S, own.pid, own.host, folder)
+    log.info(
+        "waiting up to %.0f s to see whether process %d on %s, which holds %s, is alive", SILENCE_S, own.pid, own.host, folder
+    )
     deadline, before = time.monotonic() + SILENCE_S, own
     while time.monotonic() < deadline:
         time.sleep(LOOK_S)
@@ -198,7 +200,7 @@ def _read(folder: Location, number: int) -> Holder | None:
             return None
         except (ValueError, TypeError):
             time.sleep(wait)
-    log.warning("%s: is damaged, and counts as free", _place(folder, number))
+    log.warning("%s: damaged, so heliostat treats the lease as free", _place(folder, number))
     return None
 
 

@@ -68,7 +68,7 @@ def alone(file: Path, wait_s: float) -> Iterator[None]:
     """Holds the lock of a file or folder of a cache, which ends with the process; OSError if it cannot be acquired."""
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not is_ours(file.parent):
-        raise PermissionError(f"{file.parent}: the folder is open to other users; remove it")
+        raise PermissionError(f"{file.parent}: other users can write to this folder. Remove it")
     with file.with_suffix(LOCK).open("w") as lock:
         until = time.monotonic() + wait_s
         while True:
@@ -132,6 +132,6 @@ def require_database(key: str, place: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise ConfigError(f"{key}: {place} cannot be read ({e.strerror}). Name the file of an SQLite database") from e
+        raise ConfigError(f"{key}: can't read {place} ({e.strerror}). Name the file of an SQLite database") from e
     if begin and begin != SQLITE:
-        raise ConfigError(f"{key}: {place} is not an SQLite database. Name another file")
+        raise ConfigError(f"{key}: {place} isn't an SQLite database. Name another file")

@@ -86,17 +86,17 @@ class Location:
 
     def __post_init__(self) -> None:
         if carries_secret(self.uri):
-            raise ConfigError("a URI must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise ConfigError("a URI must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         if "\0" in self.uri:
-            raise ConfigError(f"{printable(self.uri)!r}: names no place: it holds a null character")
+            raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove it")
         try:
             scheme = urlsplit(self.uri).scheme
         except ValueError as e:  # brackets of an address that is none
-            raise ConfigError(f"{printable(self.uri)!r}: is no URI ({e}); use a path, file:// or s3://") from e
+            raise ConfigError(f"{printable(self.uri)!r}: isn't a valid URI ({e}). Use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
-            raise ConfigError(f"{self.uri!r}: scheme {scheme!r} is not supported; use a path, file:// or s3://")
+            raise ConfigError(f"{self.uri!r}: scheme {scheme!r} isn't supported. Use a path, file:// or s3://")
         if not self.uri or (scheme == "s3" and not urlsplit(self.uri).netloc):
-            raise ConfigError(f"{self.uri!r}: names no place; use a path, file:///PATH or s3://BUCKET/KEY")
+            raise ConfigError(f"{self.uri!r}: has no path. Use a path, file:///PATH or s3://BUCKET/KEY")
         s3_client.given(self.query)
 
     def __str__(self) -> str:
@@ -132,9 +132,7 @@ class Location:
         the name: neither a disk nor a store resolves them.
         """
         if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
-            raise DataError(
-                f"{self.uri}: {printable(leaving)[:200]!r} is not a place inside this folder; do not use what names it"
-            )
+            raise DataError(f"{self.uri}: {printable(leaving)[:200]!r} is outside this folder. Don't use the file that names it")
         if not self.is_s3:
             return Location("/".join([self.uri.rstrip("/"), *parts]))
         base, mark, query = self.uri.partition("?")  # a key may hold a question mark: escaped, it does not start the query
@@ -226,7 +224,7 @@ class Location:
         try:
             yield
         except FileNotFoundError as e:
-            raise AccessError(f"{self.uri}: no file can be made here; name another place", self.uri) from e
+            raise AccessError(f"{self.uri}: can't create a file here. Name another place", self.uri) from e
 
     def files(self) -> list[tuple[str, int]]:
         """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
@@ -272,7 +270,7 @@ class Location:
                 return self.attempt(lambda: self.fs.get_file_info(selector))
             except FileNotFoundError:  # of a file or folder that another process has just removed, or made
                 continue
-        raise StorageError(f"{self.uri}: cannot be listed: other processes change it all the time")
+        raise StorageError(f"{self.uri}: can't list it, because other processes keep changing it")
 
     def delete(self) -> None:
         """Deletes the file or the whole folder; nothing happens if it is not there."""
@@ -313,11 +311,11 @@ class Location:
                 raise error
 
         def give_up(failure: FailedAttempts) -> NoReturn:
-            raise StorageError(f"{failure.error}; waited {failure.seconds:.0f} s for the store") from failure.error
+            raise StorageError(f"{failure.error}. Waited {failure.seconds:.0f} s for the store") from failure.error
 
         def tell(failure: FailedAttempts, wait: float) -> None:
-            left = f"waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
-            log.warning("%s; %s, next try in %.0f s", failure.error, left, wait)
+            left = f"Waiting for the store, up to {max(0.0, AWAY_S - failure.seconds):.0f} s more"
+            log.warning("%s. %s, next attempt in %.0f s", failure.error, left, wait)
 
         retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
@@ -327,13 +325,13 @@ class Location:
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
         if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and local_files.takes_files(nearest)):
-            raise AccessError(f"{self.uri}: {nearest} is not a folder that can be written to; name another place")
+            raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Name another place")
 
     def require_file(self) -> None:
         """Raises AccessError, or StorageError of a store that is not there, if no file can be written here, or a folder is."""
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
-            raise AccessError(f"{self.uri}: is a folder; name a file in it")
+            raise AccessError(f"{self.uri}: is a folder. Name a file in it")
         if not self.is_s3:
             Location(str(Path(self.path).parent)).require_writable()
 
@@ -342,7 +340,7 @@ class Location:
         return self.path.split("/", 1)[0]
 
     def _no_bucket(self) -> StorageError:
-        missing = f"there is no bucket {self._bucket!r}; make it, or check the name and the endpoint"
+        missing = f"no bucket {self._bucket!r}. Create it, or check the name and the endpoint"
         return AccessError(f"{self.uri}: {missing}", self.uri)
 
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
@@ -358,7 +356,7 @@ class Location:
         """Raises what an operation's error means here, unless it is a fault of the store, which may pass."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             raise AccessError(
-                f"{self.uri}: a file lies where a folder is needed, or a folder where a file is", self.uri
+                f"{self.uri}: a file is where a folder is needed, or a folder where a file is needed", self.uri
             ) from error
         if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
             raise error
@@ -380,7 +378,7 @@ class Location:
         raise StorageError(f"{self.uri}: {lasted}: {reason(failure.error)}") from failure.error
 
     def _tell(self, failure: FailedAttempts, wait: float) -> None:
-        log.warning("%s: %s; retrying in %.1f s", self.uri, reason(failure.error), wait)
+        log.warning("%s: %s. Retrying in %.1f s", self.uri, reason(failure.error), wait)
 
 
 def _listed(info: pafs.FileInfo) -> Listed:

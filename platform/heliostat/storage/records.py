@@ -86,12 +86,12 @@ class Format(Generic[T]):
         return record
 
     def _error(self, where: object, fault: str) -> HeliostatError:
-        return self.error(f"{where}: is no {self.what}, or damaged ({fault}){f'; {self.fix}' if self.fix else ''}")
+        return self.error(f"{where}: isn't a valid {self.what} ({fault}){f'. {self.fix}' if self.fix else ''}")
 
 
 def _inside(path: str) -> str:
     if not is_inside(path):
-        raise ValueError(f"{printable(path)[:200]!r} is not a place inside its folder")
+        raise ValueError(f"{printable(path)[:200]!r} is outside its folder")
     return path
 
 

@@ -27,8 +27,8 @@ DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload
 NO_BUCKET = "NO_SUCH_BUCKET"  # in the words of the S3 client
 HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
-    "refused": "access refused; check the credentials and the bucket policy",
-    "hopeless": "the store cannot do this; check bucket, credentials, region and endpoint",
+    "refused": "access denied. Check the credentials and the bucket policy",
+    "hopeless": "the store can't do this. Check the bucket, credentials, region, and endpoint",
 }
 
 
@@ -100,7 +100,7 @@ def retry_budget() -> float:
     except ValueError:
         budget_s = -1.0
     if not 0 <= budget_s < float("inf"):
-        raise ConfigError(f"{BUDGET}: {raw!r} is no number of seconds; set it to 60, or unset it")
+        raise ConfigError(f"{BUDGET}: {raw!r} isn't a number of seconds. Set it to 60, or unset it")
     return budget_s
 
 

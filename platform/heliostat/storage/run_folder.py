@@ -35,7 +35,7 @@ BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are 
 def require_one_way(resume: bool, overwrite: bool) -> None:
     """Refuses, by a ConfigError, to go on with a run and to delete it in one command."""
     if resume and overwrite:
-        raise ConfigError("--overwrite: deletes what --resume continues from; give one of the two")
+        raise ConfigError("--overwrite: deletes the checkpoints that --resume needs. Pass one of the two")
 
 
 def checkpoint(run: Location, step: int) -> Location:
@@ -66,7 +66,7 @@ def step_of(name: str) -> int:
     """Parses the step that a file or folder of a run is named after; DataError for one that is not named so."""
     number = name.removeprefix("step-").partition(".")[0]
     if not number.isdecimal():
-        raise DataError(f"{name}: is not named after a step, as step-00000100.json; take it out of the run's folder")
+        raise DataError(f"{name}: isn't named after a step, such as step-00000100.json. Move it out of the run's folder")
     return int(number)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 SHORTER = "HTTP status 416"  # of a range after an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
-ONLY_READ = "a bucket whose requester pays is only read"
+ONLY_READ = "a requester-pays bucket is read-only"
 THREADS = 16
 ENOUGH = 64  # folders, after which no more are looked for
 LEVELS = 4  # of folders that are looked into, at most
@@ -70,8 +70,8 @@ def given(query: str) -> dict[str, str]:
     for key, value in options.items():
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, 1)
-            hint = f", did you mean {near[0]!r}?" if near else "; in an object's name write ? as %3F"
-            raise ConfigError(f"s3://...?{key}: is no key of an S3 URI ({', '.join(KEYS)}){hint}")
+            hint = f". Did you mean {near[0]!r}?" if near else ". In an object's name, write ? as %3F"
+            raise ConfigError(f"s3://...?{key}: unknown key of an S3 URI ({', '.join(KEYS)}){hint}")
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
     if options.get("anonymous") == "true" and "request_payer" in options:
@@ -85,7 +85,7 @@ def resolve(query: str) -> S3Options:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
         if carries_secret(endpoint):
-            raise ConfigError("AWS_ENDPOINT_URL: must not carry credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise ConfigError("AWS_ENDPOINT_URL: must not contain credentials. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         parts = urlsplit(endpoint)
         options |= {"scheme": parts.scheme, "endpoint_override": parts.netloc}
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
@@ -167,7 +167,7 @@ class Store:
                 raise RewrittenError(str(e)) from e
             raise
         if len(data) != end - begin:
-            raise ConnectionError(f"{len(data):,} of {end - begin:,} bytes came")
+            raise ConnectionError(f"expected {end - begin:,} bytes, got {len(data):,}")
         return data
 
     def create(self, path: str, data: bytes) -> bool:

@@ -67,7 +67,7 @@ def _encode(value: object) -> object:
     if type(value).__module__ == "torch":
         return _extension(TENSOR, value)
     raise TypeError(
-        f"{type(value).__qualname__} can't be sent between processes; use numbers, text, lists, dicts, or NumPy arrays"
+        f"{type(value).__qualname__} can't be sent between processes. Use numbers, text, lists, dicts, or NumPy arrays"
     )
 
 
@@ -116,7 +116,7 @@ def _unpack_tensor(data: bytes) -> torch.Tensor:
     name, shape, content = unpack(data)
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a type of tensors")
+        raise ValueError(f"{name!r} isn't a tensor type")
     return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape) if content else torch.empty(shape, dtype=dtype)
 
 
@@ -147,7 +147,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
     name, args, attributes, text = unpack(data)
     kind = getattr(errors, name, None)
     if not (isinstance(kind, type) and issubclass(kind, HeliostatError)):
-        raise ValueError(f"{name!r} is not an error of heliostat's")
+        raise ValueError(f"{name!r} isn't a heliostat error")
     try:
         error = kind(*args)
     except TypeError:  # of a subclass that took others
@@ -159,7 +159,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
 def _unpack_record(data: bytes) -> object:
     name, values = unpack(data)
     if name not in _records:
-        raise ValueError(f"{name!r} is not a type that may be sent between processes")
+        raise ValueError(f"{name!r} isn't a type that processes may exchange")
     kind = _records[name]
     if not dataclasses.is_dataclass(kind):
         return kind(*values)

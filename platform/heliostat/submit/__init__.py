@@ -1,5 +1,5 @@
 """Submits jobs to a cluster through the Ray Jobs API, and restarts drivers.
 
 Start at `jobs`.
-May import: `cluster`, `config`, `runs`, `storage`, `tracking`, `training`, `tune`.
+May import: `cluster`, `config`, `runs`, `storage`, `tracking`, `training`, `tune`, `validation`.
 """

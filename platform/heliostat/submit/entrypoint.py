@@ -9,7 +9,7 @@ waited for; MLflow is not needed to resume. A command that ends by itself record
 Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
 
 The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
-cluster. `heliostat stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
+cluster. `heliostat job stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
 driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
 --now`): storage may be what does not answer.
 """
@@ -73,7 +73,7 @@ class Again:
         try:
             mine = self._attempt(pid)
         except (HeliostatError, OSError) as e:
-            log.warning("how the driver ended is not known: %s", e)
+            log.warning("can't find out how the driver ended: %s", e)
             return ""
         if mine is None:  # it had not begun
             return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""
@@ -81,7 +81,7 @@ class Again:
 
     def wait_s(self, how: str) -> float:
         """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
-        return self.budget.spend(TrainingError(f"the driver died without a word, {how}"), self._progress())
+        return self.budget.spend(TrainingError(f"the driver died without an error, {how}"), self._progress())
 
     def flags(self, flags: list[str], pid: int) -> list[str]:
         """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
@@ -116,7 +116,7 @@ class Again:
                 return listing.progress(self.folder)[0]
             names = [name for name, _ in self.folder.join(run_folder.CHECKPOINTS).files() if name.endswith("/checkpoint.json")]
         except (HeliostatError, OSError) as e:
-            log.warning("how far the run is, is not known: %s", e)
+            log.warning("can't read the run's progress: %s", e)
             return -1
         return max((int(n.removeprefix("step-").partition("/")[0]) for n in names if n.startswith("step-")), default=0)
 
@@ -126,13 +126,13 @@ class Driver:
         raw = schema.read_yaml(job)
         for key in ("name", "storage"):
             if not isinstance(raw.get(key), str):
-                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} is none; see docs/job.md")
+                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} isn't valid. See docs/job.md")
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
         self.folder = self.run_folder.join(run_folder.LOGS)
         retries = schema.validate(Retries, raw.get("retries") or {}, f"{job}: retries")
         self.again = Again(self.run_folder, retries, sweep is not None, self._pause)
-        what = ["tune", str(sweep)] if sweep else ["train", str(job)]
+        what = ["sweep", "run", str(sweep)] if sweep else ["train", str(job)]
         self.command, self.flags = [sys.executable, "-m", "heliostat", *what], flags
         self.stopping = threading.Event()
         self.jobs_url = jobs_url
@@ -172,17 +172,17 @@ class Driver:
             flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
             retry = f"retry {self.again.budget.used} of {self.again.budget.retries.max}"
-            self._say(f"the driver died without a word, {how}: starting it again in {wait:.0f} s ({retry})")
+            self._say(f"the driver died without an error, {how}. Starting it again in {wait:.0f} s ({retry})")
             self._pause(wait)
         except (HeliostatError, OSError) as e:
-            self._say(f"not started again: {e}")
+            self._say(f"not starting it again: {e}")
             return False
         self.flags = flags
         return True
 
     def _pause(self, seconds: float) -> None:
         if self.stopping.wait(seconds):
-            raise StoppedError("the job was asked to stop")
+            raise StoppedError("the job was stopped on request")
 
     def _settle(self, how: str) -> None:
         """Reports to MLflow that the run is over, which its dead driver could not."""
@@ -191,7 +191,7 @@ class Driver:
         try:
             settle_folder(self.run_folder, how)
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
-            log.warning("MLflow could not record that the run is over: %s", e)
+            log.warning("MLflow couldn't record the end of the run: %s", e)
 
     def _child(self) -> tuple[int, int]:
         """Runs the command once, to its end, and returns its process id and exit code."""
@@ -226,7 +226,7 @@ class Driver:
                 rest = rest[os.write(self._stdout, rest) :]
         except OSError as e:
             if not self._unsaid:
-                log.warning("standard output takes no more (%s); the log's copy in storage continues", e)
+                log.warning("can't write to standard output (%s). The log's copy in storage continues", e)
             self._unsaid += len(rest)
 
     def _send(self) -> None:
@@ -237,14 +237,14 @@ class Driver:
             try:
                 self._log.send()
             except (HeliostatError, OSError) as e:
-                log.warning("the log's copy in storage lags: %s", e)
+                log.warning("the log's copy in storage is late: %s", e)
 
     def _now(self) -> bool:
         """Checks whether the driver must end without waiting for a checkpoint."""
         try:
             jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
         except Exception as e:  # noqa: BLE001 (whatever Ray raises: the driver waits on)
-            log.warning("whether to end now cannot be seen: %s", e)
+            log.warning("can't check for a request to stop: %s", e)
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 

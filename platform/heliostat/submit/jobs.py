@@ -58,6 +58,7 @@ PASSED = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
     "MLFLOW_S3_ENDPOINT_URL",
+    "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
 )
 
@@ -107,15 +108,15 @@ class Jobs:
                 same = submission.standing(record, earlier["metadata"].get("digest"))
                 if same is None:
                     raise ConfigError(
-                        f"name: {record.id!r} is a job with other settings on this cluster ({status.lower()}); use another name"
+                        f"name: {record.id!r} is a job with other settings on this cluster ({status.lower()}). Use another name"
                     )
-                log.info("job %s is there already: %s", record.id, status.lower())
+                log.info("job %s already exists: %s", record.id, status.lower())
                 same.write()
                 return record.id
             if not flags:
                 raise ConfigError(
-                    f"name: job {record.id!r} {status.lower()} before; go on with `heliostat resume {record.id}`, "
-                    "or start from scratch with --overwrite"
+                    f"name: job {record.id!r} has already {status.lower()}. Continue with `heliostat job resume "
+                    f"{record.id}`, or start from scratch with --overwrite"
                 )
             self._forget(record.id)
         record.write()
@@ -135,7 +136,7 @@ class Jobs:
             (work / workspace_package.CODE_FILE).write_text(source_code.source().dump())
             environment = {k: os.environ[k] for k in PASSED if k in os.environ}
             if secret := [k for k, v in environment.items() if carries_secret(v)]:
-                raise ConfigError(f"{secret[0]}: carries a password, which the cluster would show; give it to the nodes")
+                raise ConfigError(f"{secret[0]}: contains a password, which the cluster would show. Set it on the nodes")
             environment["HELIOSTAT_CLUSTER"] = record.cluster or self.there.url
             environment[source_code.USER] = source_code.user()
             runtime = {
@@ -163,7 +164,7 @@ class Jobs:
         deadline = time.monotonic() + RETRY_S
         while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: is over, but its supervisor has not ended in {RETRY_S:.0f} s; try again later")
+                raise ClusterError(f"{job_id}: has ended, but its supervisor didn't end within {RETRY_S:.0f} s. Try again later")
             time.sleep(FOLLOW_S)
         time.sleep(MONITOR_S)
         self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
@@ -206,7 +207,7 @@ class Jobs:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
             raise ConfigError(f"{job_id}: no such job on {self.there.url}{near}")
         if "run" not in job["metadata"]:
-            raise ConfigError(f"{job_id}: was not submitted with heliostat; use `ray job`")
+            raise ConfigError(f"{job_id}: wasn't submitted with heliostat. Use `ray job`")
         return job
 
     def follow(self, job_id: str) -> Iterator[str]:
@@ -246,7 +247,7 @@ class Jobs:
                 text = " ".join(str(e).split())[:200]
                 if time.monotonic() > deadline:
                     raise ClusterError(f"following the log: {text}") from e
-                log.warning("following the log: %s; trying again", text)
+                log.warning("following the log: %s. Trying again", text)
             time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
@@ -264,7 +265,7 @@ class Jobs:
         deadline = time.monotonic() + STOP_S + 30
         while (job := self.get(job_id))["status"] not in OVER:
             if time.monotonic() > deadline:
-                raise ClusterError(f"{job_id}: did not stop in {STOP_S + 30} s")
+                raise ClusterError(f"{job_id}: didn't stop within {STOP_S + 30} s")
             time.sleep(FOLLOW_S)
         if note:
             self._retry(lambda: self.client.delete_job(note), "forgetting the note to stop")

@@ -41,7 +41,7 @@ class LogCopy:
             self._append(self._file.fileno(), note + data)
         except OSError as e:
             if not self._missing:
-                log.warning("the copy of the job's log lacks what follows: %s", e)
+                log.warning("the copy of the job's log is missing later lines: %s", e)
             self._missing, self._why = self._missing + len(data), e.strerror or str(e)
         else:
             self._missing = 0

@@ -13,6 +13,7 @@ from heliostat.config import spec, workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format, closed
+from heliostat.validation import check
 
 
 @closed
@@ -58,7 +59,7 @@ class SubmissionRecord:
         place.write_text(json.dumps(asdict(self), indent=2))
 
 
-SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="delete it, and give --cluster")
+SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix="Delete it, and pass --cluster")
 
 
 def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord | None:
@@ -83,28 +84,33 @@ def load(path: Path, settings: list[str], endpoint: Endpoint) -> Job:
 
     ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
     """
-    written = schema.load(Job, "job", path, settings)
+    raw, devices = spec.read(path, settings), check.devices_of(endpoint.file)
     if not endpoint.here:
+        written = schema.validate(Job, spec.complete(raw, str(path), check.training_samples, devices)[0], str(path))
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
         if isinstance(written.model.get("pretrained"), str):
             paths["model.pretrained"] = written.model["pretrained"]
         uri = written.mlflow.uri
         if uri.startswith("sqlite:"):
-            raise ConfigError(f"mlflow.uri: {uri} is a file of one machine; a cluster needs a server: http://HOST:PORT")
+            raise ConfigError(
+                f"mlflow.uri: {uri} is a file on one machine, and a cluster needs a server. Set it to http://HOST:PORT"
+            )
         for key, value in paths.items():
             if "://" not in value and not Path(value).is_absolute():
                 raise ConfigError(
-                    f"{key}: {value!r} is a path of this workspace, which the cluster does not see; use s3://BUCKET/PREFIX"
+                    f"{key}: {value!r} is a path of this workspace, which the cluster can't read. Use s3://BUCKET/PREFIX"
                 )
-    return spec.resolve(written)
+    return spec.make(raw, str(path), check.training_samples, devices)
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
     """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
     if record.sweep:
         if settings:
-            raise ConfigError(f"{record.id}: is a sweep; change its file, and use `heliostat tune SWEEP.yaml --cluster --resume`")
+            raise ConfigError(
+                f"{record.id}: is a sweep. Change its file, and use `heliostat sweep run SWEEP.yaml --cluster --resume`"
+            )
         return replace(record, cluster=cluster)
     return SubmissionRecord.of(
-        spec.resolve(schema.validate(Job, schema.apply(record.job, settings), record.id)), cluster, record.queue
+        check.make_job(spec.apply(schema.renamed(Job, record.job), settings), record.id), cluster, record.queue
     )

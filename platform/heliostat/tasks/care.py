@@ -31,8 +31,8 @@ def most(documents: int) -> int:
 def too_many(crashed: int, what: str) -> HeliostatError:
     """Makes the error of a run in which too many documents crash."""
     return HeliostatError(
-        f"stages: {crashed:,} documents crashed, more than {MOST} and than one in {SHARE:,}: {what}. "
-        "Correct the stage or the input, and start again: finished tasks are kept"
+        f"stages: {crashed:,} documents crashed, more than {MOST} and than one in {SHARE:,}: {what}. Correct the "
+        "stage or the input, and start again. Finished tasks are kept"
     )
 
 

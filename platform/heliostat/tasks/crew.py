@@ -164,7 +164,7 @@ class Crew:
         self._check()
         if not self.failed:
             return
-        log.warning("%s: %d tasks failed; what the others did is recorded, and the next start resumes there",
+        log.warning("%s: %d tasks failed. The work of the others is recorded, and the next start resumes there",
                     self.kind, len(self.failed))  # fmt: skip
         with unwrapped():
             raise self.failed[0]
@@ -219,7 +219,11 @@ class Crew:
         if lost and task.careful and (crash := trouble.learn(self.work.note(self.kind, task.key), error)):
             self.last = crash.id
             log.warning(
-                "%s: %s ends its process at %s and is left out (%s)", self.kind, printable(crash.id), crash.stage, crash.detail
+                "%s: %s crashes its process at %s, so heliostat leaves it out (%s)",
+                self.kind,
+                printable(crash.id),
+                crash.stage,
+                crash.detail,
             )
             if self.pool:  # what waited after it in its actor has died with it each time
                 for other in [*self.under_way.values(), *self.later]:
@@ -228,7 +232,7 @@ class Crew:
             self.failed.append(error)
             self.stopped |= len(self.failed) >= FAILED
             return
-        log.warning("%s: a task failed (%s) and is run again", self.kind, care.last_line(error))
+        log.warning("%s: a task failed (%s). Running it again", self.kind, care.last_line(error))
         started.due = time.monotonic() + (PAUSE.wait(trouble.count) if lost and trouble.count else 0.0)
         self.later.append(started)
 
@@ -238,7 +242,7 @@ class Crew:
         crashed = self.flow.crashed + under_way
         if crashed > care.most(self.flow.passed) and not self.stopped:
             self.stopped = True
-            self.failed.insert(0, care.too_many(crashed, f"such as {printable(self.last)!r}"))
+            self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
         """Looks at the nodes, now and then: how many tasks have room, and whether one has the CPUs that a task requests."""
@@ -247,9 +251,12 @@ class Crew:
         self.looked, nodes = time.monotonic(), self.flow.nodes()
         self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
         if not any(nodes):
-            label = f" that carries {self.flow.labels}" if self.flow.labels else ""
+            label = f"with the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
-                logging.DEBUG if self.alone else logging.WARNING, "%s: no node has CPUs%s; tasks wait for one", self.kind, label
+                logging.DEBUG if self.alone else logging.WARNING,
+                "%s: no node has CPUs%s, so tasks wait for one",
+                self.kind,
+                label,
             )
         elif self.pool is None and max(nodes) < self.cpus:
             self._request(max(nodes))
@@ -284,4 +291,4 @@ def _end(references: list[Any]) -> None:
     if working:
         _, left = ray.wait(working, num_returns=len(working), timeout=END_S)
         if left:
-            log.warning("%d tasks did not end within %.0f s", len(left), END_S)
+            log.warning("%d tasks didn't end within %.0f s", len(left), END_S)

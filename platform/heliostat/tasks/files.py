@@ -30,10 +30,10 @@ def entries(key: str, path: str) -> list[str]:
     try:
         lines = read(key, path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{key}: {path!r} is not UTF-8 (byte {e.start:,}); convert it") from e
+        raise ConfigError(f"{key}: {path!r} isn't UTF-8 (byte {e.start:,}). Convert it") from e
     listed = [entry for line in lines if (entry := line.strip()) and not entry.startswith("#")]
     if not listed:
-        raise ConfigError(f"{key}: {path!r} has no entry in it; give one a line")
+        raise ConfigError(f"{key}: {path!r} has no entry. Write one per line")
     return listed
 
 
@@ -45,7 +45,7 @@ def digest(key: str, path: str) -> str:
             with Path(path).open("rb") as file:
                 hexdigest = hashlib.file_digest(file, "sha256").hexdigest()
             if _state(path) != state:
-                raise ConfigError(f"{key}: {path!r} changed while it was read. Leave it as it is, and start again")
+                raise ConfigError(f"{key}: {path!r} changed while heliostat read it. Don't change it, and start again")
             _digests[state] = hexdigest
     except OSError as e:
         raise _unreadable(key, path, e) from e
@@ -70,4 +70,4 @@ def _state(path: str) -> tuple[str, int, int, int, int]:
 
 
 def _unreadable(key: str, path: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{key}: {path!r} cannot be read ({error.strerror}); name a file that is there")
+    return ConfigError(f"{key}: can't read {path!r} ({error.strerror}). Name a file that exists")

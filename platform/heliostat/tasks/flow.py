@@ -99,8 +99,8 @@ class Flow:
         self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in nodes) // MIB * MIB)
         fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < need else "To run more,"
         log.warning(
-            "memory_limit: %.0f MiB for each task leaves room for %d at once, where the CPUs would run %d. %s give the nodes "
-            "more memory", self.memory / MIB, at_once(need), room, fix,
+            ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, and the CPUs could run %d. %s "
+                "give the nodes more memory"), self.memory / MIB, at_once(need), room, fix,
         )  # fmt: skip
 
     def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
@@ -173,7 +173,7 @@ class Flow:
         self.passed += documents(record)
         self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
         for message in record.get("unread", []):
-            log.warning("%s: %s; the rest of it is missing from the dataset", kind, message)
+            log.warning("%s: %s. The rest of it is missing from the dataset", kind, message)
 
 
 def most_each(nodes: list[int], tasks: int) -> int:

@@ -93,10 +93,10 @@ class ActorPool:
         del self.away[number]
         if not self.actors:
             raise HeliostatError(
-                f"the last actor had no place within {PLACE_S:.0f} s after it was lost: its node is gone, or others hold what it "
-                "needs. Wait for a node, and start again: finished tasks are kept"
+                f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or others use its "
+                "resources. Wait for a node, and start again. Finished tasks are kept"
             )
-        log.warning("an actor had no place within %.0f s after it was lost; continuing with %d", PLACE_S, len(self.actors))
+        log.warning("can't restart an actor within %.0f s. Continuing with %d", PLACE_S, len(self.actors))
 
 
 def _is_alive(actor: Any) -> bool:
@@ -112,10 +112,12 @@ def _placed(actors: list[Any]) -> list[Any]:
         ray.kill(alive[reference])
     if not ready:
         raise HeliostatError(
-            f"none of {len(actors)} actors had a place within {PLACE_S:.0f} s: others hold what they need; wait for them"
+            f"none of {len(actors)} actors could start within {PLACE_S:.0f} s, because others use the resources. Wait for them"
         )
     if late:
-        log.warning("%d of %d actors have a place, others hold what the rest needs; going on with these", len(ready), len(actors))
+        log.warning(
+            "started %d of %d actors, because others use the remaining resources. Continuing with these", len(ready), len(actors)
+        )
     return [alive[reference] for reference in ready]
 
 

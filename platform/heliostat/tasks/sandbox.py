@@ -220,7 +220,7 @@ def main() -> int:
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would undo it
     if os.getppid() != limits["parent"]:
-        raise OSError("who has started this has ended")
+        raise OSError("the process that started this one has ended")
     reading, writing = os.pipe()  # closed by becoming the program
     if (child := os.fork()) == 0:
         try:

@@ -114,8 +114,9 @@ def here(folder: Location, shipment: Shipment) -> str:
         return str(target)
     if code := next((item.name for item in shipment.items if item.name and Path(item.name).suffix in RUNS_CODE), None):
         raise ConfigError(
-            f"{shipment.path}: node {socket.gethostname()} has no such folder, or another one, and {code} isn't copied: it can "
-            "run code. Save the model as safetensors, or put the folder on every node"
+            f"{shipment.path}: node {socket.gethostname()} has no such folder, or a different one. heliostat "
+            f"doesn't copy {code}, because it can run code. Save the model as safetensors, or put the folder on "
+            "every node"
         )
     deadline_s = WAIT_S + shipment.bytes / BYTES_PER_S
     try:
@@ -124,11 +125,13 @@ def here(folder: Location, shipment: Shipment) -> str:
                 local_files.remove_unused(cached)
                 _fetch(folder, shipment, cached, time.monotonic() + deadline_s)
     except BlockingIOError as e:
-        raise HeliostatError(f"{cached}: another process copied {shipment.path} for {deadline_s:,.0f} s; start again") from e
+        raise HeliostatError(
+            f"{cached}: another process has been copying {shipment.path} for {deadline_s:,.0f} s. Start again"
+        ) from e
     except OSError as e:
         raise HeliostatError(
-            f"{cached}: node {socket.gethostname()} cannot keep a copy of {shipment.path} there ({e.strerror or e}). "
-            "Give it room there, set TMPDIR to another folder, or put the files on every node"
+            f"{cached}: node {socket.gethostname()} can't keep a copy of {shipment.path} there ({e.strerror or e}). "
+            "Free some space there, set TMPDIR to another folder, or put the files on every node"
         ) from e
     return str(target)
 
@@ -137,7 +140,9 @@ def offer(folder: Location, shipment: Shipment) -> None:
     """Copies files of the driver's node to the folder of the spills, as far as they are not there; ConfigError if they have
     changed since they were described, or a folder in theirs is a link: what it leads to isn't described."""
     if linked := _linked(Path(shipment.path), shipment.within):
-        raise ConfigError(f"{linked}: is a link to a folder, and isn't copied. Put the folder there, or the model on every node")
+        raise ConfigError(
+            f"{linked}: is a link to a folder, which heliostat doesn't copy. Put the folder there, or the model on every node"
+        )
     for item in shipment.items:
         place, source = folder.join(item.copy), _place(shipment.path, item.name)
         if _size(place) == item.bytes:
@@ -146,7 +151,7 @@ def offer(folder: Location, shipment: Shipment) -> None:
         place.upload(source)
         if files.digest("stages", str(source)) != item.digest:
             place.delete()
-            raise ConfigError(f"{source}: changed during the run. Leave it as it is, and start again")
+            raise ConfigError(f"{source}: changed during the run. Don't change it, and start again")
 
 
 def withdraw(folder: Location) -> None:
@@ -203,19 +208,21 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
     """Copies a shipment from the folder of the spills to the cache, whole or not at all."""
     if missing := [item for item in shipment.items if _size(folder.join(item.copy)) != item.bytes]:
         raise NotHereError(
-            f"{_place(shipment.path, missing[0].name)}: node {socket.gethostname()} doesn't have this file as the driver has it, "
-            f"and {folder} has no copy",
+            (
+                f"{_place(shipment.path, missing[0].name)}: this file on node {socket.gethostname()} is missing or "
+                f"differs from the driver's, and {folder} has no copy"
+            ),
             shipment,
         )
     for left in cached.parent.glob(f"{cached.name}.*.part"):  # by a process that was killed, as this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
     if (free := shutil.disk_usage(cached.parent).free) < shipment.bytes:
-        raise OSError(f"{shipment.bytes:,} bytes are needed, and {free:,} are free")
+        raise OSError(f"needs {shipment.bytes:,} bytes, and only {free:,} are free")
     part = cached.with_name(f"{cached.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         for item in shipment.items:
             if item.name and not is_inside(item.name):
-                raise DataError(f"{shipment.path}: {item.name!r} is not a place inside it")
+                raise DataError(f"{shipment.path}: {item.name!r} is outside it")
             _write(folder.join(item.copy), _place(str(part / shipment.name), item.name), item, shipment, until)
         if cached.exists():  # and is not what its name says
             shutil.rmtree(cached)
@@ -231,14 +238,16 @@ def _write(source: Location, target: Path, item: Item, shipment: Shipment, until
     with target.open("wb") as out:
         for block in _blocks(source, item.bytes):
             if time.monotonic() > until:
-                raise HeliostatError(f"{source}: is read too slowly: {shipment.bytes:,} bytes did not come in time; start again")
+                raise HeliostatError(
+                    f"{source}: reading is too slow: {shipment.bytes:,} bytes didn't arrive in time. Start again"
+                )
             hasher.update(block)
             out.write(block)
         out.flush()
         os.fsync(out.fileno())
     if hasher.hexdigest() != item.digest:
         source.delete()
-        raise NotHereError(f"{source}: was damaged and is removed", shipment)
+        raise NotHereError(f"{source}: was damaged, so heliostat removed it", shipment)
 
 
 def _blocks(source: Location, size: int) -> Iterator[bytes]:

@@ -75,7 +75,9 @@ def whole(folder: Location, name: str) -> Iterator[None]:
         if hashlib.sha256(place.read()).hexdigest()[:32] == named[1]:
             raise
         place.delete()
-        raise DataError(f"work: {place}: was damaged and is removed. Start again: the task that wrote it runs again") from e
+        raise DataError(
+            f"work: {place}: was damaged, so heliostat removed it. Start again: the task that wrote it runs again"
+        ) from e
 
 
 def narrowed(table: pa.Table) -> pa.Table:

@@ -91,7 +91,7 @@ class Work:
         except (FileNotFoundError, ValueError):
             before = {}
         if difference := libraries.changed(before, versions):
-            log.warning("work: %s: what follows from these libraries is done again", ", ".join(difference))
+            log.warning("work: %s: doing the work that depends on these libraries again", ", ".join(difference))
         if before != before | versions:
             place.write(json.dumps(before | versions).encode())
 
@@ -104,7 +104,7 @@ class Work:
             known = json.loads(self.location.join(MARK).read())["piece"]
         except FileNotFoundError:
             if self._sizes:
-                fault = "is not empty, and holds no unfinished work; name another folder"
+                fault = "is not empty, and isn't unfinished work. Name another folder"
                 raise ConfigError(f"work: {self.location}: {fault}") from None
             known = 0
         except (ValueError, TypeError, KeyError):

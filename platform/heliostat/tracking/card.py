@@ -1,29 +1,34 @@
 """Tells where a model comes from, and writes its card: `README.md` of the exported folder, with the header that model hubs read.
 
 Its parents are every `pretrained: FOLDER` of the job's model, and the run that made that folder, if one did: a folder that
-`heliostat export` wrote, or that a registered model holds, has its origin in `heliostat.json`.
+`heliostat model export` wrote, or that a registered model holds, has its origin in `heliostat.json`. The card names a parent of
+the Hugging Face Hub with its commit, and shows the license of its card.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NotRequired
 
+import yaml
 from typing_extensions import TypedDict
 
+from heliostat.config import pretrained
 from heliostat.config.spec import Job
 from heliostat.data.manifest import Manifest
 from heliostat.recipes import exported
+from heliostat.storage.hub import files
 from heliostat.storage.records import Json
 
 FILE = "README.md"
 
 
 class ParentModel(TypedDict):
-    """Describes a folder that a model is initialised from: an entry of `parents.json`."""
+    """Describes a folder, or a model of the Hub, that a model is initialised from: an entry of `parents.json`."""
 
     key: str
     folder: str
@@ -42,7 +47,7 @@ class Parents(TypedDict):
 
 def parents(job: Job) -> list[ParentModel]:
     """Describes each folder that the job's model is initialised from."""
-    return [_parent(key, Path(folder), changed) for key, folder, changed in _folders(job.model, "model")]
+    return [_parent(key, named, changed) for key, named, changed in _folders(job.model, "model")]
 
 
 def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, dict[str, Json]]]:
@@ -53,7 +58,8 @@ def _folders(tree: Mapping[str, Json], prefix: str) -> Iterator[tuple[str, str, 
             yield from _folders(value, f"{prefix}.{key}")
 
 
-def _parent(key: str, folder: Path, changed: dict[str, Json]) -> ParentModel:
+def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
+    folder = pretrained.folder(named)
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
     origin: dict[str, Any] = {}  # what an exported model records of its run
@@ -62,12 +68,14 @@ def _parent(key: str, folder: Path, changed: dict[str, Json]) -> ParentModel:
         raw = exported.record(folder)
         card = raw["job"].get("card") or {}
         origin = {"name": raw["job"]["name"], "license": card.get("license"), **raw.get("origin", {})}
+    elif pretrained.hub_name(named):
+        origin = {"license": _license(folder / FILE)}
     return {
         "key": key,
-        "folder": str(folder),
+        "folder": named,
         "config": config.hexdigest()[:16],
         "changed": changed,
-        "bytes": sum(p.stat().st_size for p in folder.rglob("*.safetensors")),
+        "bytes": files.weight_bytes(folder),
         "name": origin.get("name"),
         "run_id": origin.get("run_id"),
         "step": origin.get("step"),
@@ -75,10 +83,22 @@ def _parent(key: str, folder: Path, changed: dict[str, Json]) -> ParentModel:
     }
 
 
+def _license(readme: Path) -> str | None:
+    """Reads the license in the header of a model's card; None if it names none."""
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        known = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return None
+    license = known.get("license") if isinstance(known, dict) else None
+    return license if isinstance(license, str) else None
+
+
 def note(job: Job, manifests: list[Manifest]) -> str:
     """Describes a new run in Markdown, as MLflow's UI shows it: what is trained, on what, and where to look."""
     length = f" of {job.data.sequence_length:,} tokens" if job.data.sequence_length else ""
-    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch:,} samples{length}"
+    what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch_size:,} samples{length}"
     lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
     for source, m in zip(job.data.sources, manifests, strict=True):
         size = f"{m.tokens:,} tokens" if m.tokens else f"{m.rows:,} samples"
@@ -106,10 +126,12 @@ def text(
 ) -> str:
     names = [_name(m) for m in manifests]
     header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
+    if on_hub := [name.repo for _, name in pretrained.on_hub(job)]:
+        header["base_model"] = on_hub
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", f"# {job.name}", ""]
     lines += [job.card.summary, ""] if job.card.summary else []
     lines += [
-        f"Trained with heliostat for {step:,} steps of {job.train.global_batch:,} samples (`{job.recipe}`, "
+        f"Trained with heliostat for {step:,} steps of {job.train.global_batch_size:,} samples (`{job.recipe}`, "
         f"{job.train.precision}), MLflow run `{run_id}`. License: {license_of(job, origins)}.",
         "",
     ]

@@ -129,7 +129,7 @@ class Checkpoints:
             if e.error_code != "PERMISSION_DENIED":
                 raise
             client.set_logged_model_tags(model.model_id, {tags.DELETED: "true"})
-            log.warning("MLflow lists %s still, with the tag %s: %s", model.name, tags.DELETED, brief(e))
+            log.warning("MLflow still lists %s, with the tag %s: %s", model.name, tags.DELETED, brief(e))
 
 
 def facts(model: LoggedModel) -> CheckpointFacts:

@@ -91,7 +91,7 @@ def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
         if not (run_id := version.run_id or ""):
-            raise ConfigError(f"{what}: was registered without a run, so nothing is known of where it comes from")
+            raise ConfigError(f"{what}: was registered without a run, so its lineage isn't known")
     run = settle(client, mlflow_client.find(client, run_id, uri))
     return {"model": model_node(client, version) if version else None, "run": run_node(client, run)}
 
@@ -312,6 +312,7 @@ def node_line(node: LivingNode) -> str:
 def _source_line(s: consumed.ConsumedSource) -> str:
     shown = ", ".join(a if a == b else f"{a} to {b}" for a, b in s["ranges"][:3]) + (" ..." if len(s["ranges"]) > 3 else "")
     forgotten = "".join(f", made of {old['digest'][:12]} without {', '.join(old['ids'])}" for old in s.get("forgotten", []))
+    forgotten += "".join(f", from {name}" for name in s.get("hub", {}).values())
     weights = ", ".join(f"{w:g}" + (f" from step {step + 1:,}" if step else "") for step, w in s["weights"])
     return (f"{s['name']} {s['digest'][:12]}, weight {weights}: {s['samples']:,} samples, {s['epochs']:.2f} epochs, "
             f"{s['shards']['seen']} of {s['shards']['total']} shards ({shown}) of {s['uri']}{forgotten}")  # fmt: skip

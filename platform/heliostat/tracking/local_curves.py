@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 MARK = "train/loss"  # of every step: how far MLflow's curves go
 
 
-FIX = "delete it to go without these steps' curves"
+FIX = "Delete it to continue without these steps' curves"
 
 
 @open_
@@ -40,7 +40,7 @@ def _fault(event: events.Event) -> str | None:
         return None
     curves = [event.lr, event.grad_norm, *event.added.values()]
     if not event.loss or any(len(curve) != len(event.loss) for curve in curves):
-        return "its loss, lr, grad_norm and what is added are not of as many steps"
+        return "its loss, lr, grad_norm, and added values have different numbers of steps"
     return None
 
 
@@ -67,7 +67,7 @@ def read(run: Location, last: int = 0) -> list[Point]:
             for number, event in enumerate(LIST.read(place)):
                 if (recorded := KINDS.get(event["kind"])) is None:
                     log.warning(
-                        "%s: an event of kind %r is of another version of heliostat; it is not logged", name, event["kind"]
+                        "%s: an event of kind %r comes from another version of heliostat and isn't logged", name, event["kind"]
                     )
                     continue
                 if scores := event.get("scores"):

@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 log = logging.getLogger(__name__)
 
 SAMPLES, SAVED = "samples.json", "its checkpoints and data"
-AWAY, BACK = "MLflow takes no metrics", "MLflow answers again"  # what the log says when it goes, and when it has come back
+AWAY, BACK = "MLflow doesn't accept metrics", "MLflow answers again"  # what the log says when it goes, and when it has come back
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
 AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
 NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
@@ -126,7 +126,7 @@ class RunOwner:
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
-            raise TrackingError(f"{self._away()}; use --resume when it answers again: training is not repeated") from self._fault
+            raise TrackingError(f"{self._away()}. Use --resume when it answers again: training isn't repeated") from self._fault
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
@@ -139,7 +139,7 @@ class RunOwner:
                 client.set_tag(self.run_id, tags.MODEL_URI, model_uri)
             self._log_samples(client, [list(sample) for sample in samples])
         except MlflowException as e:
-            raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}); use --resume: training is not repeated") from e
+            raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}). Use --resume: training isn't repeated") from e
 
     def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
         """Adds rows to the run's table of samples, unless they are its last rows already.
@@ -168,15 +168,15 @@ class RunOwner:
         self._thread.join(AWAY_S + EXCHANGE_S)
         if self._fault or self._thread.is_alive():
             kept = self.job.run_folder.join(run_folder.UNLOGGED)
-            lacks = f"{self._away()}; what it has not got is in {kept}"
-            fault = f"{lacks}, and the next `heliostat train --resume` of this run logs it"
+            lacks = f"{self._away()}. The missing metrics are in {kept}"
+            fault = f"{lacks}. To log them: heliostat train --resume"
             if status == "FINISHED":
                 raise TrackingError(fault) from self._fault
             log.error(fault)
 
     def _away(self) -> str:
         reason = mlflow_client.fault(self._fault) if self._fault else "no answer"
-        return f"mlflow.uri: {self.job.mlflow.uri} did not take the run's metrics for {AWAY_S:.0f} s ({reason})"
+        return f"mlflow.uri: {self.job.mlflow.uri} didn't accept the run's metrics for {AWAY_S:.0f} s ({reason})"
 
     # the writing thread ----------------------------------------------------------------------------------------------
 
@@ -265,13 +265,13 @@ class RunOwner:
         if self._fault is None:
             self._since = time.monotonic()
             why = mlflow_client.fault(error)
-            log.warning("%s: they are kept until it does, and training continues (%s)", AWAY, why)
+            log.warning("%s. The run keeps them until it does, and training continues (%s)", AWAY, why)
         self._fault = error
         self._answers.clear()
         try:
             box.keep()
         except (HeliostatError, OSError) as e:
-            log.warning("what waits for MLflow could not be kept in the run's folder: %s", e)
+            log.warning("can't keep the metrics that wait for MLflow in the run's folder: %s", e)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
         """Runs an action on MLflow; an error that would come again at every try is logged as an error and passed over.
@@ -283,7 +283,7 @@ class RunOwner:
         except Exception as e:
             if not isinstance(e, NEVER) and getattr(e, "error_code", "") not in outbox.HOPELESS:
                 raise
-            log.error("MLflow lacks something of run %s (%s): %s", self.run_id, what, e)
+            log.error("MLflow lacks a part of run %s (%s): %s", self.run_id, what, e)
 
     def _close(self, end: End) -> None:
         """Closes the MLflow run: checkpoints, data, goodput with a figure, reason, tags, the run's status, and the report."""
@@ -293,7 +293,7 @@ class RunOwner:
             write_json(self._client, self.run_id, report, "goodput.json")
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
-            log.error("MLflow refused the goodput of run %s: %s", self.run_id, e)
+            log.error("MLflow rejected the goodput of run %s: %s", self.run_id, e)
         if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # of an earlier command
             self._client.set_tag(self.run_id, tags.REASON, end.reason[:5000])
         for key, value in end.tags.items():

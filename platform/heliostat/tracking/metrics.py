@@ -92,7 +92,7 @@ METRICS = (
     Metric("train/loss_scale", Steps, _of("loss_scale"), "Loss scale (fp16)", section="Optimizer"),
     Metric("train/skipped_steps", Steps, _of("skipped_steps"), "Skipped steps (fp16)", section="Optimizer"),
     Metric("train/tokens_per_second", Steps, _of("tokens_per_second"), "Throughput", "tokens or samples/s", "Speed"),
-    Metric("train/mfu", Steps, _of("mfu"), "Model FLOPs utilisation", "of the peak", "Speed"),
+    Metric("train/mfu", Steps, _of("mfu"), "Model FLOPs utilization", "of the peak", "Speed"),
     Metric("train/data/wait", Steps, _of("data_wait"), "Wait for data", "of the time", "Speed", formerly="train/data_wait"),
     Metric("train/data/*/epochs", Steps, _of_source("epochs"), "Epochs of each source", section="Data",
            formerly="data/*/epochs"),

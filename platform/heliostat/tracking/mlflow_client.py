@@ -128,7 +128,7 @@ def _probe(uri: str) -> None:
     try:
         socket.create_connection((host, port), timeout=ANSWER_S).close()
     except OSError as e:
-        raise TrackingError(f"MLflow at {uri}: {host}:{port} takes no connection ({brief(e)})") from e
+        raise TrackingError(f"MLflow at {uri}: {host}:{port} accepts no connection ({brief(e)}). Start it: mlflow server") from e
 
 
 @contextmanager
@@ -148,8 +148,8 @@ def asking(uri: str) -> Iterator[None]:
         raise TrackingError(f"MLflow at {uri}: {fault(e)}") from e
     except ModuleNotFoundError as e:
         extra = extras.bringing(e.name or "")
-        fix = f" here; it is in {extras.advice(extra)}" if extra else ""
-        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which is not installed{fix}") from e
+        fix = f". Run: {extras.command(extra)}" if extra else ""
+        raise TrackingError(f"MLflow at {uri}: its database needs the module {e.name!r}, which isn't installed{fix}") from e
     except Exception as e:
         if not type(e).__module__.startswith("sqlalchemy"):
             raise
@@ -199,7 +199,9 @@ def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:
-            raise ConfigError(f"--experiment: {name!r} is no experiment; there are {', '.join(experiments(client).values())}")
+            raise ConfigError(
+                f"--experiment: {name!r} isn't an experiment. Experiments: {', '.join(experiments(client).values())}"
+            )
         return {existing.experiment_id: existing.name}
     return {e.experiment_id: e.name for e in pages(lambda token: client.search_experiments(page_token=token))}
 
@@ -236,13 +238,13 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     known: MlflowIdRecord = {"run_id": run} if re.fullmatch(r"[0-9a-f]{32}", run) else record(Location(run))
     run_id = known.get("run_id")
     if run_id is None:
-        problem = "neither a run id (32 hex digits) nor a run's folder with a run.json"
-        raise ConfigError(f"{run!r}: {problem}. List the runs: heliostat runs")
+        problem = "isn't a run id (32 hex digits) or a run's folder with a run.json"
+        raise ConfigError(f"{run!r}: {problem}. List the runs: heliostat run list")
     try:
         recorded_run = client.get_run(run_id)
     except MlflowException as e:
-        fix = f"; it is in another store: give --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
+        fix = f". It is in another store: pass --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in recorded_run.data.tags:
-        raise ConfigError(f"{run!r}: is a run of {uri} that `heliostat train` did not make")
+        raise ConfigError(f"{run!r}: wasn't made by `heliostat train` ({uri})")
     return recorded_run

@@ -1,6 +1,7 @@
 """Manages models in MLflow: logs and registers an exported folder, and finds the folder that a person names.
 
-A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, or a folder; a run's name works where its storage is known.
+A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub (`ORG/NAME`). A folder that
+exists wins over the Hub's name. A run's name works where its storage is known.
 `find_run` finds a run's folder of checkpoints and receipts in the same way.
 """
 
@@ -21,6 +22,7 @@ from heliostat.errors import ConfigError, TrackingError
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Serves
 from heliostat.storage import run_folder
+from heliostat.storage.hub import files, names
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tracking import card, mlflow_client, registry, tags
@@ -68,7 +70,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
                 logging_utils.enable_logging()
         _describe(client, job, version, last.step, license, (folder / card.FILE).read_text(), scores)
     except mlflow.exceptions.MlflowException as e:
-        raise TrackingError(f"mlflow: the model in {folder} could not be logged ({e})") from e
+        raise TrackingError(f"mlflow: can't log the model in {folder} ({e})") from e
     return f"models:/{job.mlflow.register_as}/{version.version}"
 
 
@@ -164,10 +166,14 @@ def resolve(model: str, tracking_uri: str) -> Path:
     """Finds the local folder, for `from_pretrained`, of a model given by any of its names; ConfigError if there is none."""
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
-            raise ConfigError(f"{model}: is a folder without a model (no config.json); make one with `heliostat export`")
+            raise ConfigError(f"{model}: is a folder without a model (no config.json). Make one: heliostat model export")
         return Path(model)
+    if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # which is more likely a version in MLflow
+        pinned = files.resolve("MODEL", name)
+        log.info("%s: a model of the Hugging Face Hub", pinned)
+        return files.model("MODEL", pinned)
     if not model.startswith("models:/") and not re.fullmatch(r"[0-9a-f]{32}", model):
-        what = "a run id (32 hex digits), or a model's folder"
+        what = "a run id (32 hex digits), a model's folder, or ORG/NAME of the Hugging Face Hub"
         raise ConfigError(f"{model!r}: no such folder, and not a run id. Pass models:/NAME/VERSION, {what}")
     with mlflow_client.asking(tracking_uri):
         return _download(model, tracking_uri)
@@ -182,7 +188,7 @@ def _download(model: str, tracking_uri: str) -> Path:
         if not model.startswith("models:/"):
             whole = [m.model_id for m in models_of(client, client.get_run(model)) if m.status.value == "READY"]
             if not whole:
-                raise ConfigError(f"run {model} has logged no model; has it finished?")
+                raise ConfigError(f"run {model} has no logged model. Wait until it has finished")
             uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:
@@ -199,5 +205,5 @@ def find_run(run: str, tracking_uri: str) -> Location:
             known = mlflow_client.find(mlflow_client.connect(tracking_uri), run, tracking_uri)
         place = Location(known.data.tags[tags.FOLDER])
     if not {run_folder.CHECKPOINTS, run_folder.RECEIPTS, run_folder.LEDGER} & set(place.folders()):
-        raise ConfigError(f"{place}: holds no run (no checkpoints, no receipts); give a run id, or a run's folder STORAGE/NAME")
+        raise ConfigError(f"{place}: isn't a run (no checkpoints, no receipts). Pass a run id, or a run's folder STORAGE/NAME")
     return place

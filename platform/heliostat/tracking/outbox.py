@@ -30,8 +30,8 @@ HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE
 WAITING = Format(
     Point,
     "list of points that wait for MLflow",
-    check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "its time or its step is none",
-    fix="delete the file to go without them",
+    check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "its time or its step is missing",
+    fix="Delete the file to continue without them",
 )
 
 
@@ -85,7 +85,7 @@ class Outbox:
             self._kept = False
         for what, count in self._given_up.items():
             if count:
-                log.error("%d %s, the oldest that waited for MLflow, were given up", count, what)
+                log.error("dropped %d %s, the oldest that waited for MLflow", count, what)
                 self._given_up[what] = 0
         return sent
 
@@ -114,7 +114,7 @@ class Outbox:
             if getattr(e, "error_code", "") not in HOPELESS:
                 self._last = None  # it may have taken them, and only its answer was lost
                 raise
-            log.error("MLflow refused %d metrics for good: %s", len(points), e)
+            log.error("MLflow rejected %d metrics: %s", len(points), e)
 
     def keep(self) -> None:
         """Writes what waits to the run's folder.

@@ -44,7 +44,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     try:
         changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
-        log.warning("run %s may be over, but its folder does not tell: %s", run.info.run_id, e)
+        log.warning("can't find out from its folder whether run %s is over: %s", run.info.run_id, e)
         return run
     return client.get_run(run.info.run_id) if changed else run
 
@@ -66,12 +66,12 @@ def settle_folder(folder: Location, how: str = "") -> None:
 def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
     run_id, known, last = run.info.run_id, record(folder), liveness.last(folder)
     if known.get("run_id") != run_id and known.get("token") != tags.value(run.data.tags, tags.TOKEN):
-        _end(client, run_id, "KILLED", f"its folder {folder} is gone, or another run's", time.time())
+        _end(client, run_id, "KILLED", f"its folder {folder} is missing, or belongs to another run", time.time())
         return True
     if last is None:
         if time.time() - run.info.start_time / 1000 < YOUNG_S:
             return False
-        _end(client, run_id, "FAILED", "its driver died before it had written anything", run.info.start_time / 1000)
+        _end(client, run_id, "FAILED", "its driver died before it wrote anything", run.info.start_time / 1000)
         return True
     if last.outcome is None and liveness.lives(last):
         return False
@@ -81,9 +81,9 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
     elif (summary.result(folder, last.reached) or {}).get("run_id") == run_id:
         _end(client, run_id, "FINISHED", "", last.seen)
     else:
-        died = f"the driver (process {last.pid} on {last.host}) died without a word{how and f', {how}'}; it had come to step "
-        _end(client, run_id, "FAILED", f"{died}{last.reached}, and --resume continues from its newest checkpoint", last.seen)
-    log.warning("run %s was still open in MLflow, and its driver is gone: it is closed now", run_id)
+        died = f"the driver (process {last.pid} on {last.host}) died without an error{how and f', {how}'}, at step "
+        _end(client, run_id, "FAILED", f"{died}{last.reached}. --resume continues from its newest checkpoint", last.seen)
+    log.warning("closed run %s in MLflow, because its driver is gone", run_id)
     return True
 
 

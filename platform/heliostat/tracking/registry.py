@@ -52,7 +52,7 @@ class Promotion(HistoryEntry):
     replaced_scores: dict[str, float]
 
 
-EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="delete the tag to begin another")
+EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="Delete the tag to start another")
 
 
 class GateError(HeliostatError):
@@ -75,14 +75,14 @@ class Term:
                 return Term(match[1], match[2], float(match[3]))
         except ValueError:
             pass
-        raise ConfigError(f"--require: {text!r} must look like eval/loss<2.1, with one of {', '.join(OPERATORS)}")
+        raise ConfigError(f"--require: expected for example eval/loss<2.1, with one of {', '.join(OPERATORS)}, got {text!r}")
 
     def check(self, metrics: dict[str, float]) -> str:
         """Checks the requirement against a model's scores: returns what is wrong, empty if it holds."""
         if self.metric not in metrics:
-            return f"{self.metric} is not known of it; there are {', '.join(sorted(metrics)) or 'no scores'}"
+            return f"{self.metric} isn't known. Scores: {', '.join(sorted(metrics)) or 'no scores'}"
         holds = OPERATORS[self.sign](metrics[self.metric], self.value)
-        return "" if holds else f"{self.metric} is {metrics[self.metric]:.6g}, required is {self.sign} {self.value:g}"
+        return "" if holds else f"{self.metric} is {metrics[self.metric]:.6g}, expected {self.sign} {self.value:g}"
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
@@ -90,18 +90,18 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
 
     Returns why the new one must not take the present one's place; empty if it may.
     """
-    for model_name, scores in (("the new model", new), ("the present one", present)):
+    for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
-            return f"{model_name} has no {metric}, so the two cannot be compared"
+            return f"{model_name} has no {metric}, so the two can't be compared"
     worse = new[metric] > present[metric] if mode == "min" else new[metric] < present[metric]
-    return f"its {metric} {new[metric]:.6g} is worse than the present model's {present[metric]:.6g}" if worse else ""
+    return f"its {metric} {new[metric]:.6g} is worse than the current model's {present[metric]:.6g}" if worse else ""
 
 
 def parse(model: str) -> tuple[str, str, str]:
     """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
     match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not match:
-        raise ConfigError(f"{model!r}: name a registered model's version as NAME@ALIAS or NAME/VERSION")
+        raise ConfigError(f"{model}: isn't a registered model's version. Write NAME/VERSION or NAME@ALIAS")
     return match[1], match[2] or "", match[3] or ""
 
 
@@ -113,7 +113,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
     try:
         return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, version)
     except MlflowException as e:
-        raise ConfigError(f"{model}: no such version of a registered model ({brief(e)})") from e
+        raise ConfigError(f"{model}: no such registered version ({brief(e)}). See the registered models: heliostat run ui") from e
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
@@ -148,7 +148,9 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     """
     terms = [Term.parse(text) for text in require]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":
-        raise ConfigError(f"{alias!r} is no alias: use letters, digits, . _ -, and neither `latest` nor a version as v1")
+        raise ConfigError(
+            f"{alias!r} isn't a valid alias. Use letters, digits, and . _ -, but not `latest` or a version such as v1"
+        )
     new = find(client, model)
     measured, data = scores(client, new)
     holder = client.get_registered_model(new.name).aliases.get(alias)
@@ -158,12 +160,12 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
-            faults.append(f"it was scored on other held-out samples than version {present.version}: score both on one dataset "
-                          "with `heliostat evaluate`, and use --force")  # fmt: skip
+            faults.append(f"it has other held-out samples than version {present.version}. Score both on one dataset with "
+                "`heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:
-        raise GateError(f"{new.name} version {new.version} does not become {alias}: {'; '.join(faults)}")
+        raise GateError(f"{new.name} version {new.version} can't become {alias}: {'; '.join(faults)}")
     replaced = str(present.version) if present is not None and present.version != new.version else None
     entry: HistoryEntry = {
         "alias": alias,

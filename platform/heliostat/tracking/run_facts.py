@@ -51,7 +51,7 @@ class RecordedStart(CommandCode):
     changes: dict[str, tuple[str | None, str | None]]
 
 
-STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="delete it to begin another")
+STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete it to start another")
 SPIKES_SHOWN = 100  # in the tag: the newest, of more
 
 

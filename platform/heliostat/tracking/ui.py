@@ -27,6 +27,8 @@ END_S = 5.0
 START_S = 120.0  # for the server to answer
 ANSWER_S = 5.0  # for one answer
 POLL_S = 0.1
+# metrics in the table of runs, with the pixels of each: they fit in addition to the runs' names in 1280
+COLUMNS = {"train/loss": 90, "eval/bits_per_byte": 140, "train/tokens_per_second": 175, "train/time/goodput": 140}
 KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environment: the file of its keys, and its address
 
 
@@ -50,7 +52,7 @@ def serve(
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
-            raise ConfigError(f"--port: {port} on {host} is taken; give another")
+            raise ConfigError(f"--port: {port} on {host} is in use. Pass another")
     before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
@@ -76,7 +78,7 @@ def _log(place: Path) -> Path | None:
     try:
         place.touch(mode=0o600)
     except OSError as e:
-        log.warning("%s cannot be written (%s), so MLflow's output follows here", place, e.strerror)
+        log.warning("can't write %s (%s), so MLflow's output follows here", place, e.strerror)
         return None
     return place
 

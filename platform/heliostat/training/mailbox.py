@@ -214,7 +214,7 @@ class RunMailbox:
             try:
                 ray.get(self._actor.begin.remote(attempt), timeout=ANSWER_S)
             except ray.exceptions.RayError as e:
-                log.debug("the mailbox is made again: %s", e)
+                log.debug("starting the mailbox again: %s", e)
                 ray.kill(self._actor)
                 self._actor = None
         self._actor = self._actor or _make(attempt)

@@ -155,14 +155,14 @@ class MemoryKeeper:
             copy = self._copies[id, rank]
             if sorted(copy.arrived) != sorted(sums) or sum(one.size for one in sums) != len(copy.data):
                 del self._copies[id, rank]
-                raise ValueError("a copy did not arrive as it was sent (checksum)")
+                raise ValueError("an in-memory checkpoint arrived damaged (checksum)")
             copy.facts, copy.layout, copy.own = facts, layout, own
 
     def _require_present(self, id: str) -> None:
         """Refuses what a worker of an earlier attempt sends: ValueError."""
         if (attempt := attempt_of(id)) != self._attempt:
             self._refused += 1
-            raise ValueError(f"a copy of attempt {attempt} came in attempt {self._attempt}, and was refused")
+            raise ValueError(f"rejected an in-memory checkpoint of attempt {attempt} in attempt {self._attempt}")
 
     def held(self) -> list[tuple[str, int, CopyFacts]]:
         """Lists the sealed copies: id, rank, and what is the same for all copies of a generation."""

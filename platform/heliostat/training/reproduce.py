@@ -52,7 +52,10 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
     recorded = read(client, mlflow_run)
     count = min(steps or recorded.end, recorded.end)
     if steps and steps > recorded.end:
-        raise ConfigError(f"--steps {steps}: the run's record goes to step {recorded.end}, where it ends or its data changed")
+        raise ConfigError(
+            f"--steps {steps}: the run's record ends at step {recorded.end}, where the run ended or its data changed. "
+            "Pass a lower number"
+        )
     notes = differences(recorded, source_code.source(), source_code.environment())
     for note in notes:
         log.warning("%s", note)
@@ -65,7 +68,7 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
             settings,
             overwrite=overwrite,
             recorded=recorded.plan,
-            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat reproduce {recorded.run_id}"},
+            tags={tags.REPRODUCES: recorded.run_id, tags.SOURCE_NAME: f"heliostat debug reproduce {recorded.run_id}"},
         )
     curve = read_curve(client, result["run_id"])
     return {"run_id": recorded.run_id, "again": result["run_id"], "notes": notes, **compare(recorded.curve, curve, count)}
@@ -80,7 +83,7 @@ def read(client: Any, run: Any) -> RecordedRun:
         read_json(client, run_id, ATTEMPTS, list[RecordedStart]),
     )
     if job is None or not data["segments"] or not starts:
-        raise ConfigError(f"run {run_id}: its record has no job, data or machines; it ended before its first checkpoint")
+        raise ConfigError(f"run {run_id}: its record has no job, data, or machines, because it ended before its first checkpoint")
     first = consumed.parse(data)[0]
     environment = read_json(client, run_id, f"code/environment-{starts[0]['environment']}.json", dict[str, str]) or {}
     return RecordedRun(run_id, job, first.plan, first.end, read_curve(client, run_id), starts, environment, attempts(client, run))
@@ -92,10 +95,9 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
     """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
-    job = json.loads(json.dumps(recorded.job))
+    job = spec.with_rules(json.loads(json.dumps(recorded.job)))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
-    job["train"] = {**spec.BEFORE_KEYS, **job["train"]}
     job["workers"]["count"] = recorded.attempts[0]["workers"] if recorded.attempts else recorded.starts[0]["workers"]
     job["mlflow"] |= {"register": None, "alias": None}
     return Job.model_validate(job).dump()
@@ -116,10 +118,10 @@ def differences(recorded: RecordedRun, source: source_code.SourceCode, environme
             notes.append(f"environment: {name} {before} then, {here} now")
     counts = sorted({a["workers"] for a in recorded.attempts})
     if len(counts) > 1:
-        notes.append(f"workers: the run was made on {', '.join(map(str, counts))} workers; sums are rounded in another order now")
+        notes.append(f"workers: the run used {', '.join(map(str, counts))} workers, so sums are rounded in another order now")
     changed = {key for start in recorded.starts for key in start["changes"]} - {"workers.count"}
     if changed:
-        notes.append(f"job: the run went on with other settings later ({', '.join(sorted(changed))}); they are not made again")
+        notes.append(f"job: the run later continued with other settings ({', '.join(sorted(changed))}), which are not reproduced")
     return notes
 
 
@@ -128,7 +130,7 @@ def compare(recorded: dict[int, float], curve: dict[int, float], steps: int) -> 
     both = [s for s in range(1, steps + 1) if s in recorded and s in curve]
     if len(both) < steps:
         missing = next(s for s in range(1, steps + 1) if s not in recorded or s not in curve)
-        raise ConfigError(f"step {missing}: one of the two runs has no loss of it in MLflow, so they cannot be compared")
+        raise ConfigError(f"step {missing}: MLflow has no loss of this step for one of the two runs, so they can't be compared")
     gaps = {s: abs(recorded[s] - curve[s]) for s in both}
     first = next((s for s in both if recorded[s] != curve[s]), None)
     largest = max(gaps.values(), key=lambda g: math.inf if math.isnan(g) else g)

@@ -19,7 +19,7 @@ from typing import Any
 from heliostat.checkpoint import layout
 from heliostat.checkpoint.layout import SavedCheckpoint
 from heliostat.cluster import private_ray
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job
 from heliostat.data.dataset import DataPlan
 from heliostat.errors import ConfigError
@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
     """Loads a job file, applies `key.path=value` settings, and trains the job; the options are those of `train_job`."""
     named["tags"] = source(path) | (named.get("tags") or {})
-    return train_job(check.load_job(path, settings), *options, **named)
+    resume = bool(options[0] if options else named.get("resume"))
+    return train_job(check.load_job(path, settings, resume=resume), *options, **named)
 
 
 def source(path: Path) -> dict[str, str]:
@@ -70,6 +71,7 @@ def train_job(
     started = started or time.time()
     if resume:
         job.run_folder.wait_for_store()
+        job = _as_recorded(job)
     if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
@@ -82,11 +84,17 @@ def train_job(
         return _carry_out(DrivenRun(checked, taken, last.step if last else 0, started, verbose, tags), last)
 
 
+def _as_recorded(job: Job) -> Job:
+    """Returns the job with the commits of models of the Hub that the run began with."""
+    last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
+    return pretrained.as_recorded(job, last.index.job) if last else job
+
+
 def _require_settled(job: Job) -> None:
     if job.train.parallel.auto:
         raise ConfigError(
-            "train.parallel: auto is settled by `heliostat train`, `heliostat submit` and heliostat.train alone; set the layout "
-            "that `heliostat plan JOB --rank` finds"
+            "train.parallel: auto works only with `heliostat train`, `heliostat submit`, and heliostat.train. "
+            "Set the parallelism configuration that `heliostat plan JOB --rank` finds"
         )
 
 
@@ -95,8 +103,9 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
     checkpoint = layout.latest(job.run_folder)
     if checkpoint and not resume:
         raise ConfigError(
-            f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}; "
-            "use --resume to continue, --overwrite to start from scratch (resume=True, overwrite=True), or another name"
+            f"name: run {job.name!r} already has checkpoints up to step {checkpoint.step} in {job.run_folder}. "
+            "Use --resume to continue, --overwrite to start from scratch (resume=True, overwrite=True), or "
+            "another name"
         )
     return checkpoint
 
@@ -109,11 +118,14 @@ def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: D
     if not changes:
         return checked
     if checkpoint is None:
-        raise ConfigError("the data is not what it was for the recorded run:\n  " + "\n  ".join(changes))
+        raise ConfigError("the data differs from that of the recorded run:\n  " + "\n  ".join(changes))
     if not allow_change:
         raise ConfigError(
-            "the run's samples would change on resume; undo this, use another name, or start a new segment of the run with "
-            "--allow-data-change:\n  " + "\n  ".join(changes)
+            (
+                "the run's samples would change on resume. Undo this, use another name, or start a new segment of "
+                "the run with --allow-data-change:\n  "
+            )
+            + "\n  ".join(changes)
         )
     log.warning("the run's samples change after step %d: %s", checkpoint.step, "; ".join(changes))
     return check.check_data(job, recipe, recorded, change_at=checkpoint.step)
@@ -124,6 +136,7 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     job = run.job
     if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
+        pretrained.located(job)  # downloads here first: what the Hub rejects ends the command before workers start
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, checkpoint.step, job.last_step)
     if (result := endings.result(job.run_folder, checkpoint.step)) is None:
@@ -131,7 +144,7 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
     recorded = checkpoint.index.job
     now = job.on(recorded["workers"]["count"]) if isinstance(job.workers.count, list) else job
     if changed := spec.changed_keys(recorded, now.dump()):
-        log.warning("what the job now says otherwise changes nothing in it: %s; use another name", ", ".join(changed))
+        log.warning("the run ignores the changes in the job file: %s. Use another name", ", ".join(changed))
     run.catch_up()
     return result
 
@@ -144,7 +157,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     _require_settled(job)
     job, recipe = check.check_job(job)
     if job.evaluate and job.evaluate.benchmarks:
-        log.warning("evaluate.benchmarks: is not done for trials; score the best with `heliostat benchmark`")
+        log.warning("evaluate.benchmarks: not supported in trials. Score the best one: heliostat model benchmark")
     with lease.take(job.run_folder) as taken:
         checkpoint = layout.latest(job.run_folder)
         job = spec.settle(job, checkpoint.index.job if checkpoint else None)

@@ -1,4 +1,4 @@
-"""Drives `heliostat tune`: a sweep from its file to its result, through Ray Tune.
+"""Drives `heliostat sweep run`: a sweep from its file to its result, through Ray Tune.
 
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
@@ -23,7 +23,7 @@ import ray
 
 from heliostat import training
 from heliostat.cluster.capacity import FETCHING, fits
-from heliostat.config import spec
+from heliostat.config import pretrained, spec
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError, HeliostatError, StoppedError
 from heliostat.recipes import built_in
@@ -34,7 +34,7 @@ from heliostat.training.driver.signals import Signals
 from heliostat.tune import AHEAD, report
 from heliostat.tune import trial_record as records
 from heliostat.tune.state import SweepState
-from heliostat.tune.sweep import SweepPlan, load
+from heliostat.tune.sweep import SweepPlan, load, renamed_keys
 from heliostat.tune.trial_record import BestTrial, KeptTrial, SweepResult, TrialRecord
 from heliostat.validation import check
 
@@ -73,20 +73,19 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"wait for it, or stop it with `heliostat sweep {plan.folder} --stop`") as lease_:
+    with lease.take(plan.folder, "driven", f"Wait for it, or stop it with `heliostat sweep stop {plan.folder}`") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
-                f"name: sweep {plan.sweep.name!r} is in {plan.folder} already; use --resume to continue, --overwrite to start "
-                "from scratch, or another name"
+                f"name: sweep {plan.sweep.name!r} already exists in {plan.folder}. Use --resume to continue, "
+                "--overwrite to start from scratch, or another name"
             )
         if before and overwrite:
             plan.folder.join("sweep.json").delete()
             for folder in ("records", "trials", "result.json", "ray", "stop"):
                 plan.folder.join(folder).delete()
             before = None
-        if before:
-            plan = _same(plan, before)
+        plan = _same(plan, before) if before else replace(plan, base=pretrained.pinned(base).dump())
         return _Tuning(plan, before, retry_failed, verbose, lease_).go()
 
 
@@ -96,19 +95,23 @@ def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
     Returns its plan, in which the job leaves open (`spec.BEFORE_KEYS`) only what it left open then: trials that are compared
     follow the same rules.
     """
+    plan = replace(plan, base=pretrained.as_recorded(Job.model_validate(plan.base), before["job"]).dump())
     train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
     unset = {key: rules[key] for key in spec.BEFORE_KEYS if train.get(key) is None}
     plan = replace(plan, base=plan.base | {"train": train | unset})
     free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
-    then = {"sweep": {k: v for k, v in before["sweep"].items() if k not in free}, "job": spec.renewed(before["job"])}
+    then = {
+        "sweep": {k: v for k, v in renamed_keys(before["sweep"]).items() if k not in free},
+        "job": spec.renewed(before["job"]),
+    }
     for part in ("sweep", "job"):
         keys = [k for k in {*now[part], *then[part]} if now[part].get(k) != then[part].get(k)]
         if keys:
             key = sorted(keys)[0]
             raise ConfigError(
                 f"{part}.{key}: was {json.dumps(then[part].get(key))} when the sweep began, and is "
-                f"{json.dumps(now[part].get(key))}; undo this, or use another name"
+                f"{json.dumps(now[part].get(key))} now. Undo this, or use another name"
             )
     return plan
 
@@ -138,7 +141,7 @@ class _Tuning:
         status, reason = "FAILED", ""
         try:
             if not self._complete():
-                log.info("sweep %s: up to %d trials side by side", self.plan.sweep.name, concurrency)
+                log.info("sweep %s: up to %d concurrent trials", self.plan.sweep.name, concurrency)
                 self._fit()
             stopped = self.state.stopping and not self.state.used_up
             status, reason = "KILLED" if stopped else "FINISHED", self.state.stopping
@@ -159,9 +162,9 @@ class _Tuning:
             folder.join("ray").delete()
             folder.join("stop").delete()
         if stopped:
-            raise StoppedError(f"stopped ({reason}); use --resume to go on with the sweep")
+            raise StoppedError(f"stopped ({reason}). Use --resume to continue the sweep")
         if not result["best"]:
-            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished; see `heliostat sweep {folder}`")
+            raise HeliostatError(f"sweep {self.plan.sweep.name}: no trial has finished. See `heliostat sweep show {folder}`")
         return result
 
     def _connect(self) -> int:
@@ -184,8 +187,11 @@ class _Tuning:
         labeled, leaving = nodes.carrying(workers.labels), nodes.draining()
         most = gangs(workers, {n: r for n, r in free.items() if n in labeled and n not in leaving})
         if not most:
-            missing = nodes.missing_now(self.base) or f"no room for a trial's own {TRIAL_CPUS:g} CPU next to its workers; waiting"
-            log.warning("one trial after another: %s", missing)
+            missing = (
+                nodes.missing_now(self.base)
+                or f"no room for a trial's own {TRIAL_CPUS:g} CPU in addition to its workers; waiting"
+            )
+            log.warning("running one trial after another: %s", missing)
         elif wanted and wanted > most:
             log.warning("concurrency: there is room for %d trials of %d workers, not %d", most, workers.most, wanted)
         return max(1, min(wanted or most, most))

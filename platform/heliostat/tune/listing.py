@@ -65,13 +65,13 @@ def find(sweep: str, storage: str) -> Location:
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
             return folder
-    raise ConfigError(f"{sweep}: is no sweep, nor is there one of this name in {storage}; see `heliostat sweeps`")
+    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has none of this name. List them: heliostat sweep list")
 
 
 def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
     kept = records.read_json(folder.join("sweep.json"), records.KEPT)
     if kept is None:
-        raise ConfigError(f"{folder}: holds no sweep (no sweep.json)")
+        raise ConfigError(f"{folder}: isn't a sweep (no sweep.json)")
     return SweepPlan(_sweep(folder, kept), spec.with_rules(kept["job"]), None), kept
 
 
@@ -112,12 +112,12 @@ def progress(folder: Location) -> tuple[int, int]:
 def stop(folder: Location) -> None:
     """Stops a sweep: requests it, and waits until the sweep has stopped."""
     if not running(folder):
-        raise ConfigError(f"{folder}: is not running; nothing to stop")
+        raise ConfigError(f"{folder}: isn't running, so there is nothing to stop")
     folder.join("stop").write(b"asked to stop")
     deadline = time.monotonic() + STOP_S
     while running(folder):
         if time.monotonic() > deadline:
-            raise HeliostatError(f"{folder}: did not stop in {STOP_S:.0f} s")
+            raise HeliostatError(f"{folder}: didn't stop within {STOP_S:.0f} s")
         time.sleep(1.0)
 
 
@@ -126,7 +126,7 @@ def best_job(folder: Location) -> dict[str, object]:
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)
     if best is None:
-        raise ConfigError(f"{folder}: no trial has finished yet; go on with `heliostat tune SWEEP.yaml --resume`")
+        raise ConfigError(f"{folder}: no trial has finished yet. Continue with `heliostat sweep run SWEEP.yaml --resume`")
     raw = place(plan.base, best.params)
     raw["name"] = f"{plan.sweep.name}-best"
     return validate(Job, raw, f"{folder}: the job of trial {best.number}").dump()

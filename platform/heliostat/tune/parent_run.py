@@ -1,7 +1,8 @@
 """Writes a sweep to MLflow, as the parent run of its trials' runs, from the driver's process.
 
 Trials write their own runs; the parent has the sweep's file, the table of trials, the plots, PBT's lineage and the best model.
-Waits for an MLflow that is busy or away within AWAY_S; what is missing then is written by the next `heliostat tune --resume`.
+Waits for an MLflow that is busy or away within AWAY_S; what is missing then is written by the next
+`heliostat sweep run --resume`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Parent:
             tags.SWEEP: sweep.name,
             tags.SWEEP_FOLDER: str(self.plan.folder),
             tags.USER: source_code.user(),
-            tags.SOURCE_NAME: f"heliostat tune {sweep.name}",
+            tags.SOURCE_NAME: f"heliostat sweep run {sweep.name}",
             tags.SOURCE_TYPE: "JOB" if os.environ.get("HELIOSTAT_CLUSTER") else "LOCAL",
             tags.NOTE: report.note(self.plan),
         }

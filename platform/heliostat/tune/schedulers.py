@@ -255,7 +255,7 @@ class Watch(Callback):
             if not self.state.stopping and self.state.folder.join("stop").exists():
                 self.state.stop("asked to stop")
         except (HeliostatError, OSError) as e:
-            log.warning("whether the sweep is to stop cannot be seen: %s", e)
+            log.warning("can't check for a request to stop the sweep: %s", e)
 
     def _until_gone(self) -> None:
         """Waits for the actors of the last trials to end: Tune itself would kill them after seconds, and their workers would

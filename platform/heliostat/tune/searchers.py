@@ -148,7 +148,7 @@ class Trials(SearchAlgorithm):
             self._next += 1
             if not record.over:
                 return record
-            log.warning("trial %d is no valid job (%s): %s", record.number, tell(record.params), record.reason)
+            log.warning("trial %d isn't a valid job (%s): %s", record.number, tell(record.params), record.reason)
             self.searcher.told(record)
         return None
 

@@ -35,19 +35,19 @@ class Domain(Strict):
     uniform: Range | None = None
     """`[low, high]`: any number between them."""
     loguniform: Range | None = None
-    """`[low, high]`: the same on a logarithmic scale. `low` is above 0."""
+    """`[low, high]`: any number between them, on a logarithmic scale. `low` is above 0."""
     quniform: Steps | None = None
-    """`[low, high, step]`: numbers that are so many steps above `low`."""
+    """`[low, high, step]`: `low` plus a multiple of `step`, up to `high`."""
     qloguniform: Steps | None = None
     """`[low, high, step]`: the same on a logarithmic scale."""
     randint: Whole | None = None
-    """`[low, high]`: any whole number, both bounds among them."""
+    """`[low, high]`: any integer, both bounds included."""
     qrandint: WholeSteps | None = None
-    """`[low, high, step]`: whole numbers, so many steps apart."""
+    """`[low, high, step]`: `low` plus a multiple of `step`, as integers."""
     choice: Values | None = None
     """One of these values, which may be mappings."""
     grid: Values | None = None
-    """The same for `searcher: {name: grid}`: each combination of listed values is one trial."""
+    """Values for `searcher: {name: grid}`: each combination of them is one trial."""
     when: Params = {}
     """The key counts only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
 
@@ -74,14 +74,14 @@ class Domain(Strict):
         kinds = [k for k in KINDS if getattr(self, k) is not None]
         if len(kinds) != 1:
             raise ValueError(
-                f"give one of {', '.join(KINDS)}; {'there are ' + ' and '.join(kinds) if kinds else 'there is none'}"
+                f"set exactly one of {', '.join(KINDS)}; {'found ' + ' and '.join(kinds) if kinds else 'found none'}"
             )
         values, numbers = self.values, self.numbers
         if self.listed:
             if any(v in values[:i] for i, v in enumerate(values)):
-                raise ValueError(f"{self.kind} {values} names a value twice; keep one")
+                raise ValueError(f"{self.kind} {values} contains a value twice. Keep one")
         elif numbers[0] >= numbers[1]:
-            raise ValueError(f"{self.kind} {values} is empty; the first number must be below the second")
+            raise ValueError(f"{self.kind} {values} is empty. The first number must be below the second")
         elif "log" in self.kind and numbers[0] <= 0:
             raise ValueError(f"{self.kind} {values} must begin above 0")
         elif len(numbers) == 3 and not 0 < numbers[2] <= numbers[1] - numbers[0]:
@@ -99,9 +99,9 @@ def faults(space: Space) -> list[str]:
     for key, domain in space.items():
         for other, wanted in domain.when.items():
             if other not in before:
-                lines.append(f"space.{key}.when: {other!r} must be a key of the space that stands before it")
+                lines.append(f"space.{key}.when: {other!r} must be an earlier key of the space")
             elif space[other].listed and not set(map(repr, _listed(wanted))) & set(map(repr, space[other].values)):
-                lines.append(f"space.{key}.when: {other} is never {wanted!r}; it is one of {space[other].values}")
+                lines.append(f"space.{key}.when: {other} is never {wanted!r}. It is one of {space[other].values}")
         before.append(key)
     return lines
 

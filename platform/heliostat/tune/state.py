@@ -62,7 +62,7 @@ class SweepState:
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
         sweep = self.plan.sweep.name
-        tags = {PARENT_RUN: self.parent, SWEEP: sweep, TRIAL: str(record.number), SOURCE_NAME: f"heliostat tune {sweep}"}
+        tags = {PARENT_RUN: self.parent, SWEEP: sweep, TRIAL: str(record.number), SOURCE_NAME: f"heliostat sweep run {sweep}"}
         return {
             "job": job.dump(),
             "pauses": holds(self.plan.sweep, job, record.number),
@@ -155,7 +155,7 @@ class SweepState:
         """Requests every trial to stop behind a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
-            log.warning("%s: trials stop after a checkpoint; --resume continues", why)
+            log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
             self.folder.join("stop").write(why.encode())
 
     def _keep(self, record: TrialRecord) -> TrialRecord:
@@ -167,7 +167,7 @@ class SweepState:
     # the budget ------------------------------------------------------------------------------------------------------
 
     def _per_step(self, record: TrialRecord) -> float:
-        batch = record.params.get("train.global_batch", self.plan.base["train"]["global_batch"])
+        batch = record.params.get("train.global_batch_size", self.plan.base["train"]["global_batch_size"])
         length = record.params.get("data.sequence_length", self.plan.base["data"].get("sequence_length"))
         return float(spaces.number(batch) * spaces.number(length or 1))
 

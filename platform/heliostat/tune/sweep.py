@@ -21,7 +21,7 @@ from heliostat.config.fields import Fraction, Name, Positive, Seed
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.recipes.protocol import Evaluates
-from heliostat.schema import Float, Strict
+from heliostat.schema import Float, Strict, renamed_path
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 from heliostat.tune import space as spaces
@@ -29,46 +29,61 @@ from heliostat.tune.space import Params, Space
 from heliostat.validation import check
 
 Above0 = Annotated[Float, Field(gt=0)]
-OWN = ("name", "storage", "mlflow", "recipe", "evaluate")  # the sweep's own, or what makes trials comparable
+OWN = (
+    "name",
+    "storage",
+    "mlflow",
+    "recipe",
+    "evaluate",
+    "train.epochs",
+    "train.tokens",
+)  # the sweep's own, or what makes trials comparable
 FIXED_WHERE_COMPARED = ("train.steps",)
 MOST = 100_000  # trials of a sweep
-DATA = ("data", "train.global_batch", "train.micro_batch", "model", "train.ema", "train.steps")  # a checkpoint fits no other
+DATA = (
+    "data",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "model",
+    "train.ema",
+    "train.steps",
+)  # a checkpoint fits no other
 
 
 class SweepBudget(Strict):
     trials: Annotated[int, Field(gt=0, le=MOST)] | None = None
-    """Trials in all. The population, with `pbt` and `pb2`."""
+    """Number of trials. With `pbt` and `pb2`, the size of the population."""
     hours: Above0 | None = None
-    """Of the sweep, over all its commands."""
+    """Maximum hours of the sweep, over all its commands."""
     gpu_hours: Above0 | None = None
-    """GPUs of the workers times hours, of all trials. Only where workers have GPUs."""
+    """Maximum GPU-hours (the workers' GPUs times hours), over all trials. Only for workers with GPUs."""
     tokens: Above0 | None = None
-    """Tokens that all trials train on; samples, where the job has no tokens. At least what one trial needs."""
+    """Maximum tokens that all trials train on, or samples if the job has no tokens. At least as many as one trial needs."""
 
 
 class SearcherSection(Strict):
     name: Literal["random", "grid", "optuna"] = "random"
-    """Where a trial's values come from, see docs/tuning.md#searchers"""
+    """Search algorithm, see docs/tuning.md#searchers"""
     seed: Seed = 0
-    """Of random values: they follow from it and the number of the trial alone."""
+    """Random seed; the values of a trial follow from it and from the trial's number."""
 
 
 class Scheduler(Strict):
     name: Literal["none", "asha", "hyperband", "median", "pbt", "pb2"] = "none"
-    """Which trials go on, and where they wait for that, see docs/tuning.md#schedulers"""
+    """Scheduler of the trials, see docs/tuning.md#schedulers"""
     grace: Positive | None = None
-    """asha, hyperband, median: steps before which no trial is stopped, a multiple of the job's `evaluate.every`. asha and
-    hyperband need it."""
+    """asha, hyperband, median: steps before the first decision, a multiple of the job's `evaluate.every`. asha and hyperband
+    require it."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """asha, hyperband: one in so many continues from each rung."""
+    """asha, hyperband: one in this many trials continues from each rung."""
     min_trials: Positive = 3
-    """median: other trials that must have come as far."""
+    """median: minimum number of other trials that have reached the same step."""
     interval: Positive | None = None
-    """pbt, pb2, which need it: steps between two exchanges, a multiple of the job's `evaluate.every`."""
+    """pbt, pb2: steps between two exchanges, a multiple of the job's `evaluate.every`. Required."""
     quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25
-    """pbt, pb2: the share of the trials that clones as many of the best."""
+    """pbt, pb2: share of the trials that clone one of the best."""
     resample: Fraction = 0.25
-    """pbt: the probability that a value is drawn again, and not changed by a fifth."""
+    """pbt: probability that a value is sampled again instead of changed by a fifth."""
 
     @property
     def halves(self) -> bool:
@@ -81,41 +96,46 @@ class Scheduler(Strict):
 
 class Sweep(Strict):
     name: Name
-    """The sweep: its folder is the job's `storage/name`."""
+    """Name of the sweep: its folder is the job's `storage/name`."""
     job: str
-    """The base job's file, taken from the workspace."""
+    """File of the base job, relative to the workspace."""
     set_: Params = Field(default={}, alias="set")
-    """Keys of the job that all trials share, as `train.steps: 100`."""
+    """Job keys that all trials share, for example `train.steps: 100`."""
     space: Annotated[Space, Field(min_length=1)]
-    """Keys of the job, and what they may be: a domain for each."""
+    """Job keys to vary, with a domain for each."""
     metric: str = "loss"
-    """A score of the job's evaluation, by which trials are compared."""
+    """Score of the job's evaluation that compares trials."""
     mode: Literal["min", "max"] = "min"
-    """Whether a low or a high score is good."""
+    """Whether a low or a high score is better."""
     budget: SweepBudget = SweepBudget()
-    """Where the sweep ends. The grid ends by itself; others need one of these."""
+    """Limits of the sweep. The grid ends without one; other searchers require one."""
     searcher: SearcherSection = SearcherSection()
-    """Where values come from."""
+    """Search algorithm."""
     scheduler: Scheduler = Scheduler()
-    """Which trials go on."""
+    """Scheduler: it decides which trials continue."""
     concurrency: Positive | None = None
-    """Trials side by side. Unset: what there is room for."""
+    """Maximum concurrent trials. Unset: as many as fit."""
     register_best: bool = True
-    """Export, log and register the best trial's model, under the job's `mlflow.register`."""
+    """Exports, logs, and registers the best trial's model, under the job's `mlflow.register`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_keys(cls, value: object) -> object:
+        return renamed_keys(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
         faults = spaces.faults(self.space)
         for key, domain in self.space.items():
             if domain.kind == "grid" and self.searcher.name != "grid":
-                faults.append(f"space.{key}: grid needs searcher.name 'grid'; with {self.searcher.name!r} use choice")
+                faults.append(f"space.{key}: grid needs searcher.name 'grid'. With {self.searcher.name!r}, use choice")
             if not domain.listed and self.searcher.name == "grid":
-                faults.append(f"space.{key}: searcher 'grid' needs listed values; write grid: [...] instead of {domain.kind}")
+                faults.append(f"space.{key}: searcher 'grid' needs lists of values. Write grid: [...] instead of {domain.kind}")
             if key in self.set_:
-                faults.append(f"space.{key}: is in set, too; remove it from one of them")
+                faults.append(f"space.{key}: is in set too. Remove it from one of them")
         points = math.prod(len(d.values) for d in self.space.values() if d.listed)
         if self.searcher.name == "grid" and points > MOST:
-            faults.append(f"space: the grid has {points:,} points, and a sweep at most {MOST:,} trials; list fewer values")
+            faults.append(f"space: the grid has {points:,} points, and a sweep has at most {MOST:,} trials. List fewer values")
         faults += _scheduler_faults(self)
         if faults:
             raise ValueError("\n  ".join(faults))
@@ -125,25 +145,38 @@ class Sweep(Strict):
         return json.loads(self.model_dump_json(by_alias=True, exclude_defaults=True))
 
 
+def renamed_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a sweep's file or record holds with old names of the job's keys replaced; ValueError if one has both."""
+    for key in (key for key in ("set", "space") if isinstance(raw.get(key), dict)):
+        new = {renamed_path(Job, str(path)): part for path, part in raw[key].items()}
+        if len(new) < len(raw[key]):
+            raise ValueError(f"{key}: holds one key of the job by its old and its new name. Remove one of them")
+        for path, part in new.items():
+            if key == "space" and isinstance(part, dict) and isinstance(part.get("when"), dict):
+                new[path] = part | {"when": {renamed_path(Job, str(other)): one for other, one in part["when"].items()}}
+        raw = raw | {key: new}
+    return raw
+
+
 def _scheduler_faults(sweep: Sweep) -> list[str]:
     scheduler, faults = sweep.scheduler, []
     name = repr(scheduler.name)
     if scheduler.halves and scheduler.grace is None:
-        faults.append(f"scheduler.grace: is required for {name}: the steps of its first rung")
+        faults.append(f"scheduler.grace: required for {name}: the steps of its first rung")
     if scheduler.exchanges:
         if scheduler.interval is None:
-            faults.append(f"scheduler.interval: is required for {name}: the steps between two exchanges")
+            faults.append(f"scheduler.interval: required for {name}: the steps between two exchanges")
         if sweep.searcher.name != "random":
-            faults.append(f"searcher.name: {name} begins with random trials by itself; remove {sweep.searcher.name!r}")
+            faults.append(f"searcher.name: {name} starts with random trials. Remove {sweep.searcher.name!r}")
         if sweep.budget.trials is None or sweep.budget.trials < 2:
-            faults.append(f"budget.trials: {name} needs its population here, 2 or more")
+            faults.append(f"budget.trials: required for {name}: its population, 2 or more")
         for key, domain in sweep.space.items():
             if _below(key, DATA):
-                faults.append(f"space.{key}: {name} cannot change it in the middle of a run: a checkpoint fits no other")
+                faults.append(f"space.{key}: {name} can't change it during a run, because checkpoints wouldn't fit. Remove it")
             if domain.when:
-                faults.append(f"space.{key}.when: {name} takes no conditions")
+                faults.append(f"space.{key}.when: not supported by {name}")
             if domain.listed and scheduler.name == "pb2":
-                faults.append(f"space.{key}: {name} models ranges; write one instead of {domain.kind}, or use 'pbt'")
+                faults.append(f"space.{key}: {name} needs ranges. Write one instead of {domain.kind}, or use 'pbt'")
     return faults
 
 
@@ -179,12 +212,12 @@ class SweepPlan:
     def tokens_per_trial(self) -> int:
         """Returns the number of tokens, or samples, that a whole trial of the base job trains on."""
         train = self.base["train"]
-        return train["steps"] * train["global_batch"] * (self.base["data"].get("sequence_length") or 1)
+        return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
     """Sets the parameters in the job."""
-    return schema.apply(raw, settings(params))
+    return spec.apply(raw, settings(params))
 
 
 def settings(params: Params) -> list[str]:
@@ -255,10 +288,8 @@ def load(path: Path, changes: list[str] | None = None) -> SweepPlan:
     sweep = schema.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
-        raise ConfigError(f"{path}: job: there is no file {sweep.job!r} in {workspace.root()}")
-    raw = schema.read_yaml(file)
-    schema.require_kind("job", file, raw)
-    return make(sweep, place(raw, sweep.set_), str(path))
+        raise ConfigError(f"{path}: job: {sweep.job!r}: no such file in {workspace.root()}")
+    return make(sweep, place(spec.read(file), sweep.set_), str(path))
 
 
 def base_file(sweep: Sweep) -> Path:
@@ -268,7 +299,7 @@ def base_file(sweep: Sweep) -> Path:
 
 def make(sweep: Sweep, raw: dict[str, object], where: str) -> SweepPlan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
-    base = spec.resolve(schema.validate(Job, raw, f"{where}: job {sweep.job} with set"))
+    base = check.make_job(raw, f"{where}: job {sweep.job} with set")
     plan = SweepPlan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
     if faults:
@@ -287,30 +318,31 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
     faults = []
     for key in sweep.space:
         if _below(key, OWN):
-            faults.append(f"space.{key}: cannot be swept; take it out of the space")
+            faults.append(f"space.{key}: can't be varied. Remove it from the space")
         if key == "train.optimizer.name":
             faults.append(
-                f"space.{key}: optimizers have other keys each; write whole ones instead, as space.train.optimizer: "
-                "{choice: [{name: adamw, lr: 1.0e-3}, {name: sgd, lr: 0.1}]}"
+                f"space.{key}: the keys depend on the optimizer. Vary whole optimizers instead: "
+                "space.train.optimizer: {choice: [{name: adamw, lr: 1.0e-3}, {name: sgd, lr: 0.1}]}"
             )
         if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
-            faults.append(f"space.{key}: trials of other lengths cannot be compared; use scheduler 'none', or set {key}")
+            faults.append(f"space.{key}: trials of different lengths can't be compared. Use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
-        faults.append(f"job: workers.count {base.workers.count} is elastic; a sweep needs a number: set {{workers.count: N}}")
+        faults.append(f"job: workers.count {base.workers.count} is elastic, and a sweep needs a number. Set {{workers.count: N}}")
     if base.limits.hours or base.limits.cost:
-        faults.append("job: limits are of one run; use the sweep's budget, and set {limits: {}}")
+        faults.append("job: limits apply to one run. Use the sweep's budget, and set {limits: {}}")
     if base.train.parallel.auto:
         faults.append(
-            "job: train.parallel auto would be another layout a trial; set the one that `heliostat plan JOB --rank` finds"
+            "job: train.parallel auto could choose another configuration for each trial. Set the one that "
+            "`heliostat plan JOB --rank` finds"
         )
     if base.evaluate is None:
-        faults.append("job: has no evaluate, so it reports no metric; add it")
+        faults.append("job: has no evaluate, so it reports no metric. Add it")
     else:
         recipe = check.check_job(base)[1]
         scores = recipe.scores if isinstance(recipe, Evaluates) else ()
         if sweep.metric not in scores:
             near = schema.nearest(sweep.metric, list(scores))
-            faults.append(f"metric: {brief(repr(sweep.metric), 100)} is no score of {base.recipe}{near}")
+            faults.append(f"metric: {brief(repr(sweep.metric), 100)} isn't a score of {base.recipe}{near}")
     return faults
 
 
@@ -319,18 +351,16 @@ def _budget_faults(plan: SweepPlan, base: Job) -> list[str]:
     faults = []
     if budget.tokens is not None and budget.tokens < one:
         unit = "tokens" if base.data.sequence_length else "samples"
-        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}; raise it, or lower train.steps")
+        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise it, or lower train.steps")
     if budget.gpu_hours is not None and not base.workers.gpus:
-        faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0); use hours")
+        faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0). Use hours")
     if plan.sweep.searcher.name == "grid":
         if budget.trials is not None and budget.trials < (plan.trials or 0):
             faults.append(
-                f"budget.trials: {budget.trials} is below the grid's {plan.trials} trials; raise it, or shrink the grid"
+                f"budget.trials: {budget.trials} is below the grid's {plan.trials} trials. Raise it, or shrink the grid"
             )
     elif not any((budget.trials, budget.hours, budget.gpu_hours, budget.tokens)):
-        faults.append(
-            f"budget: searcher {plan.sweep.searcher.name!r} never ends by itself; give trials, hours, gpu_hours or tokens"
-        )
+        faults.append(f"budget: searcher {plan.sweep.searcher.name!r} needs a limit. Set trials, hours, gpu_hours, or tokens")
     return faults
 
 
@@ -342,7 +372,7 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
     every, faults = base.evaluate.every, []
     if value % every:
         near = every * max(1, round(value / every))
-        faults.append(f"scheduler.{key}: {value} must be a multiple of the job's evaluate.every {every}; nearest: {near}")
+        faults.append(f"scheduler.{key}: {value} isn't a multiple of the job's evaluate.every {every}. Nearest: {near}")
     if value >= base.train.steps:
         faults.append(f"scheduler.{key}: {value} must be below the job's train.steps {base.train.steps}")
     return faults
@@ -354,13 +384,13 @@ def _check_corners(plan: SweepPlan, where: str) -> None:
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}
     for params in spaces.corners(plan.sweep.space):
-        job = _check_point(plan, params, f"{where}: the space holds jobs that cannot be trained: {tell(params)}", seen)
+        job = _check_point(plan, params, f"{where}: a corner of the space isn't a valid job: {tell(params)}", seen)
         kept.setdefault(job.train.optimizer.state, job.train.optimizer.name)
     if plan.sweep.scheduler.exchanges and len(kept) > 1:
         what = " and ".join(f"{', '.join(state) or 'nothing'} ({name})" for state, name in kept.items())
         raise ConfigError(
-            f"{where}: space: {plan.sweep.scheduler.name!r} lets trials go on from each other's checkpoints, but optimizers here "
-            f"keep different things of every parameter: {what}; use optimizers that keep the same, or another scheduler"
+            f"{where}: space: {plan.sweep.scheduler.name!r} lets trials clone each other, but these optimizers "
+            f"keep different state per parameter: {what}. Use optimizers with the same state, or another scheduler"
         )
 
 
@@ -371,7 +401,7 @@ def _check_drawn(plan: SweepPlan, where: str) -> None:
         seen: set[str] = set()
         for number in range(min(plan.trials, spaces.ALL)):
             params = spaces.draw(plan.sweep.space, plan.sweep.searcher.seed, number)
-            _check_point(plan, params, f"{where}: trial {number} would be no valid job: {tell(params)}", seen)
+            _check_point(plan, params, f"{where}: trial {number} isn't a valid job: {tell(params)}", seen)
 
 
 def _check_point(plan: SweepPlan, params: Params, what: str, seen: set[str]) -> Job:

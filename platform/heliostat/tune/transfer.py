@@ -18,12 +18,12 @@ import numpy as np
 import yaml
 
 from heliostat import schema
-from heliostat.config import spec
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.tune.space import number
 from heliostat.tune.sweep import SweepPlan
 from heliostat.tune.trial_record import TrialRecord
+from heliostat.validation.check import load_job
 
 LR, WIDTH = "train.optimizer.lr", "hidden_size"
 MUP = -1.0  # Adam, hidden matrices
@@ -65,12 +65,12 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
 
 def check(plan: SweepPlan, big: Path) -> Job:
     """Loads the big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
-    job = spec.load(big)
+    job = load_job(big)
     if LR not in plan.sweep.space:
-        raise ConfigError(f"--transfer: the sweep's space has no {LR}; add it")
+        raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):
         if not isinstance(model.get(WIDTH), int):
-            raise ConfigError(f"--transfer: model.{WIDTH} of {name} is the width, and it is not given; add it")
+            raise ConfigError(f"--transfer: model.{WIDTH} of {name}, the width, isn't set. Set it")
     return job
 
 
@@ -89,7 +89,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
             model = plan.job(record.number, record.params).model
             scores.setdefault(model[WIDTH], {})[float(number(record.params[LR]))] = value
     if not scores:
-        raise ConfigError("--transfer: no trial of the sweep has finished")
+        raise ConfigError("--transfer: no trial of the sweep has finished. Finish the sweep first")
     carried = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])
     raw = schema.apply(schema.read_yaml(file), [f"{LR}={carried.rate!r}"])
     path = file.with_name(f"{file.stem}-transferred.yaml")
@@ -100,7 +100,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
 def tell(carried: Transfer) -> list[str]:
     """Describes the transfer in lines for people."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
-    how = "measured" if carried.measured else "muP's, as there is one width only"
+    how = "measured" if carried.measured else "muP's rule, because there is only one width"
     far = carried.width / max(carried.rates)
     return [
         *lines,

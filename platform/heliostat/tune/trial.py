@@ -93,7 +93,7 @@ class Trial(tune.Trainable):
             self._hooks.signals.name = "the sweep"
         self._thread.join(END_S)
         if self._thread.is_alive():
-            log.error("run %s has not ended in %.0f s", self.sent["job"]["name"], END_S)
+            log.error("run %s didn't end within %.0f s", self.sent["job"]["name"], END_S)
 
     # the run's side --------------------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ class Trial(tune.Trainable):
         try:
             return Location(self.sent["stop"]).exists()
         except (HeliostatError, OSError) as e:
-            log.warning("whether the sweep is to stop cannot be seen: %s", e)
+            log.warning("can't check for a request to stop the sweep: %s", e)
             return False
 
 
@@ -179,7 +179,7 @@ def clone(wanted: Clone, run: Location) -> bool:
     """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
 
     A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
-    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat verify` holds.
+    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat run verify` holds.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
@@ -204,7 +204,7 @@ def clone(wanted: Clone, run: Location) -> bool:
                 copy(donor.join(folder, name), run.join(folder, name))
     copy(cloned.location.join(layout.INDEX), target.join(layout.INDEX))
     if layout.open_checkpoint(run, step).index != cloned.index:
-        raise CheckpointError(f"{target}: is not what was cloned from {cloned.location}")
+        raise CheckpointError(f"{target}: differs from {cloned.location}, which it was cloned from")
     run.join(run_folder.CLONE).write(json.dumps(wanted).encode())
     return True
 

@@ -18,7 +18,9 @@ from typing import Any, NotRequired, TypeVar
 
 from typing_extensions import TypedDict
 
+from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
+from heliostat.schema import renamed_path
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Number, closed, open_
 from heliostat.tune.space import Params
@@ -30,6 +32,11 @@ Clone = TypedDict(  # what a trial took over from another; `id`, in its configur
     "Clone", {"id": int, "from": int, "step": int, "at_step": int, "folder": str, "old": Params, "params": Params, "at": float},
     total=False,
 )  # fmt: skip
+
+
+def renamed_params(params: Params) -> Params:
+    """Returns parameters by today's names of the job's keys."""
+    return {renamed_path(Job, key): value for key, value in params.items()}
 
 
 @closed
@@ -50,6 +57,15 @@ class TrialRecord:
     tokens: float = 0.0  # that it trained on
     run_id: str = ""
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Replaces old names of keys, which records of earlier versions have."""
+        self.params, self.drawn = renamed_params(self.params), renamed_params(self.drawn)
+        for clone in self.clones:
+            if "old" in clone:
+                clone["old"] = renamed_params(clone["old"])
+            if "params" in clone:
+                clone["params"] = renamed_params(clone["params"])
 
     @property
     def value(self) -> float | None:

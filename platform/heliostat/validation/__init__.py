@@ -1,5 +1,5 @@
 """Checks a complete job against its data, recipe, and cluster before anything starts.
 
 Start at `check`.
-May import: `cluster`, `config`, `data`, `recipes`, `storage`.
+May import: `checkpoint`, `cluster`, `config`, `data`, `recipes`, `storage`.
 """

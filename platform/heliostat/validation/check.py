@@ -1,10 +1,10 @@
-"""Checks everything that can be found wrong with a job before anything expensive starts: under 5 seconds, without Ray.
+"""Checks a job for every error that can be found before anything expensive starts: under 5 seconds, without Ray.
 
     checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
 
-The file and its cross-field rules (`load_job`), what does not depend on what the run has done already (`check_setup`: the recipe
-and its model, the machine, the stores), and the datasets with the order of their samples (`check_data`). Faults are one
-ConfigError, DataError or StorageError each, naming the key, the value and the fix.
+Three functions do it: `load_job` checks the file and its cross-field rules; `check_setup` checks the recipe and its model, the
+machine, and the stores; `check_data` checks the datasets and the order of their samples. Each reports all faults that it can
+find without the others in one error, with a line for each: the key, the value, and the fix.
 """
 
 from __future__ import annotations
@@ -15,28 +15,37 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from heliostat import extras
+from heliostat import extras, schema
 from heliostat.cluster.capacity import require_gpus
-from heliostat.config import deepspeed_keys, spec
+from heliostat.config import deepspeed_keys, pretrained, spec
+from heliostat.config.defaults import Default
 from heliostat.config.sections import Benchmarks
 from heliostat.config.spec import Job
-from heliostat.data import collection, manifest
+from heliostat.data import collection
 from heliostat.data.dataset import DataPlan, make_order, plan
 from heliostat.data.manifest import Manifest
 from heliostat.data.order import Order
-from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError, TrackingError
+from heliostat.errors import ConfigError, HeliostatError, TrackingError
 from heliostat.recipes.conformance import require_abilities
-from heliostat.recipes.loading import recipe_class
+from heliostat.recipes.loading import make, recipe_class
 from heliostat.recipes.protocol import Recipe
 from heliostat.storage.local_files import require_database
 from heliostat.storage.locations import Location
 from heliostat.text import brief
+from heliostat.validation.faults import Faults
+from heliostat.validation.loading import devices_of as devices_of
+from heliostat.validation.loading import load_job as load_job
+from heliostat.validation.loading import make_job as make_job
+from heliostat.validation.loading import named, read_manifest
+from heliostat.validation.loading import training_samples as training_samples
+
+if TYPE_CHECKING:
+    from heliostat.cluster.cluster_file import ClusterFile
 
 log = logging.getLogger(__name__)
 
@@ -50,67 +59,134 @@ class Checked:
     order: Order
 
 
-def load_job(path: Path, settings: list[str] | None = None) -> Job:
-    """Reads a job file, with `key.path=value` settings applied; ConfigError names every wrong key."""
-    return spec.load(path, settings)
+def check_path(
+    path: Path,
+    settings: list[str] | None = None,
+    cluster: Path | None = None,
+    offline: bool = False,
+    settle: Callable[[Job], Job] = lambda job: job,
+) -> tuple[Job, Checked | None, list[Default]]:
+    """Checks all of a job file in one round: the keys, the rules between them, the model, the machine, the stores, the datasets.
+
+    Returns the job, what `check` returns (None if `offline`: then only the file and the model are checked), and the defaults that
+    were filled in. `settle`: settles `train.parallel: auto`. The error lists every fault that can be found without the others.
+    """
+    raw, faults, checked = spec.read(path, settings), Faults(), None
+    draft = spec.draft(raw, devices_of(cluster))
+    job, filled = draft.job, draft.filled
+    if not draft.faults:
+        with faults.part():
+            whole, filled = spec.complete(raw, str(path), training_samples, devices_of(cluster))
+            job = spec.resolve(schema.validate(Job, whole, str(path)))
+    if job:
+        with faults.part():
+            if offline:
+                check_job(job)
+            else:
+                checked = check(settle(job), cluster)
+    known = {line.partition(":")[0] for line in draft.faults}
+    lines = [*draft.faults, *(line for line in faults.lines if line.partition(":")[0] not in known)]
+    if draft.faults or len(lines) > 1:
+        raise ConfigError(schema.listed(str(path), list(dict.fromkeys(lines))))
+    if faults:
+        raise faults.error
+    assert job
+    return job, checked, filled
 
 
 def check(job: Job, cluster: Path | None = None) -> Checked:
-    """Checks all of a job that has not been trained yet; `cluster`: the file of the one that it is for."""
-    return check_data(*check_setup(job, cluster))
+    """Checks all of a job that hasn't been trained yet. `cluster`: the cluster file that the job is for."""
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    _check_place(job, cluster, False, faults)
+    if recipe is None or faults:
+        with faults.part():
+            _manifests(job, recipe, None, None)
+        raise faults.error
+    return check_data(job, recipe)
 
 
 def check_setup(job: Job, cluster: Path | None = None, resume: bool = False) -> tuple[Job, Recipe]:
-    """Checks what does not depend on what the run has done already: the recipe and its model, the machine, the stores."""
-    job, recipe = check_job(job)
-    check_devices(job, cluster)
-    check_services(job, resume)
+    """Checks everything that doesn't depend on the run's progress: the recipe and its model, the machine, and the stores."""
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    _check_place(job, cluster, resume, faults)
+    if recipe is None or faults:
+        raise faults.error
     return job, recipe
 
 
-def check_file(path: Path, settings: list[str] | None = None) -> tuple[Job, Recipe]:
-    """Loads a job, and checks what needs no dataset, no store and no machine."""
-    return check_job(load_job(path, settings))
+def check_file(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe]:
+    """Loads a job, and checks everything that needs no dataset, store, or machine."""
+    return check_job(load_job(path, settings, cluster))
 
 
 def check_job(job: Job) -> tuple[Job, Recipe]:
-    """Checks what needs no dataset, no store and no machine; returns the job as it can be computed here, and its recipe."""
-    if faults := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
-        raise ConfigError("\n  ".join(faults))
-    job = computable(job, cpu_flags())
-    recipe = recipe_class(job)(job)
-    require_abilities(job, recipe)
-    if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
-        raise ConfigError(
-            f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and there is none on this machine; "
-            "install g++ or set it to false"
-        )
-    if job.evaluate and job.evaluate.benchmarks:
-        _check_benchmarks(job.evaluate.benchmarks, recipe)
-    recipe.probe()
+    """Checks everything that needs no dataset, store, or machine. Returns the job as this machine can compute it, and its
+    recipe."""
+    faults = Faults()
+    job, recipe = _check_job(job, faults)
+    if recipe is None or faults:
+        raise faults.error
     return job, recipe
 
 
+def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
+    with faults.part():
+        if lines := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
+            raise ConfigError("\n  ".join(lines))
+    with faults.part():
+        if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+            raise ConfigError(
+                f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and this machine has none. "
+                "Install g++, or set it to false"
+            )
+    job, recipe = computable(job, cpu_flags()), None
+    with faults.part():
+        job = pretrained.pinned(job)
+        recipe = make(recipe_class(job), job)
+        for line in pretrained.described(job):
+            log.info("%s", line)
+    if recipe is None:
+        return job, None
+    with faults.part():
+        require_abilities(job, recipe)
+    with faults.part():
+        if job.evaluate and job.evaluate.benchmarks:
+            _check_benchmarks(job.evaluate.benchmarks, recipe)
+    if not faults:  # this builds the model, which other faults may prevent
+        with faults.part():
+            recipe.probe()
+    return job, recipe
+
+
+def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -> None:
+    with faults.part():
+        check_devices(job, cluster)
+    with faults.part():
+        check_services(job, resume)
+
+
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
-    """Raises ConfigError if checkpoints cannot be scored on tasks; what is in the suite is found when it is read."""
+    """Raises ConfigError if checkpoints can't be scored on tasks. The suite itself is checked when it is read."""
     if recipe.kind != "tokens":
-        raise ConfigError("evaluate.benchmarks: tasks are of text, and the model is no language model; remove it")
+        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
     if not Path(benchmarks.suite).is_file():
-        raise ConfigError(f"evaluate.benchmarks.suite: there is no file {benchmarks.suite}; make one with `heliostat make-suite`")
+        raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
 def computable(job: Job, flags: set[str]) -> Job:
-    """Changes a job's precision from bf16 to fp32 where workers compute on a CPU of these `flags` that is some 60 times slower in
-    bf16."""
+    """Changes a job's precision from bf16 to fp32 if workers use a CPU whose `flags` lack bf16 instructions, where bf16 is 60
+    times slower."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
-    log.warning("train.precision: bf16 is computed as fp32: this CPU has no instructions for it, and would take far longer")
+    log.warning("train.precision: this CPU has no bf16 instructions, so heliostat computes in fp32, which is much faster here")
     return job.model_copy(update={"train": job.train.model_copy(update={"precision": "fp32"})})
 
 
 def cpu_flags() -> set[str]:
-    """Reads the instruction sets of this machine's CPU, as Linux names them; empty where they cannot be read."""
+    """Reads the instruction sets of this machine's CPU, by Linux's names; empty if they can't be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -125,25 +201,43 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, res
 
 
 def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
-    """Checks the datasets, and plans the order of their samples. A resumed run stays on the versions of its datasets that it
-    started with, unless `change_at` names the step from which its data may be other than `recorded`."""
-    for i, location in enumerate(job.sources):
-        with _named(f"data.sources.{i}.path"):
-            location.wait_for_store() if recorded else location.probe()
+    """Checks the datasets, and plans the order of their samples. A resumed run keeps the dataset versions that it started
+    with. `change_at`: the step from which its data may differ from `recorded`."""
+    _reach_sources(job, recorded)
     as_given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not as_given:
-        recipe = type(recipe)(job)
-    manifests = []
-    versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
-    for i, location in enumerate(job.sources):
-        key = f"data.sources.{i}.path"
-        with _named(key):
-            shared = manifest.share(partial(_version, location, versions.get(str(location))))
-        if shared.kind != recipe.kind:
-            raise ConfigError(f"{key}: {location} holds {shared.kind!r}, but {job.recipe} trains on {recipe.kind!r}")
-        manifests.append(shared)
+        recipe = make(type(recipe), job)
+    manifests = _manifests(job, recipe, recorded, change_at)
     recipe.bind(manifests)
     return Checked(job, recipe, manifests, *_ordered(job, manifests, recorded, change_at))
+
+
+def _reach_sources(job: Job, recorded: DataPlan | None) -> None:
+    """Checks that the stores of all datasets answer."""
+    faults = Faults()
+    for i, location in enumerate(job.sources):
+        with faults.part(), named(f"data.sources.{i}.path"):
+            location.wait_for_store() if recorded else location.probe()
+    if faults:
+        raise faults.error
+
+
+def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, change_at: int | None) -> list[Manifest]:
+    """Reads the datasets' manifests, of the versions that are recorded; checks their kind if there is a recipe."""
+    faults, manifests = Faults(), list[Manifest]()
+    versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
+    for i, location in enumerate(job.sources):
+        with faults.part():
+            shared = read_manifest(i, location, versions.get(str(location)))
+            if recipe and shared.kind not in (recipe.kind, collection.KIND):
+                raise ConfigError(
+                    f"data.sources.{i}.path: expected a dataset of {recipe.kind!r}, which {job.recipe} trains on, "
+                    f"got {shared.kind!r} ({location})"
+                )
+            manifests.append(shared)
+    if faults:
+        raise faults.error
+    return manifests
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
@@ -160,7 +254,7 @@ def check_devices(job: Job, cluster: Path | None) -> None:
 
 
 def _check_kernels(job: Job) -> None:
-    """Checks that this machine has what the job's kernels need; a HeliostatError if not."""
+    """Checks that this machine supports the job's kernels; a HeliostatError if not."""
     from heliostat.recipes.text import attention, float8
 
     if job.train.attention:
@@ -169,40 +263,25 @@ def _check_kernels(job: Job) -> None:
         float8.require_device()
 
 
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Puts the job's key before what is wrong with the place that it names."""
-    try:
-        yield
-    except (DataError, StorageError) as e:
-        raise type(e)(f"{key}: {e}") from e
-
-
 def check_services(job: Job, resume: bool = False) -> None:
-    """Checks that the store of the runs answers and can be written to, and that MLflow answers.
+    """Checks that the run's store answers and can be written to, and that MLflow answers.
 
-    A run that resumes waits for a store that is away, and trains while MLflow is away: its metrics are kept until MLflow is back.
+    A resuming run waits for an unreachable store. It trains without MLflow and keeps the metrics until MLflow is back.
     """
-    with _named("storage"):
+    faults = Faults()
+    with faults.part(), named("storage"):
         storage = Location(job.storage)
         storage.wait_for_store() if resume else storage.probe()
         storage.require_writable()
-    try:
-        _check_mlflow(job.mlflow.uri)
-    except TrackingError as e:
-        if not resume:
-            raise
-        log.warning("%s; the run resumes without it, and its metrics are kept until it answers", e)
-
-
-def _version(location: Location, digest: str | None) -> Manifest:
-    """Reads the version of a dataset with this digest if it still exists, else the newest."""
-    try:
-        return manifest.read(location, digest)
-    except DataError:
-        if digest is None:
-            raise
-        return manifest.read(location)
+    with faults.part():
+        try:
+            _check_mlflow(job.mlflow.uri)
+        except TrackingError as e:
+            if not resume:
+                raise
+            log.warning("%s. The run resumes without MLflow, and keeps its metrics until MLflow answers", e)
+    if faults:
+        raise faults.error
 
 
 def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, change_at: int | None) -> tuple[DataPlan, Order]:
@@ -210,8 +289,8 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
     order = make_order(data_plan, manifests)
     if order.runs_out is not None and order.runs_out < order.data_step(job.last_step - 1) + 1:
         raise ConfigError(
-            f"train.steps: {job.train.steps}, but with max_epochs the data lasts for {order.runs_out} steps; raise max_epochs "
-            "of a source, or lower train.steps"
+            f"train.steps: the data lasts for {order.runs_out} steps with max_epochs ({job.train.steps}). Raise a "
+            "source's max_epochs, or lower train.steps"
         )
     if job.evaluate:
         for line in held_out_faults(job, order, manifests):
@@ -220,29 +299,36 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
 
 
 def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
-    """Lists what is held out otherwise than the job asks for, a line each; ConfigError if nothing at all is held out."""
+    """Lists the differences between the held-out samples and the job's request, one line each; ConfigError if nothing is held
+    out."""
     assert job.evaluate
     wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
     held_rows, total = ([int(getattr(s, name).sum()) for s in order.splits] for name in ("held", "samples"))
     has_places = [m.kind == "rows" or bool((m.places >= 0).all()) for m in manifests]
     if not sum(held_rows):
-        fix = "raise it"
+        fix = "Raise it"
         if not all(has_places):
             number = has_places.index(False)
             fix = (
-                f"data.sources.{number} does not tell its documents apart, so only whole ones of its "
-                f"{len(order.splits[number].held):,} chunks can be; prepare it again (`heliostat prepare --force`), or raise it"
+                f"data.sources.{number} has no document boundaries, so only whole row groups can be held out "
+                f"({len(order.splits[number].held):,}). "
+                f"Prepare it again (`heliostat data prepare --force`), or raise the fraction"
             )
-        raise ConfigError(f"evaluate.fraction: {fraction:g} of {sum(total):,} samples holds none out; {fix}")
+        raise ConfigError(f"evaluate.fraction: {fraction:g} holds out none of {sum(total):,} samples. {fix}")
     if (count := len(order.held_out(wanted))) < min(wanted, sum(order.held_shares(wanted))):
         lines.append(
-            f"evaluate.samples: {wanted:,} cannot be met, {count:,} are scored: evaluate.fraction {fraction:g} holds out "
-            f"{sum(held_rows):,} of {sum(total):,} samples; raise it, or set evaluate.samples to {count}"
+            f"evaluate.samples: only {count:,} held-out samples can be scored, not {wanted:,}. evaluate.fraction "
+            f"{fraction:g} holds out {sum(held_rows):,} of {sum(total):,} samples. Raise it, or set "
+            f"evaluate.samples to {count}"
         )
     for i, (mine, of, known) in enumerate(zip(held_rows, total, has_places, strict=True)):
         if not fraction / 2 <= mine / of <= 2 * fraction:
-            why = "documents are whole" if known else "the dataset does not tell its documents apart, so chunks are whole"
-            lines.append(f"evaluate.fraction: {fraction:g}, but {mine / of:.2g} of data.sources.{i} is held out: {why}")
+            why = (
+                "heliostat holds out whole documents"
+                if known
+                else "the dataset has no document boundaries, so heliostat holds out whole row groups"
+            )
+            lines.append(f"evaluate.fraction: {mine / of:.2g} of data.sources.{i} is held out, not {fraction:g}: {why}")
     return lines
 
 
@@ -255,7 +341,9 @@ def _check_mlflow(uri: str) -> None:
         try:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
-            raise ConfigError(f"mlflow.uri: {uri}: the folder {parent} cannot be made ({e.strerror})") from e
+            raise ConfigError(
+                f"mlflow.uri: {uri}: can't create the folder {parent} ({e.strerror}). Name a folder that you can write to"
+            ) from e
         require_database("mlflow.uri", place)
     elif uri.startswith(("http://", "https://")):
         try:
@@ -264,8 +352,6 @@ def _check_mlflow(uri: str) -> None:
             with e:
                 said = brief(" ".join(re.sub("<[^>]*>", " ", e.read(4096).decode(errors="replace")).split()))
             kind = TrackingError if e.code >= 500 else HeliostatError
-            raise kind(f"mlflow.uri: {uri} answers, but with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
+            raise kind(f"mlflow.uri: {uri} answers with an error: {e.code} {e.reason}{f' ({said})' if said else ''}") from e
         except (urllib.error.URLError, TimeoutError, OSError) as e:
-            raise TrackingError(
-                f"mlflow.uri: {uri} does not answer ({getattr(e, 'reason', e)}); start it with `mlflow server`"
-            ) from e
+            raise TrackingError(f"mlflow.uri: {uri} doesn't answer ({getattr(e, 'reason', e)}). Start it: mlflow server") from e

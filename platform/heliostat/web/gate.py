@@ -68,7 +68,7 @@ class Gate:
             ipaddress.ip_address(name)  # is no name, so that it cannot lead elsewhere
         except ValueError:
             if name not in self.names:
-                said = f"host: {name[:100]!r} is not this server's name; use its address, or {', '.join(sorted(self.names))}"
+                said = f"host: {name[:100]!r} isn't this server's name. Use its address, or {', '.join(sorted(self.names))}"
                 raise Refusal(403, said, code="unknown_host") from None
 
     async def _enter(self, request: Request) -> Response:
@@ -123,5 +123,5 @@ def _refused(request: Request, error: Refusal) -> Response:
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
         return Response(PAGE.replace("NONCE", nonce), 401, headers, "text/html")
     if error.status == 401:
-        error = Refusal(401, f"{error.message}; MLflow's clients take it from MLFLOW_TRACKING_TOKEN", code=error.code)
+        error = Refusal(401, f"{error.message}. MLflow's clients read the key from MLFLOW_TRACKING_TOKEN", code=error.code)
     return JSONResponse(error.body(), error.status, error.headers())

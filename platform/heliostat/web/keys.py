@@ -44,9 +44,9 @@ def read(path: Path) -> dict[str, str]:
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--keys: {path} cannot be read ({getattr(e, 'strerror', None) or type(e).__name__})") from e
+        raise ConfigError(f"--keys: can't read {path} ({getattr(e, 'strerror', None) or type(e).__name__})") from e
     if mode & 0o077:
-        raise ConfigError(f"--keys: {path} can be read by other users here; run `chmod 600 {path}`, then make new keys")
+        raise ConfigError(f"--keys: other users can read {path}. Run `chmod 600 {path}`, then make new keys")
     keys: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         words = _words(line)
@@ -54,14 +54,16 @@ def read(path: Path) -> dict[str, str]:
             continue
         name = words[0] if len(words) == 2 else f"key-{number}"
         if len(words) > 2 or not NAME.fullmatch(name):
-            raise ConfigError(f"--keys: {path}, line {number}: is no key; write KEY, or NAME KEY, without spaces in them")
+            raise ConfigError(f"--keys: {path}, line {number}: isn't a key. Write KEY, or NAME KEY, without spaces in them")
         if len(words[-1]) < LEAST:
-            raise ConfigError(f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, and could be guessed")
+            raise ConfigError(
+                f"--keys: {path}, line {number}: the key is shorter than {LEAST} characters, so others could guess it"
+            )
         if name in keys:
-            raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} is given twice")
+            raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} appears twice")
         keys[name] = digest(words[-1])
     if not keys:
-        raise ConfigError(f"--keys: {path} holds no key; write one a line, or name a file that is not there, to have one made")
+        raise ConfigError(f"--keys: {path} contains no key. Write one per line, or name a new file, which heliostat fills")
     return keys
 
 
@@ -79,9 +81,9 @@ def owner(header: str | None, known: dict[str, str]) -> str:
     """Finds the name of the key in an Authorization header; Refusal with 401 if there is none, or it is not known."""
     kind, _, key = (header or "").partition(" ")
     if kind.lower() != "bearer" or not key.strip():
-        raise Refusal(401, "no API key; send the header `Authorization: Bearer KEY`", None, "invalid_api_key")
+        raise Refusal(401, "no API key. Send the header `Authorization: Bearer KEY`", None, "invalid_api_key")
     key_digest = digest(key.strip())
     matches = [name for name, one in known.items() if hmac.compare_digest(key_digest, one)]
     if not matches:
-        raise Refusal(401, "the API key is not known", None, "invalid_api_key")
+        raise Refusal(401, "unknown API key", None, "invalid_api_key")
     return matches[0]

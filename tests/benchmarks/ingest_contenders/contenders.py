@@ -37,8 +37,9 @@ def planned(task: Task) -> tuple[Any, Any, Any, int]:
     source = {"path": f"{task.folder}/parquet{mark}", "max_epochs": 1.0}
     given = {
         "name": "ingest", "recipe": "none:None", "model": {}, "checkpoint": {"every": 1}, "workers": {"count": task.consumers},
-        "data": {"sources": [source], "sequence_length": length, "window": task.window},
-        "train": {"steps": task.samples // batch, "global_batch": batch, "micro_batch": task.batch, "optimizer": {"lr": 1e-3}},
+        "data": {"sources": [source], "sequence_length": length, "shuffle_window": task.window},
+        "train": {"steps": task.samples // batch, "global_batch_size": batch, "micro_batch_size": task.batch,
+                  "optimizer": {"lr": 1e-3}},
         "storage": task.scratch, "mlflow": {"uri": "sqlite:///none.db", "experiment": "none"},
     }  # fmt: skip
     job = schema.validate(Job, given, "ingest")

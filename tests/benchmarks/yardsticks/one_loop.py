@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=0, world_size=1)
     job = {"sources": [{"path": data}], "sequence_length": LENGTH, "seed": 17}
-    stream = heliostat.datasets(job, steps=steps, global_batch=BATCH, folder=str(folder / "stream"))
+    stream = heliostat.datasets(job, steps=steps, global_batch_size=BATCH, folder=str(folder / "stream"))
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 344}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=4096, **shape))

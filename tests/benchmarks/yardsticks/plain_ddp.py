@@ -24,13 +24,13 @@ def main() -> None:
     steps = int(sys.argv[2])
     checked = check.check(check.load_job(Path(sys.argv[1]), sys.argv[3:]))
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
-    per_rank = job.train.global_batch // world
+    per_rank = job.train.global_batch_size // world
     torch.manual_seed(job.train.seed)
     model = torch.nn.parallel.DistributedDataParallel(recipe.build(), gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.optimizer.lr, fused=True)
     contents = [dataset.read(dataset.order.locate(dataset.order.step(s).ravel())) for s in range(steps)]
     batches = [torch.from_numpy(c[rank * per_rank : (rank + 1) * per_rank]).long() for c in contents]
-    micro = job.train.micro_batch
+    micro = job.train.micro_batch_size
     for tokens in batches:
         started = time.time()
         parts = tokens.split(micro)

@@ -29,7 +29,7 @@ def main() -> None:
     accelerator = Accelerator(cpu=True)
     checked = check.check(check.load_job(Path(sys.argv[1])))
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
-    per_rank = job.train.global_batch // accelerator.num_processes
+    per_rank = job.train.global_batch_size // accelerator.num_processes
     torch.manual_seed(job.train.seed)
     model = recipe.build()
     average = EMAModel(model.parameters(), decay=job.train.ema.decay)
@@ -42,7 +42,7 @@ def main() -> None:
         batches.append((rows.pixels(mine), tokenize(recipe.parts.tokenizer, mine["caption"].to_pylist()).input_ids))
     empty = recipe.parts.empty["text"]
     model, optimizer = accelerator.prepare(model, optimizer)
-    micro = job.train.micro_batch
+    micro = job.train.micro_batch_size
     for clean, text in itertools.chain.from_iterable(itertools.repeat(batches)):
         started = time.time()
         for at in range(0, per_rank, micro):

@@ -114,7 +114,7 @@ def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: flo
     plain = [BIN / "torchrun", "--nproc-per-node", "2", "--module", f"tests.benchmarks.yardsticks.{yardstick}", job, *more]
     ours = [BIN / "heliostat", "train", job, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
     raw = yaml.safe_load(job.read_text())
-    size = raw["train"]["global_batch"] * (raw["data"].get("sequence_length") or 1)
+    size = raw["train"]["global_batch_size"] * (raw["data"].get("sequence_length") or 1)
     logs = job.with_name("plain.log"), job.with_name("heliostat.log")
     second = Contender(plain, logs[0], lambda text: len(printed(text)) > 2)
     first = Contender(ours, logs[1], lambda text: " step 3/" in text)

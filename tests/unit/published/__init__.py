@@ -119,7 +119,7 @@ def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
     """
     numel, work = counted()[key(run)]
     model, said, length = TABLE["models"][run["model"]], source(run), run.get("length", 1)
-    workers, accumulation, stage, micro = run["workers"], math.ceil(run["accumulation"]), run["stage"], run["micro_batch"]
+    workers, accumulation, stage, micro = run["workers"], math.ceil(run["accumulation"]), run["stage"], run["micro_batch_size"]
     tensor, expert = run.get("tensor", 1), run.get("expert", 1)
     layers, width = (model.get(a, model.get(b, 0)) for a, b in (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")))
     setting = step_time.Setting(
@@ -130,7 +130,7 @@ def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
     if tensor > 1:
         sums, gathered = said.get("sums", 2), model["vocab_size"] / 2 if said.get("gathers_logits") else 0
         each = sums * width * layers * length
-        whole = replace(setting, micro_batch=micro)
+        whole = replace(setting, micro_batch_size=micro)
         calls = (2 * layers, 2 * layers)
         handing += step_time.adding((each + gathered * length, each), calls, tensor, 2, whole, device, network)[1]
     experts = 0
@@ -139,7 +139,7 @@ def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
         sent = 2 * length * model["num_experts_per_tok"] * width * layers * (expert - 1) // expert
         one = 2 * model["num_experts"] * width * model["moe_intermediate_size"]
         work = step_time.divided(work, (one, 2 * one), expert)  # down, and gate with up
-        handing += step_time.exchanging(sent, expert, 2, replace(setting, micro_batch=micro / expert), device, network)[1]
+        handing += step_time.exchanging(sent, expert, 2, replace(setting, micro_batch_size=micro / expert), device, network)[1]
     numel, alike = (numel - experts) // tensor, workers // tensor
     around = traffic.volume(numel, 2, alike, stage, accumulation)
     if stage == 3:  # gradients in another precision than the weights

@@ -1,4 +1,4 @@
-"""Opens a page on a model, an index, or both, until it is stopped: `heliostat play`.
+"""Opens a page on a model, an index, or both, until it is stopped: `heliostat model play`.
 
 One process: the endpoint's front, with a replica in it instead of replicas on Ray. The page asks the front as any client does. It
 holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
@@ -6,6 +6,7 @@ holds no secret and loads nothing but its own files: what it shows comes with th
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from heliostat.apps.serve.run import require_free
 from heliostat.apps.serve.served import Options, ServedModels
 from heliostat.cluster.private_ray import LOOPBACK
 from heliostat.errors import ConfigError
-from heliostat.recipes.text import infilling
+from heliostat.recipes import exported
 from heliostat.training.driver.signals import Signals
 from heliostat.web import deadlines
 from heliostat.web.refusals import Refusal
@@ -92,37 +93,47 @@ class Local:
         return self.replica.stream(pieces, request)
 
 
-NO_MODEL = "no model was given"
-DRAWS = "the model draws, and writes nothing"
-WRITES = "the model writes, and draws nothing"
-NO_TEMPLATE = "the model's tokenizer has no chat template"
-NO_INDEX = "no index was given; start with --index INDEX"
-
-
-def abilities(served: ServedModels, replica: Replica, version: str, options: Options) -> dict[str, object]:
-    """Describes what is here. `tabs`: each with why it is not there, or null; in the order in which they are shown."""
+def abilities(
+    served: ServedModels, replica: Replica, version: str, options: Options, prompt: str | None = None
+) -> dict[str, object]:
+    """Describes what is here. `tabs`: in the order in which they are shown; `prompt`: that the page begins with."""
     return {
         "model": served.name,
         "index": served.index_name,
         "version": version,
         "tabs": tabs(replica),
+        "prompt": prompt,
         "text": _text(replica, options),
         "images": _images(replica),
         "passages": _passages(replica),
     }
 
 
-def tabs(replica: Replica) -> dict[str, str | None]:
-    """Says of each tab why it is not there; None if it is."""
-    none = DRAWS if replica.painter else NO_MODEL
-    writer = replica.writer
-    return {
-        "write": None if writer else none,
-        "complete": none if not writer else None if writer.engine.infilling else infilling.NONE,
-        "chat": none if not writer else None if writer.engine.loaded.tokenizer.chat_template else NO_TEMPLATE,
-        "draw": None if replica.painter else WRITES if writer else NO_MODEL,
-        "ask": None if replica.shelf else NO_INDEX,
+def tabs(replica: Replica) -> list[str]:
+    """Lists the tabs of what the model and the index can do."""
+    engine = replica.writer.engine if replica.writer else None
+    able = {
+        "write": engine,
+        "complete": engine and engine.infilling,
+        "chat": engine and engine.loaded.tokenizer.chat_template,
+        "draw": replica.painter,
+        "ask": replica.shelf,
     }
+    return [name for name, can in able.items() if can]
+
+
+def example(folder: Path) -> str | None:
+    """Reads a prompt that suits a model from its record: its input example in MLflow, or the first prompt of its samples."""
+    logged = folder.parent.parent / "input_example.json"  # next to the artifacts of a model that MLflow has
+    try:
+        (prompt, *_) = json.loads(logged.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        trained = exported.record(folder)["job"] if (folder / exported.RECORD).is_file() else None
+        samples = trained["model"].get("samples") if trained else None
+        prompts = samples.get("prompts") if isinstance(samples, dict) else None
+        first = prompts[0] if isinstance(prompts, list) and prompts else None
+        prompt = first.get("text") if isinstance(first, dict) else first
+    return prompt if isinstance(prompt, str) and prompt.strip() else None
 
 
 def _text(replica: Replica, options: Options) -> dict[str, object] | None:
@@ -166,7 +177,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
     """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
     asked for the keys, if it cannot."""
     if served.kind() == EMBEDDINGS:
-        raise ConfigError(f"MODEL: {served.name!r} embeds texts, and has no page; use `heliostat serve`")
+        raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")
     require_free(options.port)
     asgi = application(served, keys, options)
     config = uvicorn.Config(
@@ -180,7 +191,8 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
 def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
     """Loads what is served, asks for the keys, and makes the application that answers with it."""
     version = served.source.wanted()
-    replica = Replica(served.holds(served.source.folder(version), options.batch))
+    folder = served.source.folder(version)
+    replica = Replica(served.holds(folder, options.batch))
     front = Front(served.settings(served.kind(), keys(), options), Local(replica), ())
     front.backend.use(version)
-    return app(front, abilities(served, replica, version, options))
+    return app(front, abilities(served, replica, version, options, example(folder) if folder else None))

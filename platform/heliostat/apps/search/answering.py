@@ -35,7 +35,10 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
 
     if not fits([]):
         needed = count(_write(question, passages, []))
-        raise ConfigError(f"question: the prompt has {needed:,} tokens without any passage, and the model has room for {room:,}")
+        raise ConfigError(
+            f"question: the prompt has {needed:,} tokens without any passage, but the model has room for {room:,}. "
+            "Ask a shorter question"
+        )
     used = next(n for n in range(len(texts), -1, -1) if fits(texts[:n]))
     chosen, cut = texts[:used], False
     if texts and not used:
@@ -68,7 +71,7 @@ def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: 
     filled = prompt(question, passages, room, lambda text: len(engine.encode(text)))
     (written,) = engine([Input(filled.text, 0)])
     if written.bad:
-        raise HeliostatError(f"{model}: cannot answer ({written.bad}: {written.detail})")
+        raise HeliostatError(f"{model}: can't answer ({written.bad}: {written.detail})")
     facts = {"prompt_tokens": filled.tokens, "passages_used": filled.used, "cut": filled.cut}
     values = written.values
     return {"text": values["answer"].strip(), "tokens": values["tokens"], "finish": values["finish"], **facts}

@@ -1,4 +1,4 @@
-"""Builds an index of a prepared dataset of text, on Ray: `heliostat index-documents DATASET --out INDEX`.
+"""Builds an index of a prepared dataset of text, on Ray: `heliostat search index DATASET --out INDEX`.
 
     INDEX/passages.lance     the passages with their places, embeddings and full-text index; a version for each that was built
     INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up, and replaced ones
@@ -62,7 +62,7 @@ def index_documents(
     about = describe(embedder) if embedder else None
     place.probe()
     claim(place, {"embedder": about and about["digest"], **settings.model_dump()}, "an index", "index of documents")
-    with lease.take(place, "built", "wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "built", "Wait for it, or stop it", field="--out") as lease_:
         before = what_was(place)
         if before and before.record["dataset"]["digest"] == prepared.digest:
             return {**before.record, "added": 0, "deleted": 0, "new": 0}
@@ -89,7 +89,7 @@ def what_was(place: Location) -> Before | None:
     try:
         return Before(known, table.document_keys(place, table.open_version(place, known["version"])))
     except DataError as e:
-        log.warning("%s; it is built again", e)
+        log.warning("%s. Building it again", e)
         return None
 
 
@@ -103,7 +103,7 @@ def describe(embedder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"--embedder: {embedder}: is neither an embedder of texts nor a language model")
+        raise ConfigError(f"--embedder: {embedder}: is neither a text embedder nor a language model")
     with exported.using(embedder):
         dims = AutoConfig.from_pretrained(embedder).get_text_config().hidden_size
     return {"folder": str(embedder), "digest": model_digest(embedder), "dims": dims, **origin(embedder)}
@@ -121,7 +121,7 @@ def build(
     records = _passages(flow, prepared, place, settings, embedder, before, batch)
     fragments = [fragment for record in records for fragment in record["fragments"]]
     if not fragments:
-        raise DataError(f"{prepared.location}: none of its documents has a passage of text")
+        raise DataError(f"{prepared.location}: its documents contain no passage of text")
     before_commit()
     columns = table.schema(embedder["dims"] if embedder else None)
     version = table.build_indices(table.commit(place, columns, fragments), place)

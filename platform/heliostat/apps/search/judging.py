@@ -27,7 +27,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a string in JSON may hold other line ends
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"--questions: {file} cannot be read ({e})") from e
+        raise ConfigError(f"--questions: can't read {file} ({e})") from e
     pairs = []
     for number, line in enumerate(lines, 1):
         try:
@@ -39,10 +39,10 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
                 raise ValueError
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             form = '{"question": "...", "document": ID or [ID, ...]}'
-            raise ConfigError(f"--questions: {file}, line {number}: is not {form}") from e
+            raise ConfigError(f"--questions: {file}, line {number}: expected {form}") from e
         pairs.append((row["question"], right))
     if not pairs:
-        raise ConfigError(f"--questions: {file} has no question")
+        raise ConfigError(f"--questions: {file} contains no question")
     return pairs
 
 
@@ -56,11 +56,13 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]
     if not known:
-        raise ConfigError(f"--questions: {index.place} holds no document that a question names, such as {min(questions[0][1])!r}")
+        raise ConfigError(
+            f"--questions: {index.place} has none of the documents that the questions name, for example {min(questions[0][1])!r}"
+        )
     unknown, long = len(questions) - len(known), index.too_long([question for question, _ in known])
     known = [(question, right) for question, right in known if question not in long]
     if not known:
-        raise ConfigError(f"--questions: each is longer than the embedder of {index.place} takes, such as {min(long)[:80]!r}")
+        raise ConfigError(f"--questions: all are too long for the embedder of {index.place}, for example {min(long)[:80]!r}")
     too_long = len(questions) - unknown - len(known)
     texts = [question for question, _ in known]
     results = {mode: index.search(texts, mode, DEPTH) for mode in index.modes if mode != "hybrid"}

@@ -38,11 +38,11 @@ def require(folder: Path) -> None:
     config = scoring.describe(str(folder), OPTION)
     named = config.get("architectures") or ["a model that its config.json does not name"]
     if not str(named[0]).endswith(HEAD):
-        raise ConfigError(f"{OPTION}: {folder} holds {named[0]}, without a head that scores; take a model ...{HEAD}")
+        raise ConfigError(f"{OPTION}: {folder} holds {named[0]}, without a scoring head. Use a model ...{HEAD}")
     labels = scoring.labels(config)
     if len(labels) != 1:
         first = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
-        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}); take a cross-encoder, which has one")
+        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}). Use a cross-encoder, which has one")
 
 
 class Pairs(scoring.SequenceClassifier):
@@ -53,7 +53,7 @@ class Pairs(scoring.SequenceClassifier):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), WHAT, UNBOUNDED, BATCH, OPTION)
         if self.model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
-            raise ConfigError(f"{OPTION}: {folder}: config.json says no pad_token_id; set it to a token that no text has")
+            raise ConfigError(f"{OPTION}: {folder}: config.json has no pad_token_id. Set it to a token that no text contains")
         self.max_tokens = room(self.model, folder)
         self.tokenizer.enable_truncation(self.max_tokens, strategy="only_second")
 
@@ -68,7 +68,7 @@ def room(model: PreTrainedModel, folder: Path) -> int:
     try:
         said = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
     except (ValueError, AttributeError) as e:
-        raise ConfigError(f"{OPTION}: {file} is damaged; save the tokenizer again") from e
+        raise ConfigError(f"{OPTION}: {file} is damaged. Save the tokenizer again") from e
     said = said if isinstance(said, int | float) else UNBOUNDED
     return int(min(encoder.places(model.config, model) or UNBOUNDED, said, UNBOUNDED))
 
@@ -94,7 +94,7 @@ class Reranker:
             self._require_room(question)
             scored = self.pairs([(question, passage["text"]) for passage in passages])
         if any(not math.isfinite(score) for score, _ in scored):
-            raise HeliostatError(f"{self.folder}: the reranker gives a score that is no finite number")
+            raise HeliostatError(f"{self.folder}: the reranker returns a score that isn't finite")
         ordered: list[Passage] = [
             {**p, "rerank_score": score, "rerank_cut": cut} for p, (score, cut) in zip(passages, scored, strict=True)
         ]
@@ -107,7 +107,7 @@ class Reranker:
         tokenizer.enable_truncation(most, strategy="only_second")
         if needed >= most:
             raise ConfigError(
-                f"question: has {needed:,} tokens, and the reranker takes {most:,} with a passage; ask a shorter one"
+                f"question: has {needed:,} tokens, but the reranker reads {most:,} including a passage. Ask a shorter one"
             )
 
 

@@ -77,7 +77,7 @@ class SearchIndex:
         """Finds at most `top` passages for each question, the best first; ConfigError if the index has no embeddings for it."""
         if mode not in self.modes:
             raise ConfigError(
-                f"--mode {mode}: {self.place} has no embeddings; make an index with --embedder MODEL, or ask with --mode bm25"
+                f"--mode {mode}: {self.place} has no embeddings. Make an index with --embedder MODEL, or use --mode bm25"
             )
         depth = top if mode != "hybrid" else max(top, DEPTH)
         words = [self._by_words(question, depth) for question in questions] if mode != "dense" else []
@@ -102,7 +102,7 @@ class SearchIndex:
             return next((row["columns"] for row in reasons.end_of(kept, document)), {})
         except FileNotFoundError as e:
             missing = f"{self.place}: the record of its documents is missing ({brief(e)})"
-            raise DataError(f"{missing}; run `heliostat index-documents` again") from e
+            raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
         """Returns those of the documents that the index has passages of; reads the ids of all."""
@@ -134,10 +134,10 @@ class SearchIndex:
             embedded = tasks.embed(str(self.embedder), questions, BATCH)
         for question, one in zip(questions, embedded, strict=True):
             if not one:
-                raise ConfigError(f"question: {question[:80]!r} has no token that the embedder knows; ask with --mode bm25")
+                raise ConfigError(f"question: the embedder knows no token of {question[:80]!r}. Use --mode bm25")
             if one["truncated"]:
-                length = f"has more tokens than the {one['tokens']:,} that the embedder takes"
-                raise ConfigError(f"question: {question[:80]!r} {length}; ask a shorter one, or with --mode bm25")
+                length = f"has more than {one['tokens']:,} tokens, the embedder's maximum"
+                raise ConfigError(f"question: {question[:80]!r} {length}. Ask a shorter one, or use --mode bm25")
         return [one["embedding"] for one in embedded]
 
     @cached_property
@@ -146,7 +146,7 @@ class SearchIndex:
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
-            raise ConfigError(f"--embedder: {folder}, which {self.place} was made with, is not there; name its folder")
+            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Name its folder")
         if model_digest(folder) != known["digest"]:
-            raise ConfigError(f"--embedder: {folder} is not the model {known['digest'][:12]} that {self.place} was made with")
+            raise ConfigError(f"--embedder: {folder} isn't the model {known['digest'][:12]} that made {self.place}")
         return folder

@@ -71,7 +71,7 @@ class IndexRecord(TypedDict):
     replaced: NotRequired[dict[Inside, Number]]
 
 
-RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="run `heliostat index-documents` again")
+RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="Run `heliostat search index` again")
 
 
 def read_record(index: Location) -> IndexRecord:
@@ -80,7 +80,7 @@ def read_record(index: Location) -> IndexRecord:
     try:
         return RECORD_FORMAT.read(place)
     except FileNotFoundError as e:
-        raise ConfigError(f"{index}: no index here ({RECORD} is missing); make one with `heliostat index-documents`") from e
+        raise ConfigError(f"{index}: no index here ({RECORD} is missing). Make one: heliostat search index") from e
 
 
 def address(index: Location) -> tuple[str, dict[str, str] | None]:
@@ -155,8 +155,8 @@ def read(index: Location, operation: Callable[[], T]) -> T:
         return place.attempt(operation)
     except (ValueError, FileNotFoundError) as e:  # Arrow passes on as ValueError what Lance raises while it reads
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
-            raise StorageError(f"{place}: cannot be read ({brief(e)})") from e
-        raise DataError(f"{place}: a part of it is missing ({brief(e)}); run `heliostat index-documents` again") from e
+            raise StorageError(f"{place}: can't read it ({brief(e)})") from e
+        raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 
 def clean(table: lance.LanceDataset) -> None:

@@ -66,7 +66,7 @@ def open_text(place: Location) -> Manifest:
     prepared = manifest.read(place)
     if prepared.kind != "tokens":
         raise ConfigError(
-            f"{place}: holds {prepared.kind!r}, not text; `heliostat index-documents` takes a dataset of a text pipeline"
+            f"{place}: holds {prepared.kind!r}, not text. `heliostat search index` needs a dataset of a text pipeline"
         )
     return prepared
 
@@ -128,10 +128,10 @@ def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.n
     try:
         names, tokens = place.attempt(get)
     except FileNotFoundError as e:
-        raise DataError(f"{place}: the shard is missing; put it back, or prepare the dataset again") from e
+        raise DataError(f"{place}: the shard is missing. Restore it, or prepare the dataset again") from e
     except (pa.ArrowException, OSError, KeyError, ValueError) as e:
-        fault = f"{place}: row group {group.number} cannot be read with its documents' ids ({brief(e)})"
-        raise DataError(f"{fault}; prepare the dataset again") from e
+        fault = f"{place}: can't read row group {group.number} with its documents' ids ({brief(e)})"
+        raise DataError(f"{fault}. Prepare the dataset again") from e
     lists = tokens["tokens"].combine_chunks()
     flat, offsets = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy()
     rows = [flat[a:b] for a, b in pairwise(offsets.tolist())]

@@ -50,19 +50,19 @@ def require(name: str, folder: Path) -> dict[str, Any]:
     """Reads an adapter's configuration; ConfigError if it is none that is served, before a weight is read."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{where}: holds no adapter ({CONFIG} is missing); name a folder that peft has written")
+        raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
     config = SETTINGS.read(folder / CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{where}: is an adapter of kind {config.get('peft_type')!r}; LORA is served")
+        raise ConfigError(f"{where}: adapters of kind {config.get('peft_type')!r} aren't supported. Use LORA")
     for key, usual in NEUTRAL.items():
         if key in config and config[key] not in usual:
             raise ConfigError(
-                f"{where}: {CONFIG}: {key}: {config[key]!r} is not served; merge it into its model (merge_and_unload)"
+                f"{where}: {CONFIG}: {key}: {config[key]!r} isn't supported. Merge the adapter into its model (merge_and_unload)"
             )
     if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
-        raise ConfigError(f"{where}: {CONFIG}: r and lora_alpha are required: the rank, from 1 on, and a number")
+        raise ConfigError(f"{where}: {CONFIG}: r (1 or more) and lora_alpha (a number) are required")
     if not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{where}: has no {WEIGHTS}; save it with safetensors")
+        raise ConfigError(f"{where}: has no {WEIGHTS}. Save it with safetensors")
     return config
 
 
@@ -86,7 +86,7 @@ class Adapters:
             try:
                 model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
             except ValueError as e:
-                raise ConfigError(f"--adapter: {name}: {e}; merge it into its model") from e
+                raise ConfigError(f"--adapter: {name}: {e}. Merge it into its model") from e
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -103,7 +103,7 @@ class Adapters:
             if not chosen:
                 return None
             if out.dim() != 3 or len(out) != len(self.names):
-                raise ValueError("one of its layers does not go row by row")
+                raise ValueError("one of its layers doesn't compute rows independently")
             for name in chosen:
                 rows = torch.tensor([i for i, one in enumerate(self.names) if one == name], device=out.device)
                 layer = known[name]
@@ -119,14 +119,14 @@ def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as e:
-        raise ConfigError(f"{where}: cannot be read ({e}); save it again") from e
+        raise ConfigError(f"{where}: can't read it ({e}). Save it again") from e
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(key)):
-            raise ConfigError(f"{where}: {key!r} is no matrix of a layer; such an adapter is not served")
+            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Such adapters aren't supported")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
-        raise ConfigError(f"{where}: is empty; save the adapter again")
+        raise ConfigError(f"{where}: the adapter is empty. Save it again")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return {path: _layer(pair, linear.get(path), config["r"], scale, f"{where}: {path}") for path, pair in pairs.items()}
@@ -134,11 +134,11 @@ def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
 
 def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: int, scale: float, where: str) -> Layer:
     if module is None:
-        raise ConfigError(f"{where}: is no linear layer of the model; is it an adapter of another one?")
+        raise ConfigError(f"{where}: isn't a linear layer of the model. Pass an adapter of this model")
     if set(pair) != {"A", "B"}:
-        raise ConfigError(f"{where}: has {' and '.join(sorted(pair))} alone; save the adapter again")
+        raise ConfigError(f"{where}: has only {' and '.join(sorted(pair))}. Save the adapter again")
     down, up = pair["A"], pair["B"]
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, of rank {rank}, and the layer is {tuple(module.weight.shape)}"
-        raise ConfigError(f"{where}: its matrices are {shapes}; is it an adapter of another model?")
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer has {tuple(module.weight.shape)}"
+        raise ConfigError(f"{where}: its matrices are {shapes}. Pass an adapter of this model")
     return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))

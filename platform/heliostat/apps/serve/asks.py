@@ -102,4 +102,6 @@ def kind_of(folder: Path) -> str:
         return TEXT
     if issubclass(recipe, Paints):
         return IMAGES
-    raise ConfigError(f"{folder}: is of {recipe.__name__}, and only models that write, draw or embed texts are served")
+    raise ConfigError(
+        f"{folder}: a model of {recipe.__name__} can't be served: it generates no text or images, and embeds no texts"
+    )

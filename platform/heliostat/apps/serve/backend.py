@@ -48,7 +48,7 @@ class Backend:
                 except self.lost as e:
                     self._again(e, left)
             await asyncio.sleep(PAUSE_S)
-        raise AssertionError("unreachable: the last try has raised")
+        raise AssertionError("unreachable: the last attempt raised an error")
 
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version and each item of a stream; Refusal also in its midst, where a replica dies when some were sent."""
@@ -64,7 +64,7 @@ class Backend:
                     return
                 except self.lost as e:
                     if begun:
-                        said = "the replica that wrote this answer died; ask again with the same seed for the same text"
+                        said = "the replica that generated this answer died. Ask again with the same seed for the same text"
                         raise Refusal(503, said, code="replica_died") from e
                     self._again(e, left)
             await asyncio.sleep(PAUSE_S)
@@ -94,13 +94,13 @@ class Backend:
             async with asyncio.timeout_at(end):
                 yield
         except TimeoutError as e:
-            raise Refusal(504, f"not answered within {self.deadline_s:g} s", code="timeout") from e
+            raise Refusal(504, f"no answer within {self.deadline_s:g} s", code="timeout") from e
 
     def _again(self, error: BaseException, left: int) -> None:
         self.retried += 1
-        log.warning("a replica was lost (%s); %d tries are left for its request", type(error).__name__, left)
+        log.warning("lost a replica (%s); %d attempts left for its request", type(error).__name__, left)
         if not left:
-            raise Refusal(503, f"{TRIES} replicas died over this request", code="replica_died", retry_after=5) from error
+            raise Refusal(503, f"{TRIES} replicas died during this request", code="replica_died", retry_after=5) from error
 
 
 def _sound(item: Item) -> Item:

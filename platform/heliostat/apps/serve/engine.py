@@ -133,7 +133,7 @@ class ServingEngine:
                 try:
                     one.join(group)
                 except Exception as e:  # noqa: BLE001 (the same: they stay apart)
-                    log.warning("rows step apart, as they could not be joined (%s: %s)", type(e).__name__, brief(e))
+                    log.warning("computing rows separately, because they can't be joined (%s: %s)", type(e).__name__, brief(e))
                     break
                 others.extend(rows)
                 return
@@ -249,7 +249,7 @@ class VllmEngine:
         except Exception as e:  # noqa: BLE001 (whatever vLLM raises: the others go on)
             log.error("a request failed (%s: %s)", type(e).__name__, brief(e))
             if self.stream.llm.errored:
-                log.critical("vLLM has died, and this replica ends: another one answers")
+                log.critical("vLLM has died, and this replica ends. Another replica answers")
                 os._exit(1)
             row.fail(f"{type(e).__name__}: {brief(e)}")
 

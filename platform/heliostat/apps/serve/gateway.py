@@ -17,15 +17,15 @@ from heliostat.apps.serve.replica import Replica
 from heliostat.web.refusals import Refusal
 
 MINUTE = 60.0
-FAILED = Refusal(500, "the endpoint failed; its log says why")
+FAILED = Refusal(500, "the endpoint failed. Read its log")
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 A = TypeVar("A")
 Work = Callable[[Replica, A], Awaitable[Item]]
 Pieces = Callable[[Replica, A], AsyncGenerator[Item]]
 DOES = {
-    TEXT: "writes, and draws nothing; ask it at /v1/completions",
-    IMAGES: "draws, and writes nothing; ask it at /v1/images/generations",
-    EMBEDDINGS: "embeds texts, and writes nothing; ask it at /v1/embeddings",
+    TEXT: "generates text. Send the request to /v1/completions",
+    IMAGES: "generates images. Send the request to /v1/images/generations",
+    EMBEDDINGS: "embeds texts. Send the request to /v1/embeddings",
 }
 
 
@@ -65,8 +65,8 @@ class FrontSettings:
     def require_served(self, model: str) -> None:
         """Raises Refusal unless something of this name is served."""
         if model not in self.names:
-            served = f"{' and '.join(map(repr, self.names))} {'are' if self.names[1:] else 'is'}"
-            raise Refusal(404, f"model: {model[:100]!r} is not served; {served}", "model", "model_not_found")
+            served = f"{', '.join(map(repr, self.names))}"
+            raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
         """Raises Refusal unless a model of a kind that fits is asked, and is served."""
@@ -74,9 +74,12 @@ class FrontSettings:
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
                 return
-            raise Refusal(400, f"model: {model!r} is an adapter, and writes alone", "model", "unsupported_by_model")
+            raise Refusal(400, f"model: {model!r} is an adapter, which only generates text", "model", "unsupported_by_model")
         if model != self.model:
-            said = f"model: {model!r} is an index; ask it at /v1/search, or at /v1/chat/completions where a model answers from it"
+            said = (
+                f"model: {model!r} is an index. Send the request to /v1/search, or to /v1/chat/completions if a model "
+                "answers from it"
+            )
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.kind not in fit:
             raise Refusal(400, f"model: {model!r} {DOES[str(self.kind)]}", "model", "unsupported_by_model")
@@ -96,9 +99,9 @@ class RequestLimits:
         while began and began[0] <= now - MINUTE:
             began.popleft()
         if self.at_once and self.open[name] >= self.at_once:
-            raise self._refusal(f"{self.at_once} requests of this key are open", 1)
+            raise self._refusal(f"this key has {self.at_once} open requests", 1)
         if self.a_minute and len(began) >= self.a_minute:
-            raise self._refusal(f"{self.a_minute} requests of this key came within a minute", began[0] + MINUTE - now)
+            raise self._refusal(f"this key sent {self.a_minute} requests within a minute", began[0] + MINUTE - now)
         self.open[name] += 1
         if self.a_minute:
             began.append(now)
@@ -109,7 +112,7 @@ class RequestLimits:
 
     def _refusal(self, why: str, seconds: float) -> Refusal:
         after = max(1, math.ceil(seconds))
-        return Refusal(429, f"{why}, which is the limit; try again in {after} s", None, "rate_limit_exceeded", after)
+        return Refusal(429, f"{why}, which is the limit. Try again in {after} s", None, "rate_limit_exceeded", after)
 
 
 class Measures:

@@ -103,5 +103,7 @@ class Painter:
         width, height = self.size
         w, h = options.get("width", width), options.get("height", height)
         if w * h > MOST_AREA * width * height:
-            said = f"size: {w}x{h}: the model draws {width}x{height} pixels, and at most {MOST_AREA} times as many are drawn"
+            said = (
+                f"size: {w}x{h}: the model generates {width}x{height} pixels, and at most {MOST_AREA} times as many are allowed"
+            )
             raise Refusal(400, said, "size", "invalid_value")

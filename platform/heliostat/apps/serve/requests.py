@@ -58,7 +58,7 @@ def read(kind: type[B], raw: bytes) -> B:
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)
     if "stream_options" in fields and not fields.get("stream"):
-        raise Refusal(400, "stream_options: goes with stream: true", "stream_options")
+        raise Refusal(400, "stream_options: needs stream: true", "stream_options")
     try:
         return kind.model_validate(fields)
     except ValidationError as e:
@@ -69,11 +69,11 @@ def _require_neutral(name: str, value: object, kind: type[Body]) -> None:
     shown = brief(name, 60)
     if name in kind.neutral:
         if value != kind.neutral[name]:
-            fix = f"leave it out, or give {json.dumps(kind.neutral[name])}"
-            raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} is not supported; {fix}", name, "unsupported_parameter")
+            fix = f"Leave it out, or set it to {json.dumps(kind.neutral[name])}"
+            raise Refusal(400, f"{shown}: {brief(json.dumps(value), 60)} isn't supported. {fix}", name, "unsupported_parameter")
         return
     near = difflib.get_close_matches(name, [*kind.model_fields, *kind.neutral], 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f". Did you mean {near[0]!r}?" if near else ""
     raise Refusal(400, f"{shown}: unknown parameter{hint}", shown, "unknown_parameter")
 
 
@@ -82,11 +82,11 @@ def _first(error: ValidationError) -> Refusal:
     where = [str(part) for part in fault["loc"]]
     name = where[0] if where else "body"
     if fault["type"] == "missing":
-        return Refusal(400, f"{'.'.join(where)}: is missing", name, "missing_required_parameter")
+        return Refusal(400, f"{'.'.join(where)}: required", name, "missing_required_parameter")
     if not where:  # of several parameters together: it says their names
         said = fault["msg"].removeprefix("Value error, ")
         return Refusal(400, said, said.partition(":")[0], "invalid_value")
     value = brief(json.dumps(fault["input"], default=str), 60)
-    said = "is not text" if fault["type"] == "string_type" else fault["msg"].removeprefix("Value error, ")
+    said = "isn't text" if fault["type"] == "string_type" else fault["msg"].removeprefix("Value error, ")
     said = said[:1].lower() + said[1:]
     return Refusal(400, f"{'.'.join(where)}: {value}: {said}", name, "invalid_value")

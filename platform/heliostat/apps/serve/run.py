@@ -1,4 +1,4 @@
-"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat serve MODEL`.
+"""Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
 
     client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
 
@@ -67,7 +67,7 @@ class Versions:
         for old, until in list(self.until.items()):
             if not open_.get(old) or self.clock() > until:
                 if open_.get(old):
-                    log.warning("%s ends with %d requests that did not end in %g s", old, open_[old], self.drain_s)
+                    log.warning("%s ends with %d requests that didn't end within %g s", old, open_[old], self.drain_s)
                 del self.until[old]
                 self.end(old)
                 log.info("%s has ended", old)
@@ -83,12 +83,12 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("%s is not served, and %s still is: %s", wanted, self.current, brief(e))
+                log.error("can't serve %s, so %s stays: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:
             self.until[self.current] = self.clock() + self.drain_s
-            log.info("requests go to %s now, and %s drains", wanted, self.current)
+            log.info("requests now go to %s, and %s finishes its own", wanted, self.current)
         self.current = wanted
 
 
@@ -123,7 +123,7 @@ def stop() -> bool:
     ConfigError if the cluster serves something else, or the command is still running.
     """
     if not os.environ.get("RAY_ADDRESS"):
-        raise ConfigError("--stop: goes with --cluster; a command without one takes its endpoint with it")
+        raise ConfigError("--stop: needs --cluster. Without one, the endpoint ends with its command")
     from heliostat.cluster.connect import connect, disconnect
 
     connect(cpus=1)
@@ -149,9 +149,9 @@ def end_left() -> bool:
     if not applications and not status.proxies:
         return False
     if not applications and not deployed.started_here():
-        raise ConfigError("this cluster's Ray Serve was started by others, and would end with this endpoint; take another")
+        raise ConfigError("others started this cluster's Ray Serve, and it would end with this endpoint. Use another cluster")
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
-        raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint; take another cluster")
+        raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint. Use another cluster")
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends it with its driver
@@ -159,7 +159,9 @@ def end_left() -> bool:
         serve.shutdown()
         deployed.record_start(False)
         return True
-    raise ConfigError("this cluster has an endpoint, and its command is still running; stop that with Ctrl-C, or take another")
+    raise ConfigError(
+        "this cluster has an endpoint, and its command is still running. Stop it with Ctrl-C, or use another cluster"
+    )
 
 
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
@@ -180,7 +182,7 @@ def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: O
             silent_since = 0.0
         except FrontError as e:
             silent_since = silent_since or time.monotonic()
-            log.warning("the front does not answer (%s); Ray Serve starts it again", brief(e))
+            log.warning("the HTTP server doesn't answer (%s). Ray Serve starts it again", brief(e))
             if time.monotonic() > silent_since + FRONT_S:
                 raise
         if not announced and not silent_since:
@@ -208,7 +210,7 @@ class ServeEndpoint:
         """Chooses the engine that answers with a version, and says why. ConfigError if the engine of --engine can't."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
-                raise ConfigError("--engine vllm: goes with a model that writes; give --engine auto")
+                raise ConfigError("--engine vllm: needs a model that generates text. Use --engine auto")
             return "transformers", ""
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
@@ -246,7 +248,9 @@ class ServeEndpoint:
         """Loads a version on its replicas; HeliostatError if it does not, and then nothing of it is left."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
-            raise ConfigError(f"{folder}: is a model of {kind}, and the endpoint serves one of {self.kind}; start another")
+            raise ConfigError(
+                f"{folder}: is a model of {kind}, but the endpoint serves one of {self.kind}. Start another endpoint"
+            )
         log.info("loading %s", version)
         try:
             self._deploy(version, self._model(folder), None)
@@ -260,7 +264,7 @@ class ServeEndpoint:
         try:
             return self.front.use.remote(version).result(timeout_s=30)
         except Exception as e:
-            raise FrontError(f"the front does not answer: {type(e).__name__}: {brief(e)}") from e
+            raise FrontError(f"the HTTP server doesn't answer: {type(e).__name__}: {brief(e)}") from e
 
     def end(self, version: str) -> None:
         """Ends a version's replicas."""
@@ -302,9 +306,11 @@ class ServeEndpoint:
                 raise StoppedError(f"stopped before {name} was loaded")
             if state.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 messages = [one.message for one in state.deployments.values() if one.message]
-                raise HeliostatError(f"{name} does not start: {brief(_last(messages[0] if messages else state.message))}")
+                raise HeliostatError(f"{name} didn't start: {brief(_last(messages[0] if messages else state.message))}")
             if time.monotonic() > end:
-                raise HeliostatError(f"{name} did not start within {START_S:g} s; has Ray a CPU or a GPU for each replica?")
+                raise HeliostatError(
+                    f"{name} didn't start within {START_S:g} s. Check that Ray has a CPU or a GPU for each replica"
+                )
             time.sleep(0.1)
 
     def _front(self, keys: dict[str, str] | None) -> Application:
@@ -342,7 +348,7 @@ def require_free(port: int) -> None:
     """Raises ConfigError if something listens on a port already."""
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
-            raise ConfigError(f"--port: {port} on {LOOPBACK} is taken; give another")
+            raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another")
 
 
 def _last(text: str) -> str:

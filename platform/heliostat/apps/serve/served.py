@@ -66,7 +66,7 @@ class VersionSource:
         except HeliostatError as e:
             if not self.known:
                 raise
-            log.warning("%s is still served: %s", self.known, brief(e))
+            log.warning("still serving %s: %s", self.known, brief(e))
         return self.known
 
     def folder(self, version: str) -> Path:
@@ -106,7 +106,7 @@ class ServedModels:
             from heliostat.apps.serve import adapters
 
             if kind != TEXT:
-                raise ConfigError("--adapter: goes with a model that writes")
+                raise ConfigError("--adapter: needs a model that generates text")
             for name, place in self.adapters.items():
                 adapters.require(name, Path(place))
         return kind
@@ -125,13 +125,13 @@ class ServedModels:
         """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
         folders = dict[str, str]()
         if pairs and self.name is None:
-            raise ConfigError("--adapter: goes with a model that writes")
+            raise ConfigError("--adapter: needs a model that generates text")
         for one in pairs:
             name, _, folder = one.partition("=")
             if not name or not folder:
-                raise ConfigError(f"--adapter: {one!r} is not NAME=FOLDER")
+                raise ConfigError(f"--adapter: expected NAME=FOLDER, got {one!r}")
             if name in (self.name, self.index_name, *folders):
-                raise ConfigError(f"--adapter: {name!r} is the name of something else that is served; give it another")
+                raise ConfigError(f"--adapter: the name {name!r} is already in use. Choose another")
             folders[name] = str(Path(folder).absolute())
         return replace(self, adapters=folders)
 
@@ -141,12 +141,12 @@ def served(
 ) -> ServedModels:  # fmt: skip
     """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
     if model is None and index is None:
-        raise ConfigError("MODEL: give a model, an index with --index, or both")
+        raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
-        raise ConfigError("--name: is the model's; an index is called as its folder")
+        raise ConfigError("--name: names the model, and there is none. An index has the name of its folder")
     for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
         if index is None and folder is not None:
-            raise ConfigError(f"{option}: goes with --index")
+            raise ConfigError(f"{option}: needs --index")
     if index is None:
         assert model is not None
         source = VersionSource(model, store)
@@ -158,7 +158,7 @@ def served(
         return ServedModels(NoModel(called), None, uri, called, embeds, orders)
     source = VersionSource(model, store)
     if called == (name or source.name):
-        raise ConfigError(f"--name: the index is called {called!r} as well; give the model another name")
+        raise ConfigError(f"--name: the index is called {called!r} too. Choose another name for the model")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
 
 
@@ -167,20 +167,20 @@ class Options(Strict):
 
     port: int = Field(8000, ge=1, le=65535)
     replicas: tuple[int, int] = (1, 1)
-    """At least and at most so many."""
+    """Minimum and maximum number of replicas."""
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    """What writes; auto is vllm where it can be."""
+    """Engine of text generation; auto uses vllm where it is supported."""
     batch: int = Field(16, ge=1, le=4096)
-    """Prompts that a replica answers at once."""
+    """Prompts that a replica answers in one batch."""
     body_bytes: int = Field(1 << 20, ge=1)
     max_tokens: int = Field(1024, ge=1)
-    """The largest number of tokens of an answer."""
+    """Maximum tokens of an answer."""
     at_once: int = Field(256, ge=0)
-    """Concurrent requests per key; 0 is no limit."""
+    """Concurrent requests per key; 0 means no limit."""
     a_minute: int = Field(0, ge=0)
-    """Requests per key and minute; 0 is no limit."""
+    """Requests per key and minute; 0 means no limit."""
     deadline_s: Float = Field(300.0, gt=0)
-    """Seconds that an answer may take."""
+    """Maximum seconds of an answer."""
     poll_s: Float = Field(2.0, gt=0)
     """Seconds between two checks of the alias."""
 
@@ -190,5 +190,5 @@ def replica_range(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
-        raise ConfigError(f"--replicas: {text!r} is no number of replicas; give one, as 2, or a range, as 1..4")
+        raise ConfigError(f"--replicas: expected a number, for example 2, or a range, for example 1..4, got {text!r}")
     return least, most

@@ -36,7 +36,7 @@ class Shelf:
             raise Refusal(400, "the question is empty", None, "invalid_value")
         mode = request.mode or self.index.modes[0]
         if mode not in self.index.modes:
-            said = f"mode: {mode!r}: the index has no embeddings, and is searched by {', '.join(self.index.modes)} alone"
+            said = f"mode: {mode!r}: the index has no embeddings. Use {', '.join(self.index.modes)}"
             raise Refusal(400, said, "mode", "invalid_value")
         try:
             passages = best(self.index, self.reranker, request.question, mode, request.top)
@@ -45,7 +45,7 @@ class Shelf:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except DataError as e:
             log.error("%s", e)
-            said = "the index that is served lacks a part, or was replaced over a day ago; restart the endpoint"
+            said = "a part of the served index is missing, or the index was replaced over a day ago. Restart the endpoint"
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
@@ -54,11 +54,11 @@ class Shelf:
         Refusal if nothing is found, or there is no room for the question.
         """
         if room is not None and room < 1:
-            said = f"max_tokens: leaves no room for the question; ask for at least {1 - room:,} fewer"
+            said = f"max_tokens: leaves no room for the question. Ask for at least {1 - room:,} fewer"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(request)
         if not passages:
-            raise Refusal(404, "no passage of the index has a word of the question", "messages", "no_passage")
+            raise Refusal(404, "no passage of the index contains a word of the question", "messages", "no_passage")
         try:
             written = await asyncio.to_thread(answering.prompt, request.question, passages, room, count)
         except ConfigError as e:

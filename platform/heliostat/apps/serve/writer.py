@@ -61,7 +61,7 @@ class Writer:
     async def embed(self, texts: list[str]) -> list[Item]:
         """Embeds texts: of each the `embedding`, and its `tokens`; Refusal if one cannot be embedded."""
         if isinstance(self.engine, VllmEngine):
-            said = "model: embeddings are not supported where vLLM answers; start with --engine transformers"
+            said = "model: embeddings aren't supported with vLLM. Start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Item] = loop.create_future()
@@ -81,7 +81,7 @@ class Writer:
             if answer.bad:
                 raise Refusal(500 if answer.bad == "failed" else 400, f"input.{number}: {answer.detail}", "input")
             if answer.values["truncated"]:
-                said = f"input.{number}: is longer than the {self.engine.loaded.longest} tokens that the model takes"
+                said = f"input.{number}: is longer than {self.engine.loaded.longest} tokens, the model's maximum"
                 raise Refusal(400, said, "input", "context_length_exceeded")
         values = [answer.values for answer in item["answers"]]
         return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]
@@ -117,7 +117,7 @@ class Writer:
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
         """Takes a prompt's tokens as they are; Refusal if the model has not all of them."""
         if suffix:
-            raise Refusal(400, "suffix: goes with prompts of text, not of tokens", "suffix", "invalid_value")
+            raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
         if unknown := [token for token in tokens if token >= most]:
             raise Refusal(400, f"prompt: the model has {most} tokens, and no token {unknown[0]}", "prompt", "invalid_value")
@@ -126,7 +126,12 @@ class Writer:
     def _chat(self, messages: Messages) -> list[int]:
         tokenizer = self.engine.loaded.tokenizer
         if not tokenizer.chat_template:
-            raise Refusal(400, "the model's tokenizer has no chat template; ask /v1/completions", "messages", "no_chat_template")
+            raise Refusal(
+                400,
+                "the model's tokenizer has no chat template. Send the request to /v1/completions",
+                "messages",
+                "no_chat_template",
+            )
         try:
             return chat.encode(tokenizer, messages)
         except ConfigError as e:
@@ -138,7 +143,10 @@ class Writer:
         room = ask.limit if longest is None else longest - len(tokens)
         wanted = min(room, ask.limit) if ask.most is None else ask.most
         if wanted < 1 or wanted > room:
-            said = f"{where}: {len(tokens)} tokens, and {max(wanted, 1)} for the answer: the model takes {longest} together"
+            said = (
+                f"{where}: {len(tokens)} tokens, and {max(wanted, 1)} for the answer, are more than the model's "
+                f"maximum of {longest}"
+            )
             raise Refusal(400, said, where, "context_length_exceeded")
         return wanted
 

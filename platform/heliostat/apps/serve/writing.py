@@ -60,7 +60,9 @@ class Sampled(Body):
         `most`: new tokens, None for as many as there is room for; `where`: the parameter that they are from.
         """
         if most is not None and most > settings.max_tokens:
-            raise Refusal(400, f"{where}: {most} is over the limit; give at most {settings.max_tokens}", where, "invalid_value")
+            raise Refusal(
+                400, f"{where}: {most} is above the limit. Set it to {settings.max_tokens} or less", where, "invalid_value"
+            )
         first = seed(self.seed)
         seeds = [(first + i) % 2**63 for i in range(prompts)]
         adapter = self.model if self.model in settings.adapters else None
@@ -150,7 +152,7 @@ class WritingRoute(Route[S, Ask]):
                 gateway.measures.broken.inc()
                 yield event(e.body())
             except Exception:  # never an end that looks like one
-                log.exception("a stream broke")
+                log.exception("a stream ended early")
                 gateway.measures.broken.inc()
                 yield event(FAILED.body())
 

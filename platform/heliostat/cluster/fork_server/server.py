@@ -72,7 +72,7 @@ def prepare(modules: Iterable[str]) -> None:
     if threading.active_count() > 1:
         raise SystemExit("the imported modules have started threads, which a fork would lose")
     if _next_id() == _next_id():
-        raise SystemExit("Ray has drawn random numbers already: all forks would draw the same ones, and use the same names")
+        raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same ones and use the same names")
     gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
 
 
@@ -144,7 +144,7 @@ def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkReques
         if not more or len(data) > LIMIT:
             for one in received:
                 os.close(one)
-            raise ValueError("half a request")
+            raise ValueError("incomplete request")
         data += more
     return ForkRequest(**json.loads(data)), received
 

@@ -40,7 +40,11 @@ def supported() -> bool:
         return False
     version = metadata.version("ray")
     if version.rpartition(".")[0] not in TESTED:
-        log.warning("Ray %s starts workers itself, some seconds each: the fork server was tested with %s", version, TESTED[-1])
+        log.warning(
+            ("Ray %s starts workers without the fork server, which takes some seconds each: the fork server was tested with %s"),
+            version,
+            TESTED[-1],
+        )
         return False
     return True
 

@@ -1,1 +1,1 @@
-"""Splits English text into words as spaCy's blank English pipeline does, whose words the published filters count by."""
+"""Splits English text into words like spaCy's blank English pipeline, which the published filters use."""

@@ -1,9 +1,9 @@
-"""Splits what stands between white space into words, by the rules of spaCy's blank English pipeline.
+"""Splits the text between white space into words, by the rules of spaCy's blank English pipeline.
 
-What is split off first are marks before and behind, one at a time, then units behind numbers; a URL stays whole; the rest is
-split at hyphens, commas, slashes and the like between letters. Exceptions win wherever they appear. The rules follow the
-documented algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than
-`LONGEST` characters is one word, as no word is that long.
+First it splits off marks at both ends, one at a time, then units after numbers. A URL stays one word. The rest is split at
+hyphens, commas, slashes, and the like between letters. Exceptions win everywhere. The rules follow the documented algorithm
+(https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than `LONGEST` characters is
+one word.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ _EMOTICONS = r"""
 
 
 def _contractions() -> Iterator[tuple[str, str]]:
-    """Yields contractions in small letters, and what they are split into at the spaces."""
+    """Yields contractions in lower case, and their parts, separated by spaces."""
     yield from _ODD.items()
     yield from _ODD_PLAIN.items()
     forms = [(verb, "nt", "n't") for verb in _NOT.split()] + [(verb, "nt ve", "n't 've") for verb in _NOT_HAVE.split()]
@@ -116,7 +116,7 @@ def _all() -> Iterator[tuple[str, str]]:
 
 
 def exceptions() -> dict[str, tuple[str, ...]]:
-    """Builds the table of exceptions, each with either apostrophe (' and ’): the string, and its words."""
+    """Builds the table of exceptions, with either apostrophe (' and ’): the string, and its words."""
     plain = {whole: tuple(split.split()) for whole, split in _all()}
     curly = {whole.replace("'", "’"): tuple(word.replace("'", "’") for word in words) for whole, words in plain.items()}
     return plain | curly
@@ -137,7 +137,7 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Strips marks from both ends, each a word of its own, until nothing more or an exception is left; splits the rest."""
+    """Strips marks from both ends, each as a word, until none or an exception is left; splits the rest."""
     before, behind = list[str](), list[str]()
     while text and text not in known:
         size, mark, last = len(text), _PREFIX.match(text), 0
@@ -162,7 +162,7 @@ def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _suffix(text: str) -> int:
-    """Measures what is to be split off at the end; the longest that fits."""
+    """Measures the longest suffix to split off."""
     last = text[-1:]
     if not last:
         return 0
@@ -196,7 +196,7 @@ def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _is_url(text: str) -> bool:
-    """Checks for a host with a top-level domain, or a public address, with whatever may stand around one."""
+    """Checks for a host with a top-level domain, or a public address, with the usual parts around one."""
     if "." not in text:
         return False
     starts = {0}
@@ -209,7 +209,7 @@ def _is_url(text: str) -> bool:
 
 
 def _public(address: str) -> bool:
-    """Checks the four numbers at the start of an address: in range, and none of the private networks."""
+    """Checks the four numbers at the start of an address: in range, and outside private networks."""
     first, second, third, last = (int(number) for number in regex.match(r"(\d+)\.(\d+)\.(\d+)\.(\d+)", address).groups())
     private = first in (10, 127) or (first, second) in ((169, 254), (192, 168)) or (first == 172 and 16 <= second <= 31)
     return not private and first <= 223 and max(second, third) <= 255 and 1 <= last <= 254

@@ -1,8 +1,8 @@
-"""Turns texts into their words, as hashes, with what the filters ask of each word.
+"""Turns texts into words, as hashes, with the facts about each word that filters need.
 
-What stands between white space is split once and remembered, because a text's words are mostly those of the texts before: a
-document then costs a look-up a word. The memory is bounded: a text is gone through in slices, and what is remembered is
-forgotten when it is much, which changes no result.
+Each string between white space is split once and cached, because most words of a text appear in earlier texts. A document then
+costs one look-up per word. Memory is bounded: a text is processed in slices, and the cache is emptied when it is large, which
+changes no result.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SYMBOLS = TERMINALS | frozenset(
 
 @dataclass(frozen=True)
 class Spoken:
-    """Holds the words of a text, in their order: the hash of each, its characters, and whether it is a symbol or has a letter."""
+    """Holds the words of a text, in order: the hash of each, its characters, and whether it is a symbol or has a letter."""
 
     hash: np.ndarray
     length: np.ndarray
@@ -47,7 +47,7 @@ def hash_of(word: str) -> int:
 
 
 class Words:
-    """Splits texts into words, and remembers what it has split."""
+    """Splits texts into words, with a cache."""
 
     def __init__(self) -> None:
         self._recent: dict[str, Spoken] = {}
@@ -84,7 +84,7 @@ class Words:
         return Spoken(*(table[numbers] for table in _arrays(self._tables)))
 
     def _number(self, word: str) -> int:
-        """Returns the place of a word in the tables."""
+        """Returns the index of a word in the tables."""
         known = self._numbers.get(word)
         if known is not None:
             return known
@@ -113,7 +113,7 @@ _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # between two spa
 
 
 def sentences(text: str) -> int:
-    """Counts the sentences of a text as spaCy's sentencizer does; 0 if there is nothing in it but white space."""
+    """Counts the sentences of a text like spaCy's sentencizer; 0 if it has only white space."""
     parts = regex.split(r" |([^\S ]\s*)", text) if _OTHER_SPACE.search(text) else text.split(" ")
     if not text or text.isspace():
         return 0
@@ -139,7 +139,7 @@ def sentences(text: str) -> int:
 
 
 def _effect(part: str) -> tuple[int, bool, int, bool]:
-    """Computes how many sentences begin in a part, and whether it ends one: if none has ended before it, and if one has."""
+    """Counts the sentences that begin in a part, and whether it ends one: both if none has ended before it, and if one has."""
     if part.isalnum() or part.isspace():
         return _PLAIN
     words = tokens(part)
@@ -159,5 +159,5 @@ def _run(words: tuple[str, ...], ended: bool) -> tuple[int, bool]:
 
 
 def is_punctuation(word: str) -> bool:
-    """Checks whether all characters of a word are punctuation, as Unicode has it."""
+    """Checks whether all characters of a word are punctuation in Unicode."""
     return all(unicodedata.category(c)[0] == "P" for c in word)

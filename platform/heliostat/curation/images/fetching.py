@@ -1,4 +1,4 @@
-"""Reads images from the URLs of a list, several at a time, in the order of the list."""
+"""Fetches images from the URLs of a list, several at a time, in the order of the list."""
 
 from __future__ import annotations
 
@@ -31,40 +31,41 @@ VERSION = 2  # raised when the same keys fetch other images
 
 
 class FetchSettings(Strict):
-    """Configures how images of lists of URLs are fetched."""
+    """Configures the fetching of images from lists of URLs."""
 
     column: str = Field("url", min_length=1)
-    """The column of URLs in the lists: `.jsonl`, `.csv` or `.parquet`."""
+    """Column with the URLs in the lists: `.jsonl`, `.csv` or `.parquet`."""
     per_second: Float = Field(1.0, gt=0)
-    """Requests a second to one host, of the whole cluster. A `Crawl-delay` in its robots.txt makes them fewer."""
+    """Maximum requests per second to one host, from the whole cluster. A `Crawl-delay` in its robots.txt lowers it."""
     seconds: Float = Field(30.0, gt=0)
-    """The longest that a request may take, redirects included."""
+    """Timeout of a request in seconds, redirects included."""
     retries: int = Field(2, ge=0, le=10)
-    """Further requests for a URL that could not be had just now (timeouts, 429, 5xx), each after a longer pause."""
+    """Retries of a URL after a temporary failure (timeouts, 429, 5xx), each after a longer pause."""
     robots: bool = True
-    """Whether robots.txt of each host is asked, and followed."""
+    """Fetches robots.txt from each host, and obeys it."""
     private: bool = False
-    """Whether hosts in private networks may be asked. No list from elsewhere should be: it could name what only you can reach."""
+    """Allows requests to hosts in private networks. Leave it off for lists from others: they can name hosts that only you
+    reach."""
     agent: str = Field("heliostat", min_length=1, pattern=r"^[ -~]+$")
-    """What requests call themselves; robots.txt is read for its name, which ends at a slash or a blank. Name your own, with an
-    address to write to."""
+    """User agent of requests; heliostat matches robots.txt against its name, which ends at a slash or a blank. Name your own,
+    with a contact address."""
     threads: int = Field(8, ge=1, le=256)
-    """Requests that a task has under way."""
+    """Concurrent requests of a task."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns what decides which images are fetched, VERSION too; the pace and patience do not."""
+        """Returns the settings that decide which images are fetched, VERSION included; the rate and retries don't."""
         return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
 
 
 @dataclass(frozen=True)
 class Fetching:
-    """Fetches the URLs of a task of `lists`; what is fetched is bounded by `bytes`."""
+    """Fetches the URLs of a task of `lists`; `bytes` bounds the fetched data."""
 
     config: FetchSettings
     bytes: int
 
     def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
-        """Yields the images of a task's URLs, or why there is none."""
+        """Yields the images of a task's URLs, or the reasons for missing ones."""
         config = self.config
         bounds = Bounds(self.bytes, config.seconds, config.private, config.agent)
         fetcher = Fetcher(bounds, 1 / config.per_second, config.retries, config.robots, of=task["of"])

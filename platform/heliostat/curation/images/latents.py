@@ -1,9 +1,9 @@
-"""Computes latents and text embeddings once, before training, in a pool of actors: frozen encoders never meet ZeRO.
+"""Computes latents and text embeddings once, before training, in a pool of actors, so that ZeRO never shards frozen encoders.
 
-Each actor loads the encoders once, on a GPU if it has one. What is stored of an image is the distribution of its latents (mean
-and log variance, float16), so that training draws from it again in every epoch, and of its caption the text encoder's last layer.
-`empty_caption.bin` holds what the encoder makes of no caption. The digest of such a dataset follows from arithmetic whose last
-bits differ by machine and batch: the same images on other hardware may give another one.
+Each actor loads the encoders once, on a GPU if it has one. The dataset stores the distribution of an image's latents (mean and
+log variance, float16), from which training samples in every epoch, and the text encoder's last layer for its caption.
+`empty_caption.bin` holds the encoding of the empty caption. The digest of such a dataset depends on arithmetic whose last bits
+differ by machine and batch, so other hardware may give another digest.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ class Latents(Strict):
     """Configures the folders of the frozen models; without `text_encoder`, captions stay text."""
 
     autoencoder: str
-    """Folder of the frozen `AutoencoderKL`."""
+    """Folder of the frozen `AutoencoderKL`, or its name on the Hugging Face Hub (docs/guides/hub.md)."""
     text_encoder: str | None = None
-    """Folder of the frozen text encoder (CLIP, T5). Unset: captions stay text."""
+    """Folder of the frozen text encoder (CLIP, T5), or its name on the Hugging Face Hub. Unset: captions stay text."""
     length: int = Field(77, gt=1)
-    """Tokens of a caption."""
+    """Maximum tokens of a caption."""
     workers: int = Field(1, gt=0)
-    """Actors that encode."""
+    """Number of encoding actors."""
     gpus: Float = Field(0.0, ge=0)
-    """GPUs of each; 0 encodes on CPUs."""
+    """GPUs per actor; 0 encodes on CPUs."""
     batch: int = Field(16, gt=0)
-    """Images that an actor encodes at once."""
+    """Images that an actor encodes in one batch."""
 
     def check(self, sizes: tuple[Size, ...], channels: int) -> None:
         from heliostat.recipes.images import config as diffusion_config
@@ -49,22 +49,23 @@ class Latents(Strict):
         factor = 2 ** (len(config["block_out_channels"]) - 1)
         for size in sizes:
             if size[0] % factor or size[1] % factor:
-                raise ConfigError(f"latents.autoencoder: needs sides that are multiples of {factor}, not {size[0]}x{size[1]}")
+                raise ConfigError(f"latents.autoencoder: the image sides must be multiples of {factor}, not {size[0]}x{size[1]}")
         if config["in_channels"] != channels:
-            raise ConfigError(f"channels: {channels}, but the autoencoder takes {config['in_channels']}")
+            raise ConfigError(f"channels: {channels} given, but the autoencoder takes {config['in_channels']}")
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that latents and embeddings follow from; the tokenizer's files where the models' digests lack them."""
+        """Returns everything that latents and embeddings depend on, with the tokenizer's files if the models' digests don't
+        cover them."""
         from heliostat.recipes.images import config as diffusion_config
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
 
     def shipments(self) -> list[Shipment]:
-        """Describes the models' files to tasks: of the text encoder, its tokenizer's too, wherever that is."""
+        """Describes the models' files to tasks, with the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)]
@@ -76,7 +77,7 @@ class Latents(Strict):
         return described
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
-        """Returns the keys with the places that this node has for `shipments`."""
+        """Returns the keys with this node's paths for `shipments`."""
         autoencoder, *text = [shipping.here(folder, one) for one in shipments]
         parts = [Path(self.text_encoder or "").name] if text and shipments[1].within else []
         return self.model_copy(update={"autoencoder": autoencoder, "text_encoder": str(Path(text[0], *parts)) if text else None})
@@ -89,7 +90,7 @@ class Latents(Strict):
 
 
 class Encoder:
-    """Encodes images and captions in an actor: tables with images in, tables with latents and embeddings out."""
+    """Encodes images and captions in an actor: from tables with images to tables with latents and embeddings."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Makes an image dataset: trains the tokenizer, deals images to shards, and sums it all for the manifest."""
+"""Makes an image dataset: trains the tokenizer, distributes images to shards, and sums the facts for the manifest."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
 
 @dataclass
 class ImageMaking(Making):
-    """Makes the dataset of one pipeline; the fields are its keys."""
+    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     meanings: ClassVar = pictures.REASONS | REASONS
     what_read: ClassVar = True
@@ -94,7 +94,7 @@ class ImageMaking(Making):
         return WrittenShards(chunks, facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Spills the read tasks one by one, so that the driver holds none of what metadata files list."""
+        """Spills the read tasks one by one, so that the driver never holds the lists of metadata files."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
@@ -108,7 +108,7 @@ class ImageMaking(Making):
         return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
 
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
-        """Counts the images of each bucket, and lists the labels, as far as a manifest would."""
+        """Counts the images of each bucket, and lists the labels, up to a limit for the manifest."""
         work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):
@@ -129,13 +129,13 @@ class ImageMaking(Making):
         return meta
 
     def _shards(self, curated: Curated, counts: dict[str, int]) -> Iterator[dict[str, Any]]:
-        """Deals the runs' images to the shards of their buckets, and writes those."""
+        """Distributes the runs' images to the shards of their buckets, and writes the shards."""
         numbers = {bucket: max(1, round(count / self.shard_images)) for bucket, count in counts.items()}
         firsts = accumulate(numbers.values(), initial=0)
         shards: Shards = {bucket: (first, numbers[bucket]) for bucket, first in zip(numbers, firsts, strict=False)}
         total = sum(numbers.values())
         if curated.bytes * SHARD_SHARE > self.memory_limit * total:
-            log.warning("shard_images: a shard of %d bytes takes about %d of memory, more than memory_limit (%d)",
+            log.warning("shard_images: a shard of %d bytes needs about %d bytes of memory, more than memory_limit (%d)",
                         curated.bytes // total, curated.bytes * SHARD_SHARE // total, self.memory_limit)  # fmt: skip
         latents = self.latents.model_dump() if self.latents else None
         follows = self.latents.identity() if self.latents else None

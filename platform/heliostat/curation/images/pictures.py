@@ -1,7 +1,7 @@
 """Processes one image with its caption: decoding, filters, resizing, buckets, hashes, encoding; pure functions on bytes.
 
-Whatever is wrong with an image becomes a `Dropped` with one of `REASONS`; nothing here raises for bad data. An image is
-scaled until it covers its bucket and cropped at its centre; what is transparent becomes white.
+Every fault of an image becomes a `Dropped` with one of `REASONS`; bad data raises nothing. An image is scaled to cover its
+bucket and cropped at its center; transparent pixels become white.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Size = tuple[int, int]  # width, height
 
 @dataclass(frozen=True)
 class ImageRules:
-    """Defines the requirements that an image must meet, and the form in which it is stored."""
+    """Defines the requirements for images, and their stored form."""
 
     sizes: tuple[Size, ...]  # the buckets
     channels: int = 3
@@ -57,7 +57,7 @@ class ImageRules:
 
 @dataclass(frozen=True)
 class Raw:
-    """Holds an image as its source has it; what is missing is None."""
+    """Holds an image from its source; missing values are None."""
 
     id: str
     image: bytes | None
@@ -68,7 +68,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """Holds an image as it is stored; `hash` is of the decoded pixels, `looks` is the perceptual hash."""
+    """Holds a stored image; `hash` covers the decoded pixels; `looks` is the perceptual hash."""
 
     id: str
     hash: str
@@ -80,9 +80,10 @@ class StoredPicture:
 
 
 def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
-    """Lists bucket sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one per width, ascending.
+    """Lists bucket sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one per width,
+    ascending.
 
-    The area bounds the memory of a step; for each width the greatest height that it allows is taken.
+    The area bounds the memory of a step. Each width gets the largest height that the area allows.
     """
     out = []
     for width in range(step, int(resolution * max_aspect) + step, step):
@@ -119,7 +120,7 @@ def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
 
 
 def clean(raw: Raw, rules: ImageRules) -> str | Dropped:
-    """Returns the caption with single spaces, or the reason to drop the image, which is not decoded."""
+    """Returns the caption with single spaces, or the reason to drop the image, without decoding it."""
     caption = " ".join((raw.caption or "").split())
     if raw.image is None:
         return Dropped(raw.id, "no_image")
@@ -137,12 +138,12 @@ def clean(raw: Raw, rules: ImageRules) -> str | Dropped:
 
 
 def decode(data: bytes, channels: int) -> Image.Image:
-    """Decodes bytes to an upright image with one channel or three; raises Pillow's own errors for bytes that are no image."""
+    """Decodes bytes to an upright image with one channel or three; raises Pillow's errors for invalid bytes."""
     return upright(data).convert("L" if channels == 1 else "RGB")
 
 
 def fit(image: Image.Image, size: Size) -> Image.Image:
-    """Scales an image to cover the size, and crops it at the centre."""
+    """Scales an image to cover the size, and crops it at the center."""
     return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
 
@@ -157,7 +158,7 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def looks(image: Image.Image) -> int:
-    """Computes the difference hash (dHash, signed 64-bit integer): which of 8 x 8 places is brighter than its right neighbour."""
+    """Computes the difference hash (dHash, signed 64-bit integer): which of 8 x 8 places is brighter than its right neighbor."""
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     return int.from_bytes(bits.tobytes(), "big", signed=True)

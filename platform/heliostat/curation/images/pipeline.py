@@ -1,12 +1,11 @@
-"""Turns images with captions into shards, on Ray. Run: `heliostat prepare pipelines/quickstart-images.yaml`.
+"""Turns images with captions into shards, on Ray. Run: `heliostat data prepare pipelines/quickstart-images.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Every image goes
-to the shard that its pixels' SHA-256 names; within a shard images lie by hash, an order that no scheduling can change. Of
-equal images, and of those that look the same if `duplicates: perceptual` asks for it, the one with the smallest hash and id
-stays. What is left out is listed in `quarantine.parquet` (id, reason, detail), and never stops the job. With `buckets` the
-dataset is a collection: one part for each size, and every batch is of one of them. Neither images nor ids pass through the
-driver, which holds the input's list of files and a record of each task; a task holds a share of `memory_limit`, a shard's task
-its shard.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of an
+image's pixels selects its shard; within a shard, images are sorted by hash, so scheduling can't change the order. Of equal
+images, and of near-duplicates with `duplicates: perceptual`, the one with the smallest hash and id stays. Dropped images are
+listed in `quarantine.parquet` (id, reason, detail), and never stop the job. With `buckets`, the dataset is a collection: one
+part per size, and every batch comes from one part. Images and ids never pass through the driver, which holds the input's list
+of files and a record of each task. A task holds a share of `memory_limit`; a shard's task holds its shard.
 """
 
 from __future__ import annotations
@@ -39,30 +38,30 @@ from heliostat.tasks.flow import Flow
 
 
 class Buckets(Strict):
-    """Defines sizes of the same area and different aspects, all sides multiples of `step`."""
+    """Defines sizes of the same area and different aspect ratios, with sides that are multiples of `step`."""
 
     step: int = Field(64, gt=0)
-    """All sides are multiples of it; at most `resolution`."""
+    """Bucket sides are multiples of this number of pixels; at most `resolution`."""
     max_aspect: Float = Field(2.0, ge=1)
-    """The longest side of a bucket, in shortest ones."""
+    """Maximum ratio of a bucket's longer side to its shorter side."""
 
 
 class ColumnNames(Strict):
     image: str = "image"
-    """Holds the encoded image, as bytes or as `{bytes, path}`."""
+    """Column with the encoded image, as bytes or as `{bytes, path}`."""
     caption: str = "caption"
-    """Holds the caption."""
+    """Column with the caption."""
     label: str | None = None
-    """Holds a class name, which `samples.judge` compares with. Unset: no labels."""
+    """Column with the class name, which `samples.judge` compares with. Unset: no labels."""
     others: list[str] = []
-    """Others (`url`, `license`) that go with each image through the stages, and are kept with the record of what became of it."""
+    """Further columns (`url`, `license`) that accompany each image through the stages. The record of each image keeps them."""
 
 
 class Tokenizer(Strict):
-    """Configures a byte-level BPE trained on the captions, for text encoders that are trained with the model."""
+    """Configures a byte-level BPE trained on the captions, for text encoders that train with the model."""
 
     vocab_size: int = Field(1024, ge=257)
-    """Tokens: 256 bytes, the end of a document, and what merges make."""
+    """Vocabulary size: 256 bytes, the end of a document, and merges."""
 
 
 class ImagePipeline(StagedPipeline):
@@ -72,46 +71,49 @@ class ImagePipeline(StagedPipeline):
     beside = frozenset({"work", "keep_work", "memory_limit"})
 
     input: str = Field(min_length=1)
-    """What is read: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset). See
-    docs/diffusion.md#images"""
+    """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
+    Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
-    """The input is lists of URLs (`.jsonl`, `.csv`, `.parquet`), whose images are fetched. Unset: the input holds images."""
+    """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input holds images."""
     columns: ColumnNames = ColumnNames()
-    """Which columns hold what, in tables and in the JSON of WebDataset."""
+    """Names of the columns in tables, and of the keys in WebDataset's JSON."""
     resolution: int = Field(gt=0)
-    """Side of a square image in pixels; with buckets, the root of their area."""
+    """Side of a square image in pixels; with buckets, the square root of their area."""
     channels: Literal[1, 3] = 3
-    """3 for colour, 1 for grey."""
+    """Number of channels: 3 for color, 1 for grayscale."""
     buckets: Buckets | None = None
-    """Sizes of the same area and different aspects, which make the dataset a collection. Unset: every image becomes a square."""
+    """Image sizes of the same area and different aspect ratios, which make the dataset a collection. Unset: every image becomes
+    a square."""
     encoding: pictures.Encoding = "png"
-    """How images are stored; `webp` has no grey, so not with `channels: 1`."""
+    """Format of stored images; `webp` doesn't support grayscale (`channels: 1`)."""
     quality: int = Field(95, ge=1, le=100)
-    """Of `jpeg` and `webp`."""
+    """Quality of `jpeg` and `webp`."""
     min_side: int = Field(1, ge=1)
-    """Images with a side of fewer pixels are left out (`too_small`)."""
+    """Minimum side of an image in pixels; smaller images are dropped (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
-    """Images whose longer side is more than so many shorter ones are left out (`aspect`). Unset: no limit."""
+    """Maximum ratio of an image's longer side to its shorter side; others are dropped (`aspect`). Unset: no limit."""
     max_file_bytes: int = Field(ImageLimits.file, ge=1)
-    """Input files of more bytes are left out (`too_large`)."""
+    """Maximum bytes of an input file; larger files are dropped (`too_large`)."""
     max_image_bytes: int = Field(ImageLimits.image, ge=1)
-    """Images of more bytes, as they are stored, are left out (`too_large`); in a tar, with the other parts of their sample."""
+    """Maximum bytes of a stored image; larger images are dropped (`too_large`), in a tar with the other parts of their
+    sample."""
     min_caption: int = Field(1, ge=1)
-    """Images with captions of fewer characters are left out (`caption_short`)."""
+    """Minimum characters of a caption; images with shorter captions are dropped (`caption_short`)."""
     max_caption: int | None = Field(None, ge=1)
-    """Images with captions of more characters are left out (`caption_long`). Unset: no limit."""
+    """Maximum characters of a caption; images with longer captions are dropped (`caption_long`). Unset: no limit."""
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
-    """`keep` all; `exact`: of images with equal pixels one stays; `perceptual`: of those that look the same, too."""
+    """Duplicate removal: `keep` keeps all; `exact` keeps one of the images with equal pixels; `perceptual` also removes
+    near-duplicates."""
     distance: int = Field(3, ge=0, le=16)
-    """Bits of 64 in which the perceptual hashes of two images that look the same may differ."""
+    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates."""
     tokenizer: Tokenizer | None = None
-    """Trained on the captions, for a text encoder that is trained with the model. Unset: no tokenizer."""
+    """Tokenizer trained on the captions, for a text encoder that trains with the model. Unset: no tokenizer."""
     latents: Latents | None = None
-    """What frozen encoders make of images and captions, computed once. Unset: pixels and captions are stored."""
+    """Frozen encoders whose outputs for images and captions are computed once. Unset: the dataset stores pixels and captions."""
     chunk_images: int = Field(256, gt=0)
-    """Images of a chunk, about."""
+    """Images per row group, approximately."""
     shard_images: int = Field(8192, gt=0)
-    """Images of a shard, about."""
+    """Images per shard, approximately."""
 
     @property
     def rules(self) -> pictures.ImageRules:
@@ -126,18 +128,22 @@ class ImagePipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.max_caption is not None and self.max_caption < self.min_caption:
-            raise ConfigError(f"max_caption: {self.max_caption} is below min_caption {self.min_caption}; nothing would be kept")
+            raise ConfigError(
+                f"max_caption: {self.max_caption} is below min_caption {self.min_caption}, so no image would be kept"
+            )
         if self.buckets and self.buckets.step > self.resolution:
-            raise ConfigError(f"buckets.step: {self.buckets.step} is above resolution {self.resolution}; no size is a multiple")
+            raise ConfigError(
+                f"buckets.step: {self.buckets.step} is above resolution {self.resolution}, so no size is a multiple of it"
+            )
         if self.buckets and not self.sizes:
             raise ConfigError(f"buckets.max_aspect: {self.buckets.max_aspect:g} allows no size of resolution {self.resolution} "
-                              f"whose sides are multiples of {self.buckets.step}; raise max_aspect or lower step")  # fmt: skip
+                f"with sides that are multiples of {self.buckets.step}. Raise max_aspect, or lower step")  # fmt: skip
         if self.channels == 1 and self.encoding == "webp":
-            raise ConfigError("encoding: webp stores no grey, and channels is 1; take png or jpeg")
+            raise ConfigError("encoding: webp doesn't support grayscale (channels: 1). Use png or jpeg")
         if self.latents:
             self.latents.check(self.sizes, self.channels)
         if LABEL in self.columns.others:
-            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label's; name that column by columns.label")
+            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label column. Name that column in columns.label")
         self._check_stages()
         self.check_columns({LABEL, *self.columns.others}, "columns.others")
         digits = self.input == image_sources.DIGITS
@@ -149,13 +155,13 @@ class ImagePipeline(StagedPipeline):
         stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
-                raise ConfigError(f"stages: image_size is after {stored}, where images have the size that they are stored "
-                                  "in; put it before")  # fmt: skip
+                raise ConfigError(f"stages: image_size comes after {stored}, where all images have "
+                                  "their stored size. Move it before")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
                 if name in known:
-                    raise ConfigError(f"stages: {stage.named()}: {name!r} is a column of the shards, or one of columns.others, "
-                                      "already; give another name")  # fmt: skip
+                    raise ConfigError(f"stages: {stage.named()}: {name!r} is already a column of the shards, or one of "
+                        "columns.others. Choose another name")  # fmt: skip
                 known.add(name)
             stage.check()
 
@@ -179,7 +185,8 @@ class ImagePipeline(StagedPipeline):
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         if self.fetch:
             raise ConfigError(
-                "--sample: a dry run would fetch images only to throw them away; fetch a part of the list as a dataset"
+                "--sample: not supported with fetch, because a dry run would fetch images and delete them. "
+                "Prepare a part of the list instead"
             )
         return SampledParts(fraction)
 
@@ -198,7 +205,7 @@ class ImagePipeline(StagedPipeline):
 
     @property
     def last(self) -> Stage | None:
-        """Returns the stage after all others: the one that finds duplicates."""
+        """Returns the stage after all others, which finds duplicates."""
         if self.duplicates == "keep":
             return None
         return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)

@@ -1,4 +1,4 @@
-"""Chooses a sample of an image input: whole files by their hashes, and of archives some, with a share of the images in them."""
+"""Chooses a sample of an image input: single files by their hashes, and some archives, with a share of the images in them."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ class SampledImages(ImageSource):
 def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
     """Yields the read tasks of a sample, and counts in it what is read.
 
-    Of images that are files of their own some are chosen; of archives some, at least PLACES if there are, and of the images in
-    them a share.
+    It chooses some single images, and some archives (at least PLACES, if there are as many) with a share of their images.
     """
     sizes = {f.path: f for f in inputs}
     archives = list[FilePart]()

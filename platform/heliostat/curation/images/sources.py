@@ -5,8 +5,8 @@
     FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
     FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or KEY.json that has the columns
 
-Ids are places (`a.tar/KEY`, `b.parquet#7`), so they name an image for ever. A digit's caption is one of TEMPLATES, chosen by its
-number; of the 60 pairs of digit and template ten are never used, so that prompts are left which no model has seen.
+Ids are places (`a.tar/KEY`, `b.parquet#7`), so they stay valid. A digit's caption is one of TEMPLATES, chosen by its number.
+Ten of the 60 pairs of digit and template are never used, so that some prompts are new to every model.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Holds the limits, in bytes, of a file of the input, and of an image in it, as it is stored."""
+    """Holds the maximum bytes of an input file, and of a stored image in it."""
 
     file: int = 1 << 33
     image: int = 1 << 26
@@ -62,7 +62,7 @@ class ImageColumns:
     others: tuple[str, ...] = ()
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the values of a row that go with its image."""
+        """Returns the values of a row that stay with its image."""
         return {name: row[name] for name in self.others if row.get(name) is not None}
 
 
@@ -83,7 +83,7 @@ def digit_caption(number: int, digit: int) -> str:
 def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
     """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
 
-    In addition to images by their suffixes, those of any name that metadata files (of at most `limit` bytes) name.
+    The list includes images by suffix, and files with any name that metadata files (of at most `limit` bytes) list.
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
@@ -98,18 +98,18 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
         InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(wanted) or p in named
     ]
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
-        raise ConfigError(f"input: {uri!r}: {seen} of {', '.join(METADATA)}, *.tar or *.parquet")
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        raise ConfigError(f"input: {uri!r}: {seen}. Supported: {', '.join(METADATA)}, *.tar, *.parquet")
     return sorted(files, key=lambda f: f.path)
 
 
 def tasks(
     uri: str, files: list[InputFile], columns: ImageColumns, limit: int = ImageLimits.file, target: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Plans the read tasks: each reads an archive, a part of a table, or some hundred files that a metadata file names.
+    """Plans the read tasks: each reads an archive, a part of a table, or some hundred files from a metadata file.
 
-    Of these, `state` says what they follow from in addition to their rows: the bytes of each, and when it was modified.
-    `target`: bytes of a piece, by default by those of all files.
+    For the latter, `state` holds the size and modification time of each file, on which the result also depends. `target`:
+    bytes of a piece; by default, it depends on the total.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
@@ -136,7 +136,7 @@ def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) ->
 
 
 def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a read task as versions before ETags described it."""
+    """Returns a read task in the form of versions before ETags."""
     if "parts" in task:
         return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
     return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
@@ -147,16 +147,16 @@ def _ranged(path: str) -> bool:
 
 
 def _entries(base: Location, path: str, columns: ImageColumns, limit: int) -> list[dict[str, Any]]:
-    """Reads what a metadata file lists; ConfigError if it cannot."""
+    """Reads the entries of a metadata file; ConfigError if that fails."""
     return [_entry(row, path.rpartition("/")[0], path, columns) for row in sources.rows(base, path, limit)]
 
 
 def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ConfigError(f"input: {printable(path)}: {str(row)[:40]!r} is no object with a 'file_name'; a line is one")
+        raise ConfigError(f"input: {printable(path)}: expected one object with a 'file_name' per line, got {str(row)[:40]!r}")
     if "file_name" not in row:
         columns_present = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: has no column 'file_name'; its columns: {columns_present}")
+        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. Its columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
     joined = f"{folder}/{name}" if folder and not lost else name
@@ -234,7 +234,7 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. A broken footer is reported once, a broken row group by its part."""
+    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer once, and broken row groups by part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)
@@ -274,9 +274,9 @@ def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: FileP
 
 
 def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimits.image) -> Iterator[Raw | Dropped]:
-    """Yields the samples of a tar: consecutive members with one name up to the first point of their last part are a sample.
+    """Yields the samples of a tar: consecutive members with the same name up to the first point of their last part.
 
-    Of it only PARTS are read. One of more than `limit` bytes together, which a sparse member only claims to have, is left out.
+    Only PARTS are read. A sample of more than `limit` bytes is dropped, even if a sparse member only claims that size.
     """
     key, parts = "", dict[str, bytes | None]()
     try:

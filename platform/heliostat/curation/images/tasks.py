@@ -1,4 +1,5 @@
-"""Runs the image pipeline's own tasks in Ray's workers: reading, counting, the tokenizer, dealing images to shards, shards."""
+"""Runs the image pipeline's tasks in Ray's workers: reading, counting, the tokenizer, distributing images to shards, and
+shards."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ Shards = dict[str, tuple[int, int]]  # of each bucket: the number of its first s
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Reads an image input's tasks, which lie in the spill folder: a part's path names one."""
+    """Reads an image input's tasks, which are in the spill folder: a part's path names one."""
 
     input: str
     columns: ImageColumns
@@ -85,7 +86,7 @@ class ImageSource:
 
 
 def count(folder: Location, run: SpilledRun) -> dict[str, object]:
-    """Counts a run's images by bucket, and lists their labels, as far as a manifest would."""
+    """Counts a run's images by bucket, and lists their labels, up to a limit for the manifest."""
     buckets, labels = Counter[str](), set[str]()
     for table in survivors(folder, run, columns=["width", "height", "columns"]):
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
@@ -100,7 +101,7 @@ def _label(columns: str | None) -> str:
 
 
 def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, object]:
-    """Trains a tokenizer on all captions, whose order does not matter."""
+    """Trains a tokenizer on all captions, in any order."""
     tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
     texts = (text for table in tables for text in table["text"].to_pylist())
     name = segment.store(folder, tokens.train(texts, vocab_size, END))
@@ -113,9 +114,9 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 def deal(
     folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
 ) -> dict[str, object]:
-    """Spills a run's images by the shards that the hashes of their pixels name, each inside its bucket.
+    """Spills a run's images by the shards that their pixel hashes select, within their buckets.
 
-    `shipments`: the files of the models of the latents.
+    `shipments`: the model files for latents.
     """
     tables = [_dealt(table, shards) for table in survivors(folder, run)]
     table = pa.concat_tables([DEALT.empty_table(), *tables])
@@ -136,7 +137,7 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 
 
 def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> str:
-    """Returns the keys of latents with the places of the models on this node, as JSON."""
+    """Returns the keys of latents with this node's paths to the models, as JSON."""
     from heliostat.curation.images.latents import Latents
 
     return Latents(**latents).located(folder, shipments).model_dump_json()
@@ -144,15 +145,15 @@ def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment
 
 @lru_cache(maxsize=2)
 def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
-    """Loads the frozen encoders once in each process, for the tasks to come that have the same ones; `shipments`: their files,
-    which may be others at the same place."""
+    """Loads the frozen encoders once per process, for later tasks with the same ones; `shipments`: their files, which may
+    change at the same path."""
     from heliostat.curation.images.latents import Encoder
 
     return Encoder(json.loads(config))
 
 
 def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> dict[str, object]:
-    """Spills what the text encoder makes of no caption."""
+    """Spills the text encoder's output for the empty caption."""
     embedding = _encoder(_located(folder, {**latents, "gpus": 0.0}, shipments), tuple(shipments)).embeddings([""])[0]
     data = embedding.tobytes()
     name = spill.put(folder, data, ".bin")
@@ -161,7 +162,7 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
                 names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
-    """Writes the shard of this number, with the columns of stages that are `stored`; returns its counts and its part of the
+    """Writes the shard with this number, with the stages' columns that are `stored`; returns its counts and its part of the
     manifest."""
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # few images, none of which has such a hash
@@ -176,7 +177,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
 
 
 def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
-    """Appends columns that stages have made, as strings; "" where one has made none."""
+    """Appends the stages' columns, as strings; "" for missing values."""
     for name in stored:
         values = [str(json.loads(columns).get(name, "")) if columns else "" for columns in table["columns"].to_pylist()]
         table = table.append_column(name, pa.array(values, pa.large_string()))
@@ -192,12 +193,12 @@ def _ends(folder: Location, path: str, table: pa.Table) -> str:
 
 
 def folder_of(bucket: str, number: int, parts: bool) -> str:
-    """Returns where a shard's file lies, of the number that the shard has in its bucket."""
+    """Returns the folder of a shard, and its number in its bucket."""
     return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
 
 
 def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
-    """Writes a shard as the bytes of a Parquet file: the same images, in whatever order, give the same bytes."""
+    """Writes a shard as the bytes of a Parquet file; the order of its images doesn't change the bytes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
     table = spill.narrowed(table)
     groups = max(1, round(len(table) / chunk_images))
@@ -206,9 +207,9 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 
 
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
-    """Writes an open shard again without an image, and returns it with the image's and its caption's bytes; None if none is left.
+    """Rewrites an open shard without an image, and returns it with the image's and its caption's bytes; None if it is empty.
 
-    Row groups keep their other images. Of latents it is unknown what the image took.
+    Row groups keep their other images. For latents, the image's bytes aren't known.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):

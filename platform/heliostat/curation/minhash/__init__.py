@@ -1,1 +1,2 @@
-"""Finds near duplicates among any number of documents: signatures, candidates, clusters, and who of a cluster stays."""
+"""Finds near-duplicates among any number of documents: signatures, candidates, clusters, and the document of each cluster that
+stays."""

@@ -1,9 +1,10 @@
 """Finds the connected components of a graph of documents, exactly, with its edges on disk: alternating large and small stars.
 
 (Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A node is a
-document by its run and row (`run << 32 | row`). A large star connects every larger neighbour of a node to the least of its
-neighbourhood, a small star every smaller one and the node itself; when neither changes an edge, every component is a star about
-its least node. That takes O(log^2 n) rounds, and few in practice. A task of a round holds the edges of its share of the nodes.
+document, numbered by its run and row (`run << 32 | row`). A large star connects every larger neighbor of a node to the
+smallest node in its neighborhood; a small star connects every smaller neighbor and the node itself. When neither changes an
+edge, every component is a star around its smallest node. That takes O(log^2 n) rounds, and few in practice. A task of a round
+holds the edges of its share of the nodes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ Edges = tuple[np.ndarray, np.ndarray]
 
 
 def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
-    """Joins spills of runs, each (name, rows), in about as many as there are `parts`, so that no part is read out of every run.
+    """Joins spills of runs, each (name, rows), in about as many as there are `parts`, so that a part isn't read from every
+    run.
 
     Their `row` becomes `node`, the place of the document.
     """
@@ -37,7 +39,7 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
-    """Spills what some runs, of which the first has the number `first`, have spilled, with the places of their rows."""
+    """Spills the parts of spills for some runs, the first with number `first`, with the places of their rows."""
     tables = list[pa.Table]()
     for run, name in enumerate(names, first):
         for table in spill.read(folder, name):
@@ -50,7 +52,7 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills the edges between documents that share a key of this part of all keys, both ways: each to the least with the key."""
+    """Spills the edges between documents that share a key of this part, in both directions: each to the smallest with the key."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]
@@ -59,7 +61,7 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
 
 
 def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects the larger neighbours of each node of this part to the least; also sums the edges, to tell if they changed."""
+    """Connects the larger neighbors of each node of this part to the smallest; also sums the edges, to detect changes."""
     u, v = edges = _edges(folder, part, parts, names)
     down = u > v
     with np.errstate(over="ignore"):
@@ -70,14 +72,14 @@ def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
 
 
 def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects each node of this part, and its smaller neighbours, to the least of these."""
+    """Connects each node of this part, and its smaller neighbors, to the smallest of these."""
     u, v = edges = _edges(folder, part, parts, names)
     least = _least(edges)
     return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
 
 
 def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
-    """Runs rounds until nothing changes; returns the spills of the edges, which are stars then, and the number of rounds."""
+    """Runs rounds until nothing changes; returns the spills of the edges, which then form stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
         large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
@@ -86,11 +88,11 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
             return names, rounds
         small = flow.all(f"{kind}-small", small_star, by_parts(flow, kind, parts, [r["edges_file"] for r in large]))
         before, names = now, [r["edges_file"] for r in small]
-    raise HeliostatError(f"{kind}: the clusters did not settle within {ROUNDS} rounds")
+    raise HeliostatError(f"{kind}: the clusters didn't converge within {ROUNDS} rounds")
 
 
 def unique(edges: Edges) -> Edges:
-    """Sorts edges, each once, and leaves out those from a node to itself."""
+    """Sorts edges, without repetitions, and without those from a node to itself."""
     u, v = (e[edges[0] != edges[1]] for e in edges)
     order = np.lexsort((v, u))
     u, v = u[order], v[order]
@@ -104,13 +106,13 @@ def _edges(folder: Location, part: int, parts: int, names: list[str]) -> Edges:
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
-    """Returns for each of sorted values where its like begin."""
+    """Returns the start of each group of equal values in a sorted array."""
     first = spill.starts(values)
     return np.flatnonzero(first)[np.cumsum(first) - 1]
 
 
 def _least(edges: Edges) -> np.ndarray:
-    """Returns for each sorted edge the least neighbour of its first node."""
+    """Returns for each sorted edge the smallest neighbor of its first node."""
     u, v = edges
     return v[_starts(u)] if len(u) else v
 

@@ -1,8 +1,8 @@
-"""Chooses who of each cluster stays, and tells every run which of its documents do not.
+"""Chooses the document of each cluster that stays, and marks the others in every run.
 
-The stars of `components` are joined with what the rule compares (read from the runs). Of each cluster every group of runs names
-one candidate, so that a cluster of millions of documents is a row for each group where it is chosen among. The choice returns to
-the groups, which decide on their own documents. It follows from the documents, not from where they lie.
+It joins the stars of `components` with the columns that the rule compares (read from the runs). Each group of runs names one
+candidate per cluster, so a cluster of millions of documents has one row per group in the final choice. The choice returns to
+the groups, which decide on their documents. It depends on the documents, not on their places.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
-    """Spills of each cluster the one document of some runs that may stay, with the number of its documents there.
+    """Spills, for each cluster, the one document of some runs that may stay, with the number of its documents there.
 
-    Also spills which documents of the runs, of which the first has the number `first`, belong to which cluster.
+    Also spills which documents of the runs, the first with number `first`, belong to which cluster.
     """
     waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
@@ -70,7 +70,7 @@ def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: lis
 
 def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None],
               names: list[str]) -> Iterator[tuple[int, SpilledRun, np.ndarray, np.ndarray]]:  # fmt: skip
-    """Yields (a run's number, the run, rows that are in clusters, their roots): those of stars, and their copies."""
+    """Yields (a run's number, the run, rows in clusters, their roots): those of stars, and their copies."""
     stars = dict(by_run(folder, first, len(runs), names))
     for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
         table = stars.pop(number, BELONGING.empty_table())
@@ -91,7 +91,7 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields some columns of those documents of a run that have one of the ascending `rows`, and which of these."""
+    """Yields some columns of a run's documents with one of the ascending `rows`, and which of these they are."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):
@@ -107,7 +107,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
 
 
 def _best(tables: list[pa.Table]) -> pa.Table:
-    """Returns of each cluster the candidate that comes first, with the number of documents of all."""
+    """Returns the first candidate of each cluster, with the total number of documents."""
     table = pa.concat_tables(tables).sort_by(ORDER).combine_chunks()
     tables.clear()
     if not len(table):
@@ -118,7 +118,8 @@ def _best(tables: list[pa.Table]) -> pa.Table:
 
 
 def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
-    """Returns what a rule compares of documents with `bytes` and `columns`: numbers, then strings; who has the least stays."""
+    """Returns the values that a rule compares for documents with `bytes` and `columns`: numbers, then strings; the smallest
+    stays."""
     columns = [json.loads(c) if c else {} for c in part["columns"].to_pylist()] if rule in ("oldest", "best") else []
     ranks, values = np.zeros(len(part)), [""] * len(part)
     if rule == "longest":
@@ -131,12 +132,13 @@ def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[st
 
 
 def _number(value: object) -> float:
-    """Returns a column's value as a number, the least there is if it is none."""
+    """Returns a column's value as a number; the smallest number if it isn't one."""
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Chooses who stays of the clusters in this part, and spills that by the candidates, so that all their runs learn it."""
+    """Chooses the document that stays for each cluster in this part, and spills it by candidates, so that all their runs learn
+    it."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
     of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))
@@ -152,7 +154,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 def decide(
     folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]
 ) -> dict[str, object]:
-    """Spills for each of some runs which of its documents go, and tells why."""
+    """Spills the dropped documents of each of some runs, with the reasons."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()

@@ -1,7 +1,7 @@
-"""Computes the keys under which near duplicates meet: MinHash signatures of a text's n-grams, cut into bands.
+"""Computes the keys that near-duplicates share: MinHash signatures of a text's n-grams, split into bands.
 
-Two texts whose sets of n-grams have the Jaccard similarity s agree in a band of r rows with probability s^r, and so meet under at
-least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the cut into
+Two texts whose sets of n-grams have the Jaccard similarity s agree in a band of r rows with probability s^r, and so share at
+least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the
 bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3.)
 """
 
@@ -61,10 +61,10 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
-    """Spills (key, row) of a run's documents, and (key: row, first) of copies: those with all keys of an earlier document.
+    """Spills (key, row) of a run's documents, and (key: row, first) of copies: documents with all keys of an earlier one.
 
-    Copies meet whomever the first meets, so they are compared no further. However many copies a run has of a document, each of
-    the document's keys has one row.
+    Copies have the same candidates as the first, so they aren't compared again. However many copies a run has, each of the
+    document's keys has one row.
     """
     bands, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
     each = max(1, VALUES // (parameters.bands * parameters.rows))
@@ -85,7 +85,7 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str,
 
 
 def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the keys of a run's documents, of equal texts once, and apart for each value of the column `within`."""
+    """Computes the keys of a run's documents, once for equal texts, and separately for each value of the column `within`."""
     texts = table["text"].to_pylist()
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     hashes, having = keys(list(numbers), parameters)

@@ -1,6 +1,6 @@
-"""Finds pairs of texts that belong together in a document: a docstring and its function, a title and its section. Pure functions.
+"""Finds matching pairs of texts in a document: a docstring and its function, a title and its section. Pure functions.
 
-A pair's place is the line that its function or title is in.
+A pair's place is the line of its function or title.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "
 
 
 class Pair(NamedTuple):
-    """Holds a query and the text that it is about, and its line in the document."""
+    """Holds a query, its text, and its line in the document."""
 
     line: int
     query: str
@@ -31,8 +31,8 @@ class Pair(NamedTuple):
 
 
 def docstrings(source: str) -> Iterator[Pair]:
-    """Yields the first sentence of each function's docstring, with the function without its docstring; SyntaxError (ValueError,
-    RecursionError) for what Python cannot parse."""
+    """Yields the first sentence of each function's docstring, with the function without its docstring; SyntaxError
+    (ValueError, RecursionError) for invalid Python."""
     lines = _lines(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
@@ -42,12 +42,12 @@ def docstrings(source: str) -> Iterator[Pair]:
 
 
 def _lines(source: str) -> list[str]:
-    """Splits a text where Python does, and not at form feeds."""
+    """Splits a text at Python's line ends, and not at form feeds."""
     return list(io.StringIO(source, newline=""))
 
 
 def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str:
-    """Joins lines, from 1, without a docstring in them, and without a line that it leaves blank."""
+    """Joins lines, from 1, without a docstring in them, and without a line that the docstring leaves blank."""
     last = docstring.end_lineno or docstring.lineno
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
     behind = lines[last - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
@@ -76,7 +76,7 @@ def markdown(source: str) -> Iterator[Pair]:
 
 
 def _titled(rest: str) -> str:
-    """Returns a title without the blanks around it and the closing `#`s, which a blank stands before."""
+    """Returns a title without surrounding blanks and closing `#`s, which follow a blank."""
     rest = rest.strip(" \t\r\n")
     bare = rest.rstrip("#")
     return (bare if bare.endswith((" ", "\t")) else rest).strip()

@@ -1,4 +1,5 @@
-"""Makes a dataset of pairs: reads and curates as for text, trains the tokenizer if there is to be one, and writes the shards."""
+"""Makes a dataset of pairs: reads and curates like text, trains the tokenizer if the pipeline asks for one, and writes the
+shards."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class PairSharding:
 
 @dataclass
 class PairMaking(Reading):
-    """Makes the dataset of one pipeline; the fields are its keys."""
+    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     meanings: ClassVar = documents.REASONS | reading.REASONS
     recorded: ClassVar = False
@@ -105,13 +106,14 @@ def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: Pa
 
 
 def unique(rows: list[Row]) -> list[Row]:
-    """Sorts pairs by the hashes of their texts, and keeps equal ones once, with the smallest id."""
+    """Sorts pairs by the hashes of their texts, and keeps one of equal pairs, with the smallest id."""
     ordered = sorted(rows, key=lambda row: (row["hash"], row[QUERY], row["id"]))
     return [next(same) for _, same in itertools.groupby(ordered, key=lambda row: (row["hash"], row[QUERY]))]
 
 
 def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
-    """Writes sorted pairs as the bytes of a Parquet file. The pairs of a text lie in one chunk, or in chunks of one place."""
+    """Writes sorted pairs as the bytes of a Parquet file. The pairs of a text are in one row group, or in row groups of one
+    place."""
     texts = [(hash, sum(1 for _ in same)) for hash, same in itertools.groupby(row["hash"] for row in rows)]
     places = np.array([manifest.place(hash.hex()) for hash, _ in texts], np.int64)
     groups = tokens.chunks(np.array([count for _, count in texts]), chunk_pairs, places)

@@ -1,8 +1,8 @@
-"""Makes pairs of texts that belong together, on Ray: docstrings with their functions (Python), titles with their sections
-(Markdown, HTML), and pairs that records have (`.jsonl`, `.parquet`). Run: `heliostat prepare pipelines/pairs.yaml`.
+"""Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
+HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. Pairs go to the
-shard, and lie in it, by the hash of their text; equal pairs are there once. A text is held out with all of its queries.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
+pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.
 """
 
 from __future__ import annotations
@@ -22,50 +22,58 @@ from heliostat.curation.staged import StagedPipeline
 from heliostat.curation.text import documents, sources, tokens
 from heliostat.curation.text.pipeline import TokenizerConfig
 from heliostat.errors import ConfigError
+from heliostat.schema import Strict
 from heliostat.storage.locations import Location
 from heliostat.tasks.flow import Flow
+
+
+class PairColumns(Strict):
+    query: str = "query"
+    """Holds the query."""
+    text: str = "text"
+    """Holds the text which the query is about."""
 
 
 class PairPipeline(StagedPipeline):
     """Defines the keys of a pipeline of pairs; `input` is a file, folder, glob, s3:// prefix, or `python:stdlib`."""
 
     beside = frozenset({"work", "keep_work", "memory_limit"})
+    moved = {"query_column": "query", "text_column": "text"}
 
     input: str = Field(min_length=1)
-    """What is read: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, or `python:stdlib`. Pairs are made of `.py`,
-    `.md` and `.html`; `.jsonl` and `.parquet` hold them."""
+    """Input: a file, a folder, a glob (`data/**/*.md`), an `s3://` prefix, a dataset of the Hugging Face Hub
+    (`hf://datasets/ORG/NAME`, docs/guides/hub.md), or `python:stdlib`. heliostat extracts pairs from `.py`, `.md` and `.html`,
+    and reads them from `.jsonl` and `.parquet`."""
     exclude: list[str] = []
-    """Globs of files that are not read, by their paths below the input's folder."""
-    query_column: str = "query"
-    """The column of `.jsonl` and `.parquet` that holds the query."""
-    text_column: str = "text"
-    """The column that holds the text which the query is about."""
+    """Globs of files to skip, matched against their paths below the input's folder."""
+    columns: PairColumns = PairColumns()
+    """Names of the columns of `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)
-    """Pairs whose query has fewer words are left out (`short_query`)."""
+    """Minimum words of a query; pairs with shorter ones are dropped (`short_query`)."""
     min_text_words: int = Field(8, ge=1)
-    """Pairs whose text has fewer words are left out (`short_text`)."""
+    """Minimum words of a text; pairs with shorter ones are dropped (`short_text`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode's normal form that queries and texts are brought to. It decides which are equal."""
+    """Unicode normal form that heliostat applies to queries and texts. It decides which are equal."""
     tokenizer: TokenizerConfig | None = None
-    """Trained from the texts, or taken as it is, for a model that is trained from nothing. Unset: none; a pretrained model has
-    its own."""
+    """Tokenizer to train on the texts, or to use as it is, for a model that trains from scratch. Unset: none; a pretrained model
+    has its own."""
     chunk_pairs: int = Field(1024, gt=0)
-    """Pairs of a chunk, about."""
+    """Pairs per row group, approximately."""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Bytes of text in a shard, about; it bounds the memory of the task that writes it."""
+    """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
 
     @cached_property
     def given_tokenizer(self) -> str | None:
         return self.tokenizer.definition() if self.tokenizer else None
 
     def check(self) -> None:
-        if self.query_column == self.text_column:
-            raise ConfigError(f"query_column: {self.query_column!r} is the text_column, too; a query is no text about itself")
+        if self.columns.query == self.columns.text:
+            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text too. Name different columns")
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
             if stage.of_images:
-                raise ConfigError(f"stages: {stage.named()} looks at images, which pairs of texts have none of; remove it")
+                raise ConfigError(f"stages: {stage.named()} reads images, and text pairs have none. Remove it")
             stage.check()
         self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:
@@ -77,15 +85,17 @@ class PairPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
+        del config["columns"]
+        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # as it was when they were keys apart
         if self.given_tokenizer is not None:  # what it says, not where it lies
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> PairMaking:
-        rules = documents.TextRules(text_column=self.text_column, normalise=self.normalise, columns=(self.query_column,))
+        rules = documents.TextRules(text_column=self.columns.text, normalise=self.normalise, columns=(self.columns.query,))
         return PairMaking(
-            flow=flow, source=PairSource(self.input, rules, self.query_column, Least(self.min_query_words, self.min_text_words)),
+            flow=flow, source=PairSource(self.input, rules, self.columns.query, Least(self.min_query_words, self.min_text_words)),
             output=output, stages=self.stages, memory_limit=self.memory_limit,
             tokenizer=self.tokenizer.model_dump() if self.tokenizer else {},
             given_tokenizer=self.given_tokenizer, shard_bytes=self.shard_bytes,

@@ -2,9 +2,9 @@
 
     for item in read("crawl/CC-MAIN-1.warc.gz", stream, Limits()): ...   # Document, or Dropped with a reason and its place
 
-KINDS is the one list of kinds of files, and `streams.CODECS` that of compressions; every pipeline reads by them. Nothing is held
-whole but one document, whatever the file's size, and nothing raises for bad data: what is broken is a `Dropped`, and reading
-continues after it where that can be found. Errors of the stream itself (a store that fails) pass through.
+KINDS is the one list of kinds of files, and `streams.CODECS` that of compressions; every pipeline reads by them. Only one
+document is in memory at a time, for files of any size. Bad data raises nothing: a broken part is a `Dropped`, and reading
+continues after it if possible. Errors of the stream itself (a store that fails) pass through.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from heliostat.curation.stage import Document, Dropped
 class Kind:
     """Describes a kind of files.
 
-    `number`: what the number after `#` in an id counts; "" if a file is one document. `stage`: the stage that makes text of its
-    documents, which are bytes until then. `ranged`: `read` also takes a `FilePart`, and yields the documents that begin in it.
+    `number`: what the number after `#` in an id counts; "" if a file is one document. `stage`: the stage that extracts text
+    from its documents, which are bytes until then. `ranged`: `read` also accepts a `FilePart`, and yields the documents that
+    begin in it.
     """
 
     read: Callable[..., Iterator[Document | Dropped]]
@@ -53,7 +54,7 @@ KINDS = {
 
 
 def suffix_of(path: str) -> str | None:
-    """Returns the one of KINDS that a path ends in, with or without a compression's ending after it; None if there is none."""
+    """Returns the entry of KINDS for a path's suffix, with or without a compression suffix after it; None if there is none."""
     lower = path.lower()
     if codec_of(lower):
         lower = lower.rpartition(".")[0]
@@ -65,19 +66,19 @@ def kind_of(path: str) -> Kind | None:
 
 
 def numbered(path: str) -> Literal["", "line", "row", "byte"] | None:
-    """Returns what the number after `#` in an id of a file counts (`Kind.number`); None if the kind is unknown."""
+    """Returns what the number after `#` in a file's id counts (`Kind.number`); None for an unknown kind."""
     kind = kind_of(path)
     return kind.number if kind else None
 
 
 def ranged(path: str) -> bool:
-    """Tells whether such a file can be read from the middle: lines and row groups, not compressed as a whole."""
+    """Checks whether such a file can be read from the middle: uncompressed lines, and row groups."""
     kind = kind_of(path)
     return kind is not None and kind.ranged and codec_of(path) is None
 
 
 def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:
-    """Yields the documents of a file, by its suffix, and what is left out of it; only those of `part`, if the file is ranged."""
+    """Yields the documents of a file, by its suffix, and the dropped parts; only those of `part`, if the file is ranged."""
     kind = kind_of(path)
     if kind is None:
         yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(KINDS)}")

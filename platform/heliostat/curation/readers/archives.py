@@ -1,6 +1,6 @@
-"""Reads archives of code: .tar, with any packing, and .zip. Nothing is written to disk, and nothing held whole but one file.
+"""Reads archives of code: .tar, with any compression, and .zip. Writes nothing to disk, and holds only one file in memory.
 
-An archive that unpacks to more than RATIO times its size, and MUCH, is a bomb: it is read so far, and named.
+An archive that decompresses to more than RATIO times its size, and MUCH, is a bomb: reading stops there and reports it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_archive(path: str) -> bool:
 
 
 def read(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the files of an archive; ids are the archive's path, `#` and the file's."""
+    """Yields the files of an archive; ids are the archive's path, `#`, and the file's path."""
     end = _SUFFIX.search(path)
     assert end, path
     members = _zip if end[0].lower() == ".zip" else _tar
@@ -97,7 +97,7 @@ def _of_tar(archive: Any, plain: _Forward, member: tarfile.TarInfo) -> bytes:
 
 
 class _Forward(io.RawIOBase):
-    """Presents a stream as a file that is only read on, so far as is allowed: a head may say that it has terabytes."""
+    """Presents a stream as a forward-only file with a limit, because a header may claim terabytes."""
 
     def __init__(self, stream: BinaryIO, too_large: LeftOutError | None) -> None:
         self._stream, self._too_large = stream, too_large
@@ -131,7 +131,7 @@ class _Forward(io.RawIOBase):
         return self.last
 
     def take(self, size: int) -> bytes:
-        """Reads so many bytes, allowed or not."""
+        """Reads so many bytes, regardless of the limit."""
         try:
             data = self._stream.read(size)
         except LeftOutError as e:
@@ -181,7 +181,7 @@ def _blocks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes
 
 
 def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Unpacks a member to the size that it says, and no further: zipfile unpacks all of what it has read."""
+    """Decompresses a member to its declared size only; zipfile decompresses everything that it has read."""
     packed = copy.copy(member)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
     packed.CRC = None  # type: ignore[assignment]  # which is of what is unpacked
@@ -198,7 +198,7 @@ def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator
 
 
 class _Reads:
-    """Hands a stream on, but does not close it, and refuses to read more at once than a .zip's directory may have."""
+    """Passes a stream on without closing it, and rejects larger reads than a .zip's directory may need."""
 
     closed = False
 
@@ -217,7 +217,7 @@ class _Reads:
             raise
 
     def close(self) -> None:
-        """Leaves the stream open: it is read again."""
+        """Leaves the stream open, because it is read again."""
 
 
 def _most(stream: BinaryIO, limits: ReadLimits) -> int:
@@ -229,7 +229,7 @@ def _bomb(most: int) -> LeftOutError:
 
 
 def _unreadable(error: Exception) -> LeftOutError:
-    """Returns what is wrong with an archive; raises an error of the stream itself, which has a number."""
+    """Explains the fault of an archive; raises an error of the stream itself, which has an errno."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return LeftOutError("corrupt", f"{type(error).__name__}: {str(error)[:200]}")

@@ -1,7 +1,7 @@
-"""Reads git clones, bare or with a working tree, by the program `git`: the files of one commit, as they were committed.
+"""Reads git clones, bare or with a working tree, with the program `git`: the committed files of one commit.
 
-A clone is untrusted: git is configured to take no settings of the machine, to run no hook or monitor, to ask no remote, and to
-show no replaced objects; a clone that takes its objects from elsewhere is not read. Files in the working tree play no part.
+A clone is untrusted: git ignores the machine's settings, runs no hook or monitor, asks no remote, and shows no replaced
+objects. A clone that takes its objects from elsewhere is rejected. Files in the working tree don't count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 
 def is_clone(path: str) -> bool:
-    """Tells by its name whether a folder is one that git keeps a repository in."""
+    """Checks by its name whether a folder is a git repository."""
     return path.rpartition("/")[2].endswith(SUFFIX)
 
 
@@ -48,13 +48,13 @@ def there_is_git() -> bool:
 
 
 def facts(folder: Path) -> tuple[str, int]:
-    """Returns the commit that HEAD names, and the bytes of its files; LeftOutError if there is none, or it cannot be read."""
+    """Returns the commit of HEAD, and the bytes of its files; LeftOutError if there is none, or it can't be read."""
     commit = _commit(folder, "HEAD")
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
 
 def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> Iterator[Document | Dropped]:
-    """Yields the files of a commit of a clone; ids are the clone's path, `#` and the file's."""
+    """Yields the files of a clone's commit; ids are the clone's path, `#`, and the file's path."""
     try:
         commit = _commit(folder, commit)
         with _git(folder, "cat-file", "--batch", talks=True) as objects:
@@ -65,7 +65,7 @@ def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> I
 
 
 def _commit(folder: Path, name: str) -> str:
-    """Returns the commit that a name leads to; LeftOutError if there is none, or the clone is not read."""
+    """Returns the commit of a name; LeftOutError if there is none, or the clone is rejected."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / "objects").resolve().is_relative_to(folder.resolve()):
         raise LeftOutError("outside", "no folder of its own")
     for place in ELSEWHERE:
@@ -104,7 +104,7 @@ def _object(objects: _Output, id: bytes, size: int | None) -> bytes:
 
 @contextmanager
 def _git(folder: Path, *command: str, talks: bool = False) -> Iterator[_Output]:
-    """Runs git on a clone; LeftOutError if it fails, or says nothing for SILENCE_S."""
+    """Runs git on a clone; LeftOutError if it fails, or prints nothing for SILENCE_S."""
     settings = [word for setting in SETTINGS for word in ("-c", setting)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | ENVIRONMENT
     process = subprocess.Popen(["git", f"--git-dir={folder}", *settings, *command], env=environment, cwd="/", bufsize=0,
@@ -122,7 +122,7 @@ def _git(folder: Path, *command: str, talks: bool = False) -> Iterator[_Output]:
 
 
 class _Output:
-    """Reads what git says, within a time for each answer."""
+    """Reads git's output, with a time limit for each answer."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdout and process.stderr
@@ -138,7 +138,7 @@ class _Output:
             raise self._failed() from None
 
     def line(self, end: bytes) -> bytes:
-        """Reads up to a mark, without it; b"" at the end of all."""
+        """Reads up to a mark, without it; b"" at the end."""
         at = -1
         while (at := self._buffer.find(end, max(0, at))) < 0:
             at = len(self._buffer)
@@ -159,7 +159,7 @@ class _Output:
         return content
 
     def _more(self) -> bool:
-        """Reads some more; False at the end, if git says that all is well."""
+        """Reads more output; False at the end, if git succeeded."""
         data = self._read()
         while data is None:
             data = self._read()
@@ -169,7 +169,7 @@ class _Output:
         return bool(data)
 
     def _read(self) -> bytes | None:
-        """Reads some of the output, or None where git has complained meanwhile."""
+        """Reads some output; None if git has reported an error meanwhile."""
         ready = select.select([self._out, *([self._error] if self._error is not None else [])], [], [], SILENCE_S)[0]
         if not ready:
             raise LeftOutError("corrupt", f"git said nothing for {SILENCE_S:.0f} s")

@@ -17,7 +17,7 @@ BUFFER = 4 << 20  # bytes of a column that are read at a time: a row group may b
 
 
 def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
-    """Opens a Parquet file; `large` is the column of large values, whose dictionary stays one."""
+    """Opens a Parquet file; `large`: the column with large values, whose dictionary stays in memory once."""
     footer = pq.read_metadata(source)
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
     return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER,
@@ -27,10 +27,10 @@ def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
 def batches(
     file: pq.ParquetFile, columns: tuple[str, ...], limit: int, part: FilePart, rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields (the first row's number from 1, the values of those columns that are there) of some rows at a time.
+    """Yields (the first row's number from 1, the values of the existing columns) for some rows at a time.
 
-    Of a part of the file, the row groups that begin in it. LeftOutError before a row group is unpacked whose size in the footer
-    is more than `limit` bytes.
+    For a part of the file, it reads the row groups that begin in it. LeftOutError before a row group with more than `limit`
+    bytes in its footer is decompressed.
     """
     present = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
     roots = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]

@@ -1,4 +1,4 @@
-"""Finds the records of a web archive, one after another, and where one begins again behind a broken place."""
+"""Finds the records of a web archive, one after another, and the next valid record after a broken one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Broken(LeftOutError):
 
 @dataclass(frozen=True)
 class WarcRecord:
-    """Holds a record: its place, its headers by names in small letters, its block (None if it is too large), and its size."""
+    """Holds a record: its place, its headers by lower-case names, its block (None if it is too large), and its size."""
 
     place: str
     headers: dict[str, str]
@@ -34,7 +34,7 @@ class WarcRecord:
 
 
 class Archive:
-    """Reads records of a stream; with `packed`, of members of gzip, in which records usually are one by one."""
+    """Reads records from a stream; with `packed`, from gzip members, which usually hold one record each."""
 
     def __init__(self, stream: BinaryIO, packed: bool) -> None:
         self._source, self._packed = _Source(stream), packed
@@ -45,7 +45,7 @@ class Archive:
         self._current = ""  # the place of the record that is being read
 
     def records(self, most: int) -> Iterator[WarcRecord]:
-        """Yields records; Broken at one that is broken, after which `resume` must be called."""
+        """Yields records; raises Broken at a broken one, after which `resume` must be called."""
         while True:
             while self._fill(1) and self._plain[self._used] in b"\r\n":
                 self._take(1)
@@ -96,7 +96,7 @@ class Archive:
         return bytes(pieces) if declared <= most else None, size
 
     def _ends(self) -> bool:
-        """Checks that a record is over: line ends, or the end of its member."""
+        """Checks that a record is complete: line ends, or the end of its member."""
         if self._packed and self._decoder is None and len(self._plain) == self._used:
             return True
         if self._packed:
@@ -115,7 +115,7 @@ class Archive:
             self._used = 0
 
     def _fill(self, count: int) -> bool:
-        """Makes at least so many plain bytes ready, of one member if it begins from scratch; False if there are not so many."""
+        """Buffers at least so many decompressed bytes of one member, of a new one if it starts here; False if there are fewer."""
         while len(self._plain) - self._used < count:
             if not self._packed:
                 data = self._source.read(PIECE)
@@ -127,7 +127,7 @@ class Archive:
         return True
 
     def _unpack(self) -> bool:
-        """Unpacks some more of a member; of the next one only when all of the last is read."""
+        """Decompresses more of a member; the next one only after the current one is used up."""
         if self._decoder is None:
             if len(self._plain) > self._used:
                 return False
@@ -156,12 +156,12 @@ class Archive:
         return True
 
     def _broken(self, reason: str, detail: str) -> Broken:
-        """Tells which record is being read, or what is behind the last one, and has the next looked for behind this member."""
+        """Names the record that is being read, or the data after the last one, and searches for the next after this member."""
         self._start = self._member
         return Broken(self._current or self._place(), reason, detail)
 
     def resume(self) -> bool:
-        """Goes to the next place behind the start of the broken record where one may begin; False if there is none."""
+        """Goes to the next place after the broken record's start where a record may begin; False if there is none."""
         place = self._source.find(GZIP if self._packed else START, self._start + 1)
         if place is None:
             return False
@@ -171,7 +171,7 @@ class Archive:
 
 
 class _Source:
-    """Hands a stream on, and holds what was read since an offset, to read it again."""
+    """Passes a stream on, and keeps the data since an offset, to read it again."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -192,14 +192,14 @@ class _Source:
         self.at -= size
 
     def forget(self, before: int) -> None:
-        """Drops what lies before an offset, once it is much."""
+        """Drops the data before an offset, once it is large."""
         size = min(before, self.at) - self._from
         if size > 4 * PIECE:
             del self._buffer[:size]
             self._from += size
 
     def find(self, what: bytes, offset: int) -> int | None:
-        """Goes to the first place at or behind an offset that begins so, and returns it; None if there is none."""
+        """Goes to the first place at or after an offset with this beginning, and returns it; None if there is none."""
         self.at = max(offset, self._from)
         while (place := self._buffer.find(what, self.at - self._from)) < 0:
             self.at = max(self.at, self._from + len(self._buffer) - len(what) + 1)

@@ -1,7 +1,7 @@
-"""Makes documents of a repository's files, wherever they lie: each file one, with `path`, `repository`, `language` and `license`.
+"""Makes documents from a repository's files: one per file, with `path`, `repository`, `language`, and `license`.
 
-Archives and clones give their files as members, twice: once for the licence files, once for all. Members are untrusted: their
-names lead nowhere, because nothing is written; links are not followed; sizes are asked before anything is unpacked.
+Archives and clones yield their files as members, twice: once for the license files, once for all. Members are untrusted:
+nothing is written, so their names have no effect; links aren't followed; sizes are checked before decompression.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NAME = 4096  # characters
 
 
 class MemberError(LeftOutError):
-    """Reports that a member cannot be read, and the next one can."""
+    """Reports that a member can't be read, but the next one can."""
 
 
 @dataclass(frozen=True)
 class RepositoryFile:
-    """Describes a file of a repository; `read` is to be called before the next member is asked for."""
+    """Describes a file of a repository; call `read` before the next member."""
 
     name: str
     size: int
@@ -41,12 +41,12 @@ Members = Callable[[], Iterator[RepositoryFile]]
 
 
 def name_of(raw: bytes) -> str:
-    """Decodes a file's name, so that it can be stored whatever bytes are in it."""
+    """Decodes a file's name, so that any bytes can be stored."""
     return raw.decode("utf-8", "backslashreplace")
 
 
 def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, str]) -> Iterator[Document | Dropped]:
-    """Yields the documents of the repository at `path`, and what is left out; `about` goes with each as columns."""
+    """Yields the documents of the repository at `path`, and the dropped files; `about`: columns for each."""
     licenses, seen = _licenses(members), set[int]()
     try:
         for number, member in enumerate(members(), 1):
@@ -63,7 +63,7 @@ def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, 
 
 
 def _licenses(members: Members) -> Licenses:
-    """Reads the licence files; what cannot be read is reported when all is read."""
+    """Reads the license files; the second pass reports those that can't be read."""
     licenses, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):

@@ -1,4 +1,4 @@
-"""Opens packed streams, cuts lines, and reads files that are one document, within limits, whatever the data holds."""
+"""Opens compressed streams, splits lines, and reads files that are one document, within limits, for any data."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that n
 
 @dataclass(frozen=True)
 class ReadLimits:
-    """Defines how large a document and an unpacked file may be, and which column of records is the text.
+    """Defines the maximum size of a document and of a decompressed file, and the text column of records.
 
-    `columns` of records go with it; None: all, and the record's own `id` as `source_id`.
+    `columns` of records that accompany it; None: all, and the record's `id` as `source_id`.
     """
 
     max_document_bytes: int = 1 << 26
@@ -54,19 +54,19 @@ class ReadLimits:
     columns: tuple[str, ...] | None = None
 
     def text_of(self, value: object) -> str | None:
-        """Returns the text that a record's value is; None if it is none."""
+        """Returns a record value's text; None if it isn't text."""
         return value if isinstance(value, str) else None
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
-        """Returns a column's texts, as a column of strings or a dictionary of them; None if it has none."""
+        """Returns a column's texts, as strings or a dictionary; None if it has none."""
         value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         return values if pa.types.is_string(value_type) or pa.types.is_large_string(value_type) else None
 
 
 class LeftOutError(Exception):
-    """Reports that the rest of a file cannot be read; `reason` is one of REASONS.
+    """Reports that the rest of a file can't be read; `reason` is one of REASONS.
 
-    `complete`: nothing is missing of what came before; only a checksum is wrong.
+    `complete`: nothing before it is missing; only a checksum is wrong.
     """
 
     def __init__(self, reason: str, detail: str = "", complete: bool = False) -> None:
@@ -75,12 +75,12 @@ class LeftOutError(Exception):
 
 
 def codec_of(path: str) -> str | None:
-    """Returns the packing that a path's last suffix names; None if it is none of CODECS."""
+    """Returns the compression of a path's last suffix; None if it isn't one of CODECS."""
     return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
 
 
 def unpacked(path: str, stream: BinaryIO, limits: ReadLimits) -> io.BufferedReader:
-    """Opens the plain bytes of a stream; LeftOutError where broken packing, or more than `max_file_bytes`, is reached."""
+    """Opens the decompressed bytes of a stream; LeftOutError at broken data, or after `max_file_bytes`."""
     codec = codec_of(path)
     plain = iter(lambda: stream.read(BLOCK), b"")
     blocks = plain if codec is None else _zst(stream) if codec == "zst" else _unpack(stream, codec)
@@ -107,9 +107,9 @@ def _new(codec: str) -> Any:
 
 
 def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Yields the plain bytes of all members, one after the other, a block at a time however much a block of input makes.
+    """Yields the decompressed bytes of all members, a block at a time, even if a block of input decompresses to many.
 
-    Zeros after a member are padding. Of a member of gzip, all that comes before a break is kept.
+    Zeros after a member are padding. For gzip, the data before a broken place is kept.
     """
     decoder, begun, ended = _new(codec), False, False
     while data := stream.read(BLOCK):
@@ -133,7 +133,7 @@ def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
 
 
 def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
-    """Unpacks byte by byte what comes before a break in a block of input."""
+    """Decompresses the bytes before a broken place in a block of input, one by one."""
     out = bytearray()
     for at in range(len(data)):
         try:
@@ -144,7 +144,7 @@ def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
 
 
 class _Blocks(io.RawIOBase):
-    """Makes a raw stream of an iterator of blocks; LeftOutError behind `most` bytes."""
+    """Makes a raw stream from an iterator of blocks; LeftOutError after `most` bytes."""
 
     def __init__(self, blocks: Iterator[bytes], most: int) -> None:
         self._blocks, self._left, self._most, self._total = blocks, memoryview(b""), most, 0
@@ -170,10 +170,10 @@ class _Blocks(io.RawIOBase):
 
 
 def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """Yields lines with their ends, None for one of more than `most` bytes, of which no more is held.
+    """Yields lines with their ends; None for a line of more than `most` bytes, which isn't kept in memory.
 
-    Of a file that is read in ranges, yields the lines that begin in the range from `first` to `stop`; the stream begins at the
-    byte before. So a line that is longer than many ranges is read as a whole by the range in which it begins alone.
+    If a file is read in ranges, yields the lines that begin in the range from `first` to `stop`; the stream begins one byte
+    before. So only the range in which it begins reads a line that spans many ranges.
     """
     buffer, skipping, at = bytearray(), first > 0, max(0, first - 1)
     read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
@@ -203,12 +203,12 @@ def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) 
 
 
 def _line(buffer: bytearray, end: bytes, most: int) -> bytes | None:
-    """Joins a line; None if it is too long, its end not counted."""
+    """Joins a line; None if it is too long, without its end."""
     return (bytes(buffer) + end if buffer else end) if len(buffer) + len(end) <= most + 1 else None
 
 
 def whole(stream: BinaryIO, most: int) -> bytes:
-    """Reads a stream to its end; LeftOutError if there are more than `most` bytes."""
+    """Reads a stream to its end; LeftOutError after more than `most` bytes."""
     out = bytearray()
     while block := stream.read(BLOCK):
         out += block
@@ -228,7 +228,7 @@ def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document |
 
 
 def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
-    """Makes a document of UTF-8, without its byte-order mark."""
+    """Makes a document from UTF-8, without its byte-order mark."""
     try:
         return Document(id, data.decode("utf-8-sig"), columns or {})
     except UnicodeDecodeError:

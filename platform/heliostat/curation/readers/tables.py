@@ -1,4 +1,4 @@
-"""Reads files of records: JSON lines, CSV, Arrow. What stands next to the text becomes the document's columns."""
+"""Reads files of records: JSON lines, CSV, Arrow. The other fields become the document's columns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what b
 
 
 def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
-    """Makes a document of a record, with the columns that are asked for."""
+    """Makes a document from a record, with the requested columns."""
     text = limits.text_of(values.get(limits.text_column))
     if text is None:
         return Dropped(id, "no_text")
@@ -34,7 +34,7 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 
 
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each line that is a JSON object, and begins in the part."""
+    """Yields a document for each line in the part that is a JSON object."""
     if part.start:  # what the line that begins before the range leaves in it belongs to the range before
         stream.seek(part.start - 1)
     plain = unpacked(path, stream, limits)
@@ -54,7 +54,7 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
 
 
 def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
-    """Yields a document for each row under the header, whose fields a mark separates; ids count rows."""
+    """Yields a document for each row after the header, with fields split at a separator; ids count rows."""
     csv.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
     rows, header, number = csv.reader(source, delimiter=mark), None, 0
@@ -124,7 +124,7 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
 
 
 def _shares(kind: pa.DataType) -> bool:
-    """Tells whether values of a type may be the same bytes, so that rows can be larger than what holds them."""
+    """Checks whether values of a type may share bytes, so that rows can be larger than their storage."""
     types = pa.types
     tests = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
             types.is_large_list_view)  # fmt: skip
@@ -132,14 +132,15 @@ def _shares(kind: pa.DataType) -> bool:
 
 
 class _Bounded:
-    """Hands a stream on, message by message, but refuses one that has more bytes than a batch may have, stored or unpacked."""
+    """Passes a stream on, message by message, and rejects a message with more bytes than a batch may have, stored or
+    decompressed."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream, self._most, self._buffer, self.closed = stream, most, b"", False
         self._pieces, self._dictionaries = list[bytes](), dict[int, int]()
 
     def skip_magic(self) -> None:
-        """Skips what an Arrow file has before its stream."""
+        """Skips the prefix of an Arrow file before its stream."""
         self._buffer = self._stream.read(8)
         if self._buffer.startswith(b"ARROW1"):
             self._buffer = b""
@@ -159,7 +160,7 @@ class _Bounded:
         return out
 
     def _message(self) -> list[bytes]:
-        """Reads a message: its length, what it says of itself, and its body."""
+        """Reads a message: its length, its metadata, and its body."""
         head = self._exactly(4)
         length = head + (self._exactly(4) if head == CONTINUES else b"")
         if len(length) not in (4, 8) or not (size := int.from_bytes(length[-4:], "little", signed=True)):
@@ -180,7 +181,7 @@ class _Bounded:
         return [head, length[4:], about, body]
 
     def _exactly(self, size: int) -> bytes:
-        """Reads so many bytes, or fewer at the stream's end."""
+        """Reads exactly so many bytes, or fewer at the stream's end."""
         if not 0 <= size <= self._most:
             raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
         out, self._buffer = self._buffer[:size], self._buffer[size:]
@@ -196,9 +197,9 @@ class _Bounded:
 
 
 def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
-    """Returns the bytes that a message's body is unpacked to; of a dictionary its number, and whether it adds to what is there.
+    """Returns the decompressed bytes of a message's body; for a dictionary, its number, and whether it extends an earlier one.
 
-    A buffer that is packed begins with its length, unpacked; -1 if it is stored as it is.
+    A compressed buffer begins with its decompressed length; -1 if it is stored uncompressed.
     """
     message = _follow(about, 0)
     kind, head = _value("<B", about, _field(about, message, 1)), _field(about, message, 2)

@@ -1,8 +1,8 @@
-"""Reads web archives: pages of .warc, texts of .wet, metadata of .wat, packed record by record (.gz), as a whole, or not.
+"""Reads web archives: pages of .warc, texts of .wet, metadata of .wat, compressed per record (.gz), as a whole, or not.
 
-A record's id is `path#offset`, the offset that its packed record has in the file (of other packings than .gz: in the unpacked). A
-record that is broken, does not end where it says, or is larger than a document may be, is dropped, and reading continues at the
-next that can be found behind its start. Libraries for this skip what they cannot read without a word; this one may not.
+A record's id is `path#offset`: the offset of its compressed record in the file (for compressions other than .gz, in the
+decompressed data). A record that is broken, doesn't end at its declared length, or is too large for a document is dropped.
+Reading continues at the next record that can be found after its start. Other libraries skip unreadable records silently.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits)
 
 
 def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
-    """Yields what the records of a kind hold, and a Dropped for each broken place.
+    """Yields the content of a kind's records, and a Dropped for each broken place.
 
-    A `response` is a page, as bytes, or plain text; a `conversion` (WET) the text of one; `metadata` (WAT) JSON as it is there.
+    A `response` is a page, as bytes, or plain text; a `conversion` (WET) is the text of one; `metadata` (WAT) is JSON,
+    unchanged.
     """
     make = _response if kind == "response" else _text
     packed = codec_of(path) == "gz"  # record by record
@@ -86,7 +87,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
 
 @dataclass(frozen=True)
 class Response:
-    """Holds what a response says of itself, and its body, unpacked."""
+    """Holds the headers of a response, and its body, decompressed."""
 
     status: int
     content_type: str
@@ -94,7 +95,7 @@ class Response:
 
 
 def parse(block: bytes, most: int) -> Response:
-    """Parses a response; LeftOutError if it is none, or more than `most` bytes when unpacked."""
+    """Parses a response; LeftOutError if it is invalid, or has more than `most` bytes when decompressed."""
     ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := block.find(mark, 0, HTTP_HEAD)) >= 0]
     if not block.startswith(b"HTTP/") or not ends:
         raise LeftOutError("corrupt", "no HTTP response")
@@ -113,7 +114,7 @@ def parse(block: bytes, most: int) -> Response:
 
 
 def _joined(body: bytes) -> bytes:
-    """Joins chunks; a body that is not in chunks, as some archives keep it, stays as it is."""
+    """Joins chunks; an unchunked body, which some archives keep, stays unchanged."""
     out, at = list[bytes](), 0
     while True:
         end = body.find(b"\r\n", at, at + 64)
@@ -128,7 +129,7 @@ def _joined(body: bytes) -> bytes:
 
 
 def _decoded(body: bytes, packed: str, most: int) -> bytes:
-    """Unpacks a body; one that is not packed, as some archives keep it, stays as it is."""
+    """Decompresses a body; an uncompressed one, which some archives keep, stays unchanged."""
     raw = packed == "deflate" and body[:1] != b"\x78"
     if packed != "deflate" and not body.startswith(MEMBER):
         return body

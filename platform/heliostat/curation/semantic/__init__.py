@@ -1,1 +1,2 @@
-"""Finds documents that mean much the same by the cosines of their vectors: cells of a k-means, and who of each cell stays."""
+"""Finds documents with similar meaning by the cosine similarities of their vectors: k-means cells, and the documents of each
+cell that stay."""

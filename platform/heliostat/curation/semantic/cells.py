@@ -1,7 +1,7 @@
-"""Runs the tasks that compare documents by their vectors: embedding, the cells' centres, cells, and who of each cell stays.
+"""Runs the tasks that compare documents by vectors: embedding, centers, cells, and the documents of each cell that stay.
 
-What is spilled is cut by documents and cells, so that a task holds the vectors of a run, a sample, or a share of a cell, whatever
-the number of documents. Centres come from the documents of the lowest hashes: a function of the documents, not of their runs.
+Spills are split by documents and cells, so a task holds the vectors of a run, a sample, or a share of a cell, for any number
+of documents. The centers come from the documents with the lowest hashes, so they don't depend on the runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ABOUT = pa.schema(
 
 @dataclass(frozen=True)
 class EmbeddingModel:
-    """Defines what embeds: a folder's files, the tokens of a text that it is given, and how many texts at once."""
+    """Defines the embedding model: a folder's files, the maximum tokens of a text, and the batch size."""
 
     files: Shipment
     max_tokens: int
@@ -45,12 +45,12 @@ class EmbeddingModel:
 
 @lru_cache(maxsize=1)
 def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
-    """Loads a model once in each process, for the tasks to come."""
+    """Loads a model once per process, for later tasks."""
     return TextEmbedder(place, model.max_tokens, model.batch)
 
 
 def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, object]:
-    """Spills the vectors of a run's documents under their hashes, `most` bytes of them together."""
+    """Spills the vectors of a run's documents under their hashes, in pieces of `most` bytes."""
     embedder = _opened(model, shipping.here(folder, model.files))
     waiting, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
     for table in survivors(folder, run, columns=["text"]):
@@ -78,7 +78,7 @@ def packed(values: np.ndarray) -> pa.Array:
 
 
 def unpacked(column: pa.ChunkedArray) -> np.ndarray:
-    """Returns what `packed` was given."""
+    """Reverses `packed`."""
     size = column.type.byte_width
     array = column.combine_chunks()
     start = array.offset * size
@@ -86,15 +86,16 @@ def unpacked(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def sampled(rows: int, cells: int, size: int) -> int:
-    """Chooses the limit of hashes below which documents are in the sample that finds so many cells."""
+    """Chooses the hash limit of the sample that finds so many cells."""
     wanted = max(cells, min(OF_CELL * cells, SAMPLE_NUMBERS // size))
     return min(spill.ALL, spill.ALL * wanted // rows)
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
-    """Spills the centres of the cells: of texts with hashes below the limit, each once, in an order that the seed gives.
+    """Spills the centers of the cells: from texts with hashes below the limit, each once, in an order that depends on the
+    seed.
 
-    Where no text has such a hash, because most are equal, there is one cell.
+    If no text has such a hash, because most are equal, there is one cell.
     """
     samples = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
     if not samples:
@@ -109,14 +110,14 @@ def centres(folder: Location, names: list[str], limit: int, cells: int, seed: in
 
 
 def _once(table: pa.Table) -> pa.Table:
-    """Keeps one row of each key: equal texts have equal vectors."""
+    """Keeps one row per key, because equal texts have equal vectors."""
     return table.take(pa.array(np.unique(table["key"].to_numpy(), return_index=True)[1]))
 
 
 def deal(
     folder: Location, number: int, run: SpilledRun, vectors_name: str, rule: Rule, column: str, centres: str | None
 ) -> dict[str, object]:
-    """Spills documents of a run, which has this number, of which `vectors_name` are vectors, by cells, with what it compares."""
+    """Spills the documents of the run with this number by cells, with the values to compare; `vectors_name`: their vectors."""
     whole = pa.concat_tables(spill.read(folder, vectors_name)).sort_by("row")
     rows, points = whole["row"].to_numpy(), unpacked(whole["vector"])
     middle = unpacked(pa.concat_tables(spill.read(folder, centres))["vector"]) if centres else None
@@ -135,14 +136,14 @@ def deal(
 
 
 def key_of(cells: np.ndarray) -> np.ndarray:
-    """Returns the key under which each cell lies."""
+    """Returns the key of each cell."""
     return spill.mixed(cells.astype(np.uint64))
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
-    """Spills which documents of the cells in this part go: those to which one before them, by the rule, is near that stays.
+    """Spills the dropped documents of the cells in this part: those near to an earlier document, by the rule, that stays.
 
-    `held`: the most vectors that memory holds at once. The keys of tasks follow from its name.
+    `held`: the maximum number of vectors in memory. The tasks' keys depend on this name.
     """
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
@@ -176,7 +177,7 @@ def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
-    """Counts cosines with the nearest one that stays, of those that stay and of those that go, as a tally's histogram."""
+    """Counts the cosine similarities with the nearest document that stays, for kept and dropped ones, as a tally's histogram."""
     for place, some in ((0, best[~goes]), (1, best[goes])):
         values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
         for value, number in zip(values.tolist(), counts.tolist(), strict=True):
@@ -185,7 +186,7 @@ def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> No
 
 @dataclass(frozen=True)
 class Dealt:
-    """Reads the documents of a range of cells, cell by cell in the order in which they are gone through; holds no vectors."""
+    """Reads the documents of a range of cells, cell by cell in the order of comparison; holds no vectors."""
 
     folder: Location
     names: list[str]
@@ -209,12 +210,12 @@ class Dealt:
         return self.table["id"].take(pa.array(places)).to_pylist()
 
     def cells(self) -> list[tuple[int, int]]:
-        """Lists where each cell begins and ends."""
+        """Lists the begin and end of each cell."""
         starts = np.unique(self.keys, return_index=True)[1].tolist()
         return list(pairwise([*starts, len(self.nodes)]))
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """Reads the vectors of some places in the order."""
+        """Reads the vectors of some places in that order."""
         wanted = self.nodes[start:stop]
         order = np.argsort(wanted)
         out = None

@@ -1,7 +1,7 @@
-"""Computes with vectors of 8-bit numbers: cosines, centres of cells, and which rows stay. Pure functions of arrays.
+"""Computes with vectors of 8-bit numbers: cosine similarities, centers of cells, and the rows that stay. Pure functions.
 
-Products of two vectors are whole numbers below 2**24, of which float32 holds every one, whatever the order in which a library
-sums: so the results are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
+Products of two vectors are integers below 2**24, which float32 represents exactly in any order of summation, so the results
+are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def lengths(vectors: np.ndarray) -> np.ndarray:
 
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the product of each of `a` with each of `b`, exactly; rounded to float32 where vectors are longer than LONGEST."""
+    """Returns the product of each of `a` with each of `b`, exactly; rounded to float32 for vectors longer than LONGEST."""
     pieces = [_whole(a[:, i : i + LONGEST], b[:, i : i + LONGEST]) for i in range(0, a.shape[1], LONGEST)]
     return pieces[0] if len(pieces) == 1 else np.stack(pieces).sum(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -33,7 +33,7 @@ def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Returns the number of the nearest centre of each vector; of equally near ones, the first."""
+    """Returns the number of the nearest center of each vector; the first of equally near ones."""
     indices = [np.zeros(0, np.int64)]
     for start in range(0, len(vectors), TOGETHER):
         indices.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
@@ -41,9 +41,10 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def centres(sample: np.ndarray, count: int) -> np.ndarray:
-    """Finds the centres of `count` cells, or of as many as there are different vectors, by spherical k-means from the first ones.
+    """Finds the centers of `count` cells, or of as many as there are different vectors, by spherical k-means from the first
+    ones.
 
-    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its centre.
+    (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its center.
     """
     _, firsts = np.unique(sample, axis=0, return_index=True)
     centroids = sample[np.sort(firsts)[:count]]
@@ -68,7 +69,7 @@ def _rounded(sums: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Rows:
-    """Holds vectors that are compared, their lengths, and their places in the order in which all are gone through."""
+    """Holds vectors to compare, their lengths, and their places in the order of comparison."""
 
     vectors: np.ndarray
     lengths: np.ndarray
@@ -88,15 +89,16 @@ class Rows:
         yield from (self[start : start + size] for start in range(0, len(self), size))
 
     def cosines(self, others: Rows) -> np.ndarray:
-        """Returns the cosine of each row with each of the others."""
+        """Returns the cosine similarity of each row with each of the others."""
         return products(self.vectors, others.vectors) / others.lengths / self.lengths[:, None]
 
 
 def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Goes through `count` rows: one goes if its cosine with one before it that stays is at least `least`, which is above 0.
+    """Visits `count` rows: one is dropped if its cosine similarity with an earlier one that stays is at least `least`, which
+    is above 0.
 
-    Returns for each (the place of the nearest of those before it that stay, or -1; the cosine with it, or 0): it goes where that
-    is at least `least`. No more than twice `capacity` rows are in memory.
+    Returns for each (the place of the nearest earlier one that stays, or -1; the similarity, or 0): a row is dropped if it is
+    at least `least`. At most twice `capacity` rows are in memory.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
     for start in range(0, count, capacity):
@@ -113,7 +115,7 @@ def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np
 
 
 def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> None:
-    """Takes note of those of the others, which stay, that are nearer to the rows."""
+    """Records which of the others, which stay, are nearer to the rows."""
     for some in others.blocks(16 * TOGETHER):
         for part in rows.blocks(TOGETHER):
             cosines = part.cosines(some)
@@ -124,7 +126,7 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
-    """Compares rows with those of them before each that stay, one after another."""
+    """Compares rows with the earlier ones that stay, one after another."""
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

@@ -1,8 +1,8 @@
-"""Drops documents that hold words of a list, as C4 does (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
+"""Drops documents with words from a list, like C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
 
-The lists are files, one word or phrase a line; none comes with heliostat. A word is found whatever the case and as a whole word:
-what stands before and behind is no letter, digit or underscore. For languages without spaces, `whole_words: false` finds it
-anywhere. A document with more than `max_found` of them, repeated ones counted each time, is dropped.
+The lists are files with one word or phrase per line; heliostat has none of its own. Matching ignores case and finds whole
+words: the characters before and after aren't letters, digits, or underscores. For languages without spaces, `whole_words:
+false` matches anywhere. A document with more than `max_found` matches, repetitions included, is dropped.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class BadWords(Stage):
     paths: ClassVar[tuple[str, ...]] = ("lists",)
 
     lists: list[str] = Field(min_length=1)
-    """Files of words and phrases, one a line."""
+    """Files of words and phrases, one per line."""
     whole_words: bool = True
-    """Finds whole words only; false for languages that put no spaces between words."""
+    """Matches whole words only; set it to false for languages without spaces between words."""
     max_found: int = Field(0, ge=0)
-    """Documents with more of them are dropped (`bad_word`)."""
+    """Maximum matches in a document; documents with more are dropped (`bad_word`)."""
 
     def check(self) -> None:
         self._entries()
@@ -51,7 +51,7 @@ class BadWords(Stage):
 
 
 def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
-    """Returns a function that finds entries as whole words: their words are looked up, and the text around compared."""
+    """Returns a function that finds entries as whole words: it looks up their words, and compares the text around them."""
     single = {e for e in entries if _WORD.fullmatch(e)}
     phrases = defaultdict[str, list[str]](list)
     for entry in entries:

@@ -1,11 +1,11 @@
-"""Removes lines that are no sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683, section
-2.2).
+"""Removes lines that aren't sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683,
+section 2.2).
 
 A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
-1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; marks of citations ([1], [edit]) are taken out
-of it. A document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
-Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is
-the stage `bad_words`.
+1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; citation marks ([1], [edit]) are removed. A
+document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
+Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is the
+stage `bad_words`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ class C4(Stage):
     limits: ClassVar = {"few_sentences": ("sentences", "min_sentences", "fewer sentences in the lines that stay than {}")}
 
     terminal_marks: bool = True
-    """Removes lines that do not end with a terminal mark."""
+    """Removes lines that don't end with a terminal punctuation mark."""
     min_line_words: int = Field(3, ge=0)
-    """Lines of fewer words are removed."""
+    """Minimum words of a line; shorter lines are removed."""
     max_word_chars: int = Field(1000, ge=1)
-    """Lines with a longer word are removed."""
+    """Maximum characters of a word; lines with a longer word are removed."""
     min_sentences: int = Field(5, ge=0)
-    """Documents of fewer sentences, in the lines that stay, are dropped (`few_sentences`); 0 drops none."""
+    """Minimum sentences in the remaining lines; documents with fewer are dropped (`few_sentences`); 0 drops none."""
     javascript: bool = True
     """Removes lines that mention JavaScript."""
     policies: bool = True
     """Removes lines that mention terms of use, or a privacy or cookie policy."""
     citations: bool = True
-    """Takes marks such as [1] and [citation needed] out of lines."""
+    """Removes marks such as [1] and [citation needed] from lines."""
     curly_brackets: bool = True
     """Drops documents with a curly bracket (`curly_bracket`)."""
     lorem_ipsum: bool = True
@@ -69,7 +69,7 @@ class C4(Stage):
         return self.judged(document, {"sentences": sentences_kept}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
-        """Returns why a line is removed, or drops its document ("" if it stays), and the line."""
+        """Returns the reason to remove a line, or to drop its document ("" if it stays), and the line."""
         if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "lines_of_long_words", line
         short = _CITATION.sub("", line) if self.citations and "[" in line else line

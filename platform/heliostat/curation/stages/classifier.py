@@ -1,9 +1,9 @@
-"""Drops documents that a classifier of one's own finds unlike its good examples: linear on hashed n-grams of words.
+"""Drops documents that your own classifier finds unlike its good examples: linear, on hashed word n-grams.
 
-GPT-3, CCNet's followers and DCLM (Li et al. 2024, arXiv 2406.11794) choose pages so, with fastText on examples of good and
-other documents. One is trained with `heliostat curate train-classifier GOOD BAD --out FOLDER`, which reports precision and
-recall on held-out documents; its folder holds safetensors and JSON. `score` (by `column`) becomes a column. No threshold is
-right for all: see the report in the folder's classifier.json.
+GPT-3, CCNet's followers and DCLM (Li et al. 2024, arXiv 2406.11794) select pages this way, with fastText on examples of good
+and other documents. Train one with `heliostat data train-classifier GOOD BAD --out FOLDER`, which reports precision and
+recall on held-out documents; its folder holds safetensors and JSON. `score` (by `column`) becomes a column. The right
+threshold depends on the data: see the report in the folder's classifier.json.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Classifier(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """The classifier's folder."""
+    """Folder of the classifier."""
     min_score: Float = Field(0.5, ge=0, le=1)
-    """The least score of a document that is kept (`low_score`)."""
+    """Minimum score to keep a document (`low_score`)."""
     column: str = Field("quality", min_length=1)
-    """The column that the score becomes."""
+    """Column for the score."""
 
     def digests(self) -> dict[str, object]:
         return {"model": {name: files.digest("model", str(Path(self.model) / name)) for name in (linear.ABOUT, linear.WEIGHTS)}}

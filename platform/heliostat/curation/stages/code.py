@@ -1,11 +1,11 @@
-"""Drops source files that no person wrote: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et al.
-2024).
+"""Drops source files that people didn't write: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et
+al. 2024).
 
 Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not
-of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded data
-(base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or more,
-HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language` becomes
-a column.
+of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded
+data (base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or
+more, HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language`
+becomes a column.
 """
 
 from __future__ import annotations
@@ -59,25 +59,25 @@ class Code(Stage):
     }
 
     languages: list[str] = []
-    """The languages that are kept, by GitHub's names; empty: all."""
+    """Languages to keep, by GitHub's names; empty: all."""
     max_lines: int = Field(100_000, ge=1)
-    """Files of more lines are dropped (`many_lines`)."""
+    """Maximum lines of a file; longer files are dropped (`many_lines`)."""
     max_mean_line: Float = Field(100.0, gt=0)
-    """The most characters of a line, in the mean (`long_lines`)."""
+    """Maximum mean characters per line (`long_lines`)."""
     max_line: int = Field(1000, ge=1)
-    """The most characters of one line (`long_line`)."""
+    """Maximum characters of one line (`long_line`)."""
     max_text_line: int = Field(100_000, ge=1)
-    """The same of HTML, JSON, Markdown, Roff, SMT, TeX, text and XML, whose mean does not count."""
+    """Maximum characters of one line in HTML, JSON, Markdown, Roff, SMT, TeX, text, and XML, whose mean doesn't count."""
     min_alphanumeric: Float = Field(0.25, ge=0, le=1)
-    """The least share of letters and digits (`few_letters`); assembly is not held to it."""
+    """Minimum share of letters and digits (`few_letters`); not used for assembly."""
     max_encoded: Float = Field(0.5, ge=0, le=1)
-    """The largest share of characters in runs of encoded data (`encoded`)."""
+    """Maximum share of characters in runs of encoded data (`encoded`)."""
     max_encoded_run: int = Field(1024, ge=64)
-    """The most characters of one such run."""
+    """Maximum characters of one such run."""
     max_data_lines: int = Field(512, ge=1)
-    """Text, JSON, YAML, OWL and DOT of more lines are dropped (`data`)."""
+    """Maximum lines of text, JSON, YAML, OWL, and DOT; longer files are dropped (`data`)."""
     min_visible: Float = Field(0.2, ge=0, le=1)
-    """The least share of visible text in HTML (`invisible`)."""
+    """Minimum share of visible text in HTML (`invisible`)."""
     vendored: bool = True
     """Drops vendored files."""
     generated: bool = True
@@ -86,7 +86,7 @@ class Code(Stage):
     """Drops minified files."""
 
     def decide(self, document: Document) -> Outcome:
-        """Measures a file and keeps it, with its language as a column, or drops it."""
+        """Measures a file, and keeps it with its language as a column, or drops it."""
         text, path = text_of(document), str(document.columns.get("path", document.id))
         if not text:
             return Outcome(None, "empty")

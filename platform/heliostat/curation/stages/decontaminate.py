@@ -1,12 +1,11 @@
-"""Drops documents that hold text of evaluation sets: shared n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165, appendix
-C).
+"""Drops documents that contain text of evaluation sets: shared n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165,
+appendix C).
 
-Words are compared as `minhash` compares them (`heliostat.curation.comparable`), in documents and sets: case, accents,
-punctuation, numbers, and the form of Unicode hide nothing, and each character of Chinese is a word. The sets are files: JSON
-lines (all strings of an example, or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n` cannot
-be found, and are counted when the run is checked. A document with at least `min_hits` shared n-grams is dropped; its detail
-lists the first hits: the set, its example, and the word of the document. GPT-3 cut them out and dropped what fell into ten
-pieces.
+Words are compared like in `minhash` (`heliostat.curation.comparable`), so differences in case, accents, punctuation, numbers,
+and Unicode form don't matter, and each Chinese character is a word. The sets are files: JSON lines (all strings of an example,
+or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n` can't match; the check counts them. A
+document with at least `min_hits` shared n-grams is dropped; its detail lists the first hits: the set, its example, and the
+word of the document. GPT-3 instead removed the matches, and dropped documents that fell into ten pieces.
 """
 
 from __future__ import annotations
@@ -33,17 +32,17 @@ class Decontaminate(Stage):
     paths: ClassVar[tuple[str, ...]] = ("sets",)
 
     sets: dict[str, str] = Field(min_length=1)
-    """The evaluation sets: a name for each, and its file."""
+    """Evaluation sets: a name for each, and its file."""
     fields: list[str] = []
-    """The fields of JSON lines that are compared; empty: all strings."""
+    """Fields of JSON lines to compare; empty: all strings."""
     n: int = Field(13, ge=2, le=100)
-    """The words of an n-gram."""
+    """Words per n-gram."""
     min_hits: int = Field(1, ge=1)
-    """Documents that share so many n-grams are dropped (`contaminated`)."""
+    """Number of shared n-grams from which a document is dropped (`contaminated`)."""
 
     def check(self) -> None:
         for name, count in self._index()[1].items():
-            log.warning("decontaminate: %d examples of %s have fewer than %d words and cannot be found", count, name, self.n)
+            log.warning("decontaminate: %d examples of %s have fewer than %d words, so they can't match", count, name, self.n)
 
     def _index(self) -> tuple[decontamination.NgramIndex, dict[str, int]]:
         return decontamination.index(

@@ -1,11 +1,11 @@
-"""Masks secrets in code, or drops files that hold them, as StarCoder does (Li et al. 2023, arXiv 2305.06161): detect-secrets'
+"""Masks secrets in code, or drops files with secrets, like StarCoder (Li et al. 2023, arXiv 2305.06161): detect-secrets'
 detectors.
 
-Tokens of clouds and services, private keys, passwords in URLs and JSON web tokens are found by their form. By default all
-detectors of a form are used; those of high entropy and of words such as "password" find much that is none, and are asked for by
-name (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is looked at if it has a run of 16
-characters that a secret can be of, or one of the marks of shorter ones. Lines of more than 4,096 characters are looked at in
-pieces. A private key is one secret from its BEGIN to its END, over lines; without an END, to the end of its base64.
+Tokens of clouds and services, private keys, passwords in URLs and JSON web tokens are found by their format. By default, all
+format detectors are used. Detectors of high entropy and of words such as "password" have many false positives, and must be
+named (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is checked if it has a run of 16
+characters that may be a secret, or a mark of shorter secrets. Lines of more than 4,096 characters are checked in pieces. A
+private key is one secret from its BEGIN to its END, over lines; without an END, to the end of its base64.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ Span = tuple[int, int]
 
 
 class SecretDetector(Protocol):
-    """Finds secrets in a line, as detect-secrets' detectors do; those that do it by patterns have a `denylist` of them."""
+    """Finds secrets in a line, with the interface of detect-secrets' detectors; those with patterns have a `denylist`."""
 
     secret_type: str
 
@@ -73,7 +73,7 @@ class SecretDetector(Protocol):
 
 
 class ServiceTokenDetector:
-    """Finds tokens by the marks that services begin them with, as a detector of detect-secrets does."""
+    """Finds tokens by the prefixes that services give them, like a detector of detect-secrets."""
 
     secret_type = "Service Token"
     denylist = (_TOKENS,)
@@ -90,20 +90,20 @@ class DetectSecrets(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
-    """The detectors that are used, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub
-    (fine-grained), Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
+    """Detectors to use, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub (fine-grained),
+    Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
     action: Literal["mask", "drop"] = "mask"
-    """Puts a mask in the place of what is found, or drops the document."""
+    """Replaces secrets with a mask, or drops the document."""
     mask: str = "<secret>"
-    """The mask."""
+    """Mask that replaces a secret."""
     max_found: int = Field(0, ge=0)
-    """Documents with more are dropped, where `action` is `drop` (`secrets`)."""
+    """Maximum secrets in a document if `action` is `drop`; documents with more are dropped (`secrets`)."""
 
     @model_validator(mode="after")
     def _known(self) -> DetectSecrets:
         for name in self.detectors:
             if name not in FORMS + OWN + WIDE:
-                raise ValueError(f"{name!r} is no detector{nearest(name, FORMS + OWN + WIDE)}")
+                raise ValueError(f"{name!r} isn't a detector{nearest(name, FORMS + OWN + WIDE)}")
         return self
 
     def loaded(self) -> Callable[[Document], Outcome]:
@@ -128,7 +128,7 @@ class DetectSecrets(Stage):
 
 
 def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
-    """Masks private keys, and the secrets of each line that may have one; returns the text, their number and their kinds."""
+    """Masks private keys, and the secrets of each line that may have one; returns the text, their number, and their kinds."""
     out, at, count, kinds = list[str](), 0, 0, set[str]()
     for kind in (d.secret_type for d in detectors if type(d).__name__ == KEYS):
         if keys := list(_keys(text)):
@@ -155,14 +155,15 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
 
 
 class Tails:
-    """Finds the ends of a line's secrets. A tail is read once, however many secrets begin in it: it may have megabytes."""
+    """Finds the ends of a line's secrets. Each tail is read once, even if many secrets begin in it, because it may have
+    megabytes."""
 
     def __init__(self, line: str) -> None:
         self._line = line
         self._read = dict[str, Span]()  # the last tail of each kind
 
     def end(self, end: int, kind: str) -> int:
-        """Returns where a secret ends that was found up to `end`."""
+        """Returns the end of a secret that was found up to `end`."""
         first, last = self._read.get(kind, (0, -1))
         if not first <= end <= last:
             tail = TAILS[kind].match(self._line, end) if kind in TAILS else None
@@ -172,7 +173,7 @@ class Tails:
 
 
 def _keys(text: str) -> Iterator[Span]:
-    """Finds private keys: from BEGIN to the END that is next, if of the same kind and near, else as far as base64 goes."""
+    """Finds private keys: from BEGIN to the next END, if it is of the same kind and near, else to the end of the base64."""
     if "PRIVATE KEY" not in text and "PuTTY" not in text:
         return
     marks = list(_KEY.finditer(text))
@@ -189,7 +190,7 @@ def _keys(text: str) -> Iterator[Span]:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Makes one of spans that overlap: the same secret, found twice."""
+    """Merges overlapping spans: the same secret, found twice."""
     out = list[Span]()
     for start, end in spans:
         if out and start < out[-1][1]:
@@ -216,7 +217,7 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
 
 
 def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
-    """Finds the places of a line's secrets, and their kinds: of patterns the match, or the group that is the secret in it."""
+    """Finds the places of a line's secrets, and their kinds: for patterns, the match, or its group with the secret."""
     for detector in detectors:
         secrets = set(detector.analyze_string(line))
         if not secrets:
@@ -238,7 +239,7 @@ def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator
 
 
 def _quoted(line: str, secrets: set[str]) -> Iterator[Span]:
-    """Finds what detectors tell of without its place: it stands in quotes."""
+    """Finds the place of a secret that a detector reports without one: it is in quotes."""
     for secret in filter(None, secrets):
         for match in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
             yield match.span()

@@ -1,4 +1,4 @@
-"""Makes text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
+"""Extracts the text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
 
 resiliparse is the default; `library: trafilatura` takes about twenty times as long, and finds the main text more exactly, as
 FineWeb and RefinedWeb have it. Encodings follow the HTML standard (`heliostat.curation.encodings`). A page is read within
@@ -38,17 +38,17 @@ class Extract(Stage):
     version: ClassVar[int] = 3  # texts are in NFC, as those of readers are
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
-    """What makes text of a page."""
+    """Library that extracts the text of a page."""
     main_content: bool = True
-    """Leaves out navigation, headers, footers and the like."""
+    """Removes navigation, headers, footers, and the like."""
     max_bytes: int = Field(16 << 20, gt=0)
-    """Larger pages are dropped (`too_large`)."""
+    """Maximum bytes of a page; larger pages are dropped (`too_large`)."""
     max_undecodable: Float = Field(0.05, ge=0, le=1)
-    """The largest share of characters that are not what the page's encoding says (`undecodable`)."""
+    """Maximum share of characters that are invalid in the page's encoding (`undecodable`)."""
     max_seconds: Float = Field(10.0, gt=0)
-    """The processor seconds that one page may take (`timeout`)."""
+    """Maximum processor seconds per page (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """The MiB of address space that the parser's process may take (`memory`, `crashed`)."""
+    """Maximum MiB of address space of the parser's process (`memory`, `crashed`)."""
 
     def check(self) -> None:
         needed = {"resiliparse", self.library}

@@ -1,9 +1,9 @@
 """Drops documents that look like lists: FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
 
-Dropped is a document of which fewer than 12 % of lines end with a terminal mark; of which more than 67 % of lines have at most 30
-characters; of which more than 1 % of characters are in lines that were there before (the paper, and its code, count lines after
-duplicates across documents are gone); or with more than 0.3 line ends a word. Lines of white space alone do not count. Decisions
-agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+A document is dropped if fewer than 12 % of its lines end with a terminal mark; if more than 67 % of its lines have at most 30
+characters; if more than 1 % of its characters are in duplicate lines (the paper and its code count lines after deduplication
+across documents); or if it has more than 0.3 line ends per word. Lines of only white space don't count. Decisions agree with
+datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ class FineWeb(Stage):
     }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)
-    """The least share of lines that end with a terminal mark, of any script (`few_terminal_marks`)."""
+    """Minimum share of lines that end with a terminal punctuation mark, of any script (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """The largest share of short lines (`short_lines`)."""
+    """Maximum share of short lines (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
-    """A line of at most so many characters is short."""
+    """Maximum characters of a short line."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
-    """The largest share of characters in lines that were there before (`duplicate_chars`)."""
+    """Maximum share of characters in duplicate lines (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)
-    """The most line ends a word (`line_ends`)."""
+    """Maximum line ends per word (`line_ends`)."""
 
     def open(self) -> Work:
         return by_text(self.judge)

@@ -1,9 +1,9 @@
-"""Repairs text that was decoded wrongly ("âœ” No problems"), with ftfy (Speer 2019), as FineWeb applies it.
+"""Repairs wrongly decoded text ("âœ” No problems"), with ftfy (Speer 2019), like FineWeb.
 
 Mojibake, C1 control characters, surrogates, terminal escapes and other control characters are repaired or removed, and HTML
-entities resolved in lines before the first `<`. What enforces a style is off, as in FineWeb: curly quotes, ligatures and
-full-width characters stay. Lines of plain ASCII without an entity or a control character are left as they are without being
-looked at, which changes nothing and is most of the time. Counted are the lines that were repaired.
+entities resolved in lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures, and full-width
+characters stay. Lines of plain ASCII without an entity or a control character are skipped, which saves most of the time and
+changes nothing. The stage counts the repaired lines.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class FixText(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     uncurl_quotes: bool = False
-    """Makes curly quotes straight."""
+    """Replaces curly quotes with straight ones."""
     fix_latin_ligatures: bool = False
-    """Makes two letters of ligatures such as ﬁ."""
+    """Replaces ligatures such as ﬁ with two letters."""
     fix_character_width: bool = False
-    """Makes full-width and half-width characters those of the usual width."""
+    """Replaces full-width and half-width characters with those of normal width."""
     unescape_html: bool = True
-    """Resolves HTML entities, in lines before the first `<`."""
+    """Replaces HTML entities, in lines before the first `<`."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()
@@ -53,7 +53,7 @@ class FixText(Stage):
 
 
 def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConfig], str]) -> tuple[str, int]:
-    """Fixes the lines that have an odd character in them; entities only before the first `<`, as in the whole text."""
+    """Fixes the lines with an unusual character; entities only before the first `<`, as in the complete text."""
     out, at, count, angle = list[str](), 0, 0, text.find("<")
     while odd := _ODD.search(text, at):
         start = text.rfind("\n", at, odd.start()) + 1 or at

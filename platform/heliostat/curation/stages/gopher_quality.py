@@ -1,9 +1,9 @@
-"""Drops documents that do not look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
+"""Drops documents that don't look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
 
-Kept is a document of 50 to 100,000 words, of 3 to 10 characters each in the mean, with at most 0.1 hash signs or ellipses a
-word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter in
-them, and at least two of eight stop words. Words are English words as spaCy splits them (marks are words of their own); those
-that are nothing but marks do not count for number and length. Decisions agree with datatrove's filter of this name:
+A document is kept if it has 50 to 100,000 words, with a mean of 3 to 10 characters, at most 0.1 hash signs or ellipses per
+word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter
+in them, and at least two of eight stop words. Words are English words, split like in spaCy (marks are separate words). Words
+of only marks don't count for number and length. Decisions agree with datatrove's filter of this name:
 docs/benchmarks/curation-stages.md.
 """
 
@@ -39,28 +39,28 @@ class GopherQuality(Stage):
     later: ClassVar[frozenset[str]] = frozenset({"marks_are_words"})
 
     min_words: int = Field(50, ge=0)
-    """Documents of fewer words are dropped (`few_words`)."""
+    """Minimum words of a document; shorter documents are dropped (`few_words`)."""
     max_words: int = Field(100_000, ge=0)
-    """Documents of more words are dropped (`many_words`)."""
+    """Maximum words of a document; longer documents are dropped (`many_words`)."""
     min_word_length: Float = Field(3.0, ge=0)
-    """The least characters of a word, in the mean (`short_words`)."""
+    """Minimum mean characters per word (`short_words`)."""
     max_word_length: Float = Field(10.0, ge=0)
-    """The most characters of a word, in the mean (`long_words`)."""
+    """Maximum mean characters per word (`long_words`)."""
     max_symbols: Float = Field(0.1, ge=0)
-    """The most hash signs, and the most ellipses, a word (`hashes`, `ellipses`)."""
+    """Maximum hash signs, and maximum ellipses, per word (`hashes`, `ellipses`)."""
     max_bullet_lines: Float = Field(0.9, ge=0, le=1)
-    """The largest share of lines that begin with a bullet (`bullets`)."""
+    """Maximum share of lines that begin with a bullet (`bullets`)."""
     max_ellipsis_lines: Float = Field(0.3, ge=0, le=1)
-    """The largest share of lines that end with an ellipsis (`ellipsis_lines`)."""
+    """Maximum share of lines that end with an ellipsis (`ellipsis_lines`)."""
     min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
-    """The least share of words with a letter in them (`few_letters`)."""
+    """Minimum share of words with a letter (`few_letters`)."""
     marks_are_words: bool = True
-    """Counts punctuation marks among the words of that share, as datatrove does: a text with many commas then has few letters.
-    False counts words alone, as the paper has it."""
+    """Counts punctuation marks as words for that share, like datatrove; a text with many commas then has few letters. False
+    counts words only, like the paper."""
     min_stop_words: int = Field(2, ge=0)
-    """So many different stop words must be there (`few_stop_words`)."""
+    """Minimum number of different stop words in a document (`few_stop_words`)."""
     stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
-    """The stop words, in small letters as they are looked for."""
+    """Stop words, in lower case."""
 
     def open(self) -> Work:
         return by_text(self.judge)

@@ -1,9 +1,9 @@
 """Drops documents that repeat themselves: Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
 
-Dropped is a document of which too much is lines or paragraphs that were there before (30 % of their number, 20 % of the
-characters); or the most frequent n-gram of 2, 3, 4 words (20, 18, 16 % of the characters); or n-grams of 5 to 10 words that
-were there before (15 to 10 %). Words are English words as spaCy splits them. Decisions agree with datatrove's filter of this
-name: docs/benchmarks/curation-stages.md.
+A document is dropped if too much of it is duplicate lines or paragraphs (30 % of their number, 20 % of the characters), the
+most frequent n-gram of 2, 3, or 4 words (20, 18, 16 % of the characters), or repeated n-grams of 5 to 10 words (15 to 10 %).
+Words are English words, split like in spaCy. Decisions agree with datatrove's filter of this name:
+docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -39,31 +39,31 @@ class GopherRepetition(Stage):
     }  # fmt: skip
 
     max_duplicate_lines: Share = 0.3
-    """The largest share of lines that were there before (`lines`)."""
+    """Maximum share of duplicate lines (`lines`)."""
     max_duplicate_paragraphs: Share = 0.3
-    """The largest share of paragraphs that were there before (`paragraphs`)."""
+    """Maximum share of duplicate paragraphs (`paragraphs`)."""
     max_duplicate_line_chars: Share = 0.2
-    """The largest share of characters in such lines (`line_chars`)."""
+    """Maximum share of characters in duplicate lines (`line_chars`)."""
     max_duplicate_paragraph_chars: Share = 0.2
-    """The largest share of characters in such paragraphs (`paragraph_chars`)."""
+    """Maximum share of characters in duplicate paragraphs (`paragraph_chars`)."""
     max_top_2_grams: Share = 0.2
-    """The largest share of characters that the most frequent pair of words takes."""
+    """Maximum share of characters in the most frequent 2-gram of words."""
     max_top_3_grams: Share = 0.18
-    """The same of three words."""
+    """Maximum share of characters in the most frequent 3-gram of words."""
     max_top_4_grams: Share = 0.16
-    """The same of four words."""
+    """Maximum share of characters in the most frequent 4-gram of words."""
     max_duplicate_5_grams: Share = 0.15
-    """The largest share of characters in n-grams of five words that were there before."""
+    """Maximum share of characters in duplicate 5-grams of words."""
     max_duplicate_6_grams: Share = 0.14
-    """The same of six words."""
+    """Maximum share of characters in duplicate 6-grams of words."""
     max_duplicate_7_grams: Share = 0.13
-    """The same of seven words."""
+    """Maximum share of characters in duplicate 7-grams of words."""
     max_duplicate_8_grams: Share = 0.12
-    """The same of eight words."""
+    """Maximum share of characters in duplicate 8-grams of words."""
     max_duplicate_9_grams: Share = 0.11
-    """The same of nine words."""
+    """Maximum share of characters in duplicate 9-grams of words."""
     max_duplicate_10_grams: Share = 0.10
-    """The same of ten words."""
+    """Maximum share of characters in duplicate 10-grams of words."""
 
     def open(self) -> Work:
         return by_text(self.judge)
@@ -87,7 +87,7 @@ class GopherRepetition(Stage):
 
 
 def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields what `ends.split(text)` lists, without the list."""
+    """Yields the items of `ends.split(text)`, without making the list."""
     at = 0
     for end in ends.finditer(text):
         yield text[at : end.start()]

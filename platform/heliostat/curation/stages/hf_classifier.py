@@ -1,10 +1,12 @@
-"""Drops documents by the score that a Hugging Face sequence classifier gives them: of quality, education, toxicity, a domain.
+"""Drops documents by the score of a Hugging Face sequence classifier, for example for quality, education, toxicity, or a
+domain.
 
-(FineWeb-Edu: Penedo et al. 2024, arXiv 2406.17557, keeps what a small BERT grades 3 of 5 or more; DCLM and Nemotron-CC have their
-own.) `model` is a local folder as save_pretrained writes it, with safetensors and tokenizer.json; code of the folder's is never
-run. The score is the label's probability (softmax, or sigmoid where labels exclude no other), or the output itself of models with
-one. Only the first `max_tokens` of a document are looked at, which is counted. Where the cluster has GPUs, each has an actor
-that keeps the model; else CPUs compute. Scores do not depend on the batch, but differ in the last digits between devices.
+(FineWeb-Edu: Penedo et al. 2024, arXiv 2406.17557, keeps what a small BERT grades 3 of 5 or more; DCLM and Nemotron-CC have
+their own.) `model` is a local folder in the form of save_pretrained, with safetensors and tokenizer.json; heliostat never runs
+its code. The score is the label's probability (softmax, or sigmoid for independent labels), or the output of a model with one
+label. The model reads only the first `max_tokens` of a document; a count reports longer ones. If the cluster has GPUs, each
+has an actor that keeps the model; otherwise CPUs compute. Scores don't depend on the batch, but differ in the last digits
+between devices.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from heliostat.curation.stage import Document, text_of
 
 class HfClassifier(scoring.ScoringStage):
     label: str = Field(min_length=1)
-    """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none)."""
+    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none)."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)
-    """Documents of about one length that are computed together."""
+    """Batch size: documents of similar length that the model reads together."""
 
     def check(self) -> None:
         config = scoring.describe(self.model)

@@ -1,11 +1,11 @@
-"""Drops images by the score that a Hugging Face model gives them: watermarks, NSFW, aesthetics, or how well the caption fits.
+"""Drops images by the score of a Hugging Face model, for example for watermarks, NSFW, aesthetics, or the fit of the caption.
 
-`model` is a folder as save_pretrained writes it, with safetensors and the image processor; code of the folder's is never run.
-Of an image classifier, the score is the label's probability (softmax, or sigmoid where labels exclude no other), or the output
-itself of models with one, such as a grade of aesthetics. Of a CLIP, which has no labels, it is the cosine similarity of image
-and caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718); LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114) keeps
-0.3 or more by ViT-B/32. Models look at images in the form that they are stored in. Where the cluster has GPUs, each has an actor
-that keeps the model; else CPUs compute. Scores do not depend on the batch, but differ in the last digits between devices.
+`model` is a folder in the form of save_pretrained, with safetensors and the image processor; heliostat never runs its code.
+For an image classifier, the score is the label's probability (softmax, or sigmoid for independent labels), or the output of a
+model with one label, such as a grade of aesthetics. For a CLIP, which has no labels, it is the cosine similarity of image and
+caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718); LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114) keeps
+0.3 or more by ViT-B/32. Models read images in their stored form. If the cluster has GPUs, each has an actor that keeps the
+model; otherwise CPUs compute. Scores don't depend on the batch, but differ in the last digits between devices.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class HfImage(scoring.ScoringStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *scoring.ModelStage.libraries)
 
     label: str | None = Field(None, min_length=1)
-    """The label whose score is taken, by its name in config.json (`LABEL_0` where it has none). Unset, of a CLIP: how well the
-    caption fits."""
+    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none). Unset, for a CLIP: how well the caption
+    fits the image."""
     batch: int = Field(16, ge=1, le=1024)
-    """Images that are computed together."""
+    """Batch size in images."""
 
     def digests(self) -> dict[str, object]:
         return {"model": image_models.digests(self.model)}
@@ -40,11 +40,11 @@ class HfImage(scoring.ScoringStage):
         config = image_models.describe(self.model)
         if image_models.is_clip(config):
             if self.label is not None:
-                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels; remove it: the score is the caption's")
+                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels. Remove it: the score rates the caption")
             return
         if self.label is None:
             known = ", ".join(scoring.labels(config))
-            raise ConfigError(f"label: {self.model!r} is a classifier; name one of its labels, {known}")
+            raise ConfigError(f"label: {self.model!r} is a classifier. Name one of its labels: {known}")
         scoring.require_label(self.label, config)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float]]]:

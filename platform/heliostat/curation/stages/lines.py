@@ -1,9 +1,8 @@
-"""Removes lines that are no text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
+"""Removes lines that aren't text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
 
-Removed are lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and, of at most ten words, those
-that one of the phrases begins, ends or is in ("sign in", "read more...", "items in cart"). A document of which the removed
-lines hold more than 5 % of the words is dropped. The paper takes the phrase out of the line; here the line goes, which is
-simpler to trace.
+It removes lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and lines of at most ten words
+that begin with, end with, or contain one of the phrases ("sign in", "read more...", "items in cart"). A document that loses
+more than 5 % of its words is dropped. The paper removes only the phrase; removing the line is simpler to trace.
 """
 
 from __future__ import annotations
@@ -33,25 +32,26 @@ class Lines(Stage):
     version: ClassVar[int] = 2
 
     max_capitals: Float = Field(0.5, ge=0, le=1)
-    """Lines are removed if a larger share of their letters are capitals, and they have at least `capital_letters` letters."""
+    """Maximum share of capitals among the letters of a line; lines with more are removed, if they have at least
+    `capital_letters` letters."""
     capital_letters: int = Field(5, ge=1)
-    """Lines of fewer letters are not looked at for capitals."""
+    """Minimum letters of a line for that rule."""
     numbers: bool = True
-    """Removes lines of numbers and marks only."""
+    """Removes lines of numbers and punctuation only."""
     counters: bool = True
     """Removes lines such as `3 likes`."""
     single_words: bool = True
     """Removes lines of one word."""
     begins: list[str] = ["sign in", "sign-in", "sign up", "log in", "skip to content", "subscribe to"]
-    """Short lines that begin so are removed, whatever the case."""
+    """Removes short lines that begin with one of these, in any case."""
     ends: list[str] = ["read more...", "read more…", "read more", "show more", "load more", "learn more"]
-    """Short lines that end so are removed, whatever the case."""
+    """Removes short lines that end with one of these, in any case."""
     holds: list[str] = ["items in cart", "all rights reserved", "accept cookies", "accept all cookies"]
-    """Short lines that hold one of these are removed, whatever the case."""
+    """Removes short lines that contain one of these, in any case."""
     short_words: int = Field(10, ge=0)
-    """A line of at most so many words is short."""
+    """Maximum words of a short line."""
     max_removed_words: Float = Field(0.05, ge=0, le=1)
-    """Documents with a larger share of their words in removed lines are dropped (`removed_words`); 1 drops none."""
+    """Maximum share of a document's words in removed lines; documents above it are dropped (`removed_words`); 1 drops none."""
 
     def decide(self, document: Document) -> Outcome:
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0

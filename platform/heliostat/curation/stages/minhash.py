@@ -1,11 +1,11 @@
-"""Drops near duplicates: documents whose sets of word n-grams are very similar, found by MinHash and locality-sensitive hashing.
+"""Drops near-duplicates: documents with very similar sets of word n-grams, found by MinHash and locality-sensitive hashing.
 
-(Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb Datasets,
-2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and candidates of candidates one
-cluster; one of each cluster stays. At a Jaccard similarity of 0.7 a pair is found with probability 0.56, at 0.8 with 0.92, at
-0.9 with 0.9996; at 0.5 with 0.05. Exact duplicates are near duplicates. Words are compared as FineWeb compares them
-(`heliostat.curation.comparable`). The clusters are exact for these candidates, and do not depend on how the input is cut;
-memory is that of a part of the keys or edges, whatever the number of documents.
+(Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb
+Datasets, 2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and connected candidates
+form one cluster; one document of each cluster stays. It finds a pair with Jaccard similarity 0.7 with probability 0.56, 0.8
+with 0.92, 0.9 with 0.9996, and 0.5 with 0.05. Exact duplicates are near-duplicates too. Words are compared like in FineWeb
+(`heliostat.curation.comparable`). The clusters are exact for these candidates, and don't depend on how the input is split.
+Memory is that of a part of the keys or edges, for any number of documents.
 """
 
 from __future__ import annotations
@@ -39,21 +39,22 @@ class MinHash(GlobalStage):
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
-    """Parts of a signature; a pair that agrees in one of them is a candidate."""
+    """Bands of a signature; two documents that agree in one of them are candidates."""
     rows: int = Field(8, ge=1, le=100)
-    """Permutations in a band."""
+    """Permutations per band."""
     ngram: int = Field(5, ge=1, le=100)
-    """Words that are compared together."""
+    """Words per shingle."""
     seed: int = Field(1, ge=0)
-    """Of the permutations."""
+    """Random seed of the permutations."""
     keep: Rule = "longest"
-    """Who of a cluster stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
-    largest number in `column`. Of equals, the first by id."""
+    """Document of a cluster to keep: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with
+    the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    stage."""
     within: str = ""
-    """Compares only documents with the same value in this column, as FineWeb does with the pages of one crawl. As for `column`,
-    it must be one of the pipeline's `columns`, or made by a stage before. Unset: all documents are compared."""
+    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. It must be
+    one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:

@@ -1,11 +1,11 @@
-"""Makes text of PDFs: what their pages say, in the order in which it is drawn, by PDFium (the library of Chromium).
+"""Extracts the text of PDFs, in drawing order, with PDFium (the library of Chromium).
 
-A file ends in `.pdf`; files of this kind are read where a pipeline has this stage. Words that are cut at the end of a line are
-joined, pages stand apart by an empty line. There is no recognition of letters in pictures: a scanned document without a layer of
-text is dropped as `no_text`, and its pages without text are counted. Columns of print come in the order of the file, which is
-mostly theirs; tables lose their form. A document is read within `max_seconds` and `max_memory` in a process of its own, so that
-what hangs or crashes the library, or unpacks to gigabytes, is dropped with a reason and stops nothing. Documents that want a
-password are `encrypted`. `pages` and `title` become columns. Documents that are no PDFs pass.
+Files that end in `.pdf` are read only if a pipeline has this stage. Hyphenated words at line ends are joined, and an empty
+line separates pages. There is no OCR: a scanned document without a text layer is dropped as `no_text`, and its pages without
+text are counted. Printed columns keep the order of the file, which is usually right; tables lose their form. A document is
+read within `max_seconds` and `max_memory` in a process of its own, so that what hangs or crashes the library, or unpacks to
+gigabytes, is dropped with a reason and stops nothing. Documents with a password are `encrypted`. `pages` and `title` become
+columns. Other documents pass unchanged.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class Pdf(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 
     max_pages: int = Field(5000, ge=1)
-    """Documents of more pages are dropped (`too_many_pages`)."""
+    """Maximum pages of a document; longer documents are dropped (`too_many_pages`)."""
     max_seconds: Float = Field(60.0, gt=0)
-    """The processor seconds that one document may take (`timeout`)."""
+    """Maximum processor seconds per document (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """The MiB of address space that the library's process may take (`memory`, `crashed`)."""
+    """Maximum MiB of address space of the library's process (`memory`, `crashed`)."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

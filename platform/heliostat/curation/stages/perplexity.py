@@ -1,12 +1,12 @@
-"""Drops documents by the perplexity that a language model gives them, and sorts the others into buckets of it.
+"""Drops documents by their perplexity under a language model, and sorts the others into buckets by it.
 
 (CCNet: Wenzek et al. 2020, arXiv 1911.00359, sorts pages into head, middle and tail by the perplexity of a 5-gram model of
-Wikipedia. Here `model` is a local folder of a causal language model, an export of heliostat's or of others, with safetensors and
-tokenizer.json; code of the folder's is never run.) Text like that of the model's training has a low perplexity; lists, noise and
+Wikipedia. Here `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
+tokenizer.json; heliostat never runs its code.) Text like that of the model's training has a low perplexity; lists, noise and
 other languages have a high one, and text that repeats itself a very low one. It is exp of the mean negative logarithm of the
-probabilities of all tokens but the first, of the first `max_tokens`; longer documents are counted. Where the cluster has GPUs,
-each has an actor that keeps the model; else CPUs compute. It does not depend on the batch, but differs in the last digits
-between devices.
+probabilities of all tokens but the first, of the first `max_tokens`; a count reports longer documents. If the cluster has
+GPUs, each has an actor that keeps the model; otherwise CPUs compute. It doesn't depend on the batch, but differs in the last
+digits between devices.
 """
 
 from __future__ import annotations
@@ -34,35 +34,39 @@ class Perplexity(scoring.ModelStage):
     }
 
     min_perplexity: Float | None = Field(None, ge=1)
-    """The least perplexity of a document that is kept (`low_perplexity`)."""
+    """Minimum perplexity to keep a document (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
-    """The largest perplexity of a document that is kept (`high_perplexity`)."""
+    """Maximum perplexity to keep a document (`high_perplexity`)."""
     buckets: list[Float] = []
-    """Where buckets end, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 from there on, and so on."""
+    """Upper bounds of the buckets, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 below the second,
+    and so on."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(4, ge=1, le=1024)
-    """Documents of about one length that are computed together; each token holds as many numbers as the vocabulary has."""
+    """Batch size: documents of similar length that the model reads together; each token takes as many numbers as the vocabulary
+    has tokens."""
     column: str = Field("perplexity", min_length=1)
-    """The column that the perplexity becomes."""
+    """Column for the perplexity."""
     bucket_column: str = Field("bucket", min_length=1)
-    """The column that the bucket becomes."""
+    """Column for the bucket."""
 
     @model_validator(mode="after")
     def _one(self) -> Perplexity:
         if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
-            raise ValueError("give min_perplexity, max_perplexity or buckets")
+            raise ValueError("set min_perplexity, max_perplexity, or buckets")
         if any(low >= high for low, high in pairwise(self.buckets)):
             raise ValueError(f"buckets: {self.buckets} must ascend")
         if self.column == self.bucket_column:
-            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity; name another")
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another name")
         return self
 
     def check(self) -> None:
         config = scoring.describe(self.model)
         named = config.get("architectures") or ["none"]
         if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
-            raise ConfigError(f"model: {self.model!r} is of {', '.join(named)}, and no causal language model; name one that is")
+            raise ConfigError(
+                f"model: {self.model!r} is a {', '.join(named)}, not a causal language model. Name a causal language model"
+            )
         scoring.check_length(config, self.max_tokens)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float | None, bool]]]:

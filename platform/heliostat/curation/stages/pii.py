@@ -1,18 +1,18 @@
-"""Masks personal data, or drops documents that hold it: e-mail, public IP addresses, phone, card and account numbers.
+"""Masks personal data, or drops documents with personal data: e-mail, public IP addresses, phone, card and account numbers.
 
-Card numbers are held to Luhn's checksum, accounts (IBAN) to ISO 7064's, phone numbers to Google's libphonenumber, IP addresses
-to the public ranges. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
-the others by `kinds`. Names and street addresses are not looked for: no model for them comes with its weights. A mask holds
-nothing that would be masked again. Numbers of phones without + and country are looked for in `region` only.
+Card numbers must pass Luhn's checksum, account numbers (IBAN) ISO 7064's, phone numbers Google's libphonenumber; IP addresses
+must be public. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
+`kinds` adds others. The stage doesn't find names and street addresses, because it has no model for them. A mask contains
+nothing that would be masked again. Phone numbers without + and country are found only for `region`.
 
-Code has much that looks like one of these, so form alone is not enough: a slice (`x[1::2]`), a scope (`A::B`), a section or an
-object identifier is no address, `x@self.weight` and `git@github.com:a/b` are no e-mail, and a date or a long integer is no phone
-number. An address of IPv6 needs four written groups, a domain must be one that IANA has delegated, a card's digits stand in the
-groups of cards, and an area code stands by itself, unless a word such as `call` comes before the number.
+Much code looks like personal data, so the format alone isn't enough. A slice (`x[1::2]`), a scope (`A::B`), a section number,
+or an object identifier isn't an address; `x@self.weight` and `git@github.com:a/b` aren't e-mail; a date or a long integer
+isn't a phone number. An address of IPv6 needs four written groups, a domain must be one that IANA has delegated, a card's
+digits stand in the groups of cards, and an area code stands by itself, unless a word such as `call` comes before the number.
 
-An address of IPv4 needs two groups of two digits or more: `3.3.3.3` and `3.4.1.1` are sections and versions. The rule leaves
-0.03 % of random public addresses unmasked, 263 of 1,000,000. Google's and Quad9's resolvers (`8.8.8.8`) are masked all the same,
-Cloudflare's `1.1.1.1` is not. A network (`64.252.64.0/18`) isn't masked either.
+An address of IPv4 needs two groups of two digits or more: `3.3.3.3` and `3.4.1.1` are section and version numbers. The rule
+leaves 0.03 % of random public addresses unmasked, 263 of 1,000,000. Google's and Quad9's resolvers (`8.8.8.8`) are masked
+anyway; Cloudflare's `1.1.1.1` isn't. A network (`64.252.64.0/18`) isn't masked either.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ class Pii(Stage):
     version: ClassVar[int] = 4
 
     kinds: list[Kind] = Field(["email", "ip"], min_length=1)
-    """What is looked for: `email`, `ip`, `phone`, `credit_card`, `iban`."""
+    """Kinds to find: `email`, `ip`, `phone`, `credit_card`, `iban`."""
     action: Literal["mask", "drop"] = "mask"
-    """Puts a mask in the place of what is found, or drops the document."""
+    """Replaces personal data with a mask, or drops the document."""
     mask: str = "<{kind}>"
-    """The mask; `{kind}` becomes `email`, `ip`, and so on."""
+    """Mask; `{kind}` becomes `email`, `ip`, and so on."""
     region: str | None = None
-    """The country whose own form of phone numbers is looked for, such as `US`; unset: numbers with + only."""
+    """Country whose local form of phone numbers is found too, such as `US`; unset: only numbers with +."""
     max_found: int = Field(0, ge=0)
-    """Documents with more are dropped, where `action` is `drop` (`pii`)."""
+    """Maximum matches in a document if `action` is `drop`; documents with more are dropped (`pii`)."""
 
     @model_validator(mode="after")
     def _mask(self) -> Pii:
         if any(c.isdigit() or c == "@" for c in self.mask):
-            raise ValueError(f"mask {self.mask!r} must hold neither a digit nor @: it could be taken for what it hides")
+            raise ValueError(f"mask: {self.mask!r} contains a digit or @, which look like personal data. Remove them")
         return self
 
     def check(self) -> None:

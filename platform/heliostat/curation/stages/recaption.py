@@ -1,11 +1,11 @@
-"""Replaces captions by those that a Hugging Face captioner writes of the images; the old ones stay, in a column of their own.
+"""Replaces captions with those of a Hugging Face captioner; the old ones stay, in a separate column.
 
-Captions that are made describe images better than most alt texts of the web (BLIP: Li et al. 2022, arXiv 2201.12086; Nguyen et
-al. 2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder as save_pretrained writes it (BLIP, GIT, or a
-vision encoder with a text decoder), with safetensors, the image processor and tokenizer.json; code of the folder's is never run.
-Images are looked at in the form that they are stored in. Decoding is greedy; captions do not depend on the batch, but may differ
-between devices where two words are about as likely. Where the cluster has GPUs, each has an actor that keeps the model; else CPUs
-compute. Stages behind this one look at the new captions: put a CLIP's `hf_image` there.
+Generated captions describe images better than most alt texts on the web (BLIP: Li et al. 2022, arXiv 2201.12086; Nguyen et al.
+2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder in the form of save_pretrained (BLIP, GIT, or a
+vision encoder with a text decoder), with safetensors, the image processor, and tokenizer.json; heliostat never runs its code.
+The model reads images in their stored form. Decoding is greedy. Captions don't depend on the batch, but may differ between
+devices if two words are about equally likely. If the cluster has GPUs, each has an actor that keeps the model; otherwise CPUs
+compute. Later stages read the new captions: put a CLIP's `hf_image` there.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Recaption(ModelStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *ModelStage.libraries)
 
     max_tokens: int = Field(64, ge=1)
-    """The most tokens of a caption; those that are cut there are counted."""
+    """Maximum tokens of a caption; a count reports the truncated ones."""
     batch: int = Field(16, ge=1, le=1024)
-    """Images that are captioned together."""
+    """Batch size in images."""
     original: str = Field("original_caption", min_length=1)
-    """The column of the shards that the caption of the input becomes."""
+    """Column of the shards that keeps the input's caption."""
 
     def digests(self) -> dict[str, object]:
         return {"model": image_models.digests(self.model)}

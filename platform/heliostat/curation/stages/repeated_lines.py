@@ -1,13 +1,13 @@
-"""Removes lines, or paragraphs, that another document has too: one occurrence of each stays in the whole set.
+"""Removes lines, or paragraphs, that several documents share: one occurrence of each stays in the dataset.
 
 (Wenzek et al., CCNet, 2019, arXiv 1911.00359: paragraphs, which are lines there, compared without case, punctuation and the
 values of digits. Here the words are those of `heliostat.curation.comparable`, so that accents and the scripts of Asia are
 compared as `minhash` compares them, and lines of numbers alone as they are written. Raffel et al., 2019, arXiv 1910.10683, do
-so for spans of three sentences of C4.) Menus, licences and notices go so, which filters on single documents cannot find. The
-occurrence that stays is in the document whose id has the least hash, and there the first: a function of the input, not of how
-it is cut. A document of which nothing is left is dropped. Parts are compared by hashes of 64 bits: of 10^10 different ones,
-about three are taken for another. Memory is that of the different parts in a share of all hashes. Put it behind `minhash`: of a
-near duplicate, it would leave the lines that differ.
+so for spans of three sentences of C4.) This removes menus, licenses, and notices, which filters on single documents can't
+find. The first occurrence in the document whose id has the smallest hash stays, so the result doesn't depend on how the input
+is split. An empty document is dropped. Parts are compared by 64-bit hashes: among 10^10 different ones, about three collide.
+Memory is that of the different parts in a share of all hashes. Put this stage after `minhash`; otherwise near-duplicates keep
+the lines that differ.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class RepeatedLines(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
 
     unit: Unit = "line"
-    """What is compared: every `line`, or every `paragraph`, which ends at an empty line."""
+    """Unit to compare: every `line`, or every `paragraph`, which ends at an empty line."""
     min_words: int = Field(3, ge=1)
-    """Lines or paragraphs of fewer words stay, however often they occur."""
+    """Minimum words of a line or paragraph; shorter ones always stay."""
     normalise: bool = True
-    """Compares words as `minhash` does: without case, accents, punctuation and the values of numbers."""
+    """Compares words like `minhash`: without case, accents, punctuation, and the values of numbers."""
 
     def signing(self) -> ComparedParts:
         return ComparedParts(self.unit, self.min_words, self.normalise)

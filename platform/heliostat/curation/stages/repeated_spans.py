@@ -1,4 +1,4 @@
-"""Removes spans of words that another document has too, wherever they begin: one occurrence of each stays in the whole set.
+"""Removes spans of words that several documents share, wherever they begin: one occurrence of each stays in the dataset.
 
 (Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens by a
 suffix array, which must be in memory as a whole. Here windows of words are chosen by content, as winnowing does, Schleimer et
@@ -25,7 +25,7 @@ class RepeatedSpans(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
 
     words: int = Field(100, ge=10)
-    """The words of a span that is always found."""
+    """Minimum words of a span that is always found."""
 
     def signing(self) -> WordWindows:
         return WordWindows((self.words + 1) // 2)

@@ -1,12 +1,13 @@
-"""Drops documents that mean much the same as another, by the cosines of their vectors, over the whole set.
+"""Drops documents with nearly the same meaning as another, by the cosine similarities of their vectors, over the complete
+dataset.
 
-(SemDeDup: Abbas et al. 2023, arXiv 2303.09540.) `model` is a local folder of a text encoder, as save_pretrained or
-sentence-transformers writes it; code of the folder's is never run. Documents are dealt to cells by spherical k-means, and each
-cell is gone through in the order of `keep`: a document goes if its cosine with one before it that stays is `min_similarity` or
-more. So two of a cell that stay are never so near, and each that goes is near to one that stays: nothing is lost along a chain.
-Pairs within a cell are all found; of sets of up to `cell_documents`, which are one cell, all pairs are. A pair on either side of
-a border stays: a second stage with another `seed` has other borders. Vectors are rounded to 8 bits, and all that follows from
-them is the same on every machine. Only the first `max_tokens` of a document are looked at. Put it behind `minhash`.
+(SemDeDup: Abbas et al. 2023, arXiv 2303.09540.) `model` is a local folder of a text encoder, in the form of save_pretrained or
+sentence-transformers; heliostat never runs its code. Spherical k-means assigns documents to cells, and the stage visits each
+cell in the order of `keep`. A document is dropped if its cosine similarity with an earlier one that stays is `min_similarity`
+or more. So two that stay in a cell are never that near, and each dropped document is near one that stays, without chains. It
+finds all pairs within a cell; datasets of up to `cell_documents` are one cell. A pair across a border stays; a second stage
+with another `seed` has other borders. Vectors are rounded to 8 bits, so the results are the same on every machine. The model
+reads only the first `max_tokens` of a document. Put this stage after `minhash`.
 """
 
 from __future__ import annotations
@@ -39,21 +40,22 @@ class Semantic(scoring.NamesModel, GlobalStage):
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
-    """The least cosine of documents that mean much the same. What it is of yours depends on the model: look at the histogram of
-    `curate report`."""
+    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of
+    `heliostat data report`."""
     cell_documents: int = Field(65_536, ge=1)
-    """Documents of a cell, about: within one, all are compared with all that stay."""
+    """Documents per cell, approximately; the stage compares all documents within a cell with those that stay."""
     max_tokens: int = Field(512, ge=8)
-    """The tokens of a document that are looked at."""
+    """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)
-    """Documents of about one length that are computed together."""
+    """Batch size: documents of similar length that the model reads together."""
     seed: int = Field(1, ge=0)
-    """Of the cells."""
+    """Random seed of the cells."""
     keep: Rule = "longest"
-    """Who is gone through first: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with the
-    largest number in `column`. Of equals, the first by id."""
+    """Order of comparison, which decides what stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or
+    the `best`, with the largest number in `column`. Ties keep the first by id."""
     column: str = ""
-    """The column that `oldest` and `best` compare; it must be one of the pipeline's `columns`, or made by a stage before."""
+    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    stage."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:
@@ -81,7 +83,7 @@ class Semantic(scoring.NamesModel, GlobalStage):
     def decided(
         self, flow: Flow, curated: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
     ) -> list[SpilledRun]:
-        """Compares the runs' documents by their vectors, which are embedded; returns the runs that are left."""
+        """Embeds the runs' documents and compares their vectors; returns the remaining runs."""
         kind, runs = f"semantic-{number}", curated.runs
         files = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)

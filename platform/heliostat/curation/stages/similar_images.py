@@ -1,10 +1,10 @@
-"""Drops images that look like another, by perceptual hashes of 64 bits that differ in few of them, over the whole set.
+"""Drops images that look like another, by 64-bit perceptual hashes that differ in few bits, over the complete dataset.
 
-The hash is dHash (Krawetz, Kind of Like That, 2013): which of 8 x 8 places of the image, made grey and small, is brighter than
-its right neighbour. It outlives scaling, compression and slight changes of colour; it does not know a crop, a turn or a mirror
-image. All pairs within `distance` are found, exactly, and of those one stays: images are gone through by the hashes of their
-pixels, and one goes if it is near to one before it that stays. So two that stay are never near, and everyone that goes is near
-to one that stays. Memory is that of a part of the hashes, whatever the number of images.
+The hash is dHash (Krawetz, Kind of Like That, 2013): which of 8 x 8 places of the image, reduced to grayscale, is brighter
+than its right neighbor. It survives scaling, compression, and slight changes of color, but not crops, rotations, or mirroring.
+The stage finds all pairs within `distance`, exactly, and keeps one image of each: it visits images in the order of their pixel
+hashes, and drops one that is near an earlier one that stays. So two that stay are never near, and every dropped image is near
+one that stays. Memory is that of a part of the hashes, for any number of images.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SimilarImages(GlobalStage):
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
     distance: int | None = Field(3, ge=0, le=16)
-    """Bits of 64 in which the perceptual hashes of two images that look the same may differ; null: only equal pixels go. Above 8,
-    a large set takes long."""
+    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates; null: only equal pixels count. Values above 8
+    take long on large sets."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs = f"alike-{number}", curated.runs
@@ -49,7 +49,7 @@ class SimilarImages(GlobalStage):
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs that look the same and who of them stays; returns the spills that name them."""
+        """Finds the pairs that look the same, and the images that stay; returns the spills that name them."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (
@@ -66,5 +66,5 @@ class SimilarImages(GlobalStage):
             if not (waiting := sum(r["rows"] for r in settled)):
                 break
         if waiting:
-            raise HeliostatError(f"{kind}: who stays did not settle within {ROUNDS} rounds")
+            raise HeliostatError(f"{kind}: the kept images didn't converge within {ROUNDS} rounds")
         return [r["names"] for r in flow.all(f"{kind}-names", alike.name, by_parts(flow, kind, parts, faces, {"fates": fates}))]

@@ -1,8 +1,9 @@
 """Drops documents by their URL: RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
 
-The lists are files, one entry a line; none comes with heliostat. `domains` are blocked with all below them, `urls` as they are
-(scheme, `www.`, a final slash and case do not count). A URL with one of `words` in it as a whole word is dropped, one with more
-than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere in it. The URL is read from the column `url`.
+The lists are files with one entry per line; heliostat has none of its own. `domains` are blocked with all subdomains, `urls`
+exactly (except scheme, `www.`, a final slash, and case). A URL with one of `words` in it as a whole word is dropped, one with
+more than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere in it. The URL is read from the column
+`url`.
 """
 
 from __future__ import annotations
@@ -34,24 +35,24 @@ class Urls(Stage):
     paths: ClassVar[tuple[str, ...]] = _LISTS
 
     domains: list[str] = []
-    """Files of hosts, one a line; hosts below one are blocked with it."""
+    """Files of hosts, one per line; a host also blocks its subdomains."""
     urls: list[str] = []
-    """Files of URLs, one a line."""
+    """Files of URLs, one per line."""
     words: list[str] = []
-    """Files of words, one a line, any of which drops a URL."""
+    """Files of words, one per line; any of them drops a URL."""
     soft_words: list[str] = []
-    """Files of words, one a line, of which more than `max_soft_words` drop a URL."""
+    """Files of words, one per line; more than `max_soft_words` of them drop a URL."""
     parts: list[str] = []
-    """Files of strings, one a line, that drop a URL wherever they are in it."""
+    """Files of strings, one per line; any of them drops a URL, wherever it is in it."""
     max_soft_words: int = Field(1, ge=0)
-    """URLs with more different soft words are dropped (`soft_words`)."""
+    """Maximum number of different soft words in a URL; URLs with more are dropped (`soft_words`)."""
     required: bool = False
     """Drops documents without a URL (`no_url`)."""
 
     @model_validator(mode="after")
     def _one(self) -> Urls:
         if not self.required and not any(getattr(self, key) for key in _LISTS):
-            raise ValueError(f"give at least one list: {', '.join(_LISTS)}")
+            raise ValueError(f"set at least one list: {', '.join(_LISTS)}")
         return self
 
     def check(self) -> None:
@@ -92,7 +93,7 @@ def _bare(url: str) -> str:
 
 
 def _hosts(url: str) -> list[str]:
-    """Returns a URL's host, and those above it; nothing if it cannot be read."""
+    """Returns a URL's host, and its parent domains; empty if it can't be parsed."""
     try:
         host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     except ValueError:

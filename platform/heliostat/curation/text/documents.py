@@ -1,4 +1,4 @@
-"""Normalises the texts of documents, or gives the reason why one is left out; nothing here raises for bad data."""
+"""Normalizes the texts of documents, or returns the reason to drop one; bad data raises nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Form = Literal["none", "NFC", "NFKC"]
 
 @dataclass(frozen=True)
 class TextRules(Limits):
-    """Defines the requirements that a document must meet, in addition to the limits of reading."""
+    """Defines the requirements for a document, in addition to the limits of reading."""
 
     max_file_bytes: int = 1 << 40
     columns: tuple[str, ...] = ()
@@ -34,7 +34,7 @@ class TextRules(Limits):
 
 
 def clean(id: str, raw: bytes | str, rules: TextRules, columns: dict[str, Any] | None = None) -> Document | Dropped:
-    """Normalises a document, or returns the reason to drop it; removes a byte-order mark and keeps line ends as they are."""
+    """Normalizes a document, or returns the reason to drop it; removes a byte-order mark, and keeps line ends."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
         text.encode()  # JSON can spell lone surrogates, which no UTF-8 can

@@ -1,9 +1,9 @@
-"""Gathers documents for a dataset's shards: without exact duplicates, and, where a pipeline says so, with those that belong
-together one after another.
+"""Gathers documents for a dataset's shards: without exact duplicates and, if a pipeline asks for it, with related ones next to
+each other.
 
-Documents lie in the order of their texts' hashes, which is also the order by which some are held out. Those that belong
-together, as the files of a repository, lie in the order of the hash of what they have in common: so they are in one shard and are
-held out together. That takes a second shuffle, behind the one by texts that finds exact duplicates.
+Documents are in the order of their texts' hashes, which also decides the held-out ones. Related documents, such as the files
+of a repository, are in the order of the hash of their common value, so they are in one shard and are held out together. That
+needs a second shuffle, after the one by texts that finds exact duplicates.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from heliostat.tasks import spill
 
 
 class Together(Strict):
-    """Describes which documents follow each other; the name of a column alone is its `column`."""
+    """Describes which documents follow each other; a plain column name means its `column`."""
 
     column: str = Field(min_length=1)
-    """Documents with the same value in this column follow each other, as `repository`."""
+    """Column that groups documents, such as `repository`: those with the same value follow each other."""
     order: str | None = Field(None, min_length=1)
-    """The column that says in which order, as text; the default is that of their ids, which for repositories are their paths."""
+    """Column that orders the documents of a group, as text. Unset: by id, which is the path for files of repositories."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +52,7 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 def regroup(
     folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
 ) -> dict[str, object]:
-    """Spills the documents of a range of keys once more, sorted by what they have in common; exact duplicates are left out."""
+    """Spills the documents of a range of keys again, sorted by their common value, without exact duplicates."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
@@ -74,7 +74,7 @@ def regroup(
 
 
 def _plain(value: object) -> str:
-    """Writes a column's value as text that can be stored: JSON may have half a surrogate pair, which UTF-8 has not."""
+    """Writes a column's value as text that can be stored: JSON may contain half a surrogate pair, which UTF-8 doesn't allow."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -83,14 +83,14 @@ def _array(values: Any, kind: pa.DataType) -> Any:
 
 
 def group(value: object, digest: bytes) -> bytes:
-    """Computes what a document's place follows from: what it has in common with others, or, if nothing, its text's hash."""
+    """Computes the key of a document's place: its common value or, if it has none, its text's hash."""
     if value is None or value == "":
         return digest
     return hashlib.sha256(f"together\0{value}".encode("utf-8", "surrogatepass")).digest()
 
 
 def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
-    """Reads the documents of a range of keys of what `regroup` has spilled, those that belong together one after another."""
+    """Reads the documents of a range of keys from `regroup`'s spills, with related ones next to each other."""
     tables = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
     if not tables:
         return None
@@ -98,7 +98,7 @@ def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa
 
 
 def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, object]:
-    """Finds the value of the column whose documents have the most bytes, of a range of keys of what `regroup` has spilled."""
+    """Finds the column value whose documents have the most bytes, for a range of keys from `regroup`'s spills."""
     sizes = Counter[bytes]()
     for run in runs:
         for table in survivors(folder, run, low, high, ["hash", "group", "bytes"]):
@@ -122,15 +122,15 @@ def _in_groups(table: pa.Table) -> pa.Table:
 
 
 def counted(table: pa.Table) -> dict[str, int]:
-    """Counts the groups of a shard, and the documents that are in one."""
+    """Counts the groups of a shard, and the documents in them."""
     apart = _in_groups(table)
     return {"groups": pc.count_distinct(apart["group"]).as_py(), "documents": len(apart)}
 
 
 def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Joins tables, sorts them by hash and keeps each hash once, with the smallest id; also returns the rows that this removes.
+    """Joins tables, sorts them by hash, and keeps each hash once, with the smallest id; also returns the removed rows.
 
-    The list is empty afterwards, so that no more than twice the rows are in memory.
+    Empties the list, so that at most twice the rows are in memory.
     """
     table = pa.concat_tables(tables).combine_chunks()
     tables.clear()
@@ -146,7 +146,7 @@ def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates; if `listed`, also keeps rows that say what became of each, in spills where there are many."""
+    """Counts exact duplicates; with `listed`, also keeps rows with the fate of each, in spills if there are many."""
 
     folder: Location
     listed: bool
@@ -163,16 +163,16 @@ class Duplicates:
                 self.rows = []
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields them in tables that have room in memory."""
+        """Yields them in tables that fit in memory."""
         yield from self.rows
         for name in self.spilled:
             yield from spill.read(self.folder, name)
 
 
 def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
-    """Reads the documents of a range of keys, of equal texts the one with the smallest id, and returns the others without texts.
+    """Reads the documents of a range of keys, keeps the smallest id of equal texts, and returns the others without texts.
 
-    What it holds is no more than twice the texts that stay, with their columns if `columns`. The others are then kept, too.
+    It holds at most twice the kept texts, with their columns if `columns`, and then also those of the others.
     """
     waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     wanted = ["hash", "id", *(["columns"] if columns else [])]
@@ -193,13 +193,13 @@ def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, column
 
 
 def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicates) -> list[str]:
-    """Spills what became of a shard's documents, and of their exact duplicates."""
+    """Spills the fates of a shard's documents, and of their exact duplicates."""
     rows = pa.concat_tables(_end(part, "shard", "kept", path) for part in _some(kept))
     return [spill.write(folder, rows, ENDS_ORDER), *spill_duplicates(folder, kept, duplicates)]
 
 
 def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
-    """Spills what became of exact duplicates: which document stayed."""
+    """Spills the fates of exact duplicates: the document that stayed."""
     if not duplicates.count:
         return
     repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}

@@ -1,6 +1,5 @@
-"""Rearranges documents for training to fill in the middle (Bavarian et al. 2022): which, how, and where they are cut follow from
-the hash of a document's text and the seed alone, so they are the same on any cluster. Pure functions.
-"""
+"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022). The choice, the form, and the cuts depend only
+on the hash of a document's text and the seed, so they are the same on any cluster. Pure functions."""
 
 from __future__ import annotations
 
@@ -26,22 +25,22 @@ WORD = 1 << 64  # of which a draw is a part
 
 
 class FillInTheMiddle(Strict):
-    """Chooses how many texts are rearranged so that a model learns to write their middle."""
+    """Configures the share of texts that are rearranged, so that a model learns to write their middle."""
 
     rate: Float = Field(0.5, gt=0, le=1)
-    """The share of texts (documents, or their spans) that are rearranged."""
+    """Share of texts (documents, or their spans) to rearrange."""
     spm_rate: Float = Field(0.5, ge=0, le=1)
-    """The share of those whose suffix comes first, before the prefix (SPM); the others have it after the prefix (PSM)."""
+    """Share of those with the suffix first, before the prefix (SPM); the others have it after the prefix (PSM)."""
     span_chars: int | None = Field(8192, ge=16)
-    """A document of more characters is cut into spans of at most so many, about equal, each rearranged or not by itself. About
-    what a sample holds; null: documents are never cut."""
+    """Maximum characters of a span: longer documents are split into spans of about equal length, and each is rearranged or not
+    on its own. Choose about the length of a sample; null: documents aren't split."""
     seed: Seed = 0
-    """Of the choice of texts, and of the places at which they are cut."""
+    """Random seed for the choice of texts and for the places at which they are split."""
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """Holds the pieces of a text, of which the middle is to be filled in."""
+    """Holds the pieces of a text whose middle is to be filled in."""
 
     prefix: str
     middle: str
@@ -54,14 +53,14 @@ class Arranged:
 
 
 def spans(text: str, most: int | None) -> list[str]:
-    """Cuts a text into about equal spans of at most so many characters; none is empty."""
+    """Splits a text into spans of about equal length, of at most so many characters; none is empty."""
     count = 1 if most is None else max(1, -(-len(text) // most))
     bounds = [i * len(text) // count for i in range(count + 1)]
     return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arranged]:
-    """Divides a document into texts that are as they were, never two in a row, and rearranged ones. `digest`: of the document."""
+    """Divides a document into unchanged texts, never two in a row, and rearranged ones. `digest`: of the document."""
     out: list[str | Arranged] = []
     for number, span in enumerate(spans(text, keys.span_chars)):
         drawn = draws(f"{keys.seed} {digest} {number}")
@@ -75,7 +74,7 @@ def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arrange
 
 
 def draws(name: str) -> list[int]:
-    """Draws four integers below 2**64 that follow from a name."""
+    """Draws four integers below 2**64 that depend on a name."""
     raw = hashlib.sha256(name.encode()).digest()
     return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
 
@@ -97,23 +96,23 @@ def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Mark
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Finds the markers of a tokenizer that is given; ConfigError if it has none that are known."""
+    """Finds the markers of a given tokenizer; ConfigError if it has no known ones."""
     markers = infilling.names(tokenizer)
     if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
         raise ConfigError(
-            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}); take another, or train one"
+            f"{FACT}: the tokenizer has none of the tokens that mark the pieces ({known}). Use another tokenizer, or train one"
         )
     return markers
 
 
 def marking(definition: str, named: tuple[str, ...]) -> str:
-    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one is text, and they stand
-    for no bytes. Some models' tokenizers have them as plain ones."""
+    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one stays text, and they
+    have no bytes. Some models' tokenizers have them as plain tokens."""
     tokenizer_json = json.loads(definition)
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:
-        raise ConfigError(f"{FACT}: {missing[0]!r} is no added token of the tokenizer; take another, or train one")
+        raise ConfigError(f"{FACT}: {missing[0]!r} isn't an added token of the tokenizer. Use another tokenizer, or train one")
     if all(added[name]["special"] for name in named):
         return definition
     for name in named:

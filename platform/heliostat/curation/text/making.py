@@ -1,4 +1,4 @@
-"""Makes a text dataset: trains the tokenizer, writes the shards, and sums what was done for the manifest."""
+"""Makes a text dataset: trains the tokenizer, writes the shards, and sums the facts for the manifest."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALONE = 256  # shards, up to which each has a task of its own
 
 @dataclass
 class Reading(Making):
-    """Reads texts, and trains a tokenizer on what its stages leave."""
+    """Reads texts, and trains a tokenizer on those that its stages keep."""
 
     meanings: ClassVar = documents.REASONS
 
@@ -59,8 +59,8 @@ class Reading(Making):
         return pieces_of(self.flow, self.source.input, inputs, target)
 
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
-        """Returns the given tokenizer, or trains one on the documents of the lowest hashes, up to train_bytes: the same
-        sample from any runs. `markers`: other special tokens."""
+        """Returns the given tokenizer, or trains one on the documents with the lowest hashes, up to train_bytes: the same
+        sample for any runs. `markers`: other special tokens."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
         parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
@@ -82,7 +82,7 @@ class Reading(Making):
 
 @dataclass
 class TextMaking(Reading):
-    """Makes the dataset of one pipeline; the fields are its keys."""
+    """Makes the dataset of one pipeline; the fields are the pipeline's keys."""
 
     kind: ClassVar = "tokens"
 
@@ -123,26 +123,26 @@ class TextMaking(Reading):
         return WrittenShards(totals.chunks, facts, shard, ends)
 
     def _infill(self, tokenizer: Tokenizer) -> dict[str, Any] | None:
-        """Returns what the manifest says of how texts are rearranged: the keys, and the markers' names and ids."""
+        """Returns the manifest's record of rearranged texts: the keys, and the markers' names and ids."""
         if self.infill is None:
             return None
         names = infilling.names(tokenizer)
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        """Logs what was cut, and how many documents belong together."""
+        """Logs the number of split documents, and of related ones."""
         if self.sample is not None:
             return
         if self.together is not None:
             many, alone = totals.together["documents"], totals.documents - totals.together["documents"]
-            message = "together: %d documents of %d values of %r follow each other; %d have none"
+            message = "together: grouped %d documents by %d values of %r; %d have no value"
             level = logging.WARNING if alone else logging.INFO
             log.log(level, message, many, totals.together["groups"], self.together.column, alone)
         if totals.cut:
-            log.info("documents longer than a chunk may be (chunk_tokens) are cut at %d places; no token is lost", totals.cut)
+            log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
-        """Puts runs of documents that belong together in place of the stages'; returns spills of the exact duplicates' ends."""
+        """Replaces the stages' runs with runs of related documents; returns spills of the exact duplicates' ends."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
         more = {"by": together.model_dump(), "explained": self.explained}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
@@ -152,7 +152,7 @@ class TextMaking(Reading):
         return [name for record in records for name in record["ends"]]
 
     def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
-        """Describes a task for each of so many equal ranges of hashes, over runs."""
+        """Describes one task for each of so many equal ranges of hashes, over runs."""
         for one in self.ranges(runs, parts):
             follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
             for part in range(one.first, one.stop):
@@ -160,20 +160,20 @@ class TextMaking(Reading):
                 yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
 
     def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
-        """Raises ConfigError if the documents of one value, which one shard holds, are more than its task has memory for."""
+        """Raises ConfigError if the documents of one value, which one shard holds, exceed its task's memory."""
         work = self._ranged(runs, parts, column=together.column)
         largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
         needs = largest["bytes"] * SHARD_SHARE
         if needs > self.memory_limit:
             raise ConfigError(
-                f"together.column: {together.column!r}: the documents of {largest['value']!r} have {largest['bytes']:,} bytes, "
-                f"and lie in one shard, whose task takes {SHARD_SHARE} times as much memory, more than memory_limit "
-                f"({self.memory_limit:,}); give a memory_limit of {needs:,}, name a column with smaller groups, or leave that "
-                "value's documents without one"
+                f"together.column: {together.column!r}: the documents of {largest['value']!r} have "
+                f"{largest['bytes']:,} bytes in one shard. Its task needs {SHARD_SHARE} times as much memory, "
+                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, name a column "
+                "with smaller groups, or give those documents no value"
             )
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """Writes the shards; where there are many, a task writes as many as have room in its memory, one after another."""
+        """Writes the shards; if there are many, a task writes as many as fit in its memory, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
@@ -198,18 +198,18 @@ class TextMaking(Reading):
         return {"most_trained": most, "shards_drop_duplicates": True}
 
     def refine(self, report: Prediction, curated: Curated) -> list[str]:
-        """Estimates the tokens a byte, and the time for merging runs and for training the tokenizer; returns notes."""
+        """Estimates the tokens per byte, and the time for merging runs and for training the tokenizer; returns notes."""
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
-            notes.append(f"tokens: the sample's own tokenizer fits it better than that of the whole would: "
-                         f"{rate.low:.4f} tokens a byte here, {rate.high:.4f} of text that did not train one, "
-                         f"{rate.expected:.4f} expected of all")  # fmt: skip
+            notes.append(f"tokens: the sample's tokenizer fits the sample better than the final one will: {rate.low:.4f} "
+                f"tokens per byte here, {rate.high:.4f} on text that it didn't train on, {rate.expected:.4f} expected "
+                "for all")  # fmt: skip
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
-        """Adds what merging the whole's runs will take to the seconds of the sample's tasks, as that of some of the sample's runs
-        takes; returns what is to be said of it."""
+        """Adds the time for merging the whole input's runs to the seconds, estimated from some of the sample's runs; returns
+        notes."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
         factor = report.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
         whole = left * report.sample.of_bytes * factor
@@ -230,11 +230,11 @@ class TextMaking(Reading):
             counts["merge"] = counts[what] * more * factor / report.factors[0][""]
         self.flow.forget("merging")
         how = "once" if times == 1 else f"{times} times"
-        return [f"shards: the whole has about {many:,} runs for {shards:,} shards, and merges its runs {how} first; "
-                "the time for that is estimated from merging some of the sample's"]  # fmt: skip
+        return [(f"shards: the whole input has about {many:,} runs for {shards:,} shards, and heliostat merges its runs "
+            f"{how} first. The time for that is estimated from a part of the sample")]  # fmt: skip
 
     def _rate(self, report: Prediction, curated: Curated) -> Rate:
-        """Estimates the tokens a byte of the whole: those of the sample, if its tokenizer is the whole's."""
+        """Estimates the tokens per byte of the whole input: the sample's, if the tokenizer is given."""
         shard, config = report.funnel[SHARD], self.tokenizer
         seen = shard["counts"]["tokens"] / shard["kept_bytes"]
         if self.given_tokenizer is not None:
@@ -249,13 +249,13 @@ class TextMaking(Reading):
 
 
 def identities(runs: list[SpilledRun]) -> list[list[object]]:
-    """Returns what the documents of runs follow from, as JSON values."""
+    """Returns everything that the documents of runs depend on, as JSON values."""
     return [[run.name, run.decided] for run in runs]
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
-    """Cuts an input into pieces of about `target` bytes; of files that are read in ranges of lines, the lines before each range
-    are counted first."""
+    """Splits an input into pieces of about `target` bytes. For files that are read in ranges of lines, the lines before each
+    range are counted first."""
     cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line"]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
@@ -264,7 +264,7 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> It
 
 
 def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
-    """Yields the pieces with the number of the first record of each range, from the lines of those before it in its file."""
+    """Yields the pieces with the number of the first record of each range, from the lines before it in its file."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]

@@ -1,7 +1,7 @@
-"""Estimates how many tokens a byte a dataset will have whose tokenizer is trained on it, from a sample of it.
+"""Estimates the tokens per byte of a dataset whose tokenizer is trained on it, from a sample of it.
 
-A tokenizer that is trained on little text fits that text well, and other text badly; the difference falls about as the text
-grows. So half of a sample trains one, which encodes both halves.
+A tokenizer trained on little text fits that text well, and other text badly; the difference shrinks as the text grows. So half
+of a sample trains a tokenizer, which encodes both halves.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SLOWEST = 0.5  # power, lest chance in small times says what it likes
 
 
 def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> dict[str, Any]:
-    """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`; returns the tokens a byte of that text
-    (`own`), of the other half (`other`; None if one is empty), the bytes that trained it, and the CPU seconds of that."""
+    """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`. Returns the tokens per byte of that
+    text (`own`), and of the other half (`other`; None if one is empty), the bytes that trained it, and the CPU seconds."""
     limit, start = min(config["train_bytes"], ENCODED), cpu_time.now()
     definition = tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"])
     tokenizer, took = tokens.load(definition), cpu_time.now() - start
@@ -40,15 +40,15 @@ def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> 
 
 
 def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> float:
-    """Estimates the power of its text with which the time grows that training a tokenizer takes, from the seconds that so many
-    bytes took, and those of half of them (`halves`): at most 1, as text is counted, and less, as words come again."""
+    """Estimates the exponent with which the time to train a tokenizer grows with its text, from the seconds for so many bytes,
+    and for half of them (`halves`): at most 1, because of counting, and less because words repeat."""
     if bytes < ENOUGH * measured["trained"] or not 0 < measured["took"] < seconds:
         return 1.0
     return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
 
 
 def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> Iterator[str]:
-    """Yields the texts of a half of all keys, of the lowest as far as there are more than so many bytes."""
+    """Yields the texts of one half of all keys, from the lowest up to so many bytes."""
     taken, total = 0, sum(run.bytes for run in runs)
     high = spill.ALL if total <= 2 * most else spill.ALL * 2 * most // total
     for run in runs:
@@ -62,12 +62,12 @@ def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> It
 
 
 def of_whole(seen: float, sampled: float, measured: dict[str, Any], train_bytes: int, whole: float) -> Rate:
-    """Estimates the rate of a whole of so many bytes from that `seen` in a sample of `sampled` bytes, each with a tokenizer that
-    is trained on `train_bytes` of its own.
+    """Estimates the rate of a whole of so many bytes from that `seen` in a sample of `sampled` bytes, each with a tokenizer
+    that is trained on `train_bytes` of its own.
 
-    Text that trains a tokenizer is taken to have as many fewer tokens than by one of endless text as other text has more, and
-    both differences to fall as the text that trains it grows. The bounds are the rate of the sample, and that of text which
-    trained nothing, with half of the sample.
+    The model: compared with a tokenizer trained on infinite text, the training text has fewer tokens by the same amount as
+    other text has more, and both differences shrink as the training text grows. The bounds are the sample's rate, and the rate
+    of text outside the training half.
     """
     own, other = measured["own"], measured["other"]
     if own is None or other is None or other <= own:

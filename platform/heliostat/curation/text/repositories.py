@@ -1,7 +1,7 @@
-"""Finds the repositories of code in an input: archives, and git clones on disk. Other files are not looked at.
+"""Finds the repositories of code in an input: archives, and git clones on disk. It ignores other files.
 
-A clone is listed with the bytes of its newest commit's files in place of a size, and the commit's first digits in place of a
-time: how it was cloned, and how git keeps it, plays no part.
+A clone is listed with the bytes of its newest commit's files instead of a size, and the commit's first digits instead of a
+time. How it was cloned, and how git stores it, doesn't matter.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ THREADS = 8
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Lists archives and clones, sorted by path; ConfigError if there are none, or a clone that cannot be read from there."""
+    """Lists archives and clones, sorted by path; ConfigError if there are none, or if a clone can't be read there."""
     base, listed = sources.find(uri)
     paths = {path for path, _ in listed}
     folders = _clones(base, paths)
     if folders and base.is_s3:
         place = base.join(folders[0]) if folders[0] else base
-        raise ConfigError(f"input: {place}: a git clone is read from disk only; put an archive of it there (git archive)")
+        raise ConfigError(f"input: {place}: heliostat reads a git clone only from disk. Put an archive of it there (git archive)")
     if folders and not clones.there_is_git():
-        raise ConfigError("input: holds git clones, and there is no program `git`; install it")
+        raise ConfigError("input: contains git clones, and the program `git` isn't installed. Install it")
     inside = tuple(_worked_in(folder) for folder in folders)
     files = [
         InputFile(path, info.size, info.mtime_ns, info.etag)
@@ -40,32 +40,32 @@ def listing(uri: str) -> list[InputFile]:
     with ThreadPoolExecutor(THREADS) as pool:
         files += pool.map(lambda folder: _listed(base, folder), folders)
     if not files:
-        what = "no archive (.tar, .zip, also packed) and no git clone (a folder whose name ends in .git)"
+        what = "no archive (.tar, .zip, also compressed) and no git clone (a folder whose name ends in .git)"
         raise ConfigError(f"input: {uri!r}: {len(listed):,} files, {what}")
     return sorted(files, key=lambda f: f.path)
 
 
 def commit_of(modified: int) -> str:
-    """Returns the digits of the commit that a clone was listed with."""
+    """Returns the digits of the commit with which a clone was listed."""
     return f"{modified:0{DIGITS}x}" if modified else "HEAD"
 
 
 def _clones(base: Location, paths: set[str]) -> list[str]:
-    """Finds the folders that git keeps a repository in, by the files that each has; those within one do not count."""
+    """Finds the folders of git repositories by their files; repositories inside others don't count."""
     heads = sorted(path[: -len("HEAD")].rstrip("/") for path in paths if path == "HEAD" or path.endswith("/HEAD"))
     folders = [f for f in heads if clones.is_clone(f or base.name) and {f"{f}/config".lstrip("/")} <= paths]
     return [f for f in folders if not any(f != other and f.startswith(_worked_in(other)) for other in folders)]
 
 
 def _worked_in(folder: str) -> str:
-    """Returns the beginning of all paths that belong to a clone: those in its working tree, too."""
+    """Returns the common prefix of all paths of a clone, its working tree included."""
     if folder == "" or folder == clones.SUFFIX:
         return ""
     return folder.removesuffix(clones.SUFFIX) if folder.endswith(f"/{clones.SUFFIX}") else f"{folder}/"
 
 
 def _listed(base: Location, folder: str) -> InputFile:
-    """Describes a clone; one that cannot be read has no bytes, and reading tells why."""
+    """Describes a clone. An unreadable one has no bytes, and reading it reports the reason."""
     try:
         if not sources.inside(base, folder):
             return InputFile(folder, 0, 0)

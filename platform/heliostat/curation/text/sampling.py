@@ -1,9 +1,9 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
-Files of one document are chosen by the hashes of their paths, large and small ones equally. Of files of many, first places are
-chosen in the same way (ranges of lines; whole files, where a range cannot be read), more of them the fewer there are, and then
-records within them by their hashes, so that every record has the same chance and only what is chosen is read. Order, the cluster
-and the cut into tasks play no part.
+Files with one document are chosen by the hashes of their paths, large and small ones equally. In files with many documents,
+places are chosen first in the same way (ranges of lines, or complete files if a range can't be read), a larger share if there
+are few. Then records within them are chosen by their hashes. So every record has the same chance, and only chosen places are
+read. Order, the cluster, and the split into tasks don't matter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Kind = Literal["one", "lines", "records"]
 
 
 def kind(path: str) -> Kind:
-    """Tells how a file is sampled: as a whole, by ranges of its lines, or by its records as they are read."""
+    """Returns how a file is sampled: as a whole, by ranges of its lines, or by its records during reading."""
     number = readers.numbered(path)
     if number == "":
         return "one"
@@ -48,7 +48,7 @@ def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledPar
 
 
 def _places(file: InputFile, which: str, block: int) -> list[FilePart]:
-    """Cuts a file into the places that are chosen or not."""
+    """Splits a file into places to choose from."""
     ranged = which == "lines" and file.bytes > block
     whole = file.part
     return [replace(whole, start=a, stop=b) for a, b in pieces.ranges(file.bytes, block)] if ranged else [whole]
@@ -62,7 +62,7 @@ class SampledTexts(TextSource):
     records: dict[str, float]
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields a part's chosen records; those of a range of lines are named after it, because their numbers are not known."""
+        """Yields a part's chosen records; those of a range of lines are named after it, because their numbers aren't known."""
         rate = self.records[kind(part.path or self.name)]
         for item in TextSource.read(self, part):
             id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"

@@ -1,7 +1,7 @@
-"""Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, or `python:stdlib`.
+"""Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, a dataset of the Hub, or `python:stdlib`.
 
-The listing is the same wherever the input lies: paths are relative to the input's root, sorted. A file is read as far as a limit
-and only if it lies inside the input: neither a link nor a name in a metadata file leads out of it.
+The listing is the same at any location: paths are relative to the input's root, and sorted. A file is read up to a limit, and
+only if it is inside the input: links and names in metadata files can't lead out of it.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from heliostat.config import workspace
-from heliostat.curation import readers
+from heliostat.curation import hub, readers
 from heliostat.curation.pieces import FilePart
 from heliostat.curation.prepare import InputFile, place
 from heliostat.curation.readers.streams import CODECS
 from heliostat.curation.readers.streams import LeftOutError as LeftOutError
 from heliostat.errors import ConfigError, DataError, StorageError
+from heliostat.storage.hub import names
 from heliostat.storage.locations import Location
 from heliostat.storage.s3_client import Listed, RewrittenError
 from heliostat.text import brief, printable
@@ -83,18 +84,22 @@ def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
 def root(uri: str) -> Location:
     """Locates the folder that document ids are relative to.
 
-    Each worker computes it for itself, because its Python may be installed elsewhere.
+    Each worker computes it, because its Python may be installed elsewhere.
     """
+    if names.is_dataset(uri):
+        return hub.root(uri)
     return Location(sysconfig.get_paths()["stdlib"]) if uri == STDLIB else place(split_glob(uri)[0], "input")
 
 
 def absolute(uri: str) -> str:
-    """Returns an input's URI as it means the same from any folder, pattern and all."""
+    """Returns an input's URI in a form that means the same in any folder, including the pattern."""
     return uri if "://" in uri or uri == STDLIB else str(workspace.root() / uri)
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
+    if names.is_dataset(uri):
+        return hub.find(uri, glob_regex)
     base, pattern = root(uri), split_glob(uri)[1]
     base.probe()
     if base.attempt(lambda: base.fs.get_file_info(base.path)).type == pafs.FileType.File and (info := base.info()):
@@ -103,7 +108,7 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
     try:
         files = [(i.path[start:], i) for i in base.tree()]
     except UnicodeDecodeError as e:
-        raise ConfigError(f"input: {uri!r}: a file's name is not UTF-8 ({e.object!r}); rename it") from e
+        raise ConfigError(f"input: {uri!r}: a file name isn't UTF-8 ({e.object!r}). Rename the file") from e
     if pattern:
         matches = glob_regex(pattern).fullmatch
         files = [(path, i) for path, i in files if matches(path)]
@@ -113,7 +118,7 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
 def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     """Lists the files to read, sorted by path; ConfigError if there are none.
 
-    Of the kinds that a stage makes text of, those whose stage is one of `stages`; how many others there are is logged.
+    Of the kinds that need a stage for their text, it lists those whose stage is in `stages`, and logs the number of others.
     """
     base, listed = find(uri)
     if uri == STDLIB:
@@ -128,17 +133,17 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     for stage, count in sorted(unread.items()):
         what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
-            raise ConfigError(f"input: {uri!r}: {what} and nothing else; put {fix}")
-        log.warning("%s: %s are not read; %s would", uri, what, fix)
+            raise ConfigError(f"input: {uri!r}: only {what}. Put {fix}")
+        log.warning("%s: skipping %s. To read them, put %s", uri, what, fix)
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
         ends, packed = ", ".join(readers.KINDS), ", ".join(CODECS)
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {ends} (or these with {packed})")
+        raise ConfigError(f"input: {uri!r}: {seen}. Supported endings: {ends} (also with {packed})")
     return sorted(files, key=lambda f: f.path)
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
-    """Leaves out the files whose paths match a pattern, and says how many; a pattern that matches none is warned of."""
+    """Removes the files whose paths match a pattern, and logs how many; warns of a pattern that matches none."""
     kept = files
     for pattern in patterns:
         matches = glob_regex(pattern, "exclude").fullmatch
@@ -146,33 +151,34 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
             log.warning("exclude: %r matches no file of the input", printable(pattern))
         kept = [f for f in kept if not matches(f.path)]
     if not kept:
-        raise ConfigError(f"exclude: leaves none of the {len(files):,} files; remove a pattern")
+        raise ConfigError(f"exclude: matches all {len(files):,} files. Remove a pattern")
     if patterns:
-        log.info("exclude: %d of %d files are not read", len(files) - len(kept), len(files))
+        log.info("exclude: skipping %d of %d files", len(files) - len(kept), len(files))
     return kept
 
 
 def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -> bytes:
-    """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, where that is known.
+    """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, if that is known.
 
-    LeftOutError if it lies outside, is larger than `limit`, or (a local one) cannot be opened; a store that refuses or fails is
-    an error.
+    LeftOutError if it is outside the input, larger than `limit`, or (a local file) can't be opened; a store that fails is an
+    error.
     """
     with _readable(base, path) as place:
-        data = place.read(limit + 1) if part is None or not part.etag else _of_object(place, part, 0, min(part.bytes, limit + 1))
+        listed = place.is_s3 and part is not None and part.etag
+        data = _of_object(place, part, 0, min(part.bytes, limit + 1)) if listed and part else place.read(limit + 1)
     if len(data) > limit:
         raise LeftOutError("too_large", f"more than {limit:,} bytes")
     return data
 
 
 def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) -> io.RawIOBase:
-    """Opens a file of the input, or the root itself, to be read in blocks; each read is repeated while the store fails.
+    """Opens a file of the input, or the root itself, to read it in blocks; repeats a read while the store fails.
 
-    `part`: the file as it was listed, where that is known: of an object with an ETag, the store refuses every read of another.
-    LeftOutError as of `fetch`, DataError if an object has been written again.
+    `part`: the file as it was listed, if that is known. If the object has an ETag, the store rejects reads of a changed one.
+    LeftOutError like `fetch`, DataError if an object was rewritten.
     """
     with _readable(base, path) as place:
-        if part is not None and part.etag:
+        if part is not None and part.etag and place.is_s3:
             file, size = None, _as_listed(place, part)
         else:
             file = place.open()
@@ -185,7 +191,7 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
 def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
     """Yields the rows of a list of images or URLs: a .parquet, a .csv, or lines of JSON.
 
-    ConfigError if it cannot be read, because then nothing tells what is missing.
+    ConfigError if it can't be read, because the missing entries would be unknown.
     """
     try:
         with blocks(base, path, limit, part) as file:
@@ -199,15 +205,16 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
             text = io.TextIOWrapper(io.BufferedReader(file), "utf-8-sig", newline="")
             yield from csv.DictReader(text) if lower.endswith(".csv") else (json.loads(line) for line in text if line.strip())
     except LeftOutError as e:
-        raise ConfigError(f"input: {printable(path)}: is not read: {readers.REASONS[e.reason]} ({e.detail})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read it: {readers.REASONS[e.reason]} ({e.detail})") from e
     except (pa.ArrowException, OSError, ValueError, RecursionError, csv.Error) as e:
-        raise ConfigError(f"input: {printable(path)}: cannot be read ({brief(e)})") from e
+        raise ConfigError(f"input: {printable(path)}: can't read it ({brief(e)})") from e
 
 
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
-    """Gives the place of a file; LeftOutError if it lies outside, or (a local one) cannot be opened within."""
-    if not inside(base, path):
+    """Returns the path of a file, after downloading it if it is on the Hub; LeftOutError if it is outside the input, or (a local
+    file) can't be opened."""
+    if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
         yield base.join(path) if path else base
@@ -220,7 +227,7 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
 
 
 class _ReadAhead(io.RawIOBase):
-    """Presents a file of a store as a Python file that reads some megabytes ahead."""
+    """Presents a file in a store as a Python file that reads some megabytes ahead."""
 
     def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
@@ -267,9 +274,9 @@ class _ReadAhead(io.RawIOBase):
 
 
 def _as_listed(place: Location, part: FilePart) -> int:
-    """Returns the bytes of an object; FileNotFoundError if it is gone, DataError if its ETag is not as it was listed.
+    """Returns the bytes of an object; FileNotFoundError if it is missing, DataError if its ETag has changed since the listing.
 
-    Where the store gives one in listings alone, its size is compared, and each read asks for the ETag.
+    If the store has ETags only in listings, its size is compared, and each read checks the ETag.
     """
     if (info := place.info()) is None:
         raise FileNotFoundError(str(place))
@@ -279,7 +286,7 @@ def _as_listed(place: Location, part: FilePart) -> int:
 
 
 def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
-    """Reads a range of an object as it was listed; DataError if it has been written again."""
+    """Reads a range of an object as it was listed; DataError if it was rewritten."""
     try:
         return place.read_object(begin, end, part.etag) if begin < end else b""
     except RewrittenError as e:
@@ -287,9 +294,9 @@ def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
 
 
 def require_unchanged(base: Location, part: FilePart) -> None:
-    """Raises DataError if a file is not as it was when the input was listed; nothing if that is not known, or it is a folder.
+    """Raises DataError if a file has changed since the input was listed; does nothing if that isn't known, or for a folder.
 
-    Nothing also of an object with an ETag: each of its reads is conditional (`_of_object`).
+    Does nothing for an object with an ETag either, because its reads are conditional (`_of_object`).
     """
     place = base.join(part.path) if part.path else base
     info = place.info() if part.modified and not part.etag else None
@@ -301,17 +308,17 @@ def require_unchanged(base: Location, part: FilePart) -> None:
 
 
 def changed(place: Location, part: FilePart, size: int) -> DataError:
-    """Makes the error of a file that is not as it was when the input was listed."""
+    """Makes the error for a file that has changed since the input was listed."""
     other = "content" if part.etag else "time"
     now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"
     return DataError(
-        f"input: {place}: changed during the run: it had {part.bytes:,} bytes when it was listed, and has {now}. "
-        "Start again: what was made of it is made again"
+        f"input: {place}: changed during the run: it had {part.bytes:,} bytes at the start, and has {now}. Start "
+        "again: heliostat processes the file again"
     )
 
 
 def inside(base: Location, path: str) -> bool:
-    """Checks whether a path leads to a place below `base`, by its name and, on disk, through any links."""
+    """Checks whether a path is inside `base`, by its name and, on disk, through any links."""
     if "\0" in path:
         return False
     try:
@@ -325,5 +332,5 @@ def inside(base: Location, path: str) -> bool:
 
 
 def examples(ids: list[str]) -> str:
-    """Formats some ids for a warning; they are names of files, so they may hold any character."""
+    """Formats some ids for a warning; they are file names, so they may contain any character."""
     return ", ".join(printable(id) for id in ids)

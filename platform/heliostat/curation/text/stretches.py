@@ -1,8 +1,8 @@
-"""Encodes texts by a byte-level tokenizer a stretch at a time, and remembers the tokens of stretches, most of which come again.
+"""Encodes texts with a byte-level tokenizer one stretch at a time, and caches the tokens of stretches, because most repeat.
 
-A stretch is white space with what stands behind it. GPT-2's pattern, by which `ByteLevel` cuts a text before any merge, takes
-white space at the beginning of a piece alone, and looks at nothing before a piece. So a piece ends wherever white space begins,
-and the tokens of a text are those of its stretches, one behind another. Tokenizers that cut otherwise are not `divisible`.
+A stretch is white space with the text after it. GPT-2's pattern, with which `ByteLevel` splits a text before any merge, allows
+white space only at the beginning of a piece, and ignores everything before a piece. So a piece ends wherever white space
+begins, and a text's tokens are those of its stretches. Tokenizers that split differently aren't `divisible`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LONG = 32  # characters, of which longer stretches are forgotten: so all that is
 
 
 def divisible(tokenizer: Tokenizer) -> bool:
-    """Tells whether a tokenizer's tokens of a text are those of its stretches: a byte-level BPE without anything before it."""
+    """Checks whether a tokenizer's tokens of a text are those of its stretches: a byte-level BPE without earlier steps."""
     cut = tokenizer.pre_tokenizer
     return (
         tokenizer.normalizer is None
@@ -38,7 +38,7 @@ def divisible(tokenizer: Tokenizer) -> bool:
 
 
 def parts(text: str, most: int) -> Iterator[str]:
-    """Cuts a text where white space begins, as soon as it may behind `most` characters."""
+    """Splits a text where white space begins, at the first possible place after `most` characters."""
     begin = 0
     while len(text) - begin > most and (match := BEGINS.search(text, begin + most - 1)):
         yield text[begin : match.start() + 1]
@@ -54,7 +54,7 @@ class Stretches:
         self._known = dict[str, bytes]()
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """Returns the token ids of each text, as int32 in the machine's order; texts are to be few megabytes together."""
+        """Returns the token ids of each text, as int32 in native byte order; pass few megabytes of texts at a time."""
         cut = [(ASCII_STRETCH if text.isascii() else STRETCH).findall(text) for text in texts]
         new = list(set().union(*cut).difference(self._known))
         if len(self._known) + len(new) > REMEMBERED:
@@ -71,5 +71,5 @@ class Stretches:
 
 @lru_cache(maxsize=2)
 def of(tokenizer: Tokenizer) -> Stretches | None:
-    """Returns what encodes by a tokenizer, the same while the tokenizer is in use; None if it is not divisible."""
+    """Returns the encoder of a tokenizer, the same while the tokenizer is in use; None if it isn't divisible."""
     return Stretches(tokenizer) if divisible(tokenizer) else None

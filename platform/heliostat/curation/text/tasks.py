@@ -1,4 +1,4 @@
-"""Runs the text pipeline's own tasks in Ray's workers: reading, the tokenizer's sample, shards, the list of what was left out."""
+"""Runs the text pipeline's tasks in Ray's workers: reading, the tokenizer's sample, shards, and the list of dropped documents."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ class TextSource:
     def finish(self, document: Document) -> Document | Dropped:
         if isinstance(document.text, bytes):
             what, stage = ("PDF", "pdf") if is_pdf(document.text) else ("page", "extract")
-            raise ConfigError(f"stages: {document.id} is a {what}, not text; put {{stage: {stage}}} among the first")
+            raise ConfigError(f"stages: {document.id} is a {what}, not text. Put {{stage: {stage}}} among the first stages")
         return documents.clean(document.id, document.text, self.rules, document.columns)
 
 
 def read_file(
     base: Location, path: str, rules: documents.TextRules, part: FilePart | None = None
 ) -> Iterator[Document | Dropped]:
-    """Reads the documents of a file or a repository, normalised, and what is left out; pages stay bytes.
+    """Reads the normalized documents of a file or a repository, and the dropped ones; pages stay bytes.
 
-    A store that refuses or fails is an error.
+    A store that fails is an error.
     """
     part = part or FilePart(path, 0, 0)
     try:
@@ -82,7 +82,7 @@ def read_file(
 
 
 def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a file's documents as their reader makes them; LeftOutError if it cannot be opened."""
+    """Yields a file's documents from its reader; LeftOutError if it can't be opened."""
     name = path or base.name
     if clones.is_clone(name) and not base.is_s3 and Path(base.path, path).is_dir():
         if not sources.inside(base, path):
@@ -95,7 +95,7 @@ def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart)
 
 
 def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, object]:
-    """Counts the lines that begin in a part of a file; 0 where it cannot be read, which reading it will tell."""
+    """Counts the lines that begin in a part of a file; 0 if it can't be read, which a later read reports."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
     stop = part.bytes if part.stop is None else part.stop
@@ -114,7 +114,7 @@ def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, objec
 
 
 def prefix_sizes(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
-    """Measures the UTF-8 bytes of text per hash prefix."""
+    """Measures the UTF-8 bytes of text for each hash prefix."""
     sizes = np.zeros(PREFIXES, np.int64)
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):
@@ -134,7 +134,7 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents, of so many bytes and hash prefixes up to `limit`, as far as `train_bytes`."""
+    """Trains a tokenizer on the selected documents, with hash prefixes up to `limit`, up to `train_bytes`."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
@@ -142,7 +142,7 @@ def train_on(folder: Location, samples: list[str], limit: int, bytes: int, confi
 
 
 def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
-    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; some megabytes are held."""
+    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; holds some megabytes."""
     prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
     for part in range(parts):
         low, high = part * prefixes // parts, (part + 1) * prefixes // parts
@@ -173,7 +173,7 @@ class TextSharding:
 
 
 def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
-    """Computes the range of keys of a shard, or of those up to `stop`: hashes whose first 52 bits, as a fraction, fall in their
+    """Computes the range of keys of a shard, or of those up to `stop`: hashes whose first 52 bits, as a fraction, are in their
     parts."""
     low, high = (-(-(shard << 52) // shards) << 12 for shard in (first, first + 1 if stop is None else stop))
     return low, high
@@ -229,7 +229,7 @@ def _gathered(
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Encodes the texts of a table, rearranged if the plan says so; also counts the rearranged ones."""
+    """Encodes the texts of a table, rearranged if configured; also counts the rearranged ones."""
     encoded: list[np.ndarray] = []
     infill = plan.infill or {}
     keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None
@@ -257,7 +257,7 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
                   also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
-    """Writes the list of what reading, and `also` some stages, left out, of one part of all keys: sorted by reason
+    """Writes the list of documents that reading, and the stages in `also`, dropped, for one part of all keys: sorted by reason
     and id."""
     stages, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
     tables = [_listed(t, stages) for name in names for t in spill.read(folder, name, low, high)]
@@ -268,5 +268,5 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
 
 
 def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
-    """Returns what was left out at some stages, and what crashed at any."""
+    """Returns the documents that some stages dropped, and those that crashed in any stage."""
     return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)

@@ -1,4 +1,4 @@
-"""Turns documents into token shards: tokenizers, the cut into row groups, and the Parquet bytes. Pure functions."""
+"""Turns documents into token shards: tokenizers, the split into row groups, and the Parquet bytes. Pure functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ BATCH_CHARS = 1 << 16  # of text, per call of the tokenizer, whose encodings tak
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
-    """Trains a byte-level BPE and returns its `tokenizer.json` text: every string can be encoded, and decodes to itself.
+    """Trains a byte-level BPE and returns its `tokenizer.json` text: it can encode every string, and decodes to the same
+    string.
 
     `markers`: other special tokens.
     """
@@ -53,11 +54,12 @@ def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: 
 
 @lru_cache(maxsize=2)
 def load(definition: str) -> Tokenizer:
-    """Loads a tokenizer that takes text as it is: no truncation, no padding, special tokens spelled in a text are plain text."""
+    """Loads a tokenizer such that it takes text literally: no truncation, no padding, and special tokens in a text are plain
+    text."""
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"tokenizer.path: not a tokenizer.json of the tokenizers library ({e})") from e
+        raise ConfigError(f"tokenizer.path: the tokenizers library can't read it ({e})") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -69,7 +71,7 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
     if number is None:
         added = ", ".join(sorted(t.content for t in tokenizer.get_added_tokens_decoder().values())[:10])
         raise ConfigError(
-            f"tokenizer.end_of_document: {end_of_document!r} is not in the vocabulary; its special tokens: {added or 'none'}"
+            f"tokenizer.end_of_document: {end_of_document!r} isn't in the vocabulary. Its special tokens: {added or 'none'}"
         )
     return number
 
@@ -85,14 +87,14 @@ def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]
 
 
 def _by_stretches(known: stretches.Stretches, texts: list[str]) -> list[bytes]:
-    """Encodes some texts, or a large one in parts."""
+    """Encodes some texts, or one large text in parts."""
     if len(texts) > 1:
         return known.encode(texts)
     return [b"".join(one for part in stretches.parts(texts[0], BATCH_CHARS) for one in known.encode([part]))]
 
 
 def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Counts each token's occurrences, int64 [vocab_size]; some documents at a time, because numpy copies what it counts."""
+    """Counts each token's occurrences, int64 [vocab_size]; some documents at a time, because numpy copies its input."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(encoded), TOGETHER):
         counts += np.bincount(np.concatenate(encoded[start : start + TOGETHER]), minlength=vocab_size)
@@ -100,7 +102,7 @@ def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields the texts, as many together as the tokenizer is given at a time."""
+    """Yields the texts in batches for the tokenizer."""
     start = 0
     while start < len(texts):
         stop, chars = start, 0
@@ -112,7 +114,8 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Cuts documents into ranges, one per row group: about equal tokens, near `target`, never empty, never within a document."""
+    """Splits documents into ranges, one per row group: about equal numbers of tokens, near `target`, never empty, never within
+    a document."""
     if not len(lengths):
         return []
     ends = np.cumsum(lengths)
@@ -126,8 +129,8 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Cuts documents into ranges, one per row group, that end at every one of `PARTS` too, and never between documents of one
-    place; the documents' places must descend."""
+    """Splits documents into ranges, one per row group, that also end at every one of `PARTS`, and never between documents of
+    one place; the documents' places must descend."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
     stretches = list[tuple[int, int]]()
     for a, b in itertools.pairwise(bounds):
@@ -140,9 +143,9 @@ def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[i
 
 
 def piece(target: int) -> int:
-    """Computes the tokens of a chunk that ends within a document: at most `target`, and 15 times a power of two.
+    """Computes the number of tokens of a row group that ends within a document: at most `target`, and 15 times a power of two.
 
-    So such a chunk is whole sequences of any usual length, and nothing is left over where a document is cut.
+    So such a row group holds complete sequences of any usual length, without a rest at the split.
     """
     return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
 
@@ -150,8 +153,8 @@ def piece(target: int) -> int:
 def pieces(lengths: list[int], target: int) -> list[list[int]]:
     """Divides documents into row groups, and returns the lengths of the rows of each.
 
-    They make one group unless they have more than twice `target` tokens (a document may be longer than a chunk); then groups of
-    `piece(target)` tokens while more than that is left.
+    They form one group unless they have more than twice `target` tokens, for example one long document. Then groups of
+    `piece(target)` tokens are split off while more than that remains.
     """
     out: list[list[int]] = []
     rows, left = lengths[::-1], sum(lengths)  # the next document last
@@ -171,8 +174,8 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
 def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
     """Plans the row groups of a shard: (the lengths of its rows, its place) for each.
 
-    Row groups that share a document, or documents of one place, have one place, so that none of them is ever held out in part;
-    without places it is -1.
+    Row groups that share a document, or documents of one place, have one place, so they are always held out together; without
+    places it is -1.
     """
     bounds = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
@@ -187,8 +190,8 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Writes a shard as the bytes of a Parquet file: the same documents in the same order give the same bytes.
 
-    A row that does not end with the end of its document continues in the next, of the same name. The documents' places
-    (`manifest.place`) must descend.
+    A row that ends before its document continues in the next row of the same name. The documents' places (`manifest.place`)
+    must descend.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)
     ends = np.cumsum(lengths)
@@ -211,7 +214,7 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
 
 
 def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Returns a range of the tokens of all documents, which end at `ends`, without joining others."""
+    """Returns a range of the tokens of all documents, which end at `ends`, without joining the others."""
     first, last = (int(place) for place in np.searchsorted(ends, [start, stop - 1], side="right"))
     before = int(ends[first]) - len(tokens[first])
     values = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
@@ -219,16 +222,17 @@ def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) 
 
 
 def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> None:
-    """Puts the content's digest into the footer, which the manifest hashes, so that the dataset's changes with any token."""
+    """Writes the content's digest into the footer, which the manifest hashes, so that any changed token changes the dataset's
+    digest."""
     writer.add_key_value_metadata({"content": content})
     if places is not None:
         writer.add_key_value_metadata({PLACES_KEY.decode(): json.dumps(places)})
 
 
 def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarray]:
-    """Writes an open shard again without some documents, and returns it with their tokens; None if nothing is left.
+    """Rewrites an open shard without some documents, and returns it with their tokens; None if it is empty.
 
-    Row groups keep their other documents and their places, so that what was held out before is held out again.
+    Row groups keep their other documents and their places, so the same documents are held out again.
     """
     known = (file.metadata.metadata or {}).get(PLACES_KEY)
     old, places, gone = json.loads(known) if known else None, list[int](), list[np.ndarray]()

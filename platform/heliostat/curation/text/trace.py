@@ -1,4 +1,4 @@
-"""Tells a document's way through a dataset: where it was read, what each stage did to it, who stayed instead, and its shard."""
+"""Shows a document's provenance in a dataset: where it was read, each stage's action, the kept duplicate, and its shard."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
 
 
 def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
-    """Finds documents by one of the three: what became of each (`reasons.END`); ConfigError if there is none."""
+    """Finds documents by one of the three: the fate of each (`reasons.END`); ConfigError if there is none."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += "; it is the path in the input, with `#line`, `#row` or `#byte` where a file holds several"
+        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file holds several documents"
     elif url is not None:
         rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
         assert text is not None
         if dataset.kind != "tokens":
-            raise ConfigError("--text: the dataset holds images; find one by --id or --url")
+            raise ConfigError("--text: the dataset holds images. Pass --id or --url")
         hashes, fate = _hashes(dataset, text)
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
-        what = f"--text: no document has this text, as it is or after the stages{fate}"
+        what = f"--text: no document has this text, neither as given nor after the stages{fate}"
     if not rows:
         raise ConfigError(f"{what} ({dataset.location})")
     return sorted(rows, key=lambda row: row["id"])
 
 
 def _hashes(dataset: Manifest, raw: bytes) -> tuple[list[str], str]:
-    """Computes the hashes that a text may be kept under, and tells which stage would drop it, if one does."""
+    """Computes the hashes under which a text may be stored, and finds the stage that would drop it, if any."""
     by, fate = reasons.made_by(dataset), ""
     document = documents.clean("--text", raw, source_of(by).rules if by else documents.TextRules())
     if isinstance(document, documents.Dropped):
-        raise ConfigError(f"--text: no text: {document.reason} ({documents.REASONS[document.reason]})")
+        raise ConfigError(f"--text: not a document: {document.reason} ({documents.REASONS[document.reason]})")
     hashes, last = [_hash(document)], document
     for step, after in stages_again(by, last) if by else ():
         if step["did"] == "cut":
-            fate = f"; after stage {step['stage']} texts follow from all documents, and are not found: use --id or --url"
+            fate = f". Stage {step['stage']} derives texts from all documents, which --text can't find. Use --id or --url"
         elif after is None:
-            fate = f"; stage {step['stage']} would drop it: {step['reason']}"
+            fate = f". Stage {step['stage']} would drop it: {step['reason']}"
         last = after or last
     finished = source_of(by).finish(last) if by and not fate else None
     if isinstance(finished, Document):
@@ -73,10 +73,10 @@ def _hash(document: Document) -> str:
 
 
 def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
-    """Tells the way of a document, from what became of it.
+    """Shows a document's provenance, from its fate.
 
-    Returns `id`, `columns`, `read`, `stages`, `end`, `instead` (the duplicates' way to who stayed), `kept` (the id that is in the
-    dataset, or null), `shard` (its path and `pieces`), and `notes`.
+    Returns `id`, `columns`, `read`, `stages`, `end`, `instead` (from the duplicates to the kept document), `kept` (the id in
+    the dataset, or null), `shard` (its path and `pieces`), and `notes`.
     """
     funnel, notes = reasons.funnel(dataset), list[str]()
     by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
@@ -86,9 +86,9 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
         notes.append(str(e))
     if not steps:
         if end["reason"] in (CRASHED, UNREAD):
-            notes.append("it is not taken through the stages again, as it would end this process, too")
+            notes.append("heliostat doesn't run the stages again, because the document would crash this process too")
         elif dataset.kind == "tokens":
-            notes.append("the input is not there as it was: what stages that kept the document did to it is not known")
+            notes.append("the input has changed, so it isn't known what the stages that kept the document did to it")
         steps = _recorded(funnel, end)
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
@@ -111,8 +111,8 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 
 
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
-    """Takes the document through the stages again, up to where it ended, or to one that cut out what follows from all documents:
-    from there on the record tells. Empty if it cannot be read."""
+    """Runs the document through the stages again, up to its end, or to a stage that removed text shared with other documents;
+    the record shows the rest. Empty if the document can't be read."""
     document = read_again(source_of(by), end["id"])
     if document is None:
         return []
@@ -122,7 +122,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     steps = [read]
     for again, _ in stages_again(by, document) if isinstance(document, Document) else ():
         if again["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
-            notes.append(f"what {again['stage']} removed follows from all documents: from there on the record tells the way")
+            notes.append(f"the changes by {again['stage']} depend on all documents: from there on, this shows the record")
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
         if again["did"] == "cut":  # it ended before, and would not today
@@ -137,12 +137,12 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     today = f"dropped by {last['stage']}: {last['reason']}" if last["did"] == "dropped" else "kept"
     then = "kept" if end["stage"] in AFTER else f"dropped by {end['stage']}: {end['reason']}"
     if today != then:
-        notes.append(f"the input has changed since: read today, the document would be {today}; it was {then}")
+        notes.append(f"the input has changed: the document would now be {today}; it was {then}")
     return steps
 
 
 def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any]]:
-    """Tells what the dataset's record says of the stages: which it came through, and which dropped it."""
+    """Returns the stages in the dataset's record: those that the document passed, and the one that dropped it."""
     steps = list[dict[str, Any]]()
     for name in funnel:
         if name in (segment.FINISH, "shard"):
@@ -156,7 +156,7 @@ def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any
 
 
 def _instead(dataset: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Follows a duplicate to the document that stayed: each on the way with its cluster, and what became of the last."""
+    """Follows a duplicate to the kept document: each step with its cluster, and the fate of the last."""
     hops = list[dict[str, Any]]()
     while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
         id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
@@ -176,13 +176,14 @@ def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
 
 
 def source_of(made_by: dict[str, Any]) -> TextSource:
-    """Makes the source that the dataset was read by (`reasons.made_by`)."""
+    """Makes the source that read the dataset (`reasons.made_by`)."""
     rules = made_by["rules"]
     return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
 
 
 def origin(id: str) -> dict[str, Any]:
-    """Tells where a document was read, from its id: the file, and `line`, `row`, `byte` or `path` in it, if it holds several."""
+    """Parses the place of reading from an id: the file, and `line`, `row`, `byte`, or `path` in it, if it holds several
+    documents."""
     if match := MEMBER.match(id):
         return {"file": match[1], "path": match[2]}
     path, _, number = id.rpartition("#")
@@ -192,7 +193,7 @@ def origin(id: str) -> dict[str, Any]:
 
 
 def read_again(source: TextSource, id: str) -> Document | Dropped | None:
-    """Reads a document again; None if it is not where it was."""
+    """Reads a document again; None if it is no longer there."""
     base, file = sources.root(source.input), origin(id)["file"]
     alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
     part = FilePart("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
@@ -202,17 +203,17 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
     """Yields what each stage does to a document, and the document after it.
 
-    The last is the stage that drops it, or that cut out what is no longer known.
+    The last is the stage that drops it, or that removed text that is no longer known.
 
-    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they have
-    in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the dataset
-    was made by stages that this version does not have, or not so.
+    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they
+    have in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the
+    dataset was made by stages that this version does not have, or not so.
     """
     for number, entry in enumerate(made_by["stages"]):
         try:
             stage = registry.parse(entry)
         except ValueError as e:
-            raise ConfigError(f"the dataset was made by a stage that this version does not have, or not so: {e}") from e
+            raise ConfigError(f"the dataset was made with a stage that this version doesn't have, or has changed: {e}") from e
         step: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
         if isinstance(stage, RepeatingStage):
             yield {**step, "did": "cut"}, None

@@ -1,1 +1,1 @@
-"""Fetches what lists of URLs name: within bounds of bytes and time, as robots.txt allows, and at each host's pace."""
+"""Fetches the URLs of lists: within limits of bytes and time, as robots.txt allows, and at each host's rate."""

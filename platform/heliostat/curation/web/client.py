@@ -1,7 +1,7 @@
-"""Gets one URL over HTTP: within a number of bytes and seconds, from a public address, whatever the server or its redirects do.
+"""Gets one URL over HTTP, within limits of bytes and seconds, and only from a public address, even after redirects.
 
-A name is resolved once, its addresses are checked, and the connection is made to one that was checked, so that no answer of a
-name server can lead to another. Proxies of the environment are not used. Bodies come as they are: no compression is asked for.
+It resolves a name once, checks its addresses, and connects to one of them, so a later DNS answer can't redirect it. It ignores
+proxies in the environment. It doesn't request compression, so bodies arrive unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | i
 
 
 class FetchError(Exception):
-    """Reports why a URL gave nothing; `again` tells whether it may, a while later, after `wait` seconds at least."""
+    """Reports why a URL returned nothing; `again`: whether a retry may succeed, after at least `wait` seconds."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason, detail)
@@ -51,7 +51,7 @@ class Bounds:
 
 
 def split(url: str) -> tuple[str, str, int, str]:
-    """Returns (scheme, host, port, path with query); FetchError for what is no URL of the web."""
+    """Returns (scheme, host, port, path with query); FetchError for an invalid web URL."""
     try:
         parts = urlsplit(url.strip())
         host, port = parts.hostname, parts.port
@@ -71,9 +71,9 @@ def split(url: str) -> tuple[str, str, int, str]:
 
 
 def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: None) -> bytes:
-    """Returns the body that a URL has, behind at most REDIRECTS redirects; FetchError if there is none.
+    """Returns the body of a URL, after at most REDIRECTS redirects; FetchError if there is none.
 
-    `before` is called with each URL that is asked, and may wait, which takes nothing of the seconds.
+    `before` is called with each URL before its request, and may wait; that time doesn't count.
     """
     left = bounds.seconds
     for _ in range(REDIRECTS + 1):
@@ -91,7 +91,7 @@ def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: No
 
 
 def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
-    """Asks once; returns the body, or where it has gone."""
+    """Sends one request; returns the body, or the redirect's target."""
     scheme, host, port, target = split(url)
     resolved = addresses(host, port, bounds.private)
     try:
@@ -102,7 +102,7 @@ def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
 
 
 async def _requested(url: URL, resolved: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
-    """Asks one of the addresses that were checked; the session ends with whatever happens within its seconds."""
+    """Sends a request to one of the checked addresses; the session ends within its seconds in any case."""
     if seconds <= 0:
         raise TimeoutError("no more time")
     secure = ssl.create_default_context() if url.scheme == "https" else False
@@ -140,7 +140,7 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def addresses(host: str, port: int, private: bool) -> list[Address]:
-    """Resolves a host; FetchError if it has no address, or one that is not public while `private` ones are refused."""
+    """Resolves a host; FetchError if it has no address, or one that isn't public unless `private` ones are allowed."""
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
@@ -152,7 +152,7 @@ def addresses(host: str, port: int, private: bool) -> list[Address]:
 
 
 def public(address: str) -> bool:
-    """Tells whether an address is one of the public internet, and of a single host."""
+    """Checks whether an address is on the public internet, and of a single host."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
@@ -164,7 +164,7 @@ def public(address: str) -> bool:
 
 
 class _Checked(AbstractResolver):
-    """Answers with the addresses that were checked, whatever is asked."""
+    """Answers every lookup with the checked addresses."""
 
     def __init__(self, resolved: list[Address]) -> None:
         self.resolved = resolved
@@ -176,4 +176,4 @@ class _Checked(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Holds nothing."""
+        """Does nothing: there is nothing to close."""

@@ -1,7 +1,7 @@
-"""Cuts lists of URLs into tasks by host: those of a host are in one task, or in several that share the host's pace.
+"""Splits lists of URLs into tasks by host: a host's URLs are in one task, or in several that share the host's rate.
 
-A task of a list spills its rows by the hash of the host (16 bits of it are its group) and counts them by group; the driver holds
-the counts of the groups. Neighbouring groups with few URLs make a task together, one with many is dealt out to several.
+A task of a list spills its rows by the hash of the host (16 bits of it are its group) and counts them by group; the driver
+holds the counts of the groups. Neighboring groups with few URLs share a task; one with many is split over several.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def listing(uri: str) -> list[InputFile]:
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
-        seen = f"{len(listed)} files, none" if listed else "no file there"
-        raise ConfigError(f"input: {uri!r}: {seen} that ends in {', '.join(LISTS)}, as lists of URLs do (fetch)")
+        seen = f"none of {len(listed)} files is supported" if listed else "no such file"
+        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
 
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields the tasks that fetch: `of` says how many share a host's pace."""
+    """Yields the fetching tasks; `of`: how many share a host's rate."""
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
 
     def task(file: InputFile) -> Task:
@@ -64,7 +64,7 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
 
 
 def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
-    """Yields ranges of groups (first, behind the last), and the number of tasks for each."""
+    """Yields ranges of groups (first, after the last), and the number of tasks for each."""
     first, size, last = 0, 0, 0
     for group in sorted(counts):
         if counts[group] > URLS:
@@ -97,7 +97,7 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
         row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
-        raise ConfigError(f"input: {printable(path)}: has no column {column!r} of URLs (fetch.column); its columns: {row_text}")
+        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). Its columns: {row_text}")
     url = _whole(row[column]) if isinstance(row[column], str) else ""
     kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
@@ -105,7 +105,7 @@ def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dic
 
 
 def _whole(url: str) -> str:
-    """Returns a URL as it is; what JSON spelled with half a surrogate pair, which no file can hold, as words that are no URL."""
+    """Returns a URL; if JSON spelled it with half a surrogate pair, which no file can store, an escaped form."""
     try:
         url.encode()
     except UnicodeError:
@@ -122,7 +122,7 @@ def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[d
 
 
 def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
-    """Yields the rows that are dealt to a task: each `of`-th of those that its range of groups has, in the order of the files."""
+    """Yields the rows of one task: each `of`-th row of its range of groups, in the order of the files."""
     seen = 0
     for name in names:
         for table in spill.read(folder, name, task["low"], task["high"]):

@@ -1,8 +1,8 @@
-"""Fetches URLs as their hosts ask for: what robots.txt allows, so many a second, later where a host says so.
+"""Fetches URLs by their hosts' rules: what robots.txt allows, at a limited rate, and later if a host asks for it.
 
-A fetcher belongs to one task, and a host's URLs to tasks that share its pace, so that nothing needs to be agreed on between
-nodes. robots.txt is read once for each origin and task (RFC 9309: one that is missing allows all, one that cannot be had
-nothing). What a redirect leads to is asked by the same rules.
+A fetcher belongs to one task, and a host's URLs to tasks that share its rate, so nodes need no coordination. It reads
+robots.txt once per origin and task (RFC 9309: a missing one allows all, an unreachable one nothing). Redirect targets follow
+the same rules.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LONGEST_S = 60.0  # that a host may ask for between two requests; what it wants 
 
 @dataclass
 class Host:
-    """Keeps when a host may be asked next, by whatever port."""
+    """Records when the next request to a host is allowed, on any port."""
 
     pause: float
     next: float = 0.0
@@ -37,9 +37,9 @@ class OriginRules:
 
 
 class Fetcher:
-    """Fetches URLs from any number of threads; `pause` seconds, at least, lie between two requests to one host.
+    """Fetches URLs from any number of threads, with at least `pause` seconds between two requests to one host.
 
-    `of` fetchers share that pace, and the one that a host's robots.txt asks for: each waits so many times as long.
+    `of` fetchers share that rate, and the one in a host's robots.txt: each waits as many times longer.
     """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
@@ -51,7 +51,7 @@ class Fetcher:
         self.lock = threading.Lock()
 
     def __call__(self, url: str) -> bytes:
-        """Returns what a URL has; FetchError, after so many retries, if it has nothing."""
+        """Returns the body of a URL; FetchError, after so many retries, if it has none."""
         hosts = list[Host]()
         for attempt in range(self.retries + 1):
             try:
@@ -64,7 +64,7 @@ class Fetcher:
         raise AssertionError("a loop that returns or raises")
 
     def _admitted(self, url: str) -> Host:
-        """Waits until a URL may be asked and returns its host; FetchError if it may not."""
+        """Waits until a URL may be requested and returns its host; FetchError if it isn't allowed."""
         scheme, name, port, target = split(url)
         if self.robots:
             base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
@@ -78,7 +78,7 @@ class Fetcher:
         return self._wait(url)
 
     def _wait(self, url: str) -> Host:
-        """Waits for a turn at the host of a URL, and returns it."""
+        """Waits for a turn at a URL's host, and returns the host."""
         host = self._host(split(url)[1])
         with host.lock:
             now = self.clock()
@@ -93,7 +93,7 @@ class Fetcher:
             return self.hosts.setdefault(name, Host(self.pause))
 
     def _learn(self, origin: OriginRules, base: str) -> None:
-        """Reads the origin's robots.txt, once; what it redirects to waits for its turn, and is bound by no other robots.txt."""
+        """Reads the origin's robots.txt, once; its redirect targets wait for their turn, and need no robots.txt of their own."""
         with origin.lock:
             if origin.rules or origin.closed:
                 return

@@ -1,6 +1,6 @@
-"""Reads robots.txt as RFC 9309 says: groups of one agent are one, the longest rule that matches wins, `*` and `$` are wild.
+"""Reads robots.txt by RFC 9309: groups of one agent are joined, the longest matching rule wins, and `*` and `$` are wildcards.
 
-`Crawl-delay` is not in the RFC: it is a rule of its group here, so that agents named behind one begin another group.
+`Crawl-delay` isn't in the RFC: here it is a rule of its group, so agents named after one begin another group.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Rule:
     allow: bool
 
     def matches(self, target: str) -> bool:
-        """Tells whether a target, normal, has the pieces in their order: each is looked for once, behind the one before."""
+        """Checks whether a normalized target has the pieces in order: each is searched once, after the previous one."""
         first, last, at = self.pieces[0], self.pieces[-1], len(self.pieces[0])
         if len(self.pieces) == 1:
             return target == first
@@ -45,7 +45,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RobotsRules:
-    """Holds what a robots.txt says to one agent: its rules, those that win first, and the seconds between two requests."""
+    """Holds the rules of a robots.txt for one agent, in order of precedence, and the seconds between two requests."""
 
     rules: tuple[Rule, ...] = ()
     delay: float = 0.0
@@ -56,7 +56,7 @@ class RobotsRules:
 
 
 def parse(data: bytes, agent: str) -> RobotsRules:
-    """Reads what a robots.txt says to an agent: in the groups that name it, or else in those of `*`."""
+    """Parses a robots.txt for an agent: the groups that name it, or else those of `*`."""
     own, groups = token(agent), dict[str, list[tuple[str, str]]]()
     named, naming = set[str](), False
     for field, value in _lines(data):
@@ -74,13 +74,13 @@ def parse(data: bytes, agent: str) -> RobotsRules:
 
 
 def token(agent: str) -> str:
-    """Returns the name that an agent goes by in robots.txt: what is before a version or a comment, in small letters."""
+    """Returns an agent's name in robots.txt: the part before a version or a comment, in lower case."""
     match = TOKEN.match(agent.strip())
     return match[0].lower() if match else ""
 
 
 def normal(text: str) -> str:
-    """Quotes what a URL has to quote, and nothing that it may have as it is."""
+    """Quotes the characters of a URL that need quoting, and no others."""
     return OCTET.sub(_octet, quote(text, safe=SAFE, errors="surrogateescape"))
 
 
@@ -96,7 +96,7 @@ def _lines(data: bytes) -> Iterable[tuple[str, str]]:
 
 
 def _rule(pattern: str, allow: bool) -> Rule:
-    """Takes a pattern apart; one that does not end in `$` may go on."""
+    """Parses a pattern; one that doesn't end in `$` matches any continuation."""
     ends = pattern.endswith("$")
     parts = [normal(part) for part in pattern.removesuffix("$").split("*")]
     length = len("*".join(parts)) + ends
@@ -105,7 +105,7 @@ def _rule(pattern: str, allow: bool) -> Rule:
 
 
 def _seconds(value: str) -> float:
-    """Reads a delay, rounded up to seconds; 0 if it is none."""
+    """Parses a delay, rounded up to seconds; 0 if it is invalid."""
     try:
         number = float(value)
     except ValueError:

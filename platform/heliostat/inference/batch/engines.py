@@ -147,7 +147,7 @@ class BatchEngine(ABC):
             for i, answer in zip(chosen, batch, strict=True):
                 answers[i] = answer
         if len(open_) > 1 and all(answers[i].bad == "failed" for i in open_):
-            raise HeliostatError(f"the model answers nothing: {answers[open_[0]].detail}")
+            raise HeliostatError(f"the model answers no input: {answers[open_[0]].detail}")
         return answers
 
     def encode(self, text: str) -> list[int]:
@@ -183,7 +183,7 @@ class BatchEngine(ABC):
                 return self.answer(tokens, inputs)
         except Exception as e:  # whatever a model raises for an input: the others are answered
             if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # the last is vLLM's
-                raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}); give the command again") from e
+                raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}). Run the command again") from e
             if len(inputs) == 1:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
         return [self._answered([t], [i])[0] for t, i in zip(tokens, inputs, strict=True)]
@@ -208,8 +208,8 @@ def sampling(options: dict[str, object], longest: int | None) -> Sampling:
     keys = validate(Sampling, options, "options")
     if longest is not None and keys.max_tokens >= longest:
         raise ConfigError(
-            f"max_tokens: {keys.max_tokens:,} leave no room for a prompt: the model takes {longest:,} tokens with its answer; "
-            f"give --max-tokens below {longest:,}"
+            f"max_tokens: {keys.max_tokens:,} leaves no room for a prompt: prompt and answer have at most "
+            f"{longest:,} tokens. Pass --max-tokens below {longest:,}"
         )
     return keys
 

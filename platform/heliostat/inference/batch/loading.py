@@ -33,7 +33,7 @@ def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Co
     `known`: lists the architectures that vLLM has; by default itself.
     """
     if name not in ENGINES:
-        raise ConfigError(f"--engine: {name!r} is none of {', '.join(ENGINES)}")
+        raise ConfigError(f"--engine: {name!r} isn't an engine. Use {', '.join(ENGINES)}")
     if name == "transformers":
         return name, version("transformers")
     if name == "vllm":
@@ -41,23 +41,23 @@ def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Co
     if not (lacks := _lacks(folder, task, gpus, known or _architectures)):
         return "vllm", version("vllm")
     if name == "vllm":
-        raise ConfigError(f"--engine vllm: {lacks}; give --engine transformers")
+        raise ConfigError(f"--engine vllm: {lacks}. Use --engine transformers")
     return "transformers", lacks
 
 
 def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]]) -> str:
     """Returns why vLLM does not answer; "" if it does."""
     if task not in OF_VLLM:
-        return f"vLLM does not {task} here"
+        return f"heliostat doesn't support vLLM for the task {task}"
     if clip_folder.is_one(folder):
-        return "vLLM does not embed with a CLIP here"
+        return "heliostat doesn't support vLLM for CLIP embeddings"
     if not gpus:
-        return "there is no GPU here"
+        return "this machine has no GPU"
     if find_spec("vllm") is None:
-        return f"vLLM is not installed, which comes with {extras.advice('vllm')}"
+        return f"vLLM isn't installed ({extras.command('vllm')})"
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     named = config.get("architectures") or ["a model that its config.json does not name"]
-    return "" if named[0] in known() else f"vLLM has no {named[0]}"
+    return "" if named[0] in known() else f"vLLM doesn't support {named[0]}"
 
 
 def _architectures() -> Collection[str]:
@@ -73,14 +73,16 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
         if task not in ("embed", "embed-images"):
-            raise ConfigError(f"--task {task}: {folder} embeds texts and images; give --task embed, or embed-images")
+            raise ConfigError(f"--task {task}: not supported for a CLIP ({folder}). Use --task embed or embed-images")
     elif task == "embed-images":
-        raise ConfigError(f"--task {task}: {folder} is no CLIP, as heliostat.recipes:ImageEmbedder exports; take one")
+        raise ConfigError(f"--task {task}: {folder} isn't a CLIP. Use a model that heliostat.recipes:ImageEmbedder exported")
     elif sentence_folder.read(folder):
         if task != "embed":
-            raise ConfigError(f"--task {task}: {folder} is an embedder, which only embeds; give --task embed")
+            raise ConfigError(f"--task {task}: {folder} is an embedder. Use --task embed")
     elif getattr(exported.read(folder).recipe, "kind", None) != "tokens":
-        raise ConfigError(f"{folder}: is no language model; `heliostat generate --prompts` draws from prompts")
+        raise ConfigError(
+            f"{folder}: isn't a language model. To generate images from prompts: heliostat model generate --prompts"
+        )
     if task == "chat":
         _require_template(folder)
     if task in WRITES:
@@ -99,20 +101,18 @@ def _longest(folder: Path) -> int | None:
     except ConfigError:
         raise
     except (OSError, ValueError) as e:  # of transformers
-        raise ConfigError(f"{folder}: its tokenizer or config.json cannot be read ({brief(e)}); is the folder whole?") from e
+        raise ConfigError(f"{folder}: can't read its tokenizer or config.json ({brief(e)}). Copy the folder again") from e
 
 
 def _labels(folder: Path) -> list[str]:
     config = scoring.describe(str(folder), "--task classify")
     named = (config.get("architectures") or ["a model that its config.json does not name"])[0]
     if not str(named).endswith(HEAD):
-        raise ConfigError(f"--task classify: {folder} holds {named}, without a head that classifies; take a model ...{HEAD}")
+        raise ConfigError(f"--task classify: {folder} holds {named}, without a classification head. Use a model ...{HEAD}")
     if config.get("problem_type") == "regression":
-        raise ConfigError(f"--task classify: {folder} has problem_type regression, scores of no classes; take a classifier")
+        raise ConfigError(f"--task classify: {folder} has problem_type regression, which has no classes. Use a classifier")
     if len(labels := scoring.labels(config)) < LEAST_LABELS:
-        raise ConfigError(
-            f"--task classify: {folder} has one label ({labels[0]}), a score of no classes; take a model of several"
-        )
+        raise ConfigError(f"--task classify: {folder} has one label ({labels[0]}). Use a model with several")
     return labels
 
 
@@ -122,7 +122,7 @@ def _require_template(folder: Path) -> None:
     from heliostat.recipes.pretrained import from_folder
 
     if not from_folder("model", transformers.AutoTokenizer, folder).chat_template:
-        raise ConfigError(f"--task chat: the tokenizer of {folder} has no chat template; give --task continue")
+        raise ConfigError(f"--task chat: the tokenizer of {folder} has no chat template. Use --task continue")
 
 
 def engine(

@@ -1,4 +1,4 @@
-"""Runs a model over all documents of an input, on Ray: `heliostat infer MODEL --input IN --out OUT`.
+"""Runs a model over all documents of an input, on Ray: `heliostat model infer MODEL --input IN --out OUT`.
 
     OUT/answers/9c01....parquet   the answers of a piece of the input, in its order
     OUT/bad.parquet               inputs that have no answer, and why
@@ -74,7 +74,7 @@ def infer(
     about = {"folder": str(model), "digest": model_digest(model), **origin(model), **known}
     facts = {"model": about, "engine": {"name": by, "version": version(by)}, "settings": settings.identity}
     claim(place, {"model": about["digest"], "input": absolute(input), **settings.identity}, "answers", "batch inference")
-    with lease.take(place, "written", "wait for it, or stop it", field="--out") as lease_:
+    with lease.take(place, "written", "Wait for it, or stop it", field="--out") as lease_:
         log.info("%s answers (%s)", by, why)
         with flow_on_ray(place, f"answering {input}", workers, gpus, quiet) as flow:
             return answer(flow, files, facts | {"input": input}, place, lease_.fence.check)
@@ -102,7 +102,7 @@ def answer(
     before_commit()
     missing = _missing(facts["settings"]["keep"], records)
     if missing:
-        log.warning("--keep: %s: no input has such a column; its answers are empty there", ", ".join(map(repr, missing)))
+        log.warning("--keep: %s: the inputs have no such column, so the answers' column is empty", ", ".join(map(repr, missing)))
     listed = [{"file": f"{tasks.ANSWERS}/{r['name']}.parquet", "rows": r["answers"]} for r in records if r["answers"]]
     gone = _others(place, {str(one["file"]) for one in listed})
     result = facts | {"inputs": _inputs(records), **_counts(records), "missing": missing, "deleted": sum(map(_rows, gone)),
@@ -225,11 +225,11 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
             return
         known = _known(place)  # if another command was faster
         if known is None:
-            raise ConfigError(f"--out: {place} is not empty, and holds no {made_by}; name another folder")
+            raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Name another folder")
     if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
         name = changed[0]
         was, now = (str(one.get(name))[:80] for one in (known, settings))
-        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}); name another folder")
+        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}). Name another folder")
 
 
 def _known(place: Location) -> dict[str, object] | None:
@@ -239,5 +239,5 @@ def _known(place: Location) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     except ValueError as e:
-        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged; name another folder") from e
+        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged. Name another folder") from e
     return known if isinstance(known, dict) else {}

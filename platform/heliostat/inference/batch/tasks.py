@@ -50,14 +50,14 @@ class BatchSettings(Strict):
 
     task: Task = "continue"
     column: str = Field("", validate_default=True)
-    """The column of the input that holds the prompt, the messages, the image, or the text to score, to embed or to classify."""
+    """Column of the input with the prompt, the messages, the image, or the text to score, embed, or classify."""
     keep: list[str] = []
-    """Columns of the input that are copied to the output, as text."""
+    """Columns of the input to copy to the output, as text."""
     batch: int = Field(16, ge=1, le=4096)
-    """Inputs that the model takes together."""
+    """Batch size: inputs that the model reads together."""
     seed: int = Field(0, ge=0, lt=2**63)
     options: dict[str, object] = {}
-    """How text is written: `max_tokens`, `temperature`, `top_p`."""
+    """Generation options: `max_tokens`, `temperature`, `top_p`."""
     engine: Literal["transformers", "vllm"] = "transformers"
 
     @field_validator("column")
@@ -80,7 +80,7 @@ class BatchSettings(Strict):
         """Refuses columns that would have the name of another in the answers."""
         written = ["id", *self.written, *(name for name, _ in COLUMNS[self.task])]
         if twice := sorted({name for name in written if written.count(name) > 1}):
-            raise ValueError(f"the answers would have two columns {twice[0]!r}; rename that of the input")
+            raise ValueError(f"the answers would have two columns {twice[0]!r}. Rename the input's column")
         return self
 
 

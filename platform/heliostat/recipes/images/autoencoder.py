@@ -1,4 +1,4 @@
-"""Trains an AutoencoderKL of `diffusers` on the datasets of text to image: latent diffusion from nothing, without downloads.
+"""Trains an AutoencoderKL of `diffusers` on text-to-image datasets: latent diffusion from scratch, without downloads.
 
     recipe: heliostat.recipes:Autoencoder
     model: {block_out_channels: [32, 64], latent_channels: 4, kl_weight: 1.0e-6, ...}      # any key of AutoencoderKL; or
@@ -67,16 +67,20 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: images have none; remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove it")
         self.keys = {k: v for k, v in job.model.items() if k not in ("kl_weight", "pretrained")}
         self.pretrained = job.model.get("pretrained")
         self.kl_weight = job.model.get("kl_weight", 1e-6)
         if not isinstance(self.kl_weight, int | float) or self.kl_weight < 0:
-            raise ConfigError(f"model.kl_weight: {self.kl_weight!r} must be a number of at least 0")
+            raise ConfigError(f"model.kl_weight: expected a number of at least 0, got {self.kl_weight!r}")
         known = list(inspect.signature(AutoencoderKL.__init__).parameters)[1:]
         for key in self.keys:
             if self.pretrained or key not in known:
-                what = "a pretrained autoencoder is as its folder says; remove it" if self.pretrained else "unknown key"
+                what = (
+                    "a pretrained autoencoder takes its configuration from its folder. Remove this key"
+                    if self.pretrained
+                    else "unknown key"
+                )
                 raise ConfigError(f"model.{key}: {what}{'' if self.pretrained else nearest(key, known)}")
         if self.pretrained:
             self.config = folder_config("model.pretrained", self.pretrained)
@@ -95,7 +99,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         if self.pretrained:
             if self.config["in_channels"] != channels:
                 raise ConfigError(
-                    f"model.pretrained: takes {self.config['in_channels']} channels, and the images have {channels}"
+                    f"model.pretrained: the autoencoder takes {self.config['in_channels']} channels, and the "
+                    f"images have {channels}"
                 )
         else:
             self.config = {**self.config, "in_channels": channels, "out_channels": channels, "sample_size": self.facts.size[0]}
@@ -103,8 +108,8 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
             if side % self.factor:
                 blocks = len(self.config["block_out_channels"])
                 raise ConfigError(
-                    f"model.block_out_channels: {blocks} blocks need sides that are multiples of {self.factor}, and the images "
-                    f"have {side}"
+                    f"model.block_out_channels: {blocks} blocks need image sides that are multiples of "
+                    f"{self.factor}, and the images have {side}"
                 )
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
@@ -141,7 +146,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
         return {"pixels": batch["pixels"], "noise": noise}
 
     def _latent(self, pixels: torch.Tensor) -> tuple[int, int, int]:
-        """Returns the shape of the latents of one image."""
+        """Returns the shape of one image's latents."""
         return self.config["latent_channels"], pixels.shape[2] // self.factor, pixels.shape[3] // self.factor
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -206,7 +211,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         scale = folder_config("model", str(folder))["scaling_factor"]
-        return [("autoencoder", f"  takes a side of {self.factor} pixels to one of its latents; scaling factor {scale:.4g}")]
+        return [("autoencoder", f"encodes squares of {self.factor} pixels as one latent each; scaling factor {scale:.4g}")]
 
     @staticmethod
     def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:
@@ -221,7 +226,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
 
 class Reconstructions:
-    """Draws some of the images, each next to its reconstruction by the autoencoder."""
+    """Generates reconstructions of some images, each next to its original."""
 
     def __init__(self, recipe: Autoencoder) -> None:
         self.recipe, self.count = recipe, SHOWN

@@ -1,4 +1,4 @@
-"""Serves the exported autoencoder with MLflow, which copies this file: base64 of PNG files in, their reconstructions out."""
+"""Serves the exported autoencoder with MLflow, which copies this file: base64 PNG files in, their reconstructions out."""
 
 from __future__ import annotations
 

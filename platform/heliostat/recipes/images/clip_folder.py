@@ -1,4 +1,4 @@
-"""Embeds texts and images with a CLIP's folder, as its recipe does: in one space, each of length 1."""
+"""Embeds texts and images with a CLIP's folder like its recipe: in one space, with length 1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of_texts(model: CLIPModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.T
 
 
 def of_images(model: CLIPModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Embeds images, as their processor gives them, fp32 [images, width]."""
+    """Embeds preprocessed images, fp32 [images, width]."""
     return _of_length_one(model.get_image_features(pixel_values=pixels))
 
 

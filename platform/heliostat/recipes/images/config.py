@@ -1,14 +1,14 @@
 """Defines the `model:` of a text-to-image job, and builds the models that it names: backbones, text encoders, autoencoders.
 
-Backbones are diffusers' classes, from keys of their own or from a folder; keys that follow from the data (channels, the text's
-width) may be left out. Frozen encoders are read from folders and are never part of what ZeRO shards.
+Backbones are diffusers' classes, built from their keys or loaded from a folder. Keys that follow from the data (channels, the
+text's width) are optional. Frozen encoders come from folders, and ZeRO never shards them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from heliostat.recipes.images.initial import initialise
 from heliostat.recipes.images.noising import NoiseObjective
 from heliostat.recipes.pretrained import from_config, from_folder
 from heliostat.schema import Float, Strict, nearest
+from heliostat.storage.hub import files
 from heliostat.storage.records import Format
 from heliostat.text import brief
 
@@ -52,99 +53,101 @@ Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder: a CLIP text encoder of these keys, trained with the model, or `pretrained`: a folder (CLIP or
-    T5), which stays frozen."""
+    """Describes the text encoder: a CLIP text encoder with these keys, trained with the model, or `pretrained`: a folder (CLIP
+    or T5), which stays frozen."""
 
     pretrained: str | None = None
-    """A folder with a CLIP or T5 text encoder, which stays as it is; then only `length` may go with it. Unset: a CLIP
-    text encoder of the keys below, trained with the model."""
+    """Folder with a CLIP or T5 text encoder, which stays frozen; only `length` may accompany it. Unset: a CLIP text encoder with
+    the keys below, trained with the model."""
     length: int = Field(default=77, gt=1)
-    """Tokens of a caption; what is longer is cut."""
+    """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
     """Width."""
     num_hidden_layers: int = Field(default=2, gt=0)
     """Layers."""
     num_attention_heads: int = Field(default=4, gt=0)
-    """Heads; they divide the width."""
+    """Number of attention heads; must divide hidden_size."""
     intermediate_size: int = Field(default=1024, gt=0)
-    """Width of the layers' inside."""
+    """Width of the feed-forward layers."""
 
     @model_validator(mode="after")
     def _fits(self) -> Text:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
+            raise ValueError(f"num_attention_heads: {self.num_attention_heads} doesn't divide hidden_size {self.hidden_size}")
         if self.pretrained and self.model_fields_set - {"pretrained", "length"}:
-            raise ValueError("a pretrained encoder takes its shape from its folder; give pretrained and length only")
+            raise ValueError("a pretrained encoder takes its shape from its folder. Set only pretrained and length")
         return self
 
 
 class Folder(Strict):
     pretrained: str
-    """The folder of a model that stays as it is."""
+    """Folder of a frozen model."""
 
 
 class Features(Folder):
     images: int = Field(default=5000, gt=1)
-    """Real images that drawn ones are compared with, at most; all, if there are fewer."""
+    """Maximum number of real images that generated ones are compared with."""
 
 
 class Prompt(Strict):
     text: str = Field(min_length=1)
-    """What is to be drawn."""
+    """Images to generate after every evaluation."""
     label: str | None = None
-    """Of the datasets': what its samples should show, for `judge`. Unset: they are drawn and not judged."""
+    """Captions from the datasets whose images the classifier of `judge` scores. Unset: images are generated, but not scored."""
 
 
 class Samples(Strict):
-    """Describes what is drawn after every evaluation, and the defaults of `generate`."""
+    """Describes the samples after every evaluation, and the defaults of `generate`."""
 
     prompts: list[Prompt] = []
-    """What is drawn after every evaluation."""
+    """Samples to generate after every evaluation."""
     seed: int = Field(default=0, ge=0)
-    """Of the first image; each next one has the next."""
+    """Random seed of the first image; each further image uses the next seed."""
     steps: int = Field(default=30, gt=0)
-    """Of the sampler."""
+    """Sampling steps."""
     guidance: Float = Field(default=4.0, ge=0)
-    """How strictly images follow the prompt (classifier-free guidance); 1 is plain."""
+    """Classifier-free guidance scale: how strictly images follow the prompt; 1 turns guidance off."""
     sampler: Sampler | None = None
-    """`euler` is of flow, the others are not. Unset: `ddim`, or `euler` for flow."""
+    """Sampler; `euler` needs prediction `flow`, the others don't support it. Unset: `ddim`, or `euler` for flow."""
     per_prompt: int = Field(default=4, gt=0)
-    """Images of each prompt."""
+    """Images per prompt."""
     judge: bool = False
-    """A classifier of the real images says what the samples of labelled prompts show, see docs/diffusion.md#what-is-watched"""
+    """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
-    """A folder with an image model of `transformers`: FID and KID in its features. Unset: neither."""
+    """Folder of an image model of `transformers` whose features FID and KID use. Unset: neither is computed."""
 
 
 class Model(Strict):
     backbone: Keys
-    """`arch: unet`, `pixart` or `sd3` and that class's own keys in diffusers, or `pretrained: FOLDER`. Channels, sizes and
-    the text's width follow from the data where they are left out."""
+    """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If unset, channels,
+    sizes, and the text width follow from the data."""
     text: Text = Text()
     """The text encoder."""
     autoencoder: Folder | None = None
-    """The frozen autoencoder in whose latents the model works. Unset: in pixels."""
+    """Frozen autoencoder in whose latent space the model works. Unset: the model works on pixels."""
     objective: NoiseObjective = NoiseObjective()
-    """The forward process, and what the network says of it."""
+    """Noise schedule, prediction target, and loss weights."""
     caption_dropout: Float = Field(default=0.1, ge=0, lt=1)
-    """The share of captions that are left out, so that the model knows what no text is, for guidance."""
+    """Fraction of captions that are dropped in training, so that the model learns unconditional generation for guidance."""
     samples: Samples = Samples()
-    """What is drawn after every evaluation, and how `heliostat generate` draws unless its options differ."""
+    """Samples to generate after every evaluation, and the defaults of `heliostat model generate`."""
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
-    """Finds the (name, class) of `model.backbone`; ConfigError if there is none, or for keys that the class does not have."""
+    """Finds the (name, class) of `model.backbone`; ConfigError for an unknown one, or for keys that the class doesn't have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
-            raise ConfigError(f"model.backbone.{extra[0]}: a pretrained backbone is as its folder says; remove it")
+            raise ConfigError(
+                f"model.backbone.{extra[0]}: a pretrained backbone takes its configuration from its folder. Remove this key"
+            )
         kind = folder_config("model.backbone.pretrained", keys["pretrained"]).get("_class_name")
         for name, cls in BACKBONES.items():
             if cls.__name__ == kind:
                 return name, cls
-        raise ConfigError(f"model.backbone.pretrained: {keys['pretrained']!r} holds a {kind!r}, which is no backbone")
+        raise ConfigError(f"model.backbone.pretrained: {keys['pretrained']!r} holds a {kind!r}, which isn't a supported backbone")
     name = str(keys.get("arch"))
     if name not in BACKBONES:
-        raise ConfigError(f"model.backbone.arch: {name!r} is no backbone{nearest(name, list(BACKBONES))}")
+        raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")
     known = list(inspect.signature(BACKBONES[name].__init__).parameters)[1:]
     for key in keys:
         if key != "arch" and key not in known:
@@ -156,13 +159,13 @@ def folder_config(key: str, folder: str) -> Keys:
     try:
         return CONFIG.read(Path(folder) / "config.json")
     except OSError as e:
-        raise ConfigError(f"{key}: {folder!r} is not a model folder (no config.json that can be read)") from e
+        raise ConfigError(f"{key}: {folder!r} isn't a model folder (no readable config.json)") from e
     except ConfigError as e:
         raise ConfigError(f"{key}: {e}") from e
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a folder's model of diffusers in fp32, or builds it without weights where none are wanted."""
+    """Loads a diffusers model in fp32 from a folder, or builds it without weights if no weights are wanted."""
     if weightless.wanted():
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
@@ -171,7 +174,7 @@ def load_or_build(cls: Any, folder: str | Path) -> Any:
 
 
 def build_backbone(keys: Keys, defaults: dict[str, object]) -> Any:
-    """Builds the backbone from its keys, with `defaults` for those that are left out, or loads it from its folder."""
+    """Builds the backbone from its keys, with `defaults` for missing ones, or loads it from its folder."""
     name, cls = backbone_class(keys)
     if "pretrained" in keys:
         return load_or_build(cls, keys["pretrained"])
@@ -202,9 +205,10 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def require_weights(key: str, folder: str) -> None:
-    """Checks that the weights of a frozen model are safetensors: a `.bin` is no part of its digest; ConfigError if not."""
-    if not any(Path(folder).glob("*.safetensors")):
-        raise ConfigError(f"{key}: {folder!r} has no safetensors; save it by save_pretrained")
+    """Checks that the weights of a frozen model are safetensors, because its digest doesn't cover `.bin` files; ConfigError if
+    not."""
+    if not any(Path(folder).glob("*.safetensors")) and not files.absent_weights(Path(folder)):
+        raise ConfigError(f"{key}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
 
 
 def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -214,7 +218,8 @@ def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torc
 
 
 def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
-    """Counts the bytes of a frozen autoencoder, from its configuration, or text encoder, from its folder; reads no weights."""
+    """Counts the bytes of a frozen autoencoder from its configuration, or of a frozen text encoder from its folder; reads no
+    weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
             model: torch.nn.Module = AutoencoderKL.from_config(config)
@@ -251,25 +256,32 @@ def frozen_autoencoder(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def folder_digest(folder: str) -> str:
-    """Computes a digest of a model folder's configuration and weights, which identifies the model wherever the folder lies."""
-    return _digest(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    """Computes a digest of a model folder's configuration and weights, which identifies the model at any path."""
+    listed = {p.name: _sha256(p) for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors")}
+    return _digest({**files.absent_weights(Path(folder)), **listed})
 
 
 def tokenizer_digest(folder: str) -> str | None:
-    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's own leaves out; None without any.
+    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's digest doesn't cover; None if
+    there are none.
 
-    It stands next to the folder's, which the manifests of datasets name.
+    Datasets' manifests record it next to the folder's digest.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))
-    files = [p for p in place.iterdir() if p.suffix in suffixes] if place.is_dir() else []
-    return _digest(files) if files else None
+    listed = {p.name: _sha256(p) for p in place.iterdir() if p.suffix in suffixes} if place.is_dir() else {}
+    return _digest(listed) if listed else None
 
 
-def _digest(files: Iterable[Path]) -> str:
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _digest(listed: Mapping[str, str]) -> str:
+    """Computes the digest of files by their names and SHA-256."""
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode())
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+    for name, content in sorted(listed.items()):
+        digest.update(name.encode())
+        digest.update(bytes.fromhex(content))
     return digest.hexdigest()[:32]

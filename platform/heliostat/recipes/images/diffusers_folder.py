@@ -1,7 +1,7 @@
 """Loads an exported text-to-image model: the folder of a diffusers pipeline, with every part that it needs.
 
-With a U-Net in the latents of an AutoencoderKL, conditioned by CLIP, it is a StableDiffusionPipeline; anything else is the
-TextToImagePipeline of `pipeline.py`, which lies in the folder.
+With a U-Net in the latents of an AutoencoderKL, conditioned by CLIP, it is a StableDiffusionPipeline; any other model is the
+TextToImagePipeline of `pipeline.py`, which is in the folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "p
 
 
 def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFast:
-    """Adapts a dataset's tokenizer to a text encoder: the caption, an end token, and end tokens as padding up to the length."""
+    """Adapts a dataset's tokenizer to a text encoder: the caption, then end tokens up to the length."""
     raw = Tokenizer.from_str(definition.decode())
     token = raw.id_to_token(end)
     raw.post_processor = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, end)])

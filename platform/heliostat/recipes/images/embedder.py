@@ -1,12 +1,12 @@
-"""Trains an embedder of images and captions contrastively, as CLIP is (Radford et al. 2021, arXiv 2103.00020).
+"""Trains an embedder of images and captions contrastively, like CLIP (Radford et al. 2021, arXiv 2103.00020).
 
     recipe: heliostat.recipes:ImageEmbedder
     model: {arch: clip, projection_dim: 64, text_config: {...}, vision_config: {...}, temperature: 0.07}
     model: {pretrained: /models/clip-vit-base-patch32, ...}    # weights, tokenizer and image processor of a folder
 
-A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): a caption asks for its image. What it is trained
-on and scored by: `heliostat.recipes.pairs`; scores of captions that are found by their images have `caption_` before their names.
-The temperature stays what the job says; the export has it as CLIP's `logit_scale`.
+A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): the caption is the query for its image. For
+the loss and the scores, see `heliostat.recipes.pairs`; scores of captions retrieved by their images have the prefix
+`caption_`. The temperature is a constant of the job; the export stores it as CLIP's `logit_scale`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BACK = "caption_"  # before the names of scores of captions that are found by th
 
 
 class Clip(CLIPModel):
-    """Has the temperature in a buffer: it is not trained, and DeepSpeed takes no parameter that is one number."""
+    """Keeps the temperature in a buffer: it isn't trained, and DeepSpeed doesn't support scalar parameters."""
 
     def __init__(self, config: CLIPConfig) -> None:
         super().__init__(config)
@@ -61,7 +61,8 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Tells transformers to draw the first weights as CLIPModel's: of a class that it does not know it skips some modules."""
+        """Tells transformers to initialize the weights as CLIPModel's. For a class that it doesn't know, it skips some
+        modules."""
         return False
 
 
@@ -69,9 +70,9 @@ class ImageEmbedderKeys(PairKeys):
     """Defines the keys of `model` in addition to those of its architecture."""
 
     temperature: Float = Field(0.07, gt=0)
-    """Divides the cosines of the pairs in the loss."""
+    """Temperature: divides the cosine similarities in the loss."""
     max_tokens: Count | None = None
-    """Tokens of a caption that are seen. Unset: as many as the model takes."""
+    """Maximum tokens of a caption; longer captions are truncated. Unset: the model's maximum."""
 
 
 OWN = tuple(ImageEmbedderKeys.model_fields)
@@ -86,11 +87,13 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration; ConfigError for keys that make no sense."""
+        """Makes the model's configuration; ConfigError for invalid keys."""
         keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
             if extra := sorted(keys.keys() - {"pretrained"}):
-                raise ConfigError(f"model.{extra[0]}: a pretrained model is as its folder says; remove it")
+                raise ConfigError(
+                    f"model.{extra[0]}: a pretrained model takes its configuration from its folder. Remove this key"
+                )
             return model_config.read(keys, CLIP)
         _check_parts(keys)
         return model_config.from_keys(keys, CLIP)
@@ -102,7 +105,7 @@ class ImageEmbedder(EmbedsPairs):
     def probe(self) -> None:
         longest = self.config.text_config.max_position_embeddings
         if not 1 < self.max_tokens <= longest:
-            raise ConfigError(f"model.max_tokens: {self.max_tokens} is not between 2 and the model's {longest}")
+            raise ConfigError(f"model.max_tokens: {self.max_tokens} isn't between 2 and the model's maximum {longest}")
         if self.pretrained:
             assert self.processor
 
@@ -114,35 +117,35 @@ class ImageEmbedder(EmbedsPairs):
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
-            raise ConfigError(f"data.sources: the images are {shown} pixels, and CLIP takes squares of one size; prepare them "
-                              "without `buckets`")  # fmt: skip
+            raise ConfigError(f"data.sources: CLIP needs square images of one size, and these have {shown} pixels. Prepare them "
+                "without `buckets`")  # fmt: skip
         self._fit(facts.channels, facts.size[0])
         if not self.pretrained:
             vocabulary = self.job.model.get("text_config", {}).get("vocab_size")
             tokenizing.fit_vocabulary(self.config.text_config, "model.text_config.vocab_size", vocabulary, self.tokenizer)
             if self.config.text_config.eos_token_id == OLD_END:
-                raise ConfigError(f"data.sources: the tokenizer ends texts with token {OLD_END}, which CLIP does not read as an "
-                                  "end; prepare them with another tokenizer")  # fmt: skip
+                raise ConfigError(f"data.sources: the tokenizer ends texts with token {OLD_END}, which CLIP doesn't recognize as "
+                    "the end. Prepare the datasets with another tokenizer")  # fmt: skip
         with torch.device("meta"):
             self.build()  # what makes no sense is found here
 
     def _fit(self, channels: int, side: int) -> None:
-        """Gives the configuration what follows from the images; ConfigError if they do not fit what is given."""
+        """Sets the image-dependent values of the configuration; ConfigError if the images contradict the job."""
         vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
-        for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels a side")):
+        for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:
-                raise ConfigError(f"model.pretrained: takes {getattr(vision, key)} {what}, and the images have {value}; prepare "
-                                  "them for it (`resolution`, `channels`)")  # fmt: skip
+                raise ConfigError(f"model.pretrained: expected images with {getattr(vision, key)} {what}, got {value}. "
+                    "Prepare them with the pipeline's `resolution` and `channels`")  # fmt: skip
             if keys.get(key, value) != value:
-                raise ConfigError(f"model.vision_config.{key}: {keys[key]}, but the images have {value} {what}; remove it")
+                raise ConfigError(f"model.vision_config.{key}: {keys[key]} given, but the images have {value} {what}. Remove it")
             setattr(vision, key, value)
         patch = vision.patch_size
         if not isinstance(patch, int) or not 0 < patch <= side or side % patch:
-            raise ConfigError(f"model.vision_config.patch_size: {patch} does not divide the images' {side} pixels")
+            raise ConfigError(f"model.vision_config.patch_size: {patch} doesn't divide the image side of {side} pixels")
 
     @cached_property
     def processor(self) -> CLIPImageProcessorPil:
-        """Loads the pretrained model's image processor, or makes one for images of the datasets' size."""
+        """Loads the pretrained model's image processor, or makes one for the datasets' image size."""
         if self.pretrained:
             return processor_of_folder(self.pretrained)
         vision = self.config.vision_config
@@ -202,10 +205,10 @@ class ImageEmbedder(EmbedsPairs):
 
 
 def _check_parts(keys: dict[str, object]) -> None:
-    """Raises ConfigError for a key of a part's configuration that there is not."""
+    """Raises ConfigError for an unknown key in a part's configuration."""
     for name, kind in PARTS.items():
         if not isinstance(part := keys.get(name, {}), dict):
-            raise ConfigError(f"model.{name}: {brief(part)} must be keys and values of {kind.__name__}")
+            raise ConfigError(f"model.{name}: expected a mapping with keys of {kind.__name__}, got {brief(part)}")
         known = {*kind.__dataclass_fields__, *kind.attribute_map}
         for key in part:
             if key not in known:
@@ -213,24 +216,24 @@ def _check_parts(keys: dict[str, object]) -> None:
 
 
 def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
-    """Makes a processor of square images, which takes pixels to [-1, 1]."""
+    """Makes a processor for square images, which maps pixels to [-1, 1]."""
     return CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_convert_rgb=channels == 3,
                                  image_mean=[0.5] * channels, image_std=[0.5] * channels)  # fmt: skip
 
 
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
-    """Loads the processor of a pretrained model; ConfigError if it does more than scale and shift pixels of the right size."""
+    """Loads the processor of a pretrained model; ConfigError unless it only normalizes pixels of the right size."""
     with exported.using(Path(folder)):
         processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
     if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):
         raise ConfigError(
-            f"model.pretrained: the image processor of {folder!r} does not scale pixels of 0 to 255 by their mean and deviation; "
-            "take another model"
+            f"model.pretrained: the image processor of {folder!r} doesn't normalize pixels of 0 to 255 by mean "
+            "and deviation. Use another model"
         )
     return processor
 
 
 def normalised(processor: CLIPImageProcessorPil, images: np.ndarray) -> torch.Tensor:
-    """Makes what the model takes, fp32 [n, channels, height, width], of uint8 [n, height, width, channels]."""
+    """Converts uint8 [n, height, width, channels] to the model's input, fp32 [n, channels, height, width]."""
     mean, deviation = (torch.tensor(values).view(1, -1, 1, 1) for values in (processor.image_mean, processor.image_std))
     return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255 - mean) / deviation

@@ -1,8 +1,9 @@
-"""Draws pictures that show the progress of a text-to-image run: fixed prompts and seeds, a grid, and what a classifier sees.
+"""Generates images that show the progress of a text-to-image run: fixed prompts and seeds, a grid, and a classifier's
+predictions.
 
-Conditional accuracy: a classifier trained on the real images predicts the label of each picture; the score is the share of
-pictures with the label that their prompt asked for. The classifier's own accuracy on real images that it was not trained on, and
-the chance level, are reported next to it.
+Conditional accuracy: a classifier trained on the real images predicts the label of each image. The score is the fraction of
+images with the label of their prompt. The report also shows the classifier's accuracy on held-out real images, and the chance
+level.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GAP = 4  # grey pixels after each
 
 
 class DrawingRecipe(Protocol):
-    """Lists what a gallery needs of a text-to-image recipe."""
+    """Lists the attributes of a text-to-image recipe that a gallery needs."""
 
     model: Model
     parts: Parts
@@ -56,7 +57,7 @@ class PromptGallery:
         self._reference: Reference | None = None  # of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
-        """Returns a picture's prompt and seed."""
+        """Returns an image's prompt and seed."""
         return self.prompts[number // self.samples.per_prompt], self.samples.seed + number
 
     def draw(self, model: nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
@@ -104,7 +105,7 @@ class PromptGallery:
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Draws each prompt once with the exported model, and names what the classifier sees in it."""
+        """Generates each prompt once with the exported model, and names the classifier's prediction."""
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
         steps, guidance = self.samples.steps, self.samples.guidance
@@ -116,8 +117,8 @@ class PromptGallery:
 
 
 def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges all pictures, of one size, in rows, small ones enlarged, to uint8 [height, width, channels]; returns a single
-    picture as it is."""
+    """Arranges all images, of one size, in rows, with small ones enlarged, to uint8 [height, width, channels]. Returns a
+    single image unchanged."""
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
     if len(pictures) == 1:
         return pictures[0]

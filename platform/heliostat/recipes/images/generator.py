@@ -1,4 +1,4 @@
-"""Draws images with an exported model: `heliostat generate MODEL --prompt "..." --out x.png`."""
+"""Generates images with an exported model: `heliostat model generate MODEL --prompt "..." --out x.png`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AT_ONCE = 16
 
 
 class PictureOptions(Strict):
-    """Describes how a picture is drawn; what is left out is taken from the job's `samples`."""
+    """Describes the options of an image; missing ones come from the job's `samples`."""
 
     steps: int | None = Field(None, ge=1)
     guidance: Float | None = Field(None, ge=0)
@@ -36,13 +36,14 @@ class PictureOptions(Strict):
 
 
 class Drawing(PictureOptions):
-    """Describes an image: one picture, or several side by side."""
+    """Describes an image file: one image, or several side by side."""
 
     grid: int = Field(1, ge=1)
 
 
 class ImageCanvas:
-    """Loads an exported model at its first picture, and draws. `size`: of its own pictures; `defaults`: the job's `samples`."""
+    """Loads an exported model at its first image, and generates. `size`: the model's own image size; `defaults`: the job's
+    `samples`."""
 
     def __init__(self, folder: Path) -> None:
         job: Any = exported.read(folder).job
@@ -68,10 +69,10 @@ class ImageCanvas:
         return side, side
 
     def scheduler(self, options: PictureOptions) -> Any:
-        """Makes the scheduler that is asked for; None for the export's own. ConfigError if the model does not go with it."""
+        """Makes the requested scheduler; None for the export's own. ConfigError if the model doesn't support it."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
-                raise ConfigError(f"generate: {side}: {value} is no multiple of {self.factor} pixels, the side of a latent")
+                raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")
         if options.sampler is None:
             return None
         return Process(self.model.objective).scheduler(options.sampler, clip=not self.latent)
@@ -81,7 +82,7 @@ class ImageCanvas:
         return [png(grid([picture], 1)) for picture in drawn]
 
     def pictures(self, prompts: list[str], seeds: list[int], options: PictureOptions) -> list[np.ndarray]:
-        """Draws a picture for each prompt, each from its own seed."""
+        """Generates an image for each prompt, each from its own seed."""
         own = self.own
         self.pipeline.scheduler = self.scheduler(options) or own
         drawn: list[np.ndarray] = []
@@ -105,7 +106,7 @@ class ImageGenerator:
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:
             if request.out is None:
-                raise ConfigError("--out: say where the image goes, such as --out x.png")
+                raise ConfigError("--out: no file given for the image. Pass one, for example --out x.png")
         wanted = [(r.prompt, r.seed + i) for r in requests for i in range(self.options.grid)]
         drawn = self.canvas.pictures([p for p, _ in wanted], [seed for _, seed in wanted], self.options)
         return [self._answer(r, drawn[i * self.options.grid : (i + 1) * self.options.grid]) for i, r in enumerate(requests)]
@@ -115,4 +116,4 @@ class ImageGenerator:
         place.write(png(grid(images, 4)))
         options = {name: getattr(self.options, name) for name in self.canvas.defaults if getattr(self.options, name) is not None}
         facts = {"file": place.uri, "seed": request.seed, **self.canvas.defaults, **options, "images": len(images)}
-        return Generated(request.prompt, f"{request.prompt!r} is in {place}", facts)
+        return Generated(request.prompt, f"{request.prompt!r}: saved to {place}", facts)

@@ -1,12 +1,13 @@
-"""Initialises the weights of a backbone as the networks' own authors do, where diffusers leaves torch's default.
+"""Initializes the weights of a backbone like the networks' authors, where diffusers keeps torch's default.
 
-U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and outputs nothing
-(Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021, arXiv 2105.05233: `zero_module` in
-openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt: `initialize_weights` of
-PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022, arXiv 2212.09748) with
-cross-attention that begins as zero. SD3's authors have published none, and it keeps diffusers'.
+U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and outputs
+nothing (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021, arXiv 2105.05233: `zero_module`
+in openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt:
+`initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022,
+arXiv 2212.09748) with cross-attention that begins as zero. SD3's authors have published none, and it keeps diffusers'.
 
-Numbers are drawn on the CPU in the order of the modules, on every rank, so every ZeRO stage and device begins the same.
+Every rank draws the numbers on the CPU, in the order of the modules, so every ZeRO stage and device starts with the same
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the cap
 
 
 def initialise(arch: str, backbone: Any) -> None:
-    """Sets the weights of a backbone that was just made; does nothing to one without storage."""
+    """Initializes the weights of a new backbone; does nothing if it has no storage."""
     if next(backbone.parameters()).is_meta or arch == "sd3":
         return
     with torch.no_grad():
@@ -74,7 +75,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
-    """Fills a matrix with Xavier-uniform numbers, bounded by the sum of inputs and outputs; `parts` such matrices are one in the
-    original, so their outputs count together."""
+    """Fills a matrix with Xavier-uniform numbers, bounded by the sum of inputs and outputs. `parts`: the number of such
+    matrices that are one in the original, so their outputs count together."""
     bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
     return matrix.uniform_(-bound, bound)

@@ -1,7 +1,7 @@
-"""Classifies pictures with a classifier of the real images, and measures its accuracy on real ones that it was not trained on.
+"""Classifies images with a classifier trained on the real images, and measures its accuracy on held-out real ones.
 
-A support vector machine on the pixels, at most 16 x 16 of them: seconds to train, the same every time, and good enough for small
-pictures. Its accuracy is measured on every fifth image, which it is not trained on.
+The classifier is a support vector machine on the pixels, at most 16 x 16 of them: it trains in seconds, is deterministic, and
+is good enough for small images. Every fifth image measures its accuracy and isn't used in training.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ HELD = 5
 
 class Judge:
     def __init__(self, images: list[np.ndarray], labels: list[str]) -> None:
-        """Trains the classifier on the labelled images; ConfigError if they do not have at least two labels."""
+        """Trains the classifier on the labeled images; ConfigError if they don't have at least two labels."""
         from sklearn.svm import SVC
 
         self.labels = sorted(set(labels) - {""})
         if len(self.labels) < 2:
-            raise ConfigError("model.samples.judge: the datasets have no labels; name columns.label in the pipeline")
+            raise ConfigError("model.samples.judge: the datasets have no labels. Set columns.label in the pipeline")
         known = [i for i, label in enumerate(labels) if label]
         pixels, names = features([images[i] for i in known]), np.array([labels[i] for i in known])
         is_held_out = np.arange(len(known)) % HELD == 0
@@ -38,7 +38,7 @@ class Judge:
         self.accuracy = float(np.mean(self._say(pixels[is_held_out]) == names[is_held_out]))
 
     def says(self, pictures: list[np.ndarray]) -> list[str]:
-        """Predicts the label of each picture (uint8 [height, width, channels])."""
+        """Predicts the label of each image (uint8 [height, width, channels])."""
         return self._say(features(pictures)).tolist()
 
     def _say(self, pixels: np.ndarray) -> np.ndarray:
@@ -46,7 +46,8 @@ class Judge:
 
 
 def features(pictures: list[np.ndarray]) -> np.ndarray:
-    """Flattens pictures to [n, pixels], all in one scale: pixels white in every real image never quite are in a drawn one."""
+    """Flattens images to [n, pixels], on one scale. Pixels that are white in every real image are never exactly white in a
+    generated one."""
     return np.stack([_small(p).ravel() for p in pictures]).astype(np.float32) / 255
 
 
@@ -58,8 +59,8 @@ def _small(picture: np.ndarray) -> np.ndarray:
 def real_images(
     sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Reads at most `limit` images of the datasets with their labels, in the shards' order, which is by hash; calls back for
-    every row group, and reads nothing else of its shard."""
+    """Reads at most `limit` images of the datasets with their labels, in the shards' order, which is by hash. Calls back for
+    every row group that it reads."""
     from heliostat.recipes.images.rows import decode
 
     images: list[np.ndarray] = []
@@ -72,12 +73,12 @@ def real_images(
             try:
                 table = chunks.read(number, chunk)
             except DamagedError as e:
-                log.warning("%s; its images are left out", e)
+                log.warning("%s. Its images are left out", e)
                 continue
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets hold no images; remove judge and features")
+                raise ConfigError("model.samples: the datasets hold no images. Remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

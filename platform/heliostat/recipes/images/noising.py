@@ -27,36 +27,36 @@ FLOW_STEPS = 1000  # what the network gets of s: s x 1000
 
 class NoiseObjective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """What the network says: the noise, the velocity, or the flow from image to noise (rectified flow)."""
+    """What the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
-    """How the noise grows over the steps. Not of flow."""
+    """How the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
-    """The first step's variance. Not of flow."""
+    """Variance of the first step. Not used with flow."""
     beta_end: Float = Field(default=0.02, gt=0, lt=1)
-    """The last step's variance. Not of flow."""
+    """Variance of the last step. Not used with flow."""
     steps: int = Field(default=1000, gt=1)
-    """Of the forward process."""
+    """Number of steps of the forward process."""
     zero_terminal_snr: bool = False
-    """The last step is pure noise. Needs `prediction: v`."""
+    """Rescales the schedule so that the last step is pure noise. Needs `prediction: v`."""
     min_snr: Float | None = Field(default=None, gt=0)
-    """Gamma of the loss weight. With `zero_terminal_snr` the ratio counts as at least 1. Not of flow. Unset: all steps weigh
-    the same."""
+    """Gamma of the min-SNR loss weight. With `zero_terminal_snr`, the ratio counts as at least 1. Not used with flow. Unset: all
+    steps have the same weight."""
     noise_offset: Float = Field(default=0.0, ge=0)
-    """The share of noise that is the same all over a channel. Not of flow."""
+    """Fraction of the noise that is constant over each channel. Not used with flow."""
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """How times are drawn. `logit_normal` is of flow."""
+    """Distribution of the sampled times. `logit_normal` needs flow."""
     shift: Float = Field(default=1.0, gt=0)
-    """Of flow's times towards noise; above 1 for large images."""
+    """Shifts the times of flow towards noise; use values above 1 for large images."""
 
     @model_validator(mode="after")
     def _consistent(self) -> NoiseObjective:
         flow = self.prediction == "flow"
         if flow and (self.zero_terminal_snr or self.min_snr or self.noise_offset):
-            raise ValueError("prediction 'flow' has no zero_terminal_snr, min_snr or noise_offset; remove them")
+            raise ValueError("zero_terminal_snr, min_snr, and noise_offset aren't supported with prediction 'flow'. Remove them")
         if not flow and (self.timesteps != "uniform" or self.shift != 1.0):
-            raise ValueError("timesteps 'logit_normal' and shift are of prediction 'flow'; remove them")
+            raise ValueError("timesteps 'logit_normal' and shift need prediction 'flow'. Remove them")
         if self.zero_terminal_snr and self.prediction == "epsilon":
-            raise ValueError("zero_terminal_snr needs prediction 'v': from pure noise the noise says nothing of the image")
+            raise ValueError("zero_terminal_snr needs prediction 'v', because pure noise says nothing about the image")
         return self
 
 
@@ -72,8 +72,8 @@ class Process:
         """Makes diffusers' scheduler for a sampler; ConfigError if it does not fit. `clip`: x_0 is known to lie in [-1, 1]."""
         valid = ("euler",) if self.flow else ("ddpm", "ddim", "dpm++")
         if name not in valid:
-            what = f"a model of prediction {self.objective.prediction!r}"
-            raise ConfigError(f"sampler: {name!r} cannot sample {what}; use {' or '.join(valid)}")
+            what = f"a model with prediction {self.objective.prediction!r}"
+            raise ConfigError(f"sampler: {name!r} doesn't support {what}. Use {' or '.join(valid)}")
         o = self.objective
         if self.flow:
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=FLOW_STEPS, shift=o.shift)

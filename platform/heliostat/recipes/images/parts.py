@@ -1,6 +1,6 @@
-"""Holds the models of a text-to-image job, the trained and the frozen ones, and checks that they fit the data and each other.
+"""Holds the trained and frozen models of a text-to-image job, and checks that they fit the data and each other.
 
-Frozen encoders are made when they are first needed, so that they are never part of what ZeRO shards.
+Frozen encoders are loaded when they are first needed, so ZeRO never shards them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
-    """Holds all that is trained, by a pipeline's names: the backbone and, if it is not frozen, the text encoder."""
+    """Holds everything that is trained, by a pipeline's names: the backbone and, unless frozen, the text encoder."""
 
     def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
             self.text_encoder = text_encoder
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Runs the backbone; `text`: token ids for the text encoder that is trained with it, else embeddings."""
+        """Runs the backbone. `text`: token ids if the text encoder trains too, else embeddings."""
         if not text.is_floating_point():
             text = self.text_encoder(input_ids=text)[0]
         return predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
 
 class Parts:
     def __init__(self, model: Model, checkpointing: bool, frozen_type: torch.dtype = torch.float32) -> None:
-        """Prepares them, without weights; `frozen_type`: in which the frozen encoders compute."""
+        """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders."""
         self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
         self._places: dict[str, tuple[torch.device, Arrival]] = {}  # of the frozen encoders
         self.arch, _ = config.backbone_class(model.backbone)
@@ -52,34 +52,39 @@ class Parts:
         self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
-        """Takes what the datasets determine; ConfigError if they do not fit the models, or the models do not fit each other."""
+        """Takes the values that the datasets determine; ConfigError if the datasets don't fit the models, or the models don't
+        fit each other."""
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
-            raise ConfigError("model.autoencoder: is needed, because the datasets hold latents; give the one that made them")
+            raise ConfigError(
+                "model.autoencoder: required, because the datasets hold latents. Set it to the autoencoder that computed them"
+            )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(f"model.{name}.pretrained: is not the model that computed the datasets; give that one")
+                raise ConfigError(f"model.{name}.pretrained: this model didn't compute the datasets. Set it to the one that did")
         if f.text and f.text != (self.model.text.length, self.width):
-            raise ConfigError(f"model.text.length: {self.model.text.length}, but the datasets hold {f.text[0]}; set it to that")
+            raise ConfigError(
+                f"model.text.length: {self.model.text.length} given, but the datasets hold {f.text[0]}. Set it to that"
+            )
         if not self.model.text.pretrained and f.tokenizer is None:
-            raise ConfigError("model.text: the datasets have no tokenizer; prepare them with one, or give model.text.pretrained")
+            raise ConfigError("model.text: the datasets have no tokenizer. Prepare them with one, or set model.text.pretrained")
         keys, channels = self._given(), self.shape()[0]
         if keys.get("in_channels", channels) != channels:
-            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']}, but the data has {channels}")
+            raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels}")
         if (said := self._answers(keys)) != channels:
-            more = "; it predicts the variance too, which is not trained here" if said == 2 * channels else ""
-            raise ConfigError(f"model.backbone.out_channels: {said}, but what is to be predicted has {channels}{more}")
+            more = ". The backbone also predicts the variance, which heliostat doesn't train" if said == 2 * channels else ""
+            raise ConfigError(f"model.backbone.out_channels: {said} given, but the prediction target has {channels}{more}")
         if self._conditioned(keys):
             raise ConfigError(
-                "model.backbone.use_additional_conditions: the model wants each image's resolution and aspect ratio, which are "
-                "not given here; take one without (use_additional_conditions: false)"
+                "model.backbone.use_additional_conditions: not supported: the model expects each image's "
+                "resolution and aspect ratio. Use a model with use_additional_conditions: false"
             )
         for key in config.TEXT_WIDTHS[self.arch]:
             if keys.get(key, self.width) != self.width:
-                raise ConfigError(f"model.backbone.{key}: {keys[key]}, but the text encoder's width is {self.width}")
+                raise ConfigError(f"model.backbone.{key}: {keys[key]} given, but the text encoder's width is {self.width}")
         for name, weights in folders.items():
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
@@ -89,9 +94,9 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
 
     def presume(self, count: int) -> pa.Table | None:
-        """Takes the backbone's sizes for those of datasets that don't exist yet, and returns samples of them: latents and
-        embeddings where the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
-        vocabulary is the dataset's."""
+        """Derives sizes from the backbone for datasets that don't exist yet, and returns samples of them: latents and
+        embeddings if the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
+        vocabulary comes from the dataset."""
         if not self.model.text.pretrained or "sample_size" not in self._given():
             return None
         if self.facts is None:
@@ -115,8 +120,8 @@ class Parts:
         return config.text_width(self.model.text)
 
     def text_width(self) -> int:
-        """Returns the width of the text's embeddings; without datasets, the backbone's own, if given, as the encoder's folder may
-        not be at hand."""
+        """Returns the width of the text's embeddings. Without datasets, the backbone's value counts, if given, because the
+        encoder's folder may be missing."""
         width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return width if self.facts is None and width else self.width
 
@@ -133,8 +138,8 @@ class Parts:
         return self.shape()[0] if said is None else said
 
     def _conditioned(self, keys: config.Keys) -> bool:
-        """Tells whether a PixArt needs resolutions and aspect ratios: as its key is set or, where that is None, if its side is
-        128 latents, as its class decides."""
+        """Checks whether a PixArt needs resolutions and aspect ratios: as its key says or, if that is None, if its side is 128
+        latents, like its class."""
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
         return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
@@ -147,13 +152,15 @@ class Parts:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
         except (ValueError, TypeError, AttributeError, IndexError, KeyError, RuntimeError) as e:
             why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
-            raise ConfigError(f"model.backbone.pretrained: is not trained by images and captions alone ({why})") from e
+            raise ConfigError(f"model.backbone.pretrained: the backbone needs more than images and captions ({why})") from e
         if said.shape != shape:
-            raise ConfigError(f"model.backbone.pretrained: answers {tuple(said.shape[1:])} for images of {shape[1:]}")
+            raise ConfigError(
+                f"model.backbone.pretrained: the output has shape {tuple(said.shape[1:])} for images of shape {shape[1:]}"
+            )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Returns the channels, height and width of what is noised, for a `size` (width and height in pixels). Without datasets,
-        it is the backbone's."""
+        """Returns the channels, height, and width of the noised tensor, for a `size` (width and height in pixels). Without
+        datasets, the backbone's."""
         if self.facts is None:
             keys = self._given()
             return keys.get("in_channels", 4), keys.get("sample_size", 64), keys.get("sample_size", 64)
@@ -193,17 +200,17 @@ class Parts:
 
     @cached_property
     def vae(self) -> Any:
-        """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
+        """Loads the frozen autoencoder when it is first needed, so that it stays outside ZeRO at every stage."""
         folder = self.model.autoencoder
         return config.frozen_autoencoder(folder.pretrained, self.frozen_type) if folder else None
 
     @cached_property
     def text_encoder(self) -> nn.Module:
-        """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO, whatever the stage."""
+        """Loads the frozen text encoder when it is first needed, so that it stays outside ZeRO at every stage."""
         return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
 
     def frozen_on(self, name: str, device: torch.device) -> Any:
-        """Returns a frozen encoder, `vae` or `text_encoder`, on a device, for whichever stream."""
+        """Returns a frozen encoder, `vae` or `text_encoder`, on a device, for any stream."""
         model = getattr(self, name)
         if name not in self._places or self._places[name][0] != device:
             model.to(device)
@@ -212,8 +219,8 @@ class Parts:
         return model
 
     def companions(self) -> dict[str, Companion]:
-        """Lists the frozen encoders, on the device in every step or, where datasets hold their outputs, while pictures are
-        drawn."""
+        """Lists the frozen encoders. They are on the device in every step or, if datasets hold their outputs, only while
+        images are generated."""
         assert self.facts
         parts = {}
         if self.model.text.pretrained:
@@ -224,7 +231,7 @@ class Parts:
         return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
-        """Moves off the device what was only needed to draw: encoders whose outputs the datasets hold."""
+        """Moves encoders off the device that only image generation needed, because the datasets hold their outputs."""
         assert self.facts
         idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
         resting = [name for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
@@ -271,7 +278,7 @@ class Parts:
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """Returns what is noised: pixels, or latents drawn from their distribution (stored, or the autoencoder's for pixels)."""
+        """Returns the tensor to noise: pixels, or latents drawn from their distribution (stored, or computed from pixels)."""
         if self.vae_config is None:
             return content
         if self.facts and self.facts.content == "images":

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Computes the backbone's prediction; `t` [n], `text` [n, tokens, width]; TypeError for a class that is no backbone."""
+    """Computes the backbone's prediction; `t` [n], `text` [n, tokens, width]; TypeError for a class that isn't a backbone."""
     kind = type(backbone).__name__
     if kind == "UNet2DConditionModel":
         return backbone(noisy, t, encoder_hidden_states=text).sample
@@ -26,17 +26,17 @@ def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Ten
         return backbone(noisy, encoder_hidden_states=text, timestep=t, added_cond_kwargs=sizes).sample
     if kind == "SD3Transformer2DModel":
         return backbone(noisy, encoder_hidden_states=text, pooled_projections=text.mean(dim=1), timestep=t).sample
-    raise TypeError(f"{kind} is no backbone of this pipeline")
+    raise TypeError(f"{kind} isn't a backbone of this pipeline")
 
 
 def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
-    """Tokenizes prompts to input_ids and attention_mask, cut and padded to the tokenizer's length."""
+    """Tokenizes prompts to input_ids and attention_mask, truncated and padded to the tokenizer's length."""
     length = tokenizer.model_max_length
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
 
 
 def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. T5 ignores padding; CLIP attends to it, as it was trained to."""
+    """Embeds token ids as [n, tokens, width]. T5 masks padding; CLIP attends to it, as in its training."""
     if "t5" in text_encoder.config.model_type:
         return text_encoder(input_ids=ids, attention_mask=mask)[0]
     return text_encoder(input_ids=ids)[0]
@@ -58,7 +58,7 @@ def denoise(
 ) -> torch.Tensor:
     """Denoises random samples of the shape, fp32. `say(noisy, t)` predicts for [without text; with text], 2n samples.
 
-    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598): 1 is the model as it is.
+    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598); 1 turns it off.
     """
     scheduler.set_timesteps(steps, device=device)
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
@@ -98,7 +98,7 @@ class TextToImagePipeline(DiffusionPipeline):
 
     @property
     def factor(self) -> int:
-        """Returns how many pixels the side of a latent spans; 1 without an autoencoder."""
+        """Returns the number of pixels per side of a latent; 1 without an autoencoder."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 1
 
     @torch.no_grad()
@@ -113,7 +113,8 @@ class TextToImagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draws an image for each prompt. `generator`: one, or one a prompt. Sizes are in pixels; the default is training's."""
+        """Generates an image for each prompt. `generator`: one for all, or one per prompt. Sizes are in pixels; the default is
+        training's."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype

@@ -1,9 +1,9 @@
-"""Measures the distance between drawn and real images, in the features of an image model that lies on disk.
+"""Measures the distance between generated and real images, in the features of an image model on disk.
 
 FID: the Frechet distance between normal distributions fitted to the features (Heusel et al. 2017, arXiv 1706.08500). KID: the
-unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), which is fair
-to few images, where FID is not. Both are distances, not grades: compare only figures of one extractor and one count of images,
-drawn and real. The real ones go through the model once (`Reference`).
+unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), which is
+unbiased for few images; FID isn't. Compare only values with the same extractor and the same numbers of images. The real ones
+go through the model once (`Reference`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _alike(a: np.ndarray, b: np.ndarray, same: bool = False) -> float:
-    """Averages the kernel over all pairs; if `same`, without the pairs of an image with itself."""
+    """Averages the kernel over all pairs; with `same`, without the pairs of an image with itself."""
     total = sum(float(_kernel(a[i : i + ROWS], b).sum()) for i in range(0, len(a), ROWS))
     return (total - float(_kernel_of_itself(a).sum())) / (len(a) * (len(a) - 1)) if same else total / (len(a) * len(b))
 
@@ -54,7 +54,7 @@ def _kernel_of_itself(a: np.ndarray) -> np.ndarray:
 
 
 def shares(rows: list[int], limit: int) -> list[int]:
-    """Divides `limit` images, or all that there are, among the datasets: in proportion, the remainder from the first."""
+    """Divides `limit` images, or all of them, among the datasets in proportion; the remainder comes from the first."""
     total = max(1, sum(rows))
     taken = [n * min(limit, total) // total for n in rows]
     for i, n in enumerate(rows):
@@ -63,10 +63,10 @@ def shares(rows: list[int], limit: int) -> list[int]:
 
 
 class Reference:
-    """Holds the features of at most `limit` real images, of every dataset its share: the same from one evaluation to the next."""
+    """Holds the features of at most `limit` real images, a share from every dataset: the same in every evaluation."""
 
     def __init__(self, folder: str, sources: list[Manifest], limit: int, progressed: Callable[[], None] = lambda: None) -> None:
-        """Extracts the features; calls back for every row group that is read and every 32 images that go through the model."""
+        """Extracts the features; calls back for every row group, and for every 32 images that go through the model."""
         parts = zip(sources, shares([source.rows for source in sources], limit), strict=True)
         self.folder = folder
         self.known = extract(folder, [image for source, count in parts for image in real_images([source], count, progressed)[0]],
@@ -74,7 +74,7 @@ class Reference:
         self._within = _alike(self.known, self.known, same=True)
 
     def distances(self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Measures the FID and KID of drawn images to the real ones, and counts the real ones."""
+        """Measures the FID and KID of generated images to the real ones, and counts the real ones."""
         drawn = extract(self.folder, pictures, progressed)
         near = _alike(drawn, drawn, same=True) + self._within - 2 * _alike(drawn, self.known)
         return {"fid": fid(drawn, self.known), "kid": near, "real_images": float(len(self.known))}

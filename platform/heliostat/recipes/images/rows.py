@@ -1,9 +1,9 @@
 """Converts rows of a prepared image dataset to tensors, and makes the random draws that belong to each of them.
 
-A sample's draws (noise, timestep, whether its caption is dropped) follow from (train.seed, its key) through Philox, a
-counter-based generator without state, and from nothing else: not from the worker, the micro-batch or what was drawn before. The
-key is the engine's: another one for every place of every step, so a sample meets other noise in every epoch. `draw` draws on the
-device (`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
+A sample's draws (noise, timestep, caption dropout) depend only on train.seed and the sample's key, through Philox, a
+counter-based generator without state. They don't depend on the worker, the micro-batch, or earlier draws. The engine gives
+every position of every step its own key, so a sample gets different noise in every epoch. `draw` draws on the device
+(`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Holds what the datasets of a job have in common; `size` is the first dataset's."""
+    """Holds the common properties of a job's datasets; `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
     channels: int  # of an image
@@ -41,21 +41,24 @@ class DatasetFacts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
-    """Finds what the datasets have in common; ConfigError if they cannot be trained on together."""
+    """Finds the common properties of the datasets; ConfigError if a job can't train on them together."""
     each = [_facts(m) for m in sources]
-    names = {"content": "hold different things", "channels": "have other channels", "tokenizer": "have different tokenizers",
+    names = {"content": "hold different kinds of content", "channels": "have different numbers of channels",
+             "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
         if len({str(getattr(f, key)) for f in each}) > 1:
-            raise ConfigError(f"data.sources: the datasets {what}; prepare them with one pipeline")
+            raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
-        raise ConfigError("data.one_source_batches: must be true, because the datasets hold images of different sizes")
+        raise ConfigError(
+            "data.one_source_batches: required, because the datasets hold images of different sizes. Set it to true"
+        )
     return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(f"data.sources: {m.location} holds no images; make it with heliostat.pipelines:ImagePipeline")
+        raise ConfigError(f"data.sources: {m.location} holds no images. Make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
@@ -88,7 +91,7 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes rows of a dataset: black images, or latents of zeros [channels, height, width]; with embeddings of zeros."""
+    """Makes rows of a dataset: black images, or zero latents [channels, height, width]; with zero embeddings."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
@@ -112,14 +115,15 @@ class SampleDraws:
     posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Returns them by name, without those that aren't drawn."""
+        """Returns the numbers by name, without those that aren't drawn."""
         return {name: values for name, values in vars(self).items() if values is not None}
 
 
 def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
-    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a sample.
+    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a
+    sample.
 
-    `dropout`: the share of captions that are dropped; `offset`: the share of noise that is the same all over a channel.
+    `dropout`: the fraction of captions to drop; `offset`: the fraction of noise that is constant over each channel.
     """
     each = words(seed, keys, SCALARS, 2)
     noise = _normal(seed, keys, NOISE, shape)
@@ -136,7 +140,7 @@ def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) 
 def draw_on_host(
     seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
 ) -> SampleDraws:
-    """Draws the samples' random numbers as version 1 of the rules has them; arguments as of `draw`."""
+    """Draws the samples' random numbers by version 1 of the rules; for the arguments, see `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

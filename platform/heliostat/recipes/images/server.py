@@ -19,7 +19,7 @@ from mlflow.types.type_hints import TypeFromExample  # a list of strings; with t
 
 
 class ImageServer(PythonModel):
-    """Draws an image for each prompt; params: steps, guidance, seed (of the first; the i-th has seed + i)."""
+    """Generates an image for each prompt; params: steps, guidance, seed (of the first image; the i-th uses seed + i)."""
 
     def load_context(self, context: Any) -> None:
         diffusers_logging.disable_progress_bar()

@@ -8,9 +8,9 @@
       objective: {prediction: v, zero_terminal_snr: true}             # see `noising`
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
-A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and caption
-dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores are on noise
-and timesteps that never change: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
+A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and
+caption dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores use
+fixed noise and timesteps: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
     def __init__(self, job: Job) -> None:
         if job.data.sequence_length:
-            raise ConfigError("data.sequence_length: images have none; remove it")
+            raise ConfigError("data.sequence_length: not used for images. Remove it")
         self.model = validate(Model, job.model, "model")
         self.version, bf16 = job.train.rules, job.train.precision == "bf16"
         frozen_type = torch.bfloat16 if self.version > 1 and bf16 else torch.float32
@@ -68,7 +68,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         self.process.scheduler(self.sampler)
         self.seed, self.one_source = job.train.seed, job.data.one_source_batches
         if self.model.samples.judge and not any(p.label for p in self.model.samples.prompts):
-            raise ConfigError("model.samples.judge: needs prompts with a label; add labels, or set it to false")
+            raise ConfigError("model.samples.judge: needs prompts with a label. Add labels, or set it to false")
         if self.model.samples.judge:
             extras.require("images", "sklearn", what="model.samples.judge")
         drawn = self.model.samples if self.model.samples.prompts else None
@@ -108,8 +108,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return out
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
-        """Returns what is drawn for images, or stored latents: the noise's shape, caption dropout, noise offset, and whether
-        latents are drawn from their distribution."""
+        """Returns the random draws that images or stored latents need: the noise's shape, caption dropout, noise offset, and
+        whether to sample latents from their distribution."""
         assert self.parts.facts
         height, width = clean.shape[2:]
         shape = (
@@ -118,7 +118,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
 
     def complete(self, batch: Batch) -> Batch:
-        """Draws random numbers, and encodes images and captions, some of which are dropped: `noise`, `image`, and `caption`."""
+        """Draws random numbers, encodes images and captions, and drops some captions; returns `noise`, `image`, and `caption`."""
         return self._completed(batch, dropping=True)
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: the forward pass, operator by operator on a model without storage, times three."""
+        """Counts the FLOPs of one sample: the forward pass on a model without storage, operator by operator, times three."""
         return self._flops
 
     @cached_property
@@ -188,11 +188,11 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return f"{row['caption']} ({row['id']}{', label ' + row['label'] if row.get('label') else ''})"
 
     def gallery(self) -> PromptGallery | None:
-        """Returns the gallery that is drawn after every evaluation; None without prompts."""
+        """Returns the gallery to generate after every evaluation; None without prompts."""
         return PromptGallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
-        """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`: the prediction of the model in training."""
+        """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`, with the model in training."""
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Say:
@@ -255,7 +255,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
 
 
 def _save_parts(recipe: TextToImage, folder: Path) -> None:
-    """Writes all of the export but the trained weights."""
+    """Writes everything in the export except the trained weights."""
     with torch.device("meta"):
         model: Any = recipe.build()
     backbone = getattr(model, recipe.parts.name)

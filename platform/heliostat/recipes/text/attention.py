@@ -1,7 +1,7 @@
-"""Chooses what computes a language model's attention: `train.attention`.
+"""Chooses the attention implementation of a language model: `train.attention`.
 
-Kernels of GPUs have a twin that computes the same on a CPU. The twin is what trials on a small model compute, and what the plan
-counts; a job that trains on CPUs cannot ask for such a kernel.
+GPU kernels have a CPU reference implementation with the same results. Trials on a small model and the plan use it. A job that
+trains on CPUs can't ask for a GPU kernel.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ SUPPORT = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"} | 
 
 
 def twin(name: str | None) -> str | None:
-    """Returns the implementation that computes the same on a CPU."""
+    """Returns the CPU reference implementation of a kernel."""
     return TWINS.get(name, name) if name else None
 
 
 def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
-    """Returns the configuration of a model that computes its attention so, or by the twin if it has shapes alone."""
+    """Returns the configuration of a model with this attention, or with its CPU reference if the model has only shapes."""
     if name is None:
         return config
     name = (twin(name) if shapes_only else name) or name
@@ -41,7 +41,7 @@ def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> Pre
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the architecture's code in transformers has this attention."""
+    """Raises ConfigError unless the architecture's code in transformers supports this attention."""
     name, kind = recipe.attention, recipe.config.model_type
     usual = recipe.plainly()
     usual.attention = None
@@ -50,14 +50,14 @@ def require(recipe: LanguageModel) -> None:
     choices = ["eager", *(other for other, flag in SUPPORT.items() if getattr(model, flag, False))]
     supported = [other for other in choices if twin(other) in choices]
     if name not in supported:
-        raise ConfigError(f"{KEY}: {name!r} is not what {kind!r} can compute its attention with; use {' or '.join(supported)}")
+        raise ConfigError(f"{KEY}: {kind!r} doesn't support {name!r}. Use {' or '.join(supported)}")
 
 
 def require_installed(name: str) -> None:
-    """Raises MissingExtraError if the package of a kernel is not there: transformers would fetch another one from its hub."""
+    """Raises MissingExtraError if a kernel's package is missing, because transformers would download another from its hub."""
     module, package = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise MissingExtraError(
-            f"{KEY}: {name!r} needs the package {package}, which is built against torch and CUDA; install it where workers run, "
-            "or use sdpa"
+            f"{KEY}: {name!r} needs the package {package}, built for your versions of torch and CUDA. Install it "
+            "on every worker, or use sdpa"
         )

@@ -5,11 +5,11 @@
     model: {..., init: {zero_output_projections: true}}   # other initial weights than the architecture's
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
-A sample is `data.sequence_length` consecutive tokens of a chunk, documents end to end. Every token but the first of a sample is
-predicted; with `data.document_mask` attention and positions start from scratch at each document, and no document's first token is
-predicted; architectures in which packed documents attend to each other all the same are refused (`packing`).
+A sample is `data.sequence_length` consecutive tokens of a row group, with documents packed end to end. The model predicts
+every token except the first of a sample. With `data.document_mask`, attention and positions restart at each document, and no
+document's first token is predicted. Architectures whose packed documents attend to each other anyway are rejected (`packing`).
 
-Held-out scores: loss (nats per token), perplexity, and bits per byte of the text that the tokens stand for.
+Held-out scores: loss (nats per token), perplexity, and bits per byte of the tokens' text.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from heliostat.recipes.protocol import (
     Serving,
 )
 from heliostat.recipes.text import expert_keys, initial, plain_keys
+from heliostat.storage.hub import files
 
 if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
     import torch
@@ -62,7 +63,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     def __init__(self, job: Job) -> None:
         if not job.data.sequence_length:
-            raise ConfigError("data.sequence_length: is required for a language model")
+            raise ConfigError("data.sequence_length: required for a language model")
         self.job, self.length = job, job.data.sequence_length
         self.checkpointing, self.offload = job.train.activation_checkpointing, job.train.activation_offload
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
@@ -89,7 +90,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for keys that make no sense."""
+        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
         from heliostat.recipes.text import model_config
 
         config = model_config.from_folder(self.job.model) if self.pretrained else model_config.from_keys(self.job.model)
@@ -106,12 +107,12 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return config
 
     def _require_positions(self, longest: int | None) -> None:
-        """Raises ConfigError if samples are longer than what the model is given as its longest."""
+        """Raises ConfigError if samples are longer than the model's maximum."""
         if longest and 0 < longest < self.length:
-            raise ConfigError(f"data.sequence_length: {self.length} is longer than the model's max_position_embeddings {longest}")
+            raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
 
     def plainly(self) -> CausalLM:
-        """Returns a copy that computes what a CPU can, by the kernels' twins: trials and the plain process use it."""
+        """Returns a copy that uses only CPU reference implementations: trials and the plain process use it."""
         from heliostat.recipes.text import attention
 
         plain_recipe = copy.copy(self)
@@ -119,7 +120,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy with first weights of another configuration, for samples of so many tokens."""
+        """Returns a plain copy with the initial weights of another configuration, for samples of so many tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -157,7 +158,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             vocab_size = (self.plain or self.config).vocab_size
             if vocab_size < size:
-                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's {size}")
+                raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size {size}")
         else:
             self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
         if not self.pretrained:
@@ -167,8 +168,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             return ""
         return (
-            f"the model is counted with {self.config.vocab_size:,} tokens, the default vocabulary of its configuration, until "
-            "the dataset gives its own; model.vocab_size sets it"
+            f"heliostat counts the model with {self.config.vocab_size:,} tokens, its default vocabulary, until "
+            "the dataset is prepared. Set model.vocab_size to change it"
         )
 
     def _bind(self, **values: int | None) -> None:
@@ -179,19 +180,20 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
                 setattr(self.config, name, value)
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the model's tokens mean something else than the dataset's."""
+        """Raises ConfigError if the model's tokens have other meanings than the dataset's."""
         from heliostat.recipes.text import vocabulary
 
         its = vocabulary.of_folder(folder)
         if its == self.tokenizer_json:
             return
-        field = f"model.pretrained: {str(folder)!r}"
+        field = f"model.pretrained: {files.shown(folder)!r}"
         ids = [self.end, *source.meta.get(FACT, {}).get("markers", [])]
         what = vocabulary.difference(self._raw_tokenizer, vocabulary.load(its, field), ids)
         if what:
             raise ConfigError(
-                f"{field} has another tokenizer than data.sources.0.path {str(source.location)!r} ({what}); prepare the dataset "
-                f"with the model's own, `tokenizer: {{path: {folder}}}` in its pipeline's file"
+                f"{field}: its tokenizer differs from that of data.sources.0.path {str(source.location)!r} ({what}). "
+                f"Prepare the dataset with the model's tokenizer: write `tokenizer: {{path: {files.shown(folder)}}}` in the "
+                "pipeline file"
             )
 
     def build(self) -> PreTrainedModel:
@@ -263,7 +265,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def exchange(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
         from heliostat.parallel import sequence_attention
 
-        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch, self.document_mask)
+        sequence_attention.use(cast("PreTrainedModel", model), group, self.job.train.micro_batch_size, self.document_mask)
 
     def stacked_experts(self, model: torch.nn.Module) -> list[torch.nn.Module]:
         from heliostat.parallel import experts
@@ -317,7 +319,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def _token_bytes(self) -> torch.Tensor:
-        """Counts the bytes of text behind each token, int64 [2, vocabulary]: inside a document, and as its first token."""
+        """Counts the bytes of text of each token, int64 [2, vocabulary]: inside a document, and as its first token."""
         import torch
 
         from heliostat.recipes.text import vocabulary
@@ -349,7 +351,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def prompts(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Chooses the prompts that the exported model is shown with: the first words of held-out documents."""
+        """Chooses prompts to demonstrate the exported model: the first words of held-out documents."""
         from heliostat.recipes.text import exporting
 
         return tuple(exporting.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
@@ -373,6 +375,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
 
 def _use_no_cache(config: PreTrainedConfig) -> None:
-    """Switches off the key-value cache, which `generate` wants and an export's configuration asks for: with it, packed documents
-    would attend to each other."""
+    """Switches off the key-value cache that `generate` and an export's configuration ask for: with it, packed documents would
+    attend to each other."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

@@ -1,6 +1,6 @@
-"""Reads a chat's messages, and makes of them the tokens that a model answers: by the chat template of its tokenizer.
+"""Reads a chat's messages, and converts them to tokens with the chat template of the model's tokenizer.
 
-A template is the model maker's: transformers runs it in a sandbox.
+transformers runs the model maker's template in a sandbox.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isins
 
 
 class TextPart(Strict):
-    """Holds a part of a message; only text is taken."""
+    """Holds a part of a message; only text is supported."""
 
     type: Literal["text"]
     text: str
@@ -35,7 +35,7 @@ class Message(Strict):
     name: str | None = None
 
     def plain(self) -> dict[str, str]:
-        """Returns the message as chat templates take it."""
+        """Returns the message in the form of chat templates."""
         return {"role": self.role, "content": "".join(part.text for part in self.content)} | (
             {"name": self.name} if self.name else {}
         )
@@ -45,11 +45,11 @@ MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 
 def read(text: str) -> list[dict[str, str]]:
-    """Reads messages from JSON, as chat templates take them; ConfigError that says what is wrong with them."""
+    """Reads messages from JSON, in the form of chat templates; ConfigError that names the problem."""
     try:
         messages = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
     except (ValueError, RecursionError) as e:
-        raise ConfigError("is no JSON list of messages") from e
+        raise ConfigError("isn't a JSON list of messages") from e
     try:
         return [message.plain() for message in MESSAGES.validate_python(messages)]
     except ValidationError as e:
@@ -59,16 +59,17 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def _filled(value: object) -> object:
-    """Leaves out the keys that are null, in parts of messages too."""
+    """Removes the keys that are null, in parts of messages too."""
     if isinstance(value, dict):
         return {k: _filled(v) for k, v in value.items() if v is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Returns the tokens of a chat, up to where its answer begins; ConfigError if the template or the tokenizer refuses them."""
+    """Returns the tokens of a chat, up to the start of the answer; ConfigError if the template or the tokenizer rejects the
+    messages."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except Exception as e:  # whatever the template raises, and the tokenizer of half a character (a lone surrogate)
-        raise ConfigError(f"the model's chat template or tokenizer refuses them: {brief(e, 200)}") from e
+        raise ConfigError(f"the model's chat template or tokenizer rejects them: {brief(e, 200)}") from e

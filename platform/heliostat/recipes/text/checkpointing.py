@@ -1,8 +1,9 @@
-"""Checkpoints activations: keeps the input of a layer alone, and computes the layer again in the backward pass.
+"""Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
-`train.activation_checkpointing` says of which layers: all, or the first so many. Those behind keep all that autograd keeps, and
-have let go of it when the first of the others is computed again: the room that one such layer takes is theirs. With
-`train.activation_offload` the inputs are in host memory meanwhile. `selective` keeps of all layers what is dear (`selective`).
+`train.activation_checkpointing` selects the layers: all, or the first N. The layers after those keep everything that autograd
+keeps, and have released it when the first of the others is recomputed. So they use memory that one recomputed layer needs
+anyway. With `train.activation_offload`, the inputs are in host memory meanwhile. `selective` keeps the expensive outputs of
+all layers (`selective`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Which = bool | int | Literal["selective"]
 
 
 def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
-    """Makes a model of transformers checkpoint all of its layers, in whole or but for what is dear, or the first so many."""
+    """Makes a model of transformers checkpoint all its layers, completely or selectively, or the first N."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of its name; the other one is newer than transformers 5.20
@@ -53,11 +54,11 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 
 class OnHost:
-    """Checkpoints as `checkpoint` does, with the layer's input in host memory. What the layer keeps inside is not kept at all, so
-    the input is all that is copied. The same on a CPU, as a copy next to the original."""
+    """Checkpoints like `checkpoint`, with the layer's input in host memory. The layer keeps nothing inside, so only the input
+    is copied. On a CPU it does the same, with a copy next to the original."""
 
     def __init__(self, checkpoint: Callable[..., object], host: HostTensors) -> None:
-        """Prepares it. `host`: the same for all layers of a model, in whose order they are copied."""
+        """Prepares the checkpointing. `host`: shared by all layers of a model, in whose order their inputs are copied."""
         self.checkpoint, self.host = checkpoint, host
         self.copied = 0
 
@@ -71,8 +72,8 @@ class OnHost:
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model has as many layers as are to be checkpointed, and those can be recomputed in part, or
-    leave their input, as the job asks."""
+    """Raises ConfigError unless the model has enough layers to checkpoint, and supports selective checkpointing or offload if
+    the job asks for it."""
     which, kind = recipe.checkpointing, recipe.config.model_type
     if which is True and not recipe.offload:
         return
@@ -82,14 +83,16 @@ def require(recipe: LanguageModel) -> None:
         count = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
     if not count:
-        raise ConfigError(f"{key}: transformers does not checkpoint the layers of {kind!r} one by one; set {_plainly(key)}")
+        raise ConfigError(f"{key}: transformers doesn't checkpoint the layers of {kind!r} one by one. Set {_plainly(key)}")
     if which == SELECTIVE:
         if fault := tiny.tried(recipe, _differs):
-            raise ConfigError(f"{SOME}: layers of {kind!r} cannot be computed again in part: {fault}; set {_plainly(key)}")
+            raise ConfigError(f"{SOME}: {kind!r} doesn't support selective checkpointing: {fault}. Set {_plainly(key)}")
     elif isinstance(which, int) and which is not True and which > count:
-        raise ConfigError(f"{SOME}: {which} of the {count} layers of {kind!r}; set it to true, or to {count - 1} or fewer")
+        raise ConfigError(
+            f"{SOME}: {which} is not below the number of layers of {kind!r}, {count}. Set it to true, or to {count - 1} or less"
+        )
     if recipe.offload and (fault := tiny.tried(recipe, _fault)):
-        raise ConfigError(f"{OFFLOAD}: layers of {kind!r} cannot leave their input to the host: {fault}; set it to false")
+        raise ConfigError(f"{OFFLOAD}: {kind!r} doesn't support activation offload: {fault}. Set it to false")
 
 
 def _plainly(key: str) -> str:
@@ -97,7 +100,7 @@ def _plainly(key: str) -> str:
 
 
 def _differs(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model with those of one whose layers are kept whole, bit by bit."""
+    """Compares the loss and the gradient of a small model with those of the model without checkpointing, bit by bit."""
     wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
@@ -106,13 +109,13 @@ def _differs(small: LanguageModel) -> str:
         loss = small.loss(model, small.batch(tiny.tokens(small))).sum
         loss.backward()
         wrong.append(torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in model.parameters() if p.grad is not None)]))
-    return "" if torch.equal(*wrong) else "the gradient is another one"
+    return "" if torch.equal(*wrong) else "its gradient differs"
 
 
 def _fault(small: LanguageModel) -> str:
-    """Plays a small model and looks whether each layer has handed over its input."""
+    """Runs a small model and checks whether each layer handed over its input."""
     small.checkpointing = True
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()
     copied = [layer._gradient_checkpointing_func.copied for layer in layers(model)]
-    return "" if all(copied) else "they take it by name, so that it is kept, too"
+    return "" if all(copied) else "the layers take their input as a keyword argument, so it stays on the device"

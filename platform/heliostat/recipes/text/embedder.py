@@ -1,4 +1,4 @@
-"""Trains an embedder of texts contrastively, on pairs of texts that belong together.
+"""Trains a text embedder contrastively, on matching pairs of texts.
 
     recipe: heliostat.recipes:Embedder
     model: {arch: bert, hidden_size: 256, ..., pooling: mean, temperature: 0.05, max_tokens: 256}
@@ -35,11 +35,11 @@ class EmbedderKeys(PairKeys):
     """Defines the keys of `model` in addition to those of its architecture."""
 
     pooling: Literal["mean", "last", "cls"] = "mean"
-    """Makes one vector of a text's states: their mean, the last token's, or the first's."""
+    """How the model pools the token states of a text into one vector: their mean, the last token's, or the first's."""
     temperature: Float = Field(0.05, gt=0)
-    """Divides the cosines of the pairs in the loss."""
+    """Temperature: divides the cosine similarities in the loss."""
     max_tokens: int = Field(256, ge=2)
-    """Tokens of a text that are seen."""
+    """Maximum tokens of a text; longer texts are truncated."""
 
 
 OWN = tuple(EmbedderKeys.model_fields)
@@ -63,9 +63,7 @@ class Embedder(EmbedsPairs):
             config = model_config.from_keys(keys, ENCODER)
         longest = getattr(config, "max_position_embeddings", None)
         if longest and 0 < longest < self.keys.max_tokens:
-            raise ConfigError(
-                f"model.max_tokens: {self.keys.max_tokens} is longer than the model's max_position_embeddings {longest}"
-            )
+            raise ConfigError(f"model.max_tokens: {self.keys.max_tokens} is above the model's max_position_embeddings {longest}")
         config.use_cache = False
         return config
 

@@ -1,4 +1,4 @@
-"""Builds and loads models of `transformers` without a head, and makes one embedding of a text's hidden states."""
+"""Builds and loads models of `transformers` without a head, and pools a text's hidden states into one embedding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from heliostat.recipes.text import masks
 from heliostat.recipes.text.model_config import ModelKind
 
 ENCODER = ModelKind(
-    "encoder or decoder of text",
+    "text encoder or decoder",
     tuple({**MODEL_FOR_MASKED_LM_MAPPING_NAMES, **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}),
     "bert, modernbert, qwen3",
 )
@@ -32,25 +32,28 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 def load(
     key: str, folder: str | Path, kind: Any = transformers.AutoModel, config: PreTrainedConfig | None = None, **options: object
 ) -> PreTrainedModel:
-    """Loads the model in a folder without its head; ConfigError if a weight is missing, which would be drawn at random.
-    `kind`: an Auto class, or a class of models."""
+    """Loads the model in a folder without its head; ConfigError if a weight is missing, which transformers would initialize at
+    random.
+
+    `kind`: an Auto class, or a model class.
+    """
     config = config or from_folder(key, transformers.AutoConfig, folder)
     return whole(key, kind, folder, **{**options, "config": config, **_options(config)})
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler that some architectures have behind their states: nothing here would train it."""
+    """Leaves out the pooler of some architectures, because nothing here would train it."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Returns the class of a configuration's model without a head; of several the first."""
+    """Returns the class of a configuration's model without a head; the first, if there are several."""
     mapped: Any = transformers.MODEL_MAPPING[type(config)]
     return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:
-    """Returns how many tokens of a text a model has positions for; None if it does not say. `model`: if it is loaded."""
+    """Returns a model's number of positions in tokens; None if it isn't known. `model`: the loaded model, if it is loaded."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
     first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
@@ -58,15 +61,15 @@ def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> in
 
 
 def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Embeds texts, fp32 [texts, width], each of length 1. `mask`: where tokens are."""
+    """Embeds texts, fp32 [texts, width], with length 1. `mask`: true for tokens."""
     with masks.unread(whole=True):
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     return F.normalize(pool(states.float(), mask, pooling), dim=-1)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Makes one vector of each text's states: their mean over its tokens, that of its last token, or of its first (cls); zeros of
-    a text without tokens."""
+    """Pools each text's states into one vector: the mean over its tokens, the last token's, or the first's (cls); zeros for a
+    text without tokens."""
     count = mask.sum(1, keepdim=True)
     if pooling == "mean":
         return states.masked_fill(mask[..., None] == 0, 0).sum(1) / count.clamp(min=1)

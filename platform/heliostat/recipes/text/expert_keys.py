@@ -1,8 +1,8 @@
-"""Defines the keys of `model` that say how a mixture of experts is trained, in any architecture and with `pretrained`; checks
-that the model has what they need.
+"""Defines the keys of `model` for training a mixture of experts, in any architecture and with `pretrained`, and checks that
+the model supports them.
 
-With `output_router_logits: true`, as in transformers, the objective has the loss that keeps experts balanced: Switch
-Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's own code computes it over a micro-batch.
+With `output_router_logits: true`, as in transformers, the objective includes the loss that balances experts: Switch
+Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's code computes it over a micro-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 class ExpertKeys(Strict):
     experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] | None = None
-    """How transformers multiplies by experts' matrices. Unset: grouped_mm, in every architecture that can."""
+    """How transformers multiplies by the experts' matrices. Unset: grouped_mm, where the architecture supports it."""
     router_z_loss_coef: NonNegative = 0.0
     """Weight of the routers' z-loss in the objective."""
     router_bias_update_rate: NonNegative = 0.0
@@ -42,7 +42,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
 class MixtureModel(LanguageModel, Protocol):
-    """Lists what is read, besides, of a recipe whose model may have experts."""
+    """Lists the further attributes of a recipe whose model may have experts."""
 
     experts: ExpertKeys
     balances: bool
@@ -58,7 +58,7 @@ def read(model: Mapping[str, object]) -> ExpertKeys:
 
 
 def require(recipe: MixtureModel) -> None:
-    """Raises ConfigError if the job gives a key that the recipe's model has no use for; warns of biases that nothing changes."""
+    """Raises ConfigError if the job sets a key that the model doesn't use; warns of biases that never change."""
     from heliostat.parallel import experts
 
     keys, kind = recipe.experts, recipe.config.model_type
@@ -70,46 +70,46 @@ def require(recipe: MixtureModel) -> None:
         return  # of no size that can be tried: the first step will tell
     layers = experts.layers(model)
     if present and not layers:
-        raise ConfigError(f"model.{present[0]}: {kind!r} has no experts that it could be about; remove this key")
+        raise ConfigError(f"model.{present[0]}: {kind!r} has no experts. Remove this key")
     if keys.router_z_loss_coef and len(experts.routers(model)) < len(layers):
-        raise ConfigError(f"model.{Z_LOSS}: the routers of {kind!r} do not tell their logits; remove this key")
+        raise ConfigError(f"model.{Z_LOSS}: not supported: the routers of {kind!r} don't return their logits. Remove this key")
     biased = len(experts.biases(model)) == len(layers) > 0
     if keys.router_bias_update_rate and not biased:
         raise ConfigError(
-            f"model.{RATE}: {kind!r} has no bias that its routers choose experts with, as DeepSeek-V3 has; remove this key"
+            f"model.{RATE}: the routers of {kind!r} have no bias for choosing experts, unlike DeepSeek-V3. Remove this key"
         )
     if recipe.job.train.compile and (keys.router_bias_update_rate or keys.router_z_loss_coef):
         named = RATE if keys.router_bias_update_rate else Z_LOSS
-        raise ConfigError(f"model.{named} with train.compile is not tried; set train.compile to false, or remove this key")
+        raise ConfigError(f"model.{named}: not supported with train.compile. Set train.compile to false, or remove this key")
     if biased and RATE not in present and not recipe.router_weight:
         log.warning(
-            "model.%s: is not set, so the biases that %r chooses experts with stay as they are, and few experts may end with "
-            "most tokens; set it (DeepSeek-V3 had 0.001), or to 0 if that is meant",
+            ("model.%s: not set, so the biases with which %r chooses experts stay constant, and a few experts may "
+                "receive most tokens. Set it (DeepSeek-V3 used 0.001), or set it to 0 on purpose"),
             RATE, kind,
         )  # fmt: skip
 
 
 def require_divided(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless the experts of the recipe's model can be divided into so many parts."""
+    """Raises ConfigError unless the experts of the recipe's model can be partitioned into so many parts."""
     from heliostat.parallel import experts
 
     key, kind, count = "train.parallel.expert", recipe.config.model_type, language_model.number(recipe.config)
     if not count:
-        raise ConfigError(f"{key}: {kind!r} has no experts; set it to 1")
+        raise ConfigError(f"{key}: {kind!r} has no experts. Set it to 1")
     if count % parts:
         near = " or ".join(map(str, sorted(divisors(count)[1:], key=lambda n: abs(n - parts))[:2]))
-        raise ConfigError(f"{key}: {parts} does not divide the model's {count} experts; use {near}")
+        raise ConfigError(f"{key}: {parts} doesn't divide the model's {count} experts. Use {near}")
     model = _small(recipe)
     layers = experts.layers(model) if model else []
     stacked = {len(p) for m in layers for p in m.parameters(recurse=False)} | {int(m.num_experts) for m in layers}
     if not model or stacked != {language_model.number(model.config)}:
-        raise ConfigError(f"{key}: the experts of {kind!r} are not stacked in one module of each layer; set it to 1")
+        raise ConfigError(f"{key}: not supported: {kind!r} doesn't stack its experts in one module per layer. Set it to 1")
     if any(m.has_post_expert_norm for m in layers):
-        raise ConfigError(f"{key}: the experts of {kind!r} have norms of their own, which is not tried; set it to 1")
+        raise ConfigError(f"{key}: not supported: the experts of {kind!r} have their own norms. Set it to 1")
 
 
 def _small(recipe: LanguageModel) -> PreTrainedModel | None:
-    """Builds a small model of the recipe's architecture, without memory for it; None if none can be built."""
+    """Builds a small model of the recipe's architecture, without memory; None if none can be built."""
     import torch
 
     from heliostat.parallel import tiny
@@ -122,7 +122,7 @@ def _small(recipe: LanguageModel) -> PreTrainedModel | None:
 
 
 def router_loss_weight(config: PreTrainedConfig) -> float | None:
-    """Returns the weight of the router's loss in the objective; None for a model that has none."""
+    """Returns the weight of the router's loss in the objective; None for a model without one."""
     parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
     return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
 
@@ -132,26 +132,26 @@ def asks_router_loss(config: PreTrainedConfig) -> bool:
 
 
 def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
-    """Raises ConfigError if the job asks for a router's loss that the model does not compute; warns if the job does not set it
+    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute; warns if the job doesn't set it
     and the model has one. `refused`: the job sets it to false."""
     config = recipe.config
     weight = router_loss_weight(config)
     if not asks_router_loss(config):
         if weight and not refused and not recipe.balances and _computes_router_loss(recipe):
             log.warning(
-                "model.output_router_logits: is not set, so the router's loss (coefficient %g) is left out of the objective, and "
-                "few experts may end with most tokens; set it to true, or to false if that is meant",
+                (
+                    "model.output_router_logits: not set, so the objective leaves out the router's loss (coefficient "
+                    "%g), and a few experts may receive most tokens. Set it to true, or set it to false on purpose"
+                ),
                 weight,
             )
         return
     if weight is None or not _computes_router_loss(recipe):
-        raise ConfigError(
-            f"model.output_router_logits: {config.model_type!r} gives no router loss to add to the objective; set it to false"
-        )
+        raise ConfigError(f"model.output_router_logits: {config.model_type!r} returns no router loss. Set it to false")
 
 
 def _computes_router_loss(recipe: LanguageModel) -> bool:
-    """Tests whether a small model of the recipe's architecture computes a router's loss if it is asked for."""
+    """Tests whether a small model of the recipe's architecture computes a router's loss on request."""
     import torch
 
     from heliostat.parallel import tiny

@@ -1,6 +1,5 @@
-"""Writes what is next to an exported language model's weights: configuration, tokenizer, and how it generates. Chooses prompts to
-show it with: the first words of documents that it has not been trained on.
-"""
+"""Writes the files next to an exported language model's weights: configuration, tokenizer, and generation defaults. Chooses
+prompts to demonstrate it: the first words of held-out documents."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def write(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
 ) -> None:
-    """Writes them into the model's folder. Those of a pretrained model are copied; else `tokenizer` builds the tokenizer."""
+    """Writes the files into the model's folder. A pretrained model's are copied; otherwise `tokenizer` builds the tokenizer."""
     config = type(as_pretrained).from_dict(as_pretrained.to_dict())
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
@@ -43,7 +42,7 @@ def write(
 
 
 def _generation(pretrained: str | None, config: PreTrainedConfig) -> GenerationConfig:
-    """Returns how the exported model generates by default, and where it stops: as the pretrained folder or its config says."""
+    """Returns the exported model's generation defaults and end tokens, from the pretrained folder or its config."""
     if pretrained and (Path(pretrained) / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(pretrained)
     return GenerationConfig.from_model_config(config)
@@ -58,18 +57,18 @@ PLAIN = "The"
 
 
 def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: int, count: int = 2) -> list[str]:
-    """Chooses prompts from the held-out documents of a job's datasets; from what is trained on, where nothing is held out."""
+    """Chooses prompts from the held-out documents of a job's datasets, or from training documents if nothing is held out."""
     try:
         samples = _samples(job, open_dataset(plan(job, sources)))
     except (DataError, StorageError, OSError) as e:
-        log.warning("the datasets cannot be read, so the prompt is %r: %s", PLAIN, e)
+        log.warning("can't read the datasets, so the prompt is %r: %s", PLAIN, e)
         return [PLAIN]
     starts = [opening(tokenizer.decode(_beginning(tokens, end).tolist(), skip_special_tokens=True)) for tokens in samples]
     return list(dict.fromkeys(filter(None, starts)))[:count] or [PLAIN]
 
 
 def _samples(job: Job, data: Dataset) -> np.ndarray:
-    """Reads some held-out samples, int32 [n, sequence length], without those that are damaged."""
+    """Reads some held-out samples, int32 [n, sequence length], without the damaged ones."""
     taken = data.order.held_out(LOOKED_AT) if job.evaluate else None
     if taken is None or not len(taken):
         taken = data.order.locate(data.order.step(0).ravel()[:LOOKED_AT])
@@ -78,14 +77,14 @@ def _samples(job: Job, data: Dataset) -> np.ndarray:
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Takes the first tokens of the document that begins in a sample, or of the sample if too little of that document is left."""
+    """Takes the first tokens of the document that begins in a sample, or of the sample if that document is too short."""
     ends = np.flatnonzero(tokens == end)
     begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
     return tokens[begin : begin + TOKENS]
 
 
 def opening(text: str) -> str:
-    """Takes the first words of the first line that has any; the last word of the text may be cut off, and is left out."""
+    """Takes the first words of the first line that has any. The last word of the text is left out, because it may be cut."""
     lines = text.replace("\ufffd", "").splitlines()
     number = next((i for i, line in enumerate(lines) if any(map(str.isalnum, line))), None)
     if number is None:

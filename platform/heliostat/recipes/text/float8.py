@@ -1,10 +1,10 @@
 """Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
 
-Each product scales and rounds what it is given, a whole tensor by its largest number: what goes forwards to E4M3, gradients to
-E5M2. Weights stay what they are, so optimizers, checkpoints and exports know nothing of it. What is kept for the backward pass
-is the rounded input, half of what bf16 keeps, and the weight itself, which ZeRO-3 may take away and bring back meanwhile.
+Each product scales each input tensor by its largest number and rounds it: to E4M3 in the forward pass, gradients to E5M2.
+Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass needs the rounded
+input, half the size of bf16, and the weight, which ZeRO-3 may release meanwhile.
 
-A CPU computes the same from the same rounded numbers, by products in fp32.
+A CPU computes the same from the same rounded numbers, with fp32 products.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class Float8Product(torch.autograd.Function):
 
 
 def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
-    """Rounds a tensor to float8, its largest number to the largest there is."""
+    """Rounds a tensor to float8, with its largest number at the largest float8 value."""
     scale = values.detach().abs().amax().float().clamp(min=SMALLEST) / torch.finfo(kind).max
     return (values.float() / scale).to(kind), scale
 
 
 def multiplied(a: Scaled, b: Scaled, dtype: torch.dtype) -> torch.Tensor:
-    """Multiplies a [rows, inner] by b [columns, inner], both as they lie in memory, which is how GPUs want them."""
+    """Multiplies a [rows, inner] by b [columns, inner], both in the memory layout that GPUs need."""
     if a[0].is_cuda:
         return torch._scaled_mm(a[0], b[0].t(), a[1], b[1], out_dtype=dtype)
     return ((a[0].float() * a[1]) @ (b[0].float() * b[1]).t()).to(dtype)
@@ -76,14 +76,14 @@ def _turned(scaled: Scaled) -> Scaled:
 
 
 def use(model: torch.nn.Module) -> None:
-    """Makes the linear layers inside a model's layers multiply in float8 from now on; the parameters stay the same."""
+    """Makes the linear layers inside a model's layers multiply in float8; the parameters stay the same."""
     require_device()
     for m in linears(model):
         m.__class__ = Float8Linear
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Lists the linear layers that fit: those inside the model's layers, with sides that GPUs can multiply."""
+    """Lists the supported linear layers: those inside the model's layers, with sides that GPUs can multiply."""
     return [
         m
         for layer in checkpointing.layers(model)
@@ -93,21 +93,25 @@ def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model has linear layers that fit."""
+    """Raises ConfigError unless the model has supported linear layers."""
     kind = recipe.config.model_type
     if recipe.routes:
-        raise ConfigError(f"{KEY}: experts of {kind!r} are no linear layers, and its routers should stay exact; set it to false")
+        raise ConfigError(
+            f"{KEY}: not supported for {kind!r}: its experts aren't linear layers, and its routers need full "
+            "precision. Set it to false"
+        )
     with torch.device("meta"):
         model = recipe.plainly().build()
     if not linears(model):
         raise ConfigError(
-            f"{KEY}: {kind!r} has no nn.Linear in its layers with sides of multiples of {MULTIPLE}; set it to false"
+            f"{KEY}: not supported: no layer of {kind!r} has an nn.Linear with sides that are multiples of "
+            f"{MULTIPLE}. Set it to false"
         )
 
 
 def require_device() -> None:
-    """Raises ConfigError if this process's GPU does not multiply in float8."""
+    """Raises ConfigError if this process's GPU doesn't support float8."""
     if torch.cuda.is_available() and (capability := torch.cuda.get_device_capability()) < CAPABILITY:
         needs, has = (".".join(map(str, version)) for version in (CAPABILITY, capability))
         name = torch.cuda.get_device_name()
-        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}; set it to false")
+        raise ConfigError(f"{KEY}: needs GPUs of compute capability {needs} or later, and {name} has {has}. Set it to false")

@@ -1,10 +1,9 @@
 """Counts the FLOPs of a language model's training step from the shapes of its modules' weights.
 
-6 for every weight that multiplies a token: 2 forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361). Embeddings are only
-looked up and not counted, nor are vectors (norms, biases), nor experts but those that a token is routed to. Attention multiplies
-queries with keys, and weights with values: 6 x length x heads x (width of a key + width of a value) a token, for the whole
-square, as is customary; windows and the causal half are not taken off. Shapes are read, not weights, so parameters that ZeRO-3
-has partitioned do as well.
+6 for every weight that multiplies a token: 2 forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361). Embeddings (lookups),
+vectors (norms, biases), and experts that a token isn't routed to don't count. Attention multiplies queries with keys, and
+weights with values: 6 x length x heads x (key width + value width) per token, for the full square as is customary, without
+subtracting windows or the causal half. Only shapes are read, so it works for parameters that ZeRO-3 has partitioned.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
 
 
 def active(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Counts the parameters that a token meets: all, but of routed experts those that it is sent to."""
+    """Counts the parameters that a token uses: all, except routed experts that it isn't sent to."""
     config = config.get_text_config(decoder=True)
     matrices = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
     return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in matrices))
@@ -57,20 +56,20 @@ def _shapes(model: torch.nn.Module) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _routed_share(config: PreTrainedConfig) -> float:
-    """Returns the share of a layer's routed experts that a token is sent to."""
+    """Returns the fraction of a layer's routed experts that a token is sent to."""
     experts, chosen = language_model.number(config), language_model.chosen(config)
     return chosen / experts if experts and chosen else 1.0
 
 
 def _routed(module: str, shape: tuple[int, ...], config: PreTrainedConfig) -> bool:
-    """Tells whether a parameter of a module is of one routed expert, or holds a part of each."""
+    """Checks whether a parameter belongs to one routed expert, or holds a part of each."""
     experts = language_model.number(config)
     stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices; their biases
     return bool(EXPERT.search(module)) or (stacked and shape[0] == experts)
 
 
 def attended(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Counts the multiplications of one token with another, over all layers and heads."""
+    """Counts the token-to-token multiplications of one token, over all layers and heads."""
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     total = 0
     for module in model.modules():

@@ -17,7 +17,7 @@ from heliostat.recipes.text import infilling
 from heliostat.recipes.text.infilling import Infilling
 from heliostat.schema import Float, Strict, validate
 
-EMPTY = "is empty, and the tokenizer has no token that begins a document"
+EMPTY = "is empty, and the tokenizer has no beginning-of-document token"
 
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
@@ -26,19 +26,20 @@ def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those that a model's generation config names."""
+    """Returns the tokens that end an answer: the tokenizer's, and those in the model's generation config."""
     named = getattr(config, "eos_token_id", None)
     tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({token for token in tokens if token is not None})
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the tokens of a prompt. An empty one begins a document: it has no token if the tokenizer has none for that."""
+    """Returns the tokens of a prompt. An empty prompt becomes the beginning-of-document token, or no token if the tokenizer
+    has none."""
     return tokenizer(text or tokenizer.bos_token or "", verbose=False)["input_ids"]
 
 
 class Sampling(Strict):
-    """Describes how text is generated; temperature 0 takes the likeliest token each time."""
+    """Describes the sampling options; temperature 0 always takes the most likely token."""
 
     max_tokens: int = Field(100, ge=1)
     temperature: Float = Field(0.8, ge=0)
@@ -46,13 +47,13 @@ class Sampling(Strict):
 
 
 class Writing(Sampling):
-    """Describes what is written: with a suffix, what stands between the prompt and it."""
+    """Describes the text to generate: with a suffix, the text between the prompt and it."""
 
     suffix: str | None = None
 
 
 class TextGenerator:
-    """Continues prompts with an exported model, or fills in what stands between them and a suffix."""
+    """Continues prompts with an exported model, or fills in the text before a suffix."""
 
     def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
         settings = validate(Writing, options, "generate")
@@ -71,7 +72,7 @@ class TextGenerator:
         return [self._answered(one) for one in requests]
 
     def _answered(self, request: Request) -> Generated:
-        """Writes what follows a prompt or, with a suffix, what is between the two."""
+        """Generates the text after a prompt or, with a suffix, the text between the two."""
         from heliostat.recipes.text.server import continue_tokens  # with mlflow
 
         if self.infilling is not None and self.suffix is not None:

@@ -1,7 +1,9 @@
-"""Asks a language model for a middle: with the tokens that its tokenizer marks the pieces with, as its training data had them.
+"""Prompts a language model for a middle, with the tokenizer's fill-in-the-middle tokens, in the form of its training data.
 
-An export says in its `tokenizer_config.json` which they are, and whether all of its data had the suffix first:
-`"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. Of other folders they are known by name.
+An export records them in its `tokenizer_config.json`, and whether all its data had the suffix first:
+
+`"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. In other folders, heliostat finds them by
+name.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CONFIG = "tokenizer_config.json"
-NONE = "the model's tokenizer has no tokens for a prefix, a suffix and a middle, so it cannot fill in the middle"
+NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so it can't fill in the middle"
 
 
 def write(folder: Path, sources: list[Manifest]) -> None:
-    """Writes into an export's tokenizer configuration how its data was rearranged, if some was."""
+    """Writes the rearrangement of the training data, if any, into an export's tokenizer configuration."""
     facts = [source.meta[FACT] for source in sources if FACT in source.meta]
     if not facts:
         return
@@ -37,7 +39,7 @@ def write(folder: Path, sources: list[Manifest]) -> None:
 
 @dataclass(frozen=True)
 class Infilling:
-    """Makes prompts for middles. `ends`: tokens that end one, in addition to those that end a document."""
+    """Makes prompts for middles. `ends`: tokens that end a middle, in addition to those that end a document."""
 
     tokenizer: Tokenizer
     markers: Markers
@@ -47,7 +49,8 @@ class Infilling:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> Infilling | None:
-        """Finds how a model is asked for a middle, from its tokenizer of transformers; None if it has no tokens for that."""
+        """Finds the form of a model's prompts for a middle, from its transformers tokenizer; None if it has no tokens for
+        that."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
@@ -64,6 +67,6 @@ class Infilling:
         return Infilling(raw, infilling.find(raw, names), bool(said.get("suffix_first")), list(opening), ends)
 
     def prompt(self, prefix: str, suffix: str) -> list[int]:
-        """Encodes what the model continues from with the middle."""
+        """Encodes the prompt that the model continues with the middle."""
         before, behind = infilling.encode(self.tokenizer, [prefix, suffix])
         return [*self.opening, *self.markers.prompt(before, behind, self.suffix_first)]

@@ -1,8 +1,8 @@
-"""Begins a language model with other weights than its architecture draws, as `model.init` of the job asks.
+"""Changes the initial weights of a language model, as `model.init` of the job asks.
 
-Every residual branch of a layer (attention or what stands for it, and the MLP) ends in a matrix that writes into the residual
-stream. With `zero_output_projections` these begin as zeros, and each layer as the identity (Zhang et al. 2019, arXiv 1901.09321).
-All other weights are drawn as they would be without.
+Every residual branch of a layer (attention or its replacement, and the MLP) ends in a matrix that writes to the residual
+stream. With `zero_output_projections`, these matrices start as zeros, and each layer as the identity (Zhang et al. 2019, arXiv
+1901.09321). All other weights keep the architecture's initialization.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ BRANCHES = 2
 
 class Init(Strict):
     zero_output_projections: bool = False
-    """Begins the last matrix of each residual branch as zeros, so that every layer begins as the identity."""
+    """Initializes the last matrix of each residual branch with zeros, so that every layer starts as the identity."""
 
 
 def read(model: Mapping[str, object]) -> Init:
     if KEY in model and "pretrained" in model:
-        raise ConfigError(f"model.{KEY}: a pretrained model begins as its folder says; remove this key")
+        raise ConfigError(f"model.{KEY}: a pretrained model takes its first weights from its folder. Remove this key")
     return validate(Init, model.get(KEY, {}), f"model.{KEY}")
 
 
 def output_projections(names: Iterable[str]) -> list[str]:
-    """Chooses the parameters that are output projections; none at all if a layer lacks that of one of its branches."""
+    """Selects the parameters that are output projections; none if a layer lacks one for any branch."""
     branches, projections = defaultdict[str, set[str]](set), list[str]()
     for name in names:
         if inside := re.match(r"(.*?\.\d+)\.(.+)", name):
@@ -48,7 +48,7 @@ def output_projections(names: Iterable[str]) -> list[str]:
 
 
 def _writes(parts: list[str]) -> bool:
-    """Tells whether a parameter, by the names inside its layer, is the matrix at the end of a branch."""
+    """Checks, by its name inside the layer, whether a parameter is the matrix at the end of a branch."""
     *modules, last = parts
     if last != "weight":  # the stacked matrices of experts are parameters of that name
         return last in OUTPUTS
@@ -56,7 +56,7 @@ def _writes(parts: list[str]) -> bool:
 
 
 def probe(init: Init, build: Callable[[], object]) -> None:
-    """Raises ConfigError if the model that `build` makes lacks what `model.init` is about; it takes no memory for its weights."""
+    """Raises ConfigError if the model that `build` makes lacks what `model.init` changes; needs no memory for weights."""
     if init.zero_output_projections:
         import torch
 
@@ -65,7 +65,7 @@ def probe(init: Init, build: Callable[[], object]) -> None:
 
 
 def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
-    """Sets the weights of a model that was just built; ConfigError if it has not what `init` is about."""
+    """Sets the weights of a new model; ConfigError if it lacks what `init` changes."""
     if not init.zero_output_projections:
         return
     import torch
@@ -77,8 +77,7 @@ def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
     names = output_projections(parameters)
     if not names:
         raise ConfigError(
-            f"model.{KEY}.zero_output_projections: the layers of {arch!r} have no output projections that are known as such; "
-            "set it to false"
+            f"model.{KEY}.zero_output_projections: heliostat doesn't know the output projections of {arch!r}. Set it to false"
         )
     for name in names:
         if not parameters[name].is_meta:

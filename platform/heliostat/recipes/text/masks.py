@@ -1,7 +1,7 @@
-"""Keeps transformers from reading masks on a GPU: the host would wait in every micro-batch for all that came before.
+"""Keeps transformers from reading masks on a GPU, which would make the host wait for all earlier work in every micro-batch.
 
-transformers reads two facts of a batch to leave out a mask that masks nothing: do samples hold several documents, and is there
-padding? Recipes know the first. `unread` assumes the second, which costs a mask where a batch has no padding. On a CPU
+transformers reads two facts of a batch to skip a mask without effect: whether samples hold several documents, and whether
+there is padding. Recipes know the first. `unread` assumes padding, which costs a mask if a batch has none. On a CPU,
 transformers still reads both.
 """
 
@@ -36,7 +36,7 @@ def _applies(tensor: torch.Tensor | None) -> bool:
 
 @functools.cache
 def _install() -> None:
-    """Replaces the functions of transformers 5 that read."""
+    """Replaces the functions of transformers 5 that read masks."""
     utils: Any = masking_utils
     documents = utils.find_packed_sequence_indices
 

@@ -24,7 +24,7 @@ from heliostat.text import brief
 
 
 class ModelKind(NamedTuple):
-    """Describes a kind of model: its name for people, the architectures of transformers that are one, and some of them."""
+    """Describes a kind of model: its name for people, its architectures in transformers, and some examples."""
 
     name: str
     archs: tuple[str, ...]
@@ -41,7 +41,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
         near = nearest(arch, list(wanted.archs)) or f"; for example: {wanted.examples}"
-        raise ConfigError(f"model.arch: {arch!r} is no {wanted.name} of transformers{near}")
+        raise ConfigError(f"model.arch: {arch!r} isn't a {wanted.name} of transformers{near}")
     kind: type[PreTrainedConfig] = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))
     if isinstance(act, str):
@@ -64,13 +64,13 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
         raise _bad_value(e) from e
     if heads and groups and heads % groups:
         raise ConfigError(
-            f"model.num_key_value_heads: {groups} does not divide num_attention_heads {heads}; {_divisor(heads, groups)}"
+            f"model.num_key_value_heads: {groups} doesn't divide num_attention_heads {heads}. {_divisor(heads, groups)}"
         )
     return config
 
 
 def _reads_head_dim(arch: str) -> bool:
-    """Tells whether an architecture's code takes the width of heads from the configuration, whose class may not list it."""
+    """Checks whether an architecture reads the head width from the configuration, even if its class doesn't list it."""
     module = importlib.import_module(f"transformers.models.{arch}.modeling_{arch}")
     return 'getattr(config, "head_dim"' in inspect.getsource(module)
 
@@ -79,12 +79,12 @@ def _check_activation(name: str) -> None:
     from transformers.activations import ACT2FN
 
     if name not in ACT2FN:
-        raise ConfigError(f"model.hidden_act: {name!r} is no activation{nearest(name, list(ACT2FN))}")
+        raise ConfigError(f"model.hidden_act: {name!r} isn't an activation{nearest(name, list(ACT2FN))}")
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and do not; a head size of its own, or an architecture whose defaults
-    break the rule, lifts it."""
+    """Raises ConfigError if the heads must divide the width and don't. The rule doesn't apply with an explicit head size, or
+    in an architecture whose defaults break it."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
@@ -92,11 +92,11 @@ def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
     names = [(name, kind.attribute_map.get(name, name)) for name in ("hidden_size", "num_attention_heads")]
     width, heads = [next((keys[n] for n in both if n in keys), u) for both, u in zip(names, usual, strict=True)]
     if all(type(n) is int and n > 0 for n in (*usual, width, heads)) and usual[0] % usual[1] == 0 and width % heads:
-        raise ConfigError(f"model.{names[1][1]}: {heads} does not divide {names[0][1]} {width}; {_divisor(width, heads)}")
+        raise ConfigError(f"model.{names[1][1]}: {heads} doesn't divide {names[0][1]} {width}. {_divisor(width, heads)}")
 
 
 def _divisor(number: int, near: int) -> str:
-    return f"nearest that does: {min(divisors(number), key=lambda d: abs(d - near))}"
+    return f"Nearest divisor: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
 ROUTER = "output_router_logits"  # which a job may give in addition to `pretrained`, as `expert_keys`: it is of the training
@@ -108,19 +108,19 @@ def changed(model: Mapping[str, object]) -> dict[str, object]:
 
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
-    """Reads the configuration in a folder, and changes it by the job's keys; ConfigError if there is none, or they do not fit."""
+    """Reads the configuration in a folder, and applies the job's keys; ConfigError if there is none, or they don't fit."""
     return _routing(applied(read(model), changed(model)), model)
 
 
 def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrainedConfig:
-    """Reads the configuration in the folder of a pretrained model, as it is there."""
+    """Reads the configuration in the folder of a pretrained model, unchanged."""
     folder = Path(str(model["pretrained"]))
     if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.pretrained: {str(folder)!r} is not a model folder (no config.json)")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} isn't a model folder (no config.json)")
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in wanted.archs:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which is no {wanted.name}")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which isn't a {wanted.name}")
     return config
 
 
@@ -129,7 +129,7 @@ def _routing(config: PreTrainedConfig, model: Mapping[str, object]) -> PreTraine
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
             raise ConfigError(
-                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router; remove this key"
+                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router. Remove this key"
             )
         setattr(inner, ROUTER, bool(model[ROUTER]))
     return config
@@ -156,15 +156,15 @@ class RopeScaling(Strict):
     @model_validator(mode="after")
     def _fits(self) -> RopeScaling:
         for key in sorted(self.model_fields_set - {*COMMON, *OWN[self.rope_type]}):
-            raise ValueError(f"{key} is not of rope_type {self.rope_type!r}; remove it")
+            raise ValueError(f"{key}: not supported for rope_type {self.rope_type!r}. Remove it")
         for key in OWN["llama3"][1:] if self.rope_type == "llama3" else ():
             if getattr(self, key) is None:
-                raise ValueError(f"{key} is required by rope_type 'llama3' (Llama 3.1 has low_freq_factor 1, high_freq_factor 4)")
+                raise ValueError(f"{key}: required for rope_type 'llama3' (Llama 3.1 uses low_freq_factor 1, high_freq_factor 4)")
         return self
 
 
 def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedConfig:
-    """Returns a configuration with a job's keys in place of its own; ConfigError for a key that it does not have, or a value."""
+    """Returns a configuration with a job's keys applied; ConfigError for an unknown key, or an invalid value."""
     if not keys:
         return config
     inner = config.get_text_config(decoder=True)
@@ -183,7 +183,7 @@ def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedC
 def _bad_value(error: Exception) -> ConfigError:
     """Returns an error that names the key whose value transformers rejects.
 
-    The last line of transformers' error says what is wrong. The first names the key, of a value of the wrong type.
+    The last line of transformers' error names the problem. For a wrong type, the first line names the key.
     """
     lines = str(error).splitlines() or [type(error).__name__]
     key = KEY.match(lines[0])
@@ -200,20 +200,21 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
 
 
 def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that scale a configuration's rotary positions, and the longest sample that follows unless it is given."""
+    """Returns the keys that scale a configuration's rotary embeddings, and the resulting maximum sample length unless it is
+    set."""
     try:
         scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:
         raise ConfigError("\n  ".join(explain(e, RopeScaling, f"model.{SCALING}"))) from e
     old = getattr(config, "rope_parameters", None)
     if not old:
-        raise ConfigError(f"model.{SCALING}: {config.model_type!r} has no rotary positions; remove this key")
+        raise ConfigError(f"model.{SCALING}: {config.model_type!r} has no rotary embeddings. Remove this key")
     if any(isinstance(value, dict) for value in old.values()):
         raise ConfigError(
-            f"model.{SCALING}: {config.model_type!r} has rotary positions of several kinds; give all of model.rope_parameters"
+            f"model.{SCALING}: {config.model_type!r} has several kinds of rotary embeddings. Set all of model.rope_parameters"
         )
     if "rope_parameters" in changes:
-        raise ConfigError(f"model.{SCALING}: model.rope_parameters is given, too; remove one of them")
+        raise ConfigError(f"model.{SCALING}: model.rope_parameters is set too. Remove one of them")
     before = scaling.original_max_position_embeddings or old.get("original_max_position_embeddings")
     before = before or config.max_position_embeddings
     new = {k: old[k] for k in ("rope_theta", "partial_rotary_factor") if k in old} | scaling.model_dump(exclude_none=True)
@@ -226,7 +227,8 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
 def require_same_weights(
     config: PreTrainedConfig, keys: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
 ) -> None:
-    """Raises ConfigError, by the key, if a job's keys change which weights the pretrained model has. `build(config)`: a model."""
+    """Raises ConfigError, by key, if a job's keys change the shapes of the pretrained weights. `build(config)` returns a
+    model."""
     own = _shapes(build(config))
     if not keys or own == _shapes(build(applied(config, keys))):
         return
@@ -235,10 +237,10 @@ def require_same_weights(
         if differ := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
             name = differ[0]
             raise ConfigError(
-                f"model.{key}: {brief(keys[key])} does not fit the pretrained weights, whose {name!r} is "
-                f"{_size(own.get(name))} and would be {_size(other.get(name))}; remove this key"
+                f"model.{key}: {brief(keys[key])} doesn't fit the pretrained weights: {name!r} has size "
+                f"{_size(own.get(name))}, and would have {_size(other.get(name))}. Remove this key"
             )
-    raise ConfigError(f"model: {', '.join(keys)} together do not fit the pretrained weights; remove one of them")
+    raise ConfigError(f"model: {', '.join(keys)} together don't fit the pretrained weights. Remove one of them")
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
@@ -246,4 +248,4 @@ def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _size(shape: tuple[int, ...] | None) -> str:
-    return "not there" if shape is None else " x ".join(map(str, shape))
+    return "nothing" if shape is None else " x ".join(map(str, shape))

@@ -17,14 +17,14 @@ from heliostat.recipes.text import expert_keys, masks, tiled_loss
 
 
 class Outputs(Protocol):
-    """Lists what is read of a model's outputs: logits [batch, tokens, vocabulary], and the router's loss if it has one."""
+    """Lists the model outputs that are used: logits [batch, tokens, vocabulary], and the router's loss if there is one."""
 
     logits: torch.Tensor
     aux_loss: torch.Tensor
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
-    """Makes a batch of samples, int32 [batch, length]. `end`: the token that ends documents, if they are kept apart."""
+    """Makes a batch of samples, int32 [batch, length]. `end`: the token that ends documents, if attention separates them."""
     tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
     labels = tokens.clone()
     labels[:, 0] = IGNORED
@@ -37,7 +37,7 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
 
 
 def cut(batch: Batch, part: int, parts: int) -> Batch:
-    """Cuts the part-th of so many equal stretches of a batch; tokens keep their positions, and targets that are in the next."""
+    """Cuts one of so many equal ranges out of a batch. Tokens keep their positions, and targets from the next range."""
     tokens = batch["input_ids"]
     size = tokens.shape[1] // parts
     mine = slice(part * size, (part + 1) * size)
@@ -51,14 +51,14 @@ def terms(batch: Batch) -> int:
 
 
 def targets(batch: Batch) -> torch.Tensor:
-    """Pairs each token with the next, or IGNORED at a sample's end."""
+    """Pairs each token with the next; IGNORED at a sample's end."""
     return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Says what else of a mixture of experts is computed: the weights of the router's loss and of its z-loss, None for none; and
-    whether the tokens of each expert are counted."""
+    """Describes the extra computations of a mixture of experts: the weights of the router's loss and its z-loss (None for
+    none), and whether to count the tokens of each expert."""
 
     weight: float | None = None
     z_weight: float = 0.0
@@ -66,7 +66,7 @@ class Routing:
 
 
 def loss(model: torch.nn.Module, batch: Batch, routing: Routing, tiled: bool = False) -> Loss:
-    """Sums the cross entropy of a batch's tokens; adds what experts are trained by. `tiled`: without all logits."""
+    """Sums the cross entropy of a batch's tokens, and adds the losses of experts. `tiled`: without materializing all logits."""
     if not routing.counted:
         summed, outputs = _summed(model, batch, tiled)
         return Loss(summed, _parts(outputs, routing, None))
@@ -94,8 +94,8 @@ def _parts(outputs: Outputs, routing: Routing, seen: experts.RoutingWatch | None
 def evaluate(
     model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor, tiled: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Scores each sample: nats, predicted tokens, and the bytes behind them. `token_bytes`: int64 [2, vocabulary], of a token
-    inside a document, and as its first, on the batch's device. `tiled`: without all logits."""
+    """Scores each sample: nats, predicted tokens, and their bytes. `token_bytes`: int64 [2, vocabulary], for a token inside a
+    document, and as its first, on the batch's device. `tiled`: without materializing all logits."""
     goals = targets(batch)
     if tiled:
         with tiled_loss.each(model, goals):
@@ -115,21 +115,21 @@ def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary], and the targets with them. The logits are not sliced: that would copy them,
-    forwards and backwards."""
+    """Flattens logits to [tokens, vocabulary], and the targets with them. Doesn't slice the logits, which would copy them in
+    both passes."""
     return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:
-    """Chooses how many rows of logits the loss computes at once: as many as a CPU's caches hold, or as keep a GPU busy."""
+    """Chooses how many rows of logits the loss computes at once: enough to fit a CPU's caches, or to keep a GPU busy."""
     return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
 
-    The gradient is computed with the loss, a block of rows at a time, so no fp32 copy of the logits ever exists as a whole: at
-    8,192 tokens and a vocabulary of 128,256 that is 8 GB less. On a CPU it is as fast as torch's own.
+    The gradient is computed with the loss, a block of rows at a time, so no complete fp32 copy of the logits exists. At 8,192
+    tokens and a vocabulary of 128,256, that saves 8 GB. On a CPU it is as fast as torch's version.
     """
 
     @staticmethod

@@ -1,6 +1,5 @@
-"""Tests whether packed documents attend to each other in a model: a change of the text before a document boundary must not move
-the logits behind it. Each architecture's own code decides that, and no list of names could keep up with it.
-"""
+"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not
+change the logits after it. Each architecture's code decides that, and a list of names would become outdated."""
 
 from __future__ import annotations
 
@@ -22,23 +21,23 @@ _known: dict[str, float] = {}  # leaks that were measured in this process
 
 
 def require_apart(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model, with its attention, positions and checkpointing, keeps packed documents apart."""
+    """Raises ConfigError unless the model keeps packed documents apart, with its attention, positions, and checkpointing."""
     kind, how = recipe.config.model_type, [recipe.length, recipe.checkpointing, recipe.attention]
     try:
         leaked = tiny.remembered(_known, recipe, how, lambda: tiny.attempt(recipe, lambda small: leak(logits(small))))
     except tiny.UntriedError as e:
         raise ConfigError(
-            f"data.document_mask: could not try whether {kind!r} keeps packed documents apart ({e}); set it to false"
+            f"data.document_mask: can't check whether {kind!r} keeps packed documents apart ({e}). Set it to false"
         ) from e
     if not leaked <= TOLERANCE:
         raise ConfigError(
-            f"data.document_mask: packed documents see each other in {kind!r}: other text before a boundary moves the logits "
-            f"after it ({leaked:.1%} of the change before it); set it to false"
+            f"data.document_mask: {kind!r} attends across packed documents: text before a boundary changes the "
+            f"logits after it (by {leaked:.1%} of the change before it). Set it to false"
         )
 
 
 def packings() -> list[np.ndarray]:
-    """Makes samples [1, tokens] with the same last document: after one long document, another, and many short ones."""
+    """Makes samples [1, tokens] with the same last document: after one long document, a different one, and many short ones."""
     draw = np.random.default_rng(0)
     last = draw.integers(6, 90, LAST)
     before = [draw.integers(6, 90, BOUNDARY) for _ in range(2)]
@@ -50,7 +49,7 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Divides the difference of the logits [1, tokens, vocabulary] of `packings` behind the boundary by that before it."""
+    """Divides the difference of the logits [1, tokens, vocabulary] of `packings` after the boundary by that before it."""
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
     behind = max((o[:, BOUNDARY:] - first[:, BOUNDARY:]).abs().max().item() for o in others)
@@ -59,7 +58,7 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(small: LanguageModel) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model, whose weights give every part an effect."""
+    """Computes the logits of `packings` with a small model, in which every part has an effect."""
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)

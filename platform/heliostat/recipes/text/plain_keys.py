@@ -1,8 +1,8 @@
-"""Recognizes language models whose keys are right without a doubt, so that they are checked without transformers.
+"""Recognizes language models whose keys are certainly valid, to check them without transformers.
 
-Importing torch and a configuration class of transformers takes three seconds of processor time, most of what the check of a small
-job is. For the keys below transformers has no rules but these; tests/unit/test_plain_keys.py holds them against it. All other
-keys, and whatever is wrong, are left to transformers itself (`model_config`), and so is what to say about it.
+Importing torch and a configuration class of transformers takes three seconds of processor time, most of the check of a small
+job. For the keys below, transformers has only these rules; tests/unit/test_plain_keys.py compares them. `model_config` and
+transformers handle all other keys, and all errors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WITHOUT_HEAD_DIM = ("qwen2", "nanochat")  # a key that these do not have
 
 
 class Plain(BaseModel):
-    """Describes a dense model with grouped heads, all its sizes given."""
+    """Describes a dense model with grouped heads and explicit sizes."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -39,7 +39,7 @@ class Plain(BaseModel):
 
 
 def read(model: dict[str, object]) -> Plain | None:
-    """Reads the keys of a model that is right without a doubt; None for all others."""
+    """Reads the keys of a model that is certainly valid; None for all others."""
     keys = {key: value for key, value in model.items() if key != initial.KEY}
     try:
         plain = Plain.model_validate(keys)

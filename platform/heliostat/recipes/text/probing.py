@@ -1,6 +1,6 @@
-"""Tries, before a run begins, whether a language model can be computed as its job says; a ConfigError names the key if not.
+"""Tests, before a run begins, whether a language model supports what its job asks for; a ConfigError names the key if not.
 
-Most jobs are tried without torch, whose import takes seconds: each trial imports what it needs itself.
+Most jobs need no torch for that, whose import takes seconds: each trial imports what it needs itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ProbedModel(MixtureModel, Protocol):
-    """Lists what else trials read of a language model's recipe (`causal_lm.CausalLM`)."""
+    """Lists the further attributes of a language model's recipe that trials read (`causal_lm.CausalLM`)."""
 
     pretrained: str | None
     unbalanced: bool
@@ -32,7 +32,7 @@ class ProbedModel(MixtureModel, Protocol):
 
 
 def probe(recipe: ProbedModel) -> None:
-    """Tries kernels, what saves memory, weights, packing, experts and layouts, as far as the job asks for each."""
+    """Tests kernels, memory savers, weights, packing, experts, and parallelism, as far as the job asks for each."""
     configured, parallel = recipe.plain is None, recipe.job.train.parallel
     _require_kernels(recipe)
     _require_memory_savers(recipe)
@@ -60,7 +60,7 @@ def probe(recipe: ProbedModel) -> None:
 
 
 def _require_memory_savers(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the model cannot have its MLPs in tiles, or its activations checkpointed as the job says."""
+    """Raises ConfigError if the model doesn't support tiled MLPs or activation checkpointing as the job asks."""
     if recipe.tiled_mlp:
         from heliostat.recipes.text import tiled_mlp
 
@@ -72,7 +72,7 @@ def _require_memory_savers(recipe: ProbedModel) -> None:
 
 
 def _require_kernels(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the model cannot be computed by the kernels that the job names."""
+    """Raises ConfigError if the model doesn't support the kernels that the job names."""
     if recipe.attention:
         from heliostat.recipes.text import attention
 
@@ -87,11 +87,11 @@ def _require_kernels(recipe: ProbedModel) -> None:
         with torch.device("meta"):
             if not recipe.blocks(recipe.plainly().build()):
                 kind = recipe.config.model_type
-                raise ConfigError(f"train.compile: blocks: transformers does not tell the layers of {kind!r}; set it to true")
+                raise ConfigError(f"train.compile: blocks: transformers doesn't list the layers of {kind!r}. Set it to true")
 
 
 def _require_weights(recipe: ProbedModel) -> None:
-    """Raises ConfigError if the job's keys change which weights the pretrained model has."""
+    """Raises ConfigError if the job's keys change the shapes of the pretrained weights."""
     import torch
     from transformers import AutoModelForCausalLM
 

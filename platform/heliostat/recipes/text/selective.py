@@ -1,11 +1,12 @@
-"""Keeps what is dear of a checkpointed layer, for `train.activation_checkpointing: selective`: only the rest is recomputed.
+"""Keeps the expensive outputs of a checkpointed layer, for `train.activation_checkpointing: selective`; recomputes the rest.
 
-Dear are products with weights and fused attention: nearly all of the time, in tensors that grow with the tokens alone. Recomputed
-again are norms, activations, residuals, rotations, and attention that is written out, whose scores grow with the tokens' square.
+Expensive are products with weights and fused attention: nearly all of the time, in tensors that grow only with the tokens.
+Recomputed are norms, activations, residuals, rotations, and unfused attention, whose scores grow with the square of the
+tokens.
 
-The forward pass notes the outputs, in the order of the operations; when autograd plays the layer again it meets the same
-operations and gets the outputs instead. torch's own contexts (`create_selective_checkpoint_contexts`) refuse an output that the
-layer writes into later, as DeepSpeed's linear layers do at stage 3 with their bias; here it is copied before that.
+The forward pass records the outputs, in the order of the operations. When autograd recomputes the layer, it runs the same
+operations and gets the outputs instead. torch's contexts (`create_selective_checkpoint_contexts`) reject an output that the
+layer changes in place later, like DeepSpeed's linear layers with bias at stage 3; here it is copied before that.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ _passing = ContextVar("passing", default=False)
 
 
 def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
-    """Tells whether an operation is dear. What draws random numbers is not: where it was left out, those behind it would draw
-    others."""
+    """Checks whether an operation is expensive. Random operations aren't: skipping one would change the numbers of the later
+    ones."""
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
     assert isinstance(operation, torch._ops.OpOverload)  # as all are that have a kind
@@ -51,13 +52,13 @@ def _kind(operation: Operation) -> str:
 
 
 def is_kept(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
-    """Tells whether an operation's outputs are kept here: it is dear, and not in `passing`."""
+    """Checks whether an operation's outputs are kept here: it is expensive, and not in `passing`."""
     return not _passing.get() and is_dear(operation, args, kwargs)
 
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Keeps nothing of what is computed in it."""
+    """Keeps no outputs of the operations inside."""
     token = _passing.set(True)
     try:
         yield
@@ -66,14 +67,14 @@ def passing() -> Iterator[None]:
 
 
 def contexts() -> tuple[Keeping, Giving]:
-    """Makes the contexts of a layer's forward pass and of its replay, as `torch.utils.checkpoint` takes them."""
+    """Makes the contexts of a layer's forward pass and of its recomputation, in the form of `torch.utils.checkpoint`."""
     keeping = Keeping()
     return keeping, Giving(keeping.kept)
 
 
 @dataclass(frozen=True)
 class KeptOutputs:
-    """Holds what was kept of an operation: outputs, None for one that is computed again, and how often each was written into."""
+    """Holds the kept outputs of an operation (None for one that is recomputed), and how often each was changed in place."""
 
     operation: Operation | None
     out: object
@@ -85,7 +86,7 @@ class KeptOutputs:
 
     @property
     def is_other(self) -> bool:
-        """Tells whether an output was written into since."""
+        """Checks whether an output was changed in place since."""
         return self.versions != tuple(t._version for t in _tensors(self.out))
 
 
@@ -93,7 +94,7 @@ NOTHING = KeptOutputs(None, None, ())
 
 
 class Keeping(TorchDispatchMode):
-    """Notes the outputs of dear operations; None for one whose outputs are not to be kept."""
+    """Records the outputs of expensive operations; None for one whose outputs aren't kept."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class Keeping(TorchDispatchMode):
 
     @property
     def bytes(self) -> int:
-        """Counts what is kept by now, before any of it is given."""
+        """Counts the bytes kept so far, before any output is used."""
         return sum({_storage(t): t.untyped_storage().nbytes() for kept in self.kept for t in _tensors(kept.out)}.values())
 
     def __torch_dispatch__(
@@ -120,7 +121,7 @@ class Keeping(TorchDispatchMode):
 
 
 class Giving(TorchDispatchMode):
-    """Gives dear operations the outputs that were kept of them, once."""
+    """Returns the kept outputs to expensive operations, once each."""
 
     def __init__(self, kept: list[KeptOutputs]) -> None:
         super().__init__()
@@ -138,16 +139,16 @@ class Giving(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         kept = self.kept[self.place] if self.place < len(self.kept) else NOTHING
         if kept.operation is not func:
-            raise RuntimeError(f"a layer that is computed again computes {func}, and what was kept is of {kept.operation}")
+            raise RuntimeError(f"a recomputed layer calls {func}, but the saved output is of {kept.operation}")
         if kept.is_other:
-            raise RuntimeError(f"what was kept of {func} was written into after the layer's forward pass")
+            raise RuntimeError(f"the saved output of {func} was changed in place after the layer's forward pass")
         self.kept[self.place] = NOTHING
         self.place += 1
         return func(*args, **(kwargs or {})) if kept.out is None else kept.out
 
 
 def written(func: Operation, args: Sequence[object], kwargs: Mapping[str, object]) -> list[int]:
-    """Lists the storages that an operation writes into."""
+    """Lists the storages that an operation writes to."""
     if not (schema := getattr(func, "_schema", None)) or not schema.is_mutable:
         return []
     arguments = [(a, args[i] if i < len(args) else kwargs.get(a.name)) for i, a in enumerate(schema.arguments)]
@@ -163,7 +164,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _detached(value: object) -> object:
-    """Detaches a tensor, which continues to be counted as written into whenever that one is."""
+    """Detaches a tensor; in-place changes of the original still count for it."""
     if not isinstance(value, torch.Tensor):
         return value
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # beneath autograd that is not so

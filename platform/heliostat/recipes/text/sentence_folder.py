@@ -1,11 +1,11 @@
-"""Writes and reads what `sentence-transformers` keeps next to a model: how an embedding is made of its hidden states.
+"""Writes and reads the files of `sentence-transformers` next to a model: how its hidden states become an embedding.
 
     modules.json                    the model, the pooling, and the normalisation, in their order
     1_Pooling/config.json           which pooling
     sentence_bert_config.json       how many tokens of a text are seen
     config_sentence_transformers.json
 
-A folder with other modules than these (a dense layer, say) is refused: its embeddings would be others than its makers'.
+A folder with other modules, for example a dense layer, is rejected, because its embeddings would differ from the original's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)
 
 @dataclass(frozen=True)
 class Embedding:
-    """Describes how a text is embedded: the pooling, and the tokens of it that are seen (None: as many as the model takes)."""
+    """Describes how a text is embedded: the pooling, and the maximum number of tokens (None: the model's)."""
 
     pooling: str
     max_tokens: int | None
@@ -56,9 +56,9 @@ def _write(path: Path, value: object) -> None:
 
 
 def read(folder: Path) -> Embedding | None:
-    """Reads how the folder's model embeds; None if it does not say; ConfigError if it is a way that is not known here.
+    """Reads how the folder's model embeds; None if it isn't recorded; ConfigError if it isn't supported.
 
-    A folder without a list of modules may have the pooling alone.
+    A folder without a list of modules may have only the pooling.
     """
     if not embeds(folder):
         return None
@@ -68,24 +68,24 @@ def read(folder: Path) -> Embedding | None:
 
 
 def embeds(folder: Path) -> bool:
-    """Tells whether a folder holds an embedder: a model that says how its states become an embedding."""
+    """Checks whether a folder holds an embedder: a model that records how its states become an embedding."""
     return (folder / MODULES).is_file() or (folder / POOLING / "config.json").is_file()
 
 
 def pooling_file(folder: Path) -> Path:
-    """Finds the file of an embedder's folder that says which pooling; ConfigError if it has other modules than are known here."""
+    """Finds the pooling file of an embedder's folder; ConfigError if it has unsupported modules."""
     if not (folder / MODULES).is_file():
         return folder / POOLING / "config.json"
     modules = {
         str(module.get("type", "")).rpartition(".")[2]: str(module.get("path", "")) for module in LIST.read(folder / MODULES)
     }
     if unknown := sorted(set(modules) - set(KINDS)):
-        raise ConfigError(f"{folder / MODULES}: a module {unknown[0]!r} is not known here; known: {', '.join(KINDS)}")
+        raise ConfigError(f"{folder / MODULES}: module {unknown[0]!r} isn't supported. Supported: {', '.join(KINDS)}")
     if "Pooling" not in modules or modules.get("Transformer"):
-        raise ConfigError(f"{folder / MODULES}: names no model in this folder with a pooling; take another model")
+        raise ConfigError(f"{folder / MODULES}: lists no pooling for a model in this folder. Use another model")
     place = Path(modules["Pooling"])
     if place.is_absolute() or ".." in place.parts:
-        raise ConfigError(f"{folder / MODULES}: its pooling lies outside of the folder; take another model")
+        raise ConfigError(f"{folder / MODULES}: its pooling is outside the folder. Use another model")
     return folder / place / "config.json"
 
 
@@ -93,11 +93,11 @@ def _pooling(place: Path) -> str:
     try:
         said = SETTINGS.read(place)
     except OSError as e:
-        raise ConfigError(f"{place}: cannot be read ({e.strerror}); is the folder whole?") from e
+        raise ConfigError(f"{place}: can't read it ({e.strerror}). Copy the folder again") from e
     named = said.get(MODE)
     chosen = [named] if isinstance(named, str) else [key.removeprefix(f"{MODE}_") for key, on in said.items()
                                                      if key.startswith(f"{MODE}_") and on is True]  # fmt: skip
     ways = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
     if len(ways) != 1 or ways[0] not in WAYS.values():
-        raise ConfigError(f"{place}: pools by {', '.join(ways)}; known: one of {', '.join(WAYS.values())}")
+        raise ConfigError(f"{place}: pooling by {', '.join(ways)} isn't supported. Supported: one of {', '.join(WAYS.values())}")
     return ways[0]

@@ -31,8 +31,8 @@ class TextServer(PythonModel):
 
 
 def take_sampling(model: Any) -> list[int]:
-    """Takes from a model how its folder's generation_config.json samples, as penalties, so that it draws by what is asked for
-    alone; returns the tokens that it names as ends."""
+    """Removes the sampling settings of a folder's generation_config.json from a model, such as penalties, so that only the
+    request's apply; returns the end tokens that it names."""
     named = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()
     return [] if named is None else [named] if isinstance(named, int) else list(named)
@@ -40,14 +40,14 @@ def take_sampling(model: Any) -> list[int]:
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int,
                   ends: Sequence[int] = ()) -> str:  # fmt: skip
-    """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the likeliest token."""
+    """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the most likely token."""
     ids = tokenizer(prompt or tokenizer.bos_token)["input_ids"]
     return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed, ends)
 
 
 def continue_tokens(model: Any, tokenizer: Any, prompt: list[int], max_tokens: int, temperature: float, top_p: float, seed: int,
                     ends: Sequence[int] = ()) -> str:  # fmt: skip
-    """Generates the continuation of tokens. `ends`: what ends it, in addition to the tokenizer's end."""
+    """Generates the continuation of tokens. `ends`: end tokens in addition to the tokenizer's."""
     ids = torch.tensor([prompt], device=model.device)
     torch.manual_seed(seed)
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -1,8 +1,8 @@
-"""Computes the logits and their cross entropy a tile of tokens at a time, for `train.tiled_loss`: no more logits ever exist.
+"""Computes the logits and their cross entropy a tile of tokens at a time, for `train.tiled_loss`.
 
-The last layer of a model is given the targets for the length of a pass, and answers with losses instead of logits. Their
-gradients are computed with them, tile by tile, so the products are as many as with whole logits; what is kept is the gradient of
-the layer's input, and of its weight in fp32.
+The last layer of a model gets the targets during a pass, and returns losses instead of logits. Their gradients are computed
+with them, tile by tile, so there are as many products as with complete logits. What is kept is the gradient of the layer's
+input, and of its weight in fp32.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 
 
 def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
-    """Chooses how many tokens make a tile: so many logits as keep a GPU busy, fewer on a CPU."""
+    """Chooses the number of tokens per tile: enough logits to keep a GPU busy, fewer on a CPU."""
     return max(1, (1 << 22 if hidden.device.type == "cpu" else 1 << 28) // vocabulary)
 
 
 @contextmanager
 def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes give the sum of its losses in place of logits."""
+    """Makes the model's passes return the sum of its losses instead of logits."""
     with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
 @contextmanager
 def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes give each token's loss in place of its logits, without gradients."""
+    """Makes the model's passes return each token's loss instead of its logits, without gradients."""
 
     def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = tile_rows(hidden, len(weight))
@@ -55,7 +55,7 @@ def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def _answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
-    """Makes the last layer answer with this function of its input, weight and bias: inside the layer, where ZeRO-3 has gathered
+    """Makes the last layer return this function of its input, weight, and bias: inside the layer, where ZeRO-3 has gathered
     them."""
     module: Any = getattr(model, "module", model)
     head = module.get_output_embeddings()
@@ -110,19 +110,21 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model's logits are its last layer's, and nothing is made of them afterwards."""
+    """Raises ConfigError unless the model's logits are its last layer's outputs, without later changes."""
     fault = tiny.tried(recipe, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: logits of {recipe.config.model_type!r} cannot be computed in tiles: {fault}; set it to false")
+        raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set it to false")
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with those of whole logits."""
+    """Compares the loss and the gradient of a small model in tiles with those of complete logits."""
     model = small.build()
     if model.get_output_embeddings() is None:
-        return "it has no layer of its own for them"
+        return "it has no output layer"
     faults = []
     for small.tiled in (False, True):
         faults.append(tiny.loss_and_gradient(small, model))
     whole, mine = faults
-    return "" if tiny.same(whole, mine, TOLERANCE) else "something is made of them after the last layer, such as a scale or a cap"
+    return (
+        "" if tiny.same(whole, mine, TOLERANCE) else "it changes the logits after the last layer, for example by a scale or a cap"
+    )

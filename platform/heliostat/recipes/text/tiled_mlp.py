@@ -1,9 +1,8 @@
-"""Computes the MLP of each layer a tile of tokens at a time, for `train.tiled_mlp`: what is inside it exists for one tile alone.
+"""Computes the MLP of each layer a tile of tokens at a time, for `train.tiled_mlp`: its inner activations exist for one tile.
 
-An MLP computes each token by itself. Forwards nothing is kept but its input; backwards each tile is computed again, and its
-gradients with it. Those of the weights are summed over the tiles here, in fp32: to autograd, and to the hooks of ZeRO on it, the
-MLP is one operation with one gradient for each of its parameters. At ZeRO-3 they are gathered for the whole of it
-(`gathered_whole`), once forwards and once backwards.
+An MLP computes each token independently. The forward pass keeps only its input; the backward pass recomputes each tile with
+its gradients. This module sums the gradients of the weights over the tiles in fp32. For autograd and ZeRO's hooks, the MLP is
+one operation with one gradient per parameter. ZeRO-3 gathers the parameters once for each pass (`gathered_whole`).
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ByteMeter(AbstractContextManager["ByteMeter"], Protocol):
-    """Counts the bytes that autograd keeps of what is computed in it."""
+    """Counts the bytes that autograd keeps of the computations inside."""
 
     total: int
 
 
 class UnfitForTiles(Exception):
-    """Says why a model's MLPs cannot be computed in tiles."""
+    """Explains why a model's MLPs can't be computed in tiles."""
 
 
 def tile_rows(width: int) -> int:
-    """Chooses how many tokens make a tile, by the width of what the MLP is given: as many, so that the inside of a tile is about
-    as large as the MLP's matrices, and the products stay bound by arithmetic."""
+    """Chooses the number of tokens per tile from the width of the MLP's input, so that the inside of a tile is about as large
+    as the MLP's matrices, and the products stay compute-bound."""
     return width
 
 
@@ -52,7 +51,7 @@ TILE_ROWS = tile_rows  # whatever stands in its place where operations are count
 
 
 def use(model: torch.nn.Module, rows: int | None = None) -> None:
-    """Makes a model's MLPs compute in tiles, of `rows` tokens if it is given; Unfit if a layer has none."""
+    """Makes a model's MLPs compute in tiles, of `rows` tokens if given; UnfitForTiles if a layer has none."""
     for mlp in modules(model):
         mlp.forward = partial(_forward, mlp, mlp.forward, rows)
         mlp.gathered_whole = True
@@ -68,26 +67,26 @@ def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
 
 
 def modules(model: torch.nn.Module) -> list[Any]:
-    """Lists the MLPs of a model's layers; Unfit if a layer has none."""
+    """Lists the MLPs of a model's layers; UnfitForTiles if a layer has none."""
     layers = []
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
         if len(own) != 1:
-            raise UnfitForTiles("there are layers without an MLP that is a module of its own")
+            raise UnfitForTiles("some layers have no MLP module")
         layers += own
     if not layers:
-        raise UnfitForTiles("transformers has no list of its layers")
+        raise UnfitForTiles("transformers doesn't list its layers")
     return layers
 
 
 def _sparse(module: torch.nn.Module) -> bool:
-    """Tells whether a module holds experts, to which tokens are sent."""
+    """Checks whether a module holds experts that tokens are sent to."""
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
 def _forward(mlp: torch.nn.Module, compute: Compute, rows: int | None, hidden: torch.Tensor, *more: object) -> torch.Tensor:
     if more:
-        raise UnfitForTiles("they take more than the layer's hidden state")
+        raise UnfitForTiles("its MLPs take more inputs than the layer's hidden state")
     rows = rows or tile_rows(hidden.shape[-1])
     if not torch.is_grad_enabled():
         return _in_tiles(compute, hidden, rows)
@@ -105,8 +104,8 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 
 class KeepForBackward(torch.autograd.Function):
-    """Keeps a tensor for the backward pass of what is computed of it next. Before that is computed: a layer that is checkpointed
-    is recomputed as far as there is something to keep, and so not through its MLP, which plays its tiles itself."""
+    """Keeps a tensor for the backward pass of the operation after it. The recomputation of a checkpointed layer ends at the
+    last kept tensor, so it skips the MLP, which recomputes its own tiles."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -119,8 +118,8 @@ class KeepForBackward(torch.autograd.Function):
 
 
 class TiledMlp(torch.autograd.Function):
-    """Computes an MLP of what `KeepForBackward` has kept, and the gradients of that and of its weights, in tiles
-    of `rows` tokens."""
+    """Computes an MLP from the input that `KeepForBackward` kept, and the gradients of the input and the weights, in tiles of
+    `rows` tokens."""
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, rows: int, hidden: torch.Tensor, *weights: torch.nn.Parameter) -> torch.Tensor:
@@ -148,31 +147,32 @@ class TiledMlp(torch.autograd.Function):
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless every layer of the model has an MLP that computes each token by itself, and draws no numbers."""
+    """Raises ConfigError unless every layer of the model has an MLP that computes each token independently, without random
+    numbers."""
     kind, whole = recipe.config.model_type, copy.copy(recipe)
     whole.tiled_mlp = False
-    fault = "its layers have experts in their place" if recipe.routes else tiny.tried(whole, _fault)
+    fault = "its layers have experts instead of MLPs" if recipe.routes else tiny.tried(whole, _fault)
     if fault:
-        raise ConfigError(f"{KEY}: MLPs of {kind!r} cannot be computed in tiles: {fault}; set it to false")
+        raise ConfigError(f"{KEY}: not supported for {kind!r}: {fault}. Set it to false")
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with those of whole MLPs."""
+    """Compares the loss and the gradient of a small model in tiles with those of complete MLPs."""
     try:
         model = small.build()
         if _draws(small, model):
-            return "they draw random numbers, which would be others in tiles (set the model's dropout to 0)"
+            return "its MLPs draw random numbers, which differ in tiles (set the model's dropout to 0)"
         whole = tiny.loss_and_gradient(small, model)
         use(model, TRIED)
         same = tiny.same(whole, tiny.loss_and_gradient(small, model), TOLERANCE)
     except UnfitForTiles as e:
         return str(e)
-    return "" if same else "they do not compute each token by itself"
+    return "" if same else "its MLPs don't compute each token independently"
 
 
 @torch.no_grad()
 def _draws(small: LanguageModel, model: PreTrainedModel) -> bool:
-    """Tells whether an MLP takes random numbers in training."""
+    """Checks whether an MLP draws random numbers in training."""
     before, drew = list[torch.Tensor](), list[bool]()
     handles = [h for mlp in modules(model) for h in (
         mlp.register_forward_pre_hook(lambda *_: before.append(torch.get_rng_state())),

@@ -1,8 +1,8 @@
-"""Compares two tokenizers, and counts the bytes of text that each token of one stands for. Two are equal if the same text has the
-same tokens in both, and each token stands for the same text.
+"""Compares two tokenizers, and counts the bytes of text of each token. Two tokenizers are equal if every text has the same
+tokens in both, and each token has the same text.
 
-Files cannot be compared: the same tokenizer is written in many ways. What does not matter to training is left out: templates,
-padding and truncation, and special tokens that only one of them has, because no text is ever given one.
+Files can't be compared, because the same tokenizer can be written in many ways. The comparison ignores what doesn't affect
+training: templates, padding, truncation, and special tokens that only one of them has, because no text contains them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
 
 
 def of_folder(folder: Path) -> bytes:
-    """Reads a model folder's tokenizer.json, or makes it from what else is there; ConfigError if nothing can be read."""
+    """Reads a model folder's tokenizer.json, or makes it from the other files; ConfigError if nothing is readable."""
     file = folder / "tokenizer.json"
     if file.is_file():
         return file.read_bytes()
@@ -30,16 +30,14 @@ def of_folder(folder: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
-        raise ConfigError(
-            f"model.pretrained: {str(folder)!r} holds no tokenizer that can be read; put its tokenizer.json there"
-        ) from e
+        raise ConfigError(f"model.pretrained: {str(folder)!r} holds no readable tokenizer. Copy its tokenizer.json there") from e
 
 
 def load(definition: bytes, owner: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(definition.decode())
     except Exception as e:  # the library raises bare Exception
-        raise ConfigError(f"{owner}: its tokenizer.json is none of the tokenizers library ({e})") from e
+        raise ConfigError(f"{owner}: the tokenizers library can't read its tokenizer.json ({e})") from e
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
@@ -60,7 +58,7 @@ def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | N
         sizes = f"of {len(plain[0]):,} and {len(plain[1]):,} tokens"
         return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's and {where[1]} in the model's"
     if ours["model"].get("merges") != theirs["model"].get("merges"):
-        return "the same tokens, but other merges"
+        return "the tokens are equal, but the merges differ"
     for key in sorted({*ours["model"], *theirs["model"]} - {"vocab", "merges"}):
         if ours["model"].get(key) != theirs["model"].get(key):
             return f"{key} is {ours['model'].get(key)!r} in the dataset's and {theirs['model'].get(key)!r} in the model's"
@@ -79,7 +77,7 @@ FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
-    """Counts the bytes behind each of the tokens 0 to `count` - 1: inside a document, and as its first; 0 if it is missing."""
+    """Counts the bytes of each of the tokens 0 to `count` - 1: inside a document, and as its first; 0 for a missing token."""
     added = tokenizer.get_added_tokens_decoder()
     kinds = set(_kinds(json.loads(tokenizer.to_str())["decoder"]))
     vocabulary = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items() if i < count}
@@ -115,12 +113,12 @@ def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _writes_a_space(tokenizer: Tokenizer) -> bool:
-    """Tests whether a document that begins without a space gets the tokens of one that begins with it."""
+    """Tests whether a document gets the same tokens with and without a leading space."""
     return tokenizer.encode("a", add_special_tokens=False).ids == tokenizer.encode(" a", add_special_tokens=False).ids
 
 
 def _between(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Counts the bytes that each token adds between two others: decoders write spaces before, behind or within words."""
+    """Counts the bytes that each token adds between two others: decoders write spaces before, after, or within words."""
     anchor = next((i for i in tokens if re.fullmatch("[A-Za-z]+", tokenizer.decode([i]).strip())), None)
     around = [] if anchor is None else [anchor]
     without = len(tokenizer.decode([*around, *around]).encode())

@@ -55,7 +55,7 @@ def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
         try:
             text = page(gather(dataset))
         except (HeliostatError, OSError) as e:
-            log.warning("%s: what made it cannot be read, so the run has no page about it (%s)", dataset.location, e)
+            log.warning("%s: can't read the record of how it was made, so the run has no page about it (%s)", dataset.location, e)
             continue
         yield f"data/{dataset.location.name}-{dataset.digest[:8]}.html", text
 
@@ -150,7 +150,7 @@ def _funnel(report: Told) -> str:
             )
         )
     head = ["stage", "came", "kept", "dropped", "of those that came", "bytes", "CPU seconds", "MB/s a core", "price"]
-    return svg.bars("documents that are left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
+    return svg.bars("documents left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 
 def _costs(report: Told) -> list[str]:

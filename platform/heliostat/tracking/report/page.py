@@ -2,7 +2,7 @@
 
     html = page(gather(client, run))
 
-It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat report` writes. Which
+It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat run report` writes. Which
 curves it has, and in which charts, is declared in `metrics.METRICS`. All text from outside is escaped.
 """
 

@@ -174,9 +174,9 @@ class Attempt:
             return []
         self._draining = None
         if lost:
-            log.warning("%d events of the workers, the oldest, were lost: the driver was too slow for them", lost)
+            log.warning("dropped the oldest %d events of the workers, because the driver was too slow for them", lost)
         if stale:
-            log.debug("%d heartbeats, orders, or questions of earlier attempts were dropped", stale)
+            log.debug("dropped %d heartbeats, orders, or questions of earlier attempts", stale)
         now = time.monotonic()
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
         for attempt, event in posted:
@@ -238,8 +238,8 @@ class Attempt:
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
         limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
         if nodes.starved_now(self.job, beating):
-            short = f"workers.cpus: {self.job.workers.cpus:g} a worker leave no node the CPU that reading the data needs"
-            return f"{short}; {limit}: lower workers.cpus, or add a node"
+            short = f"workers.cpus: {self.job.workers.cpus:g} per worker leaves no node a CPU to read the data"
+            return f"{short}; {limit}. Lower workers.cpus, or add a node"
         waited = time.monotonic() - self._reading > nodes.SAY_S
         if os.environ.get("RAY_ADDRESS") and waited and (crowd := nodes.crowded_now(self.job)):
             return f"{crowd}; {limit}"
@@ -257,7 +257,7 @@ class Attempt:
             suspects = watchdog.frozen(self._heartbeats, now, limit)  # before the stacks, which take time
             where, stacks = self._keep_stacks()
             who = self._held_up(stacks)
-            fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}; the workers' stacks are in {where}")
+            fault = StalledError(f"{reason} (watchdog: {limit:g} s): {who}. Read the workers' stacks in {where}")
             fault.suspects = suspects
             self._decide(orders.FaultFound(fault))
 
@@ -290,7 +290,7 @@ class Attempt:
         thread.join(END_S)
         self._drain()
         if thread.is_alive():
-            raise TrainingError(f"Ray did not see within {END_S:.0f} s that the workers had ended") from self._watch.fault
+            raise TrainingError(f"Ray didn't report the end of the workers within {END_S:.0f} s") from self._watch.fault
 
     # the workers -----------------------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Attempt:
             copies = self.start.memory.plan(self._mailbox.attempt, members, self.start.source)
             parts = self._dealt(members)
         except ray.exceptions.RayError as e:
-            raise TrainingError(f"the workers could not be brought together: {type(e).__name__}: {brief(e)}") from e
+            raise TrainingError(f"can't connect the workers: {type(e).__name__}: {brief(e)}") from e
         ended = self._gather(
             {
                 member.actor.run.remote(place, self._config(part, copies)): member
@@ -344,7 +344,7 @@ class Attempt:
             if done or self._reported:
                 self._decide(orders.WorkerEnded(bool(ended.failures or self._reported), time.monotonic()))
             if not done and isinstance(self._decide(orders.Clock(time.monotonic())), orders.EndLate):
-                log.warning("%d workers did not end within %.0f s of another, and were ended", len(waiting), SETTLE_S)
+                log.warning("ended %d workers that didn't end within %.0f s of another", len(waiting), SETTLE_S)
                 ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended

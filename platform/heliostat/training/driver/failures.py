@@ -82,7 +82,7 @@ class Failure:
             return faults.message(self.own).removeprefix(FAILED)
         if self.own is not None:
             return faults.describe(self.own)
-        return "did not end after another worker had ended" if self.error is None else _death(self.error)
+        return "didn't end after another worker had ended" if self.error is None else _death(self.error)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Ends a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
 
 While its workers still train, `WarmUp` imports what that takes, and `Beside` scores the run's checkpoints on tasks
-(`evaluate.benchmarks`): `heliostat benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its own.
-No worker waits for it, and if it fails the run does not.
+(`evaluate.benchmarks`): `heliostat model benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its
+own. No worker waits for it, and if it fails the run does not.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ WAIT_S = 120.0  # the longest that the end of a run waits for imports that it wo
 NICE = 10
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
 LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
-    True: "is of no kind that MLflow serves; `heliostat export` writes the model as a folder",
-    False: "is not exported; what the run leaves are its checkpoints",
+    True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat model export",
+    False: "doesn't support export. The run leaves its checkpoints",
 }
 
 
@@ -69,7 +69,7 @@ def finalize(
             samples = recipe.demonstrate(folder)
     if model_uri is None:
         what = LEFT[isinstance(checked.recipe, Exports)]
-        log.warning("no model is logged, because %s %s", job.recipe, what)
+        log.warning("no model logged: %s %s", job.recipe, what)
     owner.describe(model_uri, samples)
     result = {"run_id": owner.run_id, **summary, "model_uri": model_uri, "checkpoint": str(last.location)}
     result["reference"] = {m.location.name: m.meta.get("unigram_entropy") for m in checked.manifests}
@@ -130,7 +130,7 @@ class Beside:
         if self.asked is None or (self._process and self._process.poll() is None):
             return
         run = self.job.run_folder
-        command = ["benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
+        command = ["model", "benchmark", run.uri, self.asked.suite, "--follow", "--every", str(self.asked.every), "--out",
                    run.join(paths.BENCHMARKS, "followed.json").uri, "--json"]  # fmt: skip
         self._process = subprocess.Popen(
             ["nice", "-n", str(NICE), sys.executable, "-m", "heliostat", *command],
@@ -141,15 +141,17 @@ class Beside:
         """Waits for the last scores, at most `evaluate.benchmarks.wait`; says so if they are not there then."""
         if self.asked is None or self._process is None:
             return
-        again = f"heliostat benchmark {self.job.run_folder} {self.asked.suite} --follow"
+        again = f"heliostat model benchmark {self.job.run_folder} {self.asked.suite} --follow"
         try:
             code = self._process.wait(self.asked.wait)
         except subprocess.TimeoutExpired:
             self.end()
-            log.warning("evaluate.benchmarks: not all is scored after %g s; `%s` continues", self.asked.wait, again)
+            log.warning(
+                "evaluate.benchmarks: not all checkpoints are scored after %g s. Continue with: %s", self.asked.wait, again
+            )
             return
         if code:
-            log.warning("evaluate.benchmarks: scoring ended with exit code %d; `%s` continues", code, again)
+            log.warning("evaluate.benchmarks: scoring ended with exit code %d. Continue with: %s", code, again)
 
     def end(self) -> None:
         """Ends the process; what it has scored stays."""

@@ -53,11 +53,13 @@ class Spending:
         """Returns the limit that is reached, with what the run has taken; empty if none is."""
         hours, worker_hours = self._ledger.spent()
         spent = worker_hours * (self._rate or 0.0)
-        scope = "over all commands" if self._ledger.complete else "in this command; the ledger of earlier ones can't be read"
+        scope = "over all commands" if self._ledger.complete else "in this command; can't read the ledger of earlier ones"
         if self.limits.hours and hours >= self.limits.hours:
-            self.reached = f"limits.hours: {self.limits.hours:g} h are used up ({hours:.2f} h {scope})"
+            self.reached = f"limits.hours: the limit of {self.limits.hours:g} h is reached ({hours:.2f} h {scope})"
         elif self.limits.cost and spent >= self.limits.cost:
-            self.reached = f"limits.cost: {self.limits.cost:g} {_table()['currency']} are used up ({spent:.2f} {scope})"
+            self.reached = (
+                f"limits.cost: the limit of {self.limits.cost:g} {_table()['currency']} is reached ({spent:.2f} {scope})"
+            )
         return self.reached
 
     def require_left(self) -> None:
@@ -65,7 +67,7 @@ class Spending:
         self.look([])
         if reached := self.check():
             self.reached = ""
-            raise ConfigError(f"{reached}; raise it to continue")
+            raise ConfigError(f"{reached}. Raise it to continue")
 
 
 def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
@@ -84,7 +86,7 @@ def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     known = {kind: devices.get(kind.split("-")[0]) for kind in kinds}
     if unknown := sorted(kind for kind, device in known.items() if device is None):
         names = ", ".join(sorted(d for d in devices if d != "cpu"))
-        raise ConfigError(f"limits.cost: the price of {unknown[0]} isn't in the price table (it has {names}); use limits.hours")
+        raise ConfigError(f"limits.cost: the price table has no price for {unknown[0]} (it has {names}). Use limits.hours")
     prices = [device["hour"] for device in known.values()]
     return workers.gpus * max(prices) if prices else None
 

@@ -65,7 +65,11 @@ class Memory:
             damaged = [rank for rank in range(world) if not holders[rank]]
             if not damaged:
                 return CopySource(id, step, world, holders, at_least)
-            log.warning("step %d: the copy of worker %d in memory is damaged (checksum), and is not used", step, damaged[0])
+            log.warning(
+                "step %d: the in-memory checkpoint of worker %d is damaged (checksum), so heliostat doesn't use it",
+                step,
+                damaged[0],
+            )
         return None
 
     def plan(self, attempt: int, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
@@ -81,7 +85,7 @@ class Memory:
             {n: k.begin.remote(attempt, source and source.id) for n, k in self._keepers.items()}, ANSWER_S
         )
         if refused := sum(living.values()):
-            log.debug("%d copies in memory that came after their attempt had ended were refused", refused)
+            log.debug("rejected %d in-memory checkpoints that came after their attempt had ended", refused)
         for node in nodes:
             if node not in living:
                 self._keepers[node] = memory_keeper.make(node, attempt, environment)
@@ -96,7 +100,7 @@ class Memory:
             try:
                 answers[node] = ray.get(call, timeout=0 if call in done else 0.001)
             except ray.exceptions.RayError as e:
-                log.debug("the copies in the memory of node %s are gone: %s", node, e)
+                log.debug("the in-memory checkpoints on node %s are lost: %s", node, e)
                 if keeper := self._keepers.pop(node, None):  # None: it was forgotten while an older generation was looked for
                     ray.kill(keeper)
         return answers

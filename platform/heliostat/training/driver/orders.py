@@ -1,8 +1,8 @@
 """Decides what the driver orders the workers of an attempt, and when it gives them up.
 
-`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability.md has the table. All times are
-seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they are ordered to
-stop, of some seconds once one of them has failed or ended, and else the watchdog's.
+`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability/driver-states.md has the table.
+All times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they
+are ordered to stop, of some seconds once one of them has failed or ended, and else the watchdog's.
 """
 
 from __future__ import annotations
@@ -136,15 +136,15 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case PhaseBegun(phase=phase):
             return replace(watch, phase=phase), None
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase in STEPPING:
-            why = f"{by}: stopping after a checkpoint; once more stops at once"
+            why = f"{by}: stopping after a checkpoint. Repeat it to stop at once"
             return _order(replace(watch, asked_by=by), INTERRUPTED, why, event.now + watch.grace)
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase != "ended":
-            return _give_up(watch, StoppedError(f"stopped by {by} before the first step; nothing was lost"))
+            return _give_up(watch, StoppedError(f"stopped by {by} before the first step. No progress was lost"))
         case NodesLeaving(count=count) if watch.ordered < PREEMPTED and watch.phase == "stepped":
-            why = f"{count} of the run's nodes are about to go: stopping after a checkpoint"
+            why = f"{count} of the run's nodes are about to leave: stopping after a checkpoint"
             return _order(watch, PREEMPTED, why, event.now + watch.grace)
         case RoomFound(workers=workers) if watch.ordered < RESIZE and watch.phase == "stepped":
-            why = f"there is room for {workers} workers: growing after the next checkpoint"
+            why = f"the cluster has room for {workers} workers: adding them after the next checkpoint"
             return _order(watch, RESIZE, why, watch.stop_by)  # which is due anyway
         case WorkerEnded(failed=failed, now=now):
             back_by = now + watch.settle if watch.back_by == math.inf else watch.back_by
@@ -156,7 +156,7 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
         case Clock(now=now) if now > watch.stop_by and not watch.fault:
             what = f"the workers wrote no checkpoint within checkpoint.grace ({watch.grace:g} s)"
             interrupted = watch.ordered == INTERRUPTED
-            return _give_up(watch, StoppedError(f"stopped by {watch.asked_by}; {what}") if interrupted else StalledError(what))
+            return _give_up(watch, StoppedError(f"stopped by {watch.asked_by}: {what}") if interrupted else StalledError(what))
         case FaultFound(error=error):
             return _give_up(watch, error)
     return watch, None

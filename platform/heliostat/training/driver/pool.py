@@ -138,7 +138,7 @@ class WorkerPool:
 
     def _go_on(self) -> None:
         if self._closed.is_set():
-            raise PlacementError("the workers are no longer wanted")
+            raise PlacementError("the run no longer needs the workers")
 
     def _give_back(self, slots: Iterable[int]) -> None:
         slots = list(slots)
@@ -163,7 +163,7 @@ class WorkerPool:
             try:
                 spent = ray.get(call, timeout=max(0.0, until - time.monotonic()))["spent"]
             except ray.exceptions.RayError as e:
-                log.debug("a worker's process is not used again: %s", e)
+                log.debug("a worker's process can't be reused: %s", e)
                 spent = True
             if spent:
                 self.drop(member)
@@ -200,11 +200,11 @@ class WorkerPool:
             self._go_on()
             if waiting and time.monotonic() > until:
                 late = f"{len(waiting)} of {len(calls)}"
-                raise TrainingError(f"the workers' processes could not be started: {late} did not answer within {START_S:.0f} s")
+                raise TrainingError(f"can't start the workers' processes: {late} didn't answer within {START_S:.0f} s")
         try:
             return {slot: ray.get(answer) for slot, answer in calls.items()}
         except ray.exceptions.RayError as e:
-            raise TrainingError(f"the workers' processes could not be started: {brief(e)}") from e
+            raise TrainingError(f"can't start the workers' processes: {brief(e)}") from e
 
 
 def places(members: Sequence[Member]) -> list[WorkerPlace]:

@@ -44,7 +44,7 @@ class ProfileRequests:
         try:
             request = profile.requested(self._run)
         except DataError as e:
-            log.warning("%s; the request is deleted", e)
+            log.warning("%s. Deleting the request", e)
             profile.discard(self._run)
             return
         if request is None or request.id == self._last or self._ended.is_set():
@@ -68,7 +68,7 @@ class ProfileRequests:
             try:
                 self.look()
             except (HeliostatError, OSError) as e:
-                log.warning("no request for a profile could be read: %s", e)
+                log.warning("can't read requests for a profile: %s", e)
 
 
 def _stacks() -> bytes:
@@ -80,7 +80,7 @@ def _stacks() -> bytes:
         command = [program, "dump", "--nonblocking", "--pid", str(os.getpid())]
         done = subprocess.run(command, capture_output=True, timeout=STACKS_S, check=False)
     except subprocess.TimeoutExpired as e:
-        raise HeliostatError(f"py-spy didn't end within {STACKS_S:.0f} s") from e
+        raise HeliostatError(f"py-spy didn't finish within {STACKS_S:.0f} s") from e
     if done.returncode:
         raise HeliostatError(f"py-spy failed ({brief(done.stderr.decode(errors='replace'))})")
     return done.stdout

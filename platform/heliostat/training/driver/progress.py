@@ -91,8 +91,8 @@ class ProgressReporter:
     def _on_spike(self, event: LossSpike) -> None:
         self.spikes += 1
         log.warning(
-            "step %d: loss spike (%d so far): %s; training continues (spike.action: warn). `heliostat samples` with --step %d "
-            "shows what it trained on", event.step, self.spikes, event.text, event.step,
+            ("step %d: loss spike (%d so far): %s. Training continues (spike.action: warn). To see the samples: "
+                "heliostat run samples --step %d"), event.step, self.spikes, event.text, event.step,
         )  # fmt: skip
 
     def _on_steps(self, event: Steps) -> None:

@@ -66,9 +66,9 @@ class Budget:
         same, self.last = self.last == (str(error), checkpoint), (str(error), checkpoint)
         self.checkpoint = max(self.checkpoint, checkpoint)
         if same and isinstance(error, WorkerError):
-            raise WorkerError(f"{error}; a second time, so it was not tried again") from error
+            raise WorkerError(f"{error}. It happened twice at the same checkpoint, so heliostat doesn't retry") from error
         if self.used > self.retries.max:
-            text = f"{error}; given up after {self.retries.max} retries without a new checkpoint"
+            text = f"{error}. Giving up after {self.retries.max} retries without a new checkpoint"
             raise type(error)(text, *error.args[1:]) from error
         return Backoff(self.retries.backoff, self.retries.backoff_max).wait(self.used - 1) if self.used > 1 else 0.0
 

@@ -1,7 +1,7 @@
 """Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
 
 `heliostat.training.run` claims and plans it first. `states` decides what follows an event, and this carries it out;
-docs/reliability.md describes what happens when something fails.
+docs/reliability/driver-states.md describes what happens when something fails.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class DrivenRun:
         self.lease.fence.check()
         endings.write(self.job.run_folder, summary)
         if self.signals.name:
-            self._follow(states.Asked(self._stopped("after the last step", "use --resume to export and register the model")))
+            self._follow(states.Asked(self._stopped("after the last step", "Use --resume to export and register the model")))
         return summary
 
     def _attempts(self) -> WorkerSummary:
@@ -246,7 +246,7 @@ class DrivenRun:
     def _carry_out(self, action: states.Action) -> None:
         match action:
             case states.Drop():
-                log.debug("%s of attempt %d was dropped: it had ended", action.what, action.attempt)
+                log.debug("dropped %s of attempt %d, which had ended", action.what, action.attempt)
             case states.ForgetCopies():
                 self.memory.forget()
             case states.FindCheckpoint():
@@ -292,7 +292,7 @@ class DrivenRun:
             return None
         source = self.memory.newest(attempt, self.course.saved, self.plan.digest, self.pool.avoided())
         if source:
-            log.warning("going on from step %d, of which the nodes' memory holds copies", source.step)
+            log.warning("resuming from step %d, from the in-memory checkpoints", source.step)
             self._follow(states.CopiesFound(attempt, source.step))
         return source
 
@@ -330,7 +330,7 @@ class DrivenRun:
         if left_out:
             first, last = left_out
             skips = (*skips, (step, first, last - first + 1))
-            log.warning("the samples of steps %d to %d are left out", first + 1, last + 1)
+            log.warning("skipping the samples of steps %d to %d", first + 1, last + 1)
         if skips != self.plan.skips:
             self.plan = dataclasses.replace(self.plan, skips=skips)
             self.order = make_order(self.plan, self.checked.manifests)
@@ -344,7 +344,7 @@ class DrivenRun:
         if not (bad := self.suspicions.note(error, step)):
             return []
         done = suspects.exclude(bad, self.job, min(self.counts), self.pool)
-        self.owner.post(BadNodes(nodes=bad, text=f"{error}; {done}"))
+        self.owner.post(BadNodes(nodes=bad, text=f"{error}. {done}"))
         return [done]
 
     def _pause(self, seconds: float) -> None:
@@ -354,8 +354,8 @@ class DrivenRun:
             self._beat()
             time.sleep(0.1)
         if self.signals.name:
-            fix = "raise it and use" if self.spending.reached else "use"
-            error = self._stopped("between two attempts", f"{fix} --resume to go on from step {self.course.start}")
+            fix = "Raise the limit and use" if self.spending.reached else "Use"
+            error = self._stopped("between two attempts", f"{fix} --resume to continue from step {self.course.start}")
             self._follow(states.Asked(error))
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
@@ -379,5 +379,5 @@ class DrivenRun:
     def _stopped(self, where: str, fix: str) -> StoppedError:
         """Makes the error of a run that stops: of the limit that is reached, if there is one, else of the signal."""
         if reached := self.spending.reached:
-            return LimitError(f"{reached}; stopped {where}; {fix}")
-        return StoppedError(f"stopped by {self.signals.name} {where}; {fix}")
+            return LimitError(f"{reached}; stopped {where}. {fix}")
+        return StoppedError(f"stopped by {self.signals.name} {where}. {fix}")

@@ -137,8 +137,8 @@ class Slots:
                     have = f"{len(self.held)} of {count} workers"
                     self.give_all_back()
                     if not patient:
-                        raise PlacementError(f"the workers could not be placed: there is room for {have} after {PLACE_S:.0f} s")
-                    log.warning("there is room for %s; what they hold is given back until there is room for all", have)
+                        raise PlacementError(f"can't place the workers: the cluster has room for {have} after {PLACE_S:.0f} s")
+                    log.warning("the cluster has room for %s. Releasing it until there is room for all", have)
                     break
                 time.sleep(POLL_S)
             self._drop_open()
@@ -163,7 +163,7 @@ class Slots:
 
     def _go_on(self) -> None:
         if self._stop.is_set():
-            raise PlacementError("the workers are no longer wanted")
+            raise PlacementError("the run no longer needs the workers")
 
 
 def placed(group: PlacementGroup) -> list[str]:

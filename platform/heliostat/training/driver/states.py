@@ -1,7 +1,7 @@
 """Decides what a run's driver does next: `follow(course, event)` is a pure function, whose actions `run` carries out.
 
 Every attempt has a number. What carries the number of another attempt, or of one that has ended, is dropped and counted: nothing
-that its workers computed, raised, or posted counts any more. docs/reliability.md has the table of all states and events.
+that its workers computed, raised, or posted counts any more. docs/reliability/driver-states.md has the table.
 
 starting -> running -> finalizing -> finished      resizing, recovering: from running, until workers make a step again
 """
@@ -256,8 +256,8 @@ def _stopped(course: Course, event: Stopped) -> Next:
     if event.stop == INTERRUPTED:
         where = f"stopped at step {event.step}, after a checkpoint"
         if event.limit:
-            return _raise(course, LimitError(f"{event.limit}; {where}; raise it and use --resume to go on"))
-        return _raise(course, StoppedError(f"{where}; use --resume to go on"))
+            return _raise(course, LimitError(f"{event.limit}; {where}. Raise the limit, and use --resume to continue"))
+        return _raise(course, StoppedError(f"{where}. Use --resume to continue"))
     restarts = course.restarts + 1
     resized = replace(course, state=S.RESIZING, start=event.step, saved=event.step, done=event.step, restarts=restarts)
     return resized, (Restart(STOPS[event.stop]),)
@@ -272,7 +272,7 @@ def _failed(course: Course, event: Failed) -> Next:
         return _raise(course, error)
     if kind == "queued":  # nothing was tried
         again = replace(course, state=S.RECOVERING, restarts=course.restarts + 1, trust_memory=True)
-        return again, (Restart("failed", str(error)), Wait(course.budget.retries.backoff, f"{error}; trying again"))
+        return again, (Restart("failed", str(error)), Wait(course.budget.retries.backoff, f"{error}. Trying again"))
     doubted = kind in ("corrupt", "spike") or isinstance(error, CorruptionError)  # the run goes back to before what is in memory
     looking = replace(course, state=S.RECOVERING, failure=error)
     return looking, ((ForgetCopies(), FindCheckpoint(error)) if doubted else (FindCheckpoint(error),))
@@ -286,7 +286,7 @@ def _again(course: Course, error: HeliostatError, event: CheckpointFound) -> Nex
     except HeliostatError as used_up:
         return _raise(course, used_up)
     retry = f"retry {budget.used} of {budget.retries.max}"
-    why = f"{error}; going on from step {step} in {wait:.0f} s ({retry})"
+    why = f"{error}. Resuming from step {step} in {wait:.0f} s ({retry})"
     left_out = (max(step, error.step - 1), error.step) if isinstance(error, LossSpikeError) else None
     again = replace(course, budget=budget, start=step, saved=step, done=step, restarts=course.restarts + 1)
     return again, (Restart("failed", "; ".join([str(error), *event.notes])), GoBack(step, left_out), Wait(wait, why))

@@ -53,9 +53,9 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
     names = ", ".join(bad)
     if _room_without(bad, job, pool) >= count:
         pool.avoid(bad, for_good=True)
-        text = f"excluded until this command ends: node {names}; check its devices"
+        text = f"Excluded until this command ends: node {names}. Check its devices"
     else:
-        text = f"no other nodes have room for {count} workers, so these stay in use: node {names}; check its devices"
+        text = f"No other nodes have room for {count} workers, so these stay in use: node {names}. Check its devices"
     log.warning(text)
     return text
 
@@ -64,7 +64,7 @@ def avoid_refused(bad: str, job: Job, count: int, pool: WorkerPool) -> None:
     """Avoids the node that a store has refused for some time, if others have room for `count` workers."""
     if bad and _room_without([bad], job, pool) >= count:
         pool.avoid([bad])
-        log.warning("the store refuses requests of node %s, which is avoided for some time", bad)
+        log.warning("the store rejects requests from node %s, so heliostat avoids that node for some time", bad)
 
 
 def _room_without(out: Sequence[str], job: Job, pool: WorkerPool) -> int:
@@ -82,10 +82,10 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
         for place in [*job.sources, *([Location(error.place)] if error.place else [])]:
             place.exists()
     except AccessError as e:
-        log.warning("the driver is refused too: %s", e)
+        log.warning("the store rejects the driver too: %s", e)
         return True
     except (HeliostatError, OSError) as e:
-        log.warning("whether the driver is refused too is not known: %s", e)
+        log.warning("can't check whether the store rejects the driver too: %s", e)
     return False
 
 
@@ -99,7 +99,7 @@ def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
         return checkpoint
     if checkpoint := layout.latest(run):
         log.warning(
-            "no checkpoint of up to step %d is kept, so the run continues from one in doubt; raise checkpoint.keep, or "
-            "lower train.recheck.every", error.agreed,
+            ("no checkpoint up to step %d is left, so the run resumes from a newer one that may be corrupt. Raise "
+                "checkpoint.keep, or lower train.sdc_check.every"), error.agreed,
         )  # fmt: skip
     return checkpoint

@@ -60,7 +60,7 @@ def call(stack: str) -> str:
 def text(stacks: dict[int, str], workers: int) -> str:
     """Formats the stack traces by worker, headed by the numbers of the workers that did not answer."""
     silent = [str(r) for r in range(workers) if r not in stacks]
-    head = [f"no answer in {wait_s(workers):.0f} s, so frozen, or dead: worker {', '.join(silent)}"] if silent else []
+    head = [f"no answer within {wait_s(workers):.0f} s, so frozen or dead: worker {', '.join(silent)}"] if silent else []
     return "\n\n".join([*head, *(f"worker {r}: {stacks[r]}" for r in sorted(stacks))])
 
 
@@ -72,7 +72,7 @@ def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: fl
     """
     moved = max([since, *(p["moved"] for p in heartbeats.values())])
     if now - moved > limit:
-        return f"no worker got on for {now - moved:.0f} s"
+        return f"no worker made progress for {now - moved:.0f} s"
     silent = [r for r in range(workers) if now - max(since, heartbeats[r]["at"] if r in heartbeats else since) > limit]
     return f"no sign of life from worker {silent[0]} for {limit:.0f} s" if silent else None
 
@@ -103,7 +103,7 @@ def held_up(heartbeats: Mapping[int, Pulse], calls: Mapping[int, str], workers: 
             f"all {workers} workers answer and wait in the same call, {min(per_call) or 'outside of Python'}, {_where(last)}",
         )
     rank = min(calls, key=lambda r: (per_call[calls[r]], heartbeats[r]["moved"] if r in heartbeats else 0.0))
-    return rank, f"is in another call than others, {calls[rank] or 'outside of Python'}, {_where(last)}"
+    return rank, f"is in a different call from the others, {calls[rank] or 'outside of Python'}, {_where(last)}"
 
 
 def _where(reached: tuple[int, int]) -> str:

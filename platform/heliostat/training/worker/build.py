@@ -114,7 +114,7 @@ class Worker:
             context.phase("restore")
             state.restore(copies.source if copies else None)
         hooks: list[Hook] = [self.profiler, LossWatch(context, dataset, state.settle)]
-        if job.train.recheck:
+        if job.train.sdc_check:
             where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
             hooks.append(CorruptionCheck(context, engine, recipe, dataset, batches, where))
         if job.evaluate:

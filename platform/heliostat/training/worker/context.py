@@ -69,7 +69,7 @@ class Posts:
         """Posts an event that is not rank 0's alone; after the order to abort it is dropped."""
         if process_group.ordered():
             self.dropped += 1
-            log.debug("%s of an attempt that was aborted was dropped", type(event).__name__)
+            log.debug("dropped %s of an attempt that was aborted", type(event).__name__)
         elif self.mailbox is not None:
             self.mailbox.post(event)
 

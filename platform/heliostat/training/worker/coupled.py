@@ -63,8 +63,8 @@ def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, b
     for name, tensor in representations.items():
         if tensor.dim() == 0 or len(tensor) != len(micro.keys):
             raise ConfigError(
-                f"recipe: {type(recipe).__name__}.represent gives {name!r} as {list(tensor.shape)} of {len(micro.keys)} samples; "
-                f"give [{len(micro.keys)}, ...] ({GUIDE})"
+                f"recipe: {type(recipe).__name__}.represent returns {name!r} of shape {list(tensor.shape)} for "
+                f"{len(micro.keys)} samples. Return [{len(micro.keys)}, ...] ({GUIDE})"
             )
     return representations
 
@@ -93,9 +93,7 @@ def first_pass(
 
 def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms) -> Tensors:
     if not loss.sum.requires_grad:
-        raise ConfigError(
-            f"recipe: {type(recipe).__name__}.couple makes no use of what is represented in floating point ({GUIDE})"
-        )
+        raise ConfigError(f"recipe: {type(recipe).__name__}.couple uses none of the floating-point representations ({GUIDE})")
     trained = {name: tensor for name, tensor in leaves.items() if tensor.requires_grad}
     gradients = torch.autograd.grad(objective(loss, terms), list(trained.values()), allow_unused=True)
     return {name: g for name, g in zip(trained, gradients, strict=True) if g is not None}

@@ -75,7 +75,7 @@ class HeldOut:
         assert job.evaluate and isinstance(recipe, Evaluates)
         self.recipe, self.evaluates, self.sharing = recipe, recipe, sharing
         everything = dataset.order.held_out(job.evaluate.samples)
-        self.micro = job.train.micro_batch
+        self.micro = job.train.micro_batch_size
         sources = everything.source if job.data.one_source_batches else np.zeros(len(everything), int)
         deal = dealt_whole if recipe.gathered else dealt
         replica, replicas = sharing.replica, sharing.replicas
@@ -88,7 +88,9 @@ class HeldOut:
         self.counted = np.concatenate([counted for _, counted in parts])
         self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
         if lost := int(self.counted[list(gathered.faults)].sum()):
-            log.warning("%d held-out samples are bad and score nothing: %s", lost, next(iter(gathered.faults.values())))
+            log.warning(
+                "%d held-out samples are bad and don't count in the scores: %s", lost, next(iter(gathered.faults.values()))
+            )
         self.counted[list(gathered.faults)] = False
 
     @torch.no_grad()
@@ -149,7 +151,7 @@ def whole(gathered: Gathered, micro: int, everything: Callable[[], Gathered]) ->
     if not len(good):
         gathered, reason = everything(), next(iter(gathered.faults.values()))
         if not len(good := _good(gathered)):
-            raise DataError(f"{reason}; with it, no held-out sample can be scored: prepare the dataset again")
+            raise DataError(f"{reason}. Without it, no held-out sample can be scored. Prepare the dataset again")
         return content.take(gathered.content, np.full(len(index), good[0]))
     for i in gathered.faults:
         near = good[good // micro == i // micro]

@@ -44,7 +44,7 @@ ANSWER_S = 60.0  # of a keeper
 WAIT_S = 60.0  # that training waits for one copy
 POLL_S = 0.2
 T = TypeVar("T")
-OFF = "checkpoint.memory_every: no copies are kept in memory"
+OFF = "checkpoint.memory_every: in-memory checkpoints are off"
 
 
 class MemoryCopies:
@@ -95,13 +95,13 @@ class MemoryCopies:
         self._until(lambda: bool(futures.wait([pending], POLL_S).done) or time.monotonic() > until)
         if not pending.done():
             self._late.set()
-            self._failed = f"training waited {WAIT_S:.0f} s for a copy; raise checkpoint.memory_every"
+            self._failed = f"training waited {WAIT_S:.0f} s for an in-memory checkpoint. Raise checkpoint.memory_every"
         elif error := pending.exception():
             self._failed = brief(error)
         else:
             self._kept += 1
         if self._failed:
-            log.warning("worker %d: a copy in memory failed: %s", self._rank, self._failed)
+            log.warning("worker %d: an in-memory checkpoint failed: %s", self._rank, self._failed)
 
     def _agree_off(self, group: dist.ProcessGroup) -> bool:
         """Tells whether a worker's copy has failed, and says so once for all of them; collective."""
@@ -111,7 +111,7 @@ class MemoryCopies:
         self._off = True
         if self._rank == 0:
             (rank, why), more = failed[0], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-            self._notice(f"{OFF} until the workers start again, after {self._kept} copies: worker {rank}{more}: {why}")
+            self._notice(f"{OFF} until the workers start again, after {self._kept} of them: worker {rank}{more}: {why}")
         return True
 
     def end(self) -> None:
@@ -125,10 +125,10 @@ class MemoryCopies:
         agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
         needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
         need = max((n for n in needs if n is not None), default=0)
-        why = "a node's keeper does not answer" if None in needs else ""
+        why = "a node's keeper doesn't answer" if None in needs else ""
         if need > self._limit:
             limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.1f} MiB"
-            why = f"they need {need / 2**20:,.1f} MiB on a node, and {limit}; raise it, or train on more workers"
+            why = f"they need {need / 2**20:,.1f} MiB on a node, and {limit}. Raise it, or train on more workers"
         if why:
             self._off = True
             if self._rank == 0:
@@ -236,4 +236,4 @@ def _ask(calls: dict[int, ray.ObjectRef[T]]) -> dict[int, T]:
     try:
         return dict(zip(calls, ray.get(list(calls.values()), timeout=ANSWER_S), strict=True))
     except ray.exceptions.RayError as e:
-        raise TrainingError(f"the copies in memory cannot be read: {type(e).__name__}: {brief(e)}") from e
+        raise TrainingError(f"can't read the in-memory checkpoints: {type(e).__name__}: {brief(e)}") from e

@@ -41,8 +41,8 @@ from heliostat.recipes.protocol import Batch, Recipe
 
 DEADLINE_S = 5.0  # for the thread to end, which may wait for samples; the driver waits for workers twice as long
 DRAWS = (
-    "recipe: `batch` draws from a random generator of the whole process, so batches aren't made while a step computes. Derive "
-    "what is random from `keys` (docs/guides/recipe.md)"
+    "recipe: `batch` uses a process-wide random generator, so heliostat can't make batches while a step "
+    "computes. Derive random numbers from `keys` (docs/guides/recipe.md)"
 )
 
 
@@ -50,7 +50,7 @@ class BatchPlan:
     """Assigns random seeds to samples rather than to workers."""
 
     def __init__(self, job: Job, plan: DataPlan) -> None:
-        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch, plan.shape.per_lane
+        self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch_size, plan.shape.per_lane
         self.batch = plan.shape.batch
 
     def keys(self, step: int, lanes: range) -> np.ndarray:

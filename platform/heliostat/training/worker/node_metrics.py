@@ -54,7 +54,7 @@ class NodeMonitor:
         while not self._ended.wait(every):
             measured, faults = gpus()
             for gpu in faults.keys() - self._unread:
-                self._mailbox.post(Notice(text=f"node {self._node}: GPU {gpu} can't be read: {faults[gpu]}"))
+                self._mailbox.post(Notice(text=f"node {self._node}: can't read GPU {gpu}: {faults[gpu]}"))
             self._unread |= faults.keys()
             values = self.host() | measured
             self._mailbox.post(NodeSample(node=self._node, values=values))

@@ -81,13 +81,14 @@ class Objective:
     def _checked(self, loss: object, name: str) -> Loss:
         """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
         if not isinstance(loss, Loss):
-            raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}; it must return a Loss ({GUIDE})")
+            raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}, expected a Loss ({GUIDE})")
         if self.names is None:
             self._check(names := list(loss.parts))
             self.names = names
         if list(loss.parts) != self.names:
             raise ConfigError(
-                f"recipe: {self._whose}.loss named {self.names} before and now {list(loss.parts)}; always name all, in order"
+                f"recipe: {self._whose}.loss named the parts {self.names} before, and {list(loss.parts)} now. "
+                "Always name all, in the same order"
             )
         return loss
 
@@ -96,7 +97,7 @@ class Objective:
         everyones = together(group, lambda: self.names)
         if any(names != everyones[0] for names in everyones):
             raise ConfigError(
-                f"recipe: {self._whose}.loss names other parts on other workers: {everyones}; name all of them always"
+                f"recipe: {self._whose}.loss names different parts on other workers: {everyones}. Always name all of them"
             )
 
     @property
@@ -107,8 +108,8 @@ class Objective:
         for name in names:
             if name in RESERVED or not name.isidentifier():
                 raise ConfigError(
-                    f"recipe: {self._whose}.loss names a part {name!r}, which cannot be logged as train/{name}; take another "
-                    f"word, none of {', '.join(RESERVED)}"
+                    f"recipe: {self._whose}.loss names a part {name!r}, which can't be logged as train/{name}. "
+                    f"Choose another name; reserved: {', '.join(RESERVED)}"
                 )
 
 

@@ -95,14 +95,14 @@ class TrainWorker:
             process_group.leave()
         except Exception as e:  # noqa: BLE001 (of a library, or of a device that is broken)
             self._spent = True
-            log.warning("this worker's process is not used again: it could not leave its group: %s: %s", type(e).__name__, e)
+            log.warning("can't reuse this worker's process, because it couldn't leave its group: %s: %s", type(e).__name__, e)
 
 
 def _raised(error: BaseException) -> BaseException:
     """Returns the error that the driver gets: after the order to abort, the loss of a peer. No abort breaks a device, though."""
     said = faults.describe(error)
     if process_group.ordered() and faults.classify(said) != "device":
-        return PeerLostError(f"this worker ended because another one has failed: {said}")
+        return PeerLostError(f"this worker ended because another one failed: {said}")
     return error if _arrives(error) else _own(error)
 
 

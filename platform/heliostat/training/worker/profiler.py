@@ -151,11 +151,11 @@ class StepProfiler(Hook):
 
     def _failed(self, request: ProfileRequest, error: Exception) -> None:
         problem = f"{type(error).__name__}: {brief(error)}"
-        log.warning("worker %d was not profiled: %s", request.rank, problem)
+        log.warning("can't profile worker %d: %s", request.rank, problem)
         try:
             profile.answer(self._run, request, problem=problem)
         except (HeliostatError, OSError) as e:
-            log.warning("the answer to a request for a profile could not be written: %s", e)
+            log.warning("can't write the answer to a request for a profile: %s", e)
 
 
 def _finish_queued() -> None:

@@ -71,8 +71,8 @@ class CorruptionCheck(Hook):
         self.context, self.job, self.group = context, context.job, context.control
         self.engine, self.recipe, self.dataset, self.plan = engine, recipe, dataset, plan
         self.where, self.kind, job = where, _kind(engine.device), self.job
-        assert job.train.recheck
-        self.keys, self.off = job.train.recheck, False
+        assert job.train.sdc_check
+        self.keys, self.off = job.train.sdc_check, False
         self.agreed = -1  # steps that were done when all last agreed
         self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
         self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
@@ -106,8 +106,8 @@ class CorruptionCheck(Hook):
         if 2 * len(unsteady) > len(results):
             self.off = True
             return (
-                f"step {step + 1}: train.recheck is off from here on: this model's kernels give other bits each time, so workers "
-                "cannot be compared"
+                f"step {step + 1}: train.sdc_check is off from now on: this model's kernels aren't deterministic, "
+                "so workers can't be compared"
             )
         odd = unsteady or odd
         raise CorruptionError(self._explain(step, results, odd, names), sorted({results[r].node for r in odd}), self.agreed)
@@ -118,10 +118,11 @@ class CorruptionCheck(Hook):
         what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
         who = ", ".join(f"worker {r} on {results[r].address} (node {results[r].node[:12]})" for r in odd)
         more = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        unsure = "" if len(odd) < len(results) else "; which of them is right is unknown"
+        unsure = "" if len(odd) < len(results) else "; it isn't known which of them is right"
         return (
-            f"step {step + 1}: silent data corruption: {who} computed other bits than the others from the same samples and "
-            f"weights: {what[0] if what else 'not the same twice'}{more}{unsure}; up to step {self.agreed} all agreed"
+            f"step {step + 1}: silent data corruption: {who} computed different bits from the same samples and "
+            f"weights: {what[0] if what else 'its own results differ'}{more}{unsure}. All workers agreed up to "
+            f"step {self.agreed}"
         )
 
     # what is computed ------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ class CorruptionCheck(Hook):
     def _micro(self, step: int) -> tuple[Batch, int]:
         """Reads the micro-batch that is drawn of a step; returns it with the seed of its random numbers."""
         micro, train = self.plan.micro, self.job.train
-        number = int(np.random.SeedSequence([train.seed, step, 1]).generate_state(1)[0]) % (train.global_batch // micro)
+        number = int(np.random.SeedSequence([train.seed, step, 1]).generate_state(1)[0]) % (train.global_batch_size // micro)
         part = slice(number * micro, (number + 1) * micro)
         lanes = range(self.dataset.plan.shape.lanes)
         loaded = self.dataset.load(self.dataset.order.step(step).ravel()[part], self.job.data.on_bad_sample == "replace")
@@ -171,7 +172,7 @@ class CorruptionCheck(Hook):
             if "heckpoint" not in str(e):
                 raise
             raise ConfigError(
-                f"train.recheck: activations of this model are checkpointed with use_reentrant=True ({e}); set it to false"
+                f"train.sdc_check: not supported for activation checkpointing with use_reentrant=True ({e}). Set it to false"
             ) from e
         finally:
             self._rest(buffers)

@@ -92,7 +92,7 @@ class Stepper:
 
     def prepare(self, step: int, mine: StepSamples) -> StepBatches:
         """Makes this worker's batches of a step, counted from 0, from its samples, in any thread."""
-        keys, size, device = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch, self.engine.device
+        keys, size, device = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch_size, self.engine.device
         micros, terms = list[Micro](), 0
         for rows, numbers in zip(content.split(mine.content, size), content.split(keys, size), strict=True):
             seed = self.batch_plan.seed(step, mine.lanes, len(micros), self.sharing.part)
@@ -134,7 +134,7 @@ class Stepper:
     def _terms(self, batches: StepBatches) -> Terms:
         """Counts the loss terms in the global batch."""
         if self.recipe.terms_per_sample:
-            return self.recipe.terms_per_sample * self.job.train.global_batch
+            return self.recipe.terms_per_sample * self.job.train.global_batch_size
         total = batches.terms.to(self.engine.device, non_blocking=True, copy=True)
         with self.ledger("communicating"):
             dist.all_reduce(total)

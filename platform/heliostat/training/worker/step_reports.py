@@ -128,12 +128,12 @@ class StepReports:
         before, self.skipped = self.skipped, done - sharded_state.of(self.engine).steps
         scale = sharded_state.of(self.engine).loss_scale
         if self.skipped > before:
-            what = f"{self.skipped - before} more steps were skipped, because fp16 gradients overflowed"
-            self.context.posts.notice(f"up to step {done}: {what}; the loss scale is {scale:g}")
+            what = f"{self.skipped - before} more steps skipped because fp16 gradients overflowed"
+            self.context.posts.notice(f"up to step {done}: {what}. The loss scale is {scale:g}")
         return self.skipped, scale
 
     def _per_second(self, steps: int, seconds: float) -> float:
-        return steps * self.job.train.global_batch * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
+        return steps * self.job.train.global_batch_size * (self.job.data.sequence_length or 1) / seconds if seconds else 0.0
 
     def _mfu(self, steps: int, seconds: float) -> float | None:
         device = self.engine.device
@@ -143,6 +143,10 @@ class StepReports:
         peak = peak_flops(name, precision)
         if peak is None and precision != "fp32" and not self._reported_peak:
             self._reported_peak = True
-            self.context.posts.notice(f"train/mfu isn't reported: the peak FLOP/s of {name!r} in {precision} isn't known")
+            self.context.posts.notice(
+                f"train/mfu isn't reported: heliostat doesn't know the peak FLOP/s of {name!r} in {precision}"
+            )
         flops = self.recipe.flops_per_sample(self.engine.module)
-        return flops * self.job.train.global_batch * steps / seconds / (peak * self.context.world) if peak and flops else None
+        return (
+            flops * self.job.train.global_batch_size * steps / seconds / (peak * self.context.world) if peak and flops else None
+        )

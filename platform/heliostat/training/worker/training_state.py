@@ -122,10 +122,10 @@ class TrainingState(Hook):
             raise  # it would come again
         except StorageError as e:  # the same on all workers
             self.failed, self._in_a_row = self.failed + 1, self._in_a_row + 1
-            again = f"{self._in_a_row} in a row, of {checkpoint.TOLERATED} that are tolerated"
+            again = f"{self._in_a_row} in a row; up to {checkpoint.TOLERATED} are allowed"
             if self._in_a_row > checkpoint.TOLERATED:
                 raise
-            self.context.posts.notice(f"a checkpoint could not be saved ({again}); training continues without it: {e}")
+            self.context.posts.notice(f"can't save a checkpoint ({again}). Training continues without it: {e}")
             return False
 
     def wait(self) -> None:
@@ -247,7 +247,7 @@ class TrainingState(Hook):
         if saved.frozen:
             state |= frozen
         elif frozen:
-            notice(f"{saved.location}: holds no parameters that are not trained; {len(frozen)} are as the model was built")
+            notice(f"{saved.location}: has no frozen parameters, so {len(frozen)} of them keep the values of the model's `build`")
         checkpoint.load(saved, state, context.control, context.progressed)
         notice(checkpoint.casts(saved, state))
         self.saver.frozen.loaded(saved, self.sharded.frozen())

@@ -149,12 +149,13 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
 
     DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on.
     """
-    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch)
+    base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch_size)
     allowed = job.data.max_bad_fraction * base
     if bad > allowed:
         raise DataError(
-            f"data.max_bad_fraction: {bad} bad samples were replaced by step {steps}, more than {job.data.max_bad_fraction:g} "
-            f"of {base:,}; look at the shards that the warnings name, prepare them again, or raise the fraction"
+            f"data.max_bad_fraction: replaced {bad} bad samples by step {steps}, more than "
+            f"{job.data.max_bad_fraction:g} of {base:,}. Look at the shards in the warnings, prepare them again, "
+            "or raise the fraction"
         )
 
 

@@ -25,7 +25,7 @@ async function fetched(path, body, signal) {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("heliostat play does not answer; is it still running?");
+    throw new Error("heliostat model play does not answer; is it still running?");
   }
   if (!response.ok) {
     const told = await response.json().catch(() => null);

@@ -7,17 +7,19 @@ import { chat, complete, write } from "./text.js";
 import { find, make } from "./work.js";
 
 const TABS = {
-  write: ["Write", write],
-  complete: ["Complete", complete],
-  chat: ["Chat", chat],
-  draw: ["Draw", draw],
-  ask: ["Ask", ask],
+  write: ["Write", write, "continues a text"],
+  complete: ["Complete", complete, "completes code"],
+  chat: ["Chat", chat, "chats"],
+  draw: ["Draw", draw, "draws pictures"],
+  ask: ["Ask", ask, "answers from documents"],
 };
+const GIVEN = ["write", "complete", "draw"]; // whose fields begin with a prompt
 
 function about(here) {
-  const told = [];
+  const can = here.tabs.map((name) => TABS[name][2]).join(", ");
+  const told = [can[0].toUpperCase() + can.slice(1)];
   if (here.version !== here.model && here.model) told.push(here.version);
-  if (here.text) told.push(here.text.longest ? `takes ${here.text.longest.toLocaleString("en")} tokens` : "takes any number of tokens");
+  if (here.text) told.push(here.text.longest ? `up to ${here.text.longest.toLocaleString("en")} tokens` : "any number of tokens");
   if (here.images) told.push(`draws ${here.images.size.join(" × ")} pixels`);
   if (here.index) {
     const { documents, passages } = here.passages;
@@ -36,8 +38,15 @@ function select(names, chosen) {
   history.replaceState(null, "", `#${chosen}`);
 }
 
+// Writes a prompt into a tab's fields: the model's own where there is one field for it, else what the page has as an example.
+function fill(section, prompt) {
+  for (const field of section.querySelectorAll(".work textarea")) {
+    field.value = (field.name === "prompt" && prompt) || field.placeholder;
+  }
+}
+
 function tabs(here) {
-  const names = Object.keys(TABS).filter((name) => here.tabs[name] === null);
+  const names = here.tabs;
   const list = document.getElementById("tabs");
   for (const name of names) {
     const [label, start] = TABS[name];
@@ -48,6 +57,7 @@ function tabs(here) {
     section.setAttribute("aria-labelledby", tab.id);
     list.append(tab);
     start(section, here);
+    if (GIVEN.includes(name)) fill(section, here.prompt);
   }
   list.addEventListener("keydown", (event) => {
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -61,26 +71,15 @@ function tabs(here) {
   select(names, names.includes(wanted) ? wanted : names[0]);
 }
 
-function absent(here) {
-  const reasons = new Map(); // several tabs may be missing for one
-  for (const [name, why] of Object.entries(here.tabs)) {
-    if (why !== null) reasons.set(why, [...(reasons.get(why) ?? []), TABS[name][0]]);
-  }
-  const place = document.getElementById("absent");
-  place.textContent = `Not here: ${[...reasons].map(([why, names]) => `${names.join(", ")} (${why})`).join("; ")}.`;
-  place.hidden = !reasons.size;
-}
-
 async function open() {
   const door = document.getElementById("door");
   try {
     const here = await get("/abilities");
     door.hidden = true;
     document.getElementById("name").textContent = here.model ?? here.index;
-    document.title = `${here.model ?? here.index} · heliostat play`;
+    document.title = `${here.model ?? here.index} · heliostat model play`;
     document.getElementById("about").textContent = about(here);
     tabs(here);
-    absent(here);
   } catch (error) {
     const again = !door.hidden || error.status !== 401;
     door.hidden = false;

@@ -32,7 +32,7 @@ export function write(section, here) {
 
 export function complete(section, here) {
   continuation(section, here, (values) => {
-    if (!values.suffix) throw new Error("What stands behind is empty: then there is no middle. Use Write.");
+    if (!values.suffix) throw new Error("The text after the gap is empty. Add it, or use Write.");
     return { prompt: values.prefix, suffix: values.suffix };
   });
 }

@@ -84,9 +84,9 @@ export function sampling(aside, text) {
   const seed = seeds();
   const most = Math.min(200, Math.ceil((text.longest ?? Infinity) / 2), text.max_tokens);
   aside.prepend(
-    slider("temperature", "Temperature", "0 takes the likeliest token each time", { min: 0, max: 2, step: 0.05 }, 0.8),
-    slider("top_p", "Top-p", "chooses among the likeliest, of this share", { min: 0.05, max: 1, step: 0.05 }, 0.95),
-    number("max_tokens", "Tokens, at most", { min: 1, max: text.max_tokens, step: 1 }, most),
+    slider("temperature", "Temperature", "0 always picks the most likely token", { min: 0, max: 2, step: 0.05 }, 0.8),
+    slider("top_p", "Top-p", "samples from the most likely tokens with this probability in total", { min: 0.05, max: 1, step: 0.05 }, 0.95),
+    number("max_tokens", "Maximum tokens", { min: 1, max: text.max_tokens, step: 1 }, most),
     seed.element,
   );
   for (const element of aside.querySelectorAll(":scope > label:has(textarea)")) element.classList.add("wide");

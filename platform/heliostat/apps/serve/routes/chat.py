@@ -39,7 +39,7 @@ class ChatRequest(Sampled):
     @model_validator(mode="after")
     def _together(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs: goes with logprobs: true")
+            raise ValueError("top_logprobs: needs logprobs: true")
         return self
 
     @property
@@ -94,9 +94,14 @@ class ChatRoute(WritingRoute[ChatRequest]):
         if not isinstance(body, Question):
             settings.require_model(body.model, TEXT)
         elif settings.kind != TEXT:
-            raise Refusal(400, f"model: no model answers from {body.model!r}; ask /v1/search", "model", "unsupported_by_model")
+            raise Refusal(
+                400,
+                f"model: no model answers from {body.model!r}. Send the request to /v1/search",
+                "model",
+                "unsupported_by_model",
+            )
         elif body.messages[0].role != "user":
-            raise Refusal(400, "messages.0.role: an index takes one question, a message of the user", "messages", "invalid_value")
+            raise Refusal(400, "messages.0.role: expected one question, a message from the user", "messages", "invalid_value")
         most, where = body.max_tokens, "max_tokens"
         if body.max_completion_tokens is not None:
             most, where = body.max_completion_tokens, "max_completion_tokens"

@@ -13,7 +13,7 @@ from heliostat.apps.serve.requests import MOST_INPUTS, Whole, whole
 from heliostat.apps.serve.route import Answer
 from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
 
-PROMPTS = "is no text, no list of tokens, and no list of these"
+PROMPTS = "isn't a text, a list of tokens, or a list of these"
 DEFAULT_TOKENS = 16  # as OpenAI has it
 
 

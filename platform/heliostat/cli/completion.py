@@ -1,0 +1,99 @@
+"""Completes words in a shell: files of the workspace, runs, models, datasets, sweeps, clusters, and jobs.
+
+A shell waits for it at each tab: only the standard library is imported, no network is asked, and what cannot be read is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+RUNS, DATASETS, STORE = Path(".heliostat/runs"), Path(".heliostat/data"), Path(".heliostat/mlflow.db")
+MOST = 200  # suggestions
+
+
+def job_files(incomplete: str) -> list[str]:
+    return _matching(incomplete, (p for p in _yaml("jobs") if "sweeps" not in p.parts and "data" not in p.parts))
+
+
+def pipeline_files(incomplete: str) -> list[str]:
+    return _matching(incomplete, [*_yaml("pipelines"), *_yaml("jobs/examples/data")])
+
+
+def sweep_files(incomplete: str) -> list[str]:
+    return _matching(incomplete, _yaml("jobs/sweeps"))
+
+
+def cluster_files(incomplete: str) -> list[str]:
+    return _matching(incomplete, _yaml("clusters"))
+
+
+def datasets(incomplete: str) -> list[str]:
+    return _matching(incomplete, _folders(DATASETS, "manifest.parquet"))
+
+
+def runs(incomplete: str) -> list[str]:
+    return _matching(incomplete, _folders(RUNS, "run.json"))
+
+
+def sweeps(incomplete: str) -> list[str]:
+    return _matching(incomplete, _folders(RUNS, "sweep.json"))
+
+
+def models(incomplete: str) -> list[str]:
+    """Lists registered models, newest version first, and ids of finished runs, from a local MLflow store."""
+    names = _query("SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC")
+    return _matching(incomplete, [*(f"models:/{name}" for name in names), *_run_ids()])
+
+
+def registered(incomplete: str) -> list[str]:
+    """Lists registered models as `model promote` takes them: NAME/VERSION."""
+    return _matching(incomplete, _query("SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC"))
+
+
+def jobs(incomplete: str) -> list[str]:
+    """Lists the ids of jobs that this workspace has submitted."""
+    return _matching(incomplete, (p.stem for p in sorted(Path(".heliostat/jobs").glob("*.json"))))
+
+
+def clusters(incomplete: str) -> list[str]:
+    """Lists cluster files, and the names of local clusters."""
+    return _matching(incomplete, [*_yaml("clusters"), *_names(Path(".heliostat/clusters"), "state.json")])
+
+
+def _run_ids() -> list[str]:
+    return _query("SELECT run_uuid FROM runs WHERE status = 'FINISHED' ORDER BY start_time DESC")
+
+
+def _query(statement: str) -> list[str]:
+    """Asks the local MLflow database, without waiting for its writers; no rows if there is none."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    place = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else STORE
+    if (uri and not uri.startswith("sqlite:///")) or not place.is_file():
+        return []
+    try:
+        with closing(sqlite3.connect(f"file:{place}?mode=ro", uri=True, timeout=0.2)) as store:
+            return [str(row[0]) for row in store.execute(f"{statement} LIMIT {MOST}")]
+    except sqlite3.Error:
+        return []
+
+
+def _yaml(folder: str) -> list[Path]:
+    return sorted([*Path(folder).rglob("*.yaml"), *Path(folder).rglob("*.yml")])
+
+
+def _names(parent: Path, file: str) -> list[str]:
+    return [folder.name for folder in _folders(parent, file)]
+
+
+def _folders(parent: Path, file: str) -> list[Path]:
+    """Lists the folders that hold a file, the newest first."""
+    marks = [p for p in parent.glob(f"*/{file}") if p.is_file()]
+    return [p.parent for p in sorted(marks, key=lambda p: -p.stat().st_mtime)]
+
+
+def _matching(incomplete: str, words: Iterable[object]) -> list[str]:
+    return [word for word in map(str, words) if word.startswith(incomplete)][:MOST]

@@ -1,0 +1,219 @@
+"""Shows what to do next in a folder: `heliostat` without a command.
+
+It reads YAML files and the folders of datasets and runs, and no library that takes time. What is on S3 isn't asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from heliostat.cli.common import program
+from heliostat.text import plural
+
+STORAGE = ".heliostat/runs"  # of a job that names none
+FIRST = "quickstart"  # the file to begin with, if there is one
+LONGEST = 60  # characters of a name in a line
+
+
+class RunState(TypedDict):
+    """Describes a job's run. `step`: of its last checkpoint; `answers`: what `model generate` makes with the model."""
+
+    job: str
+    name: str
+    folder: str
+    state: str
+    step: int
+    steps: int
+    model: str | None
+    answers: Literal["text", "images"] | None
+
+
+class NextCommand(TypedDict):
+    """Describes a command to type, and why."""
+
+    command: str
+    why: str
+
+
+class FolderStatus(TypedDict):
+    """Describes a folder: its files, its datasets, the run that was active last, and what to do next."""
+
+    folder: str
+    jobs: list[str]
+    pipelines: list[str]
+    datasets: list[str]
+    run: RunState | None
+    next: list[NextCommand]
+
+
+class FoundFile(TypedDict):
+    """Holds a YAML file's path and its content."""
+
+    path: str
+    content: dict[str, Any]
+
+
+def status(folder: Path) -> FolderStatus:
+    """Looks at a folder: which jobs, pipelines, datasets, and runs it has."""
+    jobs, pipelines = _files(folder / "jobs"), _files(folder / "pipelines")
+    prepared = [str(one["content"]["output"]) for one in pipelines if _has_dataset(folder, one["content"].get("output"))]
+    runs = sorted((run for one in jobs if (run := _run(folder, one))), key=lambda run: _active(folder / run["folder"]))
+    result: FolderStatus = {
+        "folder": str(folder.resolve()), "jobs": [one["path"] for one in jobs], "pipelines": [one["path"] for one in pipelines],
+        "datasets": prepared, "run": runs[-1] if runs else None, "next": [],
+    }  # fmt: skip
+    name = program()
+    for words, why in _next(folder, result, jobs, pipelines):
+        result["next"].append({"command": shlex.join([name, *words]), "why": why})
+    return result
+
+
+def lines(status: FolderStatus) -> list[str]:
+    """Writes the status for a terminal: at most 8 lines."""
+    if not status["jobs"] and not status["pipelines"]:
+        text = ["This folder isn't a heliostat workspace: it has no jobs/ and no pipelines/."]
+    else:
+        counts = {"job": status["jobs"], "pipeline": status["pipelines"], "prepared dataset": status["datasets"]}
+        text = [", ".join(plural(len(items), what) for what, items in counts.items())]
+    if run := status["run"]:
+        of = f" of {run['steps']:,}" if run["steps"] else ""  # not known of a job with epochs or tokens
+        model = f", model {run['model']}" if "/" in (run["model"] or "") else ""  # not an id
+        text.append(f"run {run['name'][:LONGEST]}: {run['state']}, step {run['step']:,}{of}{model}")
+    width = 80 - len("Next:  ")
+    for number, one in enumerate(status["next"]):
+        why = f"  # {one['why']}"
+        line = one["command"] + (why if len(one["command"] + why) <= width else "")
+        text.append(("Next:  " if number == 0 else " " * 7) + line)
+    return [*text, "All commands: heliostat --help"]
+
+
+def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: list[FoundFile]) -> list[tuple[list[str], str]]:
+    """Lists the words to type after the program's name, each with its reason."""
+    if not jobs and not pipelines:
+        return [(["init"], "make a workspace here"), (["init", "my-workspace"], "or in a new folder")]
+    if run := status["run"]:
+        return _after(run)
+    ready = [one for one in jobs if _ready(folder, one)]
+    if ready:
+        job = _first(ready)
+        return [(["check", job], "find mistakes first"), (["train", job], "train a model")]
+    if pipelines:
+        pipeline = _first(pipelines)
+        return [(["data", "prepare", pipeline], "make a dataset")] + ([(["train", _first(jobs)], "then train")] if jobs else [])
+    return [(["check", _first(jobs)], "shows what the job lacks")]
+
+
+def _after(run: RunState) -> list[tuple[list[str], str]]:
+    if run["state"] == "running":
+        return [(["run", "goodput", run["folder"]], "where its time goes"), (["run", "ui"], "curves in the browser")]
+    if run["state"] == "interrupted":
+        return [(["train", run["job"], "--resume"], "continue from the last checkpoint")]
+    ui = (["run", "ui"], "curves, samples, lineage in the browser")
+    verify = (["run", "verify", run["folder"]], "check what it trained on")
+    if run["model"] is None or run["answers"] is None:
+        return [ui, verify]
+    file = ["--out", "image.png"] if run["answers"] == "images" else []
+    generate = (["model", "generate", run["model"], "--prompt", "Hello", *file], "use the model")
+    return [generate, (["model", "play", run["model"]], "try it in the browser"), ui, verify]
+
+
+def _files(parent: Path) -> list[FoundFile]:
+    """Reads the YAML files of a folder, by name; a file that isn't a mapping is left out: `check` explains it."""
+    import yaml
+
+    files = list[FoundFile]()
+    for path in sorted([*parent.glob("*.yaml"), *parent.glob("*.yml")]):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+        if isinstance(content, dict):
+            files.append({"path": str(path), "content": content})
+    return files
+
+
+def _first(files: list[FoundFile]) -> str:
+    return next((one["path"] for one in files if Path(one["path"]).stem == FIRST), files[0]["path"])
+
+
+def _ready(folder: Path, job: FoundFile) -> bool:
+    """Checks whether every dataset of a job is prepared in this workspace."""
+    data = job["content"].get("data")
+    sources = [data, *(data.get("sources") or [])] if isinstance(data, dict) else []
+    paths = [source["path"] for source in sources if isinstance(source, dict) and source.get("path")]
+    return bool(paths) and all(_has_dataset(folder, path) for path in paths)
+
+
+def _has_dataset(folder: Path, place: object) -> bool:
+    return isinstance(place, str) and "://" not in place and (folder / place / "manifest.parquet").is_file()
+
+
+def _run(folder: Path, job: FoundFile) -> RunState | None:
+    """Reads the state of a job's run from its folder; None if the job has no run, or one on S3."""
+    content = job["content"]
+    storage, train = content.get("storage") or STORAGE, content.get("train")
+    place = Path(str(storage)) / str(content.get("name"))
+    if "://" in str(storage) or not (folder / place / "run.json").is_file():
+        return None
+    steps = train.get("steps") if isinstance(train, dict) else None
+    ending, step = _read(folder / place / "result.json"), _last_step(folder / place)
+    ended, alive = ending.get("steps", -1) >= step, _alive(folder / place / "lease")
+    return {
+        "job": job["path"], "name": str(content.get("name")), "folder": str(place),
+        "state": "running" if alive else "finished" if ended else "interrupted",
+        "step": int(ending["steps"]) if ended else step, "steps": int(ending["steps"] if ended else steps or 0),
+        "model": _model(ending) if ended else None,
+        "answers": _answers(ending) if ended else None,
+    }  # fmt: skip
+
+
+def _model(ending: dict[str, Any]) -> str | None:
+    """Returns a name that every command takes: the registered model, or the run's id."""
+    uri = ending.get("model_uri")
+    return str(ending.get("run_id")) if uri and str(uri).startswith("models:/m-") else uri
+
+
+def _answers(ending: dict[str, Any]) -> Literal["text", "images"] | None:
+    if not ending.get("samples"):  # of a recipe that generates nothing, such as a classifier
+        return None
+    return "images" if ending.get("unit") == "samples" else "text"
+
+
+def _last_step(run: Path) -> int:
+    names = (p.parent.name.removeprefix("step-") for p in run.glob("checkpoints/step-*/checkpoint.json"))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _active(run: Path) -> float:
+    """Returns when a run last wrote to its ledger or its lease."""
+    return max((p.stat().st_mtime for p in (run, run / "ledger", run / "lease", run / "result.json") if p.exists()), default=0.0)
+
+
+def _alive(leases: Path) -> bool:
+    """Checks whether a process of this machine holds the newest lease; on another machine, whether it isn't released."""
+    newest = max(leases.glob("*.json"), default=None)
+    holder = _read(newest) if newest else {}
+    if not holder or holder.get("released"):
+        return False
+    if holder.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except PermissionError:
+        return True
+    except (OSError, KeyError, ValueError):
+        return False
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

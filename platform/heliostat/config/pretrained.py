@@ -1,0 +1,86 @@
+"""Finds the folders of the models that a job's keys name: every `pretrained: FOLDER` in `model`, or a model of the Hub.
+
+A folder that exists is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A job's record names
+its commit (`pinned`), and each node finds or downloads it in its own cache (`located`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from heliostat.config.spec import Job
+from heliostat.storage.hub import files, names
+from heliostat.storage.hub.names import HubName
+
+KEY = "pretrained"
+
+
+def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, str]]:
+    """Yields each key that names a pretrained model, however deep, and what it names."""
+    for name, value in model.items():
+        if name == KEY and isinstance(value, str):
+            yield f"{key}.{name}", value
+        elif isinstance(value, Mapping):
+            yield from named(value, f"{key}.{name}")
+
+
+def on_hub(job: Job) -> list[tuple[str, HubName]]:
+    """Lists the keys of a job that name models of the Hub."""
+    return [(key, name) for key, value in named(job.model) if (name := hub_name(value))]
+
+
+def hub_name(value: str) -> HubName | None:
+    """Reads what a key names as a model of the Hub; None for a folder: one that exists, or whose path is absolute."""
+    return None if Path(value).exists() else names.model(value)
+
+
+def pinned(job: Job) -> Job:
+    """Returns the job with the commits of its models of the Hub; ConfigError for one that can't be had."""
+    return _changed(job, lambda key, name: str(files.resolve(key, name)))
+
+
+def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
+    """Returns the job with the commits that the run which it resumes has recorded, where the job names none."""
+    before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
+
+    def change(key: str, name: HubName) -> str:
+        known = before.get(key)
+        return str(known if known and name.revision == names.MAIN and name.at(known.revision) == known else name)
+
+    return _changed(job, change)
+
+
+def described(job: Job) -> list[str]:
+    """Describes each model of the Hub that a job names, in a line: its commit, and the size of its weights."""
+    lines = []
+    for key, name in on_hub(job):
+        folder = files.model(key, files.resolve(key, name), weights=False)
+        lines.append(f"{key}: {name}, {files.readable(files.weight_bytes(folder))} of weights")
+    return lines
+
+
+def located(job: Job, weights: bool = True) -> Job:
+    """Returns the job with this machine's folders in place of its models of the Hub, whose files it downloads; of each without
+    `weights` only the configuration and the tokenizer."""
+    return _changed(job, lambda key, name: str(files.model(key, files.resolve(key, name), weights)))
+
+
+def folder(value: str) -> Path:
+    """Returns the folder of what a `pretrained` key names, with the configuration of a model of the Hub."""
+    name = hub_name(value)
+    return files.model(f"model.{KEY}", files.resolve(f"model.{KEY}", name), weights=False) if name else Path(value)
+
+
+def _changed(job: Job, change: Callable[[str, HubName], str]) -> Job:
+    values = {key: change(key, name) for key, name in on_hub(job)}
+    return job.model_copy(update={"model": _replaced(job.model, values)}) if values else job
+
+
+def _replaced(model: Mapping[str, Any], values: Mapping[str, str], key: str = "model") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in model.items():
+        path = f"{key}.{name}"
+        out[name] = _replaced(value, values, path) if isinstance(value, Mapping) else values.get(path, value)
+    return out

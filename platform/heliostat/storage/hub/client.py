@@ -1,0 +1,213 @@
+"""Asks the Hugging Face Hub, and explains its answers: an error of one line for each of 401, 403, 404, 429, and no answer.
+
+What may pass (429, 5xx, broken connections) is retried within the budget of HELIOSTAT_RETRY_BUDGET_S seconds. Settings are
+Hugging Face's own: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, and the token of `hf auth login`. Messages are
+heliostat's, so no token, URL with a signature, or header of a request reaches a log.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+from urllib.parse import urlsplit
+
+from heliostat.errors import AccessError, ConfigError, StorageError
+from heliostat.redact import redact
+from heliostat.storage import retries
+from heliostat.storage.hub.names import HubName
+from heliostat.storage.retries import Backoff, FailedAttempts
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import DatasetInfo, ModelInfo
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+BACKOFF = Backoff(0.5, 15.0, jitter=0.3)
+AWAY_S = 5.0  # in which a name is resolved, or the cache is used
+ASK_S = 10.0  # without a byte of an answer
+RECEIVED = 1 << 20  # bytes that are written at a time
+PASSES = {408, 425, 429}  # and 500 and more
+NO_ROOM = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
+
+
+class HubAwayError(StorageError):
+    """Reports that the Hub doesn't answer within the budget."""
+
+
+def endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def cache() -> Path:
+    """Returns the folder of Hugging Face's cache."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def api() -> HfApi:
+    from huggingface_hub import HfApi
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings hold signed URLs
+    return HfApi(endpoint=endpoint())
+
+
+def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None = None) -> T:
+    """Runs a request about a model or dataset, repeatedly while the Hub fails.
+
+    ConfigError that begins with `key` for what the Hub rejects, HubAwayError if it doesn't answer within the budget in seconds.
+    """
+
+    def judge(error: Exception) -> None:
+        if isinstance(error, (ConfigError, StorageError)):
+            raise error
+        status = _status(error)
+        if status is not None and status not in PASSES and status < 500:
+            raise ConfigError(f"{key}: {_rejected(name, status, error)}") from error
+        if status is None and not _may_pass(error):
+            raise _broken(key, name, error) from error
+
+    def give_up(failure: FailedAttempts) -> NoReturn:
+        waited = f"{_reason(failure.error)} (waited {failure.seconds:.0f} s)"
+        raise HubAwayError(
+            f"{key}: {_unless_folder(name)}{name.repo}: {waited}. {_advice(name, failure.error)}"
+        ) from failure.error
+
+    def report(failure: FailedAttempts, wait: float) -> None:
+        log.warning("%s: %s; retrying in %.1f s", name.repo, _reason(failure.error), wait)
+
+    budget_s = retries.retry_budget() if budget_s is None else min(budget_s, retries.retry_budget())
+    return retries.retry(action, budget_s, BACKOFF, judge, give_up, report)
+
+
+def information(name: HubName) -> ModelInfo | DatasetInfo:
+    """Asks what the revision of a name is now."""
+    if name.kind == "dataset":
+        return api().dataset_info(name.repo, revision=name.revision, timeout=ASK_S)
+    return api().model_info(name.repo, revision=name.revision, timeout=ASK_S)
+
+
+def receive(name: HubName, path: str, size: int, partial: Path) -> None:
+    """Downloads a file of a pinned name to `partial`, from where that ends: `size` bytes in all."""
+    from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    url = hf_hub_url(name.repo, path, repo_type=name.kind, revision=name.revision, endpoint=endpoint())
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+    place = get_hf_file_metadata(url, timeout=ASK_S, endpoint=endpoint()).location
+    if urlsplit(place).netloc != urlsplit(endpoint()).netloc:
+        headers.pop("authorization", None)  # of another host, such as the store of large files
+    with partial.open("ab") as out:
+        if out.tell() > size:
+            out.truncate(0)
+        if begin := out.seek(0, os.SEEK_END):
+            headers["Range"] = f"bytes={begin}-"
+        if begin == size:
+            return
+        with get_session().stream("GET", place, headers=headers, timeout=ASK_S, follow_redirects=True) as response:
+            hf_raise_for_status(response)
+            if begin and response.status_code == 200:  # a server without ranges
+                out.truncate(0)
+            for block in response.iter_bytes(RECEIVED):
+                out.write(block)
+        if out.tell() < size:
+            raise ConnectionError(f"{path}: the connection ended at byte {out.tell():,}")
+
+
+@contextmanager
+def kept(key: str, name: HubName) -> Iterator[None]:
+    """Explains why files can't be kept in the cache."""
+    try:
+        yield
+    except OSError as e:
+        raise _broken(key, name, e) from e
+
+
+def missing(key: str, name: HubName, what: str) -> ConfigError:
+    """Makes the error of files that the cache lacks, where the network isn't used."""
+    fix = f"Unset it, or run on a machine with a network and copy the cache: {name.command}"
+    return ConfigError(f"{key}: {cache()} lacks {what} of {name.repo}, and HF_HUB_OFFLINE is set. {fix}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: Exception) -> int | None:
+    """Returns the HTTP status of an answer of the Hub, None if there was no answer."""
+    for one in _chain(error):
+        if (response := getattr(one, "response", None)) is not None:
+            return int(response.status_code)
+    return None
+
+
+def _code(error: Exception) -> str:
+    responses = (getattr(one, "response", None) for one in _chain(error))
+    return next((r.headers.get("X-Error-Code") or "" for r in responses if r is not None), "")
+
+
+def _rejected(name: HubName, status: int, error: Exception) -> str:
+    page = f"{endpoint()}/{'datasets/' if name.kind == 'dataset' else ''}{name.repo}"
+    code = _code(error)
+    if status == 403 or code == "GatedRepo":
+        fix = f"Accept the terms at {page}, then log in: hf auth login, or set HF_TOKEN"
+        return f"{name.repo}: the Hub denies access ({status}). {fix}"
+    if status == 401 and code != "RepoNotFound":
+        return f"{name.repo}: the Hub doesn't accept the token (401). Log in again: hf auth login, or set HF_TOKEN"
+    if code == "RevisionNotFound":
+        return f"{name.repo} has no revision {name.revision!r} (404). Name a branch, a tag, or a commit of {page}/commits/main"
+    if code == "EntryNotFound":
+        return f"{name.repo}@{name.revision} lacks a file that it lists (404). Try again, or name another revision"
+    if status in (401, 404):
+        absent = f"{_unless_folder(name)}no {name.kind} {name.repo!r} on the Hub ({status})"
+        return f"{absent}. Check the name; if it is private, log in: hf auth login"
+    return f"{name.repo}: the Hub rejects the request ({status}). See {page}"
+
+
+def _unless_folder(name: HubName) -> str:
+    """Says first that there is no such folder, of a name that may have been meant as one."""
+    return "" if name.kind == "dataset" or name.pinned else f"no folder {str(name).partition('@')[0]!r} here; "
+
+
+def _may_pass(error: Exception) -> bool:
+    """Tells whether an error without an answer is one of the network."""
+    kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
+    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is the HTTP library's
+
+
+def _broken(key: str, name: HubName, error: Exception) -> Exception:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        why = error.strerror or "no room"
+        return AccessError(f"{key}: {name.repo} can't be kept in {cache()} ({why}). Make room there, or set HF_HOME")
+    return ConfigError(f"{key}: {name.repo}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    """Describes an error without what a request holds."""
+    status = _status(error)
+    if status == 429:
+        return "the Hub limits requests (429)"
+    if status is not None:
+        return f"the Hub fails ({status})"
+    if _may_pass(error):
+        kinds = [type(one).__name__ for one in _chain(error)]
+        return f"no answer from {endpoint()} ({kinds[-1]})"
+    return redact(retries.reason(error)).partition("?")[0]
+
+
+def _advice(name: HubName, error: Exception) -> str:
+    if _status(error) == 429:
+        return "Wait some minutes, or log in for a higher limit: hf auth login"
+    return f"Without a network, run on a machine with one and copy {cache()}: {name.command}"

@@ -1,0 +1,355 @@
+"""Downloads files of the Hub to Hugging Face's cache on this machine, once, and checks each by its hash.
+
+    name = files.resolve("model.pretrained", names.model("Qwen/Qwen3-0.6B"))   # pinned to a commit
+    folder = files.model("model.pretrained", name)                             # which `from_pretrained` loads
+
+A commit never changes, so its list of files is kept in the cache (`heliostat/COMMIT.json` in the repository's folder). The Hub
+names each file by its content: a large file by its SHA-256, a small one by git's SHA-1. A download that was interrupted resumes.
+Pickles and code are never downloaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import astuple, dataclass
+from functools import lru_cache
+from functools import partial as partial_
+from pathlib import Path, PurePosixPath
+
+from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.storage.hub import client
+from heliostat.storage.hub.names import COMMIT, HubName
+from heliostat.storage.locations import is_inside
+from heliostat.text import plural, printable
+
+log = logging.getLogger(__name__)
+
+ABOUT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")  # what is downloaded of a model, in addition to weights
+WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")  # of the libraries' names of weights
+PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pt", ".pth")
+ELSEWHERE = ("coreml/", "flax/", "gguf/", "onnx/", "openvino/", "original/")  # folders of the same model for other libraries
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+PARTS = r"-\d+-of-\d+"
+THREADS = 8
+BLOCK = 16 << 20
+CONVERT = "https://huggingface.co/spaces/safetensors/convert"
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """Describes a file: its path in the repository, its bytes, and its SHA-256 or git's SHA-1 (64 or 40 hex digits)."""
+
+    path: str
+    bytes: int
+    hash: str
+
+
+def resolve(key: str, name: HubName) -> HubName:
+    """Pins a name to the commit that its revision has now; without a network, to the one that it had at the last download."""
+    if name.pinned:
+        return name
+    reference = _repository(name) / "refs" / name.revision
+    known = reference.read_text().strip() if reference.is_file() else ""
+    if client.offline():
+        if not COMMIT.fullmatch(known):
+            raise client.missing(key, name, f"the commit of revision {name.revision!r}")
+        return name.at(known)
+    try:
+        info = client.ask(key, name, lambda: client.information(name), client.AWAY_S)
+    except client.HubAwayError as e:
+        if not COMMIT.fullmatch(known):
+            raise
+        log.warning("%s; using %s of the cache", e, known)
+        return name.at(known)
+    commit = str(info.sha)
+    if not COMMIT.fullmatch(commit):
+        raise DataError(f"{key}: {client.endpoint()} gives no commit for {name}. Is it a server of the Hub's protocol?")
+    if commit != known:
+        with suppress(OSError):  # a cache that can't be written to
+            _write(reference, commit)
+    return name.at(commit)
+
+
+def listing(key: str, name: HubName) -> list[HubFile]:
+    """Lists all files of a pinned name's repository, sorted by path."""
+    kept = _repository(name) / "heliostat" / f"{name.revision}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return _kept(kept)
+    if client.offline():
+        return _downloaded(key, name)
+
+    def ask() -> list[HubFile]:
+        from huggingface_hub.hf_api import RepoFile
+
+        tree = client.api().list_repo_tree(name.repo, recursive=True, revision=name.revision, repo_type=name.kind)
+        return [HubFile(f.path, f.lfs.size if f.lfs else f.size, f.lfs.sha256 if f.lfs else f.blob_id)
+                for f in tree if isinstance(f, RepoFile)]  # fmt: skip
+
+    try:
+        listed_files = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
+    except client.HubAwayError:
+        if not _snapshot(name).is_dir():
+            raise
+        return _downloaded(key, name)
+    if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
+        raise DataError(
+            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
+        )
+    with suppress(OSError):
+        _write(kept, json.dumps([astuple(f) for f in listed_files]))
+    return listed_files
+
+
+@lru_cache(maxsize=16)
+def _kept(place: Path) -> list[HubFile]:
+    return [HubFile(*fields) for fields in json.loads(place.read_text())]
+
+
+def folder(name: HubName) -> Path:
+    """Returns the folder, or the file, of a pinned name in this machine's cache, which may not be there yet."""
+    return _snapshot(name) / name.inside
+
+
+def of_folder(path: Path) -> HubName | None:
+    """Returns the pinned name of a place in the cache; None for any other place."""
+    if not path.is_relative_to(client.cache()):
+        return None
+    place = re.fullmatch(r"(model|dataset)s--([^/]+?)--([^/]+)/snapshots/([^/]+)/?(.*)", str(path.relative_to(client.cache())))
+    if not place:
+        return None
+    return HubName("model" if place[1] == "model" else "dataset", f"{place[2]}/{place[3]}", place[4], place[5])
+
+
+def download(key: str, name: HubName, wanted: Iterable[HubFile]) -> None:
+    """Downloads the files of a pinned name that the cache lacks, and checks each once by its hash.
+
+    DataError for a file whose content isn't what the Hub lists; it is removed, so the next command downloads it again.
+    """
+    lacking = [f for f in wanted if not _is_checked(name, f)]
+    absent = [f for f in lacking if not (_snapshot(name) / f.path).is_file()]
+    if absent and client.offline():
+        raise client.missing(key, name, f"{plural(len(absent), 'file')}, such as {absent[0].path},")
+    size, began = sum(f.bytes for f in absent), time.monotonic()
+    if size >= BLOCK:
+        log.info("%s: downloading %s (%s) to %s", name, plural(len(absent), "file"), readable(size), client.cache())
+    if not lacking:
+        return
+    with ThreadPoolExecutor(min(THREADS, len(lacking))) as pool:
+        try:
+            for done in [pool.submit(_one, key, name, f) for f in lacking]:
+                done.result()
+        except HeliostatError as e:
+            pool.shutdown(cancel_futures=True)
+            raise type(e)(f"{e} (on node {socket.gethostname()})") from e
+    if size >= BLOCK:
+        log.info("%s: downloaded in %.0f s, hashes checked", name, time.monotonic() - began)
+
+
+def _one(key: str, name: HubName, file: HubFile) -> None:
+    place = _snapshot(name) / file.path
+    if not place.is_file():
+        _fetch(key, name, file)
+    elif file.hash and not _matches(place, file):
+        blob = place.parent / place.readlink() if place.is_symlink() else place
+        place.unlink(missing_ok=True)
+        blob.unlink(missing_ok=True)
+        raise _changed(key, name, file)
+    with suppress(OSError):  # a cache that can't be written to
+        _write(_mark(name, file), _state(place))
+
+
+def _fetch(key: str, name: HubName, file: HubFile) -> None:
+    """Downloads a file to the cache, from where an earlier command was interrupted. It appears there when its hash is right.
+
+    It gives up when no byte has come for the retry budget.
+    """
+    from huggingface_hub.utils import WeakFileLock
+
+    blob = _repository(name) / "blobs" / file.hash
+    partial, lock = blob.with_name(f"{blob.name}.heliostat.incomplete"), client.cache() / ".locks" / _repository(name).name
+    with client.kept(key, name):
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        lock.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock / f"{file.hash}.lock"):
+            if not blob.exists():
+                resumed = _size(partial)
+                while True:
+                    before = _size(partial)
+                    try:
+                        client.ask(key, name, partial_(client.receive, name, file.path, file.bytes, partial))
+                    except client.HubAwayError:
+                        if _size(partial) <= before:
+                            raise
+                        continue
+                    if _matches(partial, file):
+                        break
+                    partial.unlink()
+                    if not resumed:
+                        raise _changed(key, name, file)
+                    resumed = 0  # what was there before may be damaged: from its start, once
+                partial.replace(blob)
+            _link(blob, _snapshot(name) / file.path)
+
+
+def _link(blob: Path, place: Path) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():
+        return
+    try:
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    except OSError:  # a file system without links
+        blob.replace(place)
+
+
+def _size(place: Path) -> int:
+    return place.stat().st_size if place.exists() else 0
+
+
+def _changed(key: str, name: HubName, file: HubFile) -> DataError:
+    return DataError(
+        f"{key}: {name}: {file.path} isn't what the Hub lists (its hash isn't {file.hash[:12]}...). "
+        "It is removed from the cache. Start again to download it"
+    )
+
+
+def _matches(place: Path, file: HubFile) -> bool:
+    digest = hashlib.sha256() if len(file.hash) == 64 else hashlib.sha1(b"blob %d\0" % file.bytes, usedforsecurity=False)
+    if place.stat().st_size != file.bytes:
+        return False
+    with place.open("rb") as content:
+        while block := content.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest() == file.hash
+
+
+def _is_checked(name: HubName, file: HubFile) -> bool:
+    """Tells whether a file is in the cache as it was when its hash was checked."""
+    try:
+        return _mark(name, file).read_text() == _state(_snapshot(name) / file.path)
+    except OSError:
+        return False
+
+
+def _mark(name: HubName, file: HubFile) -> Path:
+    return _repository(name) / "heliostat" / "checked" / (file.hash or hashlib.sha256(file.path.encode()).hexdigest())
+
+
+def _state(place: Path) -> str:
+    status = place.stat()
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
+def _repository(name: HubName) -> Path:
+    return client.cache() / f"{name.kind}s--{name.repo.replace('/', '--')}"
+
+
+def _snapshot(name: HubName) -> Path:
+    return _repository(name) / "snapshots" / name.revision
+
+
+def _downloaded(key: str, name: HubName) -> list[HubFile]:
+    """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links."""
+    root, listed_files = _snapshot(name), list[HubFile]()
+    for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        hash = path.readlink().name if path.is_symlink() else ""
+        known = hash if HASH.fullmatch(hash) else ""
+        listed_files.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
+    if not listed_files:
+        raise client.missing(key, name, "the files")
+    return listed_files
+
+
+def _write(place: Path, text: str) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    partial = place.with_name(f"{place.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.write_text(text)
+    partial.replace(place)
+
+
+# models --------------------------------------------------------------------------------------------------------------
+
+
+def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False) -> Path:
+    """Downloads a pinned model and returns its folder; without `weights`, only what says what it is: configuration, tokenizer.
+
+    ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: a pickle can run code when it is loaded.
+    """
+    listed = [f for f in listing(key, name) if not f.path.startswith(ELSEWHERE)]
+    inside = f"{name.inside}/" if name.inside else ""
+    own = [f for f in listed if f.path.startswith(inside)]
+    if not own:
+        raise ConfigError(f"{key}: {name.repo} has no folder {name.inside!r}. Look at {client.endpoint()}/{name.repo}/tree/main")
+    chosen = weight_files(own)
+    if not chosen and not tokenizer:
+        pickles = [f.path for f in own if f.path.endswith(PICKLES)]
+        fix = f"Convert it at {CONVERT}, and name the revision that it makes: {name.repo}@refs/pr/NUMBER"
+        fault = f"{pickles[0]} is a pickle, which can run code). {fix}" if pickles else "no weights). Name a model that has them"
+        raise ConfigError(f"{key}: {name.repo} has no safetensors ({fault}")
+    beside = f"{name.inside.rpartition('/')[0]}/tokenizer/".removeprefix("/")  # where diffusers keeps an encoder's
+    listed = [f for f in listed if f.path.startswith((inside, beside))]
+    about = [f for f in listed if f.path.endswith(ABOUT)]
+    download(key, name, about + (chosen if weights else []))
+    return folder(name)
+
+
+def weight_files(listed: list[HubFile]) -> list[HubFile]:
+    """Chooses the safetensors that the libraries load: where a folder has several sets, the one under the usual name."""
+    folders: dict[str, list[HubFile]] = {}
+    for f in listed:
+        folders.setdefault(str(PurePosixPath(f.path).parent), []).append(f)
+    return [f for files in folders.values() for f in _usual(files)]
+
+
+def _usual(files: list[HubFile]) -> list[HubFile]:
+    """Chooses of a folder's files the weights in one file, or those that an index lists; all safetensors without such a set."""
+    named = {PurePosixPath(f.path).name: f for f in files if f.path.endswith((WEIGHTS, INDEX))}
+    for stem in STEMS:
+        if whole := named.get(f"{stem}{WEIGHTS}"):
+            return [whole]
+        if f"{stem}{INDEX}" in named:
+            return [f for name, f in named.items() if re.fullmatch(f"{stem}{PARTS}{WEIGHTS}", name)]
+    return [f for name, f in named.items() if name.endswith(WEIGHTS)]
+
+
+def weight_bytes(path: Path) -> int:
+    """Counts the bytes of a model's weights: those in its folder, or, of the Hub, those that its list of files has."""
+    if (name := of_folder(path)) is None:
+        return sum(p.stat().st_size for p in path.rglob(f"*{WEIGHTS}"))
+    prefix = f"{name.inside}/" if name.inside else ""
+    return sum(f.bytes for f in weight_files([f for f in listing("model", name) if f.path.startswith(prefix)]))
+
+
+def absent_weights(path: Path) -> dict[str, str]:
+    """Returns the SHA-256 of the weights that a folder of the cache has on the Hub and not here, by name; empty for others."""
+    if (name := of_folder(path)) is None:
+        return {}
+    prefix = f"{name.inside}/" if name.inside else ""
+    weights = weight_files([f for f in listing("model", name) if f.path.startswith(prefix)])
+    here = {PurePosixPath(f.path).name: f for f in weights if "/" not in f.path.removeprefix(prefix)}
+    return {file: f.hash for file, f in here.items() if len(f.hash) == 64 and not (path / file).exists()}
+
+
+def shown(path: Path) -> str:
+    """Returns how a person names a folder: a model of the Hub by its name."""
+    return str(of_folder(path) or path)
+
+
+def readable(size: int) -> str:
+    """Formats bytes for people: `1.2 GB`."""
+    value, unit = float(size), "B"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"
