@@ -7,6 +7,7 @@ A page has three kinds of blocks for this:
     ```yaml or ```python, whose first line is `# NAME`     a file that the reader saves under that name
     ```sh                                                 commands; a comment after two spaces is for the reader
     ```text, directly after ```sh                         what these commands print; a line `...` stands for any lines
+    <!-- output -->, there                                the place of such a block, which a refresh writes
 
 Numbers, durations, sizes, and digests differ between runs, so the comparison masks them. `<!-- varies -->` above an output says
 that its words differ too, for example text that a model generates. Such a block is refreshed, and not compared.
@@ -35,11 +36,13 @@ ENDS_S = 120.0
 HEAD, TAIL = 5, 9  # lines of a long output that the page shows
 COLUMNS = "100"
 HOME = "/home/you/heliostat"  # stands for the folder in which the page was run
-ELLIPSIS, VARIES = "...", "<!-- varies -->"
+ELLIPSIS = "..."
 ERROR, CTRL_C = "what an error looks like", "press Ctrl-C"
 
 BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n?", re.MULTILINE | re.DOTALL)
-OUTPUT = re.compile(rf"\n*(?P<varies>{VARIES}\n+)?```text\n(?P<code>.*?)^```\n?", re.MULTILINE | re.DOTALL)
+OUTPUT = re.compile(
+    r"\n*(?:<!-- (?P<mark>output|varies) -->\n)?(?P<block>(?:```text\n(?P<code>.*?)^```\n)?)", re.MULTILINE | re.DOTALL
+)
 SERVES = re.compile(r"heliostat (run |model )?(ui|play)\b")
 MASKS = (
     (re.compile(r"\x1b\[[\d;]*m"), ""),
@@ -76,7 +79,7 @@ class Step:
     commands: tuple[Command, ...] = ()
     shown: str | None = None  # None: the page shows no output
     varies: bool = False
-    place: tuple[int, int] = (0, 0)  # of the shown output in the page's text
+    place: tuple[int, int] | None = None  # of the output's block in the page's text, if it has a place there
 
 
 @dataclass
@@ -96,8 +99,8 @@ def steps(page: str) -> Iterator[Step]:
         elif block["language"] == "sh":
             output = OUTPUT.match(page, block.end())
             found = tuple(commands(code))
-            if output:
-                yield Step(None, found, output["code"], bool(output["varies"]), output.span("code"))
+            if output and (output["mark"] or output["block"]):
+                yield Step(None, found, output["code"], output["mark"] == "varies", output.span("block"))
             else:
                 yield Step(None, found)
 
@@ -136,10 +139,9 @@ def abridged(text: str) -> str:
 
 
 def refreshed(page: str, outputs: list[tuple[Step, str]]) -> str:
-    """Writes outputs into a page, in the blocks that it has for them."""
-    for step, printed in sorted(outputs, key=lambda one: one[0].place, reverse=True):
-        begin, end = step.place
-        page = page[:begin] + abridged(printed) + page[end:]
+    """Writes outputs into a page, in the places that it has for them."""
+    for (begin, end), printed in sorted(((step.place, printed) for step, printed in outputs if step.place), reverse=True):
+        page = page[:begin] + f"```text\n{abridged(printed)}```\n" + page[end:]
     return page
 
 
@@ -173,9 +175,9 @@ def walk(page: str, folder: Path, already: set[str] | None = None) -> Walk:
             output, faults = run(command, folder)
             printed += output
             result.faults += faults
-        if step.shown is not None:
+        if step.place:
             result.outputs.append((step, printed))
-            absent = [] if step.varies else missing(step.shown, printed)
+            absent = [] if step.varies or step.shown is None else missing(step.shown, printed)
             result.faults += [f"{step.commands[-1].text}: shown, and not printed: {line}" for line in absent]
     return result
 
@@ -247,8 +249,9 @@ def main(pages: list[str]) -> None:
     with tempfile.TemporaryDirectory() as base:
         for page in pages:
             path = ROOT / page
-            result = walk(path.read_text(encoding="utf-8"), clone(Path(base) / path.stem))
-            path.write_text(refreshed(path.read_text(encoding="utf-8"), result.outputs), encoding="utf-8")
+            text = path.read_text(encoding="utf-8")
+            result = walk(text, clone(Path(base) / path.stem))
+            path.write_text(refreshed(text, result.outputs), encoding="utf-8")
             sys.stdout.write("\n".join([f"{page}: refreshed", *result.faults, ""]))
 
 

@@ -22,24 +22,23 @@ from tests.benchmarks import harness, one_process
 from tests.gpu import setting
 
 JOB = harness.ROOT / "jobs/quickstart.yaml"
-FOUR_LAYERS = ["model.num_hidden_layers=4", "model.hidden_size=128", "model.num_attention_heads=4", "model.intermediate_size=344"]
-WIDER = ["model.hidden_size=192", "model.num_attention_heads=6", "model.num_key_value_heads=2", "model.intermediate_size=512"]
+FOUR_LAYERS = ["model.num_hidden_layers=4", "model.num_key_value_heads=4"]
+WIDER = ["model.hidden_size=160", "model.num_attention_heads=5", "model.num_key_value_heads=1", "model.intermediate_size=432"]
 OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
     "jobs/quickstart.yaml": [],
     "AdamW, 4e-3": ["train.optimizer={name: adamw, lr: 4.0e-3}"],
     "one learning rate": ["train.optimizer.adamw_lr=8.0e-3"],
     "cosine to 0.1": ["train.schedule={name: cosine, warmup_steps: 20, final_ratio: 0.1}"],
     "Llama: no norms of queries and keys": ["model.arch=llama"],
-    "4 layers of 128": FOUR_LAYERS,
-    "2 layers of 192": WIDER,
-    "keys for every head": ["model.num_key_value_heads=5"],
+    "4 layers": FOUR_LAYERS,
+    "2 layers of 160": WIDER,
+    "keys for every head": ["model.num_key_value_heads=4"],
     "one matrix for input and output": ["model.tie_word_embeddings=true"],
     "output projections of zeros": ["model.init={zero_output_projections: true}"],
     "vocabulary of 1,024": ["vocabulary=1024"],
     "vocabulary of 4,096": ["vocabulary=4096"],
-    "twice the batch": ["train.global_batch_size=16"],
-    "samples of 128 tokens": ["data.sequence_length=128", "train.global_batch_size=16", "train.micro_batch_size=8"],
-    "samples of 512 tokens": ["data.sequence_length=512", "train.global_batch_size=4", "train.micro_batch_size=2"],
+    "twice the batch": ["train.global_batch_size=32"],
+    "samples of 256 tokens": ["data.sequence_length=256", "train.global_batch_size=8", "train.micro_batch_size=4"],
     "bf16": ["train.precision=bf16"],
 }
 

@@ -21,8 +21,6 @@ echo 12 documents after 3 s
 ...
 99 documents after 1 min 2 s
 ```
-
-<!-- varies -->
 """
 
 
@@ -48,6 +46,15 @@ def test_an_output_whose_words_differ_is_refreshed_and_not_compared(tmp_path):
     page = "```sh\necho a\n```\n\n<!-- varies -->\n```text\nb\n```\n"
     result = walk.walk(page, tmp_path)
     assert result.faults == [] and walk.refreshed(page, result.outputs) == page.replace("\nb\n", "\na\n")
+
+
+def test_a_place_without_an_output_gets_one(tmp_path):
+    page = "```sh\necho a\n```\n\n<!-- output -->\n\nText.\n"
+    result = walk.walk(page, tmp_path)
+    assert result.faults == []
+    written = walk.refreshed(page, result.outputs)
+    assert written == "```sh\necho a\n```\n\n<!-- output -->\n```text\na\n```\n\nText.\n"
+    assert walk.refreshed(written, walk.walk(written, tmp_path).outputs) == written
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.constants import Constant
     from heliostat.recipes.text.generator import TextGenerator
 BUILT_IN = {"CausalLM": ("transformers",)}
+SHOWN = {"max_tokens": 96, "temperature": 0.5}  # of what a finished run writes: a small model needs likely tokens
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
@@ -356,7 +357,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return tuple(exporting.of_held_out(self.job, self.sources, self._raw_tokenizer, self.end))
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        continued = self.generator(folder, {"max_tokens": 48})([Request(prompt, 0, None) for prompt in self.prompts])
+        continued = self.generator(folder, SHOWN)([Request(prompt, 0, None) for prompt in self.prompts])
         return [(answer.prompt, str(answer.facts["text"])) for answer in continued]
 
     @staticmethod
