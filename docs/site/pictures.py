@@ -215,10 +215,10 @@ def samples() -> None:
 
 
 def mlflow() -> None:
-    """Photographs MLflow's page of the quickstart's run, by `heliostat ui` and chromium."""
+    """Photographs MLflow's page of the quickstart's run, by `heliostat run ui` and chromium."""
     run_id = heliostat.Run(RUNS / "quickstart").run_id
     port = processes.free_port()
-    command = [sys.executable, "-m", "heliostat", "ui", "--port", str(port)]
+    command = [sys.executable, "-m", "heliostat", "run", "ui", "--port", str(port)]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         server = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
         try:
