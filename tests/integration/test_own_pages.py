@@ -3,8 +3,10 @@
 `docs.site.walk` reads and compares a page; its commands are forks here, which spares their imports.
 """
 
+import os
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,8 @@ def typed(command: Command, folder: Path, log: Path) -> tuple[int, str]:
         process = commands.run(*words[1:], log=log, timeout=900, cwd=folder, OMP_NUM_THREADS="1")
         code, printed = process.returncode or 0, process.err + process.out
     else:
-        done = subprocess.run(command.text, shell=True, cwd=folder, capture_output=True, text=True, timeout=300)
+        env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # `python` is this one
+        done = subprocess.run(command.text, shell=True, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
         code, printed = done.returncode, done.stderr + done.stdout
     return code, printed.replace(str(folder), HOME)
 
