@@ -38,7 +38,7 @@ HELP = {"help_option_names": ["--help", "-h"]}
 app = typer.Typer(cls=groups.Root, pretty_exceptions_enable=False, context_settings=HELP)
 apps = {groups.TOP: app}
 for _name, _help in groups.GROUPS.items():
-    apps[_name] = typer.Typer(cls=groups.Group, no_args_is_help=True, context_settings=HELP, help=_help)
+    apps[_name] = typer.Typer(cls=groups.CommandGroup, no_args_is_help=True, context_settings=HELP, help=_help)
     app.add_typer(apps[_name], name=_name, rich_help_panel="Groups of commands")
 
 

@@ -109,7 +109,7 @@ class Root(typer.core.TyperGroup):
         return super().resolve_command(ctx, [*new.split(), *rest])
 
 
-class Group(typer.core.TyperGroup):
+class CommandGroup(typer.core.TyperGroup):
     """Holds the commands of one group."""
 
     def get_params(self, ctx: Any) -> list[Any]:

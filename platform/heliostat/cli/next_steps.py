@@ -20,7 +20,7 @@ FIRST = "quickstart"  # the file to begin with, if there is one
 LONGEST = 60  # characters of a name in a line
 
 
-class RunState(TypedDict):
+class FolderRun(TypedDict):
     """Describes a job's run. `step`: of its last checkpoint; `answers`: what `model generate` makes with the model."""
 
     job: str
@@ -47,7 +47,7 @@ class FolderStatus(TypedDict):
     jobs: list[str]
     pipelines: list[str]
     datasets: list[str]
-    run: RunState | None
+    run: FolderRun | None
     next: list[NextCommand]
 
 
@@ -108,7 +108,7 @@ def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: 
     return [(["check", _first(jobs)], "shows what the job lacks")]
 
 
-def _after(run: RunState) -> list[tuple[list[str], str]]:
+def _after(run: FolderRun) -> list[tuple[list[str], str]]:
     if run["state"] == "running":
         return [(["run", "goodput", run["folder"]], "where its time goes"), (["run", "ui"], "curves in the browser")]
     if run["state"] == "interrupted":
@@ -153,7 +153,7 @@ def _has_dataset(folder: Path, place: object) -> bool:
     return isinstance(place, str) and "://" not in place and (folder / place / "manifest.parquet").is_file()
 
 
-def _run(folder: Path, job: FoundFile) -> RunState | None:
+def _run(folder: Path, job: FoundFile) -> FolderRun | None:
     """Reads the state of a job's run from its folder; None if the job has no run, or one on S3."""
     content = job["content"]
     storage, train = content.get("storage") or STORAGE, content.get("train")
