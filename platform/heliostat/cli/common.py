@@ -70,7 +70,7 @@ def _reporting(
     """Has the option of all commands that report."""
 
 
-class Reporting(groups.Command):
+class Reporting(groups.RenamingCommand):
     """Takes `--json`, with which nothing but the result's object is printed."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
@@ -89,7 +89,7 @@ def command(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         called = name or function.__name__.strip("_").replace("_", "-")
         words = " ".join(filter(None, ("heliostat", group, called, example)))
-        kind = Reporting if reports else groups.Command
+        kind = Reporting if reports else groups.RenamingCommand
         first = (function.__doc__ or "").partition(". ")[0].removesuffix(".") + "."
         return apps[group].command(called, cls=kind, short_help=first, epilog=f"Example: {words}")(function)
 

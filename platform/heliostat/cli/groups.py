@@ -66,7 +66,7 @@ SYNONYMS = {  # words of other tools
 UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 
 
-class Command(typer.core.TyperCommand):
+class RenamingCommand(typer.core.TyperCommand):
     """Takes an option of an earlier version by today's name."""
 
     def get_params(self, ctx: Any) -> list[Any]:
