@@ -107,6 +107,7 @@ def _number(value: object) -> object:
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
 KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
+UNKNOWN = "..."  # stands for a value whose kind isn't known
 WANTED = {  # what pydantic says of its own classes, in words of YAML
     "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
     "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
@@ -279,7 +280,8 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
         else:
             message, value = fault["msg"], _shown(fault["input"])
             if wanted := WANTED.get(fault["type"]):
-                fix = f". Write {key}: {_example(owner, str(path[-1]))}" if path else ""
+                example = _example(owner, str(path[-1])) if path else UNKNOWN
+                fix = f". Write {key}: {example}" if example != UNKNOWN else ""
                 need = f"expected {wanted}, got {value}{fix}"
             elif message.startswith("Input should be "):
                 need = f"{value} {message.removeprefix('Input ')}"
@@ -289,7 +291,7 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
     return lines
 
 
-def absent(key: str, example: str = "...") -> str:
+def absent(key: str, example: str = UNKNOWN) -> str:
     """Writes that a key is missing, and how to write it."""
     return f"{key}: required key missing. Write {key}: {example}"
 
@@ -297,7 +299,7 @@ def absent(key: str, example: str = "...") -> str:
 def _example(owner: type[BaseModel] | None, key: str) -> str:
     fields = owner.model_fields if owner else {}
     field = next((f for name, f in fields.items() if key in (name, f.alias)), None)
-    return _kind(field.annotation) if field else "..."
+    return _kind(field.annotation) if field else UNKNOWN
 
 
 def _kind(annotation: object) -> str:
@@ -311,7 +313,7 @@ def _kind(annotation: object) -> str:
         needed = [f.alias or name for name, f in annotation.model_fields.items() if f.is_required()]
         shown = needed or [f.alias or name for name, f in annotation.model_fields.items()][:1]
         return f"{{{', '.join(f'{name}: ...' for name in shown)}}}"
-    return KINDS.get(annotation, "...")
+    return KINDS.get(annotation, UNKNOWN)
 
 
 def _shown(value: object) -> str:

@@ -31,8 +31,8 @@ def made(**domains) -> Space:
         ({"quniform": [0, 1, 2]}, "the step must be above 0, and fit between the bounds"),
         ({"qrandint": [0, 8, 0]}, "the step must be above 0"),
         ({"choice": []}, "at least 1 item"),
-        ({"grid": [1, 2, 1]}, "names a value twice"),
-        ({"randint": [1.5, 3]}, "should be a valid integer"),
+        ({"grid": [1, 2, 1]}, "grid [1, 2, 1] contains a value twice. Keep one"),
+        ({"randint": [1.5, 3]}, "test: space.a.randint.0: expected an integer, got 1.5"),
         ({"logunifrom": [1, 2]}, "did you mean 'loguniform'"),
     ],
 )
