@@ -163,11 +163,11 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             lambda: heliostat.datasets(
                 {"sources": [{"path": "d"}], "virtual_ranks": 3}, steps=1, global_batch_size=8, folder="f"
             ),
-            r"heliostat\.datasets: data\.virtual_ranks: 3 must divide train\.global_batch_size 8",
+            r"heliostat\.datasets: data\.virtual_ranks: 3 doesn't divide train\.global_batch_size 8, .* Nearest: 2",
         ),
         (
-            lambda: heliostat.datasets({"sources": [{"path": "d"}], "lane": 3}, steps=1, global_batch_size=8, folder="f"),
-            r"heliostat\.datasets: data\.lane: unknown key; did you mean 'virtual_ranks'\?",
+            lambda: heliostat.datasets({"sources": [{"path": "d"}], "virtual_rank": 3}, steps=1, global_batch_size=8, folder="f"),
+            r"heliostat\.datasets: data\.virtual_rank: unknown key; did you mean 'virtual_ranks'\?",
         ),
         (
             lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),

@@ -226,7 +226,7 @@ def test_the_funnel_counts_what_stages_did(tmp_path):
 
 
 def test_a_stage_that_loses_documents_is_an_error(tmp_path):
-    with pytest.raises(HeliostatError, match="stage '0 fewer' made 0 outcomes of 12 documents"):
+    with pytest.raises(HeliostatError, match="stage '0 fewer' returned 0 outcomes for 12 documents"):
         curate(tmp_path, texts(), [{"stage": "fewer"}])
 
 

@@ -99,7 +99,7 @@ def test_weights_that_mean_the_same_give_the_same_mixture():
 @pytest.mark.parametrize("weights", [[1.0, 0.33333333333333331], [1e-300, 1.0], [1.0, 1e9]])
 def test_weights_that_cannot_be_honoured_are_refused(weights):
     """One ConfigError, not a frozen machine."""
-    with pytest.raises(ConfigError, match=r"data\.sources: weights .* round them"):
+    with pytest.raises(ConfigError, match=r"data\.sources: weights .* have too many digits for exact mixing\. Round them$"):
         Mixture(weights)
 
 

@@ -124,7 +124,7 @@ def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, 
     assert [(Path(s.path).name, s.weight, s.max_epochs) for s in made.data.sources] == [
         ("16x8", 0.5, None), ("8x16", 1.5, None), ("other", 1.0, 3.0)]  # fmt: skip
     assert made.data.mix_schedule[0].weights == [0.0, 0.0, 1.0] and made.data.one_source_batches
-    with pytest.raises(ConfigError, match=r"remove data\.sequence_length"):
+    with pytest.raises(ConfigError, match=r"data\.sources: a collection holds images\. Remove data\.sequence_length"):
         collection.expand(job(**{"data.sources": sources}))
 
 

@@ -305,7 +305,7 @@ def test_trained_tokenizer_round_trips_and_repeats():
     (ids,) = tokens.encode(tokenizer, [hostile], end)
     assert ids[-1] == end and end not in ids[:-1], "an end of document spelled in a text must not end it"
     assert tokenizer.decode(ids[:-1].tolist(), skip_special_tokens=False) == hostile
-    with pytest.raises(ConfigError, match=r"'</s>' is not in the vocabulary; its special tokens: <\|endoftext\|>"):
+    with pytest.raises(ConfigError, match=r"'</s>' isn't in the vocabulary\. Its special tokens: <\|endoftext\|>"):
         tokens.end_id(tokenizer, "</s>")
 
 
