@@ -41,7 +41,7 @@ def test_a_suite_names_its_tasks_alone_or_with_what_it_sets(tmp_path):
         ({"examples": 0}, "examples: 0 should be greater than 0"),
         ({"name": None}, "name: required key missing. Write name: TEXT"),
         ({"contamination": {"n": 1}}, r"contamination\.n: 1 should be"),
-        ({"recipe": "x", "tasks": None}, "is a job, and a suite is wanted here; use `heliostat train"),
+        ({"recipe": "x", "tasks": None}, r"suite\.yaml: is a job, not a suite\. Use `heliostat train .*suite\.yaml`$"),
     ],
 )
 def test_a_wrong_suite_is_one_line(tmp_path, changes, said):

@@ -162,7 +162,7 @@ def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, fo
 def test_a_stage_that_crashes_at_every_document_ends_the_run_soon_with_one_error(tmp_path, forked, always):
     start = time.monotonic()
     with pytest.raises(
-        HeliostatError, match=r"^stages: 2\d documents crashed, more than 20 and than one in 1,000: such as 'd"
+        HeliostatError, match=r"^stages: 2\d documents crashed, more than 20 and than one in 1,000: for example 'd"
     ) as e:
         curate(tmp_path, texts(1500), [{"stage": "fragile", "always": always}], pieces=30)
     assert e.value.exit_code == 1 and "\n" not in str(e.value)
@@ -199,7 +199,7 @@ def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp
     assert gone.keys() == {"d004"} and gone["d004"][:2] == ("read", "unread"), "not one document of many"
     assert gone["d004"][2].startswith(told := f"d004 after row 69 could not be read: {why}") and found.reasons == {"unread": 1}
     (line,) = (m for m in caplog.messages if "could not be read" in m)
-    assert line.startswith(f"read: {told}") and line.endswith("; the rest of it is missing from the dataset")
+    assert line.startswith(f"read: {told}") and line.endswith(". The rest of it is missing from the dataset")
 
 
 def test_work_that_was_recorded_without_etags_is_not_done_again(tmp_path, forked):
@@ -224,7 +224,7 @@ def test_too_many_files_that_cannot_be_read_are_one_error_that_names_one(tmp_pat
             yield from ()
 
     given = texts(60)
-    with pytest.raises(HeliostatError, match=r"than one in 1,000: such as 'd\d+'"):
+    with pytest.raises(HeliostatError, match=r"than one in 1,000: for example 'd\d+'\. Correct the stage or the input"):
         curate(tmp_path, given, STAGES, pieces=6, source=Unreadable(given))
 
 

@@ -94,7 +94,7 @@ LAUNCHER_FAULTS = {
     "secret": (("  - ray stop\n", "  - export AWS_SECRET_ACCESS_KEY=abcdefghij0123456789\n"), "contains a secret's value"),
     "access key": (
         ("  - ray stop\n", "  - aws configure set aws_access_key_id AKIAABCDEFGHIJKLMNOP\n"),
-        "an AWS access key is written",
+        "contains an AWS access key. Use an environment variable",
     ),
 }
 

@@ -172,7 +172,7 @@ def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
     found = made.predicted(inputs)
     _, whole = make_whole(tmp_path, STAGES)
     assert not plain and "merge" in whole.done and "merge" not in made.flow.done
-    assert sum("merges its runs" in note and "of the sample's" in note for note in found["notes"]) == 1
+    assert sum("merges its runs" in note and "estimated from a part of the sample" in note for note in found["notes"]) == 1
     again = Prediction(made.sample, made.stages, funnel_of(made), made.flow, made.counted, 0.0, {}, shards_drop_duplicates=True)
     told = again.report(1)
     merge, _ = (counts.pop("merge") for counts in (made.flow.seconds, made.flow.walls))

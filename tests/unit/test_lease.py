@@ -141,7 +141,7 @@ def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
         layout.folder(run, step).join(layout.INDEX).write(b"{}")
     fence = lease.take(run).fence
     run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-    with pytest.raises(LeaseError, match="has taken it over; this driver stops, and writes nothing more"):
+    with pytest.raises(LeaseError, match=r"has taken it over\. This driver stops, and writes nothing more"):
         Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
     assert layout.steps(run) == [10, 20, 30]
     Pruner(run, Checkpoint(every=10, keep=1), Fence(run, 2)).prune(30)

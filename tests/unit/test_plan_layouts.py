@@ -123,7 +123,8 @@ def test_the_command_prints_the_table_and_exits_2_if_nothing_fits(tmp_path):
     assert code == 0 and "the fastest that fits" in out and "the best    " in out
     huge = ["--set", "model.hidden_size=131072", "--set", "model.intermediate_size=524288"]
     code, out, lines, _ = run("plan", path, "--rank", "--json", *huge)
-    assert code == 2 and "no layout fits" in lines[0] and json.loads(out.splitlines()[-1])["set"] is None
+    assert code == 2 and "no parallelism configuration fits on 1 workers. Raise workers.count" in lines[0]
+    assert json.loads(out.splitlines()[-1])["set"] is None
 
 
 # calibration ---------------------------------------------------------------------------------------------------------
@@ -164,8 +165,8 @@ def test_a_run_without_measurements_is_an_error_that_says_what_is_missing(tmp_pa
     with pytest.raises(ConfigError, match=r"--calibrate: .*has no checkpoint"):
         plan_file.measured(Location(str(tmp_path)))
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
-    code, _, lines, _ = run("plan", path, "--write", "x.yaml")
-    assert code == 2 and "--write: needs --calibrate RUN" in lines[0]
+    code, _, lines, _ = run("plan", path, "--out", "x.yaml")
+    assert code == 2 and "--out: only with --calibrate (x.yaml). Add --calibrate RUN" in lines[0]
     code, _, lines, _ = run("plan", path, "--calibrate", str(tmp_path))
     assert code == 2 and "isn't a run" in lines[0]
 

@@ -296,7 +296,7 @@ def test_everything_that_was_left_out_is_said(make, tmp_path, dropped, duplicate
     report = {**make(dropped=dropped), "duplicates": duplicates}
     ready, left_out = preparing.explain(report)
     assert (
-        left_out.startswith(f"left out: {said}".replace("OUT", str(tmp_path / "out")))
+        left_out.startswith(f"dropped: {said}".replace("OUT", str(tmp_path / "out")))
         and "is ready after" in ready
         and "30 rows" in ready
     )

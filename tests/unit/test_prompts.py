@@ -48,7 +48,7 @@ def test_without_its_dataset_the_prompt_is_a_plain_one_and_that_is_said(monkeypa
     recipe, source = bound(monkeypatch, tmp_path, PROSE)
     for path in source.chunks["path"].unique().to_pylist():
         (tmp_path / path).unlink()
-    assert recipe.prompts == ("The",) and "cannot be read" in caplog.text
+    assert recipe.prompts == ("The",) and "can't read the datasets, so the prompt is 'The': " in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_a_successor_that_cannot_begin_is_tried_again_and_a_first_driver_is_not(
     """A store that went away again ends it before it has an attempt in the ledger; a first driver's error is the person's."""
     code, starts, log = _supervised(tmp_path / "later", "killed", "away", "away", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], *[["--resume"]] * 3]
-    assert "with exit code 1 before it had begun: starting it again" in log
+    assert "with exit code 1 before it had begun. Starting it again" in log
     code, starts, _ = _supervised(tmp_path / "first", "away", "ends", retries=3)
     assert code == 1 and len(starts) == 1
 
@@ -177,10 +177,10 @@ def test_a_store_that_is_away_when_the_driver_dies_is_waited_for_and_nothing_is_
     again = Again(run, Retries(), pause=waits.append)
     assert again.died(7, -9) == "killed by SIGKILL"
     assert again.flags(["--overwrite"], 7) == ["--resume"]
-    assert [round(w, 1) <= 5 for w in waits] == [True] * 3 and caplog.text.count("waiting for the store, up to") == 3
+    assert [round(w, 1) <= 5 for w in waits] == [True] * 3 and caplog.text.count("Waiting for the store, up to") == 3
     _away(monkeypatch, 10**6)
     monkeypatch.setattr("heliostat.storage.locations.AWAY_S", 0.5)
-    with pytest.raises(StorageError, match=r"storage failed for 3 s; waited \d s for the store"):
+    with pytest.raises(StorageError, match=r"storage failed for 3 s\. Waited \d s for the store"):
         again.flags(["--overwrite"], 7)
 
 
@@ -205,7 +205,11 @@ def test_progress_between_a_drivers_deaths_begins_a_new_budget(tmp_path):
 
 def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
     """In a RayJob it is given the file as a person wrote it."""
-    for text, words in (("name: x\n", "storage: None is none"), ("name: x\nstorage: y\nretries: {mx: 1}\n", "mx")):
+    for text, words in (
+        ("name: x\n", "storage: required key missing. Write storage: TEXT"),
+        ("name: x\nstorage: 3\n", "storage: expected text, got 3. Write storage: TEXT"),
+        ("name: x\nstorage: y\nretries: {mx: 1}\n", "retries: mx: unknown key"),
+    ):
         (tmp_path / "job.yaml").write_text(text)
         done = supervisor.command(str(tmp_path / "job.yaml"))
         assert done.code == 2 and words in done.err and "Traceback" not in done.err

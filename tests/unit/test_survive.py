@@ -123,7 +123,7 @@ def test_what_is_missing_is_said_in_numbers_with_what_others_hold():
         "for 4 workers now, and for 4 without other jobs; waiting for more nodes. To start earlier, lower workers.count or "
         "workers.cpus"
     )
-    assert "no living node with the labels pool=x may take 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
+    assert "no living node with the labels pool=x can hold 1 workers" in missing(spec.Workers(labels={"pool": "x"}), 1, {}, {})
 
 
 def pulse(moved: float, at: float) -> dict:

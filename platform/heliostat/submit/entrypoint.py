@@ -126,7 +126,8 @@ class Driver:
         raw = schema.read_yaml(job)
         for key in ("name", "storage"):
             if not isinstance(raw.get(key), str):
-                raise ConfigError(f"{job}: {key}: {raw.get(key)!r} isn't valid. See docs/job.md")
+                wrong = f"{key}: expected text, got {raw[key]!r}. Write {key}: TEXT" if key in raw else schema.absent(key, "TEXT")
+                raise ConfigError(f"{job}: {wrong}")
         self.name, self.attempt = yaml.safe_load(sweep.read_text())["name"] if sweep else raw["name"], attempt
         self.run_folder = Location(raw["storage"]).absolute(workspace.root()).join(self.name)
         self.folder = self.run_folder.join(run_folder.LOGS)

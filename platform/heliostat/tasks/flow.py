@@ -173,7 +173,7 @@ class Flow:
         self.passed += documents(record)
         self.crashed += sum(record.get("reasons", {}).get(reason, 0) for reason in (CRASHED, UNREAD))
         for message in record.get("unread", []):
-            log.warning("%s: %s. The rest of it is missing from the dataset", kind, message)
+            log.warning("%s: %s. The rest of it is missing from the dataset", kind, message.rstrip("."))
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
