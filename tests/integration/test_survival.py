@@ -141,7 +141,7 @@ def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspec
     first, second, last = goodput.read_report(run_folder(path))["attempts"]
     named = r"worker 1 on [\d.]+ \(node \w{12}\): RuntimeError: CUDA error: uncorrectable ECC error encountered"
     assert re.fullmatch(named, first["reason"])
-    assert re.match(named + "; no other nodes have room for 2 workers, so these stay in use: node", second["reason"])
+    assert re.match(named + r"\. No other nodes have room for 2 workers, so these stay in use: node", second["reason"])
     assert last["outcome"] == "finished"
     tags = MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).data.tags
     assert tags["heliostat.bad_nodes"] == second["reason"]

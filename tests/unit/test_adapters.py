@@ -155,7 +155,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
         Adapters(model, {"x": str(tmp_path / "none")})
     write_adapter(tmp_path / "pickled", base, 1, ("q_proj",))
     (tmp_path / "pickled/adapter_model.safetensors").rename(tmp_path / "pickled/adapter_model.bin")
-    with pytest.raises(ConfigError, match=r"has no adapter_model.safetensors; save it with safetensors"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save it with safetensors"):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
     with pytest.raises(ConfigError, match=r"down_proj: its matrices are .*\. Pass an adapter of this model"):
@@ -163,7 +163,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
     for tensors, said in (
         ({"base_model.model.lm_head.weight": torch.ones(2)}, "isn't a layer's matrix"),
         ({"base_model.model.nowhere.lora_A.weight": torch.ones(2, 2)}, "nowhere: isn't a linear layer of the model"),
-        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "has A alone"),
+        ({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 4)}, "self_attn.q_proj: has only A"),
         ({}, "is empty"),
     ):
         folder = write_adapter(tmp_path / said[:7], base, 1, ("q_proj",))

@@ -230,7 +230,9 @@ def test_a_node_with_a_frozen_worker_is_suspected():
     assert frozen(beats | {3: {"node": "c", "at": 30.0}}, now=100.0, limit=60.0) == ()
 
 
-@pytest.mark.parametrize(("room", "said"), [(2, "excluded until this command ends: node a"), (1, "no other nodes have room")])
+@pytest.mark.parametrize(
+    ("room", "said"), [(2, "Excluded until this command ends: node a"), (1, "No other nodes have room for 2 workers")]
+)
 def test_a_bad_node_is_excluded_where_others_have_room_and_named_where_they_have_none(monkeypatch, caplog, room, said):
     avoided: list[Any] = []
     pool = SimpleNamespace(

@@ -201,7 +201,8 @@ def test_an_index_whose_record_names_a_place_outside_is_refused(tmp_path, change
     (tmp_path / "index.json").write_text(json.dumps(record))
     read_record(Location(str(tmp_path)))
     (tmp_path / "index.json").write_text(json.dumps(record | change))
-    with pytest.raises(DataError, match=r"index\.json: is no record of an index, or damaged"):
+    found = r"\((ends\.0|replaced\./etc/passwd)\b.*\)"
+    with pytest.raises(DataError, match=rf"index\.json: isn't a valid record of an index {found}\. Run `heliostat search index`"):
         read_record(Location(str(tmp_path)))
 
 

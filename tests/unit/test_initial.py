@@ -66,7 +66,7 @@ def test_which_parameters_are_output_projections(names, found):
     ("model", "message"),
     [
         (LLAMA | {"init": {"zero_outputs": True}}, "model.init: zero_outputs: unknown key"),
-        (LLAMA | {"init": {"zero_output_projections": 1}}, "model.init: zero_output_projections: 1"),
+        (LLAMA | {"init": {"zero_output_projections": 1}}, "model.init: zero_output_projections: expected true or false, got 1"),
         (LLAMA | {"init": None}, "model.init: expected a mapping, got None"),
         ({"arch": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 96, "state_size": 4} | ZERO,
          "model.init.zero_output_projections: heliostat doesn't know the output projections of 'mamba'"),

@@ -136,6 +136,11 @@ def test_path_is_one_source_and_no_more():
     changed = spec.apply(five(), ["data.sources.0.weight=2.0", "data.seed=3"])
     assert made(changed).data.sources[0].weight == 2 and made(changed).data.seed == 3
     assert made(spec.apply(five(), ["data.path=other"])).data.sources[0].path.endswith("/other")
+    two = ["data.sources=[{path: a}, {path: b}]"]
+    assert [Path(source.path).name for source in made(spec.apply(five(), two)).data.sources] == ["a", "b"]
+    assert [Path(source.path).name for source in made(spec.apply(spec.apply(five(), two), ["data.path=c"])).data.sources] == ["c"]
+    with pytest.raises(ConfigError, match="path is short for one source, and sources is set too"):
+        made(spec.apply(five(), [*two, "data.path=c"]))
 
 
 # the length of a run -------------------------------------------------------------------------------------------------

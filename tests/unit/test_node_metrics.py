@@ -79,7 +79,7 @@ def test_a_lost_gpu_is_told_of_once_and_samples_go_on():
     monitor._node, monitor._nodes, monitor._unread, monitor.host = "10.0.0.1", 1, set(), dict
     monitor._sample()
     assert [type(event) for event in posted] == [Notice, NodeSample, NodeSample]
-    assert isinstance(posted[0], Notice) and posted[0].text == "node 10.0.0.1: GPU 2 can't be read: GPU is lost"
+    assert isinstance(posted[0], Notice) and posted[0].text == "node 10.0.0.1: can't read GPU 2: GPU is lost"
 
 
 def test_ray_brings_the_bindings_along():

@@ -3,6 +3,7 @@
 `tests/integration/test_own_pages.py` types the pages as they stand.
 """
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -51,8 +52,7 @@ def test_own_text_a_dataset_and_a_class_take_five_or_six_keys():
 
 
 def test_the_pages_recipe_is_complete_and_learns(folder):
-    import my_model
-
+    my_model = importlib.import_module("my_model")  # the page's file, in the folder of this test
     recipe = conformance.require_class("recipe", "my_model:ConvLM", my_model.ConvLM)(job(model={"width": 32}))
     recipe.vocabulary = 17
     torch.manual_seed(0)

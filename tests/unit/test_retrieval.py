@@ -212,13 +212,13 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["{index}"], "question: give either one question"),
-        (["{index}", " "], "question: is empty"),
-        (["{index}", "a \udcff"], "question: 'a \\udcff' is no text in UTF-8"),
-        (["{index}", "x", "--mode", "psychic"], "--mode: 'psychic' is none of bm25, dense, hybrid"),
+        (["{index}"], "QUESTION: no question, or two. Give exactly one of a question and --questions FILE"),
+        (["{index}", " "], "QUESTION: is empty. Write a question"),
+        (["{index}", "a \udcff"], "QUESTION: isn't valid UTF-8 ('a \\udcff')"),
+        (["{index}", "x", "--mode", "psychic"], "--mode: unknown mode (psychic). Use bm25, dense, hybrid"),
         (["{index}/none", "x"], "no index here"),
-        (["{index}", "--questions", "/none"], "--questions: /none cannot be read"),
-        (["{index}", "--questions", "/none", "--mode", "bm25"], "--mode: does not go with --questions"),
+        (["{index}", "--questions", "/none"], "--questions: can't read /none"),
+        (["{index}", "--questions", "/none", "--mode", "bm25"], "--mode: not with --questions"),
     ],
 )
 def test_bad_input_is_one_clear_line(document_index, monkeypatch, capsys, words, told):

@@ -36,7 +36,7 @@ def test_a_start_that_was_too_slow_is_tried_once_more(rays, caplog):
     tries, started = rays
     tries += [RuntimeError(SLOW), None]
     connect.init()
-    assert not tries and "trying once more" in caplog.text
+    assert not tries and "Trying once more" in caplog.text
     assert not psutil.pid_exists(started[0].pid) or started[0].poll() is not None
     assert started[1].poll() is None
 

@@ -100,6 +100,12 @@ def test_a_spikes_samples_are_left_out_after_the_checkpoint():
     assert states.GoBack(25, (25, 25)) in follow(failed, states.CheckpointFound(25))[1]
 
 
+def test_what_was_done_about_a_node_follows_the_error_as_a_sentence_of_the_reason():
+    failed = follow(course(S.RUNNING, under_way=True), states.Failed(3, TrainingError("worker 1 died")))[0]
+    actions = follow(failed, states.CheckpointFound(20, ("Excluded until this command ends: node a",)))[1]
+    assert states.Restart("failed", "worker 1 died. Excluded until this command ends: node a") in actions
+
+
 # messages of another attempt ------------------------------------------------------------------------------------------
 
 

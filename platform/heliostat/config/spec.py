@@ -146,10 +146,18 @@ def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
 
 
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Applies `key.path=value` settings to a job. One of `train.steps`, `epochs`, and `tokens` takes the place of the others."""
+    """Applies `key.path=value` settings to a job. One of `train.steps`, `epochs`, and `tokens` takes the place of the others.
+
+    So does one of `data.path` and `data.sources`.
+    """
     data = raw.get("data")
-    if isinstance(data, dict) and "path" in data and any(one.startswith("data.sources.") for one in settings):
-        raw = raw | {"data": {"sources": [{"path": data["path"]}]} | {k: v for k, v in data.items() if k != "path"}}
+    if isinstance(data, dict):
+        if "path" in data and any(one.startswith("data.sources.") for one in settings):
+            data = {"sources": [{"path": data["path"]}]} | {key: part for key, part in data.items() if key != "path"}
+        for key, other in (("path", "sources"), ("sources", "path")):
+            if any(one.startswith(f"data.{key}=") for one in settings):
+                data = {name: part for name, part in data.items() if name != other}
+        raw = raw | {"data": data}
     raw = schema.apply(raw, settings, Job)
     set_ = [key for key in LENGTHS if any(one.startswith(f"train.{key}=") for one in settings)]
     if len(set_) == 1 and isinstance(raw.get("train"), dict):

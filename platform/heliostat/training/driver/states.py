@@ -289,4 +289,4 @@ def _again(course: Course, error: HeliostatError, event: CheckpointFound) -> Nex
     why = f"{error}. Resuming from step {step} in {wait:.0f} s ({retry})"
     left_out = (max(step, error.step - 1), error.step) if isinstance(error, LossSpikeError) else None
     again = replace(course, budget=budget, start=step, saved=step, done=step, restarts=course.restarts + 1)
-    return again, (Restart("failed", "; ".join([str(error), *event.notes])), GoBack(step, left_out), Wait(wait, why))
+    return again, (Restart("failed", ". ".join([str(error), *event.notes])), GoBack(step, left_out), Wait(wait, why))
