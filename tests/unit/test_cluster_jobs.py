@@ -66,6 +66,14 @@ def test_a_queue_is_worked_off_in_the_order_of_submission():
     assert before("missing", "q", all_) is None
 
 
+def test_epochs_of_a_run_that_resumes_count_the_samples_that_it_trains_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(submission.check, "training_samples", lambda job, resume=False: 640 if resume else 6400)
+    path = write(tmp_path)
+    steps = [submission.load(path, ["train.epochs=8"], HERE, resume).train.steps for resume in (False, True)]
+    assert steps[0] == 10 * steps[1]
+
+
 @pytest.mark.parametrize("steps", [100, 101])
 def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkeypatch, steps):
     """That version knew fewer keys, so it computed another digest; other settings are still another job. Twice, as people do."""

@@ -1,6 +1,7 @@
 """The Hub's protocol on 127.0.0.1: names are pinned, files come once and complete, refusals are lines that say what to do."""
 
 import logging
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -285,3 +286,13 @@ def test_a_task_downloads_the_file_that_it_reads(hub):
     hub.failing = 9
     with pytest.raises(StorageError, match=r"input: org/d: the Hub fails .* \(on node "):
         sources.fetch(base, "data/test-0.parquet", 1 << 20)
+
+
+def test_a_name_in_a_metadata_file_cannot_lead_out_of_a_dataset_of_the_hub(hub, tmp_path):
+    hub.push("org/d", DATASET, "datasets")
+    base = sources.root(str(files.resolve("input", names.dataset("input", "hf://datasets/org/d"))))
+    assert sources.fetch(base, "data/train-0.parquet", 1 << 20)
+    (secret := tmp_path / "secret").write_text("key")
+    for path in (os.path.relpath(secret, base.path), "data/../" + os.path.relpath(secret, base.path)):
+        with pytest.raises(sources.LeftOutError):
+            sources.fetch(base, path, 1 << 20)

@@ -233,6 +233,14 @@ def test_one_round_reports_keys_rules_model_machine_and_datasets(workspace):
     assert len(said) == len({line.partition(":")[0] for line in said}), "each key once"
 
 
+def test_a_length_that_only_stands_in_for_epochs_is_no_fault(workspace, monkeypatch):
+    monkeypatch.setattr("heliostat.recipes.CausalLM.bind", lambda *_: None)  # the dataset has no tokenizer
+    make_dataset(workspace / "data", 1)
+    raw = five(epochs=1, global_batch_size=8) | {"lora": 8}
+    raw["data"] = {"sources": [{"path": "data", "max_epochs": 2}], "sequence_length": 16}
+    assert [line.partition(":")[0] for line in faults(workspace, raw)] == ["lora"]
+
+
 def test_every_source_and_every_store_is_reported(workspace):
     (workspace / "file").write_text("")
     raw = five() | {"storage": str(workspace / "file" / "runs")}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -41,6 +42,13 @@ def test_values_keep_their_types(tmp_path):
     """1e-05 in YAML is a string; a model's keys are not validated as numbers."""
     made = plan(tmp_path, space={"model.rms_norm_eps": {"choice": [1e-05, 1e-06]}})
     assert made.job(0, {"model.rms_norm_eps": 1e-05}).model["rms_norm_eps"] == 1e-05
+
+
+def test_the_cluster_that_a_sweep_is_for_decides_on_gpus(tmp_path):
+    plan(tmp_path, {"workers.gpus": "auto"})
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**GOOD, "budget": {**GOOD.get("budget", {}), "gpu_hours": 2}}))
+    cluster = SimpleNamespace(path="c.yaml", pools=[SimpleNamespace(gpus=1, most=2)])
+    assert load(tmp_path / "sweep.yaml", cluster=cluster).base["workers"]["gpus"] == 1
 
 
 OPTIMIZERS = {"train.optimizer": {"choice": [{"lr": 1e-3}, {"name": "sgd", "lr": 0.1}, {"name": "rmsprop", "lr": 0.01}]}}

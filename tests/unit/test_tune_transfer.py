@@ -9,6 +9,7 @@ from heliostat.errors import ConfigError
 from heliostat.tune import transfer
 from heliostat.tune.sweep import load
 from heliostat.tune.trial_record import TrialRecord
+from heliostat.validation.check import load_job
 
 from tests.unit import build_job
 from tests.unit.build_job import ROOT
@@ -61,6 +62,12 @@ def test_the_big_job_gets_the_rate_and_nothing_else(monkeypatch, tmp_path):
     written, before = yaml.safe_load(path.read_text()), yaml.safe_load(big.read_text())
     assert written["train"]["optimizer"].pop("lr") == found.rate and before["train"]["optimizer"].pop("lr")
     assert written == before
+    del before["train"]["optimizer"]
+    before["train"].pop("schedule", None)
+    big.write_text(yaml.safe_dump(before))
+    job = transfer.check(plan, big)
+    assert job.train.schedule.warmup_steps > 0, "the default of a job without a rate"
+    assert load_job(transfer.carry(plan, trials, job, big)[1]).train.schedule == job.train.schedule
     del plan.sweep.space["train.optimizer.lr"]
     with pytest.raises(ConfigError, match=r"the sweep's space has no train\.optimizer\.lr"):
         transfer.check(plan, Path("big.yaml"))

@@ -199,7 +199,7 @@ def _job(job: Job | Place | Mapping[str, object], cluster: Path | None = None, r
     if isinstance(job, Job):
         return job
     if isinstance(job, Mapping):
-        return load_job(job)
+        return checks.make_job(spec.apply(schema.renamed(Job, dict(job)), []), "job", cluster, resume)
     return checks.load_job(_path("job", job, "a job file, its mapping, or a Job"), cluster=cluster, resume=resume)
 
 

@@ -83,7 +83,7 @@ def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool =
     from heliostat.submit import submission
     from heliostat.validation.check import check_job, check_services
 
-    wanted = submission.load(file, settings, endpoint_)
+    wanted = submission.load(file, settings, endpoint_, resume)
     device = None if endpoint_.here or endpoint_.file or not wanted.workers.gpus else auto.elsewhere()
     wanted = auto.settled(wanted, endpoint_.file, resume, device)
     planned, recipe, _ = planning.bound(*check_job(wanted))

@@ -128,8 +128,8 @@ def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, fla
     from heliostat.submit.submission import SubmissionRecord
     from heliostat.tune import sweep as sweeps
 
-    plan = sweeps.load(path, setting)
     with jobs_on(cluster) as jobs:
+        plan = sweeps.load(path, setting, jobs.there.file)
         job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), jobs.there)
         whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
         record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)

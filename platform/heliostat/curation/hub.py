@@ -94,13 +94,17 @@ def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location
 
 
 def fetch(base: Location, path: str) -> bool:
-    """Downloads a file of the input to this node's cache, if the input is a dataset of the Hub; returns whether it is one."""
+    """Downloads a file of the input to this node's cache, if the Hub lists it; returns whether it does.
+
+    A metadata file may name any path. One that is not listed, such as `../../file`, is left to the check of paths.
+    """
     name = None if base.is_s3 else files.of_folder(Path(base.path))
     if name is None:
         return False
     wanted = "/".join(filter(None, (name.inside, path)))
-    files.download("input", _whole(name), [f for f in files.listing("input", _whole(name)) if f.path == wanted])
-    return True
+    listed = [f for f in files.listing("input", _whole(name)) if f.path == wanted]
+    files.download("input", _whole(name), listed)
+    return bool(listed)
 
 
 def _whole(name: HubName) -> HubName:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from heliostat import schema
@@ -79,14 +80,15 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
     return replace(earlier, cluster=record.cluster) if today.digest == record.digest else None
 
 
-def load(path: Path, settings: list[str], endpoint: Endpoint) -> Job:
-    """Loads a job for a cluster.
+def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
+    """Loads a job for a cluster. `resume`: `train.epochs` counts the samples of the versions that the run trains on.
 
     ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
     """
     raw, devices = spec.read(path, settings), check.devices_of(endpoint.file)
+    samples = partial(check.training_samples, resume=resume)
     if not endpoint.here:
-        written = schema.validate(Job, spec.complete(raw, str(path), check.training_samples, devices)[0], str(path))
+        written = schema.validate(Job, spec.complete(raw, str(path), samples, devices)[0], str(path))
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
         if isinstance(written.model.get("pretrained"), str):
             paths["model.pretrained"] = written.model["pretrained"]
@@ -100,7 +102,7 @@ def load(path: Path, settings: list[str], endpoint: Endpoint) -> Job:
                 raise ConfigError(
                     f"{key}: {value!r} is a path of this workspace, which the cluster can't read. Use s3://BUCKET/PREFIX"
                 )
-    return spec.make(raw, str(path), check.training_samples, devices)
+    return spec.make(raw, str(path), samples, devices)
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
@@ -112,5 +114,5 @@ def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) 
             )
         return replace(record, cluster=cluster)
     return SubmissionRecord.of(
-        check.make_job(spec.apply(schema.renamed(Job, record.job), settings), record.id), cluster, record.queue
+        check.make_job(spec.apply(schema.renamed(Job, record.job), settings), record.id, resume=True), cluster, record.queue
     )

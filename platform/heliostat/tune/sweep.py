@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -27,6 +27,9 @@ from heliostat.text import brief
 from heliostat.tune import space as spaces
 from heliostat.tune.space import Params, Space
 from heliostat.validation import check
+
+if TYPE_CHECKING:
+    from heliostat.cluster.cluster_file import ClusterFile
 
 Above0 = Annotated[Float, Field(gt=0)]
 OWN = (
@@ -282,14 +285,14 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
     return chosen
 
 
-def load(path: Path, changes: list[str] | None = None) -> SweepPlan:
+def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
     """Loads the sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checks it, without Ray or any
-    store."""
+    store. `cluster`: the file of the cluster that it is for, which decides on `workers.gpus: auto`."""
     sweep = schema.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
         raise ConfigError(f"{path}: job: {sweep.job!r}: no such file in {workspace.root()}")
-    return make(sweep, place(spec.read(file), sweep.set_), str(path))
+    return make(sweep, place(spec.read(file), sweep.set_), str(path), cluster)
 
 
 def base_file(sweep: Sweep) -> Path:
@@ -297,9 +300,9 @@ def base_file(sweep: Sweep) -> Path:
     return Path(sweep.job) if Path(sweep.job).is_absolute() else workspace.root() / sweep.job
 
 
-def make(sweep: Sweep, raw: dict[str, object], where: str) -> SweepPlan:
+def make(sweep: Sweep, raw: dict[str, object], where: str, cluster: ClusterFile | None = None) -> SweepPlan:
     """Plans a sweep from its file and its base job, both already read, and checks it."""
-    base = check.make_job(raw, f"{where}: job {sweep.job} with set")
+    base = check.make_job(raw, f"{where}: job {sweep.job} with set", cluster)
     plan = SweepPlan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
     if faults:

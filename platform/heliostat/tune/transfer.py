@@ -91,7 +91,10 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
     if not scores:
         raise ConfigError("--transfer: no trial of the sweep has finished. Finish the sweep first")
     carried = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])
-    raw = schema.apply(schema.read_yaml(file), [f"{LR}={carried.rate!r}"])
+    written = schema.read_yaml(file)
+    raw = schema.apply(written, [f"{LR}={carried.rate!r}"])
+    if "lr" not in (written["train"].get("optimizer") or {}):  # by rule, with a warm-up that a job with its own rate lacks
+        raw["train"]["schedule"] = big.train.schedule.model_dump()
     path = file.with_name(f"{file.stem}-transferred.yaml")
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return carried, path
