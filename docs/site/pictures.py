@@ -206,7 +206,7 @@ def store() -> Any:
 def samples() -> None:
     """Takes the last grid that the image quickstart drew while it trained; trains it if there is none."""
     if not (RUNS / "quickstart-diffusion" / "result.json").exists():
-        heliostat_("prepare", "pipelines/quickstart-images.yaml")
+        heliostat_("data", "prepare", "pipelines/quickstart-images.yaml")
         heliostat_("train", "jobs/quickstart-diffusion.yaml", "--resume")
     run_id = heliostat.Run(RUNS / "quickstart-diffusion").run_id
     last = max(artifact.path for artifact in store().list_artifacts(run_id, "images/samples"))
@@ -252,7 +252,7 @@ def funnel() -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as pipeline:
         pipeline.write(json.dumps(FUNNEL))
         pipeline.flush()
-        heliostat_("prepare", pipeline.name)
+        heliostat_("data", "prepare", pipeline.name)
     parts = reasons.funnel(manifest.read(Location(str(ROOT / ".heliostat/data/funnel"))))
     most = max(part["documents"] for part in parts.values())
     left, width, row = 150, 300, 26

@@ -69,7 +69,7 @@ def prepare(folder: Path, pipeline: dict[str, object], rng: random.Random, tasks
     config = {"output": str(folder / "out"), "work": str(folder / "work"), **pipeline}
     (folder / "pipeline.yaml").write_text(json.dumps(config))
     place = Location(done or str(config["work"])).join("done")
-    return Round(folder, ["prepare", str(folder / "pipeline.yaml")], place, rng, tasks, environment, PUBLISHED)
+    return Round(folder, ["data", "prepare", str(folder / "pipeline.yaml")], place, rng, tasks, environment, PUBLISHED)
 
 
 def kill(round: Round, everything: bool) -> None:

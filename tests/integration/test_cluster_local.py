@@ -305,7 +305,7 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
 
     before = drivers()
     words = ["--input", str(tmp_path / "in.jsonl"), "--out", str(answers), "--max-tokens", "2", "--cluster", "cluster.yaml"]
-    assert work.run(tmp_path / "infer.log", "infer", str(model), *words) == 0, (tmp_path / "infer.log").read_text()
+    assert work.run(tmp_path / "infer.log", "model", "infer", str(model), *words) == 0, (tmp_path / "infer.log").read_text()
     assert json.loads((answers / "inference.json").read_text())["answers"] == 8 and drivers() == before + 1
     served = work.served(model, port, log := tmp_path / "serve.log")
     try:
@@ -321,7 +321,7 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
 
 def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_path) -> None:
     """Its proxy answers on, though nothing at its own paths, until `serve --stop`; which finds nothing the second time."""
-    port, log, stop = free_port(), tmp_path / "serve.log", ("serve", "--cluster", "test", "--stop")
+    port, log, stop = free_port(), tmp_path / "serve.log", ("model", "serve", "--cluster", "test", "--stop")
     served = work.served(write_model(tmp_path, BASE["model"], 64), port, log)
     try:
         assert work.run(log, *stop) == 2 and "its command is still running" in log.read_text()

@@ -15,7 +15,7 @@ from tests.unit.test_play import documents, painter  # noqa: F401 (fixtures)
 
 def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_path, monkeypatch, capsys):
     model, port = write_model(tmp_path, BASE["model"], 64), free_port()
-    process, log = started(tmp_path, "the page is at", "play", str(model), "--port", str(port))
+    process, log = started(tmp_path, "the page is at", "model", "play", str(model), "--port", str(port))
     try:
         keys = tmp_path / ".heliostat/play/keys"
         key = keys.read_text().strip()

@@ -37,6 +37,7 @@ def test_an_earlier_name_shows_the_help_of_the_new_one(monkeypatch, capsys, old)
     (["sweep", "stop", "lr"], "", "", ["sweep", "stop", "lr"]),
     (["sweep", "--help"], "", "", ["sweep", "--help"]),
     (["sweep"], "", "", ["sweep"]),
+    (["sweep", "ls"], "", "", ["sweep", "ls"]),  # no sweep's name: `sweep list` is suggested
     (["curate", "report", "d"], "curate report", "data report", ["d"]),
     (["report", "r"], "report", "run report", ["r"]),
     (["train", "runs"], "", "", ["train", "runs"]),

@@ -208,6 +208,14 @@ def test_the_run_that_was_active_last_is_shown(tmp_path):
     assert len(shown["jobs"]) == 3
 
 
+@pytest.mark.parametrize("steps", ["1e3", [1], None])
+def test_a_mistake_in_a_job_or_a_damaged_result_is_no_end_of_the_status(tmp_path, steps):
+    """`check` explains the job; the run is shown by its checkpoints."""
+    job(tmp_path, train={"steps": steps})
+    (trained(tmp_path, 100) / "result.json").write_text(json.dumps({"steps": steps}))
+    assert "run quickstart: interrupted, step 100" in next_steps.lines(next_steps.status(tmp_path))
+
+
 def test_a_run_without_a_number_of_steps_or_on_s3_is_shown_as_far_as_it_is_known(tmp_path):
     job(tmp_path, train={"epochs": 2})
     trained(tmp_path, 100)

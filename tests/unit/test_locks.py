@@ -98,3 +98,15 @@ def test_the_installer_uses_what_is_there_and_takes_a_folder_of_wheels_for_the_i
     front = "1 wheels wheels " + {"uv": "pip install --quiet --no-index", "pip": "-m pip install --quiet --no-compile"}[tool]
     assert len(calls) == 4 and all(call.startswith(front) for call in calls)  # setuptools, the lock, torch, heliostat
     assert not any("download.pytorch.org" in call for call in calls)
+
+
+def test_the_installer_needs_no_pip_in_the_python_that_it_starts_from(tmp_path):
+    """Debian's and Ubuntu's python3 has none unless it is installed; a virtual environment gets its own."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$2" != pip ] && exec {sys.executable} "$@"\necho no pip >&2; exit 1\n')
+    (tmp_path / "python").chmod(0o755)
+    script = (ROOT / ".ci/install").read_text().partition("# --no-compile")[0].partition('cd "$(dirname')
+    begun = script[0] + script[2].partition("\n")[2] + "\necho begun\n"
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(tmp_path / "python")}
+    command = ["bash", "-c", begun, "install", "requirements.lock"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "begun\n"), done.stderr

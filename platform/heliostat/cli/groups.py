@@ -129,7 +129,8 @@ def current(words: list[str]) -> tuple[str, str, list[str]]:
 
     Both names are empty if the words begin with a command of today.
     """
-    if len(words) > 1 and words[0] == SWEEP and words[1] not in ("run", "list", "show", "stop", "--help", "-h"):
+    known = ("run", "list", "show", "stop", "--help", "-h")
+    if len(words) > 1 and words[0] == SWEEP and words[1] not in known and f"sweep {words[1]}" not in SYNONYMS:
         rest = [word for word in words[1:] if word != "--stop"]  # `sweep NAME` and `sweep NAME --stop`
         return ("sweep", "sweep show", rest) if len(rest) == len(words) - 1 else ("sweep --stop", "sweep stop", rest)
     for length in (2, 1):

@@ -161,12 +161,13 @@ def _run(folder: Path, job: FoundFile) -> FolderRun | None:
     if "://" in str(storage) or not (folder / place / "run.json").is_file():
         return None
     steps = train.get("steps") if isinstance(train, dict) else None
+    steps = steps if isinstance(steps, int) else 0  # else unset, or a mistake, which `check` explains
     ending, step = _read(folder / place / "result.json"), _last_step(folder / place)
-    ended, alive = ending.get("steps", -1) >= step, _alive(folder / place / "lease")
+    ended, alive = isinstance(ending.get("steps"), int) and ending["steps"] >= step, _alive(folder / place / "lease")
     return {
         "job": job["path"], "name": str(content.get("name")), "folder": str(place),
         "state": "running" if alive else "finished" if ended else "interrupted",
-        "step": int(ending["steps"]) if ended else step, "steps": int(ending["steps"] if ended else steps or 0),
+        "step": int(ending["steps"]) if ended else step, "steps": int(ending["steps"] if ended else steps),
         "model": _model(ending) if ended else None,
         "answers": _answers(ending) if ended else None,
     }  # fmt: skip

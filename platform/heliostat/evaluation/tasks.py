@@ -24,7 +24,7 @@ REFUSED = {  # keys by which a task file would run code, or that are of other mo
     "custom_dataset": "heliostat doesn't run code that makes data sets. Write the data set as JSON lines or Parquet",
     "process_results": "heliostat doesn't run scoring code. Use lm-eval's metrics",
     "use_prompt": "not supported. Write the prompt as doc_to_text and doc_to_target",
-    "unsafe_code": "heliostat run list the model's code only for `unit_tests`. Write the task with them",
+    "unsafe_code": "heliostat runs the model's code only for `unit_tests`. Write the task with them",
     "doc_to_image": "the model reads text only",
     "doc_to_audio": "the model reads text only",
 }
