@@ -154,7 +154,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
     assert client.list_artifacts(run_id, "benchmarks")[0].path == f"benchmarks/held-out-{STEP:08d}.json"
     words = ["model", "promote", "lm/1", "champion", "--mlflow", store, "--require"]
     refused = commands.run(*words, f"bench/held_out_choice>{score}", log=tmp_path / "log")
-    assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, required is >" in refused.err
+    assert refused.returncode == 1 and f"bench/held_out_choice is {score:.6g}, expected >" in refused.err
     assert commands.run(*words, f"bench/held_out_choice>={score}", log=tmp_path / "log").returncode == 0
     assert str(client.get_model_version_by_alias("lm", "champion").version) == "1"
 

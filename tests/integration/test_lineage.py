@@ -212,7 +212,7 @@ def test_a_fine_tuned_model_knows_its_parent_model_and_inherits_its_license(stor
 
 def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_is_kept(story, capsys):
     better, uri = story.base["eval"]["loss"], ["--mlflow", story.tracking]
-    with pytest.raises(GateError, match=r"eval/loss is .*, required is <"):
+    with pytest.raises(GateError, match=r"eval/loss is .*, expected <"):
         ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<{better}", *uri)
     done = ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<={better}", *uri)
     assert (done["version"], done["replaced"], done["overruled"]) == ("1", None, [])

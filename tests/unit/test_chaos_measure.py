@@ -107,7 +107,11 @@ def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [("kill-wroker", "did you mean 'kill-worker'"), ("hang,hang", "contains a fault twice"), ("", "contains a fault twice")],
+    [
+        ("kill-wroker", r"unknown fault \(kill-wroker\); did you mean 'kill-worker'"),
+        ("sigterm,hang,hang", r"^--faults: a fault is listed twice \(hang\)\. List each fault once"),
+        ("", r"^--faults: the list is empty\. Use kill-worker, "),
+    ],
 )
 def test_a_wrong_list_of_faults_is_one_clear_error(given, words, tmp_path):
     with pytest.raises(ConfigError, match=words):

@@ -25,7 +25,7 @@ class Thing:
     marks: list[tuple[int, float]] = field(default_factory=list)
 
 
-THING = Format(Thing, "thing", ConfigError, lambda t: None if t.name else "it has no name", "delete it")
+THING = Format(Thing, "thing", ConfigError, lambda t: None if t.name else "it has no name", "Delete it")
 
 
 def test_what_was_written_comes_back(tmp_path):
@@ -62,10 +62,7 @@ def test_anything_else_is_one_line_that_names_the_file_and_its_first_fault(tmp_p
         THING.read(path)
     said = str(e.value)
     assert (
-        said.startswith(f"{path}: is no thing, or damaged (")
-        and fault in said
-        and said.endswith("); delete it")
-        and "\n" not in said
+        said.startswith(f"{path}: isn't a valid thing (") and fault in said and said.endswith("). Delete it") and "\n" not in said
     )
 
 
@@ -86,7 +83,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_again(place):
 
     assert THING.read(Replaced(place.uri)) == Thing("a") and not told
     place.write(longer[:-2])
-    with pytest.raises(ConfigError, match="is no thing, or damaged"):
+    with pytest.raises(ConfigError, match=r": isn't a valid thing \(Invalid JSON: .*\)\. Delete it"):
         THING.read(place)
 
 

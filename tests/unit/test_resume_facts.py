@@ -75,5 +75,6 @@ def test_a_new_fact_needs_no_other_declaration():
 
 @pytest.mark.parametrize("held", [{"optimizer_steps": -1}, {"optimizer_steps": "many"}, {"loss_scale": [1]}])
 def test_facts_that_are_none_are_one_error(held):
-    with pytest.raises(CheckpointError, match=rf"checkpoint.json: isn't a valid index \({next(iter(held))}"):
+    fault = rf"checkpoint\.json: isn't a valid index that this version of heliostat resumes from \({next(iter(held))}: "
+    with pytest.raises(CheckpointError, match=fault):
         RESUME.build(index.build(build_index.index(9, **held), 9).resume, training_state.INDEX)  # type: ignore[attr-defined]

@@ -231,10 +231,15 @@ def test_a_job_cannot_be_changed_once_made():
     assert raw() == raw(), "and the helper hands out copies"
 
 
-def test_a_pretrained_folder_is_found_from_the_workspace():
-    """Workers run in other folders, so the path must not stay relative."""
-    resolved = spec.resolve(job(**{"model": {"pretrained": "models/x"}}))
-    assert resolved.model["pretrained"] == str(Path.cwd() / "models/x")
+@pytest.mark.parametrize(
+    ("named", "made", "stays"), [("models/x", True, False), ("models/x", False, True), ("./models/x", False, False)]
+)
+def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, workspace):
+    """Workers run in other folders, so the path must not stay relative. A name of the Hub stays, if there is no such folder."""
+    if made:
+        (workspace / named).mkdir(parents=True)
+    resolved = spec.resolve(job(**{"model": {"pretrained": named}}))
+    assert resolved.model["pretrained"] == (named if stays else str(workspace / named))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, work
         file.write_bytes(file.read_bytes().replace(b'"lm_head.weight"', b'"lm_hand.weight"'))
     else:
         (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(folder_weights.UnreadableError, match={"cut": "incomplete", "renamed": "no tensors"}.get(fault, fault)):
+    words = {"cut": "incomplete", "renamed": "expected one tensor for 'lm_head.weight', found none", "adapter": "has an adapter"}
+    with pytest.raises(folder_weights.UnreadableError, match=words[fault]):
         folder_weights.find(model, noted)
 
 

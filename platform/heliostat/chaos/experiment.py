@@ -115,8 +115,10 @@ def choose(names: list[str]) -> list[Fault]:
     for name in names:
         if name not in FAULTS:
             raise ConfigError(f"--faults: unknown fault ({name}){schema.nearest(name, list(FAULTS))}")
-    if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"--faults: name each fault once ({','.join(names)}). Use {', '.join(FAULTS)}")
+    if not names:
+        raise ConfigError(f"--faults: the list is empty. Use {', '.join(FAULTS)}")
+    if twice := [name for name in FAULTS if names.count(name) > 1]:
+        raise ConfigError(f"--faults: a fault is listed twice ({', '.join(twice)}). List each fault once")
     return [FAULTS[name] for name in names]
 
 

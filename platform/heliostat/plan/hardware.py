@@ -114,9 +114,9 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
     """
     gpus, cores = job.workers.gpus, job.workers.cpus
     if instance and gpus and not name and instance not in prices["instances"]:
+        near = schema.nearest(instance, list(prices["instances"]))
         raise ConfigError(
-            f"machine type {instance!r} of the cluster file isn't in the price table"
-            f"{schema.nearest(instance, list(prices['instances']))}. "
+            f"machine type {instance!r} of the cluster file isn't in the price table{near}{'' if near.endswith('?') else '.'} "
             "Pass --device NAME, or add it to instances in --prices FILE"
         )
     rented = prices["instances"].get(instance or "", {})

@@ -251,7 +251,7 @@ class Crew:
         self.looked, nodes = time.monotonic(), self.flow.nodes()
         self.memory = self.flow.memory_each(max(1, min(self.cpus, max(nodes, default=0))))
         if not any(nodes):
-            label = f"with the labels {self.flow.labels}" if self.flow.labels else ""
+            label = f" with the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
                 "%s: no node has CPUs%s, so tasks wait for one",
