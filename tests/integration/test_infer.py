@@ -123,7 +123,7 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert "--max-tokens: goes with --task continue or chat, not with score" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
-    assert "is not empty" in said("--out", str(tmp_path), "--max-tokens", "3")
+    assert "not empty, and has no batch inference" in said("--out", str(tmp_path), "--max-tokens", "3")
     few = ("--out", str(tmp_path / "out"), "--max-tokens", "3")
     assert "--engine vllm needs the extra 'vllm'" in said(*few, "--engine", "vllm")
     assert "max_tokens: 100 leaves no room for a prompt" in said("--out", str(tmp_path / "out"))
