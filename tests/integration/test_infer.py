@@ -114,16 +114,17 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     model = write_model(tmp_path, BASE["model"])
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"text": "a"}\n')
+    capsys.readouterr()  # the progress of writing the model
 
     def said(*more: str) -> str:
         code, _, error = command_line.run(monkeypatch, capsys, "model", "infer", str(model), "--input", str(asked), *more)
         assert code == 2 and len(error.strip().splitlines()) == 1
         return error
 
-    assert "--max-tokens: goes with --task continue or chat, not with score" in said(
+    assert "--max-tokens: only with --task continue or chat (score). Remove it" in said(
         "--out", str(tmp_path / "out"), "--task", "score", "--max-tokens", "3"
     )
-    assert "is not empty" in said("--out", str(tmp_path), "--max-tokens", "3")
+    assert "not empty, and has no batch inference" in said("--out", str(tmp_path), "--max-tokens", "3")
     few = ("--out", str(tmp_path / "out"), "--max-tokens", "3")
     assert "--engine vllm needs the extra 'vllm'" in said(*few, "--engine", "vllm")
     assert "max_tokens: 100 leaves no room for a prompt" in said("--out", str(tmp_path / "out"))

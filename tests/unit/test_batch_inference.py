@@ -212,7 +212,10 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     for name in ("one", "two"):
         lines(tmp_path / name, "a.jsonl", range(3))
     out = tmp_path / "out"
-    with lease.take(Location(str(out))), pytest.raises(ConfigError, match=r"--out: .* holds no batch inference"):
+    with (
+        lease.take(Location(str(out))),
+        pytest.raises(ConfigError, match=r"--out: .*out: not empty, and has no batch inference\. Name another folder"),
+    ):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
     shutil.rmtree(out)
     known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
@@ -223,7 +226,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
         run.infer(model, str(tmp_path / "two"), str(out), asked)
     with (
         lease.take(Location(str(out))),
-        pytest.raises(ConfigError, match=r"--out: .* is being written by process .*; wait for it"),
+        pytest.raises(ConfigError, match=r"--out: .*out is being written by process \d+ on .*\. Wait for it"),
     ):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
 
@@ -294,7 +297,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         claim(place, {"model": "a", "seed": 1}, "answers", "batch inference")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"--out: .*full is not empty"):
+    with pytest.raises(ConfigError, match=r"--out: .*full: not empty, and has no batch inference\. Name another folder"):
         claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
 
 

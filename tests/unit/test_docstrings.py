@@ -28,11 +28,14 @@ NOUNS = {
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(name, docstring) of the module and of what it defines, but for the commands of the command line."""
+    """(name, docstring) of the module and of what it defines, but for help texts: those of commands, and a module's `__doc__`."""
+    shown = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         decorated = [ast.unparse(d) for d in getattr(node, "decorator_list", ())]
+        if isinstance(node, ast.Module) and shown:
+            continue
         if (text := ast.get_docstring(node)) and not any("command(" in d or "callback(" in d for d in decorated):
             yield getattr(node, "name", "module"), text
 

@@ -28,7 +28,7 @@ def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "config.json").write_text("mine")
     for place in (tmp_path / "to", tmp_path / "to" / "config.json"):
-        with pytest.raises(ConfigError, match="is not empty"):
+        with pytest.raises(ConfigError, match=r"/to.*: not empty, and .* Pass another folder"):
             export(made, place)
     assert [p.name for p in (tmp_path / "to").iterdir()] == ["config.json"]
     assert (tmp_path / "to" / "config.json").read_text() == "mine"

@@ -64,7 +64,7 @@ def test_money_is_what_workers_hold_at_the_price_of_their_node(tmp_path):
     """2 h x 4 workers and 1.5 h x 4, without the hour in which they waited for their nodes: 14 worker hours of an H100."""
     at = spending(tmp_path, {"cost": 96.0}, (2.0, 4, 0.0), (2.5, 4, 1.0), gpus=1)
     at.look([node("H100")])
-    assert at.check() == "limits.cost: 96 USD are used up (96.32 over all commands)"
+    assert at.check() == "limits.cost: the limit of 96 USD is reached (96.32 over all commands)"
     below = spending(tmp_path, {"cost": 97.0}, (2.0, 4, 0.0), (2.5, 4, 1.0), gpus=1)
     below.look([node(gpus=0.0)])  # the GPU nodes have not come yet
     below.look([node("H100")])

@@ -226,7 +226,10 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
         ({"name": "sgd", "lr": LR, "betas": [0.9, 0.95]}, "train.optimizer.betas: unknown key; valid: lr, momentum, name, "),
         ({"name": "sgd", "lr": LR, "momentun": 0.1}, "train.optimizer.momentun: unknown key; did you mean 'momentum'?"),
         ({"name": "sgd", "lr": LR, "momentum": 1}, "train.optimizer.momentum: 1 should be less than 1"),
-        ({"name": "sgd", "lr": LR, "momentum": 0.0, "nesterov": True}, "train.optimizer: nesterov: true needs momentum; "),
+        (
+            {"name": "sgd", "lr": LR, "momentum": 0.0, "nesterov": True},
+            "train.optimizer: nesterov: true needs momentum. Set momentum above 0, or nesterov to false",
+        ),
         ({"lr": LR, "momentum": 0.9}, "train.optimizer.momentum: unknown key; "),
         ({"name": "rmsprop", "lr": LR, "eps": 0}, "train.optimizer.eps: 0 should be greater than 0"),
     ],
@@ -254,7 +257,9 @@ def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(ke
     if state == held:
         assert spec.settle(made, raw(**changed(recorded))).train.optimizer == made.train.optimizer
         return
-    with pytest.raises(ConfigError, match=rf"^train\.optimizer: {keys['name']!r} keeps .* made with {recorded['name']!r}, hold "):
+    name, before = keys["name"], recorded["name"]
+    holds = rf"the run's checkpoints \({before!r}\) hold {', '.join(held) or 'nothing'}\. Keep {before!r}"
+    with pytest.raises(ConfigError, match=rf"^train\.optimizer: {name!r} keeps .* per parameter, but {holds}"):
         spec.settle(made, raw(**changed(recorded)))
 
 

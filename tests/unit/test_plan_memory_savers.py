@@ -169,7 +169,7 @@ def test_a_number_of_layers_is_a_setting_of_its_own():
 
 
 def of_the_job(*settings: str) -> Planner:
-    j, recipe, _ = planner.prepare(ROOT / "jobs" / "long-context-128k.yaml", ["data.sources=[{path: nowhere}]", *settings])
+    j, recipe, _ = planner.prepare(ROOT / "jobs" / "long-context-128k.yaml", ["data.path=nowhere", *settings])
     return planner.planners(j, recipe, None, None, hardware.table())[-1]
 
 

@@ -52,7 +52,7 @@ class Scaled(Least):
 def test_a_parameter_without_a_dimension_is_refused_by_its_name() -> None:
     """DeepSpeed would end with a traceback, when it sends the model to all workers."""
     made = job(recipe="x:Scaled", **{"train.zero.stage": 1})
-    with pytest.raises(ConfigError, match=r"'scale' has no dimension, .* give it the shape \[1\], or make it a buffer"):
+    with pytest.raises(ConfigError, match=r"'scale' has no dimension, .*\. Give it the shape \[1\], or make it a buffer"):
         deepspeed_engine.build_model(made, Scaled(made), {})
 
 
@@ -124,9 +124,9 @@ def workspace(tmp_path, monkeypatch):
         ("Kindless", "doesn't define `kind`, the kind of dataset that it reads: 'tokens' or 'rows'"),
         ("Losses", "defines `losses`, which heliostat no longer uses: `loss` returns named parts"),
         ("Added", "defines `added`, which heliostat no longer uses: `loss` returns named parts"),
-        ("Silent", r"`evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Evaluates"),
-        ("Unserved", r"`serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
-        ("Mute", r"served through its `generator`, but defines none\. Derive it from heliostat\.recipe[\w.]*\.Generates"),
+        ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.[\w.]*\.Evaluates"),
+        ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
+        ("Mute", r"is served through its `generator`, but defines none\. Derive it from heliostat\.recipe[\w.]*\.Generates"),
         ("Unasked", "defines no `prompts`, and MLflow logs one with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
     ],

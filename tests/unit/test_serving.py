@@ -54,7 +54,7 @@ def test_a_completion_is_read_with_openais_defaults():
         ({"suffix": 3}, "suffix", "isn't text"),
         ({"prompt": "a \ud800"}, "prompt", "surrogates not allowed"),
         ({"suffix": "\ud800"}, "suffix", "surrogates not allowed"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty", "0.5 isn't supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "isn't supported"),
         ({"max_token": 3}, "max_token", "unknown parameter. Did you mean 'max_tokens'?"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),

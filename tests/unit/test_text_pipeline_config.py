@@ -25,7 +25,7 @@ tokenizer: {{vocab_size: 300}}
         (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
         (
             ["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"],
-            "isn't a subclass of heliostat.curation.prepare.Pipeline",
+            "'heliostat.curation.text.pipeline:TokenizerConfig' must be a subclass of heliostat.curation.prepare.Pipeline",
         ),
         (["pipeline=null"], "isn't a class"),
         (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),

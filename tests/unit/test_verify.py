@@ -236,7 +236,7 @@ def test_a_damaged_receipt_is_named(run):
     whole = run.file(10).read()
     for content in (whole[:50], b"[]", b"{}", b"\xff"):
         run.file(10).write(content)
-        with pytest.raises(VerifyError, match=r"receipts/step-00000010\.json: is no receipt, or damaged"):
+        with pytest.raises(VerifyError, match=r"receipts/step-00000010\.json: isn't a valid receipt \("):
             verify.verify(run.location)
 
 
@@ -331,7 +331,7 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
     assert told["error"]["type"] == "VerifyError" and told["error"]["exit_code"] == 1 and told["error"]["message"] in err
     assert err == (
         f"error: {run.location}: step 8 is the first that differs: its samples' digest is {run.digests[7]}, "
-        "step-00000010.json says 00\n"
+        "but step-00000010.json has 00\n"
     )
 
 

@@ -156,7 +156,7 @@ class Archive:
         return True
 
     def _broken(self, reason: str, detail: str) -> Broken:
-        """Names the record that is being read, or the data after the last one, and searches for the next after this member."""
+        """Returns the broken record, or the data after the last one, and searches for the next record after this member."""
         self._start = self._member
         return Broken(self._current or self._place(), reason, detail)
 
