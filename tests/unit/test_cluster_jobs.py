@@ -120,6 +120,18 @@ def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
     assert submission.load(path, [], HERE).storage == str(tmp_path / "runs")
 
 
+def test_a_model_of_the_hub_is_no_path_of_this_machine(tmp_path, monkeypatch):
+    """The cluster downloads it itself, unless a folder of this name is here."""
+    monkeypatch.chdir(tmp_path)
+    model = {"pretrained": "org/parent"}
+    elsewhere = {"mlflow.uri": "http://mlflow:5000", "data.sources.0.path": "s3://b/a", "storage": "s3://b/runs"}
+    path = write(tmp_path, **elsewhere, model=model)
+    assert submission.load(path, [], THERE).model == model
+    (tmp_path / "org/parent").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"model\.pretrained: 'org/parent' is a path of this workspace"):
+        submission.load(path, [], THERE)
+
+
 class Store:
     """Counts the bytes that are written to a folder."""
 

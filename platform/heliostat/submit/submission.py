@@ -10,7 +10,7 @@ from pathlib import Path
 
 from heliostat import schema
 from heliostat.cluster.endpoint import Endpoint
-from heliostat.config import spec, workspace
+from heliostat.config import pretrained, spec, workspace
 from heliostat.config.spec import Job
 from heliostat.errors import ConfigError
 from heliostat.storage.records import Format, closed
@@ -90,8 +90,8 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
     if not endpoint.here:
         written = schema.validate(Job, spec.complete(raw, str(path), samples, devices)[0], str(path))
         paths = {f"data.sources.{i}.path": s.path for i, s in enumerate(written.data.sources)} | {"storage": written.storage}
-        if isinstance(written.model.get("pretrained"), str):
-            paths["model.pretrained"] = written.model["pretrained"]
+        if isinstance(parent := written.model.get("pretrained"), str) and not pretrained.hub_name(parent):
+            paths["model.pretrained"] = parent
         uri = written.mlflow.uri
         if uri.startswith("sqlite:"):
             raise ConfigError(
