@@ -124,7 +124,7 @@ def workspace(tmp_path, monkeypatch):
         ("Kindless", "doesn't define `kind`, the kind of dataset that it reads: 'tokens' or 'rows'"),
         ("Losses", "defines `losses`, which heliostat no longer uses: `loss` returns named parts"),
         ("Added", "defines `added`, which heliostat no longer uses: `loss` returns named parts"),
-        ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.[\w.]*\.Evaluates"),
+        ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
         ("Mute", r"is served through its `generator`, but defines none\. Derive it from heliostat\.recipe[\w.]*\.Generates"),
         ("Unasked", "defines no `prompts`, and MLflow logs one with the model"),
