@@ -223,6 +223,8 @@ def test_the_page_begins_with_a_prompt_of_the_models_record(tmp_path):
     assert app.example(folder) == "def main"
     (tmp_path / "input_example.json").write_text("[]")
     assert app.example(folder) == "the digit two"
+    (tmp_path / "input_example.json").write_text('{"columns": ["prompt"], "data": [["x"]]}')  # a table, of a recipe's own
+    assert app.example(folder) == "the digit two"
 
 
 def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path):

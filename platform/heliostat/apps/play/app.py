@@ -126,8 +126,9 @@ def example(folder: Path) -> str | None:
     """Reads a prompt that suits a model from its record: its input example in MLflow, or the first prompt of its samples."""
     logged = folder.parent.parent / "input_example.json"  # next to the artifacts of a model that MLflow has
     try:
-        (prompt, *_) = json.loads(logged.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        kept = json.loads(logged.read_text(encoding="utf-8"))
+        (prompt, *_) = kept if isinstance(kept, list) else []  # a mapping or a table is a recipe's own, and has no prompt first
+    except (OSError, ValueError):
         trained = exported.record(folder)["job"] if (folder / exported.RECORD).is_file() else None
         samples = trained["model"].get("samples") if trained else None
         prompts = samples.get("prompts") if isinstance(samples, dict) else None
