@@ -216,7 +216,7 @@ def test_an_optimizer_that_the_checkpoints_do_not_fit_is_refused_on_resume(finis
 def test_a_non_finite_loss_stops_the_run_and_names_the_step_and_samples(job_file, tracking, tmp_path) -> None:
     settings = ["train.optimizer.lr=1e30", "train.grad_clip=0", "train.schedule.warmup_steps=2"]
     settings += ["checkpoint.every=1", "evaluate=null"]
-    with pytest.raises(NonFiniteError, match=r"step [2-6]: (gradient norm|loss) \S+; .*0:\d+:\d+"):
+    with pytest.raises(NonFiniteError, match=r"step [2-6]: (gradient norm|loss) \S+\. Training stopped .*0:\d+:\d+"):
         train(job_file(), settings)
     found = saver.latest(Location(str(tmp_path / "runs" / "tiny")))
     assert found is not None
