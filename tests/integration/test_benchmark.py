@@ -204,7 +204,11 @@ WRONG = {  # what the task file has, the suite, and what is said
     "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
     "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice; did you mean"),
     "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter; did you mean"),
-    "code of a library": ({"generation_kwargs": {"custom_generate": "x/y"}}, {}, "generation_kwargs: 'custom_generate' is not"),
+    "code of a library": (
+        {"generation_kwargs": {"custom_generate": "x/y"}},
+        {},
+        "generation_kwargs: 'custom_generate' isn't supported",
+    ),
     "code in a template": ({"doc_to_text": CLASSES}, {}, "t.yaml: can't build the task: SecurityError"),
 }
 
@@ -330,7 +334,10 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
         assert scored == [10, 30, 30] and len(client.get_metric_history(run_id, "bench/held_out_choice")) == 3
     changed = yaml.safe_load(suite.read_text()) | {"seed": 5}
     suite.write_text(yaml.safe_dump(changed))
-    with contextlib.closing(Benchmark(*load(suite), quiet=True)) as tasks, pytest.raises(ConfigError, match="rename the suite"):
+    with (
+        contextlib.closing(Benchmark(*load(suite), quiet=True)) as tasks,
+        pytest.raises(ConfigError, match=r"other settings\. Rename"),
+    ):
         Followed(run, tasks, told).follow()
 
 

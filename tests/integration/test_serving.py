@@ -74,7 +74,7 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
         with pytest.raises(openai.BadRequestError) as refused:
             ask.completions.create(**{**ASKED, **more})
         assert refused.value.param == param
-    with pytest.raises(openai.BadRequestError, match="longer than the 512 tokens"):
+    with pytest.raises(openai.BadRequestError, match="longer than 512 tokens, the model's maximum"):
         ask.embeddings.create(model=NAME, input="w " * 900)
     with pytest.raises(openai.APIStatusError) as large:
         ask.completions.create(**{**ASKED, "prompt": "w" * 20_001})
@@ -194,7 +194,7 @@ def test_the_command_says_in_a_line_what_is_wrong(tmp_path, endpoint, monkeypatc
         return error
 
     model = str(endpoint.folder / "model")
-    assert "--replicas: '3..1' is no number" in said(model, "--replicas", "3..1")
+    assert "--replicas: expected a number or a range, got '3..1'. Write 2 or 1..4" in said(model, "--replicas", "3..1")
     assert "no such folder, and not a run id" in said("nothing")
     assert not (tmp_path / ".heliostat").exists()  # no keys are made for what is not served
     (tmp_path / "keys").write_text("short")

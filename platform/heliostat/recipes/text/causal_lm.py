@@ -53,7 +53,10 @@ if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs ar
     from heliostat.recipes.constants import Constant
     from heliostat.recipes.text.generator import TextGenerator
 BUILT_IN = {"CausalLM": ("transformers",)}
-SHOWN = {"max_tokens": 96, "temperature": 0.5}  # of what a finished run writes: a small model needs likely tokens
+SHOWN: dict[str, object] = {
+    "max_tokens": 96,
+    "temperature": 0.5,
+}  # of a finished run: a small model needs likely tokens
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
