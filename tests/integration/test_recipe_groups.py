@@ -170,5 +170,5 @@ def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(
         export._files(recipe, shapes, found)
     assert "the export leaves out 1 parameters, for example head.bias" in caplog.text
     two = {"both": Weight(("up.weight", "down.weight"), (13, 2))}
-    with pytest.raises(ConfigError, match="the export's 'both' is of 2 tensors and has no `make`"):
+    with pytest.raises(ConfigError, match="the export's 'both' combines 2 tensors and has no `make`"):
         export.write_weights(found, shapes, torch.float32, tmp_path / "model", two)

@@ -50,7 +50,7 @@ def test_a_spike_that_is_not_undone_is_told_on_the_terminal_in_the_log_in_mlflow
             show.event(event)
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == 2 and said[0].startswith("step 21: loss spike (1 so far): loss 9, where 1.01 is usual and")
-    assert "--step 21" in said[0] and "training continues" in said[0] and "step 31: loss spike (2 so far)" in said[1]
+    assert "--step 21" in said[0] and "Training continues" in said[0] and "step 31: loss spike (2 so far)" in said[1]
 
     data = make_dataset(tmp_path / "data", 1)
     mine = job(storage=str(tmp_path / "runs"), **{"mlflow.uri": tracking, "mlflow.experiment": "spikes", "evaluate": None})
