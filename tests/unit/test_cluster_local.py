@@ -208,3 +208,36 @@ def test_up_leaves_ray_alone_where_it_runs_unless_told_to_restart_it(name):
     cluster = files.read(ROOT / "clusters" / f"{name}.yaml")
     assert "--no-restart" in launch.launcher(cluster, restart=False) and "--no-restart" in known
     assert "--no-restart" not in launch.launcher(cluster, restart=True)
+
+
+@pytest.mark.parametrize("log", ["The current node timed out during startup", "no such option: --blok"])
+def test_a_worker_that_ray_gave_up_on_a_busy_machine_is_started_once_more(tmp_path, monkeypatch, log):
+    """Ray waits 30 s for a node's own entry, and then ends it. A worker that ends for another reason isn't started again."""
+    monkeypatch.chdir(tmp_path)
+    cluster = files.read(cluster_file(tmp_path))
+    asked: list[object] = []
+    state = local.ClusterState(
+        "local", "cluster.yaml", "http://127.0.0.1:1", [local.Node("head", cluster.addresses[0], "0", 1, 0.0)]
+    )
+
+    def start(cluster: object, state: local.ClusterState, role: str, addresses: list[str]) -> None:
+        asked.append(addresses)
+        state.nodes += [local.Node(role, address, address, 2 + len(asked), 0.0) for address in addresses]
+        if len(asked) == 1:
+            (state.folder / "logs").mkdir(parents=True)
+            (state.folder / "logs" / f"worker-{addresses[-1]}.log").write_text(log)
+            raise ClusterError("local: the worker didn't start")
+
+    monkeypatch.setattr(local, "_start", start)
+    monkeypatch.setattr(local, "_until_ready", lambda state, addresses, before: asked.append("all ready"))
+    monkeypatch.setattr(local.processes, "living", lambda nodes: nodes[:-1])
+    monkeypatch.setattr(local.processes, "end", lambda nodes: None)
+    addresses = cluster.addresses[1:]
+    if "timed out" in log:
+        local._start_workers(cluster, state)
+        assert asked == [addresses, addresses[-1:], "all ready"]
+        assert [node.address for node in state.nodes] == cluster.addresses
+    else:
+        with pytest.raises(ClusterError, match="the worker didn't start"):
+            local._start_workers(cluster, state)
+        assert asked == [addresses]

@@ -34,6 +34,7 @@ from heliostat.storage.records import Format
 log = logging.getLogger(__name__)
 
 START_S = 90.0
+LATE = "timed out during startup"  # in the log of a node that Ray gave up
 
 
 @dataclass
@@ -127,11 +128,25 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     private.write_token(state.token_file)
     try:
         _start(cluster, state, "head", cluster.addresses[:1])
-        _start(cluster, state, "worker", cluster.addresses[1:])
+        _start_workers(cluster, state)
     except BaseException:
         down(cluster.name)
         raise
     return _watched(cluster, state)
+
+
+def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
+    """Starts all workers, and once more those whose start Ray gave up after its 30 s, as it does on a busy machine."""
+    try:
+        _start(cluster, state, "worker", cluster.addresses[1:])
+    except ClusterError as e:
+        alive = processes.living(state.nodes)
+        ended = [n for n in state.nodes if n not in alive]
+        if not ended or not all(LATE in _log(state, n) for n in ended):
+            raise
+        log.warning("%s. Starting it once more", e)
+        _complete(cluster, state, alive)
+        _until_ready(state, cluster.addresses[1:], set())
 
 
 def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
@@ -288,9 +303,12 @@ def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str
     return "; ".join(f"the {n.role} {n.address} hasn't joined: {_tail(state, n)}" for n in late) or "nodes joined too late"
 
 
+def _log(state: ClusterState, node: Node) -> str:
+    return (state.folder / "logs" / f"{node.role}-{node.address}.log").read_text(errors="replace")
+
+
 def _tail(state: ClusterState, node: Node) -> str:
-    text = (state.folder / "logs" / f"{node.role}-{node.address}.log").read_text(errors="replace")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in _log(state, node).splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
     return (wrong or lines or ["it printed nothing"])[-1].strip()
 
