@@ -240,7 +240,7 @@ def test_buffers_of_other_types_at_other_stages_are_cast_and_rounding_is_said(ma
     cast = {(row["saved"], row["loaded"]): (row["cast"], row["said"]) for row in matrix}
     down, said = cast["bf16-zero2-2", "bf16-zero3-3"]
     assert down == ["buffer.mark: float32 -> bfloat16", "buffer.odd: float32 -> bfloat16"]
-    assert said.endswith("rounded: 2 tensors from float32 to bfloat16 (buffer.mark, ...)")
+    assert said.endswith("rounded to the precision of this run: 2 tensors from float32 to bfloat16 (buffer.mark, ...)")
     up, unsaid = cast["bf16-zero3-3", "bf16-zero2-2"]
     assert up == ["buffer.mark: bfloat16 -> float32", "buffer.odd: bfloat16 -> float32"] and not unsaid
     assert not any(said for rows, said in cast.values() if not rows)
