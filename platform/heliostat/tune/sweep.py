@@ -32,25 +32,12 @@ if TYPE_CHECKING:
     from heliostat.cluster.cluster_file import ClusterFile
 
 Above0 = Annotated[Float, Field(gt=0)]
-OWN = (
-    "name",
-    "storage",
-    "mlflow",
-    "recipe",
-    "evaluate",
-    "train.epochs",
-    "train.tokens",
-)  # the sweep's own, or what makes trials comparable
+# the sweep's own keys, and those that make trials comparable
+OWN = ("name", "storage", "mlflow", "recipe", "evaluate", "train.epochs", "train.tokens")
 FIXED_WHERE_COMPARED = ("train.steps",)
 MOST = 100_000  # trials of a sweep
-DATA = (
-    "data",
-    "train.global_batch_size",
-    "train.micro_batch_size",
-    "model",
-    "train.ema",
-    "train.steps",
-)  # a checkpoint fits no other
+# a checkpoint fits no job that differs in these
+DATA = ("data", "train.global_batch_size", "train.micro_batch_size", "model", "train.ema", "train.steps")
 
 
 class SweepBudget(Strict):
