@@ -119,7 +119,7 @@ def test_columns_are_aligned():
 
 def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
     """Reports number the stages, so that two of one kind are apart: these were shown as `1 0 symbols: symbols`."""
-    from heliostat.curation.prepare import explain
+    from heliostat.curation.prepare_report import explain
 
     dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}
     report = {"up_to_date": True, "documents": 5, "tokens": 6, "dropped": dropped, "duplicates": 0, "listed": None,

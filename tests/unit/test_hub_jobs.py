@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from heliostat.config import pretrained, spec
-from heliostat.curation import prepare
+from heliostat.curation import prepare, prepare_report
 from heliostat.data import manifest
 from heliostat.errors import ConfigError
 from heliostat.plan.plan_file import plan_file
@@ -116,7 +116,8 @@ def test_a_dataset_of_the_hub_is_prepared_as_a_folder_with_its_commit_recorded(t
     report = prepare.prepare(file, [], quiet=True)
     dataset = manifest.read(Location(str(tmp_path / "out")))
     assert dataset.meta["hub"] == {"input": f"hf://datasets/org/d@{commit}", "tokenizer.path": f"org/tiny@{model}"}
-    assert report["hub"] == dataset.meta["hub"] and f"from hf://datasets/org/d@{commit}" in "\n".join(prepare.explain(report))
+    assert report["hub"] == dataset.meta["hub"]
+    assert f"from hf://datasets/org/d@{commit}" in "\n".join(prepare_report.explain(report))
     assert not weights(hub)  # of the tokenizer's model
 
     for path, data in content.items():

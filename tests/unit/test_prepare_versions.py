@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from heliostat.curation import prepare as preparing
+from heliostat.curation import prepare_report
 from heliostat.curation.prepare import InputFile, Pipeline
 from heliostat.data import manifest, versions
 from heliostat.data.index import index
@@ -105,10 +106,10 @@ def data(folder: Path) -> dict[str, bytes]:
 def test_a_dataset_that_a_model_wrote_says_so_also_where_it_is_up_to_date(make, tmp_path):
     by = {"model": {"folder": "models/lm", "digest": "0" * 64}, "input": "prompts.jsonl", "answers": 1200}
     plain = make()
-    assert plain["written_by"] is None and len(preparing.explain(plain)) == 2
+    assert plain["written_by"] is None and len(prepare_report.explain(plain)) == 2
     for found in (make(by=by, force=True), make(by=by)):
         assert found["written_by"] == by and found["digest"] == plain["digest"]
-        assert preparing.explain(found)[2] == "written by model 000000000000 (models/lm): 1,200 answers to prompts.jsonl"
+        assert prepare_report.explain(found)[2] == "written by model 000000000000 (models/lm): 1,200 answers to prompts.jsonl"
     assert versions.read_record(Location(str(tmp_path / "out")))["made"]["written_by"] == by
 
 
@@ -294,7 +295,7 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
 def test_everything_that_was_left_out_is_said(make, tmp_path, dropped, duplicates, said):
     """Whether the pipeline counts duplicates among what it dropped, as for images, or apart, as for text."""
     report = {**make(dropped=dropped), "duplicates": duplicates}
-    ready, left_out = preparing.explain(report)
+    ready, left_out = prepare_report.explain(report)
     assert (
         left_out.startswith(f"dropped: {said}".replace("OUT", str(tmp_path / "out")))
         and "is ready after" in ready

@@ -55,8 +55,8 @@ def prepare(
     verbose: Verbose = False,
 ) -> None:
     """Make a dataset: run a pipeline on Ray Data. Does nothing if the dataset is up to date."""
-    from heliostat.curation.prepare import explain
     from heliostat.curation.prepare import prepare as run
+    from heliostat.curation.prepare_report import explain
 
     if sample is not None:
         if force:

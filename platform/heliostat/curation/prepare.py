@@ -18,10 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import time
 from abc import abstractmethod
-from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -37,6 +35,7 @@ from heliostat.config import workspace
 from heliostat.curation import hub
 from heliostat.curation.leftovers import remove_old_samples, sample_folder
 from heliostat.curation.pieces import FilePart
+from heliostat.curation.prepare_report import in_words
 from heliostat.curation.watching import PipelineWatch
 from heliostat.data import collection, manifest, versions
 from heliostat.data.infilling import COUNTS
@@ -201,7 +200,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
             pipeline.watched(watch)
             rows, meta = pipeline.write(output, inputs)
         if not rows:
-            reasons = ", ".join(f"{n:,} {_plain(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
+            reasons = ", ".join(f"{n:,} {in_words(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
             raise DataError(
                 f"input: no document left of {len(inputs):,} files (dropped: {reasons}). Check `columns` and `stages`"
             )
@@ -376,33 +375,3 @@ def _report(
         "versions_kept": pruned.kept,
         "removed": {"files": pruned.files, "bytes": pruned.bytes},
     }
-
-
-def _plain(reason: str) -> str:
-    """Formats the reason why a stage dropped documents for people; reports name it `NUMBER STAGE: REASON`."""
-    stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
-    return f"{stage}: {why}" if why not in ("", stage) else stage
-
-
-def explain(report: dict[str, Any]) -> list[str]:
-    """Explains the report in sentences: the dataset's content, and the dropped documents."""
-    state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
-    contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
-    left_out = Counter(duplicate=report["duplicates"])
-    for reason, count in report["dropped"].items():
-        left_out[_plain(reason)] += count
-    reasons_text = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
-    listed = f" (listed in {report['listed']})" if report["listed"] else ""
-    lines = [
-        f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
-        f"dropped: {reasons_text or 'nothing'}{listed}",
-    ]
-    if named := report["hub"]:
-        lines.append(f"from {', '.join(named.values())}")
-    if by := report["written_by"]:
-        model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
-        lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
-    if counts := report["rearranged"]:
-        lines.append(f"rearranged for fill in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
-            f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
-    return lines

@@ -1,0 +1,37 @@
+"""Explains the report of `heliostat data prepare` in sentences."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+
+def in_words(reason: str) -> str:
+    """Formats the reason why a stage dropped documents for people; reports name it `NUMBER STAGE: REASON`."""
+    stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
+    return f"{stage}: {why}" if why not in ("", stage) else stage
+
+
+def explain(report: dict[str, Any]) -> list[str]:
+    """Explains the report in sentences: the dataset's content, and the dropped documents."""
+    state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
+    contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
+    left_out = Counter(duplicate=report["duplicates"])
+    for reason, count in report["dropped"].items():
+        left_out[in_words(reason)] += count
+    reasons_text = ", ".join(f"{n:,} {reason}" for reason, n in sorted(left_out.items()) if n)
+    listed = f" (listed in {report['listed']})" if report["listed"] else ""
+    lines = [
+        f"dataset {report['dataset']} {state}: {contents}, {report['chunks']:,} chunks, digest {report['digest'][:12]}",
+        f"dropped: {reasons_text or 'nothing'}{listed}",
+    ]
+    if named := report["hub"]:
+        lines.append(f"from {', '.join(named.values())}")
+    if by := report["written_by"]:
+        model = f"{by['model']['digest'][:12]} ({by['model']['folder']})"
+        lines.append(f"written by model {model}: {by['answers']:,} answers to {by['input']}")
+    if counts := report["rearranged"]:
+        lines.append(f"rearranged for fill in the middle: {counts['texts']:,} texts of {counts['documents']:,} documents, "
+            f"{counts['suffix_first']:,} of them with the suffix first")  # fmt: skip
+    return lines
