@@ -1,12 +1,10 @@
-"""Defines the protocol between the engine and a recipe: the methods that a recipe must implement, and the optional ones
-(docs/guides/recipe.md).
+"""Defines the protocol between the engine and a recipe (docs/guides/recipe.md).
 
-`Recipe` is the base of every recipe, which must implement `build`, `batch` and `loss`; the rest has a default. The other base
-classes are abilities, such as evaluation, export, generation, serving, and images. A job that asks for an ability that its
-recipe lacks is rejected before the first step (`heliostat.recipes.conformance`).
+A recipe derives from `Recipe` and implements `build`, `batch` and `loss`. The other base classes are abilities, such as export
+and serving. A job that needs an ability that its recipe lacks is rejected before the first step (`recipes.conformance`).
 
-The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts; a recipe owns the model and what
-a batch, a loss and a score are. Every process makes its own recipe, from the job and the datasets alone.
+The engine owns data order, ZeRO, accumulation, precision, checkpoints, metrics and restarts. A recipe owns the model, batches,
+losses, and scores. Every process makes its own recipe, from the job and the datasets alone.
 """
 
 from __future__ import annotations
@@ -62,8 +60,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Companion:
-    """Describes another model, such as a frozen encoder: the recipe puts it on the device, the plan counts it, and checkpoints
-    leave it out."""
+    """Describes another model, such as a frozen encoder: the plan counts it, and checkpoints leave it out."""
 
     bytes: int
     every_step: bool = True  # False: it is there in evaluations only
@@ -88,16 +85,14 @@ class Recipe(ABC):
         """Tests on the driver, in seconds and without the datasets, what `__init__` can't check; ConfigError if it fails."""
 
     def bind(self, sources: list[Manifest]) -> None:  # noqa: B027
-        """Takes the values that the datasets determine (a tokenizer, a vocabulary size); ConfigError if they don't fit the
-        model."""
+        """Takes the values that the datasets determine (tokenizer, vocabulary size); ConfigError if they don't fit the model."""
 
     def assumed(self) -> str:
         """Describes the assumptions of a plan without the datasets, such as a vocabulary size; empty if there are none."""
         return ""
 
     def presume(self, rows: int) -> Content | None:  # noqa: B027
-        """Returns samples of datasets that don't exist yet, from the job's sizes; None if the recipe is bound, or lacks the
-        sizes."""
+        """Returns samples of datasets that don't exist yet, from the job's sizes; None if they are unknown."""
 
     @abstractmethod
     def build(self) -> torch.nn.Module:
@@ -112,12 +107,10 @@ class Recipe(ABC):
         """
 
     def complete(self, batch: Batch) -> Batch:
-        """Adds values to a batch on the device that don't depend on weights in training, such as noise and outputs of frozen
-        encoders.
+        """Adds values on the device that don't depend on trained weights, such as noise and outputs of frozen encoders.
 
         No gradients, and no numbers from torch's generators. The engine calls it before `loss`; on a GPU it uses the upload
-        stream, while the previous micro-batch computes. `loss` and `evaluate` complete a batch that isn't complete.
-        """
+        stream, while the previous micro-batch computes. `loss` and `evaluate` complete a batch that isn't complete."""
         return batch
 
     @abstractmethod
@@ -135,8 +128,7 @@ class Recipe(ABC):
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes buffers that balance experts, identically on every worker. `routed`: as in `Loss`, for the step's global
-        batch."""
+        """Changes buffers that balance experts, identically on every worker. `routed`: as in `Loss`, for the global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         """Lists the names of buffers that stay in fp32 at every precision."""
@@ -147,8 +139,7 @@ class Recipe(ABC):
         return {}
 
     def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
-        """Lists the identical layers of a model, which `train.compile: blocks` compiles one by one; empty if they aren't
-        known."""
+        """Lists a model's identical layers, which `train.compile: blocks` compiles one by one; empty if unknown."""
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
@@ -169,15 +160,13 @@ class Recipe(ABC):
 
 class CouplesSamples(Recipe):
     """Trains on a loss over all samples of a step together, for example a contrastive one. The engine processes each
-    micro-batch twice (GradCache): loss and gradients are those of the global batch, on any number of workers, with the memory
-    of one micro-batch."""
+    micro-batch twice (GradCache), so loss and gradients are those of the global batch, in one micro-batch's memory."""
 
     terms_per_sample = 1
 
     @abstractmethod
     def represent(self, model: torch.nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """Computes each sample's values for the loss, [batch, ...] by name. A second call with the same random numbers must
-        return the same. Gradients flow through floating-point numbers."""
+        """Computes each sample's values for the loss, [batch, ...] by name; a function of batch, weights, and random numbers."""
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
@@ -216,8 +205,7 @@ class Evaluates(ABC):
 
 
 class Exports(ABC):
-    """Exports its checkpoints to a folder that works without the engine: for `heliostat model export`, and at the end of every
-    run."""
+    """Exports checkpoints to a folder that works without the engine: for `heliostat model export`, and at a run's end."""
 
     layout: dict[str, str] = {"": "model"}  # a parameter's prefix, which is cut off -> its file, without .safetensors
 
@@ -258,8 +246,7 @@ class Weight:
 
 
 class CutsSamples(ABC):
-    """Trains with each sample split over several workers, one range of tokens each; required for `train.parallel.sequence`.
-    The loss has no parts, or parts that are means over tokens."""
+    """Trains with each sample split over workers by ranges of tokens (`train.parallel.sequence`). Parts are means over tokens."""
 
     def require_cut(self, parts: int) -> None:  # noqa: B027
         """Raises ConfigError if the model's samples can't be split over so many workers; on the driver, in seconds."""
@@ -295,8 +282,7 @@ class DividesExperts(ABC):
 
     @abstractmethod
     def exchange_tokens(self, model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-        """Makes the model send tokens to the worker in the group that has their expert; the workers hold the experts in rank
-        order."""
+        """Makes the model send tokens to the worker in the group that holds their expert; experts are in rank order."""
 
 
 class DividesMatrices(ABC):
@@ -312,9 +298,8 @@ class DividesMatrices(ABC):
 
     @abstractmethod
     def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
-        """Lists by name the modules whose weights, and biases of outputs, are sharded: `column` by outputs; `row` by inputs,
-        so the workers add up their products. `summed`: not sharded, but applied to a part of the data, so the workers add up
-        the gradients."""
+        """Lists by name the modules whose weights, and biases of outputs, are sharded: `column` by outputs; `row` by inputs, so
+        workers add up their products. `summed`: not sharded, but applied to a part of the data, so workers add up gradients."""
 
 
 class Generates(Exports):
@@ -335,8 +320,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Generates images for prompts with its exports, repeatedly with different options; required for `heliostat model serve` and
-    `play`."""
+    """Generates images for prompts with its exports, with changing options; `model serve` and `model play` need it."""
 
     @staticmethod
     @abstractmethod
@@ -345,8 +329,7 @@ class Paints(Generates):
 
 
 class Canvas(Protocol):
-    """Generates images. `size`: width and height of the model's images, in pixels; `defaults`: options, in the form of
-    `generator`."""
+    """Generates images. `size`: width and height, in pixels; `defaults`: options, in the form of `generator`."""
 
     defaults: dict[str, object]
 
@@ -383,8 +366,7 @@ class Gallery(Protocol):
     count: int
 
     def draw(self, model: torch.nn.Module, device: torch.device | str, numbers: list[int]) -> list[np.ndarray]:
-        """Generates the images with these numbers, each uint8 [height, width, channels]; any rank may be asked for any of
-        them."""
+        """Generates the images with these numbers, each uint8 [height, width, channels]; on any rank."""
 
     def judge(self, pictures: list[np.ndarray], progressed: Callable[[], None]) -> tuple[dict[str, float], dict[str, bytes]]:
         """Scores all images, in order, on rank 0: returns scores, and PNG images for the log, both by name."""
