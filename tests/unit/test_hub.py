@@ -150,6 +150,38 @@ def test_a_partial_file_that_is_damaged_is_downloaded_from_its_start(hub):
     assert (files.model("k", name) / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_a_cache_without_a_list_is_used_with_a_warning_and_not_if_a_download_was_interrupted(hub, monkeypatch, caplog):
+    """As `hf download` leaves it; a part of a dataset would be a smaller dataset without a word."""
+    hub.push("org/m", MODEL)
+    name = resolved("org/m")
+    repository = files.model("k", name).parents[1]
+    (kept,) = (repository / "heliostat").glob("*.json")
+    kept.unlink()
+    files._kept.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert {f.path for f in files.listing("k", name)} == {*ABOUT, "model.safetensors"}
+    assert f"{name}: the cache has no list of the Hub's files. Using the 4 files that it has" in caplog.text
+    (repository / "blobs" / "abc.incomplete").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="lacks the files, or some of them, of org/m, and HF_HUB_OFFLINE is set"):
+        files.listing("k", name)
+
+
+def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, monkeypatch):
+    from huggingface_hub.utils import WeakFileLock
+
+    hub.push("org/m", MODEL)
+    name = resolved("org/m")
+    files.model("k", name, weights=False)
+    (weights,) = (f for f in files.listing("k", name) if f.path == "model.safetensors")
+    monkeypatch.setattr(files, "LOCK_S", 0.5)
+    lock = files.client.cache() / ".locks" / "models--org--m" / f"{weights.hash}.lock"
+    with (
+        WeakFileLock(lock),
+        pytest.raises(StorageError, match=r"another process has the lock .*Delete it"),
+    ):
+        files.model("k", name)
+
+
 @pytest.mark.parametrize(
     ("what", "says"),
     [

@@ -20,13 +20,13 @@ import time
 import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from functools import partial as partial_
 from pathlib import Path, PurePosixPath
 
-from heliostat.errors import ConfigError, DataError, HeliostatError
+from heliostat.errors import ConfigError, DataError, HeliostatError, StorageError
 from heliostat.storage.hub import client
 from heliostat.storage.hub.names import COMMIT, HubName
 from heliostat.storage.locations import is_inside
@@ -43,6 +43,7 @@ HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 PARTS = r"-\d+-of-\d+"
 THREADS = 8
 BLOCK = 16 << 20
+LOCK_S = 3600.0  # in which another process downloads a file
 CONVERT = "https://huggingface.co/spaces/safetensors/convert"
 
 
@@ -87,7 +88,9 @@ def listing(key: str, name: HubName) -> list[HubFile]:
     with suppress(OSError, ValueError, TypeError):
         return _kept(kept)
     if client.offline():
-        return _downloaded(key, name)
+        if not (cached := _downloaded(name)):
+            raise client.missing(key, name, "the files, or some of them,")
+        return cached
 
     def ask() -> list[HubFile]:
         from huggingface_hub.hf_api import RepoFile
@@ -99,9 +102,9 @@ def listing(key: str, name: HubName) -> list[HubFile]:
     try:
         listed_files = sorted(client.ask(key, name, ask, client.AWAY_S), key=lambda f: f.path)
     except client.HubAwayError:
-        if not _snapshot(name).is_dir():
+        if not (cached := _downloaded(name)):
             raise
-        return _downloaded(key, name)
+        return cached
     if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
         raise DataError(
             f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
@@ -181,7 +184,14 @@ def _fetch(key: str, name: HubName, file: HubFile) -> None:
     with client.kept(key, name):
         blob.parent.mkdir(parents=True, exist_ok=True)
         lock.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(lock / f"{file.hash}.lock"):
+        with ExitStack() as locks:
+            try:
+                locks.enter_context(WeakFileLock(lock / f"{file.hash}.lock", timeout=LOCK_S))
+            except TimeoutError as e:  # filelock.Timeout
+                raise StorageError(
+                    f"{key}: {name}: another process has the lock {lock / file.hash}.lock for {LOCK_S / 60:.0f} minutes. "
+                    "Delete it if no process downloads"
+                ) from e
             if not blob.exists():
                 resumed = _size(partial)
                 while True:
@@ -258,15 +268,22 @@ def _snapshot(name: HubName) -> Path:
     return _repository(name) / "snapshots" / name.revision
 
 
-def _downloaded(key: str, name: HubName) -> list[HubFile]:
-    """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links."""
+def _downloaded(name: HubName) -> list[HubFile]:
+    """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links.
+
+    Empty if there are none, or a download to the repository's folder was interrupted: some may be missing.
+    """
+    if any((_repository(name) / "blobs").glob("*.incomplete")):
+        return []
     root, listed_files = _snapshot(name), list[HubFile]()
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         hash = path.readlink().name if path.is_symlink() else ""
         known = hash if HASH.fullmatch(hash) else ""
         listed_files.append(HubFile(path.relative_to(root).as_posix(), path.stat().st_size, known))
-    if not listed_files:
-        raise client.missing(key, name, "the files")
+    if listed_files:
+        log.warning(
+            "%s: the cache has no list of the Hub's files. Using the %s that it has", name, plural(len(listed_files), "file")
+        )
     return listed_files
 
 
