@@ -42,7 +42,9 @@ def typed(command: Command, folder: Path, log: Path) -> tuple[int, str]:
         pytest.param("hugging-face-dataset", marks=pytest.mark.slow),
     ],
 )
-def test_every_command_of_a_page_works_in_its_order_and_prints_what_is_shown(page, tmp_path):
+def test_every_command_of_a_page_works_in_its_order_and_prints_what_is_shown(page, tmp_path, monkeypatch):
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # other tests leave them; a reader's shell has none
+        monkeypatch.delenv(name, raising=False)
     folder, log, faults = tmp_path / "empty", tmp_path / "log", []
     folder.mkdir()
     for step in steps((PAGES / f"{page}.md").read_text(encoding="utf-8")):

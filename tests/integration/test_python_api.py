@@ -71,4 +71,4 @@ def test_the_pages_code_runs(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="already has checkpoints up to step 24"):
         heliostat.train(names["job"])
     stream = heliostat.datasets(names["job"], folder="same")
-    assert stream.plan == names["checked"].plan and stream.plan.sequence_length == 256
+    assert stream.plan == names["checked"].plan and stream.plan.sequence_length == 128

@@ -128,7 +128,7 @@ def test_a_spot_notice_drains_the_node_and_no_other(
     finally:
         process.kill()
         process.wait()
-    assert "drains" in log.read_text()
+    assert "is draining" in log.read_text()
     assert told(nodes, LEAVING) == ["127.0.0.2", "127.0.0.3"][: 1 if cloud == "aws" else 2]  # one after the other
 
 

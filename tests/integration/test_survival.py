@@ -210,7 +210,7 @@ def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(j
     run = run_folder(path)
     stopped, ended = saver.latest(run), liveness.last(run)
     assert stopped and 3 <= stopped.step < STEPS
-    assert ended and ended.outcome == "interrupted" and ended.reason.startswith("limits.hours: 0.5 h")
+    assert ended and ended.outcome == "interrupted" and ended.reason.startswith("limits.hours: the limit of 0.5 h")
     with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 0\.5 h is reached .*\. Raise it to continue"):
         train(path, [*settings(), "limits.hours=0.5"], resume=True)
     train(path, [*settings(), "limits.hours=2"], resume=True)
