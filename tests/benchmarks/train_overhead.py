@@ -27,11 +27,11 @@ LLAMA = {"arch": "llama", "hidden_size": 384, "num_hidden_layers": 8, "num_atten
 def job(folder: Path, steps: int, precision: str) -> Path:
     raw: dict[str, Any] = yaml.safe_load((harness.ROOT / "jobs/quickstart.yaml").read_text())
     raw["model"] = LLAMA
-    raw["train"] |= {"steps": steps, "global_batch_size": 16, "micro_batch_size": 8, "precision": precision, "log_every": 1}
+    raw["train"] |= {"steps": steps, "global_batch_size": 32, "micro_batch_size": 16, "precision": precision, "log_every": 1}
     raw["train"]["optimizer"] = {"name": "adamw", "lr": 2e-3}
     raw["train"]["schedule"] = {"name": "constant"}
     raw["data"].pop("virtual_ranks")
-    raw["evaluate"] = {"every": steps // 2, "samples": 16, "fraction": 0.01}
+    raw["evaluate"] = {"every": steps // 2, "samples": 32, "fraction": 0.01}
     raw["checkpoint"] = {"every": steps // 3}
     raw["watchdog"] = {"stall": 3600}  # it stands still between its turns
     raw["storage"], raw["mlflow"]["uri"] = str(folder / "runs"), f"sqlite:///{folder}/mlflow.db"
