@@ -1,4 +1,4 @@
-"""Compares a parallelism configuration's numbers with a plain torch loop.
+"""Compares the numbers of a parallelism configuration with those of a plain torch loop.
 
 Start at `check`.
 May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `parallel`, `recipes`, `runs`, `storage`, `training`,

@@ -1,10 +1,14 @@
-"""Checks a job's numerics: plays a small copy of it on two workers, next to one plain process of torch, and compares.
+"""Checks a job's numerics: runs a small copy of it on two workers and in one plain torch process, and compares the results.
 
-    found = check(checked)          # {"ok", "rows", "faults", "trial", "seconds", "losses"}
+    result = check(checked)         # {"ok", "rows", "faults", "trial", "seconds", "losses"}
 
-What is compared, each against a limit of the job's precision (`rows.LIMITS`): the initial weights; the weights in use against the
-masters; each step's loss, every parameter's gradient and update; the state that another layout reads from a checkpoint, and its
-next losses; and the receipts.
+Each comparison has a limit, which depends on the job's precision (`rows.LIMITS`):
+
+- the initial weights
+- the weights in use against the fp32 master weights
+- each step's loss, and every parameter's gradient and update
+- the state that another parallelism configuration loads from a checkpoint, and its next losses
+- the receipts
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from heliostat.validation import check as checks
 
 
 def check(checked: checks.Checked) -> dict[str, Any]:
-    """Plays the trial and compares; raises the error of a process that failed."""
+    """Runs the trial and compares its results. Raises the error of a process that failed."""
     began, job = time.monotonic(), checked.job
     with tempfile.TemporaryDirectory(prefix="heliostat-numerics-") as name:
         processes.run(job, list(checked.plan.digests), Path(name), _gpus(job))
@@ -32,7 +36,7 @@ def check(checked: checks.Checked) -> dict[str, Any]:
 
 
 def conclude(folder: Path) -> dict[str, Any]:
-    """Compares what the trial's processes have left in their folder."""
+    """Compares the files that the trial's processes wrote to `folder`."""
     files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("trial", "played", "resumed", "plain")}
     rows = [*_rows(files, LIMITS[files["trial"]["precision"]]), _receipts(Location(files["trial"]["run"]))]
     faults = [fault for row in rows for fault in row.faults]
@@ -58,7 +62,7 @@ def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
 
 
 def _together(parts: list[dict[str, object]]) -> DifferenceRow:
-    """Joins the rows of all workers: the first with the worst difference, and everybody's faults."""
+    """Joins the rows of all workers: the row with the worst difference, and the faults of all."""
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
     worst.count, worst.faults = sum(r.count for r in rows), [fault for r in rows for fault in r.faults]
@@ -70,7 +74,7 @@ def _apart(own: float, right: float) -> float:
 
 
 def _receipts(run: Location) -> DifferenceRow:
-    """Verifies the trial's receipts, of both layouts: each sample once, and the right ones."""
+    """Verifies the receipts of both configurations: each sample was used once, and it was the right one."""
     row, report = DifferenceRow("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
@@ -79,7 +83,7 @@ def _receipts(run: Location) -> DifferenceRow:
 
 
 def _gpus(job: Job) -> bool:
-    """Tells whether the job's workers have GPUs, and this machine one for each of the trial's."""
+    """Tells whether the job uses GPUs and this machine has one for each worker of the trial."""
     if not job.workers.gpus:
         return False
     import torch

@@ -1,4 +1,4 @@
-"""Compares what the engine computed with what one plain process did: pure functions on arrays."""
+"""Compares the engine's results with those of one plain process. Pure functions on tensors."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
-EXPLAINED = 0.1  # of a difference, at most, is left by a cause that explains it
+EXPLAINED = 0.1  # largest share of a difference that may remain unexplained by its cause
 
 
 def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
-    """Computes the norm of the difference over the right one's norm, or over `floor` if that is more; infinite for NaN."""
+    """Computes the norm of the difference, divided by the norm of `right` or by `floor` if that is larger. NaN gives infinity."""
     difference, base = float((value - right).norm()), max(float(right.norm()), floor)
     if difference == 0.0:
         return 0.0
@@ -19,7 +19,11 @@ def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> fl
 
 
 def floors(gradients: Tensors, share: float) -> dict[str, float]:
-    """Computes for each parameter the least norm that its gradient is measured by: `share` of what its size has in the whole."""
+    """Computes, by parameter, the smallest norm by which its gradient's difference is divided.
+
+    It is `share` of the norm that the parameter's gradient would have if all elements of the complete gradient were equally
+    large.
+    """
     size = sum(g.numel() for g in gradients.values())
     mean = (sum(float(g.square().sum()) for g in gradients.values()) / max(1, size)) ** 0.5
     return {name: share * mean * g.numel() ** 0.5 for name, g in gradients.items()}
@@ -28,9 +32,10 @@ def floors(gradients: Tensors, share: float) -> dict[str, float]:
 def explain_gradient(
     value: torch.Tensor, right: torch.Tensor, parts: Sequence[torch.Tensor], before: torch.Tensor | None, limit: float
 ) -> str:
-    """Finds the cause of a wrong gradient.
+    """Finds the cause of a wrong gradient. Returns an empty string if it is unknown.
 
-    `parts`: each worker's share of the right one; `before`: the right one of the step before; `limit`: what rounding explains.
+    `parts`: each worker's share of the right gradient. `before`: the right gradient of the previous step. `limit`: the relative
+    difference that rounding explains.
     """
     size = float(value.norm())
     if not size:
@@ -53,7 +58,7 @@ def explain_gradient(
 
 
 def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> str:
-    """Finds the cause of a wrong update."""
+    """Finds the cause of a wrong update. Returns an empty string if it is unknown."""
     size = float(value.norm())
     if not size:
         return "the weights didn't change"
@@ -64,5 +69,5 @@ def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> st
 
 
 def _ratio(value: torch.Tensor, right: torch.Tensor) -> float:
-    """Fits the factor by which `right` is nearest to `value`."""
+    """Computes the factor that brings `right` closest to `value`, by least squares."""
     return float((value * right).sum()) / max(float(right.square().sum()), 1e-300)

@@ -1,7 +1,7 @@
-"""Plays the same steps in one plain process of torch, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
+"""Runs the same steps in one plain torch process, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
 
-Each step begins from the engine's weights, as its forward pass has them, so that what differs is that step's own. The optimizer
-is given the engine's gradient: what it makes of it does not depend on the precision.
+Each step begins from the engine's weights, rounded as in its forward pass. So only that step's own difference shows. The
+optimizer gets the engine's gradient, so its update doesn't depend on the precision.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ class PlainLoop:
         return {name: p.detach().clone() for name, p in self.trained.items()}
 
     def put(self, weights: compare.Tensors, rounded: bool = True) -> None:
-        """Puts weights into the model, rounded as the engine's forward pass has them, or as they are."""
+        """Writes weights into the model. `rounded`: to the precision of the engine's forward pass."""
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(weights[name].to(self.type) if rounded else weights[name])
 
     def next_micros(self, step: int) -> list[tuple[int, Batch]]:
-        """Makes the step's micro-batches, a lane each, with their seeds."""
+        """Makes the next step's micro-batches, one per virtual rank, each with its seed."""
         mine, size = self.samples.next_step(), self.job.train.micro_batch_size
         keys = self.batch_plan.keys(step, mine.lanes)
         parts = zip(content.split(mine.content, size), content.split(keys, size), strict=True)
         return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
 
     def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Computes the loss, and the share of the gradient of the objective that each worker has, or the workers that share
-        samples."""
+        """Computes the loss, and the gradient of the objective by replica. A replica is a worker, or a group of workers that
+        share samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
         if isinstance(self.recipe, CouplesSamples):
             return self._coupled(self.recipe, micros, terms)
@@ -81,7 +81,8 @@ class PlainLoop:
     def _coupled(
         self, recipe: CouplesSamples, micros: list[tuple[int, Batch]], terms: int
     ) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Computes the same of a loss of all samples of the step, of which a worker's share is what its samples add."""
+        """Computes the same for a loss that couples all samples of the step. A replica's share is the contribution of its
+        samples."""
         represented = []
         for seed, micro in micros:
             with torch.no_grad():
@@ -107,7 +108,7 @@ class PlainLoop:
         return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch_size or self.recipe.terms(micro)
 
     def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
-        """Makes the optimizer's step from these weights with this gradient; returns the update of each parameter."""
+        """Runs the optimizer from these weights with this gradient. Returns each parameter's update."""
         self.put(weights, rounded=False)
         for name, p in self.trained.items():
             p.grad = gradients[name].clone()
@@ -120,7 +121,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Plays all steps next to the workers, and writes the rows of the comparison."""
+    """Runs all steps while the workers run theirs, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),

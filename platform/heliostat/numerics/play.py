@@ -1,7 +1,7 @@
-"""Plays the small job on a worker: the loop's own step, engine, data path, checkpoints and receipts, without Ray.
+"""Runs the small job on a worker: the training loop's own step, engine, data path, checkpoints, and receipts, without Ray.
 
-`play` runs on every worker of the job's layout, and `resume` on the one worker of another. What they have seen lies in a folder:
-a file of tensors before and after each step (`weights-STEP`, `gradients-STEP`), and what they found as JSON.
+`play` runs on every worker of the job's parallelism configuration, `resume` on the one worker of another. They write their
+results to a folder: tensors before and after each step (`weights-STEP`, `gradients-STEP`), and the rest as JSON.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ if TYPE_CHECKING:
 
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
-FREE = SimpleNamespace(check=lambda: None)  # of a run that no other driver can take over
+FREE = SimpleNamespace(check=lambda: None)  # a fence that always passes, because no other driver can take over the trial
 POLL_S = 0.05
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Player:
-    """Plays a worker: steps, saves and restores as one does, without a driver."""
+    """Acts as a worker without a driver: computes steps, saves, and restores."""
 
     def __init__(self, job: Job, plan: DataPlan, recipe: Recipe, start_step: int = 0) -> None:
         self.job, self.recipe = job, recipe
-        self.step = start_step  # that is being run
+        self.step = start_step  # the current step, from 0
         self.rank, self.control = dist.get_rank(), dist.new_group(backend="gloo")
         ledger, self.dataset = Ledger("computing"), open_dataset(plan)
         context = Context(
@@ -74,13 +74,13 @@ class Player:
             self.state.restore()
 
     def load(self, run_folder: Location, step: int) -> None:
-        """Loads the checkpoint behind a step, of a run of any layout, to go on from there."""
+        """Loads the checkpoint of a step from a run with any parallelism configuration. The next steps continue from it."""
         self.state.context = replace(self.state.context, run_folder=run_folder, start_step=step)
         self.state.restore()
         self.samples = self._dealt(step)
 
     def losses(self, first: int, last: int) -> list[float]:
-        """Makes the steps [first, last); returns their losses over the global batch."""
+        """Computes the steps [first, last). Returns their losses over the global batch."""
         begun = len(self.stepper.losses)
         for step in range(first, last):
             mine = self.sharing.share(self._read)
@@ -104,7 +104,7 @@ class Player:
 
 
 def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.LaneStream:
-    """Deals a worker its blocks of the trial's steps, as the stream does."""
+    """Gives a worker its blocks of the trial's steps, as the stream does."""
     order = open_dataset(plan).order
     task = stream.fetch(plan, order, start_step, STEPS, replace=True)
 
@@ -118,7 +118,7 @@ def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.Lane
 
 
 def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Plays all steps on a worker of the job's layout, and saves a checkpoint behind step `SAVED`."""
+    """Runs all steps on a worker of the job's parallelism configuration, and saves a checkpoint after step `SAVED`."""
     if dist.get_rank() == 0:
         segments.begin(job.run_folder, plan, 0)
     player = Player(job, plan, recipe)
@@ -139,7 +139,7 @@ def play(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Loads the checkpoint at another layout, and continues from it to the last step."""
+    """Loads the checkpoint with another parallelism configuration, and continues to the last step."""
     player = Player(job, plan, recipe, SAVED)
     row, saved = DifferenceRow("resumed state", 0.0), read(folder / "saved", 0.0)
     for name, loaded in state(player.engine).items():
@@ -150,7 +150,7 @@ def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def _watch(player: Player, folder: Path) -> None:
-    """Keeps each step's gradient behind its last backward pass, reduced and summed, before it is clipped."""
+    """Writes each step's gradient to the folder after its last backward pass: reduced and summed, before clipping."""
     engine, backward = player.engine, player.engine.backward
 
     def kept(*args: object, **named: object) -> object:
@@ -163,7 +163,7 @@ def _watch(player: Player, folder: Path) -> None:
 
 
 def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Assembles every parameter's gradient, in fp32; collective."""
+    """Assembles every parameter's gradient, in fp32. Collective."""
     full, sharded = {}, sharded_state.of(engine)
     for name, p in sharded.trained():
         grad = sharded.full_gradient(p)
@@ -175,13 +175,13 @@ def gradients(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def masters(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Assembles every parameter's fp32 master weight; collective."""
+    """Assembles every parameter's fp32 master weight. Collective."""
     sharded = sharded_state.of(engine)
     return {name: _full(sharded, p, None) for name, p in sharded.trained()}
 
 
 def state(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """Assembles masters and moments, with their kind before the name; collective."""
+    """Assembles the fp32 master weights and the optimizer state, named KIND.PARAMETER. Collective."""
     sharded = sharded_state.of(engine)
     return {
         f"{key or MASTER}.{name}": _full(sharded, p, key) for name, p in sharded.trained() for key in (None, *sharded.moments[p])
@@ -193,7 +193,7 @@ def _full(sharded: ShardedState, p: torch.nn.Parameter, key: str | None) -> torc
 
 
 def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> None:
-    """Compares the weights that this worker's forward pass uses with the masters, rounded; collective."""
+    """Compares the weights that this worker's forward pass uses with the rounded fp32 master weights. Collective."""
     sharded = sharded_state.of(engine)
     for name, p in sharded.trained():
         right = _full(sharded, p, None).to(TYPES[job.train.precision])
@@ -208,14 +208,14 @@ def _keep(place: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors as a file for another process of the trial, which is whole once it has its name."""
+    """Writes tensors to a file for another process of the trial. The file is complete once it has its name."""
     part = place.with_name(f"{place.name}.part.npz")
     np.savez(part, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
     part.rename(place)
 
 
 def read(place: Path, seconds: float) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a file, which is waited for so long; TimeoutError if it does not come."""
+    """Reads the tensors of a file, for which it waits at most `seconds`. Raises TimeoutError if the file doesn't appear."""
     until = time.monotonic() + seconds
     while not place.exists():
         if time.monotonic() > until:

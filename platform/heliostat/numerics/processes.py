@@ -1,7 +1,7 @@
-"""Runs the trial in processes of its own: one plain process, two workers, and the one that resumes elsewhere.
+"""Runs the trial in separate processes: one plain process, two workers, and the worker that resumes with another configuration.
 
-`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the others. They meet by a file,
-talk over loopback alone, and end with the process that asked for them: when it ends, however it ends, or the time is up.
+`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. They meet
+by a file and communicate over loopback only. They end when the process that called `run` ends for any reason, or at a deadline.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELI
 
 
 def run(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
-    """Plays the trial of a job in `folder`, on these versions of its datasets; raises the error of whichever process failed."""
+    """Runs the trial of a job in `folder`, with the dataset versions of `digests`. Raises the error of a process that failed."""
     give(job, digests, folder, gpus)
     host = subprocess.Popen(
         [sys.executable, "-m", "heliostat.numerics.processes", str(folder)],
@@ -64,13 +64,13 @@ def give(job: Job, digests: list[str], folder: Path, gpus: bool) -> None:
 
 def _environment(gpus: bool) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(workspace.root()), os.environ.get("PYTHONPATH")]))
-    # the check of a GPU by NVML leaves CUDA alone, so that a fork can use it
+    # torch checks for a GPU with NVML, without initializing CUDA, so that a fork can use CUDA
     own = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"} if gpus else {**THREADS, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, **own, **private_ray.CONFINED, "PYTHONPATH": path}
 
 
 def _end(host: subprocess.Popen[bytes]) -> None:
-    """Ends the host and all that it has forked: its session is its own."""
+    """Ends the host and all processes that it has forked, which share its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
     host.wait(END_S)
@@ -96,14 +96,14 @@ def main(folder: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    """Ends this process and its children once the one that has started it is gone."""
+    """Ends this process and its children once its parent has ended."""
     while os.read(0, 1):
         pass
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
 def host(folder: Path) -> int:
-    """Plays the trial that is given in `folder`; returns whether a process has failed."""
+    """Runs the trial that `folder` describes. Returns 1 if a process has failed, else 0."""
     from heliostat.data import manifest
     from heliostat.numerics import plain, play, small
 
@@ -123,7 +123,7 @@ def host(folder: Path) -> int:
         return process
 
     plainly = small.unaided(trial.recipe)
-    beside = start("the plain process", plain.play_plain, trial.job, laid_out, plainly, folder)  # before DeepSpeed is there
+    beside = start("the plain process", plain.play_plain, trial.job, laid_out, plainly, folder)  # before DeepSpeed is imported
     ranks = range(small.WORKERS)
     workers = [
         start(f"worker {r}", _in_group, r, len(ranks), play.play, trial.job, laid_out, trial.recipe, folder) for r in ranks
@@ -158,7 +158,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all have ended; False as soon as one of them, or the one next to them, has failed."""
+    """Waits until all have ended. Returns False as soon as one of them, or `beside`, has failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)
@@ -174,7 +174,7 @@ def _child(who: str, folder: Path, play_it: Callable[..., None], *args: object) 
 
 
 def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *args: object) -> None:
-    """Plays in a process group of its own, as an attempt's workers do."""
+    """Runs a function in a new process group, as an attempt's workers do."""
     from heliostat.engine import deepspeed_engine, process_group
 
     gpus = job.workers.gpus
@@ -190,7 +190,7 @@ def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *ar
 
 
 def _tell(folder: Path, who: str, error: BaseException) -> None:
-    """Writes down the first error: the others follow from it."""
+    """Writes the first error to the folder. Later errors follow from it, so they are dropped."""
     known = innermost(error) or error
     lines = str(known).strip().splitlines() or [""]
     own = known if isinstance(known, HeliostatError) else None

@@ -1,8 +1,8 @@
-"""Collects the differences that were found, a row for each kind, and holds their limits, and why these are what they are.
+"""Collects differences, one row per kind, and defines their limits with the reasons.
 
-Differences are relative norms: the norm of what differs, over the norm of what one plain process computes in fp32. Each step
-begins from the engine's own weights, so nothing adds up over steps, and a limit is that of one step's rounding. Limits are some
-ten times above what healthy jobs show, and below any fault that training would feel.
+Differences are relative norms: the norm of the difference, divided by the norm of the result of one plain process in fp32. Each
+step begins from the engine's own weights. So nothing accumulates over steps, and a limit covers one step's rounding. Limits are
+some ten times above the differences of healthy jobs, and below any fault that would affect training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NumericFault:
-    """Describes a difference beyond its limit: of `what`, at `step` (from 1), in the parameter `name`; the cause, if known."""
+    """Describes a difference beyond its limit. `what`: the kind. `step`: from 1. `name`: the parameter. `cause`: empty if
+    unknown."""
 
     what: str
     step: int
@@ -29,7 +30,7 @@ class NumericFault:
 
 @dataclass
 class DifferenceRow:
-    """Collects the differences of one kind: the worst of them, and those beyond the limit."""
+    """Collects the differences of one kind: the worst difference, and those beyond the limit."""
 
     what: str
     limit: float
@@ -60,21 +61,22 @@ class Thresholds:
     gradient: float
     """Tolerance of each parameter's gradient."""
     floor: float
-    """Tolerance of a gradient's norm, as a share of its expected size in the whole gradient: some gradients, such as those of
-    key biases, which attention cancels, are zero except for rounding."""
+    """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size.
+    Some gradients are zero except for rounding, such as those of key biases, which attention cancels."""
     update: float
-    """Tolerance of each parameter's update against torch's optimizer, for the engine's gradient. In fp32 at every precision,
-    like the master weights and optimizer state."""
+    """Tolerance of each parameter's update, compared with torch's optimizer on the engine's gradient. Updates are fp32 at every
+    precision, like the master weights and optimizer state."""
     resumed: float
-    """Tolerance of the losses after a checkpoint with another configuration, against those of the workers that saved it."""
+    """Tolerance of the losses that another configuration computes after the checkpoint, compared with those of the workers that
+    saved it."""
 
 
-UPDATE = 1e-3  # clipping divides by a norm that was summed in another order, and small updates round in the weight's last bits
+UPDATE = 1e-3  # clipping divides by a norm that was summed in another order; small updates round in the last bits of the weight
 LIMITS = {
-    # sums in another order: some 1e-7 a sum, and some hundred of them deep
+    # sums in another order: about 1e-7 per sum, and some hundred sums deep
     "fp32": Thresholds(loss=1e-5, gradient=1e-3, floor=1e-2, update=UPDATE, resumed=1e-5),
-    # 8 bits of mantissa: each product is off by up to 4e-3; a router's choice may tip over
+    # 8 bits of mantissa: each product is off by up to 4e-3; a router may choose another expert
     "bf16": Thresholds(loss=2e-2, gradient=2.5e-1, floor=1e-1, update=UPDATE, resumed=2e-2),
-    # 11 bits: 5e-4, and gradients that are lost below 6e-8 of the loss's scale
+    # 11 bits of mantissa: 5e-4 per product; scaled gradients below 6e-8 become zero
     "fp16": Thresholds(loss=5e-3, gradient=1e-1, floor=1e-1, update=UPDATE, resumed=5e-3),
 }

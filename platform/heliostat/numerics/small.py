@@ -1,7 +1,8 @@
-"""Makes the small job that `heliostat check --numerics` plays: the job's own layout, precision and optimizer, cut to seconds.
+"""Makes the small job that `heliostat check --numerics` runs: the job's own parallelism, precision, and optimizer, reduced to
+seconds.
 
-A model that is small enough stays as it is. One of transformers is cut in depth, width and vocabulary, its samples in length and
-its tokens folded into the smaller vocabulary; another that is too large is refused.
+A model that is small enough stays as it is. A larger transformers model is reduced in depth, width, and vocabulary. Its samples
+are shortened, and their tokens mapped into the smaller vocabulary. Other large models are rejected.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from heliostat.recipes.protocol import Batch, Recipe
 from heliostat.recipes.text import attention
 from heliostat.recipes.text.causal_lm import CausalLM
 
-STEPS, SAVED = 4, 2  # steps that are run, and the one after which a checkpoint is saved
+STEPS, SAVED = 4, 2  # steps of the trial, and the step after which it saves a checkpoint
 WORKERS = 2
-LARGEST = 20_000_000  # parameters of a model that stays as it is
-LONGEST = 512  # tokens of a sample that stays as it is
-TILE = 7  # tokens of an MLP's tile
-BATCH = 16  # samples of a step, at most, where the job has more
-ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by stage, the one at which a checkpoint is loaded again
+LARGEST = 20_000_000  # most parameters of a model that isn't reduced
+LONGEST = 512  # most tokens per sample of a model that isn't reduced
+TILE = 7  # tokens per tile of an MLP
+BATCH = 16  # most samples per step, if the job has more
+ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by ZeRO stage, the stage that loads the checkpoint
 
 
 @dataclass(frozen=True)
 class SmallTrial:
-    """Holds the job that is run, its recipe, and what became of the model, for people."""
+    """Holds the small job, its recipe, and a description of the model for the user."""
 
     job: Job
     recipe: Recipe
@@ -44,7 +45,8 @@ class SmallTrial:
 
 
 def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallTrial:
-    """Makes what is run of a job on two workers of this machine; ConfigError if its model is too large, and cannot be cut."""
+    """Makes the small job and its recipe, for two workers of this machine. Raises ConfigError if the model is too large and can't
+    be reduced."""
     size = tiny.parameters(loading.load(job, sources, weights=False).build)
     if size <= LARGEST:
         small = small_job(job, folder, gpus, LONGEST)
@@ -60,7 +62,8 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
 
 
 def left_out(job: Job) -> str:
-    """Lists the settings of the job that two workers, compared with a plain process, cannot play; nothing if there are none."""
+    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if there
+    are none."""
     keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
@@ -68,7 +71,8 @@ def left_out(job: Job) -> str:
 
 
 def unaided(recipe: Recipe) -> Recipe:
-    """Returns the recipe without what saves memory or time: all activations kept, whole logits, whole MLPs, kernels' twins."""
+    """Returns the recipe without optimizations for memory or speed: keeps all activations, computes full logits and MLPs, and
+    uses reference implementations instead of kernels."""
     if not isinstance(recipe, CausalLM):
         return recipe
     plain = recipe.plainly()
@@ -77,8 +81,8 @@ def unaided(recipe: Recipe) -> Recipe:
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
-    """Makes the job that is run, at its full learning rate; its run lies in `folder`, its samples have `longest` tokens at
-    most."""
+    """Makes the small job, at the full learning rate. `folder`: the parent of its run's folder. `longest`: the most tokens per
+    sample."""
     micro, batch = job.train.micro_batch_size, job.train.global_batch_size
     if batch > BATCH or batch % (WORKERS * micro):
         sums = 2 if job.train.global_batch_size > job.workers.most * micro else 1
@@ -111,7 +115,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
 
 
 def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
-    """Loads the recipe of a trial, where tiles of MLPs are so small that each sample has several."""
+    """Loads the recipe of a trial, with MLP tiles so small that each sample has several."""
     recipe = loading.load(job, sources)
     if isinstance(recipe, CausalLM):
         recipe.tile = TILE
@@ -119,7 +123,7 @@ def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
 
 
 def elsewhere(job: Job) -> Job:
-    """Returns the job at another layout: one worker, which has whole samples, and another stage."""
+    """Returns the job with another parallelism configuration: one worker, which has complete samples, and another ZeRO stage."""
     stage = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
     zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()
@@ -128,14 +132,15 @@ def elsewhere(job: Job) -> Job:
 
 
 def _cut(recipe: CausalLM, job: Job) -> int:
-    """Gives the recipe the largest of the small models of its architecture; returns its number of parameters."""
+    """Gives the recipe the largest model of its architecture that is small enough. Returns its number of parameters. Raises
+    ConfigError if none can be built."""
     whole, recipe.pretrained = recipe.config, None
-    heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has some, of keys and values too
+    heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has some heads, also of keys and values
     for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
         recipe.config = config
         try:
             size = tiny.parameters(recipe.build)
-        except Exception:  # noqa: BLE001  whatever this architecture's own code raises: the next may do
+        except Exception:  # noqa: BLE001  an architecture's own code may raise anything; the next size may work
             continue
         if size <= LARGEST:
             _fold(recipe, tiny.VOCABULARY)
@@ -144,7 +149,7 @@ def _cut(recipe: CausalLM, job: Job) -> int:
 
 
 def _fold(recipe: CausalLM, vocabulary: int) -> None:
-    """Folds the samples' tokens into a smaller vocabulary."""
+    """Maps the samples' tokens into a smaller vocabulary: token id modulo vocabulary size."""
     unfolded: Callable[..., Batch] = recipe.batch
     recipe.end %= vocabulary
 

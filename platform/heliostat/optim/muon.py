@@ -1,7 +1,7 @@
-"""Moves hidden matrices along their orthogonalized momentum (Jordan et al. 2024, Muon), and everything else by AdamW.
+"""Implements Muon: moves hidden matrices along their orthogonalized momentum (Jordan et al. 2024). AdamW updates everything else.
 
-The momentum is elementwise, so each worker keeps that of its slices, as ZeRO cut them. Its orthogonalization is not: matrices are
-brought together for it (`whole_matrices`), behind clipping, once a step. DeepSpeed's own Muon orthogonalizes before it clips.
+The momentum is elementwise, so each worker keeps that of its own ZeRO slices. Orthogonalization needs complete matrices: they are
+assembled for it (`whole_matrices`) once per step, after clipping. DeepSpeed's own Muon orthogonalizes before it clips.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from heliostat.optim.whole_matrices import Matrix, on_whole
 
 
 class AdamWKeys(TypedDict):
-    """Holds the hyperparameters of what AdamW steps."""
+    """Holds the hyperparameters of the parameters that AdamW updates."""
 
     lr: float
     betas: tuple[float, float]
@@ -24,7 +24,7 @@ class AdamWKeys(TypedDict):
 
 
 class MuonKeys(TypedDict):
-    """Holds the hyperparameters of hidden matrices; a parameter group has its `weight_decay` besides."""
+    """Holds the hyperparameters of hidden matrices. A parameter group also has its `weight_decay`."""
 
     lr: float
     momentum: float
@@ -35,13 +35,13 @@ class MuonKeys(TypedDict):
 
 
 class WithAdamW(torch.optim.Optimizer):
-    """Keeps `momentum_buffer` of the groups that are `orthogonal`, `exp_avg` and `exp_avg_sq` of the others.
+    """Keeps `momentum_buffer` for the groups that are `orthogonal`; `exp_avg` and `exp_avg_sq` for the others.
 
-    DeepSpeed treats optimizers apart that have Muon in their name.
+    The class name avoids "Muon", because DeepSpeed treats optimizers with Muon in their name differently.
     """
 
     def __init__(self, groups: list[dict[str, object]], adamw: AdamWKeys, muon: MuonKeys) -> None:
-        # which completes its groups with its own defaults, in place
+        # AdamW adds its own defaults to its groups, in place
         self.adamw = torch.optim.AdamW(
             [g for g in groups if not g["orthogonal"]] or [{"params": [torch.zeros(1)]}], **adamw, fused=True
         )
@@ -51,7 +51,7 @@ class WithAdamW(torch.optim.Optimizer):
         self.device = torch.device("cpu")
 
     def cut_as(self, cut: dict[torch.Tensor, list[Matrix]], device: torch.device) -> None:
-        """Takes which slices of which matrices the flat tensors hold, and where the workers compute."""
+        """Sets the matrix slices that each flat tensor holds, and the device on which the workers compute."""
         self.cut, self.device = cut, device
 
     @torch.no_grad()
@@ -77,20 +77,21 @@ class WithAdamW(torch.optim.Optimizer):
 
         if p in self.cut:
             on_whole(orthogonal, change, self.cut[p], self.device)
-        else:  # whole: a process of its own, or ZeRO stage 0
+        else:  # complete: a single process, or ZeRO stage 0
             whole = change.view(-1, *p.shape[-2:])
             for i, matrix in enumerate(whole):
                 whole[i] = orthogonal(matrix)
         p.mul_(1 - lr * group["weight_decay"]).add_(change.view(p.shape), alpha=-lr)
 
 
-QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest at 0 that stays within about 0.7 to 1.2
+QUINTIC = (3.4445, -4.7750, 2.0315)  # Keller Jordan's: the steepest polynomial at 0 that stays within about 0.7 to 1.2
 STEPS = 5
 SMALLEST = 1e-7
 
 
 def newton_schulz(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Orthogonalizes a matrix by Newton-Schulz iterations, computed in `dtype` (Jordan et al. 2024, Muon)."""
+    """Orthogonalizes a matrix [rows, columns] by Newton-Schulz iterations in `dtype` (Jordan et al. 2024, Muon). Returns it in
+    `dtype`."""
     a, b, c = QUINTIC
     wide = matrix.to(dtype)
     tall = matrix.shape[0] > matrix.shape[1]
@@ -103,6 +104,9 @@ def newton_schulz(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rate_scale(rows: int, columns: int, like_adamw: bool) -> float:
-    """Computes by what the learning rate is multiplied for a shape: so that the change has the root mean square of AdamW's (Liu
-    et al. 2025, arXiv 2502.16982), or a spectral norm that suits the shape, as Muon was published."""
+    """Computes the factor of the learning rate for a matrix of this shape.
+
+    `like_adamw`: the update gets the root mean square of AdamW's updates (Liu et al. 2025, arXiv 2502.16982). Otherwise it gets a
+    spectral norm that suits the shape, as in Muon's publication.
+    """
     return 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1.0, rows / columns))

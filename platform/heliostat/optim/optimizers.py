@@ -1,11 +1,11 @@
-"""Defines the optimizers that `train.optimizer.name` may name: one class each, which holds its keys in the job, the state that it
-keeps of every parameter, and how torch builds it. Checkpoints, the plan and the checks follow from these;
-docs/guides/optimizer.md adds one.
+"""Defines the optimizers that `train.optimizer.name` accepts. Each class holds an optimizer's keys in the job, the names of its
+state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these; docs/guides/optimizer.md shows how
+to add one.
 
-Importing this costs nothing: torch is imported where an optimizer is built. An optimizer belongs here if what it keeps of a
-parameter is elementwise, because ZeRO cuts parameters, flat and end to end, anywhere into slices that the workers update apart,
-and a checkpoint of one cut is loaded at another. What looks at whole tensors must bring them together in its step, as Muon does.
-`REFUSED` names some that are not so.
+Importing this module doesn't import torch; building an optimizer does. An optimizer belongs here if its state is elementwise:
+ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately. A checkpoint of one
+partition is loaded into another. An optimizer that needs complete tensors must assemble them in its step, as Muon does. `REFUSED`
+lists some optimizers that don't meet this.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 NonNegative = Annotated[Float, Field(ge=0)]
 Rate = Annotated[Float, Field(ge=0, lt=1)]
-DEFAULT = "adamw"  # what recorded jobs of before there were others do not name
-STATE_BYTES = 4  # of an element of each state: fp32, as the masters are
+DEFAULT = "adamw"  # the optimizer of old recorded jobs, which name none
+STATE_BYTES = 4  # per element of each state tensor: fp32, like the master weights
 
 
 class Optimizer(Strict):
-    """Defines what every optimizer has."""
+    """Defines the keys and properties that every optimizer has."""
 
     name: str
     lr: Annotated[Float, Field(gt=0)]
@@ -36,25 +36,25 @@ class Optimizer(Strict):
     weight_decay: NonNegative
 
     copies: ClassVar[frozenset[str]] = frozenset()
-    """Those of the state that begin as the parameter; the others begin as zeros."""
+    """Names of the state tensors that begin as a copy of the parameter; the others begin as zeros."""
     averages: ClassVar[bool] = False
-    """Keeps an average of the weights, as the state `ema`, which is evaluated and exported in their place."""
+    """Whether the optimizer averages the weights in its state `ema`, which is evaluated and exported instead of them."""
     orthogonalizes: ClassVar[bool] = False
-    """Has a rule of its own for hidden matrices, which are parameter groups apart (`orthogonal`)."""
+    """Whether hidden matrices have their own update rule, in separate parameter groups (`orthogonal`)."""
 
     @property
     @abstractmethod
     def state(self) -> tuple[str, ...]:
-        """Returns the names, torch's own, of the optimizer state: fp32 tensors of a parameter's shape, kept for every parameter.
-        Checkpoints hold them by these names."""
+        """Returns torch's names of the optimizer state: fp32 tensors of a parameter's shape, one per name and parameter.
+        Checkpoints use these names."""
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
-        """Returns those names for a parameter, which is a hidden matrix or not."""
+        """Returns the names of the state that one parameter has. `hidden_matrix`: whether it is a hidden matrix."""
         return self.state
 
     @abstractmethod
     def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-        """Builds torch's optimizer for parameter groups, which hold `params` and `weight_decay`."""
+        """Builds torch's optimizer for parameter groups, which have `params` and `weight_decay`."""
 
 
 class AdamW(Optimizer):
@@ -81,7 +81,7 @@ class AdamW(Optimizer):
 
 
 class Sgd(Optimizer):
-    """Optimizes by stochastic gradient descent, with momentum (Sutskever et al. 2013) or, if that is 0, without any state."""
+    """Optimizes by stochastic gradient descent with momentum (Sutskever et al. 2013). With momentum 0 it has no state."""
 
     name: Literal["sgd"] = "sgd"
     """Algorithm of the optimizer."""
@@ -90,7 +90,7 @@ class Sgd(Optimizer):
     nesterov: bool = False
     """Nesterov momentum; needs a momentum above 0."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty of matrices: added to the gradient, times the weight."""
+    """L2 penalty of matrices: the gradient of each weight increases by this factor times the weight."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Sgd:
@@ -109,7 +109,8 @@ class Sgd(Optimizer):
 
 
 class RmsProp(Optimizer):
-    """Optimizes by gradients over the root of a running mean of their squares (Tieleman & Hinton 2012, lecture 6.5)."""
+    """Optimizes by RMSProp: divides gradients by the root of a running mean of their squares (Tieleman & Hinton 2012, lecture
+    6.5)."""
 
     name: Literal["rmsprop"] = "rmsprop"
     """Algorithm of the optimizer."""
@@ -118,7 +119,7 @@ class RmsProp(Optimizer):
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     """Added to the square root."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty of matrices: added to the gradient, times the weight."""
+    """L2 penalty of matrices: the gradient of each weight increases by this factor times the weight."""
 
     @property
     def state(self) -> tuple[str, ...]:
@@ -127,17 +128,17 @@ class RmsProp(Optimizer):
     def build(self, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
         import torch
 
-        return torch.optim.RMSprop(groups, lr=self.lr, alpha=self.alpha, eps=self.eps)  # fused there is none
+        return torch.optim.RMSprop(groups, lr=self.lr, alpha=self.alpha, eps=self.eps)  # torch has no fused RMSprop
 
 
 class Lion(Optimizer):
-    """Optimizes by the sign of a momentum (Chen et al. 2023, arXiv 2302.06675). Wants about a fifth of AdamW's learning rate,
-    and five times its weight decay."""
+    """Optimizes by the sign of a momentum (Chen et al. 2023, arXiv 2302.06675). Needs about a fifth of AdamW's learning rate, and
+    five times its weight decay."""
 
     name: Literal["lion"] = "lion"
     """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.99]
-    """Share of the momentum in a step, and decay rate of the momentum."""
+    """Share of the momentum in an update, and decay rate of the momentum."""
     weight_decay: NonNegative = 0.5
     """Decoupled weight decay of matrices."""
 
@@ -152,13 +153,14 @@ class Lion(Optimizer):
 
 
 class ScheduleFree(Optimizer):
-    """Optimizes by AdamW with an average of the weights in a schedule's place (Defazio et al. 2024, arXiv 2405.15682). Needs
-    `train.schedule.name: constant`; a warm-up is allowed. The average is evaluated, drawn from and exported."""
+    """Optimizes by AdamW with an average of the weights instead of a schedule (Defazio et al. 2024, arXiv 2405.15682). Needs
+    `train.schedule.name: constant`; a warm-up is allowed. Evaluation, sampling, and export use the average."""
 
     name: Literal["schedule_free"] = "schedule_free"
     """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """Interpolation between iterate and average for the gradients, and decay rate of the second moment."""
+    """First: weight of the average where gradients are computed; the iterate has the rest. Second: decay rate of the second
+    moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
@@ -177,8 +179,8 @@ class ScheduleFree(Optimizer):
 
 
 class Muon(Optimizer):
-    """Optimizes hidden matrices along their orthogonalized momentum (Jordan et al. 2024), and embeddings, output heads,
-    convolutions, norms and biases by AdamW. Whole matrices are orthogonalized at every ZeRO stage."""
+    """Optimizes hidden matrices along their orthogonalized momentum (Jordan et al. 2024). AdamW optimizes embeddings, output
+    heads, convolutions, norms, and biases. Complete matrices are orthogonalized at every ZeRO stage."""
 
     name: Literal["muon"] = "muon"
     """Algorithm of the optimizer."""
@@ -187,11 +189,10 @@ class Muon(Optimizer):
     nesterov: bool = True
     """Nesterov momentum."""
     scale: Literal["adamw", "spectral"] = "adamw"
-    """Scale of the learning rate for a matrix. `adamw`: steps as large as AdamW's, so its learning rates fit. `spectral`: as
-    Muon was published, the square root of rows over columns, at least 1, with learning rates of about 0.02."""
+    """Scale of the learning rate for a matrix. `adamw`: updates as large as AdamW's, so AdamW's learning rates fit. `spectral`:
+    as in Muon's publication, the square root of rows over columns, at least 1; fits learning rates of about 0.02."""
     newton_schulz: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the orthogonalization. `bf16` is faster on GPUs, but other worker counts then take slightly different
-    steps."""
+    """Precision of the orthogonalization. `bf16` is faster on GPUs, but then updates differ slightly between worker counts."""
     adamw_lr: Annotated[Float, Field(gt=0)] | None = None
     """Peak learning rate of AdamW's parameters, which the schedule also scales. Unset: `lr`."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
@@ -242,7 +243,7 @@ REFUSED = {
 
 
 def _refuse(value: object) -> object:
-    """Refuses a known optimizer that is not supported, with the reason."""
+    """Raises ValueError with the reason if the value names a known optimizer that isn't supported."""
     name = value.get("name") if isinstance(value, dict) else None
     if isinstance(name, str) and (why := REFUSED.get(name.lower())):
         raise ValueError(f"name: {name!r} {why}. Use one of {', '.join(REGISTRY)}")
@@ -250,7 +251,8 @@ def _refuse(value: object) -> object:
 
 
 def _name(value: object) -> str:
-    """Returns the optimizer's name as given; the default's where the value is no mapping, which that model then reports."""
+    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default's name; its model reports the
+    error."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 
@@ -262,8 +264,10 @@ else:
 
 
 def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None:
-    """Checks that a run whose checkpoints were made with the `recorded` keys can go on with this optimizer; ConfigError if not.
-    The state that it keeps of every parameter must be what the checkpoints hold. Its other keys may change."""
+    """Checks that a run whose checkpoints were saved with the `recorded` keys can continue with this optimizer.
+
+    Raises ConfigError if the checkpoints don't hold the optimizer's state. Other keys may change.
+    """
     kind = REGISTRY.get(name := str(recorded.get("name", DEFAULT)))
     recorded_state = kind.model_validate(recorded).state if kind else None
     if recorded_state == optimizer.state:

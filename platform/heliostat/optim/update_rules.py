@@ -1,6 +1,6 @@
-"""Defines the steps that torch lacks and that are elementwise, on one base: Lion, and AdamW without a schedule.
+"""Implements the elementwise update rules that torch lacks, on one base class: Lion, and schedule-free AdamW.
 
-ZeRO gives a worker its whole share as one tensor, so a rule walks through it piece by piece: its temporary tensors are small.
+ZeRO gives each worker its complete share as one tensor. A rule processes it piece by piece, so that temporary tensors stay small.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 PIECE = 1 << 24  # elements
 ITERATE, AVERAGE = "z", "ema"
 
-State = dict[str, torch.Tensor]  # of a parameter
+State = dict[str, torch.Tensor]  # of one parameter, by name
 
 
 class Hyperparameters(TypedDict):
-    """Lists what rules read of a parameter group."""
+    """Describes the hyperparameters that rules read from a parameter group."""
 
     lr: float
     weight_decay: float
@@ -28,7 +28,7 @@ class Hyperparameters(TypedDict):
 
 
 class UpdateRule(torch.optim.Optimizer):
-    """Updates every parameter by itself, with a state that begins at its first step and counts its steps as `step`."""
+    """Updates each parameter separately. Its state is created at its first step, and counts its steps as `step`."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -43,15 +43,15 @@ class UpdateRule(torch.optim.Optimizer):
 
     @abstractmethod
     def begin(self, p: torch.Tensor) -> State:
-        """Makes the state of a parameter before its first step."""
+        """Creates the state of a parameter before its first step."""
 
     @abstractmethod
     def update(self, p: torch.Tensor, gradient: torch.Tensor, group: Hyperparameters, state: State) -> None:
-        """Updates a parameter by its gradient, which is flat, and its state."""
+        """Updates a parameter in place from its flat gradient and its state."""
 
 
 def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yields views of the same elements of every tensor."""
+    """Yields, for each range of at most PIECE elements, a tuple of flat views: that range of every tensor."""
     return zip(*(t.view(-1).split(PIECE) for t in tensors), strict=True)
 
 
@@ -73,11 +73,12 @@ class LionStep(UpdateRule):
 
 
 class ScheduleFreeStep(UpdateRule):
-    """Updates by AdamW without a schedule: an average of the iterates stands for its decay (Defazio et al. 2024, 2405.15682).
+    """Updates by schedule-free AdamW: an average of the iterates replaces a decaying rate (Defazio et al. 2024, arXiv
+    2405.15682).
 
-    The parameters are where gradients are taken, y = (1 - beta1) z + beta1 x: between the iterate z, which AdamW without a first
-    moment steps, and the average x, which is evaluated and exported. Both begin as the parameter. x is kept, not recovered from y
-    and z, so that a checkpoint holds it as it does other averages of weights.
+    The parameters are y = (1 - beta1) z + beta1 x, where gradients are computed. z is the iterate, which AdamW without a first
+    moment updates. x is the average, which is evaluated and exported. Both begin as the parameter. x is stored, not recomputed
+    from y and z, so that checkpoints hold it like other averages of weights.
     """
 
     def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -98,7 +99,8 @@ class ScheduleFreeStep(UpdateRule):
 
 
 def average_weight(step: int, warmup: int) -> float:
-    """Computes the share of step number `step`, from 1, in the average of all steps so far, by the squares of their rates."""
+    """Computes the weight of step `step`, from 1, in the average of all steps so far. Weights are proportional to squared
+    learning rates."""
     if step <= warmup:
         return 6 * step / ((step + 1) * (2 * step + 1))
     return 1 / ((warmup + 1) * (2 * warmup + 1) / (6 * warmup) + step - warmup if warmup else step)

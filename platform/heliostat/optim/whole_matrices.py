@@ -1,8 +1,8 @@
-"""Brings matrices together that ZeRO cut into slices over the workers, each on one of them, and the slices of the results back.
+"""Assembles matrices that ZeRO has cut into slices over the workers, each on one worker, and returns slices of the results.
 
-ZeRO gives a worker flat slices of parameters, cut anywhere. Which slices are whose is exchanged once (`Matrix.spans`); after that
-every worker knows what it sends and receives. A batch of matrices travels in one all-to-all, each matrix to its owner, and the
-results in another: a worker holds its slices, and as many whole matrices as fall to it of a batch.
+ZeRO gives each worker flat slices of parameters, cut at any element. The workers exchange the slice boundaries once
+(`Matrix.spans`), so each knows what it sends and receives. One all-to-all sends a batch of matrices, each to its owner. Another
+one returns the results. So a worker holds its slices, and the complete matrices of a batch that it owns.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-BATCH = 1 << 24  # elements a worker of one exchange, unless a single matrix is larger
+BATCH = 1 << 24  # elements per worker and exchange, unless a single matrix is larger
 
 Work = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describes a matrix and the slice [start, start + numel) of it, flattened, that each worker holds."""
+    """Describes a matrix and the slice [start, start + numel) of its flat elements that each worker holds."""
 
     rows: int
     columns: int
-    spans: tuple[tuple[int, int], ...]  # of each worker: start, numel
-    offset: int  # of this worker's slice in the flat tensor that it steps
+    spans: tuple[tuple[int, int], ...]  # by worker: start, numel
+    offset: int  # where this worker's slice begins in its flat tensor
 
     @property
     def numel(self) -> int:
@@ -33,7 +33,7 @@ class Matrix:
 
 
 def batches(matrices: list[Matrix], workers: int) -> Iterator[list[tuple[Matrix, int]]]:
-    """Divides matrices into batches that are exchanged at once, each with the worker that it falls to: the least loaded."""
+    """Divides matrices into batches for one exchange each. Each matrix comes with its owner, the least loaded worker."""
     batch, load = list[tuple[Matrix, int]](), [0] * workers
     for matrix in matrices:
         if batch and sum(load) + matrix.numel > BATCH * workers:
@@ -47,7 +47,7 @@ def batches(matrices: list[Matrix], workers: int) -> Iterator[list[tuple[Matrix,
 
 
 def on_whole(work: Work, flat: torch.Tensor, matrices: list[Matrix], device: torch.device) -> None:
-    """Replaces the matrices of which `flat` holds this worker's slices by what `work` makes of them whole. Collective."""
+    """Applies `work` to complete matrices, and replaces this worker's slices of them in `flat` with the results. Collective."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     for batch in batches(matrices, workers):
         batch = sorted(batch, key=lambda item: item[1])  # stable, so in the same order on every worker
@@ -69,7 +69,7 @@ def _exchange(values: torch.Tensor, out: list[int], back: list[int]) -> torch.Te
 
 
 def _each(work: Work, received: torch.Tensor, mine: list[Matrix], back: list[int]) -> torch.Tensor:
-    """Computes the results of this worker's matrices from the workers' slices; the results, cut and ordered as those were."""
+    """Applies `work` to this worker's matrices. Returns the results, cut and ordered like the received slices."""
     results, sources = torch.empty_like(received), received.split(back)
     targets = results.split(back)
     at = [0] * len(back)

@@ -1,4 +1,4 @@
-"""Trains: `driver/` runs in the command's process, `worker/` in each worker.
+"""Trains a model: `driver/` runs in the command's process, `worker/` runs in each worker.
 
 Start at `run`.
 May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `inference`, `parallel`, `recipes`, `runs`, `storage`,
@@ -6,4 +6,4 @@ May import: `checkpoint`, `cluster`, `config`, `data`, `engine`, `inference`, `p
 """
 
 AHEAD = ("ray.data", "heliostat.training.worker.preload")
-"""Modules that the workers of every run import, so that a fork server can import them ahead."""
+"""Modules that the workers of every run import. A fork server imports them in advance."""

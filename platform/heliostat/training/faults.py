@@ -1,6 +1,6 @@
-"""Classifies a worker's error by its text: a broken device, a fault of a device or a program, or a lost peer.
+"""Classifies a worker's error by its text: a broken device, a fault of either a device or a program, or a lost peer.
 
-The texts are those of the CUDA runtime, cuBLAS, cuDNN, NCCL, gloo and torch. They are compared in lower case.
+The texts are those of the CUDA runtime, cuBLAS, cuDNN, NCCL, gloo, and torch. They are compared in lower case.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Literal
 from heliostat.text import brief
 
 LONGEST = 500  # characters of an error
-ADVICE = (  # lines that torch adds to every error of CUDA, and that tell nothing about this one
+ADVICE = (  # lines that torch adds to every CUDA error; they don't describe the error itself
     "CUDA kernel errors might be", "For debugging consider", "Compile with `TORCH_USE_CUDA_DSA`", "Search for `cudaError",
 )  # fmt: skip
 
 Fault = Literal["device", "unclear", "peer", "other"]
 
-# The device, its driver or its links are broken: no program causes these.
+# The device, its driver, or its links are broken: no program causes these.
 DEVICE = (
     "ecc error",
     "uncorrectable",
@@ -38,7 +38,7 @@ DEVICE = (
     "launch timed out",
 )
 XID = re.compile(r"\bxid\b")
-# The program, or what it was compiled for, is at fault: another device gives the same error.
+# The program, or its compilation target, is at fault: another device gives the same error.
 PROGRAM = (
     "device-side assert triggered",
     "out of memory",
@@ -50,9 +50,9 @@ PROGRAM = (
     "named symbol not found",
     "unsupported toolchain",
 )
-# A program's fault as often as a device's: an illegal access, a launch that failed, an internal error of a library.
+# A program causes these as often as a device: an illegal access, a failed launch, an internal error of a library.
 UNCLEAR = ("cuda error", "cuda failure", "unhandled cuda error", "cublas_status_", "cudnn_status_", "hip error")
-# A collective, or a rendezvous, that another worker or the network has dropped out of.
+# A collective or a rendezvous failed, because another worker or the network dropped out.
 PEER = (
     "connection closed by peer", "connection reset", "gloo", "nccl", "timed out", "broken pipe", "socket", "failed to recv",
     "distnetworkerror", "diststoreerror", "remote process exited",
@@ -60,7 +60,7 @@ PEER = (
 
 
 def classify(text: str) -> Fault:
-    """Classifies an error by its type's name and its message."""
+    """Classifies an error from `text`: the name of its type and its message."""
     text = text.lower()
     if any(word in text for word in DEVICE) or XID.search(text):
         return "device"
@@ -73,12 +73,12 @@ def classify(text: str) -> Fault:
 
 
 def describe(error: BaseException) -> str:
-    """Describes an error in one line: its type and its message."""
+    """Formats an error as one line: its type and its message."""
     said = message(error)
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def message(error: BaseException) -> str:
-    """Returns all lines of an error's message as one, without CUDA's advice."""
+    """Joins the lines of an error's message into one, without CUDA's advice and with at most LONGEST characters."""
     lines = [line.strip() for line in str(error).splitlines()]
     return brief(" ".join(line for line in lines if line and not line.startswith(ADVICE)), LONGEST)

@@ -1,11 +1,15 @@
-"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node, which the step path never waits for.
+"""Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for it.
 
-Rank 0 posts events (`runs.events`). Every worker's heartbeat reports that it is alive and how far it is, and returns what
-the driver has ordered: `stop` (a code of `stops`), `dump` (post the stacks of all threads), `profile` (of one worker's steps)
-and `abort` (come back from NCCL's collectives: a worker has failed).
+Rank 0 posts events (`runs.events`). Every worker sends heartbeats, which report that it is alive and its progress. The answer to
+a heartbeat is the driver's orders:
 
-A run has one mailbox. All that is sent to it carries the number of an attempt. Events of an earlier attempt reach the driver,
-which drops them. Its other messages change nothing, and a worker that still sends heartbeats for it is ordered to abort.
+- `stop`: stop with a code of `stops`
+- `dump`: post the stacks of all threads
+- `profile`: profile one worker's steps
+- `abort`: leave NCCL's collectives, because a worker has failed
+
+A run has one mailbox. Every message carries the number of an attempt. The driver receives events of an earlier attempt, and drops
+them. Other messages of an earlier attempt change nothing, and a worker that still sends its heartbeats is ordered to abort.
 """
 
 from __future__ import annotations
@@ -28,13 +32,13 @@ from heliostat.runs.profile import ProfileRequest
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
-LIMIT = 100_000  # events; a driver that is away this long loses the oldest, and learns how many
-SYSTEM_LIMIT = 10_000  # of them what nodes are busy with: many nodes crowd nothing else out
+LIMIT = 100_000  # events; if the driver doesn't drain them in time, the mailbox drops the oldest and reports how many
+SYSTEM_LIMIT = 10_000  # node samples; a separate limit, so that many nodes can't crowd out other events
 
 
 class Facts(TypedDict):
-    """Describes a worker in its heartbeat: its process and node, the step that it makes, from 1 on, and the micro-batches of that
-    step so far."""
+    """Describes a worker in its heartbeat: its process and node, its current step (from 1), and the micro-batches of that step so
+    far."""
 
     pid: int
     node: str
@@ -43,7 +47,7 @@ class Facts(TypedDict):
 
 
 class Pulse(Facts):
-    """Describes a worker's last heartbeat: `at`, and `moved`, when `progress` last changed."""
+    """Describes a worker's last heartbeat. `at`: when it arrived. `moved`: when `progress` last changed. Both in seconds."""
 
     progress: int
     moved: float
@@ -51,7 +55,7 @@ class Pulse(Facts):
 
 
 class Orders(TypedDict, total=False):
-    """Describes what the driver has ordered."""
+    """Describes the driver's orders to the workers."""
 
     stop: int
     dump: bool
@@ -60,8 +64,9 @@ class Orders(TypedDict, total=False):
 
 
 class Drained(NamedTuple):
-    """Holds what was drained: events, each with the number of its attempt; the last heartbeats by rank; how many events were
-    lost; and how many other messages of earlier attempts were dropped."""
+    """Holds the messages since the last drain. `events`: each with the number of its attempt. `heartbeats`: the last one of each
+    rank. `lost`: number of events that were dropped at the limit. `stale`: number of other messages of earlier attempts, also
+    dropped."""
 
     events: list[tuple[int, Event]]
     heartbeats: dict[int, Pulse]
@@ -70,14 +75,15 @@ class Drained(NamedTuple):
 
 
 def interval(workers: int) -> float:
-    """Computes the seconds between two heartbeats of a worker: the mailbox easily answers some hundred a second."""
+    """Computes the seconds between two heartbeats of a worker. The mailbox easily answers some hundred heartbeats per second."""
     return max(1.0, workers / 100)
 
 
 class MailboxState:
-    """Holds the mailbox's events, heartbeats, orders and decisions.
+    """Holds the mailbox's events, heartbeats, orders, and decisions.
 
-    All times are ages, in seconds by this process's clock, so that clocks of different machines are never compared.
+    The driver gets all times as ages in seconds, measured by this process's clock. So clocks of different machines are never
+    compared.
     """
 
     def __init__(self, attempt: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
@@ -88,7 +94,7 @@ class MailboxState:
         self.begin(attempt)
 
     def begin(self, attempt: int) -> None:
-        """Begins an attempt: heartbeats, orders, and decisions of the one before are gone."""
+        """Begins an attempt: forgets the heartbeats, orders, and decisions of the previous attempt."""
         self._attempt = attempt
         self._heartbeats: dict[int, Pulse] = {}
         self._orders: Orders = {}
@@ -98,7 +104,7 @@ class MailboxState:
         (self._system if isinstance(event, NodeSample) else self._events).add((attempt, event))
 
     def heartbeat(self, attempt: int, rank: int, progress: int, facts: Facts) -> Orders:
-        """Stores a worker's heartbeat and returns the driver's orders; the order to abort, if the attempt has ended."""
+        """Stores a worker's heartbeat and returns the driver's orders. If the attempt has ended, returns the order to abort."""
         if not self._present(attempt):
             return {"abort": True}
         now, before = self._clock(), self._heartbeats.get(rank)
@@ -111,14 +117,14 @@ class MailboxState:
             self._orders |= orders
 
     def decide(self, attempt: int, step: int, stop: int) -> None:
-        """Decides whether the workers that wait after `step` continue or stop; the first decision for a step stands."""
+        """Decides whether the workers that wait after `step` continue or stop. The first decision for a step counts."""
         if self._present(attempt):
             self._decisions.setdefault(step, stop)
 
     def decision(self, attempt: int, step: int) -> int | None:
-        """Returns the stop code decided for the workers that wait after `step`; None until there is one.
+        """Returns the stop code for the workers that wait after `step`, or None before there is a decision.
 
-        An order to stop is a decision too. All workers get the same answer as the first one.
+        An order to stop is a decision, too. All workers get the same answer as the first worker that asks.
         """
         if not self._present(attempt):
             return None
@@ -127,9 +133,9 @@ class MailboxState:
         return self._decisions.get(step)
 
     def drain(self) -> Drained:
-        """Drains what came since the last call, and every worker's last heartbeat.
+        """Returns the messages since the last call, and every worker's last heartbeat.
 
-        A heartbeat's `moved` and `at`: seconds since the worker's last progress, and since the heartbeat itself.
+        A heartbeat's `moved` is the seconds since the worker's last progress; `at` is the seconds since the heartbeat.
         """
         now = self._clock()
         (events, lost), (system, more) = self._events.take(), self._system.take()
@@ -138,13 +144,13 @@ class MailboxState:
         return Drained(events + system, heartbeats, lost + more, stale)
 
     def _present(self, attempt: int) -> bool:
-        """Reports whether a message is of the present attempt; counts those that are not."""
+        """Checks whether a message belongs to the current attempt, and counts the messages that don't."""
         self._stale += attempt != self._attempt
         return attempt == self._attempt
 
 
 def by_other_clock(heartbeats: dict[int, Pulse], now: float) -> dict[int, Pulse]:
-    """Converts the times of heartbeats to ages, or ages to times."""
+    """Converts the times of heartbeats to ages, or ages to times, in seconds. `now`: the time of this process's clock."""
     return {rank: {**pulse, "moved": now - pulse["moved"], "at": now - pulse["at"]} for rank, pulse in heartbeats.items()}
 
 
@@ -168,7 +174,7 @@ class Bounded:
 
 @dataclass(frozen=True)
 class AttemptMailbox:
-    """Sends messages of one attempt, with its number, to the run's mailbox; never waits."""
+    """Sends messages of one attempt to the run's mailbox, with the attempt's number. Never waits for an answer."""
 
     actor: ActorHandle[MailboxState]
     attempt: int
@@ -191,12 +197,12 @@ class AttemptMailbox:
         return self.actor.decision.remote(self.attempt, step)
 
     def drain(self) -> ray.ObjectRef[Drained]:
-        """Returns the reference to what has come, of whichever attempt."""
+        """Returns the reference to the drained messages, which may belong to any attempt."""
         return self.actor.drain.remote()
 
 
 class RunMailbox:
-    """Keeps the mailbox of a run; `with RunMailbox() as mailbox:` ends it."""
+    """Owns the mailbox actor of a run. Leaving `with RunMailbox() as mailbox:` ends the actor."""
 
     def __init__(self) -> None:
         self._actor: ActorHandle[MailboxState] | None = None
@@ -209,7 +215,7 @@ class RunMailbox:
             ray.kill(self._actor)
 
     def begin(self, attempt: int) -> AttemptMailbox:
-        """Begins an attempt. Makes an actor if there is none, or the one before doesn't answer any more."""
+        """Begins an attempt. Creates an actor if there is none, or if the old one no longer answers."""
         if self._actor:
             try:
                 ray.get(self._actor.begin.remote(attempt), timeout=ANSWER_S)
@@ -222,7 +228,7 @@ class RunMailbox:
 
 
 def _make(attempt: int) -> ActorHandle[MailboxState]:
-    """Creates a mailbox actor on this node, the driver's, so that it does not die with a worker's node."""
+    """Creates a mailbox actor on the driver's node, so that it doesn't die with a worker's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     mailbox = ray.remote(MailboxState).options(num_cpus=0, scheduling_strategy=here)
     return cast("ActorHandle[MailboxState]", mailbox.remote(attempt))

@@ -1,9 +1,11 @@
-"""Keeps copies of the training state in the memory of a node: an actor for each node of a run, which outlives the workers.
+"""Keeps in-memory checkpoints: copies of the training state in the memory of a node. Each node of a run has one keeper, an actor
+that outlives the workers.
 
-A copy is what one worker holds of the state after one step, as bytes. It arrives in pieces, several at a time, each of which is
-checksummed while it arrives. It counts once it is sealed: complete, and with the checksums that its worker computed. Copies with
-the same id belong together, as one *generation*: one for each worker of an attempt, after the same step. Two generations stay,
-because the newest may not be complete yet. A keeper takes copies of the present attempt only, and counts those that it refuses.
+A copy is the part of the state that one worker has after one step, as bytes. It arrives in pieces, several at a time, and the
+keeper checksums each piece on arrival. A copy is valid once it is sealed: complete, and with the checksums that its worker
+computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper keeps two
+generations, because the newest may be incomplete. It accepts only copies of the current attempt, and counts the copies that it
+rejects.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 KEPT = 2  # generations
-THREADS = 4  # of a keeper: copies and checksums of that many pieces run at the same time
+THREADS = 4  # of a keeper, so it copies and checksums this many pieces at the same time
 
 Layout = list[tuple[str, int, int, int, int]]  # the fields of each `checkpoint.flat_copy.FlatRange`
 
 
 @dataclass(frozen=True)
 class CopyFacts:
-    """Holds what is the same for all copies of a generation. `data`: digest of the data plan that the run follows; `resume`: what
-    the worker needs that resumes from it (`training.worker.training_state.ResumeFacts`, whose module a keeper doesn't import)."""
+    """Holds the facts that all copies of a generation share. `data`: digest of the run's data plan. `resume`: the facts that a
+    worker needs to resume (`training.worker.training_state.ResumeFacts`; a keeper doesn't import its module)."""
 
     step: int
     world: int
@@ -38,7 +40,8 @@ class CopyFacts:
 
 @dataclass(frozen=True)
 class CopySource:
-    """Identifies the generation that an attempt starts from, and who has its copies: by rank, the nodes and their keepers."""
+    """Identifies the generation that an attempt starts from. `holders`: by rank, the nodes that have its copy, with their
+    keepers."""
 
     id: str
     step: int
@@ -49,16 +52,17 @@ class CopySource:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Holds what an attempt does with memory: its number, each rank's keepers, and the generation that it starts from, if any."""
+    """Holds an attempt's plan for in-memory checkpoints: its number, each rank's keepers, and the generation that it starts from,
+    if any."""
 
     attempt: int
-    keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: that of its node, and that of another node, if there is one
+    keepers: list[list[ActorHandle[MemoryKeeper]]]  # by rank: its own node's keeper, and another node's if there is one
     source: CopySource | None = None
 
 
 @dataclass(frozen=True, order=True)
 class Sum:
-    """Holds the checksum of `size` bytes of a copy from `start` on."""
+    """Holds the checksum of `size` bytes of a copy, beginning at byte `start`."""
 
     start: int
     size: int
@@ -66,24 +70,27 @@ class Sum:
 
 
 def generation(attempt: int, step: int) -> str:
-    """Returns the id of the copies that an attempt makes after a step."""
+    """Returns the id of the generation that an attempt makes after a step."""
     return f"{attempt}:{step}"
 
 
 def attempt_of(id: str) -> int:
-    """Returns the number of the attempt that made the copies of this id."""
+    """Returns the number of the attempt that made the generation with this id."""
     return int(id.partition(":")[0])
 
 
 def summed(data: np.ndarray, start: int) -> Sum:
-    """Computes the checksum of a piece that begins at `start`: XXH3, at the speed of memory, while other threads run."""
+    """Computes the XXH3 checksum of a piece that begins at byte `start` of its copy. Runs at memory speed; other threads run
+    meanwhile."""
     return Sum(start, len(data), xxhash.xxh3_64_intdigest(data.data))
 
 
 @dataclass
 class Copy:
-    """Holds a copy. Once it is sealed: its `facts`, its `layout`, and `own`, what else its worker alone has (encoded by `wire`:
-    a keeper doesn't import its classes)."""
+    """Holds one copy. Sealing sets its `facts`, its `layout`, and `own`: the state that only its worker has.
+
+    `own` is encoded by `wire`, because a keeper doesn't import its classes.
+    """
 
     data: np.ndarray
     arrived: list[Sum] = field(default_factory=list)
@@ -100,19 +107,19 @@ class MemoryKeeper:
     def __init__(self, attempt: int = 0) -> None:
         self._attempt, self._refused = attempt, 0
         self._reserved: dict[int, int] = {}
-        self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, in the order of their making
-        self._unused: list[np.ndarray] = []  # fresh memory costs more than the copy
+        self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, oldest first
+        self._unused: list[np.ndarray] = []  # reused, because fresh memory costs more time than the copy
         self._changing = threading.Lock()
 
     def admit(self, attempt: int) -> None:
-        """Takes copies of this attempt only from now on."""
+        """Accepts only copies of this attempt from now on."""
         with self._changing:
             self._attempt = attempt
 
     def begin(self, attempt: int, id: str | None) -> int:
-        """Begins an attempt: drops all copies but those of the generation that it starts from.
+        """Begins an attempt: drops all copies except those of generation `id`, from which it starts.
 
-        Returns how many copies of earlier attempts were refused since the last call.
+        Returns the number of copies of earlier attempts that were rejected since the last call.
         """
         with self._changing:
             self._attempt, refused, self._refused = attempt, self._refused, 0
@@ -121,17 +128,18 @@ class MemoryKeeper:
             return refused
 
     def reserve(self, rank: int, size: int) -> None:
-        """Notes that a worker wants to keep copies of `size` bytes."""
+        """Records that a worker will keep copies of `size` bytes."""
         with self._changing:
             self._reserved[rank] = KEPT * size
 
     def need(self) -> int:
-        """Computes the bytes that all copies take together."""
+        """Computes the bytes that all reserved copies take together."""
         with self._changing:
             return sum(self._reserved.values())
 
     def open(self, id: str, rank: int, size: int) -> None:
-        """Begins a copy; drops the oldest generation if it begins another one. ValueError if its attempt has ended."""
+        """Begins a copy. If it belongs to a new generation, drops the oldest generation. Raises ValueError if its attempt has
+        ended."""
         with self._changing:
             self._require_present(id)
             ids = list(dict.fromkeys([*(of for of, _ in self._copies), id]))
@@ -141,7 +149,8 @@ class MemoryKeeper:
             self._copies[id, rank] = Copy(np.empty(size, np.uint8) if fits is None else self._unused.pop(fits))
 
     def write(self, id: str, rank: int, start: int, data: np.ndarray) -> None:
-        """Takes a piece of a copy; pieces come in any order."""
+        """Stores a piece of a copy at byte `start`. Pieces arrive in any order. Raises ValueError if the copy's attempt has
+        ended."""
         self._require_present(id)
         copy = self._copies[id, rank]
         place = copy.data[start : start + len(data)]
@@ -149,7 +158,8 @@ class MemoryKeeper:
         copy.arrived.append(summed(place, start))
 
     def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
-        """Completes a copy; ValueError if its pieces are not those that its worker had."""
+        """Completes a copy. Raises ValueError if the checksums of its pieces differ from those of its worker, or its attempt has
+        ended."""
         with self._changing:
             self._require_present(id)
             copy = self._copies[id, rank]
@@ -159,18 +169,18 @@ class MemoryKeeper:
             copy.facts, copy.layout, copy.own = facts, layout, own
 
     def _require_present(self, id: str) -> None:
-        """Refuses what a worker of an earlier attempt sends: ValueError."""
+        """Raises ValueError for a copy of an earlier attempt, and counts it."""
         if (attempt := attempt_of(id)) != self._attempt:
             self._refused += 1
             raise ValueError(f"rejected an in-memory checkpoint of attempt {attempt} in attempt {self._attempt}")
 
     def held(self) -> list[tuple[str, int, CopyFacts]]:
-        """Lists the sealed copies: id, rank, and what is the same for all copies of a generation."""
+        """Lists the sealed copies: id, rank, and the facts that their generation shares."""
         with self._changing:
             return [(id, rank, copy.facts) for (id, rank), copy in self._copies.items() if copy.facts]
 
     def intact(self, id: str) -> list[int]:
-        """Lists the ranks whose copies of a generation are still what was sealed."""
+        """Lists the ranks whose copies of a generation still have the checksums that they were sealed with."""
         with self._changing:
             sealed = [(rank, copy) for (of, rank), copy in self._copies.items() if of == id and copy.facts]
         return [rank for rank, copy in sealed if copy.intact]
@@ -182,7 +192,7 @@ class MemoryKeeper:
         return self._copies[id, rank].own
 
     def read(self, id: str, rank: int, ranges: list[tuple[int, int]]) -> np.ndarray:
-        """Reads byte ranges of a copy, one after another."""
+        """Reads byte ranges (start, stop) of a copy and concatenates them."""
         data = self._copies[id, rank].data
         return np.concatenate([data[start:stop] for start, stop in ranges])
 

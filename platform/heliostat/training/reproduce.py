@@ -1,8 +1,8 @@
-"""Reproduces a recorded run from its record in MLflow, and compares the two loss curves step by step.
+"""Reproduces a recorded run from its MLflow record, and compares the two loss curves step by step.
 
-The job, its seeds and the versions of its datasets come from the record; the code is the workspace's present one, and is compared
-with the code of the recorded run. On the same machine, packages, code and worker counts, in fp32, the curves are equal to the
-last bit. The new run is separate from the first (NAME-again), and registers no model.
+The job, its seeds, and the dataset versions come from the record. The code is the workspace's current code; heliostat compares it
+with the code of the recorded run. The curves are bitwise equal if the machine, packages, code, and worker counts are the same, in
+fp32. The new run, NAME-again, is separate from the first and registers no model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """Holds a run's record; `plan`: of its first segment, which ends at step `end`; `curve`: the losses of steps 1, 2, ..."""
+    """Holds a run's MLflow record. `plan`: the data plan of its first segment. `end`: the last step of that segment. `curve`:
+    loss by step, from 1."""
 
     run_id: str
     job: dict[str, Any]
@@ -45,7 +46,12 @@ class RecordedRun:
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
-    """Trains the run's first `steps` steps again (all of its first segment, if none are given), and reports what differs."""
+    """Trains the run's first `steps` steps again, and reports the differences. Trains its complete first segment if `steps` is
+    None.
+
+    Returns both run ids, the `notes` about differing code and packages, and the result of `compare`. Raises ConfigError if
+    `steps` is after the end of the segment.
+    """
     from heliostat.training.run import train
 
     mlflow_run = mlflow_client.find(client, run, uri)
@@ -75,7 +81,7 @@ def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list
 
 
 def read(client: Any, run: Any) -> RecordedRun:
-    """Reads a run's record from MLflow; ConfigError if the record is too incomplete to reproduce the run."""
+    """Reads a run's record from MLflow. Raises ConfigError if the record is too incomplete to reproduce the run."""
     run_id = run.info.run_id
     job, data, starts = (
         read_json(client, run_id, "job.json", dict[str, Any]),
@@ -94,7 +100,7 @@ def read_curve(client: Any, run_id: str) -> dict[int, float]:
 
 
 def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
-    """Builds the job of the new run: the recorded job, on the worker count that it began with, up to step `steps`."""
+    """Builds the job of the new run: the recorded job, on its first worker count, up to step `steps`."""
     job = spec.with_rules(json.loads(json.dumps(recorded.job)))
     job["name"] = f"{job['name'][:94]}-again"
     job["train"]["stop_after"] = steps
@@ -104,7 +110,8 @@ def again(recorded: RecordedRun, steps: int) -> dict[str, Any]:
 
 
 def differences(recorded: RecordedRun, source: source_code.SourceCode, environment: dict[str, str]) -> list[str]:
-    """Lists what differs now from when the run was recorded, and what of the run is not reproduced: one line each."""
+    """Lists the differences between the recorded and the current code and environment, and the parts of the run that aren't
+    reproduced. One line each."""
     was, notes = recorded.starts[0]["code"], []
     now = source.facts()
     if was["commit"] != now["commit"]:
@@ -126,7 +133,10 @@ def differences(recorded: RecordedRun, source: source_code.SourceCode, environme
 
 
 def compare(recorded: dict[int, float], curve: dict[int, float], steps: int) -> dict[str, Any]:
-    """Compares the losses of steps 1 to `steps`; returns {steps, bitwise, first_difference, largest_difference}."""
+    """Compares the losses of steps 1 to `steps`. Returns {steps, bitwise, first_difference, largest_difference}.
+
+    Raises ConfigError if one of the two curves lacks a step.
+    """
     both = [s for s in range(1, steps + 1) if s in recorded and s in curve]
     if len(both) < steps:
         missing = next(s for s in range(1, steps + 1) if s not in recorded or s not in curve)

@@ -3,9 +3,15 @@
     from heliostat.training.run import train
     result = train(Path("jobs/quickstart.yaml"))
 
-Each run takes the same path: load the file, check what does not depend on the run, claim the run, plan its data from its last
-checkpoint, and carry it out (`driver/run.py`). The result is what `heliostat train --json` prints; it is also written to
-`result.json` in the run's folder.
+Every run takes the same path:
+
+- load the job file
+- check everything that doesn't depend on the run
+- claim the run
+- plan its data from its last checkpoint
+- train, export, and register the model (`driver/run.py`)
+
+`heliostat train --json` prints the result. The run's folder has it as `result.json`.
 """
 
 from __future__ import annotations
@@ -37,16 +43,19 @@ log = logging.getLogger(__name__)
 
 
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
-    """Loads a job file, applies `key.path=value` settings, and trains the job; the options are those of `train_job`."""
+    """Loads a job file, applies `key.path=value` settings, and trains the job. The other options are those of `train_job`.
+
+    Raises a HeliostatError that explains in one line why the run stopped.
+    """
     named["tags"] = source(path) | (named.get("tags") or {})
     resume = bool(options[0] if options else named.get("resume"))
     return train_job(check.load_job(path, settings, resume=resume), *options, **named)
 
 
 def source(path: Path) -> dict[str, str]:
-    """Returns the tag that records a run's job file.
+    """Returns the MLflow tag that records a run's job file.
 
-    None on a cluster: there the file has another name, and the run records its submitter.
+    Returns an empty mapping on a cluster: the file has another name there, and the run records its submitter.
     """
     return {} if os.environ.get("HELIOSTAT_CLUSTER") else {SOURCE_NAME: str(path)}
 
@@ -61,10 +70,12 @@ def train_job(
     tags: dict[str, str] | None = None,
     started: float | None = None,
 ) -> dict[str, Any]:
-    """Trains a job to its last step; raises a HeliostatError of one line for whatever stopped it.
+    """Trains a job to its last step. Returns the run's result.
 
-    `recorded`: for a run that is reproduced, the data plan that its data must give; `tags`: of a new MLflow run; `started`: wall
-    clock from which the ledger counts, now if it is not given.
+    `recorded`: the recorded data plan that the job's data must equal, if a run is reproduced. `tags`: tags of a new MLflow run.
+    `started`: Unix time in seconds from which the ledger counts [default: now].
+
+    Raises a HeliostatError that explains in one line why the run stopped.
     """
     require_one_way(resume, overwrite)
     _require_settled(job)
@@ -72,7 +83,7 @@ def train_job(
     if resume:
         job.run_folder.wait_for_store()
         job = _as_recorded(job)
-    if not (resume and job.last_step in layout.steps(job.run_folder)):  # what follows the last step takes no workers
+    if not (resume and job.last_step in layout.steps(job.run_folder)):  # the work after the last step needs no workers
         private_ray.ahead(job.workers.gpus, [*AHEAD, *built_in.modules(job.recipe, job.model)])
     job, recipe = check.check_setup(job, resume=resume)
     with lease.take(job.run_folder) as taken:
@@ -85,7 +96,7 @@ def train_job(
 
 
 def _as_recorded(job: Job) -> Job:
-    """Returns the job with the commits of models of the Hub that the run began with."""
+    """Returns the job with Hub models pinned to the commits that the run began with."""
     last = layout.latest(job.run_folder) if pretrained.on_hub(job) else None
     return pretrained.as_recorded(job, last.index.job) if last else job
 
@@ -99,7 +110,7 @@ def _require_settled(job: Job) -> None:
 
 
 def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
-    """Finds the run's newest checkpoint; ConfigError if the run has begun, and the command does not ask to resume it."""
+    """Finds the run's newest checkpoint. Raises ConfigError if the run has one but `resume` is false."""
     checkpoint = layout.latest(job.run_folder)
     if checkpoint and not resume:
         raise ConfigError(
@@ -111,7 +122,10 @@ def _last_checkpoint(job: Job, resume: bool) -> SavedCheckpoint | None:
 
 
 def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: DataPlan | None, allow_change: bool) -> Checked:
-    """Plans the job's data like the checkpoint, or the recorded plan; ConfigError if the samples would differ."""
+    """Plans the job's data to match the checkpoint's data plan, or else the recorded plan.
+
+    Raises ConfigError if the samples would differ. With a checkpoint and `allow_change`, logs a warning instead.
+    """
     recorded = DataPlan.parse(checkpoint.index.data) if checkpoint else recorded
     checked = check.check_data(job, recipe, recorded)
     changes = recorded.differences(checked.plan) if recorded else []
@@ -132,11 +146,12 @@ def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: D
 
 
 def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, Any]:
-    """Trains from the checkpoint on and exports; if all steps are done, completes what is missing after the training."""
+    """Trains from the checkpoint and exports the model. If all steps are done, completes only the missing work after the
+    training."""
     job = run.job
     if checkpoint is None or checkpoint.step < job.last_step:
         run.spending.require_left()
-        pretrained.located(job)  # downloads here first: what the Hub rejects ends the command before workers start
+        pretrained.located(job)  # downloads in the driver: if the Hub rejects it, the command ends before workers start
         return run.run()
     log.info("run %s has finished: step %d of %d", job.name, checkpoint.step, job.last_step)
     if (result := endings.result(job.run_folder, checkpoint.step)) is None:
@@ -150,7 +165,8 @@ def _carry_out(run: DrivenRun, checkpoint: SavedCheckpoint | None) -> dict[str, 
 
 
 def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
-    """Trains a job to its last step as part of something larger, from its last checkpoint if it has one; exports nothing.
+    """Trains a job to its last step as part of something larger, such as a sweep. Starts from its last checkpoint if it has one;
+    exports nothing.
 
     Returns the summary of the training, which is also in the run's folder.
     """
@@ -171,7 +187,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
 
 
 def finalize(job: Job) -> dict[str, Any]:
-    """Finalizes a run whose steps are all done: exports, logs and registers the model; returns the run's result."""
+    """Exports, logs, and registers the model of a run whose steps are all done. Returns the run's result."""
     job, recipe = check.check_job(job)
     if (result := endings.result(job.run_folder, job.last_step)) is not None:
         return result

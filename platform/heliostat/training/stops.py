@@ -1,20 +1,20 @@
-"""Defines the codes of a stop that the workers agree on, and the pause points at which they wait for a decision."""
+"""Defines the stop codes that the workers agree on, and the pause points at which they wait for a decision."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# the highest wins
+# the highest code wins
 RUN, RESIZE, PREEMPTED, INTERRUPTED = 0, 1, 2, 3
-FAILED = 4  # a save failed on some worker: all hear of its error, and continue without it or raise it
+FAILED = 4  # a save failed on some worker: all workers get its error, and either continue without the checkpoint or raise it
 STOPS = {RESIZE: "resize", PREEMPTED: "preempted", INTERRUPTED: "interrupted"}
 
 
 class PausePoints:
-    """Holds a run's pause points and the answers to them; any thread may answer, and the first answer for a step stands.
+    """Holds a run's pause points and the decisions about them. Any thread may answer; the first answer for a step counts.
 
-    The workers evaluate and save at such a step, post the event `Paused`, and wait, doing nothing, until `answer` lets them
-    continue (RUN) or ends them (INTERRUPTED). So a trial that a scheduler stops has taken no step beyond.
+    At a pause point the workers evaluate, save, post the event `Paused`, and wait idle. `answer` makes them continue (RUN) or
+    stop (INTERRUPTED). So a trial that a scheduler stops has trained no step beyond its pause point.
     """
 
     def __init__(self, steps: Iterable[int] = ()) -> None:

@@ -1,7 +1,8 @@
-"""Runs one attempt at a training run: puts the pool's workers to work once, and watches them from the driver until they end.
+"""Runs one attempt at a training run: starts the pool's workers, and watches them from the driver until they end.
 
-The driver's thread never waits for long. It drains the mailbox; orders the workers to stop after a checkpoint when a person or a
-node's provider wants that, or when the cluster has room for more of them; and ends them when no worker makes progress any more.
+The driver's thread never waits for long. It drains the mailbox. It orders the workers to stop after a checkpoint in three cases:
+a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. It ends them if no worker makes
+progress any more.
 """
 
 from __future__ import annotations
@@ -50,18 +51,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-HELD_POLL_S = 0.05  # while the workers wait for the driver
-LOOK_S = 1.0  # between two looks at the nodes and the workers' heartbeats
-GROW_S = 5.0  # between two looks for more room
-END_S = 120.0  # for workers that were killed to have ended
-SETTLE_S = 10.0  # for the others to come back once one worker has failed; those that do not are ended
+HELD_POLL_S = 0.05  # while the workers wait at a pause point
+LOOK_S = 1.0  # between two checks of the nodes and the workers' heartbeats
+GROW_S = 5.0  # between two checks for more room
+END_S = 120.0  # for killed workers to end
+SETTLE_S = 10.0  # for the other workers to return once one has failed; then the driver ends them
 
 
 @dataclass(frozen=True)
 class Start:
-    """Holds what an attempt starts from.
+    """Holds the inputs of an attempt.
 
-    `mailbox`: has its number; `job`: has a fixed number of workers; `counts`: those that it may change to.
+    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the worker counts that the run may change
+    to.
     """
 
     mailbox: AttemptMailbox
@@ -73,7 +75,7 @@ class Start:
     step: int
     fence: Fence
     memory: Memory
-    source: CopySource | None = None  # the copies in memory that it starts from; the checkpoint of `step` if there are none
+    source: CopySource | None = None  # in-memory checkpoints to start from; None: the checkpoint of `step`
     pauses: PausePoints = field(default_factory=PausePoints)
 
 
@@ -83,8 +85,8 @@ class Attempt:
     ) -> None:
         """Prepares the attempt.
 
-        `take` gets every event of the mailbox, in order, with the number of its attempt, and `beat` is called often, both in the
-        caller's thread.
+        `take` gets every event of the mailbox, in order, with the number of its attempt. `beat` is called often. Both run in the
+        thread that calls `run`.
         """
         self.start, self.job, self.pool, self.signals, self._hand_over, self._beat = start, start.job, pool, signals, take, beat
         self._mailbox = start.mailbox
@@ -94,15 +96,15 @@ class Attempt:
         self._reported: dict[int, HeliostatError] = {}  # each worker's own error, by rank
         self._members: list[Member] = []  # the workers' processes, in order of their ranks
         self._watch = orders.WorkerWatch(self.job.checkpoint.grace, SETTLE_S, mailbox.interval(self.job.workers.most))
-        self._deciding = threading.Lock()  # two threads change the watch
-        self._since = time.monotonic()  # since when the workers are watched at what they do
-        self._paused_at: int | None = None  # the step after which the workers wait
+        self._deciding = threading.Lock()  # guards the watch, which two threads change
+        self._since = time.monotonic()  # when the current watch for stalls began
+        self._paused_at: int | None = None  # the step of the pause point at which the workers wait
         self._look_at = self._grow_at = 0.0
-        self._starved = False  # said to be
-        self._placing, self._reading = nodes.Shortage(self.job), 0.0  # since when the stream is being opened
+        self._starved = False  # whether a shortage for reading was reported
+        self._placing, self._reading = nodes.Shortage(self.job), 0.0  # `_reading`: when opening the stream began
 
     def run(self) -> WorkerSummary:
-        """Runs the workers to their end; returns rank 0's summary, with the stop code if they were ordered to stop.
+        """Runs the workers until they end. Returns rank 0's summary, with the stop code if they were ordered to stop.
 
         Raises a HeliostatError if the attempt fails.
         """
@@ -131,7 +133,7 @@ class Attempt:
             thread.join(POLL_S if self._paused_at is None else HELD_POLL_S)
             try:
                 self._beat()
-            except (LeaseError, ConfigError) as e:  # ConfigError: what a worker costs is not known
+            except (LeaseError, ConfigError) as e:  # ConfigError: the price of a worker isn't known
                 self._decide(orders.FaultFound(e))
             self._drain()
             self._release()
@@ -162,7 +164,8 @@ class Attempt:
             self._take(event)
 
     def _drained(self) -> list[Event]:
-        """Drains the mailbox and returns this attempt's events; stores the heartbeats, with ages as times of this clock."""
+        """Drains the mailbox and returns this attempt's events. Stores the heartbeats, with ages converted to times of this
+        clock."""
         self._draining = self._draining or self._mailbox.drain()
         try:
             posted, heartbeats, lost, stale = ray.get(self._draining, timeout=mailbox.ANSWER_S)
@@ -181,7 +184,7 @@ class Attempt:
         self._heartbeats = mailbox.by_other_clock(heartbeats, now)
         for attempt, event in posted:
             if attempt != self._mailbox.attempt:
-                self._hand_over(attempt, event)  # which drops it
+                self._hand_over(attempt, event)  # the run drops it
         events = [event for attempt, event in posted if attempt == self._mailbox.attempt]
         for event in events:
             if isinstance(event, WorkerFailed):
@@ -189,17 +192,17 @@ class Attempt:
         return [event for event in events if not isinstance(event, WorkerFailed)]
 
     def _take(self, event: Event) -> None:
-        """Hands an event of this attempt to the run."""
+        """Passes an event of this attempt to the run."""
         self._hand_over(self._mailbox.attempt, event)
 
     def _release(self) -> None:
-        """Releases workers that wait at a pause point, as soon as it is decided whether they go on."""
+        """Releases workers that wait at a pause point, once it is decided whether they continue."""
         if self._paused_at is not None and (stop := self.start.pauses.get(self._paused_at)) is not None:
             self._mailbox.decide(self._paused_at, stop)
             self._paused_at = None
 
     def _look(self) -> None:
-        """Looks for reasons to order the workers to stop, or to give them up."""
+        """Checks for reasons to order the workers to stop, or to give them up."""
         now = time.monotonic()
         if self.signals.name:
             self._decide(orders.StopAsked(self.signals.name, now))
@@ -210,7 +213,7 @@ class Attempt:
             self._say(self._placing.told())
         if self._watch.phase == "data" and not self._starved:
             self._starved = self._say(self._too_little_to_read(beating))
-        if self._watch.phase == "stepped" and self._watch.ordered < PREEMPTED:  # else these are of no interest
+        if self._watch.phase == "stepped" and self._watch.ordered < PREEMPTED:  # otherwise the workers stop anyway
             if gone := beating.keys() & nodes.draining():
                 self._decide(orders.NodesLeaving(len(gone), now))
             elif not self._watch.ordered and now >= self._grow_at and self.job.workers.most < max(self.start.counts):
@@ -223,7 +226,7 @@ class Attempt:
             self._find_stall(now)
 
     def _decide(self, event: orders.AttemptEvent) -> orders.AttemptAction | None:
-        """Lets `orders.decide` follow an event, and gives the orders that it returns. Called from two threads."""
+        """Applies `orders.decide` to an event, and sends the orders that it returns. Called from two threads."""
         with self._deciding:
             self._watch, action = orders.decide(self._watch, event)
         match action:
@@ -232,7 +235,7 @@ class Attempt:
                 self._mailbox.order({"stop": action.code})
             case orders.OrderAbort():
                 self._mailbox.order({"abort": True})
-                self._streams.end()  # which they may be waiting for
+                self._streams.end()  # the workers may be waiting for it
         return action
 
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
@@ -246,7 +249,7 @@ class Attempt:
         return None
 
     def _say(self, text: str | None) -> bool:
-        """Reports to the user that the run waits, and for what; returns whether there was a text to report."""
+        """Reports to the user that the run waits, and why. Returns whether there was a text to report."""
         if text:
             self._take(Waiting(text=text))
         return bool(text)
@@ -262,7 +265,8 @@ class Attempt:
             self._decide(orders.FaultFound(fault))
 
     def _held_up(self, stacks: dict[int, str]) -> str:
-        """Finds the worker that the others wait for, with its node and device, or says that nothing sets one apart."""
+        """Describes the worker that the others wait for, with its node and device, or says that no worker differs from the
+        others."""
         calls = {rank: watchdog.call(stack) for rank, stack in stacks.items()}
         rank, why = watchdog.held_up(self._heartbeats, calls, self.job.workers.most)
         if rank is None:
@@ -271,7 +275,7 @@ class Attempt:
         return f"{Failure.of(rank, self._members[rank], None).place if known else f'worker {rank}'} {why}"
 
     def _keep_stacks(self) -> tuple[str, dict[int, str]]:
-        """Collects the stack traces of every worker's threads and writes them to the run's folder; returns the file's place, and
+        """Collects the stack traces of every worker's threads and writes them to the run's folder. Returns the file's path, and
         the traces by rank."""
         self._mailbox.order({"dump": True})
         stacks = watchdog.collect(self.job.workers.most, self._drained, self._take)
@@ -280,9 +284,9 @@ class Attempt:
         return str(place), stacks
 
     def _end_workers(self, thread: threading.Thread) -> None:
-        if not self._heartbeats:  # they have not begun
+        if not self._heartbeats:  # the workers have not begun
             self.pool.close()
-            self._streams.end()  # which the thread may be opening
+            self._streams.end()  # the thread may be opening it
             thread.join(END_S)
             self.pool.reopen()
             return
@@ -295,7 +299,7 @@ class Attempt:
     # the workers -----------------------------------------------------------------------------------------------------
 
     def _train(self) -> Ended:
-        """Puts the workers to work; returns how they have ended, once none works any more."""
+        """Starts the workers and waits until all have ended. Returns their results."""
         self._mailbox.post(Phase(phase="placing"))
         try:
             members, placed = self._places()
@@ -320,7 +324,7 @@ class Attempt:
         return ended
 
     def _places(self) -> tuple[list[Member], list[WorkerPlace]]:
-        """Takes the workers' processes and gives them their places; those that have had other GPUs in sight are made again."""
+        """Takes the workers' processes and assigns their ranks. Replaces processes that were set up to see other GPUs."""
         while True:
             members = self.pool.take(self.job.workers.most, patient=len(self.start.counts) == 1)
             placed = places(members)
@@ -331,10 +335,11 @@ class Attempt:
                 self.pool.drop(member)
 
     def _gather(self, working: dict[ray.ObjectRef[WorkerSummary], Member]) -> Ended:
-        """Waits for all workers, given in order of their ranks.
+        """Waits for all workers, which are given in rank order.
 
-        Once one has ended, the others do too: all at the same step, or because they are ordered to abort. That is as soon as a
-        worker reports its error: it may never end. A worker that has not ended some seconds later is ended.
+        Once one worker has ended, the others end, too: all at the same step, or because they are ordered to abort. The order
+        follows as soon as a worker reports its error, because the worker may never end. Workers that haven't ended SETTLE_S
+        seconds later are ended.
         """
         ended, ranks, waiting = Ended(), {one: rank for rank, one in enumerate(working)}, list(working)
         while waiting:
@@ -357,7 +362,7 @@ class Attempt:
         return NodeStreams(fetch, job.replicas, limits)
 
     def _dealt(self, members: list[Member]) -> list[DataIterator | None]:
-        """Returns every worker's part of the stream, in rank order: of those that share samples the first reads."""
+        """Returns each worker's part of the stream, in rank order. Of the workers that share samples, only the first reads."""
         sharing = self.job.train.parallel.sharing
         others = [None] * (sharing - 1)
         parts = self._streams.parts([member.node for member in members[::sharing]])

@@ -1,7 +1,8 @@
-"""Explains why an attempt's workers have failed, and decides which of their processes the next attempt can use.
+"""Explains why an attempt's workers failed, and decides which of their processes the next attempt can use.
 
-The cause is the first error that no other one explains; a broken device comes before all others. Where there is another error,
-these are never the cause: the loss of a peer, an error after the order to abort, and a worker that did not end by itself.
+The cause is the first error that no other error explains. A broken device has priority over all others. Three kinds of error are
+the cause only if there is no other: the loss of a peer, an error after the order to abort, and a worker that didn't end by
+itself.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 Kind = Literal["device", "known", "raised", "unclear", "died", "peer", "late"]
 LIKELY: dict[Kind, int] = {"device": 0, "known": 1, "raised": 2, "unclear": 2, "died": 2, "peer": 3, "late": 4}
 FAILED = "the workers failed: "
-EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memory")  # deaths that no broken device explains
+EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memory")  # deaths that a broken device doesn't cause
 
 
 @dataclass(frozen=True)
 class Failure:
     """Describes how a worker failed, and where it ran.
 
-    `error`: what Ray raised; None if the worker did not end, and was ended. `reported`: the error that the worker
-    reported before it cleaned up, which arrives even if the worker then dies or hangs.
+    `error`: the error that Ray raised, or None if the worker didn't end by itself. `reported`: the error that the worker reported
+    before it cleaned up. That report arrives even if the worker then dies or hangs.
     """
 
     rank: int
@@ -51,14 +52,14 @@ class Failure:
 
     @property
     def own(self) -> BaseException | None:
-        """Returns the error that the worker itself has raised, if it is known."""
+        """Returns the error that the worker itself raised, if it is known."""
         if not _alive(self.error):
             return self.reported
         return innermost(self.error) or getattr(self.error, "cause", None) or self.error
 
     @property
     def culprit(self) -> int:
-        """Returns the rank whose error this is: workers that agree on an error all raise that of one of them."""
+        """Returns the rank that caused this error. Workers that agree on an error all raise the error of one of them."""
         rank = self.own.rank if isinstance(self.own, WorkerError) else None
         return self.rank if rank is None else rank
 
@@ -71,7 +72,7 @@ class Failure:
             return "late"
         if isinstance(own, HeliostatError) and not isinstance(own, WorkerError):
             return "known"
-        if isinstance(own, ray.exceptions.RayActorError):  # the stream's, which ends with the first failure
+        if isinstance(own, ray.exceptions.RayActorError):  # from the data stream, which ends with the first failure
             return "peer"
         fault = faults.classify(faults.describe(own))
         return fault if fault != "other" else "known" if isinstance(own, WorkerError) else "raised"
@@ -87,13 +88,13 @@ class Failure:
 
 @dataclass
 class Ended:
-    """Holds how an attempt's workers have ended: rank 0's summary, if it has finished, and the failures in order of arrival."""
+    """Holds the results of an attempt's workers: rank 0's summary if it finished, and the failures in order of arrival."""
 
     summary: WorkerSummary | None = None
     failures: list[Failure] = field(default_factory=list)
 
     def add(self, rank: int, member: Member, result: ray.ObjectRef[WorkerSummary]) -> None:
-        """Adds a worker that Ray has a result of."""
+        """Adds the result of a worker that has ended."""
         try:
             summary = ray.get(result)
         except Exception as e:  # noqa: BLE001 (explained once all have ended)
@@ -103,7 +104,8 @@ class Ended:
 
 
 def explain(failures: Sequence[Failure]) -> HeliostatError:
-    """Explains the workers' failures, given in order of arrival, in one line; Ray's error is chained."""
+    """Combines the workers' failures, in order of arrival, into one error with a message of one line. Ray's error is chained to
+    it."""
     cause = min(failures, key=lambda f: LIKELY[f.kind])
     same_kind = [f for f in failures if f.kind == cause.kind]
     lost = [f for f in failures if f.kind == "died" or (f.kind == "late" and f.own is None)]
@@ -115,7 +117,7 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
             return fault
         case "device":
             fault = _suspecting(DeviceError(f"{_at_fault(cause, failures).place}: {cause.text}"), same_kind, failures)
-        case "unclear" if len({f.culprit for f in same_kind}) > 1:  # several devices at once: the program
+        case "unclear" if len({f.culprit for f in same_kind}) > 1:  # several devices failed at once, so the program is at fault
             fault = WorkerError(f"{FAILED}{cause.text}")
         case "raised" if not any(f.kind == "died" for f in failures):
             fault = WorkerError(f"{FAILED}{cause.text}")
@@ -136,14 +138,14 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
 
 
 def survived(failure: Failure) -> bool:
-    """Reports whether a worker's process can be used again: it lives, and its error is one of ours, or the loss of another."""
+    """Reports whether a worker's process can be used again: it lives, and raised an error of heliostat or lost a peer."""
     if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
     return isinstance(failure.own, HeliostatError) or failure.kind == "peer"
 
 
 def _suspecting(fault: TrainingError, culprits: Sequence[Failure], failures: Sequence[Failure]) -> TrainingError:
-    """Adds the node that may be the cause: a fault that several nodes have at once isn't a node's."""
+    """Adds the node that may be the cause. If several nodes have the fault at once, no node is suspected."""
     nodes = {_at_fault(f, failures).node for f in culprits}
     fault.suspects = tuple(nodes) if len(nodes) == 1 else ()
     return fault
@@ -159,12 +161,12 @@ def _named(lost: Sequence[Failure]) -> str:
 
 
 def _alive(error: Exception | None) -> bool:
-    """Reports whether the process lived on: whether its task has raised the error, and not Ray in its place."""
+    """Reports whether the process survived: its task raised the error, not Ray on its behalf."""
     return isinstance(error, ray.exceptions.RayTaskError)
 
 
 def _death(error: Exception) -> str:
-    """Shortens Ray's message about a dead process: its last line, without guesses at the cause."""
+    """Shortens Ray's message about a dead process to its last line, without the list of possible causes."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     said = lines[-1].partition(" Some common causes include:")[0].strip() if lines else ""
     return f"{type(error).__name__}: {said}" if said else type(error).__name__

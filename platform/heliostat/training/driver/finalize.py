@@ -1,8 +1,8 @@
-"""Ends a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
+"""Finalizes a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
 
-While its workers still train, `WarmUp` imports what that takes, and `Beside` scores the run's checkpoints on tasks
-(`evaluate.benchmarks`): `heliostat model benchmark RUN SUITE --follow` on the driver's CPUs, at low priority, in a process of its
-own. No worker waits for it, and if it fails the run does not.
+Two things happen earlier, while workers still train. `WarmUp` imports the modules for this. `Beside` scores the run's checkpoints
+on tasks (`evaluate.benchmarks`): it runs `heliostat model benchmark RUN SUITE --follow` in a separate process, on the driver's
+CPUs, at low priority. No worker waits for it, and its failure doesn't fail the run.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from heliostat.validation.check import Checked
 log = logging.getLogger(__name__)
 
 END_S = 10.0  # for the process that scores checkpoints to end
-WAIT_S = 120.0  # the longest that the end of a run waits for imports that it would make itself
+WAIT_S = 120.0  # the end of a run waits this long for the imports of WarmUp; after that it imports the modules itself
 NICE = 10
-ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the GPUs are the workers'
-LEFT = {  # what a run leaves whose model is not logged, by whether its recipe exports
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the workers use the GPUs
+LEFT = {  # why a run's model isn't logged, by whether its recipe exports
     True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat model export",
     False: "doesn't support export. The run leaves its checkpoints",
 }
@@ -45,9 +45,9 @@ LEFT = {  # what a run leaves whose model is not logged, by whether its recipe e
 def finalize(
     checked: Checked, lease: Lease, ledger: LedgerRecorder, owner: RunOwner, last: SavedCheckpoint, summary: Ending
 ) -> Ending:
-    """Exports the last checkpoint, logs and registers the model, and shows sample outputs; returns the run's result.
+    """Exports the last checkpoint, logs and registers the model, and records sample outputs. Returns the run's result.
 
-    Idempotent: after an interruption all of it may run again, which reuses what is there; `result.json` is written last.
+    Idempotent: after an interruption it can run again, and reuses existing parts. It writes `result.json` last.
     """
     from heliostat.inference.export import export
     from heliostat.tracking import card
@@ -55,7 +55,7 @@ def finalize(
 
     job = checked.job
     lease.fence.check()
-    owner.client()  # MLflow is there, and the run is open
+    owner.client()  # waits until MLflow answers; raises TrackingError if it doesn't
     model_uri: str | None = None
     samples: list[tuple[str, str]] = []
     if isinstance(checked.recipe, Exports):
@@ -82,29 +82,29 @@ def finalize(
 
 
 def unit(job: Job) -> str:
-    """Returns the unit that rates count: tokens or samples."""
+    """Returns the unit of rates: tokens or samples."""
     return "tokens" if job.data.sequence_length else "samples"
 
 
 class WarmUp:
-    """Imports, once it is asked to, what exporting and logging a recipe's model takes."""
+    """Imports the modules that exporting and logging a recipe's model needs, once `begin` is called."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._thread = threading.Thread(target=self._import, name="warm-up", daemon=True)
 
     def begin(self) -> None:
-        """Begins in a thread; does nothing if it has begun, or if the recipe exports nothing."""
+        """Begins the imports in a thread. Does nothing if they have begun, or if the recipe exports nothing."""
         if isinstance(self.recipe, Exports) and not self._thread.ident:
             self._thread.start()
 
     def wait(self) -> None:
-        """Waits until the imports are made, if they have begun."""
+        """Waits for the imports to complete if they have begun, at most WAIT_S seconds."""
         if self._thread.ident:
             self._thread.join(WAIT_S)
 
     def _import(self) -> None:
-        """Builds the recipe's model without memory for it, as the export will."""
+        """Imports the modules, and builds the recipe's model on the meta device, as the export does later."""
         try:
             import torch
 
@@ -114,19 +114,19 @@ class WarmUp:
 
             with torch.device("meta"):
                 building.build(self.recipe)
-        except Exception as e:  # noqa: BLE001 (whatever it is, the export meets it again, and says so)
+        except Exception as e:  # noqa: BLE001 (the export would raise and report the same error)
             log.debug("warming up: %s", e)
 
 
 class Beside:
-    """Holds the process that scores, if the job asks for one."""
+    """Owns the process that scores checkpoints on tasks, if the job asks for one."""
 
     def __init__(self, job: Job) -> None:
         self.job, self.asked = job, job.evaluate.benchmarks if job.evaluate else None
         self._process: subprocess.Popen[bytes] | None = None
 
     def begin(self) -> None:
-        """Starts the process, if it is asked for and does not run: with the first checkpoint, and again if it has died."""
+        """Starts the process if the job asks for it and it isn't running: at the first checkpoint, and again if it has died."""
         if self.asked is None or (self._process and self._process.poll() is None):
             return
         run = self.job.run_folder
@@ -138,7 +138,8 @@ class Beside:
         )  # fmt: skip
 
     def wait(self) -> None:
-        """Waits for the last scores, at most `evaluate.benchmarks.wait`; says so if they are not there then."""
+        """Waits for the last scores, at most `evaluate.benchmarks.wait` seconds. Logs a warning if they aren't complete by
+        then."""
         if self.asked is None or self._process is None:
             return
         again = f"heliostat model benchmark {self.job.run_folder} {self.asked.suite} --follow"
@@ -154,7 +155,7 @@ class Beside:
             log.warning("evaluate.benchmarks: scoring ended with exit code %d. Continue with: %s", code, again)
 
     def end(self) -> None:
-        """Ends the process; what it has scored stays."""
+        """Ends the process. Its scores so far stay."""
         if self._process and self._process.poll() is None:
             processes.stop([psutil.Process(self._process.pid)], END_S)
             self._process.wait(END_S)

@@ -1,8 +1,8 @@
-"""Watches what a run takes, in hours and money, and finds when one of the job's `limits` is reached.
+"""Measures a run's time and cost, and detects when it reaches one of the job's `limits`.
 
-Hours and money are those of the whole run: those of earlier commands are the ledger's, this command's are of a monotonic clock.
-The time between commands doesn't count. While the ledger can't be read, only this command counts. Money is the price of the
-devices that workers hold, from the price table of `heliostat plan`.
+Both are totals of the whole run: the ledger has those of earlier commands, a monotonic clock measures this command. The time
+between commands doesn't count. While the ledger can't be read, only this command counts. The cost is the price of the devices
+that workers hold, from the price table of `heliostat plan`.
 """
 
 from __future__ import annotations
@@ -19,38 +19,39 @@ from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 from heliostat.runs.time_ledger import LedgerRecorder
 
-EVERY_S = 5.0  # between two looks
+EVERY_S = 5.0  # between two checks
 RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray gives nodes
 
 
 class Spending:
-    """Watches a run's limits."""
+    """Checks a run's limits."""
 
     def __init__(self, job: Job, ledger: LedgerRecorder) -> None:
         self.limits, self.workers, self._ledger = job.limits, job.workers, ledger
-        self.reached = ""  # which limit, once one is
-        self._rate: float | None = None  # of a worker's hour, once it is known
+        self.reached = ""  # a description of the limit that is reached
+        self._rate: float | None = None  # price of a worker's hour, once it is known
         self._next = 0.0
 
     @property
     def lacks_price(self) -> bool:
-        """Tells whether the nodes are to be asked for, as money is limited and the price of a worker is not known yet."""
+        """Tells whether the cost is limited and the price of a worker isn't known yet. Then `look` needs the nodes."""
         return bool(self.limits.cost) and self._rate is None
 
     def look(self, nodes: Iterable[LivingNode]) -> None:
-        """Finds the price of a worker on these nodes (`cluster.nodes.inventory`); ConfigError if the table lacks it."""
+        """Finds the price of a worker on these nodes (`cluster.nodes.inventory`). Raises ConfigError if the price table lacks
+        it."""
         if self.lacks_price:
             self._rate = hourly(self.workers, nodes)
 
     def due(self) -> bool:
-        """Tells whether it is time to look at the limits, every EVERY_S, and a limit is set that is not reached."""
+        """Tells whether to check the limits now: every EVERY_S seconds, if a limit is set and none is reached."""
         if self.reached or not (self.limits.hours or self.limits.cost) or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + EVERY_S
         return True
 
     def check(self) -> str:
-        """Returns the limit that is reached, with what the run has taken; empty if none is."""
+        """Returns a description of the limit that is reached and of the time or cost so far. Empty if no limit is reached."""
         hours, worker_hours = self._ledger.spent()
         spent = worker_hours * (self._rate or 0.0)
         scope = "over all commands" if self._ledger.complete else "in this command; can't read the ledger of earlier ones"
@@ -63,7 +64,7 @@ class Spending:
         return self.reached
 
     def require_left(self) -> None:
-        """Raises ConfigError if a limit is used up before the command begins; what GPUs cost is known only later."""
+        """Raises ConfigError if a limit is used up before the command begins. The price of GPUs is known only later."""
         self.look([])
         if reached := self.check():
             self.reached = ""
@@ -71,14 +72,15 @@ class Spending:
 
 
 def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
-    """Computes the price of a worker's hour on the dearest of the nodes that may hold it; None while there is no such node.
+    """Computes the price of a worker's hour on the most expensive node that may run it. Returns None if there is no such node
+    yet.
 
-    ConfigError if one of them has a GPU that is not in the price table.
+    Raises ConfigError if one of these nodes has a GPU that isn't in the price table.
     """
     devices = _table()["devices"]
     if not workers.gpus:
         return workers.cpus * devices["cpu"]["hour"]
-    wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}  # Ray's own: not listed
+    wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}  # the nodes don't list Ray's
     fitting = [n for n in nodes if n["gpus"] and selects(wanted, n["labels"])]
     if kind := workers.labels.get(ACCELERATOR):
         fitting = [n for n in fitting if any(selects({ACCELERATOR: kind}, {ACCELERATOR: one}) for one in n["accelerators"])]

@@ -1,7 +1,8 @@
-"""Looks after the copies of the training state in the nodes' memory: who keeps them, and which generation is whole.
+"""Manages in-memory checkpoints: creates a keeper on each node, and finds the newest complete generation of copies.
 
-A generation is used only if a sealed copy of every worker's part is there, all of the same attempt, step and world size, with the
-same facts, and with the checksums that they were made with. Otherwise storage is used.
+A generation is used only if it is complete: it has a sealed copy of every worker's part. All copies must be of the same attempt,
+step, and world size, and share the same facts. Each must still have the checksums that it was sealed with. Otherwise the run
+resumes from storage.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ ANSWER_S = 10.0
 CHECK_S = 120.0  # for the checksums of a node's copies
 
 T = TypeVar("T")
-Held = tuple[str, int, CopyFacts]  # id, rank, and what is the same for all copies of the generation
+Held = tuple[str, int, CopyFacts]  # id, rank, and the facts that the generation shares
 
 
 class Memory:
-    """Keeps an actor on each node of a run; `with Memory(job) as memory:` ends them."""
+    """Owns a keeper on each node of a run. Leaving `with Memory(job) as memory:` ends the keepers."""
 
     def __init__(self, job: Job) -> None:
         self.on, self._gpus = job.checkpoint.memory_every is not None, job.workers.gpus
@@ -42,16 +43,16 @@ class Memory:
         self.forget()
 
     def forget(self) -> None:
-        """Drops all copies, with those who keep them."""
+        """Ends the keepers, and so deletes all copies."""
         for keeper in self._keepers.values():
             ray.kill(keeper)
         self._keepers = {}
 
     def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
-        """Finds the newest whole generation, of a step not before `at_least`; those with a damaged copy are passed over.
+        """Finds the newest complete generation of a step that isn't before `at_least`. Skips generations with a damaged copy.
 
-        `attempt`: the one that begins: copies of those before can't arrive any more; `data`: digest of the data plan that it must
-        have followed.
+        `attempt`: the attempt that begins; copies of earlier attempts can't arrive any more. `data`: the digest of the data plan
+        that the generation must have.
         """
         keepers = {node: keeper for node, keeper in self._keepers.items() if node not in avoided}
         admitted: dict[str, None] = self._answers({n: k.admit.remote(attempt) for n, k in keepers.items()}, ANSWER_S)
@@ -73,7 +74,8 @@ class Memory:
         return None
 
     def plan(self, attempt: int, members: Sequence[Member], source: CopySource | None) -> MemoryPlan | None:
-        """Plans an attempt's copies; starts keepers on nodes that have none. None if the job wants no copies."""
+        """Plans an attempt's copies, and starts keepers on nodes that have none. Returns None if the job wants no in-memory
+        checkpoints."""
         if not self.on:
             return None
         nodes = list(dict.fromkeys(m.node for m in members))
@@ -93,7 +95,7 @@ class Memory:
         return MemoryPlan(attempt, [[self._keepers[n] for n in pairs[m.node]] for m in members], source)
 
     def _answers(self, calls: Mapping[str, ray.ObjectRef[T]], seconds: float) -> dict[str, T]:
-        """Collects what keepers answer in time, by node; those that do not are forgotten."""
+        """Collects the answers of keepers by node, for `seconds`. Ends the keepers that don't answer in time."""
         done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=seconds) if calls else ([], [])
         answers = {}
         for node, call in calls.items():
@@ -101,16 +103,16 @@ class Memory:
                 answers[node] = ray.get(call, timeout=0 if call in done else 0.001)
             except ray.exceptions.RayError as e:
                 log.debug("the in-memory checkpoints on node %s are lost: %s", node, e)
-                if keeper := self._keepers.pop(node, None):  # None: it was forgotten while an older generation was looked for
+                if keeper := self._keepers.pop(node, None):  # None: an earlier check of another generation ended it
                     ray.kill(keeper)
         return answers
 
 
 def whole(by_node: Mapping[str, Iterable[Held]], data: str) -> list[tuple[str, int, int]]:
-    """Finds the generations of which every rank's copy is held, as (id, step, world), the newest first.
+    """Lists the generations for which every rank's copy exists, as (id, step, world), newest first.
 
-    `by_node`: by node. One whose copies do not agree in all that is the same for all workers is incomplete, and is none. `data`:
-    as in `Memory.newest`.
+    `by_node`: the sealed copies by node. `data`: as in `Memory.newest`. A generation whose copies differ in their shared facts is
+    incomplete, and isn't listed.
     """
     by_id: dict[str, list[tuple[int, CopyFacts]]] = {}
     for copies in by_node.values():

@@ -1,8 +1,11 @@
-"""Decides what the driver orders the workers of an attempt, and when it gives them up.
+"""Decides which orders the driver sends to the workers of an attempt, and when it gives the workers up.
 
-`decide(watch, event)` is a pure function, whose actions `attempt` carries out. docs/reliability/driver-states.md has the table.
-All times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline: of `checkpoint.grace` once they
-are ordered to stop, of some seconds once one of them has failed or ended, and else the watchdog's.
+`decide(watch, event)` is a pure function; `attempt` carries out its actions. docs/reliability/driver-states.md has the table. All
+times are seconds of the driver's monotonic clock. Each wait for the workers has a deadline:
+
+- `checkpoint.grace` after an order to stop
+- some seconds after one worker has failed or ended
+- the watchdog's limit otherwise
 """
 
 from __future__ import annotations
@@ -13,17 +16,22 @@ from dataclasses import dataclass, replace
 from heliostat.errors import HeliostatError, StalledError, StoppedError
 from heliostat.training.stops import INTERRUPTED, PREEMPTED, RESIZE, RUN
 
-STEPPING = ("step", "stepped")  # phases in which workers can stop after a checkpoint: in the first step, and after it
+STEPPING = ("step", "stepped")  # phases in which workers can stop after a checkpoint: during the first step, and after it
 
 
 @dataclass(frozen=True)
 class WorkerWatch:
-    """Holds what decides about an attempt's workers.
+    """Holds the facts that decide about an attempt's workers.
 
-    `grace`: seconds for them to stop; `settle`: seconds for the others to end once one has; `hear`: seconds until all have heard
-    of an order; `phase`: what they are at (`runs.events.Phase`); `ordered`: the highest stop code that they were ordered;
-    `asked_by`: the signal or limit that stops them; `stop_by`, `back_by`: when they must have stopped, and ended; `aborted`:
-    whether they are ordered to abort; `fault`: the first reason why the driver has given them up.
+    - `grace`: seconds for the workers to stop
+    - `settle`: seconds for the other workers to end once one has ended
+    - `hear`: seconds until all workers have received an order
+    - `phase`: the workers' current phase (`runs.events.Phase`)
+    - `ordered`: the highest stop code that was ordered
+    - `asked_by`: the signal or limit that stops them
+    - `stop_by`, `back_by`: when they must have stopped, and when they must have ended
+    - `aborted`: whether they were ordered to abort
+    - `fault`: the first reason why the driver has given them up
     """
 
     grace: float
@@ -43,14 +51,14 @@ class WorkerWatch:
 
 @dataclass(frozen=True)
 class PhaseBegun:
-    """Reports what the workers are at now."""
+    """Reports that the workers have begun a phase."""
 
     phase: str
 
 
 @dataclass(frozen=True)
 class StopAsked:
-    """Reports that a signal or a limit is to stop the run. `by`: its name."""
+    """Reports that a signal or a limit asks the run to stop. `by`: its name."""
 
     by: str
     now: float
@@ -58,7 +66,7 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class NodesLeaving:
-    """Reports that nodes of the workers are about to go."""
+    """Reports that nodes of the workers are about to leave. `count`: the number of nodes."""
 
     count: int
     now: float
@@ -73,7 +81,7 @@ class RoomFound:
 
 @dataclass(frozen=True)
 class WorkerEnded:
-    """Reports that a worker has ended, or has `failed`: its error is enough, as it may never end."""
+    """Reports that a worker has ended, or has `failed`. A reported error is enough, because the worker may never end."""
 
     failed: bool
     now: float
@@ -101,7 +109,7 @@ AttemptEvent = PhaseBegun | StopAsked | NodesLeaving | RoomFound | WorkerEnded |
 
 @dataclass(frozen=True)
 class OrderStop:
-    """Orders the workers to stop after a checkpoint. `why`: for the log."""
+    """Orders the workers to stop after a checkpoint. `why`: the text of the log line."""
 
     code: int
     why: str
@@ -114,12 +122,12 @@ class OrderAbort:
 
 @dataclass(frozen=True)
 class EndLate:
-    """Ends the workers that have not come back."""
+    """Ends the workers that haven't returned in time."""
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """Ends all workers, and fails the attempt with the error."""
+    """Ends all workers, and raises the error as the attempt's failure."""
 
     error: HeliostatError
 
@@ -129,7 +137,7 @@ Decision = tuple[WorkerWatch, AttemptAction | None]
 
 
 def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
-    """Returns what follows an event: the new watch, and what the driver does, if anything. Pure."""
+    """Computes the new watch, and the driver's action, if any, after an event. Pure."""
     match event:
         case _ if watch.fault and not isinstance(event, WorkerEnded | Clock):
             return watch, None  # the first reason counts
@@ -145,7 +153,7 @@ def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
             return _order(watch, PREEMPTED, why, event.now + watch.grace)
         case RoomFound(workers=workers) if watch.ordered < RESIZE and watch.phase == "stepped":
             why = f"the cluster has room for {workers} workers: adding them after the next checkpoint"
-            return _order(watch, RESIZE, why, watch.stop_by)  # which is due anyway
+            return _order(watch, RESIZE, why, watch.stop_by)  # the checkpoint is due anyway
         case WorkerEnded(failed=failed, now=now):
             back_by = now + watch.settle if watch.back_by == math.inf else watch.back_by
             if failed and not watch.aborted:

@@ -1,14 +1,14 @@
-"""Holds the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`training.driver.slots`).
+"""Keeps the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`training.driver.slots`).
 
-    with Pool(job.workers) as pool:
+    with WorkerPool(job.workers) as pool:
         members = pool.take(3)      # three new processes
         ...
-        pool.drop(member)           # it has died, or is not to be used again
-        members = pool.take(3)      # the survivors, and a new one in the dead one's place
-        members = pool.take(2)      # two of them; the third's resources are given back
+        pool.drop(member)           # it has died, or must not be used again
+        members = pool.take(3)      # the two survivors, and a new process in place of the dead one
+        members = pool.take(2)      # two of them; the pool releases the resources of the third
 
-The pool holds the resources of exactly the workers that were taken last. Those on nodes that have gone, or are about to, are
-given back; the other processes stay.
+The pool reserves resources for exactly as many workers as the last `take` asked for. It releases those on nodes that have left or
+are about to leave. The other processes stay.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from heliostat.training.worker.process import TrainWorker, WorkerFacts
 log = logging.getLogger(__name__)
 
 START_S = 120.0  # for the processes to start and answer
-ANSWER_S = 10.0  # for one that is there
-PORT_S = 30.0  # for one to find a free port
+ANSWER_S = 10.0  # for a running process to answer
+PORT_S = 30.0  # for a process to find a free port
 POLL_S = 0.05
 
 
 @dataclass(frozen=True)
 class Member:
-    """Holds a worker's process: its actor, and what it says of itself."""
+    """Describes a worker's process: its actor, and the facts that it reports about itself."""
 
-    slot: int  # its number
+    slot: int  # the number of its slot
     actor: ActorHandle[TrainWorker]
     pid: int
     node: str
@@ -59,11 +59,11 @@ class Member:
 class WorkerPool:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
-        self.waited_s = 0.0  # for resources, by the last `take`
+        self.waited_s = 0.0  # seconds that the last `take` waited for resources
         self._closed = threading.Event()
         self._slots = Slots(workers, self._closed)
         self._members: dict[int, Member] = {}
-        self._seen: dict[Member, tuple[str, ...]] = {}  # the GPUs that a process has been given to see
+        self._seen: dict[Member, tuple[str, ...]] = {}  # the GPUs that each process was set up to see
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -73,22 +73,23 @@ class WorkerPool:
 
     @property
     def waiting(self) -> bool:
-        """Tells whether a `take` waits for resources."""
+        """Tells whether a `take` is waiting for resources."""
         return self._slots.waiting.is_set()
 
     def held(self) -> Counter[str]:
-        """Counts, by node, for how many workers the pool holds resources there, on nodes that stay."""
+        """Counts the workers for which the pool holds resources, by node, on nodes that stay."""
         return Counter(slot.node for slot in self._slots.staying())
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
+        """Treats nodes as lost for some time, before Ray knows that they are. `for_good`: excludes them permanently, although
+        they live."""
         self._slots.avoid(out, for_good)
 
     def avoided(self) -> set[str]:
         return self._slots.avoided()
 
     def trim(self, count: int) -> list[Member]:
-        """Gives back what is not needed for so many workers, or lies on nodes that do not stay; returns who lives on."""
+        """Releases slots beyond `count`, and slots on nodes that don't stay. Returns the processes that live on."""
         staying = {slot.number for slot in self._slots.staying()}
         self._give_back(self._slots.held.keys() - staying)
         self._check()
@@ -96,9 +97,9 @@ class WorkerPool:
         return list(self._members.values())
 
     def take(self, count: int, patient: bool = True) -> list[Member]:
-        """Returns this many processes that live, by node and GPU; TrainingError if they do not start.
+        """Returns `count` live processes, ordered by node and GPU. Raises TrainingError if they don't start.
 
-        Waits for their resources, if not `patient` for 30 s: then there may be room for fewer, and it is a PlacementError.
+        Waits for their resources. If not `patient`, raises PlacementError after 30 s: there may be room for fewer workers.
         """
         try:
             self.trim(count)
@@ -107,7 +108,7 @@ class WorkerPool:
                 self._slots.fill(count, patient)
             finally:
                 self.waited_s = time.monotonic() - began
-                self._end(self._members.keys() - self._slots.held.keys())  # their resources have been given back
+                self._end(self._members.keys() - self._slots.held.keys())  # their resources were released
             self._members |= self._start([slot for slot in self._slots.held if slot not in self._members])
             self._go_on()
         except BaseException:
@@ -117,23 +118,24 @@ class WorkerPool:
         return sorted(self._members.values(), key=lambda m: (m.address, m.node, [gpu.zfill(4) for gpu in m.gpus], m.slot))
 
     def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
-        """Notes that a process is to see these GPUs; returns whether it can, since CUDA cannot be given other ones later."""
+        """Records the GPUs that a process will see. Returns whether it can see them: once CUDA is initialized, they can't
+        change."""
         return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
-        """Ends a process, if it lives; its resources stay the pool's."""
+        """Ends a process, if it lives. The pool keeps its resources."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
         self._seen.pop(member, None)
         ray.kill(member.actor)
 
     def close(self) -> None:
-        """Ends all processes, gives their resources back, and ends a `take` that waits in another thread."""
+        """Ends all processes, releases their resources, and ends a `take` that waits in another thread."""
         self._closed.set()
         self._give_all_back()
 
     def reopen(self) -> None:
-        """Makes a closed pool one that can be taken from, once no other thread waits in it."""
+        """Makes a closed pool usable again. Call it once no other thread waits in the pool."""
         self._closed.clear()
 
     def _go_on(self) -> None:
@@ -156,7 +158,7 @@ class WorkerPool:
     # processes -------------------------------------------------------------------------------------------------------
 
     def _check(self) -> None:
-        """Drops the processes that do not answer, or are not to be used again."""
+        """Drops the processes that don't answer, or must not be used again."""
         calls: dict[Member, ray.ObjectRef[WorkerFacts]] = {m: m.actor.facts.remote() for m in self._members.values()}
         until = time.monotonic() + ANSWER_S
         for member, call in calls.items():
@@ -193,7 +195,7 @@ class WorkerPool:
         }
 
     def _answers(self, calls: dict[int, ray.ObjectRef[WorkerFacts]]) -> dict[int, WorkerFacts]:
-        """Waits for what new processes say of themselves."""
+        """Waits for the facts that new processes report about themselves. Raises TrainingError after START_S seconds."""
         until, waiting = time.monotonic() + START_S, list(calls.values())
         while waiting:
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)
@@ -208,7 +210,7 @@ class WorkerPool:
 
 
 def places(members: Sequence[Member]) -> list[WorkerPlace]:
-    """Gives each member its place, in their order: ranks count through node after node."""
+    """Assigns each member its rank and its rendezvous, in order. Ranks count up within a node, then continue on the next."""
     return places_at(members, meeting(members[0]))
 
 
@@ -232,11 +234,12 @@ def places_at(members: Sequence[Member], rendezvous: str) -> list[WorkerPlace]:
 
 
 def meeting(first: Member) -> str:
-    """Finds a new rendezvous for the Ray that this process is connected to: an earlier group's would be taken for this one's.
+    """Creates a new rendezvous address, so that a process group can't connect to an earlier group's.
 
-    A file in the session's folder on a private Ray, a TCP port of the first worker elsewhere. A process that reaches that port
-    can, without a token, write what the workers read and pose as one of them: on a machine with other users even if it listens on
-    loopback. The workers of a private Ray are all on one machine, so a file, which only this user can open, is enough.
+    The rendezvous is a file in the session's folder on a private Ray, and a TCP port of the first worker on other clusters. A TCP
+    port needs no token: any process that reaches it can write what the workers read, and pose as one of them. On a machine with
+    other users, this is true even for a port on loopback. The workers of a private Ray are all on one machine. So a file, which
+    only this user can open, is enough.
     """
     if os.environ.get("RAY_ADDRESS"):
         return f"tcp://{first.address}:{ray.get(first.actor.free_port.remote(), timeout=PORT_S)}"

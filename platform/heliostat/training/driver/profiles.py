@@ -1,4 +1,5 @@
-"""Passes requests for a profile (`runs.profile`) on from the run's folder to the workers, in a thread: a store may be slow."""
+"""Forwards requests for a profile (`runs.profile`) from the run's folder to the workers. Uses a thread, because a store may be
+slow."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ STACKS_S = 30.0  # for py-spy to read the stacks of the driver's threads
 
 
 class ProfileRequests:
-    """Looks for requests every EVERY_S from `begin` to `end`, and gives each once to `order`."""
+    """Checks for requests every EVERY_S seconds from `begin` to `end`, and passes each request to `order` once."""
 
     def __init__(self, run: Location, workers: int, order: Callable[[ProfileRequest], None]) -> None:
         self._run, self._workers, self._order = run, workers, order
@@ -36,11 +37,11 @@ class ProfileRequests:
         threading.Thread(target=self._watch, name="profiles", daemon=True).start()
 
     def end(self) -> None:
-        """Ends the thread, without waiting for a store that doesn't answer."""
+        """Ends the thread without waiting for a store that doesn't answer."""
         self._ended.set()
 
     def look(self) -> None:
-        """Passes on a new request. One for a worker that the run doesn't have gets its answer here."""
+        """Forwards a new request. Answers a request for a rank that the run doesn't have."""
         try:
             request = profile.requested(self._run)
         except DataError as e:
@@ -57,7 +58,7 @@ class ProfileRequests:
         self._last = request.id
 
     def _keep_stacks(self, request: ProfileRequest) -> None:
-        """Adds the stacks of this process's threads to a profile; logs in one line why there are none."""
+        """Adds the stacks of this process's threads to a profile. If that fails, logs the reason in one line."""
         try:
             profile.place(self._run, request).join(profile.DRIVER).write(_stacks())
         except (HeliostatError, OSError) as e:
@@ -72,7 +73,7 @@ class ProfileRequests:
 
 
 def _stacks() -> bytes:
-    """Reads the stacks of this process's threads with py-spy, without stopping them; HeliostatError if that isn't possible."""
+    """Reads the stacks of this process's threads with py-spy, without stopping them. Raises HeliostatError if that fails."""
     program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if program is None:
         raise HeliostatError("py-spy isn't installed where the driver runs. Run: pip install py-spy")

@@ -1,4 +1,4 @@
-"""Shows a run's progress to the user: a live line on a terminal, log lines where there is none."""
+"""Shows a run's progress to the user: as a live line on a terminal, or else as log lines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ BAR = 24  # characters
 
 
 class StartUp(TypedDict):
-    """Describes the seconds from the command's start to the first finished step, in total and by part."""
+    """Describes the seconds from the command's start to the first completed step: the total, and the seconds of each part."""
 
     seconds_to_first_step: float
     startup: dict[str, float]
 
 
 class ProgressReporter:
-    """Reports progress from the mailbox's events; keeps when each phase began, for the breakdown of the start-up time."""
+    """Shows progress from the mailbox's events. Records when each phase began, for the breakdown of the start-up time."""
 
     def __init__(self, console: Console, name: str, start: int, steps: int, unit: str) -> None:
         self.unit, self.spikes, self.name = unit, 0, name
@@ -63,10 +63,10 @@ class ProgressReporter:
             log.info(text)
 
     def phase(self, name: str, at: float) -> None:
-        self.phases.setdefault(name, at)  # of the first attempt
+        self.phases.setdefault(name, at)  # keeps the time of the first attempt
 
     def startup(self, started: float) -> StartUp:
-        """Computes the seconds from the command's start to the first finished step, in total and by part."""
+        """Computes the seconds from the command's start to the first completed step: the total, and the seconds of each part."""
         marks = [started, *(self.phases.get(p, started) for p in ("ray", "model", "data", "step", "stepped"))]
         names = ("check_and_ray", "workers", "model", "data", "first_step")
         split = {n: round(b - a, 2) for n, a, b in zip(names, marks, marks[1:], strict=False)}
@@ -85,7 +85,7 @@ class ProgressReporter:
             case Evaluation():
                 scores = "  ".join(f"{k} {v:.4g}" for k, v in event.scores.items())
                 log.info("step %d  held-out: %s", event.step, scores)
-            case LossSpike(action="warn"):  # of one that is undone, the driver tells
+            case LossSpike(action="warn"):  # the driver logs a spike that is rolled back
                 self._on_spike(event)
 
     def _on_spike(self, event: LossSpike) -> None:
@@ -114,24 +114,24 @@ class ProgressReporter:
 
 
 class Speed:
-    """Estimates the time that the remaining steps will take, from the time per step since the first report."""
+    """Estimates the time of the remaining steps, from the time per step since the first report."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._began, self._last = steps, (0, 0.0), (0, 0.0)
 
     def reached(self, done: int, at: float) -> None:
-        if not self._began[1] or done <= self._began[0]:  # the first report, or the run went back
+        if not self._began[1] or done <= self._began[0]:  # the first report, or the run returned to a checkpoint
             self._began = (done, at)
         self._last = (done, at)
 
     def left(self) -> float | None:
-        """Estimates the seconds until the last step; None before there is an estimate, or when no step remains."""
+        """Estimates the seconds until the last step. Returns None before there is an estimate, or when no step remains."""
         (first, began), (done, at) = self._began, self._last
         return (at - began) / (done - first) * (self._steps - done) if first < done < self._steps else None
 
 
 def line(name: str, done: int, steps: int, parts: list[tuple[int, str]], left: float | None, width: int) -> str:
-    """Renders the live progress line; on a narrow terminal the least important parts are dropped first."""
+    """Renders the live progress line. If `width` characters aren't enough, drops the least important parts first."""
     full = round(BAR * done / steps) if steps else 0
     bar = "━" * full + "╌" * (BAR - full)
     ahead = f"ETA {duration(left)}" if left is not None else ""

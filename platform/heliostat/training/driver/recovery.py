@@ -1,10 +1,13 @@
-"""Decides how a run continues when an attempt ends: pure decisions, which `run` carries out.
+"""Decides how a run continues when an attempt ends. The decisions are pure functions; `run` carries them out.
 
-Errors that would recur (a faulty job, damaged data, a non-finite loss) are final. So is a store's refusal that the driver meets
-too (`suspects`); another is a failure. A corrupt checkpoint means resuming from the one before it, a loss spike from before the
-spike. Both, and all that a machine may be blamed for (a dead worker or node, memory, a store's outage, a stall), count as
-failures: a limited number may follow each other without a new checkpoint between them, each after a longer pause. Preemptions,
-resizes and waiting for resources are no failures and have no limit.
+- Final: errors that would recur, such as a faulty job, damaged data, or a non-finite loss. Also a store that rejects workers and
+  driver (`suspects`). If it rejects only workers, that is a failure.
+- Corrupt checkpoint: the run resumes from the checkpoint before it.
+- Loss spike: the run resumes from before the spike.
+- Failure: any cause that may be a machine's, such as a dead worker or node, memory, a store's outage, or a stall.
+
+The last three kinds use retries. Between two new checkpoints only a limited number may follow each other, each after a longer
+pause. Preemptions, resizes, and waiting for resources aren't failures, and have no limit.
 """
 
 from __future__ import annotations
@@ -48,19 +51,18 @@ def classify(error: HeliostatError) -> Kind:
 
 @dataclass
 class Budget:
-    """Counts consecutive failures; a new checkpoint starts the count again."""
+    """Counts consecutive failures. A new checkpoint resets the count."""
 
     retries: Retries
     used: int = 0
-    checkpoint: int = -1  # the newest that was there at the last failure
+    checkpoint: int = -1  # the newest one at the last failure
     last: tuple[str, int] = ("", -1)
 
     def spend(self, error: HeliostatError, checkpoint: int) -> float:
-        """Books a failure; returns the seconds to wait before the next attempt, or raises the error once the retries are used up.
+        """Counts a failure. Returns the seconds to wait before the next attempt; the first failure in a row waits 0 s.
 
-        The first in a row waits for nothing.
-
-        `checkpoint`: step of the newest checkpoint. A WorkerError that recurs at the same checkpoint is raised at once.
+        `checkpoint`: the step of the newest checkpoint. Raises the error if the retries are used up, or if a WorkerError recurs
+        at the same checkpoint.
         """
         self.used = 1 if checkpoint > self.checkpoint else self.used + 1
         same, self.last = self.last == (str(error), checkpoint), (str(error), checkpoint)
@@ -74,5 +76,6 @@ class Budget:
 
 
 def choose(allowed: list[int], room: int) -> int:
-    """Chooses the worker count to start with: the largest allowed that fits in `room`; if none fits, the smallest, to wait."""
+    """Chooses the worker count to start with: the largest of `allowed` that fits in `room`. If none fits, returns the smallest,
+    for which the run then waits."""
     return max((n for n in allowed if n <= room), default=min(allowed))

@@ -1,7 +1,7 @@
-"""Carries a run out from the driver: starts and restarts the workers, and updates the ledger, MLflow and the terminal.
+"""Carries out a run in the driver: starts and restarts the workers, and updates the ledger, MLflow, and the terminal.
 
-`heliostat.training.run` claims and plans it first. `states` decides what follows an event, and this carries it out;
-docs/reliability/driver-states.md describes what happens when something fails.
+`heliostat.training.run` claims and plans the run first. `states` decides the driver's actions after an event; this module
+performs them. docs/reliability/driver-states.md describes each failure and its handling.
 """
 
 from __future__ import annotations
@@ -54,20 +54,20 @@ ENDS = {  # MLflow's status and the ledger's outcome, by the state in which a co
 
 @dataclass
 class RunHooks:
-    """Embeds a run in something larger, such as a sweep: who gets its events and may stop it, and which tags MLflow gets."""
+    """Embeds a run in something larger, such as a sweep: `hear` gets its events, `signals` and `pauses` can stop it."""
 
-    started: float  # wall clock
+    started: float  # Unix time in seconds
     signals: Signals
     pauses: PausePoints
     hear: Callable[[Event], None]  # gets every event of the workers
-    tags: dict[str, str]  # of the MLflow run
-    closing: dict[str, str] = field(default_factory=dict)  # tags at its end
+    tags: dict[str, str]  # tags of the MLflow run
+    closing: dict[str, str] = field(default_factory=dict)  # tags that it gets at its end
 
 
 class DrivenRun:
-    """Carries a claimed and planned run out: attempts one after another, then what follows the last step."""
+    """Carries out a claimed and planned run: its attempts one after another, then the work after the last step."""
 
-    owner: RunOwner  # of the MLflow run
+    owner: RunOwner  # owns the MLflow run
     pool: WorkerPool
     memory: Memory
     mailbox: RunMailbox
@@ -89,7 +89,7 @@ class DrivenRun:
         self.started, self.verbose = started, verbose
         self.course = Course(Budget(checked.job.retries), start_step, start_step, start_step)
         self.hooks = hooks
-        self.signals = Signals()  # those that stop it, from when it trains on
+        self.signals = Signals()  # stop requests; `_train` installs the handlers
         self.suspicions = suspects.Suspicions()
         self.warm_up = WarmUp(checked.recipe)
         self.beside = Beside(self.job)
@@ -97,7 +97,7 @@ class DrivenRun:
         self.spending = Spending(self.job, self.ledger)
 
     def run(self) -> endings.Ending:
-        """Trains, then exports, logs and registers the model."""
+        """Trains; then exports, logs, and registers the model."""
 
         def work() -> endings.Ending:
             summary = self._train()
@@ -105,7 +105,7 @@ class DrivenRun:
 
         try:
             result = self._with_mlflow_run(work)
-            self.beside.wait()  # until it has seen that this run has ended
+            self.beside.wait()  # it ends once it sees that this run has ended
             return result
         finally:
             self.beside.end()
@@ -115,24 +115,24 @@ class DrivenRun:
         return self._with_mlflow_run(self._train)
 
     def finalize(self, last: SavedCheckpoint) -> endings.Ending:
-        """Finalizes from the last checkpoint, without training, where an earlier command did not complete this."""
+        """Finalizes from the last checkpoint, without training, if an earlier command didn't complete this."""
         summary = endings.read(self.job.run_folder, last, self.job)
         self._follow(states.AllDone())
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
 
     def catch_up(self) -> None:
-        """Logs to MLflow what an earlier command could not log at its end: its metrics, or only that the run has finished."""
+        """Completes the record in MLflow if an earlier command couldn't: its metrics, or only the status of the finished run."""
         ended = liveness.last(self.job.run_folder)
         if (ended and ended.outcome != "finished") or self.job.run_folder.join(paths.UNLOGGED).exists():
             self._with_mlflow_run(dict)
 
     def _with_mlflow_run(self, work: Callable[[], endings.Ending]) -> endings.Ending:
-        """Does the work with an owner of the MLflow run, whose status is right however the work ends."""
+        """Runs `work` while this process owns the MLflow run, and sets the correct final status even if `work` raises."""
         self.owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
         self.ledger.beat(force=True)  # from here on the run has a driver
         try:
             result = work()
-        except LeaseError as e:  # the MLflow run is another driver's now
+        except LeaseError as e:  # another driver owns the MLflow run now
             self._follow(states.CommandEnded(RunState.FAILED))
             self.ledger.close("failed", str(e))
             raise
@@ -157,7 +157,7 @@ class DrivenRun:
     # training --------------------------------------------------------------------------------------------------------
 
     def _train(self) -> endings.Ending:
-        """Starts attempts one after another until the last step is done or another attempt would be of no use."""
+        """Starts attempts one after another until the last step is done, or another attempt would be useless."""
         from heliostat.cluster import nodes
         from heliostat.cluster.connect import connect
         from heliostat.training.driver.memory import Memory
@@ -168,7 +168,7 @@ class DrivenRun:
         workers = self.job.workers
         most = max(self.counts)
         with ProgressReporter(console, self.job.name, self.course.start, self.job.last_step, unit(self.job)) as self.show:
-            # data tasks need CPUs of their own; on a small machine these are logical, and mostly wait
+            # data tasks need separate CPUs; on a small machine these are logical CPUs, and the tasks mostly wait
             connect(
                 cpus=max(os.cpu_count() or 1, round(most * workers.cpus) + 2),
                 gpus=round(most * workers.gpus),
@@ -192,7 +192,7 @@ class DrivenRun:
         return summary
 
     def _attempts(self) -> WorkerSummary:
-        """Makes attempts until one has made the last step; returns its summary."""
+        """Runs attempts until one completes the last step. Returns its summary."""
         while True:
             again = "" if self.course.state is RunState.STARTING else f"{self.course.state}: "
             self.show.note(f"{again}starting the workers")
@@ -235,7 +235,7 @@ class DrivenRun:
         return Attempt(start, self.pool, self.signals, self._take, self._beat).run()
 
     def _follow(self, event: states.RunEvent) -> None:
-        """Follows an event: changes the course, and carries out what it asks for."""
+        """Handles an event: updates the course, and carries out the actions that `states.follow` returns."""
         before = self.course
         self.course, actions = states.follow(before, event)
         if self.course.state is not before.state:
@@ -262,10 +262,8 @@ class DrivenRun:
                 raise action.error
 
     def _take(self, attempt: int, event: Event) -> None:
-        """Hands an event of the workers to the ledger, MLflow, the terminal, and whatever the run is a part of.
-
-        One of an attempt that has ended is dropped.
-        """
+        """Passes an event of the workers to the ledger, MLflow, the terminal, and the hooks. Drops events of an attempt that has
+        ended."""
         dropped = self.course.dropped
         self._follow(states.WorkerMessage(attempt, type(event).__name__, event.done if isinstance(event, Steps) else None))
         if self.course.dropped > dropped:
@@ -287,7 +285,8 @@ class DrivenRun:
             self.hooks.hear(event)
 
     def _from_memory(self, attempt: int) -> CopySource | None:
-        """Finds newer copies of the training state in memory than the checkpoint, and makes the attempt start from them."""
+        """Looks for in-memory checkpoints that aren't older than the newest checkpoint. If it finds them, the attempt starts from
+        them."""
         if not self.course.trust_memory:
             return None
         source = self.memory.newest(attempt, self.course.saved, self.plan.digest, self.pool.avoided())
@@ -297,7 +296,7 @@ class DrivenRun:
         return source
 
     def _beat(self) -> None:
-        """Updates the ledger, raises the error if the lease was lost, and stops the run at a limit; to be called often."""
+        """Updates the ledger, raises an error if the lease was lost, and stops the run at a limit. Call it often."""
         self.ledger.beat()
         if self.lease.lost:
             raise self.lease.lost
@@ -315,17 +314,17 @@ class DrivenRun:
         self._follow(states.Failed(attempt, error, refused, self.spending.reached))
 
     def _find_checkpoint(self, error: HeliostatError) -> None:
-        """Finds the checkpoint to go back to, and excludes the nodes that the failure shows to be bad."""
+        """Chooses the checkpoint from which to recover, and excludes the nodes that the failure shows to be bad."""
         try:
             newest = suspects.trusted(self.job.run_folder, error)
             step = newest.step if newest else 0
-        except StorageError as e:  # still away: the next attempt looks from where this one began
+        except StorageError as e:  # still unreachable: assume the checkpoint from which this attempt started
             log.warning("%s", e)
             step = self.course.saved
         self._follow(states.CheckpointFound(step, tuple(self._exclude(error, step))))
 
     def _go_back(self, step: int, left_out: tuple[int, int] | None) -> None:
-        """Changes the data plan as going back to a checkpoint does: what was left out from a later step on is decided again."""
+        """Changes the data plan for a return to a checkpoint: forgets the skips after `step`, and adds `left_out` to them."""
         skips = tuple(skip for skip in self.plan.skips if skip[0] <= step)
         if left_out:
             first, last = left_out
@@ -336,7 +335,8 @@ class DrivenRun:
             self.order = make_order(self.plan, self.checked.manifests)
 
     def _exclude(self, error: HeliostatError, step: int) -> list[str]:
-        """Excludes the nodes that a failure shows to be bad; returns what was done, if anything. `step`: of the checkpoint."""
+        """Excludes the nodes that a failure shows to be bad. Returns a description of the action, if any. `step`: of the
+        checkpoint."""
         if isinstance(error, AccessError):
             suspects.avoid_refused(error.node, self.job, min(self.counts), self.pool)
         if isinstance(error, CorruptionError):
@@ -348,7 +348,7 @@ class DrivenRun:
         return [done]
 
     def _pause(self, seconds: float) -> None:
-        """Waits before the next attempt; raises the error of a run that is ordered to stop meanwhile."""
+        """Waits before the next attempt. If a signal or a limit stops the run meanwhile, raises its error."""
         until = time.monotonic() + seconds
         while time.monotonic() < until and not self.signals.name:
             self._beat()
@@ -359,7 +359,10 @@ class DrivenRun:
             self._follow(states.Asked(error))
 
     def _sources(self, step: int) -> dict[str, dict[str, float]]:
-        """Counts by source name what it contributed to this sequence's steps before `step`: tokens or samples, and epochs."""
+        """Counts the tokens, samples, and epochs that each source has contributed before `step`, by source name.
+
+        Counts only the current sequence of samples.
+        """
         order, manifests = self.order, self.checked.manifests
         names = [m.meta.get("name", m.location.name) for m in manifests]
         taken = order.consumed(step)
@@ -377,7 +380,7 @@ class DrivenRun:
         return finalize(self.checked, self.lease, self.ledger, self.owner, last, summary)
 
     def _stopped(self, where: str, fix: str) -> StoppedError:
-        """Makes the error of a run that stops: of the limit that is reached, if there is one, else of the signal."""
+        """Creates the error of a stopped run: for the limit if one is reached, else for the signal."""
         if reached := self.spending.reached:
             return LimitError(f"{reached}; stopped {where}. {fix}")
         return StoppedError(f"stopped by {self.signals.name} {where}. {fix}")

@@ -1,4 +1,4 @@
-"""Handles SIGINT and SIGTERM in the driver as requests to stop: remembers the first one; a second one interrupts at once."""
+"""Handles SIGINT and SIGTERM in the driver as requests to stop. Records the first signal; a second one interrupts at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from types import FrameType, TracebackType
 
 
 class Signals:
-    """Catches SIGINT and SIGTERM inside `with Signals() as signals:`; `name` is the first signal's, that of a limit, or None.
+    """Catches SIGINT and SIGTERM inside `with Signals() as signals:`. `name`: the name of the first signal or limit, or None.
 
-    On exit the earlier handlers are restored.
+    On exit, restores the earlier handlers.
     """
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Signals:
         self._by_limit = False
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere, as in a trial of a sweep, signals are not ours
+        if threading.current_thread() is threading.main_thread():  # in another thread, as in a trial, signals are the caller's
             self._before = {n: signal.signal(n, self._take) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -28,7 +28,7 @@ class Signals:
             signal.signal(number, handler)
 
     def limit(self, name: str) -> None:
-        """Requests a stop because a limit was reached; the first signal that follows does not interrupt yet."""
+        """Requests a stop because a limit was reached. The first signal that follows doesn't interrupt yet."""
         if not self.name:
             self.name, self._by_limit = name, True
 

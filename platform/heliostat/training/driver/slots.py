@@ -1,12 +1,12 @@
-"""Holds the resources of a run's workers: a placement group of one bundle for each, so that one worker's can be given back alone.
+"""Holds the resources of a run's workers. Each worker has its own placement group of one bundle, which can be released alone.
 
     slots = Slots(job.workers, stop)
-    slots.fill(3)            # waits for three, all or none
-    slots.give_back([2])     # the others stay as they are
+    slots.fill(3)            # waits for three slots, all or none
+    slots.give_back([2])     # the other slots stay
 
-Several are taken together or not at all: where they do not fit now, a placement group of all that are missing queues for them
-and holds nothing until Ray can place it whole; what it then was given is exchanged for groups of one bundle. Where the rest does
-not come within some seconds, what a run holds already is given back too: no half-placed run holds resources for long.
+Missing slots are taken together or not at all. If they don't fit now, one placement group for all of them waits in Ray's queue.
+It reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the missing slots don't come
+within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for long.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from heliostat.errors import PlacementError
 
 log = logging.getLogger(__name__)
 
-PLACE_S = 30.0  # for resources; then there may be room for fewer workers
-AT_ONCE_S = 2.0  # for resources that are free
-AGAIN_S = 3.0  # at most, before a queue is joined again that another run was faster in
-AVOID_S = 60.0  # for a node that does not answer; by then Ray knows whether it lives
+PLACE_S = 30.0  # to wait for resources; after that there may be room for fewer workers
+AT_ONCE_S = 2.0  # to wait for resources that are free
+AGAIN_S = 3.0  # longest pause before queuing again, after another run took the resources
+AVOID_S = 60.0  # to avoid a node that doesn't answer; after that Ray knows whether it lives
 POLL_S, FAST_POLL_S = 0.05, 0.005
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Holds the resources of one worker, on a node."""
+    """Holds the resources of one worker on one node."""
 
     number: int
     group: PlacementGroup
@@ -49,16 +49,17 @@ class Slot:
 
 class Slots:
     def __init__(self, workers: Workers, stop: threading.Event) -> None:
-        """Prepares to hold resources for workers; `stop` ends what waits for them."""
+        """Prepares to hold resources for workers. Setting `stop` ends every wait for resources."""
         self.workers, self._stop = workers, stop
-        self.waiting = threading.Event()  # for resources
+        self.waiting = threading.Event()  # set while `fill` waits for resources
         self.held: dict[int, Slot] = {}
         self._numbers = itertools.count()
         self._avoided: dict[str, float] = {}
-        self._open: list[PlacementGroup] = []  # asked for, and in no slot yet
+        self._open: list[PlacementGroup] = []  # requested, but not in a slot yet
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Takes nodes for lost, for some time, before Ray knows that they are; or `for_good`, though they live."""
+        """Treats nodes as lost for some time, before Ray knows that they are. `for_good`: excludes them permanently, although
+        they live."""
         until = math.inf if for_good else time.monotonic() + AVOID_S
         for node in out:
             self._avoided[node] = max(until, self._avoided.get(node, 0.0))
@@ -67,7 +68,7 @@ class Slots:
         return {node for node, until in self._avoided.items() if time.monotonic() < until}
 
     def staying(self) -> list[Slot]:
-        """Lists the slots on nodes that live and are not about to go."""
+        """Lists the slots on nodes that live and aren't about to leave."""
         alive, leaving = nodes.carrying({}), nodes.draining() | self.avoided()
         return [s for s in self.held.values() if s.node in alive and s.node not in leaving]
 
@@ -81,9 +82,10 @@ class Slots:
         self._drop_open()
 
     def surplus(self, count: int, used: Collection[int]) -> list[int]:
-        """Chooses the slots that are not needed for so many workers: those without a process first, then by placement.
+        """Chooses the slots to release so that `count` remain: first those without a process, then by placement.
 
-        Packed workers leave the nodes that hold the fewest of them, others those that hold the most. `used`: those with one.
+        With placement `pack`, the nodes with the fewest workers lose them first; otherwise the nodes with the most. `used`: the
+        numbers of slots with a process.
         """
         left, over = list(self.held.values()), list[int]()
         while len(left) > count:
@@ -95,7 +97,7 @@ class Slots:
         return over
 
     def fill(self, count: int, patient: bool = True) -> None:
-        """Waits until resources of `count` workers are held; if not `patient`, PlacementError where they are not within 30 s."""
+        """Waits until the resources of `count` workers are held. If not `patient`, raises PlacementError after 30 s."""
         self.waiting.set()
         try:
             if not self._take_free(count - len(self.held)):
@@ -104,14 +106,15 @@ class Slots:
             self.waiting.clear()
 
     def _take_free(self, missing: int) -> bool:
-        """Takes resources that are free now, if all that are missing are."""
+        """Takes free resources if they cover all missing slots. Returns whether it did."""
         per_node = Counter(s.node for s in self.held.values())
         free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
         spots_found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, per_node, missing)
         return spots_found is not None and self._pin(spots_found)
 
     def _pin(self, nodes: list[str]) -> bool:
-        """Holds a slot on each of the nodes, if all of them can be had within some seconds, else none."""
+        """Takes a slot on each of the nodes, or on none if not all are available within AT_ONCE_S seconds. Returns whether it
+        did."""
         groups = self._open = [self._ask([node], 1) for node in nodes]
         until = time.monotonic() + AT_ONCE_S
         while not all(map(placed, groups)):
@@ -126,7 +129,7 @@ class Slots:
         return True
 
     def _queue(self, count: int, patient: bool) -> None:
-        """Queues for what is missing, behind others, without holding a part of it."""
+        """Waits in Ray's queue for all missing slots, after earlier requests, without holding a part of them."""
         until = time.monotonic() + PLACE_S
         while True:
             ticket, whole = self._ask(None, count - len(self.held)), not self.held
@@ -144,10 +147,10 @@ class Slots:
             self._drop_open()
             if nodes and self._pin(nodes):
                 return
-            time.sleep(random.uniform(0, AGAIN_S) if nodes else 0)  # so that of two runs one is faster
+            time.sleep(random.uniform(0, AGAIN_S) if nodes else 0)  # random, so that one of two competing runs is faster
 
     def _ask(self, only: list[str] | None, count: int) -> PlacementGroup:
-        """Asks for a placement group: on one of the nodes `only`, or on any that may be used."""
+        """Requests a placement group of `count` bundles: on the node in `only`, or on any node that may be used."""
         workers = self.workers
         need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
         taken = {s.node for s in self.held.values()} if workers.placement == "strict_spread" else set()
@@ -167,6 +170,6 @@ class Slots:
 
 
 def placed(group: PlacementGroup) -> list[str]:
-    """Lists the nodes of a placement group's bundles, in their order; empty until all are placed."""
+    """Lists the nodes of a placement group's bundles, in bundle order. The list is empty until all bundles are placed."""
     nodes: dict[int, str] = placement_group_table(group).get("bundles_to_node_id", {})
     return [nodes[bundle] for bundle in sorted(nodes)] if nodes and all(nodes.values()) else []

@@ -1,9 +1,11 @@
-"""Decides what a run's driver does next: `follow(course, event)` is a pure function, whose actions `run` carries out.
+"""Decides what a run's driver does next. `follow(course, event)` is a pure function; `run` carries out its actions.
 
-Every attempt has a number. What carries the number of another attempt, or of one that has ended, is dropped and counted: nothing
-that its workers computed, raised, or posted counts any more. docs/reliability/driver-states.md has the table.
+Every attempt has a number. A message with the number of another attempt, or of one that has ended, is dropped and counted.
+Results, errors, and events of that attempt's workers no longer count. docs/reliability/driver-states.md has the table of states.
 
-starting -> running -> finalizing -> finished      resizing, recovering: from running, until workers make a step again
+starting -> running -> finalizing -> finished
+
+A running run can become resizing or recovering, until workers complete a step again.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from heliostat.training.stops import INTERRUPTED, RUN, STOPS
 
 
 class RunState(StrEnum):
-    """Lists what a run can be at, as its driver sees it; the last three end the command."""
+    """Lists the states of a run, as its driver sees them. The last three end the command."""
 
-    STARTING = "starting"  # no worker has made a step yet
-    RUNNING = "running"  # workers make steps
-    RECOVERING = "recovering"  # an attempt has failed, and the next one has made no step yet
-    RESIZING = "resizing"  # workers have stopped for another number of them, or for a node that goes; no step since
+    STARTING = "starting"  # no worker has completed a step yet
+    RUNNING = "running"  # workers complete steps
+    RECOVERING = "recovering"  # an attempt has failed, and the next one has completed no step yet
+    RESIZING = "resizing"  # workers have stopped for a new worker count, or because a node leaves; no step since
     FINALIZING = "finalizing"  # all steps are done: the model is exported and registered
     FINISHED = "finished"
     STOPPED = "stopped"  # by a signal, a limit, or a sweep; `--resume` continues
@@ -31,17 +33,23 @@ class RunState(StrEnum):
 
 S = RunState
 ENDS = frozenset({S.FINISHED, S.STOPPED, S.FAILED})
-BEFORE_STEPS = frozenset({S.STARTING, S.RECOVERING, S.RESIZING})  # in which an attempt may begin
+BEFORE_STEPS = frozenset({S.STARTING, S.RECOVERING, S.RESIZING})  # the states in which an attempt may begin
 
 
 @dataclass(frozen=True)
 class Course:
-    """Holds what decides about a run's next attempt.
+    """Holds the facts that decide a run's next action.
 
-    `attempt`: the number of the newest one, from 1 on; `under_way`: whether it has not ended; `start`: the step that it starts
-    from, or the next one will; `saved`: the step of the newest checkpoint in storage; `done`: the last step that workers have
-    reported; `trust_memory`: whether in-memory copies may be used; `failure`: the error that waits for a checkpoint; `dropped`:
-    how many messages and results of other attempts were dropped.
+    - `budget`: the retries that are used and left
+    - `start`: the step from which the current attempt starts, or the next one will
+    - `saved`: the step of the newest checkpoint in storage
+    - `done`: the last step that workers have reported
+    - `attempt`: the number of the newest attempt, from 1
+    - `under_way`: whether that attempt hasn't ended
+    - `trust_memory`: whether in-memory checkpoints may be used
+    - `failure`: the error of a failed attempt, until a checkpoint is chosen
+    - `restarts`: the number of restarts so far
+    - `dropped`: the number of dropped messages and results of other attempts
     """
 
     budget: Budget
@@ -57,7 +65,7 @@ class Course:
     dropped: int = 0
 
 
-# events: what has happened -------------------------------------------------------------------------------------------
+# events --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class CopiesFound:
-    """Reports intact in-memory copies of `step`, which are not older than the newest checkpoint."""
+    """Reports intact in-memory checkpoints of `step`, which isn't before the newest checkpoint in storage."""
 
     attempt: int
     step: int
@@ -75,7 +83,8 @@ class CopiesFound:
 
 @dataclass(frozen=True)
 class WorkerMessage:
-    """Reports a message of a worker. `kind`: its class; `done`: the steps that are done, if it reports steps."""
+    """Reports a message of a worker. `kind`: the event's class name. `done`: the number of completed steps, if the message
+    reports steps."""
 
     attempt: int
     kind: str
@@ -84,7 +93,8 @@ class WorkerMessage:
 
 @dataclass(frozen=True)
 class Stopped:
-    """Reports that all workers have ended after `step`, with the same stop code. `limit`: of the job, if one is reached."""
+    """Reports that all workers have ended after `step`, with the same stop code. `limit`: the job's limit that is reached, if
+    any."""
 
     attempt: int
     stop: int
@@ -94,7 +104,8 @@ class Stopped:
 
 @dataclass(frozen=True)
 class Failed:
-    """Reports that an attempt has failed, for one cause. `refused`: the store refuses the driver, too; `limit`: see `Stopped`."""
+    """Reports that an attempt has failed. `error`: the one cause. `refused`: whether the store rejects the driver, too. `limit`:
+    as in `Stopped`."""
 
     attempt: int
     error: HeliostatError
@@ -104,8 +115,8 @@ class Failed:
 
 @dataclass(frozen=True)
 class CheckpointFound:
-    """Reports the step of the newest checkpoint that the failure leaves in no doubt; 0 if there is none. `notes`: what was done
-    about nodes."""
+    """Reports the step of the newest checkpoint that the failure doesn't call into question, or 0. `notes`: the actions taken
+    about bad nodes."""
 
     step: int
     notes: tuple[str, ...] = ()
@@ -113,14 +124,14 @@ class CheckpointFound:
 
 @dataclass(frozen=True)
 class Asked:
-    """Reports that a signal or a limit stops the run while no workers run. `error`: says where."""
+    """Reports that a signal or a limit stops the run while no workers run. `error`: the error that ends the command."""
 
     error: StoppedError
 
 
 @dataclass(frozen=True)
 class AllDone:
-    """Reports that an earlier command has made all steps."""
+    """Reports that an earlier command has completed all steps."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +144,7 @@ class CommandEnded:
 RunEvent = Begin | CopiesFound | WorkerMessage | Stopped | Failed | CheckpointFound | Asked | AllDone | CommandEnded
 
 
-# actions: what the driver does ---------------------------------------------------------------------------------------
+# actions -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -145,12 +156,12 @@ class StartWorkers:
 
 @dataclass(frozen=True)
 class Take:
-    """Hands the message to the ledger, MLflow, and the terminal."""
+    """Passes the message to the ledger, MLflow, and the terminal."""
 
 
 @dataclass(frozen=True)
 class Drop:
-    """Drops it, and counts it."""
+    """Drops a message and counts it. `what`: the kind of the message."""
 
     attempt: int
     what: str
@@ -158,19 +169,19 @@ class Drop:
 
 @dataclass(frozen=True)
 class ForgetCopies:
-    """Forgets the in-memory copies."""
+    """Deletes the in-memory checkpoints."""
 
 
 @dataclass(frozen=True)
 class FindCheckpoint:
-    """Looks for a checkpoint to go back to."""
+    """Chooses a checkpoint from which to recover."""
 
     error: HeliostatError
 
 
 @dataclass(frozen=True)
 class Restart:
-    """Books a restart. `outcome`, `reason`: of the attempt that has ended."""
+    """Records a restart in the ledger. `outcome`, `reason`: those of the attempt that has ended."""
 
     outcome: str
     reason: str = ""
@@ -178,7 +189,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class GoBack:
-    """Goes back to the checkpoint. `left_out`: the first and the last step whose samples are left out; None if none are."""
+    """Returns to the checkpoint of `step`. `left_out`: the first and the last step whose samples are skipped, or None."""
 
     step: int
     left_out: tuple[int, int] | None = None
@@ -186,7 +197,7 @@ class GoBack:
 
 @dataclass(frozen=True)
 class Wait:
-    """Waits before the next attempt. `why`: for the log."""
+    """Waits before the next attempt. `why`: the text of the log line."""
 
     seconds: float
     why: str
@@ -204,9 +215,10 @@ Next = tuple[Course, tuple[Action, ...]]
 
 
 def follow(course: Course, event: RunEvent) -> Next:
-    """Returns what follows an event: the new course, and what the driver does, in this order. Pure.
+    """Computes the new course, and the driver's actions, in order, after an event. Pure.
 
-    RuntimeError for an event that can't happen in this state. One of another attempt can always happen, and is dropped.
+    Raises RuntimeError for an event that can't happen in this state. An event of another attempt can always happen, and is
+    dropped.
     """
     match event:
         case (
@@ -215,9 +227,9 @@ def follow(course: Course, event: RunEvent) -> Next:
             what = event.kind if isinstance(event, WorkerMessage) else type(event).__name__
             return replace(course, dropped=course.dropped + 1), (Drop(attempt, what),)
         case CommandEnded() if course.state in ENDS:
-            return course, ()  # the first end counts
+            return course, ()  # the first end of the command counts
         case _ if course.state in ENDS:
-            pass  # nothing follows
+            pass  # a run that has ended accepts no other events
         case CommandEnded(state=state) if state in ENDS and (
             state is not S.FINISHED or course.state in (S.STARTING, S.FINALIZING)
         ):
@@ -226,7 +238,7 @@ def follow(course: Course, event: RunEvent) -> Next:
             following = replace(course, attempt=course.attempt + 1, under_way=True, start=course.saved, done=course.saved)
             return following, (StartWorkers(following.attempt),)
         case CopiesFound(step=step) if course.trust_memory and step >= course.saved and course.state in BEFORE_STEPS:
-            return replace(course, start=step, done=step, trust_memory=False), ()  # until they have made a step
+            return replace(course, start=step, done=step, trust_memory=False), ()  # False until they have completed a step
         case WorkerMessage(done=None):
             return course, (Take(),)
         case WorkerMessage(done=int(done)):
@@ -250,7 +262,7 @@ def _raise(course: Course, error: HeliostatError) -> Next:
 
 
 def _stopped(course: Course, event: Stopped) -> Next:
-    """Follows workers that have ended as they were ordered to, or after the last step."""
+    """Handles the end of workers that were ordered to stop, or that have completed the last step."""
     if event.stop == RUN:
         return replace(course, state=S.FINALIZING, done=event.step), ()
     if event.stop == INTERRUPTED:
@@ -264,22 +276,22 @@ def _stopped(course: Course, event: Stopped) -> Next:
 
 
 def _failed(course: Course, event: Failed) -> Next:
-    """Follows a failure: the command ends, the run queues again, or it looks for a checkpoint."""
+    """Handles a failure: ends the command, waits for resources again, or looks for a checkpoint."""
     error, limit, kind = event.error, event.limit, classify(event.error)
     if isinstance(error, StoppedError):
         return _raise(course, LimitError(str(error) if limit in str(error) else f"{limit}; {error}") if limit else error)
     if kind == "final" or event.refused:
         return _raise(course, error)
-    if kind == "queued":  # nothing was tried
+    if kind == "queued":  # no worker started, so this uses no retry
         again = replace(course, state=S.RECOVERING, restarts=course.restarts + 1, trust_memory=True)
         return again, (Restart("failed", str(error)), Wait(course.budget.retries.backoff, f"{error}. Trying again"))
-    doubted = kind in ("corrupt", "spike") or isinstance(error, CorruptionError)  # the run goes back to before what is in memory
+    doubted = kind in ("corrupt", "spike") or isinstance(error, CorruptionError)  # the in-memory checkpoints may be bad, too
     looking = replace(course, state=S.RECOVERING, failure=error)
     return looking, ((ForgetCopies(), FindCheckpoint(error)) if doubted else (FindCheckpoint(error),))
 
 
 def _again(course: Course, error: HeliostatError, event: CheckpointFound) -> Next:
-    """Follows a checkpoint that was found: another attempt from there, or the end if the retries are used up."""
+    """Handles the choice of a checkpoint: starts another attempt from it, or ends the run if the retries are used up."""
     step, budget = event.step, replace(course.budget)
     try:
         wait = budget.spend(error, step)

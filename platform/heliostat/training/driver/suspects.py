@@ -1,8 +1,9 @@
-"""Decides whom a failure is blamed on: which nodes get no workers any more, and which checkpoints are in doubt.
+"""Decides which nodes and checkpoints a failure calls into question.
 
-A node is excluded until the command ends after two faults of its devices, or two failures without an explanation and without a
-new checkpoint between them. A node whose requests a store refuses, unlike the driver's, is avoided for some time: its credentials
-may have expired, its clock may be wrong, a file system may not be mounted there. Both only if other nodes have room for the run.
+A node is excluded until the command ends after two faults of its devices, or after two unexplained failures with no new
+checkpoint between them. A node is avoided for some time if a store rejects its requests but not the driver's. Its credentials may
+have expired, its clock may be wrong, or a file system may not be mounted there. A node is excluded or avoided only if other nodes
+have room for the run.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ if TYPE_CHECKING:  # Ray takes a second
 
 log = logging.getLogger(__name__)
 
-FAILURES = 2  # of a node, after which it is excluded
+FAILURES = 2  # failures of a node after which it is excluded
 
 
 class Suspicions:
-    """Counts failures by the node that may be their cause."""
+    """Counts failures by the node that may have caused them."""
 
     def __init__(self) -> None:
-        self._devices: Counter[str] = Counter()  # faults of devices, in the whole command
+        self._devices: Counter[str] = Counter()  # device faults during the command
         self._unexplained: Counter[str] = Counter()  # other failures since the newest checkpoint
         self._checkpoint = -1
 
     def note(self, error: HeliostatError, checkpoint: int) -> list[str]:
-        """Counts an attempt's failure; returns the nodes that are to be excluded. `checkpoint`: step of the newest one."""
+        """Counts an attempt's failure. Returns the nodes to exclude. `checkpoint`: the step of the newest checkpoint."""
         if isinstance(error, CorruptionError):
             return error.nodes
         if not isinstance(error, TrainingError):
@@ -49,7 +50,8 @@ class Suspicions:
 
 
 def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
-    """Gives these nodes no workers any more, if others have room for `count` of them; returns what was done, for people."""
+    """Excludes these nodes from the pool if other nodes have room for `count` workers. Returns and logs a sentence about the
+    action."""
     names = ", ".join(bad)
     if _room_without(bad, job, pool) >= count:
         pool.avoid(bad, for_good=True)
@@ -61,14 +63,14 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
 
 
 def avoid_refused(bad: str, job: Job, count: int, pool: WorkerPool) -> None:
-    """Avoids the node that a store has refused for some time, if others have room for `count` workers."""
+    """Avoids a node that a store has rejected, for some time, if other nodes have room for `count` workers."""
     if bad and _room_without([bad], job, pool) >= count:
         pool.avoid([bad])
         log.warning("the store rejects requests from node %s, so heliostat avoids that node for some time", bad)
 
 
 def _room_without(out: Sequence[str], job: Job, pool: WorkerPool) -> int:
-    """Computes how many workers the other nodes have room for."""
+    """Computes the number of workers that fit on the other nodes."""
     from heliostat.cluster import nodes
 
     avoid = pool.avoided() | set(out)
@@ -76,7 +78,7 @@ def _room_without(out: Sequence[str], job: Job, pool: WorkerPool) -> int:
 
 
 def refuses_driver(error: AccessError, job: Job) -> bool:
-    """Checks whether this process is refused too, in the run's folder, at a source, or at the place of the error."""
+    """Checks whether the store rejects this process, too: in the run's folder, at a data source, or at the place of the error."""
     try:
         job.run_folder.join(run_folder.PROBE).write(b"")
         for place in [*job.sources, *([Location(error.place)] if error.place else [])]:
@@ -90,7 +92,8 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
 
 
 def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
-    """Finds the newest checkpoint that the error leaves in no doubt; if it leaves none, the newest of all."""
+    """Finds the newest checkpoint that the error doesn't call into question. If a CorruptionError leaves none, returns the newest
+    one with a warning."""
     if isinstance(error, CorruptCheckpointError):
         return layout.latest(run, error.step)
     if not isinstance(error, CorruptionError):

@@ -1,7 +1,8 @@
-"""Watches over the workers of an attempt: finds a stall, collects all stack traces then, and finds who holds the others up.
+"""Watches the workers of an attempt: detects a stall, collects all stack traces then, and finds the worker that delays the
+others.
 
-`heartbeats`: the workers' last ones by rank, as the mailbox has them, with times of this process's clock: `moved`, of the last
-change in `progress`, and `at`, of the heartbeat itself.
+`heartbeats`: each worker's last heartbeat, by rank, from the mailbox. Times are of this process's clock: `at` is when the
+heartbeat arrived, `moved` is when its `progress` last changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping
 from heliostat.runs.events import Event, Stack
 from heliostat.training.mailbox import Pulse, interval
 
-ANSWER_S = 5.0  # for a worker that has heard of it, to look and to answer
+ANSWER_S = 5.0  # for a worker to read its stacks and answer, once it has the order
 POLL_S = 0.5
 FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
 
@@ -22,7 +23,7 @@ FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
 def wait_s(workers: int) -> float:
     """Computes the seconds to wait for all stack traces.
 
-    A worker gets the order with its next heartbeat, and the more workers there are, the rarer those are.
+    A worker gets the order with its next heartbeat, and the more workers there are, the longer the time between heartbeats.
     """
     return interval(workers) + ANSWER_S
 
@@ -34,9 +35,9 @@ def collect(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[int, str]:
-    """Collects the workers' stack traces, by rank, that arrive within `wait_s` after the order.
+    """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns them by rank.
 
-    `take` gets all other events that `drain` returns meanwhile.
+    `drain` returns new events. `take` gets those that aren't stack traces.
     """
     stacks: dict[int, str] = {}
     deadline = clock() + wait_s(workers)
@@ -51,24 +52,25 @@ def collect(
 
 
 def call(stack: str) -> str:
-    """Finds where the main thread is in a worker's stack traces; empty if that is not in them."""
+    """Finds the innermost call of the main thread in a worker's stack traces. Returns an empty string if the thread isn't in
+    them."""
     main = next((part for part in re.split(r"^thread ", stack, flags=re.M) if part.startswith("MainThread:")), "")
     frames = FRAME.findall(main)
     return "{2} ({0}:{1})".format(*frames[-1]) if frames else ""
 
 
 def text(stacks: dict[int, str], workers: int) -> str:
-    """Formats the stack traces by worker, headed by the numbers of the workers that did not answer."""
+    """Formats the stack traces by worker. The first line lists the workers that didn't answer."""
     silent = [str(r) for r in range(workers) if r not in stacks]
     head = [f"no answer within {wait_s(workers):.0f} s, so frozen or dead: worker {', '.join(silent)}"] if silent else []
     return "\n\n".join([*head, *(f"worker {r}: {stacks[r]}" for r in sorted(stacks))])
 
 
 def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: float, since: float) -> str | None:
-    """Explains why the workers count as stalled; None if they do not.
+    """Explains why the workers count as stalled. Returns None if they don't.
 
-    `limit`: seconds. `since`: when the watch began. Progress of one worker is enough: the others may wait for it. A worker
-    without a heartbeat for `limit` is itself stalled.
+    `limit`: seconds. `since`: when the watch began. The progress of one worker is enough, because the others may wait for it. A
+    worker that sends no heartbeat for `limit` seconds is stalled itself.
     """
     moved = max([since, *(p["moved"] for p in heartbeats.values())])
     if now - moved > limit:
@@ -78,15 +80,19 @@ def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: fl
 
 
 def frozen(heartbeats: Mapping[int, Pulse], now: float, limit: float) -> tuple[str, ...]:
-    """Finds the node whose workers are silent when a run has stalled, by `limit` seconds; none if several nodes' are."""
+    """Finds the node whose workers are silent in a stalled run. Returns nothing if workers of several nodes are silent.
+
+    A worker is silent if it has sent no heartbeat for half of `limit` seconds.
+    """
     nodes = {p["node"] for p in heartbeats.values() if now - p["at"] > limit / 2}
     return tuple(nodes) if len(nodes) == 1 else ()
 
 
 def held_up(heartbeats: Mapping[int, Pulse], calls: Mapping[int, str], workers: int) -> tuple[int | None, str]:
-    """Finds the worker that the others wait for in a stall, and says why; None if nothing sets one apart.
+    """Finds the worker that the others wait for in a stall, and explains why. The rank is None if no worker differs from the
+    others.
 
-    `calls`: where the main thread of each worker is that has answered with its stack traces.
+    `calls`: by rank, the innermost call of each main thread; only of workers that answered with their stack traces.
     """
     if silent := [rank for rank in range(workers) if rank not in calls]:
         more = f", and {len(silent) - 1} more don't" if len(silent) > 1 else ""

@@ -40,11 +40,11 @@ from heliostat.training.worker.unsealed import Unsealed
 
 
 class WorkerConfig(TypedDict):
-    """Describes what a worker gets of its attempt.
+    """Describes a worker's inputs for an attempt.
 
-    `job`, `plan`: plain data; `pauses`: steps; `fence`: of the driver's lease; `part`: of the stream, None if another worker
-    reads for this one; `queued_s`: how long the workers' resources were waited for; `memory`: the plan of the copies in memory,
-    None if the job wants none.
+    `job`, `plan`: plain data. `pauses`: steps. `fence`: that of the driver's lease. `part`: this worker's part of the stream, or
+    None if another worker reads for it. `queued_s`: seconds that the run waited for the workers' resources. `memory`: the plan of
+    in-memory checkpoints, or None if the job wants none.
     """
 
     job: dict[str, object]
@@ -60,7 +60,7 @@ class WorkerConfig(TypedDict):
 
 
 class WorkerSummary(StepsSummary):
-    """Describes what a worker's attempt gave; rank 0's counts."""
+    """Describes the results of a worker's attempt. The driver uses rank 0's."""
 
     steps: int
     stop: int
@@ -69,10 +69,10 @@ class WorkerSummary(StepsSummary):
 
 
 class Worker:
-    """Trains in one attempt."""
+    """Trains as one rank of an attempt."""
 
     def __init__(self, config: WorkerConfig) -> None:
-        """Builds the engine, in the process group of the attempt, and loads the checkpoint to start from."""
+        """Builds the engine in the attempt's process group, and loads the checkpoint to start from."""
         self.job, self.rank, mailbox = Job.model_validate(config["job"]), dist.get_rank(), config["mailbox"]
         self.ledger, self.posts = Ledger("starting"), Posts(mailbox, self.rank)
         self.heartbeat = Heartbeat(mailbox, self.rank, dist.get_world_size())
@@ -90,7 +90,7 @@ class Worker:
     def _build(self, config: WorkerConfig) -> None:
         job, posts, ledger, copies = self.job, self.posts, self.ledger, config["memory"]
         plan, world, folder = DataPlan.parse(config["plan"]), dist.get_world_size(), Location(config["run_folder"])
-        # the training group is left to DeepSpeed; of this one the loop, the saving and the stop consensus have a channel each
+        # DeepSpeed uses the training group; the loop, the saver, and the stop consensus have a channel each in this one
         control, start_step = dist.new_group(backend="gloo"), config["start_step"]
         if copies:
             self.memory = MemoryCopies(copies, job.checkpoint.memory_limit, self.rank, world, posts.notice_of_any)
@@ -118,12 +118,12 @@ class Worker:
             where = ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
             hooks.append(CorruptionCheck(context, engine, recipe, dataset, batches, where))
         if job.evaluate:
-            hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which holds the scores
+            hooks.append(Evaluations(context, state, recipe, dataset, sharing))  # before a save, which records the scores
         hooks += [state, Collector()]
         self.reports = StepReports(context, engine, recipe, unsealed, hooks, stepper.report)
 
         def read() -> stream.StepSamples:
-            """Takes the next step's samples, on the worker that reads for those that share them."""
+            """Takes the next step's samples. Called only on the worker that reads for its group."""
             assert samples
             return samples.next_step()
 
@@ -131,12 +131,12 @@ class Worker:
         self.loop = Loop(context, stepper, unsealed, self.reports, self.heartbeat, hooks, config["pauses"], self.ahead)
 
     def run(self) -> WorkerSummary:
-        """Trains to the last step, or until the workers stop; returns the summary."""
+        """Trains to the last step, or until the workers stop. Returns the summary."""
         with collector.held_off():
             self.context.phase("data")
             done, stop = self.loop.run()
             self.profiler.finish()
-            # here, where the others wait for the last save: at the end they would wait in vain
+            # here, while the other workers wait for the last save; later they would wait only for this
             self.profiler.wait(progressed=self._progressed)
             with self.ledger("checkpoint"):
                 self.state.wait()
@@ -150,8 +150,8 @@ class Worker:
             }
 
     def end(self) -> None:
-        """Ends the threads that report to the driver, that make batches, and that copy into memory. On a broken device the last
-        may not end."""
+        """Ends the threads that send heartbeats and metrics, make batches, and copy into memory. On a broken device the last may
+        not end."""
         self.heartbeat.end()
         self.profiler.end()
         if self.ahead:
@@ -163,11 +163,11 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Returns whether a save, or the making of batches, still runs in its thread."""
+        """Tells whether a save or the making of batches still runs in its thread."""
         return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:
-        """Counts progress, for the watchdog; PeerLostError once the workers were ordered to abort."""
+        """Counts progress for the watchdog. Raises PeerLostError once the workers are ordered to abort."""
         process_group.check()
         self.heartbeat.progress += 1
 
@@ -178,5 +178,5 @@ class Worker:
 
 
 def _nodes() -> int:
-    """Computes the number of nodes that the workers are on, if all have as many as this one."""
+    """Computes the number of the workers' nodes, assuming that all have as many workers as this one."""
     return max(1, round(int(os.environ["WORLD_SIZE"]) / int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -1,8 +1,8 @@
 """Keeps Python's garbage collector off the step path.
 
-Left to itself it runs when so many objects have been made, on each worker within another step, and all others wait for that
-worker in the next collective. Here it runs between steps, at the same ones on all workers: after every EVERY-th it looks at
-what is new, and after evaluations and saves at everything.
+By default it runs after some number of new objects: on each worker within another step, and all others wait for that worker in
+the next collective. Here it runs between steps, after the same steps on all workers. After every EVERY-th step it collects young
+objects; after evaluations and saves it collects all objects.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from contextlib import contextmanager
 
 from heliostat.training.worker.context import Due, Hook
 
-EVERY = 10  # steps; garbage in circles can hold a step's tensors, so they are not left for long
+EVERY = 10  # steps; garbage in reference cycles can hold a step's tensors, so it must not stay for long
 
 
 def spare_imports() -> None:
-    """Exempts what has been imported so far from all later collections; forks of the fork server come with that done."""
+    """Excludes all objects that exist so far, such as imported modules, from later collections. Processes that the fork server
+    forks inherit this."""
     if not gc.get_freeze_count():
         gc.freeze()
 
 
 @contextmanager
 def held_off() -> Iterator[None]:
-    """Keeps the collector from running by itself inside."""
+    """Disables automatic garbage collection inside the context."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -36,7 +37,8 @@ def held_off() -> Iterator[None]:
 
 class Collector(Hook):
     def on_save(self, done: int, due: Due) -> None:
-        """Collects what is new every EVERY steps, and everything where training has stopped anyway."""
+        """Collects young objects every EVERY steps, and all objects after a save or an evaluation, when training has stopped
+        anyway."""
         if due.saves or due.evaluates:
             gc.collect()
         elif done % EVERY == 0:

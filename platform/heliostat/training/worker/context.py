@@ -1,11 +1,12 @@
-"""Describes what all parts of a worker share: where it stands in an attempt, how it reports, and the hooks around its steps.
+"""Describes the state that all parts of a worker share: its position in an attempt, its reports, and the hooks around its steps.
 
-    posts.tell(Evaluation(...))     # not to be lost: kept until a checkpoint holds it, too
+    posts.tell(Evaluation(...))     # must not be lost: kept until a checkpoint holds it, too
     posts.notice("...")             # a line at the terminal
 
-Nothing waits for the driver: an event is sent, and lost without one. Evaluation, checkpoints, and checks are each a `Hook` that
-the loop (`step`) calls. To add one, derive a class from `Hook`, override what it needs, and list it in `build`. Nothing in a hook
-may wait for the device or for another worker at every step.
+No post waits for the driver: an event is sent, and lost if there is no driver.
+
+Evaluation, checkpoints, and checks are each a `Hook` that the loop (`step`) calls. To add one, derive a class from `Hook`,
+override the methods it needs, and list it in `build`. A hook must not wait for the device or for another worker at every step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from heliostat.training.mailbox import AttemptMailbox
 
 log = logging.getLogger(__name__)
 
-Kept = Steps | LossSpike | Evaluation  # that copies in memory hold
+Kept = Steps | LossSpike | Evaluation  # events that in-memory checkpoints contain, too
 for kind in (Steps, LossSpike, Evaluation):
     wire.travels(kind)
 
@@ -38,8 +39,8 @@ for kind in (Steps, LossSpike, Evaluation):
 class Posts:
     """Posts rank 0's events, which are the same on all workers.
 
-    `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint that must not be lost, even if the
-    driver dies before it has them. `dropped`: how many events came after the order to abort, and were not posted.
+    `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint, which must survive the driver's
+    death. `dropped`: the number of events after the order to abort, which weren't posted.
     """
 
     def __init__(self, mailbox: AttemptMailbox | None, rank: int) -> None:
@@ -57,16 +58,16 @@ class Posts:
         self.post(event)
 
     def notice(self, text: str | None) -> None:
-        """Posts a notice for the user at the terminal, if there is one."""
+        """Posts a notice for the user at the terminal, if `text` isn't empty."""
         if text:
             self.post(Notice(text=text))
 
     def notice_of_any(self, text: str) -> None:
-        """Posts a notice that is not rank 0's alone."""
+        """Posts a notice of this worker, on any rank."""
         self.post_of_any(Notice(text=text))
 
     def post_of_any(self, event: Event) -> None:
-        """Posts an event that is not rank 0's alone; after the order to abort it is dropped."""
+        """Posts an event of this worker, on any rank. Drops it after the order to abort."""
         if process_group.ordered():
             self.dropped += 1
             log.debug("dropped %s of an attempt that was aborted", type(event).__name__)
@@ -76,8 +77,8 @@ class Posts:
 
 @dataclass
 class Latest:
-    """Holds what the last steps gave, for checkpoints and the summary: the loss last reported; the held-out scores, and the step
-    that they are of."""
+    """Holds the latest results, for checkpoints and the summary: the loss last reported, the held-out scores, and the step at
+    which they were computed."""
 
     loss: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
@@ -86,10 +87,10 @@ class Latest:
 
 @dataclass(frozen=True)
 class Context:
-    """Holds the attempt's job, data and first step, and this worker's place in it.
+    """Holds the attempt's job, data, and first step, and this worker's position in it.
 
-    `control`: a gloo group of all workers; `fence`: of the driver's lease; `progressed`: reports progress to the watchdog,
-    and raises PeerLostError once the workers were ordered to abort.
+    `control`: a gloo group of all workers. `fence`: that of the driver's lease. `progressed`: reports progress to the watchdog;
+    raises PeerLostError once the workers are ordered to abort.
     """
 
     job: Job
@@ -111,10 +112,14 @@ class Context:
 
 
 class Due(NamedTuple):
-    """Describes what follows a step; the same on every worker.
+    """Describes the work that is due after a step. It is the same on every worker.
 
-    `last`: it is the run's last one; `reports`: its numbers are posted; `evaluates`, `saves`, `keeps`: the model is scored, saved
-    in storage, and copied into memory; `holds`: the workers then wait for a decision.
+    - `last`: the step is the run's last
+    - `reports`: its numbers are posted
+    - `evaluates`: the model is scored
+    - `saves`: the state is saved to storage
+    - `keeps`: the state is copied into memory
+    - `holds`: the workers then wait for a decision
     """
 
     last: bool
@@ -126,45 +131,52 @@ class Due(NamedTuple):
 
 
 class Hook:
-    """Does something around the steps; every worker calls all hooks at the same points, in the same order."""
+    """Adds work around the steps. Every worker calls all hooks at the same points, in the same order."""
 
-    copies = False  # whether it copies the training state into memory, where that is due
+    copies = False  # whether it copies the training state into memory when `Due.keeps`
 
     @property
     def blocked_s(self) -> float:
-        """Returns the seconds for which work in its threads has kept training waiting."""
+        """Returns the seconds that training has waited for work in the hook's threads."""
         return 0.0
 
     @property
     def unsettled(self) -> bool:
-        """Tells whether work in its threads has failed on this worker: then all workers call `settle`."""
+        """Tells whether work in the hook's threads has failed on this worker. Then all workers call `settle`."""
         return False
 
     def settle(self) -> bool:
-        """Waits for work in its threads; collective. Returns whether it succeeded; raises on all workers what ends them."""
+        """Waits for work in the hook's threads. Collective. Returns whether it succeeded. Raises a fatal error on all workers."""
         return True
 
     def looks(self, step: int) -> bool:
-        """Tells whether `before_step` looks at what the steps before have made: their norms are judged first."""
+        """Tells whether `before_step` reads the results of earlier steps. If so, the loop has the hooks judge their norms
+        first."""
         return False
 
     def before_step(self, step: int) -> None:
         """Acts before a step, counted from 0."""
 
     def on_norm(self, step: int, norm: float) -> None:
-        """Acts on the norm of a step's gradient, once for each step, counted from 0: after the next step, or sooner, before
-        anything is reported, compared, evaluated, or saved that depends on the step."""
+        """Acts on a step's gradient norm, once per step. `step` counts from 0.
+
+        The call comes after the next step. It comes earlier if a report, comparison, evaluation, or save that depends on the step
+        is due.
+        """
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
-        """Returns the error of an earlier step that made the present one raise its own, if the norms of steps before show it:
-        pairs of a step, counted from 0, and its norm. Waits for no other worker, because others may not have failed."""
+        """Returns the error of an earlier step that explains the current step's error, if the norms of earlier steps show it.
+
+        `norms`: pairs of a step, counted from 0, and its norm. Must not wait for other workers, because they may not have failed.
+        """
         return None
 
     def after_step(self, done: int, due: Due) -> None:
-        """Acts once `done` steps are made, before the last of them is reported."""
+        """Acts after `done` completed steps, before the last of them is reported."""
 
     def on_report(self, first: int, losses: list[float]) -> None:
         """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""
 
     def on_save(self, done: int, due: Due) -> None:
-        """Acts once `done` steps are made and reported, for what reads or keeps the weights. The steps' clock stops."""
+        """Acts after `done` steps are completed and reported. For work that reads or saves the weights. The steps' clock is
+        stopped."""

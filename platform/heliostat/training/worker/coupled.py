@@ -1,14 +1,16 @@
 """Computes the gradients of a loss that couples all samples of a step, in two passes (GradCache: Gao et al. 2021, arXiv
 2101.06983).
 
-First every worker represents its micro-batches without gradients, and all workers get the representations of the step's samples,
-in the samples' order. Each computes the loss of all of them, and its gradients with respect to them. Then each micro-batch is
-represented again, with the same random numbers, and its inner product with those gradients goes backward: that is its part of
-the loss's gradient. So the loss is the same however samples lie in micro-batches and on workers, and the model's activations are
-those of one micro-batch.
+First, every worker represents its micro-batches without gradients. An all-gather gives all workers the representations of all the
+step's samples, in sample order. Each worker computes the loss of all of them, and its gradients with respect to the
+representations.
 
-What all samples have with all others grows with their number's square. Of a step of more than `SHARED_FROM` samples, each worker
-computes what its share of them adds (`couple_some`), a block at a time, and the workers add up losses and gradients.
+Second, each micro-batch is represented again, with the same random numbers. The inner product of its representations with those
+gradients goes backward: that is the micro-batch's part of the loss's gradient. So the loss doesn't depend on how samples are
+divided into micro-batches and workers. The model's activations take the memory of one micro-batch.
+
+The cost of coupling grows with the square of the number of samples. In a step of more than SHARED_FROM samples, each worker
+computes the contribution of its share of them (`couple_some`), one block at a time. The workers then sum losses and gradients.
 """
 
 from __future__ import annotations
@@ -29,22 +31,23 @@ if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
 Tensors = dict[str, torch.Tensor]
-Terms = int | torch.Tensor  # how many loss terms a step has over all workers
-Checked = Callable[[object, str], Loss]  # returns what a recipe's method gave, if it is a loss; by the method's name
+Terms = int | torch.Tensor  # the number of a step's loss terms over all workers
+Checked = Callable[[object, str], Loss]  # (result of a recipe's method, name of the method) -> the result, if it is a valid Loss
 
-SHARED_FROM = 1024  # samples of a step; also of a block. Fewer are coupled by each worker, which is one matrix of 4 MiB
+SHARED_FROM = 1024  # samples of a step, and of a block. Each worker couples up to as many itself: one matrix of 4 MiB
 
 
 class CouplesSome(Protocol):
-    """Describes a recipe that shares its loss: workers compute parts of steps of more than `SHARED_FROM` samples."""
+    """Describes a recipe with a shareable loss: workers compute parts of it in steps of more than SHARED_FROM samples."""
 
     def couple_some(self, vectors: Tensors, some: slice) -> Loss:
-        """Computes what `some` of a step's samples add to the loss of all, and to its parts; the sums are what `couple` gives."""
+        """Computes the contribution of `some` of a step's samples to the loss of all, and to its parts. Contributions add up to
+        the result of `couple`."""
 
 
 class CoupledStep(NamedTuple):
-    """Holds the loss of a step, and the gradients of its objective with respect to what was represented in floating point, in
-    the order of the sorted `keys`."""
+    """Holds the loss of a step, and the gradients of its objective with respect to the floating-point representations, in the
+    order of the sorted `keys`."""
 
     loss: Loss
     keys: torch.Tensor
@@ -58,7 +61,10 @@ class CoupledStep(NamedTuple):
 
 
 def represented(recipe: CouplesSamples, engine: DeepSpeedEngine, micro: Micro, batch: Batch) -> Tensors:
-    """Represents the samples of a micro-batch, which is on the device; ConfigError for what is not of each sample."""
+    """Represents the samples of a micro-batch that is on the device.
+
+    Raises ConfigError if the first dimension of a representation isn't the number of samples.
+    """
     representations = recipe.represent(engine, batch)
     for name, tensor in representations.items():
         if tensor.dim() == 0 or len(tensor) != len(micro.keys):
@@ -77,8 +83,11 @@ def first_pass(
     terms: Terms,
     progressed: Callable[[], None],
 ) -> CoupledStep:
-    """Represents this worker's micro-batches without gradients, and computes the loss of all workers' with its gradients;
-    collective. `terms`: the step's; `progressed` is called after each micro-batch."""
+    """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples with its
+    gradients.
+
+    Collective. `terms`: the step's number of loss terms. `progressed`: called after each micro-batch.
+    """
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, recipe, progressed)]
         keys, order = _from_all(upload(torch.from_numpy(np.concatenate([m.keys for m in micros])), engine.device)).sort()
@@ -100,7 +109,8 @@ def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms
 
 
 def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Terms) -> tuple[Loss, Tensors]:
-    """Computes the loss and its gradients with the other workers; collective. Each has a slice of the samples in their order."""
+    """Computes the loss and its gradients together with the other workers. Collective. Each worker has a slice of the samples, in
+    sample order."""
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world
     totals = {name: torch.zeros_like(tensor) for name, tensor in leaves.items() if tensor.requires_grad}
@@ -118,12 +128,12 @@ def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Te
 
 
 def objective(loss: Loss, terms: Terms) -> torch.Tensor:
-    """Returns what is minimised of a whole step: the sum of its terms over their number, and the weighted parts."""
+    """Computes the objective to minimize for a complete step: the sum of its terms over their number, plus the weighted parts."""
     return sum((part.value.float() * part.weight for part in loss.parts.values() if part.weight), loss.sum / terms)
 
 
 def _from_all(tensor: torch.Tensor) -> torch.Tensor:
-    """Gathers the workers' tensors; those in floating point in fp32."""
+    """Gathers the tensors of all workers, and concatenates them. Floating-point tensors become fp32."""
     tensor = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor)

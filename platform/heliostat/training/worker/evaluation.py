@@ -1,7 +1,7 @@
-"""Evaluates a run while it trains: scores the held-out samples, and draws a recipe's pictures, on all workers together.
+"""Evaluates a run during training: scores the held-out samples, and draws a recipe's pictures, on all workers together.
 
-Held-out samples are read once. A recipe's `gallery()` has `count` pictures; picture i follows from the weights and i alone, so it
-does not matter which worker draws it.
+Each worker reads its held-out samples once. A recipe's `gallery()` has `count` pictures. Picture i depends on the weights and i
+alone, so any worker can draw it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 64  # pictures that a worker draws together
+AT_ONCE = 64  # pictures per call of `draw`
 
 
 class Evaluations(Hook):
-    """Scores the model as often as the job says, with the average of its weights if it has one."""
+    """Scores the model as often as the job asks for, with the averaged weights if the job keeps an average."""
 
     def __init__(self, context: Context, state: TrainingState, recipe: Recipe, dataset: Dataset, sharing: SampleGroup) -> None:
         self.context, self.state, self.engine, self.recipe = context, state, state.engine, recipe
@@ -49,7 +49,7 @@ class Evaluations(Hook):
         self.gallery = recipe.gallery() if isinstance(recipe, Draws) else None
 
     def on_save(self, done: int, due: Due) -> None:
-        """Evaluates, if that is due; the scores are the latest ones from then on."""
+        """Evaluates the model if that is due, and stores the scores as the latest ones."""
         if not due.evaluates:
             return
         context, engine, device = self.context, self.engine, self.engine.device
@@ -69,7 +69,7 @@ class Evaluations(Hook):
 
 
 class HeldOut:
-    """Holds this worker's part of the held-out samples, read once and kept."""
+    """Holds this worker's part of the held-out samples, which it reads once and keeps in memory."""
 
     def __init__(self, job: Job, dataset: Dataset, recipe: Recipe, sharing: SampleGroup) -> None:
         assert job.evaluate and isinstance(recipe, Evaluates)
@@ -81,12 +81,12 @@ class HeldOut:
         replica, replicas = sharing.replica, sharing.replicas
         parts = [deal(np.flatnonzero(sources == s), replica, replicas, self.micro) for s in np.unique(sources)]
         filled = self.keys = np.concatenate([numbers for numbers, _ in parts])
-        self.batches = len(filled) // self.micro  # the same on every worker: ZeRO-3 gathers together
+        self.batches = len(filled) // self.micro  # the same on every worker, because ZeRO-3's all-gathers are collective
         take = type(everything)(*(getattr(everything, f)[filled] for f in ("position", "source", "epoch", "chunk", "row")))
         gathered = dataset.gather(take)
         self.content = whole(gathered, self.micro, lambda: dataset.gather(everything))
         self.counted = np.concatenate([counted for _, counted in parts])
-        self.counted &= sharing.counts  # of workers that compute the same scores, one's are taken
+        self.counted &= sharing.counts  # only one of the workers that compute the same scores counts them
         if lost := int(self.counted[list(gathered.faults)].sum()):
             log.warning(
                 "%d held-out samples are bad and don't count in the scores: %s", lost, next(iter(gathered.faults.values()))
@@ -97,9 +97,9 @@ class HeldOut:
     def scores(
         self, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
     ) -> dict[str, float]:
-        """Evaluates the recipe's scores on all held-out samples, on all workers together; calls `progressed` after each batch.
+        """Computes the recipe's scores on all held-out samples, on all workers together. Calls `progressed` after each batch.
 
-        What the recipe gathers is sent to rank 0, which computes its metrics; every worker gets the result.
+        Rank 0 gets the tensors that the recipe gathers, and computes the metrics from them. Every worker gets the result.
         """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
@@ -119,7 +119,7 @@ class HeldOut:
             totals = _added(totals, unread, but=1)
             progressed()
         totals = _added(totals, unread)
-        progressed()  # after the last number was read: after an abort none of them counts
+        progressed()  # raises after an abort, when the numbers don't count
         if len(totals):
             dist.all_reduce(totals, group=group)
         metrics = self.evaluates.metrics(dict(zip(names, totals.tolist(), strict=True)))
@@ -131,7 +131,7 @@ class HeldOut:
 
 
 def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], but: int = 0) -> torch.Tensor:
-    """Adds to the totals, float64 [names], the batches that aren't read yet, except the last `but`: the device computes those."""
+    """Adds unread batches to the totals, float64 [names], except the last `but`, which the device may still be computing."""
     while len(unread) > but:
         scores, counted = unread.popleft()
         sums = torch.stack([(values * counted).sum() for values in scores.values()])
@@ -140,12 +140,14 @@ def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], b
 
 
 def whole(gathered: Gathered, micro: int, everything: Callable[[], Gathered]) -> Content:
-    """Replaces each bad row, which is null, by a good one, so that recipes make batches of good ones alone; none of them counts.
+    """Replaces each bad row, which is null, with a good one, so that recipes get only good rows. Replaced rows don't count in
+    scores.
 
-    Its place is taken by the first good row of its micro-batch, so that the others are padded no further. A micro-batch without
-    one becomes any good row as often: this worker's first, or of all held-out samples; DataError if they have none.
+    The replacement is the first good row of the same micro-batch, so that it adds no padding to the other rows. A micro-batch
+    without a good row repeats this worker's first good row, or else the first good held-out sample. Raises DataError if no sample
+    is good.
     """
-    if not gathered.faults or isinstance(gathered.content, np.ndarray):  # a bad sample of tokens is zeros
+    if not gathered.faults or isinstance(gathered.content, np.ndarray):  # bad token samples are zeros
         return gathered.content
     index, good = np.arange(len(gathered.content)), _good(gathered)
     if not len(good):
@@ -164,9 +166,9 @@ def _good(gathered: Gathered) -> np.ndarray:
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deals this worker its part of the samples, in whole micro-batches, as many as every other worker's.
+    """Selects this worker's part of the samples, in full micro-batches, as many as every other worker has.
 
-    Returns the samples and a mask of those that count.
+    Returns the samples, and a mask of the samples that count; the others are padding.
     """
     mine = samples[rank::world]
     size = -(-len(samples) // (world * micro)) * micro
@@ -175,10 +177,10 @@ def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.nd
 
 
 def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-    """Deals this worker its micro-batches, each of the same samples on any number of workers.
+    """Selects this worker's micro-batches. A micro-batch has the same samples on any number of workers.
 
-    So what is gathered has the same bits on any number. Every worker gets equally many. Returns the samples and a mask
-    of those that count.
+    So gathered tensors have the same bits on any number of workers. Every worker gets the same number of micro-batches. Returns
+    the samples, and a mask of the samples that count.
     """
     batches = -(-len(samples) // micro)
     mine = rank + world * np.arange(-(-batches // world))
@@ -190,9 +192,10 @@ def dealt_whole(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple
 def show(
     gallery: Gallery, model: DeepSpeedEngine, device: torch.device, group: dist.ProcessGroup, progressed: Callable[[], None]
 ) -> tuple[dict[str, float], dict[str, bytes]]:
-    """Draws the gallery; returns the scores, on every rank, and the PNG images by name, on rank 0.
+    """Draws the gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
-    Collective: every rank draws equally many, for ZeRO-3's sake. Calls `progressed` now and then.
+    Collective: every rank draws the same number of pictures, because ZeRO-3's all-gathers need that. Calls `progressed`
+    regularly.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     each = -(-gallery.count // world)

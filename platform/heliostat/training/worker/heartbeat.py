@@ -1,8 +1,8 @@
-"""Sends a worker's heartbeat: a thread reports its progress to the mailbox and obeys the driver's orders.
+"""Sends a worker's heartbeat: a thread reports its progress to the mailbox and follows the driver's orders.
 
-The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step each
-contributes the highest stop code it knows of, and `StopConsensus` gives all of them the highest of all, while the step's
-own work runs.
+The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step, each worker
+contributes the highest stop code that it knows. `StopConsensus` gives all of them the highest of all, while the step's own work
+runs.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ VOTES = 2  # tag of the channel
 
 class Heartbeat:
     def __init__(self, mailbox: AttemptMailbox, rank: int, workers: int) -> None:
-        self.progress = 0  # a count of whatever shows that the loop gets on
-        self.step = self.micro = 0  # the step that is being made, from 1 on, and its micro-batches so far
-        self.profiles = deque[ProfileRequest]()  # that this worker is to make, the oldest first
+        self.progress = 0  # grows whenever the loop makes progress
+        self.step = self.micro = 0  # the current step, from 1, and its micro-batches so far
+        self.profiles = deque[ProfileRequest]()  # requests for this worker, oldest first
         self._mailbox, self._rank, self._ordered = mailbox, rank, RUN
         self._every = interval(workers)
         self._abort = process_group.order()
@@ -49,7 +49,7 @@ class Heartbeat:
 
     @property
     def stop(self) -> int:
-        """Returns the highest stop code that this worker knows of."""
+        """Returns the highest stop code that this worker knows."""
         return max(self._ordered, PREEMPTED if sigterm.received.is_set() else RUN)
 
     def end(self) -> None:
@@ -57,7 +57,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         dumped = aborted = False
-        profile = ""  # id of the last request for one
+        profile = ""  # id of the last profile request
         while True:
             facts: Facts = {"pid": os.getpid(), "node": self._node, "step": self.step, "micro": self.micro}
             orders: Orders = {}
@@ -89,9 +89,9 @@ def stacks() -> str:
 
 
 class StopConsensus:
-    """Finds the highest stop code of all workers: `ask(code)`, a step's work, `result()`.
+    """Finds the highest stop code of all workers. Call `ask(code)` before a step's work, and `result()` after it.
 
-    A thread passes the codes along a tree during the step's work, on a channel of its own of the group.
+    A thread passes the codes along a tree during the step's work, on a separate channel of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:

@@ -1,7 +1,7 @@
-"""Ends an attempt for a loss or a gradient that is not finite, or for a loss spike that the job wants undone.
+"""Ends an attempt if a loss or a gradient isn't finite, or at a loss spike that the job wants undone.
 
-`config.spikes` defines which losses are spikes. Going back and leaving the samples out is what PaLM's training did by hand
-(Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
+`config.spikes` defines which losses are spikes. The run then returns to a checkpoint and skips the samples; PaLM's training did
+this by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from heliostat.errors import HeliostatError, LossSpikeError, NonFiniteError
 from heliostat.runs.events import LossSpike
 from heliostat.training.worker.context import Context, Hook
 
-NAMED = 8  # samples that an error names
+NAMED = 8  # samples that an error message lists
 
 
 class LossWatch(Hook):
-    """Watches the losses and gradient norms of all workers; the same ones give the same error on each.
+    """Watches the losses and gradient norms of all workers. The values are the same on every worker, so the errors are, too.
 
-    `saved`: waits for the save in flight, which is of a step before, so that it completes.
+    `saved`: a function that waits for the save in flight, which is of an earlier step.
     """
 
     def __init__(self, context: Context, dataset: Dataset, saved: Callable[[], object]) -> None:
@@ -30,7 +30,8 @@ class LossWatch(Hook):
         self.detector = SpikeDetector(self.job.spike) if self.job.spike else None
 
     def on_report(self, first: int, losses: list[float]) -> None:
-        """Checks the losses of steps; LossSpikeError for a spike to be undone, NonFiniteError for no number."""
+        """Checks the losses of steps. Raises LossSpikeError for a spike to undo, and NonFiniteError for a loss that isn't
+        finite."""
         for step, loss in enumerate(losses, first):
             excess = self.detector.excess(loss) if self.detector else None
             if not math.isfinite(loss):
@@ -43,12 +44,13 @@ class LossWatch(Hook):
                     raise LossSpikeError(f"step {step + 1}: {spike.text}", step)
 
     def on_norm(self, step: int, norm: float) -> None:
-        """Checks a step's gradient norm; fp16's loss scaler skips such steps itself."""
+        """Checks a step's gradient norm. fp16's loss scaler skips steps with infinite norms itself."""
         if self._overflows(norm):
             self._fail(step, f"gradient norm {norm}")
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
-        """Returns the error of the first step whose norm isn't finite: a recipe may reject the weights that came of it."""
+        """Returns the error of the first step whose norm isn't finite. A recipe may reject the weights that resulted from that
+        step."""
         return next((self._error(step, f"gradient norm {norm}") for step, norm in norms if self._overflows(norm)), None)
 
     def _overflows(self, norm: float) -> bool:
@@ -59,7 +61,8 @@ class LossWatch(Hook):
         raise self._error(step, what)
 
     def _error(self, step: int, what: str) -> HeliostatError:
-        """Describes a step, counted from 0, whose numbers aren't finite; a job with `rollback` undoes it."""
+        """Creates the error of a step, counted from 0, whose numbers aren't finite. With `spike.action: rollback`, it is a
+        LossSpikeError."""
         if self.job.spike and self.job.spike.action == "rollback":
             return LossSpikeError(f"step {step + 1}: {what}", step)
         order = self.dataset.order

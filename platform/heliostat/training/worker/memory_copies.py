@@ -1,11 +1,12 @@
-"""Copies a worker's part of the training state into the memory of its node and of another, and reads it back from there.
+"""Copies a worker's part of the training state into the memory of its node and of another node, and reads it back from there.
 
-The copy into this process's memory runs during the next forward and backward pass, as a save's does: only the next optimizer step
-waits for it. On a GPU it is queued on a stream of its own, into pinned memory, and the optimizer's kernels wait, not the host.
+First the state is copied into this process's memory. As with a save, this happens during the next forward and backward pass, so
+only the next optimizer step waits for it. On a GPU, the copy is queued on a separate stream, into pinned memory. The optimizer's
+kernels wait for it, not the host.
 
-It leaves for the keepers (`training.memory_keeper`) in a thread of its own, in pieces, several of which travel at the same time.
-Who dies, or is late, leaves a generation incomplete, and an incomplete one is not used. If a worker's copy fails, or training
-waits for one too long, all workers agree to keep no more: generations without that worker's part would be of no use.
+Then a separate thread sends the copy to the keepers (`training.memory_keeper`) in pieces, several at a time. A worker that dies
+or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or training waits
+too long for one, all workers agree to make no more copies: generations without that worker's part would be useless.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ from heliostat.training.memory_keeper import CopyFacts, CopySource, Layout, Memo
 
 log = logging.getLogger(__name__)
 
-PIECE = 32 << 20  # bytes that travel at a time
-IN_FLIGHT = 4  # pieces
-ANSWER_S = 60.0  # of a keeper
-WAIT_S = 60.0  # that training waits for one copy
+PIECE = 32 << 20  # bytes per piece
+IN_FLIGHT = 4  # pieces that are sent at the same time
+ANSWER_S = 60.0  # for a keeper to answer
+WAIT_S = 60.0  # longest time that training waits for one copy
 POLL_S = 0.2
 T = TypeVar("T")
 OFF = "checkpoint.memory_every: in-memory checkpoints are off"
@@ -49,7 +50,8 @@ OFF = "checkpoint.memory_every: in-memory checkpoints are off"
 
 class MemoryCopies:
     def __init__(self, plan: MemoryPlan, limit: int, rank: int, world: int, notice: Callable[[str], None]) -> None:
-        """Prepares the copies of a worker; `notice` says at the terminal that there are none."""
+        """Prepares the copies of a worker. `limit`: bytes per node for all copies. `notice`: reports to the user that copies are
+        off."""
         self.blocked_s = 0.0
         self._plan, self._limit, self._rank, self._world, self._notice = plan, limit, rank, world, notice
         self._thread = device_threads.pool(1, "memory")
@@ -59,35 +61,36 @@ class MemoryCopies:
         self._buffer: torch.Tensor | None = None
         self._stream = CopyStream()
         self._off, self._kept = False, 0
-        self._failed = ""  # why this worker's last copy did
+        self._failed = ""  # why this worker's last copy failed
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes each step of the optimizer, which changes the state, wait until the copy in flight is made."""
+        """Makes each optimizer step, which changes the state, wait until the copy in flight has read it."""
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
 
     def before_change(self) -> None:
-        """Waits until the state that is being copied may change; on a GPU, what is queued next waits."""
+        """Waits until the state that is being copied may change. On a GPU, kernels that are queued later wait, not the host."""
         self._until(lambda: self._copied.wait(POLL_S))
         self._stream.hold_back()
 
     def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
+        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps. Collective.
 
-        `facts`: the same for all of them; `own`: what else is this worker's, encoded in the thread. Collective.
+        `facts`: the same on all workers. `own`: the rest of this worker's state, which the thread encodes.
         """
         if self._off or self._agree_off(group):
             return
         ranges = flat_copy.layout(state)
         if self._buffer is None and not self._begin(flat_copy.size(ranges), state, group):
             return
-        # the forward pass may change buffers: they are copied now, where they are
+        # the forward pass may change buffers, so they are copied now, on their device
         state = {n: t if isinstance(t, FlatShard) else t.detach().clone() for n, t in state.items()}
         self._stream.mark(state)
         self._copied.clear()
         self._pending = self._thread.submit(self._copy, facts, own, state, ranges)
 
     def wait(self) -> None:
-        """Waits until the copy in flight has arrived, or notes why it has not: the workers agree on that at the next `keep`."""
+        """Waits until the copy in flight has arrived. If it fails, records why; at the next `keep` the workers agree to make no
+        more."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -104,7 +107,7 @@ class MemoryCopies:
             log.warning("worker %d: an in-memory checkpoint failed: %s", self._rank, self._failed)
 
     def _agree_off(self, group: dist.ProcessGroup) -> bool:
-        """Tells whether a worker's copy has failed, and says so once for all of them; collective."""
+        """Tells whether any worker's copy has failed, and reports that once. Collective."""
         failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
         if not failed:
             return False
@@ -115,12 +118,14 @@ class MemoryCopies:
         return True
 
     def end(self) -> None:
-        """Gives up the copy in flight, and waits for the thread's end: it would write into the next attempt's generations."""
+        """Abandons the copy in flight, and waits for the thread to end. Otherwise it would write into the next attempt's
+        generations."""
         self._ended.set()
         self._thread.shutdown(wait=True)
 
     def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> bool:
-        """Prepares for copies of so many bytes; returns whether all workers' are within the limit on every node."""
+        """Prepares for copies of `size` bytes. Returns whether the copies of all workers fit within the limit on every node.
+        Collective."""
         keepers = self._plan.keepers[self._rank]
         agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
         needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
@@ -169,7 +174,8 @@ class MemoryCopies:
         self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, wire.pack(own)) for keeper in keepers])
 
     def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
-        """Waits for the keepers; TimeoutError when they do not answer, or when the attempt has ended."""
+        """Waits for the keepers. Raises TimeoutError if one doesn't answer within ANSWER_S seconds, or if the attempt has
+        ended."""
         until = time.monotonic() + ANSWER_S
         while ray.wait(calls, num_returns=len(calls), timeout=POLL_S)[1]:
             if self._ended.is_set() or self._late.is_set() or time.monotonic() > until:
@@ -178,7 +184,7 @@ class MemoryCopies:
 
 
 def _need(calls: list[ray.ObjectRef[int]]) -> int | None:
-    """Returns the most of what keepers answer; None if one does not."""
+    """Returns the largest of the keepers' answers, in bytes. Returns None if a keeper doesn't answer."""
     try:
         return max(answer or 0 for answer in ray.get(calls, timeout=ANSWER_S))
     except ray.exceptions.RayError:
@@ -188,9 +194,10 @@ def _need(calls: list[ray.ObjectRef[int]]) -> int | None:
 def restore(
     source: CopySource, state: Mapping[str, torch.Tensor], node: str, rank: int, same: bool, progressed: Callable[[], None]
 ) -> tuple[CopyFacts, list[bytes]]:
-    """Reads this worker's slices of a generation into the state; returns what is common to all copies.
+    """Reads this worker's slices of a generation into the state. Returns the facts that all copies share, and on rank 0 each
+    worker's own bytes.
 
-    The first worker also gets what each of them has of its own. `same`: this worker needs exactly what that of its rank had.
+    `same`: whether this worker needs exactly the copy of its own rank. Raises TrainingError if a keeper doesn't answer.
     """
     near = {old: min(holders, key=lambda h: h[0] != node)[1] for old, holders in source.holders.items()}
     own: dict[int, bytes] = _ask({old: near[old].own.remote(source.id, old) for old in sorted(near) if rank == 0})
@@ -210,7 +217,7 @@ def restore(
 
 
 def _batches(pieces: list[CopiedBytes]) -> Iterator[tuple[int, list[CopiedBytes]]]:
-    """Groups pieces of one rank into batches of some size."""
+    """Groups the pieces of each rank into batches of at most PIECE bytes."""
     for old in sorted({p.rank for p in pieces}):
         batch, total = list[CopiedBytes](), 0
         for whole in (p for p in pieces if p.rank == old):

@@ -1,20 +1,21 @@
-"""Makes a step's micro-batches: their samples' keys, their random numbers, and their way to the device.
+"""Makes a step's micro-batches: derives their samples' keys and their random seeds, and moves them to the device.
 
-Keys and seeds follow from the step and a sample's place in the global batch, whichever worker computes it, and however often.
+Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes it.
+Recomputing a step gives the same ones.
 
 While a step computes, a thread reads the next step's samples and makes its batches (`BatchesAhead`):
 
-    batches = ahead.take(step)      # waits if they aren't made yet; raises what failed in making them
+    batches = ahead.take(step)      # waits until they are made; raises the error if making them failed
     ahead.begin(step + 1)           # at most one step ahead
-    ahead.settle()                  # the thread rests: batches may be made elsewhere now
+    ahead.settle()                  # afterwards the thread is idle, so batches may be made elsewhere
     ahead.end()                     # waits for the thread, up to a deadline
 
-What is made ahead counts for nothing until its step takes it: neither its samples nor its errors. Batches are made in one thread
-at a time, because a recipe's `batch` needn't be safe to call in two.
+Samples and errors of batches made ahead count only once their step takes them. Only one thread at a time makes batches, because a
+recipe's `batch` needn't be thread-safe.
 
-A recipe that draws a batch's random numbers from generators of the whole process, rather than from the samples' keys, would
-disturb those of the present step. The thread stops before it draws one (`_OwnNumbers`). That step's batches, and all later ones,
-are made where they are taken.
+A recipe should derive a batch's random numbers from the samples' keys. If it uses process-wide generators, it would change the
+random numbers of the current step. So the thread stops before such a draw (`_OwnNumbers`). From that step on, `take` makes the
+batches.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from heliostat.data.device_streams import on_device
 from heliostat.data.stream import StepSamples
 from heliostat.recipes.protocol import Batch, Recipe
 
-DEADLINE_S = 5.0  # for the thread to end, which may wait for samples; the driver waits for workers twice as long
+DEADLINE_S = 5.0  # for the thread to end, because it may wait for samples; the driver waits for workers twice as long
 DRAWS = (
     "recipe: `batch` uses a process-wide random generator, so heliostat can't make batches while a step "
     "computes. Derive random numbers from `keys` (docs/guides/recipe.md)"
@@ -47,19 +48,22 @@ DRAWS = (
 
 
 class BatchPlan:
-    """Assigns random seeds to samples rather than to workers."""
+    """Derives random seeds from the samples' positions, so that they don't depend on the workers."""
 
     def __init__(self, job: Job, plan: DataPlan) -> None:
         self.seed_base, self.micro, self.per_lane = job.train.seed, job.train.micro_batch_size, plan.shape.per_lane
         self.batch = plan.shape.batch
 
     def keys(self, step: int, lanes: range) -> np.ndarray:
-        """Computes a key for each of this worker's samples, lanes in order: from the step and its place in the global batch."""
+        """Computes a key for each of this worker's samples, int64 [samples], in the order of its virtual ranks (`lanes`).
+
+        A key is the sample's position in the sequence of all global batches.
+        """
         return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
 
     def seed(self, step: int, lanes: range, micro: int, part: int = 0) -> int:
-        """Computes the seed of this worker's micro-batch from the step, the place of its first sample in the global batch, and
-        the part of its samples that the worker has."""
+        """Computes the seed of this worker's micro-batch. It depends on the step, on the position of the micro-batch's first
+        sample in the global batch, and on `part`: the part of each sample that this worker computes."""
         lane, inside = divmod(micro * self.micro, self.per_lane)
         place = lanes[lane] * self.per_lane + inside
         entropy = [self.seed_base, step, place] + ([part] if part else [])
@@ -67,7 +71,7 @@ class BatchPlan:
 
 
 class Micro(NamedTuple):
-    """Holds a micro-batch, the seed of its random numbers, and its samples' keys, whose order is that of the step's samples."""
+    """Holds a micro-batch, its random seed, and its samples' keys. The keys are in the order of the step's samples."""
 
     seed: int
     keys: np.ndarray
@@ -75,8 +79,11 @@ class Micro(NamedTuple):
 
 
 class StepBatches(NamedTuple):
-    """Holds a worker's share of a step: its samples; the micro-batches made of them; and the number of loss terms in these, fp32
-    without dimensions, 0 where every sample has as many. Tensors are where a copy to the device needs no wait."""
+    """Holds a worker's share of a step: its samples, and the micro-batches made from them.
+
+    `terms`: the number of loss terms in the micro-batches, an fp32 scalar; 0 if every sample has the same number. For a GPU,
+    tensors are in pinned memory, so that copying them to the device needs no wait.
+    """
 
     samples: StepSamples
     micros: list[Micro]
@@ -86,9 +93,10 @@ class StepBatches(NamedTuple):
 def seeded(
     micros: Sequence[Micro], device: torch.device, recipe: Recipe, progressed: Callable[[], None]
 ) -> Iterator[tuple[Micro, Batch]]:
-    """Yields each with its completed batch on the device, and its random numbers begun; calls `progressed` after each.
+    """Yields each micro-batch with its completed batch on the device, after setting its random seed. Calls `progressed` after
+    each one.
 
-    The host then has handed the micro-batch to the device, whose queue is short: no wait for the device is needed.
+    By then the host has handed the micro-batch to the device. The device's queue is short, so the host needs no extra wait.
     """
     for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
         torch.manual_seed(micro.seed)
@@ -100,15 +108,15 @@ def seeded(
 
 
 class Begun(NamedTuple):
-    """Holds a step that the thread reads and makes, counted from 0, and what comes of it: its samples alone where batches are
-    made by `take`."""
+    """Holds a step, counted from 0, that the thread is making. `outcome`: its batches, or only its samples if `take` makes the
+    batches."""
 
     step: int
     outcome: Future[StepBatches | StepSamples]
 
 
 class BatchesAhead:
-    """Makes batches ahead. Steps are begun and taken in order, by one thread."""
+    """Makes batches one step ahead, in one thread. Steps are begun and taken in order."""
 
     def __init__(
         self,
@@ -116,23 +124,23 @@ class BatchesAhead:
         prepare: Callable[[int, StepSamples], StepBatches],
         notice: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Starts the thread. `read`: takes the next step's samples, in order; `prepare`: makes a step's batches from them;
-        `notice`: reports that batches can't be made ahead."""
+        """Starts the thread. `read`: takes the next step's samples, in order. `prepare`: makes a step's batches from them.
+        `notice`: reports to the user that batches can't be made ahead."""
         self._read, self._prepare, self._notice = read, prepare, notice
         self._begun: Begun | None = None
-        self._inline = self._reported = False  # whether `take` makes the batches, and has said so
-        self._compared = False  # the generators' states before and after the first batches
+        self._inline = self._reported = False  # whether `take` makes the batches, and has reported that
+        self._compared = False  # whether the first batches were checked for changing the generators' states
         self._ended = threading.Event()
         self._steps: SimpleQueue[Begun | None] = SimpleQueue()
         self._thread = device_threads.thread(self._work, "batches")
 
     def begin(self, step: int) -> None:
-        """Lets the thread read and make a step's batches."""
+        """Asks the thread to read a step's samples and make its batches."""
         self._begun = Begun(step, Future())
         self._steps.put(self._begun)
 
     def take(self, step: int) -> StepBatches:
-        """Waits for a step's batches and returns them; raises the error of reading or making them."""
+        """Waits for a step's batches and returns them. Raises the error if reading or making them failed."""
         if self._begun is None:
             self.begin(step)
         assert self._begun and self._begun.step == step
@@ -144,12 +152,12 @@ class BatchesAhead:
         return result if isinstance(result, StepBatches) else self._prepare(step, result)
 
     def settle(self) -> None:
-        """Waits until the thread has made what was begun, or has failed, which is raised when the step is taken."""
+        """Waits until the thread has made the batches that were begun, or has failed. `take` raises that failure."""
         if self._begun:
             futures.wait([self._begun.outcome])
 
     def end(self) -> None:
-        """Ends the thread: what it has made, or what fails there from now on, is dropped."""
+        """Ends the thread, and drops its batches and errors."""
         self._ended.set()
         self._steps.put(None)
         self._begun = None
@@ -157,13 +165,13 @@ class BatchesAhead:
 
     @property
     def busy(self) -> bool:
-        """Tells whether the thread hasn't ended."""
+        """Tells whether the thread is still running."""
         return self._thread.is_alive()
 
     def _work(self) -> None:
         while (begun := self._steps.get()) is not None and not self._ended.is_set():
             self._make(begun)
-            del begun  # with its batches, which are of no use once the step has taken them
+            del begun  # frees its batches, which the step has taken
 
     def _make(self, begun: Begun) -> None:
         try:
@@ -174,7 +182,7 @@ class BatchesAhead:
             begun.outcome.set_exception(e)
 
     def _made(self, step: int, samples: StepSamples) -> StepBatches | StepSamples:
-        """Makes a step's batches; returns the samples alone if that would draw from generators of the whole process."""
+        """Makes a step's batches. If that would draw from process-wide generators, returns only the samples."""
         before = () if self._compared else _states()
         try:
             with _OwnNumbers():
@@ -182,22 +190,24 @@ class BatchesAhead:
         except _SharedNumbers:
             self._inline = True
             return samples
-        if not self._compared:  # nothing else draws while the first ones are made
+        if not self._compared:  # nothing else draws random numbers during the first batches
             self._compared, self._inline = True, before != _states()
         return batches
 
 
 class _SharedNumbers(BaseException):
-    """Ends the making of batches, before they draw from a generator of the whole process; no recipe's `except` takes it."""
+    """Interrupts the making of batches before they draw from a process-wide generator. A BaseException, so that a recipe's
+    `except` doesn't catch it."""
 
 
 class _OwnNumbers(TorchDispatchMode):
-    """Raises _SharedNumbers where this thread is about to use a generator of the whole process inside, or to set its state.
+    """Raises _SharedNumbers if this thread, inside the context, would draw from a process-wide generator or set its state.
 
-    Functions of `random` and NumPy that a recipe has imported by name pass: only the first batches show what these draw.
+    It can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches detects
+    these.
 
-    It is on this thread's stack of modes alone. `TorchDispatchMode.__enter__` also sets flags of the whole process. If these are
-    on, `torch.compile` of older torch versions leaves a step uncompiled that another thread makes.
+    The mode is on this thread's stack only. `TorchDispatchMode.__enter__` would also set process-wide flags. With these flags,
+    `torch.compile` of older torch versions leaves a step uncompiled in another thread.
     """
 
     def __enter__(self) -> _OwnNumbers:
@@ -215,7 +225,7 @@ class _OwnNumbers(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if names := _drawing(func):
             values = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
-            draws = "dropout_p" not in names or values.get("dropout_p")  # attention draws nothing without dropout
+            draws = "dropout_p" not in names or values.get("dropout_p")  # attention without dropout draws no random numbers
             if draws and values.get("generator") is None:
                 _stop()
         return func(*args, **(kwargs or {}))
@@ -223,14 +233,14 @@ class _OwnNumbers(TorchDispatchMode):
 
 @functools.cache
 def _drawing(operation: Any) -> tuple[str, ...]:
-    """Returns the names of the arguments of torch's operation if it draws numbers; none if not."""
+    """Returns the argument names of a torch operation if it draws random numbers, else an empty tuple."""
     if torch.Tag.nondeterministic_seeded not in operation.tags:
         return ()
     return tuple(argument.name for argument in operation._schema.arguments)
 
 
 def _in_others(function: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """Returns the function for all threads but one, in which it raises _SharedNumbers."""
+    """Wraps the function so that it raises _SharedNumbers in the given thread, and works in all others."""
     return lambda *args, **named: _stop() if threading.get_ident() == thread else function(*args, **named)
 
 
@@ -239,7 +249,7 @@ def _stop() -> NoReturn:
 
 
 def _methods(module: Any) -> list[tuple[Any, str, Callable[..., Any]]]:
-    """Lists a module's functions that use the generator of its `random`, except those that only read its state."""
+    """Lists a module's functions that use the generator of its `random` function, except those that only read its state."""
     generator = module.random.__self__
     functions = {name: f for name, f in vars(module).items() if getattr(f, "__self__", None) is generator}
     return [(module, name, f) for name, f in functions.items() if name not in ("getstate", "get_state")]
@@ -258,6 +268,6 @@ _SHARED = [
 
 
 def _states() -> tuple[object, ...]:
-    """Reads the states of the generators that all threads of the process share."""
+    """Reads the states of the process-wide random generators."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), kind, np.asarray(keys).tobytes(), *rest

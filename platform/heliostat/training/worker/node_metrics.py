@@ -1,8 +1,9 @@
 """Measures how busy a node is while workers train on it: processors, memory, disk, network, GPUs.
 
-The first worker of each node samples, in a thread, and posts to the driver's mailbox. The names are MLflow's own for system
-metrics, below the node's address. Samples are 10 seconds apart, and the more nodes there are, the further: all of them together
-give MLflow no more than POINTS_PER_S. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets the seconds whatever their number.
+The first worker of each node takes samples in a thread, and posts them to the driver's mailbox. The names are MLflow's names of
+system metrics, prefixed with the node's address. Samples are at least EVERY_S seconds apart; with many nodes, the interval grows
+so that all nodes together give MLflow at most POINTS_PER_S. MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL sets a fixed interval in
+seconds instead.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from heliostat.training.mailbox import AttemptMailbox
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 EVERY_S = 10.0
-POINTS_PER_S = 10.0  # 0.9 million a day: two 8-GPU nodes at every 10 s, 64 at every 4 min
+POINTS_PER_S = 10.0  # 0.9 million per day: for example, two 8-GPU nodes every 10 s, or 64 every 4 min
 
 
 def interval(nodes: int, points: int) -> float:
-    """Computes the seconds between two samples of a node that gives `points` metrics each time."""
+    """Computes the seconds between two samples of a node that reports `points` metrics each time."""
     return max(EVERY_S, nodes * points / POINTS_PER_S)
 
 
 class NodeMonitor:
-    """Measures a node's system metrics in a thread until `end`."""
+    """Measures a node's system metrics in a thread until `end` is called."""
 
     def __init__(self, mailbox: AttemptMailbox, node: str, nodes: int) -> None:
-        """Starts sampling; `nodes`: how many nodes there are in all."""
+        """Starts sampling. `nodes`: the number of nodes of the run."""
         self._mailbox, self._node, self._nodes = mailbox, node, nodes
         self._network = psutil.net_io_counters()
-        self._unread: set[int] = set()  # GPUs that could not be read, which was reported
+        self._unread: set[int] = set()  # GPUs that were reported as unreadable
         self._ended = threading.Event()
-        psutil.cpu_percent()  # the first call only sets a mark
+        psutil.cpu_percent()  # the first call only starts the measurement
         device_threads.thread(self._sample, "system")
 
     def end(self) -> None:
@@ -75,9 +76,9 @@ class NodeMonitor:
 
 
 def gpus() -> tuple[dict[str, float], dict[int, str]]:
-    """Measures every GPU that this process sees; returns the values, and why a GPU could not be read, by its number.
+    """Measures every GPU that this process sees. Returns the values, and by GPU number the reason why a GPU couldn't be read.
 
-    NVML reads a GPU without CUDA: `torch.cuda.mem_get_info` would create a context on each of them, some 500 MB.
+    NVML reads a GPU without CUDA. `torch.cuda.mem_get_info` would create a CUDA context of about 500 MB on each GPU.
     """
     values: dict[str, float] = {}
     faults: dict[int, str] = {}
@@ -101,7 +102,7 @@ def gpus() -> tuple[dict[str, float], dict[int, str]]:
 
 
 def _own() -> tuple[dict[str, float], dict[int, str]]:
-    """Measures the memory of this process's own GPU alone, as on AMD's, which NVML doesn't know."""
+    """Measures only the memory of this process's own GPU. Used without NVML, for example for AMD's GPUs."""
     gpu = torch.cuda.current_device()
     try:
         free, total = torch.cuda.mem_get_info(gpu)
@@ -112,14 +113,14 @@ def _own() -> tuple[dict[str, float], dict[int, str]]:
 
 
 def _visible(nvml: ModuleType) -> list[str]:
-    """Lists the GPUs that this process sees: numbers of NVML, or UUIDs."""
+    """Lists the GPUs that this process sees, as NVML's numbers or UUIDs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",") if visible else [str(i) for i in range(nvml.nvmlDeviceGetCount())]
 
 
 @functools.cache
 def _nvml() -> ModuleType | None:
-    """Returns the NVML bindings, of `nvidia-ml-py` or those that Ray brings along; None without NVIDIA's driver."""
+    """Returns the NVML bindings: those of `nvidia-ml-py`, or else Ray's copy. Returns None without NVIDIA's driver."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:

@@ -1,9 +1,11 @@
 """Computes a micro-batch's share of the objective: its loss terms, and the other parts that the recipe's loss returns.
 
-The objective of a step is its loss (the sum of all its terms over their number) plus, for every part with a weight, the weight
-times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers, which is exactly right for the
-parts; the sum of terms is scaled so that it stays a sum. A loss that couples the samples of a step is computed once for all of
-them (`coupled`), and a micro-batch's share is what its samples add to the gradient.
+The objective of a step is its loss plus its weighted parts. The loss is the sum of all its terms over their number. Each part
+with a weight adds the weight times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers,
+which is exactly right for the parts. The sum of terms is scaled so that it stays a sum.
+
+A loss that couples the samples of a step is computed once for all of them (`coupled`). A micro-batch's share is then the
+contribution of its samples to the gradient.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 
 class LossShare(NamedTuple):
-    """Holds a micro-batch's share: the backward pass's tensor; the sum of its terms; its share of each part, one value a name;
-    its tokens by expert."""
+    """Holds a micro-batch's share: `objective`, the tensor for the backward pass; `loss`, the sum of its terms; `added`, its
+    share of each part, one value per name; `routed`, its tokens by expert."""
 
     objective: torch.Tensor
     loss: torch.Tensor
@@ -38,17 +40,19 @@ class LossShare(NamedTuple):
 
 
 class Objective:
-    """Computes the shares of micro-batches; `names`: of the parts, as the first micro-batch gave them."""
+    """Computes the shares of micro-batches. `names`: the names of the parts, set by the first micro-batch."""
 
     def __init__(self, recipe: Recipe, averaged: int | None = None, progressed: Callable[[], None] = lambda: None) -> None:
-        """Prepares it; `averaged`: over how many workers gradients are averaged, if that is not all; `progressed` is called after
-        every pass over a micro-batch."""
+        """Prepares the shares. `averaged`: the number of workers over which gradients are averaged [default: all]. `progressed`:
+        called after every pass over a micro-batch."""
         self.recipe, self._averaged, self._progressed = recipe, averaged, progressed
         self.names: list[str] | None = None
 
     def shares(self, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms) -> Iterator[LossShare]:
-        """Yields the shares of this worker's micro-batches of a step; `terms`: the loss terms of all workers'. The backward pass
-        of each is to come before the next is asked for."""
+        """Yields the shares of this worker's micro-batches of a step. `terms`: the number of loss terms over all workers.
+
+        Run each share's backward pass before you request the next share.
+        """
         number = len(micros) * (self._averaged or dist.get_world_size())
         if isinstance(self.recipe, CouplesSamples):
             yield from self._coupled(self.recipe, engine, micros, terms, number)
@@ -57,7 +61,8 @@ class Objective:
             yield self.part(engine, batch, number, terms)
 
     def part(self, model: torch.nn.Module, batch: Batch, micros: int, terms: Terms) -> LossShare:
-        """Computes a micro-batch's share; `micros`: micro-batches of all workers in a step; `terms`: their loss terms."""
+        """Computes a micro-batch's share. `micros`: the number of micro-batches of all workers in a step. `terms`: the number of
+        their loss terms."""
         with device_ranges.named("forward"):
             loss = self._checked(self.recipe.loss(model, batch), "loss")
         objective = loss.sum * (micros / terms)
@@ -69,7 +74,8 @@ class Objective:
     def _coupled(
         self, recipe: CouplesSamples, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms, number: int
     ) -> Iterator[LossShare]:
-        """Yields the shares of micro-batches in a loss of all samples: of the loss itself each has as much as any other."""
+        """Yields the shares of micro-batches for a loss over all samples. The loss itself is divided evenly among the
+        micro-batches."""
         with device_ranges.named("forward"):
             step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
@@ -79,7 +85,8 @@ class Objective:
             yield LossShare(product * number, loss, added, None)
 
     def _checked(self, loss: object, name: str) -> Loss:
-        """Returns what the recipe's method gave; ConfigError if it is no loss, or names other parts than before."""
+        """Returns the result of the recipe's method `name`. Raises ConfigError if it isn't a Loss, or its parts have other names
+        than before."""
         if not isinstance(loss, Loss):
             raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}, expected a Loss ({GUIDE})")
         if self.names is None:
@@ -93,7 +100,7 @@ class Objective:
         return loss
 
     def agree(self, group: dist.ProcessGroup) -> None:
-        """Checks that all ranks have the same names of parts, else raises a ConfigError on every rank; collective."""
+        """Checks that all ranks have the same names of parts. Otherwise raises ConfigError on every rank. Collective."""
         everyones = together(group, lambda: self.names)
         if any(names != everyones[0] for names in everyones):
             raise ConfigError(
@@ -114,23 +121,23 @@ class Objective:
 
 
 def _added(loss: Loss, micros: int) -> torch.Tensor | None:
-    """Returns a micro-batch's share of each part, a value a name."""
+    """Returns a micro-batch's share of each part, fp32 [parts]; None without parts."""
     if not loss.parts:
         return None
     return torch.stack([part.value.detach().float().reshape(()) for part in loss.parts.values()]) / micros
 
 
 class ExpertLoad:
-    """Sums the tokens that experts are given over a step's micro-batches and workers, and has the recipe balance by them.
+    """Sums the tokens per expert over a step's micro-batches and workers, and lets the recipe balance the experts by these sums.
 
-    The sums are integers, so they are the same to the last bit whatever the micro-batches and the number of workers. They stay on
-    the device until a report, unless the recipe balances by them: then workers add them up after every step.
+    The sums are integers, so they are bitwise equal for any micro-batches and number of workers. They stay on the device until a
+    report. If the recipe balances by them, workers sum them after every step.
     """
 
     def __init__(self, recipe: Recipe, engine: DeepSpeedEngine) -> None:
         self.recipe, self.engine = recipe, engine
-        self._micro: list[torch.Tensor] = []  # of the present step
-        self._steps: list[torch.Tensor] = []  # since the last report: summed over workers if the recipe balances
+        self._micro: list[torch.Tensor] = []  # tokens by expert of each micro-batch of the current step
+        self._steps: list[torch.Tensor] = []  # by step, since the last report; summed over workers if the recipe balances
 
     def add(self, routed: torch.Tensor | None) -> None:
         """Adds a micro-batch's tokens by expert."""
@@ -138,7 +145,7 @@ class ExpertLoad:
             self._micro.append(routed)
 
     def end_step(self) -> None:
-        """Ends a step, with balancing if its weights changed; collective if the recipe balances."""
+        """Ends a step. If its weights changed and the recipe balances, balances the experts; then it is collective."""
         if not self._micro:
             return
         routed, self._micro = torch.stack(self._micro).sum(0), []
@@ -149,7 +156,7 @@ class ExpertLoad:
         self._steps.append(routed)
 
     def report(self) -> dict[str, list[float]]:
-        """Computes the load of the steps since the last report, a value each by name; collective."""
+        """Computes the load of the steps since the last report: by name, one value per step. Collective."""
         if not self._steps:
             return {}
         steps, self._steps = torch.stack(self._steps), []
@@ -159,11 +166,13 @@ class ExpertLoad:
 
 
 def load(routed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Describes the load of experts, int64 [steps, layers, experts + 1], step by step.
+    """Computes statistics of the experts' load per step. `routed`: tokens, int64 [steps, layers, experts + 1]; the last column
+    counts assignments that no expert accepted.
 
-    `imbalance`: the tokens of the layer's busiest expert over the mean of all, 1 if they are even, averaged over layers;
-    `imbalance_worst`: of the layer where it is largest; `unused`: the share of experts without a token; `dropped`: the share of
-    assignments that no expert took.
+    - `imbalance`: the tokens of a layer's busiest expert over the mean of all experts, averaged over layers; 1 if they are even
+    - `imbalance_worst`: the same, of the layer where it is largest
+    - `unused`: the share of experts without a token
+    - `dropped`: the share of assignments that no expert accepted
     """
     assigned, whole = routed[..., :-1].double(), routed.double().sum((1, 2)).clamp(min=1)
     layers = assigned.amax(-1) / assigned.mean(-1).clamp(min=1e-9)

@@ -1,4 +1,4 @@
-"""Imports what training workers need, for the process (`cluster.fork_server`) that they are forked from."""
+"""Imports the modules of training workers, in the process from which workers are forked (`cluster.fork_server`)."""
 
 import heliostat.training.worker.build  # noqa: F401
 from heliostat.engine import deepspeed_engine

@@ -1,7 +1,7 @@
-"""Runs a run's attempts in a process that outlives them: a Ray actor of the driver's pool (`training.driver.pool`).
+"""Runs attempts in a process that outlives them: a Ray actor of the driver's pool (`training.driver.pool`).
 
-Between two attempts a process leaves its process group, and DeepSpeed's state of it: one that has survived and one that is new
-must agree on all that DeepSpeed counts.
+Between two attempts, a process leaves its process group and resets DeepSpeed's state. DeepSpeed's counters must be equal in a
+process that survived and in a new one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkerFacts(TypedDict):
-    """Describes a worker's process: its id, its node's id and address, its GPUs' ids, and whether it is not to be used again."""
+    """Describes a worker's process: its id, its node's id and address, its GPUs' ids. `spent`: it must not be used again."""
 
     pid: int
     node: str
@@ -55,11 +55,11 @@ class TrainWorker:
         }
 
     def free_port(self) -> int:
-        """Finds a TCP port of this node that no process uses."""
+        """Finds an unused TCP port of this node."""
         return processes.free_port(ray.util.get_node_ip_address())
 
     def run(self, place: WorkerPlace, config: WorkerConfig) -> WorkerSummary:
-        """Runs one attempt's worker and returns its summary; whatever the attempt has left is gone when this ends."""
+        """Runs one attempt's worker and returns its summary. Releases everything that belongs to the attempt at the end."""
         from heliostat.training.worker import collector
         from heliostat.training.worker.build import Worker
 
@@ -73,33 +73,37 @@ class TrainWorker:
             return summary
         except BaseException as e:
             error = _raised(e)
-            # first, because on a broken device nothing below may ever end
+            # first, because the code below may hang on a broken device
             config["mailbox"].post(WorkerFailed(rank=place.rank, error=_own(error)))
-            process_group.abort()  # a collective that waits for a dead worker on a GPU would wait for ever
+            process_group.abort()  # on a GPU, a collective would wait for a dead worker forever
             _release(e)
-            self._spent |= isinstance(e, AccessError)  # its credentials may have expired, and a new process reads them again
+            self._spent |= isinstance(e, AccessError)  # its credentials may have expired; a new process reads them again
             if error is not e:
                 raise error from None
             raise
         finally:
             if worker is not None:
-                worker.end()  # only now: on a broken device it may wait for ever
-                self._spent |= worker.busy  # its threads would write into the next attempt's checkpoint, or touch its device
+                worker.end()  # last, because it may hang on a broken device
+                self._spent |= worker.busy  # its threads would write into the next attempt's checkpoint, or use its device
             self._spent |= failed and place.backend == "nccl" and not process_group.reforms()
             del worker
             self._leave()
 
     def _leave(self) -> None:
-        """Leaves the process group; a process that can't is not used again, and the attempt's own outcome stands."""
+        """Leaves the process group. If that fails, the process isn't used again; the attempt's own result stays."""
         try:
             process_group.leave()
-        except Exception as e:  # noqa: BLE001 (of a library, or of a device that is broken)
+        except Exception as e:  # noqa: BLE001 (raised by a library or a broken device)
             self._spent = True
             log.warning("can't reuse this worker's process, because it couldn't leave its group: %s: %s", type(e).__name__, e)
 
 
 def _raised(error: BaseException) -> BaseException:
-    """Returns the error that the driver gets: after the order to abort, the loss of a peer. No abort breaks a device, though."""
+    """Returns the error for the driver: a PeerLostError after the order to abort, otherwise `error`, in a form that reaches the
+    driver.
+
+    A device's error is returned even after that order, because an abort doesn't break devices.
+    """
     said = faults.describe(error)
     if process_group.ordered() and faults.classify(said) != "device":
         return PeerLostError(f"this worker ended because another one failed: {said}")
@@ -107,24 +111,25 @@ def _raised(error: BaseException) -> BaseException:
 
 
 def _own(error: BaseException) -> HeliostatError:
-    """Returns an error that reaches the driver in any case."""
+    """Returns an error that is certain to reach the driver."""
     known = innermost(error)
     return known if known and _arrives(known) else WorkerError(f"the workers failed: {faults.describe(error)}")
 
 
 def _arrives(error: BaseException) -> bool:
-    """Tells whether the error would reach the driver as it is: a class that does not take its own `args` would not."""
-    if isinstance(error, ray.exceptions.RayError):  # of the stream's, whose cause the driver reads
+    """Tells whether the error would reach the driver unchanged. An error whose class doesn't accept its own `args` would not."""
+    if isinstance(error, ray.exceptions.RayError):  # from the data stream; the driver reads its cause
         return True
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 (of this process itself)
-    except Exception:  # noqa: BLE001 (whatever such a class does)
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (this process pickled it)
+    except Exception:  # noqa: BLE001 (such a class may raise anything)
         return False
     return True
 
 
 def _release(error: BaseException | None) -> None:
-    """Lets go of what the frames of an error and its causes hold, such as the engine; their lines stay readable."""
+    """Frees the objects that the frames of an error and its causes hold, such as the engine. The traceback's lines stay
+    readable."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

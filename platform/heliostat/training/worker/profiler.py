@@ -1,6 +1,7 @@
-"""Profiles a worker's steps with `torch.profiler` when the driver orders it (`runs.profile`). Else it costs one check a step.
+"""Profiles a worker's steps with `torch.profiler` when the driver orders it (`runs.profile`). Otherwise it costs one check per
+step.
 
-A profile never ends a run: an error becomes the answer's `problem`. The files are written in a thread, while training continues.
+A profile never ends a run: an error becomes the answer's `problem`. A thread writes the files while training continues.
 """
 
 from __future__ import annotations
@@ -30,15 +31,16 @@ from heliostat.training.worker.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
-MEMORY_EVENTS = 100_000  # allocations that a memory snapshot holds
+MEMORY_EVENTS = 100_000  # allocations in a memory snapshot
 PULSE_S = 1.0  # between two calls of `progressed`
-WRITE_S = 60.0  # for the files, when a worker has made its last step
-END_S = 5.0  # for the files, when a worker ends; the driver waits for workers twice as long
+WRITE_S = 60.0  # to write the files, after a worker's last step
+END_S = 5.0  # to write the files, when a worker ends; the driver waits for workers twice as long
 
 
 @dataclass
 class Recording:
-    """Holds a profile under way: its first step, counted from 0, and its steps so far. `running`: what its end turns off."""
+    """Holds the current profile: its first step, counted from 0, and its steps so far. `running`: the resources to turn off at
+    its end."""
 
     request: ProfileRequest
     first: int
@@ -54,7 +56,7 @@ class Recording:
 
 
 class StepProfiler(Hook):
-    """Profiles whole steps, from before the forward pass to after the optimizer's step, with what lies between two of them."""
+    """Profiles complete steps, from before the forward pass to after the optimizer step, and the time between two steps."""
 
     def __init__(self, run: Location, heartbeat: Heartbeat, posts: Posts) -> None:
         self._run, self._heartbeat, self._posts = run, heartbeat, posts
@@ -80,7 +82,7 @@ class StepProfiler(Hook):
                 self.finish()
 
     def finish(self) -> None:
-        """Ends the profile that is under way, if there is one, and has its files written."""
+        """Ends the current profile, if any, and starts writing its files."""
         if not (recording := self._recording):
             return
         self._recording = None
@@ -95,14 +97,15 @@ class StepProfiler(Hook):
         self._writing = device_threads.thread(lambda: self._write(recording), "profile")
 
     def wait(self, seconds: float = WRITE_S, progressed: Callable[[], None] = lambda: None) -> None:
-        """Waits for files that are being written, so many seconds at most; calls `progressed` often."""
+        """Waits until the files are written, at most `seconds`. Calls `progressed` every PULSE_S seconds."""
         until = time.monotonic() + seconds
         while self._writing and self._writing.is_alive() and (left := until - time.monotonic()) > 0:
             self._writing.join(min(left, PULSE_S))
             progressed()
 
     def end(self) -> None:
-        """Ends a profile without its files, if one is under way, and waits for files that are being written."""
+        """Discards the current profile, if any, and waits until the files of an earlier one are written, at most END_S
+        seconds."""
         if self._recording:
             with suppress(Exception):
                 self._recording.running.close()
@@ -111,13 +114,13 @@ class StepProfiler(Hook):
         self.wait(END_S)
 
     def _is_writing(self) -> bool:
-        """Tells whether files of an earlier profile are being written: the next profile waits for a later step."""
+        """Tells whether files of an earlier profile are being written. The next profile then starts at a later step."""
         return self._writing is not None and self._writing.is_alive()
 
     def _begin(self, request: ProfileRequest, step: int) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
         try:
-            with ExitStack() as started:  # an error turns off what runs by then: it would slow all later steps
+            with ExitStack() as started:  # on an error, turns everything off, which would slow all later steps
                 profiler = torch.profiler.profile(activities=activities)
                 _finish_queued()
                 profiler.start()
@@ -133,18 +136,18 @@ class StepProfiler(Hook):
         self._recording = Recording(request, step, Path(tempfile.mkdtemp(prefix="heliostat-profile-")), profiler, running)
 
     def _write(self, recording: Recording) -> None:
-        """Writes the files to the run's folder, and then the answer."""
+        """Writes the files to the run's folder, then the answer."""
         request, folder = recording.request, recording.folder
         try:
             recording.profiler.export_chrome_trace(str(folder / f"{recording.name}{profile.TRACE}"))
             files = sorted(file.name for file in folder.iterdir())
             for name in files:
                 profile.place(self._run, request).join(name).upload(folder / name)
-            if profile.place(self._run, request).join(profile.DRIVER).exists():  # the driver has written it
+            if profile.place(self._run, request).join(profile.DRIVER).exists():  # written by the driver
                 files.append(profile.DRIVER)
             profile.answer(self._run, request, recording.first + 1, recording.steps, files)
             self._posts.post_of_any(Profiled(id=request.id, files=files))
-        except Exception as e:  # noqa: BLE001 (a full disk, a store that is away: training continues)
+        except Exception as e:  # noqa: BLE001 (a full disk, an unreachable store: training continues)
             self._failed(request, e)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -159,7 +162,7 @@ class StepProfiler(Hook):
 
 
 def _finish_queued() -> None:
-    """Waits for what is queued on the GPU. Else its work for earlier steps would count, and that for the last step wouldn't."""
+    """Waits for the GPU's queue. Otherwise the profile would include work of earlier steps, and miss work of the last step."""
     if _on_gpu():
         torch.cuda.synchronize()
 

@@ -1,13 +1,20 @@
-"""Finds silent data corruption: every so many steps all workers compute one and the same micro-batch, and compare bit for bit.
+"""Detects silent data corruption: every so many steps, all workers compute the same micro-batch and compare the results bit for
+bit.
 
-The micro-batch is one of the step's, drawn by the step; its samples, its random numbers and the weights follow from the step, so
-each worker reads the samples itself and must come to the same bits: of the weights, where each has all of them (ZeRO 0 to 2), of
-the loss, and of gradients of parameters that are drawn by the step, up to `ELEMENTS` of them. Training waits for one micro-batch
-more; on other steps nothing is done. Gradients are computed outside the engine, which never sees them.
+The micro-batch is one of the step's, drawn by the step number. Its samples, its random numbers, and the weights follow from the
+step. So each worker reads the samples itself, and must compute the same bits. The check compares:
 
-The bits of most workers are right; with no majority, all that differ are named. Bits are compared among workers on devices of one
-kind. Kernels are asked to be deterministic (`kernels`), unlike in training. If bits differ, all compute once more: who
-differs from itself is at fault, unless most do, whose kernels then are not deterministic, and nothing can be said.
+- the weights, if each worker has all of them (ZeRO 0 to 2)
+- the loss
+- the gradients of parameters that are drawn by the step number, up to ELEMENTS elements
+
+Training waits for one extra micro-batch per check. Other steps have no extra cost. Gradients are computed outside the engine,
+which never sees them.
+
+The bits of most workers count as right. Without a majority, all workers on that kind of device are named. Only workers on the
+same kind of device are compared. Unlike training, the check asks for deterministic kernels (`kernels`). If bits differ, all
+workers compute again. A worker whose own two results differ is at fault. If most workers are in that case, their kernels aren't
+deterministic, so the check proves nothing and turns itself off.
 """
 
 from __future__ import annotations
@@ -40,16 +47,16 @@ from heliostat.training.worker.micro_batches import BatchPlan
 if TYPE_CHECKING:
     from heliostat.engine.deepspeed_engine import DeepSpeedEngine
 
-ELEMENTS = 64_000_000  # of the gradients that are compared at a time: they are held whole
-FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # which transformers reads at each call of flash-attn
-BLOCK = 1 << 24  # elements that a digest looks at together
+ELEMENTS = 64_000_000  # gradient elements per check, because each worker holds them in full
+FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # transformers reads this variable at each call of flash-attn
+BLOCK = 1 << 24  # elements that a digest processes at a time
 SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed number
 
 
 @wire.travels
 @dataclass(frozen=True)
 class WorkerDigests:
-    """Holds what one worker has computed: where it runs, on which kind of device, and the digests in order."""
+    """Holds one worker's results: its node's id and address, its kind of device, and the digests in order."""
 
     node: str
     address: str
@@ -73,25 +80,28 @@ class CorruptionCheck(Hook):
         self.where, self.kind, job = where, _kind(engine.device), self.job
         assert job.train.sdc_check
         self.keys, self.off = job.train.sdc_check, False
-        self.agreed = -1  # steps that were done when all last agreed
+        self.agreed = -1  # the number of steps done when all workers last agreed
         self.compiled = bool(job.train.compile) or job.train.attention == "flex_attention"
-        self.whole = engine.zero_optimization_stage() < 3  # does each worker hold all weights
+        self.whole = engine.zero_optimization_stage() < 3  # whether each worker holds all weights
 
     def looks(self, step: int) -> bool:
         return self.due(step)
 
     def before_step(self, step: int) -> None:
-        """Compares the workers, if that is due; CorruptionError on all of them if they differ."""
+        """Compares the workers if a check is due. Raises CorruptionError on all workers if they differ."""
         if self.due(step):
             self.context.posts.notice(self.look(step))
             self.context.progressed()
 
     def due(self, step: int) -> bool:
-        """Tells whether the step is looked at."""
+        """Tells whether a check is due before the step."""
         return not self.off and dist.get_world_size() > 1 and self.keys.due(step, first=self.agreed < 0)
 
     def look(self, step: int) -> str | None:
-        """Compares the workers before a step; CorruptionError on all of them if they differ. Returns a notice for people."""
+        """Compares the workers before a step. Returns a notice for the user if the check turns itself off.
+
+        Raises CorruptionError on all workers if they differ.
+        """
         if self.agreed < 0:
             self.agreed = step
         batch, seed = agreed(self.group, lambda: self._micro(step))
@@ -125,10 +135,10 @@ class CorruptionCheck(Hook):
             f"step {self.agreed}"
         )
 
-    # what is computed ------------------------------------------------------------------------------------------------
+    # computation ---------------------------------------------------------------------------------------------------
 
     def _micro(self, step: int) -> tuple[Batch, int]:
-        """Reads the micro-batch that is drawn of a step; returns it with the seed of its random numbers."""
+        """Reads the micro-batch that is drawn for a step. Returns it with the seed of its random numbers."""
         micro, train = self.plan.micro, self.job.train
         number = int(np.random.SeedSequence([train.seed, step, 1]).generate_state(1)[0]) % (train.global_batch_size // micro)
         part = slice(number * micro, (number + 1) * micro)
@@ -144,16 +154,16 @@ class CorruptionCheck(Hook):
         return [f"the weights of {name}" for name, _ in self.engine.module.named_parameters()]
 
     def _drawn(self, step: int) -> list[tuple[str, torch.nn.Parameter]]:
-        """Draws the parameters whose gradients are compared: in the model's order, as many as fit, but at least one."""
+        """Draws the parameters whose gradients are compared: as many as fit into ELEMENTS, at least one, in the model's order."""
         trained = self._trained()
         order = np.random.default_rng([self.job.train.seed, step, 2]).permutation(len(trained))
         sizes = np.cumsum([division.numel(p) for _, p in (trained[i] for i in order)])
         return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
 
     def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, torch.nn.Parameter]]) -> list[WorkerDigests]:
-        """Computes the digests on every worker; collective."""
+        """Computes the digests on every worker. Collective."""
         mine = WorkerDigests(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
-        process_group.check()  # before they are compared: they may be of an aborted collective
+        process_group.check()  # before the comparison: digests after an aborted collective are garbage
         return together(self.group, lambda: mine)
 
     def _digests(self, batch: Batch, seed: int, drawn: list[torch.nn.Parameter]) -> list[int]:
@@ -179,7 +189,7 @@ class CorruptionCheck(Hook):
         return [*weights, digest(loss.sum.detach()), *(0 if g is None else digest(g) for g in gradients)]
 
     def _rest(self, buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Leaves the model as it was before: a step counts what its own passes change."""
+        """Restores the model's buffers, because a step counts the changes of its own passes only."""
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -188,7 +198,8 @@ class CorruptionCheck(Hook):
 
 
 def outvoted(results: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:
-    """Finds the ranks whose digests are not those of most workers on their kind of device; all of the kind without a majority."""
+    """Finds the ranks whose digests differ from those of most workers on their kind of device. Without a majority, returns all
+    ranks of that kind."""
     odd = []
     for kind in {kind for kind, _ in results}:
         ranks = [rank for rank, one in enumerate(results) if one[0] == kind]
@@ -199,8 +210,11 @@ def outvoted(results: Sequence[tuple[str, tuple[int, ...]]]) -> list[int]:
 
 
 def digest(tensor: torch.Tensor) -> int:
-    """Sums a tensor's bits, each element times an odd number of its place, modulo 2^64: the same in whatever order it is summed,
-    and another for every single bit that is flipped."""
+    """Computes a digest of a tensor's bits, in 0 to 2^64 - 1: the sum of each element times an odd number that depends on its
+    position.
+
+    The order of the sum doesn't matter, and every single flipped bit changes the digest.
+    """
     size = tensor.element_size()
     kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
     flat, total = tensor.detach().contiguous().view(-1).view(kind), 0
@@ -212,7 +226,7 @@ def digest(tensor: torch.Tensor) -> int:
 
 
 def _kind(device: torch.device) -> str:
-    """Describes the device by what decides which kernels compute."""
+    """Describes the kind of device, which determines the kernels that compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
@@ -223,15 +237,15 @@ def _kind(device: torch.device) -> str:
 
 @contextmanager
 def kernels(compiled: bool) -> Iterator[None]:
-    """Computes deterministically inside, forwards and backwards, as far as there are kernels. `compiled`: some of the model is
-    compiled, or its attention is.
+    """Makes forward and backward passes inside the context deterministic, as far as deterministic kernels exist. `compiled`:
+    whether the model, a part of it, or its attention is compiled.
 
-    torch's deterministic algorithms are asked for with warnings alone, because an operation that has none would raise. Fused
-    attention ignores a request with warnings alone: its backward pass adds up in any order. So the request is made strict around
-    each attention kernel, all of which have a deterministic form, unless it is compiled: compiled models run no such modes.
-    flash-attn's own kernels read an environment variable.
+    The request for torch's deterministic algorithms has `warn_only`, because an operation without one would raise. Fused
+    attention ignores such a request: its backward pass sums in any order. So the request is strict around each attention kernel;
+    all of these have a deterministic form. Compiled models ignore such modes, so the request isn't strict for them. flash-attn's
+    own kernels read an environment variable.
     """
-    uninitialized: Any = torch.utils.deterministic  # a module of properties
+    uninitialized: Any = torch.utils.deterministic  # Any, because type checkers don't know this module's properties
     cudnn = torch.backends.cudnn
     before = (
         uninitialized.fill_uninitialized_memory,
@@ -241,9 +255,9 @@ def kernels(compiled: bool) -> Iterator[None]:
     )
     with _algorithms(warn_only=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*determinis.*")
-        uninitialized.fill_uninitialized_memory = False  # it costs time, and nothing is read there
+        uninitialized.fill_uninitialized_memory = False  # filling costs time, and nothing reads that memory
         cudnn.benchmark = False  # workers could choose other convolutions
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it has no deterministic form
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention has no deterministic form
         os.environ[FLASH] = "1"
         try:
             with nullcontext() if compiled else _StrictAttention():
@@ -267,7 +281,7 @@ def _algorithms(warn_only: bool) -> Iterator[None]:
 
 
 class _StrictAttention(TorchDispatchMode):
-    """Runs attention kernels, and their backward passes, under the strict request."""
+    """Runs attention kernels and their backward passes with strict deterministic algorithms."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not func._schema.name.partition("::")[2].startswith(ATTENTION):

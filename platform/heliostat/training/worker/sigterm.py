@@ -1,4 +1,4 @@
-"""Handles SIGTERM in a worker's process as a request for a last checkpoint; `received` tells the heartbeat."""
+"""Handles SIGTERM in a worker's process as a request for a last checkpoint. The heartbeat reads the event `received`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import FrameType
 
 from heliostat.data import device_threads
 
-received = threading.Event()  # this process has had a SIGTERM
+received = threading.Event()  # this process has received SIGTERM
 
 
 def heed_sigterm() -> None:
     """Handles SIGTERM as a request for a last checkpoint instead of an immediate end.
 
-    Called in the main thread of a worker's process. The main thread is inside Ray, where Python's handlers wait; the wake-up pipe
-    does not.
+    Call it in the main thread of a worker's process. That thread is inside Ray, so Python's signal handlers would wait; the
+    wake-up pipe doesn't wait.
     """
     readable, writable = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     os.set_blocking(readable, True)

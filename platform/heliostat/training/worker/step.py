@@ -1,12 +1,13 @@
-"""Trains on a worker: one whole step, from its samples to its report, and the loop over the steps.
+"""Trains on a worker: one complete step, from its samples to its report, and the loop over the steps.
 
 A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
-needs no state but the checkpoint, and with the default lanes (one per micro-batch) the same micro-batches are computed on any
-number of workers. Its loss is the sum of all its loss terms over their number, whatever the micro-batches held (`objective`).
+needs only the checkpoint. With the default virtual ranks (one per micro-batch), any number of workers computes the same
+micro-batches. The loss of a step is the sum of all its loss terms over their number, however micro-batches divide them
+(`objective`).
 
-What a run does around its steps are hooks (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
+Hooks do all other work around the steps (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
-The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`), and the norm of a
+The host never waits for the device between two steps. A thread makes the next step's batches (`BatchesAhead`). The norm of a
 step's gradient is read after the next step is queued, or before anything that depends on the step: a report, an evaluation, a
 save. So the host is at most one step ahead of the device.
 """
@@ -50,10 +51,10 @@ HELD_POLL_S = 0.05
 
 
 class Stepper:
-    """Makes steps: forward and backward passes and the optimizer's step over this worker's share of each global batch. Holds what
-    they gave on this worker until it is reported.
+    """Computes steps: forward and backward passes, and the optimizer's step, over this worker's share of each global batch. Keeps
+    their results on this worker until the report.
 
-    `losses`: this worker's part of each step's loss; `added`: of what else is in the objective.
+    `losses`: this worker's part of each step's loss. `added`: its part of the other terms of the objective.
     """
 
     def __init__(
@@ -67,31 +68,32 @@ class Stepper:
         average: AveragedWeights | None = None,
         progressed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Prepares it. `progressed`: is called for every micro-batch that the host has handed to the device."""
+        """Prepares the steps. `progressed`: called for every micro-batch that the host has handed to the device."""
         self.job, self.engine, self.recipe, self.average = job, engine, recipe, average
         self.batch_plan, self.sharing, self.ledger = batch_plan, sharing, ledger
         self.objective, self.experts = Objective(recipe, sharing.averaged, progressed), ExpertLoad(recipe, engine)
         self.losses: list[torch.Tensor] = []
         self.added: list[torch.Tensor] = []
         self._norms: list[float] = []
-        self._unread: deque[tuple[int, LateRead]] = deque()  # norms, by step, that are on their way to the host
+        self._unread: deque[tuple[int, LateRead]] = deque()  # norms, by step, that are being copied to the host
         self._agreed = False
 
     @property
     def norms(self) -> list[float]:
-        """Reads the norms of all workers' gradients before clipping, of each step since the last report; waits for them."""
+        """Returns the gradient norm before clipping, over all workers, of each step since the last report. Waits for the
+        device."""
         self.read_norms()
         return self._norms
 
     def read_norms(self, but: int = 0) -> list[tuple[int, float]]:
-        """Waits for the norms that aren't read yet, except those of the last `but` steps; returns them, with their steps."""
+        """Waits for the unread norms, except those of the last `but` steps. Returns (step, norm) pairs."""
         steps = [self._unread.popleft() for _ in range(len(self._unread) - but)]
         norms = [(step, float(norm.values())) for step, norm in steps]
         self._norms += [norm for _, norm in norms]
         return norms
 
     def prepare(self, step: int, mine: StepSamples) -> StepBatches:
-        """Makes this worker's batches of a step, counted from 0, from its samples, in any thread."""
+        """Makes this worker's batches of a step, counted from 0, from its samples. Any thread may call it."""
         keys, size, device = self.batch_plan.keys(step, mine.lanes), self.job.train.micro_batch_size, self.engine.device
         micros, terms = list[Micro](), 0
         for rows, numbers in zip(content.split(mine.content, size), content.split(keys, size), strict=True):
@@ -103,7 +105,7 @@ class Stepper:
         return StepBatches(mine, micros, pinned(torch.tensor(terms, dtype=torch.float32), device))
 
     def step(self, step: int, batches: StepBatches) -> None:
-        """Makes a step, counted from 0. Doesn't wait for the device."""
+        """Computes a step, counted from 0. Doesn't wait for the device."""
         engine, train, micros = self.engine, self.job.train, batches.micros
         deepspeed_engine.set_lr(engine, train.lr(step))
         terms = self._terms(batches)
@@ -141,12 +143,15 @@ class Stepper:
         return total
 
     def _counted(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns what this worker adds to a sum over all; zeros, whatever the values, where another of its group adds them."""
+        """Returns this worker's contribution to a sum over all workers: zeros if another worker of its group contributes the
+        values."""
         return values if self.sharing.counts else torch.zeros_like(values)
 
     def report(self, group: dist.ProcessGroup, replaced: int) -> StepResults:
-        """Sums over the workers, in one collective, what the steps since the last report gave. `group`: of all workers, on the
-        CPU; `replaced`: this worker's part of the number."""
+        """Sums the results of the steps since the last report over the workers. Collective.
+
+        `group`: a CPU group of all workers. `replaced`: the number of samples that this worker has replaced.
+        """
         if not self._agreed:
             self.objective.agree(group)
             self._agreed = True
@@ -165,7 +170,7 @@ class Stepper:
 
 
 class Loop:
-    """Makes the steps of an attempt, and calls the hooks around them."""
+    """Runs the steps of an attempt, and calls the hooks around them."""
 
     def __init__(
         self,
@@ -178,14 +183,15 @@ class Loop:
         pauses: Sequence[int],
         ahead: BatchesAhead,
     ) -> None:
-        """Prepares it. `pauses`: steps after which the workers wait for a decision; `ahead`: makes the steps' batches."""
+        """Prepares the loop. `pauses`: steps after which the workers wait for a decision. `ahead`: makes the batches of the
+        steps."""
         self.context, self.job, self.ledger, self.stepper = context, context.job, context.ledger, stepper
         self.unsealed, self.reports, self.heartbeat = unsealed, reports, heartbeat
         self.hooks, self.pauses, self.ahead = hooks, pauses, ahead
         self.consensus = StopConsensus(context.control)
 
     def run(self) -> tuple[int, int]:
-        """Trains to the last step, or until the workers stop; returns the steps done, and the stop code."""
+        """Trains to the last step, or until the workers stop. Returns the number of completed steps, and the stop code."""
         done, stop = self.context.start_step, RUN
         while done < self.job.last_step and stop == RUN:
             stop = self._make(done)
@@ -194,7 +200,7 @@ class Loop:
         return done, stop
 
     def _make(self, step: int) -> int:
-        """Makes a step, counted from 0; returns the stop code that the workers agree on meanwhile."""
+        """Computes a step, counted from 0. Returns the stop code on which the workers agree during the step."""
         first = step == self.context.start_step
         with self.ledger("starting" if first else "data"), device_ranges.named("batch"):
             batches = self.ahead.take(step)
@@ -217,7 +223,7 @@ class Loop:
             if cause := self._cause():
                 raise cause from error
             raise
-        self.context.progressed()  # before the step counts
+        self.context.progressed()  # raises after an abort, before the step counts
         self.unsealed.add(step, batches.samples)
         stop = self._agreed(step)
         self.ledger.move("computing", "checkpoint", sum(hook.blocked_s for hook in self.hooks) - blocked)
@@ -228,7 +234,7 @@ class Loop:
         return stop
 
     def _agreed(self, step: int) -> int:
-        """Returns the stop code that the workers agree on, which counts after this step."""
+        """Returns the stop code on which the workers agree. It takes effect after this step."""
         stop = self.consensus.result()
         if stop == FAILED:
             for hook in self.hooks:
@@ -244,33 +250,34 @@ class Loop:
         saves = last or stop != RUN or holds or job.checkpoint.due(done)
         keeps = any(hook.copies for hook in self.hooks) and not last and (saves or job.checkpoint.copy_due(done))
         evaluates = job.evaluate is not None and (last or job.evaluate.due(done))
-        # before a save, too: a run that resumes from there has lost no step's loss
+        # also before a save, so that a run that resumes from it has reported every step's loss
         reports = job.train.log_due(done) or saves or keeps or done == self.context.start_step + 1
         return Due(last, reports, evaluates, saves, keeps, holds and stop == RUN)
 
     def _judge(self, but: int) -> None:
-        """Lets the hooks judge the gradient norms that they haven't seen yet, except those of the last `but` steps."""
+        """Passes the unread gradient norms, except those of the last `but` steps, to the hooks."""
         if norms := self.stepper.read_norms(but):
-            self.context.progressed()  # before a number of them is judged
+            self.context.progressed()  # raises after an abort, before the norms are judged
         for step, norm in norms:
             for hook in self.hooks:
                 hook.on_norm(step, norm)
 
     def _cause(self) -> HeliostatError | None:
-        """Returns the error of an earlier step that a step's own may follow from, such as a recipe's about weights of NaN."""
+        """Returns the error of an earlier step that may have caused this step's error. For example, a recipe may reject NaN
+        weights."""
         try:
             norms = self.stepper.read_norms()
-            self.context.progressed()  # after an abort they don't count
+            self.context.progressed()  # raises after an abort, when the norms don't count
         except Exception:  # noqa: BLE001 (the step's own error is raised)
             return None
         return next(filter(None, (hook.cause(norms) for hook in self.hooks)), None)
 
     def _follow(self, done: int, stop: int) -> int:
-        """Does what is due after a step; returns the stop code, which a decision at a pause point may change."""
+        """Does the work that is due after a step. Returns the stop code, which a decision at a pause point may change."""
         due = self._due(done, stop)
         self._judge(but=0 if due.reports or due.evaluates else 1)
         if due.evaluates:
-            self.ahead.settle()  # an evaluation makes batches, too
+            self.ahead.settle()  # an evaluation calls the recipe's `batch`, too
         for hook in self.hooks:
             hook.after_step(done, due)
         if due.reports:
@@ -281,7 +288,8 @@ class Loop:
             return self._hold(done) if due.holds else stop
 
     def _hold(self, done: int) -> int:
-        """Waits after a complete checkpoint for the driver's decision: RUN, or the code of a stop, the same on every worker."""
+        """Waits at a pause point for the driver's decision, after a complete checkpoint. Returns RUN or a stop code, the same on
+        every worker."""
         mailbox, latest = self.context.posts.mailbox, self.context.latest
         assert mailbox
         with self.ledger("idle"):
@@ -289,5 +297,5 @@ class Loop:
             while True:
                 if (decision := ray.get(mailbox.decision(done))) is not None:
                     return decision
-                self.context.progressed()  # the watchdog is not to take this for a stall
+                self.context.progressed()  # so that the watchdog doesn't report a stall
                 time.sleep(HELD_POLL_S)

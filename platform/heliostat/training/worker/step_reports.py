@@ -1,4 +1,4 @@
-"""Reports steps to the driver: losses, norms, rates, and what was replaced or skipped, summed over the workers."""
+"""Reports steps to the driver: losses, norms, rates, and the numbers of replaced samples and skipped steps, over all workers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 class StepResults(NamedTuple):
-    """Holds what steps gave over all workers, a value a step: losses, gradient norms before clipping, the parts of the objective
-    and the experts' load by name; and `replaced`, the samples that were replaced so far in the run."""
+    """Holds the results of steps over all workers, one value per step: losses, gradient norms before clipping, and by name the
+    parts of the objective and the experts' load. `replaced`: the number of samples replaced in the run so far."""
 
     losses: list[float]
     norms: list[float]
@@ -33,7 +33,8 @@ class StepResults(NamedTuple):
 
 
 class StepsSummary(TypedDict):
-    """Describes an attempt's steady steps, after the first one, which warms up; `data_wait`: a share of their time."""
+    """Summarizes an attempt's steps. Rates exclude the first step, which warms up. `data_wait`: the share of the time spent
+    waiting for data, 0 to 1."""
 
     train_loss: float | None
     tokens_per_second: float
@@ -41,7 +42,7 @@ class StepsSummary(TypedDict):
 
 
 class StepReports:
-    """Reports what the steps since the last report gave, and how long they took.
+    """Reports the results of the steps since the last report, and their time.
 
     `skipped`: steps of the run that changed no weight, because fp16 gradients overflowed.
     """
@@ -55,28 +56,28 @@ class StepReports:
         hooks: Sequence[Hook],
         sums: Callable[[dist.ProcessGroup, int], StepResults],
     ) -> None:
-        """Prepares it. `sums`: sums the steps since the last report over all workers (`step.Stepper.report`)."""
+        """Prepares the reports. `sums`: sums the results since the last report over all workers (`step.Stepper.report`)."""
         self.context, self.job, self.ledger, self.engine, self.recipe = context, context.job, context.ledger, engine, recipe
         self.unsealed, self.hooks, self.sums = unsealed, hooks, sums
         self.skipped = context.start_step - sharded_state.of(engine).steps
         self._reported, self._since = context.start_step, time.perf_counter()
-        self._waited = 0.0  # for data, up to the last report
+        self._waited = 0.0  # seconds waited for data, up to the last report
         self._steady_s = self._steady_wait = 0.0
-        self._reported_peak = False  # that this GPU has no known one
+        self._reported_peak = False  # whether the unknown peak of this GPU was reported
 
     def begin(self) -> None:
-        """Starts the clock: the first step begins."""
+        """Starts the clock when the first step begins."""
         self._since = time.perf_counter()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Leaves what takes time inside out of the steps' seconds."""
+        """Excludes the time inside the context from the steps' seconds."""
         begun = time.perf_counter()
         yield
         self._since += time.perf_counter() - begun
 
     def report(self, done: int) -> None:
-        """Posts what the steps up to `done` gave, summed over the workers; collective."""
+        """Posts the results of the steps up to `done`, over all workers. Collective."""
         now, first = time.perf_counter(), self._reported
         waited = self.ledger.totals().get("data", 0.0)
         seconds, wait = now - self._since, waited - self._waited
@@ -96,7 +97,7 @@ class StepReports:
 
     def _post(self, first: int, done: int, seconds: float, wait: float) -> None:
         results = self.sums(self.context.control, self.unsealed.replaced)
-        self.context.progressed()  # before a number of them is judged, or logged
+        self.context.progressed()  # raises after an abort, before a number is judged or logged
         check_budget(results.replaced, done, self.job, self.unsealed.dataset.order)
         for hook in self.hooks:
             hook.on_report(first, results.losses)
@@ -122,7 +123,8 @@ class StepReports:
         )
 
     def _fp16(self, done: int) -> tuple[int | None, float | None]:
-        """Counts the steps skipped so far by fp16's loss scale, and reads the scale; new skips are reported at the terminal."""
+        """Returns the number of steps skipped so far by fp16's loss scaler, and the loss scale. Reports new skips to the user.
+        Returns None for both without fp16."""
         if self.job.train.precision != "fp16":
             return None, None
         before, self.skipped = self.skipped, done - sharded_state.of(self.engine).steps

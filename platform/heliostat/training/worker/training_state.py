@@ -1,12 +1,12 @@
 """Saves a worker's training state, keeps copies of it in memory, and restores it from either.
 
-    state.save(done)                # a checkpoint with its receipt, in storage: collective
-    state.keep(done)                # the same state in the memory of two nodes
-    state.averaged()                # a context: computes with the weights' average, if the job has one
-    state.restore(source)           # at an attempt's start; `source`: of copies in memory; None: from storage
+    state.save(done)                # writes a checkpoint and its receipt to storage: collective
+    state.keep(done)                # copies the same state into the memory of two nodes
+    state.averaged()                # a context that computes with the averaged weights, if the job keeps an average
+    state.restore(source)           # at an attempt's start; `source`: in-memory checkpoints; None: storage
 
-Saves and copies run while training continues. The optimizer's step and the exchange of the weights with their average change the
-state, so they wait until it is copied.
+Saves and copies run while training continues. Two operations change the state: the optimizer's step, and the exchange of the
+weights with their average. They wait until the state is copied.
 """
 
 from __future__ import annotations
@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResumeFacts:
-    """Holds what a resumed run needs of the engine in addition to its tensors. `checkpoint.json` and the in-memory copies hold
-    each field. To add one: declare it with a default, which older checkpoints need, read it in `of`, and use it in `apply`."""
+    """Holds the engine's state that a resumed run needs in addition to tensors. `checkpoint.json` and in-memory checkpoints have
+    each field.
+
+    To add a field: declare it with a default, which older checkpoints need, read it in `of`, and use it in `apply`.
+    """
 
     optimizer_steps: Whole
     loss_scale: dict[str, int | float] | None = None
@@ -55,7 +58,7 @@ class ResumeFacts:
         return cls(optimizer_steps=sharded.steps, loss_scale=sharded.read_loss_scale())
 
     def apply(self, engine: DeepSpeedEngine) -> str | None:
-        """Completes an engine whose tensors were loaded; returns a notice for the user, if there is one."""
+        """Completes an engine whose tensors were loaded. Returns a notice for the user, if there is one."""
         sharded = sharded_state.of(engine)
         sharded.after_load(self.optimizer_steps)
         return sharded.write_loss_scale(self.loss_scale)
@@ -65,7 +68,8 @@ RESUME = Format(ResumeFacts, "index that this version of heliostat resumes from"
 
 
 class TrainingState(Hook):
-    """Holds what a checkpoint of this worker is made of: the engine, the weights' average, and the samples not yet sealed."""
+    """Holds the parts of this worker's checkpoint: the engine, the averaged weights, and the samples that no receipt covers
+    yet."""
 
     def __init__(self, context: Context, engine: DeepSpeedEngine, unsealed: Unsealed, memory: MemoryCopies | None = None) -> None:
         self.context, self.engine, self.unsealed, self.memory = context, engine, unsealed, memory
@@ -75,15 +79,15 @@ class TrainingState(Hook):
             context.posts.notice_of_any,
         )  # fmt: skip
         self.copies = memory is not None
-        self.failed = self._in_a_row = 0  # saves of this attempt that have failed
-        self._sealing: tuple[UnsealedPart, int] | None = None  # what the save in flight seals, and how many events are with it
+        self.failed = self._in_a_row = 0  # failed saves: in this attempt, and in a row
+        self._sealing: tuple[UnsealedPart, int] | None = None  # samples and number of events in the current save
         for copies in self._copies():
             copies.attach(self.sharded.optimizer)
         self.average = ema.of(context.job, engine)
 
     @property
     def blocked_s(self) -> float:
-        """Returns the seconds for which saves and copies have kept training waiting."""
+        """Returns the seconds that training has waited for saves and copies."""
         return self.saver.blocked_s + (self.memory.blocked_s if self.memory else 0.0)
 
     @property
@@ -94,13 +98,15 @@ class TrainingState(Hook):
         return self.sharded.tensors(whole) | (self.average.state(whole) if self.average else {})
 
     def after_step(self, done: int, due: Due) -> None:
-        """Waits for the last copy before the step is reported: once a step is, all copies of earlier ones have arrived."""
+        """Waits for the last copy before the step is reported. So once a step is reported, all copies of earlier steps have
+        arrived."""
         if self.memory and due.keeps:
             with self.context.ledger("checkpoint"):
                 self.memory.wait()
 
     def on_save(self, done: int, due: Due) -> None:
-        """Saves a checkpoint, and keeps a copy in memory, as they are due. Where the workers then wait, waits for the save."""
+        """Saves a checkpoint and copies the state into memory, if they are due. Before a pause point, waits until the save is
+        complete."""
         if not (due.saves or due.keeps or due.holds):
             return
         with self.context.ledger("checkpoint"), device_ranges.named("save"):
@@ -108,18 +114,21 @@ class TrainingState(Hook):
                 self.save(done)
             if due.keeps:
                 self.keep(done)
-            while due.holds and not self.settle():  # the store has failed, as it may some times: a decision needs the checkpoint
+            while due.holds and not self.settle():  # a decision needs the checkpoint, so save again
                 self.save(done)
 
     def settle(self) -> bool:
-        """Waits for the save in flight, and continues without it if the store has failed, some times in a row; collective.
-        Returns whether no save has failed."""
+        """Waits for the save in flight. If the store failed, training continues without that checkpoint, at most TOLERATED times
+        in a row.
+
+        Collective. Returns whether no save has failed. Raises StorageError after too many failures, and AccessError at once.
+        """
         try:
             if self._saved():
                 self._in_a_row = 0
             return True
         except AccessError:
-            raise  # it would come again
+            raise  # the next save would fail, too
         except StorageError as e:  # the same on all workers
             self.failed, self._in_a_row = self.failed + 1, self._in_a_row + 1
             again = f"{self._in_a_row} in a row; up to {checkpoint.TOLERATED} are allowed"
@@ -129,13 +138,14 @@ class TrainingState(Hook):
             return False
 
     def wait(self) -> None:
-        """Waits until what is being saved, and copied, has arrived."""
+        """Waits until the save and the copy in flight are complete."""
         self._saved()
         if self.memory:
             self.memory.wait()
 
     def _saved(self) -> bool:
-        """Waits for the save in flight, if there is one, and forgets what its receipt covers: all workers know of it."""
+        """Waits for the save in flight, if any, and forgets the samples and events that its receipt covers. All workers know the
+        result."""
         try:
             return self.saver.wait()
         finally:
@@ -147,8 +157,11 @@ class TrainingState(Hook):
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Computes with the weights' average inside, if the job has one. No step may have been made since a save, as after an
-        overflow, so this waits for what is being copied."""
+        """Computes with the averaged weights inside the context, if the job keeps an average.
+
+        Waits for saves and copies in flight. There may have been no optimizer step since a save, for example after an overflow,
+        and so no earlier wait.
+        """
         if self.average is None:
             yield
             return
@@ -163,7 +176,7 @@ class TrainingState(Hook):
     # saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, done: int) -> None:
-        """Begins to save the state after step `done`: the saver's thread seals the samples up to there first. Collective."""
+        """Begins to save the state after step `done`. The saver's thread first seals the samples up to that step. Collective."""
         context, posts = self.context, self.context.posts
         context.progressed()
         self.settle()
@@ -195,7 +208,7 @@ class TrainingState(Hook):
         posts.post(Saved(step=done, blocked_s=self.saver.blocked_s, failed=self.failed, ledger=context.ledger.totals()))
 
     def keep(self, done: int) -> None:
-        """Keeps the state after a step in memory, with all that a checkpoint and its receipt would hold of the step."""
+        """Copies the state after a step into memory, with everything that a checkpoint and its receipt would contain."""
         assert self.memory
         self.context.progressed()
         facts = CopyFacts(done, self.context.world, self.context.plan.digest, asdict(ResumeFacts.of(self.engine)))
@@ -203,7 +216,8 @@ class TrainingState(Hook):
         self.memory.keep(facts, own, self.tensors(), self.context.control)
 
     def _metrics(self, done: int) -> dict[str, float | None]:
-        """Returns the metrics of a checkpoint: one out of turn was not scored, and is not to be taken for the best."""
+        """Returns the metrics of a checkpoint. With `checkpoint.best`, leaves out scores of an earlier step, so that an unscored
+        checkpoint can't count as the best."""
         latest = self.context.latest
         scores = latest.scores if self.context.job.checkpoint.best is None or latest.scored_at == done else {}
         return {"train_loss": latest.loss, **scores}
@@ -211,17 +225,17 @@ class TrainingState(Hook):
     # restoring -------------------------------------------------------------------------------------------------------
 
     def restore(self, source: CopySource | None = None) -> None:
-        """Loads the state before the attempt's first step from copies in memory, if there are any, or from storage."""
+        """Loads the state before the attempt's first step: from in-memory checkpoints if there are any, else from storage."""
         if source:
             self._from_memory(source)
         else:
             self._from_storage()
 
     def _from_memory(self, source: CopySource) -> None:
-        """Loads copies in memory; parameters that are not trained come from storage, or are as they were built."""
+        """Loads in-memory checkpoints. Frozen parameters come from storage, or keep their initial values."""
         context, node = self.context, ray.get_runtime_context().get_node_id()
         state = self.tensors(whole=True)
-        # else a worker copied a part of what it needs
+        # otherwise a worker's own copy has only a part of the state that it needs
         same = source.world == context.world and self.sharded.saves_all()
 
         def restore() -> tuple[CopyFacts, list[bytes]]:

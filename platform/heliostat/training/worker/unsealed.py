@@ -1,17 +1,17 @@
-"""Holds which samples a run was trained on since its last receipt, until the next one seals them.
+"""Records the samples that a run was trained on since its last receipt, until the next receipt seals them.
 
     unsealed.add(step, samples)          # after every step
-    part = unsealed.part(done)           # what the next receipt covers
+    part = unsealed.part(done)           # the contents of the next receipt
     unsealed.write(part, group)          # before the checkpoint of these steps, in any thread: collective
-    unsealed.drop(part)                  # in the thread that trains, as soon as all workers know that it is written
-    unsealed.take_up(parts)              # of all workers, from copies of the training state in memory
+    unsealed.drop(part)                  # in the training thread, once all workers know that the receipt is written
+    unsealed.take_up(parts)              # from the in-memory checkpoints of all workers
 
-A receipt holds the digests of its steps' samples, and a chain of all digests up to there (`data.receipt`). If a receipt can't be
+A receipt holds the digests of its steps' samples, and a chain of all digests so far (`data.receipt`). If a receipt can't be
 written, the next one covers its steps, too.
 
-`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps that the receipt of that name covers:
-step, dataset, shard, row group, row, reason, and the replacement's shard, row group and row. No file: none were. Steps are
-counted from 1; older lists, without `counted_from`, have them from 0.
+`quarantine/step-00000100.jsonl` in the run's folder lists the samples replaced in the steps of the receipt with the same name.
+Each entry has the step, dataset, shard, row group, row, and reason, and the replacement's shard, row group, and row. If no sample
+was replaced, there is no file. Steps count from 1; in older lists, without `counted_from`, from 0.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from heliostat.runs.consumed import ConsumedPlace, Replaced
 from heliostat.storage import run_folder, wire
 from heliostat.storage.locations import Location
 
-BadOfStep = tuple[int, Bad]  # with the step, counted from 0
-Share = tuple[list[np.ndarray], list[BadOfStep], int]  # of some workers: digests of lanes, replaced samples, how many in the run
+BadOfStep = tuple[int, Bad]  # the step, counted from 0, and the sample
+Share = tuple[list[np.ndarray], list[BadOfStep], int]  # of some workers: digests, replaced samples, their number in the run
 
 
 @wire.travels
 class SealedSteps(NamedTuple):
-    """Describes a receipt that is written: the chain after it, and how many samples were replaced in the run up to there."""
+    """Describes a written receipt: the chain after it, and the number of samples replaced in the run so far."""
 
     chain: str
     replaced: int
@@ -51,48 +51,48 @@ class SealedSteps(NamedTuple):
 @wire.travels
 @dataclass
 class UnsealedPart:
-    """Holds this worker's share of what one receipt covers: the steps since the last one, up to step `done`. `sealed`: once the
+    """Holds this worker's share of one receipt: the steps since the last receipt, up to step `done`. `sealed`: set once the
     receipt is written, the same on all workers."""
 
     done: int
     chain: str
-    digests: list[str]  # on rank 0: of steps that an earlier attempt made
-    steps: int  # of this attempt, on a worker that reads samples
-    lanes: list[np.ndarray]  # their digests
+    digests: list[str]  # on rank 0: step digests from an earlier attempt
+    steps: int  # number of steps of this attempt, on a worker that reads samples
+    lanes: list[np.ndarray]  # digests of these steps, int64 [steps, virtual ranks]
     bad: list[BadOfStep]
     replaced: int
     sealed: SealedSteps | None = None
 
 
 class Unsealed:
-    """Holds the chain up to the last receipt, and since then the steps' digests and the replaced samples.
+    """Holds the chain up to the last receipt, and the digests and replaced samples of the steps since then.
 
-    `replaced`: samples replaced so far in the run, on this worker; what earlier attempts replaced is rank 0's. `group`: of all
-    workers, on the CPU; `reads`: whether this worker reads samples itself, or another does that shares them with it.
+    `replaced`: the number of samples that this worker has replaced in the run; rank 0 includes those of earlier attempts.
+    `group`: a CPU group of all workers. `reads`: false if another worker reads this worker's samples and shares them.
     """
 
     def __init__(self, folder: Location, dataset: Dataset, group: dist.ProcessGroup, reads: bool = True) -> None:
         self.folder, self.dataset, self.group, self.reads = folder, dataset, group, reads
         self.chain, self.replaced = receipt.GENESIS, 0
-        self._digests: list[str] = []  # on rank 0: of steps that an earlier attempt made
-        self._lanes: list[list[int]] = []  # of this attempt's
+        self._digests: list[str] = []  # on rank 0: step digests from an earlier attempt
+        self._lanes: list[list[int]] = []  # by step of this attempt: a digest per virtual rank
         self._bad: list[BadOfStep] = []
 
     def add(self, step: int, mine: StepSamples) -> None:
-        """Notes this worker's share of a step, counted from 0."""
+        """Records this worker's share of a step, counted from 0."""
         if self.reads:
             self._lanes.append(mine.digests)
             self._bad += [(step, bad) for bad in mine.bad]
             self.replaced += len(mine.bad)
 
     def part(self, done: int) -> UnsealedPart:
-        """Returns what a receipt up to step `done` covers; steps that are added later don't change it."""
+        """Returns the contents of a receipt up to step `done`. Later steps don't change it."""
         return UnsealedPart(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
     def write(self, part: UnsealedPart, group: Group, first: Callable[[], None] = lambda: None) -> SealedSteps:
-        """Writes the receipt of a part, and the list of replaced samples. Collective, and in any thread.
+        """Writes the receipt of a part, and the list of replaced samples. Collective; any thread may call it.
 
-        `first`: what rank 0 does before; if it raises, nothing is written, and all workers raise.
+        Rank 0 calls `first` before it writes. If `first` raises, nothing is written, and all workers raise.
         """
         shares = agreement.merged(group, lambda: (part.lanes, part.bad, part.replaced), _join)
 
@@ -110,13 +110,13 @@ class Unsealed:
         return part.sealed
 
     def drop(self, part: UnsealedPart) -> None:
-        """Forgets what a receipt covers, if it was written."""
+        """Forgets the steps of a part if its receipt was written."""
         if part.sealed:
             self.chain = part.sealed.chain
             del self._digests[: len(part.digests)], self._lanes[: part.steps], self._bad[: len(part.bad)]
 
     def seal(self, done: int) -> int:
-        """Writes the receipt of the steps up to `done`, and waits for it; returns how many samples were replaced in the run.
+        """Writes the receipt of the steps up to `done`, and waits for it. Returns the number of samples replaced in the run.
         Collective."""
         part = self.part(done)
         sealed = self.write(part, self.group)
@@ -124,19 +124,20 @@ class Unsealed:
         return sealed.replaced
 
     def take_up(self, parts: list[UnsealedPart]) -> None:
-        """Continues, on rank 0, from the parts of all workers of another attempt, in the order of their ranks."""
+        """Continues, on rank 0, from the parts of all workers of another attempt. `parts`: in rank order."""
         self.chain = parts[0].chain
         self._digests = parts[0].digests + _of_steps([lanes for part in parts for lanes in part.lanes])
         self._bad = [bad for part in parts for bad in part.bad]
         self.replaced = sum(part.replaced for part in parts)
 
     def _own(self) -> list[np.ndarray]:
-        """Returns the digests of this worker's lanes, [steps, lanes]: a list of one, to be joined, or of none."""
+        """Returns this worker's digests, int64 [steps, virtual ranks], in a list of one; an empty list if it doesn't read
+        samples."""
         return [np.array(self._lanes, dtype=np.int64)] if self.reads else []
 
 
 def _of_steps(lanes: list[np.ndarray]) -> list[str]:
-    """Computes the digests of steps from all workers' lanes; there may be no steps."""
+    """Computes the digests of steps from the digests of all workers' virtual ranks. There may be no steps."""
     return receipt.step_digests(receipt.in_lane_order(lanes)) if lanes and len(lanes[0]) else []
 
 
@@ -145,9 +146,10 @@ def _join(one: Share, other: Share) -> Share:
 
 
 def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
-    """Checks the budget of bad samples.
+    """Checks the number of replaced samples against the job's budget.
 
-    DataError if more samples were replaced than `data.max_bad_fraction` of an epoch, or of all those trained on.
+    Raises DataError if `bad` is more than `data.max_bad_fraction` of an epoch's samples or of all trained samples, whichever are
+    more.
     """
     base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch_size)
     allowed = job.data.max_bad_fraction * base
@@ -160,14 +162,14 @@ def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
 
 
 def write_list(run: Location, done: int, replaced: list[BadOfStep], dataset: Dataset) -> None:
-    """Writes the list of what all workers have replaced since the last receipt, unless that is nothing."""
+    """Writes the list of samples that all workers have replaced since the last receipt. Writes no file if there are none."""
     if replaced:
         lines = [json.dumps(describe(step, bad, dataset)) for step, bad in sorted(replaced, key=lambda b: (b[0], b[1].position))]
         run_folder.quarantine(run, done).write("\n".join(lines).encode() + b"\n")
 
 
 def describe(step: int, bad: Bad, dataset: Dataset) -> Replaced:
-    """Describes a replaced sample of a step, counted from 0, as an entry of the list, with names instead of indices."""
+    """Describes a replaced sample of a step, counted from 0, as an entry of the list. The entry has names instead of indices."""
 
     def place(source: int, chunk: int, row: int) -> ConsumedPlace:
         chunks = dataset.sources[source].chunks
