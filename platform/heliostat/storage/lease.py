@@ -174,8 +174,7 @@ def holder(folder: Location, number: int) -> Holder | None:
 
 
 def clear(folder: Location) -> None:
-    """Deletes everything in the folder except its leases, so that no new lease gets the number of a driver that was taken for
-    dead."""
+    """Deletes everything in the folder except its leases, so that no later lease reuses the number of an earlier driver."""
     for name in folder.folders():
         if name != LEASE:
             folder.join(name).delete()

@@ -28,8 +28,7 @@ NEW_S = 60.0  # seconds: a younger folder may not be locked yet
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Makes a temporary folder and locks it. First removes those of this machine that no process locks: their processes were
-    killed."""
+    """Makes a temporary folder and locks it. First removes this machine's unlocked ones: their processes were killed."""
     prefix = f"{prefix}{socket.gethostname()}-"  # the lock of a folder on a shared file system is valid on one machine only
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError), _locked(left, fcntl.LOCK_NB) as status:
