@@ -32,7 +32,7 @@ class DamagedError(DataError):
 
 @dataclass(frozen=True)
 class Gathered:
-    """Holds the contents of samples. `faults`: index of each bad sample -> reason; the content of these is zero or null."""
+    """Holds the contents of samples. `faults`: index of a bad sample -> reason; the content of a bad sample is zero or null."""
 
     content: Content
     faults: dict[int, str]

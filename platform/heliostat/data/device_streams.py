@@ -35,7 +35,7 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def on_device(
     batches: Sequence[Tensors], device: torch.device, complete: Callable[[Tensors], Tensors] = lambda batch: batch
 ) -> Iterator[Tensors]:
-    """Yields CPU batches on the device, after `complete`, which runs without gradients.
+    """Copies CPU batches to the device, completes them with `complete` (without gradients), and yields them.
 
     On a GPU, a separate stream copies and completes the next batch during the computation with the current one.
     """

@@ -286,7 +286,7 @@ def version_name(digest: str) -> str:
 
 
 def kept_path(digest: str, name: str) -> str:
-    """Returns the path of a replaced version's copy of a file with a plain name, for a version without `files`."""
+    """Returns the path at which a version without `files` keeps its file `name` once a newer version replaces it."""
     return f"{FILES}/{digest[:12]}-{name}"
 
 

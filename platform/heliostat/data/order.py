@@ -205,7 +205,7 @@ class Order:
     # the samples -----------------------------------------------------------------------------------------------------
 
     def epoch(self, source: int, number: int) -> Epoch:
-        """Returns the order of a source's chunks in an epoch; caches the last two epochs per source."""
+        """Returns the order of a source's chunks in an epoch. Caches the newest epochs of all sources: two times their number."""
         key = (source, number)
         known = self._epochs.get(key)
         if known is None:  # two threads may compute it, but neither may find it removed

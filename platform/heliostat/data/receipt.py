@@ -59,7 +59,7 @@ def step_digests(lanes: np.ndarray) -> list[str]:
 
 
 def extend(chain: str, steps: list[str]) -> str:
-    """Returns the hash chain `chain`, extended by the digests of the following steps."""
+    """Extends the hash chain by the digests of the following steps, and returns the new chain."""
     for step in steps:
         chain = hashlib.blake2b(bytes.fromhex(chain) + bytes.fromhex(step), digest_size=16).hexdigest()
     return chain
