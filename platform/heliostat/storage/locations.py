@@ -170,7 +170,7 @@ class Location:
     def create(self, data: bytes) -> bool:
         """Writes only if nothing exists here; returns False if something does. Of several concurrent calls, one succeeds.
 
-        If the first answer to a write is lost, its own repetition gets False. So the data must show who wrote it.
+        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
         """
         if self.is_s3:
             return self.attempt(lambda: self._objects.create(self.path, data))

@@ -75,7 +75,7 @@ def retry(
     - `give_up` raises once the budget, in seconds, is used up.
     - `report` gets each failure and the wait after it. `sleep` waits instead of `time.sleep`.
 
-    An attempt begins only if it ends within the budget, assuming that it takes as long as the last one. The last wait is
+    An attempt begins only if it would end within the budget, taking as long as the last one. The last wait is
     shortened, so that the budget is used to its end.
     """
     start, count = time.monotonic(), 0

@@ -177,7 +177,7 @@ class Store:
     def create(self, path: str, data: bytes) -> bool:
         """Puts an object only if none exists; returns whether it did.
 
-        The answer to a put may be lost; then the repeated put returns False. So the data must show who wrote it.
+        If the answer to a successful put is lost, the repeated put returns False. So the data must show who wrote it.
         """
         if self.payer:
             raise PermissionError(ONLY_READ)
