@@ -35,7 +35,7 @@ class TaskScore(TypedDict):
 class Result(TypedDict):
     """Describes the values that are read from a benchmark's result, `benchmarks/SUITE/step-*.json`.
 
-    `written`: time at which the checkpoint was written that it scores.
+    `written`: time at which the scored checkpoint was written.
     """
 
     written: float
