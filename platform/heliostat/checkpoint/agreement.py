@@ -1,11 +1,11 @@
-"""Makes all ranks agree: an error on one of them is raised on all of them, so that none waits for the others for ever.
+"""Makes all ranks agree: an error on one rank is raised on all of them, so that no rank waits for the others for ever.
 
-Each function is called by all ranks of the group, in the same order. `group`: a gloo process group, or one channel of it.
+All ranks of the group call each function, in the same order. `group`: a gloo process group, or one channel of it.
 
-What the ranks send each other goes along a binomial tree of them: up to rank 0, merged on the way, and down to all. A rank talks
-to at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks count through node after node, so with a power
-of two on each node the lower branches stay inside the nodes, and the upper ones join their first ranks. Values are plain ones,
-as `wire` encodes them.
+Messages travel along a binomial tree of the ranks: up to rank 0, merged on the way, and down to all ranks. A rank exchanges
+messages with at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks are numbered node by node. So with a
+power of two per node, the lower branches stay within a node. The upper ones join the first ranks of the nodes. Values are
+plain ones, as `wire` encodes them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from heliostat.storage import wire
 
 T = TypeVar("T")
 
-HEAD = 1024  # bytes of a value's first message; most values need no other
-SIZE = 8  # bytes of them that hold the value's size
+HEAD = 1024  # bytes of a value's first message; most values need no second one
+SIZE = 8  # bytes at its start that hold the value's size
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Describes one of several conversations that a gloo group can hold at a time, from as many threads: those of other tags.
+    """Describes a channel of a gloo group. Threads can use several channels of a group at once, if these have different tags.
 
-    `timeout`: of one message; None is the group's.
+    `timeout`: of one message; None: the group's timeout.
     """
 
     group: dist.ProcessGroup
@@ -44,13 +44,13 @@ Group: TypeAlias = "dist.ProcessGroup | Channel"
 
 
 def channel(group: Group) -> Channel:
-    """Returns a channel as it is, and a process group's first one."""
+    """Returns a channel unchanged, and the first channel of a process group."""
     return group if isinstance(group, Channel) else Channel(group)
 
 
 @wire.travels
 class RankOutcome(NamedTuple):
-    """Holds what a rank's work returned, or what it raised and on which rank."""
+    """Holds the return value of a rank's work, or its error and the rank that raised it."""
 
     value: Any = None
     error: HeliostatError | None = None
@@ -58,27 +58,27 @@ class RankOutcome(NamedTuple):
 
 
 def together(group: Group, work: Callable[[], T]) -> list[T]:
-    """Runs `work` on every rank and returns all results in rank order; if one fails, every rank raises its error."""
+    """Runs `work` on every rank and returns all results in rank order. If one rank fails, every rank raises its error."""
     return _share(group, _attempt(group, lambda: [work()]), operator.add, whole=True)
 
 
 def agreed(group: Group, work: Callable[[], T]) -> T:
-    """Runs `work` on every rank and returns this rank's result; if one fails, every rank raises its error."""
+    """Runs `work` on every rank and returns this rank's result. If one rank fails, every rank raises its error."""
     mine = _attempt(group, work)
     _share(group, mine._replace(value=None), lambda *_: None, whole=False)
     return mine.value
 
 
 def merged(group: Group, work: Callable[[], T], merge: Callable[[T, T], T]) -> T | None:
-    """Runs `work` on every rank and merges the results in rank order on the way to rank 0; elsewhere this returns None.
+    """Runs `work` on every rank, and merges the results in rank order on their way to rank 0; other ranks get None.
 
-    If one fails, every rank raises its error.
+    If one rank fails, every rank raises its error.
     """
     return _share(group, _attempt(group, work), merge, whole=False)
 
 
 def first(group: Group, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 alone and returns its result on every rank; if it fails, every rank raises its error."""
+    """Runs `work` on rank 0 only and returns its result on every rank. If it fails, every rank raises its error."""
     where = channel(group)
     mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else RankOutcome()
     return _result(mine, down(where, mine))
@@ -98,7 +98,7 @@ def _attempt(group: Group, work: Callable[[], T]) -> RankOutcome:
 
 
 def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], whole: bool) -> Any:
-    """Merges all ranks' outcomes onto rank 0, and hands the error, and the `whole` if it is asked for, to all ranks."""
+    """Merges all ranks' outcomes onto rank 0, and sends the error to all ranks; with `whole`, also the merged value."""
 
     def join(one: RankOutcome, other: RankOutcome) -> RankOutcome:
         if one.error or other.error:
@@ -113,7 +113,7 @@ def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], who
 
 def _result(mine: RankOutcome, shared: RankOutcome) -> Any:
     if shared.error is not None:
-        raise (mine.error or shared.error) if shared.rank == mine.rank else shared.error  # this rank's own has its cause
+        raise (mine.error or shared.error) if shared.rank == mine.rank else shared.error  # this rank's own error has its cause
     return shared.value
 
 
@@ -122,13 +122,13 @@ def parent(rank: int) -> int:
 
 
 def children(rank: int, world: int) -> list[int]:
-    """Lists the ranks below a rank, ascending; the n-th has the 2^n ranks from its own on in its branch."""
+    """Lists a rank's children in the tree, ascending. The n-th child's branch contains the 2^n ranks from the child on."""
     reach = rank & -rank or world
     return [rank + (1 << n) for n in range(world.bit_length()) if 1 << n < reach and rank + (1 << n) < world]
 
 
 def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
-    """Merges the values of all ranks, in rank order; returns the whole on rank 0, a part of it elsewhere."""
+    """Merges the values of all ranks in rank order. Rank 0 returns the merged value, the others the one of their branch."""
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     for child in children(rank, world):
         mine = merge(mine, cast("T", _receive(where, child)))
@@ -138,7 +138,7 @@ def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
 
 
 def down(where: Channel, value: T) -> T:
-    """Hands rank 0's value to all ranks, and returns it."""
+    """Sends rank 0's value to all ranks, and returns it."""
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     if rank:
         value = cast("T", _receive(where, parent(rank)))

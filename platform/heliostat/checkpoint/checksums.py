@@ -1,7 +1,7 @@
-"""Checks blocks by checksum: every chunk of a checkpoint carries a CRC-32 for each MiB, and no byte is used unchecked.
+"""Checks checkpoint data by block: every chunk has a CRC-32 per MiB, and unchecked bytes are never used.
 
-A reader that wants a part of a chunk reads the blocks that hold it, so what it reads beyond its part is less than two blocks for
-each chunk, and a whole chunk costs nothing more. Neighbouring blocks of a file are read together.
+To read a part of a chunk, a reader reads the complete blocks that contain it. This adds less than two blocks per chunk, and
+nothing for a complete chunk. Adjacent blocks of a file are read together.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-if TYPE_CHECKING:  # the driver looks for a run's checkpoints without torch
+if TYPE_CHECKING:  # the driver searches for a run's checkpoints without torch
     import torch
 
 BLOCK = 1 << 20
-RUN_BLOCKS = 8  # read with one request
+RUN_BLOCKS = 8  # blocks per request, at most
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """Views a contiguous tensor's memory as flat uint8."""
+    """Views the memory of a contiguous tensor as flat uint8."""
     import torch
 
     return tensor.reshape(-1).view(torch.uint8)
@@ -37,7 +37,11 @@ def cut(data: torch.Tensor) -> Iterator[memoryview]:
 
 @dataclass(frozen=True)
 class Slice:
-    """Describes bytes to read, from `first` on, of a chunk at `offset` in its file, and the flat uint8 tensor that they fill."""
+    """Describes a part of a chunk to read.
+
+    `offset`, `size`: bytes of the chunk in its file; `crc32`: of each block; `first`: first byte of the part in the chunk;
+    `target`: flat uint8 tensor for the part.
+    """
 
     offset: int
     size: int
@@ -48,7 +52,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """Describes a block in its file, and the part of it that a target gets."""
+    """Describes a block in its file. `skip`: bytes before the part that `target` gets."""
 
     offset: int
     size: int
@@ -58,7 +62,7 @@ class Block:
 
 
 def needed(part: Slice) -> Iterator[Block]:
-    """Yields the blocks that hold a slice."""
+    """Yields the blocks that contain a slice."""
     first, last = part.first, part.first + len(part.target)
     for number in range(first // BLOCK, -(-last // BLOCK)):
         start = number * BLOCK
@@ -68,7 +72,7 @@ def needed(part: Slice) -> Iterator[Block]:
 
 
 def runs(parts: list[Slice]) -> list[list[Block]]:
-    """Plans reads: the blocks that the slices of one file need, in the file's order, neighbours grouped into one read."""
+    """Plans the reads for slices of one file: lists the blocks that they need, in file order, adjacent blocks in one read."""
     out: list[list[Block]] = []
     for block in sorted((b for p in parts for b in needed(p)), key=lambda b: b.offset):
         last = out[-1][-1] if out else None
@@ -86,9 +90,9 @@ def _size(run: list[Block]) -> int:
 def read(
     file: pa.NativeFile, wanted: list[list[Block]], progressed: Callable[[], None] = lambda: None
 ) -> tuple[int, Block | None]:
-    """Reads blocks, checks them and fills the targets; calls `progressed` after each request.
+    """Reads blocks, checks them, and fills the targets. Calls `progressed` after each request.
 
-    Returns the bytes read and the first block whose checksum fails, None if all are intact.
+    Returns the number of bytes read, and the first block with a wrong checksum; None if all are intact.
     """
     import torch
 

@@ -1,9 +1,11 @@
-"""Describes in which order a checkpoint holds a matrix that workers cut by columns, and finds what is wanted in another order.
+"""Describes the order of elements in a checkpoint for matrices that workers split by columns, and converts between orders.
 
-Tensors of a checkpoint are flat, and a worker's share is a slice of the flat tensor. One that has some columns of a matrix holds
-a slice of those columns, row after row: in the matrix's own order that would be a piece of every row. So the order of such a
-matrix is block after block of columns, each row after row, in which a share is a slice again; with one block it is the matrix's
-own. What is wanted in another order lies in a rectangle of each block that has some of it. The arithmetic is pure.
+Tensors of a checkpoint are flat, and a worker's shard is a slice of the flat tensor. A worker with some columns of a matrix has
+them row after row. In the matrix's own order, that would be a piece of every row. So such a matrix is stored as one block of
+columns after another, each row after row. In this order, a worker's shard is one slice. With one block, it is the matrix's own
+order.
+
+To read another order, each stored block contributes a rectangle. The arithmetic is pure.
 """
 
 from __future__ import annotations
@@ -13,24 +15,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from heliostat.storage import wire
 
-if TYPE_CHECKING:  # the driver looks for a run's checkpoints without torch
+if TYPE_CHECKING:  # the driver searches for a run's checkpoints without torch
     import torch
 
 
 @wire.travels
 class Columns(NamedTuple):
-    """Describes an order: of a matrix with rows of `width` elements, so many equal blocks of columns one after another."""
+    """Describes an order for a matrix with rows of `width` elements: `parts` equal blocks of columns, one after another."""
 
     parts: int
     width: int
 
 
-ROWS = Columns(1, 1)  # the tensor's own order, whatever its width
+ROWS = Columns(1, 1)  # the tensor's own order, for any width
 
 
 class Rectangle(NamedTuple):
-    """Describes what some rows of one block have of what is wanted: they begin at element `start` of the order that is held,
-    `width` elements each; of each `columns` are taken, behind the first `skip`, and go to column `into`."""
+    """Describes the elements that some rows of a stored block contribute to a wanted block.
+
+    The rows start at element `start` of the stored order, and have `width` elements each. Of each row, `columns` elements after
+    the first `skip` go to column `into` of the wanted block.
+    """
 
     start: int
     width: int
@@ -40,7 +45,7 @@ class Rectangle(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Describes rows of one wanted block, of `width` elements each, from element `first` of the wanted order on."""
+    """Describes `rows` rows of a wanted block, of `width` elements each. `first`: index of their first element in this order."""
 
     first: int
     rows: int
@@ -49,9 +54,9 @@ class Move(NamedTuple):
 
 
 def moves(have: Columns, want: Columns, numel: int, first: int, stop: int, most: int) -> Iterator[Move]:
-    """Finds the elements [first, stop) of a matrix of `numel` elements in the wanted order, some `most` elements at a time.
+    """Plans reads of the elements [first, stop) of a matrix of `numel` elements in the wanted order, about `most` per move.
 
-    What is found of the first and the last row of a move may be more than is wanted.
+    The first and the last row of a move may contain more elements than are wanted.
     """
     if stop <= first:
         return
@@ -85,9 +90,9 @@ def collect(
     target: torch.Tensor,
     most: int,
 ) -> None:
-    """Fills a contiguous target with what it is to hold from element `first` of the wanted order on.
+    """Fills a contiguous target with the elements of the wanted order from `first` on.
 
-    `read(start, rows)` fills rows with elements of the order that is held.
+    `read(start, rows)`: fills `rows` with elements of the stored order from `start` on; `most`: elements in memory at a time.
     """
     import torch
 

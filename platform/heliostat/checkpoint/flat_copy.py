@@ -1,8 +1,9 @@
-"""Copies a rank's slices of the training state into one flat buffer in host memory, and finds in such buffers what another needs.
+"""Copies a rank's slices of the training state into a flat buffer in host memory, and finds in such buffers what other ranks
+need.
 
-All slices are ranges of flat tensors (`flat_shard`), so a rank of any world size finds its own in the copies of all ranks of
-another. The copies of a save (`HostCopy`) are views of a buffer that is kept from save to save: fresh memory costs more than the
-copy. For GPUs it is pinned, and filled on a stream of its own during training.
+All slices are ranges of flat tensors (`flat_shard`). So a rank of any world size finds its slices in the copies of another world
+size. The copies of a save (`HostCopy`) are views of a buffer that is reused by every save, because allocating memory takes longer
+than the copy. For GPUs the buffer is pinned, and a separate stream fills it during training.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from heliostat.checkpoint.flat_shard import FlatShard
 from heliostat.data.device_streams import CopyStream
 from heliostat.errors import TrainingError
 
-ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its type
+ALIGNED = 64  # bytes, so that each slice of a buffer can be viewed in its dtype
 
 
 @dataclass(frozen=True)
 class FlatRange:
-    """Describes a slice [start, start + numel) of a flat tensor, of elements of `itemsize` bytes, at `offset` in a buffer."""
+    """Describes a slice [start, start + numel) of a flat tensor in a buffer, at byte `offset`. `itemsize`: bytes per element."""
 
     name: str
     start: int
@@ -40,7 +41,7 @@ EMPTY = FlatRange("", 0, 0, 1, 0)
 
 @dataclass(frozen=True)
 class CopiedBytes:
-    """Describes `size` bytes at `source` in the copy of an old rank that belong at `target` in a new rank's buffer."""
+    """Describes `size` bytes at `source` in an old rank's copy, which belong at `target` in a new rank's buffer."""
 
     rank: int
     source: int
@@ -49,7 +50,7 @@ class CopiedBytes:
 
 
 def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
-    """Lays the slices out in a buffer, by name."""
+    """Assigns each slice a place in a buffer, in the order of names."""
     ranges, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
@@ -60,7 +61,7 @@ def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
 
 
 def size(ranges: Iterable[FlatRange]) -> int:
-    """Computes the bytes of the buffer of a layout."""
+    """Computes the size in bytes of a buffer for a layout."""
     return max((-(-(r.offset + r.size) // ALIGNED) * ALIGNED for r in ranges), default=0)
 
 
@@ -70,9 +71,10 @@ def pack(
     buffer: torch.Tensor,
     copied: Callable[[], None] = lambda: None,
 ) -> None:
-    """Copies the slices into their places in a flat uint8 buffer on the CPU; calls `copied` for each.
+    """Copies the slices to their places in a flat uint8 buffer on the CPU. Calls `copied` after each.
 
-    It only queues those of a GPU, on the current stream and first: the queue fills while the others are copied.
+    Copies from a GPU are only queued, on the current stream. They come first: the GPU copies them while the CPU copies the
+    others.
     """
     for r in sorted(ranges, key=lambda r: not state[r.name].is_cuda):
         local, _ = _local(state[r.name])
@@ -88,7 +90,7 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffe
 
 
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
-    """Finds every wanted byte in the ranks' copies, each once, neighbours together; TrainingError if one is in none of them."""
+    """Finds every wanted byte once in the ranks' copies, adjacent bytes together; TrainingError if no copy has one."""
     by_name: dict[str, list[tuple[int, int, int, FlatRange]]] = {}
     for rank, ranges in copies.items():
         for r in ranges:
@@ -108,7 +110,7 @@ def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> li
 
 
 def _append(copied: list[CopiedBytes], piece: CopiedBytes) -> None:
-    """Appends a piece, as a part of the one before where the bytes between them are padding in both buffers."""
+    """Appends a piece; merges it with the previous one if the bytes between them are padding in both buffers."""
     if copied and copied[-1].rank == piece.rank:
         last = copied[-1]
         gap = piece.source - last.source - last.size
@@ -131,7 +133,7 @@ def as_buffer(nbytes: int, pinned: bool) -> torch.Tensor:
 
 
 class HostCopy(CopyStream):
-    """Copies slices in a thread; `views`: the last copies, by name, until the next `copy`."""
+    """Copies slices in a thread. `views`: the copies by name, valid until the next `copy`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,10 +142,10 @@ class HostCopy(CopyStream):
         self._buffer = as_buffer(0, False)
 
     def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
-        """Copies the slices as of the last `mark`: on a GPU it only queues that, and `wait` waits. Calls `copied` for each."""
+        """Copies the slices as of the last `mark`, and calls `copied` after each. On a GPU, only queues copies: call `wait`."""
         ranges = layout(shards)
         if ranges != self._ranges:
-            self.views, self._buffer = {}, as_buffer(0, False)  # the old buffer goes before there is a new one
+            self.views, self._buffer = {}, as_buffer(0, False)  # frees the old buffer before it allocates a new one
             self._buffer = as_buffer(size(ranges), any(s.is_cuda for s in shards.values()))
             self._ranges = ranges
         places = {r.name: r for r in ranges}

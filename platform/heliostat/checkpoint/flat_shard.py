@@ -1,4 +1,4 @@
-"""Represents a rank's slice of a parameter as a tensor that says which elements of the whole it holds."""
+"""Represents a rank's slice of a parameter as a tensor that records which elements of the complete tensor it holds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from heliostat.checkpoint.columns import ROWS, Columns
 
 
 class FlatShard(torch.Tensor):
-    """Represents the slice [start, start + n) that `local` holds of a flat tensor of `numel` elements, which are in the order of
-    `columns`.
+    """Represents the slice [start, start + n) of a flat tensor of `numel` elements, in the order of `columns`. `local` holds the
+    slice.
 
-    It has the whole's shape, and computes nothing.
+    Its shape is that of the complete flat tensor. It supports no operation.
     """
 
     local: torch.Tensor
@@ -25,11 +25,11 @@ class FlatShard(torch.Tensor):
         return shard
 
     def holding(self, local: torch.Tensor) -> FlatShard:
-        """Makes a slice of the same elements with these values."""
+        """Returns a shard for the same elements, with the values in `local`."""
         return FlatShard(local, self.start, self.shape[0], self.columns)
 
     def cut(self, first: int, stop: int) -> FlatShard:
-        """Cuts the slice of its own elements [first, stop)."""
+        """Returns the part [first, stop) of this slice."""
         return FlatShard(self.local[first:stop], self.start + first, self.shape[0], self.columns)
 
     @classmethod

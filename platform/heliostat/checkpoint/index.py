@@ -1,10 +1,10 @@
-"""Defines and checks the contents of `checkpoint.json`, and of the index of each shard, `shard-00000.json`.
+"""Defines and checks the contents of `checkpoint.json`, and of each shard's index, such as `shard-00000.json`.
 
-So no reader meets a place outside the shards or an unknown type. Since format 4 `checkpoint.json` says of every tensor which
-shards hold which elements (`placement`). Where a chunk's bytes are, and a CRC-32 of each block of them (`checksums`), is in the
-index of its shard. That is written before `checkpoint.json`, which has its size and its CRC-32, and only those read it who read
-from the shard. Format 5 has tensors in the order of their `columns`. Formats 2 and 3 listed every chunk of every shard in
-`checkpoint.json`: `upgrade` makes the newest of them.
+So readers get only known types, and places inside the shards. Since format 4, `checkpoint.json` records for every tensor which
+shards hold which elements (`placement`). A shard's index records the byte range of each chunk, and a CRC-32 for each of its
+blocks (`checksums`). The index is written before `checkpoint.json`, which records the index's size and CRC-32. Only readers of
+the shard read it. In format 5, tensors are in the order of their `columns`. In formats 2 and 3, `checkpoint.json` listed every
+chunk of every shard; `upgrade` converts them to the newest form.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from heliostat.errors import CheckpointError, DataError
 from heliostat.storage import wire
 from heliostat.storage.records import Format, Hex, Number, Whole
 
-LISTED = (2, 3)  # the formats whose index lists every chunk
-Places = dict[tuple[str, int], ChunkPlace]  # in a shard: by tensor and first element
+LISTED = (2, 3)  # formats in which `checkpoint.json` lists every chunk
+Places = dict[tuple[str, int], ChunkPlace]  # of chunks in a shard: by tensor and first element
 
 
 @wire.travels
@@ -41,7 +41,7 @@ class CheckpointReceipt:
 @wire.travels
 @dataclass(frozen=True)
 class TensorIndex:
-    """Describes any folder of tensors, including that of frozen parameters."""
+    """Describes a folder of tensors: a checkpoint, or frozen parameters."""
 
     format: int
     shards: list[Shard]
@@ -51,8 +51,11 @@ class TensorIndex:
 @wire.travels
 @dataclass(frozen=True)
 class CheckpointIndex(TensorIndex):
-    """Describes the checkpoint of a step. `resume`: all keys that this doesn't declare. The worker that resumes from it declares
-    and checks them (`training.worker.training_state.ResumeFacts`)."""
+    """Describes the checkpoint of a step.
+
+    `resume`: all keys that this class doesn't declare. The worker that resumes declares and checks them
+    (`training.worker.training_state.ResumeFacts`).
+    """
 
     step: Whole
     receipt: CheckpointReceipt
@@ -71,7 +74,7 @@ class CheckpointIndex(TensorIndex):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Describes the index of a shard."""
+    """Describes the index of a shard: its chunks, by tensor."""
 
     tensors: dict[str, ChunkPlace]
 
@@ -82,7 +85,7 @@ DECLARED = frozenset(f.name for f in fields(CheckpointIndex)) - {"resume"}
 
 
 def build(raw: object, step: int | None) -> TensorIndex:
-    """Builds the index of a step's checkpoint, or (None) of a folder of frozen parameters; DataError with its fault."""
+    """Builds the index of a step's checkpoint or, for None, of frozen parameters. DataError, with the fault, if it is invalid."""
     if step is not None and isinstance(raw, dict):
         raw = {**raw, "resume": {key: value for key, value in raw.items() if key not in DECLARED}}
     index = (TENSORS if step is None else INDEX).build(raw, "it")
@@ -100,10 +103,10 @@ def build(raw: object, step: int | None) -> TensorIndex:
 
 
 def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
-    """Finds what is wrong with a tensor; empty if nothing is."""
+    """Describes what is wrong with a tensor; empty if nothing is."""
     if tensor.dtype not in BYTES:
         return f"unknown dtype {tensor.dtype[:20]!r}"
-    if listed != (tensor.chunks is not None):  # only those of a format that lists them are checked, and used
+    if listed != (tensor.chunks is not None):  # only chunks of a format that lists them are checked, and used
         return "has no chunks" if listed else f"lists chunks, which formats {LISTED[0]} and {LISTED[1]} do"
     if tensor.columns != ROWS:
         parts, width = tensor.columns
@@ -116,7 +119,7 @@ def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
 
 
 def _in_runs(tensor: Tensor) -> Tensor:
-    """Returns a tensor of any format as the newest has it."""
+    """Returns a tensor of any format in the newest form."""
     if tensor.chunks is None:
         return tensor
     ordered = sorted(tensor.chunks, key=lambda c: c.start)
@@ -124,7 +127,7 @@ def _in_runs(tensor: Tensor) -> Tensor:
 
 
 def upgrade(index: TensorIndex) -> tuple[TensorIndex, dict[int, Places]]:
-    """Returns an index of any format in the newest's form, and the places in each shard where the index itself lists them."""
+    """Returns an index of any format in the newest form, and the places of chunks by shard, as far as the index lists them."""
     places: dict[int, Places] = {}
     for name, tensor in index.tensors.items():
         for chunk in tensor.chunks or ():
@@ -141,7 +144,7 @@ def root(step: int | None, facts: Mapping[str, object], whole: placement.Written
 
 
 def encode(contents: Mapping[str, object]) -> bytes:
-    """Encodes the contents of an index; what a record holds by default is left out."""
+    """Encodes the contents of an index. Default values of records are left out."""
     return json.dumps(contents, default=_plain).encode()
 
 
@@ -155,17 +158,17 @@ def _plain(record: object) -> dict[str, object]:
 
 
 def shard_name(shard: str) -> str:
-    """Returns the name of the index of a shard's file."""
+    """Returns the name of the file with a shard's index."""
     return f"{shard.removesuffix('.safetensors')}.json"
 
 
 def seal(data: bytes) -> SealedIndex:
-    """Computes what `checkpoint.json` says of a shard's index."""
+    """Computes the size and CRC-32 that `checkpoint.json` records of a shard's index."""
     return SealedIndex(len(data), zlib.crc32(data))
 
 
 def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
-    """Decodes the index of a shard, which `checkpoint.json` describes; ValueError unless it is what was written, and fits."""
+    """Decodes a shard's index. ValueError if it differs from what `checkpoint.json` records, or doesn't fit the tensors."""
     if seal(data) != shard.index:
         raise ValueError("its bytes have changed since they were written (CRC-32)")
     try:
@@ -181,7 +184,7 @@ def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Pl
 
 
 def _place_fault(place: ChunkPlace, itemsize: int, shard_bytes: int) -> str:
-    """Finds what is wrong with a chunk's place in its shard; empty if nothing is."""
+    """Describes what is wrong with a chunk's place in its shard; empty if nothing is."""
     size = place.numel * itemsize
     if place.offset + size > shard_bytes:
         return "a chunk is outside its shard"

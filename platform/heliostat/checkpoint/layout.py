@@ -1,13 +1,15 @@
 """Defines the layout of a checkpoint in storage: a folder `checkpoints/step-00000100`, valid once `checkpoint.json` is written.
 
-`checkpoint.json`, written last, lists every shard and its index with their sizes, and which shards hold which elements of each
-tensor (`placement`); its own CRC-32 is its last entry. Where in a shard they are, and the CRC-32 of each block of them, says the
-shard's index (`index`). A checkpoint whose `checkpoint.json` is missing or damaged, or with a shard or an index missing or
-of another size, does not exist; a damaged index and damaged bytes are found when they are read, always before they are used. All
-are a CorruptCheckpointError, and the checkpoint before is the one to use.
+`checkpoint.json` is written last. It lists every shard and its index with their sizes, and which shards hold which elements of
+each tensor (`placement`). Its last entry is its own CRC-32. A shard's index (`index`) lists the place of the elements in the
+shard, and a CRC-32 for each block of them.
 
-Parameters that are not trained are in a folder of their own, `checkpoints/frozen-<digest>`, of the same form, which every
-checkpoint of the run names. No other checkpoint helps where that folder is incomplete: a CheckpointError, which ends the run.
+A checkpoint doesn't exist if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has another size.
+Damage in an index or a shard is found when it is read, always before it is used. All of these are a CorruptCheckpointError: use
+the previous checkpoint.
+
+Parameters that are not trained have a folder of the same form, `checkpoints/frozen-<digest>`, which every checkpoint of the run
+names. If that folder is incomplete, no other checkpoint helps: a CheckpointError ends the run.
 """
 
 from __future__ import annotations
@@ -35,19 +37,19 @@ from heliostat.storage import run_folder, wire
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-if TYPE_CHECKING:  # torch takes seconds, and what a run has saved is found without it
+if TYPE_CHECKING:  # torch takes seconds to import, and finding a run's checkpoints works without it
     import torch
 
 log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
 FORMAT = 4
-IN_COLUMNS = 5  # a format 4 with tensors in the order of their columns, which readers of 4 would take for others
+IN_COLUMNS = 5  # like format 4, with tensors in the order of their columns, which readers of format 4 would misread
 READABLE = (2, 3, 4, 5)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
-FROZEN: Final = "frozen"  # what their tensors' names begin with
-EMA = "ema"  # what the names of the weights' averages begin with
+FROZEN: Final = "frozen"  # prefix of the names of frozen tensors
+EMA = "ema"  # prefix of the names of averaged weights
 READ_THREADS = 8
-PIECE = 64 * checksums.BLOCK  # what is in memory of a tensor that is read as a stream
+PIECE = 64 * checksums.BLOCK  # bytes in memory of a tensor that is read as a stream
 
 
 def folder(run: Location, step: int) -> Location:
@@ -55,7 +57,7 @@ def folder(run: Location, step: int) -> Location:
 
 
 def steps(run: Location) -> list[int]:
-    """Lists the steps that have a checkpoint folder, complete or not, ascending."""
+    """Lists the steps that have a checkpoint folder, complete or not, in ascending order."""
     names = run.join(run_folder.CHECKPOINTS).folders()
     return [int(n.removeprefix("step-")) for n in names if n.startswith("step-") and n[5:].isdigit()]
 
@@ -66,9 +68,9 @@ wire.travels(Location)
 @wire.travels
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """Holds a complete checkpoint: its folder and its index (`checkpoint.json`); `frozen`: the one of its frozen parameters.
+    """Holds a complete checkpoint: its folder and its index (`checkpoint.json`). `frozen`: the folder of its frozen parameters.
 
-    `places`: by shard, of the shards whose index is known; the others' are read when they are needed.
+    `places`: the places of chunks, by shard, for the shards whose index is already read. The others are read when needed.
     """
 
     location: Location
@@ -78,7 +80,7 @@ class SavedCheckpoint:
 
     @property
     def job(self) -> Job:
-        """Returns the job that made the checkpoint; CheckpointError if this version cannot read that job."""
+        """Returns the job that wrote the checkpoint; CheckpointError if this version of heliostat can't read the job."""
         try:
             return validate(Job, self.index.job, f"{self.location.join(INDEX)}: job")
         except ConfigError as e:
@@ -100,15 +102,15 @@ class SavedCheckpoint:
 
     @property
     def tensors(self) -> placement.Tensors:
-        """Returns the index entries of all tensors that can be read, by name, those of frozen parameters included."""
+        """Returns the index entries of all readable tensors by name, including frozen parameters."""
         return {**self.index.tensors, **(self.frozen.tensors if self.frozen else {})}
 
     def names(self, prefix: str) -> list[str]:
-        """Lists the names of the tensors below `prefix.`, without the prefix."""
+        """Lists the names of the tensors that begin with `prefix.`, without the prefix."""
         return [n.removeprefix(prefix + ".") for n in self.tensors if n.startswith(prefix + ".")]
 
     def order(self, name: str) -> Columns:
-        """Returns the order in which the shards hold a tensor."""
+        """Returns the order of a tensor's elements in the shards."""
         return self.holder(name).index.tensors[name].columns
 
     def holder(self, name: str) -> SavedCheckpoint:
@@ -116,17 +118,17 @@ class SavedCheckpoint:
         return self.frozen if self.frozen and name in self.frozen.index.tensors else self
 
     def fault(self, what: str) -> CheckpointError:
-        """Builds the error for damage found in this checkpoint."""
+        """Builds the error for damage in this checkpoint."""
         return _fault(what, getattr(self.index, "step", None))
 
     def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
-        """Locates the elements of a tensor that a contiguous target is to hold, from `first` on; returns (shard, slice) of each
-        chunk.
+        """Locates a tensor's elements from `first` on, as many as `target` has; returns (shard, slice) for each chunk.
 
-        Reads the indexes of the shards that hold them. CheckpointError if the target's type is not the stored one.
+        `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. CheckpointError if the target's
+        dtype isn't the stored one.
         """
         dtype, stop = self._size(name)[1], first + target.numel()
-        if target.dtype != dtype:  # bytes of another type would be taken for numbers
+        if target.dtype != dtype:  # bytes of another dtype would be misread as numbers
             raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, which can't be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
         for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
@@ -146,11 +148,11 @@ class SavedCheckpoint:
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:
-        """Finds the shards that hold a tensor's elements [first, first + numel)."""
+        """Returns the shards that hold a tensor's elements [first, first + numel)."""
         return {c.shard for c in placement.chunks(self.index.tensors[name].runs, first, first + numel)}
 
     def fetch_places(self, shards: Iterable[int]) -> None:
-        """Reads the indexes of shards, several at a time, unless they are known; a fault if one is not what was written."""
+        """Reads the indexes of shards that are not read yet, several in parallel. CheckpointError if one is damaged."""
         if not (missing := [shard for shard in shards if shard not in self.places]):
             return
         with device_threads.pool(min(READ_THREADS, len(missing))) as pool:
@@ -166,7 +168,7 @@ class SavedCheckpoint:
             raise self.fault(f"{file}: {said}") from e
 
     def fill(self, wanted: list[tuple[int, checksums.Slice]], progressed: Callable[[], None] = lambda: None) -> int:
-        """Reads the slices of the shards into their targets, several ranges at a time; returns the bytes read.
+        """Reads slices from the shards into their targets, several in parallel; returns the number of bytes read.
 
         Calls `progressed` after each request, from several threads.
         """
@@ -198,14 +200,14 @@ class SavedCheckpoint:
         return total
 
     def _size(self, name: str) -> tuple[int, torch.dtype]:
-        """Returns the number of elements of a tensor that this folder holds, and their type."""
+        """Returns the number of elements, and the dtype, of a tensor in this folder."""
         from heliostat.checkpoint.safetensors_file import DTYPES
 
         entry = self.index.tensors[name]
         return math.prod(entry.shape), DTYPES[entry.dtype]
 
     def stream(self, name: str) -> Iterator[torch.Tensor]:
-        """Yields a flat tensor in its own order, put together from every rank's slice, in pieces of at most 64 MiB."""
+        """Yields a flat tensor in its own order, assembled from the slices of all ranks, in pieces of at most 64 MiB."""
         if (holder := self.holder(name)) is not self:
             yield from holder.stream(name)
             return
@@ -220,8 +222,7 @@ class SavedCheckpoint:
     def read_into(
         self, name: str, order: Columns, first: int, target: torch.Tensor, progressed: Callable[[], None] = lambda: None
     ) -> int:
-        """Reads the elements of a tensor that a contiguous target is to hold, from `first` on in this order; returns the bytes
-        read."""
+        """Reads a tensor's elements from `first` on, in the given order, into a contiguous target; returns the bytes read."""
         total, numel = 0, self._size(name)[0]
 
         def read(start: int, part: torch.Tensor) -> None:
@@ -237,7 +238,7 @@ class SavedCheckpoint:
         return total
 
     def read(self, name: str) -> torch.Tensor:
-        """Reads a whole tensor, flat and in its own order."""
+        """Reads a complete tensor, flat and in its own order."""
         if (holder := self.holder(name)) is not self:
             return holder.read(name)
         import torch
@@ -249,18 +250,18 @@ class SavedCheckpoint:
 
 
 def format_of(tensors: Mapping[str, Tensor]) -> int:
-    """Returns the format that an index of these tensors has."""
+    """Returns the format of an index with these tensors."""
     return IN_COLUMNS if any(entry.columns != ROWS for entry in tensors.values()) else FORMAT
 
 
 def encode(index: Mapping[str, object]) -> bytes:
-    """Encodes an index as the bytes of `checkpoint.json`, with a CRC-32 of the bytes before it as its last entry."""
+    """Encodes an index as the bytes of `checkpoint.json`. Its last entry is a CRC-32 of the bytes before it."""
     body = indexes.encode(index)[:-1]
     return body + b', "crc32": "%08x"}' % zlib.crc32(body)
 
 
 def decode(data: bytes) -> object:
-    """Decodes the bytes of `checkpoint.json`; ValueError unless they are what `encode` made."""
+    """Decodes the bytes of `checkpoint.json`; ValueError if they are not exactly as `encode` wrote them."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
         raise ValueError("damaged")
@@ -274,7 +275,7 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
-    """Opens the checkpoint of a step; CorruptCheckpointError, with the reason, unless it is complete."""
+    """Opens the checkpoint of a step; CorruptCheckpointError with the reason if it is incomplete or damaged."""
     checkpoint = _open(folder(run, step), step)
     if name := checkpoint.index.frozen:
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)
@@ -283,7 +284,7 @@ def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
 
 
 def _open(location: Location, step: int | None) -> SavedCheckpoint:
-    """Opens one folder of tensors and checks that it is complete; `step` is None for a folder of frozen parameters."""
+    """Opens a folder of tensors and checks that it is complete. `step`: None for a folder of frozen parameters."""
     try:
         raw = decode(location.join(INDEX).read())
     except FileNotFoundError as e:
@@ -295,7 +296,7 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
         raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}). Use a newer one")
     try:
         index, places = indexes.upgrade(indexes.build(raw, step))
-    except DataError as e:  # its checksum holds: not incomplete, but foreign, or of a newer heliostat
+    except DataError as e:  # its checksum is right: it isn't damaged, but foreign, or of a newer heliostat
         raise CheckpointError(f"{location.join(INDEX)}: isn't an index that this version of heliostat reads ({e})") from e
     present = dict(location.files())
     for file, size in files(index):
@@ -305,7 +306,7 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
 
 
 def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
-    """Yields the files that an index lists, with their sizes: each shard, and its index if it has one of its own."""
+    """Yields the files that an index lists, with their sizes: each shard, and its index if it has one."""
     for shard in index.shards:
         yield shard.file, shard.bytes
         if shard.index:
@@ -313,7 +314,7 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Finds the newest complete checkpoint, of a step before `before` if given; warns of incomplete ones and skips them."""
+    """Returns the newest complete checkpoint, or the newest before step `before`. Skips incomplete ones, with a warning."""
     for step in reversed(steps(run)):
         if before is None or step < before:
             try:

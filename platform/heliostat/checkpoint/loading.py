@@ -1,7 +1,7 @@
-"""Loads a checkpoint into a worker's slices, at any ZeRO stage and world size: arithmetic tells which shards hold them.
+"""Loads a checkpoint into a worker's slices, at any ZeRO stage and world size. Arithmetic shows which shards hold them.
 
-A worker reads the indexes of those shards, then only the blocks that hold its slices, and checks each (`checksums`). Nothing is
-ever unpickled.
+A worker reads the indexes of those shards. Then it reads only the blocks that contain its slices, and checks each (`checksums`).
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from heliostat.storage.locations import Location
 
 
 def open_together(run: Location, step: int, group: Group) -> SavedCheckpoint:
-    """Opens the checkpoint of a step on all ranks: rank 0 reads `checkpoint.json`, looks for the shards, and tells the others."""
+    """Opens the checkpoint of a step on all ranks. Only rank 0 reads `checkpoint.json` and lists the shards.
+
+    CorruptCheckpointError on all ranks if the checkpoint is incomplete.
+    """
     return first(group, lambda: open_checkpoint(run, step))
 
 
 def load(
     checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor], group: Group, progressed: Callable[[], None] = lambda: None
 ) -> int:
-    """Loads a checkpoint into this rank's slices; returns the bytes read. Calls `progressed` after each request.
+    """Loads a checkpoint into this rank's slices; returns the number of bytes read. Calls `progressed` after each request.
 
-    `state` comes from `ShardedState.tensors(whole=True)`, and from `ShardedState.frozen` where the checkpoint has frozen
-    parameters. Tensors are read in their stored type, then cast to the engine's (`casts` describes what that rounds).
+    `state`: from `ShardedState.tensors(whole=True)`, and from `ShardedState.frozen` if the checkpoint has frozen parameters.
+    Tensors are read in their stored dtype, then cast to the engine's (`casts` describes the rounding).
 
-    All ranks call it together, and all of them raise if one does: CorruptCheckpointError if what is read is not what was written.
-    The state is then useless.
+    All ranks call it together. If one raises, all of them do: CorruptCheckpointError if the data is damaged. The state is then
+    useless.
     """
     _check(checkpoint, state)
     stored = {n: safetensors_file.DTYPES[checkpoint.tensors[n].dtype] for n in state}
@@ -56,7 +59,7 @@ def load(
 
 
 def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
-    """Raises CheckpointError unless the checkpoint holds the tensors of the state in their shapes, and types that can be cast."""
+    """Raises CheckpointError unless the checkpoint has the state's tensors, in equal shapes and with dtypes that can be cast."""
     tensors = checkpoint.tensors
     missing = sorted(set(state) - set(tensors))
     wrong = [
@@ -73,7 +76,7 @@ def _check(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> None:
 
 
 def _turns(checkpoint: SavedCheckpoint, name: str, tensor: torch.Tensor) -> bool:
-    """Tells whether the orders in which the checkpoint and the state hold a tensor are of the same rows."""
+    """Returns whether the orders of a tensor in the checkpoint and in the state have rows of the same width."""
     return len({order.width for order in (checkpoint.order(name), _order(tensor)) if order != ROWS}) <= 1
 
 
@@ -86,7 +89,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the memory to read into: the tensor's own if that is contiguous and of the stored type, else new."""
+    """Returns the memory to read into: the tensor's own if it is contiguous and has the stored dtype, else new memory."""
     local = _local(tensor)
     own = local.dtype == dtype and local.is_contiguous()
     return local if own else torch.empty(local.shape, dtype=dtype, device=local.device)
@@ -104,15 +107,17 @@ def _read(
 
 
 def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
-    """Lists the shards whose indexes are needed: for tensors that are held in another order, all that hold any of it."""
+    """Lists the shards whose indexes are needed: for tensors that are stored in another order, all that hold any of them."""
     wanted = {n: (0, math.prod(source.tensors[n].shape)) if n in turned else (starts[n], t.numel()) for n, t in targets.items()}
     return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
 
 
 def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | None:
-    """Describes for the user what `load` rounds because the engine holds it in fewer bits than the checkpoint; None if nothing.
+    """Describes, for the user, the tensors that `load` rounds because the engine has fewer bits than the checkpoint; None if
+    none.
 
-    The same model has other types at another ZeRO stage or precision: buffers that it makes under zero.Init are of low precision.
+    At another ZeRO stage or precision, the same model has other dtypes. For example, its buffers have low precision under
+    zero.Init.
     """
     changed: dict[str, list[str]] = {}
     tensors = checkpoint.tensors

@@ -1,8 +1,9 @@
-"""Says where a checkpoint's elements lie: each rank plans its own shard, and the plans of all merge into one small table.
+"""Records which shard holds which elements of a checkpoint. Each rank plans its own shard; all plans merge into one small table.
 
-A tensor's chunks are kept as runs: `[shard, shards, start, numel]` are that many consecutive shards with `numel` elements each,
-the first from element `start` on. ZeRO cuts evenly, so a tensor has a run or two on any number of ranks; with
-`train.zero.shard_group_size` it has one for each worker. That its chunks hold every element once is checked on the table.
+A tensor's chunks are stored as runs. A run `[shard, shards, start, numel]` is `shards` consecutive shards with `numel` elements
+each; the first has those from element `start` on. ZeRO shards evenly, so a tensor has one or two runs on any number of ranks.
+With `train.zero.shard_group_size`, it has one run per worker. `fault` checks on the table that the chunks hold every element
+once.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from heliostat.checkpoint.columns import ROWS, Columns
 from heliostat.storage import wire
 from heliostat.storage.records import Whole
 
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # of an element
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes per element
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
-Run = list[int]  # first shard, shards, start, elements in each
+Run = list[int]  # first shard, number of shards, start, elements in each shard
 
 
 @wire.travels
@@ -43,7 +44,7 @@ class Shard:
 @wire.travels
 @dataclass(frozen=True)
 class ChunkPlace:
-    """Describes where the elements of a chunk are in its shard's file, and the CRC-32 of each block of their bytes."""
+    """Describes the place of a chunk's elements in its shard's file, with the CRC-32 of each block."""
 
     start: Whole
     numel: Whole
@@ -54,7 +55,7 @@ class ChunkPlace:
 @wire.travels
 @dataclass(frozen=True)
 class ListedChunk(ChunkPlace):
-    """Describes a chunk as formats 2 and 3 have it."""
+    """Describes a chunk in formats 2 and 3."""
 
     shard: Whole
 
@@ -66,14 +67,14 @@ class Tensor:
     shape: list[Whole]
     runs: list[Annotated[list[Whole], Field(min_length=4, max_length=4)]] = field(default_factory=list)
     columns: Columns = ROWS  # since format 5
-    chunks: list[ListedChunk] | None = None  # until format 3, in place of `runs`
+    chunks: list[ListedChunk] | None = None  # until format 3, instead of `runs`
 
 
 Tensors = dict[str, Tensor]  # by name
 
 
 class Chunk(NamedTuple):
-    """Describes the elements [start, start + numel) of a tensor, which a shard holds."""
+    """Describes the elements [start, start + numel) of a tensor, which are in one shard."""
 
     shard: int
     start: int
@@ -82,19 +83,19 @@ class Chunk(NamedTuple):
 
 @wire.travels
 class WrittenPart(NamedTuple):
-    """Holds what some consecutive ranks have written: their shards, and their tensors, whose runs count these shards."""
+    """Holds the shards that some consecutive ranks wrote, and their tensors. The runs of the tensors refer to these shards."""
 
     shards: list[Shard]
     tensors: Tensors
 
 
 def owners(names: Iterable[str], world: int) -> dict[str, int]:
-    """Deals the tensors that every rank holds whole to the ranks that write them."""
+    """Assigns each tensor that all ranks hold completely to the rank that writes it."""
     return {name: number % world for number, name in enumerate(sorted(names))}
 
 
 def merge(one: WrittenPart, other: WrittenPart) -> WrittenPart:
-    """Joins the parts of consecutive ranks; it changes the first."""
+    """Appends the part of the following ranks to the first part, which it changes and returns."""
     base = len(one.shards)
     one.shards.extend(other.shards)
     for name, entry in other.tensors.items():
@@ -115,7 +116,7 @@ def _extend(runs: list[Run], more: list[Run]) -> None:
 
 
 def runs(chunks: Iterable[Chunk]) -> list[Run]:
-    """Makes runs of single chunks."""
+    """Merges chunks into runs."""
     out: list[Run] = []
     for chunk in chunks:
         new = [[chunk.shard, 1, chunk.start, chunk.numel]]
@@ -127,7 +128,7 @@ def runs(chunks: Iterable[Chunk]) -> list[Run]:
 
 
 def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-    """Yields the chunks that hold any of the elements [first, stop), or all of them; it looks at nothing else."""
+    """Yields the chunks that hold any of the elements [first, stop), or all chunks. It doesn't iterate over the others."""
     for shard, shards, start, numel in runs:
         low, high = 0, shards
         if stop is not None:
@@ -139,7 +140,7 @@ def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iter
 
 
 def fault(entry: Tensor, shards: int) -> str:
-    """Finds what is wrong with a tensor's runs: elements in no chunk or in two, no such shard; empty if nothing is."""
+    """Describes what is wrong with a tensor's runs: a missing or repeated element, or an unknown shard; empty if nothing is."""
     end = 0
     for shard, count, start, numel in sorted(entry.runs, key=lambda run: run[2]):
         if start != end:

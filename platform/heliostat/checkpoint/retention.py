@@ -1,8 +1,8 @@
-"""Decides which checkpoints stay: the newest, one every so many steps for ever, and the best by a score of the evaluation.
+"""Decides which checkpoints to keep: the newest, one every so many steps for ever, and the best by a score of the evaluation.
 
-After a save, everything else is deleted: complete checkpoints that no rule keeps, what dead saves left, and checkpoints of later
-steps, from which the run has turned back because they could not be loaded. Frozen parameters that a checkpoint names stay.
-A score may be of a benchmark, which comes late: a checkpoint without one yet is not the best.
+After a save, all others are deleted: complete checkpoints that no rule keeps, and remains of failed saves. Checkpoints of later
+steps are deleted, too; the run couldn't load them and returned to an earlier one. Frozen parameters stay if a checkpoint names
+them. A benchmark's score may come late. A checkpoint without a score yet isn't the best.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from heliostat.storage.records import Format, open_
 
 @open_
 class TaskScore(TypedDict):
-    """Describes a task's score."""
+    """Describes the score of one task."""
 
     task: str
     score: float
@@ -33,7 +33,10 @@ class TaskScore(TypedDict):
 
 @open_
 class Result(TypedDict):
-    """Describes what is read of a benchmark's result, `benchmarks/SUITE/step-*.json`. `written`: when its checkpoint was."""
+    """Describes the values that are read from a benchmark's result, `benchmarks/SUITE/step-*.json`.
+
+    `written`: time at which the scored checkpoint was written.
+    """
 
     written: float
     tasks: list[TaskScore]
@@ -43,7 +46,7 @@ RESULT = Format(Result, "result of a benchmark", DataError, fix="Delete it, and 
 
 
 class RetentionRow(TypedDict):
-    """Describes a checkpoint's folder, whether it is complete, and why it is kept; one that is not complete has only a fault."""
+    """Describes a checkpoint's folder: its state, and the rules that keep it. An incomplete checkpoint has a `fault`."""
 
     step: int
     bytes: int
@@ -57,10 +60,10 @@ class RetentionRow(TypedDict):
 
 
 def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] | None = None) -> dict[int, list[str]]:
-    """Selects the steps to retain out of the complete ones, ascending, with the rules that keep each.
+    """Selects the complete steps to keep; returns for each, ascending, the rules that keep it.
 
-    `scores`: the best metric's value by step; a step that has none, or one that is not finite, is never the best. Of equals, the
-    newer is better.
+    `scores`: value of the best metric by step. A step without a finite score is never the best. Of equal scores, the newer step
+    is better.
     """
     ascending = sorted(whole)
     kept: dict[int, list[str]] = {s: [] for s in ascending}
@@ -79,16 +82,19 @@ def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] |
 
 
 class Pruner:
-    """Applies a retention policy to a run's folder; caches the scores that it has read. `fence`: of who prunes, if others may."""
+    """Applies a retention policy to a run's folder. Caches scores that it has read.
+
+    `fence`: the lease of the driver that prunes, if several could.
+    """
 
     def __init__(self, run: Location, policy: Policy, fence: Fence | None = None) -> None:
         self.run, self.policy, self.fence = run, policy, fence
         self._scores: dict[int, float] = {}
 
     def prune(self, saved: int) -> None:
-        """Deletes what the policy does not keep; to be called when step `saved` is complete and no save is in flight."""
+        """Deletes the checkpoints that the policy doesn't keep. Call it once step `saved` is complete, with no save in flight."""
         files = {path for path, _ in self.run.join(run_folder.CHECKPOINTS).files()}
-        self._scores.pop(saved, None)  # of an earlier save of this step
+        self._scores.pop(saved, None)  # from an earlier save of this step
         completeness = {step: f"{folder(self.run, step).name}/{INDEX}" in files for step in steps(self.run)}
         whole = [step for step, complete in completeness.items() if complete and step <= saved]
         kept = retained(whole, self.policy, self._read_scores(whole) if self.policy.best else None)
@@ -97,12 +103,12 @@ class Pruner:
             self.fence.check()
         for step in gone:
             location = folder(self.run, step)
-            location.join(INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            location.join(INDEX).delete()  # first, so that a half-deleted checkpoint counts as missing
             location.delete()
         self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
 
     def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
-        """Deletes folders of frozen parameters that no checkpoint names any more; if a checkpoint cannot be read, all stay."""
+        """Deletes the folders of frozen parameters that no checkpoint names. If a checkpoint can't be read, all folders stay."""
         if len(names) < 2:
             return
         try:
@@ -127,7 +133,7 @@ class Pruner:
 
 
 def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
-    """Returns the best metric's value in a checkpoint, or of a benchmark of it; nan if there is none, or none yet."""
+    """Returns the best metric's value for a checkpoint, from its index or from a benchmark; nan if there is none yet."""
     if policy.best and policy.best.is_late:
         return _benchmark(run, checkpoint.step, checkpoint.index.written, policy.best.metric)
     value = checkpoint.index.metrics.get(policy.best.metric) if policy.best else None
@@ -135,12 +141,12 @@ def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
 
 
 def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
-    """Reads a benchmark's score of the checkpoint of a step that was written at this time; nan if there is none."""
+    """Reads a benchmark's score of the checkpoint of a step; nan if there is none. `written`: time at which it was written."""
     for suite in run.join(run_folder.BENCHMARKS).folders():
         try:
             result = RESULT.read(run_folder.benchmark(run, suite, step))
         except (FileNotFoundError, DataError):
-            continue  # not scored yet, or not whole: no reason to stop a run that trains
+            continue  # not scored yet, or incomplete: no reason to stop training
         for row in result["tasks"] if result["written"] == written else ():
             if f"{BENCHMARK}{row['task']}" == metric:
                 return row["score"]
@@ -148,7 +154,7 @@ def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
 
 
 def survey(run: Location) -> list[RetentionRow]:
-    """Describes each checkpoint's folder, in ascending order of steps, by the rules of the newest complete checkpoint's job."""
+    """Describes each checkpoint folder, by ascending step. The newest complete checkpoint's job gives the retention rules."""
     sizes: dict[str, int] = {}
     for path, size in run.join(run_folder.CHECKPOINTS).files():
         sizes[path.split("/")[0]] = sizes.get(path.split("/")[0], 0) + size

@@ -1,7 +1,7 @@
-"""Writes safetensors files as a stream: the header first, then tensor after tensor, never a whole file in memory.
+"""Writes safetensors files as a stream, the header first, then one tensor after another. Never holds a complete file in memory.
 
-The format is eight bytes of header length, a JSON header of {name: dtype, shape, data_offsets}, and the bytes. Tensors with
-larger elements come first, as in safetensors' own files, so that all of them are aligned.
+The format is eight bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, and the data. Tensors with
+larger elements come first, as in files of the safetensors library, so that all tensors are aligned.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Entry:
-    """Describes a tensor to write; `parts` is called when the tensor is written, and returns its bytes in order."""
+    """Describes a tensor to write. `parts`: called when the tensor is written; returns its bytes in order."""
 
     name: str
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Entry:
 
 
 def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[str, int]:
-    """Writes the file and syncs it to disk; returns where each tensor's bytes start in it. StorageError if the disk is full."""
+    """Writes the file and syncs it to disk; returns the byte at which each tensor starts. StorageError if the disk is full."""
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, end = {}, 0
@@ -57,7 +57,7 @@ def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[st
             f.flush()
             os.fsync(f.fileno())
     except BaseException as e:
-        path.unlink(missing_ok=True)  # half of it would only take up room
+        path.unlink(missing_ok=True)  # an incomplete file would only use space
         if isinstance(e, OSError):
             raise StorageError(f"{path}: can't write it ({(e.strerror or str(e)).lower()}). Free some space there") from e
         raise

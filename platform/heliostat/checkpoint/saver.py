@@ -1,8 +1,8 @@
-"""Saves checkpoints in parallel with the training: `Saver.save` returns at once where it follows the optimizer.
+"""Saves checkpoints in parallel with training: `Saver.save` returns at once if the saver is attached to the optimizer.
 
-The copy to host memory runs in parallel with the next forward and backward pass, and only the next optimizer step waits for it
-(on a GPU: its kernels do). Writing and uploading run in the same background thread (`writing`); `failed` tells whether that has
-failed, and the next call raises why, on all workers. At most one save is in flight: the next one waits for it.
+State is copied to host memory during the next forward and backward pass. Only the next optimizer step waits for the copy; on a
+GPU, only its kernels wait. The same background thread writes and uploads (`writing`). `failed` shows whether it has failed; the
+next call raises the error on all workers. At most one save is in flight: the next save waits for it.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from heliostat.storage.locations import Location
 
 __all__ = ["SavedCheckpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
-PIECE = 64 * checksums.BLOCK  # bytes on their way from the device at a time
+PIECE = 64 * checksums.BLOCK  # bytes per copy from the device
 TOLERATED = 3  # failed saves in a row that don't end training
-PULSE_S = 1.0  # between two looks at a save that is waited for
-TAG = 1  # of what the savers tell each other
-LONGEST = timedelta(hours=12)  # a wait of one worker for another's part of a checkpoint; the watchdog sees whether that gets on
+PULSE_S = 1.0  # seconds between checks of a save while waiting for it
+TAG = 1  # of the savers' channel
+LONGEST = timedelta(hours=12)  # a worker's wait for another's part of a checkpoint; the watchdog detects a stall
 
 
 class Saver:
-    """Saves on behalf of one worker; every worker of the group must call `save` and `wait` in the same order."""
+    """Saves checkpoints for one worker. All workers of the group must call `save` and `wait` in the same order."""
 
     def __init__(
         self,
@@ -60,9 +60,10 @@ class Saver:
     ) -> None:
         """Prepares a worker's saver.
 
-        `group`: a gloo process group, of which this uses a channel of its own, because saving runs in parallel with training;
-        `progressed` is called while this waits for a save that makes progress; `notice` reports old checkpoints that could not be
-        removed."""
+        `group`: a gloo process group. The saver uses a channel of its own, because saving runs in parallel with training.
+        `progressed`: called while the saver waits for a save that makes progress; `notice`: reports old checkpoints that can't be
+        removed.
+        """
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
         self.blocked_s = 0.0
@@ -79,7 +80,7 @@ class Saver:
         self._follows = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes later saves copy in the thread: a step of `optimizer`, which changes the state, waits until the copy is done."""
+        """Makes later saves copy in the thread. A step of `optimizer`, which changes the state, then waits for the copy."""
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
         self._follows = True
 
@@ -93,8 +94,9 @@ class Saver:
     ) -> None:
         """Saves the state of a step as a checkpoint.
 
-        `state`: of `ShardedState.tensors`; `frozen`: of `ShardedState.frozen`; `facts`: what rank 0 puts into `checkpoint.json`.
-        `seal`: writes, in the thread and on all workers, what must be there before the checkpoint; returns more facts.
+        `state`: from `ShardedState.tensors`; `frozen`: from `ShardedState.frozen`; `facts`: entries of `checkpoint.json` from
+        rank 0. `seal`: runs in the thread on all workers; writes what must exist before the checkpoint, and returns more entries.
+        ConfigError if the best metric isn't one of the scores; the error of the previous save if it failed.
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
@@ -103,7 +105,7 @@ class Saver:
             )
         self.wait()
         started = time.perf_counter()
-        # the forward pass may change buffers: they are copied now
+        # the forward pass may change buffers, so they are copied now
         state = {n: t if isinstance(t, FlatShard) else t.detach().cpu().clone() for n, t in state.items()}
         self._host.mark({n: t for n, t in state.items() if isinstance(t, FlatShard)})
         self._copied.clear()
@@ -114,17 +116,16 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save continues in the thread."""
+        """Returns whether a save is running in the thread."""
         return self._started is not None and not self._started.done()
 
     @property
     def failed(self) -> bool:
-        """Tells whether the save in flight has failed on this worker: then all workers should `wait`, which raises the error."""
+        """Returns whether the save in flight has failed on this worker. Then all workers should `wait`, which raises it."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> bool:
-        """Waits until the save in flight is complete; an error of one worker is raised on all of them. Returns whether there was
-        a save in flight."""
+        """Waits until the save in flight is complete; returns whether there was one. An error of one worker is raised on all."""
         if not self._pending:
             return False
         started = time.perf_counter()
@@ -141,7 +142,7 @@ class Saver:
         pending.result()
 
     def before_change(self) -> None:
-        """Waits until the state that is being saved may change; on a GPU, what is queued next waits."""
+        """Waits until the state that is being saved may change. On a GPU, work that is queued next waits instead."""
         self._until_copied()
         self._host.hold_back()
 
@@ -152,7 +153,7 @@ class Saver:
         self.blocked_s += time.perf_counter() - started
 
     def _pass_on_progress(self) -> None:
-        """Reports progress if something was written since the last check: a save that stands still is a stall like any other."""
+        """Reports progress if something was written since the last check. So a save without progress counts as a stall."""
         written, self._written = self._written, 0
         if written:
             self._progressed()
@@ -184,7 +185,7 @@ class Saver:
             self._prune(step)
 
     def _prune(self, step: int) -> None:
-        """Removes old checkpoints. The new one is complete, so a store that fails here costs a warning."""
+        """Removes old checkpoints. The new one is complete, so a failure of the store is only a warning."""
         try:
             self._pruner.prune(step)
             self._unpruned = 0
@@ -209,26 +210,26 @@ class Saver:
 
 
 class Keeper:
-    """Saves one worker's parameters that are not trained, once per run; all workers make the same calls in the same order.
+    """Saves one worker's parameters that are not trained, once per run. All workers make the same calls in the same order.
 
-    Their folder is `checkpoints/frozen-<digest>`, by the content that each rank holds, and the checkpoints name it. Every save
-    checks their content again: if it has changed, they are written again, under another name. A resumed run keeps using the
-    folder of the checkpoint that it loaded, on any number of workers and in any precision, as long as they are what was loaded.
+    The folder `checkpoints/frozen-<digest>` is named after the content on all ranks, and checkpoints refer to it by name. Every
+    save checks the content again. If it has changed, it is written again under another name. A resumed run uses the folder of the
+    checkpoint that it loaded, with any number of workers and any precision, until the parameters change.
     """
 
     def __init__(self, run: Location, group: Group, write: Callable[[Location, dict[str, FlatShard]], None]) -> None:
-        """Prepares the keeper; `write` saves slices as a folder, together with the other workers."""
+        """Prepares the keeper. `write`: saves slices as a folder, together with the other workers."""
         self.run, self.group, self._write = run, group, write
         self._loaded = self._folder = ""
 
     def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
-        """Notes that the slices were loaded from the checkpoint (perhaps cast): while they stay so, its folder is theirs."""
+        """Notes that the slices were loaded from the checkpoint, perhaps cast. Until they change, its folder is used for them."""
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name
             self._loaded = self._name(slices)
 
     def keep(self, slices: dict[str, FlatShard]) -> str | None:
-        """Saves the slices as a folder unless it is there, and returns the folder's name; None if no worker has any slices."""
+        """Saves the slices as a folder unless it exists; returns the folder's name, or None if no worker has slices."""
         any_ = merged(self.group, lambda: bool(slices), operator.or_)
         if not first(self.group, lambda: any_):
             return None
@@ -241,12 +242,12 @@ class Keeper:
         return name
 
     def _name(self, slices: dict[str, FlatShard]) -> str:
-        parts = merged(self.group, lambda: [slices_digest(slices)], operator.add)  # on rank 0
+        parts = merged(self.group, lambda: [slices_digest(slices)], operator.add)  # rank 0 only
         return first(self.group, lambda: f"{FROZEN}-{hashlib.sha256(' '.join(parts or []).encode()).hexdigest()[:16]}")
 
 
 def slices_digest(slices: Mapping[str, FlatShard]) -> str:
-    """Computes a digest of the slices that this rank holds: names, types, places and a CRC-32 of each piece."""
+    """Computes a digest of this rank's slices: their names, dtypes, places, and a CRC-32 of each piece."""
     summed = hashlib.sha256()
     for name in sorted(slices):
         shard = slices[name]

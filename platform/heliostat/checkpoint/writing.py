@@ -1,8 +1,9 @@
-"""Writes a folder of tensors from all ranks: each plans and writes its own shard and the shard's index, then `checkpoint.json`.
+"""Writes a folder of tensors from all ranks. Each plans and writes its own shard and the shard's index; `checkpoint.json` is
+last.
 
-What a rank writes it knows by itself: its slices, and its share of the tensors that every rank has whole. Where it has written
-them merges on the way to rank 0 (`placement.merge`). If one rank fails, all ranks raise its error, and there is no
-`checkpoint.json`. torch's own HuggingFaceStorageReader reads the shards too.
+A rank knows without messages what it writes: its slices, and its share of the tensors that every rank holds completely. The
+ranks' tables of written chunks are merged on their way to rank 0 (`placement.merge`). If one rank fails, all ranks raise its
+error, and `checkpoint.json` isn't written. torch's own HuggingFaceStorageReader can read the shards, too.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ def write(
     wrote: Callable[[], None] = lambda: None,
     fence: Fence | None = None,
 ) -> None:
-    """Writes the tensors of all ranks as one folder; all ranks call it together.
+    """Writes the tensors of all ranks as one folder. All ranks call it together.
 
-    `facts`: what rank 0 puts into `checkpoint.json`; `wrote` is called for every block that is written, and for every window of
-    an upload; `fence`: of who saves, if others may.
+    `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called for every block written, and every window of an upload;
+    `fence`: the lease of the driver that saves, if several could. CheckpointError if a rank fails, or the slices leave elements
+    out.
     """
     rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
     try:
@@ -53,13 +55,13 @@ def write(
 
 
 def mine(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
-    """Selects what a rank writes: its slices that are not empty, and the whole tensors that are its share."""
+    """Selects the tensors that a rank writes: its non-empty slices, and its share of the complete tensors."""
     owners = placement.owners((n for n, t in tensors.items() if not isinstance(t, FlatShard)), world)
     return {n: t for n, t in tensors.items() if (t.local.numel() if isinstance(t, FlatShard) else owners[n] == rank)}
 
 
 def clear(target: Location, fence: Fence | None) -> None:
-    """Removes an earlier save of this step, or what is left of a dead one."""
+    """Removes an earlier save of this step, or the remains of a failed one."""
     if fence:
         fence.check()
     target.join(INDEX).delete()
@@ -69,7 +71,7 @@ def clear(target: Location, fence: Fence | None) -> None:
 def finish(
     target: Location, step: int | None, facts: Mapping[str, object], part: placement.WrittenPart | None, fence: Fence | None
 ) -> None:
-    """Makes the folder valid: checks that every element is in it once, then writes `checkpoint.json`."""
+    """Makes the folder valid: checks that it has every element once, then writes `checkpoint.json`."""
     written = part or placement.WrittenPart([], {})
     contents = index.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
@@ -97,7 +99,7 @@ def write_shard(
 
 
 def part(shard: Shard, tensors: Mapping[str, torch.Tensor]) -> placement.WrittenPart:
-    """Describes one shard and the tensors in it."""
+    """Describes one shard and its tensors."""
     entries = placement.Tensors()
     for name, tensor in tensors.items():
         start, numel = _cut(tensor)
@@ -116,7 +118,7 @@ def _entry(name: str, tensor: torch.Tensor, crc32: list[int], wrote: Callable[[]
 
 
 def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) -> Iterator[memoryview]:
-    """Yields the tensor's blocks as they are written; appends the CRC-32 of each to the list."""
+    """Yields the tensor's blocks for writing, and appends the CRC-32 of each to the list."""
     for block in checksums.cut(checksums.as_bytes(tensor)):
         crc32.append(zlib.crc32(block))
         yield block
@@ -124,14 +126,14 @@ def _checked(tensor: torch.Tensor, crc32: list[int], wrote: Callable[[], None]) 
 
 
 def _metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Makes what torch's HuggingFaceStorageReader needs to know of a shard."""
+    """Makes the shard's metadata for torch's HuggingFaceStorageReader."""
     starts = {n: {"saved_offsets": [t.start] if isinstance(t, FlatShard) else [0] * t.dim()} for n, t in tensors.items()}
     return {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(starts)}
 
 
 @contextmanager
 def _local_folder(target: Location) -> Iterator[Path]:
-    """Provides the folder that shards are written to: the target itself on disk, a temporary folder for S3."""
+    """Provides the folder to which shards are written: the target on a disk, a temporary folder for S3."""
     if not target.is_s3:
         yield Path(target.path)
     else:

@@ -1,9 +1,11 @@
-"""Reads samples from the shards: each chunk once, several at a time, with damage distinguished from storage failures.
+"""Reads samples from shards, each row group once and several in parallel. Distinguishes damage from storage failures.
 
-A chunk that is damaged or was exchanged (its shard's footer, its bytes, its pages' checksums, its Parquet structure, its number
-of tokens) makes all its samples bad, a token outside the vocabulary makes its own sample bad: both are the same whenever and
-wherever they are read, and `Dataset.load` replaces them. A shard that is missing, or a store that fails beyond its retry
-budget, is an error instead: it may be whole again later, and if its samples were replaced, the run would depend on chance.
+All samples of a damaged or replaced row group are bad. The footer, the bytes, the page checksums, the Parquet structure, or the
+number of tokens reveals it. A token outside the vocabulary makes only its own sample bad. Every read gives the same bad samples,
+and `Dataset.load` replaces them.
+
+A missing shard, or a store that fails beyond its retry budget, is an error instead. It may work again later. If its samples were
+replaced, the run would depend on chance.
 """
 
 from __future__ import annotations
@@ -21,23 +23,23 @@ from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-READERS = 8  # threads: a window's chunks are read at once, because object storage answers slowly but in parallel
+READERS = 8  # threads: a window's row groups are read together, because object storage answers slowly but in parallel
 
 
 class DamagedError(DataError):
-    """Reports that a chunk's content cannot be used."""
+    """Reports that the content of a row group can't be used."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Holds samples' contents; `faults` maps a bad sample's index to the reason, and its content is zero or null."""
+    """Holds the contents of samples. `faults`: index of a bad sample -> reason; the content of a bad sample is zero or null."""
 
     content: Content
     faults: dict[int, str]
 
 
 class Chunks:
-    """Reads the chunks of a run's sources: of tokens, cut into samples of `length`, or of rows if there is no length."""
+    """Reads the row groups of a run's sources. `length`: tokens per sample; None for rows."""
 
     def __init__(self, sources: list[Manifest], length: int | None) -> None:
         self.sources, self.length = sources, length
@@ -49,7 +51,10 @@ class Chunks:
         self._vocabulary = [int(s.meta.get("vocab_size", np.iinfo(np.int32).max)) for s in sources]
 
     def gather(self, samples: SamplePlaces) -> Gathered:
-        """Reads the samples' contents, in their order; DataError for a missing shard, StorageError for a store that fails."""
+        """Reads the contents of samples, in their order.
+
+        DataError if a shard is missing; StorageError if the store fails.
+        """
         faults: dict[int, str] = {}
         members = _by_chunk(samples)
         tokens = np.empty((len(samples), self.length), dtype=np.int32) if self.length else None
@@ -65,7 +70,7 @@ class Chunks:
                 return None
             if tokens is None:
                 return content
-            outside = content.view(np.uint32).max(axis=1) >= self._vocabulary[source]  # as unsigned, a negative one is large
+            outside = content.view(np.uint32).max(axis=1) >= self._vocabulary[source]  # as unsigned, so a negative token is large
             if outside.any():
                 reason = f"{self.place(source, chunk)}: a token outside the vocabulary of {self._vocabulary[source]}"
                 faults.update(dict.fromkeys(mine[outside].tolist(), reason))
@@ -78,14 +83,17 @@ class Chunks:
         return Gathered(_arrange(parts, members) if tokens is None else tokens, faults)
 
     def shard(self, source: int, chunk: int) -> Location:
-        """Locates the file that a chunk is in."""
+        """Returns the location of the shard that contains a row group."""
         return self.sources[source].location.join(self._paths[source][chunk].as_py())
 
     def place(self, source: int, chunk: int) -> str:
         return f"{self.shard(source, chunk)}: row group {self._groups[source][chunk]}"
 
     def read(self, source: int, chunk: int) -> Content:
-        """Reads all samples of a chunk; DamagedError with the reason if they are unusable, DataError if the shard is missing."""
+        """Reads all samples of a row group.
+
+        DamagedError with the reason if they are unusable; DataError if the shard is missing.
+        """
         location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
         group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()
         content = self._contents[source][chunk].as_py()
@@ -107,12 +115,12 @@ class Chunks:
 
 
 def _tokens(column: pa.ChunkedArray) -> np.ndarray:
-    """Concatenates all tokens of a chunk, int32, documents end to end."""
+    """Joins all documents of a row group: int32 [tokens]."""
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.int32, copy=False)
 
 
 def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
-    """Groups the samples by chunk: an array of their indices for each chunk."""
+    """Groups the samples by row group: for each, an array of their indices."""
     order = np.lexsort((samples.chunk, samples.source))
     source, chunk = samples.source[order], samples.chunk[order]
     edges = np.flatnonzero((source[1:] != source[:-1]) | (chunk[1:] != chunk[:-1])) + 1
@@ -120,7 +128,7 @@ def _by_chunk(samples: SamplePlaces) -> list[np.ndarray]:
 
 
 def _arrange(parts: list[pa.Table | None], members: list[np.ndarray]) -> pa.Table:
-    """Arranges the parts' rows at their members' indices, with nulls where a part is missing."""
+    """Puts the rows of each part at the indices of its members, and nulls where a part is missing."""
     good = [(mine, part) for mine, part in zip(members, parts, strict=True) if part is not None]
     if not good:
         return pa.table({})

@@ -1,9 +1,11 @@
-"""Combines datasets into a collection, whose parts must not be mixed in one batch, such as images of different sizes.
+"""Combines datasets whose samples must not share a batch into a collection, for example images of different sizes.
 
-`prepare` writes it: each part is a complete dataset in a folder of its own, with its own manifest; the collection's manifest
-lists all their chunks, so that its digest names the whole. A job gives the collection's path; `expand` puts its parts in its
-place, each with its share of the weight, so that an epoch of the collection is an epoch of every part. Every lane's share of
-a step is then of one part (`Shape.unit`), in an order that is as exact and elastic as any.
+`prepare` writes a collection. Each part is a complete dataset in its own folder, with its own manifest. The collection's manifest
+lists the row groups of all parts, so its digest identifies the whole collection.
+
+A job gives the collection's path. `expand` replaces the collection by its parts, each with its share of the weight. So an epoch
+of the collection is an epoch of every part. All samples of a virtual rank in a step then come from one part (`Shape.unit`). The
+order stays exact and elastic.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 KIND = "collection"
-OF_ALL = ("parts", "curation", "also", "forgotten")  # of the metadata: what is said of the whole, in the collection's folder
+OF_ALL = ("parts", "curation", "also", "forgotten")  # metadata of the whole collection: only its own manifest has these keys
 
 
 def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> Manifest:
-    """Writes the manifests of all parts, then the collection's, from rows whose paths are `PART/shards/...`.
+    """Writes the manifests of all parts, then the collection's manifest. A part without rows is left out.
 
-    `meta["parts"]` holds the metadata that is special to each part.
+    `rows`: manifest rows, with paths `PART/shards/...`; `meta["parts"]`: the metadata that differs between parts, by part.
     """
     parts = {name: own for name, own in meta["parts"].items() if any(r["path"].startswith(f"{name}/") for r in rows)}
     rows_of, digests, common = {}, {}, {k: v for k, v in meta.items() if k not in OF_ALL}
@@ -39,10 +41,10 @@ def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[s
 
 
 def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
-    """Returns (a dataset's metadata, whether it is of the version that a run recorded), ({}, False) if there is no dataset.
+    """Returns a dataset's metadata, and whether a run recorded this version; ({}, False) if there is no dataset.
 
-    Of a collection, which a `prepare` may have replaced meanwhile, it is the version whose parts the run trains on; else the
-    newest.
+    A `prepare` may have replaced a collection since the run began. So this returns the version whose parts the run trains on, or
+    the newest version if none matches.
     """
     newest = manifest.read(place) if place.join(manifest.FILE).exists() else None
     if newest is None or newest.kind != KIND or recorded is None:
@@ -56,7 +58,11 @@ def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
 
 
 def expand(job: Job, recorded: DataPlan | None = None) -> Job:
-    """Replaces every source of the job that is a collection by its parts, of the version in `recorded` if it is given."""
+    """Replaces every source of the job that is a collection by its parts; returns the job itself if none is.
+
+    `recorded`: the data plan of a resumed run, which selects the version of each collection. ConfigError if a part's digest
+    differs from the one that the collection lists, or if the job sets `data.sequence_length` with a collection.
+    """
     expanded: list[tuple[Source, list[tuple[str, float]]]] = []
     for source in job.data.sources:
         place = Location(source.path)
@@ -92,5 +98,5 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
 
 
 def _round(weight: float) -> float:
-    """Rounds a weight to four digits: weights are honoured exactly, and need a period that is not too long."""
+    """Rounds a weight to four digits. Mixing is exact, so more digits would make its period too long."""
     return max(round(weight, 4), 0.0001) if weight else 0.0

@@ -1,6 +1,6 @@
-"""Defines the contents of samples, and the few operations that streaming needs on them.
+"""Defines the contents of samples, and the operations on them that streaming needs.
 
-Token datasets give an int32 array [n, sequence_length]; datasets of rows give an Arrow table of n rows, with the shards' own
+The content of n token samples is an int32 array [n, sequence_length]. The content of n rows is an Arrow table with the shards'
 columns. Nothing else in the engine looks inside.
 """
 
@@ -18,12 +18,12 @@ Content: TypeAlias = np.ndarray | pa.Table
 
 
 def part(content: Content, rows: slice) -> Content:
-    """Cuts out consecutive samples, without a copy."""
+    """Returns consecutive samples, without a copy."""
     return content[rows] if isinstance(content, np.ndarray) else content.slice(rows.start, rows.stop - rows.start)
 
 
 def split(content: Content, size: int) -> list[Content]:
-    """Splits samples into parts of `size` each."""
+    """Splits samples into parts of `size` samples each."""
     return [part(content, slice(i, i + size)) for i in range(0, len(content), size)]
 
 
@@ -36,7 +36,7 @@ def join(parts: list[Content]) -> Content:
 
 
 def pack(content: Content) -> pa.Buffer:
-    """Serializes samples to bytes from which `unpack` makes the same samples in another process."""
+    """Serializes samples. `unpack` restores them in another process."""
     if isinstance(content, np.ndarray):
         return pa.py_buffer(np.ascontiguousarray(content))
     sink = pa.BufferOutputStream()
@@ -53,10 +53,10 @@ def unpack(data: pa.Buffer, samples: int, tokens: bool) -> Content:
 
 
 def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Yields each sample's bytes, from which its digest is computed.
+    """Yields the bytes of each sample that its digest is computed from.
 
-    Token samples are taken as they are. A row gives a hash of the columns' names and types, then its values, each behind its
-    length or, if it is null, behind a mark that is no length.
+    A token sample is its int32 values. A row is a hash of the columns' names and types, followed by its values. Each value comes
+    after its length. For a null, eight bytes 0xff, which are no valid length, take the place of length and value.
     """
     if isinstance(content, np.ndarray):
         yield from np.ascontiguousarray(content)
@@ -68,7 +68,7 @@ def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
 
 
 def kind_of(kind: pa.DataType) -> str:
-    """Describes an Arrow type by a string that no version of Arrow changes; a dictionary is described as its value type."""
+    """Describes an Arrow type by a string that no version of Arrow changes. A dictionary type counts as its value type."""
     if pa.types.is_dictionary(kind):
         return kind_of(kind.value_type)
     if pa.types.is_struct(kind):
@@ -97,15 +97,15 @@ def _values(column: pa.ChunkedArray) -> list[bytes | None]:
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     kind = column.type
-    if any(is_bytes(kind) for is_bytes in BYTES):  # text too: Parquet does not check its UTF-8
+    if any(is_bytes(kind) for is_bytes in BYTES):  # also text, because Parquet doesn't check its UTF-8
         return column.cast(pa.large_binary()).to_pylist()
-    if pa.types.is_temporal(kind) and kind.bit_width in (32, 64):  # as numbers: a zone has as many spellings as libraries
+    if pa.types.is_temporal(kind) and kind.bit_width in (32, 64):  # as numbers, because libraries spell time zones differently
         column = column.cast(pa.int32() if kind.bit_width == 32 else pa.int64())
     return [None if v is None else repr(v).encode() for v in column.to_pylist()]
 
 
 def sample_bytes_1(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Yields each sample's bytes as receipts of version 1 hash them: without names and types, with null bytes as empty ones."""
+    """Yields the bytes of each sample for receipts of version 1: without names and types, and with null bytes as empty bytes."""
     if isinstance(content, np.ndarray):
         yield from sample_bytes(content)
         return

@@ -1,8 +1,10 @@
-"""Counts the samples of each chunk that a run has trained on, and finds the steps that took them: exact, from data plans alone.
+"""Counts the samples of each row group that a run has trained on, and finds the steps that used them. It needs only data plans.
 
-Whole windows of the sequence are a prefix of every source's stream, and so of its epochs' chunks; only the samples of the last
-window are looked up one by one. A sample lies in one window of its source's epoch, wherever the window's permutation puts it: so
-the windows that touch a chunk are laid out, one an epoch in most cases, and nothing else.
+The counts are exact. The complete windows before a step contain a prefix of every source's stream, so whole row groups of each
+epoch are counted at once. Only the samples of the last window are located one by one.
+
+In each epoch of its source, a sample is in exactly one window; the window's permutation decides its position. So `visits`
+computes only the windows that contain samples of the row group: in most cases one per epoch.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from heliostat.data.order import Order
 
 @dataclass(frozen=True)
 class Segment:
-    """Describes steps [first, end) of a run, which followed `plan`."""
+    """Describes the steps [first, end) of a run, which used one data plan."""
 
     first: int
     end: int
@@ -29,15 +31,15 @@ class Segment:
 
 
 def cut(plans: list[DataPlan], steps: int) -> list[Segment]:
-    """Cuts a run of `steps` steps into segments, one for each data plan that it followed, in the order in which they began."""
+    """Cuts a run of `steps` steps into segments, one per data plan, in the order in which the run used them."""
     ends = [*(p.begins for p in plans[1:]), steps][: len(plans)]
     return [Segment(p.begins, min(e, steps), p) for p, e in zip(plans, ends, strict=True) if p.begins < min(e, steps)]
 
 
 def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarray]:
-    """Counts the samples of each source's chunks that a segment's steps took, int64 [chunks] for each source.
+    """Counts the samples of each row group that a segment's steps used: int64 [chunks] for each source.
 
-    Bad samples count as themselves, not as their replacements; samples that the plan leaves out do not count.
+    A bad sample counts, not its replacement. Samples that the plan skips don't count.
     """
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
@@ -51,7 +53,7 @@ def segment_counts(segment: Segment, manifests: list[Manifest]) -> list[np.ndarr
 
 
 def left_out(segment: Segment, manifests: list[Manifest]) -> list[int]:
-    """Counts the samples of each source that the plan leaves out within a segment: those of the sequence that no step took."""
+    """Counts the samples of each source that the plan skips within a segment."""
     skipping = make_order(segment.plan, manifests)
     order = make_order(dataclasses.replace(segment.plan, skips=()), manifests)
     before, after = (counts(order, at) for at in (skipping.data_step(segment.first), skipping.data_step(segment.end - 1) + 1))
@@ -60,7 +62,10 @@ def left_out(segment: Segment, manifests: list[Manifest]) -> list[int]:
 
 
 def counts(order: Order, step: int) -> list[np.ndarray]:
-    """Counts the samples of each source's chunks in the sequence's steps before `step`, for an order that leaves nothing out."""
+    """Counts the samples of each row group before `step` of the global sequence: int64 [chunks] for each source.
+
+    `order`: must not skip samples.
+    """
     taken = [np.zeros(len(split.samples), np.int64) for split in order.splits]
     if step <= order.sections[0].first_step:
         return taken
@@ -81,7 +86,7 @@ def counts(order: Order, step: int) -> list[np.ndarray]:
 
 
 def shards(manifest: Manifest, chunk_counts: np.ndarray) -> dict[str, int]:
-    """Sums the counts of chunks by shard, in manifest order, without shards of which nothing was taken."""
+    """Sums the counts of row groups by shard, in manifest order. Shards with a count of 0 are left out."""
     out: dict[str, int] = {}
     for path, count in zip(manifest.paths, chunk_counts.tolist(), strict=True):
         if count:
@@ -104,7 +109,7 @@ def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]
 
 @dataclass(frozen=True)
 class Visit:
-    """Describes one time that a run took a sample; `step` counts from 1."""
+    """Describes one use of a sample in a run. `step` counts from 1; `place`: index among the lane's samples of the step."""
 
     step: int
     lane: int
@@ -114,11 +119,11 @@ class Visit:
 
 
 def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit]:
-    """Finds when a segment's steps took these rows of a source's chunk, by step. Bad samples count as themselves."""
+    """Finds the steps of a segment that used some rows of a source's row group, in order. Bad samples count as themselves."""
     order, taken = open_dataset(segment.plan).order, list[Visit]()
     train = order.splits[source].train
     begin = order.window_at(order.round_of(segment.first).begin)[1]
-    end = order.window_at(order.round_of(segment.end - 1).end - 1)[2]  # whole windows: samples change their places in them
+    end = order.window_at(order.round_of(segment.end - 1).end - 1)[2]  # complete windows: samples are permuted within them
     size = int(order.epoch_samples[source])
     for epoch in range(int(order.before(begin)[source]) // size, -(-int(order.before(end)[source]) // size)):
         chunks = order.epoch(source, epoch).chunks
@@ -135,10 +140,10 @@ def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit
 
 
 def _windows(order: Order, source: int, first: int, stop: int, begin: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yields the windows in [begin, end), as positions, that bring samples [first, stop) of a source's stream."""
+    """Yields the windows in [begin, end), as positions, that contain samples [first, stop) of a source's stream."""
     while first < stop and int(order.before(end)[source]) > first:
         low, high = begin, end - 1
-        while low < high:  # the first position after which more than `first` samples have come
+        while low < high:  # finds the first position after which the sequence contains more than `first` samples of the source
             middle = (low + high) // 2
             low, high = (low, middle) if int(order.before(middle + 1)[source]) > first else (middle + 1, high)
         _, begin, after = order.window_at(low)

@@ -1,7 +1,7 @@
-"""Provides the run's data: the job's prepared datasets, their split and order, and the samples read from their shards.
+"""Provides the run's data: the job's prepared datasets, their split and order, and the samples in their shards.
 
-`DataPlan` is small, plain data: what fixes every sample of the run. It is stored with each checkpoint and sent to the
-fetch tasks, which rebuild the rest (`Dataset`) from the manifests.
+`DataPlan` is a small record that determines every sample of the run. Each checkpoint stores it. Fetch tasks receive it, and build
+a `Dataset` from it and the manifests.
 """
 
 from __future__ import annotations
@@ -36,27 +36,28 @@ from heliostat.text import printable
 @closed
 @dataclass(frozen=True)
 class DataPlan:
-    """Holds everything that determines the global sequence, and where the shards are."""
+    """Holds everything that determines the global sequence, and the locations of the datasets."""
 
     uris: tuple[str, ...]
     digests: tuple[str, ...]
-    mix: tuple[tuple[Whole, tuple[Number, ...]], ...]  # (step, weights from there on), ascending
+    mix: tuple[tuple[Whole, tuple[Number, ...]], ...]  # (step, weights from this step on), ascending
     max_epochs: tuple[Number | None, ...]
     sequence_length: Annotated[int, Field(gt=1, le=LARGEST)] | None
     seed: Whole
     held_fraction: Annotated[float, Field(ge=0, lt=1)]
     shape: Shape
-    skips: tuple[tuple[Whole, Whole, Whole], ...] = ()  # (step gone back to, step, count): from there on, so many are left out
-    version: int = NEWEST  # of the rules by which the sequence and the held-out samples follow from the rest
+    # (step of the rollback, step, count): from `step` of the run on, the sequence is `count` steps ahead
+    skips: tuple[tuple[Whole, Whole, Whole], ...] = ()
+    version: int = NEWEST  # of the rules that derive the sequence and the held-out samples from the other fields
 
     @property
     def begins(self) -> int:
-        """Returns the step from which a run follows this plan."""
+        """Returns the first step for which a run uses this plan."""
         return self.skips[-1][0] if self.skips else self.first_step
 
     @property
     def first_step(self) -> int:
-        """Returns the step at which the sequence starts: 0, or the step at which a run's data was changed."""
+        """Returns the step at which the sequence starts: 0, or the step at which the run's data changed."""
         return self.mix[0][0]
 
     @property
@@ -69,11 +70,11 @@ class DataPlan:
 
     @staticmethod
     def parse(raw: object, where: object = "the data plan") -> DataPlan:
-        """Builds the plan that was dumped as `raw`; DataError that names `where` if it is no valid plan."""
+        """Builds the plan from the output of `dump`; DataError that names `where` if it isn't a valid plan."""
         if isinstance(raw, dict):
-            raw = {"version": 1, **raw}  # the first runs name none
+            raw = {"version": 1, **raw}  # plans of the first runs have no version
             version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
-            if isinstance(version, int) and version > NEWEST:  # before its keys, which may be other ones
+            if isinstance(version, int) and version > NEWEST:  # before its keys, which may differ in a newer version
                 raise DataError(
                     f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer one"
                 )
@@ -83,14 +84,14 @@ class DataPlan:
 
     @staticmethod
     def read(place: Location) -> DataPlan:
-        """Reads the plan in a file; FileNotFoundError if there is none."""
+        """Reads the plan in a file; FileNotFoundError if the file is missing."""
         return DataPlan.parse(RAW.read(place), place)
 
     @property
     def digest(self) -> str:
-        """Computes the digest that identifies the global sequence: 32 hex digits, the same if a dataset is moved elsewhere."""
+        """Computes the digest of the global sequence: 32 hex digits. It stays the same if a dataset moves to another place."""
         fixed = {k: v for k, v in self.dump().items() if k != "uris"}
-        for key, was in (("skips", []), ("version", 1)):  # as it was before there were any
+        for key, was in (("skips", []), ("version", 1)):  # so that plans from before these keys keep their digests
             if fixed[key] == was:
                 del fixed[key]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
@@ -134,10 +135,11 @@ RAW, PLAN = Format(dict[str, object], "data plan"), Format(DataPlan, "data plan"
 
 
 def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:
-    """Makes the data plan of a job; what the job leaves open (lanes, window) is taken from the `recorded` plan of a resumed run.
+    """Makes the data plan of a job. A resumed run takes what the job leaves open (virtual ranks, window) from `recorded`.
 
-    `first_step`: where the sequence starts; the default is the recorded plan's, or 0. Changes of weights that lie before it have
-    happened.
+    `first_step`: step at which the sequence starts; default: the recorded plan's, or 0. Weight changes before it have taken
+    effect. ConfigError if the worker count doesn't divide the virtual ranks. ConfigError also if a virtual rank's samples come
+    from one source, and `train.micro_batch_size` doesn't divide them.
     """
     length = job.data.sequence_length
     lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
@@ -172,12 +174,12 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
         held_fraction=job.evaluate.fraction if job.evaluate else 0.0,
         shape=shape,
         skips=recorded.skips if recorded and first_step is None else (),
-        version=recorded.version if recorded else NEWEST,  # a run keeps what it held out
+        version=recorded.version if recorded else NEWEST,  # a run keeps its held-out samples
     )
 
 
 def sample_bytes(sequence_length: int | None, manifests: list[Manifest]) -> int:
-    """Computes the mean bytes of a sample: as stored for rows, as trained on for tokens."""
+    """Computes the mean bytes of a sample: stored bytes for rows, int32 values for tokens."""
     stored = sum(int(m.chunks["bytes"].to_numpy().sum()) for m in manifests)
     return 4 * sequence_length if sequence_length else max(1, stored // max(1, sum(m.rows for m in manifests)))
 
@@ -192,7 +194,7 @@ def make_order(plan: DataPlan, sources: list[Manifest]) -> Order:
 @wire.travels
 @dataclass(frozen=True)
 class Bad:
-    """Describes a sample that could not be used, and the source, chunk and row of the same window that replaced it."""
+    """Describes a sample that can't be used. `by`: the sample of the same window that replaced it."""
 
     position: int
     source: int
@@ -204,13 +206,13 @@ class Bad:
 
 @dataclass(frozen=True)
 class Loaded:
-    samples: SamplePlaces  # as trained on: where a sample was replaced, its replacement
+    samples: SamplePlaces  # as trained on: a replaced sample has its replacement's place
     content: Content
     bad: list[Bad]
 
 
 class Dataset:
-    """Combines a data plan with its manifests, read: the order, and access to the samples themselves."""
+    """Provides the order of a data plan's samples, and their contents; reads the plan's manifests."""
 
     def __init__(self, plan: DataPlan) -> None:
         self.plan = plan
@@ -219,22 +221,23 @@ class Dataset:
         self._chunks = Chunks(self.sources, plan.sequence_length)
 
     def gather(self, samples: SamplePlaces) -> Gathered:
-        """Reads the samples' contents, and reports which of them are bad."""
+        """Reads the contents of samples, and reports which of them are bad."""
         return self._chunks.gather(samples)
 
     def read(self, samples: SamplePlaces) -> Content:
-        """Reads the samples' contents in order; DataError if any is bad."""
+        """Reads the contents of samples in order; DataError if one is bad."""
         gathered = self.gather(samples)
         if gathered.faults:
             raise DataError(next(iter(gathered.faults.values())))
         return gathered.content
 
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
-        """Loads the samples at positions of the global sequence, with bad ones replaced; DataError for bad ones if not `replace`.
+        """Loads the samples at positions of the global sequence, and replaces bad ones.
 
-        A bad sample is replaced by the next good one of its source in its window (behind the window's last comes its first), or
-        by one of any source if its own has none. So the choice depends on the window's content alone: not on who reads it, nor on
-        where a resumed run starts.
+        The replacement is the next good sample of the same source in the window; after the window's last sample comes its first.
+        If the source has no good sample there, the next good sample of any source is used. So the choice depends only on the
+        window's content: not on the reader, nor on the step at which a run resumes. DataError for a bad sample if `replace` is
+        false, or if its window has no good sample.
         """
         samples = self.order.locate(positions)
         gathered = self.gather(samples)
@@ -243,7 +246,7 @@ class Dataset:
                 f"{next(iter(gathered.faults.values()))}. With data.on_bad_sample 'replace', heliostat trains on another sample"
             )
         bad: list[Bad] = []
-        parts = [gathered.content] if len(gathered.content) else []  # then the replacements, one by one
+        parts = [gathered.content] if len(gathered.content) else []  # the replacements follow, one by one
         index, first = np.arange(len(samples)), len(gathered.content)
         windows: dict[int, tuple[SamplePlaces, Gathered]] = {}
         for i, reason in sorted(gathered.faults.items()):
@@ -263,7 +266,7 @@ class Dataset:
 
 
 def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> int:
-    """Finds the index in the window of the sample that replaces the one at index `at`; DataError if no sample in it is good."""
+    """Finds the replacement of the sample at index `at` of a window, as an index; DataError if the window has no good sample."""
     turn = np.roll(np.arange(len(window)), -at)
     same = turn[window.source[turn] == window.source[at]]
     for j in (*same, *turn):
@@ -274,5 +277,5 @@ def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> 
 
 @lru_cache(maxsize=2)
 def open_dataset(plan: DataPlan) -> Dataset:
-    """Opens the dataset of a plan and caches it per process, because fetch tasks run many times in one."""
+    """Opens the dataset of a plan. The process caches it, because it runs many fetch tasks."""
     return Dataset(plan)

@@ -2,7 +2,8 @@
 
     with device_ranges.named("forward"): loss = recipe.loss(model, batch)
 
-Ranges are on while a profile runs, and in every process that `nsys` profiles. Else `named` returns a context that does nothing.
+Ranges are on while a profile runs, and in every process that `nsys` profiles. Otherwise `named` returns a context that does
+nothing.
 """
 
 from __future__ import annotations
@@ -14,20 +15,20 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch.profiler import record_function
 
-OF_NSYS = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")  # variables that nsys sets for the processes that it profiles
+OF_NSYS = ("NSYS_PROFILING_SESSION_ID", "NVTX_INJECTION64_PATH")  # variables that nsys sets in profiled processes
 
 _OFF = nullcontext()
-_profiles = 0  # that are running in this process
+_profiles = 0  # profiles that run in this process
 
 
 def named(name: str) -> AbstractContextManager[object]:
-    """Returns the range of a part: `batch`, `forward`, `backward`, `reduce`, `optimizer`, or `save`."""
+    """Returns a context that marks a part of a step: `batch`, `forward`, `backward`, `reduce`, `optimizer`, or `save`."""
     return _range(name) if _profiles or _nsys else _OFF
 
 
 @contextmanager
 def shown() -> Iterator[None]:
-    """Turns ranges on inside."""
+    """Turns ranges on within the context."""
     global _profiles
     _profiles += 1
     try:

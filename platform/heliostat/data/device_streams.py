@@ -1,12 +1,12 @@
-"""Copies between host and device while the device computes. Everything that makes streams and events of CUDA for copies is here.
+"""Copies tensors between host and device while the device computes. All CUDA streams and events for copies are made here.
 
-    for batch in on_device(batches, device, complete): ...        # the next one travels, and is completed, meanwhile
-    norm = LateRead(tensor); ...; norm.values()         # read later, without a wait in between
-    with HostTensors(): loss = model(x)                 # what autograd saves inside is on the host until it is needed
-    copies.mark(state); with copies.queue(): ...        # state that another thread copies to the host (`CopyStream`)
+    for batch in on_device(batches, device, complete): ...  # meanwhile, the next batch is copied and completed
+    norm = LateRead(tensor); ...; norm.values()             # reads the values later, without a wait in between
+    with HostTensors(): loss = model(x)                     # autograd's saved tensors stay on the host until their use
+    copies.mark(state); with copies.queue(): ...            # another thread copies state to the host (`CopyStream`)
 
-On a CPU there is nothing to overlap: each of them makes the plain copy, or none. What is copied without a wait is in pinned
-memory on the host's side: from any other memory CUDA copies with a wait.
+On a CPU, nothing can overlap: each makes a plain copy, or none. Copies without a wait use pinned host memory, because CUDA waits
+for copies from other memory.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Tensors = dict[str, torch.Tensor]
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Returns a tensor of the CPU in memory from which a copy to the device needs no wait: itself, unless the device is a GPU."""
+    """Returns a CPU tensor in pinned memory if the device is a GPU, so that a copy needs no wait; else the tensor itself."""
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the CPU to the device without a wait; on a CPU, returns it as it is."""
+    """Copies a CPU tensor to the device without a wait; if the device is a CPU, returns the tensor itself."""
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
 def on_device(
     batches: Sequence[Tensors], device: torch.device, complete: Callable[[Tensors], Tensors] = lambda batch: batch
 ) -> Iterator[Tensors]:
-    """Yields batches, which are on the CPU, on the device, and as `complete` returns them, which computes without gradients.
+    """Copies CPU batches to the device, completes them with `complete` (without gradients), and yields them.
 
-    A GPU gets and completes the next batch on a stream of its own, while it computes with the batch before.
+    On a GPU, a separate stream copies and completes the next batch during the computation with the current one.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -51,7 +51,7 @@ def on_device(
         now, computing = ahead, torch.cuda.current_stream(device)
         computing.wait_stream(copying)
         for values in now.values():
-            values.record_stream(computing)  # its memory is not given away before what computes with it is done
+            values.record_stream(computing)  # its memory must not be reused before the computation with it is done
         if following is not None:
             ahead = _uploaded(following, device, complete, copying)
         yield now
@@ -66,26 +66,26 @@ def _uploaded(
 
 @functools.cache
 def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
-    """Returns the device's stream for a purpose."""
+    """Returns the device's stream for a purpose; each call returns the same one."""
     return torch.cuda.Stream(device)
 
 
 class Arrival:
-    """Marks what this thread has queued on its stream of the device, for other streams that use it. On a CPU it does nothing."""
+    """Marks the work that this thread has queued on its stream, so that other streams can wait for it; no-op on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Marks the present moment."""
+        """Sets the mark after the work that is queued now."""
         self._device = device
         self._moment = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
     def awaited(self) -> None:
-        """Lets what is queued next wait for the marked moment; the calling thread doesn't wait."""
+        """Makes work that is queued next wait for the mark. The calling thread doesn't wait."""
         if self._moment is not None:
             torch.cuda.current_stream(self._device).wait_event(self._moment)
 
 
 class LateRead:
-    """Copies a tensor to the host. The copy is queued, of the values as they are now; only `values` waits for it."""
+    """Copies a tensor's current values to the host. The copy is only queued; `values` waits for it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         """Queues the copy."""
@@ -97,17 +97,17 @@ class LateRead:
             self._copy = tensor.clone()
 
     def values(self) -> torch.Tensor:
-        """Waits for the copy, and for nothing that was queued after it; returns it, on the CPU."""
+        """Waits for the copy, but not for work that was queued later; returns the copy on the CPU."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._copy.cpu()
 
 
 class HostTensors(saved_tensors_hooks):
-    """Keeps what autograd saves inside in host memory, and brings it back one tensor ahead of its use.
+    """Keeps tensors that autograd saves within the context in host memory. Copies each back to the device before its use.
 
-    Copies run on streams of their own. Backward passes use tensors in the opposite order: with each tensor that is brought back,
-    the copy of the one that was saved before it begins.
+    Copies run on separate streams. The backward pass uses tensors in reverse order. So when it takes a tensor, the copy of the
+    tensor saved before that one begins.
     """
 
     def __init__(self) -> None:
@@ -127,8 +127,11 @@ class HostTensors(saved_tensors_hooks):
 
 
 class _Saved:
-    """Holds a tensor in host memory. `before`: the one that was saved before it, as long as that is needed; `restored`: whether
-    it was brought back, mostly for its only use."""
+    """Holds a tensor in host memory.
+
+    `before`: the tensor that was saved before it, while that is needed; `restored`: whether it was copied back to the device,
+    which happens once in most cases.
+    """
 
     def __init__(self, tensor: torch.Tensor, before: weakref.ref[_Saved] | None) -> None:
         self.device, self.before, self.restored = tensor.device, before, False
@@ -143,10 +146,10 @@ class _Saved:
         with torch.cuda.stream(saving):
             self._host.copy_(tensor, non_blocking=True)
             self._arrived = saving.record_event()
-        tensor.record_stream(saving)  # its memory is not given away before it is copied
+        tensor.record_stream(saving)  # its memory must not be reused before the copy is done
 
     def fetch(self) -> None:
-        """Queues the copy back to the device, unless it is queued."""
+        """Queues the copy back to the device, unless it is queued already."""
         if self._arrived is None or self._fetched:
             return
         fetching = _stream(self.device, "fetch")
@@ -155,7 +158,7 @@ class _Saved:
             self._fetched = self._host.to(self.device, non_blocking=True), fetching.record_event()
 
     def restore(self) -> torch.Tensor:
-        """Returns the tensor on its device; what is queued there next waits for it."""
+        """Returns the tensor on its device. Work that is queued there next waits for the copy."""
         self.fetch()
         self.restored = True
         if self._fetched is None:
@@ -168,7 +171,7 @@ class _Saved:
 
 
 class CopyStream:
-    """Queues copies from a GPU on a stream of its own, after what another thread has queued for training; else does nothing."""
+    """Queues copies from a GPU on a separate stream, after the work that the training thread has queued; no-op on a CPU."""
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -176,7 +179,7 @@ class CopyStream:
         self._done: torch.cuda.Event | None = None
 
     def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Marks the moment whose state is to be copied; called in the thread that trains, behind what it has queued on a GPU."""
+        """Marks the state to copy: the one after all work that is queued now. Call it in the training thread."""
         device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is None:
             return
@@ -185,7 +188,7 @@ class CopyStream:
 
     @contextmanager
     def queue(self) -> Iterator[None]:
-        """Queues the copies that are made inside, as of the last `mark`; `wait` waits for them."""
+        """Queues the copies that are made within the context, of the state at the last `mark`. `wait` waits for them."""
         if self._stream is None or self._ready is None:
             yield
             return
@@ -195,7 +198,7 @@ class CopyStream:
             self._done = self._stream.record_event()
 
     def hold_back(self) -> None:
-        """Lets what is queued next on the GPU wait until the queued copies are done; the calling thread does not wait."""
+        """Makes GPU work that is queued next wait until the queued copies are done. The calling thread doesn't wait."""
         if self._stream is not None and self._done is not None:
             torch.cuda.current_stream(self._stream.device).wait_event(self._done)
 

@@ -1,8 +1,8 @@
-"""Starts threads on the process's own GPU: CUDA starts every thread on the first one.
+"""Starts threads on the process's own GPU, because CUDA starts every thread on GPU 0.
 
-A thread that touches CUDA there makes a context on the first GPU, some hundred MiB for each worker of the node. So whatever runs
-in a worker's process takes its threads from here. A thread that outlives an attempt must not touch CUDA: the process may get
-another GPU.
+A thread that touches CUDA on GPU 0 creates a context there: some hundred MiB for each worker of the node. So all code in a
+worker's process gets its threads from this module. A thread that outlives an attempt must not touch CUDA, because the process may
+get another GPU.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _gpu: int | None = None
 
 
 def use(gpu: int) -> None:
-    """Makes a GPU the current one, of this thread and of those that are started from now on."""
+    """Makes a GPU, given by its index, the current device of this thread and of the threads that this module starts later."""
     global _gpu
     _gpu = gpu
     _enter()
 
 
 def thread(target: Callable[[], None], name: str) -> threading.Thread:
-    """Starts a daemon thread."""
+    """Starts a daemon thread on the process's GPU."""
 
     def run() -> None:
         _enter()
@@ -34,12 +34,12 @@ def thread(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def pool(threads: int, name: str = "") -> ThreadPoolExecutor:
-    """Makes a pool of threads, which start with their first tasks."""
+    """Makes a pool of threads on the process's GPU. They start with the first tasks."""
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_enter)
 
 
 def _enter() -> None:
-    """Makes the process's GPU this thread's current one."""
+    """Makes the process's GPU the current device of this thread."""
     if _gpu is not None:
         import torch
 

@@ -1,4 +1,4 @@
-"""Finds a document in a shard: the rows that hold it, and the samples that are cut from them; an image is a row and a sample."""
+"""Finds the row groups and the samples that contain a given document. An image is one row and one sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from heliostat.data.manifest import Manifest
 
 @dataclass(frozen=True)
 class Piece:
-    """Describes the tokens of a document in one chunk: which it is in the manifest, and the `tokens` from `first` on in it."""
+    """Describes the part of a document that one row group contains.
+
+    `chunk`: index of the row group in the manifest; `row_group`: its index in the shard; `first`: index of the document's first
+    token in the row group; `tokens`: number of its tokens.
+    """
 
     chunk: int
     row_group: int
@@ -22,12 +26,15 @@ class Piece:
     tokens: int
 
     def samples(self, length: int) -> range:
-        """Returns the chunk's samples, of so many tokens each, that hold some of the document."""
+        """Returns the indices of the row group's samples, of `length` tokens each, that contain tokens of the document."""
         return range(self.first // length, (self.first + self.tokens - 1) // length + 1)
 
 
 def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
-    """Finds a document in a shard, by its id: a piece for each chunk that holds some of it; an image's row counts as a token."""
+    """Finds a document in a shard: one piece for each row group that contains some of it.
+
+    `path`: the shard's path in the dataset; `id`: the document's id. An image's row counts as one token.
+    """
     chunks, column = dataset.chunks, "document" if dataset.kind == "tokens" else "id"
     mine = np.flatnonzero(pc.equal(chunks["path"].cast("string"), path).to_numpy())
     groups = dict(zip(chunks["row_group"].to_numpy()[mine].tolist(), mine.tolist(), strict=True))
@@ -48,6 +55,6 @@ def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
 
 
 def current(dataset: Manifest, path: str) -> str | None:
-    """Returns the path of a version's shard of the same number as `path`, which an earlier version may have; None if none."""
+    """Returns the path of the shard in `dataset` that has the same number as `path`, a shard of an earlier version; else None."""
     folder = path.rpartition("/")[0] + "/"
     return next((p for p in dataset.paths if p.startswith(folder)), None)

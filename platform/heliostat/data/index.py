@@ -1,8 +1,9 @@
 """Indexes the shards that were added to a dataset's folder, as a new version of its manifest: `heliostat data index DATASET`.
 
-Guarantees: only the new shards' footers are read, several at a time, and no data; the shards already listed must be there
-with the sizes that were recorded. The version before stays readable by its digest, and with it the sample order of the runs
-that began with it. Indexing the same shards at once or bit by bit gives the same digest; nothing new writes nothing.
+- It reads only the footers of the new shards, several in parallel, and no data.
+- The shards in the manifest must exist with their recorded sizes.
+- The previous version stays readable by its digest. So the sample order of the runs that began with it stays the same.
+- Indexing shards together or one after another gives the same digest. Without new shards, nothing is written.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
-READERS = 32  # threads: a footer is one or two small requests, which object storage answers slowly but in parallel
+READERS = 32  # threads: a footer takes one or two small requests, which object storage answers slowly but in parallel
 NOT_IN_FOOTERS = (
     "bytes",
     "cuts",
     "unigram_entropy",
     COUNTS,
-)  # counted in the text or the tokens: no longer true with more
+)  # computed from the text or the tokens: wrong once shards are added
 
 
 @dataclass(frozen=True)
 class IndexReport:
-    """Reports what indexing did: `previous` is the newest digest before; chunks, tokens and rows are the whole dataset's."""
+    """Reports the result of indexing. `previous`: the digest before; `chunks`, `tokens`, `rows`: of the complete dataset."""
 
     dataset: str
     digest: str
@@ -47,7 +48,10 @@ class IndexReport:
 
 
 def index(location: Location) -> IndexReport:
-    """Indexes the new shards; DataError if a listed one is missing or has another size, or a new one does not fit the dataset."""
+    """Indexes the new shards of a dataset.
+
+    DataError if a listed shard is missing or has another size, or if a new one doesn't fit the dataset.
+    """
     start = time.monotonic()
     before = manifest.read(location)
     sizes = {f"{SHARDS}/{path}": size for path, size in location.join(SHARDS).files()}
@@ -71,7 +75,7 @@ def index(location: Location) -> IndexReport:
 
 
 def _of_replaced(location: Location) -> set[str]:
-    """Lists the shards of the versions that a `prepare` has replaced, which stay in the folder for the runs that read them."""
+    """Lists the shards of replaced versions, which stay in the folder for the runs that read them."""
     names = versions.read_record(location).get("replaced", {})
     kept = [name for name, _ in location.join(manifest.VERSIONS).files() if name in names] if names else []
     return {path for name in kept for path in manifest.read_version(location, name).chunks["path"].to_pylist()}
@@ -96,7 +100,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
     for path, rows in zip(paths, tables, strict=True):
         if not rows:
             raise DataError(f"{before.location.join(path)}: holds no row group. Remove it")
-    # no data is read: `content` stays unknown
+    # this reads no data, so `content` stays unknown
     added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in tables for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
     chunks = pa.concat_tables([before.chunks.cast(manifest.SCHEMA), added])
@@ -104,8 +108,8 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
-    """Updates the metadata by what footers count, and removes what they do not."""
+    """Updates the metadata by the counts in the footers, and removes the entries that footers can't update."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
-    if "documents" in meta:  # a row each
+    if "documents" in meta:  # one row each
         meta["documents"] += int(added["rows"].to_numpy().sum())
     return meta

@@ -1,10 +1,10 @@
-"""Defines how a text that is rearranged for filling in its middle lies in a dataset, and how a model is asked for a middle.
+"""Defines the format of texts that train a model to fill in a middle, and of the prompts that ask for one.
 
     PREFIX prefix SUFFIX suffix MIDDLE middle       (prefix, suffix, middle: PSM)
     PREFIX SUFFIX suffix MIDDLE prefix middle       (suffix, prefix, middle: SPM)
 
-Both are those of Bavarian et al. 2022, where the three pieces have their tokens apart. What lies behind PREFIX, behind MIDDLE and
-behind SUFFIX, in this order, is the text again, in either.
+Both are formats of Bavarian et al. 2022, with the three pieces tokenized separately. In both, the original text is the tokens
+after PREFIX, then those after MIDDLE, then those after SUFFIX.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from heliostat.errors import ConfigError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FACT = "fill_in_the_middle"  # in a dataset's metadata: the pipeline's keys, and the ids of `markers`
-COUNTS = "rearranged"  # next to it: how many
-OWN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of tokenizers that are trained here; also Qwen's and CodeGemma's
+FACT = "fill_in_the_middle"  # key in a dataset's metadata: the pipeline's keys, and the ids of `markers`
+COUNTS = "rearranged"  # key in the metadata: the counts of rearranged documents and texts
+OWN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of tokenizers that heliostat trains; also of Qwen and CodeGemma
 KNOWN = (
     OWN,
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
@@ -30,14 +30,14 @@ KNOWN = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
-ENDS = ("▁<EOT>",)  # what ends a middle where it is not the end of a document: Code Llama
-ANCHOR = "☺"  # a text before which tokenizers put their space, so that what follows it has none
+ENDS = ("▁<EOT>",)  # tokens that end a middle in place of the end of the document: Code Llama
+ANCHOR = "☺"  # encoded before a text: takes the space that some tokenizers put first, so the text itself gets none
 PROBE = "def x"
 
 
 @dataclass(frozen=True)
 class Markers:
-    """Holds the ids of the tokens that stand before the pieces."""
+    """Holds the ids of the tokens that precede the prefix, the suffix, and the middle."""
 
     prefix: int
     suffix: int
@@ -45,34 +45,40 @@ class Markers:
 
     @staticmethod
     def of(meta: Mapping[str, Any]) -> Markers | None:
-        """Reads the markers from a dataset's metadata; None if nothing in it is rearranged."""
+        """Reads the markers from a dataset's metadata; None if the dataset has no rearranged texts."""
         return Markers(*meta[FACT]["markers"]) if FACT in meta else None
 
     def prompt(self, prefix: Sequence[int], suffix: Sequence[int], suffix_first: bool) -> list[int]:
-        """Puts the tokens of a prefix and a suffix in the order in which a model continues with the middle."""
+        """Puts the tokens of a prefix and a suffix into the order after which a model writes the middle."""
         if suffix_first:
             return [self.prefix, self.suffix, *suffix, self.middle, *prefix]
         return [self.prefix, *prefix, self.suffix, *suffix, self.middle]
 
     def restored(self, tokens: np.ndarray) -> np.ndarray:
-        """Puts the tokens of a text, without its end, in the order of the text, without markers."""
+        """Restores the order of a text's tokens, and removes the markers. `tokens`: without the token that ends a document."""
         begun = len(tokens) > 0 and tokens[0] == self.prefix
         suffix, middle = (np.flatnonzero(tokens == marker) for marker in (self.suffix, self.middle))
-        if not (begun and len(suffix) and len(middle)):  # as it is, or a piece of one that continues in another chunk
+        if not (begun and len(suffix) and len(middle)):  # not rearranged, or continued in another row group
             return tokens[~np.isin(tokens, [self.prefix, self.suffix, self.middle])]
         s, m = int(suffix[0]), int(middle[0])
         return np.concatenate([tokens[1:s], tokens[m + 1 :], tokens[s + 1 : m]])
 
     def counted(self, documents: Sequence[np.ndarray]) -> dict[str, int]:
-        """Counts the documents of which something is rearranged, the texts that are, and those of them that begin with the
-        suffix: SPM, and PSM with nothing before the middle, which is the same."""
+        """Counts the rearranged documents and texts.
+
+        `documents`: documents with a rearranged text; `texts`: rearranged texts; `suffix_first`: rearranged texts that begin with
+        the suffix. These are SPM texts, and PSM texts with an empty prefix, which have the same tokens.
+        """
         middles = [int((tokens == self.middle).sum()) for tokens in documents]
         first = [int(((tokens[:-1] == self.prefix) & (tokens[1:] == self.suffix)).sum()) for tokens in documents]
         return {"documents": sum(map(bool, middles)), "texts": sum(middles), "suffix_first": sum(first)}
 
 
 def texts(tokens: np.ndarray, end: int | None, markers: Markers | None) -> list[list[int]]:
-    """Splits tokens at the ends of documents, and restores what is rearranged; empty ones are left out."""
+    """Splits tokens at the ends of documents, and restores the order of rearranged texts. Empty texts are left out.
+
+    `end`: id of the token that ends a document; `markers`: None if no text is rearranged.
+    """
     return [(part if markers is None else markers.restored(part)).tolist() for part in _parts(tokens, end)]
 
 
@@ -82,9 +88,11 @@ def _parts(tokens: np.ndarray, end: int | None) -> list[np.ndarray]:
 
 
 def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Markers) -> str:
-    """Returns the text of a document whose spans, each with its `end`, are rearranged or not; but for a space before one that is
-    not, where the tokenizer puts one before each text."""
-    before = tokenizer.encode(ANCHOR, add_special_tokens=False).ids  # so that the decoder takes no space of a span away
+    """Returns the original text of a document. Its spans, each with its `end`, may be rearranged.
+
+    Exception: if the tokenizer puts a space before each text, the space before a span that isn't rearranged may differ.
+    """
+    before = tokenizer.encode(ANCHOR, add_special_tokens=False).ids  # keeps the decoder from removing a leading space of the span
     opening, parts = tokenizer.decode(before, skip_special_tokens=False), list[str]()
     for part in _parts(tokens, end):
         if part[0] == markers.prefix:
@@ -96,12 +104,12 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
-    """Finds the markers that a tokenizer has among those of known models; None if it has none."""
+    """Returns the tokenizer's marker names if it has those of a known model, else None."""
     return next((known for known in KNOWN if all(tokenizer.token_to_id(name) is not None for name in known)), None)
 
 
 def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
-    """Returns the markers of these names; ConfigError if the tokenizer lacks one."""
+    """Returns the markers with these names; ConfigError if the tokenizer lacks one."""
     ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
     if len(ids) != 3:
         raise ConfigError(f"{FACT}: {list(named)} aren't three tokens of the tokenizer")
@@ -109,8 +117,10 @@ def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
 
 
 def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
-    """Encodes pieces of a text, so that one behind the other is the text: without the space that some tokenizers put before a
-    text; ConfigError if it cannot be kept away."""
+    """Encodes the pieces of a text so that their tokens, joined, decode to the text.
+
+    Some tokenizers put a space before each text; the pieces get none. ConfigError if the tokenizer can't avoid it.
+    """
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR
     before = before if anchor else []

@@ -1,15 +1,14 @@
-"""Defines the manifest: a Parquet table per dataset with a row per chunk (Parquet row group), whose digest is its identity.
+"""Defines the manifest: a Parquet table with a row for each row group (chunk) of a dataset. Its digest identifies the dataset.
 
-A dataset is a folder: shards below `shards/`, whatever its kind needs in addition to them (`tokenizer.json`), and
-`manifest.parquet`, which is written last: a folder without it is no dataset. `manifests/` keeps every version under the first
-digits of its digest, so a run can continue with the shards that it began with after others were added or the dataset was prepared
-again. The table's schema metadata holds one JSON object under `heliostat`: `kind` ("tokens": rows are documents in a `tokens`
-list column; "rows": a row is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other
-files), and what the pipeline adds (tokenizer digest, vocabulary size, counts). A manifest that names a place outside its folder
-is refused.
+A dataset is a folder with `shards/`, other files that its kind needs (`tokenizer.json`), and `manifest.parquet`. The manifest is
+written last: a folder without it isn't a dataset. `manifests/` keeps every version, named after the first digits of its digest.
+So a run keeps the shards that it began with when shards are added, or the dataset is prepared again. The table's schema metadata
+holds one JSON object under `heliostat`. Its keys: `kind` ("tokens": rows are documents in a `tokens` list column; "rows": a row
+is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other files), and the pipeline's
+values (tokenizer digest, vocabulary size, counts). A manifest with a path outside its folder is rejected.
 
-The digest is SHA-256 over the chunk table and the metadata except `hub`: the same files from a folder give the same. It changes
-with any shard's bytes (`footer` hashes the Parquet footer: sizes, offsets, statistics, and the content hash of the writer).
+The digest is SHA-256 over the chunk table and the metadata without `hub`. So files from the Hub and from a folder give the same.
+It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, offsets, statistics, the writer's content hash).
 """
 
 from __future__ import annotations
@@ -36,35 +35,35 @@ from heliostat.text import brief
 
 FILE = "manifest.parquet"
 VERSIONS, SHARDS = "manifests", "shards"
-FILES = "files"  # what versions need next to their shards, each named after its content
-BESIDE = ("tokenizer.json", "empty_caption.bin")  # which versions without `files` in their metadata may have
-HUB = "hub"  # of the metadata: names of the Hub by the pipeline's keys; no digest covers it
-UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: what no digest covers
+FILES = "files"  # files of a version other than shards, each named after its content
+BESIDE = ("tokenizer.json", "empty_caption.bin")  # files that versions without `files` in their metadata may have
+HUB = "hub"  # in the metadata: names on the Hub, by the pipeline's keys; no digest covers it
+UNCOVERED = ("seconds.json", "pipeline.json")  # next to the shards of versions with `also`: files that no digest covers
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # relative to the dataset's folder
         ("row_group", pa.int32()),
         ("rows", pa.int64()),
         ("tokens", pa.int64()),  # 0 for kind "rows"
-        ("bytes", pa.int64()),  # compressed, of the row group
+        ("bytes", pa.int64()),  # compressed bytes of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
-        ("place", pa.int64()),  # the greatest of its documents' places, of PLACES; -1: not known
-        ("content", pa.string()),  # hex digest of the chunk's stored bytes; "": not known
+        ("place", pa.int64()),  # the greatest place of its documents, in 1/PLACES; -1: unknown
+        ("content", pa.string()),  # hex digest of the row group's stored bytes; "": unknown
     ]
 )
-# columns that came later, each with the value that says that it is not known: a column of nothing else is left out of the digest
+# columns of later versions, with the value for unknown: a column with only that value isn't part of the digest
 LATER: dict[str, int | str] = {"place": -1, "content": ""}
-PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out those below a fraction
-PLACES_KEY = b"heliostat.places"  # in a shard's footer: of each row group
-SLICE = 1 << 16  # rows that are looked at together, where all would take much memory
-LARGEST = 2**48  # rows, tokens or bytes of a chunk or its file; sums of all stay within 64 bits
+PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out places below a fraction
+PLACES_KEY = b"heliostat.places"  # in a shard's footer: the place of each row group
+SLICE = 1 << 16  # rows that are processed together, because all at once could take much memory
+LARGEST = 2**48  # limit of rows, tokens or bytes of a row group or its file; sums of all stay within 64 bits
 COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 
 @open_
 class Curation(TypedDict):
-    """Describes the record of the documents: the paths of the funnel, and of the ends, each with the first key in it (hex)."""
+    """Describes the record of each document's outcome: `funnel`, its path; `ends`, for each file its first key (hex) and path."""
 
     funnel: NotRequired[str]
     ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
@@ -72,7 +71,7 @@ class Curation(TypedDict):
 
 @open_
 class Meta(TypedDict):
-    """Describes the metadata that the engine itself takes from a manifest; pipelines add more."""
+    """Describes the metadata that the engine itself reads from a manifest. Pipelines add more."""
 
     kind: Annotated[str, Field(min_length=1)]
     digest: str
@@ -94,14 +93,14 @@ META = Format(Meta, "metadata")
 
 @dataclass(frozen=True)
 class Manifest:
-    """Holds a dataset's `chunks` in manifest order, and its metadata; `location` is the dataset's folder."""
+    """Holds a dataset's row groups (`chunks`), in manifest order, and its metadata. `location`: the dataset's folder."""
 
     location: Location
     chunks: pa.Table
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str) -> Any:
-        """Returns a fact from the metadata; DataError if it is missing, and so the dataset cannot be used as intended."""
+        """Returns a value from the metadata that the caller needs; DataError if it is missing."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
@@ -115,14 +114,14 @@ class Manifest:
         return self.meta["digest"]
 
     def samples(self, sequence_length: int | None) -> np.ndarray:
-        """Counts the samples of each chunk, int64: rows, or whole sequences without a rest of tokens."""
+        """Counts the samples of each row group, int64 [chunks]: rows, or complete sequences of `sequence_length` tokens."""
         if self.kind == "rows":
             return self.chunks["rows"].to_numpy()
         assert sequence_length, "a token dataset is cut into sequences of a given length"
         return self.chunks["tokens"].to_numpy() // sequence_length
 
     def file(self, name: str) -> Location:
-        """Locates a file that this version needs in addition to its shards, such as `tokenizer.json`."""
+        """Returns the location of a version's file other than a shard, such as `tokenizer.json`."""
         if path := self.meta.get("files", {}).get(name):
             return self.location.join(path)
         kept = self.location.join(kept_path(self.digest, name))
@@ -130,12 +129,12 @@ class Manifest:
 
     @property
     def paths(self) -> list[str]:
-        """Lists the path of each chunk's shard."""
+        """Lists the shard's path for each row group."""
         return self.chunks["path"].to_pylist()
 
     @property
     def places(self) -> np.ndarray:
-        """Returns the place of each chunk, by which it is held out: int64; -1: not known."""
+        """Returns the place of each row group, which decides whether it is held out: int64 [chunks], in 1/PLACES; -1: unknown."""
         return self.chunks["place"].to_numpy()
 
     @property
@@ -148,7 +147,7 @@ class Manifest:
 
 
 def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
-    """Computes the digest of the chunk rows and `meta` (without its own digest): 64 hex digits, whatever the Parquet encoding."""
+    """Computes the digest of the chunk table and of `meta` without its own digest: 64 hex digits, for any Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]
@@ -167,14 +166,15 @@ def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
 
 
 def place(hash: str) -> int:
-    """Computes the place of a document, which decides whether it is held out, from the hash of its text (hex)."""
+    """Computes a document's place from the hash of its text (hex). The place decides whether the document is held out."""
     return PLACES - 1 - int(hash[:13], 16)
 
 
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
-    """Reads the manifest rows of one shard from its footer alone: no data page is read.
+    """Reads the manifest rows of one shard from its footer. It reads no data page.
 
-    DataError if the shard is missing, not Parquet, or (as far as the footer shows) not lists of token ids below `vocab_size`.
+    DataError if the shard is missing or isn't Parquet. With `token_column`, also if the footer shows that this column doesn't
+    hold lists of token ids below `vocab_size`.
     """
     place = location.join(path)
 
@@ -213,7 +213,7 @@ def read_footer(location: Location, path: str, token_column: str | None, vocab_s
 
 
 def _places(parquet: pq.FileMetaData) -> list[int]:
-    """Reads the place of each row group from the footer; -1 for all if the footer has none, or none that fit these row groups."""
+    """Reads the place of each row group from the footer; -1 for all if the footer has no places that fit the row groups."""
     unknown = [-1] * parquet.num_row_groups
     try:
         places = json.loads((parquet.metadata or {}).get(PLACES_KEY, b"[]"))
@@ -224,7 +224,7 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
-    """Raises DataError unless the column is lists of integers; by its statistics also none empty, and in the vocabulary."""
+    """Raises DataError unless the column holds lists of integers; by its statistics also none empty, all in the vocabulary."""
     if not columns:
         raise DataError(f"{place}: has no column {name!r}")
     leaf = parquet.schema.column(columns[0])
@@ -244,12 +244,12 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
 
 
 def write(location: Location, rows: Sequence[Mapping[str, object]], meta: Mapping[str, object]) -> Manifest:
-    """Sorts the rows by path and row group, computes the digest and writes the manifest: the dataset now exists."""
+    """Sorts the rows by path and row group, computes the digest, and writes the manifest. The dataset now exists."""
     return write_table(location, pa.Table.from_pylist(rows, schema=SCHEMA), meta)
 
 
 def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]) -> Manifest:
-    """Sorts the chunk table by path and row group, computes the digest and writes the manifest: the dataset now exists."""
+    """Sorts the chunk table by path and row group, computes the digest, and writes the manifest. The dataset now exists."""
     chunks = _compact(_complete(chunks).cast(SCHEMA).sort_by([("path", "ascending"), ("row_group", "ascending")]))
     version = Manifest(location, chunks, {**meta, "digest": digest(chunks, meta)})
     keep(version)
@@ -258,14 +258,14 @@ def write_table(location: Location, chunks: pa.Table, meta: Mapping[str, object]
 
 
 def keep(version: Manifest) -> None:
-    """Stores this version in `manifests/` if it is not there: datasets from before versions have only `manifest.parquet`."""
+    """Stores this version in `manifests/` if it is missing there: older datasets have only `manifest.parquet`."""
     place = version.location.join(VERSIONS, version_name(version.digest))
     if not place.exists():
         place.write(_encode(version))
 
 
 def _complete(chunks: pa.Table) -> pa.Table:
-    """Completes the table to all columns of SCHEMA, in its order, with the values of `LATER` where none is given."""
+    """Completes the table to all columns of SCHEMA, in its order, with the values in `LATER` for missing ones."""
     columns = {column.name: chunks[column.name] for column in SCHEMA if column.name not in LATER}
     for name, unknown in LATER.items():
         value = pa.scalar(unknown, SCHEMA.field(name).type)
@@ -274,7 +274,7 @@ def _complete(chunks: pa.Table) -> pa.Table:
 
 
 def _compact(chunks: pa.Table) -> pa.Table:
-    """Encodes paths and footers as dictionaries, so that what all chunks of a file share is held once."""
+    """Encodes paths and footers as dictionaries, so that all row groups of a file share one copy."""
     for name in ("path", "footer"):
         column = chunks[name] if pa.types.is_dictionary(chunks[name].type) else chunks[name].dictionary_encode()
         chunks = chunks.set_column(chunks.schema.get_field_index(name), name, column.unify_dictionaries())
@@ -286,12 +286,12 @@ def version_name(digest: str) -> str:
 
 
 def kept_path(digest: str, name: str) -> str:
-    """Returns the path to which a file next to the shards of a version without `files` is copied when the version is replaced."""
+    """Returns the path at which a version without `files` keeps its file `name` once a newer version replaces it."""
     return f"{FILES}/{digest[:12]}-{name}"
 
 
 def read_version(location: Location, name: str) -> Manifest:
-    """Reads the version in a file of `manifests/`; DataError if it cannot be read."""
+    """Reads the version in a file of `manifests/`; DataError if it can't be read."""
     return _read(location, VERSIONS, name)
 
 
@@ -303,9 +303,9 @@ def _encode(manifest: Manifest) -> bytes:
 
 
 def read(location: Location, digest: str | None = None) -> Manifest:
-    """Reads the newest manifest, or the version of a digest.
+    """Reads the newest manifest, or the version with a given digest.
 
-    DataError if there is no finished dataset or no such version of it, or the file does not match its own digest.
+    MissingDataError if the folder has no finished dataset; DataError if that version is missing or damaged.
     """
     try:
         newest = _read(location, FILE)
@@ -324,17 +324,17 @@ def read(location: Location, digest: str | None = None) -> Manifest:
 
 
 def read_shared(location: Location, digest: str) -> Manifest:
-    """Reads the version of a digest; all processes of this machine share one copy of a large table."""
+    """Reads the version with a given digest. All processes of this machine share one copy of a large table."""
     file = location.join(FILE)
-    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a byte a chunk is less than any has
+    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # each row group takes more than a byte
         return read(location, digest)
     return _shared(location, digest, lambda: read(location, digest))
 
 
 def share(get: Callable[[], Manifest]) -> Manifest:
-    """Gets a manifest and, if its table is large, moves that to where all processes of this machine share it."""
+    """Gets a manifest. If its table is large, moves the table to where all processes of this machine share it."""
     version = _moved(get())
-    pa.default_memory_pool().release_unused()  # else Arrow keeps what the table took; the table itself is freed by now
+    pa.default_memory_pool().release_unused()  # else Arrow keeps the memory of the table, which is freed by now
     return version
 
 
@@ -374,7 +374,7 @@ def _read(location: Location, *parts: str) -> Manifest:
 
 
 def _outside(chunks: pa.Table, meta: Mapping[str, Any]) -> str | None:
-    """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`), if there is one."""
+    """Finds the first path that leaves the dataset's folder (`../x`, `/x`) or is invalid (`a//b`); None if all are valid."""
     files, digests, curation = meta.get("files", {}), meta.get("digests", {}), meta.get("curation", {})
     named = [*meta.get("parts", {}), *files, *files.values(), *digests, *digests.values(), *meta.get("also", [])]
     named += [path for path in [curation.get("funnel")] if path is not None] + [path for _, path in curation.get("ends", [])]
@@ -384,7 +384,7 @@ def _outside(chunks: pa.Table, meta: Mapping[str, Any]) -> str | None:
 
 
 def _unsound(chunks: pa.Table, meta: object) -> str:
-    """Finds what cannot be true in a manifest's chunks and metadata, and describes it; empty if all can."""
+    """Describes the first impossible value in a manifest's chunks and metadata; empty if all are possible."""
     try:
         META.build(meta, "its metadata")
     except DataError as e:

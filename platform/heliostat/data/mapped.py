@@ -1,10 +1,10 @@
-"""Maps large tables in files of this machine into memory: its processes share one copy, which the kernel may drop and read again.
+"""Shares large tables between the processes of a machine through memory-mapped files, whose pages the kernel may drop and reread.
 
-Tables of fewer than LARGE rows stay in the process's own memory.
+Callers keep tables of fewer than LARGE rows in the process's own memory.
 
-The files lie in a folder of this user alone (`heliostat-tables-UID` in the folder for temporary files). A table is made by one
-process while the others wait; where no file can be written, each process keeps a table of its own. Files that none has opened
-for a day are deleted when the next is written.
+The files are in a folder that only this user can write: `heliostat-tables-UID` in the folder for temporary files. One process
+makes a table while the others wait. If the file can't be written, each process keeps its own table. Writing a file deletes those
+that were not opened for a day.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from heliostat.storage import local_files
 log = logging.getLogger(__name__)
 
 LARGE = 1_000_000  # rows
-WAIT_S = 600  # for another process that makes the same table
+WAIT_S = 600  # seconds to wait for another process that makes the same table
 
 
 def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
-    """Returns the table that `build` makes, which is built once on this machine and shared by its processes through a file.
+    """Returns the table that `build` makes. One process of the machine builds it, and the others open its file.
 
-    `key` is JSON-like and names everything that the table depends on.
+    `key`: JSON-like; contains everything that the table depends on.
     """
     file = local_files.cache("tables") / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.arrow"
     if (opened := _open(file)) is not None:
@@ -47,7 +47,7 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
 
 
 def _open(file: Path) -> pa.Table | None:
-    """Opens the table in the file; None if there is none, or if another user could have written it."""
+    """Opens the table in a file; None if the file is missing or damaged, or if another user could have written it."""
     try:
         if not local_files.is_ours(file.parent) or not file.is_file():
             return None
@@ -58,7 +58,7 @@ def _open(file: Path) -> pa.Table | None:
 
 
 def _write(file: Path, table: pa.Table) -> None:
-    """Writes the table whole or not at all, and removes files that have not been used for a day."""
+    """Writes the table atomically, and removes files that were not used for a day."""
     local_files.remove_unused(file)
     part = file.with_suffix(f".{os.getpid()}.part")
     try:

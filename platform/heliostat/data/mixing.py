@@ -1,11 +1,12 @@
-"""Interleaves sources by weight (`Mixture`), and cuts a run's global sequence into sections, windows and blocks: pure functions.
+"""Interleaves sources by weight (`Mixture`), and cuts the global sequence into sections, windows, and blocks. Pure functions.
 
-Weights may change at given steps (a curriculum), and a source may be used up (`max_epochs`): `sections` cuts the run there.
+Weights may change at given steps (a curriculum), and a source may be used up (`max_epochs`). A section ends at either.
 
-Sources are scheduled by stride, with arithmetic in place of tables. Source s, whose share is c_s of P, has its j-th sample due at
-time (j + 1/2 - d_s) * P / c_s, in positions; d_s is what the source is owed when the mix begins. The positions take the samples
-in the order in which they are due (of equals, the first source's first), so every prefix is within a sample or so of every
-source's share (Waldspurger and Weihl 1995). All times are compared as whole numbers, so the order is the same on every machine.
+Sources are scheduled by stride (Waldspurger and Weihl 1995), by arithmetic without tables. Source s has the share c_s of P. Its
+sample j is due at time (j + 1/2 - d_s) * P / c_s, in positions. d_s is the number of samples owed to the source when the mixture
+begins. Positions take samples in the order of these times; at equal times, the source with the lower index comes first. So every
+prefix has each source's share to within about one sample. Times are compared as whole numbers, so every machine computes the same
+order.
 """
 
 from __future__ import annotations
@@ -22,30 +23,30 @@ from pydantic import Field
 from heliostat.errors import ConfigError, DataError
 from heliostat.storage.records import closed
 
-BLOCK_BYTES = 8 << 20  # Ray Data costs 10-20 ms a block whatever its size, so blocks are megabytes
+BLOCK_BYTES = 8 << 20  # Ray Data takes 10-20 ms per block of any size, so blocks are megabytes
 WINDOW_BYTES = 32 << 20
 MAX_STEPS_PER_BLOCK = 128
 MAX_PERIOD = 4_000_000
-HALVES = 256  # in the order, what a source is owed counts in 1/512 of a sample; the account itself is finer
-OWED = 1 << 40  # parts of a sample in which the account of what a source is owed is kept
-LARGEST = 1 << 27  # samples of a step or a window: what is beyond it was never a plan, and would be read at once
+HALVES = 256  # the order counts owed samples in 1/512 of a sample; `owed` is finer
+OWED = 1 << 40  # units of `owed` per sample
+LARGEST = 1 << 27  # samples of a step or a window: larger values can't be from a valid plan, and would be read at once
 Size = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 @closed
 @dataclass(frozen=True)
 class Shape:
-    """Describes how the global sequence is cut; recorded with the run, because the order follows from it."""
+    """Describes how the global sequence is cut. The run records it, because the order depends on it."""
 
-    batch: Size  # G
-    lanes: Size  # C
-    steps_per_block: Annotated[Size, Field(alias="superstep")]  # K; plans record it under its first name
-    window: Size  # samples, a multiple of the block
-    unit: Size = 1  # consecutive samples of one source; divides a lane's samples of a step
+    batch: Size  # G: global batch size
+    lanes: Size  # C: virtual ranks
+    steps_per_block: Annotated[Size, Field(alias="superstep")]  # K; data plans record it under its first name
+    window: Size  # in samples: a multiple of the block
+    unit: Size = 1  # consecutive samples of one source; divides a virtual rank's samples of a step
 
     @property
     def per_lane(self) -> int:
-        """Returns the samples of a lane in a step."""
+        """Returns the number of samples of a virtual rank in a step."""
         return self.batch // self.lanes
 
     @property
@@ -56,7 +57,7 @@ class Shape:
 def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None = None, one_source: bool = False) -> Shape:
     """Chooses blocks of about 8 MB and at most 128 steps, and windows of about 32 MB, or of at least `window` samples.
 
-    `one_source`: all samples of a lane in a step are of one source.
+    `one_source`: all samples of a virtual rank in a step come from one source.
     """
     per_lane = batch // lanes
     steps_per_block = min(MAX_STEPS_PER_BLOCK, max(1, BLOCK_BYTES // (per_lane * sample_bytes)))
@@ -66,9 +67,9 @@ def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None =
 
 
 def proportions(weights: Sequence[float]) -> list[int]:
-    """Reduces weights to the smallest whole numbers in the same proportions; ConfigError if they add up to too long a period.
+    """Reduces weights to the smallest whole numbers in the same proportions; ConfigError if they add up to more than MAX_PERIOD.
 
-    The bound keeps every product in 64 bits, and the fractions that are compared distinct in double precision.
+    The limit keeps every product within 64 bits. It also keeps different due times different in double precision.
     """
     shares = [Fraction(repr(w)) for w in weights]
     scale = math.lcm(*(s.denominator for s in shares))
@@ -80,7 +81,10 @@ def proportions(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture:
-    """Mixes sources endlessly; `owed` is what each source is owed at the beginning, in units of `unit` samples, times OWED."""
+    """Mixes sources without end.
+
+    `unit`: consecutive samples of one source; `owed`: what each source is owed at the start, in units, times OWED.
+    """
 
     def __init__(self, weights: Sequence[float], unit: int = 1, owed: Sequence[int] | None = None) -> None:
         self.unit = unit  # consecutive positions of one source
@@ -89,7 +93,7 @@ class Mixture:
         self._owed = list(owed or [0] * len(self.parts))
         self._part = np.array(self.parts, dtype=np.int64)
         self._debt = np.array([round(d * 2 * HALVES / OWED) for d in self._owed], dtype=np.int64)
-        self._parts_of = 2 * HALVES * self.period  # a unit of a source, in what `_by` divides
+        self._parts_of = 2 * HALVES * self.period  # one unit of a source, in the numbers that `_by` divides
         self._begun = np.where(self._part > 0, (self._debt - HALVES) * self.period + self._parts_of - 1, 0)
 
     @property
@@ -98,7 +102,7 @@ class Mixture:
         return self._part / self.period
 
     def counts(self, position: int) -> np.ndarray:
-        """Counts the samples of each source before a position, int64 [sources]."""
+        """Counts the samples of each source before a position: int64 [sources]."""
         units, inside = divmod(int(position), self.unit)
         counts, time = self._before(units)
         source, _ = self._due(counts, self._by(time + 1), time)
@@ -108,7 +112,7 @@ class Mixture:
         return counts
 
     def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Computes (source, index of the sample among the source's) for the positions [begin, end), both int64."""
+        """Computes the source of each position in [begin, end), and the sample's index in that source: both int64."""
         first, last = begin // self.unit, -(-end // self.unit)
         counts, time = self._before(first)
         source, item = self._due(counts, self._by(self._before(last)[1] + 1), time)
@@ -121,22 +125,22 @@ class Mixture:
         return source, item
 
     def owed(self, position: int) -> list[int]:
-        """Computes what each source is owed at the start of a unit, in units times OWED: its share less what was taken of it."""
+        """Computes what each source is owed at the start of a unit, in units times OWED: its share minus the units taken."""
         units = position // self.unit
         taken = (self.counts(position) // self.unit).tolist()
         due = [(c * units * OWED + self.period // 2) // self.period for c in self.parts]
         return [d + new - n * OWED for d, new, n in zip(self._owed, due, taken, strict=True)]
 
     def _by(self, time: int) -> np.ndarray:
-        """Counts the units of each source that are due before a time (a whole number of positions)."""
+        """Counts the units of each source that are due before a time, which is a whole number of positions."""
         periods, rest = divmod(time, self.period)
         inside = (self._part * (2 * HALVES * rest) + self._begun) // self._parts_of  # rounded up
         return np.maximum(self._part * periods + inside, 0)
 
     def _before(self, units: int) -> tuple[np.ndarray, int]:
-        """Finds the last time before which at most `units` units are due: (units of each source due before it, the time)."""
+        """Finds the last time before which at most `units` units are due; returns (units per source due before it, time)."""
         most = int(np.abs(self._debt).sum()) // (2 * HALVES) + len(self.parts) + 1
-        high = units + most  # a time before which more are due
+        high = units + most  # a time before which more units are due
         low, stride = high - 2 * most, 2 * most
         while int(self._by(low).sum()) > units:
             high, low, stride = low, low - stride, 2 * stride
@@ -146,7 +150,7 @@ class Mixture:
         return self._by(low), low
 
     def _due(self, first: np.ndarray, last: np.ndarray, time: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sorts the sources' units [first, last) by when they are due, from `time` on: (source, number of the unit)."""
+        """Sorts the sources' units [first, last) by due time, counted from `time`; returns (source, unit number)."""
         sizes = last - first
         source = np.repeat(np.arange(len(sizes)), sizes)
         item = np.arange(len(source)) - np.repeat(np.cumsum(sizes) - sizes - first, sizes)
@@ -162,22 +166,22 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Section:
-    """Describes consecutive steps with one mixture and one cut; a change of weights or a used-up source starts a new section."""
+    """Describes consecutive steps with one mixture and one cut. A change of weights or a used-up source starts a new section."""
 
     first_step: int
-    steps: int | None  # a multiple of `steps_per_block`; None: endless
+    steps: int | None  # a multiple of `steps_per_block`; None: without end
     steps_per_block: int
     begin: int  # position of its first sample
     mixture: Mixture
-    origin: int  # the position at which the mixture begins
-    base: np.ndarray  # int64 [sources], samples of each source before `origin`
+    origin: int  # position at which the mixture begins
+    base: np.ndarray  # int64 [sources]: samples of each source before `origin`
 
     def before(self, position: int) -> np.ndarray:
-        """Counts the samples of each source before a position of this section, or before its end: int64 [sources]."""
+        """Counts the samples of each source before a position in this section, or before its end: int64 [sources]."""
         return self.base + self.mixture.counts(position - self.origin)
 
     def lay_out(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Computes (source, index in the source's stream) of this section's positions [begin, end), both int64."""
+        """Computes (source, index in the source's stream) for this section's positions [begin, end), both int64."""
         source, item = self.mixture.lay_out(begin - self.origin, end - self.origin)
         return source, self.base[source] + item
 
@@ -187,12 +191,12 @@ def sections(
 ) -> tuple[list[Section], int | None]:
     """Cuts the run into sections, and finds the step at which its data runs out (None: never).
 
-    `mix`: (step, weights from there on), ascending; `caps`: the most samples to take of each source. A source is left out
-    from the first step that would exceed its cap; the others share its weight. Where a section's steps are no multiple of
-    the round, the rest is a section of one shorter round, so that a change falls exactly on its step.
+    `mix`: (step, weights from this step on), ascending; `caps`: maximum number of samples per source. A source is left out from
+    the first step that would exceed its cap, and the others share its weight. If a section's steps aren't a multiple of the
+    round, the remaining steps form a section with one shorter round. So a change takes effect exactly at its step.
 
-    What a source is owed is carried over every change, so its samples are the sum of its shares to within a few, however
-    often the weights change. Without `carry` each section begins from scratch: so it was in version 1 of the data plan.
+    `carry`: what a source is owed is carried over every change. So its samples are the sum of its shares to within a few, however
+    often the weights change. Without `carry`, each section begins from scratch, as in version 1 of the data plan.
     """
     out: list[Section] = []
     origin, base, owed = mix[0][0], np.zeros(len(caps), dtype=np.int64), None
@@ -229,7 +233,7 @@ def sections(
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:
-    """Computes how many whole steps the sources' remaining samples (`left`) last, at most `most`; None if they last for ever."""
+    """Computes how many whole steps the sources' remaining samples (`left`) last, at most `most`; None if they never run out."""
 
     def fits(steps: int) -> bool:
         return bool((mixture.counts(steps * batch) <= left).all())
@@ -248,7 +252,7 @@ def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None
 
 
 def _cut(steps: int | None, steps_per_block: int) -> list[tuple[int | None, int]]:
-    """Cuts `steps` steps into sections: a (steps, steps per block) for each."""
+    """Cuts `steps` steps into sections; returns (steps, steps per block) for each."""
     if steps is None:
         return [(None, steps_per_block)]
     whole, rest = steps // steps_per_block * steps_per_block, steps % steps_per_block

@@ -1,9 +1,9 @@
-"""Runs the streams of one attempt: one for small runs, and one for each node or few nodes where a run has many ranks.
+"""Runs the streams of one attempt: one stream for a small run; one per node, or per few nodes, for a run with many ranks.
 
-The executor of a Ray Dataset is one thread that takes 10 to 20 ms for a block of 8 MB, so a run with one stream gets 0.4 to
-0.8 GB/s, however many nodes it has. Consecutive blocks belong to consecutive ranks, so a stream that serves as many ranks as a
-window has blocks reads whole windows: no other stream reads them, unless the ranks of a node do not fill windows exactly. The
-samples, their order, and their digests do not depend on the number of streams.
+The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets 0.4 to 0.8
+GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves at
+least as many ranks as a window has blocks. Then no other stream reads these windows, unless the ranks of a node don't fill
+windows exactly. The samples, their order, and their digests don't depend on the number of streams.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ from heliostat.data.stream import Fetch
 
 log = logging.getLogger(__name__)
 
-START_S = 120.0  # for the actors that start the streams
-LOOKED_AT = 1000  # windows that `reads` counts
+START_S = 120.0  # seconds to wait for the actors that start the streams
+LOOKED_AT = 1000  # windows over which `reads` averages
 
 
 @dataclass(frozen=True)
 class StreamLimits:
-    """Holds what `stream.dataset` takes besides the task; the memory is that of each stream."""
+    """Holds the parameters of `stream.dataset` other than the task. `memory`: bytes in flight, for each stream."""
 
     memory: int
     sample_bytes: int
     labels: dict[str, str]
 
     def split(self, task: Fetch, ranks: int) -> list[DataIterator]:
-        """Starts a stream for so many ranks; returns their parts."""
+        """Starts a stream for `ranks` ranks, and returns the part of each."""
         return stream.split(stream.dataset(task, max(2, ranks), self.memory, self.sample_bytes, self.labels), ranks)
 
 
 class StreamKeeper:
-    """Starts a stream in an actor, and keeps it: Ray ends a stream with the process that started it."""
+    """Starts a stream in an actor and keeps it alive, because Ray ends a stream together with the process that started it."""
 
     def open(self, task: Fetch, ranks: int, limits: StreamLimits) -> list[DataIterator]:
         return limits.split(task, ranks)
 
 
 class NodeStreams:
-    """Owns the streams of an attempt with so many ranks; `end` ends them."""
+    """Owns the streams of an attempt. `end` ends them."""
 
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
-        """Starts the stream, if it is one for any placement of the ranks: it can start while the workers do."""
+        """Starts the stream now if one is enough wherever the ranks are placed. Then it starts while the workers start."""
         self._task, self._limits = task, limits
         self._keepers: list[ActorHandle[StreamKeeper]] = []
         self._streams: list[list[DataIterator]] = []
@@ -60,7 +60,7 @@ class NodeStreams:
             self._streams.append(limits.split(task, ranks))
 
     def parts(self, nodes: Sequence[str]) -> list[DataIterator]:
-        """Returns each rank's part, given the node of each rank; starts the streams that do not run yet."""
+        """Returns the part of each rank, and starts the streams that don't run yet. `nodes`: the node of each rank."""
         if self._streams:
             return self._streams[0]
         grouped = groups(nodes, per_window(self._task.plan.shape))
@@ -74,7 +74,7 @@ class NodeStreams:
         )
         opening = []
         for ranks in grouped:
-            here = NodeAffinitySchedulingStrategy(nodes[ranks[0]], soft=False)  # which fails at once where the node is gone
+            here = NodeAffinitySchedulingStrategy(nodes[ranks[0]], soft=False)  # fails at once if the node is lost
             keeper: Any = Keeper.options(scheduling_strategy=here).remote()
             self._keepers.append(keeper)
             share = replace(self._task, ranks=(tuple(ranks), len(nodes)))
@@ -86,7 +86,7 @@ class NodeStreams:
         return [by_rank[rank] for rank in range(len(nodes))]
 
     def end(self) -> None:
-        """Ends all streams, and with them the tasks that fetch."""
+        """Ends all streams and their fetch tasks."""
         for parts in self._streams:
             stream.end(parts)
         for keeper in self._keepers:
@@ -101,7 +101,7 @@ def per_window(shape: Shape) -> int:
 
 
 def groups(nodes: Sequence[str], least: int) -> list[list[int]]:
-    """Groups the ranks by node, in ascending order; nodes join until a group has at least so many ranks.
+    """Groups the ranks by node, in ascending order. Nodes are joined until a group has at least `least` ranks.
 
     `nodes`: the node of each rank.
     """
@@ -121,7 +121,7 @@ def groups(nodes: Sequence[str], least: int) -> list[list[int]]:
 
 
 def reads(grouped: Sequence[Sequence[int]], shape: Shape) -> float:
-    """Computes by how many streams a window is read, on average; 1 if the groups' ranks fill whole windows."""
+    """Computes how many streams read a window, on average; 1 if the ranks of each group fill complete windows."""
     owner = {rank: group for group, ranks in enumerate(grouped) for rank in ranks}
     size = per_window(shape)
     windows = [range(first, first + size) for first in range(0, LOOKED_AT * size, size)]

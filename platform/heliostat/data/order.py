@@ -1,20 +1,22 @@
-"""Orders the samples that every step trains on: pure functions of (chunk sizes, weights, seed, step). No I/O, no Ray.
+"""Orders the samples of every step: pure functions of (row group sizes, weights, seed, step). No I/O, no Ray.
 
-Terms. A *chunk* is a Parquet row group, the unit that storage reads well. Each source's chunks are permuted again every
-epoch; their samples, one chunk after another, form the source's stream. Sources are interleaved by weight into the run's
-*global sequence*. A *window* is a fixed number of consecutive positions of the global sequence: the samples that each
-source brings to it are permuted (the shuffle buffer), and it is fetched by one task (the unit of I/O). Windows are cut on
-the global sequence, not on the streams, so every window reads its chunks once, and an epoch may end anywhere in one.
+- A *chunk* is a Parquet row group, the unit that storage reads well. Each epoch permutes a source's chunks. Their samples, one
+  chunk after another, form the source's *stream*.
+- The *global sequence* interleaves the streams of all sources by weight.
+- A *window* (shuffle window) is a fixed number of consecutive positions of the global sequence. Within it, each source's samples
+  are permuted. One task fetches it.
+- A *lane* is a virtual rank: a data-parallel rank whose share of a step doesn't depend on the number of workers.
+- A *block* is R = K * G / C consecutive samples (G: global batch size, C: virtual ranks, K: steps in a *round*). Block b belongs
+  to virtual rank b mod C in round b div C. Step j of a round uses the j-th G / C samples of every virtual rank's block.
+- With N workers, where N divides C, worker r processes every virtual rank l where l mod N = r.
 
-A *lane* is a canonical data-parallel rank: lane l's share of step t never depends on how many workers there are. The
-sequence is cut into *blocks* of R = K * G / C consecutive samples (G: global batch, C: lanes, K: steps in a
-*round*). Block b belongs to lane b mod C of round b div C, and step j of a round takes the j-th G / C
-samples of every lane's block. N workers (N divides C): worker r plays the lanes with l mod N = r.
+Windows are cut from the global sequence, not from the streams. So every window reads its chunks once, and an epoch may end
+anywhere in a window.
 
-Why windows of whole chunks: a sample drawn from anywhere costs a request each; a window of B chunks costs about B reads
-for thousands of samples, and mixes B chunks drawn from the whole dataset. Bigger windows shuffle better and start slower.
+Reading single samples at random costs one request each. A window of B chunks costs about B reads for thousands of samples, and
+mixes B chunks from the whole dataset. Larger windows shuffle better and start more slowly.
 
-Permutations are the argsort of Philox's raw output, because NumPy promises that stream, and not `Generator.permutation`.
+Permutations are the argsort of Philox's raw output: NumPy guarantees this stream, but not `Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -30,19 +32,19 @@ from heliostat.data.mixing import Section, Shape, sections
 from heliostat.data.split import NEWEST, Split
 from heliostat.errors import ConfigError, DataError
 
-CHUNKS, WINDOW = 1, 2  # what a permutation is for, so that equal numbers do not give equal orders
-RUN = 256  # chunks of an epoch whose samples are counted together
-SLICE = 1 << 20  # chunks that are looked at together, where all would take much memory
+CHUNKS, WINDOW = 1, 2  # purposes of a permutation, so that equal numbers don't give equal orders
+RUN = 256  # chunks of an epoch whose samples are summed together
+SLICE = 1 << 20  # chunks that are processed together, because all at once could take much memory
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """Computes a permutation of range(size), int64, which the key determines on every machine and NumPy version."""
+    """Computes a permutation of range(size), int64. It depends only on the key, not on the machine or NumPy's version."""
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
 
 
 @dataclass(frozen=True)
 class SamplePlaces:
-    """Locates samples in the sources, as arrays of one length; `position` is the position in the global sequence."""
+    """Locates samples in the sources, by arrays of equal length. `position`: position in the global sequence."""
 
     position: np.ndarray  # int64
     source: np.ndarray  # int16
@@ -64,7 +66,7 @@ class Round:
 
 
 class Order:
-    """Computes the run's global sequence at O(chunks) per source and epoch touched; nothing is ever read only to be skipped."""
+    """Computes the run's global sequence in O(chunks) per source and epoch. It never reads samples to skip them."""
 
     def __init__(
         self,
@@ -78,9 +80,9 @@ class Order:
     ) -> None:
         """Builds the sequence from the sources' splits.
 
-        `mix`: (step, weights from there on), from the sequence's first step; `max_epochs`: None is no limit; `skips`: (step,
-        count): from this step of the run on, the sequence is taken `count` steps later; `version`: of the data plan. ConfigError
-        if a source has no training sample, or `max_epochs` leaves less than one step.
+        `mix`: (step, weights from this step on), from the sequence's first step; `max_epochs`: per source, None for no limit;
+        `skips`: (step, count): from this step of the run on, the sequence is `count` steps ahead; `version`: of the data plan.
+        ConfigError if a source has no training sample, or `max_epochs` leaves less than one step.
         """
         for i, split in enumerate(splits):
             if not split.trained:
@@ -89,7 +91,7 @@ class Order:
                 )
         self.splits, self.shape, self.skips = splits, shape, skips or []
         first = mix[0][0]
-        self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run does not repeat the first one
+        self.key = (seed, first) if first else (seed,)  # a sequence that starts later in a run must not repeat the first one
         self.epoch_samples = np.array([s.trained for s in splits], dtype=np.int64)
         limits = max_epochs or [None] * len(splits)
         caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
@@ -107,7 +109,7 @@ class Order:
 
     @property
     def per_window(self) -> int:
-        """Returns the blocks of a window; a section's last window may hold fewer."""
+        """Returns the number of blocks in a window. A section's last window may have fewer."""
         return self.shape.window // self.shape.block
 
     def _section(self, starts: np.ndarray, at: int) -> int:
@@ -115,11 +117,11 @@ class Order:
         return int(np.searchsorted(starts, at, side="right")) - 1
 
     def data_step(self, step: int) -> int:
-        """Converts a step of the run to the step of the sequence that it takes: they differ where steps were left out."""
+        """Converts a step of the run to a step of the sequence. After skipped steps, the two differ."""
         return step + sum(count for at, count in self.skips if at <= step)
 
     def round_of(self, step: int) -> Round:
-        """Finds the round of the sequence that a step of the run takes its samples from; DataError if the data ends before it."""
+        """Finds the round of the sequence that contains a step of the run; DataError if the data ends before this step."""
         step = self.data_step(step)
         number = self._section(self._steps, step)
         section = self.sections[number]
@@ -136,14 +138,14 @@ class Order:
         )
 
     def step(self, step: int) -> np.ndarray:
-        """Computes the positions of a step's global batch, int64 [lanes, samples of a lane]."""
+        """Computes the positions of a step's global batch: int64 [virtual ranks, samples per virtual rank]."""
         shape, inside = self.shape, self.round_of(step)
         first = inside.begin + (self.data_step(step) - inside.first_step) * shape.per_lane
         lanes = np.arange(shape.lanes)[:, None] * (inside.steps * shape.per_lane)
         return first + lanes + np.arange(shape.per_lane)[None, :]
 
     def step_of(self, position: int) -> tuple[int | None, int, int]:
-        """Finds the step of the run that takes a position, None if it is left out, and the lane and the place in it."""
+        """Finds the step of the run that uses a position (None: skipped), the virtual rank, and the index in its samples."""
         section = self._at(position)
         number, inside = divmod(position - section.begin, section.steps_per_block * self.shape.batch)
         lane, inside = divmod(inside, section.steps_per_block * self.shape.per_lane)
@@ -153,7 +155,7 @@ class Order:
         return next((step - s for s in shifts if self.data_step(step - s) == step), None), lane, place
 
     def window_of(self, block: int) -> int:
-        """Finds the number of the window that a block is in."""
+        """Finds the number of the window that contains a block."""
         number = self._section(self._blocks, block)
         return int(self._windows[number] + (block - self._blocks[number]) // self.per_window)
 
@@ -168,14 +170,14 @@ class Order:
         return range(begin, end)
 
     def block(self, number: int) -> np.ndarray:
-        """Computes the positions of a block, int64 [R]."""
+        """Computes the positions of a block: int64 [R]."""
         index = self._section(self._blocks, number)
         section = self.sections[index]
         size = section.steps_per_block * self.shape.per_lane
         return section.begin + (number - int(self._blocks[index])) * size + np.arange(size, dtype=np.int64)
 
     def window_at(self, position: int) -> tuple[int, int, int]:
-        """Finds the window that a position is in: its number, and its positions [begin, end)."""
+        """Finds the window that contains a position; returns its number, and the begin and end of its positions [begin, end)."""
         index = self._section(self._begins, position)
         section = self.sections[index]
         size = self.per_window * section.steps_per_block * self.shape.per_lane
@@ -185,16 +187,16 @@ class Order:
         return int(self._windows[index]) + number, begin, end
 
     def consumed(self, step: int) -> np.ndarray:
-        """Counts the samples of each source before `step`, left-out ones too, int64 [sources].
+        """Counts the samples of each source before `step`, including skipped ones: int64 [sources].
 
-        Inside a round the count is within one sample for each lane.
+        Inside a round, the count is exact to within one sample per virtual rank.
         """
         step = self.data_step(step)
         section = self.sections[self._section(self._steps, max(step, int(self._steps[0])))]
         return section.before(section.begin + (step - section.first_step) * self.shape.batch)
 
     def before(self, position: int) -> np.ndarray:
-        """Counts the samples of each source before a position of the global sequence, int64 [sources]."""
+        """Counts the samples of each source before a position of the global sequence: int64 [sources]."""
         return self._at(position).before(position)
 
     def _at(self, position: int) -> Section:
@@ -203,17 +205,17 @@ class Order:
     # the samples -----------------------------------------------------------------------------------------------------
 
     def epoch(self, source: int, number: int) -> Epoch:
-        """Returns a source's chunks in an epoch's order; caches the last two epochs of each source."""
+        """Returns the order of a source's chunks in an epoch. Caches the newest epochs of all sources: two times their number."""
         key = (source, number)
         known = self._epochs.get(key)
-        if known is None:  # threads may find it twice; none may find it gone
+        if known is None:  # two threads may compute it, but neither may find it removed
             known = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
             while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.pop(next(iter(self._epochs)), None)
         return known
 
     def locate(self, positions: np.ndarray) -> SamplePlaces:
-        """Locates the samples at positions of the global sequence, int64 [n] in any order."""
+        """Locates the samples at positions of the global sequence: int64 [n], in any order."""
         positions = np.asarray(positions, dtype=np.int64)
         source, epoch = np.empty(len(positions), np.int16), np.empty(len(positions), np.int32)
         chunk, row = np.empty(len(positions), np.int32), np.empty(len(positions), np.int64)
@@ -222,7 +224,7 @@ class Order:
             window, begin, end = self.window_at(int(positions[left[0]]))
             inside = (positions[left] >= begin) & (positions[left] < end)
             at, left = left[inside], left[~inside]
-            sources, indices = self._at(begin).lay_out(begin, end)  # in each source's endless stream
+            sources, indices = self._at(begin).lay_out(begin, end)  # indices in each source's endless stream
             local = positions[at] - begin
             source[at] = sources[local]
             for s in np.unique(source[at]).tolist():
@@ -235,7 +237,10 @@ class Order:
     def _locate_in_source(
         self, source: int, index: np.ndarray, first: int, last: int, window: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Locates stream indices of one window as (epoch, chunk, row); the window has [first, last) of the source's stream."""
+        """Locates samples of one window by their stream indices: (epoch, chunk, row).
+
+        The window contains the samples [first, last) of the source's stream.
+        """
         size = int(self.epoch_samples[source])
         epochs = index // size
         chunk, row = np.empty(len(index), np.int32), np.empty(len(index), np.int64)
@@ -248,11 +253,11 @@ class Order:
         return epochs.astype(np.int32), chunk, row
 
     def held_shares(self, count: int) -> list[int]:
-        """Computes how many held-out samples each source is asked for, by its weight; rounded, so the sum may not be `count`."""
+        """Computes how many held-out samples to take from each source, by weight. Rounded, so the sum may differ from `count`."""
         return [max(1, round(count * share)) for share in self.sections[0].mixture.shares]
 
     def held_out(self, count: int) -> SamplePlaces:
-        """Chooses at most `count` held-out samples, spread evenly over each source's, sources in proportion to their weights."""
+        """Chooses at most `count` held-out samples: evenly spread over each source, in proportion to the sources' weights."""
         parts, counts = [], self.held_shares(count)
         for s, split in enumerate(self.splits):
             total = int(split.held.sum())
@@ -268,7 +273,7 @@ class Order:
 
 
 def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
-    """Permutes `chunks` chunks, int32; all processes of this machine share one copy of a large permutation."""
+    """Permutes `chunks` chunks, int32. All processes of this machine share one copy of a large permutation."""
     if chunks < mapped.LARGE:
         return permutation(chunks, *key).astype(np.int32)
     shared = mapped.table(["permutation", chunks, *key], lambda: pa.table({"chunk": permutation(chunks, *key).astype(np.int32)}))
@@ -276,19 +281,19 @@ def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 class Epoch:
-    """Holds a source's chunks in the order of an epoch; of their sizes it keeps only sums over runs of chunks."""
+    """Holds a source's chunks in the order of an epoch. It keeps sums of their sizes over runs of chunks, not every size."""
 
     def __init__(self, split: Split, key: tuple[int, ...]) -> None:
         self.split, self.chunks = split, shuffled(len(split.samples), key)
         sums = [np.add.reduceat(self._train(part), np.arange(0, len(part), RUN))
                 for part in np.split(self.chunks, range(SLICE, len(self.chunks), SLICE))]  # fmt: skip
-        self._ends = np.cumsum(np.concatenate(sums))  # samples before the end of each run
+        self._ends = np.cumsum(np.concatenate(sums))  # samples up to the end of each run
 
     def _train(self, chunks: np.ndarray) -> np.ndarray:
         return self.split.samples[chunks] - self.split.held[chunks]
 
     def locate(self, places: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Locates places in the epoch, all in [begin, end), as (chunk, row)."""
+        """Converts indices of an epoch's samples, all in [begin, end), to (chunk, row)."""
         first, last = np.searchsorted(self._ends, [begin, end - 1], side="right").tolist()
         chunks = self.chunks[first * RUN : (last + 1) * RUN]
         train = self._train(chunks)

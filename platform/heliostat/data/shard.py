@@ -1,9 +1,9 @@
-"""Reads shards as files: the footer, the extent of row groups, and the checks that find a file that was exchanged.
+"""Reads Parquet shards: footers, byte ranges of row groups, and digests that detect a replaced file.
 
-The manifest holds the digest of every shard's footer, which is compared whenever a chunk is read: a shard that was exchanged is
-not taken for the one that was listed. Of shards that `prepare` wrote it also holds XXH3-128 of each chunk's bytes as they are
-stored, so that not even bytes under the same footer with right checksums pass. XXH3 finds accidents and exchanges at
-memory speed; it is no protection against one who can also write the manifest, whose SHA-256 names the dataset.
+The manifest holds the digest of every shard's footer. Each read of a row group compares it, so a replaced shard is detected. For
+shards that `prepare` wrote, the manifest also holds XXH3-128 of each row group's stored bytes. So changed bytes are detected even
+if the footer is the same and the page checksums are right. XXH3 detects accidents and replaced files at memory speed. It doesn't
+protect against an attacker who can also write the manifest; the manifest's SHA-256 names the dataset.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-TAIL = 64 << 10  # bytes that are read first: most footers fit
+TAIL = 64 << 10  # bytes of the first read: most footers fit
 
 
 @dataclass(frozen=True)
 class Footer:
-    """Describes the footer of a shard of `size` bytes; `digest` is 32 hex digits."""
+    """Describes the footer of a shard. `size`: bytes of the shard; `digest`: 32 hex digits, from SHA-256 over the footer."""
 
     size: int
     digest: str
@@ -29,18 +29,21 @@ class Footer:
 
 
 def read_footer(file: pa.NativeFile) -> Footer:
-    """Reads the footer of an open Parquet file in one or two small reads; Arrow error, OSError or ValueError if it has none."""
+    """Reads the footer of an open Parquet file in one or two small reads.
+
+    pa.ArrowException, OSError, or ValueError if the file has no valid footer.
+    """
     size = file.size()
     tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
     length = int.from_bytes(tail[-8:-4], "little") + 8
-    if length > size:  # a damaged length would make pyarrow reserve gigabytes
+    if length > size:  # pyarrow would reserve gigabytes for a damaged length
         raise pa.ArrowInvalid(f"its footer claims {length:,} bytes, but the file has {size:,}")
     raw = tail[-length:] if length <= len(tail) else file.read_at(length, size - length)
     return Footer(size, hashlib.sha256(raw).hexdigest()[:32], pq.read_metadata(io.BytesIO(raw)))
 
 
 def extent(parquet: pq.FileMetaData, group: int, column: str | None) -> tuple[int, int]:
-    """Computes the byte range (begin, end) of a row group in the file, or of one of its columns."""
+    """Computes the byte range (begin, end) of a row group in the file; with `column`, that of this column only."""
     info = parquet.row_group(group)
     every = [info.column(i) for i in range(info.num_columns)]
     ranges = [
@@ -56,20 +59,24 @@ def content_digest(raw: bytes | memoryview) -> str:
 
 
 def content_digests(data: bytes, column: str | None) -> list[str]:
-    """Computes the XXH3-128 of the bytes that training reads of each row group of a whole file: all of them, or one column."""
+    """Computes XXH3-128 of the bytes that training reads of each row group. `data`: the complete file.
+
+    `column`: the column that training reads; None: all columns.
+    """
     parquet = pq.read_metadata(io.BytesIO(data))
     places = [extent(parquet, group, column) for group in range(parquet.num_row_groups)]
     return [content_digest(memoryview(data)[start:end]) for start, end in places]
 
 
 class ExchangedError(ValueError):
-    """Reports that a shard, or a chunk of it, is not the one that the manifest lists."""
+    """Reports that a shard, or a row group of it, differs from the one in the manifest."""
 
 
 def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:
-    """Reads a row group of an open file, or one column of it, after comparing the digests of the footer and of the content.
+    """Reads a row group of an open file, or one of its columns, after comparing the digests of footer and content.
 
-    `content` is "" where the manifest does not know it. ExchangedError if a digest differs.
+    `content`: "" if the manifest doesn't record it. ExchangedError if a digest differs; pa.ArrowException, OSError, or ValueError
+    if the file is damaged.
     """
     read = read_footer(file)
     if read.digest != footer:
@@ -86,7 +93,7 @@ def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str,
 
 
 class _Part:
-    """Presents the bytes of a file from `start` on as a Python file, at their offsets in the whole file."""
+    """Presents the bytes of a file from `start` on as a Python file, with the offsets of the complete file."""
 
     closed = False
 

@@ -1,13 +1,15 @@
-"""Splits samples into training and held-out ones: a pure function of each chunk's content, whatever the seed or the other chunks.
+"""Splits samples into training and held-out samples, by the content of each row group alone: not by the seed or by other data.
 
-A document lies in one chunk, or in chunks of one place, so chunks that are held out whole hold out whole documents. Each chunk
-has a place between 0 and 1; those below `evaluate.fraction` are held out. So what a fraction holds out is held out at every
-larger one too, and at any sequence length. The place is the greatest of the chunk's documents (by hash of their text) where the
-manifest knows it; `prepare` ends a chunk at 1, 2 and 5 parts of ten, a hundred and so on, so there exactly the documents below
-the fraction are held out. Else the place is a hash of the chunk's content digest and number.
+Each row group has a *place* between 0 and 1, and is held out if its place is below `evaluate.fraction`. So a larger fraction
+includes the samples of a smaller one, at any sequence length. A document is in one row group, or in several row groups with the
+same place. So complete row groups hold out complete documents.
 
-Rows are samples, and a chunk of them need not be held out whole where no hash of them is known: then it gives a run of rows
-that starts at a hashed place, grows with the fraction, and continues with the chunk's first row behind its last.
+If the manifest knows the places of the documents (a hash of the text), the greatest is the row group's place. `prepare` ends row
+groups at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the documents below the fraction are held out.
+Otherwise, the place is a hash of the shard's footer digest and the row group's number.
+
+For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Then a run of
+rows is held out. It starts at a hashed row, grows with the fraction, and wraps from the last row to the first.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ import pyarrow as pa
 from heliostat.data import mapped
 from heliostat.data.manifest import PLACES, Manifest
 
-NEWEST = 2  # of the split and the order; recorded in the data plan
+NEWEST = 2  # newest version of the rules for split and order; the data plan records the version
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Computes SplitMix64's finaliser (Steele et al. 2014), uint64 to uint64: spreads counters and digests evenly."""
+    """Computes the finalizer of SplitMix64 (Steele et al. 2014), uint64 to uint64. It spreads counters and digests evenly."""
     z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -33,12 +35,12 @@ def hash64(values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Split:
-    """Divides a source's chunks into training and held-out samples.
+    """Divides a source's row groups into training and held-out samples.
 
-    In each chunk a run of `held` rows from `start` is held out, which continues at row 0 behind the chunk's last.
+    In each row group, `held` rows from `start` on are held out; after the last row comes row 0.
     """
 
-    samples: np.ndarray  # int64 [chunks], all samples
+    samples: np.ndarray  # int64 [chunks]: all samples
     held: np.ndarray  # int64 [chunks]
     start: np.ndarray  # int64 [chunks]
 
@@ -48,22 +50,25 @@ class Split:
 
     @property
     def trained(self) -> int:
-        """Counts the training samples of all chunks."""
+        """Counts the training samples of all row groups."""
         return int(self.samples.sum()) - int(self.held.sum())
 
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Maps numbers of the chunks' training samples to their rows."""
+        """Converts training samples to rows. `chunk`: their row groups; `number`: their indices among its training samples."""
         samples, held_rows, start = self.samples[chunk], self.held[chunk], self.start[chunk]
         row = number + np.maximum(start + held_rows - samples, 0)
         return np.where(row >= start, row + held_rows, row)
 
     def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Maps numbers of the chunks' held-out samples to their rows."""
+        """Converts held-out samples to rows. `chunk`: their row groups; `number`: their indices among its held-out samples."""
         return (self.start[chunk] + number) % self.samples[chunk]
 
 
 def split(source: Manifest, sequence_length: int | None, fraction: float, version: int = NEWEST) -> Split:
-    """Splits a dataset into training and held-out samples by the rules of a version of the data plan."""
+    """Splits a dataset into training and held-out samples by the rules of a data plan version.
+
+    `sequence_length`: tokens per sample, None for rows; `fraction`: share of the data to hold out.
+    """
     if len(source.chunks) < mapped.LARGE:
         return _split(source, sequence_length, fraction, version)
 
@@ -92,22 +97,22 @@ def _split(source: Manifest, sequence_length: int | None, fraction: float, versi
 
 
 def _identity(source: Manifest) -> np.ndarray:
-    """Identifies each chunk by its shard's footer digest and its row group: uint64 [chunks]."""
+    """Identifies each row group by its shard's footer digest and its number: uint64 [chunks]."""
     footers = source.chunks["footer"].unify_dictionaries().combine_chunks()
     known = np.array([int(f[:16], 16) for f in footers.dictionary.to_pylist()], dtype=np.uint64)
     return known[footers.indices.to_numpy()] + source.chunks["row_group"].to_numpy().astype(np.uint64)
 
 
 def whole(samples: np.ndarray, places: np.ndarray, fraction: float) -> Split:
-    """Holds out, whole, the chunks whose place is below the fraction."""
+    """Holds out the row groups whose place is below the fraction, each completely."""
     held_out = np.where(places < fraction, samples, 0)
     return Split(samples.astype(np.int64), held_out.astype(np.int64), np.broadcast_to(np.int64(0), len(samples)))
 
 
 def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
-    """Holds out floor(samples * fraction + u) rows of each chunk, with u uniform by hash.
+    """Holds out floor(samples * fraction + u) rows of each row group. A hash of the row group gives u, uniform in [0, 1).
 
-    The total is right on average however small the chunks are.
+    So the total is right on average, even if the row groups are small.
     """
     first, second = _hashes(identity)
     held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)
@@ -116,9 +121,9 @@ def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> 
 
 
 def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
-    """Holds out floor(samples * fraction + u) rows of each chunk by the rules of version 1 of the data plan.
+    """Holds out floor(samples * fraction + u) rows of each row group by the rules of version 1 of the data plan.
 
-    A run of held-out rows ends within its chunk, so where it starts depends on the fraction (in `growing_runs` it does not).
+    The held-out rows end within the row group, so their start depends on the fraction. In `growing_runs` it doesn't.
     """
     first, second = _hashes(identity)
     held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)

@@ -1,9 +1,9 @@
 """Streams the run's samples from storage through Ray Data to the workers, in exactly the order that `order` defines.
 
-`dataset(...)` is a Ray Dataset whose blocks are those of the order, in order: a task (`Fetch`) fetches a window and yields its
-blocks one by one, so each window is read once and the first block leaves before the last is cut. `split` hands
-block b to rank b mod N. `LaneStream` is the worker's side: it checks that every block is the one it expects and cuts
-steps from them. A run resumed at step t starts at the round that t is in; nothing before it is read.
+`dataset` makes a Ray Dataset with the order's blocks, in order. A task (`Fetch`) fetches a window and yields its blocks one by
+one. So each window is read once, and its first block leaves before the last is cut. `split` gives block b to rank b mod N.
+`LaneStream` runs in the worker. It checks that every block is the expected one, and cuts steps from blocks. A run that resumes at
+step t starts at the round that contains t; nothing before it is read.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
 )
 BAD = Format(list[Bad], "list of samples that were replaced")
-AHEAD = 64  # windows that are numbered and wait to be fetched; Ray takes up to some hundred more in one go when it starts
-COPIES = 4  # of a window while it is fetched: its chunks, its samples, its blocks on their way, and those just before
+AHEAD = 64  # numbered windows that wait to be fetched; when it starts, Ray takes up to some hundred more at once
+COPIES = 4  # of a window during its fetch: its chunks, its samples, its blocks in transit, and the blocks just before them
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """Fetches windows, as a Ray Data map task: a window's index -> those of its blocks that lie in one of the `wanted` ranges.
+    """Fetches windows, as a Ray Data map task: takes the index of a window, and yields its blocks in the `wanted` ranges.
 
-    `ranks`: (these ranks, of so many): only the blocks of their lanes; None: of all.
+    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (some ranks, the number of all ranks): only the
+    blocks of these ranks; None: of all ranks.
     """
 
     plan: DataPlan
@@ -79,7 +80,7 @@ class Fetch:
         return [n for n in inside if n % self.plan.shape.lanes % count in ranks]
 
     def indices(self) -> Iterable[int]:
-        """Lists the indices of the windows that hold wanted blocks, in order."""
+        """Lists the indices of the windows that contain wanted blocks, in order."""
         if self.ranks is None:
             return range(self.count)
         order = open_dataset(self.plan).order
@@ -111,7 +112,7 @@ def _one(data: pa.Buffer) -> pa.Array:
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
-    """Makes the task that fetches the blocks of steps [start_step, steps), without those that consist of left-out steps alone."""
+    """Makes the task that fetches the blocks of steps [start_step, steps). Blocks of skipped steps only are left out."""
     edges = [start_step, *sorted(at for at, _ in order.skips if start_step < at < steps), steps]
     wanted, windows = list[tuple[int, int]](), list[tuple[int, int]]()
     for begin, end in pairwise(edges):
@@ -122,20 +123,20 @@ def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bo
 
 
 def _extend(ranges: list[tuple[int, int]], begin: int, end: int) -> None:
-    """Adds [begin, end) to ascending ranges, merged with the last one where they touch or overlap."""
+    """Adds [begin, end) to ascending ranges, and merges it with the last one if they touch or overlap."""
     if ranges and begin <= ranges[-1][1]:
         begin = ranges.pop()[0]
     ranges.append((begin, end))
 
 
 class Windows(Datasource):
-    """Yields the numbers of a run's windows, rows {id: 0}, {id: 1}, ..., as blocks of one task, shortly before they are fetched.
+    """Yields the indices of windows as rows {id: 0}, {id: 1}, ..., one block each, shortly before the windows are fetched.
 
-    `numbers` lists them, at most `count`.
+    `numbers` lists the indices, at most `count`.
 
-    `ray.data.range` would make a task and a pickled description of every window when the stream starts: 1.4 ms and 8 KB a window,
-    so minutes and gigabytes where a run reads terabytes. One task takes the same time whatever their number, and Ray Data then
-    fetches with few processes, each for many windows.
+    `ray.data.range` would make a task and a pickled description of every window when the stream starts. At 1.4 ms and 8 KB per
+    window, that is minutes and gigabytes for a run that reads terabytes. One task takes the same time for any number of windows.
+    Ray Data then fetches with few processes, each for many windows.
     """
 
     def __init__(self, count: int, numbers: Callable[[], Iterable[int]]) -> None:
@@ -155,19 +156,19 @@ class Windows(Datasource):
 
 
 class Ahead(BackpressurePolicy):
-    """Limits the numbered windows that wait to be fetched: Ray Data limits only bytes, and would take all these small blocks."""
+    """Limits the window indices that wait for a fetch. Ray Data limits only bytes, and would take all of these small blocks."""
 
     def max_task_output_bytes_to_read(self, op: PhysicalOperator) -> int | None:
-        if not op.name.startswith("ReadWindows"):  # what Ray calls the task of `Windows`
+        if not op.name.startswith("ReadWindows"):  # Ray's name for the task of `Windows`
             return None
         return 0 if self._topology[op].total_enqueued_output_blocks() >= AHEAD else None
 
 
 def numbered(count: int, numbers: Callable[[], Iterable[int]], context: ray.data.DataContext) -> ray.data.Dataset:
-    """Makes the Ray Dataset of rows {id: number}, at most `count`, which are produced as fast as the next stage takes them.
+    """Makes the Ray Dataset of rows {id: number}, at most `count`. It produces them as fast as the next stage takes them.
 
-    With the context's `target_max_block_size` of 1, each block has one row. The task takes no CPU of Ray's, so it stays a task of
-    its own: one that was fused with the next stage would do all of its work.
+    With `target_max_block_size` 1 in the context, each block has one row. The task requests no CPU, so that Ray doesn't fuse it
+    with the next stage. One fused task would do all work of that stage.
     """
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, Ahead])
     return ray.data.read_datasource(Windows(count, numbers), num_cpus=0, override_num_blocks=1)
@@ -181,24 +182,25 @@ def dataset(
     labels: dict[str, str] | None = None,
     own_cpu: bool = True,
 ) -> ray.data.Dataset:
-    """Makes the Ray Dataset of the task's blocks, a Ray block each.
+    """Makes the Ray Dataset of the task's blocks, one Ray block for each.
 
-    At most `concurrency` windows are in flight, fewer where `memory_limit` does not allow so many. With `labels`, only nodes that
-    carry them fetch. `own_cpu`: each task that fetches holds a CPU of Ray's; without, it shares those of other tasks.
+    At most `concurrency` windows are in flight, fewer if `memory_limit` (bytes) doesn't allow that many. `sample_bytes`: mean
+    size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs.
+    Without it, the tasks share the CPUs of others.
     """
     context = ray.data.DataContext.get_current().copy()
-    context.target_max_block_size = 1  # a block per yielded row
+    context.target_max_block_size = 1  # one block per yielded row
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
-    # blocks that a fetch task may yield before one is taken: a window's, or (Ray's default is 2) it would pause inside it
+    # blocks that a fetch task may yield before one is taken: a complete window. At Ray's default, 2, it would pause within one
     context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.block
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     fits = max(1, memory_limit // (COPIES * task.plan.shape.window * sample_bytes))
     with ray.data.DataContext.current(context):
         pool = ray.data.TaskPoolStrategy(size=min(concurrency, fits))
-        # a byte of memory: tasks that ask for the same as those before them would be fused with them (`numbered`)
+        # one byte of memory, because Ray would fuse tasks that request the same as the tasks before them (`numbered`)
         cpus, memory = (None, None) if own_cpu else (0, 1)
         return numbered(task.count, task.indices, context).map_batches(
             task, batch_size=1, compute=pool, zero_copy_batch=True, num_cpus=cpus, memory=memory
@@ -206,26 +208,26 @@ def dataset(
 
 
 def split(data: ray.data.Dataset, workers: int) -> list[DataIterator]:
-    """Splits the stream into one part for each worker, in order, block by block.
+    """Splits the stream by blocks into one part for each worker, in order.
 
-    The stream runs in an actor of its own on this node, which `end` stops. Ray Train could split it too, but with one more
-    process, and only once the workers have started.
+    The stream runs in its own actor on this node; `end` stops it. Ray Train could split it too, but needs one more process, and
+    can start only after the workers.
     """
     return data.streaming_split(workers, equal=False)
 
 
 def end(parts: list[DataIterator]) -> None:
-    """Ends the stream, and with it the tasks that fetch."""
+    """Ends the stream and its fetch tasks."""
     ray.kill(parts[0]._coord_actor)  # type: ignore[attr-defined]
 
 
 @wire.travels
 @dataclass(frozen=True)
 class StepSamples:
-    """Holds a worker's share of a step.
+    """Holds a worker's samples of a step.
 
-    `content`: its samples, in lane order; `lanes`: the lanes' numbers; `digests`: one for each lane; `bad`: the samples that were
-    replaced.
+    `content`: the samples, ordered by virtual rank; `lanes`: the worker's virtual ranks; `digests`: one for each virtual rank;
+    `bad`: the samples that were replaced.
     """
 
     content: Content
@@ -235,7 +237,7 @@ class StepSamples:
 
 
 class LaneStream:
-    """Cuts steps from the blocks that one worker receives. `next_step` must be called for consecutive steps."""
+    """Cuts steps from the blocks that one worker receives. Each call of `next_step` returns the samples of the following step."""
 
     def __init__(
         self, blocks: Iterator[pa.Table], plan: DataPlan, order: Order, rank: int, workers: int, start_step: int
@@ -273,14 +275,14 @@ class LaneStream:
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """Starts a worker's stream over its part, which prefetches a round ahead from now on."""
+    """Starts a worker's stream over its part of the data. It prefetches one round ahead from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)
 
 
 def begun(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """Fetches the first block in a thread while the caller is busy with something else; yields it and the blocks behind it."""
+    """Fetches the first block in a thread while the caller does other work; yields it, then the blocks after it."""
     first: Future[pa.Table] = Future()
 
     def fetch() -> None:

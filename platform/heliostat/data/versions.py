@@ -1,13 +1,15 @@
-"""Manages the versions of a prepared dataset, which lie side by side in its folder, and removes the replaced ones when due.
+"""Manages the versions of a prepared dataset, which share its folder, and removes replaced versions after a time.
 
-A shard is named after its content (`shards/00017/3f2a....parquet`: its number and the digest of its bytes), and so is a file
-that a version needs in addition to its shards (`files/tokenizer-9c01....json`). So a new version is written next to the old one
-without touching it, versions share what they have in common, and the same input gives the same names. Guarantees:
+A shard's name has its number and the digest of its bytes: `shards/00017/3f2a....parquet`. Other files of a version are named
+after their content, too: `files/tokenizer-9c01....json`. So a new version never overwrites an old one, versions share equal
+files, and equal input gives equal names. Guarantees:
 
-- nothing is removed but files that a version's own manifest names, and files of these two forms which no version names: a
-  `prepare` that was killed left them. They go when they are a day old, because another `prepare` may be writing them;
-- a replaced version stays for `keep_s` seconds, for the runs that read it, and is removed by a `prepare` after that;
-- `prepared.json` is the folder's record: a folder with other files and neither record nor manifest is not ours.
+- Only two kinds of files are removed: those that a replaced version's manifest lists, and files with names of these two forms
+  that no version lists. A killed `prepare` leaves the latter. They are removed at the age of a day, because another `prepare` may
+  be writing them.
+- A replaced version stays for `keep_s` seconds, for the runs that read it. A later `prepare` removes it.
+- `prepared.json` is the folder's record. A folder that has other files, but neither record nor manifest, isn't a dataset of
+  heliostat.
 """
 
 from __future__ import annotations
@@ -37,13 +39,16 @@ log = logging.getLogger(__name__)
 
 RECORD = "prepared.json"
 REMOVERS = 32  # threads
-ORPHAN_S = 86_400  # the age at which a file that no version names is taken for what a killed `prepare` left
+ORPHAN_S = 86_400  # seconds: a file that no version lists and that is older is from a killed `prepare`
 OURS = re.compile(rf"(?:[^/]+/)?(?:{SHARDS}/\d+|{FILES})/(?:[a-z_]+-)?[0-9a-f]{{16}}\.[a-z]+(?:\.[0-9a-f]{{8}}\.partial)?")
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """Reports what was removed, and until when (seconds since 1970) the last of the replaced versions stays, if any does."""
+    """Reports the removed files and bytes.
+
+    `kept`: replaced versions that remain; `until`: when the last of them expires (seconds since 1970), None if none remains.
+    """
 
     files: int
     bytes: int
@@ -55,7 +60,7 @@ NOTHING = Pruned(0, 0, 0, None)
 
 
 def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
-    """Writes a file named after its content, and returns its path in the dataset: `PREFIX3f2a....SUFFIX`."""
+    """Writes a file that is named after its content, and returns its path in the dataset: `PREFIX3f2a....SUFFIX`."""
     path = f"{prefix}{hashlib.sha256(data).hexdigest()[:16]}{suffix}"
     location.join(path).write(data)
     return path
@@ -65,7 +70,10 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 
 
 def read_record(location: Location) -> dict[str, Any]:
-    """Reads the folder's record, {} if it is missing or damaged; ConfigError if there is none, but files that are no dataset."""
+    """Reads the folder's record; {} if it is missing or damaged.
+
+    ConfigError if the folder has files, but neither a record nor a readable manifest.
+    """
     try:
         record = json.loads(location.join(RECORD).read())
         if isinstance(record, dict):
@@ -92,7 +100,7 @@ def read_record(location: Location) -> dict[str, Any]:
 
 
 def _times(raw: object) -> dict[str, float]:
-    """Extracts the times at which versions were replaced, as far as the record holds them."""
+    """Extracts the times at which versions were replaced. Invalid entries of the record are left out."""
     return {name: float(t) for name, t in raw.items() if isinstance(t, int | float)} if isinstance(raw, dict) else {}
 
 
@@ -101,7 +109,10 @@ def write_record(location: Location, record: Mapping[str, object]) -> None:
 
 
 def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Claims the folder for this process, and returns the record with it; ConfigError if another one on this machine builds."""
+    """Adds this process to the record as the one that prepares the dataset, writes the record, and returns it.
+
+    ConfigError if another process of this machine is preparing the dataset.
+    """
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
@@ -116,7 +127,7 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def release(location: Location, record: Mapping[str, object]) -> None:
-    """Writes the record without the entry of the building process, which `claim` added."""
+    """Writes the record without the entry that `claim` added."""
     write_record(location, {k: v for k, v in record.items() if k != "building"})
 
 
@@ -128,11 +139,11 @@ def _alive(pid: object, started: object) -> bool:
         return False
 
 
-# what lies there -----------------------------------------------------------------------------------------------------
+# files in the folder -------------------------------------------------------------------------------------------------
 
 
 def listing(location: Location) -> dict[str, pafs.FileInfo]:
-    """Lists the files below the dataset's folder whose names have the form that `prepare` gives them, by relative path."""
+    """Lists the files in the dataset's folder whose names have the forms of `prepare`, by relative path."""
     selector = pafs.FileSelector(location.path, recursive=True, allow_not_found=True)
     files = location.attempt(lambda: location.fs.get_file_info(selector))
     paths = ((i.path[len(location.path) + 1 :], i) for i in files if i.type == pafs.FileType.File)
@@ -140,12 +151,12 @@ def listing(location: Location) -> dict[str, pafs.FileInfo]:
 
 
 def all_versions(location: Location) -> dict[str, Manifest]:
-    """Reads every version that is kept, by the name of its file; DataError if one cannot be read."""
+    """Reads every kept version, by the name of its file; DataError if one can't be read."""
     return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
 
 
 def paths(version: Manifest) -> set[str]:
-    """Lists every file of a version, relative to the dataset's folder; of a collection, also its parts' manifests."""
+    """Lists every file of a version, relative to the dataset's folder; for a collection, also its parts' manifests."""
     parts, digests, beside = (version.meta.get(key, {}) for key in ("parts", "digests", "files"))
     folders = ["", *(f"{part}/" for part in parts)]
     named = {f"{folder}{path}" for folder in folders for name in beside for path in (name, beside[name])}
@@ -160,7 +171,7 @@ def paths(version: Manifest) -> set[str]:
 
 
 def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any], now: float | None = None) -> dict[str, Any]:
-    """Marks every kept version but `newest` as replaced, from now on where it was not before, and returns the record."""
+    """Marks every kept version except `newest` as replaced, and returns the record. Versions marked earlier keep their time."""
     now = time.time() if now is None else now
     known = record.get("replaced", {})
     own = manifest.version_name(newest.digest) if newest else ""
@@ -169,7 +180,10 @@ def mark(location: Location, newest: Manifest | None, record: Mapping[str, Any],
 
 
 def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: float | None = None) -> Pruned:
-    """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version names."""
+    """Removes the versions that were replaced at least `keep_s` seconds ago, and old files that no version lists.
+
+    Removes nothing if a version can't be read. `now`: seconds since 1970.
+    """
     now = time.time() if now is None else now
     try:
         versions = all_versions(location)
@@ -187,20 +201,20 @@ def prune(location: Location, record: Mapping[str, Any], keep_s: float, now: flo
     if doomed:
         log.info("%s: removing %d files of %d replaced versions and of interrupted runs", location, len(doomed), len(gone))
     removed = remove_all(location, doomed)
-    for name in sorted(gone):  # last: what breaks off is done again
+    for name in sorted(gone):  # last, so that an interrupted removal is repeated
         remove(location, f"{manifest.VERSIONS}/{name}")
     left = [now - age + keep_s for name, age in ages.items() if name not in gone]
     return Pruned(len(doomed), removed, len(left), max(left, default=None))
 
 
 def remove_all(location: Location, paths: list[str]) -> int:
-    """Deletes files, several at a time, as object storage answers slowly; returns their bytes."""
+    """Deletes files, several in parallel because object storage answers slowly; returns their bytes."""
     with device_threads.pool(REMOVERS) as pool:
         return sum(pool.map(partial(remove, location), paths))
 
 
 def remove(location: Location, path: str) -> int:
-    """Deletes one file, and the folders on the way to it that are then empty; returns its bytes."""
+    """Deletes a file, and its parent folders if they are then empty; returns the file's bytes."""
     place = location.join(path)
     info = place.attempt(lambda: place.fs.get_file_info(place.path))
     if info.type == pafs.FileType.File:
@@ -215,14 +229,17 @@ def remove(location: Location, path: str) -> int:
 
 
 def publish(location: Location, dataset: Manifest) -> None:
-    """Copies what a version needs with its shards also to its plain name (`tokenizer.json`), for people and other tools."""
+    """Copies a version's files other than shards to their plain names (`tokenizer.json`), for people and other tools."""
     for folder in [location, *(location.join(part) for part in dataset.meta.get("parts", {}))]:
         for name, path in dataset.meta.get("files", {}).items():
             folder.join(name).write(folder.join(path).read())
 
 
 def save_beside(location: Location) -> None:
-    """Copies the files next to the shards of a version without names of their own, as a new version replaces them."""
+    """Copies files with plain names, such as `tokenizer.json`, before a new version overwrites them.
+
+    Only versions without `files` in their metadata need it: the others have copies of their own.
+    """
     try:
         newest = manifest.read(location)
     except DataError:

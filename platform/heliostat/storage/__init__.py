@@ -6,5 +6,5 @@ May import: no other room.
 
 from heliostat import extras
 
-# `Location` of this package: where pipelines of users found it when it was a module
+# pipelines of users import `Location` from here, because this package was a module
 __getattr__, __dir__ = extras.lazy_names(__name__, {"Location": "heliostat.storage.locations"})

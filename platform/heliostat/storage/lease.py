@@ -1,16 +1,17 @@
-"""Leases the folder of a run, a sweep, an index or a batch inference to one driver at a time, which alone may write there.
+"""Leases the folder of a run, sweep, index, or batch inference to one driver at a time. Only this driver may write there.
 
     with take(run) as held:
         ...
-        held.fence.check()  # before anything is written that others build on, or removed
+        held.fence.check()  # before writing a file that others build on, and before removing anything
 
-`lease/00000007.json` is the seventh lease of the folder, and the highest number rules. A lease is taken by a put that fails if
-its number is taken, so of drivers that start together one gets it. Its holder writes the file again every RENEW_S, and at the end
-marks it as released. The next number is taken once it is released, or the holder is dead: its process is gone, or, on another
-machine, it has been silent for SILENCE_S. No machine's clock is compared with another's.
+`lease/00000007.json` is the seventh lease of the folder. The lease with the highest number is valid. A driver takes a lease by
+creating its file, which fails if the number is taken. So of drivers that start together, one gets it. The holder rewrites the
+file every RENEW_S, and marks it as released at the end. A driver may take the next number if the lease is released, or its holder
+is dead. A holder is dead if its process is gone or, on another machine, if it was silent for SILENCE_S. Clocks of two machines
+are never compared.
 
-The number is the fencing token: a holder that was taken for dead, and lives, finds a higher one, and stops without writing. It is
-looked for again before each `checkpoint.json` is written and before anything is pruned.
+The number is the fencing token. A live holder that was taken for dead finds a higher number, and stops without writing. It checks
+the number before it writes each `checkpoint.json`, and before it prunes anything.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from heliostat.storage.run_folder import LEASE
 log = logging.getLogger(__name__)
 
 RENEW_S = 5.0
-SILENCE_S = 3 * RENEW_S  # after which a holder on another machine is taken for dead
+SILENCE_S = 3 * RENEW_S  # silence after which a holder on another machine is taken for dead
 LOOK_S = 1.0
-TRIES = 10  # at a number, while others are faster
-END_S = 10.0  # for a renewal that is under way
+TRIES = 10  # attempts to take a number while other drivers are faster
+END_S = 10.0  # seconds to wait for a renewal in progress
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Describes who holds a lease; where `machine` is this one (`_machine`), `pid` can be looked up."""
+    """Describes the holder of a lease. Its `pid` can be looked up only if `machine` is this machine (`_machine`)."""
 
     id: str
     host: str
     machine: str
     pid: int
-    started: float  # the process, by its own machine's clock
+    started: float  # start of the process, by its own machine's clock
     beat: int = 0
     released: bool = False
 
@@ -63,7 +64,7 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Tells whether the holder's process runs, and is not another one that was given its number; for this machine only."""
+        """Returns whether the holder's process runs and its process id wasn't reused. Works for this machine only."""
         try:
             process = psutil.Process(self.pid)
             return abs(process.create_time() - self.started) < 1 and process.status() != psutil.STATUS_ZOMBIE
@@ -73,7 +74,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the fencing token that a lease's holder hands to those that write for it."""
+    """Holds the fencing token. The holder of the lease hands it to the processes that write for it."""
 
     folder: Location
     number: int
@@ -88,11 +89,11 @@ class Fence:
 
 
 class Lease:
-    """Holds the lease from its making, by `take`, to `release`; a thread renews it."""
+    """Holds a lease from `take` to `release`. A thread renews it."""
 
     def __init__(self, folder: Location, number: int, holder: Holder) -> None:
         self.fence = Fence(folder, number)
-        self.lost: LeaseError | None = None  # known to be
+        self.lost: LeaseError | None = None  # set once the lease is known to be lost
         self._holder, self._place = holder, _place(folder, number)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -133,9 +134,10 @@ def take(
     instead: str = "Wait for it, stop it, or use another name",
     field: str = "name",
 ) -> Lease:
-    """Takes the folder's lease; ConfigError if another driver has it. Waits some seconds where only time shows whether it lives.
+    """Takes the folder's lease; ConfigError if another driver has it.
 
-    `doing`, `instead`, `field`: what that one does to the folder, what a person can do, and which field chose it, for the error.
+    Waits up to SILENCE_S seconds if only time shows whether that driver is alive. For the error: `doing` is what it does to the
+    folder, `instead` is what a person can do, and `field` is the field that chose the folder.
     """
     for _ in range(TRIES):
         number = newest_number(folder)
@@ -153,7 +155,7 @@ def take(
 
 
 def holder(folder: Location, number: int) -> Holder | None:
-    """Finds who holds this lease; None if it was given back, or its holder is dead."""
+    """Returns the holder of a lease; None if the lease was released, or its holder is dead."""
     own = _read(folder, number)
     if own is None or own.released:
         return None
@@ -172,7 +174,7 @@ def holder(folder: Location, number: int) -> Holder | None:
 
 
 def clear(folder: Location) -> None:
-    """Deletes all that is in the folder but its leases: a driver that was taken for dead must not find its number again."""
+    """Deletes everything in the folder except its leases, so that no later lease reuses the number of an earlier driver."""
     for name in folder.folders():
         if name != LEASE:
             folder.join(name).delete()
@@ -192,8 +194,8 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads a lease's holder; None if the file is gone, or is no lease's: there is no process to ask then."""
-    for wait in (0.1, 1.0, 0.0):  # where there are no links, a new file is empty for a moment
+    """Reads the holder of a lease; None if the file is missing or damaged, because then there is no process to check."""
+    for wait in (0.1, 1.0, 0.0):  # without hard links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))
         except FileNotFoundError:
@@ -205,10 +207,12 @@ def _read(folder: Location, number: int) -> Holder | None:
 
 
 def _machine() -> str:
-    """Identifies this boot of this host, this namespace of processes, and this user, who may be unable to see others' processes:
-    only there a process's number means something."""
+    """Identifies this boot of this host, this process namespace, and this user. Process ids are meaningful only within them.
+
+    The user counts because some users can't see the processes of others.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()}/{boot}/{Path('/proc/self/ns/pid').readlink()}/{os.getuid()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return f"{socket.gethostname()}/{uuid.getnode():x}/{os.getuid()}"

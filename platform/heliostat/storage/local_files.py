@@ -1,8 +1,8 @@
-"""Makes temporary folders, shares a cache between the processes of a machine, and puts a file only where none is.
+"""Makes temporary folders, shares a cache between the processes of a machine, and creates files without overwriting others.
 
-A temporary folder whose process was killed goes with the next one that is made: `tempfile` removes a folder only when its process
-ends by itself. What a cache holds is made by one process while the others wait for its lock, in a folder of this user alone, and
-is deleted after a day in which no process used it.
+`tempfile` removes a temporary folder only if its process ends normally. So `temporary_folder` also removes those of killed
+processes. A cache is in a folder of this user only. One process makes an entry while the others wait for its lock. An entry that
+no process used for a day is deleted.
 """
 
 from __future__ import annotations
@@ -21,29 +21,32 @@ from pathlib import Path
 from heliostat.errors import ConfigError
 
 DAY_S = 86_400
-SQLITE = b"SQLite format 3\0"  # which every file of a database begins with
+SQLITE = b"SQLite format 3\0"  # first bytes of every SQLite database
 LOCK = ".lock"
-NEW_S = 60.0  # in which a folder that was just made is locked
+NEW_S = 60.0  # seconds: a younger folder may not be locked yet
 
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Makes a temporary folder and locks it; removes those of this machine that no process holds: theirs were killed."""
-    prefix = f"{prefix}{socket.gethostname()}-"  # locks of folders on a shared file system hold on one machine
+    """Makes a temporary folder and locks it. First removes this machine's unlocked ones: their processes were killed."""
+    prefix = f"{prefix}{socket.gethostname()}-"  # the lock of a folder on a shared file system is valid on one machine only
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError), _locked(left, fcntl.LOCK_NB) as status:
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > NEW_S:
                 shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=prefix) as name, ExitStack() as stack:
-        with suppress(OSError):  # of a file system without locks: no process can lock it there, so none removes it
+        with suppress(OSError):  # a file system without locks: no process can lock the folder, so none removes it
             stack.enter_context(_locked(Path(name)))
         yield Path(name)
 
 
 @contextmanager
 def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
-    """Locks a folder against other processes, and yields its status; OSError if it is a link or no folder, or, with LOCK_NB, if
-    one has it. Without, it waits: a process that looks how old a folder is lets go of a new one at once."""
+    """Locks a folder against other processes, and yields its status.
+
+    OSError if it is a link or not a folder. If another process has the lock: waits, or with LOCK_NB, OSError. A process that only
+    checks the age of a new folder releases it at once.
+    """
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | how)
@@ -53,19 +56,22 @@ def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
 
 
 def cache(kind: str) -> Path:
-    """Returns the folder of a kind of files that processes share, which may not be there."""
+    """Returns the folder for one kind of shared files. It may not exist yet."""
     return Path(tempfile.gettempdir()) / f"heliostat-{kind}-{os.getuid()}"
 
 
 def is_ours(place: Path) -> bool:
-    """Tells whether no other user can have written into a folder; OSError if it is not there."""
+    """Returns whether only this user has access to a folder; OSError if it is missing."""
     status = os.lstat(place)
     return status.st_uid == os.getuid() and not status.st_mode & 0o077
 
 
 @contextmanager
 def alone(file: Path, wait_s: float) -> Iterator[None]:
-    """Holds the lock of a file or folder of a cache, which ends with the process; OSError if it cannot be acquired."""
+    """Holds the lock of a file or folder in a cache. The lock ends with the process.
+
+    OSError if it can't be acquired within `wait_s` seconds, or if other users have access to the cache.
+    """
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not is_ours(file.parent):
         raise PermissionError(f"{file.parent}: other users can write to this folder. Remove it")
@@ -83,17 +89,18 @@ def alone(file: Path, wait_s: float) -> Iterator[None]:
 
 
 def remove_unused(file: Path) -> None:
-    """Removes what has not been used for a day from the cache that a file is in, whose lock this process holds."""
+    """Removes the entries that were not used for a day from the cache of `file`, whose lock this process holds."""
     for other in file.parent.glob("*"):
-        with suppress(OSError):  # of another process that removes it too
+        with suppress(OSError):  # another process may remove it, too
             if other != file.with_suffix(LOCK) and time.time() - other.stat().st_mtime > DAY_S:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
 
 
 def put_new(path: str, data: bytes) -> bool:
-    """Writes a file if there is none of this name; returns False, and changes nothing, if there is one.
+    """Writes a file if none has this name; returns False, and changes nothing, if one exists.
 
-    It is a hard link to a complete file, so that it appears whole; where a file system has no links, it is opened as a new one.
+    The file appears complete, because it is a hard link to a complete file. On a file system without links, it is opened as a new
+    file.
     """
     target, partial = Path(path), Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +121,7 @@ def put_new(path: str, data: bytes) -> bool:
 
 
 def takes_files(folder: Path) -> bool:
-    """Tells whether files can be made in a folder: not in one that shows what the kernel knows, such as /proc, by any user."""
+    """Returns whether files can be created in a folder. No user can do so in folders of the kernel, such as /proc."""
     if os.statvfs(folder).f_blocks:
         return True
     try:
@@ -125,7 +132,7 @@ def takes_files(folder: Path) -> bool:
 
 
 def require_database(key: str, place: Path) -> None:
-    """Raises ConfigError that names the key if a path holds something else than an SQLite database, which may still be empty."""
+    """Raises ConfigError, which names the key, if a file exists that isn't an SQLite database. An empty file is accepted."""
     try:
         with place.open("rb") as file:
             begin = file.read(len(SQLITE))

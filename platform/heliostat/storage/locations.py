@@ -1,14 +1,14 @@
-"""Reaches file:// and s3://, and is the one way to do so: a Location is a URI with the few operations that heliostat needs.
+"""Provides the only access to file:// and s3://. A Location is a URI with the few operations that heliostat needs.
 
-Guarantees: a write is atomic (a reader sees the old bytes or the new ones) as long as its source can be read: pyarrow completes
-an S3 upload even when the local file breaks off, so readers of uploads compare sizes. A store that throttles, fails, hangs or
-breaks connections is asked again, with exponential backoff and jitter, until it answers or the budget of HELIOSTAT_RETRY_BUDGET_S
-seconds (60, read at every call) would be exceeded: then StorageError. Refused credentials and requests that cannot succeed fail
-at once and say so, and the next request reads the credentials again; a missing object is FileNotFoundError; what is wrong with
-the bytes themselves is never taken for a fault of the store.
+- A write is atomic: a reader sees the old bytes or the new ones. Exception: if the local file of an S3 upload can't be read to
+  its end, pyarrow completes the upload anyway. So readers of uploads compare sizes.
+- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. StorageError if it
+  doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
+- Rejected credentials, and requests that can't succeed, fail at once. The next request reads the credentials again.
+- A missing object is FileNotFoundError. Damaged content is never reported as a fault of the store.
 
-Credentials come from the environment only (`AWS_*`, instance roles); what a URI's query may say of the store: `s3_client`. A
-Location pickles as its URI.
+Credentials come from the environment only (`AWS_*`, instance roles). `s3_client` describes the query of a URI. A Location pickles
+as its URI.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
-PROBE_S = 3.0  # in which a busy store that refuses one request takes another
-AWAY_S = 1800.0  # in which a store that is away is waited for by what it would end
+PROBE_S = 3.0  # seconds in which a busy store that rejects one request accepts another
+AWAY_S = 1800.0  # seconds to wait for an unreachable store that would end running work
 PATIENT = Backoff(1.0, 60.0, jitter=0.2)
-LISTINGS = 20  # of a folder on disk that others change meanwhile
-UPLOAD_BLOCK = 16 << 20  # bytes that are read of a file at a time
-UPLOAD_WINDOW = 64 << 20  # bytes that are on their way to the store before their arrival is waited for
-UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by a second for so many bytes, or a long one could never begin again
-# a path that a record must not hold: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
+LISTINGS = 20  # attempts to list a folder on disk that other processes change meanwhile
+UPLOAD_BLOCK = 16 << 20  # bytes per read of a file
+UPLOAD_WINDOW = 64 << 20  # bytes that may be in transit to the store before waiting for their arrival
+UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by 1 s for so many bytes; else a long upload could never restart
+# a path that a record must not contain: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
 LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
 
 
 def is_inside(path: str) -> bool:
-    """Tells whether a path from a record names a place inside the folder that it is relative to, by its name."""
+    """Returns whether a path in a record is inside the folder that it is relative to, judging by its text."""
     return re.search(LEAVES, path) is None
 
 
@@ -66,21 +66,21 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
         region=options.region,
         anonymous=options.anonymous,
         connect_timeout=min(5.0, silence_s),
-        request_timeout=silence_s,  # without a byte either way
+        request_timeout=silence_s,  # without a byte in either direction
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-        background_writes=True,  # without it, or with allow_delayed_open, an upload that failed is closed into a cut object
+        background_writes=True,  # without it, or with allow_delayed_open, a failed upload becomes a truncated object
     )
 
 
 def _forget_clients() -> None:
-    """Drops the clients of all stores, so that the next request reads the credentials again: these may have expired."""
+    """Drops the clients of all stores, so that the next request reads the credentials again. They may have expired."""
     _s3.cache_clear()
     s3_client.client.cache_clear()
 
 
 @dataclass(frozen=True)
 class Location:
-    """Locates a file or folder by `uri`: an absolute or relative path, `file:///path`, or `s3://bucket/key[?query]`."""
+    """Locates a file or folder. `uri`: an absolute or relative path, `file:///path`, or `s3://bucket/key[?query]`."""
 
     uri: str
 
@@ -91,7 +91,7 @@ class Location:
             raise ConfigError(f"{printable(self.uri)!r}: contains a null character. Remove it")
         try:
             scheme = urlsplit(self.uri).scheme
-        except ValueError as e:  # brackets of an address that is none
+        except ValueError as e:  # brackets around an invalid address
             raise ConfigError(f"{printable(self.uri)!r}: isn't a valid URI ({e}). Use a path, file:// or s3://") from e
         if scheme not in ("", "file", "s3"):
             raise ConfigError(f"{self.uri!r}: scheme {scheme!r} isn't supported. Use a path, file:// or s3://")
@@ -112,7 +112,7 @@ class Location:
 
     @property
     def path(self) -> str:
-        """Returns the path as `fs` takes it: `bucket/key` on S3, an absolute path on disk."""
+        """Returns the path for `fs`: `bucket/key` on S3, an absolute path on disk."""
         if self.is_s3:
             return unquote(self.uri.removeprefix("s3://").partition("?")[0]).rstrip("/")
         return str(Path(self.uri.removeprefix("file://")).absolute())
@@ -126,36 +126,36 @@ class Location:
         return self.path.rsplit("/", 1)[-1]
 
     def join(self, *parts: str) -> Location:
-        """Returns the location of a path inside this folder; DataError for a part that is absolute or holds `..`.
+        """Returns the location of a path inside this folder; DataError for a part that is absolute or contains `..`.
 
         Names come from listings and records, which other people may have written. Percent signs and backslashes are characters of
-        the name: neither a disk nor a store resolves them.
+        a name: neither disks nor stores resolve them.
         """
         if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
             raise DataError(f"{self.uri}: {printable(leaving)[:200]!r} is outside this folder. Don't use the file that names it")
         if not self.is_s3:
             return Location("/".join([self.uri.rstrip("/"), *parts]))
-        base, mark, query = self.uri.partition("?")  # a key may hold a question mark: escaped, it does not start the query
+        base, mark, query = self.uri.partition("?")  # a key may contain a question mark: escaped, it doesn't start the query
         return Location("/".join([base.rstrip("/"), *(p.replace("%", "%25").replace("?", "%3F") for p in parts)]) + mark + query)
 
     def ending(self, suffix: str) -> Location:
-        """Adds the suffix to the location's name, unless the name ends in it already."""
+        """Adds the suffix to the location's name, unless the name already ends with it."""
         base, mark, query = self.uri.partition("?") if self.is_s3 else (self.uri, "", "")
         return self if base.lower().endswith(suffix) else Location(base + suffix + mark + query)
 
     def absolute(self, root: Path) -> Location:
-        """Returns the location with a relative path taken from `root`."""
+        """Returns the location, with a relative path resolved against `root`."""
         return self if urlsplit(self.uri).scheme else Location(str(root / self.uri))
 
     def open(self) -> pa.NativeFile:
-        """Opens a random-access, read-only file; FileNotFoundError if there is none."""
+        """Opens the file for random reads; FileNotFoundError if it is missing."""
         return self.attempt(lambda: self.fs.open_input_file(self.path))
 
     def exists(self) -> bool:
         return self.attempt(lambda: self.fs.get_file_info(self.path)).type != pafs.FileType.NotFound
 
     def read(self, most: int | None = None) -> bytes:
-        """Reads the file's bytes; at most `most` of them, if that is given."""
+        """Reads the bytes of the file, or at most the first `most` bytes."""
 
         def get() -> bytes:
             with self.fs.open_input_file(self.path) as f:
@@ -164,13 +164,13 @@ class Location:
         return self.attempt(get)
 
     def write(self, data: bytes, synced: bool = False) -> None:
-        """Writes the file; if `synced`, it is on the disk before its name is."""
+        """Writes the file. With `synced`, the data is on the disk before the file gets its name."""
         self.send(lambda out: out.write(data), len(data), synced)
 
     def create(self, data: bytes) -> bool:
-        """Writes only if nothing is there; returns False if something is. Of several that try at once, one succeeds.
+        """Writes only if nothing exists here; returns False if something does. Of several concurrent calls, one succeeds.
 
-        False may be the answer to one's own write, if the first answer was lost: let the data show whose it is.
+        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
         """
         if self.is_s3:
             return self.attempt(lambda: self._objects.create(self.path, data))
@@ -178,7 +178,7 @@ class Location:
             return self.attempt(lambda: local_files.put_new(self.path, data))
 
     def upload(self, local: Path, sent: Callable[[], None] = lambda: None) -> None:
-        """Copies a local file here; calls `sent` whenever a window of it has arrived."""
+        """Copies a local file here. Calls `sent` whenever UPLOAD_WINDOW bytes have arrived."""
 
         def copy(out: pa.NativeFile) -> None:
             window = 0
@@ -194,11 +194,11 @@ class Location:
         self.send(copy, local.stat().st_size)
 
     def send(self, fill: Callable[[pa.NativeFile], object], size: int, synced: bool = False) -> None:
-        """Writes what `fill` puts into the stream, some `size` bytes; it may be called again after a fault."""
+        """Writes the bytes that `fill` puts into the stream, about `size`. After a fault, `fill` may be called again."""
         self.attempt(lambda: self._put(fill, synced), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
     def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool = False) -> None:
-        if self.is_s3:  # an object appears whole, when its upload completes
+        if self.is_s3:  # an object appears only when its upload is complete
             with self.fs.open_output_stream(self.path) as out:
                 fill(out)
             return
@@ -220,20 +220,20 @@ class Location:
 
     @contextmanager
     def _made(self) -> Iterator[None]:
-        """Raises AccessError where a write finds that there is no such place: in a folder of the kernel's, as /proc."""
+        """Raises AccessError if a write fails because its folder can't exist, as in a folder of the kernel such as /proc."""
         try:
             yield
         except FileNotFoundError as e:
             raise AccessError(f"{self.uri}: can't create a file here. Name another place", self.uri) from e
 
     def files(self) -> list[tuple[str, int]]:
-        """Lists all files below this folder as (path relative to it, bytes), sorted; empty if there is no such folder."""
+        """Lists all files below this folder as (relative path, bytes), sorted; empty if the folder is missing."""
         selector = pafs.FileSelector(self.path, recursive=True, allow_not_found=True)
         infos = self._listing(selector)
         return sorted((i.path[len(self.path) + 1 :], i.size) for i in infos if i.type == pafs.FileType.File)
 
     def tree(self) -> list[Listed]:
-        """Lists all files below this folder, sorted by path; of a store many folders at a time, which pays for large inputs."""
+        """Lists all files below this folder, sorted by path. A store lists many folders in parallel, for large inputs."""
         if self.is_s3:
             return s3_client.files_below(
                 self.path, lambda path, recursive: self.attempt(lambda: self._objects.listing(path, recursive))
@@ -242,7 +242,7 @@ class Location:
         return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
-        """Describes the file here, or the folder on a disk; None if there is none."""
+        """Describes the file here, or a folder on a disk; None if it is missing."""
         if self.is_s3:
             try:
                 return self.attempt(lambda: self._objects.head(self.path))
@@ -252,7 +252,7 @@ class Location:
         return None if info.type == pafs.FileType.NotFound else _listed(info)
 
     def read_object(self, begin: int, end: int, etag: str) -> bytes:
-        """Reads a range of an object of this `etag`; RewrittenError if the object was written again since."""
+        """Reads bytes [begin, end) of the object with this `etag`; RewrittenError if the object was written since."""
         return self.attempt(lambda: self._objects.read(self.path, begin, end, etag))
 
     @property
@@ -260,7 +260,7 @@ class Location:
         return Store(self.query, *patience(retry_budget()))
 
     def folders(self) -> list[str]:
-        """Lists the names of the folders directly below, sorted."""
+        """Lists the names of the folders directly in this folder, sorted."""
         infos = self._listing(pafs.FileSelector(self.path, allow_not_found=True))
         return sorted(i.base_name for i in infos if i.type == pafs.FileType.Directory)
 
@@ -268,12 +268,12 @@ class Location:
         for _ in range(LISTINGS):
             try:
                 return self.attempt(lambda: self.fs.get_file_info(selector))
-            except FileNotFoundError:  # of a file or folder that another process has just removed, or made
+            except FileNotFoundError:  # another process has just removed, or created, a file or folder
                 continue
         raise StorageError(f"{self.uri}: can't list it, because other processes keep changing it")
 
     def delete(self) -> None:
-        """Deletes the file or the whole folder; nothing happens if it is not there."""
+        """Deletes the file, or the folder with its content; does nothing if it is missing."""
 
         def remove() -> None:
             kind = self.fs.get_file_info(self.path).type
@@ -285,13 +285,15 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """Probes the store by a quick request, and others if that fails: StorageError within seconds if it is unreachable,
-        refuses us, or lacks the bucket."""
+        """Checks within seconds that the store answers. StorageError if it is unreachable; AccessError if it rejects the request.
+
+        Also AccessError if it lacks the bucket. A failed request is repeated for up to PROBE_S.
+        """
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
             return
         budget_s = min(PROBE_S, retry_budget())
-        try:  # no line for each try: the error says for how long the store failed
+        try:  # no log line per attempt: the error contains how long the store failed
             kind = retries.retry(
                 lambda: _s3(self.query, 1, 2.0).get_file_info(self._bucket), budget_s, BACKOFF, self._judge, self._give_up
             ).type
@@ -301,9 +303,9 @@ class Location:
             raise self._no_bucket()
 
     def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
-        """Waits until the store answers, for AWAY_S at most: StorageError then; AccessError at once.
+        """Waits until the store answers, for at most AWAY_S; then StorageError. AccessError at once.
 
-        For what has begun already, such as a run that is resumed: to end would cost more than to wait.
+        Use it for running work, such as a resumed run: ending it would cost more than waiting.
         """
 
         def judge(error: Exception) -> None:
@@ -320,7 +322,7 @@ class Location:
         retries.retry(self.probe, AWAY_S, PATIENT, judge, give_up, tell, sleep)
 
     def require_writable(self) -> None:
-        """Raises AccessError, on a disk, unless the folder that this place is in or would be made in can be written to."""
+        """Raises AccessError unless files can be written here. Checks only disks: the folder, or its nearest existing parent."""
         nearest = Path(self.path)
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
@@ -328,7 +330,7 @@ class Location:
             raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Name another place")
 
     def require_file(self) -> None:
-        """Raises AccessError, or StorageError of a store that is not there, if no file can be written here, or a folder is."""
+        """Raises AccessError if no file can be written here, or if this is a folder; StorageError if the store is unreachable."""
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
             raise AccessError(f"{self.uri}: is a folder. Name a file in it")
@@ -344,16 +346,16 @@ class Location:
         return AccessError(f"{self.uri}: {missing}", self.uri)
 
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
-        """Runs an operation on this place, such as reading a row group, again and again while the store fails.
+        """Runs an operation on this place, such as reading a row group, and repeats it while the store fails.
 
-        It must be one that may be repeated from its start. FileNotFoundError, and whatever is wrong with the content, pass
-        through at once and unchanged. No attempt begins that would end beyond the budget if it took as long as the last.
+        It must be possible to repeat the operation from its start. FileNotFoundError, and errors about the content, pass through
+        at once. An attempt begins only if it ends within the budget (seconds), assuming that it takes as long as the last one.
         """
         budget_s = retry_budget() if budget_s is None else budget_s
         return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)
 
     def _judge(self, error: Exception) -> None:
-        """Raises what an operation's error means here, unless it is a fault of the store, which may pass."""
+        """Raises the error that an operation's error means here; returns if it is a fault of the store, which may pass."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             raise AccessError(
                 f"{self.uri}: a file is where a folder is needed, or a folder where a file is needed", self.uri

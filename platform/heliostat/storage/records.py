@@ -1,7 +1,7 @@
-"""Reads back the JSON that heliostat leaves next to a run, a sweep or a model: as what it was, or refused in one line.
+"""Reads the JSON records in the folders of runs, sweeps, and models. An invalid record is an error of one line.
 
-A `Format` defines once what a record is; whatever reads one goes through it, so that a file that is cut, edited or foreign is one
-error that names the file and its first fault, and nothing behind it meets a value that it does not expect.
+A `Format` defines one kind of record, and every reader uses it. So a truncated, edited, or foreign file gives one error that
+names the file and its first fault. The code after it gets only the values that it expects.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from heliostat.storage.locations import Location, is_inside
 from heliostat.text import brief, printable
 
 T = TypeVar("T")
-Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"  # any JSON value, to be read
-Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a place: arithmetic on a few of them stays within 64 bits
+Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | bool | None"  # any JSON value, for reading
+Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a position: arithmetic on a few of them stays within 64 bits
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 Inside = Annotated[str, AfterValidator(lambda path: _inside(path))]  # a path that stays in the folder that it is relative to
-AGAIN = 5  # times that a file which changes is read
-closed = with_config(ConfigDict(extra="forbid"))  # a dataclass whose records hold its fields and no others
-open_ = with_config(ConfigDict(extra="allow"))  # a TypedDict whose records may hold more
+AGAIN = 5  # maximum number of further reads of a file that keeps changing
+closed = with_config(ConfigDict(extra="forbid"))  # for a dataclass whose records have its fields and no others
+open_ = with_config(ConfigDict(extra="allow"))  # for a TypedDict whose records may have more keys
 
 
 class Format(Generic[T]):
-    """Defines one kind of record. `kind`: a dataclass or any type that pydantic knows; `check` returns what is wrong with a value
-    of that type, or nothing; `fix` is what a person can do."""
+    """Defines one kind of record.
+
+    `kind`: a dataclass, or any type that pydantic supports; `what`: its name in errors; `error`: the class of errors; `check`:
+    describes what is wrong with a value of that type, or returns None; `fix`: what a person can do.
+    """
 
     def __init__(
         self,
@@ -48,10 +51,10 @@ class Format(Generic[T]):
         return TypeAdapter(self.kind)
 
     def read(self, place: Location | Path) -> T:
-        """Reads the record at a place; FileNotFoundError if there is none.
+        """Reads the record in a file; FileNotFoundError if the file is missing, `error` if the record is invalid.
 
-        One that another process replaces meanwhile is read again: an object's length is asked for first, so that what comes
-        then may be cut, or have something else behind it.
+        If another process replaces the file meanwhile, reads it again: the length of an object is requested before its bytes. So
+        these may be truncated, or followed by other bytes.
         """
         data = _bytes(place)
         for _ in range(AGAIN):
@@ -64,16 +67,16 @@ class Format(Generic[T]):
         return self.parse(data, place)
 
     def read_lines(self, place: Location | Path) -> list[T]:
-        """Reads a file of one record a line, empty lines left out."""
+        """Reads a file with one record per line; empty lines are left out."""
         lines = _bytes(place).split(b"\n")
         return [self.parse(line, f"{place}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
     def build(self, raw: object, where: object) -> T:
-        """Builds the record from plain data that was decoded already."""
+        """Builds the record from plain data that is already decoded. `where`: names its source in errors."""
         return self.parse(json.dumps(raw).encode(), where)
 
     def encode(self, record: T) -> bytes:
-        """Encodes a record as JSON from which `parse` makes it again."""
+        """Encodes a record as JSON that `parse` reads back."""
         return json.dumps(self._adapter.dump_python(record, by_alias=True)).encode()
 
     def parse(self, data: bytes, where: object) -> T:
@@ -100,7 +103,7 @@ def _bytes(place: Location | Path) -> bytes:
 
 
 def _first(error: ValidationError) -> str:
-    """Describes the first fault: where in the record it is, and what is wrong."""
+    """Describes the first fault: its place in the record, and the problem."""
     fault = error.errors(include_url=False, include_context=False)[0]
     where = printable(".".join(str(part) for part in fault["loc"]))[:200]
     said = brief(fault["msg"].removeprefix("Value error, "))

@@ -1,6 +1,6 @@
-"""Retries what fails for a while: within a budget of seconds, each wait twice as long as the one before.
+"""Retries actions that fail temporarily, within a budget in seconds. Each wait is twice as long as the one before.
 
-`diagnose` tells from an error of the store or of the operating system whether another attempt is worth it.
+`diagnose` decides from an error of the store or the operating system whether another attempt can help.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from heliostat.errors import ConfigError
 from heliostat.text import brief
 
 T = TypeVar("T")
-BUDGET = "HELIOSTAT_RETRY_BUDGET_S"  # of a store that fails
-# what stores answer, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are one
+BUDGET = "HELIOSTAT_RETRY_BUDGET_S"  # environment variable: seconds for which a failing store is retried
+# answers of stores, in lower case without punctuation: ACCESS_DENIED, AccessDenied and "Access Denied" are the same
 REFUSED = ("accessdenied", "allaccessdisabled", "expiredtoken", "httpstatus401", "httpstatus403", "invalidaccesskeyid",
            "invalidtoken", "requesttimetooskewed", "signaturedoesnotmatch", "unrecognizedclient")  # fmt: skip
 MISSING = ("nosuchkey", "resourcenotfound")
-DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload's, so worth another
-NO_BUCKET = "NO_SUCH_BUCKET"  # in the words of the S3 client
+DAMAGED_ON_THE_WAY = ("baddigest", "incompletebody", "invalidpart")  # an upload damaged in transit: another attempt can help
+NO_BUCKET = "NO_SUCH_BUCKET"  # as the S3 client writes it
 HOPELESS = ("nosuchbucket", "httpstatus301", "httpstatus400", "httpstatus405", "httpstatus501")
 FINAL = {
     "refused": "access denied. Check the credentials and the bucket policy",
@@ -34,26 +34,26 @@ FINAL = {
 
 @dataclass(frozen=True)
 class Backoff:
-    """Describes the waits between attempts, in seconds."""
+    """Describes the waits between attempts, in seconds. Each is twice the one before, from `first` to `longest`."""
 
     first: float
     longest: float
-    jitter: float = 0.0  # by what share waits vary at random, so that many that fail together do not come again together
+    jitter: float = 0.0  # share by which waits vary at random, so that clients that fail together don't retry together
 
     @property
     def shortest(self) -> float:
-        """Computes the shortest wait that there is."""
+        """Computes the shortest possible wait, in seconds."""
         return self.first * (1 - self.jitter)
 
     def wait(self, failures: int) -> float:
-        """Computes the wait behind so many failures in a row, from 1 on."""
+        """Computes the wait in seconds after a number of failures in a row, counted from 1."""
         usual = min(self.longest, self.first * 2 ** min(failures - 1, 64))
         return usual * random.uniform(1 - self.jitter, 1 + self.jitter)
 
 
 @dataclass(frozen=True)
 class FailedAttempts:
-    """Describes what has failed so far, when another attempt is decided on."""
+    """Describes the failed attempts so far, for the decision on another one."""
 
     error: Exception
     count: int
@@ -69,11 +69,14 @@ def retry(
     report: Callable[[FailedAttempts, float], None] = lambda failure, wait: None,
     sleep: Callable[[float], object] | None = None,
 ) -> T:
-    """Runs an action until it succeeds; it must be one that may be repeated from its start.
+    """Runs an action until it succeeds. It must be possible to repeat the action from its start.
 
-    `judge` raises for an error that another attempt would not help, and `give_up` once the budget is used up; `report` hears of
-    each wait, and `sleep` waits, if it is given. No attempt begins that would end beyond the budget if it took as long as the
-    last; the last wait is cut, so that the budget is used up to its end.
+    - `judge` raises for an error that another attempt can't fix.
+    - `give_up` raises once the budget, in seconds, is used up.
+    - `report` gets each failure and the wait after it. `sleep` waits instead of `time.sleep`.
+
+    An attempt begins only if it would end within the budget, taking as long as the last one. The last wait is
+    shortened, so that the budget is used to its end.
     """
     start, count = time.monotonic(), 0
     while True:
@@ -93,7 +96,7 @@ def retry(
 
 
 def retry_budget() -> float:
-    """Reads from the environment for how many seconds a failing store is retried; ConfigError for what is no such number."""
+    """Reads the seconds for which a failing store is retried from the environment; ConfigError for an invalid number."""
     raw = os.environ.get(BUDGET, "60")
     try:
         budget_s = float(raw)
@@ -105,22 +108,21 @@ def retry_budget() -> float:
 
 
 def patience(budget_s: float) -> tuple[int, float]:
-    """Splits the retry budget into attempts at one request, and the seconds of silence that each may last: all of them take less
-    than half the budget.
+    """Splits the retry budget into attempts per request, and seconds of silence per attempt: together less than half the budget.
 
-    The SDK repeats single requests, so that one fault does not undo a large upload (it pauses up to 1 s, then up to 2 s);
-    `Location.attempt` repeats whole operations.
+    The SDK repeats single requests, so that one fault doesn't undo a large upload. It pauses up to 1 s, then up to 2 s.
+    `Location.attempt` repeats complete operations.
     """
     return (3 if budget_s >= 24 else 2 if budget_s >= 6 else 1), max(1.0, budget_s / 8)
 
 
 def diagnose(error: OSError) -> str:
-    """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so worth a retry) or `content`.
+    """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so a retry can help) or `content`.
 
-    pyarrow has one class for all of them. Whatever its S3 client reports names AWS or S3, whatever the operating system reports
-    has a number; an OSError without either is a Parquet or codec library's, about the bytes.
+    pyarrow has one class for all of them. Errors of its S3 client contain AWS or S3, and errors of the operating system have a
+    number. An OSError without either comes from a Parquet or codec library, and is about the bytes.
     """
-    _, mark, answer = str(error).rpartition("AWS Error")  # before it stand the names of key and bucket
+    _, mark, answer = str(error).rpartition("AWS Error")  # the text before it contains names of key and bucket
     words = re.sub(r"[^a-z0-9]", "", answer.lower())
     if isinstance(error, FileNotFoundError) or any(word in words for word in MISSING):
         return "missing"
@@ -133,5 +135,5 @@ def diagnose(error: OSError) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Returns the error's first line, or its kind if it has none."""
+    """Returns the first line of an error, or the name of its class if it has none."""
     return brief(error) or type(error).__name__

@@ -1,23 +1,23 @@
-"""Lays out a run's folder, in one place: everybody who reads or writes there takes the path from here.
+"""Defines the layout of a run's folder. All code that reads or writes there takes its paths from this module.
 
 checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`)
 checkpoints/frozen-DIGEST/   parameters that are not trained
-receipts/step-00000100.json  what the steps up to 100 trained on (`data.receipt`)
-segments/step-00000000.json  the data plan that the run follows from that step on (`runs.segments`)
+receipts/step-00000100.json  digests of the samples of the steps up to 100 (`data.receipt`)
+segments/step-00000000.json  the data plan that the run uses from this step on (`runs.segments`)
 quarantine/step-*.jsonl      samples that were replaced (`training.worker.unsealed`)
-curves/step-*.json           losses and scores, until MLflow has them for certain (`tracking.local_curves`)
+curves/step-*.json           losses and scores, until MLflow certainly has them (`tracking.local_curves`)
 benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`)
-ledger/ATTEMPT.json          where the time of each attempt went (`runs.goodput`)
-lease/00000001.json          who may write here (`lease`)
-logs/ATTEMPT.000000.log      of a submitted job (`submit.logs`)
+ledger/ATTEMPT.json          how each attempt spent its time (`runs.goodput`)
+lease/00000001.json          the driver that may write here (`lease`)
+logs/ATTEMPT.000000.log      logs of a submitted job (`submit.logs`)
 stacks/TIME.txt              the stacks of the workers when they stalled
-profiles/ID/                 traces of a worker's steps; `profiles/request.json` asks for one (`runs.profile`)
-run.json                     which MLflow run this is (`runs.mlflow_id`)
+profiles/ID/                 traces of a worker's steps; `profiles/request.json` requests one (`runs.profile`)
+run.json                     the id of the MLflow run (`runs.mlflow_id`)
 attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
-unlogged.jsonl               points that MLflow has not taken yet (`tracking.outbox`)
-clone.json                   the last checkpoint that population based training put here (`tune.trial`)
-summary.json, result.json    the end: of training, and of everything (`runs.summary`)
-probe                        empty; the driver writes it to see whether it may write (`training.driver.suspects`)
+unlogged.jsonl               points that MLflow has not accepted yet (`tracking.outbox`)
+clone.json                   the last checkpoint that population based training copied here (`tune.trial`)
+summary.json, result.json    the results of training, and of the complete run (`runs.summary`)
+probe                        empty; the driver writes it to test write access (`training.driver.suspects`)
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CHECKPOINTS, RECEIPTS, SEGMENTS, QUARANTINE, CURVES = "checkpoints", "receipts",
 LEDGER, LEASE, LOGS, STACKS, BENCHMARKS, PROFILES = "ledger", "lease", "logs", "stacks", "benchmarks", "profiles"
 MLFLOW_RUN, ATTEMPTS, UNLOGGED, CLONE = "run.json", "attempts.json", "unlogged.jsonl", "clone.json"
 SUMMARY, RESULT, PROBE = "summary.json", "result.json", "probe"
-BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders of files that are named after the last step they tell of
+BY_STEP = (SEGMENTS, RECEIPTS, QUARANTINE, CURVES)  # folders whose files are named after the last step that they cover
 
 
 def require_one_way(resume: bool, overwrite: bool) -> None:
-    """Refuses, by a ConfigError, to go on with a run and to delete it in one command."""
+    """Raises ConfigError if a command would both resume a run and delete it."""
     if resume and overwrite:
         raise ConfigError("--overwrite: deletes the checkpoints that --resume needs. Pass one of the two")
 
@@ -63,7 +63,7 @@ def benchmark(run: Location, suite: str, step: int) -> Location:
 
 
 def step_of(name: str) -> int:
-    """Parses the step that a file or folder of a run is named after; DataError for one that is not named so."""
+    """Returns the step in the name of a run's file or folder; DataError if the name has none."""
     number = name.removeprefix("step-").partition(".")[0]
     if not number.isdecimal():
         raise DataError(f"{name}: isn't named after a step, such as step-00000100.json. Move it out of the run's folder")

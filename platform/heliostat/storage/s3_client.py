@@ -1,15 +1,16 @@
-"""Asks S3 by boto3 for what pyarrow's client cannot do: conditional reads and puts, parallel listings, buckets whose requester
-pays. Credentials and endpoints are the same. Faults are OSErrors as pyarrow words them, for `retries.diagnose`.
+"""Sends S3 requests that pyarrow's client doesn't support: conditional reads and puts, parallel listings, requester-pays buckets.
 
-The query of an `s3://` URI says of its store: `?endpoint_override=HOST:PORT&scheme=http&region=R&anonymous=true`.
+It uses boto3 with the same credentials and endpoints. Faults become OSErrors in the words of pyarrow, for `retries.diagnose`.
 
-    endpoint_override   HOST:PORT of a store that is not AWS's; else `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, as in boto3
+The query of an `s3://` URI describes its store: `?endpoint_override=HOST:PORT&scheme=http&region=R&anonymous=true`.
+
+    endpoint_override   HOST:PORT of a store other than AWS; else `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL`, as in boto3
     scheme              https, or http with an endpoint
     region              else `AWS_REGION` or `AWS_DEFAULT_REGION`
-    anonymous           true: requests are not signed, whatever credentials there are; for public buckets
-    request_payer       requester: the requests are paid by the caller; such a bucket is only read
+    anonymous           true: requests are not signed, even if there are credentials; for public buckets
+    request_payer       requester: the caller pays for requests; such a bucket is read-only
 
-Another key is an error, lest one that is misspelt does nothing.
+Any other key is an error, so that a misspelled key isn't ignored.
 """
 
 from __future__ import annotations
@@ -35,21 +36,21 @@ from heliostat.redact import carries_secret
 if TYPE_CHECKING:
     from botocore.client import BaseClient
 
-SHORTER = "HTTP status 416"  # of a range after an object's end
+SHORTER = "HTTP status 416"  # answer for a range after an object's end
 MISSING = ("NoSuchKey", "404", "NotFound")
 PAYER = {"RequestPayer": "requester"}
 ONLY_READ = "a requester-pays bucket is read-only"
 THREADS = 16
-ENOUGH = 64  # folders, after which no more are looked for
-LEVELS = 4  # of folders that are looked into, at most
-PAGE = 1000  # names that a store gives at a time
+ENOUGH = 64  # folders: at this number, the search for more ends
+LEVELS = 4  # maximum depth of the search for folders
+PAGE = 1000  # names per answer of a store
 KEYS = ("endpoint_override", "scheme", "region", "anonymous", "request_payer")
 VALUES = {"scheme": ("https", "http"), "anonymous": ("true", "false"), "request_payer": ("requester",)}
 
 
 @dataclass(frozen=True)
 class S3Options:
-    """Holds where a store answers and how it is asked."""
+    """Holds the address of a store, and options of requests to it."""
 
     endpoint: str | None
     scheme: str
@@ -65,7 +66,7 @@ class S3Options:
 
 @lru_cache(maxsize=256)
 def given(query: str) -> dict[str, str]:
-    """Parses a query; ConfigError for a key that is none, and a value that a key cannot have."""
+    """Parses a query; ConfigError for an unknown key, or for a value that its key doesn't allow."""
     options = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
     for key, value in options.items():
         if key not in KEYS:
@@ -80,7 +81,7 @@ def given(query: str) -> dict[str, str]:
 
 
 def resolve(query: str) -> S3Options:
-    """Completes what a query says by what the environment says."""
+    """Completes the options in a query with those in the environment."""
     options = dict(given(query))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
@@ -94,12 +95,12 @@ def resolve(query: str) -> S3Options:
 
 
 class RewrittenError(Exception):
-    """Reports that an object is not the one that was asked for: it was written again since."""
+    """Reports that an object isn't the expected one, because it was written since."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """Describes a file or folder as pyarrow does. `etag`: names what an object holds, if its store gives one."""
+    """Describes a file or folder, as pyarrow does. `etag`: identifies the content of an object, if its store gives one."""
 
     path: str
     type: pafs.FileType
@@ -110,7 +111,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Store:
-    """Reads objects of the store that a query describes, by `client`; paths are BUCKET/KEY."""
+    """Reads and creates objects in the store that a query describes. Paths are BUCKET/KEY.
+
+    `attempts`: per request; `silence_s`: seconds to wait for a byte.
+    """
 
     query: str
     attempts: int
@@ -125,14 +129,14 @@ class Store:
         return PAYER if resolve(self.query).requester_pays else {}
 
     def head(self, path: str) -> Listed:
-        """Describes an object; FileNotFoundError if there is none."""
+        """Describes an object; FileNotFoundError if it is missing."""
         bucket, _, key = path.partition("/")
         with worded():
             answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
         return _listed(path, answer["ContentLength"], answer)
 
     def listing(self, path: str, recursive: bool) -> list[Listed]:
-        """Lists what is directly in a folder, or all below it."""
+        """Lists the entries directly in a folder, or everything below it."""
         base, entries = path.rstrip("/"), list[Listed]()
         bucket = base.partition("/")[0]
         for page in self.pages(base, recursive):
@@ -143,7 +147,7 @@ class Store:
         return entries
 
     def pages(self, path: str, recursive: bool, most: int = 1000) -> Iterator[dict[str, Any]]:
-        """Yields the store's answers to the request for a listing."""
+        """Yields the store's answers to a listing request, with at most `most` names each."""
         bucket, _, key = path.partition("/")
         request = {"Bucket": bucket, "Prefix": f"{key}/" if key else "", "MaxKeys": most, **self.payer}
         request |= {} if recursive else {"Delimiter": "/"}
@@ -156,14 +160,14 @@ class Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str, begin: int, end: int, etag: str = "") -> bytes:
-        """Reads a range of an object; RewrittenError if it has another `etag`, where one is given."""
+        """Reads bytes [begin, end) of an object; RewrittenError if `etag` is given and the object has another."""
         bucket, _, key = path.partition("/")
         ask = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
         try:
             with worded():
                 data = self.client.get_object(**ask, **self.payer)["Body"].read()
         except OSError as e:
-            if etag and SHORTER in str(e):  # of a store that looks at the range before the ETag
+            if etag and SHORTER in str(e):  # a store that checks the range before the ETag
                 raise RewrittenError(str(e)) from e
             raise
         if len(data) != end - begin:
@@ -171,9 +175,9 @@ class Store:
         return data
 
     def create(self, path: str, data: bytes) -> bool:
-        """Puts an object only where none is, and tells whether it did.
+        """Puts an object only if none exists; returns whether it did.
 
-        The answer to a put may be lost, and its repetition then returns False: the data must show whose it is.
+        If the answer to a successful put is lost, the repeated put returns False. So the data must show who wrote it.
         """
         if self.payer:
             raise PermissionError(ONLY_READ)
@@ -188,13 +192,13 @@ class Store:
 
 def _listed(path: str, size: int, answer: dict[str, Any]) -> Listed:
     modified, etag = answer["LastModified"], answer.get("ETag", "").strip('"')
-    etag = "" if etag.startswith("W/") else etag  # a weak one, which no conditional read matches
+    etag = "" if etag.startswith("W/") else etag  # a weak one: no conditional read matches it
     return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, etag)
 
 
 @lru_cache(maxsize=16)
 def client(query: str, attempts: int, silence_s: float) -> BaseClient:
-    """Makes the client of a store, which tries a request so many times, and waits so long for a byte."""
+    """Makes the client of a store, with `attempts` per request, and `silence_s` seconds to wait for a byte."""
     import boto3
     import botocore.session
     from botocore import UNSIGNED
@@ -217,7 +221,7 @@ def client(query: str, attempts: int, silence_s: float) -> BaseClient:
 
 
 def _time(written: str) -> datetime:
-    """Parses a time: that of a listing fast, which would be most of what a listing costs."""
+    """Parses a time. Times in listings are parsed fast, because they would take most of a listing's time."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
@@ -228,7 +232,7 @@ def _time(written: str) -> datetime:
 
 @contextmanager
 def worded() -> Iterator[None]:
-    """Raises boto3's errors as OSErrors."""
+    """Turns boto3's errors into OSErrors, and failed conditions into RewrittenError."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -244,17 +248,18 @@ def worded() -> Iterator[None]:
         raise OSError(f"AWS Error {code} (HTTP status {status}): {e.response['Error'].get('Message', '')}") from e
     except NoCredentialsError as e:
         raise PermissionError(str(e)) from e
-    except (BotoCoreError, ResponseParserError, HTTPError) as e:  # boto3 passes on answers that are cut, and faults of TLS
+    except (BotoCoreError, ResponseParserError, HTTPError) as e:  # boto3 passes on truncated answers and TLS faults
         raise ConnectionError(str(e)) from e
 
 
 def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[Listed]:
-    """Lists all files below a folder, sorted by path, by several requests at a time. `listed` lists what is directly in a folder,
-    or (True) all below.
+    """Lists all files below a folder, sorted by path, with several requests in parallel.
 
-    A store gives a listing page by page, and each page names the next: a million objects take a thousand answers, one after
-    another. So folders are looked for until there are ENOUGH of them, and each is listed by itself. Where they hold so little
-    that a request for each would be more work, or there are none, everything is listed in one stream.
+    `listed`: lists the entries directly in a folder or, with True, everything below it.
+
+    A store lists page by page, and each page names the next: a million objects take a thousand answers, one after another. So the
+    search for folders continues until there are ENOUGH. Then each folder is listed separately. One stream lists everything if
+    there are no folders, or if they are so small that separate requests would be more work.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         direct, folders = _split(listed(path, False))
@@ -267,7 +272,7 @@ def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[
             return _sorted(listed(path, True))
         first, rest = folders[:THREADS], folders[THREADS:]
         below = [i for infos in pool.map(lambda f: listed(f, True), first) for i in infos]
-        if rest and len(below) * THREADS < PAGE * len(first):  # one stream has fewer answers than each thread would have
+        if rest and len(below) * THREADS < PAGE * len(first):  # one stream needs fewer answers than each thread would
             return _sorted(listed(path, True))
         below += [i for infos in pool.map(lambda f: listed(f, True), rest) for i in infos]
     return _sorted([*direct, *below])
@@ -280,7 +285,7 @@ def _split(infos: Iterable[Listed]) -> tuple[list[Listed], list[str]]:
 
 
 def _plain(path: str, folder: str) -> bool:
-    """Tells whether a folder can be listed by its path: a key may have empty names in it (`a//b`), which a path has not."""
+    """Returns whether a folder can be listed by its path. A key may have empty parts (`a//b`), but a path can't."""
     return folder.startswith(f"{path}/") and all(folder[len(path) + 1 :].split("/"))
 
 
@@ -289,9 +294,9 @@ def _sorted(infos: list[Listed]) -> list[Listed]:
 
 
 def file_system(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
-    """Makes a file system of pyarrow's for a bucket whose requester pays, which pyarrow's own client cannot say.
+    """Makes a pyarrow file system for a requester-pays bucket, which pyarrow's own client doesn't support.
 
-    Every request carries `x-amz-request-payer`. Such a bucket is somebody else's, so it is only read.
+    Every request carries `x-amz-request-payer`. Such a bucket belongs to somebody else, so it is read-only.
     """
     return pafs.PyFileSystem(_Handler(Store(query, attempts, silence_s)))
 
@@ -349,7 +354,7 @@ def _info(entry: Listed) -> pafs.FileInfo:
 
 
 class _Object(io.RawIOBase):
-    """Presents an object as a file, of which every read is a request."""
+    """Presents an object as a file. Every read is a request."""
 
     def __init__(self, store: Store, path: str, size: int) -> None:
         self._store, self._path, self._size, self._at = store, path, size, 0

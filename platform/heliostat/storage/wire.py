@@ -1,11 +1,11 @@
-"""Encodes plain values as bytes and decodes them: what the processes of a run send each other. It is not pickle: decoding runs no
-code that the bytes choose.
+"""Encodes plain values as bytes, and decodes them, for messages between the processes of a run.
 
     data = wire.pack({"step": 7, "digests": array})
     wire.unpack(data)
 
-Values are numbers, text, bytes, None, lists, tuples, ranges, and dictionaries of them; NumPy arrays, CPU tensors, Arrow tables;
-the errors of `heliostat.errors`; and instances of dataclasses and named tuples that are registered by `@wire.travels`.
+Unlike pickle, decoding never runs code that the bytes choose. Values are numbers, text, bytes, None, lists, tuples, ranges, and
+dictionaries of them. NumPy arrays, CPU tensors, Arrow tables, and the errors of `heliostat.errors` are supported, too. So are
+instances of dataclasses and named tuples that `@wire.travels` registers.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ import pyarrow as pa
 from heliostat import errors
 from heliostat.errors import HeliostatError, WorkerError, innermost
 
-if TYPE_CHECKING:  # with torch, which takes a second
+if TYPE_CHECKING:  # imports torch, which takes a second
     import torch
 
 C = TypeVar("C", bound=type[object])
 
-MOST = 2**31 - 1  # bytes of a message
-NAMES = "surrogatepass"  # the name of a file may be no valid text, and errors name files
+MOST = 2**31 - 1  # bytes per message
+NAMES = "surrogatepass"  # the name of a file may be invalid text, and errors contain names of files
 TUPLE, RANGE, INTEGER, ARRAY, SCALAR, TENSOR, TABLE, ERROR, RECORD = range(1, 10)  # codes of MessagePack's extension types
 _records: dict[str, type[Any]] = {}
 
 
 def travels(cls: C) -> C:
-    """Registers a dataclass or named tuple: its instances can be sent, field by field."""
+    """Registers a dataclass or named tuple, so that its instances can be sent, field by field."""
     _records[_name(cls)] = cls
     return cls
 
 
 def pack(value: object) -> bytes:
-    """Encodes a value; TypeError for one that is not plain, ValueError for one of more than MOST bytes."""
+    """Encodes a value; TypeError if it isn't plain, ValueError if it takes more than MOST bytes."""
     data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
         raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
@@ -53,7 +53,7 @@ def unpack(data: bytes) -> Any:
 
 
 def _encode(value: object) -> object:
-    """Encodes what MessagePack has no type for."""
+    """Encodes values for which MessagePack has no type."""
     if _records.get(_name(type(value))) is type(value):
         return _extension(RECORD, value)
     for code, (kind, _, _) in _CODES.items():
@@ -133,7 +133,7 @@ def _unpack_table(data: bytes) -> pa.Table:
 
 
 def _pack_error(value: HeliostatError) -> bytes:
-    """Encodes an error as the class of `heliostat.errors` that it is or derives from, with its arguments and attributes."""
+    """Encodes an error: its class in `heliostat.errors`, or the one that it derives from, its arguments, and its attributes."""
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
     args = value.args if type(value) is kind else (str(value),)
@@ -150,7 +150,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
         raise ValueError(f"{name!r} isn't a heliostat error")
     try:
         error = kind(*args)
-    except TypeError:  # of a subclass that took others
+    except TypeError:  # a subclass with other arguments
         error = WorkerError(text)
     vars(error).update(attributes)
     return error
@@ -166,8 +166,8 @@ def _unpack_record(data: bytes) -> object:
     return kind(**dict(zip((f.name for f in dataclasses.fields(kind)), values, strict=True)))
 
 
-_PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # of which subclasses are sent as plain values
-# MessagePack's extension types, by code: values of which class they hold (None: found by other means), and both ways
+_PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # subclasses of these are sent as plain values
+# by the code of a MessagePack extension type: the class of its values (None: recognized otherwise), encoder, decoder
 _CODES: dict[int, tuple[type | None, Callable[[Any], bytes], Callable[[bytes], object]]] = {
     TUPLE: (tuple, lambda value: pack(list(value)), lambda data: tuple(unpack(data))),
     RANGE: (range, lambda value: pack([value.start, value.stop, value.step]), lambda data: range(*unpack(data))),

@@ -1,4 +1,5 @@
-"""Finds models and datasets of the Hugging Face Hub, downloads their files, and checks them by hash.
+"""Finds models and datasets of the Hugging Face Hub, downloads their files, and checks their hashes.
 
-Start at `files`. `names` reads the names that people write. `client` asks the Hub, and turns its answers into errors of one line.
+Start at `files`. `names` parses names of the Hub. `client` sends requests to the Hub, and turns its answers into errors of one
+line.
 """

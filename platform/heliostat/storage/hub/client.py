@@ -1,8 +1,8 @@
-"""Asks the Hugging Face Hub, and explains its answers: an error of one line for each of 401, 403, 404, 429, and no answer.
+"""Sends requests to the Hugging Face Hub, and explains failures in one line each: 401, 403, 404, 429, and no answer.
 
-What may pass (429, 5xx, broken connections) is retried within the budget of HELIOSTAT_RETRY_BUDGET_S seconds. Settings are
-Hugging Face's own: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, and the token of `hf auth login`. Messages are
-heliostat's, so no token, URL with a signature, or header of a request reaches a log.
+Temporary failures (429, 5xx, broken connections) are retried for HELIOSTAT_RETRY_BUDGET_S seconds. Settings are those of Hugging
+Face: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, and the token of `hf auth login`. All messages are heliostat's
+own text. So no token, signed URL, or request header reaches a log.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKOFF = Backoff(0.5, 15.0, jitter=0.3)
-AWAY_S = 5.0  # in which a name is resolved, or the cache is used
-ASK_S = 10.0  # without a byte of an answer
-RECEIVED = 1 << 20  # bytes that are written at a time
-PASSES = {408, 425, 429}  # and 500 and more
+AWAY_S = 5.0  # seconds to resolve a name; then the cache is used
+ASK_S = 10.0  # seconds without a byte of an answer
+RECEIVED = 1 << 20  # bytes per write
+PASSES = {408, 425, 429}  # statuses that may pass, in addition to 500 and above
 NO_ROOM = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
@@ -58,14 +58,15 @@ def cache() -> Path:
 def api() -> HfApi:
     from huggingface_hub import HfApi
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings hold signed URLs
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its warnings contain signed URLs
     return HfApi(endpoint=endpoint())
 
 
 def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None = None) -> T:
-    """Runs a request about a model or dataset, repeatedly while the Hub fails.
+    """Runs a request about a model or dataset, and repeats it while the Hub fails.
 
-    ConfigError that begins with `key` for what the Hub rejects, HubAwayError if it doesn't answer within the budget in seconds.
+    `key`: the field that errors begin with; `budget_s`: seconds. ConfigError if the Hub rejects the request; HubAwayError if it
+    doesn't answer within the budget.
     """
 
     def judge(error: Exception) -> None:
@@ -91,14 +92,14 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
 
 def information(name: HubName) -> ModelInfo | DatasetInfo:
-    """Asks what the revision of a name is now."""
+    """Requests the Hub's description of a name's revision, as it is now."""
     if name.kind == "dataset":
         return api().dataset_info(name.repo, revision=name.revision, timeout=ASK_S)
     return api().model_info(name.repo, revision=name.revision, timeout=ASK_S)
 
 
 def receive(name: HubName, path: str, size: int, partial: Path) -> None:
-    """Downloads a file of a pinned name to `partial`, from where that ends: `size` bytes in all."""
+    """Downloads a file of a pinned name to `partial`, and continues a partial download. `size`: bytes of the complete file."""
     from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -106,7 +107,7 @@ def receive(name: HubName, path: str, size: int, partial: Path) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     place = get_hf_file_metadata(url, timeout=ASK_S, endpoint=endpoint()).location
     if urlsplit(place).netloc != urlsplit(endpoint()).netloc:
-        headers.pop("authorization", None)  # of another host, such as the store of large files
+        headers.pop("authorization", None)  # on another host, such as the store of large files
     with partial.open("ab") as out:
         if out.tell() > size:
             out.truncate(0)
@@ -116,7 +117,7 @@ def receive(name: HubName, path: str, size: int, partial: Path) -> None:
             return
         with get_session().stream("GET", place, headers=headers, timeout=ASK_S, follow_redirects=True) as response:
             hf_raise_for_status(response)
-            if begin and response.status_code == 200:  # a server without ranges
+            if begin and response.status_code == 200:  # the server doesn't support ranges
                 out.truncate(0)
             for block in response.iter_bytes(RECEIVED):
                 out.write(block)
@@ -126,7 +127,7 @@ def receive(name: HubName, path: str, size: int, partial: Path) -> None:
 
 @contextmanager
 def kept(key: str, name: HubName) -> Iterator[None]:
-    """Explains why files can't be kept in the cache."""
+    """Turns an OSError into an error that explains why files can't be kept in the cache."""
     try:
         yield
     except OSError as e:
@@ -134,7 +135,7 @@ def kept(key: str, name: HubName) -> Iterator[None]:
 
 
 def missing(key: str, name: HubName, what: str) -> ConfigError:
-    """Makes the error of files that the cache lacks, where the network isn't used."""
+    """Makes the error for files that the cache lacks while HF_HUB_OFFLINE is set."""
     fix = f"Unset it, or run on a machine with a network and copy the cache: {name.command}"
     return ConfigError(f"{key}: {cache()} lacks {what} of {name.repo}, and HF_HUB_OFFLINE is set. {fix}")
 
@@ -146,7 +147,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: Exception) -> int | None:
-    """Returns the HTTP status of an answer of the Hub, None if there was no answer."""
+    """Returns the HTTP status of the Hub's answer; None if there was no answer."""
     for one in _chain(error):
         if (response := getattr(one, "response", None)) is not None:
             return int(response.status_code)
@@ -177,14 +178,14 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
 
 
 def _unless_folder(name: HubName) -> str:
-    """Says first that there is no such folder, of a name that may have been meant as one."""
+    """Returns a message that no such folder exists, for a name that may have been meant as a folder."""
     return "" if name.kind == "dataset" or name.pinned else f"no folder {str(name).partition('@')[0]!r} here; "
 
 
 def _may_pass(error: Exception) -> bool:
-    """Tells whether an error without an answer is one of the network."""
+    """Returns whether an error without an answer comes from the network."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
-    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is the HTTP library's
+    return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
 
 
 def _broken(key: str, name: HubName, error: Exception) -> Exception:
@@ -195,7 +196,7 @@ def _broken(key: str, name: HubName, error: Exception) -> Exception:
 
 
 def _reason(error: Exception) -> str:
-    """Describes an error without what a request holds."""
+    """Describes an error without the contents of a request."""
     status = _status(error)
     if status == 429:
         return "the Hub limits requests (429)"

@@ -1,10 +1,10 @@
-"""Downloads files of the Hub to Hugging Face's cache on this machine, once, and checks each by its hash.
+"""Downloads files of the Hub to Hugging Face's cache on this machine, each once, and checks their hashes.
 
     name = files.resolve("model.pretrained", names.model("Qwen/Qwen3-0.6B"))   # pinned to a commit
-    folder = files.model("model.pretrained", name)                             # which `from_pretrained` loads
+    folder = files.model("model.pretrained", name)                             # for `from_pretrained`
 
-A commit never changes, so its list of files is kept in the cache (`heliostat/COMMIT.json` in the repository's folder). The Hub
-names each file by its content: a large file by its SHA-256, a small one by git's SHA-1. A download that was interrupted resumes.
+A commit never changes, so the cache keeps its list of files (`heliostat/COMMIT.json` in the repository's folder). The Hub
+identifies each file by its content: a large file by its SHA-256, a small one by git's SHA-1. An interrupted download resumes.
 Pickles and code are never downloaded.
 """
 
@@ -34,22 +34,22 @@ from heliostat.text import plural, printable
 
 log = logging.getLogger(__name__)
 
-ABOUT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")  # what is downloaded of a model, in addition to weights
+ABOUT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")  # files of a model, in addition to weights
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"
-STEMS = ("model", "diffusion_pytorch_model")  # of the libraries' names of weights
+STEMS = ("model", "diffusion_pytorch_model")  # names of weights that the libraries use
 PICKLES = (".bin", ".ckpt", ".h5", ".msgpack", ".pt", ".pth")
-ELSEWHERE = ("coreml/", "flax/", "gguf/", "onnx/", "openvino/", "original/")  # folders of the same model for other libraries
+ELSEWHERE = ("coreml/", "flax/", "gguf/", "onnx/", "openvino/", "original/")  # folders with the same model for other libraries
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 PARTS = r"-\d+-of-\d+"
 THREADS = 8
 BLOCK = 16 << 20
-LOCK_S = 3600.0  # in which another process downloads a file
+LOCK_S = 3600.0  # seconds to wait for another process that downloads a file
 CONVERT = "https://huggingface.co/spaces/safetensors/convert"
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """Describes a file: its path in the repository, its bytes, and its SHA-256 or git's SHA-1 (64 or 40 hex digits)."""
+    """Describes a file in a repository. `hash`: SHA-256, or git's SHA-1 (64 or 40 hex digits); "" if unknown."""
 
     path: str
     bytes: int
@@ -57,7 +57,7 @@ class HubFile:
 
 
 def resolve(key: str, name: HubName) -> HubName:
-    """Pins a name to the commit that its revision has now; without a network, to the one that it had at the last download."""
+    """Pins a name to the current commit of its revision; without a network, to its commit at the last download."""
     if name.pinned:
         return name
     reference = _repository(name) / "refs" / name.revision
@@ -77,13 +77,13 @@ def resolve(key: str, name: HubName) -> HubName:
     if not COMMIT.fullmatch(commit):
         raise DataError(f"{key}: {client.endpoint()} gives no commit for {name}. Is it a server of the Hub's protocol?")
     if commit != known:
-        with suppress(OSError):  # a cache that can't be written to
+        with suppress(OSError):  # the cache can't be written
             _write(reference, commit)
     return name.at(commit)
 
 
 def listing(key: str, name: HubName) -> list[HubFile]:
-    """Lists all files of a pinned name's repository, sorted by path."""
+    """Lists all files in the repository of a pinned name, sorted by path; without a network, those in the cache."""
     kept = _repository(name) / "heliostat" / f"{name.revision}.json"
     with suppress(OSError, ValueError, TypeError):
         return _kept(kept)
@@ -120,12 +120,12 @@ def _kept(place: Path) -> list[HubFile]:
 
 
 def folder(name: HubName) -> Path:
-    """Returns the folder, or the file, of a pinned name in this machine's cache, which may not be there yet."""
+    """Returns the folder, or the file, of a pinned name in this machine's cache. It may not exist yet."""
     return _snapshot(name) / name.inside
 
 
 def of_folder(path: Path) -> HubName | None:
-    """Returns the pinned name of a place in the cache; None for any other place."""
+    """Returns the pinned name of a path in the cache; None for any other path."""
     if not path.is_relative_to(client.cache()):
         return None
     place = re.fullmatch(r"(model|dataset)s--([^/]+?)--([^/]+)/snapshots/([^/]+)/?(.*)", str(path.relative_to(client.cache())))
@@ -135,9 +135,9 @@ def of_folder(path: Path) -> HubName | None:
 
 
 def download(key: str, name: HubName, wanted: Iterable[HubFile]) -> None:
-    """Downloads the files of a pinned name that the cache lacks, and checks each once by its hash.
+    """Downloads the files of a pinned name that the cache lacks, and checks the hash of each once.
 
-    DataError for a file whose content isn't what the Hub lists; it is removed, so the next command downloads it again.
+    DataError if a file differs from the Hub's list. The file is removed, so the next command downloads it again.
     """
     lacking = [f for f in wanted if not _is_checked(name, f)]
     absent = [f for f in lacking if not (_snapshot(name) / f.path).is_file()]
@@ -168,14 +168,14 @@ def _one(key: str, name: HubName, file: HubFile) -> None:
         place.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise _changed(key, name, file)
-    with suppress(OSError):  # a cache that can't be written to
+    with suppress(OSError):  # the cache can't be written
         _write(_mark(name, file), _state(place))
 
 
 def _fetch(key: str, name: HubName, file: HubFile) -> None:
-    """Downloads a file to the cache, from where an earlier command was interrupted. It appears there when its hash is right.
+    """Downloads a file to the cache, and resumes an interrupted download. The file appears there once its hash is right.
 
-    It gives up when no byte has come for the retry budget.
+    Gives up when no byte arrives for the retry budget.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -207,7 +207,7 @@ def _fetch(key: str, name: HubName, file: HubFile) -> None:
                     partial.unlink()
                     if not resumed:
                         raise _changed(key, name, file)
-                    resumed = 0  # what was there before may be damaged: from its start, once
+                    resumed = 0  # the earlier part may be damaged: starts once more from the beginning
                 partial.replace(blob)
             _link(blob, _snapshot(name) / file.path)
 
@@ -218,7 +218,7 @@ def _link(blob: Path, place: Path) -> None:
         return
     try:
         place.symlink_to(os.path.relpath(blob, place.parent))
-    except OSError:  # a file system without links
+    except OSError:  # the file system doesn't support links
         blob.replace(place)
 
 
@@ -244,7 +244,7 @@ def _matches(place: Path, file: HubFile) -> bool:
 
 
 def _is_checked(name: HubName, file: HubFile) -> bool:
-    """Tells whether a file is in the cache as it was when its hash was checked."""
+    """Returns whether a file in the cache is unchanged since its hash was checked."""
     try:
         return _mark(name, file).read_text() == _state(_snapshot(name) / file.path)
     except OSError:
@@ -269,9 +269,9 @@ def _snapshot(name: HubName) -> Path:
 
 
 def _downloaded(name: HubName) -> list[HubFile]:
-    """Lists the files of a commit that the cache has; each is named by its hash where the cache keeps links.
+    """Lists a commit's files in the cache. Where the cache has links, a file's hash is the name of the link's target.
 
-    Empty if there are none, or a download to the repository's folder was interrupted: some may be missing.
+    Empty if there are none. Also empty if a download in the repository was interrupted, because some files may be missing.
     """
     if any((_repository(name) / "blobs").glob("*.incomplete")):
         return []
@@ -298,9 +298,9 @@ def _write(place: Path, text: str) -> None:
 
 
 def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False) -> Path:
-    """Downloads a pinned model and returns its folder; without `weights`, only what says what it is: configuration, tokenizer.
+    """Downloads a pinned model and returns its folder; without `weights`, only its configuration and tokenizer.
 
-    ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: a pickle can run code when it is loaded.
+    ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: loading a pickle can run code.
     """
     listed = [f for f in listing(key, name) if not f.path.startswith(ELSEWHERE)]
     inside = f"{name.inside}/" if name.inside else ""
@@ -313,7 +313,7 @@ def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False
         fix = f"Convert it at {CONVERT}, and name the revision that it makes: {name.repo}@refs/pr/NUMBER"
         fault = f"{pickles[0]} is a pickle, which can run code). {fix}" if pickles else "no weights). Name a model that has them"
         raise ConfigError(f"{key}: {name.repo} has no safetensors ({fault}")
-    beside = f"{name.inside.rpartition('/')[0]}/tokenizer/".removeprefix("/")  # where diffusers keeps an encoder's
+    beside = f"{name.inside.rpartition('/')[0]}/tokenizer/".removeprefix("/")  # diffusers' folder for an encoder's tokenizer
     listed = [f for f in listed if f.path.startswith((inside, beside))]
     about = [f for f in listed if f.path.endswith(ABOUT)]
     download(key, name, about + (chosen if weights else []))
@@ -321,7 +321,7 @@ def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False
 
 
 def weight_files(listed: list[HubFile]) -> list[HubFile]:
-    """Chooses the safetensors that the libraries load: where a folder has several sets, the one under the usual name."""
+    """Chooses the safetensors that the libraries load. If a folder has several sets, this is the set with the usual name."""
     folders: dict[str, list[HubFile]] = {}
     for f in listed:
         folders.setdefault(str(PurePosixPath(f.path).parent), []).append(f)
@@ -329,7 +329,7 @@ def weight_files(listed: list[HubFile]) -> list[HubFile]:
 
 
 def _usual(files: list[HubFile]) -> list[HubFile]:
-    """Chooses of a folder's files the weights in one file, or those that an index lists; all safetensors without such a set."""
+    """Chooses a folder's weights: one file, or the files of an index. Without either, all safetensors."""
     named = {PurePosixPath(f.path).name: f for f in files if f.path.endswith((WEIGHTS, INDEX))}
     for stem in STEMS:
         if whole := named.get(f"{stem}{WEIGHTS}"):
@@ -340,7 +340,7 @@ def _usual(files: list[HubFile]) -> list[HubFile]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Counts the bytes of a model's weights: those in its folder, or, of the Hub, those that its list of files has."""
+    """Counts the bytes of a model's weights in its folder; for a model of the Hub, by the Hub's list of files."""
     if (name := of_folder(path)) is None:
         return sum(p.stat().st_size for p in path.rglob(f"*{WEIGHTS}"))
     prefix = f"{name.inside}/" if name.inside else ""
@@ -348,7 +348,7 @@ def weight_bytes(path: Path) -> int:
 
 
 def absent_weights(path: Path) -> dict[str, str]:
-    """Returns the SHA-256 of the weights that a folder of the cache has on the Hub and not here, by name; empty for others."""
+    """Returns the SHA-256 of each weight file that the Hub has and this folder of the cache lacks, by name; else {}."""
     if (name := of_folder(path)) is None:
         return {}
     prefix = f"{name.inside}/" if name.inside else ""
@@ -358,12 +358,12 @@ def absent_weights(path: Path) -> dict[str, str]:
 
 
 def shown(path: Path) -> str:
-    """Returns how a person names a folder: a model of the Hub by its name."""
+    """Returns the name of a folder for people: for a model of the Hub, its name there."""
     return str(of_folder(path) or path)
 
 
 def readable(size: int) -> str:
-    """Formats bytes for people: `1.2 GB`."""
+    """Formats a number of bytes for people: `1.2 GB`."""
     value, unit = float(size), "B"
     for larger in ("KB", "MB", "GB", "TB"):
         if value < 1000:

@@ -1,6 +1,6 @@
-"""Reads names of the Hugging Face Hub: `ORG/NAME[/FOLDER][@REVISION]` for models, `hf://datasets/ORG/NAME[/PATH][@REVISION]`.
+"""Parses names of the Hugging Face Hub: `ORG/NAME[/FOLDER][@REVISION]` for models, `hf://datasets/ORG/NAME[/PATH][@REVISION]`.
 
-A revision is a branch, a tag, or a commit. A name with the 40 digits of a commit is pinned: it always means the same files.
+A revision is a branch, a tag, or a commit. A name with the 40 digits of a commit is pinned: it always identifies the same files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REVISION = re.compile(r"(?P<revision>refs/(?:convert|pr)/[\w-]+|[\w.-]+)(?:/(?P<
 
 @dataclass(frozen=True)
 class HubName:
-    """Identifies a model or a dataset of the Hub, at a revision; `inside`: a folder, file, or glob in it, "" for all."""
+    """Identifies a model or a dataset on the Hub, at a revision. `inside`: a folder, file, or glob in it; "" for all files."""
 
     kind: Literal["model", "dataset"]
     repo: str
@@ -43,7 +43,7 @@ class HubName:
 
     @property
     def command(self) -> str:
-        """Returns the command that downloads all of it."""
+        """Returns the command that downloads the complete repository."""
         revision = "" if self.revision == MAIN else f" --revision {self.revision}"
         return f"hf download {self.repo}{' --repo-type dataset' if self.kind == 'dataset' else ''}{revision}"
 
@@ -52,7 +52,7 @@ class HubName:
 
 
 def model(name: str) -> HubName | None:
-    """Reads the name of a model; None for a text that can't be one."""
+    """Parses the name of a model; None if the text can't be one."""
     match = MODEL.fullmatch(name)
     if match is None or not _is_revision(match["revision"] or MAIN):
         return None
@@ -60,7 +60,7 @@ def model(name: str) -> HubName | None:
 
 
 def _is_revision(text: str) -> bool:
-    """Tells whether a text can be a revision, which is also a path in the cache."""
+    """Returns whether a text can be a revision, which is also a path in the cache."""
     return is_inside(text) and re.fullmatch(r"[\w./-]+", text) is not None
 
 
@@ -69,12 +69,12 @@ def is_dataset(uri: str) -> bool:
 
 
 def dataset(key: str, uri: str) -> HubName:
-    """Reads the URI of a dataset, with its revision after the name or at the end; ConfigError if it isn't one."""
+    """Parses the URI of a dataset, with its revision after the name or at the end; ConfigError if it isn't one."""
     expected = f"{DATASETS}ORG/NAME[/PATH][@REVISION]"
     org, _, rest = uri.removeprefix(DATASETS).partition("/")
     name, mark, inside = rest.partition("/")
     revision = MAIN
-    if "@" in name:  # as Hugging Face writes it
+    if "@" in name:  # the form that Hugging Face uses
         name, _, rest = f"{name}{mark}{inside}".partition("@")
         if not (match := REVISION.fullmatch(rest)):
             raise ConfigError(f"{key}: {uri!r}: {rest!r} isn't a revision. Write {expected}")
