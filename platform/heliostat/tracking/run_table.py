@@ -1,4 +1,4 @@
-"""Lists runs in a table, newest first: how each stands, what it reached, and what it cost."""
+"""Lists runs in a table, newest first, with status, step, scores, speed, goodput, and cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ class About(TypedDict):
 
 
 class RunRow(About):
-    """Describes a run as a row of the table; `worker_hours`: workers times hours, over all its attempts; `sweep`: its run id."""
+    """Describes a run as a row of the table. `started` and `ended` are seconds since the epoch.
+
+    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: the MLflow run
+    id of the sweep.
+    """
 
     step: int
     steps: int | None
@@ -43,7 +47,7 @@ class RunRow(About):
 
 
 def rows(client: MlflowClient, experiment: str | None) -> list[RunRow]:
-    """Builds a row for each run that heliostat made; those whose driver has died are settled first."""
+    """Builds a row for each run that heliostat made. First corrects the status of runs whose driver has died (`settle`)."""
     names = mlflow_client.experiments(client, experiment)
     return [row(settle(client, run), names[run.info.experiment_id]) for run in mlflow_client.runs(client, list(names))]
 
