@@ -17,6 +17,7 @@ TIMEOUT_S = 10.0
 
 
 def headers(token: str | None) -> dict[str, str]:
+    """Returns the HTTP header with the token; empty without a token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 

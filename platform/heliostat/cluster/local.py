@@ -59,6 +59,7 @@ class ClusterState:
 
     @property
     def token(self) -> str:
+        """Reads the cluster's token; ConfigError if the file isn't readable."""
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
@@ -72,6 +73,7 @@ STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End 
 
 
 def home() -> Path:
+    """Returns the workspace's folder with the records of its local clusters."""
     return workspace.root() / ".heliostat" / "clusters"
 
 

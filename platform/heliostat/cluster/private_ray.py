@@ -87,6 +87,7 @@ def sessions() -> Path:
 
 
 def token_file() -> Path:
+    """Returns the path of the token of this process's private Ray."""
     return sessions() / f"token-{os.getpid()}"
 
 

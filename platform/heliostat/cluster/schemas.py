@@ -40,6 +40,7 @@ def faults(cluster: ClusterFile) -> list[str] | None:
 
 
 def crd_folder() -> Path:
+    """Returns the folder in which KubeRay's CRDs are expected."""
     return Path(os.environ.get(CRDS) or workspace.root().parent / "shared" / "kuberay-crds")
 
 

@@ -43,6 +43,7 @@ class SourceCode:
 
     @property
     def dirty(self) -> bool:
+        """Checks whether the code differs from its commit."""
         return bool(self.diff or self.untracked or self.left_out)
 
     @property
@@ -59,6 +60,7 @@ class SourceCode:
         return "".join(f"{note}\n" for note in notes) + self.diff
 
     def facts(self) -> dict[str, str]:
+        """Returns the commit, and the digest of the difference from it."""
         return {"commit": self.commit, "diff": self.digest}
 
     def dump(self) -> str:

@@ -147,6 +147,7 @@ class Driver:
         self._stdout, self._unsaid = sys.stdout.fileno(), 0
 
     def run(self, queue: str | None) -> int:
+        """Waits for the job's turn in the queue, runs its command to the end, and returns the exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
         if queue:
             self._wait_for_turn(queue)

@@ -40,6 +40,7 @@ class SubmissionRecord:
 
     @property
     def digest(self) -> str:
+        """Returns 16 hex digits that identify the job, or the job and its sweep."""
         whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -49,6 +50,7 @@ class SubmissionRecord:
 
     @staticmethod
     def read(job_id: str) -> SubmissionRecord | None:
+        """Reads this workspace's record of a submission; None if there is none. ConfigError if it is damaged."""
         try:
             return SUBMITTED.read(SubmissionRecord.place(job_id))
         except FileNotFoundError:

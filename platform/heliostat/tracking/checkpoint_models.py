@@ -158,6 +158,7 @@ def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
 
 
 def logged(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    """Lists the logged models of a run's checkpoints, oldest first."""
     return [m for m in logged_models(client, run) if m.model_type == KIND]
 
 

@@ -108,6 +108,7 @@ def _is_folder(what: str) -> bool:
 
 
 def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
+    """Describes a registered version with its aliases, scores, and history."""
     aliases = client.get_registered_model(version.name).aliases
     return {
         "name": version.name,
@@ -122,6 +123,7 @@ def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
 
 
 def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
+    """Describes a run with its origins, over at most `depth` generations of parents."""
     run_id, known, params = run.info.run_id, run.data.tags, run.data.params
     starts = read_json(client, run_id, ATTEMPTS, list[RecordedStart]) or []
     data = data_of(client, run)
@@ -185,10 +187,12 @@ def data_of(client: MlflowClient, run: Run) -> Consumed:
 
 
 def versions(client: MlflowClient, run_id: str) -> list[ModelVersion]:
+    """Lists the registered versions of a run, by name and number."""
     return sorted(client.search_model_versions(f"run_id = '{run_id}'"), key=lambda v: (v.name, int(v.version)))
 
 
 def distinct(values: list[T]) -> list[T]:
+    """Removes repeated values, and keeps the order."""
     return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
@@ -203,6 +207,8 @@ class Descendant(TypedDict):
 
 
 class LineageRow(Descendant):
+    """Describes a run that has trained on samples. `samples`: how many it has taken itself."""
+
     samples: int
 
 

@@ -131,7 +131,10 @@ class RunOwner:
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
-        """Writes the URI of the run's logged model, if there is one, and the samples: (prompt, generated text)."""
+        """Writes the URI of the run's logged model, if there is one, and the samples: (prompt, generated text).
+
+        TrackingError if MLflow rejects them, or doesn't answer for AWAY_S.
+        """
         from mlflow.exceptions import MlflowException
 
         client = self.client()

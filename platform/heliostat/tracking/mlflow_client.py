@@ -87,6 +87,7 @@ def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -
 
 
 def write_json(client: MlflowClient, run_id: str, value: object, artifact: str) -> None:
+    """Writes a JSON artifact of a run, in place of an earlier one."""
     client.log_dict(run_id, value, artifact)  # type: ignore[arg-type]  # it takes any JSON value
 
 
@@ -137,7 +138,7 @@ def _probe(uri: str) -> None:
 
 @contextmanager
 def asking(uri: str) -> Iterator[None]:
-    """Converts every error of MLflow within the context into a TrackingError of one line.
+    """Converts errors of MLflow and of its database within the context into a TrackingError of one line.
 
     First waits until an HTTP server answers, with any status; TrackingError if it doesn't within BUDGET_S.
     """

@@ -72,6 +72,7 @@ class Term:
 
     @staticmethod
     def parse(text: str) -> Term:
+        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; ConfigError if the text has another form."""
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
         try:
             if match:
@@ -134,11 +135,13 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
 
 
 def history(version: ModelVersion) -> list[HistoryEntry]:
+    """Reads a version's history, oldest event first; TrackingError if the tag is damaged."""
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
 def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
+    """Appends an event to a version's history, which keeps the newest KEPT events."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 

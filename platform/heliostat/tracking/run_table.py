@@ -19,6 +19,8 @@ COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate",
 
 
 class About(TypedDict):
+    """Describes a run as MLflow lists it. `started` and `ended`: seconds since the epoch."""
+
     run_id: str
     name: str
     experiment: str
@@ -29,10 +31,10 @@ class About(TypedDict):
 
 
 class RunRow(About):
-    """Describes a run as a row of the table. `started` and `ended` are seconds since the epoch.
+    """Describes a run as a row of the table.
 
-    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: the MLflow run
-    id of the sweep.
+    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: its sweep's run
+    id.
     """
 
     step: int
@@ -65,6 +67,7 @@ def about(run: Run, experiment: str) -> About:
 
 
 def row(run: Run, experiment: str) -> RunRow:
+    """Builds the table's row for a run, from its metrics, tags, and params in MLflow."""
     metrics, known, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
     return {
@@ -82,6 +85,7 @@ def row(run: Run, experiment: str) -> RunRow:
 
 
 def cells(rows: list[RunRow]) -> list[list[str]]:
+    """Formats rows as text, with the names of the columns first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 

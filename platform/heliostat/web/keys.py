@@ -42,7 +42,7 @@ def made(path: Path) -> bool:
 def read(path: Path) -> dict[str, str]:
     """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`.
 
-    ConfigError if other users can read the file, or if it has an invalid line or no key. No error shows a key.
+    ConfigError if the file is unreadable, or open to other users, or has an invalid line or no key. No error shows a key.
     """
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
