@@ -1,6 +1,6 @@
-"""Computes how many workers fit on nodes, next to the tasks that read the data.
+"""Computes how many workers fit on a cluster's nodes, together with the tasks that read the data.
 
-Pure arithmetic: the plan applies it to cluster files, the driver and sweeps to running nodes.
+Pure arithmetic. The plan applies it to cluster files; the driver and sweeps apply it to running nodes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from heliostat.cluster.cluster_file import ClusterFile, NodePool
 from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 
-Resources = Mapping[str, float]  # of a node: CPU, GPU
-FETCHING = 1.0  # CPUs that a data task needs, on one node
+Resources = Mapping[str, float]  # a node's amounts of CPU and GPU
+FETCHING = 1.0  # CPUs that a data task needs; one node must have them
 
 
 class LivingNode(TypedDict):
@@ -29,16 +29,16 @@ class LivingNode(TypedDict):
 
 
 def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
-    """Computes how many workers fit on a node of which `taken` CPUs are reserved."""
+    """Computes how many workers fit on a node after `taken` of its CPUs are reserved."""
     count = int((node.get("CPU", 0.0) - taken) / workers.cpus + 1e-6)
     return min(count, int(node.get("GPU", 0.0) / workers.gpus + 1e-6)) if workers.gpus else count
 
 
 def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], apart: bool = False) -> int:
-    """Computes how many workers fit on the nodes, with a data task on one of them.
+    """Computes how many workers fit on the nodes if one of the nodes also runs a data task; 0 if none can run it.
 
-    With `apart`, the data is read on other nodes, and no data task is counted here. `free`: free resources by node; `in_use`: by
-    node, how many of this run's workers are on it already.
+    `free`: free resources by node. `in_use`: number of this run's workers on each node; their resources count as free. `apart`:
+    other nodes read the data, so no data task is counted.
     """
     nodes = [{"CPU": r.get("CPU", 0.0) + in_use.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + in_use.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
@@ -51,16 +51,16 @@ def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, i
 
 
 def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], count: int) -> list[str] | None:
-    """Chooses a node for each of `count` workers, as `workers.placement` wishes; None if they do not all fit.
+    """Chooses a node for each of `count` workers by `workers.placement`; None if not all of them fit.
 
-    `free`: by node, the free resources; `in_use`: by node, how many of this run's workers are on it already.
+    `free`: free resources by node. `in_use`: number of this run's workers on each node.
     """
     most = 1 if workers.placement == "strict_spread" else 1 << 30
     left = {n: min(most - in_use.get(n, 0), fits(workers, node)) for n, node in free.items()}
     placed, chosen = {n: in_use.get(n, 0) for n in free}, list[str]()
     for _ in range(count):
         fewest = -1 if workers.placement == "pack" else 1
-        # packed: next to others, else where most fit; spread: where the fewest are
+        # pack: the node with the most of the run's workers, then with the most room; spread: with the fewest of its workers
         best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * placed[n], -left[n], n), default=None)
         if best is None:
             return None
@@ -70,15 +70,15 @@ def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, 
 
 
 def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, int]) -> bool:
-    """Checks whether the workers leave no node that may read data the CPU that a data task needs.
+    """Checks whether the workers use so many CPUs that no node has enough left for a data task.
 
-    `cpus`: total CPUs by node, free or not; `in_use`: by node, how many of the workers are on it.
+    `cpus`: total CPUs of each node that may read data. `in_use`: number of the workers on each node.
     """
     return all(total - in_use.get(n, 0) * workers.cpus < FETCHING - 1e-6 for n, total in cpus.items())
 
 
 def require_gpus(wanted: float) -> int:
-    """Counts this machine's GPUs; ConfigError if the workers together ask for more."""
+    """Returns the number of this machine's GPUs; ConfigError if the workers together need more."""
     import torch
 
     if (count := torch.cuda.device_count()) >= wanted:
@@ -94,9 +94,10 @@ def require_gpus(wanted: float) -> int:
 def missing(
     workers: Workers, count: int, all_: Mapping[str, Resources], free: Mapping[str, Resources], apart: bool = False
 ) -> str:
-    """Explains in numbers why `count` workers wait for resources.
+    """Explains, in numbers, why `count` workers wait for resources.
 
-    `all_`: by node, the total resources of the nodes that may take the workers; `free`: by node, the free resources.
+    `all_`: total resources of the nodes that the workers may use, by node. `free`: their free resources, by node. `apart`:
+    whether other nodes read the data.
     """
     need = f"{count} workers of {_amount(workers.cpus, workers.gpus)}"
     need += "" if apart else f", and {FETCHING:g} CPU for reading the data"
@@ -126,7 +127,10 @@ def _amount(cpus: float, gpus: float) -> str:
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Tells whether a node with these labels meets every condition of the selector."""
+    """Checks whether a node's labels meet every condition of a label selector.
+
+    A condition is VALUE, !VALUE, in(VALUE, ...), or !in(VALUE, ...).
+    """
     return all(_meets(condition, labels.get(name)) for name, condition in selector.items())
 
 
@@ -138,11 +142,11 @@ def _meets(condition: str, value: str | None) -> bool:
 
 
 def check_pools(job: Job, cluster: ClusterFile) -> None:
-    """Raises ConfigError if the cluster, at its largest, cannot hold all workers, or cannot read data next to them."""
+    """Raises ConfigError if the cluster at its maximum size has no room for the job's minimum of workers, or for a data task."""
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):
-        return  # Ray finds out
+        return  # the file doesn't show the nodes' CPUs; only a running Ray does
     nodes = {f"{p.name}/{i}": {"CPU": p.cpus or 0.0, "GPU": p.gpus} for p in train for i in range(p.most)}
     if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
@@ -159,7 +163,7 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
 
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
-    """Selects the pools whose nodes the labels select; ConfigError if pools have labels, but none has these."""
+    """Returns the pools that match the labels; ConfigError if some pools have labels, but none has these."""
     pools = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not pools and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})

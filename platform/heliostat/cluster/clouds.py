@@ -1,9 +1,9 @@
-"""Finds what would break at the first real `ray up` of a cluster file on AWS or Google Cloud, and what any file leaves open.
+"""Warns about settings that fail at the first `ray up` on AWS or Google Cloud, and about open ports in any cluster file.
 
-Ray's launcher accepts such files; what is wrong shows when machines are already paid for. The rules come from the providers'
-documentation and from reading Ray 2.60's launcher; none of them was tried on a cloud by us.
+Ray's launcher accepts such files, and the problems appear when machines are already paid for. The rules come from the providers'
+documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
 
-A process that reaches Ray's ports runs code on the cluster (CVE-2023-48022), unless Ray requires a token.
+A process that reaches Ray's ports can run code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from heliostat.cluster.cluster_file import ClusterFile, Section, groups
 
 BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
-A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High; the default, pd-standard, is refused
+A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High, which doesn't support the default (pd-standard)
 SPOT_WATCHER = "heliostat.cluster.spot"
 PRIVATE_REGISTRY = re.compile(r"\.dkr\.ecr\.[\w-]+\.amazonaws\.com$|-docker\.pkg\.dev$|^(?:\w+\.)?gcr\.io$")
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
+    """Yields warnings about a launcher file for AWS or Google Cloud; none for other files."""
     if cluster.kind != "launcher" or cluster.provider not in ("aws", "gcp"):
         return
     yield from _image(cluster)
@@ -31,7 +32,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _nodes(cluster: ClusterFile) -> Iterator[tuple[str, Section, Section, bool]]:
-    """Yields (key of its node_config, node_config, node type, whether it has GPUs) of every node type."""
+    """Yields (key of its node_config, node_config, node type, whether it has GPUs) for every node type."""
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         yield f"available_node_types.{name}.node_config", node.get("node_config") or {}, node, bool(_gpus(node))
 
@@ -59,7 +60,7 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _registry(cluster: ClusterFile) -> Iterator[str]:
-    """Warns of images in a private registry that no command logs in to: Ray pulls with a plain `docker pull`."""
+    """Warns about images in a private registry without a command that logs in: Ray pulls with a plain `docker pull`."""
     nodes = (cluster.raw.get("available_node_types") or {}).values()
     registries = [
         *(cluster.raw.get("initialization_commands") or []),
@@ -72,7 +73,7 @@ def _registry(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _docker(cluster: ClusterFile) -> Iterator[str]:
-    """Warns of `docker run` options that containers with GPUs need and that are missing."""
+    """Warns about missing `docker run` options that containers with GPUs need."""
     if not cluster.raw.get("docker"):
         return
     shared = [word for where, words in docker_options(cluster) if where.startswith("docker.") for word in words]
@@ -162,7 +163,7 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
-    """Warns of machines with a public address: Ray gives one to every machine whose network interface is not written out."""
+    """Warns about machines with a public address. Ray gives one to every machine without `networkInterfaces` in the file."""
     for where, config, _, _ in _nodes(cluster):
         interfaces = config.get("networkInterfaces")
         if not interfaces:
@@ -182,7 +183,7 @@ def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
             )
 
 
-# what stands open -----------------------------------------------------------------------------------------------------
+# open ports -----------------------------------------------------------------------------------------------------------
 
 
 DOCKER_OPTIONS = ("run_options", "head_run_options", "worker_run_options")
@@ -192,6 +193,7 @@ DASHBOARD = re.compile(r"--dashboard-host[= ]+(\"[^\"]*\"|'[^']*'|\$\([^)]*\)|\S
 
 
 def open_ports(cluster: ClusterFile) -> Iterator[str]:
+    """Yields warnings about ports of Ray that others can reach, and about a Ray without a token."""
     yield from _launcher_ports(cluster) if cluster.kind == "launcher" else _kuberay_ports(cluster.spec)
 
 
@@ -205,8 +207,8 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
             break
     if not cluster.local:
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-            starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each in a shell of its own
-            if not starts or not all(map(_asks_for_token, starts)):  # none: Ray runs its own, without
+            starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each has its own shell
+            if not starts or not all(map(_asks_for_token, starts)):  # if none: Ray's default, without a token
                 yield (f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them")
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
@@ -219,12 +221,12 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _asks_for_token(command: str) -> bool:
-    """Checks whether `ray start` runs with token authentication on, and is given the token's path."""
+    """Checks whether a command runs `ray start` with token authentication and gives it the token's path."""
     return re.search(r"RAY_AUTH_MODE=['\"]?token\b", command) is not None and "RAY_AUTH_TOKEN_PATH=" in command
 
 
 def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
-    """Yields (key, words) of every list of `docker run` options in a launcher file, its node types' included."""
+    """Yields (key, words) for every list of `docker run` options in a launcher file, including those of node types."""
     places: list[tuple[str, Section]] = [("docker", cluster.raw.get("docker") or {})]
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         places.append((f"available_node_types.{name}.docker", node.get("docker") or {}))
@@ -237,7 +239,7 @@ def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
 def _words(option: str) -> list[str]:
     try:
         return shlex.split(option)
-    except ValueError:  # an unclosed quote: docker would refuse it, too
+    except ValueError:  # an unclosed quote, which docker would reject too
         return option.split()
 
 

@@ -1,7 +1,7 @@
 """Reads cluster files: Ray cluster-launcher YAML, or KubeRay manifests.
 
-heliostat has no cluster schema of its own: the files are those of the tools that use them (`ray up`, kubectl), and this module
-only reads out the pools of nodes, their sizes, labels and images. `cluster.review` judges them.
+heliostat has no cluster schema of its own. The files belong to the tools that use them (`ray up`, kubectl), and this module only
+reads the node pools, with their sizes, labels, and images. `cluster.review` checks the files.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from heliostat.errors import ConfigError
 from heliostat.schema import documents
 from heliostat.text import brief
 
-ACCELERATOR = "ray.io/accelerator-type"  # Ray's own label of a node's GPU
+ACCELERATOR = "ray.io/accelerator-type"  # Ray's label for a node's GPU
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
-Section = dict[str, Any]  # a mapping of a cluster file, or of an answer of its tool, whose schema is the tool's own
+Section = dict[str, Any]  # a mapping in a cluster file, or in its tool's output; the tool defines the schema
 
 
 @dataclass(frozen=True)
 class NodePool:
     """Describes a pool of identical nodes.
 
-    `least` and `most` bound the number of nodes; `cpus` and `gpus` are of one node, `cpus` None where the file leaves it to Ray
-    to find out.
+    `least` and `most` bound the number of nodes. `cpus` and `gpus` belong to one node; `cpus` is None if Ray counts them.
     """
 
     name: str
@@ -46,9 +45,9 @@ class NodePool:
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """Holds a cluster file as read.
+    """Holds the content of a cluster file.
 
-    `kind`: launcher, RayCluster or RayJob; `raw`: the document that defines the cluster; `others`: the file's other documents.
+    `kind`: launcher, RayCluster, or RayJob. `raw`: the document that defines the cluster. `others`: the file's other documents.
     """
 
     path: Path
@@ -59,9 +58,9 @@ class ClusterFile:
 
     @cached_property
     def pools(self) -> tuple[NodePool, ...]:
-        """Returns the pools of nodes.
+        """Returns the node pools.
 
-        ConfigError if the file is too malformed to read them; validating it against its schema (`schemas`) shows where.
+        ConfigError if the file is too malformed for that; validation against its schema (`schemas`) then shows the place.
         """
         with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
@@ -81,12 +80,12 @@ class ClusterFile:
 
     @property
     def local(self) -> bool:
-        """Tells whether every address is of this machine: then the nodes are processes that heliostat starts itself."""
+        """Checks whether all addresses are on this machine. heliostat itself then starts the nodes, as processes."""
         return self.provider == "local" and all(a.startswith("127.") for a in self.addresses)
 
     @property
     def addresses(self) -> list[str]:
-        """Lists the nodes' addresses of a `local` provider, the head's first."""
+        """Lists the addresses of a `local` provider's nodes, the head's first."""
         return [str(self.raw["provider"].get("head_ip", "")), *map(str, self.raw["provider"].get("worker_ips", []))]
 
     @property
@@ -97,7 +96,7 @@ class ClusterFile:
 
 @contextmanager
 def shaped(path: Path) -> Iterator[None]:
-    """Turns errors of reading a file that no schema has validated into ConfigError: missing keys, values of the wrong type."""
+    """Converts errors of code that reads a file without validation into ConfigError: missing keys, values of the wrong type."""
     try:
         yield
     except ConfigError:
@@ -108,7 +107,7 @@ def shaped(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> ClusterFile:
-    """Reads a cluster file; ConfigError if it is of neither kind, or lacks its name or another required part."""
+    """Reads a cluster file; ConfigError if it has neither format, or lacks its name or another required part."""
     documents = _documents(path)
     schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
@@ -157,7 +156,7 @@ def _launcher_pools(raw: Section) -> Iterator[NodePool]:
             instance=config.get("InstanceType") or config.get("machineType"),
             spot="InstanceMarketOptions" in config or "SPOT" in str(config.get("scheduling")),
         )
-    if raw["provider"]["type"] == "local":  # what a node has is in its start command, or Ray finds out
+    if raw["provider"]["type"] == "local":  # the start commands have a node's resources, or Ray finds them
         workers = len(raw["provider"].get("worker_ips") or [])
         yield NodePool("head", True, 1, 1, None, 0, {}, docker.get("image"))
         yield NodePool(
@@ -166,7 +165,7 @@ def _launcher_pools(raw: Section) -> Iterator[NodePool]:
 
 
 def groups(spec: Section) -> list[tuple[str, Section]]:
-    """Lists (name, group) of a RayCluster spec, the head first."""
+    """Lists (name, group) for the node groups of a RayCluster spec, the head's first."""
     return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
 
 
@@ -192,6 +191,6 @@ def _kuberay_pools(spec: Section) -> Iterator[NodePool]:
 
 
 def quantity(value: object) -> float:
-    """Parses a Kubernetes quantity of CPUs or GPUs: 8, "8" or "500m"."""
+    """Parses a Kubernetes quantity of CPUs or GPUs: 8, "8", or "500m" (0.5)."""
     text = str(value)
     return float(text[:-1]) / 1000 if text.endswith("m") else float(text)

@@ -1,8 +1,10 @@
-"""Connects the driver to Ray: to the cluster that it runs in or that is named, or to a private one on this machine.
+"""Connects the driver to Ray: to the cluster that RAY_ADDRESS names, or to a private Ray on this machine.
 
-`RAY_ADDRESS` (set in every Ray job) names a cluster; otherwise a local Ray starts, with no dashboard, and more logical CPUs than
-cores, because the data tasks that feed the workers mostly wait for I/O. It is this user's alone: it listens on loopback, requires
-a token that is made for it, and keeps its files, sockets and the token in a folder that only this user may enter.
+`RAY_ADDRESS` is set in every Ray job. Without it a private Ray starts, without a dashboard. It has more logical CPUs than cores,
+because the data tasks that feed the workers mostly wait for I/O.
+
+Only this user can use a private Ray. It listens on loopback, requires its own token, and keeps its files, sockets, and token in
+a folder that only this user may enter.
 """
 
 from __future__ import annotations
@@ -33,12 +35,19 @@ END_S = 5.0  # for the processes of a private Ray to end by themselves
 
 
 def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
-    """Returns the runtime environment of workers on a cluster named by RAY_ADDRESS; empty on a private Ray, which inherits it."""
+    """Returns the runtime environment of workers on a cluster that RAY_ADDRESS names.
+
+    Empty for a private Ray, whose workers inherit the variables.
+    """
     return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
 
 
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
-    """Joins or starts Ray with room for `cpus` logical CPUs; does nothing if the process is already connected."""
+    """Joins the cluster of RAY_ADDRESS, or starts a private Ray with `cpus` logical CPUs. A second call does nothing.
+
+    `gpus`: number of GPUs of a private Ray, at most those of this machine; ConfigError if it has none. `verbose`: shows Ray's
+    logs and the workers' output. ClusterError if Ray doesn't start.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name, value in UNTOLD.items():
         os.environ.setdefault(name, value)
@@ -52,15 +61,15 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
                 "none of the cluster's %g CPUs is free, so its tasks wait for one", ray.cluster_resources().get("CPU", 0.0)
             )
         return
-    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray would hand out as many as it sees
+    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray itself doesn't check that they exist
     with _confined(gpus), _without_monitors(verbose), _in_own_groups():
         init(
-            address="local",  # never what another user says in /tmp/ray that runs here
+            address="local",  # not the address in /tmp/ray, which another user can write
             num_cpus=cpus,
             num_gpus=gpus or None,
             include_dashboard=False,
             _node_ip_address=LOOPBACK,
-            _temp_dir=str(private_ray.sessions() / "ray"),  # Ray opens this folder itself to everybody
+            _temp_dir=str(private_ray.sessions() / "ray"),  # Ray itself opens this folder to all users
             **options,
         )
         atexit.register(disconnect)
@@ -68,23 +77,23 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
 
 @contextlib.contextmanager
 def _confined(gpus: int) -> Iterator[None]:
-    """Sets the environment so that a Ray that starts inside the context is private; restores it afterwards."""
+    """Sets the environment so that a Ray that starts within the context is private. Restores the environment afterwards."""
     from ray._private import ray_constants
 
     private.tighten(Path.home() / ".ray" / "auth_token")
     before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(private_ray.environment(gpus))
-    for name in AUTHENTICATION:  # with the mode unset, Ray turns authentication on whatever the mode was when it was imported
+    for name in AUTHENTICATION:  # if the mode is unset, Ray turns authentication on, whatever the mode was at import
         os.environ.pop(name, None)
     if not token_file().exists():
         private.write_token(token_file())
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file())
     loader: Any = ray._raylet
     loader.AuthenticationTokenLoader.instance().reset_cache()
-    ray_constants.ENABLE_RAY_CLUSTER = False  # read when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable at import
     server = private_ray.ahead(gpus)
     try:
-        runs = server and os.access(server.launcher, os.X_OK)  # not where temporary files may not be executed
+        runs = server and os.access(server.launcher, os.X_OK)  # False if temporary files may not be executed
         with _forking(server.launcher) if server and runs else contextlib.nullcontext():
             yield
         if server and (not runs or server.process.poll() is not None):
@@ -98,9 +107,9 @@ def _confined(gpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forking(launcher: Path) -> Iterator[None]:
-    """Makes a Ray that starts inside start what it has in Python by the launcher, which runs no agent of a dashboard.
+    """Makes a Ray that starts within the context start its Python processes through the launcher, without the dashboard's agent.
 
-    Ray would look whether the agent's libraries can be imported by importing them here: a second.
+    It also replaces Ray's check of the agent's libraries, which imports them into this process for a second.
     """
     absent = ImportError("a private Ray has no dashboard")
     executable = patch.object(sys, "executable", str(launcher))
@@ -110,9 +119,10 @@ def _forking(launcher: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_own_groups() -> Iterator[None]:
-    """Keeps signals to this process's group from a Ray that starts inside, which would end before a last checkpoint.
+    """Gives the processes of a Ray that starts within the context their own process groups.
 
-    Only where the kernel ends them with this process: elsewhere Ray itself ends the whole group.
+    A signal to this process's group would otherwise end Ray before the last checkpoint. Does nothing if the kernel can't end
+    Ray's processes together with this one: then Ray itself ends the whole group.
     """
     from ray._private import services, utils
 
@@ -124,11 +134,11 @@ def _in_own_groups() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves a cluster, or ends a private Ray and kills what is left of it: an actor's process may hang in its own exit."""
+    """Leaves a cluster, or ends a private Ray and kills its remaining processes: an actor's process may hang in its own exit."""
     if not ray.is_initialized():
         return
     node = ray_internals.own_node()
-    if "raylet" not in node.all_processes:  # a cluster's, which runs on
+    if "raylet" not in node.all_processes:  # it belongs to a cluster, which keeps running
         ray.shutdown()
         return
     server = private_ray.fork_server()
@@ -136,16 +146,17 @@ def disconnect() -> None:
     workers = [worker for parent in parents for worker in processes.descendants(parent)]
     ray.shutdown()
     _, left = psutil.wait_procs(workers, timeout=END_S)
-    private_ray.end()  # which kills its forks
+    private_ray.end()  # also kills the forks
     processes.stop(left)
 
 
 @contextlib.contextmanager
 def _without_monitors(verbose: bool) -> Iterator[None]:
-    """Keeps a Ray that starts inside from starting three processes that a private one has no use for, each a second of CPU.
+    """Keeps a Ray that starts within the context from starting processes that a private Ray doesn't need.
 
-    The autoscaler's, the dashboard's, which starts even without a dashboard, and, unless `verbose`, the one that polls ten times
-    a second for new log lines for the driver. A fourth, the dashboard's agent, is replaced (`_forking`): the raylet waits for it.
+    Each would cost a second of CPU. They are the autoscaler's process, the dashboard's process (which starts even without a
+    dashboard), and, unless `verbose`, the log monitor. The log monitor polls for new log lines for the driver ten times per
+    second. The dashboard's agent is replaced (`_forking`), because the raylet waits for it.
     """
     from ray._private.node import Node
 
@@ -168,7 +179,7 @@ TRIES = 2
 
 
 def init(**options: Any) -> None:
-    """Calls `ray.init`, again if it fails once; ClusterError if it fails twice.
+    """Calls `ray.init`, and a second time if the first fails; ClusterError if both fail.
 
     Ray gives its processes 30 s to start, and a busy machine may need more.
     """
@@ -194,7 +205,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _end_new(before: set[psutil.Process]) -> None:
-    """Ends the processes that a failed start has left."""
-    with contextlib.suppress(Exception):  # it may have got anywhere
+    """Ends the processes that a failed start has left: all children of this process that aren't in `before`."""
+    with contextlib.suppress(Exception):  # the start may have failed anywhere
         ray.shutdown()
     processes.stop(_children() - before, END_S)

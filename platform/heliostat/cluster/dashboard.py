@@ -1,4 +1,4 @@
-"""Queries a cluster's dashboard directly: every request has a deadline, and carries the token if there is one."""
+"""Queries a cluster's dashboard over HTTP. Every request has a deadline, and carries the token if there is one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ TIMEOUT_S = 10.0
 
 
 def headers(token: str | None) -> dict[str, str]:
+    """Returns the HTTP header with the token; empty without a token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def own_token() -> str | None:
-    """Finds the caller's token as Ray does: in RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token; else None."""
+    """Reads the user's token from the places that Ray uses; None if there is none.
+
+    These are, in this order, RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, and ~/.ray/auth_token.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
     default = Path.home() / ".ray" / "auth_token"
@@ -31,7 +35,7 @@ def own_token() -> str | None:
 
 
 def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple[int, Any]:
-    """Requests a URL and returns (status, decoded JSON or None); status 0 without an answer, or one that is not HTTP."""
+    """Requests a URL and returns (HTTP status, decoded JSON or None). The status is 0 if there is no valid answer."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers(token)), timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
@@ -47,7 +51,7 @@ def probe(url: str, token: str | None = None) -> int:
 
 
 class ClusterMember(TypedDict):
-    """Describes a node that belongs to the cluster, or did."""
+    """Describes a node that belongs to the cluster, or once did."""
 
     id: str
     address: str
@@ -59,7 +63,7 @@ class ClusterMember(TypedDict):
 
 
 def node_table(url: str, token: str | None) -> list[ClusterMember]:
-    """Lists every node that ever belonged to the cluster."""
+    """Lists every node that ever belonged to the cluster; empty if the cluster doesn't answer."""
     status, raw = get(f"{url}/api/v0/nodes?limit=10000&detail=1", token)
     if status != 200 or not raw.get("result"):
         return []
@@ -78,7 +82,7 @@ def node_table(url: str, token: str | None) -> list[ClusterMember]:
 
 
 def actor_alive(url: str, token: str | None, name: str) -> bool:
-    """Checks whether an actor of this name is alive; False if the cluster does not answer."""
+    """Checks whether an actor with this name is alive; False if the cluster doesn't answer."""
     wanted = urllib.parse.urlencode({"filter_keys": "name", "filter_predicates": "=", "filter_values": name, "limit": 10000})
     status, raw = get(f"{url}/api/v0/actors?{wanted}", token)
     return status == 200 and bool(raw["result"]) and any(a["state"] == "ALIVE" for a in raw["data"]["result"]["result"])

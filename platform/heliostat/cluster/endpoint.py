@@ -1,10 +1,10 @@
-"""Resolves a cluster file, an address or a local cluster's name to the address of its Jobs API and the token.
+"""Resolves a cluster file, an address, or a local cluster's name to the URL of its Jobs API and its token.
 
-Clouds keep the dashboard on the head's loopback address, so it is reached through `ray dashboard` (ssh) or `kubectl
+Clouds keep the dashboard on the head's loopback address. heliostat reaches it through `ray dashboard` (ssh) or `kubectl
 port-forward`, which run as long as they are needed.
 
-A driver of Ray must be on a node of its cluster: `join` makes this process the driver of a cluster of this machine, for
-`--cluster` of `serve` and `infer`.
+A Ray driver must run on a node of its cluster. `join` makes this process a driver of a cluster on this machine, for `--cluster`
+of `serve` and `infer`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ END_S = 10.0
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Holds the address of a cluster's Jobs API and its token.
+    """Holds the URL of a cluster's Jobs API and its token.
 
-    `here`: the cluster's nodes are on this machine, and see its files; `file`: its cluster file, if known.
+    `here`: whether the cluster's nodes are on this machine and see its files. `file`: the cluster file, if known.
     """
 
     url: str
@@ -46,10 +46,10 @@ class Endpoint:
 
 @contextlib.contextmanager
 def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]:
-    """Opens the way to a cluster's Jobs API; `target` None means the only local cluster that runs.
+    """Opens access to a cluster's Jobs API within the context. If `target` is None, uses the only local cluster that runs.
 
-    `field`: the option or argument that holds `target`. ClusterError if nothing answers there; ConfigError if `target` names no
-    cluster.
+    `field`: the option or argument that holds `target`, for errors. ClusterError if no cluster answers; ConfigError if `target`
+    doesn't name a cluster.
     """
     if target is None:
         states = local.known()
@@ -98,7 +98,7 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
 
 
 def _is_address(text: str) -> bool:
-    """Tells whether a text is HOST:PORT."""
+    """Checks whether a text is HOST:PORT."""
     match = re.fullmatch(r"(?:[^/:@]+|\[[0-9a-fA-F:]+\]):(\d+)/?", text)
     return match is not None and int(match[1]) < 1 << 16
 
@@ -128,7 +128,7 @@ def _port(cluster: ClusterFile) -> str:
 
 
 def kube_name(cluster: ClusterFile) -> str:
-    """Returns the RayCluster's name: the file's, or for a RayJob that of the cluster which KubeRay made for the job.
+    """Returns the RayCluster's name: the name in the file, or for a RayJob the name of the cluster that KubeRay made for it.
 
     ClusterError if the job has no cluster yet.
     """
@@ -142,22 +142,26 @@ def kube_name(cluster: ClusterFile) -> str:
 
 
 def kube_service(cluster: ClusterFile, name: str) -> str:
-    """Returns the name of the Kubernetes service of the head."""
+    """Returns the name of the head's Kubernetes service."""
     metadata = (cluster.spec["headGroupSpec"].get("headService") or {}).get("metadata") or {}
     return metadata.get("name") or f"{name}-head-svc"
 
 
 def kube_token(cluster: ClusterFile, name: str) -> str | None:
-    """Reads the cluster's token from its Kubernetes secret, which KubeRay gives the RayCluster's name; None if it is empty."""
+    """Reads the cluster's token from its Kubernetes secret; None if it is empty.
+
+    KubeRay gives the secret the RayCluster's name, unless the file names another.
+    """
     secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
     command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
     return base64.b64decode(tool(command, f"reading the token of {name}")).decode() or None
 
 
 def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | None = None) -> str:
-    """Runs ray or kubectl and returns its output; ClusterError with its last line if it fails, or is not installed.
+    """Runs ray, kubectl, or ssh, and returns its standard output.
 
-    `stdin`: the text for its standard input.
+    `what`: the purpose, for errors. `timeout`: in seconds. `stdin`: text for its standard input. ClusterError if it isn't
+    installed, fails (with its last line), or runs out of time.
     """
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
@@ -173,7 +177,10 @@ def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | Non
 
 @contextlib.contextmanager
 def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | None]]:
-    """Runs a forwarding command until the body ends; a free local port is its last argument (`LOCAL:8265` for kubectl)."""
+    """Runs a port-forwarding command within the context, and yields (URL, token).
+
+    The command's last argument is a free local port, or `PORT:8265` for kubectl.
+    """
     if not shutil.which(command[0]):
         raise ClusterError(f"reaching the cluster needs `{command[0]}`, which isn't on the PATH. Install it")
     port = processes.free_port()
@@ -181,7 +188,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
     try:
-        while not (private.ours(url) and dashboard.probe(url, token) == 200):  # the port was free for a moment: for others too
+        while not (private.ours(url) and dashboard.probe(url, token) == 200):  # another process may have taken the port
             if process.poll() is not None:
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
@@ -194,13 +201,14 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
         process.wait()
 
 
-STATE_PORT = 6379  # Ray's own
+STATE_PORT = 6379  # Ray's default
 
 
 def join(target: str | None) -> None:
-    """Sets this process's environment so that Ray, which is not imported yet, connects to the cluster; None: leaves it as it is.
+    """Sets this process's environment so that Ray connects to a cluster. Call it before Ray is imported.
 
-    ConfigError if `target` names no cluster of this machine, or RAY_ADDRESS another one; ClusterError if it does not answer.
+    `target`: a cluster of this machine; None changes nothing. ConfigError if it isn't one, or if RAY_ADDRESS is set too.
+    ClusterError if it doesn't answer.
     """
     if target is None:
         return
@@ -219,6 +227,6 @@ def join(target: str | None) -> None:
 
 
 def address(cluster: ClusterFile) -> str:
-    """Returns the address of Ray's state server, as the head's start command sets it."""
+    """Returns the address of Ray's state server (GCS), from the head's start command."""
     port = re.search(r"(?<!\S)--port[= ](\d+)", " ".join(cluster.raw["head_start_ray_commands"]))
     return f"{cluster.addresses[0]}:{port[1] if port else STATE_PORT}"

@@ -1,9 +1,9 @@
-"""Waits until a local cluster has had no job for some minutes, then ends it; `cluster up` starts this, `cluster down` ends it.
+"""Ends a local cluster after some minutes without a job. `cluster up` starts this process, and `cluster down` ends it.
 
     python -m heliostat.cluster.idle NAME MINUTES
 
-Jobs are what the Jobs API lists: submissions, and programs that have connected by themselves. The cluster's record is in the
-workspace of the current folder.
+A job is an entry of the Jobs API: a submission, or a program that connected by itself. The cluster's record is in the workspace
+of the current folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from heliostat.redact import Formatter
 log = logging.getLogger("heliostat")
 
 POLL_S = 15.0
-GONE_S = 600.0  # without an answer, after which there is nothing left to end
+GONE_S = 600.0  # without an answer, after which the cluster counts as ended
 
 
 def busy(url: str, token: str) -> bool | None:
-    """Checks whether a job waits or runs; None if the cluster does not answer."""
+    """Checks whether a job is pending or running; None if the cluster doesn't answer."""
     status, jobs = dashboard.get(f"{url}/api/jobs/", token)
     if status != 200:
         return None
@@ -32,9 +32,9 @@ def busy(url: str, token: str) -> bool | None:
 
 
 def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S, poll_s: float = POLL_S) -> bool:
-    """Waits until `look` has seen no job for `idle_s`; False if it has had no answer for `gone_s`.
+    """Waits until `look` has seen no job for `idle_s`, and returns True; False after `gone_s` without an answer.
 
-    Without an answer the cluster counts as busy.
+    `look` returns whether a job is pending or running, or None if the cluster doesn't answer, which counts as busy.
     """
     used = answered = time.monotonic()
     while True:
@@ -45,7 +45,7 @@ def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S,
             answered = now
         if state is False and now - used >= idle_s:
             return True
-        if state is not False:  # or it is unknown
+        if state is not False:  # busy, or unknown
             used = now
         time.sleep(poll_s)
 

@@ -1,7 +1,7 @@
-"""Starts a cluster or a job on Kubernetes, waits until KubeRay has taken it up, and reports what the operator says.
+"""Starts a cluster or a job on Kubernetes, waits until KubeRay has accepted and started it, and reports the operator's messages.
 
-`kubectl apply` succeeds as soon as Kubernetes has stored the file. Whether the operator accepts it shows later: in the resource's
-status, and in events.
+`kubectl apply` succeeds as soon as Kubernetes has stored the file. The operator accepts or rejects the file later, in the
+resource's status and in events.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from heliostat.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
-UP_S = 1200.0  # nodes that an autoscaler adds, and an image of many gigabytes
+UP_S = 1200.0  # enough for nodes that an autoscaler adds, and for an image of many gigabytes
 POLL_S = 2.0
-TAKEN_UP_S = 30.0  # within which the operator gives what it accepts a status
+TAKEN_UP_S = 30.0  # the operator gives an accepted resource a status within this time
 OF_JOB = r"-(raycluster-)?[a-z0-9]{5}"  # what KubeRay appends to a job's name to name its cluster
-FAILURES = 10  # of a call, in a row, after which the wait ends
+FAILURES = 10  # consecutive failures of a call after which the wait ends
 JOB_FAILED = ("Failed", "ValidationFailed")
 JOB_QUEUED = ("Suspended", "Suspending")
 JOB_UP = ("Running", "Complete")
@@ -45,15 +45,14 @@ class KubernetesEvent:
 
     @property
     def rejects(self) -> bool:
-        """Returns whether the operator refuses to act on the resource."""
+        """Checks whether the event reports that the operator rejects the resource."""
         return self.warning and self.reason.startswith("Invalid")
 
 
 def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
-    """Hands the file to Kubernetes and waits until the head is ready, or the job runs or is queued; returns a note.
+    """Applies the file and waits until the head is ready, or until the job runs or is queued. Returns a note for the user.
 
-    Raises ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warnings after
-    `seconds`.
+    ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warning after `seconds`.
     """
     ask = Asker(cluster)
     earlier = ask.events()
@@ -72,7 +71,7 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         status = ask.status()
         if note := _note(cluster, status):
             return note
-        if rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S:  # the same file: no new event
+        if rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S:  # same file: no new event
             raise _rejection(cluster, rejected[-1])
         if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
@@ -89,13 +88,16 @@ def _rejection(cluster: ClusterFile, event: KubernetesEvent) -> ClusterError:
 
 
 class Asker:
-    """Asks Kubernetes while a start is waited for. A call that fails now and then doesn't end it, nor do unreadable events."""
+    """Queries Kubernetes during a start. Occasional failures and unreadable events don't end the wait."""
 
     def __init__(self, cluster: ClusterFile) -> None:
         self.cluster, self.failed, self.first, self.blind = cluster, 0, True, False
 
     def events(self) -> list[KubernetesEvent]:
-        """Returns the events; none if they cannot be read, nor later if it is so at first: old ones would be taken for new."""
+        """Returns the events; an empty list if they can't be read.
+
+        If the first call fails, all later calls return an empty list too, because earlier events would count as new ones.
+        """
         first, self.first = self.first, False
         try:
             return [] if self.blind else list(_events(self.cluster))
@@ -106,7 +108,7 @@ class Asker:
             return []
 
     def status(self) -> Section:
-        """Returns the resource's status, empty where it cannot be read; ClusterError after FAILURES in a row."""
+        """Returns the resource's status; empty if it can't be read. ClusterError after FAILURES failures in a row."""
         try:
             current = _status(self.cluster)
         except ClusterError:
@@ -119,13 +121,16 @@ class Asker:
 
 
 def _is_of(event: KubernetesEvent, cluster: ClusterFile) -> bool:
-    """Checks whether an event is about the resource, or the cluster of its job, and not about others whose names begin so too."""
+    """Checks whether an event is about the resource or its job's cluster.
+
+    Names of other resources may have the same beginning.
+    """
     rest = event.name.removeprefix(cluster.name)
     return not rest or (cluster.kind == "RayJob" and re.fullmatch(OF_JOB, rest) is not None)
 
 
 def _create(cluster: ClusterFile) -> None:
-    """Applies the file; a RayJob is created, because applying one that has ended would start nothing and say nothing."""
+    """Applies the file, or creates a RayJob: applying a RayJob that has ended would start nothing, without an error."""
     what = f"starting {cluster.name}"
     if cluster.kind == "RayCluster":
         tool(["kubectl", "apply", "-f", str(cluster.path)], what)
@@ -136,7 +141,7 @@ def _create(cluster: ClusterFile) -> None:
 
 
 def _note(cluster: ClusterFile, status: Section) -> str | None:
-    """Returns what to tell the person once waiting is over; None while it isn't; ClusterError if the start failed."""
+    """Returns the note for the user when the wait is over; None before that. ClusterError if the start failed."""
     where = f"kubectl -n {cluster.namespace} get {cluster.kind.lower()} {cluster.name}"
     if cluster.kind == "RayJob":
         state = str(status.get("jobDeploymentStatus", ""))
@@ -162,7 +167,7 @@ def _status(cluster: ClusterFile) -> Section:
 
 
 def _events(cluster: ClusterFile) -> Iterator[KubernetesEvent]:
-    """Yields the events about the resource, and about the cluster and pods that KubeRay makes for it and names after it."""
+    """Yields the events of the resource, and of the cluster and pods that KubeRay makes for it and names after it."""
     command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
     for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
         about = item.get("involvedObject") or item.get("regarding") or {}

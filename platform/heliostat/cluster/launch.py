@@ -1,4 +1,4 @@
-"""Starts and stops a cluster with the tool that its file is for: heliostat's own processes, `ray up` / `ray down`, or kubectl."""
+"""Starts and stops a cluster with its file's tool: heliostat's own processes, `ray up` and `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from heliostat.text import plural
 
 log = logging.getLogger(__name__)
 
-UP_S = 3600.0  # clouds may take long to find machines
+UP_S = 3600.0  # clouds may need a long time to find machines
 
 
 class LaunchResult(TypedDict):
-    """Describes what was done to a cluster: `nodes` that were started, or `processes` that were ended, of a local one."""
+    """Describes the result of starting or stopping a cluster.
+
+    `nodes`: number of nodes of a local cluster. `processes`: number of ended processes of a local cluster.
+    """
 
     name: str
     note: str
@@ -32,7 +35,10 @@ class LaunchResult(TypedDict):
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
-    """Starts a cluster, or joins a running one; only with `restart` is Ray restarted where it runs, which ends jobs."""
+    """Starts a cluster, or joins a running one.
+
+    `restart`: restarts Ray on nodes where it runs already, which ends their jobs; ConfigError for KubeRay.
+    """
     if cluster.local:
         state = local.up(cluster, restart)
         note = (
@@ -43,7 +49,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
         return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
     if cluster.kind == "launcher":
         if cluster.provider == "local":
-            os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 leaves one of the hosts unstarted
+            os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 doesn't start one of the hosts
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
         kept = "" if restart else ". Nodes that ran Ray already keep it as it is (--restart restarts it)"
@@ -59,13 +65,16 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
 
 
 def require_launcher(cluster: ClusterFile) -> None:
-    """Raises MissingExtraError if a package that Ray's launcher needs for the cluster's provider is not installed."""
+    """Raises MissingExtraError if a package that Ray's launcher needs for the cluster's provider isn't installed."""
     if cluster.provider == "gcp":
         extras.require("gcp", "googleapiclient", "google_auth_httplib2", what="provider.type: gcp")
 
 
 def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
-    """Builds the `ray up` command that starts what does not run; without `--no-restart` it would first stop Ray on the head."""
+    """Builds the `ray up` command, which starts the nodes that don't run.
+
+    Without `--no-restart`, `ray up` first stops Ray on the head.
+    """
     return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
 
@@ -87,7 +96,7 @@ def down(target: str) -> LaunchResult:
 
 
 def _stop_hosts(cluster: ClusterFile) -> None:
-    """Runs the file's `ray stop` commands on hosts of the user's own, over ssh: `ray down` leaves Ray running there."""
+    """Runs the file's `ray stop` commands on the user's own hosts over ssh, because `ray down` leaves Ray running there."""
     auth = cluster.raw.get("auth") or {}
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
     stop = " ; ".join(c for c in cluster.raw.get("worker_start_ray_commands") or [] if c.strip().endswith("ray stop"))

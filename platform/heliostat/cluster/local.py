@@ -1,10 +1,12 @@
-"""Starts and stops real Ray nodes on this machine, from a cluster file whose addresses are all loopback, as clusters/local.yaml.
+"""Starts and stops Ray nodes on this machine, from a cluster file with only loopback addresses, such as clusters/local.yaml.
 
-Every node is a `ray start --block` of the file's own commands, in a session of its own, with token authentication on. What was
-started is recorded in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`), so that `down` ends just these processes and
-what they started. `up` leaves running nodes alone: it restarts nodes that died next to those that run, and joins a cluster that
-already answers at the file's address, which `down` leaves running. With `idle_timeout_minutes` in the file a process
-(`idle`) ends a cluster that has no job for so long.
+Every node runs the file's own `ray start --block` commands in its own session, with token authentication on.
+`.heliostat/clusters/NAME/` has a record of the nodes (`state.json`, `token`, `logs/`), so that `down` ends only these processes
+and their descendants.
+
+`up` doesn't change running nodes: it only restarts nodes that died. If a cluster already answers at the file's address, `up`
+joins it, and `down` leaves it running. With `idle_timeout_minutes` in the file, a process (`idle`) ends a cluster that has had no
+job for so long.
 """
 
 from __future__ import annotations
@@ -34,18 +36,18 @@ from heliostat.storage.records import Format
 log = logging.getLogger(__name__)
 
 START_S = 90.0
-LATE = "timed out during startup"  # in the log of a node that Ray gave up
+LATE = "timed out during startup"  # in the log of a node whose start Ray gave up
 
 
 @dataclass
 class ClusterState:
-    """Describes a local cluster; `nodes` is empty if it was joined."""
+    """Describes a local cluster. `nodes` is empty if heliostat joined the cluster instead of starting it."""
 
     name: str
     file: str
     url: str
     nodes: list[Node] = field(default_factory=list)
-    watcher: tuple[int, float] | None = None  # process and start of what ends it when it is idle
+    watcher: tuple[int, float] | None = None  # (id, start time) of the process that ends an idle cluster
 
     @property
     def folder(self) -> Path:
@@ -57,6 +59,7 @@ class ClusterState:
 
     @property
     def token(self) -> str:
+        """Reads the cluster's token; ConfigError if the file isn't readable."""
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
@@ -70,35 +73,38 @@ STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End 
 
 
 def home() -> Path:
+    """Returns the workspace's folder with the records of its local clusters."""
     return workspace.root() / ".heliostat" / "clusters"
 
 
 def read(name: str) -> ClusterState | None:
+    """Reads the record of a local cluster; None if there is none. ConfigError if it names another cluster's folders."""
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
         state = STATE.read(place)
     except FileNotFoundError:
         return None
-    if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes what it names
+    if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes them
         raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove it")
     return replace(state, name=name)
 
 
 def known() -> list[ClusterState]:
+    """Lists the local clusters of this workspace, running or not."""
     return [s for p in sorted(home().glob("*/state.json")) if (s := read(p.parent.name))]
 
 
 def url_of(cluster: ClusterFile) -> str:
-    """Returns the address of the Jobs API, as the head's start command sets it."""
+    """Returns the URL of the Jobs API, from the head's start command."""
     text = " ".join(cluster.raw.get("head_start_ray_commands") or [])
     host, port = re.search(r"--dashboard-host[= ](\S+)", text), re.search(r"--dashboard-port[= ](\d+)", text)
     return f"http://{host[1] if host else '127.0.0.1'}:{port[1] if port else 8265}"
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
-    """Starts the nodes that do not run; with `restart`, ends the running ones first.
+    """Starts the nodes that don't run, or joins a cluster that already answers at the file's address.
 
-    ClusterError with the end of the log if a node does not start.
+    `restart`: ends the running nodes first. ClusterError, with an error line of its log, if a node doesn't start.
     """
     state = read(cluster.name)
     if state and restart:
@@ -136,7 +142,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
 
 
 def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
-    """Starts all workers, and once more those whose start Ray gave up after its 30 s, as it does on a busy machine."""
+    """Starts all workers, and retries once those whose start Ray gave up after 30 s, as it does on a busy machine."""
     try:
         _start(cluster, state, "worker", cluster.addresses[1:])
     except ClusterError as e:
@@ -152,7 +158,7 @@ def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
 def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
     """Makes sure that one process ends the cluster after the file's `idle_timeout_minutes` without a job.
 
-    One that was started for other minutes ends.
+    If such a process runs with a different number of minutes, ends it first.
     """
     minutes = cluster.raw.get("idle_timeout_minutes")
     wanted = ["-m", "heliostat.cluster.idle", state.name, str(minutes)]
@@ -173,7 +179,7 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
 
 
 def _watcher(state: ClusterState) -> psutil.Process | None:
-    """Finds the process that watches the cluster, if it lives and is not this one."""
+    """Returns the process that watches the cluster; None if it has ended, or is this process."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
     return processes.alive(*state.watcher)
@@ -188,7 +194,7 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> ClusterState:
-    """Starts the file's workers that do not run; running nodes, and what runs on them, stay as they are."""
+    """Starts the file's workers that don't run. Running nodes and their work stay unchanged."""
     dead = [n for n in state.nodes if n not in alive]
     processes.end(dead)
     state.nodes = [n for n in state.nodes if n in alive]
@@ -206,7 +212,7 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
 def _join(state: ClusterState, answer: int) -> ClusterState:
     """Joins a cluster that already answers.
 
-    ConfigError unless its processes are this user's, and the user's own token opens it.
+    ConfigError if another user owns its processes, or if it rejects this user's token.
     """
     elsewhere = "Change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
@@ -230,9 +236,9 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
 
 
 def _node_folder(name: str, index: int) -> Path:
-    """Returns a node's folder, the same for the same workspace.
+    """Returns a node's folder. A workspace gets the same folder each time.
 
-    Its path is short, because the path of a socket below it must have fewer than 108 characters.
+    Its path is short, because the path of a socket in it must have fewer than 108 characters.
     """
     key = hashlib.sha256(f"{home()}/{name}".encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
@@ -243,14 +249,14 @@ def _start(cluster: ClusterFile, state: ClusterState, role: str, addresses: list
     taken = {n.folder for n in state.nodes}
     free = (f for i in range(1000) if str(f := _node_folder(state.name, i)) not in taken)
     for address, folder in zip(addresses, free, strict=False):
-        private.folder(folder.parent)  # logs and sockets are for this user alone
-        shutil.rmtree(folder, ignore_errors=True)  # of a node that died
+        private.folder(folder.parent)  # only this user may read logs and use sockets
+        shutil.rmtree(folder, ignore_errors=True)  # left by a node that died
         folder.mkdir(mode=0o700)
         logs = state.folder / "logs"
         logs.mkdir(exist_ok=True)
         command = "\n".join(["set -e", *cluster.raw[f"{role}_start_ray_commands"]])
         log_file = logs / f"{role}-{address}.log"
-        log_file.unlink(missing_ok=True)  # of a node that died
+        log_file.unlink(missing_ok=True)  # left by a node that died
         pid = processes.detached(["bash", "-c", command], log_file, environment=_environment(state, address, folder))
         state.nodes.append(Node(role, address, str(folder), pid, psutil.Process(pid).create_time()))
         state.write()
@@ -263,7 +269,7 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
         **PATIENT,
         **URGENT,
         **kept,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # of `ray` and `python`
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # has `ray`, `python`
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
@@ -273,9 +279,9 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
 
 
 def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) -> None:
-    """Waits until the dashboard lists every address as that of a living node which was not there before.
+    """Waits until the dashboard lists a new living node at every address. `before`: the ids of earlier nodes.
 
-    ClusterError if a node's process ends, or not all are ready in time.
+    ClusterError if a node's process ends, or if not all nodes are ready within 90 s.
     """
     deadline = time.monotonic() + START_S
     while addresses:
@@ -292,7 +298,7 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
 
 
 def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str:
-    """Says what a start waits for, with the last line of the log that explains it."""
+    """Explains which nodes haven't joined yet, with a line of each node's log, if possible one with an error."""
     if not private.ours(state.url):
         return (
             f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
@@ -314,7 +320,10 @@ def _tail(state: ClusterState, node: Node) -> str:
 
 
 def down(name: str) -> int:
-    """Ends all of the cluster's processes, deletes its record and returns how many processes there were."""
+    """Ends all of the cluster's processes, deletes its record, and returns the number of ended processes.
+
+    ConfigError if there is no such cluster; ClusterError if processes don't end.
+    """
     state = read(name)
     if state is None:
         raise ConfigError(f"{name}: no such cluster on this machine. List them: heliostat cluster list")

@@ -1,7 +1,9 @@
-"""Finds what the NetworkPolicy objects in a KubeRay file leave open, and what they close that the cluster needs.
+"""Warns about pods that a KubeRay file's NetworkPolicy objects leave open, and about connections that they wrongly block.
 
-Kubernetes adds up all policies that select a pod. A pod that no policy selects is open to every other pod. KubeRay's own key
-`networkPolicy` isn't used: the operator rejects a cluster that has it unless a feature gate is on, which it isn't by default.
+Kubernetes combines all policies that select a pod. A pod that no policy selects is open to every other pod.
+
+heliostat doesn't use KubeRay's own key `networkPolicy`. The operator rejects a cluster with this key unless a feature gate is on,
+and the gate is off by default.
 """
 
 from __future__ import annotations
@@ -12,20 +14,20 @@ from dataclasses import dataclass, field
 from heliostat.cluster.cluster_file import ClusterFile, Section, groups
 
 METRICS, DASHBOARD, DNS = 8080, 8265, 53
-NAMES = {METRICS: ("metrics",), DASHBOARD: ("dashboard",), DNS: ("dns",)}  # by which policies may name the ports
+NAMES = {METRICS: ("metrics",), DASHBOARD: ("dashboard",), DNS: ("dns",)}  # names that policies may use for the ports
 KUBERNETES_API = (443, 6443)
 IDENTITY = {80: "EKS and EC2", 988: "GKE"}  # ports of the services that give pods their credentials
-GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS"}  # of KubeRay 1.7, both off by default
+GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS"}  # gates of KubeRay 1.7, both off by default
 
 MADE = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/created-by": "kuberay-operator"}
-SUBMITTER = "submitter"  # the pod that submits a RayJob; it listens to nothing
+SUBMITTER = "submitter"  # the pod that submits a RayJob; it listens on no port
 
-Rule = Section  # of Kubernetes: from or to, and ports
+Rule = Section  # a Kubernetes rule: `from` or `to`, and `ports`
 
 
 @dataclass(frozen=True)
 class PodRules:
-    """Lists the rules that apply to one kind of pod; None where no policy closes the direction."""
+    """Lists the rules that apply to one kind of pod. A direction is None if no policy restricts it."""
 
     ingress: list[Rule] | None
     egress: list[Rule] | None
@@ -33,7 +35,7 @@ class PodRules:
 
 @dataclass(frozen=True)
 class PodKind:
-    """Describes the pods of one group of the cluster, or a RayJob's submitter."""
+    """Describes the pods of one node group, or a RayJob's submitter."""
 
     name: str
     template: Section
@@ -45,7 +47,7 @@ class PodKind:
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
-    """Yields a warning for each pod that is open to other pods, and for each connection that a policy forgets."""
+    """Yields a warning for each pod that is open to other pods, and for each necessary connection that the policies block."""
     gated = [key for key in GATES if cluster.spec.get(key) is not None]
     for key in gated:
         yield (
@@ -99,7 +101,7 @@ def _rules(cluster: ClusterFile, kind: PodKind) -> PodRules:
 
 
 def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
-    """Checks a label selector; the empty one selects every pod."""
+    """Checks whether a Kubernetes label selector selects these labels. An empty selector selects every pod."""
     selector = selector or {}
     if not (selector.get("matchLabels") or {}).items() <= labels.items():
         return False
@@ -113,7 +115,7 @@ def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
 
 
 def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
-    """Yields what the pods need and no rule lets through."""
+    """Yields a warning for each connection that the pods need and that no rule allows."""
     of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
         if kind.name == SUBMITTER or rules is None:
@@ -143,7 +145,7 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
 
 
 def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
-    """Yields what keeps a RayJob's submitter from the head's dashboard."""
+    """Yields warnings if the rules keep a RayJob's submitter from the head's dashboard."""
     named = {other.name: other for other in kinds}
     if SUBMITTER not in named:
         return
@@ -157,7 +159,10 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
 
 
 def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:
-    """Checks whether a rule names the pods by their labels, or names no peer at all; one of every port, or of this one."""
+    """Checks whether a rule allows these pods, by their labels or because it has no peers.
+
+    The rule must cover every port, or the given one.
+    """
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
         ports = rule.get("ports")
@@ -171,7 +176,7 @@ def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None
 
 
 def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "TCP") -> bool:
-    """Checks whether a rule lets the port through beyond the cluster's own pods; one without ports lets all through."""
+    """Checks whether a rule opens the port to more than the cluster's own pods. A rule without ports opens all ports."""
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
         if peers and all(_own(peer, kinds) for peer in peers):
@@ -183,15 +188,18 @@ def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "T
 
 
 def _own(peer: Section, kinds: list[PodKind]) -> bool:
-    """Checks whether a rule's peer is none but the cluster's own pods."""
+    """Checks whether a rule's peer selects only the cluster's own pods."""
     selector = peer.get("podSelector")
-    if "namespaceSelector" in peer or "ipBlock" in peer or not selector:  # an empty one selects all of the namespace
+    if "namespaceSelector" in peer or "ipBlock" in peer or not selector:  # an empty selector selects the whole namespace
         return False
     return any(_selects(selector, kind.labels) for kind in kinds)
 
 
 def _holds(entry: Section, port: int, protocol: str) -> bool:
-    """Checks whether an entry of a rule's ports holds one; one without a port holds all of its protocol (TCP if not given)."""
+    """Checks whether an entry of a rule's ports covers a port. An entry without a port covers all ports of its protocol.
+
+    The default protocol is TCP.
+    """
     first = entry.get("port")
     if entry.get("protocol", "TCP") != protocol:
         return False
@@ -201,7 +209,7 @@ def _holds(entry: Section, port: int, protocol: str) -> bool:
 
 
 def _every(entry: Section) -> bool:
-    """Checks whether an entry of a rule's ports holds every port of TCP, which is all that Ray's pods use."""
+    """Checks whether an entry of a rule's ports covers every TCP port. Ray's pods use only TCP."""
     first = entry.get("port")
     of_all = first is None or (first == 1 and entry.get("endPort", 0) == 65535)
     return entry.get("protocol", "TCP") == "TCP" and of_all

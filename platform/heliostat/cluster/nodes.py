@@ -1,4 +1,4 @@
-"""Queries the cluster's nodes for free resources and drains, and ends processes on them."""
+"""Queries the nodes of a running cluster for free resources and draining, and kills processes on them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 
 
 def room_now(job: Job, in_use: Mapping[str, int], avoided: Collection[str] = ()) -> int:
-    """Computes how many workers fit on the cluster as it is; `in_use`: by node, how many of the run's own are on it already.
+    """Computes how many workers fit on the running cluster.
 
-    Nodes that drain, lack the workers' labels, or are `avoided` take none.
+    `in_use`: number of this run's workers on each node. Skips nodes that drain, lack the workers' labels, or are `avoided`.
     """
     free, leaving = ray_internals.free_resources(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
@@ -36,12 +36,12 @@ def room_now(job: Job, in_use: Mapping[str, int], avoided: Collection[str] = ())
 
 
 def starved_now(job: Job, in_use: Mapping[str, int]) -> bool:
-    """Checks whether the run's workers leave no node the CPU that reading its data needs."""
+    """Checks whether the run's workers use so many CPUs that no node has enough left for reading the data."""
     return starved(job.workers, carrying(job.data.labels), in_use)
 
 
 def crowded_now(job: Job) -> str | None:
-    """Explains, in numbers, that no node has the CPU free that reading the run's data needs; None if one has."""
+    """Explains, in numbers, that no node has a free CPU for reading the run's data; None if one has."""
     labeled, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in labeled}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
@@ -55,13 +55,13 @@ def crowded_now(job: Job) -> str | None:
 
 
 class Shortage:
-    """Reports missing resources while workers wait for them: some seconds after the start of the wait, then every minute."""
+    """Reports missing resources while workers wait for them: 4 s after the start of the wait, then every minute."""
 
     def __init__(self, job: Job) -> None:
         self.job, self._due = job, time.monotonic() + SAY_S
 
     def told(self) -> str | None:
-        """Returns what is missing; None while no report is due, or if nothing is missing."""
+        """Returns a report of the missing resources; None if no report is due, or if nothing is missing."""
         if time.monotonic() < self._due:
             return None
         self._due = time.monotonic() + AGAIN_S
@@ -80,15 +80,15 @@ def missing_now(job: Job) -> str | None:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """Maps the living nodes that a label selector takes to their total CPUs, free or not."""
+    """Maps the living nodes that match a label selector to their total CPUs, free and in use."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and selects(labels, n.get("Labels") or {})}  # fmt: skip
 
 
 def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """Returns these labels and, where other nodes with them can read data, that it is none of the lost ones.
+    """Extends a label selector so that it excludes the lost nodes, if another node that matches can read data.
 
-    Ray takes a lost node for living, and gives it tasks that no process begins, until it has missed some health checks.
+    Until a lost node has missed some health checks, Ray counts it as alive and gives it tasks that never start.
     """
     labeled = carrying(labels)
     others = any(cpus >= FETCHING for node, cpus in labeled.items() if node not in lost)
@@ -97,7 +97,7 @@ def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str
 
 
 def free(labels: Mapping[str, str]) -> dict[str, dict[str, float]]:
-    """Maps the living nodes with these labels to the free resources."""
+    """Maps the living nodes with these labels to their free resources."""
     available, labeled = ray_internals.free_resources(), carrying(labels)
     return {node: resources for node, resources in available.items() if node in labeled}
 
@@ -120,12 +120,12 @@ def inventory() -> list[LivingNode]:
 
 
 def draining() -> set[str]:
-    """Returns the ids of the nodes that drain: preempted by their provider, or drained by a person."""
+    """Returns the ids of the draining nodes: those that their provider preempts, or that a person drains."""
     return ray_internals.draining_nodes()
 
 
 def ask_for(workers: Workers, count: int) -> None:
-    """Requests resources for `count` workers from the autoscaler, where there is one."""
+    """Requests resources for `count` workers from the autoscaler, if the cluster has one."""
     from ray.autoscaler.sdk import request_resources
 
     need = {"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})}
@@ -142,7 +142,10 @@ def _kill(pids: list[int]) -> None:
 
 
 def kill(processes: Collection[Mapping[str, Any]]) -> None:
-    """Kills processes, given as {node, pid}, frozen ones too; waits until they have ended, at most 20 s."""
+    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen ones.
+
+    Waits at most 20 s until each node has sent the signals, and logs a warning about nodes that haven't.
+    """
     waiting = []
     for node in Counter(p["node"] for p in processes):
         affinity = NodeAffinitySchedulingStrategy(node, soft=False)

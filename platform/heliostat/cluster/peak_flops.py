@@ -1,9 +1,9 @@
-"""Lists the peak FLOP/s of GPUs, by which MFU divides, under the exact names that CUDA and ROCm report.
+"""Lists the peak FLOP/s of GPUs under the exact names that CUDA and ROCm report. MFU is the share of this peak.
 
-Variants of one name differ by up to a third (H100 PCIe: 756 TFLOP/s, H100 SXM: 989), so no part of a name is matched. A name that
-isn't here has no known peak: other GPUs, virtual GPUs, and MIG instances, whose names end in their slice (`MIG 1g.10gb`).
+Variants of one name differ by up to a third (H100 PCIe: 756 TFLOP/s, H100 SXM: 989), so only whole names match. Some GPUs have
+no known peak: those that aren't in the list, virtual GPUs, and MIG instances, whose names end in their slice (`MIG 1g.10gb`).
 
-Figures are dense: half of what data sheets print "with sparsity".
+The figures are dense: half of the figures "with sparsity" in data sheets.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BF16 = {  # and fp16
     "NVIDIA GB200": 2500 * T,  # GB200 NVL72 data sheet: 360 PFLOP/s with sparsity for 72
     "AMD Instinct MI250X": 191.5 * T,  # MI250X data sheet: 383 for two dies, each of which is a device
     "AMD Instinct MI300X": 1307.4 * T,  # MI300X data sheet
-    "AMD Instinct MI300X VF": 1307.4 * T,  # a whole MI300X of a virtual machine, as on Azure
+    "AMD Instinct MI300X VF": 1307.4 * T,  # a whole MI300X in a virtual machine, for example on Azure
     "AMD Instinct MI325X": 1307.4 * T,  # MI325X data sheet
 }
 FP16 = {  # GPUs whose matrix units have no bf16

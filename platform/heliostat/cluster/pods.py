@@ -1,4 +1,4 @@
-"""Finds what would break, or is less safe than it could be, in the pods of a KubeRay manifest."""
+"""Warns about settings of a KubeRay manifest's pods that would fail, or that are less safe than they could be."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from heliostat.config.spec import Job
 
 RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
 HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")
-HOOK_S = 90.0  # of `heliostat.cluster.spot now` without --seconds
-ENDING_S = 15.0  # what Ray takes to end after the hook
+HOOK_S = 90.0  # the default of --seconds of `heliostat.cluster.spot now`
+ENDING_S = 15.0  # the time that Ray needs to end after the hook
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
+    """Yields warnings about the pods of a KubeRay manifest; none for a launcher file."""
     if cluster.kind == "launcher":
         return
     spec = cluster.spec
@@ -32,7 +33,7 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
-    """Checks the containers that belong to no group: the autoscaler in the head's pod, and a RayJob's submitter."""
+    """Warns about containers that belong to no node group: the autoscaler in the head's pod, and a RayJob's submitter."""
     spec = cluster.spec
     if spec.get("enableInTreeAutoscaling"):
         own = (spec.get("autoscalerOptions") or {}).get("securityContext") or {}
@@ -50,7 +51,7 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
 
 
 def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
-    """Warns where the preStop hook gives a deleted pod's workers less time than the job's `checkpoint.grace`."""
+    """Warns about preStop hooks that give a deleted pod's workers less time than the job's `checkpoint.grace`."""
     if cluster.kind == "launcher":
         return
     for name, group in groups(cluster.spec):
@@ -65,7 +66,7 @@ def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
 
 
 def _privileges(name: str, pod: Section) -> Iterator[str]:
-    """Warns of violations of the restricted Pod Security Standard, as far as a Ray pod can meet it."""
+    """Warns about violations of the restricted Pod Security Standard, as far as a Ray pod can meet it."""
     shared = pod.get("securityContext") or {}
     for container in pod["containers"]:
         own = {**shared, **(container.get("securityContext") or {})}
@@ -96,7 +97,7 @@ def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:
-    """Warns if a deleted pod does not drain its Ray node first, or has too little time for it."""
+    """Warns if a deleted pod doesn't drain its Ray node first, or has too little time for the drain."""
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
         yield (
@@ -111,7 +112,7 @@ def _ending(name: str, pod: Section) -> Iterator[str]:
 
 
 def _hook_seconds(pod: Section) -> float | None:
-    """Returns the seconds that the preStop hook gives the workers; None if there is no hook."""
+    """Returns the seconds that the preStop hook gives the workers; None if the pod has no such hook."""
     for container in pod["containers"]:
         command = (((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}).get("command") or []
         if match := HOOK.search(" ".join(map(str, command))):

@@ -1,4 +1,4 @@
-"""Protects against other users of the machine: private folders, token files, and servers that pose as the user's own."""
+"""Protects the user from other users of the machine: private folders, token files, and a check of who runs a server."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def folder(path: Path) -> Path:
-    """Makes a folder that this user alone may enter, if it is not there; ConfigError if another user has taken its name."""
+    """Makes a folder that only this user may enter, or closes an existing folder of this user to other users.
+
+    ConfigError if the path is a link, a file, or another user's folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        status = path.lstat()  # a link would lead to wherever its owner says
+        status = path.lstat()  # without following a link, whose target its owner chooses
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ConfigError(f"{path}: isn't a folder of this user. Remove it, or set TMPDIR to another folder") from None
         path.chmod(0o700)
@@ -33,7 +36,10 @@ def folder(path: Path) -> Path:
 
 
 def write_token(path: Path, token: str | None = None) -> str:
-    """Writes a token, a new one unless it is given, into a file that only this user can ever read; returns the token."""
+    """Writes a token to a new file that only this user can ever read, and returns the token.
+
+    `token`: None for a new random token of 64 hex digits.
+    """
     token = secrets.token_hex(32) if token is None else token
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -42,7 +48,10 @@ def write_token(path: Path, token: str | None = None) -> str:
 
 
 def tighten(path: Path) -> None:
-    """Removes other users' permissions from a file of this user, as ~/.ray/auth_token, which Ray leaves readable by everybody."""
+    """Removes other users' permissions from a file of this user, with a warning.
+
+    Ray leaves ~/.ray/auth_token readable by all users.
+    """
     try:
         status = path.stat()
     except OSError:
@@ -56,7 +65,10 @@ def tighten(path: Path) -> None:
 
 
 def ours(url: str) -> bool:
-    """Checks whether all processes that listen at a loopback address are this user's, as far as the system shows."""
+    """Checks whether all processes that listen at a URL's loopback address belong to this user.
+
+    False if no process listens there, or if the system hides one of them.
+    """
     parts = urllib.parse.urlsplit(url)
     host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
     try:
@@ -67,10 +79,10 @@ def ours(url: str) -> bool:
 
 
 def _listeners(port: int | None) -> list[tuple[str, int | None]]:
-    """Lists the addresses that listen on a port, each with its process id, or None where that is not visible."""
+    """Lists (address, process id) of the sockets that listen on a port; the id is None if the system hides it."""
     try:
         connections = [(c, c.pid) for c in psutil.net_connections("tcp")]
-    except psutil.AccessDenied:  # as on macOS, where only those of this user's own processes can be seen
+    except psutil.AccessDenied:  # for example on macOS, which shows only the connections of this user's processes
         connections = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):

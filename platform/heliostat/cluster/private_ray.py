@@ -1,6 +1,6 @@
 """Prepares a private Ray: its environment, the folder of its files, and the fork server of its workers.
 
-    private_ray.ahead(gpus, modules)    # as early as a command knows its workers' needs: imports run in parallel
+    private_ray.ahead(gpus, modules)    # call it as soon as the workers' needs are known: the imports run in parallel
     connect(...)                        # starts Ray; its workers are forks
 
 Imports neither Ray nor torch.
@@ -19,46 +19,46 @@ from heliostat.cluster import private
 from heliostat.cluster.fork_server.start import ForkServer, supported
 from heliostat.config import workspace
 
-# workers share the cores, so none may start a thread a core
+# workers share the cores, so a worker must not start one thread per core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-# glibc gives large blocks back to the system at every free and faults them in again at the next step; keep them. In one arena:
-# the others, which all threads but the first take, lie in pieces of 64 MB, given back whole.
+# By default glibc returns large blocks to the system at every free, and the next step faults them in again. These settings
+# keep the blocks, in one arena: the arenas of later threads consist of 64 MB heaps, which glibc returns as a whole.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "MALLOC_ARENA_MAX": "1"}
-# torch's memory on GPUs in blocks that grow, rather than in blocks of sizes that later tensors do not fit
+# torch allocates GPU memory in segments that grow, instead of blocks with sizes that later tensors don't fit
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 GPU_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the names that torch reads
-# A private Ray has no dashboard to read these, and twenty processes that report them cost two cores 5 % of their time
+# a private Ray has no dashboard that reads these metrics, and twenty processes that report them use 5 % of two cores
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
-# Ray Data would start an actor, and ask a Prometheus on this machine, to report how it is used
+# by default Ray Data starts an actor and queries a Prometheus on this machine to report its usage
 UNTOLD = {"RAY_DATA_USAGE_DISABLED": "1"}
-# Ray keeps as many idle workers as there are CPUs, each of which wakes up 100 times a second; the last end after this long
+# by default Ray keeps one idle worker per CPU, and each wakes up 100 times per second; here all end after 20 s
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
-# Ray holds a driver until its first workers are there, without a deadline, and Ctrl-C does nothing meanwhile. A worker that is
-# not there within a minute is given up, and a busy machine's may import for longer: the driver then hung for ever
+# By default a driver waits for its first workers without a deadline, and Ctrl-C doesn't end it. Ray gives up a worker that
+# doesn't register within a minute. On a busy machine imports can take longer, and the driver then hung forever
 PATIENT = {"RAY_prestart_worker_first_driver": "0", "RAY_worker_register_timeout_seconds": "600"}
-# Ray would start its workers at niceness 15, where whatever else the machine does comes first
+# by default Ray starts its workers at niceness 15, where all other processes of the machine come first
 URGENT = {"RAY_worker_niceness": "0"}
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
-# Of a private Ray and its workers. Ray puts an address that others reach in the place of a loopback one, unless it is in the mode
-# for systems where it has no clusters, which the first variable turns on.
+# These keep a private Ray and its workers on loopback. Ray replaces a loopback address by one that other machines can reach,
+# except in its mode for systems without cluster support, which the first variable turns on.
 CONFINED = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": LOOPBACK_INTERFACE,
     "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
 }
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # what is left for the folder
-# Ray gives these to its workers, and its library reads them when it is imported; the first job of a Ray is always number 1
+SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # left for the folder
+# Ray passes these to its workers, and Ray's library reads them at import; the first job of a Ray is always number 1
 OF_FORKS = {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
-TASKS = ("ray.data",)  # what all tasks and actors need
+TASKS = ("ray.data",)  # modules that all tasks and actors need
 
-_servers: list[ForkServer] = []  # of this process: one at most
+_servers: list[ForkServer] = []  # this process's fork server: at most one
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
-    """Returns the environment variables that a training worker starts with. What a user says of torch's allocator stays."""
+    """Returns the environment variables for a training worker. The user's own settings of torch's allocator stay."""
     if gpus:
         return {} if any(name in os.environ for name in GPU_ALLOCATORS) else GPU_ALLOCATOR
     return {**THREADS, **ALLOCATOR}
@@ -67,8 +67,8 @@ def worker_environment(gpus: float) -> dict[str, str]:
 def environment(gpus: float) -> dict[str, str]:
     """Returns the environment of a private Ray and all its workers.
 
-    Ray's processes inherit it, so that the ones started ahead fit every task; a runtime environment would start new ones. The
-    workers import jobs/ and pipelines/ from the workspace.
+    Ray's processes inherit it, so workers that were started ahead fit every task; for a runtime environment Ray would start new
+    workers. The workers import jobs/ and pipelines/ from the workspace.
     """
     before = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
@@ -77,7 +77,7 @@ def environment(gpus: float) -> dict[str, str]:
 
 
 def sessions() -> Path:
-    """Returns the folder of this user's private Rays: their logs, sockets and tokens.
+    """Returns the folder of this user's private Rays, with their logs, sockets, and tokens.
 
     Its path is short, because a socket's path has at most 107 characters.
     """
@@ -87,14 +87,16 @@ def sessions() -> Path:
 
 
 def token_file() -> Path:
+    """Returns the path of the token of this process's private Ray."""
     return sessions() / f"token-{os.getpid()}"
 
 
 def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
-    """Starts the fork server of a private Ray, which imports these modules; None on a named cluster, or if it isn't supported.
+    """Starts the fork server of a private Ray, which imports `modules`, and returns it.
 
-    If there is one already, it stays as it is: workers import what it has not. For workers with GPUs no training module is
-    imported ahead: DeepSpeed's import asks CUDA what there is, which a fork could not use afterwards.
+    None if RAY_ADDRESS names a cluster, or if forking isn't supported. A server that already runs stays unchanged; its workers
+    import missing modules themselves. For workers with GPUs the server imports no training module: DeepSpeed's import queries
+    CUDA, and a fork can't use CUDA after that.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None
@@ -108,7 +110,7 @@ def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
 
 
 def fork_server() -> ForkServer | None:
-    """Returns the fork server of this process's private Ray, if there is one."""
+    """Returns the fork server of this process's private Ray; None if there is none."""
     return _servers[0] if _servers else None
 
 

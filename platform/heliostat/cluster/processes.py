@@ -1,7 +1,7 @@
-"""Starts, finds and ends processes on this machine: families of a process, and the processes of Ray nodes.
+"""Starts, finds, and ends processes on this machine: trees of processes, and the processes of Ray nodes.
 
-A node's processes have its folder in their environment (`MARK`). Those that Ray gives a title (its agents, dashboard modules and
-workers) overwrite their environment with it; they are recognized by the logs below the folder that they hold open.
+The processes of a node have the node's folder in their environment (`MARK`). Ray's agents, dashboard modules, and workers
+overwrite their environment with a title. They are recognized by open log files in the node's folder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ import psutil
 from heliostat.errors import ClusterError
 
 MARK = "HELIOSTAT_NODE_DIR"
-STOP_S, KILL_S = 4.0, 20.0  # raylets do not end by SIGTERM alone while others of the cluster end
-LOOK_S = 0.1  # between two looks at who has ended
-PORTS = range(20_000, 32_768)  # above those that Ray gives its workers, below those that systems give to connections
+STOP_S, KILL_S = 4.0, 20.0  # while other nodes of the cluster end, SIGTERM alone doesn't end a raylet
+LOOK_S = 0.1  # between two checks of which processes have ended
+PORTS = range(20_000, 32_768)  # above the ports of Ray's workers, below the ephemeral ports of connections
 PORT_TRIES = 100
 
 
 def alive(pid: int, created: float) -> psutil.Process | None:
-    """Returns the process that had this id at its time of birth; None if it has ended: an id is used again."""
+    """Returns the process with this id and start time; None if it has ended. The id alone could be a later process's.
+
+    `created`: seconds since the epoch.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         if abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE:
@@ -40,7 +43,7 @@ def alive(pid: int, created: float) -> psutil.Process | None:
 
 
 def descendants(root: int) -> list[psutil.Process]:
-    """Lists the processes below a process; none if it has ended."""
+    """Lists the descendants of a process; empty if it has ended."""
     try:
         return psutil.Process(root).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -48,7 +51,7 @@ def descendants(root: int) -> list[psutil.Process]:
 
 
 def family(root: int) -> list[psutil.Process]:
-    """Lists a process and those below it; none if it has ended."""
+    """Lists a process and its descendants; empty if it has ended."""
     try:
         return [psutil.Process(root), *descendants(root)]
     except psutil.NoSuchProcess:
@@ -56,9 +59,9 @@ def family(root: int) -> list[psutil.Process]:
 
 
 def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends processes: by SIGTERM, unless `patience_s` is 0, and those that are left then by SIGKILL, for which it waits `kill_s`.
+    """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining ones and waits at most `kill_s`.
 
-    A wait reaps a process of this one's: its `Popen` does not know the exit code then.
+    If `patience_s` is 0, it sends only SIGKILL. The wait reaps children of this process: their `Popen` gets no exit code.
     """
     left = list(processes)
     for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
@@ -70,11 +73,11 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
         deadline = time.monotonic() + wait_s
         while left and time.monotonic() < deadline:
             _, left = psutil.wait_procs(left, timeout=LOOK_S)
-            left = [process for process in left if _runs(process)]  # in a container a process may stay a zombie that none reaps
+            left = [process for process in left if _runs(process)]  # in a container a zombie may stay forever
 
 
 class OwnProcess(Protocol):
-    """Describes a process that this one has started, such as `subprocess.Popen`."""
+    """Describes a child of this process, such as `subprocess.Popen`."""
 
     pid: int
 
@@ -82,16 +85,16 @@ class OwnProcess(Protocol):
 
 
 def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends a process and all below it, as `stop` does: without patience as a machine that loses its power.
+    """Ends a process and its descendants with `stop`. If `patience_s` is 0, they end as in a power failure.
 
-    Does nothing if the process has ended: its id may be another process's by now.
+    Does nothing if the process has ended: its id may belong to another process by now.
     """
     if root.poll() is None:
         stop(family(root.pid), patience_s, kill_s)
 
 
 def detached(command: Sequence[str], log: Path, folder: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
-    """Starts a command in a session of its own, without input, and with its output at the end of a log; returns its id."""
+    """Starts a command in its own session, without input, with output appended to a log file. Returns the process id."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
@@ -101,10 +104,10 @@ def detached(command: Sequence[str], log: Path, folder: Path | None = None, envi
 
 
 def free_port(host: str = "") -> int:
-    """Finds a TCP port of an address, or of all addresses of this machine, that no process uses.
+    """Finds a free TCP port of an address, or of all addresses of this machine; ClusterError after 100 attempts.
 
-    It isn't one of those that the system gives to connections: Ray opens hundreds while it starts, and one of them could take
-    the port before its server does.
+    The port isn't an ephemeral one. Ray opens hundreds of connections while it starts, and one of them could take an ephemeral
+    port before its server does.
     """
     for _ in range(PORT_TRIES):
         port = PORTS.start + secrets.randbelow(len(PORTS))
@@ -117,10 +120,13 @@ def free_port(host: str = "") -> int:
 
 
 def listening_fault(url: str) -> str:
-    """Explains why a server can't listen at a URL's address: another process's connection can use its port too. "" if it can."""
+    """Explains why a server can't listen at a URL's address; "" if it can.
+
+    Another process's connection can use the port too.
+    """
     parts = urllib.parse.urlsplit(url)
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: an ended connection does not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers: an ended connection doesn't block the port
         try:
             probe.bind((parts.hostname, parts.port))
         except socket.gaierror:
@@ -137,6 +143,8 @@ def listening_fault(url: str) -> str:
 
 @dataclass
 class Node:
+    """Describes a Ray node that heliostat started. `pid` and `created` (seconds since the epoch) identify its shell."""
+
     role: str
     address: str
     folder: str
@@ -145,12 +153,12 @@ class Node:
 
     @property
     def process(self) -> psutil.Process | None:
-        """Returns the shell that was started for the node; None if it has ended."""
+        """Returns the shell that runs the node's start command; None if it has ended."""
         return alive(self.pid, self.created)
 
 
 def of(nodes: list[Node]) -> Iterator[psutil.Process]:
-    """Yields every process of the nodes, wherever it was forked."""
+    """Yields every process that belongs to one of the nodes, whichever process forked it."""
     folders = {n.folder for n in nodes}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -168,7 +176,7 @@ def _folder(process: psutil.Process, folders: set[str]) -> str | None:
 
 
 def living(nodes: list[Node]) -> list[Node]:
-    """Selects the nodes that run: a node's shell may have been killed while its raylet runs on."""
+    """Returns the nodes that run. A raylet can keep running after its shell was killed."""
     raylets = set[str | None]()
     for process in of(nodes):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ends meanwhile
@@ -178,9 +186,9 @@ def living(nodes: list[Node]) -> list[Node]:
 
 
 def end(nodes: list[Node]) -> tuple[int, list[int]]:
-    """Ends all processes of the nodes; returns how many there were, and the ids of those that remain."""
+    """Ends all processes of the nodes. Returns their number, and the ids of those that remain."""
     known = {p.pid: p for p in of(nodes)}
-    known.update({p.pid: p for process in [*known.values()] for p in descendants(process.pid)})  # started without the mark
+    known.update({p.pid: p for process in [*known.values()] for p in descendants(process.pid)})  # these may lack the mark
     for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, KILL_S)):
         for process in _left(known, nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -192,7 +200,7 @@ def end(nodes: list[Node]) -> tuple[int, list[int]]:
 
 
 def _left(known: dict[int, psutil.Process], nodes: list[Node]) -> list[psutil.Process]:
-    """Lists the known processes that still run, and the nodes' new ones, which it adds to `known`."""
+    """Lists the known processes that still run, with new processes of the nodes, which it adds to `known`."""
     known.update({p.pid: p for p in of(nodes) if p.pid not in known})
     return [p for p in known.values() if _runs(p)]
 

@@ -1,6 +1,6 @@
-"""Reaches into private parts of Ray 2.60 for other modules: what Ray knows of its nodes and sessions, and has no public name for.
+"""Wraps private parts of Ray 2.60 for other modules: facts about nodes and sessions that have no public name.
 
-`pyproject.toml` pins Ray for these. How a private Ray starts is in `connect`, which replaces parts of Ray for that time.
+`pyproject.toml` pins Ray because of them. `connect` replaces further parts of Ray while a private Ray starts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Maps the living nodes to the free resources. Ray's public `available_resources` is of the whole cluster."""
+    """Maps the living nodes to their free resources. Ray's public `available_resources` has only the sum over the cluster."""
     import ray
 
     resources: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
@@ -22,52 +22,52 @@ def free_resources() -> dict[str, dict[str, float]]:
 
 
 def draining_nodes() -> set[str]:
-    """Returns the ids of the nodes that drain, which `ray.nodes` doesn't tell."""
+    """Returns the ids of the draining nodes, which `ray.nodes` doesn't show."""
     import ray
 
     return set(ray._private.state.state.get_draining_nodes())
 
 
 def own_node() -> Any:
-    """Returns what this process knows of the Ray that it is connected to: its session, and the processes that it has started."""
+    """Returns Ray's record of this process's connection: the session, and the Ray processes that this process has started."""
     import ray
 
     return ray._private.worker._global_node
 
 
 def session_folder() -> Path:
-    """Returns the folder of the session of the Ray that this process is connected to."""
+    """Returns the session folder of the Ray that this process is connected to."""
     return Path(own_node().get_session_dir_path())
 
 
 def state_address(address: str) -> str:
-    """Finds the address of Ray's state server; `auto` is that of the Ray that runs on this machine."""
+    """Returns the address of Ray's state server (GCS). `auto` stands for the Ray that runs on this machine."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     return str(canonicalize_bootstrap_address_or_die(address))
 
 
 def state_client(address: str) -> Any:
-    """Makes a client of Ray's state server, which can drain nodes."""
+    """Makes a client of Ray's state server (GCS), which can drain nodes."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     return GcsClient(address=state_address(address))
 
 
 def jobs_url(address: str) -> str:
-    """Finds the address of the Jobs API of a Ray."""
+    """Returns the URL of the Jobs API of the Ray whose state server is at `address`."""
     from ray.dashboard.utils import ray_address_to_api_server_url
 
     return str(ray_address_to_api_server_url(state_address(address)))
 
 
 def nvml() -> Any:
-    """Returns the bindings of NVML that Ray brings along."""
+    """Returns the Python bindings of NVML that Ray contains."""
     return importlib.import_module("ray._private.thirdparty.pynvml")
 
 
 def actor_lives(actor: Any) -> bool:
-    """Tells whether an actor has a process: one that waits for a place after its node was lost has none."""
+    """Checks whether an actor has a process. After the loss of its node an actor has none until it gets a new place."""
     import ray
 
     return ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE"
@@ -75,7 +75,7 @@ def actor_lives(actor: Any) -> bool:
 
 @contextmanager
 def without_notices(actor: str) -> Iterator[None]:
-    """Keeps Ray from printing on standard output that an actor died, within the context, in which it is ended on purpose."""
+    """Hides Ray's lines about an actor from standard output within the context, which ends the actor on purpose."""
     import ray
 
     show: Any = ray._private.worker.print_to_stdstream

@@ -1,8 +1,9 @@
-"""Checks a cluster file for everything that can be found wrong before a machine is paid for (`heliostat cluster check FILE`).
+"""Checks a cluster file for problems that are visible before a machine is paid for (`heliostat cluster check FILE`).
 
-Errors stop `cluster up`: what the tool's schema refuses, what cannot work, secrets in plain text (`secrets`). Warnings
-are for a person to decide on: open ports and Ray without authentication, what fails or is unsafe at the first start
-on a cloud (`clouds`) or in Kubernetes (`pods`), pools that no job can ask for.
+Errors stop `cluster up`: violations of the tool's schema, settings that can't work, and secrets in plain text (`secrets`).
+
+Warnings leave the decision to the user. They report open ports, Ray without authentication, and pools that no job can request.
+They also report settings that fail or are unsafe at the first start on a cloud (`clouds`) or in Kubernetes (`pods`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from heliostat.schema import nearest
 
 @dataclass(frozen=True)
 class FileReview:
+    """Holds a cluster file and its errors and warnings, one line each."""
+
     cluster: ClusterFile
     errors: list[str]
     warnings: list[str]
 
 
 def check(path: Path) -> FileReview:
-    """Reports the errors and warnings of a cluster file; ConfigError if it cannot be read at all."""
+    """Collects the errors and warnings of a cluster file; ConfigError if the file can't be read at all."""
     cluster = cluster_file.read(path)
     with cluster_file.shaped(path):
         return _report(cluster)
@@ -34,7 +37,7 @@ def check(path: Path) -> FileReview:
 
 def _report(cluster: ClusterFile) -> FileReview:
     refused = schemas.faults(cluster)
-    if refused:  # the rest needs a file of the right form
+    if refused:  # the other checks need a file that matches the schema
         return FileReview(cluster, [*refused, *secrets(cluster)], [])
     warnings = [*clouds.open_ports(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
@@ -46,7 +49,7 @@ def _report(cluster: ClusterFile) -> FileReview:
 
 
 def require(path: Path) -> ClusterFile:
-    """Returns the cluster file; one ConfigError with all its errors if it has any."""
+    """Checks a cluster file and returns it; one ConfigError with all its errors if it has any."""
     report = check(path)
     if report.errors:
         raise ConfigError("\n  ".join([f"{path}:", *report.errors]) if len(report.errors) > 1 else f"{path}: {report.errors[0]}")
@@ -123,7 +126,7 @@ PATTERNS = {
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
     "a GitHub or Hugging Face token": r"\b(?:gh[pousr]_[0-9A-Za-z]{36,}|hf_[0-9A-Za-z]{30,})\b",
     "a password in a URL": r"\w+://[^\s/:@$]*:[^\s/@$]+@",
-    # both take it as -pVALUE, too
+    # both commands also accept -pVALUE
     "a password for sshpass": r"\bsshpass\s+(?:-\w\s+\S+\s+)*-p\s*['\"]?[^\s'\"$-][^\s'\"]*",
     "a password for a registry": r"\blogin\b.*\s(?:-p\s*|--password[\s=]+)['\"]?[^\s'\"$<-]",
     "a bearer token": r"(?i)\bbearer\s+[^\s'\"$<{]{8,}",
@@ -131,11 +134,11 @@ PATTERNS = {
     "a secret's value": rf"(?i)\b(?P<name>{WORDS})['\"]?\s*[=:]\s*(?P<value>{VALUE})",
 }
 SECRET_NAMES = re.compile(r"(?i)secret|password|passwd|token$|access_key|api_?key")
-HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # say where a secret is, or how it is used
+HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # they name a secret's place or use
 
 
 def secrets(cluster: ClusterFile) -> Iterator[str]:
-    """Reports every secret in the file, one line each, without repeating it."""
+    """Yields one line for each secret in the file, without the secret itself."""
     text = cluster.path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(), 1):
         code = "" if line.lstrip().startswith("#") else line.split(" #")[0]
@@ -150,7 +153,7 @@ def secrets(cluster: ClusterFile) -> Iterator[str]:
 
 
 def found_in(line: str) -> str | None:
-    """Detects a secret in a line and returns its kind, or None."""
+    """Returns the kind of the secret in a line, for example `a private key`; None if the line has no secret."""
     for what, pattern in PATTERNS.items():
         for match in re.finditer(pattern, line):
             named = match.groupdict().get("name")
@@ -160,7 +163,7 @@ def found_in(line: str) -> str | None:
 
 
 def _refers(value: str) -> bool:
-    """Checks whether the value is the path of a file that holds a secret, not the secret itself."""
+    """Checks whether the value is the path of a file with a secret, not the secret itself."""
     return value.lstrip("'\"").startswith(("/", "~", "./"))
 
 

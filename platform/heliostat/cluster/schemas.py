@@ -1,7 +1,8 @@
-"""Validates a cluster file against its tool's own schema, with messages that name the key and the nearest valid one.
+"""Validates a cluster file against its tool's own schema, with messages that name the key and the nearest valid key.
 
-Cluster-launcher YAML: the JSON schema in the installed ray. KubeRay manifests: the operator's CRDs, which are data from outside
-the repository: the folder `HELIOSTAT_KUBERAY_CRDS` (default `../shared/kuberay-crds`) with `rayclusters.yaml` and `rayjobs.yaml`.
+The schema of cluster-launcher YAML is in the installed ray. The schemas of KubeRay manifests are the operator's CRDs, which
+aren't part of the repository. `HELIOSTAT_KUBERAY_CRDS` names their folder (default `../shared/kuberay-crds`), which contains
+`rayclusters.yaml` and `rayjobs.yaml`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
 
 
 def faults(cluster: ClusterFile) -> list[str] | None:
-    """Lists the schema's violations, one line each; None if there is no schema to validate against."""
+    """Lists the violations of the schema, one line each; None if there is no schema for the file."""
     schema = (
         _launcher() if cluster.kind == "launcher" else _crd(crd_folder() / CRD_FILES[cluster.kind], cluster.raw["apiVersion"])
     )
@@ -39,12 +40,13 @@ def faults(cluster: ClusterFile) -> list[str] | None:
 
 
 def crd_folder() -> Path:
+    """Returns the folder in which KubeRay's CRDs are expected."""
     return Path(os.environ.get(CRDS) or workspace.root().parent / "shared" / "kuberay-crds")
 
 
 @lru_cache
 def _launcher() -> Section:
-    """Reads Ray's schema without importing Ray, which takes a second."""
+    """Reads Ray's schema from its file: importing Ray would take a second."""
     from importlib.util import find_spec
 
     spec = find_spec("ray")
@@ -56,7 +58,7 @@ def _launcher() -> Section:
 def _crd(file: Path, api_version: str) -> Section | None:
     if not file.is_file():
         return None
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a megabyte: ten times as fast
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, for a file of a megabyte
     crd = yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506 (a SafeLoader)
     versions = {v["name"]: v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"]}
     name = api_version.removeprefix("ray.io/")
@@ -64,7 +66,10 @@ def _crd(file: Path, api_version: str) -> Section | None:
 
 
 def strict(schema: Any) -> Any:
-    """Converts an OpenAPI schema to JSON schema: unknown keys are errors where keys are listed; int-or-string accepts either."""
+    """Converts an OpenAPI schema to a JSON schema.
+
+    Unknown keys become errors where the schema lists keys. `int-or-string` becomes an integer or a string.
+    """
     if isinstance(schema, list):
         return [strict(s) for s in schema]
     if not isinstance(schema, dict):
@@ -77,7 +82,7 @@ def strict(schema: Any) -> Any:
     if schema.get("properties") and "additionalProperties" not in schema and not open_ended:
         out["additionalProperties"] = False
     if "metadata" in schema.get("properties", {}) and "apiVersion" in schema["properties"]:
-        out["properties"]["metadata"] = {"type": "object"}  # Kubernetes' own, which CRDs do not list
+        out["properties"]["metadata"] = {"type": "object"}  # Kubernetes defines its keys; CRDs don't list them
     return out
 
 

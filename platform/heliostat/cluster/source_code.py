@@ -1,7 +1,7 @@
-"""Captures the code and environment of a run: commit, difference from it, Python and packages.
+"""Captures the code and environment of a run: the git commit, the changes since, and the versions of Python and packages.
 
-On a cluster there is no `.git`: `heliostat submit` sends the record in a file of the workspace (`workspace_package`). Files and
-lines that may hold secrets are not in the difference (`difference`), and only listed.
+A cluster has no `.git`, so `heliostat submit` sends the record in a file of the workspace (`workspace_package`). The difference
+doesn't contain files and lines that may hold secrets; it only lists them (`difference`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.config import workspace
 from heliostat.storage.records import Format
 
-DIFF_BYTES = 1 << 20  # of a difference that is kept
-USER = "HELIOSTAT_USER"  # on a cluster: who submitted the job
-UNTRACKED = 1000  # files that git does not know and that are named
+DIFF_BYTES = 1 << 20  # most bytes of a difference; the rest is cut off
+USER = "HELIOSTAT_USER"  # on a cluster: the user who submitted the job
+UNTRACKED = 1000  # most untracked files that are listed
 
 
 @dataclass(frozen=True)
 class SourceCode:
     """Describes the source code of a run.
 
-    `diff`: from the commit to the files that ran, as `git apply` takes it; `untracked`: files that git does not track;
-    `left_out`: what the difference lacks, because it may be secret.
+    `diff`: the changes from the commit to the files that ran, in the format of `git apply`. `untracked`: files that git doesn't
+    track. `left_out`: changes that `diff` lacks, because they may hold secrets, or because git failed.
     """
 
     commit: str = ""
@@ -43,22 +43,24 @@ class SourceCode:
 
     @property
     def dirty(self) -> bool:
+        """Checks whether the code differs from its commit."""
         return bool(self.diff or self.untracked or self.left_out)
 
     @property
     def digest(self) -> str:
-        """Identifies the difference by a hash; empty where there is none."""
+        """Returns 12 hex digits that identify the difference; empty if there is none."""
         changes = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
         return hashlib.sha256(changes.encode()).hexdigest()[:12] if self.dirty else ""
 
     def text(self) -> str:
-        """Formats the difference, after a list of what it lacks."""
+        """Formats the difference, after a list of the files that it lacks."""
         notes = [f"# not in git: {path}" for path in self.untracked] + [
             f"# left out, may be secret: {path}" for path in self.left_out
         ]
         return "".join(f"{note}\n" for note in notes) + self.diff
 
     def facts(self) -> dict[str, str]:
+        """Returns the commit, and the digest of the difference from it."""
         return {"commit": self.commit, "diff": self.digest}
 
     def dump(self) -> str:
@@ -85,15 +87,15 @@ def source() -> SourceCode:
 
 
 def user() -> str:
-    """Returns the name of the user who runs the command; on a cluster, of the user who submitted it."""
+    """Returns the name of the user who runs the command, or on a cluster the name of the user who submitted it."""
     try:
         return os.environ.get(USER) or getpass.getuser()
-    except (KeyError, OSError):  # a container's process of a user without a name
+    except (KeyError, OSError):  # in a container, for example, the user may have no name
         return str(os.getuid())
 
 
 def environment() -> dict[str, str]:
-    """Maps Python, the operating system and every installed package to its version."""
+    """Maps Python, the operating system, and every installed package to its version."""
     versions = {(d.metadata["Name"] or "").lower().replace("_", "-"): d.version for d in distributions()}
     system = {"python": platform.python_version(), "system": f"{platform.system()} {platform.release()} {platform.machine()}"}
     return system | {name: versions[name] for name in sorted(versions) if name}
@@ -103,7 +105,7 @@ def environment() -> dict[str, str]:
 
 
 GIT_S = 10
-# whatever the person's own settings are
+# these override the user's own git settings
 PLAIN = (
     "--literal-pathspecs",
     "-c",
@@ -118,7 +120,7 @@ HUNK = re.compile(r"@@ -(\d+)(?:,\d+)? \+(\d+)(?:,\d+)? @@")
 
 
 def git(root: Path, *command: str) -> str | None:
-    """Runs git and returns its output unchanged; None if it fails, or is not installed."""
+    """Runs git and returns its output unchanged; None if it fails, takes longer than 10 s, or isn't installed."""
     try:
         done = subprocess.run(["git", *command], cwd=root, capture_output=True, timeout=GIT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -127,7 +129,7 @@ def git(root: Path, *command: str) -> str | None:
 
 
 def difference(root: Path) -> tuple[str, list[str]]:
-    """Computes the difference from HEAD, and lists for a person what it leaves out."""
+    """Computes the difference from HEAD without secrets. Returns it with a readable list of the changes that it lacks."""
     changed, parts, left_out = _changed(root), [], []
     if changed is None:
         return "", ["all of it: git didn't show the changes"]
@@ -149,7 +151,7 @@ def difference(root: Path) -> tuple[str, list[str]]:
 def _changed(root: Path) -> list[tuple[str, str]] | None:
     """Lists (path, origin) of each changed file; None if git fails.
 
-    The origin is the path that it was copied or renamed from, or its own; a renamed file's old path is listed, too.
+    The origin is the path from which the file was copied or renamed, else its own path. A renamed file's old path is listed too.
     """
     output = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
     if output is None:
@@ -166,11 +168,11 @@ def _changed(root: Path) -> list[tuple[str, str]] | None:
 
 
 def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
-    """Finds the numbers, from 1, of the lines that hold secrets: in the commit's version of a file, and in the current one."""
+    """Returns the numbers, from 1, of the lines with secrets: in the committed version of a file, and in the current one."""
     settings = Path(path).suffix.lower() in redact.SETTINGS
     try:
         new = (root / path).read_text(errors="replace")
-    except OSError:  # deleted, or a folder of another repository
+    except OSError:  # deleted, or the folder of another repository
         new = ""
     versions = git(root, "show", f"HEAD:./{path}") or "", new
     was, now = ({i + 1 for i in redact.secret_lines(text.split("\n"), settings)} for text in versions)
@@ -178,15 +180,15 @@ def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
 
 
 def hide(text: str, was: set[int], now: set[int]) -> tuple[str, int]:
-    """Hides the secrets of these lines in a file's difference; returns it and how many lines were hidden.
+    """Hides the secrets in the given lines of a file's difference. Returns the difference and the number of hidden lines.
 
-    `was`: line numbers in the commit's version; `now`: in the current one.
+    `was`: line numbers in the committed version. `now`: line numbers in the current version.
     """
     lines, hidden, old, new = text.split("\n"), 0, 0, 0
     for i, line in enumerate(lines):
         if match := HUNK.match(line):
             old, new = int(match[1]), int(match[2])
-            lines[i] = match[0]  # git puts some line from before after it
+            lines[i] = match[0]  # git appends an earlier line of the file, which is cut off here
         elif old or new:
             mark = line[:1]
             if (mark in ("-", " ") and old in was) or (mark in ("+", " ") and new in now):

@@ -1,11 +1,11 @@
-"""Drains this machine's Ray node when its provider gives notice: spot machines about to be taken, pods about to be deleted.
+"""Drains this machine's Ray node when its provider announces the end of a spot machine, or Kubernetes deletes a pod.
 
-Ray has no watcher for spot notices on EC2 and GCE. A node that is drained gets no new work, and a run that has workers on it
-stops after a checkpoint and continues elsewhere (`train.attempt`).
+Ray doesn't watch for spot notices on EC2 and GCE. A draining node gets no new work. A run with workers on it saves a checkpoint,
+stops, and continues on other nodes (`training.driver.attempt`).
 
-    python -m heliostat.cluster.spot aws          # next to `ray start`, in the background; EC2 gives some two minutes
-    python -m heliostat.cluster.spot gcp          # likewise; Google Cloud gives 30 seconds
-    python -m heliostat.cluster.spot now --seconds 90    # a Kubernetes preStop hook: drains, returns when no worker is left
+    python -m heliostat.cluster.spot aws          # in the background, next to `ray start`; EC2 gives about two minutes
+    python -m heliostat.cluster.spot gcp          # the same on Google Cloud, which gives 30 seconds
+    python -m heliostat.cluster.spot now --seconds 90    # as a Kubernetes preStop hook: drains, returns when no worker is left
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from heliostat.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
-METADATA = "http://169.254.169.254"  # of both clouds: link-local, answers this machine alone
+METADATA = "http://169.254.169.254"  # of both clouds: a link-local address, which answers only this machine
 POLL_S = 2.0
 ANSWER_S = 2.0
-AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # what the providers promise
+AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # the time that the providers promise
 RETRY_S = 5.0
-NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # what a node runs that has nothing to do
+NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's processes on an idle node
 
 Get = Callable[..., tuple[int, str]]
 
 
 def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Queries the metadata service, never through a proxy, and returns (status, text); OSError if nothing answers."""
+    """Queries the metadata service without a proxy, and returns (HTTP status, text); OSError if it gives no valid answer."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, method=method, headers=headers or {})
     try:
@@ -47,14 +47,14 @@ def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) ->
             return answer.status, answer.read(65536).decode(errors="replace")
     except urllib.error.HTTPError as e:
         return e.code, ""
-    except http.client.HTTPException as e:  # an answer that is none
+    except http.client.HTTPException as e:  # an answer that isn't HTTP
         raise OSError(f"{type(e).__name__}: {e}") from e
 
 
 def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Returns the seconds until EC2 takes this spot instance; None without a notice.
+    """Returns the seconds until EC2 ends this spot instance; None without a notice. ClusterError if the service reports an error.
 
-    Queries with a session token (IMDSv2: `HttpTokens: required`).
+    It uses a session token (IMDSv2), as instances with `HttpTokens: required` demand.
     """
     status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if status != 200:
@@ -67,12 +67,15 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
     try:
         until = datetime.strptime(json.loads(text)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except (ValueError, KeyError, TypeError):
-        return AWS_NOTICE_S  # a notice all the same
+        return AWS_NOTICE_S  # it is a notice, even if it can't be read
     return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def gcp_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Returns the seconds until Google Cloud takes this spot machine; None without a notice."""
+    """Returns the seconds until Google Cloud ends this spot machine; None without a notice.
+
+    ClusterError if the metadata service reports an error.
+    """
     status, text = ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     if status != 200:
         raise ClusterError(f"{url}: instance/preempted answered HTTP {status}")
@@ -83,7 +86,11 @@ NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
 
 
 def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
-    """Drains this machine's node, which leaves in `seconds`, and returns the node's id; ClusterError if that fails."""
+    """Drains this machine's Ray node, which ends in `seconds`, and returns the node's id; ClusterError if that fails.
+
+    `reason`: a text for Ray's records. `address`: of Ray's state server. `node_ip`: the node's address. The last two default to
+    those of this machine.
+    """
     import ray
     from ray.core.generated import autoscaler_pb2, gcs_pb2
 
@@ -96,7 +103,7 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
         mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]
         if len(mine) != 1:
             raise ClusterError(f"{len(mine)} Ray nodes run at {here}, expected one")
-        until = int((time.time() + seconds) * 1000)  # the protocol's: a time of day
+        until = int((time.time() + seconds) * 1000)  # as the protocol requires: milliseconds since the epoch
         accepted, why = client.drain_node(mine[0], preemption, reason, until)
     except (ConnectionError, ray.exceptions.RayError) as e:
         raise ClusterError(f"can't ask Ray's state server: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
@@ -106,9 +113,9 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
 
 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
-    """Polls until a notice comes, then drains, and retries until that succeeds; ClusterError if the time runs out first.
+    """Polls `notice` until it returns seconds, then drains the node and retries until that succeeds.
 
-    Warns once when the metadata service stops answering.
+    ClusterError if the time runs out first. Warns once when the metadata service stops answering.
     """
     deaf = False
     while True:
@@ -138,13 +145,16 @@ def watch(notice: Callable[[], float | None], drains: Callable[[float], str], po
 
 
 def working() -> bool:
-    """Checks whether one of Ray's processes on this machine still runs a training worker, an actor or a task."""
+    """Checks whether Ray still runs a training worker, an actor, or a task on this machine."""
     names = ((p.info["cmdline"] or [""])[0] for p in psutil.process_iter(["cmdline"]))
     return any(name.startswith("ray::") and not name.startswith(NO_WORK) for name in names)
 
 
 def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:
-    """Drains at once and waits, at most `seconds`, until no worker is left; returns whether that was reached."""
+    """Drains the node at once, and waits at most `seconds` until no worker is left.
+
+    Returns whether no worker is left; False also if the drain fails.
+    """
     deadline = time.monotonic() + seconds
     try:
         log.warning("node %s is draining", drains(seconds))
@@ -171,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.who == "now":
         leave(options.seconds, drains)
-        return 0  # a hook that fails would only be logged by Kubernetes; what went wrong is said above
+        return 0  # Kubernetes would only log a failed hook, and the log above has the reason
     try:
         watch(lambda: NOTICES[options.who](options.url), drains)
     except ClusterError as e:

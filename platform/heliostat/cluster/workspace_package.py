@@ -1,8 +1,9 @@
-"""Packages the workspace for a job: code and small files, never data, secrets or `.git`.
+"""Packages the workspace for a job: code and small files, but never data, secrets, or `.git`.
 
-`.gitignore` files are respected, in every folder. What else is left out is reported (`Packed.left_out`): data, what may hold
-secrets by its name (in any case of letters), YAML files with a password in them, and links whose target is not sent. A workspace
-above the limit is refused with its biggest paths, because a mistake here is gigabytes on every node.
+It respects the `.gitignore` file of every folder, and reports all other files that it leaves out (`Packed.left_out`). These are
+data, files whose names suggest a secret (in upper or lower case), and YAML files that contain a password. Links to files that
+aren't sent are left out too. A workspace above the limit is an error that lists its biggest files, because a mistake here means
+gigabytes on every node.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from heliostat.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LIMIT = 50 << 20
-CODE_FILE = "heliostat-code.json"  # of a workspace that has travelled: what git said of it before
+CODE_FILE = "heliostat-code.json"  # in a workspace that was sent to a cluster: its git state before
 SHOWN = 8
-MACHINERY = GitIgnoreSpec.from_lines(  # it is never missed
+MACHINERY = GitIgnoreSpec.from_lines(  # left out without a report
     [".git", ".gitignore", ".hg", ".svn", ".venv", "venv", ".heliostat", "node_modules", "__pycache__", "*.pyc", "*.egg-info",
      "mlruns"]
 )  # fmt: skip
 DATA = GitIgnoreSpec.from_lines(
     ["*.db", "*.sqlite", "*.sqlite3", "*.parquet", "*.arrow", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.tar"]
 )
-SECRETS = GitIgnoreSpec.from_lines(  # in lower case
+SECRETS = GitIgnoreSpec.from_lines(  # matched with paths in lower case
     [
-        *("id_*", "!id_*.py"),  # ssh's keys; a module may be called so
+        *("id_*", "!id_*.py"),  # ssh keys, but not Python modules
         *("*.pem", "*.key", "*.p12", "*.pfx", "*.p8", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.token"),
         *(".env", ".env.*", "*.env", ".envrc", ".direnv"),
         *("secrets", "secrets.*", "*.secret", "*.secrets", "*secret*.y*ml", "*secret*.json", "*secret*.toml"),
@@ -66,10 +67,9 @@ SECRET, HOLDS, KEPT, LINK = "may contain secrets", "contain a password", "are da
 
 @dataclass
 class Packed:
-    """Lists the files that are sent and those left out.
+    """Lists the files that are sent with a job and those that are left out.
 
-    `files`: relative paths of the sent ones, sorted; `left_out`: by reason, the paths that are not sent though no .gitignore
-    excludes them.
+    `files`: sorted relative paths of the sent files. `left_out`: by reason, the other paths that no .gitignore excludes.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Packed:
 
 
 def private(path: str) -> bool:
-    """Checks whether a path, relative to the workspace, must never be shown or sent: a secret by its name, or data."""
+    """Checks whether a path (relative to the workspace) must never be shown or sent, because it is data or suggests a secret."""
     return bool(_never(path))
 
 
@@ -91,7 +91,7 @@ def _never(path: str) -> str | None:
 
 
 def look(workspace: Path, limit: int = LIMIT) -> Packed:
-    """Selects what is sent with a job and what is not; ConfigError above `limit` bytes."""
+    """Selects the files that are sent with a job; ConfigError if they have more than `limit` bytes together."""
     packed, links = Packed(), list[Path]()
     for path in _walk(workspace, Path(), [], packed):
         if (workspace / path).is_symlink():
@@ -143,7 +143,7 @@ def _walk(workspace: Path, folder: Path, specs: list[tuple[Path, GitIgnoreSpec]]
 
 
 def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """Decides as git does: by the deepest .gitignore with a pattern that matches the path."""
+    """Checks whether git ignores the path: the deepest .gitignore with a pattern that matches it decides."""
     for base, spec in reversed(specs):
         said = spec.check_file(f"{path.relative_to(base)}{'/' if folder else ''}").include
         if said is not None:
@@ -152,7 +152,7 @@ def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) 
 
 
 def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
-    """Copies what is sent with a job into a folder, and warns of what is not sent."""
+    """Copies the files that are sent with a job into `target`, and warns about the files that are left out."""
     packed = look(workspace, limit)
     for path in packed.files:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ def stage(workspace: Path, target: Path, limit: int = LIMIT) -> Packed:
 
 
 def stage_package(target: Path) -> Path:
-    """Copies the running heliostat package: what a wheel of it holds, without dependencies."""
+    """Copies the running heliostat package, without its dependencies, into `target`. Returns the copy's path."""
     import heliostat
 
     assert heliostat.__file__

@@ -1,17 +1,19 @@
-"""Runs a submitted job on the cluster's head: `heliostat train`, or `tune`, as a child process, with its log kept in storage.
+"""Runs a submitted job on the cluster's head, as a child process, and copies its log to storage.
 
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
-A child that is killed, or dies without recording an outcome, is started again, and continues from the newest checkpoint, as often
-as the job's `retries` allow (`Again`); after that the run's MLflow status is FAILED, with the reason. A store that is away is
-waited for; MLflow is not needed to resume. A command that ends by itself records its end in the run's ledger.
+The child is `heliostat train` or `heliostat sweep run`. If it is killed, or dies without recording an outcome, this process
+starts it again, and it continues from the newest checkpoint. `Again` allows this as often as the job's `retries` permit. After
+that the run's MLflow status is FAILED, with the reason. If the storage is unreachable, this process waits for it; resuming
+doesn't need MLflow. A command that ends by itself records its end in the run's ledger.
 
-Retries count the deaths in a row: progress resets the count. A successor that fails before it has begun counts as one more death.
+Retries count consecutive deaths: progress resets the count. A new child that fails before it has begun counts as another death.
 
-The log goes to standard output, which the Jobs API shows, and to `logs/` in the run's folder (`logs`), which outlives the
-cluster. `heliostat job stop` makes Ray send SIGTERM to this process and to the training driver; this process waits for the
-driver, which saves a checkpoint. It does not wait if the Jobs API lists a marker job that tells this attempt to end now (`stop
---now`): storage may be what does not answer.
+The log goes to standard output, which the Jobs API shows. The copy in `logs/` of the run's folder (`logs`) outlives the cluster.
+
+`heliostat job stop` makes Ray send SIGTERM to this process and to the training driver. This process waits for the driver, which
+saves a checkpoint. It doesn't wait if the Jobs API lists a marker job for this attempt (`stop --now`), because the storage may be
+what doesn't answer.
 """
 
 from __future__ import annotations
@@ -49,23 +51,23 @@ from heliostat.training.driver.recovery import Budget
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-NOW_S = 5.0  # for the end of the log to reach storage, where the driver was asked to end now
-ENDS = "ends"  # in the metadata of the note: the attempt
+NOW_S = 5.0  # for the end of the log to reach storage after `stop --now`
+ENDS = "ends"  # key of the marker job's metadata: the attempt to end
 
 
 class Again:
-    """Decides on restarts of the command of one run, or one sweep, in `folder`."""
+    """Decides whether the command of one run or one sweep starts again. `folder`: the folder of the run or the sweep."""
 
     def __init__(
         self, folder: Location, retries: Retries, sweep: bool = False, pause: Callable[[float], object] | None = None
     ) -> None:
-        """Prepares decisions; `pause` waits so many seconds, and raises a HeliostatError if the command is not to go on."""
+        """Stores the job's retries. `pause` waits so many seconds, or raises a HeliostatError if the command must end."""
         self.folder, self.sweep, self._pause = folder, sweep, pause
         self.budget = Budget(retries)
         self._began = time.time()
 
     def died(self, pid: int, code: int) -> str:
-        """Describes how the command died, from its exit code as `Popen` returns it; empty if it ended by itself."""
+        """Describes how the command died; empty if it ended by itself. `code`: its exit code, as `Popen` returns it."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if self.sweep or not code:
@@ -84,16 +86,16 @@ class Again:
         return self.budget.spend(TrainingError(f"the driver died without an error, {how}"), self._progress())
 
     def flags(self, flags: list[str], pid: int) -> list[str]:
-        """Returns the successor's flags: it resumes what the dead command has begun, but never an earlier run.
+        """Returns the next command's flags. It resumes the run if the dead command had begun it, but never an earlier run.
 
-        Raises a HeliostatError if it cannot be read whether the command has begun.
+        HeliostatError if the storage doesn't show whether the command had begun.
         """
         if not self._has_begun(pid):
             return flags
         return [*(f for f in flags if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> RecordedAttempt | None:
-        """Finds this process's newest attempt in the run's ledger; None if there is none."""
+        """Returns the newest attempt of process `pid` on this host in the run's ledger; None if there is none."""
         self.folder.wait_for_store(self._pause)
         mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
         return max(mine, key=lambda a: a.started, default=None)
@@ -108,7 +110,7 @@ class Again:
             return False
 
     def _progress(self) -> int:
-        """Returns the newest checkpoint's step, or the number of finished trials of a sweep; -1 if that is not known."""
+        """Returns the step of the newest checkpoint, or a sweep's number of finished trials; -1 if it is unknown."""
         try:
             if self.sweep:
                 from heliostat.tune import listing
@@ -122,6 +124,8 @@ class Again:
 
 
 class Driver:
+    """Runs the command of a submitted job, starts it again if it dies, and copies its log."""
+
     def __init__(self, job: Path, sweep: Path | None, attempt: str, flags: list[str]) -> None:
         raw = schema.read_yaml(job)
         for key in ("name", "storage"):
@@ -143,12 +147,13 @@ class Driver:
         self._stdout, self._unsaid = sys.stdout.fileno(), 0
 
     def run(self, queue: str | None) -> int:
+        """Waits for the job's turn in the queue, runs its command to the end, and returns the exit code."""
         signal.signal(signal.SIGTERM, lambda *_: self.stopping.set())
         if queue:
             self._wait_for_turn(queue)
         if self.stopping.is_set():
             return 128 + signal.SIGTERM
-        sender = threading.Thread(target=self._send, daemon=True)  # a store that is away keeps no other thread waiting
+        sender = threading.Thread(target=self._send, daemon=True)  # unreachable storage blocks only this thread
         sender.start()
         try:
             return self._children()
@@ -157,7 +162,7 @@ class Driver:
             sender.join(NOW_S if self._killed else None)
 
     def _children(self) -> int:
-        """Runs the command, again as long as it dies and retries are left; returns the exit code."""
+        """Runs the command, and repeats it while it dies and retries are left. Returns the exit code."""
         while True:
             pid, code = self._child()
             how = "" if self.stopping.is_set() else self.again.died(pid, code)
@@ -168,7 +173,7 @@ class Driver:
             return code if code >= 0 else 128 - code
 
     def _starts_again(self, pid: int, how: str) -> bool:
-        """Waits until the dead child's successor is due; False if there is none."""
+        """Waits until the next start of the dead command is due; False if the command doesn't start again."""
         try:
             flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
@@ -186,16 +191,16 @@ class Driver:
             raise StoppedError("the job was stopped on request")
 
     def _settle(self, how: str) -> None:
-        """Reports to MLflow that the run is over, which its dead driver could not."""
+        """Records the end of the run in MLflow, which its dead driver couldn't do."""
         from heliostat.tracking.reconcile import settle_folder
 
         try:
             settle_folder(self.run_folder, how)
-        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the next command that sees the run tells it)
+        except Exception as e:  # noqa: BLE001 (any error of MLflow: the next command that sees the run records it)
             log.warning("MLflow couldn't record the end of the run: %s", e)
 
     def _child(self) -> tuple[int, int]:
-        """Runs the command once, to its end, and returns its process id and exit code."""
+        """Runs the command once, until it ends. Returns its process id and exit code."""
         source, sink = os.pipe()
         child = subprocess.Popen([*self.command, *self.flags], stdout=sink, stderr=sink)
         os.close(sink)
@@ -219,7 +224,7 @@ class Driver:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def _write(self, data: bytes) -> None:
-        """Passes output on, to where there is room: a full disk must not close the pipe that the driver writes to."""
+        """Writes output to the log's copy and to standard output. A full disk must not close the pipe from the driver."""
         self._log.add(data)
         rest = memoryview(data)
         try:
@@ -244,13 +249,13 @@ class Driver:
         """Checks whether the driver must end without waiting for a checkpoint."""
         try:
             jobs = http.get(f"{self.jobs_url()}/api/jobs/", http.own_token())[1] or []
-        except Exception as e:  # noqa: BLE001 (whatever Ray raises: the driver waits on)
+        except Exception as e:  # noqa: BLE001 (any error of Ray: the driver gets its time to end)
             log.warning("can't check for a request to stop: %s", e)
             return False
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
     def _wait_for_turn(self, queue: str) -> None:
-        """Waits until no job of the queue that was submitted before this one is left."""
+        """Waits until all jobs of the queue that were submitted before this one have ended."""
         url, token = self.jobs_url(), http.own_token()
         announced = False
         while not self.stopping.is_set():
@@ -264,12 +269,12 @@ class Driver:
 
 
 def jobs_url() -> str:
-    """Returns the address of the Jobs API, from the state of the cluster that this process runs on."""
+    """Returns the URL of the Jobs API of the cluster on which this process runs."""
     return ray_internals.jobs_url(os.environ.get("RAY_ADDRESS", "auto"))
 
 
 class WaitingJob(TypedDict):
-    """Describes what is read of a job in the answer of the Jobs API."""
+    """Describes the fields of a job that heliostat reads from the Jobs API."""
 
     submission_id: str
     status: str
@@ -278,7 +283,7 @@ class WaitingJob(TypedDict):
 
 
 def before(name: str, queue: str, jobs: list[WaitingJob]) -> list[str] | None:
-    """Lists the queue's unfinished jobs that started before the job `name`; None if that is not among them (yet)."""
+    """Lists the queue's unfinished jobs that started before the job `name`; None if the Jobs API doesn't list that job yet."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)
     if mine is None:

@@ -1,8 +1,8 @@
-"""Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops and resumes them.
+"""Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops, and resumes them.
 
-The submission's id is the run's name, so there is one job for one run: submitting the same job again finds the first. What the
-API forgets with its cluster is kept elsewhere: the run's folder has the log, the ledger and the result, and the workspace has the
-`SubmissionRecord` of the submission.
+A submission's id is the run's name, so each run has one job: submitting the same job again returns the earlier submission. The
+Jobs API loses its records with the cluster. The run's folder keeps the log, the ledger, and the result; the workspace keeps the
+`SubmissionRecord`.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from heliostat.submit import submission
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import SubmissionRecord
 
-if TYPE_CHECKING:  # takes a second
+if TYPE_CHECKING:  # importing it takes a second
     from ray.job_submission import JobDetails
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for it
+SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for a job's supervisor actor
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
-RAYS_LOGS = (  # of Ray's client, two of which set their own level
+RAYS_LOGS = (  # loggers of Ray's client; two of them set their own level
     "ray._private.runtime_env", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
 )  # fmt: skip
 RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
-STOP_S = 600  # a checkpoint may take so long; Ray kills the driver afterwards
+STOP_S = 600  # for the last checkpoint; after that Ray kills the driver
 FOLLOW_S = 1.0
-QUIET_S = 30.0  # without a new line, after which the cluster is asked whether it is still there
-MONITOR_S = 3.0  # Ray looks each second
+QUIET_S = 30.0  # without a new line, after which heliostat checks whether the cluster still answers
+MONITOR_S = 3.0  # Ray's monitor checks once per second
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
-# settings without secrets; credentials come from the nodes' own environment, instance profile or Kubernetes secret
+# variables without secrets; credentials come from the nodes' own environment, instance profile, or Kubernetes secret
 PASSED = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
@@ -64,7 +64,7 @@ PASSED = (
 
 
 class Submitted(TypedDict):
-    """Describes a submission as the cluster knows it; times in seconds."""
+    """Describes a submission as the cluster reports it. `started` and `ended` are seconds since the epoch."""
 
     id: str | None
     status: str
@@ -98,8 +98,8 @@ class Jobs:
     def submit(self, record: SubmissionRecord, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
-        Submitting the same job again returns the same submission. ConfigError if another job has this name, or this job ended
-        before and no flag lets it resume or start from scratch.
+        Submitting the same job again returns the same submission. ConfigError if another job has this name. ConfigError also if
+        this job failed or was stopped, and no flag resumes it or starts it from scratch.
         """
         queue = record.queue
         if earlier := self.find(record.id):
@@ -146,7 +146,7 @@ class Jobs:
             }
 
             def send() -> None:
-                sent = self.find(record.id)  # an answer may have been lost, and the submission not
+                sent = self.find(record.id)  # the cluster may have the submission: perhaps only its answer was lost
                 if not (sent and sent["metadata"].get("attempt") == attempt):
                     self.client.submit_job(
                         entrypoint=shlex.join(command), submission_id=record.id, runtime_env=runtime, metadata=metadata
@@ -156,10 +156,10 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Frees the id of a finished submission, once Ray has finished with it.
+        """Deletes a finished submission after its supervisor has ended, so that its id is free; ClusterError after 60 s.
 
-        Ray's monitor of a job that ended looks up the state of its supervisor a moment later, by the id: a new submission under
-        that id would then be taken for the old one, and failed.
+        A moment after a job's end, Ray's monitor looks up the job's supervisor by id. It would mistake a new submission with this
+        id for the old one, and mark it as failed.
         """
         deadline = time.monotonic() + RETRY_S
         while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
@@ -170,7 +170,10 @@ class Jobs:
         self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
-        """Retries an action while the cluster fails, within RETRY_S; ClusterError after that, or at once if it refuses."""
+        """Runs an action, and retries it within RETRY_S while the cluster fails.
+
+        ClusterError after RETRY_S, or at once if the cluster rejects the request.
+        """
         import requests
 
         passing = (requests.RequestException, ConnectionError, RuntimeError, TimeoutError)
@@ -199,9 +202,11 @@ class Jobs:
         return sorted(ours, key=lambda j: j["started"] or 0, reverse=True)
 
     def find(self, job_id: str) -> Submitted | None:
+        """Returns the submission with this id; None if there is none."""
         return next((j for j in self.list() if j["id"] == job_id), None)
 
     def get(self, job_id: str) -> Submitted:
+        """Returns the submission with this id; ConfigError if there is none, or if heliostat didn't submit it."""
         job = self.find(job_id)
         if job is None:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
@@ -211,9 +216,9 @@ class Jobs:
         return job
 
     def follow(self, job_id: str) -> Iterator[str]:
-        """Yields the log as it grows, until the job is over, without what earlier submissions of this id wrote to it."""
+        """Yields the job's log as it grows, until the job ends. Leaves out the log of earlier submissions with this id."""
         attempt = self.get(job_id)["metadata"]["attempt"]
-        before: str | None = ""  # what came before the submission's part of the log was found
+        before: str | None = ""  # the text before the submission's part of the log; None inside that part
         for text in self._tail(job_id):
             if before is None:
                 yield text
@@ -225,11 +230,11 @@ class Jobs:
         if before and (at := _beginning(before, attempt, over=True)) is not None:
             yield before[at:]
         job = self.get(job_id)
-        if job["status"] == "FAILED" and job["exit_code"] is None:  # it never came to its entrypoint
+        if job["status"] == "FAILED" and job["exit_code"] is None:  # it didn't reach its entrypoint
             yield job["message"] + "\n"
 
     def _tail(self, job_id: str) -> Iterator[str]:
-        """Yields what is added to the log's file until the job is over; after a broken connection, only what is new."""
+        """Yields the text that is added to the log until the job ends. After a broken connection it continues without repeats."""
         import aiohttp
 
         came, deadline = 0, time.monotonic() + RETRY_S
@@ -251,12 +256,16 @@ class Jobs:
             time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
+        """Returns the whole log of a job, with earlier submissions of its id."""
         return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
 
     # stopping --------------------------------------------------------------------------------------------------------
 
     def stop(self, job_id: str, now: bool = False) -> Submitted:
-        """Stops a job, after a checkpoint unless `now`, waits until it is over and returns it."""
+        """Stops a job, waits until it has ended, and returns it. The job saves a checkpoint first, unless `now` is set.
+
+        ClusterError if it doesn't end within 630 s.
+        """
         job = self.get(job_id)
         if job["status"] in OVER:
             return job
@@ -272,7 +281,10 @@ class Jobs:
         return job
 
     def _note_to_end(self, attempt: str) -> str:
-        """Submits a marker job, which does nothing: its metadata make the attempt's driver end; this needs only the cluster."""
+        """Submits a marker job, which does nothing, and returns its id. The job's metadata make the attempt's driver end.
+
+        This works without storage: it needs only the cluster.
+        """
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
             lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
@@ -281,7 +293,7 @@ class Jobs:
 
 
 def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
-    """Yields an asynchronous iterator's items; calls `beat` while none arrives, which may raise."""
+    """Yields an asynchronous iterator's items. While none arrives, calls `beat` every 30 s; `beat` may raise."""
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         while True:
@@ -299,13 +311,13 @@ def _line(error: Exception) -> str:
 
 
 def _beginning(text: str, attempt: str, over: bool) -> int | None:
-    """Finds where a submission's part of its id's log begins: after the line that names the attempt; None before that is written.
+    """Returns where a submission's part of the log begins: after the line that names the attempt. None if that line is missing.
 
-    A submission that is over without that line never reached its entrypoint: then the whole log is its part.
+    `over`: the submission has ended. If the line is missing then, the entrypoint never ran, and the whole log is its part.
     """
-    _, separator, behind = text.rpartition(attempt)
-    if separator and "\n" in behind:
-        return len(text) - len(behind) + behind.index("\n") + 1
+    _, separator, after = text.rpartition(attempt)
+    if separator and "\n" in after:
+        return len(text) - len(after) + after.index("\n") + 1
     return 0 if over else None
 
 
@@ -322,7 +334,7 @@ def _plain(details: JobDetails) -> Submitted:
 
 
 def exit_code(job: Submitted) -> int:
-    """Returns the exit code of a command that followed a job: 0 succeeded, 130 stopped, 2 if the job's input was bad, else 1."""
+    """Returns the exit code of a command that followed a job: 0 if it succeeded, 130 if stopped, 2 for bad input, else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1

@@ -1,6 +1,6 @@
-"""Keeps a job's log in storage: `logs/ATTEMPT.NNNNNN.log` in the run's folder, parts of one MiB.
+"""Copies a job's log to storage in parts of one MiB: `logs/ATTEMPT.NNNNNN.log` in the run's folder.
 
-Objects in storage cannot be appended to; in parts, storing what is new costs no more than one part, however long the log is.
+Storage can't append to an object. With parts, an update rewrites only the last part, however long the log is.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PART = 1 << 20
 
 
 class LogCopy:
-    """Copies an attempt's log to storage; `add` and `send` may be called in different threads.
+    """Copies an attempt's log to storage. `add` and `send` may be called in different threads.
 
-    What a full disk does not take is left out of the copy, which says so where it is missing.
+    If the disk is full, the copy lacks the text that didn't fit, and has a note in its place.
     """
 
     def __init__(self, folder: Location, attempt: str) -> None:
@@ -33,7 +33,7 @@ class LogCopy:
         self._one = threading.Lock()
 
     def add(self, data: bytes) -> None:
-        """Adds to the log; never raises an OSError."""
+        """Appends bytes to the log; never raises an OSError."""
         note = f"\n[{self._missing:,} bytes of the log are missing: {self._why}]\n".encode() if self._missing else b""
         try:
             if self._file is None:
@@ -47,7 +47,7 @@ class LogCopy:
             self._missing = 0
 
     def _append(self, file: int, data: bytes) -> None:
-        """Appends all of the data, or nothing that counts."""
+        """Appends all of the data. After an error, none of it counts."""
         end, rest = self._written, memoryview(data)
         while rest:
             count = os.pwrite(file, rest, end)
@@ -55,7 +55,7 @@ class LogCopy:
         self._written = end
 
     def send(self) -> None:
-        """Writes the parts that storage lacks, or has only in part."""
+        """Writes the parts that storage lacks, or of which it has only the beginning."""
         with self._one:
             while self._file and self._sent < self._written:
                 number = self._sent // PART
@@ -65,6 +65,6 @@ class LogCopy:
 
 
 def stored(run: Location) -> str | None:
-    """Reads the logs of every submission of a run, concatenated; None if there are none."""
+    """Reads and joins the logs of all submissions of a run; None if there are none."""
     names = sorted(n for n, _ in run.join(run_folder.LOGS).files() if n.endswith(".log"))
     return b"".join(run.join("logs", n).read() for n in names).decode(errors="replace") if names else None

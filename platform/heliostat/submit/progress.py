@@ -1,4 +1,4 @@
-"""Tells how far a submitted run or sweep has come, from what it leaves in storage."""
+"""Computes the progress of a submitted run or sweep from its records in storage."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from heliostat.storage.locations import Location
 
 
 class RunProgress(TypedDict):
-    """Describes how far a run or a sweep is; `note`: why that is not known."""
+    """Describes the progress of a run or a sweep. `eta_s`: seconds left. `note`: why the progress is unknown."""
 
     step: int | None
     steps: int | None
     fraction: float | None
     eta_s: float | None
-    unit: NotRequired[str]  # "trial" of a sweep
+    unit: NotRequired[str]  # "trial" for a sweep
     note: NotRequired[str]
 
 
 def of_run(run: Location, steps: int) -> RunProgress:
-    """Computes a run's progress from its ledger in storage: steps done, their share, and seconds left at the present pace."""
+    """Computes a run's progress from its ledger in storage: finished steps, their share, and seconds left at the present pace."""
     try:
         attempts = goodput.read(run)
     except (HeliostatError, OSError) as e:
@@ -47,9 +47,9 @@ def of_sweep(folder: Location) -> RunProgress:
 
 
 def eta(attempt: RecordedAttempt, steps: int) -> float | None:
-    """Estimates the seconds left: the steps left, each as long as this attempt's took with everything that belongs to them.
+    """Estimates the seconds left, from this attempt's time per step with data, communication, checkpoints, and evaluation.
 
-    None before the attempt has made a step.
+    None before the attempt has finished a step.
     """
     done = attempt.reached - attempt.start_step
     spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))

@@ -1,4 +1,4 @@
-"""Describes a submission: what a workspace sends to a cluster, and keeps of it in `.heliostat/jobs/ID.json`."""
+"""Describes a submission: the job that a workspace sends to a cluster, with its record in `.heliostat/jobs/ID.json`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from heliostat.validation import check
 @closed
 @dataclass(frozen=True)
 class SubmissionRecord:
-    """Describes a submission, as this workspace records it.
+    """Holds this workspace's record of a submission.
 
-    `cluster`: the cluster as the user named it; `job`: the whole job, resolved; `sweep`: the whole sweep, if it is one, with
-    `job` as its base: then the id is the sweep's name, and `steps` counts its trials.
+    `cluster`: the cluster's name as the user wrote it. `job`: the whole job, resolved. `sweep`: the whole sweep; None for a
+    single job. For a sweep, `job` is its base, `id` is its name, and `steps` is its number of trials.
     """
 
     id: str
@@ -40,6 +40,7 @@ class SubmissionRecord:
 
     @property
     def digest(self) -> str:
+        """Returns 16 hex digits that identify the job, or the job and its sweep."""
         whole = json.dumps([self.job, self.sweep] if self.sweep else self.job, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -49,6 +50,7 @@ class SubmissionRecord:
 
     @staticmethod
     def read(job_id: str) -> SubmissionRecord | None:
+        """Reads this workspace's record of a submission; None if there is none. ConfigError if it is damaged."""
         try:
             return SUBMITTED.read(SubmissionRecord.place(job_id))
         except FileNotFoundError:
@@ -64,9 +66,10 @@ SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix=
 
 
 def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord | None:
-    """Finds the record of the submission of this id and digest, if it asks for the same job as `record`; None if it does not.
+    """Returns the record of the earlier submission with this id and digest, if it has the same job as `record`; else None.
 
-    A heliostat with fewer keys computed another digest for the same job: the workspace's record of it is read with today's keys.
+    An older heliostat with fewer keys computed another digest for the same job. So this reads the workspace's earlier record
+    with today's keys, and compares again.
     """
     if digest == record.digest:
         return record
@@ -81,9 +84,9 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
 
 
 def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
-    """Loads a job for a cluster. `resume`: `train.epochs` counts the samples of the versions that the run trains on.
+    """Loads a job for a cluster. `resume`: `train.epochs` counts the samples of the dataset versions that the run trains on.
 
-    ConfigError if it has paths of this machine's workspace, and the cluster, being elsewhere, does not see them.
+    ConfigError if the cluster is on other machines and the job has paths of this workspace.
     """
     raw, devices = spec.read(path, settings), check.devices_of(endpoint.file)
     samples = partial(check.training_samples, resume=resume)
@@ -106,7 +109,7 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
-    """Derives the record of an earlier submission with settings changed, for this cluster; ConfigError for a sweep's settings."""
+    """Returns an earlier submission's record for this cluster, with changed settings; ConfigError for settings of a sweep."""
     if record.sweep:
         if settings:
             raise ConfigError(

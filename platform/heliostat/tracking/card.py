@@ -1,8 +1,8 @@
-"""Tells where a model comes from, and writes its card: `README.md` of the exported folder, with the header that model hubs read.
+"""Describes a model's origin, and writes its card: `README.md` in the exported folder, with the header that model hubs read.
 
-Its parents are every `pretrained: FOLDER` of the job's model, and the run that made that folder, if one did: a folder that
-`heliostat model export` wrote, or that a registered model holds, has its origin in `heliostat.json`. The card names a parent of
-the Hugging Face Hub with its commit, and shows the license of its card.
+A model's parents are the folders of every `pretrained: FOLDER` in the job, and the runs that made these folders. A folder from
+`heliostat model export`, or of a registered model, names its run in `heliostat.json`. For a parent from the Hugging Face Hub,
+the card shows the commit, and the license in the parent's own card.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FILE = "README.md"
 
 
 class ParentModel(TypedDict):
-    """Describes a folder, or a model of the Hub, that a model is initialized from: an entry of `parents.json`."""
+    """Describes a folder or Hub model from which a model is initialized, as an entry of `parents.json`."""
 
     key: str
     folder: str
-    config: str  # a digest
-    changed: NotRequired[dict[str, Json]]  # what the job gives in addition to the folder; older records lack it
-    bytes: int  # of the weights
+    config: str  # digest of its configuration files
+    changed: NotRequired[dict[str, Json]]  # keys of the job next to `pretrained`; older records lack it
+    bytes: int  # size of the weights
     name: str | None
     run_id: str | None
     step: int | None
@@ -46,7 +46,7 @@ class Parents(TypedDict):
 
 
 def parents(job: Job) -> list[ParentModel]:
-    """Describes each folder that the job's model is initialized from."""
+    """Describes each folder or Hub model from which the job's model is initialized."""
     return [_parent(key, named, changed) for key, named, changed in _folders(job.model, "model")]
 
 
@@ -62,7 +62,7 @@ def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
     folder = pretrained.folder(named)
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
-    origin: dict[str, Any] = {}  # what an exported model records of its run
+    origin: dict[str, Any] = {}  # an exported model's record of its run
     record = folder / exported.RECORD
     if record.is_file():
         raw = exported.record(folder)
@@ -84,7 +84,7 @@ def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
 
 
 def _license(readme: Path) -> str | None:
-    """Reads the license in the header of a model's card; None if it names none."""
+    """Reads the license in the header of a model's card; None if the header has none."""
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
@@ -96,7 +96,7 @@ def _license(readme: Path) -> str | None:
 
 
 def note(job: Job, manifests: list[Manifest]) -> str:
-    """Describes a new run in Markdown, as MLflow's UI shows it: what is trained, on what, and where to look."""
+    """Describes a new run in Markdown for MLflow's UI: recipe, steps, data, and where the report is."""
     length = f" of {job.data.sequence_length:,} tokens" if job.data.sequence_length else ""
     what = f"`{job.recipe}`: {job.train.steps:,} steps of {job.train.global_batch_size:,} samples{length}"
     lines = [job.card.summary, f"{what}, {job.train.precision}, ZeRO stage {job.train.zero.stage}."]
@@ -108,9 +108,9 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 
 
 def license_of(job: Job, origins: list[ParentModel]) -> str:
-    """Determines the license of a job's model.
+    """Returns the license of a job's model.
 
-    It is the job's own; else that of the models it was initialized from, if they agree; else `unknown`.
+    This is the job's own license, else the license of the models that initialized it if they agree, else `unknown`.
     """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None
@@ -118,12 +118,14 @@ def license_of(job: Job, origins: list[ParentModel]) -> str:
 
 
 def write(folder: Path, job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest]) -> None:
+    """Writes the model's card into an exported folder."""
     (folder / FILE).write_text(text(job, run_id, step, scores, manifests, parents(job)))
 
 
 def text(
     job: Job, run_id: str, step: int, scores: dict[str, float], manifests: list[Manifest], origins: list[ParentModel]
 ) -> str:
+    """Renders a model's card as Markdown."""
     names = [_name(m) for m in manifests]
     header = {"license": license_of(job, origins).lower(), "datasets": names, "tags": ["heliostat"]}
     if on_hub := [name.repo for _, name in pretrained.on_hub(job)]:

@@ -1,9 +1,9 @@
-"""Logs a run's checkpoints to MLflow as logged models by reference, never as copies: each with its step, scores and location.
+"""Logs a run's checkpoints to MLflow as logged models, by reference and without copies: step, scores, and location.
 
     Checkpoints(run_id, experiment_id, run_folder).sync(client)
 
-Call it as often as you like: each whole checkpoint is logged once. The logged model of one that retention has removed is deleted,
-so that MLflow's UI lists what can be used; its facts stay in the run's artifact `checkpoints.json`.
+Each complete checkpoint is logged once, however often you call `sync`. If retention has removed a checkpoint, its logged model
+is deleted, so that MLflow's UI lists only usable models. Its facts stay in the run's artifact `checkpoints.json`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
     from heliostat.checkpoint.index import CheckpointIndex
 
-KIND = "heliostat.checkpoint"  # the logged models' type
-GONE = "checkpoints.json"  # the artifact: facts of those that are gone, by the id of the logged model that they had
+KIND = "heliostat.checkpoint"  # type of the logged models
+GONE = "checkpoints.json"  # the artifact with the facts of deleted checkpoints, by the id of their former logged model
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +45,23 @@ class CheckpointFacts(TypedDict):
 
 
 class Checkpoints:
+    """Keeps the logged models of one run in line with the checkpoints in its folder."""
+
     def __init__(self, run_id: str, experiment_id: str, run: Location) -> None:
         self.run_id, self.experiment_id, self.run = run_id, experiment_id, run
         self._known: dict[int, LoggedModel] | None = None  # the newest logged model of each step
-        self._settled: set[int] = set()  # steps whose logged model is that of the checkpoint in storage
+        self._settled: set[int] = set()  # steps whose logged model belongs to the checkpoint in storage
 
     def back(self, step: int) -> None:
-        """Forgets the checkpoints after `step`, from which the run continues: later ones will be made again."""
+        """Forgets the checkpoints after `step`, from which the run continues: the run will write them again."""
         self._settled = {s for s in self._settled if s <= step}
 
     def sync(self, client: MlflowClient) -> None:
-        """Logs the complete checkpoints in storage that MLflow lacks, and deletes the logged models of those that are gone.
+        """Logs the complete checkpoints in storage that MLflow lacks, and deletes the logged models of removed checkpoints.
 
-        Raises what MLflow or the store raise; what was done until then stays done.
+        Raises the errors of MLflow and of the storage; the work before an error stays done.
         """
-        from heliostat.checkpoint import layout  # with torch, which takes a second
+        from heliostat.checkpoint import layout  # imports torch, which takes a second
 
         if self._known is None:
             before, models = _gone(client, self.run_id), logged(client, client.get_run(self.run_id))
@@ -70,9 +72,9 @@ class Checkpoints:
             try:
                 index = layout.open_checkpoint(self.run, step).index
             except CheckpointError:
-                continue  # not complete yet, or never
+                continue  # not complete, perhaps not yet
             known = self._known.get(step)
-            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # made again, after the run went back
+            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # written again, after the run went back
                 gone.append(known)
                 known = None
             if known is None or tags.value(known.tags, tags.LOGGED) != "true":
@@ -149,13 +151,14 @@ def facts(model: LoggedModel) -> CheckpointFacts:
 
 
 def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
-    """Lists every checkpoint that a run has ever had, deleted ones too, in the order of their steps."""
+    """Lists all checkpoints that a run ever had, including deleted ones, in the order of their steps."""
     gone = _gone(client, run.info.run_id)
     present = [facts(m) for m in logged(client, run) if m.model_id not in gone]
     return sorted([*gone.values(), *present], key=lambda checkpoint: checkpoint["step"])
 
 
 def logged(client: MlflowClient, run: Run) -> list[LoggedModel]:
+    """Lists the logged models of a run's checkpoints, oldest first."""
     return [m for m in logged_models(client, run) if m.model_type == KIND]
 
 

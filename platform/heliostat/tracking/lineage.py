@@ -1,4 +1,4 @@
-"""Traces where a model comes from, and which models have trained on a shard, from MLflow and the run's folder alone.
+"""Traces a model to its origins, and a shard to the models that have trained on it. Reads only MLflow and the run's folder.
 
 lineage(client, uri, "models:/name@champion")    # or NAME/VERSION, a run id, a run's folder
 Seen(client).answer(shard="part-00017.parquet")
@@ -36,13 +36,13 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion
 
 T = TypeVar("T")
-Taken = Callable[["Run", int | None], int]  # of a run, the samples in question that it took; before a step, if one is given
+Taken = Callable[["Run", int | None], int]  # counts the samples in question that a run took, before a step if one is given
 
-DEPTH = 20  # generations of parents
+DEPTH = 20  # most generations of parents
 
 
 class TracedModel(TypedDict):
-    """Describes a registered version; `step`: that its checkpoint is of."""
+    """Describes a registered model version. `step`: the step of its checkpoint."""
 
     name: str
     version: str
@@ -55,23 +55,25 @@ class TracedModel(TypedDict):
 
 
 class Ancestor(ParentModel):
+    """Describes a parent model with the node of its run, if that run is known."""
+
     run: Traced | None
 
 
 class Traced(About):
-    """Describes a run, and where it comes from: its node."""
+    """Describes a run and its origins, as a node of the lineage."""
 
     sweep: str | None
     reproduces: str | None
     folder: str
     recipe: str | None
-    job: dict[str, str | None]  # its artifact, and its seeds
+    job: dict[str, str | None]  # the name of its artifact, and its seeds
     code: list[dict[str, str]]
     environments: list[str]
     clusters: list[str]
     nodes: list[LivingNode]
     attempts: list[Outline]
-    changes: list[dict[str, Any]]  # start_step, and [was, is] by key of the job
+    changes: list[dict[str, Any]]  # start_step, and [old, new] by key of the job
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]
@@ -80,14 +82,16 @@ class Traced(About):
 
 
 class Lineage(TypedDict):
-    model: TracedModel | None  # if it was asked by a registered version
+    """Holds the answer of `lineage`."""
+
+    model: TracedModel | None  # None if the question wasn't about a registered version
     run: Traced
 
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
-    """Traces the lineage of a model or a run; ConfigError for a name that leads to no run."""
+    """Traces the lineage of a model or a run. `what`: one of their names; ConfigError if it leads to no run."""
     version, run_id = None, what
-    if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # a model that was not registered is its run's
+    if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)
     elif not re.fullmatch(r"[0-9a-f]{32}", what) and not _is_folder(what):
         version = registry.find(client, what)
@@ -104,6 +108,7 @@ def _is_folder(what: str) -> bool:
 
 
 def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
+    """Describes a registered version with its aliases, scores, and history."""
     aliases = client.get_registered_model(version.name).aliases
     return {
         "name": version.name,
@@ -118,6 +123,7 @@ def model_node(client: MlflowClient, version: ModelVersion) -> TracedModel:
 
 
 def run_node(client: MlflowClient, run: Run, depth: int = DEPTH) -> Traced:
+    """Describes a run with its origins, over at most `depth` generations of parents."""
     run_id, known, params = run.info.run_id, run.data.tags, run.data.params
     starts = read_json(client, run_id, ATTEMPTS, list[RecordedStart]) or []
     data = data_of(client, run)
@@ -147,7 +153,7 @@ def _parents(client: MlflowClient, run_id: str) -> list[ParentModel]:
 
 
 def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Traced | None:
-    """Builds the node of a parent's run; None if no run is known for the parent, or this store does not have it."""
+    """Builds the node of a parent's run; None if the parent has no known run, or if this store doesn't have the run."""
     from mlflow.exceptions import MlflowException
 
     if not parent["run_id"] or not depth:
@@ -160,7 +166,7 @@ def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Trace
 
 
 def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
-    """Reads the goodput report in MLflow if the run has ended, else the ledger in its folder; None if neither can be read."""
+    """Reads the goodput report: of an ended run from MLflow, else from the ledger in its folder. None if neither is readable."""
     report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
     try:
         return report or goodput.read_report(Location(run.data.tags[tags.FOLDER]))
@@ -169,27 +175,29 @@ def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
 
 
 def attempts(client: MlflowClient, run: Run) -> list[Outline]:
-    """Lists every start of the workers; empty if nothing is known of them."""
+    """Lists every start of the workers; empty if there is no readable record of them."""
     report = goodput_of(client, run)
     return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]] if report else []
 
 
 def data_of(client: MlflowClient, run: Run) -> Consumed:
-    """Reads what the run has trained on; empty if it has not reached a checkpoint."""
+    """Reads the record of the run's training data; an empty record if the run hasn't reached a checkpoint."""
     recorded = read_json(client, run.info.run_id, "data.json", Consumed)
     return recorded or {"steps": 0, "segments": [], "replaced": [], "replaced_count": 0}
 
 
 def versions(client: MlflowClient, run_id: str) -> list[ModelVersion]:
+    """Lists the registered versions of a run, by name and number."""
     return sorted(client.search_model_versions(f"run_id = '{run_id}'"), key=lambda v: (v.name, int(v.version)))
 
 
 def distinct(values: list[T]) -> list[T]:
+    """Removes repeated values, and keeps the order."""
     return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
 class Descendant(TypedDict):
-    """Describes a run that has trained on samples; `inherited`: the run ids of its ancestors that have."""
+    """Describes a run that has trained on the samples in question. `inherited`: run ids of its ancestors that trained on them."""
 
     run_id: str
     name: str
@@ -199,13 +207,15 @@ class Descendant(TypedDict):
 
 
 class LineageRow(Descendant):
+    """Describes a run that has trained on samples. `samples`: how many it has taken itself."""
+
     samples: int
 
 
 class Seen:
-    """Finds the runs that have trained on a shard or a dataset: themselves, or through the models they were initialized from.
+    """Finds the runs that have trained on a shard or a dataset, themselves or through models that initialized them.
 
-    Exact, to the sample: computed from the data plans that each run recorded in MLflow, and the datasets' manifests.
+    The counts are exact to the sample. They come from the data plans that runs recorded in MLflow, and from the manifests.
     """
 
     def __init__(self, client: MlflowClient) -> None:
@@ -213,7 +223,7 @@ class Seen:
         self.runs = {r.info.run_id: r for r in mlflow_client.runs(client, list(mlflow_client.experiments(client)))}
 
     def answer(self, shard: str | None = None, digest: str | None = None) -> list[LineageRow]:
-        """Finds each run that has trained on the shard, or on datasets whose digest begins with `digest`; newest first."""
+        """Lists the runs that have trained on the shard, or on datasets whose digest begins with `digest`, newest first."""
 
         def taken(run: Run, before: int | None) -> int:
             data = data_of(self.client, run)
@@ -222,7 +232,7 @@ class Seen:
         return self.rows(taken)
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
-        """Finds each run, or `only` one, that has taken samples, itself or by inheritance."""
+        """Lists the runs (or `only` one) that have taken samples, themselves or through ancestors."""
         rows = list[LineageRow]()
         for run_id, run in self.runs.items():
             if only not in (None, run_id):
@@ -235,7 +245,7 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples before the step that the run was initialized from."""
+        """Lists the run ids of ancestors that took samples before the step from which the run was initialized."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -244,10 +254,11 @@ class Seen:
         return distinct(out)
 
 
-# as a person reads it ------------------------------------------------------------------------------------------------
+# text for people ------------------------------------------------------------------------------------------------------
 
 
 def lines(traced: Lineage) -> list[tuple[int, str]]:
+    """Formats a lineage as (depth, text) of each line."""
     out: list[tuple[int, str]] = []
     if model := traced["model"]:
         out += _model_lines(model, 0)
@@ -306,7 +317,7 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
 
 
 def node_line(node: LivingNode) -> str:
-    """Describes a node by what Ray has there: a private Ray has more CPUs than the machine, because data tasks mostly wait."""
+    """Formats a node with its resources in Ray. A private Ray has more CPUs than the machine, because data tasks mostly wait."""
     gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
     return f"node {node['host']} ({node['address']}), {node['cpus']:g} logical CPUs in Ray{gpus}"
 

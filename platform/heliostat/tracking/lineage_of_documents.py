@@ -1,4 +1,4 @@
-"""Traces a document forwards: in which samples and steps which runs have trained on it, of any version of its dataset."""
+"""Traces a document to the runs that have trained on it, with samples and steps, in any version of its dataset."""
 
 from __future__ import annotations
 
@@ -27,19 +27,22 @@ Chunk = tuple[str, str, int]  # dataset, shard, row group
 
 
 class DocumentSample(ConsumedPlace):
-    """Describes a sample that holds some of the document; who took a bad one's place has no lane in the record."""
+    """Describes a sample that contains a part of the document.
 
-    step: int  # from 1
+    For a sample that replaced a bad one, `lane` (the virtual rank), `place`, and `epoch` are None, because the record lacks them.
+    """
+
+    step: int  # counted from 1
     lane: int | None
     place: int | None
     epoch: int | None
 
 
 class Reached(Descendant):
-    """Describes a run that has trained on the document.
+    """Describes a run that has trained on the document, or that may have.
 
-    `unsure`: replaced bad samples that are not listed; `fault`: why it is not known what the run took, of a dataset that this
-    one is a version of.
+    `unsure`: number of replaced bad samples that the record doesn't list. `fault`: why the run's samples of this dataset are
+    unknown; None if they are known.
     """
 
     samples: list[DocumentSample]
@@ -50,23 +53,23 @@ class Reached(Descendant):
 
 @dataclass
 class TrainedOnDocument:
-    """Finds the runs that have trained on a document, which a dataset holds under `id`."""
+    """Finds the runs that have trained on the document `id` of a dataset."""
 
     client: MlflowClient
     dataset: Manifest
     id: str
-    places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # by a version's digest
-    samples: dict[str, list[DocumentSample]] = field(default_factory=dict)  # samples, by run
-    faults: dict[str, str] = field(default_factory=dict)  # by run
+    places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # (shard, piece), by a version's digest
+    samples: dict[str, list[DocumentSample]] = field(default_factory=dict)  # by run id
+    faults: dict[str, str] = field(default_factory=dict)  # by run id
 
     @property
     def digests(self) -> set[str]:
-        """Returns the digests of the dataset, of a collection's parts, and of what it was made from by forgetting documents."""
+        """Returns the digests of the dataset, of a collection's parts, and of versions that still had `forgotten` documents."""
         parts = self.dataset.meta.get("digests", {}).values()
         return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
 
     def runs(self, only: str | None = None) -> list[Reached]:
-        """Finds each run, or `only` one, that has trained on the document, itself or through what it was initialized from."""
+        """Lists the runs (or `only` one) that have trained on the document, themselves or through a model they started from."""
         seen = Seen(self.client)
         rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}
@@ -84,7 +87,7 @@ class TrainedOnDocument:
         return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
 
     def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
-        """Finds the samples of a run in its steps up to `before`, as it was counted there, or in all."""
+        """Returns the run's samples of the document in its steps up to `before`, or in all steps if that is None."""
         run_id = run.info.run_id
         if run_id not in self.samples:
             try:
@@ -107,7 +110,7 @@ class TrainedOnDocument:
         return with_replaced(samples, data["replaced"], rows_of)
 
     def _pieces(self, version: Manifest) -> list[tuple[str, Piece]]:
-        """Locates the document in a version of the dataset; nowhere, if that one did not keep it."""
+        """Locates the document in a version of the dataset; empty if that version doesn't contain it."""
         if version.digest not in self.places:
             part = next((name for name, digest in self.dataset.meta.get("digests", {}).items() if digest == version.digest), None)
             whole, folder = (version, "") if part is None else (self.dataset, f"{part}/")
@@ -120,7 +123,7 @@ class TrainedOnDocument:
 
 
 def same_folder(a: str, b: str) -> bool:
-    """Tells whether two URIs name the same folder; relative ones start at the workspace."""
+    """Checks whether two URIs name the same folder. Relative ones start at the workspace."""
     return Location(a).absolute(workspace.root()).path == Location(b).absolute(workspace.root()).path
 
 
@@ -131,9 +134,9 @@ def _sample(chunk: Chunk, visit: Visit) -> DocumentSample:
 
 
 def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[DocumentSample]:
-    """Leaves out the samples that were bad, and others took their place; adds those that took others' places.
+    """Removes bad samples that other samples replaced, and adds the samples that replaced others.
 
-    `rows_of`: the rows of each chunk that hold the document.
+    `rows_of`: by row group, the rows that contain the document.
     """
 
     def at(place: ConsumedPlace) -> Chunk:

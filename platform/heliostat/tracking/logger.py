@@ -1,8 +1,9 @@
-"""Logs one MLflow run: everything that a run leaves in MLflow goes through its owner here, in the driver's process.
+"""Logs one MLflow run: its owner, in the driver's process, writes everything that MLflow gets from the run.
 
-It writes through MlflowClient with an explicit run id, which is kept next to the checkpoints (`run.json`), so that a resumed
-run continues the same MLflow run. Events are queued and written by one thread: a server that is slow, or away, never slows
-training. What it does not take waits (`outbox`) and is tried again; at the end for AWAY_S, and then by the run's next command.
+It uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next to the
+checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training. Events that
+the server doesn't accept wait (`outbox`) for the next attempt. At the end, attempts continue for AWAY_S; after that, the run's
+next command sends the events.
 """
 
 from __future__ import annotations
@@ -55,14 +56,14 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 log = logging.getLogger(__name__)
 
 SAMPLES, SAVED = "samples.json", "its checkpoints and data"
-AWAY, BACK = "MLflow doesn't accept metrics", "MLflow answers again"  # what the log says when it goes, and when it has come back
+AWAY, BACK = "MLflow doesn't accept metrics", "MLflow answers again"  # log lines at the start and end of an outage
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
-AWAY_S = 120.0  # how long the end of a command waits for an MLflow that does not answer
-NODES_SHOWN = 10  # lines about bad nodes in the tag: the newest
-IMAGES = 500  # that wait for MLflow; with more the oldest go
-EXCHANGE_S = 300.0  # the longest that an exchange which has begun may take
-PAUSES = Backoff(0.5, 15.0)  # between two tries
-NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # would come again at every try
+AWAY_S = 120.0  # how long the end of a command waits if MLflow doesn't answer
+NODES_SHOWN = 10  # most lines about bad nodes in the tag: the newest
+IMAGES = 500  # most images that wait for MLflow; above it the oldest are dropped
+EXCHANGE_S = 300.0  # longest duration of an exchange that has begun
+PAUSES = Backoff(0.5, 15.0)  # between two attempts
+NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # errors that would occur at every attempt
 
 
 class Table(TypedDict):
@@ -80,34 +81,34 @@ class End(Event):
 
 
 class RunOwner:
-    """Owns one MLflow run, and writes everything that goes into it.
+    """Owns one MLflow run, and writes all of its content.
 
-    Use: `owner = RunOwner(job, manifests)`, `owner.post(event)` at will, then `owner.finish(...)`.
+    Use: `owner = RunOwner(job, manifests)`, then `owner.post(event)` for each event, then `owner.finish(...)`.
     """
 
     def __init__(
         self, job: Job, manifests: list[Manifest], extra: dict[str, str] | None = None, data_version: int = NEWEST
     ) -> None:
-        """Prepares the run; nothing is written to MLflow yet.
+        """Prepares the run, without writing to MLflow yet.
 
-        `extra`: further tags of a new run; one with `mlflow.parentRunId` is a nested run. `data_version`: the version of its data
-        plan.
+        `extra`: additional tags of a new run; `mlflow.parentRunId` makes it a nested run. `data_version`: that of its data plan.
         """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""
         self._queue: queue.Queue[Event] = queue.Queue()
-        self._answers = threading.Event()  # MLflow's last answer was a good one
-        self._fault: Exception | None = None  # of the last exchange
-        self._since = 0.0  # of an outage
-        self._patient = True  # until somebody has waited in vain
+        self._answers = threading.Event()  # set if the last exchange with MLflow succeeded
+        self._fault: Exception | None = None  # the error of the last exchange
+        self._since = 0.0  # start of an outage
+        self._patient = True  # False after a wait without success
         self._end: End | None = None
-        self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow has not got yet
-        self._facts: dict[str, Callable[[], None]] = {}  # what writes those that MLflow has not got yet, by what they are
-        self._filled = False  # with what earlier commands left next to the checkpoints
-        self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # lines about them, of this command
+        self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow lacks
+        self._facts: dict[str, Callable[[], None]] = {}  # functions that write facts that MLflow lacks, by description
+        self._filled = False  # whether the queue has the curves of earlier commands
+        self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # this command's lines about them
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: Event) -> None:
+        """Queues an event. The first event with steps starts the writing thread."""
         self._queue.put(event)
         if isinstance(event, Steps):
             self._start()
@@ -115,14 +116,14 @@ class RunOwner:
     def _start(self) -> None:
         """Starts the writing thread, once.
 
-        It is not started before the first step: importing MLflow takes seconds, for which starting workers would have to wait.
+        Training starts it after the first step, because it imports MLflow for seconds, which would delay the workers' start.
         """
         if not self._thread.ident:
             self._thread.start()
 
     def client(self) -> MlflowClient:
         """Waits until MLflow has answered, and returns the MlflowClient; TrackingError if there is no answer for AWAY_S."""
-        self.post(Event())  # the thread may wait for a first event
+        self.post(Event())  # the thread may be waiting for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
@@ -130,7 +131,10 @@ class RunOwner:
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
-        """Writes the URI of the run's logged model, if there is one, and the text that the model generated for each prompt."""
+        """Writes the URI of the run's logged model, if there is one, and the samples: (prompt, generated text).
+
+        TrackingError if MLflow rejects them, or doesn't answer for AWAY_S.
+        """
         from mlflow.exceptions import MlflowException
 
         client = self.client()
@@ -144,7 +148,7 @@ class RunOwner:
     def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
         """Adds rows to the run's table of samples, unless they are its last rows already.
 
-        MLflow's `log_table` would add them again if this is repeated.
+        If a call is repeated, MLflow's `log_table` would add them twice.
         """
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
@@ -157,9 +161,9 @@ class RunOwner:
             client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
     def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
-        """Writes all that waits, the run's goodput, tags, and its status: FINISHED, FAILED or KILLED.
+        """Writes all waiting events, the run's goodput, tags, and status: FINISHED, FAILED, or KILLED.
 
-        If MLflow stays away for AWAY_S, the run's next command does it: TrackingError for a run that is FINISHED.
+        If MLflow is unreachable for AWAY_S, the run's next command writes them; TrackingError if the run is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))
@@ -181,7 +185,7 @@ class RunOwner:
     # the writing thread ----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """Writes events to MLflow until the end was posted and written, or its deadline has passed."""
+        """Writes events to MLflow until the end has been written, or until its deadline has passed."""
         pause, failures, deadline = 0.0, 0, float("inf")
         box = outbox.Outbox(self.job.run_folder, lambda new: mlflow_client.send(self._client, self.run_id, new), self._known)
         while True:
@@ -191,7 +195,7 @@ class RunOwner:
                 deadline = time.monotonic() + (AWAY_S if self._patient else 0.0)
             try:
                 self._deliver(box)
-            except Exception as e:  # noqa: BLE001 (whatever MLflow, or the store of the run's folder, raises)
+            except Exception as e:  # noqa: BLE001 (any error of MLflow, or of the run's storage)
                 failures += 1
                 pause = PAUSES.wait(failures)
                 self._failed(e, box)
@@ -218,13 +222,13 @@ class RunOwner:
             case Profiled():
                 self._facts[f"profile {event.id}"] = lambda: self._log_profile(event)
             case Saved():
-                self._facts.pop(SAVED, None)  # goes after a start that went back: that start forgets which checkpoints are known
+                self._facts.pop(SAVED, None)  # must follow a start that went back, which forgets the known checkpoints
                 self._facts[SAVED] = lambda: self._record.sync(event.step)
 
     def _gather(self, pause: float) -> list[Event]:
         """Collects the next events from the queue, waiting for the first.
 
-        After a failed exchange it collects for as long as the pause before the next try, which the end of the run cuts short.
+        After a failed exchange it collects until the pause before the next attempt is over. The end of the run ends the pause.
         """
         events, until = list[Event](), time.monotonic() + pause
         while True:
@@ -251,7 +255,7 @@ class RunOwner:
         box.flush()
         self._log_images()
         if self._end:
-            self._facts.pop(SAVED, None)  # which closing the run writes
+            self._facts.pop(SAVED, None)  # `_close` writes it
         for what, write in list(self._facts.items()):
             self._try(what, write)
             del self._facts[what]
@@ -274,9 +278,9 @@ class RunOwner:
             log.warning("can't keep the metrics that wait for MLflow in the run's folder: %s", e)
 
     def _try(self, what: str, action: Callable[[], None]) -> None:
-        """Runs an action on MLflow; an error that would come again at every try is logged as an error and passed over.
+        """Runs an action on MLflow. Logs and skips an error that would occur at every attempt.
 
-        Raises any other error, where another try may succeed.
+        Raises any other error, because another attempt may succeed.
         """
         try:
             action()
@@ -286,20 +290,20 @@ class RunOwner:
             log.error("MLflow lacks a part of run %s (%s): %s", self.run_id, what, e)
 
     def _close(self, end: End) -> None:
-        """Closes the MLflow run: checkpoints, data, goodput with a figure, reason, tags, the run's status, and the report."""
+        """Closes the MLflow run: checkpoints, data, goodput with a figure, reason, tags, status, and report."""
         report = end.report
         self._try(SAVED, lambda: self._record.sync(report["attempts"][-1]["reached"]))
         try:
             write_json(self._client, self.run_id, report, "goodput.json")
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
-        except Exception as e:  # noqa: BLE001 (whatever MLflow raises: the run's status must be written all the same)
+        except Exception as e:  # noqa: BLE001 (any error: the run's status must still be written)
             log.error("MLflow rejected the goodput of run %s: %s", self.run_id, e)
-        if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # of an earlier command
+        if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # from an earlier command
             self._client.set_tag(self.run_id, tags.REASON, end.reason[:5000])
         for key, value in end.tags.items():
             self._tag(key, value)
         self._client.set_terminated(self.run_id, end.status)
-        self._try("its report", self._log_page)  # which tells the status, too
+        self._try("its report", self._log_page)  # last, because it shows the status
         self._try("its datasets' pages", self._log_data_pages)
 
     def _log_page(self) -> None:
@@ -316,12 +320,12 @@ class RunOwner:
 
     def _open(self) -> None:
         mlflow_client.set_client()
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a warning for every try
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns at every attempt
         import mlflow
 
         job = self.job
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
-        mlflow.set_tracking_uri(job.mlflow.uri)  # for what only MLflow's module functions can do
+        mlflow.set_tracking_uri(job.mlflow.uri)  # for features that only MLflow's module functions have
         known = record(job.run_folder)
         if known.get("uri") != job.mlflow.uri:
             known = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}
@@ -339,7 +343,7 @@ class RunOwner:
         self.run_id = self._made
 
     def _make(self, token: str) -> str:
-        """Creates the MLflow run, unless an earlier try has created it already, and returns its id."""
+        """Creates the MLflow run, unless an earlier attempt has created it, and returns its id."""
         experiment_id = mlflow_client.experiment(self._client, self.job.mlflow.uri, self.job.mlflow.experiment)
         for name in (tags.TOKEN, tags.FORMERLY[tags.TOKEN]):
             if runs := self._client.search_runs([experiment_id], f"tags.`{name}` = '{token}'"):
@@ -372,7 +376,7 @@ class RunOwner:
 
 
 def _tags(job: Job, manifests: list[Manifest]) -> dict[str, str]:
-    """Collects the tags of a new run, for people and for `heliostat` itself: who made it, from what job, code and packages."""
+    """Collects a new run's tags, for people and for `heliostat` itself: user, job, code, and package versions."""
     submitted = bool(os.environ.get("HELIOSTAT_CLUSTER"))
     written = {
         tags.NAME: job.name,

@@ -1,12 +1,12 @@
-"""Declares every metric of a run, once: its name in MLflow, which events it comes from, and how the report draws it.
+"""Declares every metric of a run once: its name in MLflow, the events that contain it, and its chart in the report.
 
-What MLflow gets (`points`) and what the report shows (`page`) follow from METRICS: to add a metric of what events hold already,
-add a line there. A new value of each step needs no field of its own. `training.worker.step` puts it into `Steps.added`; a line in
-METRICS draws it and reserves its name (`RESERVED`).
+The points for MLflow (`points`) and the charts of the report (`page`) follow from METRICS. To add a metric of a value that
+events already contain, add a line there. A new value per step needs no field of its own: `training.worker.step` puts it into
+`Steps.added`. A line in METRICS then draws it and reserves its name (`RESERVED`).
 
-MLflow's UI shows charts in sections, which are the names up to their last slash in alphabetical order, and system metrics behind
-them: so held-out scores (`eval/`) come first, the training's own curves (`train/`) next, and what is looked at less often
-is below `train/` (`train/data/corpus/epochs`). A metric that had another name in runs recorded before has it in `formerly`.
+MLflow's UI groups charts into sections by the name up to its last slash. Sections are in alphabetical order, with system metrics
+last. So held-out scores (`eval/`) come first, then the training curves (`train/`), then metrics that users rarely need
+(`train/data/corpus/epochs`). `formerly` is a metric's name in older runs.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from typing import Any, NamedTuple, TypeAlias
 
 from heliostat.runs.events import Evaluation, Event, Goodput, LossSpike, NodeSample, Saved, Steps
 
-SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it is above; at spikes alone
-CHECKPOINT = "train/checkpoint/"  # begins the names of the scores of checkpoints' logged models
-SYSTEM, TIME = "system/", "train/time/"  # begin the names of what is of a time rather than of a step
+SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it exceeds; only at spikes
+CHECKPOINT = "train/checkpoint/"  # prefix of the scores of checkpoints' logged models
+SYSTEM, TIME = "system/", "train/time/"  # prefixes of metrics that belong to a time, not to a step
 
 
-Number: TypeAlias = float | list[float]  # or one for each step
-Values: TypeAlias = Number | Mapping[str, Number | None] | None  # by what a `*` stands for
+Number: TypeAlias = float | list[float]  # one value, or one per step
+Values: TypeAlias = Number | Mapping[str, Number | None] | None  # a mapping has values by the text that `*` stands for
 
 
 class Point(NamedTuple):
-    """Holds one value of a metric; `at` is the wall clock, `step` counts finished steps."""
+    """Holds one value of a metric. `at`: seconds since the epoch. `step`: number of finished steps."""
 
     key: str
     value: float
@@ -39,19 +39,21 @@ class Point(NamedTuple):
     def place(self) -> int:
         """Returns the coordinate that grows along the metric.
 
-        That is the step; for metrics of a time rather than of a step (system metrics, `train/time/`), milliseconds.
+        It is the step. For metrics that belong to a time (system metrics, `train/time/`), it is the time in milliseconds.
         """
         return int(self.at * 1000) if self.key.startswith((TIME, SYSTEM)) else self.step
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Declares one metric: its name, the events it comes from, and its chart in the report.
+    """Declares one metric: its name, the events that contain it, and its chart in the report.
 
-    `name` is its name in MLflow; a `*` in it stands for what the event names. `value` takes a number from an event of `kind`, or
-    None; for a name with a `*`, numbers by what that stands for. A list holds one number a step. Metrics with the same `chart`
-    share it in the report, in whose `section` it is; with "" the metric is in no chart, and `{}` in it is what the `*` stands
-    for. `mark` draws dots instead of a line.
+    `name`: its name in MLflow; a `*` stands for a text from the event. `value`: extracts a number or None from an event of
+    `kind`, or a list with one number per step. For a name with a `*`, it extracts a mapping with such values by the text.
+
+    `chart`: the chart's title in the report; metrics with the same title share a chart. With "" the metric has no chart; `{}`
+    stands for the text of the `*`. `section`: the report's section for the chart. `mark`: draws dots instead of a line.
+    `formerly`: the name in older runs.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Metric:
     formerly: str = ""
 
     def star(self, name: str) -> str | None:
-        """Extracts what the `*` stands for in a name of this metric: "" if it has no `*`; None for another metric's name."""
+        """Returns the text that the `*` stands for in `name`: "" if the metric has no `*`, None if `name` isn't this metric's."""
         return _star(self.name, name)
 
 
@@ -80,7 +82,7 @@ def _of_experts(key: str) -> Callable[[Steps], Values]:
     return lambda event: event.experts.get(key)
 
 
-# charts come in this order in the report, and so do the curves in them
+# the report shows charts, and the curves in them, in this order
 METRICS = (
     Metric("train/loss", Steps, _of("loss"), "Loss"),
     Metric("eval/loss", Evaluation, lambda e: e.scores.get("loss"), "Loss"),
@@ -112,7 +114,7 @@ METRICS = (
     Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms in addition to the loss
 )  # fmt: skip
 
-# of `train/NAME`, those that metrics have, or had in runs recorded before: a part of a recipe's loss takes another name
+# NAMEs of `train/NAME` that metrics use now, or used in older runs: terms of a recipe's loss need other names
 _NAMES = (name.removeprefix("train/") for metric in METRICS for name in (metric.name, metric.formerly))
 RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 
@@ -120,8 +122,8 @@ RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 def points(event: Event) -> list[Point]:
     """Converts an event to the points that are logged for it.
 
-    A step's loss comes last, so that a step whose loss has arrived is complete; but first in a run's first event, by which
-    MLflow's UI orders what it lists.
+    A step's loss comes last, so that a step whose loss has arrived is complete. In a run's first event it comes first, because
+    MLflow's UI lists metrics by the order of that event.
     """
     at, first, step, count, each = event.at, 0, getattr(event, "step", 0), 0, 0.0
     if isinstance(event, Steps):
@@ -139,7 +141,7 @@ def points(event: Event) -> list[Point]:
 
 
 def _values(event: Event) -> Iterable[tuple[str, Number]]:
-    """Yields (name, number or list) for each metric that the event has a value of.
+    """Yields (name, number or list) for each metric that has a value in the event.
 
     If two metrics produce the same name, the first one counts.
     """
@@ -155,12 +157,12 @@ def _values(event: Event) -> Iterable[tuple[str, Number]]:
 
 
 def metric_of(name: str) -> Metric | None:
-    """Finds the declaration that a metric's name belongs to; None if no metric has it."""
+    """Returns the metric to which a name belongs; None if there is none."""
     return next((m for m in METRICS if m.star(name) is not None), None)
 
 
 def renamed(name: str) -> str:
-    """Maps the name under which a metric was recorded to its present name."""
+    """Converts the name of a metric in an older run to its present name."""
     for metric in METRICS:
         if metric.formerly and (star := _star(metric.formerly, name)) is not None:
             return metric.name.replace("*", star)
@@ -170,7 +172,7 @@ def renamed(name: str) -> str:
 def latest(recorded: Mapping[str, float]) -> dict[str, float]:
     """Maps a run's metrics to their present names.
 
-    If a metric was logged under both its former and its present name, the latter counts.
+    If a metric was logged under both its former and its present name, the present one counts.
     """
     return {renamed(key): value for key, value in recorded.items()} | {
         key: value for key, value in recorded.items() if renamed(key) == key
@@ -178,8 +180,8 @@ def latest(recorded: Mapping[str, float]) -> dict[str, float]:
 
 
 def _star(pattern: str, name: str) -> str | None:
-    before, star, behind = pattern.partition("*")
+    before, star, after = pattern.partition("*")
     if not star:
         return "" if name == pattern else None
-    match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(behind)}", name)
+    match = re.fullmatch(f"{re.escape(before)}(.+){re.escape(after)}", name)
     return match[1] if match else None

@@ -34,13 +34,13 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 T = TypeVar("T")
 
-DEFAULT = ".heliostat/mlflow.db"  # the quickstart's
-PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # of databases, by the beginning of their URI
+DEFAULT = ".heliostat/mlflow.db"  # the quickstart's store
+PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # default ports of databases, by the beginning of their URI
 ARTIFACT: Format[JsonValue] = Format(cast(type[JsonValue], JsonValue), "record in MLflow", TrackingError)
-ANSWER_S = 5.0  # for a database to take a connection, or a server to answer; MLflow itself tries for 100
-BUDGET_S = 10.0  # for a server that doesn't answer, in all
+ANSWER_S = 5.0  # for a database to accept a connection, or a server to answer; MLflow itself tries for 100 s
+BUDGET_S = 10.0  # for a server to answer, over all attempts
 PAUSES = Backoff(0.5, 2.0)
-# MLflow's client by itself tries for minutes, in which nothing could be done, and draws a bar for every file
+# by default MLflow's client blocks for minutes while it retries, and draws a progress bar for every file
 CLIENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -50,30 +50,34 @@ CLIENT = {
 
 
 def set_client() -> None:
-    """Bounds how long MLflow's client tries, and what it prints, unless the environment says otherwise."""
+    """Limits how long MLflow's client retries, and what it prints. Variables that are already set stay."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
 
 
 def default_uri() -> str:
-    """Returns the tracking URI where none is given: MLFLOW_TRACKING_URI, else the quickstart's store in the current folder."""
+    """Returns the default tracking URI: MLFLOW_TRACKING_URI, else the quickstart's store in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
 def send(client: MlflowClient, run_id: str, points: list[Point]) -> None:
+    """Logs points to a run in one call. MLflow accepts at most 1,000."""
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in points])
 
 
 def known(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """Reads the last place (step or time) that MLflow has of each metric."""
+    """Maps each metric to the last place (step, or time in milliseconds) that MLflow has of it."""
     newest = client.get_run(run_id).data.to_proto().metrics
     return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in newest}
 
 
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
-    """Reads a JSON artifact of a run, which is one of heliostat's own and so of this kind; None if the run has none."""
+    """Reads a JSON artifact of a run; None if the run has none. TrackingError if it isn't JSON.
+
+    `kind`: its type, which isn't checked, because heliostat itself wrote the artifact.
+    """
     folder = artifact.rpartition("/")[0] or None
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
         return None
@@ -83,11 +87,12 @@ def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -
 
 
 def write_json(client: MlflowClient, run_id: str, value: object, artifact: str) -> None:
+    """Writes a JSON artifact of a run, in place of an earlier one."""
     client.log_dict(run_id, value, artifact)  # type: ignore[arg-type]  # it takes any JSON value
 
 
 def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
-    """Yields the results of a search, page after page; `search` is called with the token of each page."""
+    """Yields the results of a search, page by page. `search` gets the token of each page."""
     page = search(None)
     yield from page
     while page.token:
@@ -96,16 +101,16 @@ def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
 
 
 def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists the logged models of a run, complete or not, checkpoints too, oldest first."""
+    """Lists a run's logged models, oldest first, with incomplete ones and checkpoints."""
     of_run, experiment_ids = f"source_run_id = '{run.info.run_id}'", [run.info.experiment_id]
     models = pages(lambda token: client.search_logged_models(experiment_ids, filter_string=of_run, page_token=token))
     return sorted(models, key=lambda m: m.creation_timestamp)
 
 
 def connect(uri: str) -> MlflowClient:
-    """Connects to MLflow's store at `uri`: returns an MlflowClient, and makes the store MLflow's default.
+    """Connects to MLflow's store at `uri`. Returns an MlflowClient, and makes the store MLflow's default.
 
-    TrackingError if it is a database whose server takes no connection.
+    TrackingError if it is a database whose server accepts no connection.
     """
     import mlflow
 
@@ -116,12 +121,12 @@ def connect(uri: str) -> MlflowClient:
 
 
 def _probe(uri: str) -> None:
-    """Raises TrackingError if the server of a database takes no connection; what the URI does not tell is left to MLflow."""
+    """Raises TrackingError if a database's server accepts no connection. Skips a URI without a readable host and port."""
     kind = uri.partition(":")[0].partition("+")[0]
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port or PORTS.get(kind)
-    except ValueError:  # several hosts, or a password with characters that are not escaped
+    except ValueError:  # several hosts, or a password with unescaped characters
         return
     if kind not in PORTS or not host or not port:
         return
@@ -133,9 +138,9 @@ def _probe(uri: str) -> None:
 
 @contextmanager
 def asking(uri: str) -> Iterator[None]:
-    """Converts whatever MLflow raises within the context into a TrackingError of one line.
+    """Converts errors of MLflow and of its database within the context into a TrackingError of one line.
 
-    It begins once a server answers, whatever the answer is; TrackingError if it doesn't within BUDGET_S.
+    First waits until an HTTP server answers, with any status; TrackingError if it doesn't within BUDGET_S.
     """
     import mlflow
 
@@ -163,10 +168,10 @@ def _until_answers(uri: str) -> None:
     def ask() -> None:
         try:
             urllib.request.urlopen(place, timeout=ANSWER_S).close()
-        except urllib.error.HTTPError as e:  # it answers, and MLflow's client will say what is wrong
+        except urllib.error.HTTPError as e:  # it answers, and MLflow's client will report the error
             e.close()
         except urllib.error.URLError as e:
-            if not isinstance(e.reason, ssl.SSLError):  # what MLflow's client trusts is its own business
+            if not isinstance(e.reason, ssl.SSLError):  # MLflow's client has its own certificates
                 raise
 
     def judge(error: Exception) -> None:
@@ -182,10 +187,7 @@ def _until_answers(uri: str) -> None:
 
 
 def fault(error: object) -> str:
-    """Summarises an error of MLflow's client in one line.
-
-    It gives the status that the server answered with, and why; or the reason why there was no answer.
-    """
+    """Summarizes an error of MLflow's client in one line: the HTTP status with its reason, or why there was no answer."""
     said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
     if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
         body = re.search(r"[Rr]esponse body: '?(.+)", said)
@@ -195,7 +197,7 @@ def fault(error: object) -> str:
 
 
 def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
-    """Lists the experiments' names by id, or only the one named `name`; ConfigError if there is no such experiment."""
+    """Maps experiment ids to names: all of them, or only that of the experiment `name`. ConfigError if that doesn't exist."""
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:
@@ -207,14 +209,15 @@ def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]
 
 
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
-    """Finds or makes the experiment, and returns its id.
+    """Finds or creates the experiment, and returns its id.
 
-    It is marked as one for training models, unless somebody has chosen a kind (MLflow's UI also notes its own guesses there).
+    Marks it as an experiment for model training, unless a user has chosen a kind. A kind that MLflow's UI has inferred doesn't
+    count as chosen.
     """
     existing = client.get_experiment_by_name(name)
     if existing is None:
         place = None
-        if uri.startswith("sqlite:///"):  # MLflow's own default is a folder below wherever the process happens to run
+        if uri.startswith("sqlite:///"):  # MLflow's default is below the process's current folder
             place = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / name)
         existing = client.get_experiment(client.create_experiment(name, artifact_location=place))
     kind = existing.tags.get(KIND, "")
@@ -230,7 +233,7 @@ def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
 
 
 def find(client: MlflowClient, run: str, uri: str) -> Run:
-    """Finds the run of an id, or of a run's folder; ConfigError if MLflow does not know it, or heliostat did not make it."""
+    """Finds a run by its id or its folder; ConfigError if MLflow doesn't have it, or if heliostat didn't make it."""
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage.locations import Location

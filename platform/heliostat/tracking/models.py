@@ -1,8 +1,9 @@
-"""Manages models in MLflow: logs and registers an exported folder, and finds the folder that a person names.
+"""Manages models in MLflow: logs and registers an exported folder, and finds the local folder of a model.
 
-A name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub (`ORG/NAME`). A folder that
-exists wins over the Hub's name. A run's name works where its storage is known.
-`find_run` finds a run's folder of checkpoints and receipts in the same way.
+A model's name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub (`ORG/NAME`). An
+existing folder takes precedence over a name of the Hub.
+
+`find_run` finds a run's folder, with checkpoints and receipts, by a run id or the folder itself.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from heliostat.tracking.card import parents
 from heliostat.tracking.checkpoint_models import KIND
 from heliostat.tracking.mlflow_client import logged_models
 
-if TYPE_CHECKING:  # MLflow and torch take seconds
+if TYPE_CHECKING:  # importing MLflow and torch takes seconds
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel, Run
     from mlflow.entities.model_registry import ModelVersion
@@ -41,10 +42,10 @@ log = logging.getLogger(__name__)
 
 
 def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
-    """Logs the folder to the run with signature and input example, registers it if the job asks for it; returns its URI.
+    """Logs an exported folder to the run, registers it if the job asks for that, and returns its URI.
 
-    A checkpoint's model is logged once and registered once, however often this is called: what an earlier call has made is
-    reused, and what it left unfinished is deleted.
+    The logged model has a signature and an input example. A checkpoint's model is logged and registered only once: later calls
+    reuse the complete parts of earlier calls, and delete the incomplete ones. TrackingError if MLflow fails.
     """
     import mlflow
     from mlflow.utils import logging_utils
@@ -56,14 +57,14 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
     made_of = f"{last.step} {last.index.written!r}"
     try:
         model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, license)
-        client.update_run(run_id, status="RUNNING")  # the fluent run has ended it, and there is more to come
+        client.update_run(run_id, status="RUNNING")  # `mlflow.start_run` has ended it, and more follows
         client.set_logged_model_tags(model_id, {tags.LICENSE: license, tags.STEP: str(last.step)})
         uri = f"models:/{model_id}"
         if not job.mlflow.register_as:
             return uri
         version = _registered(client, job.mlflow.register_as, run_id, uri)
         if version is None:
-            logging_utils.disable_logging()  # it prints that it has made the version, as we do
+            logging_utils.disable_logging()  # MLflow prints the new version, as heliostat does
             try:
                 version = mlflow.register_model(uri, job.mlflow.register_as, tags={tags.MADE_OF: uri})
             finally:
@@ -99,10 +100,10 @@ def _log(
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Spares MLflow two looks that end in a warning at most, which is not shown.
+    """Skips two checks of MLflow that could only lead to warnings, which aren't shown.
 
-    Through all that is installed, a second: the requirements of a model name no versions. And at the model, which it would load
-    whole into this process, and have answer its example.
+    One compares the requirements with all installed packages for a second, although a model's requirements name no versions. The
+    other loads the whole model into this process and runs it on the input example.
     """
     from mlflow import pyfunc
     from mlflow.models import utils
@@ -118,9 +119,9 @@ def _unchecked() -> Iterator[None]:
 
 
 def _logged(client: MlflowClient, run_id: str, made_of: str) -> str | None:
-    """Finds the id of the model that an earlier call logged completely for this checkpoint; None if there is none.
+    """Returns the id of the model that an earlier call logged completely for this checkpoint; None if there is none.
 
-    Deletes what earlier calls left incomplete.
+    Deletes models that earlier calls left incomplete.
     """
     whole = None
     for model in models_of(client, client.get_run(run_id)):
@@ -134,12 +135,12 @@ def _logged(client: MlflowClient, run_id: str, made_of: str) -> str | None:
 
 
 def models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists the logged models of a run that are no checkpoints, complete or not, oldest first."""
+    """Lists a run's logged models that aren't checkpoints, oldest first, with incomplete ones."""
     return [m for m in logged_models(client, run) if m.model_type != KIND]
 
 
 def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> ModelVersion | None:
-    """Finds the version that an earlier call registered for this logged model; None if there is none."""
+    """Returns the version that an earlier call registered for this logged model; None if there is none."""
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((v for v in versions if tags.value(v.tags, tags.MADE_OF) == uri), None)
 
@@ -147,9 +148,9 @@ def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> Model
 def _describe(
     client: MlflowClient, job: Job, registered: ModelVersion, step: int, license: str, text: str, scores: dict[str, float]
 ) -> None:
-    """Sets the registered version's tags, card and alias.
+    """Sets the registered version's tags, card, and alias.
 
-    The alias is set only once, because it may have been moved to another version since.
+    Sets the alias only once, because a person may have moved it to another version since.
     """
     name, version = str(job.mlflow.register_as), str(registered.version)
     written = {tags.LICENSE: license, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
@@ -163,12 +164,15 @@ def _describe(
 
 
 def resolve(model: str, tracking_uri: str) -> Path:
-    """Finds the local folder, for `from_pretrained`, of a model given by any of its names; ConfigError if there is none."""
+    """Returns the local folder of a model for `from_pretrained`, after a download if necessary.
+
+    `model`: any of its names. ConfigError if there is no such model.
+    """
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
             raise ConfigError(f"{model}: is a folder without a model (no config.json). Make one: heliostat model export")
         return Path(model)
-    if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # which is more likely a version in MLflow
+    if (name := names.model(model)) and not re.fullmatch(r"[^/]+/\d+", model):  # NAME/NUMBER is more likely a version in MLflow
         pinned = files.resolve("MODEL", name)
         log.info("%s: a model of the Hugging Face Hub", pinned)
         return files.model("MODEL", pinned)
@@ -197,7 +201,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 
 def find_run(run: str, tracking_uri: str) -> Location:
-    """Finds a run's folder from its id or from the folder itself; ConfigError if it holds no run."""
+    """Returns a run's folder, given its id or the folder; ConfigError if the folder doesn't contain a run."""
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:

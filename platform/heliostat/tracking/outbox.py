@@ -1,8 +1,9 @@
-"""Keeps points on their way to MLflow in order until the store has them, and sends each step of a metric once.
+"""Queues points for MLflow in order until the store has them, and sends each step of a metric once.
 
-What MLflow already holds of a metric, from earlier attempts or commands, is not sent again. While the store is away, what waits
-is kept in the run's folder too (`unlogged.jsonl`), so that the run's next command finds it even if this one is killed. System
-metrics have a queue of their own: however many they are, no loss or score is given up for them, and losses and scores go first.
+It doesn't send points that MLflow already has from earlier attempts or commands. While the store is unreachable, the run's folder
+also has a copy of the queue (`unlogged.jsonl`). The run's next command finds it there, even if this command is killed.
+
+System metrics have their own queue, which is sent last. They never displace a loss or a score.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from heliostat.tracking.metrics import SYSTEM, Point, renamed
 
 log = logging.getLogger(__name__)
 
-LIMIT = 500_000  # points that may wait, some 100 MB; beyond it the oldest are given up
-SYSTEM_LIMIT = 50_000  # the same of system metrics
-METRICS, SYSTEM_METRICS = "metrics", "system metrics"  # what waits
+LIMIT = 500_000  # most points that may wait, about 100 MB; above it the oldest are dropped
+SYSTEM_LIMIT = 50_000  # the same for system metrics
+METRICS, SYSTEM_METRICS = "metrics", "system metrics"  # the two queues
 BATCH = 1000  # the most metrics that MLflow takes in one call
-HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's codes for what it will never take
+HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's final rejections
 
 
 WAITING = Format(
@@ -36,16 +37,18 @@ WAITING = Format(
 
 
 class Outbox:
+    """Holds the points of one run that wait for MLflow."""
+
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
-        """Starts empty: `send` gives at most BATCH points to the store; `known` asks it for the last place of every metric."""
+        """Starts empty. `send` sends at most BATCH points to the store; `known` returns the store's last place of each metric."""
         self._file, self._send, self._known = run.join(run_folder.UNLOGGED), send, known
-        self._last: dict[str, int] | None = None  # place by metric; None: to be asked
-        self._waiting: dict[str, deque[Point]] = {METRICS: deque(), SYSTEM_METRICS: deque()}  # in the order in which they go
+        self._last: dict[str, int] | None = None  # last place by metric; None: unknown
+        self._waiting: dict[str, deque[Point]] = {METRICS: deque(), SYSTEM_METRICS: deque()}  # in the order of sending
         self._given_up = dict.fromkeys(self._waiting, 0)
         self._loaded = self._kept = False
 
     def _load(self) -> None:
-        """Loads, once, the points that an earlier command could not log, ahead of all others."""
+        """Loads the points that an earlier command couldn't log, once, before all other points."""
         if self._loaded:
             return
         try:
@@ -61,6 +64,7 @@ class Outbox:
         return sum(map(len, self._waiting.values()))
 
     def add(self, points: Iterable[Point]) -> None:
+        """Queues points, and drops the oldest ones above the limits."""
         for point in points:
             self._queue(point).append(point)
         for what, queue in self._waiting.items():
@@ -72,12 +76,12 @@ class Outbox:
         return self._waiting[SYSTEM_METRICS if point.key.startswith(SYSTEM) else METRICS]
 
     def precede(self, points: list[Point]) -> None:
-        """Puts points of earlier steps before all that waits."""
+        """Puts points of earlier steps before all waiting points."""
         self._load()
         self._waiting[METRICS].extendleft(reversed(points))
 
     def flush(self) -> int:
-        """Sends all that waits, and returns how much was new; raises what the store raises, and keeps what it did not take."""
+        """Sends all waiting points, and returns how many were new. Raises the store's errors; unsent points keep waiting."""
         self._load()
         sent = sum([self._flush(queue) for queue in self._waiting.values()])
         if self._kept:
@@ -112,14 +116,14 @@ class Outbox:
             self._send(points)
         except Exception as e:
             if getattr(e, "error_code", "") not in HOPELESS:
-                self._last = None  # it may have taken them, and only its answer was lost
+                self._last = None  # the store may have them: perhaps only its answer was lost
                 raise
             log.error("MLflow rejected %d metrics: %s", len(points), e)
 
     def keep(self) -> None:
-        """Writes what waits to the run's folder.
+        """Writes the waiting points to the run's folder.
 
-        The file is written even if nothing waits, because it marks that MLflow does not have the whole run.
+        Writes the file even if no point waits, because it marks that MLflow doesn't have the whole run.
         """
         self._load()
         self._file.write("".join(json.dumps(point) + "\n" for queue in self._waiting.values() for point in queue).encode())

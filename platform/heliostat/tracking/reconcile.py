@@ -1,8 +1,10 @@
-"""Corrects a run's status in MLflow: what a driver that was killed could not write, the next command that sees the run writes.
+"""Corrects a run's status in MLflow: the next command that sees the run writes the records that its killed driver couldn't write.
 
-The drivers' ledger tells which drivers are alive. A run whose driver is dead gets the metrics that still waited in its folder,
-its checkpoints, data and goodput, and a status: FINISHED if its result is there, FAILED if its driver died without recording an
-outcome, else what the ledger holds. KILLED is a run that somebody has stopped, or whose folder is gone.
+The ledger shows which drivers are alive. If a run's driver is dead, MLflow gets the metrics that waited in the run's folder, and
+the run's checkpoints, data, goodput, and status.
+
+The status is FINISHED if the run has a result, and FAILED if its driver died without recording an outcome. Otherwise it follows
+the outcome in the ledger. KILLED is a run that a person stopped, or whose folder is missing.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 log = logging.getLogger(__name__)
 
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by outcomes after which a command ends
-YOUNG_S = 60.0  # a run may be so old before its driver has written anything
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by the outcome with which a command ends
+YOUNG_S = 60.0  # time that a driver may need before it writes anything
 
 
 def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
-    """Completes and closes the run in MLflow if it is RUNNING there but its driver is dead; returns the run as it is then.
+    """Completes and closes a run that is RUNNING in MLflow although its driver is dead. Returns the run as MLflow has it then.
 
-    Writes to MLflow in no other case. `how`: what is known of the end of a driver that could not record it itself.
+    Otherwise it writes nothing to MLflow. `how`: how the driver ended, if it couldn't record that itself.
     """
     if run.info.status != "RUNNING":
         return run
@@ -52,7 +54,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
 def settle_folder(folder: Location, how: str = "") -> None:
     """Completes and closes the MLflow run of a run's folder if its driver is dead.
 
-    Asks MLflow only where the folder shows that something may be left to do. `how`: what is known of the driver's end.
+    Queries MLflow only if the folder shows that something may be missing there. `how`: how the driver ended, if that is known.
     """
     known = record(folder)
     last = liveness.last(folder)
@@ -88,7 +90,7 @@ def _settle(client: MlflowClient, run: Run, folder: Location, how: str) -> bool:
 
 
 def _complete(client: MlflowClient, run_id: str, folder: Location) -> None:
-    """Logs what the run's folder holds and MLflow lacks: metrics, goodput, checkpoints and data."""
+    """Logs the records of the run's folder that MLflow lacks: metrics, goodput, checkpoints, and data."""
     box = Outbox(folder, lambda p: mlflow_client.send(client, run_id, p), lambda: mlflow_client.known(client, run_id))
     box.precede(local_curves.missing(folder, mlflow_client.known(client, run_id)))
     box.flush()

@@ -1,8 +1,9 @@
-"""Manages the model registry: names a version, and moves an alias to it through a gate that keeps a worse model out.
+"""Manages the model registry: finds versions, and moves an alias through a gate that rejects a worse model.
 
     promote(client, "name@candidate", "champion", ["eval/loss<2.1"])
 
-Every move is kept: on each version that got or lost an alias, tags record when, by whom, on which terms, and what it replaced.
+Every move is recorded. Each version that got or lost an alias has a tag with the time, the user, the requirements, and the
+version that was replaced.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-KEPT = 20  # entries of a history
+KEPT = 20  # most entries of a history: the newest
 
 
 @open_
 class HistoryEntry(TypedDict):
-    """Describes an event of a version's history: it was registered, promoted, or replaced."""
+    """Describes an event in a version's history: a registration, a promotion, or a replacement. `at`: seconds since the epoch."""
 
     event: str
     alias: str
@@ -46,6 +47,8 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
+    """Describes a promotion, with the scores of the new version and of the replaced one."""
+
     name: str
     version: str
     scores: dict[str, float]
@@ -56,7 +59,7 @@ EVENTS = Format(list[HistoryEntry], "history of a model", TrackingError, fix="De
 
 
 class GateError(HeliostatError):
-    """Reports that a model does not meet what its promotion requires."""
+    """Reports that a model doesn't meet the requirements of its promotion."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Term:
 
     @staticmethod
     def parse(text: str) -> Term:
+        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; ConfigError if the text has another form."""
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
         try:
             if match:
@@ -78,7 +82,7 @@ class Term:
         raise ConfigError(f"--require: expected for example eval/loss<2.1, with one of {', '.join(OPERATORS)}, got {text!r}")
 
     def check(self, metrics: dict[str, float]) -> str:
-        """Checks the requirement against a model's scores: returns what is wrong, empty if it holds."""
+        """Checks the requirement against a model's scores. Returns the problem; empty if there is none."""
         if self.metric not in metrics:
             return f"{self.metric} isn't known. Scores: {', '.join(sorted(metrics)) or 'no scores'}"
         holds = OPERATORS[self.sign](metrics[self.metric], self.value)
@@ -86,9 +90,9 @@ class Term:
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
-    """Compares the new model with the present one on a metric; equal is good enough.
+    """Compares the new model with the current one on a metric. An equal score is good enough.
 
-    Returns why the new one must not take the present one's place; empty if it may.
+    `mode`: `min` if lower scores are better. Returns why the new model must not replace the current one; empty if it may.
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
@@ -117,7 +121,7 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
-    """Reads a version's scores (as `eval/loss`), and which held-out samples of each dataset (by digest) they were measured on."""
+    """Reads a version's scores, for example `eval/loss`, and the held-out split of each of its datasets, by digest."""
     tags = version.tags
     measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
@@ -131,20 +135,22 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
 
 
 def history(version: ModelVersion) -> list[HistoryEntry]:
+    """Reads a version's history, oldest event first; TrackingError if the tag is damaged."""
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
 def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
+    """Appends an event to a version's history, which keeps the newest KEPT events."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
 
 def promote(client: MlflowClient, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> Promotion:
-    """Moves the alias to the model; GateError if a term does not hold, or it is worse than what has the alias now.
+    """Moves the alias to the model. GateError if it fails a requirement, or is worse than the current model with the alias.
 
-    Two models are compared on `metric` if they were scored on the same held-out samples; if not, that is an error too.
-    `force` moves it all the same, and the history records what was overruled.
+    The two models are compared on `metric`; `mode` is `min` if lower scores are better. GateError also if they were scored on
+    different held-out samples. `force`: moves the alias in spite of that, and the history records the problems.
     """
     terms = [Term.parse(text) for text in require]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":

@@ -1,8 +1,10 @@
-"""Writes the facts of a run to MLflow, all but its curves: params, job, code, machines, data, parents, checkpoints.
+"""Writes the facts of a run to MLflow, except its curves: params, job, code, machines, data, parents, and checkpoints.
 
-All of it follows from the job and the run's folder, so it may be written again at any time: what an outage or a killed driver
-left out, the next `sync` adds. Artifacts: `job.json`, `attempts.json` (each start of the workers: step, workers, nodes, code,
-what had changed in the job), `code/` (differences from the commit, package versions), `data.json`, `parents.json`.
+All facts follow from the job and the run's folder, so they can be written again at any time. The next `sync` adds the facts that
+are missing after an outage or a killed driver.
+
+Artifacts: `job.json`, `data.json`, and `parents.json`; `attempts.json` (for each start of the workers, its step, workers, nodes,
+code, and changes of the job); `code/` (differences from the commit, package versions).
 """
 
 from __future__ import annotations
@@ -34,14 +36,17 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 
 class CommandCode(TypedDict):
-    """Describes the code of a command, by its commit and the digest of what differs from it, and its packages by a digest."""
+    """Describes the code of a command: the commit, and digests of the difference from it and of the package versions."""
 
     code: dict[str, str]
     environment: str
 
 
 class RecordedStart(CommandCode):
-    """Describes a start of the workers: an entry of `attempts.json`. `changes`: [was, is] by key of the job."""
+    """Describes a start of the workers, as an entry of `attempts.json`.
+
+    `at`: seconds since the epoch. `changes`: (old, new) by key of the job.
+    """
 
     at: float
     start_step: int
@@ -52,10 +57,12 @@ class RecordedStart(CommandCode):
 
 
 STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete it to start another")
-SPIKES_SHOWN = 100  # in the tag: the newest, of more
+SPIKES_SHOWN = 100  # most spikes in the tag: the newest
 
 
 class RunRecord:
+    """Writes the facts of one run to MLflow."""
+
     def __init__(self, client: MlflowClient, run_id: str, job: Job) -> None:
         self.client, self.run_id, self.job = client, run_id, job
         self._checkpoints = Checkpoints(run_id, client.get_run(run_id).info.experiment_id, job.run_folder)
@@ -63,7 +70,7 @@ class RunRecord:
         self._environment = ""
 
     def begin(self, manifests: list[Manifest], data_version: int) -> None:
-        """Writes what is known of a new run before its first step: params, job, datasets, parents."""
+        """Writes the facts of a new run before its first step: params, job, datasets, and parents."""
         from mlflow.entities import Param
 
         params = [Param(k, v) for k, v in params_of(self.job.dump()).items()]
@@ -77,6 +84,7 @@ class RunRecord:
             self.client.set_tag(self.run_id, PARENT_RUNS, ",".join(ids))
 
     def attempt(self, event: AttemptStarted) -> None:
+        """Adds a start of the workers to `attempts.json`, in the run's folder and in MLflow."""
         self._checkpoints.back(event.start_step)
         place = self.job.run_folder.join(ATTEMPTS)
         cluster, code = os.environ.get("HELIOSTAT_CLUSTER", ""), self._code()
@@ -90,17 +98,17 @@ class RunRecord:
         write_json(self.client, self.run_id, known, ATTEMPTS)
 
     def sync(self, steps: int) -> None:
-        """Writes what the run's folder holds after `steps` steps: its checkpoints, and what it has trained on."""
+        """Writes the facts that the run's folder has after `steps` steps: checkpoints and training data."""
         self._checkpoints.sync(self.client)
         write_json(self.client, self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
 
     def spikes(self) -> None:
-        """Writes the steps of the newest loss spikes that MLflow has as a tag of the run."""
+        """Writes the steps of the newest loss spikes in MLflow to a tag of the run."""
         if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> CommandCode:
-        """Describes the code and the package environment of this command; their files are written once."""
+        """Describes this command's code and package environment, and writes their files once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
@@ -111,7 +119,7 @@ class RunRecord:
         return {"code": self._source.facts(), "environment": self._environment}
 
     def _changes(self) -> dict[str, tuple[str | None, str | None]]:
-        """Compares this command's job with the one that the run began with: [was, is] by key."""
+        """Compares this command's job with the run's first job: (old, new) by key."""
         first = read_json(self.client, self.run_id, "job.json", dict[str, Json]) or {}
         was, now = flatten(spec.renewed(first)), flatten(self.job.dump())
         return {k: (was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
@@ -133,7 +141,7 @@ class RunRecord:
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, str]:
-    """Flattens a tree to strings by dotted keys, as MLflow's params want them (values are cut at 6,000 characters)."""
+    """Flattens a tree to strings by dotted keys, for MLflow's params. Values are cut at 6,000 characters."""
     if isinstance(tree, dict):
         items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
     elif isinstance(tree, list):
@@ -144,7 +152,7 @@ def flatten(tree: object, prefix: str = "") -> dict[str, str]:
 
 
 def params_of(tree: object) -> dict[str, str]:
-    """Flattens what is set, for MLflow's params: keys without a value would only be in the way there."""
+    """Flattens the keys that have a value, for MLflow's params. Keys without a value would only clutter them."""
     return flatten(_set(tree))
 
 

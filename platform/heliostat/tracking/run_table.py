@@ -1,4 +1,4 @@
-"""Lists runs in a table, newest first: how each stands, what it reached, and what it cost."""
+"""Lists runs in a table, newest first, with status, step, scores, speed, goodput, and cost."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ COLUMNS = ("run", "name", "status", "began", "step", "loss", "held-out", "rate",
 
 
 class About(TypedDict):
+    """Describes a run as MLflow lists it. `started` and `ended`: seconds since the epoch."""
+
     run_id: str
     name: str
     experiment: str
@@ -29,7 +31,11 @@ class About(TypedDict):
 
 
 class RunRow(About):
-    """Describes a run as a row of the table; `worker_hours`: workers times hours, over all its attempts; `sweep`: its run id."""
+    """Describes a run as a row of the table.
+
+    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: its sweep's run
+    id.
+    """
 
     step: int
     steps: int | None
@@ -43,7 +49,7 @@ class RunRow(About):
 
 
 def rows(client: MlflowClient, experiment: str | None) -> list[RunRow]:
-    """Builds a row for each run that heliostat made; those whose driver has died are settled first."""
+    """Builds a row for each run that heliostat made. First corrects the status of runs whose driver has died (`settle`)."""
     names = mlflow_client.experiments(client, experiment)
     return [row(settle(client, run), names[run.info.experiment_id]) for run in mlflow_client.runs(client, list(names))]
 
@@ -61,6 +67,7 @@ def about(run: Run, experiment: str) -> About:
 
 
 def row(run: Run, experiment: str) -> RunRow:
+    """Builds the table's row for a run, from its metrics, tags, and params in MLflow."""
     metrics, known, params = latest(run.data.metrics), run.data.tags, run.data.params
     at = {m.key: m.step for m in run.data.to_proto().metrics}
     return {
@@ -78,6 +85,7 @@ def row(run: Run, experiment: str) -> RunRow:
 
 
 def cells(rows: list[RunRow]) -> list[list[str]]:
+    """Formats rows as text, with the names of the columns first."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 

@@ -1,4 +1,4 @@
-"""Runs MLflow's own UI on a store, behind a key, in the foreground until Ctrl-C or SIGTERM."""
+"""Runs MLflow's own UI on a store, protected by a key, in the foreground until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ END_S = 5.0
 START_S = 120.0  # for the server to answer
 ANSWER_S = 5.0  # for one answer
 POLL_S = 0.1
-# metrics in the table of runs, with the pixels of each: they fit in addition to the runs' names in 1280
+# metrics in the table of runs, with their widths in pixels; with the runs' names they fit in 1280
 COLUMNS = {"train/loss": 90, "eval/bits_per_byte": 140, "train/tokens_per_second": 175, "train/time/goodput": 140}
-KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # of the server's environment: the file of its keys, and its address
+KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # environment variables of the server: the file of its keys, its address
 
 
 def serve(
@@ -41,11 +41,11 @@ def serve(
     before: Callable[[], object] = lambda: None,
     verbose: bool = False,
 ) -> None:
-    """Runs `mlflow server` on the store for those who have a key, and calls `ready` with its URL once it answers.
+    """Runs `mlflow server` on the store for clients that have a key, and calls `ready` with its URL once it answers.
 
-    If the store is a server already, logs its address. `before` is called before the server starts. The server's output goes to
-    `server.log` in the folder of the keys, or, if `verbose`, to this process's. ConfigError for a taken port, HeliostatError for
-    a server that doesn't come to answer.
+    If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output goes
+    to `server.log` in the folder of the keys; with `verbose` it goes to this process's output. ConfigError if the port is in
+    use, HeliostatError if the server doesn't answer or fails.
     """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
@@ -56,7 +56,7 @@ def serve(
     before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    # in a session of its own: Ctrl-C is ours to pass on, or the server would answer it with a traceback
+    # in its own session, so that Ctrl-C doesn't reach the server, which would print a traceback
     variables = {**os.environ, **environment(store, host, keys)}
     place = None if verbose else _log(keys.with_name("server.log"))
     with place.open("wb") if place else contextlib.nullcontext() as output:
@@ -74,7 +74,7 @@ def serve(
 
 
 def _log(place: Path) -> Path | None:
-    """Makes the file for the server's output, which only its owner reads; None, with a warning, if it cannot be written."""
+    """Creates the file for the server's output, which only its owner can read; None, with a warning, if that fails."""
     try:
         place.touch(mode=0o600)
     except OSError as e:
@@ -84,12 +84,15 @@ def _log(place: Path) -> Path | None:
 
 
 def _read(place: Path | None) -> str:
-    """Says where the server's output is."""
+    """Returns a sentence with the place of the server's output."""
     return f"Read its output in {place}" if place else "Its output is above"
 
 
 def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Path | None) -> int:
-    """Waits until the server answers, and returns its port. Another process may have taken the port meanwhile, and answer."""
+    """Waits until the server answers, and returns its port; HeliostatError if it ends, or doesn't answer within 120 s.
+
+    The port must belong to the server's process, because another program may have taken the port and may answer.
+    """
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if (code := server.poll()) is not None:
@@ -105,7 +108,7 @@ def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Pat
 
 
 def _listening(root: int) -> int | None:
-    """Finds the port on which a process, or one that it started, listens."""
+    """Returns the port on which a process or one of its descendants listens; None if none does."""
     for process in processes.family(root):
         with contextlib.suppress(psutil.NoSuchProcess):
             for one in process.net_connections("inet"):
@@ -115,7 +118,7 @@ def _listening(root: int) -> int | None:
 
 
 def _answers(host: str, port: int) -> bool:
-    """Tells whether an HTTP server answers, whatever the answer is."""
+    """Checks whether an HTTP server answers, with any status."""
     connection = http.client.HTTPConnection(host, port, timeout=ANSWER_S)
     try:
         connection.request("GET", "/health")
@@ -128,15 +131,15 @@ def _answers(host: str, port: int) -> bool:
 
 
 def command(host: str, port: int) -> list[str]:
-    """Builds the command line of `mlflow server`, whose UI opens as model training (`ui_app`)."""
+    """Builds the command line of `mlflow server`, whose UI opens in model-training mode (`ui_app`)."""
     server = [sys.executable, "-m", "mlflow", "server", "--app-name", "heliostat", "--workers", "1"]
     return [*server, "--host", host, "--port", str(port)]
 
 
 def environment(store: str, host: str, keys: Path) -> dict[str, str]:
-    """Returns the environment variables that give the server its store, its address and the file of its keys.
+    """Returns the environment variables that give the server its store, its address, and the file of its keys.
 
-    On a command line a database's password would be visible to everybody.
+    A command line would show a database's password to all users of the machine.
     """
     variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return {**variables, KEYS: str(keys.absolute()), HOST: host}

@@ -1,4 +1,4 @@
-"""Guards HTTP servers: keys, deadlines, limits of requests.
+"""Guards HTTP servers: requires keys, and limits the time and size of requests.
 
 Start at `gate`.
 May import: `cluster`, `storage`.

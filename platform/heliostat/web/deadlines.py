@@ -1,7 +1,7 @@
-"""Closes connections whose clients take too long to ask: slow headers, slow bodies, headers without end.
+"""Closes connections whose clients send too slowly: slow headers, slow bodies, and endless headers.
 
-uvicorn limits only the pause between an answer and the next request. `apply` adds the rest to every server of this process; the
-servers of Ray Serve and MLflow, which build their own uvicorn, are reached in that way too.
+uvicorn limits only the pause between an answer and the next request. `apply` adds the other limits to every server of this
+process. That includes the servers of Ray Serve and MLflow, which start uvicorn themselves.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from functools import wraps
 from typing import Any
 
 PERIOD_S = 10.0  # between two checks of a connection; a request that makes no progress ends within two of them
-AGAIN = 0.1  # of a period, after which a connection that seems to be slow is checked again, before it is closed
-HEAD_BYTES = 64 << 10  # of a request line and headers
-LEAST_BYTES = 10 << 10  # of a body that arrive within a period
+AGAIN = 0.1  # share of a period, after which a slow connection is checked again before it is closed
+HEAD_BYTES = 64 << 10  # most bytes of a request line and headers
+LEAST_BYTES = 10 << 10  # fewest bytes of a body per period
 
 
 def apply() -> None:
-    """Watches every connection that uvicorn takes from now on in this process."""
+    """Watches every connection that uvicorn accepts in this process from now on."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     kinds: list[Any] = [H11Protocol]
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:  # uvicorn takes the other then
+    except ImportError:  # then uvicorn uses h11
         pass
     else:
         kinds.append(HttpToolsProtocol)
@@ -36,20 +36,20 @@ def apply() -> None:
 
 
 class ConnectionWatch:
-    """Follows one connection: its protocol, the bytes that arrived, and what was under way at the last check."""
+    """Watches one connection: its protocol, the bytes that arrived, and its state at the last check."""
 
     def __init__(self, protocol: Any) -> None:
         self.protocol, self.seen = protocol, protocol.cycle
         self.head = self.arrived = self.before = self.end = 0
         self.loop = asyncio.get_running_loop()
-        self.began: float | None = self.loop.time()  # when the client was to send headers, or began to
-        self.doubted = False  # at the last check
+        self.began: float | None = self.loop.time()  # when the client began to send headers, or could have begun
+        self.doubted = False  # whether it looked slow at the last check
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def took(self, size: int, new: bool) -> None:
-        """Counts bytes that arrived; closes a connection whose request has no end of its headers. `new`: a request began."""
+        """Counts arrived bytes, and closes a connection whose headers are too long. `new`: a request began."""
         if new:
-            self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # of its body, at the least
+            self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # the earliest end of its body
         self.arrived += size
         if new or not self.asking or self.finishing:
             self.head, self.began = 0, None
@@ -60,24 +60,25 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
+        """Checks whether the client may send a request: there is none, or it has been answered."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
     def finishing(self) -> bool:
-        """Tells whether the client is still sending a body that was answered before its end, such as one without a key.
+        """Checks whether the client is still sending a body that was answered early, for example without a key.
 
-        A client that sends a body reads the answer behind it: to close the connection would hide the answer.
+        Such a client reads the answer only after it has sent the body, so closing the connection would hide the answer.
         """
         return self.arrived < self.end
 
     def check(self) -> None:
-        """Closes the connection if headers take longer than a period, or too little of a body came since the last check.
+        """Closes the connection if headers take longer than a period, or if too few bytes of a body came since the last check.
 
-        It looks twice: a loop that was busy runs its timers before it reads what has arrived. The pause between an answer and the
-        first byte of the next request is uvicorn's affair.
+        It checks a slow connection twice, because a busy event loop runs its timers before it reads arrived bytes. uvicorn
+        limits the pause between an answer and the next request.
         """
         now, transport = self.protocol.cycle, self.protocol.transport
-        if transport.is_closing() or transport.get_protocol() is not self.protocol:  # ended, or of another protocol by now
+        if transport.is_closing() or transport.get_protocol() is not self.protocol:  # it has ended, or has another protocol now
             return
         if self.asking and not self.finishing:
             slow = self.began is not None and self.loop.time() - self.began >= PERIOD_S
@@ -95,13 +96,13 @@ class ConnectionWatch:
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def close(self) -> None:
-        """Ends the connection at once: its client has no claim to an answer."""
+        """Closes the connection at once, without an answer."""
         self.timer.cancel()
         self.protocol.transport.abort()
 
 
 def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
-    """Returns the Content-Length of a request; 0 without one, or if the body comes in chunks."""
+    """Returns the Content-Length of a request; 0 if it has none, or if its body is chunked."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() and b"transfer-encoding" not in headers else 0

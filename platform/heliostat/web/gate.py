@@ -1,7 +1,7 @@
-"""Lets in clients that have a key, before an application that has no lock of its own: MLflow's server.
+"""Requires a key from each client of an application without its own login: MLflow's server.
 
 A program sends `Authorization: Bearer KEY`. A browser gets a page that takes the key from the part of the address after the `#`,
-or asks for it, and sends it once: a cookie follows, which only pages of the same origin may send.
+or asks the user for it. The page sends the key once and gets a cookie. Only pages of the same origin may send this cookie.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
 ENTER = "/heliostat-key"  # where a browser sends the key
-HEALTH = "/health"  # which says that there is a server, and no more
+HEALTH = "/health"  # needs no key, and shows only that a server runs
 KEY_BYTES = 1024
 PAGE = (Path(__file__).parent / "enter.html").read_text(encoding="utf-8")
 WILDCARDS = ("0.0.0.0", "::", "")
 
 
 class Gate:
-    """Asks each request for a key. `known`: digests of keys by name; `host`: the address that the server listens on."""
+    """Checks the key of each request. `known`: digests of keys by name. `host`: the address on which the server listens."""
 
     def __init__(self, app: ASGIApp, known: Mapping[str, str], host: str) -> None:
         self.app, self.known = app, dict(known)
         self.names = {"localhost", host.lower()}
         if host in WILDCARDS:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        self.session = secrets.token_urlsafe(32)  # what the cookie holds: not the key, which other servers of this host would see
+        self.session = secrets.token_urlsafe(32)  # the cookie's value: not a key, because this host's other servers see it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -62,17 +62,17 @@ class Gate:
         await response(request.scope, request.receive, send)
 
     def _require_host(self, request: Request) -> None:
-        """Raises Refusal for the name of another site, which could lead here (DNS rebinding)."""
+        """Raises Refusal if the Host header has the name of another site, which could lead here (DNS rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
-            ipaddress.ip_address(name)  # is no name, so that it cannot lead elsewhere
+            ipaddress.ip_address(name)  # an address can't be rebound, unlike a name
         except ValueError:
             if name not in self.names:
                 said = f"host: {name[:100]!r} isn't this server's name. Use its address, or {', '.join(sorted(self.names))}"
                 raise Refusal(403, said, code="unknown_host") from None
 
     async def _enter(self, request: Request) -> Response:
-        """Takes a key from a browser, and gives it the cookie."""
+        """Takes a key from a browser, and gives the browser the cookie; Refusal if the key isn't valid."""
         if not _same_origin(request):
             raise Refusal(403, "the key comes from a page of another origin", code="other_origin")
         raw = bytearray()
@@ -88,8 +88,8 @@ class Gate:
         return response
 
     def _has_cookie(self, request: Request) -> bool:
-        """Tells whether a page of this server sent the request, from a browser that has shown a key."""
-        cookie = request.cookies.get(_cookie(request))  # whatever the cookies of this host's other servers look like
+        """Checks whether a page of this server sent the request, from a browser that has sent a key."""
+        cookie = request.cookies.get(_cookie(request))  # the host's other servers may have cookies of any form
         return cookie is not None and hmac.compare_digest(cookie.encode(), self.session.encode()) and _same_origin(request)
 
 
@@ -101,13 +101,13 @@ def _host(header: str) -> str:
 
 
 def _cookie(request: Request) -> str:
-    """Returns the name of the cookie, with the port: browsers send a host's cookies to all its ports."""
+    """Returns the name of the cookie, which contains the port, because browsers send a host's cookies to all its ports."""
     server = request.scope.get("server") or ("", 0)
     return f"heliostat-{server[1]}"
 
 
 def _same_origin(request: Request) -> bool:
-    """Tells whether the browser sends the request from a page of this server, or by the person's own hand."""
+    """Checks whether the request comes from a page of this server, or from the browser's address bar."""
     if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False
     origin = request.headers.get("origin")

@@ -1,9 +1,9 @@
-"""Keeps API keys: a file that only its owner reads, a key a line; what serves requests knows their digests alone.
+"""Manages API keys: a file that only its owner can read has one key per line. Servers hold only digests of the keys.
 
     KEY
-    NAME KEY        # the name is what metrics and limits count by; a comment begins at the line's start or behind white space
+    NAME KEY        # metrics and limits use the name; a comment begins at the line's start or after white space
 
-Keys are compared by their digests, in constant time, each of them whatever the others gave.
+Keys are compared by digest in constant time, and always with all known keys.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ COMMENT = re.compile(r"(?:^|\s)#")
 
 
 def digest(key: str) -> str:
-    """Returns what is kept of a key."""
+    """Returns the digest of a key (SHA-256, in hex), which servers hold instead of the key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def made(path: Path) -> bool:
-    """Makes a file with a new key if there is none; tells whether it did."""
+    """Creates a file with a new key if it doesn't exist. Returns whether it did."""
     if path.exists():
         return False
     Location(str(path.absolute())).require_writable()
@@ -40,7 +40,10 @@ def made(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, str]:
-    """Reads the digests of a file's keys by their names; ConfigError that shows no key."""
+    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`.
+
+    ConfigError if the file is unreadable, or open to other users, or has an invalid line or no key. No error shows a key.
+    """
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
     except (OSError, UnicodeDecodeError) as e:
@@ -68,17 +71,18 @@ def read(path: Path) -> dict[str, str]:
 
 
 def _words(line: str) -> list[str]:
-    """Returns a line's words before a comment, which begins with a `#` at its start or behind white space."""
+    """Returns a line's words before a comment. A comment begins with a `#` at the line's start or after white space."""
     return COMMENT.split(line, maxsplit=1)[0].split()
 
 
 def first(path: Path) -> str:
+    """Returns the first key in a file."""
     lines = (_words(line) for line in path.read_text(encoding="utf-8").splitlines())
     return next(words[-1] for words in lines if words)
 
 
 def owner(header: str | None, known: dict[str, str]) -> str:
-    """Finds the name of the key in an Authorization header; Refusal with 401 if there is none, or it is not known."""
+    """Returns the name of the key in an Authorization header; Refusal with status 401 if the key is missing or unknown."""
     kind, _, key = (header or "").partition(" ")
     if kind.lower() != "bearer" or not key.strip():
         raise Refusal(401, "no API key. Send the header `Authorization: Bearer KEY`", None, "invalid_api_key")

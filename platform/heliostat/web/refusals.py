@@ -1,4 +1,4 @@
-"""Defines the one error that the endpoint answers with, in OpenAI's shape: a status, a type, and which parameter is at fault."""
+"""Defines the one error that HTTP endpoints answer with, in OpenAI's format: status, type, and the parameter at fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TYPES = {
 
 
 class Refusal(Exception):
-    """Answers a request with an error. `retry_after`: seconds, after which the same request may be answered."""
+    """Answers a request with an error. `retry_after`: seconds until the same request may succeed."""
 
     def __init__(
         self, status: int, message: str, param: str | None = None, code: str | None = None, retry_after: int | None = None
@@ -23,7 +23,7 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """Returns the error as OpenAI's clients read it."""
+        """Returns the error in the format that OpenAI's clients read."""
         kind = TYPES.get(self.status, "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 

@@ -1,6 +1,6 @@
-"""Asks a fork server to run a command in a fork of it, or becomes Python itself: `launcher.py SOCKET PYTHON ARGUMENTS`.
+"""Asks a fork server to run a command in a fork, or else runs it with Python itself: `launcher.py SOCKET PYTHON ARGUMENTS`.
 
-Imports next to nothing, because Ray runs it for every worker.
+Imports very little, because Ray runs it for every worker.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Stands in for the agent of the dashboard on a Ray that has none: says that it serves nothing, and ends with the raylet.
+"""Replaces the dashboard's agent on a Ray without a dashboard: reports to the raylet that it has no ports, and ends with it.
 
-A raylet waits for its agent's ports. Ray's own agent imports for seconds first, and of two Rays on a machine the second one's
-tries for three more to get a port that the first has. Imports next to nothing.
+A raylet waits for its agent's ports. Ray's own agent imports modules for seconds first. If two Rays run on a machine, the second
+one's agent also tries for three seconds to get a port that the first one uses. This module imports very little.
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 import time
 
 PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
-NONE = "-1"  # Ray's own, where it was installed without a dashboard
+NONE = "-1"  # Ray's own value for an installation without a dashboard
 LOOK_S = 1.0
 
 
@@ -21,7 +21,7 @@ def main() -> None:
         with open(f"{place}.quiet", "w") as file:  # noqa: PTH123
             file.write(NONE)
         os.rename(f"{place}.quiet", place)  # noqa: PTH104
-    while os.read(0, 1):  # the raylet holds the other end of standard input
+    while os.read(0, 1):  # the raylet has the other end of standard input open
         pass
     while os.getppid() == raylet:
         time.sleep(LOOK_S)

@@ -1,7 +1,7 @@
-"""Imports modules, then forks a process for every request: `server SOCKET MODULES`, the modules with commas between them.
+"""Imports modules, then forks a process for every request: `server SOCKET MODULES`, with commas between the modules.
 
-It has one thread when it forks: it never starts Ray, a process group or CUDA. Ray's library reads a job's id when it is imported,
-so that all forks are workers of one job.
+It has one thread when it forks, because it never starts Ray, a process group, or CUDA. Ray's library reads the job's id at
+import, so all forks are workers of one job.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ import psutil
 from heliostat.cluster.fork_server.start import END_S, ENTRY
 
 CONTEXT = "--serialized-runtime-env-context="
-LIMIT = 1 << 20  # bytes of a request
+LIMIT = 1 << 20  # most bytes of a request
 JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
-NO_JOB = "ffffffff"  # a worker that Ray starts before it is known for what
-PARENT_DEATH_SIGNAL = 1  # of prctl
+NO_JOB = "ffffffff"  # of a worker that Ray starts before it knows the worker's job
+PARENT_DEATH_SIGNAL = 1  # an option of prctl
 
 
 @dataclass
 class ForkRequest:
-    """Holds a command that the launcher was asked to run."""
+    """Holds a command that Ray started through the launcher."""
 
     arguments: list[str]
     environment: dict[str, str]
@@ -46,11 +46,11 @@ class ForkRequest:
 
 
 def main() -> None:
-    """Serves requests until standard input ends; in the forks, runs what was requested."""
+    """Serves requests until standard input ends. In a fork, runs the requested command."""
     address = sys.argv[1]
-    os.environ[RAYLET] = str(os.getpid())  # Ray's workers end when it does: it ends with the raylet's own parent
+    os.environ[RAYLET] = str(os.getpid())  # Ray's workers end with this process, which ends with the raylet's parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps what was forked
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the system reaps the forks
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(address)  # in a folder that only this user may enter
         listener.listen()
@@ -64,21 +64,24 @@ def main() -> None:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Imports modules for all later forks; SystemExit if those could not be distinguished, or would lose something."""
+    """Imports modules for all later forks. SystemExit if forks would lose threads, or would draw the same random ids."""
     with own_ids():
         for module in modules:
-            with contextlib.suppress(ImportError, ValueError):  # of an extra that is not installed
+            with contextlib.suppress(ImportError, ValueError):  # the module of an extra that isn't installed
                 importlib.import_module(module)
     if threading.active_count() > 1:
         raise SystemExit("the imported modules have started threads, which a fork would lose")
     if _next_id() == _next_id():
         raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same ones and use the same names")
-    gc.freeze()  # a collection writes to each object that it looks at, and so would copy all that the forks share
+    gc.freeze()  # a collection writes to each object that it visits, which would copy the forks' shared memory
 
 
 @contextlib.contextmanager
 def own_ids() -> Iterator[None]:
-    """Keeps Ray's random numbers unused inside: all forks would draw the same. Actor classes draw an id when defined."""
+    """Gives actor classes that are defined within the context ids from the system, not from Ray's random numbers.
+
+    If Ray's random numbers were used before a fork, all forks would draw the same ones.
+    """
     import ray.actor
 
     kind = ray.actor.ActorClassID
@@ -96,7 +99,7 @@ def own_ids() -> Iterator[None]:
 
 
 def _next_id() -> bytes:
-    """Returns the random id that Ray would give first in a fork."""
+    """Returns the first random id that Ray draws in a fork."""
     import ray
 
     readable, writable = os.pipe()
@@ -115,7 +118,7 @@ def _next_id() -> bytes:
 def worker(request: ForkRequest) -> ForkRequest | None:
     """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
 
-    That is a worker of another job, or one whose runtime environment asks for more than variables and a folder.
+    A fork can't be a worker of another job, nor have a runtime environment with more than variables and a folder.
     """
     words, variables, folder = list[str](), dict[str, str](), request.folder
     program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
@@ -137,7 +140,7 @@ def worker(request: ForkRequest) -> ForkRequest | None:
 
 
 def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkRequest, list[int]]:
-    """Receives a request and descriptors: the three standard streams of the launcher."""
+    """Receives a request and file descriptors: the launcher's standard streams. ValueError for an incomplete request."""
     data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
     while not data.endswith(b"\n"):
         more = connection.recv(LIMIT)
@@ -150,13 +153,13 @@ def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkReques
 
 
 def _serve(listener: socket.socket) -> ForkRequest | None:
-    """Forks for each request; returns the request in the new process, and None here when standard input ends."""
+    """Forks for each request. Returns the request in the new process; returns None in this process when standard input ends."""
     server = os.getpid()
     while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         connection.settimeout(END_S)
         wanted, streams, pid = None, list[int](), None
-        # the launcher has gone, and Ray asks again; no command of Ray's; no process or memory to be had: it runs Python itself
+        # if the launcher is gone, Ray asks again; for other commands, or without free memory, the launcher runs Python itself
         with contextlib.suppress(OSError, ValueError, TypeError, StopIteration):
             request, streams = receive(connection)
             wanted = worker(request)
@@ -177,14 +180,14 @@ def _serve(listener: socket.socket) -> ForkRequest | None:
 
 
 def _end_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends: Ray's own check takes a zombie for a living process."""
+    """Makes the kernel kill this process when its parent ends: Ray's own check counts a zombie as a living process."""
     ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it had ended before the call
+    if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
 
 
 def _end_workers() -> None:
-    """Kills the process groups of this process's forks: the workers, and the processes that those have started."""
+    """Kills the process groups of this process's forks: the workers and the processes that they started."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker that ends meanwhile keeps its id
     for child in psutil.Process().children():
         with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet; the kernel kills it
@@ -192,9 +195,9 @@ def _end_workers() -> None:
 
 
 def _become(request: ForkRequest) -> None:
-    """Runs the worker's program in this process, as if it had been started for it."""
-    os.setsid()  # Ray ends a worker's process group with it
-    with contextlib.suppress(OSError):  # as Ray has the kernel do: out of memory, it ends workers first
+    """Runs the worker's program in this process, like a new process that was started for it."""
+    os.setsid()  # Ray ends a worker together with its process group
+    with contextlib.suppress(OSError):  # as Ray sets it: out of memory, the kernel ends workers first
         Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,8 +1,8 @@
-"""Starts the fork server of a private Ray, and makes Ray take its workers from it.
+"""Starts the fork server of a private Ray, and makes Ray take its workers from the server.
 
 Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a launcher
-that hands such a command to the server: arguments, environment, folder and standard streams. It runs all other commands with
-Python itself, and also this one if no server answers. It runs `quiet_agent` in place of the dashboard's agent.
+that passes such a command to the server, with arguments, environment, folder, and standard streams. The launcher runs all other
+commands with Python, and this one too if no server answers. It runs `quiet_agent` instead of the dashboard's agent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ exec {python} "$@"
 
 @functools.cache
 def supported() -> bool:
-    """Checks whether workers can be forked here; logs one line if the version of Ray is the reason why not."""
+    """Checks whether this machine can fork workers. Logs a warning if Ray's version is the reason why it can't."""
     if sys.platform != "linux" or os.environ.get(SWITCH) == "0":
         return False
     version = metadata.version("ray")
@@ -50,9 +50,9 @@ def supported() -> bool:
 
 
 class ForkServer:
-    """Starts a fork server in a folder of its own, which it makes private; it ends with `end`, or with this process.
+    """Starts a fork server in a folder that only this user may enter. The server ends with `end`, or with this process.
 
-    The environment must have RAY_JOB_ID: the forks are workers of that job alone.
+    `environment`: must contain RAY_JOB_ID, because the forks are workers of that job only.
     """
 
     def __init__(self, folder: Path, environment: Mapping[str, str], modules: Sequence[str]) -> None:
@@ -67,14 +67,14 @@ class ForkServer:
         self.process = self._launch(command, dict(environment))
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Starts the server's process, which leads a session, and ends when its standard input does."""
+        """Starts the server's process in its own session. It ends when its standard input does."""
         nowhere = subprocess.DEVNULL
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
         )
 
     def end(self) -> None:
-        """Ends the server, and the workers with it."""
+        """Ends the server and its workers."""
         self.process.kill()
         self.process.wait(END_S)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,1 +1,1 @@
-"""Builds the report: one self-contained HTML page about a run."""
+"""Builds the reports: self-contained HTML pages, one about a run and one about a dataset's curation."""

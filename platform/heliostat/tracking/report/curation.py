@@ -1,8 +1,8 @@
-"""Builds one self-contained HTML page about how a dataset was made: the funnel, histograms, examples, clusters, what is in it.
+"""Builds one self-contained HTML page about the curation of a dataset: funnel, histograms, examples, clusters, and contents.
 
     html = page(gather(manifest))
 
-All text from outside is escaped, and bounded.
+All text from outside is escaped, and has a maximum length.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 log = logging.getLogger(__name__)
 
-SAMPLED = 200_000  # documents whose columns are looked at: those of the lowest hashes, which is a random sample
-TOP = 15  # values of a column that are shown
-TEXT = 600  # characters of an example
-WORD = 120  # characters of an id, a value or a detail
-Told = dict[str, Any]
+SAMPLED = 200_000  # most documents whose columns are counted: those with the lowest hashes, a random sample
+TOP = 15  # most values of a column that are shown
+TEXT = 600  # most characters of an example
+WORD = 120  # most characters of an id, a value, or a detail
+PageData = dict[str, Any]
 
 
-def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> Told:
-    """Collects what the page shows, as plain data; `hour` is the price of a core for an hour."""
+def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> PageData:
+    """Collects the facts for the page as plain data. `hour`: the price of one core for one hour, in `currency`."""
     return {
         "name": dataset.meta.get("name", dataset.location.name),
         "dataset": str(dataset.location),
@@ -48,7 +48,10 @@ def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> 
 
 
 def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
-    """Yields the pages of those datasets that were made with stages, each under the name that it has among a run's artifacts."""
+    """Yields (name among a run's artifacts, HTML) for each dataset that has a curation record.
+
+    Skips a dataset whose record can't be read, with a warning.
+    """
     for dataset in manifests:
         if "curation" not in dataset.meta:
             continue
@@ -60,8 +63,8 @@ def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
         yield f"data/{dataset.location.name}-{dataset.digest[:8]}.html", text
 
 
-def columns(dataset: Manifest) -> Told:
-    """Counts the values of known columns in a random sample: {sampled, counts: {what: {value: [kept, left out]}}}."""
+def columns(dataset: Manifest) -> PageData:
+    """Counts the values of known columns in a random sample: {sampled, counts: {column: {value: [kept, left out]}}}."""
     seen, shapes = 0, dict[str, Counter[tuple[str, bool]]]()
     for part in reasons.ends(dataset):
         if "columns" not in part.column_names:
@@ -80,8 +83,8 @@ def columns(dataset: Manifest) -> Told:
     return {"sampled": seen, "counts": counts}
 
 
-def facts(report: Told) -> list[tuple[str, str]]:
-    """Extracts from a document's columns what is counted: languages, domains, licences, years and sources."""
+def facts(report: PageData) -> list[tuple[str, str]]:
+    """Extracts (kind, value) pairs from a document's columns for counting: language, domain, license, year, and source."""
     out = [(f"{name}s", str(report[name])) for name in ("language", "license", "source") if report.get(name)]
     try:
         host = urlsplit(str(report.get("url") or "")).hostname
@@ -92,7 +95,8 @@ def facts(report: Told) -> list[tuple[str, str]]:
     return out + ([("years", year)] if len(year) == 4 and year.isdecimal() else [])
 
 
-def page(report: Told) -> str:
+def page(report: PageData) -> str:
+    """Renders the page as HTML."""
     funnel = report["funnel"]
     parts = [
         f"<h1>{escape(printable(report['name']))}</h1>",
@@ -108,7 +112,7 @@ def page(report: Told) -> str:
     return document(report["name"], parts)
 
 
-def _summary(report: Told) -> str:
+def _summary(report: PageData) -> str:
     first, last = report["funnel"]["read"], report["funnel"]["shard"]
     facts = {
         "documents read": f"{first['documents']:,}",
@@ -125,7 +129,7 @@ def _summary(report: Told) -> str:
     return f"<dl>{boxes(facts)}</dl>"
 
 
-def _funnel(report: Told) -> str:
+def _funnel(report: PageData) -> str:
     funnel, seconds = report["funnel"], report["seconds"]
     total = max(1, funnel["read"]["documents"])
     left, rows = total, list[list[str]]()
@@ -153,7 +157,7 @@ def _funnel(report: Told) -> str:
     return svg.bars("documents left", [(_plain(n), s, t) for n, s, t in shown]) + table(head, rows)
 
 
-def _costs(report: Told) -> list[str]:
+def _costs(report: PageData) -> list[str]:
     if not report["seconds"]:
         return []
     note = f", at {report['hour']:g} {escape(report['currency'])} for a core and hour" if report["hour"] else ""
@@ -165,8 +169,8 @@ def _costs(report: Told) -> list[str]:
     return [svg.bars("processor time", rows, "var(--ink2)"), f"<p class='muted'>Seconds of processor time{note}.</p>"]
 
 
-def _stage(name: str, part: Told) -> list[str]:
-    """Renders what one stage did: its reasons, histograms, clusters and examples."""
+def _stage(name: str, part: PageData) -> list[str]:
+    """Renders one stage: its reasons, histograms, clusters, and examples."""
     dropped, counts, what = part.get("dropped", {}), part.get("counts", {}), part.get("what", {})
     came = part.get("documents", 0)
     out = []
@@ -191,7 +195,7 @@ def _stage(name: str, part: Told) -> list[str]:
 
 
 def _examples(rule: str, examples: list[Any]) -> str:
-    """Renders examples of a rule, folded: ids, figures, thumbnails of images and the beginnings of their texts."""
+    """Renders a rule's examples in a folded block: ids, measures, thumbnails of images, and the beginnings of their texts."""
     kind, _, subject = rule.partition(" ")
     title = f"dropped for {subject}" if kind == "dropped" else f"only just kept, by {subject}"
     shown = []
@@ -205,7 +209,7 @@ def _examples(rule: str, examples: list[Any]) -> str:
     return f"<details><summary>{len(shown)} {_cut(title)}</summary>{''.join(shown)}</details>"
 
 
-def _columns(report: Told) -> list[str]:
+def _columns(report: PageData) -> list[str]:
     drawn = []
     for what, counts in sorted(report["counts"].items()):
         most = sorted(counts.items(), key=lambda kv: (-kv[1][0], -kv[1][1], kv[0]))[:TOP]
@@ -236,7 +240,7 @@ def _share(part: float, whole: float) -> str:
     return f"{part / whole:.2%}" if whole else ""
 
 
-def _price(report: Told, seconds: float) -> str:
+def _price(report: PageData, seconds: float) -> str:
     cost = seconds / 3600 * report["hour"]
     return f"{cost:,.2f} {report['currency']}" if cost >= 0.01 else f"< 0.01 {report['currency']}"
 

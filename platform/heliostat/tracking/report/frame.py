@@ -1,4 +1,7 @@
-"""Frames a page: one self-contained HTML file that loads nothing, and whose policy lets a browser run its one script alone."""
+"""Builds the frame of a page: one self-contained HTML file that loads no other file.
+
+Its content policy lets a browser run only the page's one script.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from heliostat.text import printable
 
 
 def document(title: str, parts: list[str]) -> str:
-    """Renders a whole page of its parts, HTML each; the title is escaped here."""
+    """Renders a whole page from its parts, which are HTML. Escapes the title."""
     body = f"{''.join(parts)}<script>{_file('hover.js')}</script>"
     return f"<!doctype html><html lang='en'>{_head(title)}<body>{body}</body></html>"
 
@@ -22,12 +25,12 @@ def side_by_side(figures: list[str]) -> str:
 
 
 def boxes(facts: dict[str, str]) -> str:
-    """Renders facts by name, each in a box; the values are escaped here."""
+    """Renders facts by name, each in a box. Escapes the values."""
     return "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Renders a table of cells, HTML each, which scrolls by itself where it is wider than the screen."""
+    """Renders a table from cells, which are HTML. A table that is wider than the screen gets its own scroll bar."""
     cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='scroll'><table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{cells}</table></div>"
 

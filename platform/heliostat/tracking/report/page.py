@@ -1,9 +1,9 @@
-"""Builds one self-contained HTML page about a run: curves, goodput, restarts, samples, lineage. It loads nothing from anywhere.
+"""Builds one self-contained HTML page about a run: curves, goodput, restarts, samples, and lineage. The page loads no other file.
 
     html = page(gather(client, run))
 
-It is an artifact of every run that ends (`report.html`), which MLflow's UI shows, and what `heliostat run report` writes. Which
-curves it has, and in which charts, is declared in `metrics.METRICS`. All text from outside is escaped.
+Every run that ends has the page as an artifact (`report.html`), which MLflow's UI shows. `heliostat run report` writes it too.
+`metrics.METRICS` declares its curves and their charts. All text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities import Run
 
 FILE = "report.html"
-SPIKES = 20  # the newest, that are listed
-PICTURES, PICTURE_BYTES = 6, 2 << 20  # the newest, and the largest that is shown
+SPIKES = 20  # most spikes in the list: the newest
+PICTURES, PICTURE_BYTES = 6, 2 << 20  # most images: the newest; most bytes of one image
 OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
 Curves = dict[str, svg.Points]
 
 
 class PageFacts(TypedDict):
+    """Holds the facts that the report page shows."""
+
     row: run_table.RunRow
     node: lineage.Traced
     spikes: list[tuple[int, float, float]]  # step, loss, limit
@@ -45,7 +47,7 @@ class PageFacts(TypedDict):
 
 
 def gather(client: MlflowClient, run: Run) -> PageFacts:
-    """Collects from MLflow and the run's folder what the report page shows, as plain data."""
+    """Collects the facts that the report page shows from MLflow and the run's folder, as plain data."""
     run_id = run.info.run_id
     samples = (read_json(client, run_id, "samples.json", dict[str, list[list[str]]]) or {}).get("data", [])
     return {
@@ -60,7 +62,7 @@ def gather(client: MlflowClient, run: Run) -> PageFacts:
 
 
 def _curves(client: MlflowClient, run: Run) -> Curves:
-    """Reads the (step, value) points of every metric that is in a chart, by its present name."""
+    """Reads the (step, value) points of every metric that has a chart, by its present name."""
     curves: Curves = {}
     for recorded in run.data.metrics:
         metric = metric_of(name := renamed(recorded))
@@ -76,7 +78,7 @@ def _spikes(client: MlflowClient, run_id: str) -> list[tuple[int, float, float]]
 
 
 def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
-    """Downloads the newest image of each kind: (name, PNG); those above PICTURE_BYTES are passed over."""
+    """Downloads the newest image of each kind as (name, PNG). Skips images of more than PICTURE_BYTES."""
     newest = []
     for kind in client.list_artifacts(run_id, "images"):
         small = [f.path for f in client.list_artifacts(run_id, kind.path) if (f.file_size or 0) <= PICTURE_BYTES]
@@ -86,6 +88,7 @@ def _pictures(client: MlflowClient, run_id: str) -> list[tuple[str, bytes]]:
 
 
 def page(facts: PageFacts) -> str:
+    """Renders the report page as HTML."""
     row, report = facts["row"], facts["goodput"]
     parts = [
         f"<h1>{escape(row['name'])}</h1>",

@@ -1,7 +1,7 @@
-"""Draws charts as HTML and SVG text, without any library: curves, histograms, stacked bars, and a time line. Pure functions.
+"""Draws charts as HTML and SVG text without a library: curves, histograms, stacked bars, and time lines. Pure functions.
 
-They take the width that they are given: places are percentages, so that text keeps its size on a wide screen and a narrow one.
-The page's style draws them (`style.css`), and its script shows the values below the pointer (`hover.js`).
+Charts fill the width that they get: positions are percentages, so that text keeps its size on wide and narrow screens.
+`style.css` sets their colors and lines, and `hover.js` shows the values under the pointer.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from html import escape
 from typing import NamedTuple
 
 Points = list[tuple[float, float]]
-INKS = 6  # colours of curves, --ink0 and so on in the style
-MOST = 1200  # points of a curve that are drawn
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # of ticks, times a power of ten
-BARS = 40  # of a histogram, at most
-WIDE = 100  # times: from here on the axis is logarithmic
-Bins = dict[str, list[int]]  # value: documents kept, dropped
-UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # of labels from this size on
+INKS = 6  # colors of curves, --ink0 to --ink5 in the style
+MOST = 1200  # most points of a curve that are drawn
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between ticks, times a power of ten
+BARS = 40  # most bars of a histogram
+WIDE = 100  # ratio of values from which the axis is logarithmic
+Bins = dict[str, list[int]]  # by value: documents kept, dropped
+UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # units of labels, from this size
 
 
 class Curve(NamedTuple):
-    """Holds one curve of a chart; `mark`: drawn as dots, because it has values at some steps only."""
+    """Holds one curve of a chart. `mark`: draws dots, because the curve has values only at some steps."""
 
     name: str
     points: Points
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 def thin(points: Points, most: int = MOST) -> Points:
     """Reduces a curve to at most `most` points.
 
-    Of each stretch it keeps the lowest and the highest, so that no spike is lost.
+    It keeps the lowest and the highest point of each section, so that no spike is lost.
     """
     if len(points) <= most:
         return points
@@ -49,7 +49,7 @@ def thin(points: Points, most: int = MOST) -> Points:
 def ticks(low: float, high: float, count: int = 7, whole: bool = False) -> list[float]:
     """Chooses about `count` round numbers for an axis, from the last one below `low` to the first one above `high`.
 
-    `whole`: without fractions.
+    `whole`: chooses integers only.
     """
     if not high > low:
         low, high = (min(0.0, 2 * low), max(0.0, 2 * low)) if low else (0.0, 1.0)
@@ -65,7 +65,7 @@ def _step(rough: float, whole: bool) -> float:
 
 
 def labels(values: list[float]) -> list[str]:
-    """Formats the labels of an axis's ticks, with as many digits as tell them apart."""
+    """Formats the labels of an axis's ticks, with enough digits to distinguish them."""
     largest, apart = max(abs(v) for v in values), values[1] - values[0] if len(values) > 1 else 1.0
     unit, suffix = next(((u, s) for u, s in UNITS if largest >= u), (1.0, ""))
     unit = 1e3 if suffix == "k" else unit
@@ -78,9 +78,9 @@ def labels(values: list[float]) -> list[str]:
 
 
 def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: str = "") -> str:
-    """Draws one chart of curves over the steps of `x_range`; empty if no curve has points.
+    """Draws one chart with curves over the steps of `x_range`; empty if no curve has points.
 
-    Values that are not finite are left out.
+    Values that aren't finite are left out.
     """
     finite = [c._replace(points=thin(sorted(p for p in c.points if math.isfinite(p[0]) and math.isfinite(p[1])))) for c in curves]
     kept = [c for c in finite if c.points]
@@ -122,7 +122,7 @@ def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: s
 
 
 def _levels(levels: list[float]) -> list[str]:
-    """Draws the lines of an axis of values, and their labels."""
+    """Draws the horizontal lines of a value axis, with their labels."""
     out, low, high = list[str](), levels[0], levels[-1]
     for level, text in zip(levels, labels(levels), strict=True):
         place = f"{100 * (high - level) / (high - low):.2f}%"
@@ -132,7 +132,7 @@ def _levels(levels: list[float]) -> list[str]:
 
 
 def _chart(title: str, about: str, legend: list[tuple[str, str, str]], drawn: list[str], unit: str = "", data: str = "") -> str:
-    """Frames a chart: `about` is what it shows in words, `legend` has (class of the ink, name, value) of each curve."""
+    """Builds the frame of a chart. `about`: a description in words. `legend`: (color class, name, value) of each curve."""
     entries = "".join(f'<span><i class="{ink}"></i>{name} <b>{value}</b></span>' for ink, name, value in legend)
     return (
         f'<figure class="chart"{data}><figcaption>{escape(title)}{unit}</figcaption><div class="legend">{entries}</div>'
@@ -145,7 +145,7 @@ def _value(value: float) -> str:
 
 
 def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> str:
-    """Draws seconds by part as a waterfall: the largest first, each beginning where the one before ends."""
+    """Draws seconds by part as a waterfall: the largest first, and each bar starts at the end of the previous one."""
     shown = sorted(((name, seconds) for name, seconds in parts.items() if seconds > 0), key=lambda kv: -kv[1])
     total, left, rows = sum(seconds for _, seconds in shown), 0.0, []
     for name, seconds in shown:
@@ -156,7 +156,7 @@ def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> s
 
 
 def bars(title: str, rows: list[tuple[str, float, str]], colour: str = "var(--ink0)") -> str:
-    """Draws a bar a row: (name, its share of the longest that there could be, text)."""
+    """Draws one bar per row of (name, length as a share of the longest possible bar, text)."""
     shown = [
         f"<div><span>{escape(name)}</span>{_bar(0, share, colour)}<span>{escape(text)}</span></div>" for name, share, text in rows
     ]
@@ -164,7 +164,7 @@ def bars(title: str, rows: list[tuple[str, float, str]], colour: str = "var(--in
 
 
 def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
-    """Draws spans (begin, end, colour, text), one a row, on one axis of seconds from the first begin."""
+    """Draws spans of (begin, end, color, text), one per row, on one axis in seconds from the first begin."""
     if not spans:
         return ""
     first, last = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -183,7 +183,7 @@ def _bar(left: float, width: float, colour: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Places values from 0 to 1: evenly, or their logarithms; then what is not positive comes first."""
+    """Maps values to positions from 0 to 1, linearly or by logarithm. By logarithm, values that aren't positive are at 0."""
 
     low: float
     high: float
@@ -201,7 +201,7 @@ class Axis:
         return min(self.bars - 1, int(self.across(value) * self.bars))
 
     def marks(self) -> list[tuple[float, str]]:
-        """Chooses the ticks: (place, label)."""
+        """Returns the ticks as (position, label)."""
         if self.log:
             powers = range(math.ceil(self.low), math.floor(self.high) + 1)
             return [(self.across(10.0**p), f"{10.0**p:g}") for p in powers]
@@ -210,7 +210,7 @@ class Axis:
 
 
 def axis(values: list[float], limits: list[float]) -> Axis:
-    """Chooses the axis on which all values and limits have their place."""
+    """Chooses an axis that covers all values and limits."""
     positive = [v for v in [*values, *limits] if v > 0]
     if min(values) >= 0 and positive and max(positive) / min(positive) >= WIDE:
         low, high = math.log10(min(positive)), math.log10(max(positive))
@@ -225,7 +225,10 @@ def axis(values: list[float], limits: list[float]) -> Axis:
 
 
 def histogram(title: str, bins: Bins, limits: list[float]) -> str:
-    """Draws a measure's bins, those that were kept below those that were dropped; empty if no value is finite."""
+    """Draws a histogram of a measure: kept documents below, dropped documents above; empty if no value is finite.
+
+    `limits`: the thresholds, drawn as vertical lines.
+    """
     values = {float(value): pair for value, pair in bins.items() if math.isfinite(float(value))}
     if not values:
         return ""
