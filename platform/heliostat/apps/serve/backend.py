@@ -41,7 +41,10 @@ class Backend:
         return dict(self.open)
 
     async def ask(self, call: Call) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; Refusal if no answer comes within the deadline."""
+        """Returns the version that answered, and its answer.
+
+        Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
+        """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
             with self._counted(await self._version(end)) as version:
@@ -56,7 +59,7 @@ class Backend:
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version and each item of a stream.
 
-        Refusal if the deadline passes, or if the replica dies after its first item: then the request can't be sent again.
+        Refusal as in `ask`, or with 503 if the replica dies after its first item: then the request can't be sent again.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):

@@ -15,13 +15,15 @@ OWN = "/-"  # prefix of the proxy's own paths: /-/routes lists the applications,
 
 
 def set_ahead() -> None:
-    """Sets the environment variable for a private Ray that this process starts."""
+    """Sets the environment variable that names `middlewares`, for a private Ray that this process starts."""
     os.environ.update(SETTING)
 
 
 def controller() -> dict[str, object]:
-    """Returns options for Serve's controller on a cluster that is already running. The proxy inherits the controller's
-    environment."""
+    """Returns options for Serve's controller on a cluster that is already running; empty for a private Ray.
+
+    The proxy inherits the controller's environment.
+    """
     return {"runtime_env": {"env_vars": SETTING}} if os.environ.get("RAY_ADDRESS") else {}
 
 
