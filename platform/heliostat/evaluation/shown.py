@@ -63,7 +63,7 @@ def notes(result: Result) -> list[str]:
 
 
 def _of_programs(row: Row) -> str:
-    """Describes how the programs of a task ended, which ran in a sandbox."""
+    """Formats the number of programs that passed their tests, failed, or were stopped."""
     ended = row["programs"]
     words = {"failed": "failed", "timed_out": "ran out of time", "too_much_output": "wrote too much"}
     others = "".join(f", {ended[name]:,} {word}" for name, word in words.items() if ended[name])

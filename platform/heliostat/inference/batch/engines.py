@@ -108,8 +108,11 @@ class LoadedModel:
         return from_folder("model", transformers.GenerationConfig, self.folder)
 
     def seen(self, tokens: list[int], text: str) -> list[int]:
-        """Returns the tokens of a text that the model reads: the first `longest`. Other models than language models keep the
-        end tokens."""
+        """Returns the tokens of a text that the model reads, at most `longest`.
+
+        A language model reads the first tokens. For other models the tokenizer cuts the text, so that special tokens at its end
+        stay.
+        """
         if self.longest is None or len(tokens) <= self.longest:
             return tokens
         if self.writes:
