@@ -33,7 +33,7 @@ from heliostat.storage.locations import Location
 WORD = re.compile(r"\S+")
 BEFORE, LEAST = 64, 24  # words before the answer: maximum and minimum
 GOES_ON, CHOICES = 12, 4  # words of a continuation; number of continuations to choose from
-LETTERS = re.compile(r"[^\W\d_]{4,}")  # letters with which a word must begin to be an answer
+LETTERS = re.compile(r"[^\W\d_]{4,}")  # an answer contains at least four letters in a row
 AROUND, MIDDLE = 32, 4  # maximum words before and after a middle; words of a middle
 TRIES = 3  # maximum attempts per document
 
