@@ -1,4 +1,4 @@
-"""Holds applications on the inference room: a server for models, search over documents, a page to try models.
+"""Contains applications built on `inference`: a model server, document search, and a web page to try models.
 
 Start at `serve/front`.
 May import: `cluster`, `curation`, `data`, `inference`, `recipes`, `storage`, `tasks`, `tracking`, `training`, `web`.

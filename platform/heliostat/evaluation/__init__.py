@@ -1,4 +1,4 @@
-"""Scores models by tasks and by held-out loss, and finds evaluation data in training data.
+"""Scores models on benchmark tasks and on held-out data, and finds evaluation data in the training data.
 
 Start at `run`.
 May import: `checkpoint`, `config`, `curation`, `data`, `inference`, `recipes`, `runs`, `storage`, `tasks`, `tracking`.

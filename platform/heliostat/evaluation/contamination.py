@@ -1,8 +1,8 @@
-"""Finds how much of each task's examples is in the training data: shared n-grams of 13 words (Brown et al. 2020, appendix C).
+"""Measures the share of each task's examples that is in the training data, by shared n-grams (Brown et al. 2020, appendix C).
 
-The n-grams of all examples are in memory, and the shards are read once, whatever the number of tasks. Of an example counts its
-question and its right answer. A document that lies in several chunks is compared part by part, so that n-grams across the cut are
-not found.
+An n-gram has 13 words by default. The n-grams of all examples are in memory. The shards are read once, for all tasks together.
+An example's text is its question and its right answer. A document in several chunks is compared chunk by chunk, so n-grams
+across a chunk boundary are missed.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from heliostat.recipes import exported
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-Shown = Callable[[int, int], None]  # (chunks that are read, all)
+Shown = Callable[[int, int], None]  # (chunks that were read, all chunks)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Holds the datasets that a model was trained on, and which of their chunks."""
+    """Holds the datasets that a model was trained on, each with the numbers of the chunks to compare."""
 
     sources: list[tuple[Manifest, np.ndarray]]
 
     @property
     def facts(self) -> list[dict[str, object]]:
-        """Describes each dataset: its place, digest, and how many of its chunks are compared."""
+        """Describes each dataset: its location, its digest, and how many of its chunks are compared."""
         return [{"data": str(m.location), "digest": m.digest, "chunks": len(c), "of": len(m.chunks)} for m, c in self.sources]
 
 
 def of_model(folder: Path) -> Training:
-    """Opens the datasets that an exported model was trained on, without what was held out; ConfigError if it does not say."""
+    """Opens the datasets that an exported model was trained on, without held-out chunks.
+
+    ConfigError if the model's folder doesn't record them.
+    """
     export = exported.read(folder)
     if export.job is None:
         raise ConfigError(f"{folder}: doesn't record its training data. Name it in contamination.data")
@@ -55,14 +58,14 @@ def of_model(folder: Path) -> Training:
 
 
 def of_datasets(paths: Sequence[str]) -> Training:
-    """Opens datasets that are named, all of each."""
+    """Opens the datasets at these paths, with all their chunks."""
     opened = [documents.open_text(Location(path).absolute(workspace.root())) for path in paths]
     return Training([(dataset, np.arange(len(dataset.chunks))) for dataset in opened])
 
 
 @dataclass
 class Examples:
-    """Holds the n-grams of all tasks' examples; `seen`: those that training data has."""
+    """Holds the n-grams (uint64 hashes) of all tasks' examples. `seen`: n-grams that the training data contains."""
 
     n: int
     grams: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -72,7 +75,10 @@ class Examples:
         self.grams[task] = decontamination.grams(list(texts), self.n)
 
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
-        """Looks for the n-grams in the training data; returns what could not be read."""
+        """Searches the training data for the n-grams, and stores those that it contains in `seen`.
+
+        Returns the errors of chunks that can't be read.
+        """
         every = [grams for task in self.grams.values() for grams in task if len(grams)]
         hashes = np.unique(np.concatenate(every)) if every else np.zeros(0, np.uint64)
         index, damaged = NgramIndex(hashes, np.zeros(0, np.int32), []), list[str]()
@@ -89,15 +95,16 @@ class Examples:
         return damaged
 
     def shares(self, task: str) -> list[float | None]:
-        """Returns the share of each example's n-grams that are in the training data; None of one that is too short."""
+        """Returns the share of each example's n-grams that the training data contains; None for an example with fewer than `n`
+        words."""
         return [float(np.isin(grams, self.seen).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
 def summary(shares: Sequence[float | None], values: Sequence[float], score: float) -> dict[str, object]:
-    """Sums up a task: the share of the compared examples that have an n-gram of the training data, and the score of the rest;
-    what is too short to be compared is in neither.
+    """Summarizes a task: the share of contaminated examples, and the score of the clean ones.
 
-    `values`: each example's own score; the score of the clean ones is null if the task's `score` is not the mean of these.
+    A contaminated example has at least one n-gram in the training data. Examples that are too short to compare count as
+    neither. `values`: each example's own score. `clean_score` is None if `score` isn't the mean of `values`.
     """
     known = [share for share in shares if share is not None]
     clean = [value for share, value in zip(shares, values, strict=True) if share == 0]
@@ -113,7 +120,11 @@ def summary(shares: Sequence[float | None], values: Sequence[float], score: floa
 
 
 def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, object]:
-    """Looks the examples up in the training data; says what was compared, or why nothing was."""
+    """Searches the training data for the examples' n-grams. Returns the compared datasets, or why there are none (`unknown`).
+
+    `data`: paths of datasets; by default those that the model was trained on. HeliostatError if a dataset in `data` can't be
+    opened.
+    """
     try:
         training = of_datasets(data) if data else of_model(folder)
         damaged = examples.look_through(training, shown)

@@ -1,4 +1,4 @@
-"""Reads the documents of a prepared dataset of text back from its shards, chunk by chunk: those trained on, or those held out."""
+"""Reads the documents of a prepared text dataset from its shards, chunk by chunk: the trained or the held-out ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.storage.locations import Location
 
 
 def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset; ConfigError if it holds no text."""
+    """Opens a prepared dataset; ConfigError if it contains no text."""
     dataset = manifest.read(place)
     if dataset.kind != "tokens":
         raise ConfigError(f"{place}: holds {dataset.kind!r}. Only text datasets can be compared or searched")
@@ -24,17 +24,20 @@ def open_text(place: Location) -> Manifest:
 
 
 def trained(dataset: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
-    """Lists the chunks that training takes samples of, at a sequence length and held-out fraction."""
+    """Returns the numbers of the chunks that training uses, for a sequence length and a held-out fraction.
+
+    `version`: version of the rules of the split.
+    """
     return np.flatnonzero(split(dataset, length, fraction, version).train > 0)
 
 
 def held_out(dataset: Manifest, fraction: float) -> np.ndarray:
-    """Lists the chunks that are held out of training, at any sequence length."""
+    """Returns the numbers of the chunks that training never uses, at any sequence length."""
     return np.flatnonzero(split(dataset, 1, fraction).held > 0)
 
 
 class Documents:
-    """Reads the texts of a dataset's documents. `damaged`: the chunks that could not be read, which are left out."""
+    """Reads the texts of a dataset's documents. `damaged`: errors of the chunks that couldn't be read, which are left out."""
 
     def __init__(self, dataset: Manifest) -> None:
         self._chunks, self._end = Chunks([dataset], 1), dataset.meta.get("end_of_document")
@@ -43,12 +46,15 @@ class Documents:
         self.damaged: list[str] = []
 
     def token(self, id: int) -> str:
-        """Returns how a token is spelled."""
+        """Returns the text of a token in the vocabulary."""
         return str(self._tokenizer.id_to_token(id))
 
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
-        """Yields the texts of each chunk's documents; of one that lies in several chunks, or that was cut into spans to be
-        rearranged, each part by itself."""
+        """Yields the texts of each chunk's documents.
+
+        A document in several chunks yields a text for each chunk. A document that was rearranged for filling in the middle
+        yields one for each span.
+        """
         for chunk in chunks:
             try:
                 flat = self._chunks.read(0, int(chunk))[:, 0]

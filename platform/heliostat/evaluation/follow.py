@@ -1,9 +1,11 @@
-"""Scores a run's checkpoints as they appear, in a process of its own: `heliostat model benchmark RUN SUITE --follow`.
+"""Scores a run's checkpoints as they appear, in a separate process: `heliostat model benchmark RUN SUITE --follow`.
 
-Training does not wait, and knows nothing of it. Each checkpoint is exported to a folder of this machine first, so that retention
-may remove it meanwhile; one that it removes before that is counted, also one that came and went while another was scored: the
-run's receipts tell of it. A result is a file of the run's folder, which is written
-before MLflow is asked: the command continues where it was when it is given again, and what MLflow did not take is sent again.
+Training doesn't wait for it. Each checkpoint is first exported to a local folder; retention may delete it from then on.
+Checkpoints that retention deletes earlier are counted as removed. The run's receipts also list those that existed only while
+another one was scored.
+
+Each result is a file in the run's folder, written before it is sent to MLflow. If you run the command again, it continues after
+the last result, and sends the results that MLflow lacks.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ REMOVED = "retention removed its checkpoint before it was scored"
 
 @open_
 class KeptResult(TypedDict):
-    """Describes what is read of a result that was kept. `written`: when its checkpoint was."""
+    """Describes the parts of a stored result that are read again. `written`: time when its checkpoint was written."""
 
     suite: dict[str, object]
     written: float
@@ -55,25 +57,29 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, an
 
 @dataclass
 class Followed:
-    """Follows a run. `show`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
+    """Follows a run and scores its checkpoints.
+
+    `show`: called with each result. `every`: scores only steps that are multiples of it, and the last one. `removed`, `torn`,
+    `failed`: steps without a result, with the reasons.
+    """
 
     run: Location
     benchmark: Benchmark
     show: Callable[[int, Result], None]
-    every: int = 1  # of the steps, and the last
+    every: int = 1
     results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
     torn: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    _again: float = 0.0  # when MLflow is asked again, after it did not answer
+    _again: float = 0.0  # time of the next attempt, after MLflow didn't answer
 
     def follow(self, poll_s: float = POLL_S) -> None:
-        """Scores until the run's driver has ended and all its checkpoints are scored."""
+        """Scores checkpoints until the run's driver has ended and all checkpoints are scored. Checks every `poll_s` seconds."""
         self._read()
         while True:
-            lives = alive(self.run)  # before the checkpoints are listed: the last is there when the driver has ended
+            lives = alive(self.run)  # read before the checkpoints are listed: once the driver has ended, the list is complete
             pending = [step for step in self._wanted(lives) if self._open(step)]
-            for step in pending:  # the oldest first: it is the first that retention removes
+            for step in pending:  # oldest first, because retention removes it first
                 self._score(step)
             self._try_to_send(time.monotonic())
             if not lives and not pending:
@@ -90,17 +96,17 @@ class Followed:
                 self.removed[step] = REMOVED
 
     def _wanted(self, lives: bool) -> list[int]:
-        """Lists the steps with a checkpoint that is to be scored; the last one is known when the driver has ended."""
+        """Lists the steps with a checkpoint to score. The last step is included only after the driver has ended."""
         steps = layout.steps(self.run)
         return [step for step in steps if step % self.every == 0 or (not lives and step == steps[-1])]
 
     def _saved(self) -> list[int]:
-        """Lists the steps to be scored that the run has begun to save, as its receipts tell: those stay."""
+        """Lists the steps to score that the run began to save, from its receipts, which are never deleted."""
         every = (run_folder.step_of(name) for name, _ in self.run.join(run_folder.RECEIPTS).files())
         return [step for step in every if step % self.every == 0]
 
     def _read(self) -> None:
-        """Reads what an earlier command has scored; ConfigError if that was by another suite of the same name."""
+        """Reads the results of an earlier command; ConfigError if they are from a different suite with the same name."""
         suite = self.benchmark.suite
         for name, _ in self.run.join(run_folder.BENCHMARKS, suite.name).files():
             step = run_folder.step_of(name)
@@ -113,13 +119,14 @@ class Followed:
             self.results[step] = kept
 
     def _open(self, step: int) -> SavedCheckpoint | None:
-        """Opens a checkpoint that is complete and not yet scored as it is."""
+        """Opens a checkpoint that is complete and not scored yet; None for any other. A rewritten checkpoint counts as not
+        scored."""
         if step in self.failed:
             return None
         try:
             checkpoint = layout.open_checkpoint(self.run, step)
         except CheckpointError:
-            return None  # being written, or just removed
+            return None  # the checkpoint is being written, or was just removed
         known = self.results.get(step)
         return None if known and known["written"] == checkpoint.index.written else checkpoint
 
@@ -139,7 +146,7 @@ class Followed:
             try:
                 result = self.benchmark.score(model)
             except ConfigError:
-                raise  # of the suite, or of every model of the run
+                raise  # a fault of the suite, or of all models of the run
             except HeliostatError as e:
                 self._fail(step, e)
                 return
@@ -149,7 +156,7 @@ class Followed:
         self.show(step, self.results[step])
 
     def _lost(self, step: int) -> bool:
-        """Tells whether a checkpoint is gone, and counts it then."""
+        """Returns whether a checkpoint no longer exists. If so, records it in `removed`."""
         if step in layout.steps(self.run):
             return False
         self.removed[step] = REMOVED
@@ -165,7 +172,7 @@ class Followed:
         place.write((json.dumps(self.results[step], indent=1) + "\n").encode())
 
     def _send(self) -> None:
-        """Sends to MLflow what it has not taken yet; TrackingError if it does not answer."""
+        """Sends MLflow the results that it lacks; TrackingError if it doesn't answer."""
         mlflow = mlflow_id.record(self.run)
         for step, result in sorted(self.results.items()):
             if "run_id" not in mlflow or result["recorded"]["run_id"] is not None:
@@ -176,7 +183,7 @@ class Followed:
             self._keep(step)
 
     def _tag_later_versions(self) -> None:
-        """Writes the scores to versions that were registered when MLflow had them already, as the last step's are."""
+        """Adds the scores to model versions that were registered after MLflow received them, such as the last step's."""
         mlflow = mlflow_id.record(self.run)
         sent = {step: one for step, one in self.results.items() if one["recorded"]["run_id"] is not None}
         if "run_id" not in mlflow or not sent:
@@ -192,7 +199,7 @@ class Followed:
                 self._keep(step)
 
     def _try_to_send(self, now: float) -> None:
-        """Sends at once what is new, and what was refused every RETRY_S."""
+        """Sends new results to MLflow. After a failure, waits RETRY_S seconds before the next attempt."""
         if now < self._again:
             return
         try:
@@ -203,13 +210,13 @@ class Followed:
 
 
 def alive(run: Location) -> bool:
-    """Tells whether a driver trains the run now, as far as can be known."""
+    """Returns whether a driver is training the run now, as far as its records show."""
     last = liveness.last(run)
     return last is not None and last.outcome not in ("finished", "interrupted") and liveness.lives(last)
 
 
 def summary(followed: Followed) -> Result:
-    """Sums up what was scored, step by step, and what was not."""
+    """Summarizes the scores of each step, and the steps without a score."""
     steps = [
         {"step": step, "scores": {row["task"]: row["score"] for row in result["tasks"]}, "average": result["average"]["centred"],
          "recorded": result["recorded"]}

@@ -1,14 +1,14 @@
-"""Makes a suite of a prepared dataset's held-out text: `heliostat model make-suite DATASET --out FOLDER`.
+"""Generates a suite from a prepared dataset's held-out text: `heliostat model make-suite DATASET --out FOLDER`.
 
-    FOLDER/suite.yaml            what `heliostat model benchmark` takes
-    FOLDER/tasks/*.yaml          task files of lm-eval, which its own command takes too, run in FOLDER
+    FOLDER/suite.yaml            the suite, for `heliostat model benchmark`
+    FOLDER/tasks/*.yaml          task files of lm-eval; its own command can run them too, in FOLDER
     FOLDER/data/*.jsonl          the questions
-    FOLDER/made.json             what they were made of
+    FOLDER/made.json             the dataset and settings that they were generated from
 
-A model whose job holds out at least the same fraction of the dataset has not been trained on any of it.
+A model whose job holds out at least the same fraction of the dataset wasn't trained on any of this text.
 
-A word is what is between white space; white space is kept as it is, because in code it means something. All choices are by the
-random generator that is given, so that the same seed makes the same questions.
+A word is a sequence of characters without white space. White space is kept unchanged, because it has a meaning in code. All
+choices come from the given random generator, so the same seed generates the same questions.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from heliostat.evaluation.suite import Result
 from heliostat.storage.locations import Location
 
 WORD = re.compile(r"\S+")
-BEFORE, LEAST = 64, 24  # words before what is asked: at most, and at least
-GOES_ON, CHOICES = 12, 4  # words of a continuation; how many there are to choose from
-LETTERS = re.compile(r"[^\W\d_]{4,}")  # of a word that is asked for
-AROUND, MIDDLE = 32, 4  # words before and after a middle, at most; words of it
-TRIES = 3  # questions that are tried of a document
+BEFORE, LEAST = 64, 24  # words before the answer: maximum and minimum
+GOES_ON, CHOICES = 12, 4  # words of a continuation; number of continuations to choose from
+LETTERS = re.compile(r"[^\W\d_]{4,}")  # an answer contains at least four letters in a row
+AROUND, MIDDLE = 32, 4  # maximum words before and after a middle; words of a middle
+TRIES = 3  # maximum attempts per document
 
 
 @dataclass(frozen=True)
 class WordedDocument:
-    """Holds a document and where its words are."""
+    """Holds a document and the positions (begin, end) of its words, in characters."""
 
     text: str
     words: list[tuple[int, int]]
@@ -50,7 +50,7 @@ class WordedDocument:
         return WordedDocument(text, [match.span() for match in WORD.finditer(text)])
 
     def between(self, first: int, last: int) -> str:
-        """Cuts out words from one to before another, with what stands between them."""
+        """Returns the text from the word `first` up to, but not including, the word `last`."""
         return self.text[self.words[first][0] : self.words[last - 1][1]]
 
     def gap(self, word: int) -> str:
@@ -58,7 +58,7 @@ class WordedDocument:
         return self.text[self.words[word - 1][1] : self.words[word][0]]
 
     def before(self, word: int) -> str:
-        """Returns up to BEFORE words before a word."""
+        """Returns the text of up to BEFORE words before a word."""
         return self.between(max(0, word - BEFORE), word)
 
 
@@ -67,7 +67,10 @@ Ask = Callable[[WordedDocument, random.Random, Sequence[WordedDocument]], Questi
 
 
 def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks which of four continuations a passage has: the others go on in other documents, behind the same white space."""
+    """Asks for the right one of four continuations of a passage; None if the document is too short.
+
+    The wrong ones are continuations from other documents, after the same white space.
+    """
     long = [one for one in others if one is not text and len(one.words) >= LEAST + GOES_ON]
     if len(text.words) < LEAST + GOES_ON or len(long) < CHOICES - 1:
         return None
@@ -85,7 +88,8 @@ def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the word that follows a passage, in which it has stood before (as LAMBADA does, Paperno et al. 2016)."""
+    """Asks for the word after a passage in which that word already occurs (like LAMBADA, Paperno et al. 2016); None if there is
+    none."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
     if not places:
@@ -95,11 +99,12 @@ def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocum
 
 
 def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for two words that follow another, as they did before in the passage: the model writes them."""
+    """Asks for two words that followed the same word earlier in the passage. The model must generate them; None if there are
+    none."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])
-        before = last.get(said, -BEFORE) - 1  # where it began
+        before = last.get(said, -BEFORE) - 1  # position of the first of its three words
         if (
             at >= LEAST
             and at - BEFORE <= before < at - 3
@@ -115,7 +120,10 @@ def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
-    """Makes an Ask for what stands between a prefix and a suffix, with the tokens that a model's data has before its pieces."""
+    """Returns an Ask for the text between a prefix and a suffix. `markers`: the tokens before prefix, suffix, and middle.
+
+    `suffix_first`: puts the suffix before the prefix (SPM).
+    """
 
     before, behind, middle = markers
 
@@ -135,7 +143,7 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
-    """Yields up to so many questions, at most TRIES of a document, documents by turns."""
+    """Yields up to `count` questions: at most TRIES per document, and one per document in each round."""
     rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
@@ -149,16 +157,16 @@ def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) 
                 yield question
 
 
-DOCUMENTS = 8  # that are read for each question that is asked for
-MIDDLE_TOKENS = 48  # that a model may write for a middle
-CHARS = 100_000  # of a document that is looked at
+DOCUMENTS = 8  # documents to read per question
+MIDDLE_TOKENS = 48  # maximum generated tokens for a middle
+CHARS = 100_000  # characters of a document that are used
 GREEDY: dict[str, object] = {"do_sample": False, "until": ["\n\n"], "max_gen_toks": 24}
 FIRST_TWO = {"function": "regex", "regex_pattern": r"^\s*(\S+\s+\S+)"}
 TWO_WORDS: dict[str, object] = {"name": "two_words", "filter": [FIRST_TWO, {"function": "take_first"}]}
 
 
 class TaskShape(TypedDict):
-    """Holds keys of a task file; `metric_list`: by what the values of each metric are put together."""
+    """Holds keys of a task file. `metric_list`: name of a metric -> its aggregation over the examples."""
 
     output_type: str
     metric_list: dict[str, str]
@@ -185,7 +193,11 @@ TASKS: dict[str, tuple[Ask, TaskShape]] = {
 
 
 def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Result:
-    """Writes the suite; ConfigError if too little is held out to ask anything about."""
+    """Writes the suite to the folder `to`, with up to `count` questions per task. Returns the facts of `made.json`, and the
+    suite's path.
+
+    ConfigError if too little text is held out.
+    """
     prepared = documents.open_text(Location(dataset))
     texts = _texts(prepared, fraction, DOCUMENTS * count, seed)
     if len(texts) < CHOICES:
@@ -211,7 +223,8 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
 
 
 def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
-    """Makes the task of a dataset that is rearranged for filling in the middle: the model writes it, to the document's end."""
+    """Returns the task for a dataset that is rearranged for filling in the middle. The model generates the middle, up to an end
+    token."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
@@ -222,7 +235,7 @@ def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
 
 
 def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[WordedDocument]:
-    """Reads held-out documents, chunks in an order of the seed's, until there are enough; DataError if a chunk is damaged."""
+    """Reads up to `most` held-out documents, from chunks in random order; DataError if a chunk is damaged."""
     chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[WordedDocument]()
     random.Random(seed).shuffle(chunks)
     for texts in reader.texts(chunks):
@@ -235,7 +248,7 @@ def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[Wo
 
 
 def _write(to: Path, name: str, shape: TaskShape, questions: list[Question]) -> None:
-    """Writes a task: its questions, and its file."""
+    """Writes a task's questions and its task file."""
     for folder in ("tasks", "data"):
         (to / folder).mkdir(parents=True, exist_ok=True)
     (to / "data" / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Evaluates an exported model on a dataset's held-out split, in this process, with the scores that training reports."""
+"""Evaluates an exported model on a dataset's held-out split, in this process, with the same metrics as training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ SETTINGS = Format(dict[str, object], "tokenizer's configuration", ConfigError)
 
 
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
-    """Computes the recipe's metrics over at most `samples` held-out samples, training's own at the same fraction and length."""
+    """Computes the recipe's metrics over at most `samples` held-out samples.
+
+    None for `sequence_length` and `fraction` means training's values: then the samples are those that training evaluates on.
+    """
     with exports.using(folder):
         return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
 
@@ -76,13 +79,13 @@ def _evaluate(
 
 
 def _batches(source: np.ndarray) -> list[slice]:
-    """Cuts the samples into slices of at most BATCH samples, each of one source."""
+    """Divides the samples into slices of at most BATCH samples, each from one source."""
     edges = [0, *(np.flatnonzero(np.diff(source)) + 1).tolist(), len(source)]
     return [slice(i, min(i + BATCH, b)) for a, b in itertools.pairwise(edges) for i in range(a, b, BATCH)]
 
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
-    """Builds the job that made the model, on other data; for a language model from elsewhere, a minimal job from its folder."""
+    """Returns the job that trained the model, with this dataset. For a language model without a record, returns a minimal job."""
     before: exports.TrainedFacts = export.job or {"name": "", "model": {}, "data": {}, "train": {}}
     length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
@@ -116,9 +119,9 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
 
 
 def _trained_length(folder: Path) -> int | None:
-    """Reads the longest input from an export's tokenizer settings, the sequence length of the training; None if unknown."""
+    """Returns the sequence length of training, from the export's tokenizer settings; None if they don't record it."""
     settings = folder / "tokenizer_config.json"
     length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
     return (
         int(length) if isinstance(length, int | float) and 0 < length < 10_000_000 else None
-    )  # transformers writes 1e30 for "unknown"
+    )  # transformers writes 1e30 if the length is unknown

@@ -1,4 +1,4 @@
-"""Computes what stands next to a score: its confidence interval, what guessing gives, and the share of what is left to gain."""
+"""Computes values that are reported with a score: its confidence interval, the score of guessing, and the centered score."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959964  # of 95 %
+Z = 1.959964  # standard errors in half of a 95 % interval
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-BY_GUESSING_NONE = ("acc", "exact_match")  # of tasks without choices
+BY_GUESSING_NONE = ("acc", "exact_match")  # metrics of tasks without choices
 
 
 def wilson(score: float, count: int) -> tuple[float, float]:
-    """Computes the 95 % interval of a share of `count` that are right or wrong (Wilson 1927): also sound near 0 and 1."""
+    """Computes the 95 % interval of a share of `count` examples (Wilson 1927), which is also valid near 0 and 1."""
     share = Z * Z / count
     middle = (score + share / 2) / (1 + share)
     half = Z / (1 + share) * math.sqrt(score * (1 - score) / count + share / (4 * count))
@@ -21,14 +21,20 @@ def wilson(score: float, count: int) -> tuple[float, float]:
 
 
 def interval(score: float, stderr: float | None, values: Sequence[object]) -> tuple[float, float] | None:
-    """Computes the 95 % interval of a score: of a share from its count, else from its standard error; None if there is none."""
+    """Computes the 95 % interval of a score: from the number of examples if each value is 0 or 1, else from the standard error.
+
+    None if there is no standard error.
+    """
     if values and all(isinstance(v, int | float) and v in (0, 1) for v in values):
         return wilson(score, len(values))
     return None if stderr is None else (score - Z * stderr, score + Z * stderr)
 
 
 def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float | None:
-    """Computes the score of guessing: from (right ones, all) of each example's choices; None if the metric has none."""
+    """Computes the score of guessing; None if the metric has no such score.
+
+    `choices`: (right choices, all choices) of each example.
+    """
     if kind == "multiple_choice":
         known = choices and metric in ACCURACIES
         return sum(right / all_ for right, all_ in choices) / len(choices) if known else None
@@ -36,8 +42,10 @@ def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float 
 
 
 def edit_similarity(one: str, other: str) -> float:
-    """Computes 1 - d / n of two texts: d is the least number of characters to insert, delete or replace (Levenshtein 1965), n the
-    characters of the longer; 1 where both are empty."""
+    """Computes 1 - d / n of two texts; 1 if both are empty.
+
+    d is their edit distance in characters (Levenshtein 1965), and n is the length of the longer text.
+    """
     longest = max(len(one), len(other))
     if not longest:
         return 1.0
@@ -45,20 +53,22 @@ def edit_similarity(one: str, other: str) -> float:
     row = places.copy()
     for count, letter in enumerate(one, 1):
         reached = np.concatenate([[count], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))])
-        row = np.minimum.accumulate(reached - places) + places  # and what is inserted after each place
+        row = np.minimum.accumulate(reached - places) + places  # and insertions after each position
     return 1 - int(row[-1]) / longest
 
 
 def centred(score: float, guessing: float | None) -> float | None:
-    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM); None where guessing is
-    not known, or always right."""
+    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM).
+
+    None if the score of guessing is unknown, or 1.
+    """
     return None if guessing is None or guessing >= 1 else (score - guessing) / (1 - guessing)
 
 
 def average(parts: Sequence[tuple[float, float | None, float]]) -> tuple[float, float | None] | None:
-    """Averages centred scores, from (centred, standard error, chance) of each task; also its standard error, if all have one.
+    """Returns the mean of the centered scores, and its standard error (None if a task has none); None without tasks.
 
-    None if there is none.
+    `parts`: (centered score, standard error of the score, chance) of each task.
     """
     if not parts:
         return None

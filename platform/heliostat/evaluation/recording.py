@@ -1,6 +1,7 @@
-"""Records a result in MLflow, on the run that made the model: metrics at the model's step, and the whole result as an artifact.
+"""Records a result in MLflow, on the run that trained the model.
 
-Registered versions of that step get the scores too, which `heliostat model promote --require 'bench/TASK>0.4'` asks for.
+Metrics are recorded at the model's step, and the complete result as an artifact. Registered versions from that step also get
+the scores, for `heliostat model promote --require 'bench/TASK>0.4'`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,7 @@ ARTIFACTS = "benchmarks"
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Lists a result's metrics by name: each task's score, standard error and edit similarity, where it has them, and the average
-    of the centred scores."""
+    """Returns a result's metrics by name: each task's score, standard error, and edit similarity, and the mean centered score."""
     scores = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
     scores |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
     similar = {f"{BENCHMARK}{row['task']}_edit_similarity": row.get("edit_similarity") for row in result["tasks"]}
@@ -36,9 +36,9 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def record(uri: str, result: Result) -> dict[str, object]:
-    """Records a result; says on which run, at which step and for which versions, or why it is not recorded.
+    """Records a result. Returns the run, the step, and the versions that got it, or the reason why it isn't recorded.
 
-    TrackingError if MLflow does not answer.
+    TrackingError if MLflow doesn't answer.
     """
     run_id, step = result["model"]["run_id"], result["model"]["step"]
     if run_id is None or step is None:
@@ -56,21 +56,21 @@ def record(uri: str, result: Result) -> dict[str, object]:
 
 
 def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[str]]:
-    """Writes the scores of a run's steps, which are recorded, to the versions that it has now; returns their names by step.
+    """Adds a run's recorded scores, by step, to its registered versions; returns the versions' names by step.
 
-    TrackingError if MLflow does not answer.
+    TrackingError if MLflow doesn't answer.
     """
     with mlflow_client.asking(uri):
         return _versions(mlflow_client.connect(uri), run_id, {step: metrics(result) for step, result in results.items()})
 
 
 def unrecorded(why: str) -> dict[str, object]:
-    """Returns the entry of a result that is not recorded."""
+    """Returns the record of a result that isn't in MLflow. `why`: the reason."""
     return {"run_id": None, "step": None, "artifact": None, "versions": [], "why_not": why}
 
 
 def _unknown(client: MlflowClient, run_id: str) -> str | None:
-    """Returns what MLflow says of a run that it does not know; None if it knows it."""
+    """Returns MLflow's message if it doesn't know the run; None if it does."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -83,7 +83,7 @@ def _unknown(client: MlflowClient, run_id: str) -> str | None:
 
 
 def _versions(client: MlflowClient, run_id: str, scores: Mapping[int, dict[str, float]]) -> dict[int, list[str]]:
-    """Writes the scores of steps to the registered versions that the run made at them; returns their names by step."""
+    """Adds the scores to the versions that the run registered at these steps; returns the versions' names by step."""
     names: dict[int, list[str]] = {step: [] for step in scores}
     by_tag = {str(step): step for step in scores}
     for version in client.search_model_versions(f"run_id = '{run_id}'"):

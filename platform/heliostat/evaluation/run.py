@@ -1,4 +1,4 @@
-"""Scores a model on a suite: `heliostat model benchmark MODEL SUITE.yaml`."""
+"""Scores a model on a suite of tasks: `heliostat model benchmark MODEL SUITE.yaml`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ PACKAGES = ("lm_eval", "transformers", "torch")
 
 
 class Benchmark:
-    """Holds a suite's tasks, built once, and what of their examples is in the training data, which is looked up once."""
+    """Holds a suite's tasks, which are built once, and their contamination by the training data, which is measured once."""
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
-        """Builds the tasks; ConfigError for what is wrong with one. `quiet`: shows nothing of its progress."""
+        """Builds the tasks; ConfigError if one is invalid. `quiet`: shows no progress."""
         extras.require("benchmark", "lm_eval", what="heliostat model benchmark")
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
@@ -43,11 +43,11 @@ class Benchmark:
             self.tasks: list[EvalTask] = build(suite, folder, Path(self._cache.name))
 
     def close(self) -> None:
-        """Removes what was copied."""
+        """Removes copies of task files and data sets."""
         self._cache.cleanup()
 
     def score(self, folder: Path) -> Result:
-        """Scores the model in a folder on all tasks; returns what the result's file holds."""
+        """Scores the model in a folder on all tasks; returns the values of the result file."""
         scoring.require_language_model(folder)
         began, rows = time.time(), list[Row]()
         with PipelineWatch(console, f"scoring {folder.name}", self.quiet) as watch:
@@ -71,7 +71,7 @@ class Benchmark:
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
     def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, object] | None:
-        """Looks the examples up in the training data, of the first model; None if the suite says not to."""
+        """Searches the first model's training data for the examples. None if the suite turns this off."""
         settings = self.suite.contamination
         if not settings.measure or self._seen:
             return self._seen or None
@@ -89,7 +89,7 @@ class Benchmark:
 
 
 def _origin(folder: Path) -> dict[str, object]:
-    """Returns the run and the step that the model comes from, if its folder tells."""
+    """Returns the MLflow run and the step of the model, or None for both if its folder doesn't record them."""
     if not (folder / exported.RECORD).is_file():
         return {"run_id": None, "step": None}
     origin = dict(exported.record(folder).get("origin", {}))
@@ -97,12 +97,12 @@ def _origin(folder: Path) -> dict[str, object]:
 
 
 def _average(rows: list[Row]) -> dict[str, object]:
-    """Averages the centred scores of the tasks that have one."""
+    """Averages the centered scores of the tasks that have one."""
     known = [row for row in rows if row["centred"] is not None]
     average = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
     return {"centred": average and average[0], "stderr": average and average[1], "tasks": len(known), "of": len(rows)}
 
 
 def write(result: Result, place: Location) -> None:
-    """Writes a result as JSON."""
+    """Writes a result as JSON to the file `place`."""
     place.write((json.dumps(result, indent=1) + "\n").encode())

@@ -1,6 +1,6 @@
-"""Holds lm-eval to what is safe and quiet while it works: templates in a sandbox, no bars, no output, no processes.
+"""Restricts lm-eval while it runs: templates in a sandbox, and no progress bars, output, or processes.
 
-A task file's templates are Jinja's, which can reach any Python object, and so run anything, unless they are sandboxed.
+A task file's Jinja templates can reach any Python object, and so run any code, unless they are sandboxed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOGGERS = ("lm_eval", "datasets", "evaluate", "transformers")
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Holds lm-eval within the context."""
+    """Restricts lm-eval within the context."""
     from lm_eval import utils
     from tqdm import tqdm
 
@@ -37,14 +37,14 @@ def held() -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         stack.enter_context(patch.object(tqdm, "__init__", without_bar))
         stack.enter_context(patch.object(utils, "env", _environment(utils.env)))
-        stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))  # its bootstrap would fork a pool
+        stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))  # otherwise its bootstrap forks a process pool
         stack.enter_context(_quiet())
         yield
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Lets the libraries log errors alone."""
+    """Restricts the libraries' logs to errors within the context."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -57,7 +57,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _environment(plain: Environment) -> Environment:
-    """Makes a sandboxed environment that renders as a plain one does."""
+    """Returns a sandboxed Jinja environment that renders like the plain one."""
     from jinja2 import BaseLoader, StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -1,4 +1,4 @@
-"""Scores a model on tasks with lm-eval: its requests, its batches, its metrics; so the scores are those of its command."""
+"""Scores a model on tasks with lm-eval's requests, batches, and metrics, so the scores equal those of its command."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-Sample = dict[str, Any]  # of lm-eval: an example, and what the model made of it
-RESAMPLES = 1000  # of standard errors that have no formula: those of perplexity, BLEU
+Sample = dict[str, Any]  # lm-eval's record of an example and the model's answer
+RESAMPLES = 1000  # bootstrap samples for standard errors without a formula: those of perplexity, BLEU
 
 
 def require_language_model(folder: Path) -> None:
-    """Raises ConfigError if a model's folder holds another kind of model."""
+    """Raises ConfigError unless the folder contains a language model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
             f"{folder}: isn't a language model, and benchmarks are text. Score it on its dataset: heliostat model evaluate"
@@ -38,7 +38,7 @@ def require_language_model(folder: Path) -> None:
 
 
 def load(folder: Path, suite: Suite) -> HFLM:
-    """Loads a model as lm-eval's; ConfigError if a weight is missing, or it would need code from its folder."""
+    """Loads a model as lm-eval's class; ConfigError if a weight is missing, or it needs code from its folder."""
     from lm_eval.models.huggingface import HFLM
 
     with exported.using(folder):
@@ -48,7 +48,10 @@ def load(folder: Path, suite: Suite) -> HFLM:
 
 
 def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[float]]:
-    """Scores a model on a task; returns what is known of the score, and each example's own value."""
+    """Scores a model on a task; returns the task's row in the result, and each example's own value.
+
+    HeliostatError if lm-eval fails.
+    """
     from lm_eval.evaluator import evaluate
 
     random.seed(suite.seed)
@@ -94,7 +97,7 @@ def _row(task: EvalTask, evaluated: Sample, samples: list[Sample], cut: int) -> 
 
 
 def similarity(samples: list[Sample]) -> float | None:
-    """Computes the mean edit similarity of what the model wrote to the right answers; None where those are no texts."""
+    """Computes the mean edit similarity of the model's answers to the right ones; None if they aren't texts."""
     pairs = [(one["filtered_resps"][0], one["target"]) for one in samples]
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
         return None
@@ -102,7 +105,7 @@ def similarity(samples: list[Sample]) -> float | None:
 
 
 def choices(task: EvalTask, samples: list[Sample]) -> Iterator[tuple[int, int]]:
-    """Yields (right choices, all choices) of each example of a multiple choice."""
+    """Yields (number of right choices, number of all choices) for each example of a multiple-choice task."""
     if task.task.OUTPUT_TYPE != "multiple_choice":
         return
     for one in samples:
@@ -111,7 +114,7 @@ def choices(task: EvalTask, samples: list[Sample]) -> Iterator[tuple[int, int]]:
 
 
 def truncated(model: HFLM, task: EvalTask) -> int:
-    """Counts the examples of which the model saw only the end, because they are longer than it takes."""
+    """Counts the examples of which the model read only the end, because they exceed its maximum length."""
     return len({one.doc_id for one in task.task.instances if _cut(model, one.request_type, one.args)})
 
 
@@ -124,7 +127,7 @@ def _cut(model: HFLM, kind: str, args: tuple[object, ...]) -> bool:
 
         room = model.max_length - normalize_gen_kwargs(args[1], model.max_gen_toks)["max_gen_toks"]
         return len(model.tok_encode(args[0])) > room
-    return False  # of whole texts, every token is scored, in windows
+    return False  # in loglikelihood_rolling, all tokens are scored, in windows
 
 
 def texts(task: EvalTask, suite: Suite) -> Iterator[str]:

@@ -1,15 +1,15 @@
-"""Shows a result to a person: one table of at most 80 columns, and what stands below it."""
+"""Formats a result for people: a table of at most 80 columns, and notes below it."""
 
 from __future__ import annotations
 
 from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
-NAME, METRIC = 17, 9  # characters, so that a row has 80; the file has all
+NAME, METRIC = 17, 9  # maximum characters, so that a row has 80; the file has the full names
 
 
 def rows(result: Result) -> list[list[str]]:
-    """Makes the table, the head first."""
+    """Returns the rows of the table, the header first."""
     return [HEAD, *(_row(row) for row in result["tasks"])]
 
 
@@ -40,7 +40,7 @@ def _short(text: str, most: int) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """Lists what is said below the table."""
+    """Returns the lines below the table."""
     average, seen, recorded = result["average"], result["contamination"], result["recorded"]
     lines = []
     if average["centred"] is not None:
@@ -63,7 +63,7 @@ def notes(result: Result) -> list[str]:
 
 
 def _of_programs(row: Row) -> str:
-    """Says how the programs of a task ended, which were run in a sandbox."""
+    """Formats the number of programs that passed their tests, failed, or were stopped."""
     ended = row["programs"]
     words = {"failed": "failed", "timed_out": "ran out of time", "too_much_output": "wrote too much"}
     others = "".join(f", {ended[name]:,} {word}" for name, word in words.items() if ended[name])
@@ -86,14 +86,14 @@ def _of_contamination(result: Result, seen: Row | None) -> list[str]:
 
 
 def line(step: int, result: Result) -> str:
-    """Tells a checkpoint's scores in one line."""
+    """Formats a checkpoint's scores as one line."""
     centred = result["average"]["centred"]
     parts = [f"{row['task']} {_number(row['score'])}" for row in result["tasks"]]
     return f"step {step:,}: " + ", ".join([*([] if centred is None else [f"average {centred:+.3f}"]), *parts])
 
 
 def missed(summary: Result) -> list[str]:
-    """Tells which steps of a run are not scored, those of one reason in a line."""
+    """Lists the steps of a run without a score: one line per reason."""
     steps: dict[str, list[int]] = {}
     for what in ("removed", "torn", "failed"):
         for step, why in summary[what].items():

@@ -1,4 +1,4 @@
-"""Defines the suite file of `heliostat model benchmark`: which tasks, on how many examples, how."""
+"""Defines the suite file of `heliostat model benchmark`: its tasks, the number of examples, and the settings."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from heliostat.config.fields import Name, Positive, Seed
 from heliostat.schema import Float, Strict
 from heliostat.storage.locations import Location
 
-Result = dict[str, Any]  # of a model on a suite, as its file holds it
-Row = dict[str, Any]  # of a result: a task
+Result = dict[str, Any]  # scores of a model on a suite, as in the result file
+Row = dict[str, Any]  # scores of one task in a result
 
 
 class SuiteEntry(Strict):
-    """Describes a task of the suite, and what of it the suite sets; its name alone leaves everything to the task."""
+    """Describes a task of the suite, and the settings that override the task's own. A name alone overrides nothing."""
 
     task: Name
     """Name of the task: of a task file below `folder` (`task: NAME` in it), or of a task in lm-eval."""
@@ -37,7 +37,7 @@ class SuiteEntry(Strict):
 
 
 class Contamination(Strict):
-    """Describes how the examples are looked for in the training data."""
+    """Describes how heliostat searches the training data for the examples."""
 
     measure: bool = True
     """Checks the examples against the training data; each run reads that data once."""
@@ -81,7 +81,7 @@ class Suite(Strict):
 
 
 def same(kept: object, suite: Suite) -> bool:
-    """Tells whether a suite that was written down is this one; keys that were not there yet have their defaults."""
+    """Returns whether a stored suite equals this one. Keys that it lacks, from earlier versions, have their defaults."""
     try:
         return Suite.model_validate(kept) == suite
     except ValidationError:
@@ -89,6 +89,6 @@ def same(kept: object, suite: Suite) -> bool:
 
 
 def load(path: Path) -> tuple[Suite, Location]:
-    """Loads a suite from its file, and locates its folder of task files; ConfigError names what is wrong."""
+    """Loads a suite from its file; returns it with the location of its task files. ConfigError names what is wrong."""
     suite = schema.load(Suite, "suite", path)
     return suite, Location(suite.folder).absolute(path.absolute().parent)

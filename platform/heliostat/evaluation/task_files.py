@@ -1,7 +1,7 @@
-"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data: nothing in them is run.
+"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data. It runs no code from them.
 
-lm-eval itself calls what a task file names with `!function`, and loads whatever metric or class it names. From a folder or a
-store that would be foreign code, so such a file is rejected, also one of our own.
+lm-eval itself calls functions that a task file names with `!function`, and loads any metric or class that it names. From a
+folder or a store, that would be foreign code. So heliostat rejects all such files, even your own.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from heliostat.storage.locations import Location, is_inside
 
 SUFFIXES = (".yaml", ".yml")
 FUNCTION = re.compile(r"^[^#\n]*?:\s*!function\b", re.MULTILINE)
-MOST_BYTES = 4 << 20  # of a task file
-ALONE = ("task", "tag", "group", "task_list")  # structure, which the tasks that include a file do not take over
+MOST_BYTES = 4 << 20  # maximum size of a task file
 READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-BUILDERS = sorted(set(READERS.values()))  # of the library `datasets`: the others may run code, or read pickles
+BUILDERS = sorted(set(READERS.values()))  # of the library `datasets`: others may run code, or read pickles
 KWARGS = ("data_files", "field", "sep", "delimiter", "column_names", "trust_remote_code")
 
 
 def download(folder: Location, to: Path) -> Path:
-    """Returns the folder if it is of this machine; else copies its YAML files to `to`, each at its own path."""
+    """Returns the folder of the task files. If it is in S3, first copies its YAML files to `to`, at the same relative paths.
+
+    ConfigError if a local folder doesn't exist.
+    """
     if not folder.is_s3:
         if not Path(folder.path).is_dir():
             raise ConfigError(f"folder: {folder}: no such folder. Name the folder with the task files")
@@ -40,7 +42,7 @@ def download(folder: Location, to: Path) -> Path:
 
 
 def find(root: Path, name: str) -> Path | None:
-    """Finds the file of a task below a folder, hidden folders left out; None if there is none, ConfigError if there are two."""
+    """Returns the file of a task below a folder, without hidden folders; None if there is none, ConfigError if there are two."""
     files = naming(root, "task", name)
     if len(files) > 1:
         raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one")
@@ -48,7 +50,7 @@ def find(root: Path, name: str) -> Path | None:
 
 
 def naming(root: Path, key: str, name: str) -> list[Path]:
-    """Lists the files below a folder that have `key: name` at their top."""
+    """Lists the files below a folder with the top-level line `key: name`."""
     line = re.compile(rf"^{key}\s*:\s*([\"']?){re.escape(name)}\1\s*(#.*)?$", re.MULTILINE)
     return [path for path in _files(root) if line.search(path.read_text(encoding="utf-8", errors="replace"))]
 
@@ -67,7 +69,10 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, object]:
-    """Reads a task file, with the files that it includes below its own keys, as lm-eval does; ConfigError if it is unsound."""
+    """Reads a task file. Its own keys override those of the files that it includes, as in lm-eval.
+
+    ConfigError if a file is invalid, includes itself or a file outside `root`, or contains a `!function`.
+    """
     path = path.resolve()
     if path in seen:
         raise ConfigError(f"{path}: include: includes itself. Remove one of the includes")
@@ -90,10 +95,10 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
 
 
 def placed(config: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Returns a task's configuration with the files of its data set in their places; ConfigError if one is missing.
+    """Returns a task's configuration with the local paths of its data set's files; ConfigError if one is missing.
 
-    A relative path is taken from the folder of the task files, as by `lm_eval` run in that folder; files of S3 are copied here.
-    What names no file, folder or store is a data set of the Hugging Face hub, which needs a network.
+    A relative path starts at the folder of the task files, as for `lm_eval` in that folder. Files in S3 are copied to `cache`.
+    Any other name is a data set of the Hugging Face Hub, which needs a network.
     """
     path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str) or not isinstance(kwargs, dict):
@@ -103,7 +108,7 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
     elif (place := _folder(path, folder, where)) is not None:
         path, options = _of_folder(place, cache, where)
     elif "/" in path and not path.startswith((".", "/")) and not urlsplit(path).scheme:
-        return config  # of the hub
+        return config  # a data set of the Hub
     else:
         raise ConfigError(
             f"{where}: dataset_path: {path!r} is neither a folder with a data set nor a reader ({', '.join(BUILDERS)})"
@@ -112,7 +117,7 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
 
 
 def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Resolves `data_files`: a path, a list of them, or one of both for each split."""
+    """Replaces the paths in `data_files` with local ones: a path, a list of paths, or one of these for each split."""
     if unknown := [key for key in kwargs if key not in KWARGS]:
         raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} isn't supported. Use {', '.join(KWARGS[:-1])}")
     files = kwargs.get("data_files")
@@ -142,7 +147,7 @@ def _place(value: str, folder: Location, where: object) -> Location:
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
-    """Returns the file, or its copy if it is of a store; ConfigError if it is missing."""
+    """Returns a file's local path, after copying it from a store if necessary; ConfigError if it doesn't exist."""
     if not place.exists():
         raise ConfigError(f"{where}: data_files: {place}: no such file. Put it there, or name another")
     if not place.is_s3:
@@ -159,7 +164,11 @@ def _folder(path: str, folder: Location, where: object) -> Location | None:
 
 
 def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[str, object]]:
-    """Finds the splits of a folder: `test.jsonl`, or `test-00000-of-00002.parquet`."""
+    """Returns (reader, options) for a folder's splits, found by file name, for example `test.jsonl` or
+    `test-00000-of-00002.parquet`.
+
+    ConfigError unless all its files have the same format.
+    """
     named = [name for name, _ in place.files() if Path(name).suffix in READERS and not Path(name).name.startswith(".")]
     readers = {READERS[Path(name).suffix] for name in named}
     if len(readers) != 1:

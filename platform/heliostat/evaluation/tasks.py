@@ -1,4 +1,4 @@
-"""Builds a suite's tasks as lm-eval's own: from checked task files below a folder, else from those that lm-eval brings."""
+"""Builds a suite's tasks with lm-eval's classes, from checked task files in a folder, or else from lm-eval's own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 KINDS = ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until")
-REFUSED = {  # keys by which a task file would run code, or that are of other models than of text
+REFUSED = {  # keys of a task file that would run code, or that need other models than language models
     "class": "heliostat doesn't run tasks written in Python. Write a task file",
     "custom_dataset": "heliostat doesn't run code that makes data sets. Write the data set as JSON lines or Parquet",
     "process_results": "heliostat doesn't run scoring code. Use lm-eval's metrics",
@@ -35,14 +35,16 @@ STRUCTURE = ("tag", "group", "task_list", "task")
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Holds a task of lm-eval's, with what the suite says of it. `metric`, `filter`: of what is its score; `runs_code`: it is by
-    unit tests of what the model writes."""
+    """Holds a task of lm-eval, and its entry in the suite. `metric`, `filter`: those of its score.
+
+    `runs_code`: unit tests of the generated code compute the score.
+    """
 
     entry: SuiteEntry
     task: ConfigurableTask
     metric: str
     filter: str
-    source: str  # its file below the folder, or "lm-eval"
+    source: str  # its file, relative to the folder, or "lm-eval"
     runs_code: bool = False
 
     @property
@@ -51,7 +53,8 @@ class EvalTask:
 
 
 def build(suite: Suite, folder: Location, cache: Path) -> list[EvalTask]:
-    """Builds all tasks of a suite, data sets read; ConfigError for the first that is wrong. `cache`: where copies go."""
+    """Builds all tasks of a suite, and reads their data sets. `cache`: folder for copies. ConfigError for the first invalid
+    task."""
     root = task_files.download(folder, cache / "tasks")
     return [_build(suite, entry, folder, root, cache) for entry in suite.tasks]
 
@@ -92,7 +95,7 @@ def _made(config: dict[str, object], where: Location, folder: Location, cache: P
 
 
 def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
-    """Builds a task that lm-eval brings; ConfigError if it has none of that name, or its data set cannot be had."""
+    """Builds a task of lm-eval's own; ConfigError if there is none of that name, or its data set isn't available."""
     from lm_eval import tasks
     from lm_eval.api.task import ConfigurableTask
 
@@ -100,7 +103,7 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
     files = task_files.naming(brought, "task", name)
     if not files:
         raise ConfigError(f"tasks: {name!r} {_unknown(name, root, folder, brought)}")
-    try:  # by its file: to index all that lm-eval brings takes a minute
+    try:  # loads its file only: indexing all tasks of lm-eval takes a minute
         task = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
     except Exception as e:
         raise ConfigError(f"tasks: {name!r}: can't build this task of lm-eval: {_said(e, {})}") from e
@@ -110,7 +113,7 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
 
 
 def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
-    """Says that there is no task of a name, and which is near."""
+    """Returns a message that no task has this name, with the most similar name."""
     if task_files.naming(brought, "group", name):
         return "is a group of tasks in lm-eval. Name its tasks"
     near = difflib.get_close_matches(name, [*task_files.names(root), *task_files.names(brought)], n=1)
@@ -118,7 +121,7 @@ def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
 
 
 def _said(error: Exception, config: dict[str, object]) -> str:
-    """Explains why a task was not built."""
+    """Returns a message that says why a task couldn't be built."""
     kind = type(error).__name__
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout"):
         return f"its data set {config.get('dataset_path', '')!r} is on the Hugging Face Hub, which doesn't answer ({kind})"
@@ -126,7 +129,7 @@ def _said(error: Exception, config: dict[str, object]) -> str:
 
 
 def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
-    """Sets the number of solved examples, and the seed of their choice, by lm-eval's rules."""
+    """Sets the number of solved examples and the random seed of their choice, by lm-eval's rules."""
     own = task.get_config("num_fewshot")
     if entry.fewshot is not None:
         own = entry.fewshot
@@ -137,7 +140,7 @@ def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
 
 
 def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
-    """Finds the metric and the filter of a task's score; ConfigError if the suite names one that the task has not."""
+    """Returns the metric and the filter of a task's score; ConfigError if the suite names one that the task lacks."""
     metrics = list(task.aggregation())
     filters = [ensemble.name for ensemble in task._filters]
     metric, _, filter_ = (entry.metric or metrics[0]).partition(",")
@@ -149,7 +152,7 @@ def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
 
 
 def check(config: dict[str, object], where: object) -> None:
-    """Raises ConfigError that names the key, the value and the fix, if lm-eval would refuse the task, or run code for it."""
+    """Raises ConfigError, with the key, the value, and the fix, if lm-eval would reject the task, or run code for it."""
     from lm_eval.config.task import TaskConfig
 
     known = [field.name for field in dataclasses.fields(TaskConfig)]
@@ -173,7 +176,7 @@ def check(config: dict[str, object], where: object) -> None:
 def _metrics(listed: object, where: object) -> None:
     from lm_eval.api import metrics, registry
 
-    assert metrics  # registers them
+    assert metrics  # importing it registers lm-eval's metrics
     known, ways = list(registry.metric_registry.keys()), list(registry.aggregation_registry.keys())
     for entry in _entries(listed, "metric_list", "metric", where):
         name, way = entry["metric"], entry.get("aggregation")
@@ -187,8 +190,8 @@ def _filters(listed: object, where: object) -> None:
     from lm_eval import filters
     from lm_eval.api import registry
 
-    assert filters  # registers them
-    known = [name for name in registry.filter_registry.keys() if name != "custom"]  # noqa: SIM118 (it is no dictionary)
+    assert filters  # importing it registers lm-eval's filters
+    known = [name for name in registry.filter_registry.keys() if name != "custom"]  # noqa: SIM118 (not a dictionary)
     for chain in _entries(listed, "filter_list", "name", where):
         for step in _entries(chain.get("filter"), "filter_list: filter", "function", where):
             if step["function"] not in known:
@@ -202,7 +205,7 @@ def _generation(options: object, where: object) -> None:
         return
     if not isinstance(options, dict):
         raise ConfigError(f"{where}: generation_kwargs: expected a mapping, got {options!r}")
-    if unknown := [key for key in options if key not in GENERATION]:  # one of transformers' would fetch code
+    if unknown := [key for key in options if key not in GENERATION]:  # transformers has one that fetches code
         raise ConfigError(
             f"{where}: generation_kwargs: {unknown[0]!r} isn't supported{nearest(str(unknown[0]), list(GENERATION))}"
         )

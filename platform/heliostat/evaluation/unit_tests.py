@@ -1,14 +1,15 @@
-"""Scores the code that a model writes by unit tests that it has not seen: a task file with the key `unit_tests`.
+"""Scores code that a model generates with unit tests that it hasn't seen: a task file with the key `unit_tests`.
 
     task: functions
-    unit_tests: "{{tests}}"                     # Python, run behind the question and the answer; a template as doc_to_text
+    unit_tests: "{{tests}}"                     # Python, run after the question and the answer; a template like doc_to_text
     doc_to_text: "{{prompt}}"
     generation_kwargs: {until: ["\\ndef ", "\\nclass "], max_gen_toks: 256}
 
-lm-eval asks the model, and the answer is run in a sandbox (`run_program`). Its score is pass@1: the share of answers that pass.
+lm-eval sends the questions to the model, and each answer runs in a sandbox (`run_program`). The score is pass@1: the share of
+answers that pass.
 
-The sandbox is made of Linux's namespaces, limits, and a filter of system calls (`heliostat.tasks.sandbox`). It is no virtual
-machine: who finds a fault in the kernel is out. It bounds what one program takes, not what all take together.
+The sandbox uses Linux namespaces, resource limits, and a filter of system calls (`heliostat.tasks.sandbox`). It isn't a virtual
+machine: a program that exploits a kernel bug can escape. The limits hold for each program, not for all together.
 """
 
 from __future__ import annotations
@@ -40,15 +41,16 @@ from heliostat.tasks import sandbox
 from heliostat.text import brief
 
 KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
-LAST = "take_first"  # the filter that makes one answer of a list
+LAST = "take_first"  # the filter that takes one answer from a list
 ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_fewshot")
-SIDE_BY_SIDE = 4  # programs, at most: each may take as much memory as its limit
+SIDE_BY_SIDE = 4  # maximum programs in parallel: each may use memory up to its limit
 
 
 def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[str, object]:
-    """Returns the task that lm-eval is to ask for a task file with unit tests.
+    """Returns the task that lm-eval runs for a task file with unit tests.
 
-    ConfigError if the suite does not allow them, this machine cannot shut programs in, or the file says more than can be meant.
+    ConfigError if the suite doesn't allow code, this machine can't isolate programs, or the file has keys that unit tests don't
+    support.
     """
     template = config[KEY]
     if not isinstance(template, str) or not template.strip():
@@ -72,7 +74,7 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
 
 
 def require_one_answer(config: dict[str, Any], where: object) -> None:
-    """Raises ConfigError if a chain of filters leaves a list of answers to each question: one of them is run."""
+    """Raises ConfigError if a chain of filters returns several answers to a question, because only one can run."""
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
             raise ConfigError(
@@ -81,13 +83,13 @@ def require_one_answer(config: dict[str, Any], where: object) -> None:
 
 
 def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
-    """Runs programs, each with its tests, a few at a time; returns how each ended."""
+    """Runs programs, each with its tests, up to SIDE_BY_SIDE in parallel; returns the verdict of each."""
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
         return [outcome.verdict for outcome in pool.map(lambda one: run_program(*one), programs)]
 
 
 def row(facts: Row, ended: Sequence[str]) -> Row:
-    """Puts the score of the tests into the row of a task. `programs`: how many ended how."""
+    """Adds the score of the unit tests to a task's row. `programs`: number of programs by verdict."""
     values, counts = passed(ended), Counter(ended)
     score = sum(values) / len(values)
     low, high = measures.wilson(score, len(values))
@@ -113,7 +115,7 @@ KILLING_S = 5.0
 
 @dataclass(frozen=True)
 class ProgramLimits:
-    """Holds what a program may take: seconds on the clock and of the processor, and bytes of memory, of files, of its output."""
+    """Holds a program's limits: elapsed seconds, processor seconds, and bytes of memory, files, and output."""
 
     seconds: float = 10.0
     cpu_s: int = 5
@@ -124,7 +126,7 @@ class ProgramLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """Says how a program ended, and the beginning of what it has written."""
+    """Holds a program's verdict, and the beginning of its output."""
 
     verdict: str
     output: str
@@ -132,7 +134,7 @@ class ProgramResult:
 
 @cache
 def require_sandbox() -> None:
-    """Raises ConfigError if programs cannot be shut in on this machine; tries one, once."""
+    """Raises ConfigError if this machine can't isolate programs. Runs one program to find out, once per process."""
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
@@ -145,9 +147,9 @@ def require_sandbox() -> None:
 
 
 def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
-    """Runs a program, and behind it its tests, in one process of their own; HeliostatError if it cannot be shut in.
+    """Runs a program and then its tests, in one isolated process; HeliostatError if it can't be isolated.
 
-    It has passed if it comes to the end of its tests.
+    It passes if it reaches the end of its tests.
     """
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
@@ -161,14 +163,14 @@ def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits(
 
 
 def _python() -> dict[str, object]:
-    """Lists the files that Python runs from: not those of a virtual environment, nor what is installed there."""
+    """Lists the files that Python needs to run, without those of a virtual environment and without installed packages."""
     own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
     libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
 
 
 def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
-    """Returns what was written, what came back, the exit code, and why it was ended, if it was."""
+    """Returns the program's output, its result, its exit code, and why it was stopped ("" if it wasn't)."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as result:
         try:
@@ -192,7 +194,7 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
 
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
-    """Reads up to `most` bytes, until no process writes any more; returns also why it ended before that."""
+    """Reads up to `most` bytes, until no process can write any more; returns also why it stopped earlier ("" if it didn't)."""
     written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
@@ -216,7 +218,7 @@ def _waited(process: subprocess.Popen[bytes], end: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of a program: with its first process, all of its namespace end."""
+    """Ends a program. When its first process ends, all processes of its namespace end too."""
     process.terminate()
     if not _waited(process, time.monotonic() + KILLING_S):
         with contextlib.suppress(ProcessLookupError):

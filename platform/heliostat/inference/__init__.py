@@ -1,4 +1,4 @@
-"""Exports models, generates, and runs models over datasets.
+"""Exports models, generates answers to prompts, and runs models over datasets.
 
 Start at `export`.
 May import: `checkpoint`, `cluster`, `config`, `curation`, `data`, `recipes`, `storage`, `tasks`.

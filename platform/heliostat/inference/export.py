@@ -1,7 +1,8 @@
-"""Exports a checkpoint as a Hugging Face folder: no GPU, no process group, a few pieces of 64 MiB in memory, never the model.
+"""Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Memory holds a few pieces of 64 MiB, never
+the complete model.
 
-The weights are the fp32 masters, rounded to the precision that the run computed in: just what its evaluation used. A model of
-more than 4 GiB becomes several files with an index, as transformers writes it. What is damaged is never exported.
+The weights are the fp32 master weights, rounded to the precision in which the run computed: the weights that its evaluation
+used. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never exported.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
-    """Loads the job and the bound recipe that made a checkpoint, from the checkpoint's own record."""
+    """Loads the job, and the recipe bound to its datasets, from the checkpoint's own record."""
 
     job, place = checkpoint.job, checkpoint.location
     with naming(place):
@@ -41,7 +42,11 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
 
 
 def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
-    """Writes the model at `folder`, which `from_pretrained` then loads; returns the recipe. `run_id`: of its MLflow run."""
+    """Writes the checkpoint's model to `folder`, which `from_pretrained` can load; returns the recipe.
+
+    `run_id`: id of the MLflow run, recorded in the folder. ConfigError if the recipe doesn't support export or the folder isn't
+    empty; CheckpointError if the checkpoint lacks a weight.
+    """
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
         raise ConfigError(
@@ -64,10 +69,7 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
 
 
 def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
-    """Rebuilds initial parameters that are not trained and that the checkpoint, an older one, does not hold.
-
-    Their values are those that the model was built with, from the job's seed.
-    """
+    """Rebuilds the frozen parameters that an older checkpoint doesn't contain, with the initial values from the job's seed."""
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
@@ -78,7 +80,7 @@ def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list
 
 
 def _files(recipe: Exports, shapes: dict[str, tuple[int, ...]], checkpoint: SavedCheckpoint) -> dict[str, dict[str, Weight]]:
-    """Maps each file to its tensors, as the recipe defines them; warns of parameters that are in no file."""
+    """Maps each file to its tensors, as the recipe defines them. Logs a warning if parameters are in no file."""
     files = {file: tensors for file, tensors in recipe.tensors({**shapes, **_buffers(checkpoint)}).items() if tensors}
     used = {source for tensors in files.values() for weight in tensors.values() for source in weight.sources}
     if unused := [n for n in shapes if n not in used]:
@@ -98,10 +100,11 @@ def write_weights(
     tensors: Mapping[str, Weight] | None = None,
     initial: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> None:
-    """Writes tensors, made of the model's parameters (of these shapes) and the checkpoint's buffers, as STEM.safetensors.
+    """Writes tensors as STEM.safetensors, made from the model's parameters and the checkpoint's buffers.
 
-    Writes all parameters and buffers if no tensors are given. Buffers that are taken as they are keep their type. Where the run
-    averaged its weights, the average is taken; what was not trained is taken as it is, or from `initial`.
+    `shapes`: those of the parameters. `tensors`: by default all parameters and buffers. Parameters get the type `dtype`;
+    buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average is written. A frozen
+    parameter comes from the checkpoint, or from `initial`.
     """
     known = {**shapes, **_buffers(checkpoint)}
     sources = _Sources(checkpoint, known, initial)
@@ -126,7 +129,7 @@ class _Sources:
         self, checkpoint: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
     ) -> None:
         weights = EMA if checkpoint.names(EMA) else "master"
-        kept = ("buffer", FROZEN, weights)  # the last of them that has a name counts
+        kept = ("buffer", FROZEN, weights)  # if several contain a name, the last one counts
         self.places = {name: f"{kind}.{name}" for kind in kept for name in checkpoint.names(kind)}
         self.checkpoint, self.shapes, self.initial = checkpoint, shapes, initial
 
@@ -150,7 +153,7 @@ class _Sources:
             yield self.initial[source].reshape(-1)
 
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """Computes a tensor with the weight's `make` from the sources, each in its own shape."""
+        """Computes a tensor with the weight's `make`, from its sources in fp32, each in its own shape."""
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):
@@ -164,7 +167,7 @@ class _Sources:
 def _entry(
     name: str, stream: Callable[[], Iterator[torch.Tensor]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> safetensors_file.Entry:
-    """Describes a tensor of the model for the file, read piece by piece when it is written."""
+    """Describes a tensor for the file writer, which reads it piece by piece."""
 
     def parts() -> Iterator[memoryview]:
         for piece in stream():
@@ -174,7 +177,7 @@ def _entry(
 
 
 def _pack(sizes: dict[str, int]) -> list[list[str]]:
-    """Packs names, in order, into files of at most SHARD_BYTES (or one tensor)."""
+    """Distributes names, in order, over files of at most SHARD_BYTES. A larger tensor gets a file of its own."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -1,8 +1,7 @@
-"""Generates from prompts in this process (`many` does it on Ray, over as many workers as are asked for).
+"""Generates answers to prompts in this process. `many` does it on Ray, with several workers.
 
-The recipe of the export (`recipes.exported`) defines how: `generator(folder, options)` loads the model once and answers requests.
-The answer to a request follows from it and the options alone, so it is the same in whatever batch and on whichever worker it is
-made.
+The recipe of the export (`recipes.exported`) defines how: `generator(folder, options)` loads the model once and answers
+requests. An answer depends only on its request and the options, not on its batch or worker.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
-    """Generates the answer to one prompt in this process; a text is written to `out` as it is shown.
+    """Generates the answer to one prompt in this process. A text is also written to the file `out`.
 
-    AccessError or StorageError before the model is loaded if nothing can be written there.
+    AccessError or StorageError, before the model is loaded, if nothing can be written there.
     """
     if out is not None:
         Location(out).require_file()
@@ -36,7 +35,10 @@ def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, o
 def answer(
     folder: Path, prompts: str | Sequence[str], options: dict[str, object], seed: int, out: str | None
 ) -> Generated | list[Generated]:
-    """Answers a prompt, or many in order, the i-th with seed + i, all in this process; files of many go into the folder `out`."""
+    """Answers one prompt, or a list of prompts in order, in this process. The i-th prompt has seed + i.
+
+    `out`: file of one answer, or folder for the files of a list.
+    """
     if isinstance(prompts, str):
         return generate(folder, prompts, options, seed, out)
     requests = [
@@ -48,19 +50,22 @@ def answer(
 
 
 def read_text(option: str, value: str) -> str:
-    """Reads the file that is named, as it is; what names no file is the text itself."""
+    """Returns the content of the file that `value` names, unchanged. If there is no such file, returns `value` itself.
+
+    ConfigError if the file isn't UTF-8.
+    """
     try:
         if "\0" in value or not Path(value).is_file():
             return value
         return Path(value).read_bytes().decode()
     except UnicodeDecodeError as e:
         raise ConfigError(f"{option}: {value} isn't UTF-8 text ({e})") from e
-    except OSError:  # such as a name that is too long
+    except OSError:  # for example a name that is too long
         return value
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads prompts from a file, one a line; empty lines are left out."""
+    """Reads prompts from a file, one per line, without empty lines. ConfigError if it contains none or isn't UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:

@@ -1,12 +1,12 @@
-"""Answers many prompts on Ray, text or images: `heliostat model generate MODEL --prompts FILE --out OUT`.
+"""Answers many prompts on Ray, with text or images: `heliostat model generate MODEL --prompts FILE --out OUT`.
 
-    OUT/00000.png ...    what is drawn, by the prompt's number
+    OUT/00000.png ...    generated images, by the prompt's number
     OUT/results.jsonl    the answers in the prompts' order, written last
-    OUT/settings.json    what the folder is for
-    OUT/work             what finished batches have answered
+    OUT/settings.json    model, prompts, and options that the folder belongs to
+    OUT/work             results of finished batches
 
-Each prompt is answered once. A run that is killed continues after its last finished batch, on any number of workers; the answer
-to a prompt follows from it, its seed, the model and the options alone. One command at a time writes to the folder.
+Each prompt is answered once. A run that is killed continues after its last finished batch, on any number of workers. An answer
+depends only on its prompt, its seed, the model, and the options. One command at a time writes to the folder.
 """
 
 from __future__ import annotations
@@ -35,16 +35,19 @@ from heliostat.text import brief
 def generate_many(
     folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, workers: int, quiet: bool = False
 ) -> int:
-    """Answers all prompts, the i-th with seed + i, with so many models side by side on a Ray of its own; returns their number.
+    """Answers all prompts with `workers` copies of the model in parallel, on Ray; returns the number of answers.
 
-    `quiet`: shows nothing. ConfigError before Ray starts if the
-    model cannot, or the output holds something else, also answers to other prompts, or another command writes there.
+    The i-th prompt has seed + i. `quiet`: shows no progress. ConfigError, before Ray starts, in these cases:
+
+    - the model doesn't support generation with these options
+    - the output contains something else, or answers to other prompts
+    - another command writes to the output
     """
     place = Location(out)
     place.probe()
     place.require_writable()
     with exported.using(folder):
-        exported.generator(folder, options)  # what is wrong is found before Ray starts
+        exported.generator(folder, options)  # raises errors before Ray starts
     identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
     claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
@@ -56,7 +59,7 @@ def generate_many(
                 results = answered(flow, folder, prompts, options, seed, out, key(identity))
             except HeliostatError:
                 raise
-            except Exception as e:  # such as too little memory for a model
+            except Exception as e:  # for example too little memory for the model
                 raise HeliostatError(f"generating failed: {brief(getattr(e, 'cause', None) or e)}") from e
             shipping.withdraw(flow.work.spill)
         lease_.fence.check()
@@ -67,9 +70,9 @@ def generate_many(
 def answered(
     flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
-    """Answers prompts by tasks of a flow; returns a line of JSON for each, in their order.
+    """Answers prompts with tasks of a flow; returns a JSON line for each, in their order.
 
-    `follows`: the key of what the answers follow from, the model's files among it.
+    `follows`: key of everything that determines the answers, including the model's files.
     """
     place = Location(out)
     drawn = {place.join(name).uri for name, _ in place.files()}
@@ -92,7 +95,7 @@ def answer_batch(
     out: str,
     follows: str,
 ) -> dict[str, object]:
-    """Answers prompts, of which the first has the number `first`; returns where their answers are, and what was drawn."""
+    """Answers prompts, the first of which has the number `first`. Returns the file of their answers, and the generated images."""
     place = Location(out)
     requests = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     used = shipping.here(folder, model)
@@ -104,5 +107,5 @@ def answer_batch(
 
 @lru_cache(maxsize=1)
 def _generator(model: str, options: str, follows: str) -> Callable[[list[Request]], list[Generated]]:
-    """Loads a model once in each process, for the tasks to come that follow from the same one."""
+    """Loads a model once per process, for later tasks with the same model and options."""
     return exported.generator(Path(model), json.loads(options))

@@ -1,20 +1,21 @@
-"""Chooses the next token of each row of a batch by its own temperature, share, and noise: of batch inference, and of serving.
+"""Draws the next token of each row of a batch, with the row's own temperature, `top_p`, and random generator. Batch inference
+and serving use it.
 
-The token is the largest of logits / temperature plus Gumbel noise (Gumbel 1954), within the likeliest `top_p`: distributed as a
-draw from the softmax. The noise is of the row's own generator, so that it is the same in whatever batch. Temperature 0 adds none.
+The token is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), among the likeliest tokens of `top_p`: that is
+a sample from the softmax. The noise comes from the row's own generator, so it doesn't depend on the batch. Temperature 0 adds
+none.
 
-heliostat generates text in three ways. They share prompts, chat templates, ends, and (the last two) this module:
+heliostat generates text in three ways. They share prompts, chat templates, and end tokens; the last two also share this module:
 
-- `heliostat model generate` and a model that MLflow serves run `recipes/text/server.py`, one prompt at a time with the sampling
-of
-  `transformers`. Its draws come from torch's own generator: this module would give other texts for recorded seeds. MLflow copies
+- `heliostat model generate`, and a model that MLflow serves, run `recipes/text/server.py`, one prompt at a time. It samples as
+  `transformers` does, with torch's global generator: this module would change the texts of recorded seeds. MLflow copies
   that file into the model, so it imports nothing of heliostat.
 - Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps the
   states of models such as Mamba, so each token costs the same.
-- The endpoint (`apps/serve/engine.py`) steps rows itself, since they come and go between two tokens, which `generate` does not
-  allow. Where a cache does not hold keys and values alone, it computes a row's earlier tokens again: time grows with the square.
+- The endpoint (`apps/serve/engine.py`) steps rows itself, because rows join and leave between two tokens, which `generate` does
+  not allow. If a cache holds more than keys and values, it computes all earlier tokens again: quadratic time.
 
-vLLM replaces the last two on a GPU. It draws with its own noise.
+On a GPU, vLLM can replace the last two. It samples with its own noise.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from typing import TypedDict
 
 import torch
 
-MOST_LOGPROBS = 20  # of a token
-WRITES = ("continue", "chat")  # the tasks of batch inference whose answers are sampled
+MOST_LOGPROBS = 20  # per token
+WRITES = ("continue", "chat")  # tasks of batch inference with sampled answers
 
 
 class Chosen(TypedDict):
-    """Holds the log probability of a token that was chosen, and those of the likeliest with their ids."""
+    """Holds the log probability of the sampled token, and those of the likeliest tokens as (id, value)."""
 
     chosen: float
     best: list[tuple[int, float]]
@@ -38,7 +39,7 @@ class Chosen(TypedDict):
 
 @dataclass
 class Draw:
-    """Holds how a row's tokens are drawn, and the state of its noise."""
+    """Holds a row's sampling parameters, and the state of its random generator."""
 
     temperature: float
     top_p: float
@@ -50,7 +51,7 @@ class Draw:
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Returns a token for each row of logits [rows, vocabulary]; the likeliest at temperature 0."""
+    """Returns a token id for each row of logits [rows, vocabulary]; the likeliest at temperature 0."""
     rows = [i for i, draw in enumerate(draws) if draw.temperature]
     chosen = logits.argmax(-1)
     if rows:
@@ -59,14 +60,14 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
 
 
 def noisy(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Returns scores [rows, vocabulary], float64, the largest of which is a row's draw; -inf outside its `top_p`."""
+    """Returns scores [rows, vocabulary], float64, whose argmax in a row is its sample. Scores outside `top_p` are -inf."""
     scores = _within(logits.double(), draws)
     noise = torch.stack([torch.rand(scores.shape[-1], generator=draw.generator, dtype=torch.float64) for draw in draws])
     return scores - torch.log(-torch.log(noise)).to(scores.device)
 
 
 def _within(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Divides each row by its temperature, and leaves only its likeliest tokens, of the share `top_p` together."""
+    """Divides each row by its temperature, and sets all tokens outside `top_p` to -inf."""
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
@@ -81,7 +82,7 @@ def _within(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 
 def logprobs(logits: torch.Tensor, token: int, most: int) -> Chosen:
-    """Returns the logarithm of the chosen token's probability under the model itself, and those of the likeliest."""
+    """Returns the log probability of the sampled token, and those of the `most` likeliest, before temperature and `top_p`."""
     logs = torch.log_softmax(logits.double(), -1)
     best = logs.topk(min(most, len(logs)))
     return {"chosen": float(logs[token]), "best": list(zip(best.indices.tolist(), best.values.tolist(), strict=True))}

@@ -1,7 +1,8 @@
-"""Answers with vLLM on a GPU: batches of texts, and requests that come and go.
+"""Runs models with vLLM on a GPU: for batch inference, and for the endpoint's requests.
 
-Tokens go in and tokens come out: prompts, chat templates, ends, stop strings and texts are the same code with either engine. An
-answer's noise is vLLM's own, of the input's seed; a reported probability is the model's, before temperature and `top_p`.
+Its input and output are token ids. Prompts, chat templates, end tokens, stop strings, and decoding are the same code for both
+engines. The random noise is vLLM's own, from the input's seed. Reported probabilities are the model's, before temperature and
+`top_p`.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, TokensPrompt
     from vllm.logprobs import Logprob
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters, for which it has kernels
-os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before it is imported: it would tell its makers of the machine and the model
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM has kernels for
+os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before vLLM is imported: it would report the machine and the model to its developers
 
 
 def architectures() -> Collection[str]:
-    """Lists the architectures of models that vLLM has."""
+    """Lists the model architectures that vLLM supports."""
     from vllm import ModelRegistry
 
     return ModelRegistry.get_supported_archs()
@@ -39,8 +40,8 @@ def architectures() -> Collection[str]:
 def engine_options(
     folder: Path, config: PretrainedConfig, longest: int | None, batch: int, ranks: Sequence[int] = ()
 ) -> dict[str, object]:
-    """Returns what the engine of a folder's model is made with: weights in their own precision, no code and no sampling of the
-    folder's. `ranks`: of the adapters that it is to hold."""
+    """Returns the arguments of a vLLM engine for a folder's model. The weights keep their precision. The folder's code and its
+    sampling settings are ignored. `ranks`: ranks of the adapters to load."""
     adapters = {"enable_lora": True, "max_loras": len(ranks), "max_lora_rank": rank(max(ranks))} if ranks else {}
     return {
         "model": str(folder.absolute()), "dtype": str(config.dtype or "float32").removeprefix("torch."), "max_model_len": longest,
@@ -50,7 +51,7 @@ def engine_options(
 
 
 def rank(most: int) -> int:
-    """Returns the least rank of its kernels that adapters of this rank fit; ConfigError if there is none."""
+    """Returns the smallest supported rank that is at least `most`; ConfigError if there is none."""
     if most > RANKS[-1]:
         raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)
@@ -59,8 +60,8 @@ def rank(most: int) -> int:
 def sampling(
     most: int, temperature: float, top_p: float, seed: int, ends: Iterable[int], logprobs: int | None = None
 ) -> dict[str, object]:
-    """Returns the keys of `SamplingParams` by which `most` tokens are drawn, each draw of this seed alone; none but `ends`
-    end them."""
+    """Returns arguments of `SamplingParams` that sample at most `most` tokens with this seed. Only the tokens in `ends` end an
+    answer."""
     return {
         "max_tokens": most, "temperature": temperature, "top_p": top_p, "seed": seed % 2**63, "stop_token_ids": sorted(ends),
         "ignore_eos": True, "logprobs": logprobs, "detokenize": False,
@@ -68,12 +69,13 @@ def sampling(
 
 
 def scoring() -> dict[str, object]:
-    """Returns the keys of `SamplingParams` by which a prompt's tokens are scored; one token is drawn, for there is no less."""
+    """Returns arguments of `SamplingParams` that score a prompt's tokens. vLLM also generates one token, its minimum."""
     return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
 def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) -> float:
-    """Adds up the negative log-likelihoods of a prompt's tokens behind the first; ValueError if one is missing."""
+    """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first; ValueError if one is
+    missing."""
     if len(scored) != len(tokens):
         raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
@@ -83,13 +85,13 @@ def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) 
 
 
 def probabilities(at: Mapping[int, Logprob], token: int, most: int) -> Chosen:
-    """Returns the logarithm of the chosen token's probability, and the `most` likeliest, as the endpoint tells them."""
+    """Returns the log probability of the sampled token, and those of the `most` likeliest, in the endpoint's form."""
     best = sorted(((other, one.logprob) for other, one in at.items()), key=lambda pair: (-pair[1], pair[0]))
     return {"chosen": at[token].logprob, "best": best[:most]}
 
 
 class VllmStream:
-    """Draws the tokens of prompts that come and go, in the event loop that asks. `adapters`: folders and ranks, by name."""
+    """Generates the tokens of concurrent prompts in the caller's event loop. `adapters`: name -> (folder, rank)."""
 
     def __init__(self, folder: Path, loaded: LoadedModel, batch: int, adapters: Mapping[str, tuple[str, int]]) -> None:
         import vllm
@@ -104,9 +106,9 @@ class VllmStream:
     async def tokens(
         self, prompt: list[int], most: int, draw: Draw, ends: Collection[int], logprobs: int | None, adapter: str | None
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
-        """Yields the tokens of an answer as they come, each with its log probabilities where these are asked for.
+        """Yields the tokens of an answer as they come, each with its log probabilities if `logprobs` isn't None.
 
-        HeliostatError if vLLM gives no more before one of `ends` or the last of `most` tokens was taken.
+        HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}
@@ -114,7 +116,7 @@ class VllmStream:
         sent, said = 0, None
         async with aclosing(self.llm.generate(prompt_tokens, params, uuid.uuid4().hex, lora_request=lora)) as outputs:
             async for out in outputs:
-                written = out.outputs[0]  # all tokens so far
+                written = out.outputs[0]  # contains all tokens so far
                 for place in range(sent, len(written.token_ids)):
                     token, at = written.token_ids[place], written.logprobs[place] if logprobs is not None else None
                     yield token, None if logprobs is None or at is None else probabilities(at, token, logprobs)
@@ -123,7 +125,7 @@ class VllmStream:
 
 
 class OnVllm:
-    """Puts an engine's answers on vLLM, which makes batches of its own of all inputs of a piece."""
+    """Runs a batch engine's task on vLLM, which forms its own batches from all inputs of a piece."""
 
     loaded: LoadedModel
     longest: int | None
@@ -137,7 +139,7 @@ class OnVllm:
         self.longest = self.loaded.longest = self.llm.model_config.max_model_len
 
     def kind(self) -> dict[str, object]:
-        """Returns what vLLM is made with next to what all engines have."""
+        """Returns arguments of `vllm.LLM` for this task, in addition to those of all tasks."""
         return {}
 
     def rows(self, longest: int) -> int:
@@ -147,7 +149,7 @@ class OnVllm:
         return False
 
     def run(self, tokens: Sequence[list[int]], samplings: Sequence[dict[str, object]]) -> list[RequestOutput]:
-        """Returns what vLLM says of each prompt."""
+        """Returns vLLM's output for each prompt."""
         from vllm import SamplingParams
 
         prompts = [{"prompt_token_ids": one} for one in tokens]
@@ -166,15 +168,15 @@ class Written(OnVllm):
 
 
 class VllmContinue(Written, Continue):
-    """Continues prompts."""
+    """Continues prompts with vLLM."""
 
 
 class VllmChat(Written, Chat):
-    """Answers chats."""
+    """Answers chats with vLLM."""
 
 
 class VllmScore(OnVllm, Score):
-    """Scores texts; one of as many tokens as the model takes loses its last, for vLLM draws a token behind each."""
+    """Scores texts. A text as long as the model's maximum loses its last token, because vLLM generates one after each prompt."""
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         cut = [row if self.longest is None else row[: self.longest - 1] for row in tokens]
@@ -183,12 +185,12 @@ class VllmScore(OnVllm, Score):
 
 
 class VllmEmbed(OnVllm, Embed):
-    """Embeds texts."""
+    """Embeds texts with vLLM."""
 
     def kind(self) -> dict[str, object]:
         from vllm.config import PoolerConfig
 
-        pooler = PoolerConfig(seq_pooling_type=self.loaded.pooling.upper(), use_activation=True)  # of length 1
+        pooler = PoolerConfig(seq_pooling_type=self.loaded.pooling.upper(), use_activation=True)  # normalized to length 1
         return {"runner": "pooling", "convert": "embed", "pooler_config": pooler}
 
     def vectors(self, cut: list[list[int]]) -> Sequence[object]:
@@ -204,5 +206,5 @@ KINDS: dict[str, Callable[..., BatchEngine]] = {
 
 
 def engine(folder: Path, task: str, batch: int, options: dict[str, object]) -> BatchEngine:
-    """Loads a model for a task."""
+    """Loads a model for a task on vLLM."""
     return KINDS[task](folder, batch, *([options] if task in WRITES else []))

@@ -1,7 +1,8 @@
-"""Opens a page on a model, an index, or both, until it is stopped: `heliostat model play`.
+"""Opens a web page for a model, an index, or both, until it is stopped: `heliostat model play`.
 
-One process: the endpoint's front, with a replica in it instead of replicas on Ray. The page asks the front as any client does. It
-holds no secret and loads nothing but its own files: what it shows comes with the key, through the endpoint.
+It runs in one process: the endpoint's HTTP server, with a replica in the same process instead of on Ray. The page sends
+requests like any client. Its files contain no secret, and it loads only these files. Everything else comes through the
+endpoint, with the key.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from heliostat.training.driver.signals import Signals
 from heliostat.web import deadlines
 from heliostat.web.refusals import Refusal
 
-END_S = 3  # for answers that are under way when it is stopped
+END_S = 3  # seconds for open requests to finish when the page is stopped
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HOSTS = ["127.0.0.1", "localhost"]  # another name that leads here is another site's, which a browser would let ask
+HOSTS = ["127.0.0.1", "localhost"]  # blocks DNS rebinding, where another site's name resolves to this machine
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -49,7 +50,7 @@ HEADERS = {
 
 
 def app(front: Front, offered: dict[str, object]) -> Starlette:
-    """Makes the application of a front; `offered`: what the page gets when it has the key."""
+    """Returns the web application of an HTTP server. `offered`: the abilities that the page reads with its key."""
 
     async def shown(request: Request) -> Response:
         try:
@@ -71,7 +72,7 @@ def app(front: Front, offered: dict[str, object]) -> Starlette:
 
 
 async def page(request: Request) -> Response:
-    """Answers with a file of the page."""
+    """Returns a file of the page; 404 if there is no such file."""
     file = FILES.get(request.path_params.get("name", "index.html"))
     if file is None:
         return Response("there is no such file", 404, media_type="text/plain")
@@ -79,24 +80,24 @@ async def page(request: Request) -> Response:
 
 
 class Local:
-    """Reaches the one replica, whatever the version."""
+    """Calls the one replica in this process, for any version."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
 
     async def call(self, version: str, answer: Work[A], request: A) -> dict[str, object]:
-        """Asks the replica all at once."""
+        """Asks the replica for a complete answer."""
         return await self.replica.ask(answer, request)
 
     def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[dict[str, object]]:
-        """Yields the answer piece by piece."""
+        """Yields the answer piece by piece, as the replica generates it."""
         return self.replica.stream(pieces, request)
 
 
 def abilities(
     served: ServedModels, replica: Replica, version: str, options: Options, prompt: str | None = None
 ) -> dict[str, object]:
-    """Describes what is here. `tabs`: in the order in which they are shown; `prompt`: that the page begins with."""
+    """Describes for the page what the model and the index can do. `prompt`: the text with which the page begins."""
     return {
         "model": served.name,
         "index": served.index_name,
@@ -110,7 +111,7 @@ def abilities(
 
 
 def tabs(replica: Replica) -> list[str]:
-    """Lists the tabs of what the model and the index can do."""
+    """Lists the page's tabs that the model and the index support, in the order in which the page shows them."""
     engine = replica.writer.engine if replica.writer else None
     able = {
         "write": engine,
@@ -123,11 +124,14 @@ def tabs(replica: Replica) -> list[str]:
 
 
 def example(folder: Path) -> str | None:
-    """Reads a prompt that suits a model from its record: its input example in MLflow, or the first prompt of its samples."""
-    logged = folder.parent.parent / "input_example.json"  # next to the artifacts of a model that MLflow has
+    """Returns a prompt that suits the model; None if there is none.
+
+    It is the model's input example in MLflow, or else the first prompt of its job's samples.
+    """
+    logged = folder.parent.parent / "input_example.json"  # MLflow keeps it next to the model's artifacts
     try:
         kept = json.loads(logged.read_text(encoding="utf-8"))
-        (prompt, *_) = kept if isinstance(kept, list) else []  # a mapping or a table is a recipe's own, and has no prompt first
+        (prompt, *_) = kept if isinstance(kept, list) else []  # another form of example is the recipe's, and has no prompt
     except (OSError, ValueError):
         trained = exported.record(folder)["job"] if (folder / exported.RECORD).is_file() else None
         samples = trained["model"].get("samples") if trained else None
@@ -161,7 +165,7 @@ def _passages(replica: Replica) -> dict[str, object] | None:
 
 
 class Server(uvicorn.Server):
-    """Calls `ready` once it answers."""
+    """Runs uvicorn, and calls `ready` once the server answers."""
 
     def __init__(self, config: uvicorn.Config, ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -175,8 +179,10 @@ class Server(uvicorn.Server):
 
 
 def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
-    """Answers until a signal says stop, and calls `ready` with the page's URL; ConfigError before that, and before `keys` is
-    asked for the keys, if it cannot."""
+    """Serves the page until a signal stops it. Calls `ready` with the page's URL.
+
+    ConfigError, before `keys` is called, if the model or the index can't be served.
+    """
     if served.kind() == EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")
     require_free(options.port)
@@ -185,12 +191,12 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
         asgi, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,
     )  # fmt: skip
-    with Signals():  # uvicorn raises the signal that it has taken once more after its end
+    with Signals():  # uvicorn raises its signal again when it ends
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 
 def application(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options) -> Any:
-    """Loads what is served, asks for the keys, and makes the application that answers with it."""
+    """Loads the model and the index, calls `keys`, and returns the web application."""
     version = served.source.wanted()
     folder = served.source.folder(version)
     replica = Replica(served.holds(folder, options.batch))

@@ -1,4 +1,4 @@
-"""Lets a language model answer a question from passages: the prompt has as many of them as the model has room for."""
+"""Answers a question from passages with a language model. The prompt has as many passages as fit into the model's context."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from heliostat.apps.search.search import Passage
 from heliostat.errors import ConfigError, HeliostatError
 
 HEAD = "Answer the question from the passages, and name the numbers of those that the answer is from.\n"
-Count = Callable[[str], int]  # the tokens of a text
+Count = Callable[[str], int]  # text -> number of its tokens
 
 
 @dataclass(frozen=True)
 class PassagePrompt:
-    """Holds a prompt with its first `used` passages, the last of them in part if `cut`."""
+    """Holds a prompt with its first `used` passages. `cut`: the only passage is shortened. `tokens`: length of the prompt."""
 
     text: str
     tokens: int
@@ -24,9 +24,9 @@ class PassagePrompt:
 
 
 def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
-    """Writes the prompt of as many whole passages as fit into `room` tokens; if not even one does, of its beginning.
+    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first doesn't fit, shortens it.
 
-    ConfigError if there is no room for the question.
+    `room`: maximum tokens of the prompt; None means no limit. ConfigError if the question alone doesn't fit.
     """
     texts = [passage["text"] for passage in passages]
 
@@ -49,7 +49,7 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """Finds the longest beginning of a text that fits, by bisection."""
+    """Returns the longest beginning of a text that fits, by bisection."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -63,7 +63,10 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 
 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
-    """Answers a question with the likeliest words of a model; HeliostatError if it cannot, ConfigError if there is no room."""
+    """Answers a question with a model, by greedy decoding; returns the text and its counts of tokens and passages.
+
+    ConfigError if the question doesn't fit into the model's context. HeliostatError if the model fails.
+    """
     from heliostat.inference.batch.engines import Continue, Input
 
     engine = Continue(model, 1, {"max_tokens": max_tokens, "temperature": 0})

@@ -1,13 +1,15 @@
-"""Builds an index of a prepared dataset of text, on Ray: `heliostat search index DATASET --out INDEX`.
+"""Builds an index of a prepared text dataset, on Ray: `heliostat search index DATASET --out INDEX`.
 
-    INDEX/passages.lance     the passages with their places, embeddings and full-text index; a version for each that was built
-    INDEX/files/ends-*       the dataset's record of its documents, from which their columns are looked up, and replaced ones
-    INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they are of
-    INDEX/work               what finished units have done, by the keys of what their passages follow from
+    INDEX/passages.lance     passages with their positions, embeddings, and full-text index; each build adds a version
+    INDEX/files/ends-*       the dataset's record of its documents, for their columns; also records of replaced versions
+    INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they describe
+    INDEX/work               results of finished units, by the keys of their inputs
 
-A unit (row groups of a shard) is a task, whose fragments a version lists once. A run that is killed continues after its last
-finished unit; a new version of the dataset is the work of its new shards, where texts whose embeddings are known keep them. What
-is not in the new version of the dataset is not in the new version of the table.
+A unit (row groups of a shard) is one task. A version of the table lists the fragments of each unit once. A build that is killed
+continues after its last finished unit.
+
+For a new version of the dataset, only units of new shards run. Texts whose embeddings are known keep them. Documents that the
+new dataset lacks aren't in the table's new version.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNITS = 256  # of a dataset, about
-LEAST, MOST = 1 << 16, 1 << 22  # tokens of a unit
+UNITS = 256  # approximate number of units of a dataset
+LEAST, MOST = 1 << 16, 1 << 22  # limits of a unit's size, in tokens
 COUNTS = ("documents", "passages", "empty", "embedded", "truncated", "unembedded")
 
 
@@ -52,10 +54,15 @@ def index_documents(
     dataset: str, output: str, settings: IndexSettings, embedder: Path | None = None, batch: int = 16, workers: int = 2,
     quiet: bool = False,
 ) -> dict[str, object]:  # fmt: skip
-    """Builds the index, or brings it up to date; returns what `index.json` says, and `new`, the units that were done.
+    """Builds an index, or updates it to the dataset's version.
 
-    ConfigError before anything starts if the dataset holds no text, the embedder embeds none, or the output holds
-    something else, or is being built by another command.
+    Returns the values of `index.json`, and `new`: the number of units that ran. ConfigError, before anything starts, in these
+    cases:
+
+    - the dataset contains no text
+    - the embedder doesn't embed text
+    - the output contains something else
+    - another command is building this index
     """
     require()
     prepared, place = open_text(Location(dataset)), Location(output)
@@ -75,14 +82,14 @@ def index_documents(
 
 @dataclass(frozen=True)
 class Before:
-    """Holds what the index was: its record, and the keys of its documents."""
+    """Holds the previous version of an index: its record, and the keys of its documents (int64, sorted)."""
 
     record: table.IndexRecord
     keys: np.ndarray
 
 
 def what_was(place: Location) -> Before | None:
-    """Reads what the index was; None if there was none, or a part of it is lost: then all is built again, as a warning says."""
+    """Reads the previous version of an index. Returns None if there is none, or if a part is missing: then logs a warning."""
     if not place.join(table.RECORD).exists():
         return None
     known = table.read_record(place)
@@ -94,12 +101,15 @@ def what_was(place: Location) -> Before | None:
 
 
 def require() -> None:
-    """Checks that Lance is installed: MissingExtraError if not."""
+    """Raises MissingExtraError unless Lance is installed."""
     extras.require("retrieval", "lance", what="an index of documents")
 
 
 def describe(embedder: Path) -> dict[str, Any]:
-    """Describes the embedder: folder, digest, origin, and `dims` of its embeddings; ConfigError if it embeds no text."""
+    """Describes an embedder: folder, digest, origin, and `dims`, the size of its embeddings.
+
+    ConfigError if it doesn't embed text.
+    """
     from transformers import AutoConfig
 
     if sentence_folder.read(embedder) is None and getattr(exported.read(embedder).recipe, "kind", None) != "tokens":
@@ -113,9 +123,9 @@ def build(
     flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
 ) -> dict[str, object]:  # fmt: skip
-    """Makes the passages by tasks of a flow, commits them as a version, and writes what it is to `index.json`.
+    """Runs the tasks, commits their passages as a version of the table, and writes `index.json`; returns its values.
 
-    `before_commit`: raises if another command has taken the index over.
+    `before_commit`: raises an error if another command has taken over the index.
     """
     began = time.time()
     records = _passages(flow, prepared, place, settings, embedder, before, batch)
@@ -151,7 +161,7 @@ def _passages(
     flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Runs a task for each unit, and returns their records in the dataset's order."""
+    """Runs a task for each unit; returns their records in the dataset's order."""
     target = flow.work.begin(max(LEAST, min(MOST, prepared.tokens // UNITS)))
     definition, known = prepared.file("tokenizer.json").read().decode(), embedder or {}
     plan = IndexPlan(
@@ -175,25 +185,29 @@ def _passages(
 
 
 def _changes(place: Location, version: lance.LanceDataset, before: Before | None) -> dict[str, int]:
-    """Counts the documents with passages that came, went and stayed since the version before."""
+    """Counts the documents (with at least one passage) that are added, deleted, and kept since the previous version."""
     now, was = table.document_keys(place, version), before.keys if before else np.zeros(0, np.int64)
     kept = len(np.intersect1d(now, was, assume_unique=True))
     return {"added": len(now) - kept, "deleted": len(was) - kept, "kept": kept}
 
 
 def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
-    """Copies the dataset's record of its documents, if it has one; returns its files as the dataset lists them."""
+    """Copies the dataset's record of its documents, if it has one. Returns the list of its files from the manifest."""
     listed = prepared.meta.get("curation", {}).get("ends", [])
     present = {f"files/{name}" for name, _ in place.join("files").files()}
     for _, path in listed:
-        if path not in present:  # its name says what is in it
+        if path not in present:  # the name contains a digest, so an existing file is the same
             place.join(path).write(prepared.location.join(path).read())
     return listed
 
 
 def _replaced(place: Location, ends: list[list[str]], before: Before | None) -> tuple[dict[str, float], list[str]]:
-    """Returns the records of earlier versions' documents that stay, with the times since which they are replaced, for those who
-    read these versions; and those whose time is over, as that of the passages is."""
+    """Returns two lists of document records of earlier versions: those to keep, with their time of replacement, and those to
+    delete.
+
+    The time is in Unix seconds. A record is kept for `table.KEEP`, as long as the passages of its version, for that version's
+    readers.
+    """
     now, known = time.time(), before.record.get("replaced", {}) if before else {}
     others = {f"files/{name}" for name, _ in place.join("files").files()} - {path for _, path in ends}
     since = {path: known.get(path, now) for path in sorted(others)}

@@ -1,7 +1,7 @@
-"""Judges an index by questions whose documents are known: recall and nDCG of each way to search it.
+"""Evaluates an index with questions whose documents are known: recall, nDCG, and MRR of each search mode.
 
-A question has one right document or several. Passages are ranked, and a document has the rank of its best passage. recall@k is
-the share of the right documents among the first k, nDCG@k counts them by 1 / log2(1 + rank), as a share of the best possible.
+A question has one or more relevant documents. A search ranks passages; a document has the rank of its best passage. recall@k is
+the share of the relevant documents among the first k. nDCG@k weights them by 1 / log2(1 + rank), relative to the best possible.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from heliostat.errors import ConfigError
 
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
-Z = 1.96  # of a 95 % interval
-RERANKED = "+reranker"  # after a mode's name: its passages in the reranker's order
+Z = 1.96  # standard errors in half of a 95 % interval
+RERANKED = "+reranker"  # suffix of a mode's name: its passages, reordered by the reranker
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:
-    """Reads a `.jsonl` file of (question, its documents); ConfigError that names the line that is none."""
+    """Reads a `.jsonl` file of questions; returns each with its documents' ids. ConfigError that names the first invalid line."""
     try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a string in JSON may hold other line ends
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: JSON may hold others
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--questions: can't read {file} ({e})") from e
     pairs = []
@@ -33,7 +33,7 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
         try:
             row = json.loads(line)
             named = row["document"]
-            row["question"].encode()  # JSON can spell lone surrogates, which no tokenizer takes
+            row["question"].encode()  # JSON can contain lone surrogates, which tokenizers reject
             right = {named} if isinstance(named, str) else set(named)
             if not row["question"].strip() or not right or not all(isinstance(one, str) for one in right):
                 raise ValueError
@@ -47,11 +47,11 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
 
 
 def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
-    """Measures each way to search the index, and with a reranker each in its order too.
+    """Computes the measures of each search mode, and with a reranker also those of its order.
 
-    `over_bm25`: mean differences to BM25, and halves of their 95 % intervals; `reranked`: of each mode to itself.
-    Questions about documents that the index does not hold are left out, and counted as `unknown`, and those that are longer than
-    its embedder takes, as `too_long`; ConfigError if all are.
+    `over_bm25`: mean differences from BM25, each with half of its 95 % interval. `reranked`: the same, from each mode without
+    the reranker. Two kinds of questions are left out and counted: `unknown`, if the index lacks one of its documents, and
+    `too_long`, if it exceeds the embedder's maximum. ConfigError if none is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]
@@ -87,7 +87,7 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
 def _reranked(
     reranker: Reranker, questions: Sequence[str], results: dict[str, list[list[Passage]]]
 ) -> dict[str, list[list[Passage]]]:
-    """Puts what each mode has results into the reranker's order."""
+    """Reorders the results of each mode with the reranker."""
     reranked: dict[str, list[list[Passage]]] = {mode + RERANKED: [] for mode in results}
     for number, question in enumerate(questions):
         ordered = reordered(reranker, question, [lists[number] for lists in results.values()])
@@ -101,13 +101,14 @@ def _differences(these: Sequence[dict[str, float]], those: Sequence[dict[str, fl
 
 
 def ranks(passages: Sequence[Passage], right: set[str]) -> list[int]:
-    """Returns the ranks, from 1, of the right documents among those of the passages."""
+    """Returns the ranks, from 1, of the relevant documents among the documents of these passages."""
     documents = dict.fromkeys(passage["document"] for passage in passages)
     return [rank for rank, document in enumerate(documents, 1) if document in right]
 
 
 def measures(ranks: Sequence[int], right: int) -> dict[str, float]:
-    """Computes the measures of one question, whose right documents have these ranks."""
+    """Computes the measures of one question. `ranks`: ranks of its relevant documents; `right`: the number of all relevant
+    documents."""
     best = sum(1 / math.log2(1 + rank) for rank in range(1, min(right, 10) + 1))
     return {
         **{f"recall@{k}": sum(rank <= k for rank in ranks) / right for k in CUTS},

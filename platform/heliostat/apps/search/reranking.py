@@ -1,7 +1,7 @@
-"""Orders passages by a cross-encoder: a model that reads the question and a passage together, and gives one number for the pair.
+"""Reorders passages with a cross-encoder: a model that reads a question and a passage together and returns one score.
 
-It is more exact than embeddings and words, and expensive: a forward pass for each passage. So it reads the first passages that a
-search finds, and puts them into its own order.
+It is more accurate than embeddings and BM25 but expensive: each passage costs a forward pass. So it reads only the first
+passages of a search's results.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 OPTION = "--reranker"
 HEAD = "ForSequenceClassification"
 WHAT = "a cross-encoder"
-CANDIDATES = 50  # of what a search finds, that are put into the reranker's order
+CANDIDATES = 50  # passages per search that the reranker reads and reorders
 BATCH = 16
 TOKENIZER_CONFIG = "tokenizer_config.json"
-UNBOUNDED = 1 << 20  # tokens: what a passage never has
+UNBOUNDED = 1 << 20  # tokens: more than any passage has
 
 
 def require(folder: Path) -> None:
-    """Reads what a folder says of its model; ConfigError if that is no cross-encoder, before any weight is read."""
+    """Raises ConfigError unless the folder's config describes a cross-encoder. Reads no weights."""
     config = scoring.describe(str(folder), OPTION)
     named = config.get("architectures") or ["a model that its config.json does not name"]
     if not str(named[0]).endswith(HEAD):
@@ -46,13 +46,13 @@ def require(folder: Path) -> None:
 
 
 class Pairs(scoring.SequenceClassifier):
-    """Runs pairs of texts through a cross-encoder, and returns its logits."""
+    """Computes the cross-encoder's logits for pairs of texts."""
 
     pairs = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), WHAT, UNBOUNDED, BATCH, OPTION)
-        if self.model.config.pad_token_id is None:  # a decoder's head reads the last token that is no padding
+        if self.model.config.pad_token_id is None:  # a decoder's head reads the last token that isn't padding
             raise ConfigError(f"{OPTION}: {folder}: config.json has no pad_token_id. Set it to a token that no text contains")
         self.max_tokens = room(self.model, folder)
         self.tokenizer.enable_truncation(self.max_tokens, strategy="only_second")
@@ -63,7 +63,7 @@ class Pairs(scoring.SequenceClassifier):
 
 
 def room(model: PreTrainedModel, folder: Path) -> int:
-    """Finds how many tokens of a pair the model takes: by its positions, and by what its tokenizer says."""
+    """Returns the maximum tokens of a pair: the least of the model's positions and the tokenizer's `model_max_length`."""
     file = folder / TOKENIZER_CONFIG
     try:
         said = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
@@ -74,7 +74,7 @@ def room(model: PreTrainedModel, folder: Path) -> int:
 
 
 class Reranker:
-    """Loads a cross-encoder; ConfigError at once if the folder holds none."""
+    """Loads a cross-encoder; ConfigError if the folder contains another model."""
 
     def __init__(self, folder: Path) -> None:
         require(folder)
@@ -82,15 +82,16 @@ class Reranker:
         self._lock = threading.Lock()
 
     def facts(self) -> dict[str, object]:
-        """Describes the model: its folder and digest, and how many tokens of a pair it takes."""
+        """Describes the model: its folder, its digest, and the maximum tokens of a pair."""
         return {"folder": str(self.folder), "digest": model_digest(self.folder), "max_tokens": self.pairs.max_tokens}
 
     def order(self, question: str, passages: Sequence[Passage]) -> list[Passage]:
-        """Returns the passages by falling `rerank_score`, the model's logit; `rerank_cut`: it has read only the beginning of one.
+        """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: the model read only a
+        beginning.
 
-        ConfigError if the question leaves no room for a passage, HeliostatError if a score is not a number.
+        ConfigError if the question leaves no room for a passage. HeliostatError if a score isn't finite.
         """
-        with self._lock:  # requests share the model
+        with self._lock:  # concurrent requests share the model
             self._require_room(question)
             scored = self.pairs([(question, passage["text"]) for passage in passages])
         if any(not math.isfinite(score) for score, _ in scored):
@@ -112,15 +113,14 @@ class Reranker:
 
 
 def best(index: SearchIndex, reranker: Reranker | None, question: str, mode: str, top: int) -> list[Passage]:
-    """Finds at most `top` passages: `score` is that of the search, `scored_by` how it searched, and the order the reranker's
-    where there is one."""
+    """Returns at most `top` passages, in the reranker's order if there is one. `score`: the search's; `scored_by`: its mode."""
     (passages,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))
     labeled: list[Passage] = [{**passage, "scored_by": mode} for passage in passages]
     return labeled if reranker is None else reranker.order(question, labeled)[:top]
 
 
 def reordered(reranker: Reranker, question: str, lists: Iterable[Sequence[Passage]]) -> list[list[Passage]]:
-    """Puts the first CANDIDATES of each list into the reranker's order; a passage in several lists is scored once."""
+    """Reorders the first CANDIDATES passages of each list with the reranker. A passage in several lists is scored once."""
     lists = list(lists)
     heads = [passage for passages in lists for passage in passages[:CANDIDATES]]
     ranked = {_place(p): p for p in reranker.order(question, list({_place(p): p for p in heads}.values()))}

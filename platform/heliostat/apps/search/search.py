@@ -1,6 +1,7 @@
-"""Finds passages for a question: by words (BM25), by embeddings (the nearest by cosine), or by both, fused by their ranks.
+"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid), fused by rank.
 
-Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over the lists that it is in.
+Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over the lists that contain
+it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")
-DEPTH = 100  # passages of each list that are fused
+DEPTH = 100  # passages of each list, for fusion
 RANK_CONSTANT = 60
-BATCH = 16  # questions that are embedded together
+BATCH = 16  # questions per embedding batch
 
 
 class Passage(TypedDict):
-    """Describes a passage that was found: its place, its text, and its score. `rerank_cut`: the reranker read only its beginning;
-    `columns`: of its document; `used`: what of it a model was shown, whole, part, or no."""
+    """Describes a search result: a passage's position, text, and score. `begin`, `end`: characters of its document.
+
+    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: the part of it in
+    a model's prompt (`whole`, `part`, or `no`).
+    """
 
     document: str
     number: int
@@ -49,7 +53,7 @@ class Passage(TypedDict):
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
-    """Fuses ranked lists by reciprocal rank; of passages with equal scores those of the first list come first."""
+    """Fuses ranked lists by reciprocal rank. Passages with equal scores keep the order in which the lists first contain them."""
     passages, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
     for ranked in lists:
         for rank, passage in enumerate(ranked, 1):
@@ -60,7 +64,7 @@ def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
 
 
 class SearchIndex:
-    """Opens an index to search it; with the embedder, if that is given instead of the one that the index names."""
+    """Opens an index for searching. `embedder`: folder of its embedder, if that has moved since the build."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:
         self.place, self.record = place, table.read_record(place)
@@ -70,11 +74,14 @@ class SearchIndex:
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """Returns the ways in which the index can be searched."""
+        """Returns the search modes that the index supports."""
         return MODES if self.record["embedder"] else ("bm25",)
 
     def search(self, questions: Sequence[str], mode: str, top: int) -> list[list[Passage]]:
-        """Finds at most `top` passages for each question, the best first; ConfigError if the index has no embeddings for it."""
+        """Returns at most `top` passages for each question, best first.
+
+        ConfigError if the mode needs embeddings that the index lacks, or if the embedder can't embed a complete question.
+        """
         if mode not in self.modes:
             raise ConfigError(
                 f"--mode {mode}: {self.place} has no embeddings. Make an index with --embedder MODEL, or use --mode bm25"
@@ -87,14 +94,17 @@ class SearchIndex:
         return [fuse(both)[:top] for both in zip(words, near, strict=True)]
 
     def too_long(self, questions: Sequence[str]) -> set[str]:
-        """Returns the questions that have more tokens than the embedder takes; none if the index has no embeddings."""
+        """Returns the questions that exceed the embedder's maximum tokens; none if the index has no embeddings."""
         if not self.record["embedder"]:
             return set()
         with self._embedding:
             return tasks.longer(str(self.embedder), {question: question for question in questions}, BATCH)
 
     def columns(self, document: str) -> dict[str, object]:
-        """Returns the columns of a document, such as its url, that the dataset keeps; DataError if its record of them is gone."""
+        """Returns the columns of a document that the dataset keeps, such as its URL.
+
+        DataError if the index's record of its documents is missing.
+        """
         if not self.record["ends"]:
             return {}
         kept = Manifest(self.place, SCHEMA.empty_table(), {"curation": {"ends": self.record["ends"]}})
@@ -105,7 +115,7 @@ class SearchIndex:
             raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
-        """Returns those of the documents that the index has passages of; reads the ids of all."""
+        """Returns those of the documents that have passages in the index. Reads all document ids."""
 
         def known() -> set[str]:
             batches = self.table.to_batches(columns=["document"], filter="number = 0")
@@ -123,14 +133,14 @@ class SearchIndex:
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
     def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
-        """Runs a search, and orders what it finds by score, then by place."""
+        """Runs a search; returns its passages by falling score, then by document and number."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
         passages = [cast(Passage, {**{name: row[name] for name in table.PLACE}, "score": score(row[column])}) for row in rows]
         return sorted(passages, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
-        with self._embedding:  # of requests that come together: a tokenizer's truncation is a state of it
+        with self._embedding:  # concurrent requests share the tokenizer, whose truncation setting changes
             embedded = tasks.embed(str(self.embedder), questions, BATCH)
         for question, one in zip(questions, embedded, strict=True):
             if not one:
@@ -142,7 +152,7 @@ class SearchIndex:
 
     @cached_property
     def embedder(self) -> Path:
-        """Finds the embedder's folder; ConfigError if it is not there, or holds another model."""
+        """Returns the embedder's folder; ConfigError if it doesn't exist, or contains another model."""
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():

@@ -1,8 +1,8 @@
-"""Keeps an index's passages in a Lance table, in the index's folder: a version of it is a list of fragments, committed at once.
+"""Stores an index's passages in a Lance table in the index's folder. A version is a list of fragments, committed at once.
 
-Workers write fragments, which belong to no version until one lists them. A version is never changed, and a reader opens the one
-that `index.json` names, so that it sees a whole one, whatever else is being written. Lance is imported when it is used:
-threads that it starts do not survive a fork.
+Workers write fragments, which belong to no version until a commit lists them. A version never changes. A reader opens the
+version that `index.json` names, so it always sees a complete one, even while another is written. Lance is imported at first
+use, because its threads don't survive a fork.
 """
 
 from __future__ import annotations
@@ -30,36 +30,37 @@ if TYPE_CHECKING:
     import lance
 
 T = TypeVar("T")
-os.environ.setdefault("LANCE_LOG", "error")  # it says that it makes a table, at each fragment
+os.environ.setdefault("LANCE_LOG", "error")  # otherwise Lance logs a line for each fragment
 
 RECORD = "index.json"
 NAME = "passages.lance"
-FORMAT = "2.1"  # of its files: those of one version have one
+FORMAT = "2.1"  # of Lance's files: all files of a version need the same one
 FIELDS = [
-    ("document", pa.string()),  # its id
-    ("document_key", pa.int64()),  # follows from its id and its text
-    ("number", pa.int32()),  # of the passage in its document, from 0
-    ("begin", pa.int64()),  # characters of the document
+    ("document", pa.string()),  # id of the document
+    ("document_key", pa.int64()),  # hash of the document's id and text
+    ("number", pa.int32()),  # number of the passage in its document, from 0
+    ("begin", pa.int64()),  # position in the document, in characters
     ("end", pa.int64()),
     ("shard", pa.string()),
-    ("row_group", pa.int32()),  # in which the document begins
+    ("row_group", pa.int32()),  # row group in which the document begins
     ("digest", pa.string()),  # the first 32 hex digits of the SHA-256 of the text
     ("text", pa.string()),
 ]
 PLACE = [name for name, _ in FIELDS if name != "document_key"]
-INDEX_MIB = 1024  # of memory, in which a full-text index is built
-KEEP = timedelta(days=1)  # for which a replaced version stays, for those who read it
-LOOKED_UP = 1000  # digests at a time
+INDEX_MIB = 1024  # memory limit for building a full-text index
+KEEP = timedelta(days=1)  # a replaced version is kept this long, for its readers
+LOOKED_UP = 1000  # digests per query
 
 
 def schema(dims: int | None) -> pa.Schema:
-    """Returns the columns of the passages, with embeddings of `dims` numbers if there are any."""
+    """Returns the columns of the table. `dims`: size of an embedding; None means no embeddings."""
     return pa.schema(FIELDS + ([("embedding", pa.list_(pa.float32(), dims))] if dims else []))
 
 
 @open_
 class IndexRecord(TypedDict):
-    """Describes `index.json`. `ends`: the record of its documents, as datasets list it; `replaced`: earlier ones, since when."""
+    """Describes `index.json`. `ends`: files of the documents' record, in the form of a dataset's manifest. `replaced`: such
+    files of earlier versions, with the time of their replacement in Unix seconds."""
 
     dataset: dict[str, Any]
     embedder: dict[str, Any] | None
@@ -75,7 +76,7 @@ RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="Run `heliostat se
 
 
 def read_record(index: Location) -> IndexRecord:
-    """Reads the record; ConfigError if there is no finished index, DataError if the record is damaged."""
+    """Reads an index's record; ConfigError if there is no finished index, DataError if the record is damaged."""
     place = index.join(RECORD)
     try:
         return RECORD_FORMAT.read(place)
@@ -84,7 +85,7 @@ def read_record(index: Location) -> IndexRecord:
 
 
 def address(index: Location) -> tuple[str, dict[str, str] | None]:
-    """Returns what Lance's functions call `uri` and `storage_options` of an index's table."""
+    """Returns the arguments `uri` and `storage_options` of Lance's functions for an index's table."""
     place = index.join(NAME)
     if not place.is_s3:
         return place.path, None
@@ -98,7 +99,7 @@ def address(index: Location) -> tuple[str, dict[str, str] | None]:
 
 
 def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
-    """Writes passages as fragments that belong to no version yet; returns their descriptions, JSON values."""
+    """Writes passages as fragments that belong to no version yet; returns their descriptions as JSON values."""
     from lance.fragment import write_fragments
 
     uri, options = address(index)
@@ -110,12 +111,12 @@ def write(index: Location, passages: pa.Table) -> list[dict[str, Any]]:
 
 
 def files(fragment: dict[str, Any]) -> list[str]:
-    """Lists the files of a fragment, as paths in the table's folder."""
+    """Lists a fragment's files, as paths in the table's folder."""
     return [f"data/{file['path']}" for file in fragment["files"]]
 
 
 def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]]) -> lance.LanceDataset:
-    """Makes a version of these fragments and returns it, open."""
+    """Commits these fragments as a new version, and returns it, open."""
     import lance
 
     (uri, options), listed = address(index), [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
@@ -125,9 +126,9 @@ def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]])
 
 
 def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceDataset:
-    """Builds the full-text index of a version, and with embeddings one of the digests; returns the version that has them.
+    """Builds the full-text index of a version, and with embeddings also an index of the digests; returns the table with both.
 
-    Words are found by Unicode's rules in any script, and split at a `_` or `.`; English ones are taken without endings.
+    Words are split by Unicode's rules in any script, and also at `_` and `.`. English words are stemmed.
     """
     place.attempt(
         lambda: table.create_scalar_index(
@@ -141,7 +142,7 @@ def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceData
 
 
 def open_version(index: Location, version: int) -> lance.LanceDataset:
-    """Opens a version; DataError if it is not there any more."""
+    """Opens a version; DataError if it no longer exists."""
     import lance
 
     uri, options = address(index)
@@ -153,19 +154,19 @@ def read(index: Location, operation: Callable[[], T]) -> T:
     place = index.join(NAME)
     try:
         return place.attempt(operation)
-    except (ValueError, FileNotFoundError) as e:  # Arrow passes on as ValueError what Lance raises while it reads
+    except (ValueError, FileNotFoundError) as e:  # Arrow raises Lance's read errors as ValueError
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
             raise StorageError(f"{place}: can't read it ({brief(e)})") from e
         raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 
 def clean(table: lance.LanceDataset) -> None:
-    """Deletes versions that were replaced more than a day ago, with the files that no other has."""
+    """Deletes versions that were replaced more than a day ago, with the files that only they use."""
     table.cleanup_old_versions(older_than=KEEP)
 
 
 def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, np.ndarray]:
-    """Looks up the embeddings of texts that a version has already, by digest."""
+    """Returns the embeddings that a version already has, by the digest of their texts; float32 [dims] each."""
     table, known = open_version(index, version), dict[str, np.ndarray]()
     for start in range(0, len(digests), LOOKED_UP):
         some = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])
@@ -177,7 +178,7 @@ def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, n
 
 
 def document_keys(index: Location, table: lance.LanceDataset) -> np.ndarray:
-    """Returns the keys of a version's documents, sorted."""
+    """Returns the keys of a version's documents: int64, sorted, without duplicates."""
 
     def parts() -> list[np.ndarray]:
         batches = table.to_batches(columns=["document_key"], filter="number = 0")

@@ -1,4 +1,4 @@
-"""Makes the passages of a unit of the dataset, in a worker of Ray's, and writes them as fragments of the index's table."""
+"""Makes the passages of one unit of the dataset, in a Ray worker, and writes them as fragments of the index's table."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from heliostat.tasks.shipping import Shipment
 if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Embed
 
-Row = dict[str, Any]  # of `table.FIELDS`
+Row = dict[str, Any]  # columns of `table.FIELDS`
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """Describes what all units of an index have in common. `before`: the version whose embeddings are taken over, if any;
-    `markers`: of a dataset that is rearranged for filling in the middle; `embedder`: its files; `follows`: their
-    digest."""
+    """Describes what all units of an index share.
+
+    `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`:
+    their digest. `before`: the version whose embeddings are reused. `markers`: markers of a dataset that is rearranged for
+    filling in the middle.
+    """
 
     dataset: str
     index: str
@@ -53,7 +56,7 @@ class IndexPlan:
 def index_unit(spill: Location, unit: IndexUnit, plan: IndexPlan) -> dict[str, object]:
     """Writes the passages of a unit's documents; returns the task's record."""
     tokenizer, rows, empty, seen = tokens.load(plan.definition), list[Row](), 0, 0
-    joined = None if plan.markers else plan.end  # each span of a rearranged document has its end
+    joined = None if plan.markers else plan.end  # a rearranged document has an end token after each of its spans
     for document in documents(Location(plan.dataset), unit, joined):
         own = passages(
             document.id, _text(tokenizer, document.tokens, plan), unit.path, document.row_group, tokenizer, plan.settings
@@ -74,7 +77,7 @@ def _text(tokenizer: Tokenizer, ids: np.ndarray, plan: IndexPlan) -> str:
 
 
 def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer, settings: IndexSettings) -> list[Row]:
-    """Cuts a document into passages, rows of the table; those of white space alone are none."""
+    """Splits a document into passages, and returns them as rows of the table. Passages of white space are left out."""
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
     key = xxhash.xxh64_intdigest(f"{id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
@@ -86,10 +89,10 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer
 
 
 def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
-    """Returns the places (begin, end) in the text of passages of at most `size` tokens, which together are all of it.
+    """Returns positions (begin, end), in characters, of passages of at most `size` tokens that cover the text.
 
-    `begins` are the places of its tokens. A passage ends behind the last end of a line in its last quarter, if there is one, and
-    the next begins `overlap` tokens before that.
+    `begins`: position of each token. A passage ends after the last line break in its last quarter, if there is one. The next
+    passage begins `overlap` tokens before that.
     """
     places, first = list[tuple[int, int]](), 0
     while first < len(begins):
@@ -104,7 +107,7 @@ def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple
 
 
 def _stop(text: str, begins: Sequence[int], first: int, size: int) -> int:
-    """Returns the token before which the passage that begins with the token `first` ends."""
+    """Returns the index of the token before which a passage ends that begins with the token `first`."""
     stop = first + size
     if stop >= len(begins):
         return len(begins)
@@ -117,8 +120,10 @@ def digest(text: str) -> str:
 
 
 def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dict[str, int]:
-    """Adds the embeddings of the rows' texts, each text's computed once and none that is known; returns what was done, and how
-    many of the passages are longer than the embedder takes, or have no embedding."""
+    """Adds the embeddings to the rows. Computes each text once, and only if its embedding isn't known.
+
+    Returns the number of texts that were embedded, and of passages that were truncated or have no embedding.
+    """
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
     shortened = longer(model, {digest: texts[digest] for digest in known}, plan.batch, plan.follows)
@@ -137,15 +142,17 @@ def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dic
 
 
 def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
-    """Embeds texts: of each the `embedding`, the `tokens` that the model has seen, and whether the text is `truncated`; nothing
-    of those that the model cannot embed."""
+    """Embeds texts. Returns a mapping for each, empty if the model can't embed the text.
+
+    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether these aren't all.
+    """
     from heliostat.inference.batch.engines import Input
 
     return [answer.values for answer in loaded(model, "embed", batch, "{}", follows=follows)([Input(text, 0) for text in texts])]
 
 
 def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> set[str]:
-    """Returns the names of the texts that the model takes only the beginning of."""
+    """Returns the names of the texts that exceed the model's maximum tokens."""
     engine = cast("Embed", loaded(model, "embed", batch, "{}", follows=follows))
     encoded = {name: engine.encode(text) for name, text in texts.items()}
     return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}
@@ -161,7 +168,7 @@ class IndexSettings(Strict):
 
     @model_validator(mode="after")
     def _forward(self) -> IndexSettings:
-        """Refuses passages that would be mostly the one before."""
+        """Rejects passages that would overlap the previous one by more than half."""
         if self.overlap * 2 > self.chunk_tokens:
             raise ValueError(f"overlap: {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}. Set a smaller one")
         return self

@@ -1,4 +1,4 @@
-"""Divides a prepared dataset of text into units of work, and reads a unit's documents back from its shard, with their places."""
+"""Divides a prepared text dataset into units of work, and reads a unit's documents from its shard."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class RowGroup:
 
 
 class RowGroupRow(TypedDict):
-    """Holds the columns of a manifest's table of row groups that units need."""
+    """Holds the columns of the manifest's table of row groups that units need."""
 
     path: str
     row_group: int
@@ -39,7 +39,7 @@ class RowGroupRow(TypedDict):
 
 @dataclass(frozen=True)
 class IndexUnit:
-    """Describes row groups of one shard that no document leaves."""
+    """Describes row groups of one shard. All documents in them are complete."""
 
     path: str
     footer: str
@@ -48,13 +48,13 @@ class IndexUnit:
 
     @property
     def identity(self) -> list[object]:
-        """Returns what the unit's passages follow from, as JSON values."""
+        """Returns the values that determine the unit's passages, as JSON values."""
         return [self.path, self.footer, [astuple(group) for group in self.groups]]
 
 
 @dataclass(frozen=True)
 class DocumentTokens:
-    """Holds a document's tokens and the row group that it begins in."""
+    """Holds a document's token ids, and the row group in which it begins."""
 
     id: str
     row_group: int
@@ -62,7 +62,7 @@ class DocumentTokens:
 
 
 def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset; ConfigError if it holds no text."""
+    """Opens a prepared dataset; ConfigError if it contains no text."""
     prepared = manifest.read(place)
     if prepared.kind != "tokens":
         raise ConfigError(
@@ -72,9 +72,10 @@ def open_text(place: Location) -> Manifest:
 
 
 def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
-    """Yields the dataset's units of about `target` tokens, in its order.
+    """Yields the dataset's units, of about `target` tokens, in the dataset's order.
 
-    Row groups that share a document have one place; those whose places are not known stay together with all of their shard.
+    Row groups that share a document have the same `place` in the manifest, and stay together. If a shard's places are unknown,
+    all its row groups stay together.
     """
     rows = cast("list[RowGroupRow]", prepared.chunks.select(list(RowGroupRow.__annotations__)).to_pylist())
     waiting, tokens = list[RowGroupRow](), 0
@@ -95,8 +96,10 @@ def _unit(rows: list[RowGroupRow]) -> IndexUnit:
 
 
 def documents(dataset: Location, unit: IndexUnit, end: int | None) -> Iterator[DocumentTokens]:
-    """Yields the unit's documents: rows are joined up to the token `end`, which is left out, or, if it is None, while they have
-    one name."""
+    """Yields the documents of a unit, joined from rows.
+
+    A document ends at the token `end`, which is left out. If `end` is None, it ends where the document's name changes.
+    """
     waiting, id, at = list[np.ndarray](), "", -1
     for group in unit.groups:
         for name, row in _rows(dataset.join(unit.path), group, unit.footer):
@@ -118,7 +121,7 @@ def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Docu
 
 
 def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.ndarray]]:
-    """Reads a row group's (name of the document, tokens), waiting against the manifest's digests; DataError if it is damaged."""
+    """Reads a row group as (document id, token ids), and checks it against the manifest's digests; DataError if it is damaged."""
 
     def get() -> tuple[pa.Table, pa.Table]:
         with place.fs.open_input_file(place.path) as file:

@@ -1,8 +1,10 @@
-"""Serves LoRA adapters (Hu et al. 2021) of a model by name, all in one batch: each row has its own, or none.
+"""Serves LoRA adapters (Hu et al. 2021) of a model by name. Rows of one batch may use different adapters, or none.
 
-An adapter adds scale * B A x to what a linear layer gives for x. It is a folder as peft writes it: `adapter_config.json`, and
-`adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. The library itself is not needed for that. Of its many kinds
-of adapters those are served that are these two matrices and nothing else; whatever would make it another model is refused.
+An adapter adds scale * B A x to a linear layer's output for x. It is a folder in peft's format: `adapter_config.json`, and
+`adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
+
+Only adapters that consist of these two matrices per layer are supported. Any other setting is rejected, because ignoring it
+would give a different model.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # keys by which an adapter is more than two matrices a layer, and their usual values
+NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, with their supported values
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
     "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, [], {}),
@@ -40,14 +42,14 @@ Hook = Callable[[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor], torch
 
 @dataclass(frozen=True)
 class Layer:
-    """Holds what an adapter adds to a layer: A [rank, in] and B [out, rank], the scale in it."""
+    """Holds an adapter's matrices for one layer: A [rank, in] and B [out, rank]. B is already multiplied by the scale."""
 
     down: torch.Tensor
     up: torch.Tensor
 
 
 def require(name: str, folder: Path) -> dict[str, Any]:
-    """Reads an adapter's configuration; ConfigError if it is none that is served, before a weight is read."""
+    """Reads an adapter's configuration, before any weight is read; ConfigError if this adapter isn't supported."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
@@ -67,11 +69,11 @@ def require(name: str, folder: Path) -> dict[str, Any]:
 
 
 class Adapters:
-    """Adds adapters to a loaded model, for the rows of a batch that are theirs."""
+    """Adds adapters to a loaded model. Each row of a batch uses its own adapter, or none."""
 
     def __init__(self, model: PreTrainedModel, folders: dict[str, str]) -> None:
         self.names: Sequence[str | None] = ()
-        self.layers: dict[str, dict[str, Layer]] = {}  # of each layer, by adapter
+        self.layers: dict[str, dict[str, Layer]] = {}  # path of a layer -> name of an adapter -> matrices
         for name, folder in folders.items():
             for path, layer in read(name, Path(folder), model).items():
                 self.layers.setdefault(path, {})[name] = layer
@@ -81,7 +83,10 @@ class Adapters:
             self._try(name, model)
 
     def _try(self, name: str, model: PreTrainedModel) -> None:
-        """Answers two rows, one of them with the adapter; ConfigError if a layer of it does not see rows, as an expert's."""
+        """Runs a forward pass of two rows, one of them with the adapter.
+
+        ConfigError if a layer of the adapter doesn't compute rows independently, such as an expert's.
+        """
         with torch.inference_mode(), self.using([name, None]):
             try:
                 model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
@@ -90,7 +95,7 @@ class Adapters:
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Says of each row of the batches within the context which adapter is its own."""
+        """Sets the adapter of each row for the batches within the context. None: the row uses no adapter."""
         self.names = names
         try:
             yield
@@ -114,7 +119,7 @@ class Adapters:
 
 
 def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
-    """Reads an adapter's matrices by the layers of the model that they belong to; ConfigError if they do not fit it."""
+    """Reads an adapter's matrices; returns them by the path of their linear layer. ConfigError if they don't fit the model."""
     config, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:
         tensors = load_file(folder / WEIGHTS)

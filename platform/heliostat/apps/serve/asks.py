@@ -1,4 +1,7 @@
-"""Defines what the front asks of a replica, what a replica holds, and the kinds of models: that write, draw, or embed texts."""
+"""Defines the requests of the HTTP server to a replica, what a replica loads, and the kinds of models.
+
+A model generates text, generates images, or embeds texts.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,19 @@ from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
 
 TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
-UNFINISHED = "\ufffd"  # what a decoder puts for the first bytes of a character
+UNFINISHED = "\ufffd"  # a decoder's output for the bytes of an incomplete character
 
 Messages = list[dict[str, str]]
-Item = dict[str, Any]  # of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
+Item = dict[str, Any]  # part of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
 
 
 @dataclass(frozen=True)
 class Holds:
-    """Says what a replica loads: a model's folder, an index, or both. `batch`: prompts that are stepped together; `adapters`: the
-    folders of the model's adapters, by name; `engine`: what writes, transformers or vllm."""
+    """Describes what a replica loads: a model's folder, an index, or both.
+
+    `batch`: prompts that are computed together. `adapters`: folders of the model's adapters, by name. `engine`: the engine that
+    generates text, transformers or vllm.
+    """
 
     model: str | None
     batch: int = 16
@@ -35,7 +41,7 @@ class Holds:
 
 @dataclass(frozen=True)
 class Search:
-    """Holds a question to an index. `mode`: how it is searched, None for words."""
+    """Holds a question to an index. `top`: maximum number of passages. `mode`: search mode; None means `bm25`."""
 
     question: str
     top: int
@@ -44,10 +50,10 @@ class Search:
 
 @dataclass(frozen=True)
 class Ask:
-    """Holds what a language model is asked: prompts (texts, or tokens), a chat's messages, or a question to an index.
+    """Holds a request to a language model: prompts (texts, or token ids), a chat's messages, or a question to an index.
 
-    The i-th prompt has the i-th seed. `most`: new tokens, None for as many as there is room for up to `limit`; `adapter`: which
-    answers, None for the model as it is.
+    The i-th prompt has the i-th seed. `most`: maximum new tokens; None means as many as fit, up to `limit`. `adapter`: name of
+    the adapter to use; None means the model without an adapter.
     """
 
     prompts: list[str | list[int]] | None
@@ -66,7 +72,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class PictureRequest:
-    """Holds what a model is asked to draw: `count` pictures, the i-th with seed + i; `options` stand for the model's own."""
+    """Holds a request for `count` images. The i-th has seed + i. `options` replace the model's defaults."""
 
     prompt: str
     count: int
@@ -75,7 +81,7 @@ class PictureRequest:
 
 
 class Logprobs(TypedDict):
-    """Holds the log probabilities of tokens, in OpenAI's columns."""
+    """Holds the log probabilities of tokens, in the columns of OpenAI's API."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -84,7 +90,7 @@ class Logprobs(TypedDict):
 
 
 class AnswerPiece(TypedDict):
-    """Holds a piece of an answer; the last one has how it ended, and the numbers of tokens."""
+    """Holds a piece of an answer. Only the last piece has the finish reason and the numbers of tokens."""
 
     text: str
     logprobs: Logprobs | None
@@ -94,7 +100,7 @@ class AnswerPiece(TypedDict):
 
 
 def kind_of(folder: Path) -> str:
-    """Returns a model's kind; ConfigError if it is of none that is served."""
+    """Returns a model's kind; ConfigError if the model is of another kind, which can't be served."""
     if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
         return EMBEDDINGS
     recipe = exported.read(folder).recipe

@@ -1,4 +1,4 @@
-"""Sends requests to the replicas of the version that is served, and again where a replica died before anything was sent on."""
+"""Sends requests to the replicas of the current version. If a replica dies before its first output, the request is sent again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ log = logging.getLogger(__name__)
 TRIES = 5
 PAUSE_S = 0.2
 
-Call = Callable[[str], Awaitable[Item]]  # one answer of a version's replica
+Call = Callable[[str], Awaitable[Item]]  # version -> the answer of one of its replicas
 Stream = Callable[[str], AsyncGenerator[Item]]
 
 
 class Backend:
-    """Knows which version is served, and how many requests each version has under way. `lost`: errors of a replica that died."""
+    """Keeps the current version, and the number of open requests of each version.
+
+    `lost`: the errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of its answer.
+    """
 
     def __init__(self, lost: tuple[type[BaseException], ...], deadline_s: float) -> None:
         self.lost, self.deadline_s = lost, deadline_s
@@ -31,14 +34,17 @@ class Backend:
         self.ready = asyncio.Event()
 
     def use(self, version: str) -> dict[str, int]:
-        """Sends what comes from now on to a version; returns how many requests each has under way."""
+        """Sends all later requests to this version; returns the number of open requests of each version."""
         self.current = version
         self.ready.set()
         self.open = Counter({name: count for name, count in self.open.items() if count})
         return dict(self.open)
 
     async def ask(self, call: Call) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; Refusal if there is none within the deadline."""
+        """Returns the version that answered, and its answer.
+
+        Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
+        """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
             with self._counted(await self._version(end)) as version:
@@ -51,7 +57,10 @@ class Backend:
         raise AssertionError("unreachable: the last attempt raised an error")
 
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version and each item of a stream; Refusal also in its midst, where a replica dies when some were sent."""
+        """Yields the version and each item of a stream.
+
+        Refusal as in `ask`, or with 503 if the replica dies after its first item: then the request can't be sent again.
+        """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
             begun = False
@@ -70,7 +79,7 @@ class Backend:
             await asyncio.sleep(PAUSE_S)
 
     async def _next(self, items: AsyncGenerator[Item], end: float) -> Item | None:
-        async with self._until(end):  # of one task: a stream may go on in another than it began in
+        async with self._until(end):  # a timeout belongs to one task, and a stream may continue in another task than it began in
             item = await anext(items, None)
         return None if item is None else _sound(item)
 
@@ -89,7 +98,7 @@ class Backend:
 
     @asynccontextmanager
     async def _until(self, end: float) -> AsyncIterator[None]:
-        """Ends what takes too long with status 504."""
+        """Ends the block at the time `end`, with status 504."""
         try:
             async with asyncio.timeout_at(end):
                 yield
@@ -104,7 +113,7 @@ class Backend:
 
 
 def _sound(item: Item) -> Item:
-    """Raises the refusal that an item is."""
+    """Returns an item, or raises the Refusal that it contains."""
     if "refused" in item:
         raise Refusal(*item["refused"])
     return item

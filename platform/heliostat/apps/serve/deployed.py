@@ -1,4 +1,7 @@
-"""Puts the front and its replicas on Ray Serve, where handles reach the replicas and every port is kept on the node's address."""
+"""Deploys the HTTP server and its replicas on Ray Serve.
+
+Serve's handles connect them. Every port is bound to the node's own address.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,15 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 EVERYWHERE = "[::]:"
-NAMESPACE = "heliostat"  # of what an endpoint keeps on its cluster
-STARTED = "heliostat-serve-started"  # a key in the cluster's store, as long as Ray Serve there is an endpoint's
-# what a call ends with if its replica died, or was ended before it took the call
+NAMESPACE = "heliostat"  # Ray namespace of an endpoint's records on its cluster
+STARTED = "heliostat-serve-started"  # this key is in the cluster's store while its Ray Serve belongs to an endpoint
+# errors of a call whose replica died, or ended before it took the call
 LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,
         DeploymentUnavailableError)  # fmt: skip
 
 
 class Handles:
-    """Keeps a handle for each version: it knows the version's replicas, and how busy they are."""
+    """Keeps a Serve handle for the current version. A handle knows the version's replicas and their load."""
 
     def __init__(self) -> None:
         self.known: dict[str, DeploymentHandle[Replica]] = {}
@@ -40,11 +43,11 @@ class Handles:
         return self.known[version]
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item:
-        """Asks a replica all at once."""
+        """Asks a replica for a complete answer."""
         return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, request)))
 
     async def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]:
-        """Yields the answer piece by piece; ends the replica's work if the client leaves."""
+        """Yields the answer piece by piece; stops the replica's work if the client leaves."""
         stream = self._of(version).options(stream=True).stream
         items = cast("DeploymentResponseGenerator[Item]", stream.remote(pieces, request))
         over = False
@@ -58,7 +61,7 @@ class Handles:
 
 
 async def _answered(response: DeploymentResponse[Item]) -> Item:
-    """Waits for an answer; ends the replica's work on it if the client leaves."""
+    """Waits for an answer; stops the replica's work on it if the client leaves."""
     try:
         return await response
     except asyncio.CancelledError:
@@ -67,9 +70,9 @@ async def _answered(response: DeploymentResponse[Item]) -> Item:
 
 
 def confine() -> None:
-    """Makes Serve bind the port that it opens in each replica to the node's address; called before it is opened.
+    """Makes Ray Serve bind each replica's gRPC port to the node's address. Call it before Serve opens the port.
 
-    Ray 2.60 opens it on all addresses, whether or not calls go by gRPC; they do not.
+    Ray 2.60 opens this port on all addresses, even where calls don't use gRPC. heliostat's calls never do.
     """
     import ray
     from ray.serve._private import replica
@@ -85,7 +88,7 @@ def confine() -> None:
 
 
 def record_start(started: bool) -> None:
-    """Writes down on the cluster that an endpoint starts Ray Serve there; or deletes that, when Serve has ended."""
+    """Records on the cluster that an endpoint starts Ray Serve there. With `started=False`, deletes that record."""
     if started:
         internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
     else:
@@ -93,12 +96,12 @@ def record_start(started: bool) -> None:
 
 
 def started_here() -> bool:
-    """Tells whether the Ray Serve of the cluster was started by an endpoint."""
+    """Returns whether an endpoint started the cluster's Ray Serve."""
     return internal_kv._internal_kv_get(STARTED, namespace=NAMESPACE) is not None
 
 
 class DeployedFront(Front):
-    """Answers HTTP behind Serve's proxy."""
+    """Answers HTTP requests that Serve's proxy forwards."""
 
     def __init__(self, settings: FrontSettings) -> None:
         confine()
@@ -106,7 +109,7 @@ class DeployedFront(Front):
 
 
 class DeployedReplica(Replica):
-    """Answers what the front asks through Serve's handles."""
+    """Answers requests that arrive through Serve's handles."""
 
     def __init__(self, holds: Holds) -> None:
         confine()

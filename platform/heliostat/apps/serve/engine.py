@@ -1,10 +1,10 @@
-"""Answers many requests at a time with one model. A thread steps all of them together, a token each; or vLLM does.
+"""Answers many requests at a time with one model. A thread computes one token of all requests per step, or vLLM does it.
 
-The other requests of a batch change the order of floating-point sums and nothing else: each request has its own noise.
+Other requests in a batch change only the order of floating-point sums: each request has a random generator of its own.
 
-Memory limits the rows that are stepped: the bytes that their tokens may take in the cache. Rows of about the same length step
-together, so that a long prompt pads no other row's cache. If memory still runs out, the longest row of the group fails, and the
-others are computed again from their tokens.
+Memory limits the number of rows that are computed together, by the bytes of their tokens in the KV cache. Rows of similar
+length share a group, so that a long prompt doesn't pad another row's cache. If memory still runs out, the longest row of the
+group fails, and the others are computed again from their tokens.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the memory that the model leaves free, for the tokens of all rows: padding may double what they take
-SHORT = 64  # tokens, below which lengths are about the same
-NO_MEMORY = ("can't allocate memory", "out of memory")  # in what torch raises on a CPU, or within a library
+SHARE = 0.4  # of the memory that the model leaves free, for the tokens of all rows: padding may double their size
+SHORT = 64  # tokens: all lengths below this count as similar
+NO_MEMORY = ("can't allocate memory", "out of memory")  # in the messages of torch's errors on a CPU, or within a library
 
 
 class ServingEngine:
-    """Answers rows in its thread, a token of each at a time, and embeds texts between two steps."""
+    """Generates answers in its own thread, one token of each row per step, and embeds texts between two steps."""
 
     def __init__(self, loaded: LoadedModel, batch: int, adapters: Adapters | None = None) -> None:
         self.loaded, self.batch, self.adapters = loaded, batch, adapters
@@ -52,7 +52,7 @@ class ServingEngine:
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[RowBatch, list[Row]]] = []
         self.memory = SHARE * _free(loaded.model.device)
-        self.place_bytes: float | None = None  # of a token in the cache; not known before the first row
+        self.place_bytes: float | None = None  # bytes of a token in the cache; unknown before the first row
         self.work = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -63,13 +63,13 @@ class ServingEngine:
             raise RuntimeError("the engine's thread has ended")
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Takes rows; they are answered in turn."""
+        """Queues rows. The engine starts them when the batch and the memory have room."""
         with self.work:
             self.waiting.extend(rows)
             self.work.notify()
 
     def embedded(self, texts: Sequence[str], deliver: Deliver) -> None:
-        """Takes texts to embed."""
+        """Queues texts to embed. `deliver` gets one item: `answers`, or `failed`."""
         with self.work:
             self.texts.append((texts, deliver))
             self.work.notify()
@@ -90,9 +90,10 @@ class ServingEngine:
                     self._step(one)
 
     def _admitted(self) -> list[Row]:
-        """Takes waiting rows for which there is room, of about one length; where padding would change answers, of just one.
+        """Takes waiting rows of similar length that fit into the batch and the memory.
 
-        A row that needs more memory than is left waits, and those behind it, until it has room or nothing else is under way.
+        If padding would change this model's answers, all rows taken have the same length. A row that needs more memory than is
+        left waits, and so do all later ones. It starts when memory is free, or when no other row is under way.
         """
         under_way = [row for _, rows in self.groups for row in rows]
         room, places = self.batch - len(under_way), sum(map(_places, under_way))
@@ -120,7 +121,7 @@ class ServingEngine:
         try:
             prompts, names = [row.prompt + row.tokens for row in rows], [row.adapter for row in rows]
             group = RowBatch(self.loaded.model, prompts, self.loaded.pad, names, self.adapters)
-        except Exception as e:  # noqa: BLE001 (whatever a model raises: the others go on)
+        except Exception as e:  # noqa: BLE001 (a model can raise anything; the other rows continue)
             if len(rows) == 1:
                 self._fail(rows, e)
                 return
@@ -132,7 +133,7 @@ class ServingEngine:
             if self.mixes and group.plain and one.plain and _near(group.width, one.width):
                 try:
                     one.join(group)
-                except Exception as e:  # noqa: BLE001 (the same: they stay apart)
+                except Exception as e:  # noqa: BLE001 (a model can raise anything; the groups stay separate)
                     log.warning("computing rows separately, because they can't be joined (%s: %s)", type(e).__name__, brief(e))
                     break
                 others.extend(rows)
@@ -140,7 +141,7 @@ class ServingEngine:
         self.groups.append((group, rows))
 
     def _step(self, one: tuple[RowBatch, list[Row]]) -> None:
-        """Draws a token for each row of a group, and keeps the rows that have not ended."""
+        """Draws a token for each row of a group, and keeps the rows that haven't ended."""
         group, rows = one
         try:
             tokens = sampling.choose(group.logits, [row.draw for row in rows])
@@ -156,7 +157,7 @@ class ServingEngine:
                 group.keep(open_)
                 rows[:], tokens = [rows[place] for place in open_], [tokens[place] for place in open_]
             group.step(tokens)
-        except Exception as e:  # noqa: BLE001 (the same)
+        except Exception as e:  # noqa: BLE001 (a model can raise anything)
             self.groups.remove(one)
             failed = [row for row in rows if not row.over]
             if _no_memory(e) and failed:
@@ -168,12 +169,12 @@ class ServingEngine:
             self._fail(failed, e)
 
     def _embed(self, waiting: list[tuple[Sequence[str], Deliver]]) -> None:
-        """Embeds the texts of several requests together."""
+        """Embeds the texts of several requests in one batch. If it fails, embeds each request by itself."""
         try:
             vectors = iter(self.embed([Input(text, 0) for texts, _ in waiting for text in texts]))
             for texts, deliver in waiting:
                 deliver({"answers": [next(vectors) for _ in texts]})
-        except Exception as e:  # noqa: BLE001 (the same)
+        except Exception as e:  # noqa: BLE001 (a model can raise anything)
             if len(waiting) == 1:
                 waiting[0][1]({"failed": f"{type(e).__name__}: {brief(e)}"})
                 return
@@ -191,17 +192,17 @@ def _length(row: Row) -> int:
 
 
 def _places(row: Row) -> int:
-    """Returns how many places of the cache a row takes at its end."""
+    """Returns the maximum number of cache positions that a row takes."""
     return len(row.prompt) + row.most
 
 
 def _near(one: int, other: int) -> bool:
-    """Tells whether rows of these lengths may share a group: padding doubles what the shorter takes, at most."""
+    """Returns whether rows of these lengths may share a group: padding at most doubles the shorter one's size."""
     return max(one, other) <= 2 * max(min(one, other), SHORT)
 
 
 def _free(device: torch.device) -> int:
-    """Returns the bytes of memory that are free where the model is."""
+    """Returns the free bytes of memory on the model's device."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
@@ -211,7 +212,7 @@ def _no_memory(error: Exception) -> bool:
 
 
 class VllmEngine:
-    """Answers rows with vLLM, which makes the batches, in the event loop that asks; embeds nothing."""
+    """Generates answers with vLLM, which forms the batches, in the caller's event loop. It embeds no texts."""
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str]) -> None:
         from heliostat.inference.vllm_engine import VllmStream
@@ -225,19 +226,19 @@ class VllmEngine:
         self.tasks = set[asyncio.Task[None]]()
 
     def require_alive(self) -> None:
-        """Raises if vLLM has died."""
+        """Raises vLLM's error if vLLM has died."""
         if self.stream.llm.errored:
             raise self.stream.llm.dead_error
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Takes rows; each is followed to its end."""
+        """Starts a task for each row, which follows it to its end."""
         for row in rows:
             row.task = task = asyncio.get_running_loop().create_task(self._follow(row))
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
     async def _follow(self, row: Row) -> None:
-        """Draws tokens until the answer ends, or its client has left."""
+        """Reads tokens from vLLM until the answer ends, or its client leaves. If vLLM dies, ends this process."""
         tokens = self.stream.tokens(row.prompt, row.most, row.draw, self.telling.ends, row.logprobs, row.adapter)
         try:
             async with aclosing(tokens):
@@ -246,7 +247,7 @@ class VllmEngine:
                         self.telling.take(row, token, chosen)
                     if row.over:
                         return
-        except Exception as e:  # noqa: BLE001 (whatever vLLM raises: the others go on)
+        except Exception as e:  # noqa: BLE001 (vLLM can raise anything; the other rows continue)
             log.error("a request failed (%s: %s)", type(e).__name__, brief(e))
             if self.stream.llm.errored:
                 log.critical("vLLM has died, and this replica ends. Another replica answers")
@@ -255,7 +256,8 @@ class VllmEngine:
 
 
 def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]) -> None:
-    """Holds adapters against the model's shapes, for vLLM leaves out silently what does not fit; ConfigError of such a one."""
+    """Checks that adapters fit the model's shapes, because vLLM silently leaves out matrices that don't; ConfigError if one
+    doesn't fit."""
     if adapters:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)

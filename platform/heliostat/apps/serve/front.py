@@ -1,7 +1,7 @@
-"""Answers HTTP: checks the key, its limits and the body of a request, asks a replica, and writes the answer.
+"""Answers HTTP requests: checks the key, its limits, and the body, asks a replica, and writes the answer.
 
-There is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends it the version that is
-served. After a crash it starts without a version, and requests wait until the driver sends one.
+The HTTP server is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends it the
+current version. After a crash it starts without a version, and requests wait until the driver sends one.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Front(Gateway):
-    """Answers requests; `use` says which version's replicas do the work."""
+    """Answers requests with the replicas of the current version, which the driver sets with `use`."""
 
     async def use(self, version: str) -> dict[str, int]:
-        """Sends what comes from now on to a version; returns how many requests each has under way."""
+        """Sends all later requests to this version; returns the number of open requests of each version."""
         return self.backend.use(version)
 
     async def __call__(self, request: Request) -> Response:
@@ -41,7 +41,7 @@ class Front(Gateway):
             response = JSONResponse(e.body(), e.status, e.headers())
         except ClientDisconnect:
             response = Response(status_code=499)
-        except Exception:  # whatever a handler raises: the client gets a 500, and the log the traceback
+        except Exception:  # a handler can raise anything: the client gets a 500, and the log gets the traceback
             log.exception("a request to %s failed", shown)
             response = JSONResponse(FAILED.body(), FAILED.status)
         self.measures.requests.labels(shown, response.status_code).inc()
@@ -69,16 +69,16 @@ class Front(Gateway):
         return await self._work(request, path, name)
 
     def _described(self, name: str) -> dict[str, object]:
-        """Describes a model, or an index, that is served."""
+        """Describes a served model or index in the format of OpenAI's API."""
         return {"id": name, "object": "model", "created": self.settings.since, "owned_by": "heliostat"}
 
     def owner(self, request: Request) -> str:
-        """Finds the name of a request's key; Refusal with 401 if it has none that is known."""
+        """Returns the name of a request's key; `anybody` if the endpoint needs no key. Refusal with 401 if the key is unknown."""
         known = self.settings.keys
         return "anybody" if known is None else keys.owner(request.headers.get("authorization"), known)
 
     async def _work(self, request: Request, path: str, name: str) -> Response:
-        """Answers what is for the model, within the key's limits until its last byte."""
+        """Answers a POST for a model or an index. The request counts toward the key's limits until the answer's last byte."""
         self.limits.enter(name)
         response: Response | None = None
         try:
@@ -90,11 +90,11 @@ class Front(Gateway):
             response = await ROUTES[path].respond(self, raw, name)
             return response
         finally:
-            if not isinstance(response, Stream):  # a stream leaves at its own end
+            if not isinstance(response, Stream):  # a stream calls `leave` itself when it ends
                 self.limits.leave(name)
 
     async def _body(self, request: Request) -> bytes:
-        """Reads the body, and no more of it than is allowed."""
+        """Reads the body; Refusal with 413 if it is longer than `body_bytes`."""
         most, body = self.settings.body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:

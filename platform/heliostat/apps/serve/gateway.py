@@ -1,4 +1,4 @@
-"""Reaches the replicas for a route: what is served, how many requests each key may have, and what is counted."""
+"""Connects the routes to the replicas. Holds the endpoint's settings, the limits of each key, and the metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ DOES = {
 
 
 class Replicas(Protocol):
-    """Reaches the replicas of a version: each calls a function of a route with itself, and with what is asked."""
+    """Connects to the replicas of each version. Both methods call a route's function in a replica, with the replica and the
+    request."""
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item: ...
 
@@ -39,10 +40,11 @@ class Replicas(Protocol):
 
 @dataclass(frozen=True)
 class FrontSettings:
-    """Holds what the front goes by. `keys`: digests by name; None lets everybody in.
+    """Holds the settings of the HTTP server.
 
-    `model`: what clients call it, None if there is an index only; `kind`: what it does; `index`: what clients call that;
-    `adapters`: what they call the model's adapters.
+    `model`, `index`, `adapters`: the names that clients use; None if there is no model or no index. `kind`: the model's kind.
+    `keys`: digests of API keys, by name; None means that no key is needed. `since`: start of the endpoint, in Unix seconds.
+    `at_once`: open requests per key. `a_minute`: requests per key and minute. 0 means no limit for both.
     """
 
     model: str | None
@@ -59,17 +61,17 @@ class FrontSettings:
 
     @property
     def names(self) -> list[str]:
-        """Returns the names of all that is served."""
+        """Lists the names of the served model, its adapters, and the index."""
         return [name for name in (self.model, *self.adapters, self.index) if name is not None]
 
     def require_served(self, model: str) -> None:
-        """Raises Refusal unless something of this name is served."""
+        """Raises Refusal with 404 unless a model, an adapter, or an index of this name is served."""
         if model not in self.names:
             served = f"{', '.join(map(repr, self.names))}"
             raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
-        """Raises Refusal unless a model of a kind that fits is asked, and is served."""
+        """Raises Refusal unless this name is a served model, or adapter, of one of the kinds `fit`."""
         self.require_served(model)
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
@@ -86,7 +88,7 @@ class FrontSettings:
 
 
 class RequestLimits:
-    """Counts the requests of each key, those of the last minute and those that are open; 0 is no limit."""
+    """Counts each key's open requests and its requests within the last minute. 0 means no limit."""
 
     def __init__(self, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.at_once, self.a_minute, self.clock = at_once, a_minute, clock
@@ -94,7 +96,7 @@ class RequestLimits:
         self.began: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def enter(self, name: str) -> None:
-        """Begins a request; Refusal with 429 beyond a limit."""
+        """Counts a request that begins; Refusal with 429 if it is above a limit."""
         now, began = self.clock(), self.began[name]
         while began and began[0] <= now - MINUTE:
             began.popleft()
@@ -107,7 +109,7 @@ class RequestLimits:
             began.append(now)
 
     def leave(self, name: str) -> None:
-        """Ends a request."""
+        """Counts a request that ends."""
         self.open[name] -= 1
 
     def _refusal(self, why: str, seconds: float) -> Refusal:
@@ -116,7 +118,7 @@ class RequestLimits:
 
 
 class Measures:
-    """Holds the measures of one front, in a registry of its own."""
+    """Holds the Prometheus metrics of one HTTP server, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -130,12 +132,12 @@ class Measures:
         self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)
 
     def counted(self, key: str, usage: dict[str, int]) -> None:
-        """Adds the tokens of an answer."""
+        """Adds the tokens of a prompt and its answer to the key's counters."""
         for kind in ("prompt", "completion"):
             self.tokens.labels(key, kind).inc(usage.get(f"{kind}_tokens", 0))
 
     def text(self, open_: dict[str, int], retried: int) -> bytes:
-        """Writes all measures in Prometheus' format of text."""
+        """Returns all metrics in Prometheus' text format."""
         self.open.clear()
         for version, count in open_.items():
             self.open.labels(version).set(count)
@@ -144,7 +146,7 @@ class Measures:
 
 
 class Gateway:
-    """Holds what all requests of one front share, and asks the replicas of the version that `backend` knows."""
+    """Holds the state that all requests of one HTTP server share, and sends requests to the replicas of the current version."""
 
     def __init__(self, settings: FrontSettings, replicas: Replicas, lost: tuple[type[BaseException], ...]) -> None:
         self.settings, self.replicas = settings, replicas
@@ -153,9 +155,9 @@ class Gateway:
         self.measures = Measures()
 
     async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer."""
+        """Returns the version that answered, and its answer; Refusal as in `Backend.ask`."""
         return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
     def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version that answers, and each item of its answer."""
+        """Yields the version that answers, and each item of its answer; Refusal as in `Backend.stream`."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

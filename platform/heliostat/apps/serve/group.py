@@ -1,8 +1,8 @@
-"""Runs a causal language model over rows that come and go: continuous batching, by the model's own cache.
+"""Runs a causal language model on a changing set of rows: continuous batching with the model's own KV cache.
 
 Rows share a batch, padded on the left. If the cache has plain keys and values, later rows join the group, and rows that have
-ended leave it. If the cache has windows, a group stays as it began. A model with another kind of cache, such as states, computes
-all its tokens again at each step.
+ended leave it. If the cache uses sliding windows, the group keeps its rows until all have ended. A model with another kind of
+cache, such as recurrent states, computes all its tokens again at each step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from heliostat.apps.serve.adapters import Adapters
 
 
 class RowBatch:
-    """Holds rows under way: which columns are theirs, each row's next place, and the cache. `logits`: of the next token;
-    `names`: of each row's adapter."""
+    """Holds a group of rows: the attention mask [rows, width], and the cache. `logits`: float [rows, vocabulary], of each row's
+    next token. `names`: each row's adapter."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class RowBatch:
     ) -> None:
         self.names, self.adapters = list(names), adapters
         self.model, self.takes = model, inspect.signature(model.forward).parameters
-        self.named = "cache" if "cache" in self.takes else "past_key_values"  # as transformers called it before 5.24
+        self.named = "cache" if "cache" in self.takes else "past_key_values"  # the parameter's name before transformers 5.24
         self.reuses = True
         longest = max(map(len, rows))
         ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
@@ -49,22 +49,22 @@ class RowBatch:
 
     @property
     def plain(self) -> bool:
-        """Tells whether rows can join and leave: every layer keeps keys and values of all places, and nothing else."""
+        """Returns whether rows can join and leave: every layer caches keys and values of all positions, and nothing else."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
     def width(self) -> int:
-        """Returns how many places each row takes, padding among them."""
+        """Returns the number of cache positions per row, including padding."""
         return self.mask.shape[1]
 
     @property
     def place_bytes(self) -> float:
-        """Returns the memory that a place of a row takes in the cache; 0 without one."""
+        """Returns the bytes of one position of a row in the cache; 0 without a cache."""
         layers = self.cache.layers if self.cache is not None else []
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 
     def step(self, tokens: Sequence[int]) -> None:
-        """Advances each row by one token."""
+        """Appends one token to each row, and computes the logits of the next one."""
         new = torch.tensor(tokens, device=self.model.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -75,7 +75,7 @@ class RowBatch:
             self.logits = self._forward(new, places[:, -1:])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps these rows only, and no column that none of them uses."""
+        """Keeps only these rows, and drops the leading columns that none of them uses."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         self.names = [self.names[row] for row in rows] if self.names else []
@@ -85,7 +85,7 @@ class RowBatch:
             layer.keys, layer.values = layer.keys[chosen, :, first:], layer.values[chosen, :, first:]
 
     def join(self, other: RowBatch) -> None:
-        """Takes the rows of another group behind its own; both are as they were if that fails."""
+        """Appends the rows of another group to this one. If that fails, both groups stay as they were."""
         rows, before, width = len(self), self.width, max(self.width, other.width)
         mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
         logits = torch.cat([self.logits, other.logits])
@@ -112,7 +112,7 @@ class RowBatch:
 
 
 def _left(tensor: torch.Tensor, width: int, dim: int) -> torch.Tensor:
-    """Fills a dimension up with zeros before what it holds."""
+    """Pads a dimension with zeros on the left, up to `width`."""
     shape = list(tensor.shape)
     shape[dim] = width - shape[dim]
     return torch.cat([tensor.new_zeros(shape), tensor], dim) if shape[dim] else tensor

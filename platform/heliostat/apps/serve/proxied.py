@@ -1,4 +1,4 @@
-"""Closes what Ray Serve's proxy answers by itself, without a key: Ray calls `middlewares` in the proxy's process."""
+"""Disables the paths that Ray Serve's proxy answers by itself, without a key. Ray calls `middlewares` in the proxy's process."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from heliostat.web import deadlines
 
 SETTING = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "heliostat.apps.serve.proxied.middlewares"}
-OWN = "/-"  # before the paths of the proxy: /-/routes names the applications, /-/healthz says how the cluster is
+OWN = "/-"  # prefix of the proxy's own paths: /-/routes lists the applications, /-/healthz reports the cluster's health
 
 
 def set_ahead() -> None:
-    """Sets the environment of a private Ray that this process starts."""
+    """Sets the environment variable that names `middlewares`, for a private Ray that this process starts."""
     os.environ.update(SETTING)
 
 
 def controller() -> dict[str, object]:
-    """Returns options of Serve's controller, whose proxy inherits its environment, on a cluster that is there already."""
+    """Returns options for Serve's controller on a cluster that is already running; empty for a private Ray.
+
+    The proxy inherits the controller's environment.
+    """
     return {"runtime_env": {"env_vars": SETTING}} if os.environ.get("RAY_ADDRESS") else {}
 
 
 def middlewares() -> list[Middleware]:
-    """Returns what the proxy puts before its own application, and watches its connections."""
+    """Returns the middlewares of Serve's proxy, and sets the deadlines of its connections."""
     deadlines.apply()
     return [Middleware(Closed)]
 
 
 class Closed:
-    """Answers that there is nothing at the proxy's own paths."""
+    """Answers 404 at the proxy's own paths."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

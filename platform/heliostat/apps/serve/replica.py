@@ -1,4 +1,4 @@
-"""Answers what routes ask, with one version of the model, with the index, or with both."""
+"""Runs the functions of routes in a replica, which has loaded one version of the model, the index, or both."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_AREA = 4  # times the pixels of the model's own pictures: memory grows with them, for some models with their square
+MOST_AREA = 4  # times the pixels of the model's default size: memory grows with them, for some models quadratically
 
 A = TypeVar("A")
 
 
 class Replica:
-    """Holds what it has loaded. A route's function answers with it, through `ask` or `stream`: an item, or `refused`."""
+    """Holds the loaded model and index. `ask` and `stream` call a route's function with the replica, and return its items.
+
+    A Refusal becomes an item `refused`, which travels between processes.
+    """
 
     def __init__(self, holds: Holds) -> None:
         self.writer: Writer | None = None
@@ -53,19 +56,19 @@ class Replica:
             self.writer = Writer(folder, holds.batch, holds.adapters, holds.engine)
 
     def check_health(self) -> None:
-        """Raises if the model answers no more: Ray Serve puts another replica in the place of this one."""
+        """Raises an error if the model no longer answers. Ray Serve then replaces this replica."""
         if self.writer:
             self.writer.require_alive()
 
     async def ask(self, answer: Callable[[Replica, A], Awaitable[Item]], request: A) -> Item:
-        """Answers all at once."""
+        """Returns a complete answer, or `refused`."""
         try:
             return await answer(self, request)
         except Refusal as e:
             return {"refused": e.args}
 
     async def stream(self, pieces: Callable[[Replica, A], AsyncGenerator[Item]], request: A) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`, the first also `sources`) of the answers as they come; `refused` ends them."""
+        """Yields pieces of the answers (`index`, `piece`, the first also `sources`). An item `refused` ends the stream."""
         try:
             async with aclosing(pieces(self, request)) as items:
                 async for item in items:
@@ -75,7 +78,7 @@ class Replica:
 
 
 class Painter:
-    """Loads the model, and draws."""
+    """Loads an image model and generates images, one request at a time."""
 
     def __init__(self, folder: Path) -> None:
         recipe = exported.read(folder).recipe
@@ -83,10 +86,11 @@ class Painter:
         with exported.using(folder):
             self.canvas = recipe.canvas(folder)
             self.size = self.canvas.size
-        self.thread = ThreadPoolExecutor(1, "painter")  # a drawing continues when its client has left, and the next waits
+        self.thread = ThreadPoolExecutor(1, "painter")  # one request at a time, even if its client has left
 
     async def draw(self, request: PictureRequest) -> list[dict[str, object]]:
-        """Draws pictures, each a PNG in base64 with its seed; Refusal for what the model does not draw."""
+        """Generates images: a PNG in base64 for each, with its seed. Refusal if the size or an option isn't supported, or the
+        model fails."""
         self._require_size(request.options)
         seeds = [(request.seed + i) % 2**63 for i in range(request.count)]
         work = partial(self.canvas.draw, [request.prompt] * request.count, seeds, request.options)

@@ -1,6 +1,6 @@
-"""Reads the bodies of requests: what OpenAI's API defines and this endpoint does, and a refusal by name for everything else.
+"""Reads the bodies of requests: the supported parameters of OpenAI's API. All other parameters are rejected by name.
 
-A parameter that is not supported is accepted with the value that changes nothing (`n: 1`), and refused with any other.
+An unsupported parameter is accepted with the value that changes nothing (`n: 1`), and rejected with any other.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ MOST_PASSAGES = 50
 
 
 def whole(text: str) -> str:
-    """Returns a text; ValueError if it has half a character (a lone surrogate), which no tokenizer takes."""
+    """Returns the text; ValueError if it contains half a character (a lone surrogate), which tokenizers reject."""
     text.encode()
     return text
 
 
 Whole = Annotated[str, AfterValidator(whole)]
-Mode = Literal["bm25", "dense", "hybrid"]  # of a search
+Mode = Literal["bm25", "dense", "hybrid"]  # search modes
 Text = Annotated[str, Field(min_length=1)]
-Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # one text stands for a list of it
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # a single text means a list of one
 
 
 class Body(Strict):
-    """Holds the parameters of a request. `neutral`: parameters that are not supported, with the value that changes nothing."""
+    """Holds the parameters of a request. `neutral`: unsupported parameters, each with the value that changes nothing."""
 
     neutral: ClassVar[dict[str, object]] = {}
     user: str = ""
@@ -53,7 +53,7 @@ def parse(raw: bytes) -> dict[str, object]:
 
 
 def read(kind: type[B], raw: bytes) -> B:
-    """Reads a request; Refusal that names the parameter at fault."""
+    """Reads a request; Refusal that names the wrong parameter. A parameter with the value null counts as missing."""
     fields = {name: value for name, value in parse(raw).items() if value is not None}
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)
@@ -83,7 +83,7 @@ def _first(error: ValidationError) -> Refusal:
     name = where[0] if where else "body"
     if fault["type"] == "missing":
         return Refusal(400, f"{'.'.join(where)}: required", name, "missing_required_parameter")
-    if not where:  # of several parameters together: it says their names
+    if not where:  # a fault of several parameters together: its message names them
         said = fault["msg"].removeprefix("Value error, ")
         return Refusal(400, said, said.partition(":")[0], "invalid_value")
     value = brief(json.dumps(fault["input"], default=str), 60)

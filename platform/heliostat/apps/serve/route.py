@@ -1,7 +1,7 @@
-"""Defines a route: a path that takes a POST, and that a replica answers. One route is one module of `routes`.
+"""Defines a route: a path that takes a POST, and that a replica answers. Each module of `routes` defines one route.
 
-In the front, `respond` reads a body, checks it (`request`), asks a replica, and shapes what that answers. `answer` runs in the
-replica, with the models and the index that it has loaded.
+In the HTTP server, `respond` reads a body, checks it (`request`), asks a replica, and formats its answer (`shape`). `answer`
+runs in the replica, with the model and the index that it has loaded.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ A = TypeVar("A")
 
 
 class Route(ABC, Generic[B, A]):
-    """Answers one path. `B`: the body of its requests; `A`: what it asks of a replica, which must pickle."""
+    """Answers the requests to one path. `B`: type of their body. `A`: type of the request to a replica, which must pickle."""
 
     path: ClassVar[str]
     body: type[B]
 
     def read(self, settings: FrontSettings, raw: bytes) -> B:
-        """Reads the body of a request; Refusal that names what is at fault."""
+        """Reads the body of a request; Refusal that names the wrong parameter."""
         return requests.read(self.body, raw)
 
     @abstractmethod
     def request(self, settings: FrontSettings, body: B) -> A:
-        """Returns what a request asks of a replica; Refusal if it cannot be answered here."""
+        """Returns the request to a replica; Refusal if this endpoint can't answer it."""
 
     @abstractmethod
     async def answer(self, replica: Replica, request: A) -> Item:
-        """Answers in the replica; Refusal if it cannot."""
+        """Answers in the replica; Refusal if it can't."""
 
     @abstractmethod
     def shape(self, settings: FrontSettings, body: B, version: str, item: Item) -> Answer:
-        """Returns a replica's answer as clients read it. `version`: of the model that answered."""
+        """Formats a replica's answer for the client. `version`: the model's version that answered."""
 
     def count(self, measures: Measures, key: str, body: B, answer: Answer) -> None:
-        """Counts what was done for a key: the tokens, of an answer that has their numbers."""
+        """Adds an answer's usage to the key's metrics: by default its tokens, if the answer has their numbers."""
         if isinstance(usage := answer.get("usage"), dict):
             measures.counted(key, usage)
 
     async def respond(self, gateway: Gateway, raw: bytes, key: str) -> Response:
-        """Answers a request's body, for the key of this name."""
+        """Answers the body `raw` of a request. `key`: name of the client's key."""
         return await self.whole(gateway, self.read(gateway.settings, raw), key)
 
     async def whole(self, gateway: Gateway, body: B, key: str) -> Response:
-        """Answers a request all at once."""
+        """Returns a complete answer as one JSON response."""
         version, item = await gateway.ask(self.answer, self.request(gateway.settings, body))
         answer = self.shape(gateway.settings, body, version, item)
         self.count(gateway.measures, key, body, answer)
@@ -62,5 +62,5 @@ class Route(ABC, Generic[B, A]):
 
 
 def seed(number: int | None) -> int:
-    """Returns a request's seed, a new one if it has none: so a second try gives the same answer."""
+    """Returns a request's seed. If the request has none, draws one, so that a retry on another replica gives the same answer."""
     return secrets.randbits(63) if number is None else number

@@ -1,4 +1,4 @@
-"""Follows a prompt's way to its answer: from tokens to the pieces of text that are sent, with either engine."""
+"""Turns the tokens of each request into the pieces of text that are sent, with either engine."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from heliostat.recipes.text.infilling import Infilling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONG = 128  # tokens without text, from which on what stays unfinished is no character
+LONG = 128  # tokens without text: after so many, bytes that are still incomplete aren't a character
 
 Deliver = Callable[[Item], None]
 
 
 class Stopping:
-    """Hands out a growing text, so that no part of a stop string and no unfinished character is ever sent. `sent`: characters."""
+    """Decides how much of a growing text is sent: never part of a stop string, and never an incomplete character.
+
+    `sent`: number of characters that were sent.
+    """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self.stops, self.sent, self.stopped = stops, 0, False
 
     def feed(self, rest: str, last: bool = False) -> str:
-        """Takes the text that follows what was sent, and returns what of it is certain; all of it if it is the last.
+        """Takes the text after the sent part, and returns the beginning of it that can be sent; all of it if `last`.
 
-        No stop string begins before it: what might be the beginning of one is not sent.
+        Text that could be the beginning of a stop string is held back. No stop string begins in the sent part.
         """
         ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
         if ends:
@@ -60,19 +63,19 @@ def _stream() -> DecodeStream:
 
 @dataclass
 class Growing:
-    """Holds what of an answer's text is not sent yet (`unsent`), without a character that more tokens may finish."""
+    """Holds the part of an answer's text that isn't sent yet (`unsent`), without a character that later tokens may complete."""
 
     unsent: str = ""
-    waiting: list[int] = field(default_factory=list)  # the last tokens, which have no text yet
+    waiting: list[int] = field(default_factory=list)  # the last tokens, whose text isn't complete yet
     stream: DecodeStream = field(default_factory=_stream)
 
     def add(self, token: int, tokenizer: Tokenizer) -> None:
-        """Takes the answer's next token, one that has text."""
+        """Appends the answer's next token, which must not be a special token."""
         self.waiting.append(token)
         try:
             text = self.stream.step(tokenizer, token)
             broken = text is None and not len(self.waiting) % LONG and self._rest(tokenizer).endswith(UNFINISHED)
-        except Exception:  # noqa: BLE001 - the library has no narrower one for a byte that changes the text before it
+        except Exception:  # noqa: BLE001 - the library has no narrower error for a byte that changes earlier text
             broken = True
         if broken:
             text, self.stream = self._rest(tokenizer), _stream()
@@ -81,7 +84,7 @@ class Growing:
             self.waiting.clear()
 
     def drop(self, sent: int) -> None:
-        """Forgets characters that were sent."""
+        """Removes characters that were sent."""
         self.unsent = self.unsent[sent:]
 
     def _rest(self, tokenizer: Tokenizer) -> str:
@@ -89,7 +92,8 @@ class Growing:
 
 
 class Drawn(TypedDict):
-    """Describes a token whose text is not sent yet: where that begins, and log probabilities."""
+    """Describes a token whose text isn't sent yet. `offset`: where its text begins, in characters of the answer. `best`: log
+    probabilities of the likeliest tokens."""
 
     offset: int
     token: str
@@ -99,7 +103,8 @@ class Drawn(TypedDict):
 
 @dataclass(eq=False)
 class Row:
-    """Holds a prompt's way to its answer. `deliver` takes its pieces; the one with `finish` or `failed` is the last."""
+    """Holds the state of a prompt and its answer. `deliver` takes the answer's pieces; the one with `finish` or `failed` is the
+    last."""
 
     prompt: list[int]
     most: int
@@ -110,24 +115,27 @@ class Row:
     adapter: str | None = None
     tokens: list[int] = field(default_factory=list)
     text: Growing = field(default_factory=Growing)
-    logprobs_unsent: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text is not sent yet
+    logprobs_unsent: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text isn't sent yet
     over: bool = False
-    task: asyncio.Task[None] | None = None  # that follows it, of an engine in the event loop
+    task: asyncio.Task[None] | None = None  # the task that follows this row, if the engine runs in the event loop
 
     def leave(self) -> None:
-        """Ends the row when its client has left. Call it in the event loop."""
+        """Ends the row because its client has left. Call it in the event loop."""
         self.over = True
         if self.task is not None:
             self.task.cancel()
 
     def fail(self, said: str) -> None:
-        """Ends without an answer."""
+        """Ends the row with an error message instead of an answer."""
         self.over = True
         self.deliver({"failed": said})
 
 
 def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
-    """Returns the tokens that end an answer, a middle among them; ConfigError if its text cannot be decoded as it grows."""
+    """Returns the ids of the tokens that end an answer, including those that end a fill-in-the-middle answer.
+
+    ConfigError if the tokenizer can't decode text token by token.
+    """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__
         raise ConfigError(f"the model's tokenizer isn't one of the tokenizers library ({kind}). Convert it to a tokenizer.json")
@@ -135,15 +143,15 @@ def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
 
 
 class Telling:
-    """Adds tokens to rows, and delivers what of their texts is certain. `ends`: the tokens that end an answer."""
+    """Appends tokens to rows, and delivers the text that can be sent. `ends`: ids of the tokens that end an answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: Collection[int]) -> None:
         self.tokenizer, self.ends = tokenizer, ends
         self.without_text = frozenset(tokenizer.all_special_ids)
 
     def take(self, row: Row, token: int, chosen: Chosen | None) -> None:
-        """Adds a token; `chosen` of a row that wants logprobs."""
-        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # of a character's piece: where it begins
+        """Appends a token to a row. `chosen`: its log probabilities, if the row asks for them."""
+        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # begins: of the complete character
         if not ended:
             row.tokens.append(token)
             if token not in self.without_text:
@@ -168,12 +176,14 @@ class Telling:
 
     def _drawn(self, chosen: Chosen, token: int, begins: int) -> Drawn:
         decode = self.tokenizer.decode
-        best = {str(decode([other])): value for other, value in reversed(chosen["best"])}  # of one text, the likeliest
+        best = {str(decode([other])): value for other, value in reversed(chosen["best"])}  # of equal texts, the likeliest
         return {"offset": begins, "token": str(decode([token])), "logprob": chosen["chosen"], "best": best}
 
     def _logprobs(self, row: Row) -> Logprobs | None:
-        """Returns those of the tokens that begin within the text that is sent, in OpenAI's columns; at an end without a stop
-        string all that are left, as one without text."""
+        """Returns the log probabilities of the tokens whose text begins in the sent part, in OpenAI's columns.
+
+        An answer that ends without a stop string also gets all remaining ones, such as those of tokens without text.
+        """
         if row.logprobs is None:
             return None
         rest = row.over and not row.stopping.stopped

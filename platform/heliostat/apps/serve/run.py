@@ -1,9 +1,9 @@
 """Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
 
-    client -> Serve's proxy (127.0.0.1) -> Front (one: keys, limits, retries) -> Replica (several, of each version that is there)
+    client -> Serve's proxy (127.0.0.1) -> HTTP server (one: keys, limits, retries) -> replicas (of each loaded version)
 
-The driver reads the alias, and sends the front the version that is served. A new version loads while the old one answers. Then
-the new version gets all new requests, and the old one ends when its last request is answered.
+The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old one
+answers. Then all new requests go to the new version, and the old one ends after its last request.
 """
 
 from __future__ import annotations
@@ -35,17 +35,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FRONT = "heliostat-front"
-START_S = 600.0  # for a version to load
-FRONT_S = 300.0  # for a front that died to come again
-DRAIN_MORE_S = 10.0  # after the deadline of an answer
-DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # of the actor that lives as long as the command does
+START_S = 600.0  # maximum seconds until a version is loaded
+FRONT_S = 300.0  # maximum seconds until a dead HTTP server answers again
+DRAIN_MORE_S = 10.0  # added to an answer's deadline, before an old version ends
+DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # name of the actor that lives as long as the command
 CONTROLLER = "ServeController"  # Ray Serve's own actor, which ends with the endpoint
-OURS = ({"Front"}, {"Model"})  # deployments of each application
+OURS = ({"Front"}, {"Model"})  # deployments of the endpoint's applications
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
 
 
 class Versions:
-    """Moves traffic between versions. `use` sends the front one, and returns the requests that each has under way."""
+    """Switches traffic between versions of the model.
+
+    `load` starts a version's replicas, and `end` ends them. `use` sends the HTTP server the current version, and returns the
+    number of open requests of each version. An old version ends after its last request, or after `drain_s` seconds.
+    """
 
     def __init__(
         self,
@@ -57,10 +61,13 @@ class Versions:
     ) -> None:
         self.load, self.use, self.end, self.drain_s, self.clock = load, use, end, drain_s, clock
         self.current, self.failed = "", ""
-        self.until: dict[str, float] = {}  # of versions that are draining
+        self.until: dict[str, float] = {}  # version -> deadline on `clock`, for versions that are draining
 
     def tick(self, wanted: str) -> None:
-        """Moves to the wanted version, sends that to the front, and ends old ones; HeliostatError if the first does not load."""
+        """Switches to the wanted version, sends it to the HTTP server, and ends old versions.
+
+        If the version doesn't load, the current one stays; HeliostatError if there is no current one.
+        """
         if wanted not in (self.current, self.failed):
             self._move(wanted)
         open_ = self.use(self.current)
@@ -74,7 +81,7 @@ class Versions:
 
     def _move(self, wanted: str) -> None:
         self.failed = ""
-        if wanted not in self.until:  # else it was served a moment ago, and still is there
+        if wanted not in self.until:  # a version that is still draining is loaded already
             try:
                 self.load(wanted)
             except StoppedError:
@@ -95,9 +102,9 @@ class Versions:
 def serve(
     served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]
 ) -> None:
-    """Serves a model, an index, or both, until a signal says stop, and calls `ready` with the URL once they answer.
+    """Serves a model, an index, or both, until a signal stops it. Calls `ready` with the URL once the endpoint answers.
 
-    ConfigError before anything starts, and before `keys` is asked for the keys, if they cannot be served.
+    ConfigError, before anything starts and before `keys` is called, if the model or the index can't be served.
     """
     source, kind = served.source, served.kind()
     shared = bool(os.environ.get("RAY_ADDRESS"))
@@ -106,10 +113,10 @@ def serve(
     endpoint = ServeEndpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
-    if shared:  # where a killed command may have left an endpoint, which is ended by now
+    if shared:  # later than above: `connect` ends the endpoint of a killed command
         require_free(options.port)
     known = keys()
-    with endpoint.signals:  # after Ray's start, which sets handlers of its own
+    with endpoint.signals:  # after Ray's start, because Ray sets its own signal handlers
         try:
             endpoint.open(known)
             _follow(endpoint, source, options, lambda: ready(f"http://{LOOPBACK}:{options.port}/v1"))
@@ -118,9 +125,9 @@ def serve(
 
 
 def stop() -> bool:
-    """Ends the endpoint that a killed command has left on a cluster; returns False if there is none.
+    """Ends the endpoint that a killed command left on a cluster. Returns whether there was one.
 
-    ConfigError if the cluster serves something else, or the command is still running.
+    ConfigError if the cluster serves other applications, or the endpoint's command is still running.
     """
     if not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--stop: needs --cluster. Without one, the endpoint ends with its command")
@@ -135,9 +142,9 @@ def stop() -> bool:
 
 
 def end_left() -> bool:
-    """Ends applications of Ray Serve that a killed command has left here; returns False if there are none.
+    """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were any.
 
-    ConfigError if there are others', which would end with ours, or the command of ours is still running.
+    ConfigError if Ray Serve has applications of others, which would end too, or the endpoint's command is still running.
     """
     import ray
     from ray import serve
@@ -154,7 +161,7 @@ def end_left() -> bool:
         raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint. Use another cluster")
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
-    except ValueError:  # Ray ends it with its driver
+    except ValueError:  # Ray ends this actor with its driver
         log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
         serve.shutdown()
         deployed.record_start(False)
@@ -165,12 +172,13 @@ def end_left() -> bool:
 
 
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
-    """Tells whether an application is of an endpoint; one that has no deployment yet, by its name or by the front with it."""
+    """Returns whether an endpoint owns this application: by its deployments; without any, by its name, or if the HTTP server
+    runs."""
     return deployments in OURS if deployments else name == FRONT or fronted
 
 
 class CommandActor:
-    """Shows, as an actor of the command's, that the command is still running."""
+    """Shows that the command is still running, because Ray ends this actor with its driver."""
 
 
 def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: Options, ready: Callable[[], None]) -> None:
@@ -192,11 +200,11 @@ def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: O
 
 
 class FrontError(HeliostatError):
-    """Reports that the front does not answer the driver."""
+    """Reports that the HTTP server doesn't answer the driver."""
 
 
 class ServeEndpoint:
-    """Starts and ends applications of Ray Serve: the front, and one for each version of the model."""
+    """Starts and ends Ray Serve applications: the HTTP server, and one for each version of the model."""
 
     def __init__(self, served: ServedModels, kind: str | None, options: Options) -> None:
         import torch
@@ -207,7 +215,8 @@ class ServeEndpoint:
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> tuple[str, str]:
-        """Chooses the engine that answers with a version, and says why. ConfigError if the engine of --engine can't."""
+        """Returns the engine for a version's model, and the reason. ConfigError if the engine of --engine doesn't support the
+        model."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: needs a model that generates text. Use --engine auto")
@@ -215,27 +224,27 @@ class ServeEndpoint:
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
-        """Connects to Ray, and ends what a killed command has left; ConfigError if others use Serve there."""
-        import ray.serve  # noqa: F401  # sets its logger's level to INFO when it is imported, so that goes first
+        """Connects to Ray, and ends the endpoint of a killed command; ConfigError if others use Ray Serve on this cluster."""
+        import ray.serve  # noqa: F401  # first, because importing it sets its logger to INFO
 
         from heliostat.cluster import private_ray
         from heliostat.cluster.connect import connect
 
         proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
-        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: a version loads while the old one runs
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice, because a version loads while the old one runs
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         end_left()
 
     def open(self, keys: dict[str, str] | None) -> None:
-        """Starts Serve's proxy on loopback, with the front behind it."""
+        """Starts Serve's proxy on loopback, and the HTTP server."""
         import ray
         from ray import serve
         from ray.serve.schema import LoggingConfig
 
         from heliostat.apps.serve import deployed
 
-        if os.environ.get("RAY_ADDRESS"):  # where the endpoint may outlive the command
+        if os.environ.get("RAY_ADDRESS"):  # on a shared cluster, the endpoint can outlive the command
             self.driver = ray.remote(num_cpus=0)(CommandActor).options(name=DRIVER, namespace=NAMESPACE).remote()
             deployed.record_start(True)
         http = {"host": LOOPBACK, "port": self.options.port}
@@ -245,7 +254,7 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Loads a version on its replicas; HeliostatError if it does not, and then nothing of it is left."""
+        """Starts a version's replicas and waits until they run; if they fail, ends them and raises HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
             raise ConfigError(
@@ -259,7 +268,10 @@ class ServeEndpoint:
             raise
 
     def use(self, version: str) -> dict[str, int]:
-        """Sends the front the version that is served; FrontError if it does not answer."""
+        """Sends the HTTP server the current version, and returns the number of open requests of each version.
+
+        FrontError if the HTTP server doesn't answer within 30 seconds.
+        """
         assert self.front
         try:
             return self.front.use.remote(version).result(timeout_s=30)
@@ -267,16 +279,16 @@ class ServeEndpoint:
             raise FrontError(f"the HTTP server doesn't answer: {type(e).__name__}: {brief(e)}") from e
 
     def end(self, version: str) -> None:
-        """Ends a version's replicas."""
+        """Ends a version's replicas. If Serve fails to end them, logs a warning."""
         from ray import serve
 
         try:
             serve.delete(version)
-        except Exception as e:  # noqa: BLE001 (Serve ends it when it can, and with the whole at the latest)
+        except Exception as e:  # noqa: BLE001 (Serve retries; it ends with the endpoint at the latest)
             log.warning("%s has not ended yet (%s)", version, brief(e))
 
     def close(self) -> None:
-        """Ends everything."""
+        """Shuts down Ray Serve, and disconnects from Ray."""
         from ray import serve
 
         from heliostat.apps.serve import deployed
@@ -289,13 +301,16 @@ class ServeEndpoint:
             disconnect()
 
     def wait(self, seconds: float) -> None:
-        """Waits, at most until the endpoint is to stop."""
+        """Waits for so many seconds, or until a signal arrives."""
         end = time.monotonic() + seconds
         while not self.signals.name and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
 
     def _deploy(self, name: str, application: Application, route: str | None) -> None:
-        """Starts an application and waits until it runs; HeliostatError if it fails, or takes longer than START_S."""
+        """Starts an application and waits until it runs.
+
+        HeliostatError if it fails or takes longer than START_S seconds. StoppedError if a signal arrives.
+        """
         from ray import serve
 
         target = serve.RunTarget(application, name=name, route_prefix=route)
@@ -345,12 +360,12 @@ class ServeEndpoint:
 
 
 def require_free(port: int) -> None:
-    """Raises ConfigError if something listens on a port already."""
+    """Raises ConfigError if a process already listens on this port of 127.0.0.1."""
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
             raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another")
 
 
 def _last(text: str) -> str:
-    """Finds the line of a message of Serve's that says what was raised: the last that is no frame."""
+    """Returns the line of Serve's message that names the error: the last one that isn't indented."""
     return next((line for line in reversed(text.strip().splitlines()) if line.strip() and not line.startswith(" ")), text)

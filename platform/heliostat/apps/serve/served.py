@@ -1,4 +1,4 @@
-"""Says what is served: a model, an index of documents, or both, and by which names clients ask for them."""
+"""Describes what an endpoint serves: a model, an index of documents, or both, and the names that clients use for them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,25 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Replaces the model where an index is served without one."""
+    """Replaces `VersionSource` where an index is served without a model."""
 
     def __init__(self, index: str) -> None:
         self.label = index
 
     def wanted(self) -> str:
-        """Returns the one version that there is."""
+        """Returns the only version: the index's name."""
         return self.label
 
     def folder(self, version: str) -> Path | None:
-        """Returns that there is no folder."""
+        """Returns None, because there is no model."""
         return None
 
 
 class VersionSource:
-    """Finds the version that a model's name means, and its folder. `name`: what clients call it."""
+    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved each time.
+
+    `name`: the name that clients use by default.
+    """
 
     def __init__(self, model: str, store: str) -> None:
         self.model, self.store = model, store
@@ -52,7 +55,10 @@ class VersionSource:
         self.client: MlflowClient | None = None
 
     def wanted(self) -> str:
-        """Returns the version to serve; the last known if the registry does not answer, which is logged."""
+        """Returns the version to serve.
+
+        If the registry doesn't answer, logs a warning and returns the last known version; HeliostatError if there is none.
+        """
         if not self.follows:
             return self.label
         from heliostat.tracking import mlflow_client, registry
@@ -70,7 +76,7 @@ class VersionSource:
         return self.known
 
     def folder(self, version: str) -> Path:
-        """Finds a version's folder; ConfigError if there is none."""
+        """Returns a version's folder; ConfigError if there is none."""
         from heliostat.tracking.models import resolve
 
         number = version.rpartition("-")[2]
@@ -79,8 +85,10 @@ class VersionSource:
 
 @dataclass(frozen=True)
 class ServedModels:
-    """Says what is served: a model as `name`, an index, or both; `index_name`: what clients call that; `adapters`: the folders of
-    the model's adapters, by what clients call them."""
+    """Describes what an endpoint serves: a model, an index, or both.
+
+    `name`, `index_name`: the names that clients use. `adapters`: name that clients use -> folder of the adapter.
+    """
 
     source: VersionSource | NoModel
     name: str | None
@@ -91,7 +99,10 @@ class ServedModels:
     adapters: dict[str, str] = field(default_factory=dict)
 
     def kind(self) -> str | None:
-        """Returns the kind of the model; None without one. ConfigError if that, or the index, cannot be served."""
+        """Returns the model's kind; None without a model.
+
+        ConfigError if the model, an adapter, the reranker, or the index can't be served.
+        """
         if self.index is not None:
             from heliostat.apps.search.search import SearchIndex
 
@@ -112,17 +123,18 @@ class ServedModels:
         return kind
 
     def holds(self, folder: Path | None, batch: int, engine: str = "transformers") -> Holds:
-        """Returns what a replica of a version loads."""
+        """Returns a description of what a version's replica loads."""
         return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
                      self.adapters, engine)  # fmt: skip
 
     def settings(self, kind: str | None, keys: dict[str, str] | None, o: Options) -> FrontSettings:
-        """Returns what the front goes by."""
+        """Returns the settings of the HTTP server. `keys`: as in `FrontSettings`."""
         return FrontSettings(self.name, kind, self.index_name, int(time.time()), keys, o.body_bytes, o.max_tokens, o.at_once,
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
     def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
-        """Adds adapters, each NAME=FOLDER; ConfigError if one is no such thing, or its name is taken."""
+        """Returns a copy with these adapters, each NAME=FOLDER. ConfigError if one has another form, or a name that is already
+        used."""
         folders = dict[str, str]()
         if pairs and self.name is None:
             raise ConfigError("--adapter: needs a model that generates text")
@@ -139,7 +151,7 @@ class ServedModels:
 def served(
     model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
 ) -> ServedModels:  # fmt: skip
-    """Says what is served; ConfigError if there is nothing, or one name would stand for two things."""
+    """Describes what to serve. ConfigError without a model and an index, or if both would have the same name."""
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
@@ -163,7 +175,7 @@ def served(
 
 
 class Options(Strict):
-    """Describes an endpoint."""
+    """Holds the options of an endpoint."""
 
     port: int = Field(8000, ge=1, le=65535)
     replicas: tuple[int, int] = (1, 1)
@@ -186,7 +198,7 @@ class Options(Strict):
 
 
 def replica_range(text: str) -> tuple[int, int]:
-    """Reads a number of replicas, as 2 or 1..4; ConfigError if it is none."""
+    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). ConfigError for another form."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:

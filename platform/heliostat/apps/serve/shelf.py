@@ -1,4 +1,4 @@
-"""Finds passages in an index, and writes the prompt that asks a model to answer from them."""
+"""Finds passages in an index, and writes the prompt with which a model answers from them."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ log = logging.getLogger(__name__)
 
 
 class Shelf:
-    """Opens the index, and searches it; ConfigError at once if it has embeddings, and their embedder is not there."""
+    """Opens an index, to search it and to write prompts from it.
+
+    ConfigError if the index has embeddings and its embedder is missing.
+    """
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
         self.index = SearchIndex(Location(index), Path(embedder) if embedder else None)
         if "dense" in self.index.modes:
-            self.index.embedder  # noqa: B018 (its folder is found, and held against the record)
+            self.index.embedder  # noqa: B018 (resolves its folder, and compares it with the index's record)
         self.reranker = Reranker(Path(reranker)) if reranker else None
 
     async def search(self, request: Search) -> list[Passage]:
-        """Finds passages, with the columns of their documents; Refusal if the index cannot be searched so."""
+        """Returns passages, each with the columns of its document.
+
+        Refusal if the question is empty or too long, the index doesn't support the mode, or a part of the index is missing.
+        """
         return await asyncio.to_thread(self._search, request)
 
     def _search(self, request: Search) -> list[Passage]:
@@ -49,9 +55,10 @@ class Shelf:
             raise Refusal(503, said, None, "index_gone") from e
 
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
-        """Returns the prompt of the passages, and their sources; `used` is the part of each that is in the prompt.
+        """Returns a prompt with the question and its passages, and these passages as sources.
 
-        Refusal if nothing is found, or there is no room for the question.
+        `room`: maximum tokens of the prompt; None means no limit. `used` of a source: `whole`, `part`, or `no`, for the part of
+        the passage in the prompt. Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
             said = f"max_tokens: leaves no room for the question. Ask for at least {1 - room:,} fewer"

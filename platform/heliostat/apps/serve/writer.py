@@ -1,4 +1,4 @@
-"""Answers prompts and chats with a language model, and embeds texts, with that or with an embedder."""
+"""Answers prompts and chats with a language model. Embeds texts with the language model or with an embedder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from heliostat.web.refusals import Refusal
 
 
 class Writer:
-    """Loads the model, and answers."""
+    """Loads a model on one of the engines, and answers requests with it."""
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
@@ -30,20 +30,23 @@ class Writer:
             self.engine = ServingEngine(loaded, batch, Adapters(loaded.model, adapters) if adapters else None)
 
     def require_alive(self) -> None:
-        """Raises if the engine answers no more."""
+        """Raises the engine's error if the engine no longer answers."""
         self.engine.require_alive()
 
     def count(self, text: str) -> int:
-        """Counts the tokens of a prompt."""
+        """Returns the number of tokens of a prompt."""
         return len(self._prompt(text, ""))
 
     def room(self, ask: Ask) -> int | None:
-        """Returns how many tokens a prompt may have, so that its answer has as many as are asked for; None: any number."""
+        """Returns the maximum tokens of a prompt that leave room for the requested answer; None means no limit."""
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come; Refusal if they cannot be answered."""
+        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come.
+
+        Refusal if a prompt is invalid, or the model fails.
+        """
         rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
         self.engine.begin(rows)
         try:
@@ -55,11 +58,11 @@ class Writer:
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
-            for row in rows:  # those whose client has left
+            for row in rows:  # ends rows whose client has left
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
-        """Embeds texts: of each the `embedding`, and its `tokens`; Refusal if one cannot be embedded."""
+        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Refusal if a text can't be embedded."""
         if isinstance(self.engine, VllmEngine):
             said = "model: embeddings aren't supported with vLLM. Start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
@@ -87,7 +90,10 @@ class Writer:
         return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]
 
     def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
-        """Makes rows of the prompts' tokens; Refusal if there is none, or no room for them."""
+        """Returns a row for each prompt, and the queue of their pieces.
+
+        Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
+        """
         pieces: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
 
         def deliver(index: int) -> Deliver:
@@ -115,7 +121,7 @@ class Writer:
         return tokens
 
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
-        """Takes a prompt's tokens as they are; Refusal if the model has not all of them."""
+        """Returns a prompt's token ids unchanged; Refusal if one isn't in the model's vocabulary."""
         if suffix:
             raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
@@ -138,7 +144,7 @@ class Writer:
             raise Refusal(400, f"messages: {e}", "messages") from e
 
     def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
-        """Returns how many tokens an answer may have; Refusal if the model has no room for them."""
+        """Returns the maximum number of new tokens; Refusal if prompt and answer exceed the model's maximum length."""
         longest = self.engine.loaded.longest
         room = ask.limit if longest is None else longest - len(tokens)
         wanted = min(room, ask.limit) if ask.most is None else ask.most
@@ -152,6 +158,6 @@ class Writer:
 
 
 def _put(loop: asyncio.AbstractEventLoop, pieces: asyncio.Queue[tuple[int, Item]], item: tuple[int, Item]) -> None:
-    """Puts a piece into a queue, from the engine's thread."""
+    """Puts a piece into a queue of the event loop, from the engine's thread."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(pieces.put_nowait, item)

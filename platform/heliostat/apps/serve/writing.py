@@ -1,4 +1,4 @@
-"""Shares what the routes of a language model have in common: sampling, answers all at once, and streams."""
+"""Defines what the routes of a language model share: sampling parameters, complete answers, and streams."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ COMMON: dict[str, object] = {"n": 1, "frequency_penalty": 0, "presence_penalty":
 
 
 class StreamOptions(Strict):
-    """Says what a stream carries in addition to the text."""
+    """Holds options of a stream. `include_usage`: the stream ends with the numbers of tokens."""
 
     include_usage: bool = False
 
 
 class Sampled(Body):
-    """Holds what completions and chat have in common."""
+    """Holds the parameters that completions and chats share."""
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
@@ -51,13 +51,14 @@ class Sampled(Body):
 
     @property
     def counts(self) -> bool:
-        """Tells whether a stream ends with the numbers of tokens."""
+        """Returns whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     def ask(self, settings: FrontSettings, most: int | None, where: str = "max_tokens", prompts: int = 1) -> Ask:
-        """Returns what every request asks of the model, with a seed for each prompt; Refusal of more tokens than are given.
+        """Returns a request to the model without its prompts, with a seed for each of them.
 
-        `most`: new tokens, None for as many as there is room for; `where`: the parameter that they are from.
+        `most`: maximum new tokens; None means as many as fit. Refusal if it is above the endpoint's limit. `where`: the
+        parameter that sets `most`, for the message.
         """
         if most is not None and most > settings.max_tokens:
             raise Refusal(
@@ -73,16 +74,16 @@ S = TypeVar("S", bound=Sampled)
 
 
 def usage(pieces: Sequence[AnswerPiece]) -> dict[str, int]:
-    """Adds up the tokens of prompts and answers."""
+    """Returns the sums of the pieces' prompt tokens and completion tokens."""
     prompt = sum(piece.get("prompt_tokens", 0) for piece in pieces)
     written = sum(piece.get("completion_tokens", 0) for piece in pieces)
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 class WritingRoute(Route[S, Ask]):
-    """Answers with a language model, all at once or as a stream.
+    """Answers with a language model: a complete answer, or a stream.
 
-    `prefix`: of the answers' ids; `kind`, `chunk`: how an answer, and a piece of a stream, is called.
+    `prefix`: prefix of the answers' ids. `kind`, `chunk`: the `object` field of a complete answer, and of a stream's chunk.
     """
 
     prefix: ClassVar[str]
@@ -91,15 +92,15 @@ class WritingRoute(Route[S, Ask]):
 
     @abstractmethod
     def text(self, piece: AnswerPiece, streamed: bool) -> Answer:
-        """Writes the text of an answer, or of its next piece, and the logprobs."""
+        """Formats an answer's text and log probabilities. `streamed`: the piece is a chunk of a stream."""
 
     def pieces(self, replica: Replica, request: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces of the answers as they come, in the replica."""
+        """Yields pieces of the answers as they come. Runs in the replica."""
         assert replica.writer
         return replica.writer.stream(request)
 
     async def answer(self, replica: Replica, request: Ask) -> Item:
-        """Answers all prompts: `answers`, and `sources` if it is from the index."""
+        """Returns complete answers to all prompts as `answers`; also `sources` if they come from the index."""
         whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in request.seeds]
         sources: Item = {}
         async with aclosing(self.pieces(replica, request)) as items:
@@ -114,7 +115,8 @@ class WritingRoute(Route[S, Ask]):
         return {**self._head(body, version, self.kind), "choices": choices, "usage": usage(pieces), **sources}
 
     def _head(self, body: S, version: str, kind: str) -> Answer:
-        """Writes what an answer begins with; all chunks of a stream have one. `version`: of the model that answered."""
+        """Returns the fields that precede `choices`. All chunks of a stream share one head. `version`: the model's version that
+        answered."""
         new = f"{self.prefix}-{secrets.token_hex(12)}"
         return {"id": new, "created": int(time.time()), "model": body.model, "system_fingerprint": version, "object": kind}
 
@@ -126,7 +128,10 @@ class WritingRoute(Route[S, Ask]):
         return await (self._stream if body.stream else self.whole)(gateway, body, key)
 
     async def _stream(self, gateway: Gateway, body: S, key: str) -> Response:
-        """Waits for the first piece, since until then the status can still show an error."""
+        """Streams the answer as server-sent events.
+
+        It waits for the first piece, because until then the HTTP status can still show an error.
+        """
         request, began = self.request(gateway.settings, body), time.monotonic()
         items = gateway.stream(self.pieces, request)
         try:
@@ -151,7 +156,7 @@ class WritingRoute(Route[S, Ask]):
             except Refusal as e:
                 gateway.measures.broken.inc()
                 yield event(e.body())
-            except Exception:  # never an end that looks like one
+            except Exception:  # so that a failed stream never looks complete
                 log.exception("a stream ended early")
                 gateway.measures.broken.inc()
                 yield event(FAILED.body())
@@ -166,12 +171,12 @@ class WritingRoute(Route[S, Ask]):
 
 
 def event(data: Mapping[str, object]) -> bytes:
-    """Frames an object as one server-sent event: JSON of one line, since a line break would end it."""
+    """Frames an object as one server-sent event: JSON in one line, because a line break would end the event."""
     return b"data: " + json.dumps(data, ensure_ascii=True, separators=(",", ":")).encode() + b"\n\n"
 
 
 class Stream(StreamingResponse):
-    """Sends events, and calls `ended` once behind them, also if the client is gone before the first."""
+    """Sends events as a response. Calls `ended` once after the last one, even if the client leaves before the first."""
 
     def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], Awaitable[None]]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=HEADERS)
@@ -185,7 +190,7 @@ class Stream(StreamingResponse):
 
 
 def _add(whole: AnswerPiece, piece: AnswerPiece) -> None:
-    """Adds a piece to what came before it."""
+    """Appends a piece to the answer so far, in place."""
     text, before, new = whole["text"] + piece["text"], whole["logprobs"], piece["logprobs"]
     if before and new:
         tops = None if before["top_logprobs"] is None else before["top_logprobs"] + (new["top_logprobs"] or [])

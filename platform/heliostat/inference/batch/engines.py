@@ -1,13 +1,13 @@
-"""Answers batches of texts with a model's folder: continues them, scores them, embeds them, or classifies them.
+"""Continues, scores, embeds, or classifies batches of texts with a model's folder.
 
-An answer follows from the text, its seed and the options. What is in a batch next to it changes the order of floating-point sums
-and nothing else: noise is drawn by each input's own seed, and prompts of several lengths share a batch only if the model is found
-to give the same logits behind padding.
+An answer depends only on the text, its seed, and the options. Other inputs in the batch change only the order of floating-point
+sums: random noise comes from each input's own seed. Prompts of different lengths share a batch only if a test shows that
+padding doesn't change the model's logits.
 
-- continue, chat: sampled as `heliostat.inference.sampling` says.
-- score: the sum of the negative log-likelihoods of all tokens, the first behind the beginning-of-document token, in nats.
-- embed: the mean of the last hidden states over the tokens, of length 1; of an embedder what its folder says
-  (`heliostat.recipes.text.sentence_folder`).
+- continue, chat: sampled as `heliostat.inference.sampling` describes.
+- score: the sum of the negative log-likelihoods of all tokens, in nats. The first follows the beginning-of-document token.
+- embed: the mean of the last hidden states over the tokens, normalized to length 1. For an embedder, the pooling that its folder
+  sets (`heliostat.recipes.text.sentence_folder`).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from heliostat.recipes.text.generator import Sampling, ends, prompt_tokens, whol
 from heliostat.schema import validate
 from heliostat.text import brief
 
-LOGITS_BYTES = 256 << 20  # of a batch that is scored: every position has a logit for each token of the vocabulary
-UNKNOWN = 1 << 32  # tokens, from which on a tokenizer's limit says that it knows of none
-PROBES = ((5, 6, 7), (9, 8, 7, 6, 5, 4, 3))  # two short prompts, of which the first is padded
-CLOSE = 1e-3  # of the largest logit, within which two computations of the same are equal
+LOGITS_BYTES = 256 << 20  # of a scored batch: each position has a logit for each token of the vocabulary
+UNKNOWN = 1 << 32  # tokens: a tokenizer's limit from here on means that it has none
+PROBES = ((5, 6, 7), (9, 8, 7, 6, 5, 4, 3))  # two short prompts; the first gets padding
+CLOSE = 1e-3  # relative to the largest logit: two computations within this count as equal
 
 
 @dataclass(frozen=True)
 class Input:
-    """Holds an input, a text or an image: `seed` is that of its own noise."""
+    """Holds an input: a text or an image. `seed`: random seed of its answer."""
 
     text: str
     seed: int
@@ -51,7 +51,7 @@ class Input:
 
 @dataclass
 class Answer:
-    """Holds an answer's columns, or why there is none."""
+    """Holds an answer's columns in `values`. If there is no answer: its reason in `bad`, and an explanation in `detail`."""
 
     values: dict[str, Any] = field(default_factory=dict)
     bad: str = ""
@@ -59,7 +59,7 @@ class Answer:
 
 
 class BadInputError(Exception):
-    """Reports that an input cannot be answered, and why."""
+    """Reports that an input can't be answered; carries the reason and the detail of its `Answer`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -67,12 +67,15 @@ class BadInputError(Exception):
 
 
 class DeadEngineError(HeliostatError):
-    """Reports that an engine answers no more, whatever it is asked."""
+    """Reports that an engine has died and can't answer any input."""
 
 
 class LoadedModel:
-    """Loads a model and its tokenizer. `longest`: the tokens that it takes, None if there is no limit; `writes`: whether it is a
-    language model; `head`: an Auto class, of a model with another head; without `weights` the model itself is None."""
+    """Loads a model and its tokenizer.
+
+    `longest`: maximum tokens of an input, None if unlimited. `writes`: whether it is a language model. `head`: Auto class of a
+    model with another head. Without `weights`, `model` is None.
+    """
 
     def __init__(self, folder: Path, head: type | None = None, weights: bool = True) -> None:
         self.folder = folder
@@ -85,7 +88,7 @@ class LoadedModel:
         self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
-        own = self.config.get_text_config().pad_token_id if head else None  # a head that finds a text's end goes by this one
+        own = self.config.get_text_config().pad_token_id if head else None  # some heads find a text's end by this token
         candidates = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in candidates if token is not None)
 
@@ -97,7 +100,7 @@ class LoadedModel:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generation(self) -> transformers.GenerationConfig:
-        """Returns how the folder's model is to generate; where it does not say, its configuration does."""
+        """Returns the generation settings of the model's folder, or else those of its configuration."""
         if self.model is not None:
             return self.model.generation_config
         if not (self.folder / "generation_config.json").is_file():
@@ -105,7 +108,11 @@ class LoadedModel:
         return from_folder("model", transformers.GenerationConfig, self.folder)
 
     def seen(self, tokens: list[int], text: str) -> list[int]:
-        """Returns the tokens of a text that the model sees: its first, and what stands behind them if it does not write."""
+        """Returns the tokens of a text that the model reads, at most `longest`.
+
+        A language model reads the first tokens. For other models the tokenizer cuts the text, so that special tokens at its end
+        stay.
+        """
         if self.longest is None or len(tokens) <= self.longest:
             return tokens
         if self.writes:
@@ -113,16 +120,16 @@ class LoadedModel:
         return self.tokenizer(text, truncation=True, max_length=self.longest)["input_ids"]
 
     def embedded(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Embeds texts, fp32 [texts, width], each of length 1."""
+        """Computes the embeddings of texts: fp32 [texts, width], normalized to length 1."""
         if self.pairs:
             return clip_folder.of_texts(self.model, ids, mask)
         return encoder.embed(self.model.base_model, ids, mask, self.pooling)
 
 
 class BatchEngine(ABC):
-    """Answers inputs in batches of similar length, with a model that is loaded once; one that cannot be answered stops no other.
+    """Answers inputs in batches of similar length, with a model that is loaded once. An input that fails doesn't affect others.
 
-    HeliostatError if none of several can: then it is not the inputs.
+    HeliostatError if all of several inputs fail, because then the model is the cause.
     """
 
     def __init__(self, model: Path | LoadedModel, batch: int) -> None:
@@ -151,19 +158,19 @@ class BatchEngine(ABC):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        """Returns an input's tokens; BadInputError if it has none."""
+        """Returns an input's token ids; BadInputError if it can't be encoded."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
-        """Returns why tokens cannot be answered, if they cannot."""
+        """Returns an answer that says why these tokens can't be answered; None if they can."""
         return None
 
     def rows(self, longest: int) -> int:
-        """Returns how many inputs of so many tokens a batch may have."""
+        """Returns the maximum number of inputs in a batch whose longest has so many tokens."""
         return self.batch
 
     def batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
-        """Yields the inputs in batches, the short first, so that little of a batch is padding."""
+        """Yields batches of inputs, the shortest first, so that a batch has little padding."""
         waiting: list[int] = []
         for i in sorted(lengths, key=lambda i: (lengths[i], i)):
             if waiting and (len(waiting) >= self.rows(lengths[i]) or self.apart(lengths[waiting[-1]], lengths[i])):
@@ -174,15 +181,15 @@ class BatchEngine(ABC):
             yield waiting
 
     def apart(self, one: int, other: int) -> bool:
-        """Tells whether inputs of these lengths may not share a batch."""
+        """Returns whether inputs of these lengths must not share a batch."""
         return False
 
     def _answered(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         try:
             with torch.inference_mode():
                 return self.answer(tokens, inputs)
-        except Exception as e:  # whatever a model raises for an input: the others are answered
-            if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # the last is vLLM's
+        except Exception as e:  # a model can raise anything for an input; the others are still answered
+            if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # EngineDeadError is vLLM's
                 raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}). Run the command again") from e
             if len(inputs) == 1:
                 return [Answer(bad="failed", detail=f"{type(e).__name__}: {e}"[:500])]
@@ -190,10 +197,10 @@ class BatchEngine(ABC):
 
     @abstractmethod
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
-        """Answers a batch."""
+        """Answers a batch: one answer per input, in the same order."""
 
     def padded(self, rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the rows as one tensor, and which of its places hold tokens."""
+        """Returns the rows as one tensor of ids [rows, longest], and the attention mask of the same shape."""
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.pad)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
@@ -204,7 +211,10 @@ class BatchEngine(ABC):
 
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
-    """Reads how text is written by a model that takes so many tokens; ConfigError if that cannot be, or leaves no room."""
+    """Reads sampling options. ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
+
+    `longest`: maximum tokens of prompt and answer; None if unlimited.
+    """
     keys = validate(Sampling, options, "options")
     if longest is not None and keys.max_tokens >= longest:
         raise ConfigError(
@@ -215,15 +225,15 @@ def sampling(options: dict[str, object], longest: int | None) -> Sampling:
 
 
 class Continue(BatchEngine):
-    """Continues prompts by up to `max_tokens` tokens; an empty prompt begins a document. Every end that the model's folder names
-    ends an answer."""
+    """Continues prompts by up to `max_tokens` tokens. An empty prompt begins a document. All end tokens of the model's folder
+    end an answer."""
 
     def __init__(self, model: Path | LoadedModel, batch: int, options: dict[str, object]) -> None:
         super().__init__(model, batch)
         self.sampling = sampling(options, self.longest)
         self.pads = self.model is not None and pads_hold(self)
         self.ends = ends(self.tokenizer, self.loaded.generation())
-        if self.model is not None:  # nothing of the folder's sampling: a penalty would be no draw of the model's
+        if self.model is not None:  # ignores the folder's sampling settings: a penalty would change the model's distribution
             self.model.generation_config = transformers.GenerationConfig()
 
     def encode(self, text: str) -> list[int]:
@@ -250,14 +260,14 @@ class Continue(BatchEngine):
         return [self.read(row.tolist()) for row in out[:, ids.shape[1] :]]
 
     def read(self, tokens: list[int]) -> Answer:
-        """Makes an answer of its tokens."""
+        """Builds an answer from its token ids."""
         written = list(itertools.takewhile(lambda token: token not in self.ends, tokens))
         text = self.tokenizer.decode(written, skip_special_tokens=True)
         return Answer({"answer": text, "tokens": len(written), "finish": "stop" if len(written) < len(tokens) else "length"})
 
 
 class Chat(Continue):
-    """Answers chats, messages as JSON, by the tokenizer's chat template."""
+    """Answers chats, given as JSON messages, with the tokenizer's chat template."""
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -271,7 +281,7 @@ class Chat(Continue):
 
 
 class Noise(LogitsProcessor):
-    """Makes each row's draw the largest of its scores."""
+    """Adds each row's random noise to its scores, so that greedy decoding samples."""
 
     def __init__(self, seeds: Sequence[int], sampling: Sampling) -> None:
         self.draws = [Draw(sampling.temperature, sampling.top_p, seed) for seed in seeds]
@@ -281,7 +291,8 @@ class Noise(LogitsProcessor):
 
 
 def pads_hold(engine: BatchEngine) -> bool:
-    """Tells whether a prompt has the same logits behind padding as without it: not where a state goes through the padding."""
+    """Returns whether padding on the left leaves a prompt's logits unchanged. It doesn't in a model whose state passes through
+    padding."""
     vocabulary = engine.model.config.get_text_config().vocab_size
     rows = [[token % vocabulary for token in probe] for probe in PROBES]
     with torch.inference_mode():
@@ -289,14 +300,14 @@ def pads_hold(engine: BatchEngine) -> bool:
         places = (mask.cumsum(-1) - 1).clamp(min=0)
         try:
             both = engine.model(input_ids=ids, attention_mask=mask, position_ids=places).logits[0, -1]
-        except TypeError:  # of a model that takes no positions
+        except TypeError:  # the model takes no positions
             both = engine.model(input_ids=ids, attention_mask=mask).logits[0, -1]
         alone = engine.model(input_ids=engine.padded(rows[:1], left=True)[0]).logits[0, -1]
     return bool((both - alone).abs().max() <= CLOSE * alone.abs().max())
 
 
 class Score(BatchEngine):
-    """Scores texts; of one that is longer than the model takes, what fits, with `truncated` true."""
+    """Scores texts. A text that exceeds the model's maximum is cut, with `truncated` true."""
 
     def encode(self, text: str) -> list[int]:
         tokens = super().encode(text)
@@ -319,7 +330,7 @@ class Score(BatchEngine):
         return [self.read(*row) for row in zip(nats, cut, tokens, inputs, strict=True)]
 
     def read(self, nats: float, cut: list[int], tokens: list[int], source: Input) -> Answer:
-        """Makes an answer of what the tokens that fit have lost."""
+        """Builds an answer from the negative log-likelihood of the tokens that fit."""
         truncated = len(cut) < len(tokens)
         text = self.tokenizer.decode(cut, skip_special_tokens=True) if truncated else source.text
         size = max(1, len(text.encode("utf-8", "replace")))
@@ -328,7 +339,7 @@ class Score(BatchEngine):
 
 
 class Embed(BatchEngine):
-    """Embeds texts; of one that is longer than the model takes, what fits, with `truncated` true."""
+    """Embeds texts. A text that exceeds the model's maximum is cut, with `truncated` true."""
 
     def refusal(self, tokens: list[int]) -> Answer | None:
         return None if tokens else Answer(bad="empty", detail="no token")
@@ -341,21 +352,24 @@ class Embed(BatchEngine):
         ]
 
     def vectors(self, cut: list[list[int]]) -> Sequence[object]:
-        """Embeds a batch of texts' tokens."""
+        """Embeds a batch, given as token ids; one vector [width] per text."""
         ids, mask = self.padded(cut, left=False)
         return list(self.loaded.embedded(ids, mask).cpu().numpy())
 
 
 class Classify(BatchEngine):
-    """Gives each text its likeliest label, and the probabilities of all; one that is longer than the model takes is cut, with
-    `truncated` true. Where labels do not exclude each other, each has a probability of its own."""
+    """Returns each text's likeliest label, and the probabilities of all labels.
+
+    A text that exceeds the model's maximum is cut, with `truncated` true. If labels don't exclude each other (`problem_type`
+    multi_label_classification), each label has an independent probability.
+    """
 
     def __init__(self, folder: Path, batch: int) -> None:
         super().__init__(LoadedModel(folder, transformers.AutoModelForSequenceClassification), batch)
         config = self.model.config
         self.labels = [config.id2label[i] for i in range(config.num_labels)]
         self.independent = config.problem_type == "multi_label_classification"
-        last = getattr(config, "summary_type", "") == "last"  # XLNet reads the last place, whatever stands there
+        last = getattr(config, "summary_type", "") == "last"  # XLNet reads the last position, even if it is padding
         self.mixes = config.get_text_config().pad_token_id is not None and not last
 
     def apart(self, one: int, other: int) -> bool:

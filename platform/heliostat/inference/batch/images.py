@@ -1,4 +1,4 @@
-"""Embeds images with a CLIP's folder."""
+"""Embeds images with a CLIP model's folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
-MOST_RATIO = 100  # of an image's sides: the longer grows with the shorter, up to what the model takes
+MOST_RATIO = 100  # of an image's sides: resizing scales the shorter one to the model's size, and the longer one with it
 
 
 class EmbedImages(BatchEngine):
-    """Embeds images, each decoded and shrunk before the next; what is no whole PNG, JPEG or WebP is bad."""
+    """Embeds images, decoded and resized one by one. An image that isn't a complete PNG, JPEG, or WebP is bad."""
 
     def __init__(self, folder: Path, batch: int) -> None:
         super().__init__(LoadedModel(folder), batch)
@@ -29,7 +29,7 @@ class EmbedImages(BatchEngine):
         self.mode = MODES[self.model.config.vision_config.num_channels]
 
     def encode(self, text: str) -> list[int]:
-        return []  # all images have one length
+        return []  # all images have the same length
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         opened = [self._pixels(one.image) for one in inputs]
@@ -49,5 +49,5 @@ class EmbedImages(BatchEngine):
                     bad="undecodable", detail=f"{size[0]} by {size[1]} pixels: one is over {MOST_RATIO} times the other"
                 )
             return picturing.upright(data).convert(self.mode)
-        except Exception as e:  # noqa: BLE001 - Pillow raises errors of many kinds for bytes that are none
+        except Exception as e:  # noqa: BLE001 - Pillow raises many kinds of errors for invalid bytes
             return Answer(bad="undecodable", detail=picturing.fault(e))

@@ -1,4 +1,5 @@
-"""Chooses and loads what answers with a model: transformers or vLLM; what cannot do a task is refused before anything starts."""
+"""Chooses and loads the engine of a model: transformers or vLLM. Rejects a task that the model can't do, before anything
+starts."""
 
 from __future__ import annotations
 
@@ -22,15 +23,16 @@ if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
 
 HEAD = "ForSequenceClassification"
-LEAST_LABELS = 2  # of one there is no choice: it is a score
+LEAST_LABELS = 2  # a single label is a score, not a class
 ENGINES = ("auto", "transformers", "vllm")
 OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine that answers, and why, or in what version; ConfigError if vLLM is asked for, and does not.
+    """Returns the engine, and either the reason for it or its version. ConfigError if `name` is vllm and vLLM doesn't support
+    the task.
 
-    `known`: lists the architectures that vLLM has; by default itself.
+    `known`: lists the architectures that vLLM supports; by default vLLM itself does.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine: {name!r} isn't an engine. Use {', '.join(ENGINES)}")
@@ -46,7 +48,7 @@ def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Co
 
 
 def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]]) -> str:
-    """Returns why vLLM does not answer; "" if it does."""
+    """Returns why vLLM can't run the task with this model; "" if it can."""
     if task not in OF_VLLM:
         return f"heliostat doesn't support vLLM for the task {task}"
     if clip_folder.is_one(folder):
@@ -67,8 +69,8 @@ def _architectures() -> Collection[str]:
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
-    """Returns what else is known of how a model does a task, as its labels; ConfigError if it does not do it, or not with these
-    options."""
+    """Checks that a model supports a task with these options; ConfigError if not. Returns more facts for the record, such as
+    labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
@@ -93,14 +95,17 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
 
 
 def _longest(folder: Path) -> int | None:
-    """Reads how many tokens a model takes, without its weights; ConfigError if its tokenizer or config.json cannot be read."""
+    """Returns the maximum tokens of a model's input, without reading its weights.
+
+    ConfigError if its tokenizer or config.json can't be read.
+    """
     from heliostat.inference.batch.engines import LoadedModel
 
     try:
         return LoadedModel(folder, weights=False).longest
     except ConfigError:
         raise
-    except (OSError, ValueError) as e:  # of transformers
+    except (OSError, ValueError) as e:  # raised by transformers
         raise ConfigError(f"{folder}: can't read its tokenizer or config.json ({brief(e)}). Copy the folder again") from e
 
 
@@ -128,7 +133,7 @@ def _require_template(folder: Path) -> None:
 def engine(
     folder: Path, task: str, batch: int, options: dict[str, object], by: str = "transformers"
 ) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model for a task, with transformers or by vLLM."""
+    """Loads a model for a task, on transformers or vLLM (`by`)."""
     if by == "vllm":
         from heliostat.inference import vllm_engine
 

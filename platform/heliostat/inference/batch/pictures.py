@@ -1,4 +1,4 @@
-"""Reads the images of a batch inference as the image pipeline does; they need no captions."""
+"""Reads the images of a batch inference as the image pipeline does, but without requiring captions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from heliostat.tasks.flow import Flow
 
 @dataclass(frozen=True)
 class Pictures:
-    """Lists an image input's files, and spills the tasks that read them: a piece's only part names one."""
+    """Lists an image input's files, and stores the tasks that read them. A piece has one part, which names such a task."""
 
     input: str
     column: str
@@ -47,7 +47,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class PictureSource:
-    """Reads the images of a spilled task."""
+    """Reads the images of a stored task."""
 
     input: str
     columns: ImageColumns

@@ -1,4 +1,4 @@
-"""Reads the inputs of a batch inference: texts as a text pipeline does, chats next to them, images as an image pipeline does."""
+"""Reads the inputs of a batch inference: texts as a text pipeline does, also chats, and images as an image pipeline does."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from heliostat.curation.text.tasks import TextSource
 from heliostat.inference.batch.tasks import BatchSettings
 from heliostat.tasks.flow import Flow
 
-PIECES = 256  # of an input, about
-LEAST, MOST = 16 << 10, 1 << 20  # bytes of a piece
+PIECES = 256  # approximate number of pieces of an input
+LEAST, MOST = 16 << 10, 1 << 20  # limits of a piece's size, in bytes
 
 
 @dataclass(frozen=True)
 class ChatRules(TextRules):
-    """Takes lists as well, of messages: as JSON."""
+    """Accepts texts, and also lists of messages, which become JSON."""
 
     def text_of(self, value: object) -> str | None:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else super().text_of(value)
@@ -38,7 +38,10 @@ class ChatRules(TextRules):
 
 
 class InputReading(Protocol):
-    """Lists an input's files, and cuts them into pieces that a source reads in tasks. `identity`: what reading follows from."""
+    """Lists an input's files, and divides them into pieces, which a source reads in tasks.
+
+    `identity`: the settings that determine what is read.
+    """
 
     @property
     def identity(self) -> dict[str, object]: ...
@@ -52,7 +55,7 @@ class InputReading(Protocol):
 
 @dataclass(frozen=True)
 class Texts:
-    """Reads texts or chats."""
+    """Reads texts, or chats as JSON, from the files of a text input."""
 
     input: str
     rules: TextRules
@@ -73,7 +76,7 @@ class Texts:
 
 
 def of(input: str, settings: BatchSettings) -> InputReading:
-    """Returns how the inputs of a task are read; MissingExtraError if that needs a library that is not there."""
+    """Returns the reader for a task's inputs; MissingExtraError if it needs a library that isn't installed."""
     if settings.task == "embed-images":
         extras.require("images", "PIL", what="embed-images")
         from heliostat.inference.batch.pictures import Pictures

@@ -1,14 +1,16 @@
 """Runs a model over all documents of an input, on Ray: `heliostat model infer MODEL --input IN --out OUT`.
 
-    OUT/answers/9c01....parquet   the answers of a piece of the input, in its order
-    OUT/bad.parquet               inputs that have no answer, and why
-    OUT/inference.json            written last: model, settings, digest of the inputs, counts, and the files in the input's order
-    OUT/work                      what finished pieces have done, by the keys of what their answers follow from
+    OUT/answers/9c01....parquet   answers of a piece of the input, in its order
+    OUT/bad.parquet               inputs without an answer, and the reasons
+    OUT/inference.json            written last: model, settings, digest of the inputs, counts, files in the input's order
+    OUT/work                      results of finished pieces, by the keys of their inputs
 
-Each input is answered once: a piece's file has the name of what it follows from, and `inference.json` lists each file once. A run
-that is killed continues after its last finished piece, on any number of workers; new input is only its own work. Answers of what
-the input no longer holds are deleted, and counted. One command at a time writes to the folder, and of one input. Answers are a
-pure function of the input, the model and the settings, on machines of one kind. `prepare` reads OUT/answers as an input.
+Each input is answered once: a piece's file is named by a key of everything that determines its answers, and `inference.json`
+lists each file once. A run that is killed continues after its last finished piece, on any number of workers. For new input,
+only its own pieces run. Answers to inputs that no longer exist are deleted and counted.
+
+One command at a time writes to the folder, and the folder belongs to one input. Answers are a pure function of the input, the
+model, and the settings, on machines of the same kind. `prepare` can read OUT/answers as an input.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ from heliostat.terminal import console
 log = logging.getLogger(__name__)
 
 RECORD, BAD, WORK = "inference.json", "bad.parquet", "work"
-SETTINGS = "settings.json"  # what the folder is claimed for
+SETTINGS = "settings.json"  # settings that the folder belongs to
 
 
 def infer(
@@ -58,11 +60,15 @@ def infer(
     quiet: bool = False,
     engine: str = "transformers",
 ) -> dict[str, Any]:
-    """Answers all documents of an input; returns what `inference.json` says, without the list of files. `quiet`: shows nothing;
-    `engine`: what answers, auto for vLLM where it can.
+    """Answers all documents of an input; returns the values of `inference.json`, without the list of files.
 
-    ConfigError before anything starts if the model does not do the task, its answers leave no room for a prompt, there is no
-    input, or the output holds something else, also answers of another input, or another command writes there.
+    `quiet`: shows no progress. `engine`: transformers, vllm, or auto, which uses vLLM if it supports the task. ConfigError,
+    before anything starts, in these cases:
+
+    - the model doesn't support the task, or its answers leave no room for a prompt
+    - there is no input
+    - the output contains something else, or answers to another input
+    - another command writes to the output
     """
     known, place = loading.require(model, settings.task, settings.options), Location(output)
     files = reading.of(input, settings).listing()
@@ -82,7 +88,7 @@ def infer(
 
 @contextmanager
 def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
-    """Starts Ray or connects to it, and yields a flow whose finished tasks are kept at the place; shows its progress."""
+    """Starts or connects to Ray, and yields a flow that stores finished tasks in the folder `place`. Shows its progress."""
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers, gpus=gpus)
@@ -93,9 +99,9 @@ def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: boo
 def answer(
     flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Location, before_commit: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Answers the files' documents by tasks of a flow, and writes what was made of them to a place.
+    """Answers the documents of these files with tasks of a flow, and writes the results to the folder `place`.
 
-    `before_commit`: raises if another command has taken the place over.
+    `before_commit`: raises an error if another command has taken over the folder.
     """
     began = time.time()
     records = _answered(flow, _tasks(flow, files, facts, place), place)
@@ -117,7 +123,7 @@ def answer(
 
 
 def model_digest(folder: Path) -> str:
-    """Computes the digest of a model's files: what its answers follow from."""
+    """Computes the SHA-256 digest of a model's files, in hex."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(f"{file.relative_to(folder)}\0".encode() + bytes.fromhex(model_files.digest("model", str(file))))
@@ -125,7 +131,7 @@ def model_digest(folder: Path) -> str:
 
 
 def origin(folder: Path) -> dict[str, object]:
-    """Returns the run and the step that the model comes from, if its folder tells."""
+    """Returns the MLflow run and the step of the model, if its folder records them."""
     if not (folder / exported.RECORD).is_file():
         return {}
     return {"origin": exported.record(folder).get("origin", {})}
@@ -150,7 +156,7 @@ def _tasks(flow: Flow, files: list[InputFile], facts: dict[str, Any], place: Loc
 
 
 def _answered(flow: Flow, wanted: list[Task], place: Location) -> list[PieceRecord]:
-    """Runs the tasks, and returns their records in the input's order."""
+    """Runs the tasks; returns their records in the input's order."""
     present = dict(place.files())
 
     def whole(record: dict[str, Any]) -> bool:
@@ -166,7 +172,7 @@ def _counts(records: list[PieceRecord]) -> dict[str, int]:
 
 
 def _devices(records: list[PieceRecord]) -> list[dict[str, object]]:
-    """Sums up for how many seconds devices were at work on the answers: CPUs by the core, GPUs by the clock."""
+    """Sums the seconds that devices worked on the answers: processor seconds for CPUs, elapsed seconds for GPUs."""
     used: dict[tuple[str, int | None], float] = {}
     for record in records:
         gpu = record.get("gpu")
@@ -176,7 +182,7 @@ def _devices(records: list[PieceRecord]) -> list[dict[str, object]]:
 
 
 def _missing(keep: list[str], records: list[PieceRecord]) -> list[str]:
-    """Lists the columns to keep that no input has, where any was read."""
+    """Lists the columns to keep that no input has; empty if no input was read."""
     read = any(r.get("read") for r in records)
     return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
 
@@ -187,7 +193,7 @@ def _inputs(records: list[PieceRecord]) -> str:
 
 
 def _list_bad(place: Location, records: list[PieceRecord]) -> None:
-    """Writes what has no answer as one table, a piece's in memory at a time."""
+    """Writes the inputs without an answer to one table. One piece's rows are in memory at a time."""
     if not any(r["bad"] for r in records):
         place.join(BAD).delete()
         return
@@ -203,13 +209,13 @@ def _list_bad(place: Location, records: list[PieceRecord]) -> None:
 
 
 def _others(place: Location, listed: set[str]) -> list[Location]:
-    """Lists the files of answers of what the input does not hold any more."""
+    """Lists the files with answers that aren't in `listed`: their inputs no longer exist."""
     names = (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
     return [place.join(name) for name in names if name not in listed]
 
 
 def _rows(file: Location) -> int:
-    """Counts the answers in a file; 0 if it is damaged: none of them can be read."""
+    """Counts the answers in a file; 0 if the file is damaged, because then none can be read."""
     try:
         return pq.read_metadata(file.open()).num_rows
     except pa.ArrowInvalid:
@@ -217,13 +223,16 @@ def _rows(file: Location) -> int:
 
 
 def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
-    """Writes down what the folder is for; ConfigError, in the words `holding` and `made_by`, if something else is there."""
+    """Records the settings that a folder belongs to. ConfigError if the folder contains something else or has other settings.
+
+    `holding`, `made_by`: words for the message.
+    """
     known = _known(place)
     if known is None:
-        others = [name for name, _ in place.files() if not name.startswith(f"{SETTINGS}.")]  # those are half written claims
+        others = [name for name, _ in place.files() if not name.startswith(f"{SETTINGS}.")]  # incomplete claims
         if not others and place.join(SETTINGS).create(json.dumps(settings).encode()):
             return
-        known = _known(place)  # if another command was faster
+        known = _known(place)  # another command may have been faster
         if known is None:
             raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Name another folder")
     if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
@@ -233,7 +242,7 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
 
 
 def _known(place: Location) -> dict[str, object] | None:
-    """Reads what a folder is claimed for; None if it is not."""
+    """Reads the settings that a folder belongs to; None if it has none."""
     try:
         known = json.loads(place.join(SETTINGS).read())
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Answers a piece of the input, in a worker of Ray's: its answers are one Parquet file, what could not be answered another."""
+"""Answers a piece of the input in a Ray worker. Writes its answers to one Parquet file, and the inputs without an answer to
+another."""
 
 from __future__ import annotations
 
@@ -42,11 +43,11 @@ COLUMNS = {
 
 
 Task = Literal["continue", "chat", "score", "embed", "classify", "embed-images"]
-COLUMN = {"chat": "messages", "embed-images": "image"}  # of the input, where none is named; of the others `text`
+COLUMN = {"chat": "messages", "embed-images": "image"}  # default column of the input; for other tasks `text`
 
 
 class BatchSettings(Strict):
-    """Describes a batch inference; all that an answer follows from, next to the model and the input itself."""
+    """Describes a batch inference. Its answers depend only on these settings, the model, and the input."""
 
     task: Task = "continue"
     column: str = Field("", validate_default=True)
@@ -67,17 +68,18 @@ class BatchSettings(Strict):
 
     @property
     def written(self) -> tuple[str, ...]:
-        """Returns the columns of the answers that are the input's: its text, and those that are kept."""
+        """Returns the columns that are copied from the input to the answers: its text, and those in `keep`."""
         return (*([] if self.task == "embed-images" else [self.column]), *self.keep)
 
     @property
     def identity(self) -> dict[str, object]:
-        """Returns all of it, without the engine that there has always been."""
+        """Returns all settings. Leaves out the engine if it is transformers, so that keys from before this setting stay the
+        same."""
         return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
     def _apart(self) -> BatchSettings:
-        """Refuses columns that would have the name of another in the answers."""
+        """Rejects columns that would have the same name as another column of the answers."""
         written = ["id", *self.written, *(name for name, _ in COLUMNS[self.task])]
         if twice := sorted({name for name in written if written.count(name) > 1}):
             raise ValueError(f"the answers would have two columns {twice[0]!r}. Rename the input's column")
@@ -85,7 +87,10 @@ class BatchSettings(Strict):
 
 
 class PieceRecord(TypedDict):
-    """Describes the answers of a piece, in the records of its task. The flow adds seconds; old records lack some keys."""
+    """Describes the answers of a piece, in its task's record. The flow adds `seconds` (processor) and `wall` (elapsed).
+
+    Records of earlier versions lack some keys.
+    """
 
     name: str
     answers: int
@@ -104,7 +109,7 @@ class PieceRecord(TypedDict):
 
 
 def schema(settings: BatchSettings) -> pa.Schema:
-    """Returns the columns of a task's answers: the input's id and text, what was asked for of it, and the answer's."""
+    """Returns the columns of a task's answers: the input's id and text, the kept columns, and the answer's columns."""
     return pa.schema([("id", pa.string()), *((name, pa.large_string()) for name in settings.written), *COLUMNS[settings.task]])
 
 
@@ -115,7 +120,7 @@ def answer_piece(
 ) -> dict[str, object]:  # fmt: skip
     """Answers the documents of a piece, and writes the answers in the input's order; returns the task's record.
 
-    `model`: its files; `follows`: their digest.
+    `model`: the model's files; `follows`: their digest.
     """
     items = list(chain.from_iterable(source.read(part) for part in piece))
     read = [item for item in items if isinstance(item, Document)]
@@ -147,7 +152,7 @@ def answer_piece(
 
 
 def _answers(model: str, settings: BatchSettings, documents: list[Document], follows: str) -> list[Answer]:
-    """Answers documents; an engine that has died is kept for no task to come."""
+    """Answers documents. If the engine dies, removes it from the cache, so that no later task uses it."""
     from heliostat.inference.batch.engines import DeadEngineError
 
     engine = loaded(model, settings.task, settings.batch, json.dumps(settings.options, sort_keys=True), settings.engine, follows)
@@ -159,7 +164,7 @@ def _answers(model: str, settings: BatchSettings, documents: list[Document], fol
 
 
 def _input(document: Document, seed: int) -> Input:
-    """Makes an input of a document; its seed follows from the inference's and from where the document was read."""
+    """Converts a document to an input. Its seed depends on the inference's seed and the document's id."""
     from heliostat.inference.batch.engines import Input
 
     own = xxhash.xxh64_intdigest(f"{seed}\0{document.id}".encode("utf-8", "surrogatepass")) >> 1
@@ -167,7 +172,7 @@ def _input(document: Document, seed: int) -> Input:
 
 
 def _gpu() -> tuple[str, int] | None:
-    """Returns the name and the bytes of the GPU that answers; None if a CPU does."""
+    """Returns the name and the memory, in bytes, of the GPU; None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -188,12 +193,13 @@ def _text(value: object) -> str | None:
 
 
 def _unwritable(columns: dict[str, str | None]) -> str | None:
-    """Finds a column that no UTF-8 can spell: JSON can, half of a surrogate pair; None if there is none."""
+    """Returns the name of a column whose text UTF-8 can't encode (JSON can contain half a surrogate pair); None if there is
+    none."""
     return next((name for name, value in columns.items() if value is not None and value != _spelt(value)), None)
 
 
 def _spelt(text: str) -> str:
-    """Returns a text with an escape in place of what no UTF-8 can spell."""
+    """Returns a text in which escapes replace characters that UTF-8 can't encode."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -208,7 +214,7 @@ def _write(place: Location, table: pa.Table) -> int:
 def loaded(
     model: str, task: str, batch: int, options: str, by: str = "transformers", follows: str = ""
 ) -> Callable[[Sequence[Input]], list[Answer]]:
-    """Loads a model once in each process: it stays for the tasks to come that follow from the same files."""
+    """Loads a model once per process. It stays in memory for later tasks with the same files, task, and options."""
     from heliostat.inference.batch.loading import engine
 
     return engine(Path(model), task, batch, json.loads(options), by)

@@ -1,4 +1,4 @@
-// The tab of an index: passages with their sources, and the model's answer from them.
+// The tab of an index: shows passages with their sources, and the model's answer from them.
 
 import { post } from "./api.js";
 import { Facts, answered, find, form, make } from "./work.js";

@@ -1,10 +1,10 @@
-// The tab of a model that draws: a grid, picture by picture its seed.
+// The tab of an image model: shows a grid of images, each with its seed.
 
 import { post } from "./api.js";
 import { find, form, make, seeds } from "./work.js";
 
-const ROW = 4; // pictures that are asked for together, so that a row is seen as soon as it is there
-const COARSE = 160; // pixels, below which a picture is enlarged with its pixels as they are
+const ROW = 4; // images per request, so that each row shows as soon as it is generated
+const COARSE = 160; // pixels: smaller images are enlarged without smoothing
 
 function picture(drawn, prompt) {
   const name = `${prompt.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "picture"}-${drawn.seed}.png`;

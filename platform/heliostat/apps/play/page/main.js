@@ -1,4 +1,4 @@
-// Opens the page: takes the key, asks what is here, and shows the tabs that this can do.
+// Opens the page: reads the key, requests the abilities, and shows the tabs that they support.
 
 import { get, keepKey, takeKey } from "./api.js";
 import { ask } from "./ask.js";
@@ -13,7 +13,7 @@ const TABS = {
   draw: ["Draw", draw, "draws pictures"],
   ask: ["Ask", ask, "answers from documents"],
 };
-const GIVEN = ["write", "complete", "draw"]; // whose fields begin with a prompt
+const GIVEN = ["write", "complete", "draw"]; // tabs whose fields begin with a prompt
 
 function about(here) {
   const can = here.tabs.map((name) => TABS[name][2]).join(", ");
@@ -38,7 +38,7 @@ function select(names, chosen) {
   history.replaceState(null, "", `#${chosen}`);
 }
 
-// Writes a prompt into a tab's fields: the model's own where there is one field for it, else what the page has as an example.
+// Fills a tab's fields: `prompt` with the model's own prompt if there is one, all others with the page's example.
 function fill(section, prompt) {
   for (const field of section.querySelectorAll(".work textarea")) {
     field.value = (field.name === "prompt" && prompt) || field.placeholder;

@@ -1,4 +1,4 @@
-// What the tabs have in common: a form whose button starts some work that can be stopped, and settings of sampling.
+// Code that the tabs share: a form that starts work and can stop it, and sampling settings.
 
 import { stream } from "./api.js";
 
@@ -10,8 +10,8 @@ export function make(tag, properties = {}, ...children) {
   return made;
 }
 
-// Calls `work(values, signal)` when the form is sent, shows the error that it throws, and lets it be stopped.
-// `enter`: whether Enter alone sends it, as beside Ctrl + Enter everywhere.
+// Calls `work(values, signal)` when the form is submitted, shows its error, and stops it on request.
+// `enter`: Enter alone submits the form; Ctrl + Enter always does.
 export function form(section, work, { enter = false } = {}) {
   const its = find(section, "form");
   const go = find(its, ".go");
@@ -66,7 +66,7 @@ export function number(name, label, bounds, value) {
   return make("label", { className: "field" }, label, input);
 }
 
-// The seed, and whether each answer has one of its own; `next` tells the one to use.
+// The fields for the seed, and for a new seed per answer. `next` returns the seed to use.
 export function seeds() {
   const field = number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }, 0);
   const each = make("input", { type: "checkbox", checked: true });
@@ -98,7 +98,7 @@ export function sampling(aside, text) {
   });
 }
 
-// Shows how an answer came about, while it comes and at its end.
+// Shows an answer's facts, such as tokens and seconds, during generation and at its end.
 export class Facts {
   constructor(element, told) {
     this.element = element;
@@ -127,7 +127,7 @@ export class Facts {
   }
 }
 
-// Hands the pieces of an answer to `say` as they come, its sources to `cite`, and shows the facts of it.
+// Passes an answer's pieces to `say` as they come, and its sources to `cite`; shows its facts.
 export async function answered(path, body, signal, facts, say, cite) {
   try {
     for await (const item of stream(path, body, signal)) {

@@ -1,4 +1,4 @@
-"""Lists the routes that replicas answer: a route is one module here, with its body, its checks, its work, and its answer."""
+"""Lists the routes that replicas answer. Each module defines one route: its body, its checks, its work, and its answer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Answers `/v1/chat/completions`: answers a chat, or a question from the index."""
+"""Answers `/v1/chat/completions`: a chat, or a question to the index."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from heliostat.inference.sampling import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.web.refusals import Refusal
 
-ANSWER_TOKENS = 128  # of an answer from the index
+ANSWER_TOKENS = 128  # default maximum of an answer from the index
 
 
 class ChatRequest(Sampled):
-    """Describes a request to answer a chat."""
+    """Holds a request to answer a chat."""
 
     neutral = {
         **COMMON, "tools": [], "tool_choice": "none", "functions": [], "function_call": "none",
@@ -44,7 +44,7 @@ class ChatRequest(Sampled):
 
     @property
     def top_count(self) -> int | None:
-        """Returns how many of the likeliest tokens an answer lists for each of its tokens; None: it has no logprobs."""
+        """Returns the number of likeliest tokens to list for each token of the answer; None means no log probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -55,7 +55,7 @@ def _plain(messages: list[Message]) -> list[Message]:
 
 
 class Question(ChatRequest):
-    """Describes a question that is answered from an index, with the likeliest words unless a temperature is given."""
+    """Holds a question to answer from an index. The default temperature is 0."""
 
     messages: Annotated[list[Message], AfterValidator(_plain)] = Field(min_length=1, max_length=1)
     temperature: float = Field(0.0, ge=0, le=2)
@@ -64,7 +64,7 @@ class Question(ChatRequest):
 
 
 def of_chat(columns: Logprobs | None) -> Answer | None:
-    """Writes logprobs as chats have them: by token, each with its likeliest, the best first."""
+    """Converts log probabilities to the chat format: a list of tokens, each with its likeliest alternatives, best first."""
     if columns is None:
         return None
     tops = columns["top_logprobs"] or [{} for _ in columns["tokens"]]
@@ -76,12 +76,12 @@ def of_chat(columns: Logprobs | None) -> Answer | None:
 
 
 def _of_token(token: str, value: float) -> Answer:
-    """Describes a token; its bytes are not known where it is a piece of a character."""
+    """Describes a token. `bytes` is None for part of a character, whose bytes the text doesn't show."""
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 
 class ChatRoute(WritingRoute[ChatRequest]):
-    """Answers chats, and as a `Question` those whose model is the index."""
+    """Answers chats. If `model` names the index, the request is a `Question`."""
 
     path, body = "/v1/chat/completions", ChatRequest
     prefix, kind, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"

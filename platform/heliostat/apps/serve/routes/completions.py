@@ -1,4 +1,4 @@
-"""Answers `/v1/completions`: continues prompts, or fills in what is between each of them and a suffix."""
+"""Answers `/v1/completions`: continues prompts, or fills in the text between each prompt and a suffix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from heliostat.apps.serve.route import Answer
 from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
 
 PROMPTS = "isn't a text, a list of tokens, or a list of these"
-DEFAULT_TOKENS = 16  # as OpenAI has it
+DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 def _prompts(prompt: object) -> list[object]:
-    """Lists prompts: a text or a list of tokens stands for a list of it."""
+    """Returns a list of prompts; a single text, or a single list of token ids, becomes a list of one. ValueError for another
+    form."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
         prompt = [prompt]
     if not isinstance(prompt, list):
@@ -36,17 +37,17 @@ def _is_token(value: object) -> bool:
 
 
 class Completion(Sampled):
-    """Describes a request to continue prompts, or to fill in the text between each of them and a suffix."""
+    """Holds a request to continue prompts, or to fill in the text between each of them and a suffix."""
 
     neutral = {**COMMON, "best_of": 1, "echo": False}
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]
-    """Texts, or lists of tokens."""
+    """Texts, or lists of token ids."""
     suffix: Whole = ""
     logprobs: int | None = Field(None, ge=0, le=5)
 
 
 class CompletionsRoute(WritingRoute[Completion]):
-    """Answers requests for completions."""
+    """Answers requests for completions: choices with text, one per prompt."""
 
     path, body = "/v1/completions", Completion
     prefix, kind, chunk = "cmpl", "text_completion", "text_completion"

@@ -17,7 +17,7 @@ from heliostat.apps.serve.route import Answer, Route
 
 
 class Embeddings(Body):
-    """Describes a request to embed texts."""
+    """Holds a request to embed texts."""
 
     neutral = {"dimensions": None}
     model: str

@@ -1,4 +1,4 @@
-"""Answers `/v1/images/generations`: draws pictures."""
+"""Answers `/v1/images/generations`: generates images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from heliostat.apps.serve.requests import Body, Whole
 from heliostat.apps.serve.route import Answer, Route, seed
 from heliostat.schema import Float
 
-MOST_IMAGES = 10  # of one request, as OpenAI has it
+MOST_IMAGES = 10  # per request, OpenAI's limit
 MOST_STEPS = 1000
 
 
 class Images(Body):
-    """Describes pictures to draw; what is left out is the model's own. `steps`, `guidance`, `sampler` and `seed` are ours."""
+    """Holds a request for images. Missing parameters get the model's defaults.
+
+    heliostat adds `steps`, `guidance`, `sampler`, and `seed` to OpenAI's parameters.
+    """
 
     neutral = {
         "quality": "auto", "style": "natural", "background": "auto", "moderation": "auto", "output_format": "png",
@@ -37,7 +40,7 @@ class Images(Body):
 
     @property
     def options(self) -> dict[str, object]:
-        """Returns those options of the drawing that are given."""
+        """Returns the options that the request sets: `steps`, `guidance`, `sampler`, `width`, and `height`."""
         chosen = {name: getattr(self, name) for name in ("steps", "guidance", "sampler")}
         if self.size != "auto":
             chosen["width"], chosen["height"] = map(int, self.size.split("x"))
@@ -45,7 +48,7 @@ class Images(Body):
 
 
 class ImagesRoute(Route[Images, PictureRequest]):
-    """Answers requests for pictures, each with its seed."""
+    """Answers requests for images; each image has its seed."""
 
     path, body = "/v1/images/generations", Images
 

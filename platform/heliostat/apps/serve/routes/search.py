@@ -1,4 +1,4 @@
-"""Answers `/v1/search`: finds passages of the index."""
+"""Answers `/v1/search`: finds passages in the index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heliostat.web.refusals import Refusal
 
 
 class SearchRequest(Body):
-    """Describes a search for passages."""
+    """Holds a request for passages. `top`: maximum number of passages."""
 
     model: str | None = None
     query: Text
@@ -22,7 +22,7 @@ class SearchRequest(Body):
 
 
 class SearchRoute(Route[SearchRequest, Search]):
-    """Answers searches: passages, the best first."""
+    """Answers searches with passages, best first."""
 
     path, body = "/v1/search", SearchRequest
 
