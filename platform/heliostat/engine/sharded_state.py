@@ -66,7 +66,7 @@ class ShardedState(ABC):
     """Gives named views of this worker's training state. A backend implements the abstract methods.
 
     - `optimizer`: steps the tensors of `groups`.
-    - `moments`: by trained parameter, the keys of its optimizer state. Moments in `copies` begin as the master weight, others as
+    - `moments`: the keys of the optimizer state, by trained parameter. Moments in `copies` begin as the master weight, others as
       0.
     - `replicas`: this worker's index among the workers with the same slices, and the number of these workers.
     - `weight_replicas`: the same for the parts of parameters that aren't trained.
@@ -111,8 +111,7 @@ class ShardedState(ABC):
 
     @abstractmethod
     def full_gradient(self, p: torch.nn.Parameter) -> torch.Tensor | None:
-        """Assembles the gradient of the backward passes since the last step, times `loss_scale`; None if there is none.
-        Collective."""
+        """Assembles the gradient of the backward passes since the last step, times `loss_scale`; None without one. Collective."""
 
     @property
     @abstractmethod
@@ -130,8 +129,8 @@ class ShardedState(ABC):
 
     @abstractmethod
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
-        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the engine needs one and the checkpoint has
-        none."""
+        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the engine needs one that the checkpoint
+        lacks."""
 
     # implemented by backends that shard the weights, or that link moments to parameters
 

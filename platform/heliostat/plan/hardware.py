@@ -193,5 +193,5 @@ def efficiency(prices: Prices, name: str) -> Efficiency:
 
 
 def network(prices: Prices) -> Network:
-    """Reads the rates that communication reaches from the table."""
+    """Reads the rates of communication from the price table."""
     return Network(**prices["network"])

@@ -42,8 +42,8 @@ class Layout:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Returns the values that layouts share if they differ only in the micro-batch, and in the number of checkpointed
-        layers."""
+        """Returns the values that layouts share if they differ only in the micro-batch, and in how many layers are
+        checkpointed."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
 

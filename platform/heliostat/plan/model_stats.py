@@ -247,7 +247,7 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps: those that transformers marks, or members of outermost lists."""
+    """Lists the modules that activation checkpointing wraps: those that transformers marks, else the members of `ModuleList`s."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 

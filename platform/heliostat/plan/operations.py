@@ -128,7 +128,7 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Opera
     """Groups the equal operations of a step on two samples and on three, with the work that each sample adds.
 
     Batches of one aren't used, because tensors that are contiguous in them need no copy. If the two runs have different
-    operations, all work of two samples counts as the work of samples.
+    operations, all work of two samples counts as proportional to the number of samples.
     """
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]

@@ -18,7 +18,7 @@ from heliostat.plan.traffic import Traffic, rate
 ITERATIONS = 5  # of Newton-Schulz, which orthogonalizes matrices (`heliostat.optim.whole_matrices`)
 MOMENTUM = 4  # bytes per sent element: momenta travel in fp32
 FP8 = "fp8"  # a key of `Device.peaks`
-ROUNDING = 1  # additional traffic of a product, in times its bytes: its factors are first rounded to float8
+ROUNDING = 1  # additional traffic per byte of a product: its factors are first rounded to float8
 BACKWARD = 2 / 3  # share of a micro-batch's computing: it can hide reductions of gradients
 
 

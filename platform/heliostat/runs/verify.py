@@ -53,8 +53,7 @@ class StepUnit:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Holds a unit's recomputed values: step digests by version of `receipt`, planned samples, and the count of replaced
-    samples."""
+    """Holds a unit's recomputed values: step digests by version of `receipt`, planned samples, and the number of bad ones."""
 
     digests: dict[int, list[str]]
     planned: SamplePlaces
@@ -62,8 +61,7 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[StepUnit]:
-    """Cuts all steps into units of whole rounds, each of at least one shuffle window, so that its row groups are read about
-    once."""
+    """Cuts all steps into units of whole rounds, each at least a shuffle window long, so that row groups are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
