@@ -55,7 +55,7 @@ def _require_heads(recipe: LanguageModel, parts: int) -> None:
     heads, shared, _ = sequence_attention.sizes(recipe.config)
     fits = [n for n in divisors(heads) if (shared % n == 0 or n % shared == 0) and recipe.length % n == 0]
     if parts not in fits:
-        what = f"{heads} attention heads" + (f"and {shared} key/value heads" if shared < heads else "")
+        what = f"{heads} attention heads" + (f" and {shared} key/value heads" if shared < heads else "")
         raise ConfigError(
             f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (it "
             "must divide the heads, and be a divisor or a multiple of the key/value heads)"
