@@ -129,8 +129,8 @@ class ShardedState(ABC):
 
     @abstractmethod
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
-        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the engine needs one that the checkpoint
-        lacks."""
+        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the checkpoint lacks one that the engine
+        needs."""
 
     # implemented by backends that shard the weights, or that link moments to parameters
 

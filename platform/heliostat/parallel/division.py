@@ -69,8 +69,7 @@ def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShar
 
 
 def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Joins the parts of a parameter from all workers of a group, in its shape; returns `values` itself without parts.
-    Collective."""
+    """Joins the parts of a parameter from all workers of a group, in its shape; returns `values` without parts. Collective."""
     mine = of(parameter)
     if mine.parts == 1:
         return values

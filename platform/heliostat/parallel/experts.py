@@ -111,8 +111,8 @@ class RoutingWatch:
 
 @torch.no_grad()
 def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
-    """Balances experts: raises the bias of those with fewer tokens than their layer's mean by `rate`, and lowers the bias of
-    those with more (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    """Raises the bias of each expert with fewer tokens than its layer's mean, and lowers the bias of each with more, by `rate`
+    (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     chosen = routed[:, :-1]
     lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # integers: exact
     for (_, bias), one in zip(biases(model), lacks, strict=True):

@@ -49,8 +49,7 @@ def exchanging(exchange: HeadExchange) -> Iterator[None]:
 
 def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int, documents: bool) -> None:
     """Makes a transformers model exchange heads within the group from now on. `documents`: each position 0 begins a document, and
-    documents don't attend to each other. Raises RuntimeError outside `exchanging`, in which the engine calls a recipe's
-    `exchange`."""
+    documents don't attend to each other. RuntimeError outside `exchanging`, in which the engine calls a recipe's `exchange`."""
     exchange = _exchange.get()
     if exchange is None:
         raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")

@@ -71,7 +71,8 @@ def settled(
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning, in the configuration that it trains in. Returns the same as `planner.prepare`."""
+    """Loads a job file for planning, in the parallelism configuration that it trains in. Returns the same as
+    `planner.prepare`."""
     return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 

@@ -26,8 +26,8 @@ Machine = dict[str, Any]  # a device's entry in the price table
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Holds the rates that work reaches on a device: by kind of work, as a share of the peak in its precision; `memory`, as a
-    share of the memory's bandwidth."""
+    """Holds the rates that work reaches on a device. By kind of work, they are shares of the peak in the job's precision;
+    `memory` is a share of the memory's bandwidth."""
 
     matmul: float
     convolution: float
@@ -42,8 +42,8 @@ class Efficiency:
 @dataclass(frozen=True)
 class Network:
     """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: share of the
-    overlappable time that is hidden. `hop`, `hop_inside`: seconds of any message from one worker to the next, between nodes and
-    inside a node."""
+    communication during computing that computing hides. `hop`, `hop_inside`: seconds of any message from one worker to the next,
+    between nodes and inside a node."""
 
     rate: float
     overlap: float

@@ -42,8 +42,7 @@ class Layout:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Returns the values that layouts share if they differ only in the micro-batch, and in how many layers are
-        checkpointed."""
+        """Returns the values that layouts share if they differ only in micro-batch and number of checkpointed layers."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
 
@@ -67,8 +66,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds a layout's estimates: memory in bytes, seconds of a step by part, and the reason for its place in a ranking
-    (`why`)."""
+    """Holds a layout's estimates: memory in bytes, seconds of a step by part, and the reason for its rank (`why`)."""
 
     layout: Layout
     fits: bool

@@ -45,8 +45,7 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; other values cover all
-    steps."""
+    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; other values cover all."""
 
     kind: ClassVar[str] = "steps"
     first: int

@@ -32,8 +32,7 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
 
 
 def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
-    """Reads the summary of the training that ended with checkpoint `last`. Without one, computes it from checkpoint and
-    ledger."""
+    """Reads the summary of the training that ended with checkpoint `last`, or computes it from the checkpoint and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
         log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
