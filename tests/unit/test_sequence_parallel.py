@@ -102,7 +102,8 @@ def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shar
     model = {**BASE["model"], "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": shared}
     changes = {"model": model, "data.sequence_length": 192, "train.micro_batch_size": 1}
     line = refusal(**changes, **{KEY: workers, "workers.count": workers})
-    assert f"{workers} workers can't share the model's {heads} attention heads" in line and f"evenly. Use {fits} (" in line
+    both = f"{heads} attention heads" + (f" and {shared} key/value heads" if shared < heads else "")
+    assert f"{workers} workers can't share the model's {both} evenly. Use {fits} (" in line
     for number in map(int, fits.split(" or ")):
         check.check_job(job(**changes, **{KEY: number, "workers.count": number}))
 

@@ -1,7 +1,7 @@
 """Builds the DeepSpeed engine of a job.
 
-ZeRO shards optimizer state (stage 1), gradients (2) and parameters (3) over the workers (Rajbhandari et al. 2020, arXiv
-1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
+ZeRO shards optimizer state (stage 1), gradients (stage 2), and parameters (stage 3) over the workers (Rajbhandari et al. 2020,
+arXiv 1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine as DeepSpeedEngine
 
 _linear = torch.nn.functional.linear
-_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # that are in memory
+_engines: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()  # engines in memory
 
 
 def prepare_environment(gpus: float) -> None:
@@ -48,7 +48,7 @@ def prepare_environment(gpus: float) -> None:
 
 
 def require_config(job: Job) -> None:
-    """Raises ConfigError if DeepSpeed itself would refuse the ZeRO section of the job's config."""
+    """Raises ConfigError if DeepSpeed rejects the ZeRO section of the job's config."""
     prepare_environment(job.workers.gpus if torch.cuda.is_available() else 0)  # else DeepSpeed warns that it finds no GPU
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -62,7 +62,7 @@ def require_config(job: Job) -> None:
 
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
-    """Builds the model with its initial weights, the same on every worker; at stage 3 no worker ever holds all of them."""
+    """Builds the model with its initial weights, equal on every worker. At stage 3, no worker ever holds all weights."""
     if job.train.zero.stage < 3:
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
@@ -76,7 +76,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
-    """Raises ConfigError for a parameter that is one number: DeepSpeed sends it to no other worker."""
+    """Raises ConfigError for a parameter without dimensions (a scalar): DeepSpeed doesn't send it to other workers."""
     if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
         raise ConfigError(
             f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed can't send it to "
@@ -85,7 +85,7 @@ def _require_dimensions(model: torch.nn.Module) -> None:
 
 
 class ZeroInit:
-    """Partitions through `deepspeed.zero.Init`, for recipes (`heliostat.recipes.partitioning.Partitioner`)."""
+    """Partitions models with `deepspeed.zero.Init`, for recipes (`heliostat.recipes.partitioning.Partitioner`)."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -106,11 +106,11 @@ class ZeroInit:
 
 @contextmanager
 def _partitioned(config: dict[str, Any]) -> Iterator[None]:
-    """Makes models that recipes build inside partitioned, as this DeepSpeed config describes."""
+    """Partitions models that recipes build inside the context, as this DeepSpeed config describes."""
     importlib.import_module("torch._dynamo")  # its first import fails under zero.Init
     from transformers.integrations import HfDeepSpeedConfig
 
-    stage = HfDeepSpeedConfig(config)  # while it lives, transformers builds and initializes models partitioned
+    stage = HfDeepSpeedConfig(config)  # while this object exists, transformers partitions models during construction
     with partitioning.by(ZeroInit(stage.config)):
         yield
 
@@ -118,8 +118,9 @@ def _partitioned(config: dict[str, Any]) -> Iterator[None]:
 def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -> DeepSpeedEngine:
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
-    Workers that have stretches of samples (`sharing`) are as any others to it: it shards over all workers, and averages over all.
-    Of workers that divide matrices, it shards and averages over those with the same part.
+    With sequence parallelism (`sharing`), the engine shards state and averages gradients over all workers. With tensor
+    parallelism, it does both over the workers with the same part of each matrix. Raises ConfigError if DeepSpeed can't train the
+    model in this parallelism configuration.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
@@ -136,7 +137,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
     if settings.averages:
         groups = [{**group, "warmup": train.schedule.warmup_steps} for group in groups]
-    hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # DeepSpeed takes them out
+    hidden = {p for group in groups if group.get("orthogonal") for p in group["params"]}  # before DeepSpeed removes them
     moments = {p: settings.kept(p in hidden) for group in groups for p in group["params"]}
     for block in building.sparse_blocks(model):
         if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
@@ -144,7 +145,7 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
                 f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of separate expert modules, "
                 "of which workers use different ones. Set it to 3"
             )
-        set_z3_leaf_module(block, True)  # gathered whole: workers that use other experts would wait for each other
+        set_z3_leaf_module(block, True)  # gathered as one unit: else workers with other experts would wait for each other
     for block in building.gathered_whole(model):
         set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
@@ -182,8 +183,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
 
 
 def _require_eighths(model: torch.nn.Module) -> None:
-    """Raises ConfigError unless the workers' parts of every weight are equal, and have a multiple of 8 elements, as DeepSpeed's
-    kernel wants them: it would take the wrong scales for what is padded."""
+    """Raises ConfigError unless the workers' shards of every weight are equal and have a multiple of 8 elements. DeepSpeed's
+    kernel needs that: it would use wrong scales for padded shards."""
     workers = dist.get_world_size()
     for name, p in model.named_parameters():
         numel = division.numel(p)
@@ -196,22 +197,22 @@ def _require_eighths(model: torch.nn.Module) -> None:
 
 
 def destroy_engines() -> None:
-    """Takes the engines of this process apart, so that they leave its memory.
+    """Destroys the engines of this process and frees their memory.
 
-    What keeps one is out of the collector's sight: hooks of gradients, a cache of ZeRO-3's coordinator, and the modules of the
-    last forward. Stage 3 also leaves a `linear` of its own in torch, whose gradients are rounded in another way.
+    The garbage collector doesn't see some references to an engine: gradient hooks, a cache of ZeRO-3's coordinator, and the
+    modules of the last forward pass. Stage 3 also leaves its own `linear` in torch, which rounds gradients differently.
     """
     if "deepspeed" not in sys.modules:
         return
     torch.nn.functional.linear = _linear
     while _engines:
-        _engines.pop().destroy()  # not by a name, which would keep the last one, and all that it knows, in the collection
+        _engines.pop().destroy()  # without a variable, which would keep the last engine alive during the collection
     patches.release_modules()
-    gc.collect()  # they are in circles
+    gc.collect()  # engines are in reference cycles
 
 
 def forget_groups() -> None:
-    """Forgets the process groups that DeepSpeed knows, and what it has counted: all ranks of a new group must count equally."""
+    """Removes DeepSpeed's process groups and restarts its counters, because all ranks of a new group must count equally."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()
@@ -219,20 +220,20 @@ def forget_groups() -> None:
 
 
 def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
-    """Sets the learning rate of a step, for each parameter group as the recipe scales it."""
+    """Sets the learning rate of a step: `lr` times the `lr_scale` that the recipe gives each parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
 
 def gradient_norm(engine: DeepSpeedEngine, clip: float) -> torch.Tensor:
-    """Computes the global gradient norm before clipping: a tensor without dimensions, on the device, infinite if a gradient isn't
-    finite. Doesn't wait for the device.
+    """Computes the global gradient norm before clipping, without waiting for the device. Returns a tensor without dimensions on
+    the device; infinite if a gradient isn't finite.
 
-    Stages 1 to 3: of the step just made. Stage 0: clips too, and is to be called before the step.
+    At stages 1 to 3, it is the norm of the step just made. At stage 0, call it before the step, because it also clips.
     """
     if engine.zero_optimization_stage():
         norm = torch.as_tensor(engine.get_global_grad_norm())
-        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed's -1
+        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed marks such a norm by -1
     if engine.autotp_size() > 1:
         return tensor_group.clipped_norm(engine, clip)
     return torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf"))

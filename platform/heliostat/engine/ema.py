@@ -1,8 +1,8 @@
-"""Averages the weights exponentially (EMA), sharded like the weights: each rank averages the fp32 slices that ZeRO gave it.
+"""Keeps an exponential moving average (EMA) of the weights. Each rank averages its own fp32 slices, as ZeRO shards them.
 
-After step t (from 1) the average moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)), so that the initial weights
-lose their influence quickly. Checkpoints hold it as `ema.<parameter>`, saved and resharded like the masters. `applied` swaps the
-average with the weights for an evaluation and back again, bit by bit; exports take the average instead of the weights.
+After step t, counted from 1, the average moves toward the weights by 1 - min(decay, (1 + t) / (10 + t)). So the initial weights
+lose their influence quickly. Checkpoints hold the average as `ema.<parameter>`, and reshard it like the fp32 master weights.
+`applied` swaps the average with the weights for an evaluation and back again, bit by bit. Exports use the average.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ class AveragedWeights:
         self._averages = {n: s.local.detach().clone() for n, s in self._masters.items()}
 
     def update(self, step: int) -> None:
-        """Updates the averages after the optimizer's step number `step`, from 1."""
+        """Updates the averages after step number `step` of the optimizer, counted from 1."""
         rate = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns this rank's slices of the averages, as views, to be saved next to the other training state."""
+        """Returns views of this rank's slices of the averages, to save with the rest of the training state. `whole`: complete
+        slices, to load into; otherwise, only the part that this rank saves."""
         parameters = dict(self.sharded.trained())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
         return {f"{EMA}.{n}": s if whole else self.sharded.share(parameters[n], s) for n, s in shards.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Computes with the averages in the weights' place inside; no checkpoint may be saved, and no step made, meanwhile."""
+        """Swaps the averages with the weights inside the context. Save no checkpoint and make no step inside."""
         self._exchange()
         try:
             yield
@@ -57,7 +58,7 @@ class AveragedWeights:
 
 
 class OptimizerAverage(AveragedWeights):
-    """Shows the average of the weights that the optimizer keeps itself, as its state `ema`, to whatever reads averages."""
+    """Gives access to the average that the optimizer keeps in its own state `ema`."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.sharded = sharded_state.of(engine)
@@ -65,15 +66,16 @@ class OptimizerAverage(AveragedWeights):
         self._averages = {n: s.local for n, s in self.sharded.slices(EMA).items()}
 
     def update(self, step: int) -> None:
-        """Does nothing: the optimizer's step has."""
+        """Does nothing: the optimizer's step updates the average."""
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns nothing: `ShardedState.tensors` has the averages."""
+        """Returns nothing: `ShardedState.tensors` includes the averages."""
         return {}
 
 
 def of(job: Job, engine: DeepSpeedEngine) -> AveragedWeights | None:
-    """Makes the average that a job asks for, of its own or as its optimizer keeps it; the optimizer's state must be made."""
+    """Makes the job's average of the weights: the optimizer's own, or a separate one; None if the job has none. The optimizer's
+    state must exist."""
     if job.train.optimizer.averages:
         return OptimizerAverage(engine)
     return AveragedWeights(engine, job.train.ema.decay) if job.train.ema else None

@@ -1,4 +1,4 @@
-"""Builds the DeepSpeed config of a job; imports neither torch nor DeepSpeed, so that a plan may ask."""
+"""Builds the DeepSpeed config of a job. It imports neither torch nor DeepSpeed, so a plan can use it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.spec import Job
 
-CPU_BUCKET = 32_000_000  # elements; at every bucket the workers wait for one another
+CPU_BUCKET = 32_000_000  # elements; the workers wait for one another at every bucket
 
 
 def engine_config(job: Job) -> dict[str, Any]:
-    """Builds the DeepSpeed config of a job; `train.deepspeed` is merged over it, key by key."""
+    """Builds the DeepSpeed config of a job. The keys of `train.deepspeed` override it one by one."""
     train, offload = job.train, job.train.zero.offload
     zero: dict[str, Any] = {"stage": train.zero.stage}
     if not job.workers.gpus:
@@ -19,7 +19,7 @@ def engine_config(job: Job) -> dict[str, Any]:
             "reduce_bucket_size": CPU_BUCKET,
             "allgather_bucket_size": CPU_BUCKET,
             "stage3_prefetch_bucket_size": CPU_BUCKET,
-            # parameters that stay whole would be gathered one by one after every step, with a wait for each
+            # persistent parameters would be gathered one by one after every step, with a wait for each
             "stage3_param_persistence_threshold": 0,
         }
     else:
@@ -37,17 +37,17 @@ def engine_config(job: Job) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": job.accumulation,
         "zero_optimization": zero,
-        # at stage 0 the loop clips, because DeepSpeed would not tell the norm
+        # at stage 0 the training loop clips, because DeepSpeed doesn't return the norm
         "gradient_clipping": train.grad_clip if train.zero.stage else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
         "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch; the ledger measures
+        "timers": {"throughput": {"enabled": False}},  # waits for the device twice per micro-batch; the ledger measures instead
     }
     if train.precision != "fp32":
         config[train.precision] = {"enabled": True}
-        if train.precision == "bf16":  # every step would wait for the device; the loop judges the norm, a step later
+        if train.precision == "bf16":  # it makes every step wait for the device; the loop checks the norm one step later
             config["bf16"]["check_grad_overflow"] = False
         if spec.settle(job, None).train.grad_accum_dtype == "fp32" and job.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}

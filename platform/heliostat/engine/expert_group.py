@@ -1,8 +1,9 @@
-"""Divides the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
+"""Shards the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
 
-Ranks [0, n) are the first group, [n, 2n) the second, ... Experts of a layer are stacked, so a worker that holds some of them
-whole holds one slice of the flat tensor; ZeRO divides that slice among the workers which hold the same, one of each group. So
-what a worker has of a parameter is a slice of the flat whole in every layout, and checkpoints load at any other.
+Ranks [0, n) are the first group, [n, 2n) the second, and so on. One tensor stacks all experts of a layer, so a worker with some
+complete experts holds one slice of the flattened tensor. ZeRO shards that slice over the workers with the same experts, one per
+group. So a worker's part of a parameter is a slice of the flattened parameter in every parallelism configuration, and checkpoints
+load in any other.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from heliostat.recipes.protocol import DividesExperts, Recipe
 
 
 def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
-    """Leaves this worker its own experts of a model that was built at stage 3, and makes the model send tokens to those of
-    others; collective."""
+    """Keeps only this worker's experts of a model that was built at stage 3, and makes the model send tokens to other workers'
+    experts. Collective. Raises ConfigError if `workers` doesn't divide the number of experts."""
     if workers == 1:
         return
     assert isinstance(recipe, DividesExperts)
@@ -35,7 +36,7 @@ def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
             own = _part(whole, mine)
             patches.place_expert(own, whole, name, same_experts)
             setattr(module, key, own)
-    gc.collect()  # ZeRO's parameters are in circles, and this worker's part of the undivided ones would stay
+    gc.collect()  # ZeRO's parameters are in reference cycles, and would keep the memory of all experts
     recipe.exchange_tokens(model, group)
 
 

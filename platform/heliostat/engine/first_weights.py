@@ -1,14 +1,15 @@
-"""Makes a model's initial weights once in a run's workers, below ZeRO stage 3, where each of them has all weights.
+"""Gives a model its initial weights below ZeRO stage 3, where every worker has all weights. Only the first worker makes them.
 
-The first worker has the weights. It sends them to the others one at a time, in the precision that trains, from device to device.
-Each worker then keeps its part, if matrices are divided (`train.parallel.tensor`). The first worker has them from one of these:
+The first worker sends the weights to the others one tensor at a time, from device to device, in the precision of training. With
+tensor parallelism (`train.parallel.tensor`), each worker then keeps only its part. The first worker's weights come from one of
+these:
 
 - A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never holds more than one.
-- The recipe's `build`: one copy in fp32 is in its host memory, and only until it is sent.
+- The recipe's `build`: its host memory holds one copy in fp32 until each tensor is sent.
 
-All other workers build the model without weights (`recipes.weightless`). A recipe of one's own may read weights in its `build`.
-The first worker therefore tries such a `build` with and without weights. If the results differ (`recipes.build_difference`), the
-workers of each node build the model with weights in turns, keep what is not a weight, and report what that costs.
+All other workers build the model without weights (`recipes.weightless`). A custom recipe may read weights in its `build`, so the
+first worker runs such a `build` with and without weights. If the results differ (`recipes.build_difference`), the workers of each
+node build the model with weights in turns. They keep everything except the weights, and log the cost.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def build(job: Job, recipe: Recipe) -> torch.nn.Module:
-    """Builds the model with its initial weights, the same on every worker; collective."""
+    """Builds the model with its initial weights, which are equal on every worker. Collective."""
     torch.manual_seed(job.train.seed)
     if not dist.is_initialized():
         return building.build(recipe)
@@ -54,7 +55,7 @@ def build(job: Job, recipe: Recipe) -> torch.nn.Module:
 
 
 def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
-    """Builds the model with weights on the other workers, one worker of a node at a time; none keeps its weights."""
+    """Builds the model with weights on the other workers, one worker per node at a time. The workers discard these weights."""
     mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
@@ -73,7 +74,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
 
 
 class _Making:
-    """Makes this worker's model. `values`: on the first worker, what gives the model's tensors their values, by their ids."""
+    """Builds this worker's model. `values`: on the first worker, functions that return the values of the model's tensors, by the
+    `id` of the tensor."""
 
     model: torch.nn.Module
 
@@ -86,8 +88,8 @@ class _Making:
         return 4 * sum(p.numel() for p in self.model.parameters()) / 1e9  # in fp32
 
     def as_first(self) -> str:
-        """Makes the first worker's model; returns why the others can't build it without weights, or "". A worker that is alone
-        keeps the model as it was built, unless it reads the weights from a folder."""
+        """Builds the first worker's model. Returns the reason why the others can't build it without weights, or "". In a run of
+        one worker, the model stays as built, unless the weights are read from a folder."""
         ours, alone = type(self.recipe).build.__module__.startswith("heliostat."), dist.get_world_size() == 1
         if ours and self._is_read():
             return ""
@@ -102,7 +104,7 @@ class _Making:
         return why
 
     def _is_read(self) -> bool:
-        """Builds the model without weights and locates them in the job's folder; False if they can't be read one by one."""
+        """Builds the model without weights and locates them in the job's folder. Returns False if they can't be read singly."""
         with weightless.building() as noted:
             self.model = building.build(self.recipe)
         try:
@@ -114,12 +116,12 @@ class _Making:
         return True
 
     def _difference(self, twin: Recipe) -> str:
-        """Finds what the recipe's `build` makes otherwise without weights."""
+        """Describes the first difference between a `build` with weights and one without; "" if there is none."""
         try:
             with weightless.building():
                 model = building.build(twin)
             return build_difference.find((self.recipe, self.model), (twin, model))
-        except Exception as e:  # noqa: BLE001  whatever somebody's own code raises
+        except Exception as e:  # noqa: BLE001  a user's `build` can raise anything
             return f"{type(e).__name__}: {brief(str(e))}"
 
     def without_weights(self) -> None:
@@ -127,17 +129,17 @@ class _Making:
             self.model = building.build(self.recipe)
 
     def with_weights(self) -> None:
-        """Builds the model as the first worker does, for what else its `build` makes."""
+        """Builds the model as the first worker does and discards its weights. Everything else that `build` makes stays."""
         torch.manual_seed(self.seed)
         self.model = building.build(self.recipe)
         for _ in weightless.empty_all(self.model):
-            pass  # each is given up
+            pass  # this discards each weight
 
     def send(self) -> None:
-        """Gives all tensors of the model the first worker's values, parameters in the precision that trains; collective."""
+        """Gives all tensors of the model the first worker's values; parameters get the precision of training. Collective."""
         for p in self.model.parameters():
             weightless.put(p, of(p).cut(self._sent(p, building.shape(p), self._type(p))))
-        sent: dict[int, torch.Tensor] = {}  # a buffer that several modules have stays one
+        sent: dict[int, torch.Tensor] = {}  # a buffer that several modules share stays shared
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
             if id(buffer) not in sent:
                 sent[id(buffer)] = self._sent(buffer, tuple(buffer.shape), buffer.dtype)
@@ -147,7 +149,7 @@ class _Making:
         return self.dtype if parameter.is_floating_point() else parameter.dtype
 
     def _sent(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Sends the first worker's values for a tensor, on the device that trains, to all others; returns what arrived."""
+        """Sends the first worker's values of a tensor to the devices of all workers; returns the values."""
         if dist.get_rank() == 0:
             values = self.values.pop(id(tensor), partial(_same, tensor))().to(self.device, dtype).contiguous()
         else:
@@ -162,7 +164,7 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _copied(recipe: Recipe) -> Recipe:
-    """Copies a recipe, and the lists, sets and dicts in its attributes: a `build` may add to them."""
+    """Copies a recipe, and the lists, sets, and dicts in its attributes, because a `build` may add to them."""
     copied = copy.copy(recipe)
     for name, value in vars(recipe).items():
         if type(value) in (list, dict, set):
@@ -171,7 +173,7 @@ def _copied(recipe: Recipe) -> Recipe:
 
 
 def _device() -> torch.device:
-    """Returns the device on which DeepSpeed puts the model of this worker."""
+    """Returns the device that DeepSpeed uses for this worker's model."""
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())

@@ -1,4 +1,4 @@
-"""Gives an optimizer that orthogonalizes matrices the slices of them that each worker has."""
+"""Passes each worker's slices of matrices to an optimizer that orthogonalizes whole matrices, such as Muon."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from heliostat.engine.sharded_state import ShardedState, SlicePlace
 from heliostat.optim.whole_matrices import Matrix
 from heliostat.recipes import building
 
-Slice = tuple[tuple[int, int], int]  # of a parameter: start and elements; where in the flat tensor
+Slice = tuple[tuple[int, int], int]  # ((start in the parameter, elements), offset in the flat tensor)
 
 
 def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: torch.device) -> None:
-    """Gives the optimizer, whose state must exist, the slices of the `hidden` matrices; collective."""
+    """Passes all workers' slices of the `hidden` matrices to the optimizer, whose state must exist. Collective."""
     optimizer: Any = sharded.optimizer
     flats = [(flat, group) for flat, group in sharded.groups() if group[0] in hidden]
     ours = [[_slice(sharded.place(p)) for p in group] for _, group in flats]
@@ -34,12 +34,12 @@ def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: tor
 
 
 def _slice(place: SlicePlace | None) -> Slice:
-    """Describes this worker's slice of a parameter; an empty one if it has none."""
+    """Describes this worker's slice of a parameter; an empty slice if the worker has none."""
     return ((place.start, place.numel), place.offset) if place and place.numel else ((0, 0), 0)
 
 
 def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: list[list[tuple[int, int]]]) -> Iterator[Matrix]:
-    """Yields the matrices of a flat tensor; a parameter of experts is a stack of them."""
+    """Yields the matrices of a flat tensor. A parameter of experts is a stack of several matrices."""
     for i, p in enumerate(group):
         *stacked, rows, columns = building.shape(p)
         (begin, _), offset = slices[i]
@@ -51,6 +51,6 @@ def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: l
 
 
 def _within(span: tuple[int, int], first: int, size: int) -> tuple[int, int]:
-    """Computes the part of a slice that is within [first, first + size), counted from there."""
+    """Computes the part of a slice inside [first, first + size): its start, counted from `first`, and its length."""
     start, stop = max(span[0], first), min(span[0] + span[1], first + size)
     return (start - first, stop - start) if stop > start else (0, 0)

@@ -1,8 +1,8 @@
-"""Changes what DeepSpeed does: each patch is a function with the version that it was written for. (`zero_state` reads its state.)
+"""Changes DeepSpeed's behavior: each patch is a function that names the DeepSpeed version it was written for.
 
-`pip` may bring a version whose private parts are others. So each function requires a version of the series that heliostat pins,
-and raises one ConfigError otherwise, and where a part that it needs is missing. Import DeepSpeed in functions only:
-`prepare_environment` must run first.
+`zero_state` reads DeepSpeed's state. `pip` may install a version with other private parts, so each function requires a version of
+the series that heliostat pins. It raises ConfigError for any other version, and if a part that it needs is missing. Import
+DeepSpeed only inside functions, because `prepare_environment` must run first.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-VERSION = (0, 19, 8)  # the first of the series: as `deepspeed~=0.19.8` in pyproject.toml
+VERSION = (0, 19, 8)  # the first of the series, as in `deepspeed~=0.19.8` (pyproject.toml)
 PATCHES: list[Callable[..., Any]] = []
 
 
 @functools.cache
 def installed() -> str | None:
-    """Reads DeepSpeed's version without importing it; None if it is not installed as a package."""
+    """Reads the version of the installed DeepSpeed without importing it; None if no such package is installed."""
     try:
         return importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -42,9 +42,9 @@ def installed() -> str | None:
 
 
 def require_version() -> None:
-    """Raises ConfigError unless the private parts of the installed DeepSpeed are known."""
+    """Raises ConfigError if heliostat doesn't know the private parts of the installed DeepSpeed."""
     version = installed()
-    if version is not None and not _known(version):  # where it is None, the import says that it is missing
+    if version is not None and not _known(version):  # if it is None, the import reports that DeepSpeed is missing
         raise ConfigError(f"deepspeed: heliostat doesn't support this version ({version}). {_fix()}")
 
 
@@ -59,7 +59,7 @@ def _fix() -> str:
 
 
 def guard(function: Callable[P, T]) -> Callable[P, T]:
-    """Makes a function that reaches into DeepSpeed raise ConfigError where the version, or a part that it needs, is another."""
+    """Makes a function that uses private parts of DeepSpeed raise ConfigError for another version, or if a part is missing."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **named: P.kwargs) -> T:
@@ -75,13 +75,13 @@ def guard(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _patch(function: Callable[P, T]) -> Callable[P, T]:
-    """Guards a patch, and lists it in `PATCHES`."""
+    """Guards a patch and adds it to `PATCHES`."""
     PATCHES.append(patch := guard(function))
     return patch
 
 
 def _replace(owner: object, name: str, value: object) -> None:
-    """Replaces what DeepSpeed has by this name; AttributeError if it has nothing, since a new name would change nothing."""
+    """Replaces an attribute of DeepSpeed; AttributeError if it doesn't exist, because a new attribute would change nothing."""
     getattr(owner, name)
     setattr(owner, name, value)
 
@@ -91,7 +91,7 @@ def _replace(owner: object, name: str, value: object) -> None:
 
 @_patch
 def import_without_mlflow() -> None:
-    """Imports DeepSpeed and hides MLflow from it, which its autotuner imports where it is installed.
+    """Imports DeepSpeed and hides MLflow from it, because DeepSpeed's autotuner imports MLflow if it is installed.
 
     DeepSpeed 0.19.8. Without it a worker's imports take 11 s instead of 8 s.
     """
@@ -105,7 +105,7 @@ def import_without_mlflow() -> None:
 
 @_patch
 def import_muon_without_compiler() -> None:
-    """Imports DeepSpeed's Muon, which every `initialize` asks for, with a `torch.compile` that does nothing.
+    """Imports DeepSpeed's Muon, which every `initialize` imports, while `torch.compile` does nothing.
 
     DeepSpeed 0.19.8. Without it the module decorates a function with the compiler, whose import takes 1 s.
     """
@@ -122,7 +122,7 @@ def import_muon_without_compiler() -> None:
 
 @_patch
 def cache_numa_cores() -> None:
-    """Makes DeepSpeed ask the system once for the cores of NUMA nodes.
+    """Makes DeepSpeed ask the system for the cores of NUMA nodes only once.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 on a CPU runs the program `numactl` in each reduction.
     """
@@ -133,9 +133,9 @@ def cache_numa_cores() -> None:
 
 @_patch
 def silence_memory_reports() -> None:
-    """Replaces the reports of memory in use by nothing while a bf16 optimizer is built, and DeepSpeed's messages by its errors.
+    """Turns off memory reports during the construction of a bf16 optimizer, and limits DeepSpeed's log to errors.
 
-    DeepSpeed 0.19.8. Without it each bf16 engine collects all garbage six times before it prints: 3 s.
+    DeepSpeed 0.19.8. Without it each bf16 engine collects all garbage six times before it prints reports, which takes 3 s.
     """
     bf16: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
     _replace(bf16, "see_memory_usage", _nothing)
@@ -144,9 +144,9 @@ def silence_memory_reports() -> None:
 
 @_patch
 def skip_shared_memory_kernel() -> None:
-    """Marks the shared-memory all-reduce for CPUs as not compatible: training never calls it.
+    """Marks the shared-memory all-reduce for CPUs as incompatible, because training never calls it.
 
-    DeepSpeed 0.19.8. Without it every `initialize` on a CPU compiles it: 27 s, and a crash without g++.
+    DeepSpeed 0.19.8. Without it every `initialize` on a CPU compiles the kernel: 27 s, and a crash without g++.
     """
     ops: Any = importlib.import_module("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -161,10 +161,10 @@ def _nothing(*_: object, **__: object) -> None:
 
 @_patch
 def share_second_copies() -> None:
-    """Makes all parts of a model keep their second copies (`train.zero.hpz_partition_size`) in one process group.
+    """Makes all parts of a model keep their secondary copies (`train.zero.hpz_partition_size`) in one process group.
 
-    DeepSpeed 0.19.8; https://github.com/deepspeedai/DeepSpeed/issues/4901. Without it the second part of a model that is built
-    partitioned fails: DeepSpeed refuses to make the group twice.
+    DeepSpeed 0.19.8; https://github.com/deepspeedai/DeepSpeed/issues/4901. Without it the second part of a model that is
+    partitioned during construction fails: DeepSpeed rejects a second group.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     make = groups._create_zero_param_parallel_group
@@ -179,9 +179,9 @@ def share_second_copies() -> None:
 
 @_patch
 def set_model_parallel_unit(unit: object) -> None:
-    """Sets the object that DeepSpeed asks for its process groups; None for none.
+    """Sets the object that DeepSpeed asks for its process groups, or removes it (None).
 
-    DeepSpeed 0.19.8. Without it an engine takes the groups of the engine before, in the same process.
+    DeepSpeed 0.19.8. Without it an engine uses the groups of the previous engine in the same process.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     _replace(groups, "mpu", unit)
@@ -189,10 +189,10 @@ def set_model_parallel_unit(unit: object) -> None:
 
 @_patch
 def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """Forms the groups of so many workers that divide experts; returns this worker's, and that of the workers with the same
-    experts. `name`: DeepSpeed's name for both; collective.
+    """Forms groups of `workers` workers that shard experts. Returns this worker's group, and the group of the workers with the
+    same experts. `name`: DeepSpeed's name for both. Collective.
 
-    DeepSpeed 0.19.8. Without it DeepSpeed knows groups of experts only from its own mixture layer, which no model here has.
+    DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which no model here has.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     groups._create_expert_and_data_parallel(workers)
@@ -201,11 +201,11 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 
 @_patch
 def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.ProcessGroup) -> None:
-    """Partitions a parameter as ZeRO-3 has partitioned `whole`, but within the workers of a group that have the same experts.
+    """Partitions a parameter as ZeRO-3 has partitioned `whole`, but only over the workers that have the same experts.
 
     DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
     """
-    parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's word for what each group of workers has all of
+    parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's name for parameters that a group has completely
     parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
     whole.convert_to_zero_parameters(param_list=[parameter])
 
@@ -213,9 +213,9 @@ def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.Proce
 @_patch
 @contextmanager
 def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
-    """Makes `deepspeed.zero.Init` inside partition over the workers of a group, also where transformers opens it.
+    """Makes `deepspeed.zero.Init` partition over the workers of a group inside the context, also where transformers opens it.
 
-    DeepSpeed 0.19.8. Without it a model is partitioned over all workers while it is built: transformers names no group.
+    DeepSpeed 0.19.8. Without it a model is partitioned over all workers during construction: transformers passes no group.
     """
     init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
     whole = init.__init__
@@ -227,7 +227,7 @@ def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 class MatrixPart(NamedTuple):
-    """Describes how AutoTP has divided a matrix: its whole `shape`, by which dimension, and the size of each worker's part."""
+    """Describes how AutoTP shards a matrix: complete `shape`, split dimension (`by`), and size of each worker's part."""
 
     shape: tuple[int, ...]
     by: int
@@ -237,9 +237,9 @@ class MatrixPart(NamedTuple):
 @_patch
 def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> tuple[dist.ProcessGroup, Callable[[], None]]:
     """Replaces a model's linear layers and embeddings by AutoTP's, which hold this worker's part of each matrix. Returns the
-    group of these workers, and what completes the model once its parameters have their values; collective.
+    group of the workers that share the matrices, and a function to call after the parameters have their values. Collective.
 
-    DeepSpeed 0.19.8. Without it AutoTP divides a model when the engine is made, after every worker has built it completely.
+    DeepSpeed 0.19.8. Without it AutoTP shards a model during engine construction, after every worker has built it completely.
     """
     from deepspeed import init_distributed
     from deepspeed.accelerator import get_accelerator
@@ -263,16 +263,16 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
 
     def complete() -> None:
         autotp.register_replicated_grad_hooks(model)
-        model.ds_autotp_parsed = True  # type: ignore[assignment]  # the engine leaves the model as it is
+        model.ds_autotp_parsed = True  # type: ignore[assignment]  # so the engine doesn't shard it again
 
     return group, complete
 
 
 @_patch
 def matrix_part(parameter: Any) -> MatrixPart | None:
-    """Reads how AutoTP has divided a parameter; None if it has not.
+    """Reads how AutoTP has sharded a parameter; None if it hasn't.
 
-    DeepSpeed 0.19.8. Without it AutoTP's marks are known only to its own checkpoints.
+    DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
     """
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
 
@@ -286,7 +286,7 @@ def matrix_part(parameter: Any) -> MatrixPart | None:
 def stop_input_check(engine: DeepSpeedEngine) -> None:
     """Removes the hook by which an engine with AutoTP sends its first batch to the other workers of its group.
 
-    DeepSpeed 0.19.8. Without it that batch is sent again, after `SampleGroup` has dealt it.
+    DeepSpeed 0.19.8. Without it the engine sends that batch again, after `SampleGroup` has distributed it.
     """
     if engine.first_dataloader_check is not None:
         engine.first_dataloader_check.remove()
@@ -295,7 +295,7 @@ def stop_input_check(engine: DeepSpeedEngine) -> None:
 
 @_patch
 def release_modules() -> None:
-    """Empties the stack of modules and the cache of ZeRO-3's coordinator, which are out of the collector's sight.
+    """Empties the stack of modules and the cache of ZeRO-3's coordinator, which the garbage collector doesn't see.
 
     DeepSpeed 0.19.8. Without it a destroyed engine stays in memory.
     """
@@ -310,9 +310,9 @@ def release_modules() -> None:
 
 @_patch
 def forget_groups() -> None:
-    """Forgets DeepSpeed's backend and all its process groups.
+    """Removes DeepSpeed's backend and all its process groups.
 
-    DeepSpeed 0.19.8. Without it an engine on a new process group uses the groups of the attempt before.
+    DeepSpeed 0.19.8. Without it an engine on a new process group uses the groups of the previous attempt.
     """
     communication: Any = importlib.import_module("deepspeed.comm.comm")
     _replace(communication, "cdb", None)
@@ -323,10 +323,10 @@ def forget_groups() -> None:
 
 @_patch
 def restart_numbering() -> None:
-    """Makes DeepSpeed number parameters, and modules (in a default argument), from 0 again.
+    """Makes DeepSpeed number parameters and modules from 0 again. (The counter of modules is in a default argument.)
 
-    DeepSpeed 0.19.8. Without it a worker that survived an attempt and one that is new have different numbers for the same
-    parameter, and gather different ones together.
+    DeepSpeed 0.19.8. Without it a worker that survived an attempt and a new worker have different numbers for the same parameter,
+    and gather different parameters together.
     """
     init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
     offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
@@ -342,23 +342,23 @@ InPlace = Callable[[torch.Tensor], object]
 
 @_patch
 def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) -> None:
-    """Makes an optimizer of ZeRO-3 average its gradients over the groups of workers before it makes a step.
+    """Makes a ZeRO-3 optimizer average its gradients over the groups of workers before each step.
 
-    All three change a tensor in place, over the groups: `average` the gradients, `equalize` a norm to the first group's, `agree`
-    a flag to the largest. DeepSpeed 0.19.8. Without it there is no place for it: DeepSpeed reduces after every micro-batch, clips
-    and looks for an overflow in one call, and knows the workers of one group alone.
+    All three functions change a tensor in place, over the groups. `average` averages the gradients, `equalize` sets a norm to the
+    first group's, and `agree` sets a flag to the largest. DeepSpeed 0.19.8. Without it there is no place for this: DeepSpeed
+    reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers of one group.
     """
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 
-    def alike() -> list[torch.Tensor]:  # a group that adds up in another order would clip by another norm
-        overflowed = [norm.reshape(1) for norm in norms()]
-        for norm in overflowed:
+    def equal_norms() -> list[torch.Tensor]:  # groups that sum in another order would clip by different norms
+        vectors = [norm.reshape(1) for norm in norms()]
+        for norm in vectors:
             equalize(norm)
-        return [norm[0] for norm in overflowed]
+        return [norm[0] for norm in vectors]
 
     def averaged(*args: object, **named: object) -> object:
         average(zero.grad_partitions_flat_buffer)
-        if (reducing := zero.reduce_and_partition_stream) is not None:  # on which DeepSpeed looks for an overflow
+        if (reducing := zero.reduce_and_partition_stream) is not None:  # DeepSpeed checks for overflow on it
             reducing.wait_stream(torch.cuda.current_stream())
         return step(*args, **named)
 
@@ -367,13 +367,13 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
         agree(overflowed)
         return bool(overflowed)
 
-    zero.step, zero._get_norm_groups, zero.has_overflow = averaged, alike, overflow
+    zero.step, zero._get_norm_groups, zero.has_overflow = averaged, equal_norms, overflow
 
 
 @_patch
 def read_norms(at_once: bool) -> None:
-    """Makes ZeRO's optimizers look at the gradient norm before every step (`at_once`), as fp16's loss scale needs it, or not at
-    all: the loop judges it a step later, and ends the attempt.
+    """Makes ZeRO's optimizers check the gradient norm before every step (`at_once`), which fp16's loss scale needs, or never.
+    Then the training loop checks it one step later, and ends the attempt if it isn't finite.
 
     DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
     """
@@ -388,12 +388,12 @@ def read_norms(at_once: bool) -> None:
 
 
 def _mark(norm: torch.Tensor, device: object = None) -> None:
-    """Marks a norm that isn't finite by -1, as DeepSpeed does with a number that it uploads."""
+    """Replaces a norm that isn't finite by -1, as DeepSpeed does with a number that it uploads."""
     norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
 def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
-    """Clips on the device: by the factor that DeepSpeed reads on the host, or by 1."""
+    """Clips gradients on the device by the factor that DeepSpeed would read on the host, at most 1."""
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)

@@ -1,7 +1,7 @@
-"""Joins, aborts and leaves the process group of an attempt, in a process that outlives it.
+"""Joins, aborts, and leaves the process group of an attempt, in a process that outlives the attempt.
 
-An aborted collective of NCCL returns buffers that nothing was written into, without an error. So the order to abort is noted
-before the group is aborted, and `check` raises from then on. Numbers that were on the host before `check` returned are sound.
+An aborted NCCL collective returns buffers that it hasn't written, without an error. So `obey` records the order to abort before
+it aborts the group, and `check` raises from then on. Numbers that reached the host before `check` returned are valid.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Any
 from heliostat.data import device_threads
 from heliostat.errors import PeerLostError
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; the watchdog of the driver is quicker
-# NCCL's own watchdog would end the process that has lost a peer, and a second one the process whose watchdog is stuck
+TIMEOUT = timedelta(minutes=30)  # per collective; the driver's watchdog reacts sooner
+# NCCL's watchdog would end a process that has lost a peer, and its monitor a process whose watchdog is stuck: both are off
 HELD_BACK = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 DEVICES = Path("/sys/bus/pci/devices")
 
 _taking_apart = threading.Lock()
-_order = threading.Event()  # the driver has ordered this attempt's workers to abort
+_order = threading.Event()  # set when the driver orders this attempt's workers to abort
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Holds a worker's place in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
+    """Holds a worker's position in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
 
     rank: int
     world: int
@@ -41,7 +41,7 @@ class WorkerPlace:
 
 
 def join(place: WorkerPlace) -> None:
-    """Joins the process group of an attempt."""
+    """Joins the process group of an attempt. Before that, sets environment variables, and with GPUs the device and CPU cores."""
     global _order
     import torch
     import torch.distributed as dist
@@ -58,17 +58,17 @@ def join(place: WorkerPlace) -> None:
         os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
     for name, value in HELD_BACK.items():
         os.environ.setdefault(name, value)
-    if place.gpus:  # all of the node's, so that NCCL reaches the others' memory; before CUDA starts
+    if place.gpus:  # all GPUs of the node, so that NCCL reaches the others' memory; set before CUDA starts
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(place.gpus)
         device_threads.use(place.local_rank)
-        gpu: Any = torch.cuda.get_device_properties(place.local_rank)  # whose stub lacks the place on the bus
+        gpu: Any = torch.cuda.get_device_properties(place.local_rank)  # Any: the type stub lacks the PCI ids
         bind_near(gpu.pci_domain_id, gpu.pci_bus_id, gpu.pci_device_id)
-    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect to those who are talked to, not to all
+    os.environ["TORCH_GLOO_LAZY_INIT"] = "1"  # connect only to peers that exchange data
     dist.init_process_group(place.backend, init_method=place.rendezvous, rank=place.rank, world_size=place.world, timeout=TIMEOUT)
 
 
 def leave() -> None:
-    """Leaves the process group, and whatever of it and of its engine is in this process."""
+    """Leaves the process group, and removes the group and its engine from this process."""
     import torch
     import torch.distributed as dist
 
@@ -81,38 +81,39 @@ def leave() -> None:
     deepspeed_engine.forget_groups()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-        torch.cuda.synchronize()  # raises if this process can't use its device any more
+        torch.cuda.synchronize()  # raises if this process can no longer use its device
 
 
 def reforms() -> bool:
-    """Tells whether this process can form another group of NCCL's behind an abort: not if its watchdog would end it first."""
+    """Checks whether this process can form another NCCL group after an abort. It can't if NCCL's watchdog would end it first."""
     return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
 
 
 def order() -> threading.Event:
-    """Returns the order to abort of the present attempt, for `obey`."""
+    """Returns the current attempt's order to abort, an event for `obey`."""
     return _order
 
 
 def ordered() -> bool:
-    """Reports whether the driver has ordered the workers of this attempt to abort."""
+    """Checks whether the driver has ordered the workers of this attempt to abort."""
     return _order.is_set()
 
 
 def check() -> None:
-    """Raises PeerLostError once the workers were ordered to abort: what this worker has computed meanwhile may be wrong."""
+    """Raises PeerLostError if the workers were ordered to abort: this worker's results since then may be wrong."""
     if ordered():
         raise PeerLostError("this worker aborted because another worker failed")
 
 
 def obey(abort: threading.Event) -> None:
-    """Carries out the driver's order to abort, from any thread. An order that was given to an earlier attempt does nothing."""
-    abort.set()  # first: a collective that this aborts must not be taken for a complete one
+    """Carries out the driver's order to abort, from any thread. An order for an earlier attempt has no effect."""
+    abort.set()  # first, so that no aborted collective counts as complete
     _abort(abort)
 
 
 def abort() -> None:
-    """Aborts NCCL's part of all process groups, from any thread: a worker that waits in a collective for a dead one returns.
+    """Aborts NCCL's part of all process groups, from any thread. A worker that waits in a collective for a dead peer then
+    returns.
 
     Gloo needs no abort: it fails when the connection does.
     """
@@ -129,11 +130,11 @@ def _abort(abort: threading.Event) -> None:
 
 
 def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
-    """Binds this thread, and those that it starts from now on, to the cores near a GPU (on Linux alone); returns them, none if
-    they are not known or none of them may be used.
+    """Binds this thread, and all threads that it starts later, to the CPU cores near a GPU (Linux only). Returns these cores;
+    empty if they aren't known, or if this process may use none of them.
 
-    Copies between host and device, and kernels that are launched, otherwise cross the processors' link on machines with two of
-    them. What the worker was confined to before it stays so.
+    Otherwise, on machines with two processors, copies between host and device and kernel launches cross the link between the
+    processors. Earlier limits of the worker's cores stay in force.
     """
     cores = near(domain, bus, device, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
     if cores:
@@ -142,8 +143,8 @@ def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> se
 
 
 def near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
-    """Reads which cores are near a GPU on the PCI bus, as Linux lists them (`0-3,8-11`); none if it does not."""
-    place = f"{domain:04x}:{bus:02x}:{device:02x}.0"  # as Linux names its folder
+    """Reads the CPU cores near a GPU on the PCI bus, from Linux's list (`0-3,8-11`); empty if Linux has no list."""
+    place = f"{domain:04x}:{bus:02x}:{device:02x}.0"  # Linux's name for its folder
     try:
         ranges = (devices / place / "local_cpulist").read_text()
     except OSError:
@@ -154,5 +155,5 @@ def near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int
 
 @functools.cache
 def _allowed() -> frozenset[int]:
-    """Returns the cores that this process had before it was bound the first time."""
+    """Returns the cores that this process could use before it was first bound."""
     return frozenset(os.sched_getaffinity(0))

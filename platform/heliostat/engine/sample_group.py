@@ -1,8 +1,8 @@
-"""Places a worker among those that compute each sample together: a stretch of its tokens each (`train.parallel.sequence`), or all
-of its tokens with a part of each matrix (`train.parallel.tensor`).
+"""Forms groups of workers that compute each sample together. With `train.parallel.sequence`, each worker has a stretch of the
+sample's tokens. With `train.parallel.tensor`, each worker has all tokens and a part of each matrix.
 
-Ranks [0, n) are the first replica, [n, 2n) the second, ...: lanes are dealt to replicas, and a replica's first worker reads for
-all of it. With one worker in each replica nothing here does anything.
+Ranks [0, n) are the first replica, [n, 2n) the second, and so on. Replicas share out the virtual ranks, and a replica's first
+worker reads the samples for the whole replica. With one worker per replica, this module has no effect.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ ALONE = Parallel()
 
 
 class SampleGroup:
-    """Holds a worker's place. `counts`: whether what it sums over its samples is to be added to the sums of others; `averaged`:
-    over how many workers gradients are averaged."""
+    """Holds a worker's position in its replica. `counts`: whether the worker's sums over samples are part of the global sums.
+    `averaged`: the number of workers that gradients are averaged over."""
 
     def __init__(self, parallel: Parallel = ALONE) -> None:
-        """Forms the groups of so many workers; collective."""
+        """Forms the process groups of the replicas. Collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
         self.workers, self.cuts = parallel.sharing, parallel.sequence > 1
         self.replica, self.member = divmod(rank, self.workers)
         self.replicas = world // self.workers
-        self.part = self.member if self.cuts else 0  # of each sample; workers that compute all of it draw the same numbers
+        self.part = self.member if self.cuts else 0  # workers that compute complete samples draw the same random numbers
         self.counts = self.cuts or self.reads
         self.averaged = world if self.cuts else self.replicas
         self.group: dist.ProcessGroup | None = None
@@ -41,27 +41,27 @@ class SampleGroup:
         if self.workers > 1:
             ranks = [list(range(start, start + self.workers)) for start in range(0, world, self.workers)]
             if self.cuts:
-                self.group = [dist.new_group(some) for some in ranks][self.replica]  # of the training's backend
+                self.group = [dist.new_group(some) for some in ranks][self.replica]  # with training's backend
             self._control = [dist.new_group(some, backend="gloo") for some in ranks][self.replica]
 
     @property
     def reads(self) -> bool:
-        """Tells whether this worker reads its replica's samples, and accounts for them."""
+        """Returns whether this worker reads its replica's samples, and accounts for them."""
         return self.member == 0
 
     def share(self, work: Callable[[], T]) -> T:
-        """Does the work on the replica's first worker; returns the result, or raises the error, on all of it."""
+        """Runs `work` on the replica's first worker. Returns its result, or raises its error, on all workers of the replica."""
         return first(self._control, work) if self._control else work()
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
-        """Cuts this worker's stretch of a batch."""
+        """Cuts this worker's stretch out of a batch; returns the batch itself without sequence parallelism."""
         if not self.cuts:
             return batch
         assert isinstance(recipe, CutsSamples)
         return recipe.cut(batch, self.part, self.workers)
 
     def join(self, recipe: Recipe, model: torch.nn.Module) -> None:
-        """Makes the model exchange what its tokens need of the other stretches."""
+        """Makes the model exchange the data that its tokens need from the other stretches."""
         if self.group:
             assert isinstance(recipe, CutsSamples)
             with sequence_attention.exchanging(exchange_heads):
@@ -71,8 +71,8 @@ class SampleGroup:
 def exchange_heads(
     attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
 ) -> Core:
-    """Makes an attention of all tokens for some heads out of one of some tokens for all heads, by DeepSpeed's Ulysses; `sizes` as
-    `sequence_attention.sizes` returns them."""
+    """Wraps an attention with DeepSpeed's Ulysses: the wrapper takes some tokens of all heads, and gives `attention` all tokens
+    of some heads. `sizes`: from `sequence_attention.sizes`."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
     heads, shared, width = sizes

@@ -1,22 +1,26 @@
-"""Owns the training state that a backend shards over the workers: every other module reads and writes it here.
+"""Gives access to the training state that a backend shards over the workers. Every other module reads and writes it here.
 
     sharded = sharded_state.of(engine)
     sharded.tensors()             # named views of master weights, moments, and buffers, to save; `whole=True`: to load into
     sharded.slices("exp_avg")     # views of one kind, by parameter
-    sharded.after_load(steps)     # the forward pass uses what was written into the views
+    sharded.after_load(steps)     # makes the forward pass use the values in the views
 
-Whatever the stage, a worker's share of a parameter's fp32 master weight and of its moments (the optimizer's state) is a slice
-[start, start + n) of the flattened parameter, or of this worker's part of it where workers divide it (`division`). A `FlatShard`
-holds just that, so a checkpoint saved at one layout loads at any other. Names: `master.<parameter>` and, as the optimizer's class
-in `heliostat.optim.optimizers` says, `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...; persistent buffers are
-`buffer.<name>`, and parameters that are not trained `frozen.<parameter>`, in the precision that the engine holds them in.
+At every stage, a worker has one slice [start, start + n) of each flattened parameter: of its fp32 master weight, and of its
+moments (the optimizer's state). If workers split the parameter (`division`), it is a slice of this worker's part. A `FlatShard`
+holds one such slice, so a checkpoint loads in any parallelism configuration. The names of tensors are:
 
-`zero_state` is the backend: DeepSpeed's ZeRO. Another one (FSDP2, for example) is one file with one subclass of `ShardedState`:
+- `master.<parameter>`: fp32 master weights;
+- `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...: moments, as the optimizer's class in `heliostat.optim.optimizers` names
+  them;
+- `buffer.<name>`: persistent buffers;
+- `frozen.<parameter>`: parameters that aren't trained, in the precision that the engine keeps them in.
 
-- where the optimizer's memory is: `optimizer`, `groups`, `place`, and `original`, which finds it in another way, for the proof;
-- the weights that the forward pass uses: `weights`, `refresh`, `release`, `gathered`;
-- values assembled over the workers, for comparisons: `full`, `full_gradient`;
-- which workers hold the same: `replicas`, `weight_replicas`, `matrix_part`;
+`zero_state` is the backend for DeepSpeed's ZeRO. Another backend, such as FSDP2, is one file with one subclass of `ShardedState`:
+
+- memory of the optimizer: `optimizer`, `groups`, `place`, and `original`, which locates a slice in a second way, for `prove`;
+- weights that the forward pass uses: `weights`, `refresh`, `release`, `gathered`;
+- values assembled from all workers, for comparisons: `full`, `full_gradient`;
+- workers with the same state: `replicas`, `weight_replicas`, `matrix_part`;
 - counts: `steps`, `loss_scale`, `read_loss_scale`, `write_loss_scale`.
 
 Gradients have no slices here: a backend moves them from buffer to buffer until its step, and no caller needs a part of one.
@@ -41,12 +45,12 @@ if TYPE_CHECKING:
 
 MASTER = "master"
 Moments = Mapping[torch.nn.Parameter, Sequence[str]]
-Replica = tuple[int, int]  # which of how many workers
+Replica = tuple[int, int]  # (index of this worker, number of workers)
 
 
 class SlicePlace(NamedTuple):
-    """Describes where the optimizer keeps this worker's slice of a parameter: `numel` elements from `offset` on of `flat`, a
-    tensor that it steps. `start`: where the slice begins in this worker's part of the parameter."""
+    """Locates this worker's slice of a parameter in the optimizer's memory: `numel` elements of `flat`, from `offset` on. `flat`:
+    a tensor that the optimizer steps. `start`: where the slice begins in this worker's part of the parameter."""
 
     flat: torch.Tensor
     offset: int
@@ -54,16 +58,19 @@ class SlicePlace(NamedTuple):
     start: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Views the slice's elements in `flat`, or in the state that the optimizer keeps of it."""
+        """Views the slice's elements in `flat`, or in a tensor of its optimizer state."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
 
 class ShardedState(ABC):
-    """Hands out named views of the state that this worker holds; a backend gives what is abstract.
+    """Gives named views of this worker's training state. A backend implements the abstract methods.
 
-    `optimizer`: steps the tensors of `groups`. `moments`: the keys of its state of each trained parameter; those in `copies`
-    begin as the master weight, others as zeros. `replicas`: which of how many workers with the same slices this one is;
-    `weight_replicas`: with the same parts of parameters that are not trained; `matrix_part`: of the workers that divide matrices.
+    - `optimizer`: steps the tensors of `groups`.
+    - `moments`: the keys of the optimizer state, by trained parameter. Moments in `copies` begin as the master weight, others as
+      0.
+    - `replicas`: this worker's index among the workers with the same slices, and the number of these workers.
+    - `weight_replicas`: the same for the parts of parameters that aren't trained.
+    - `matrix_part`: the same for the workers that shard matrices.
     """
 
     optimizer: torch.optim.Optimizer
@@ -74,89 +81,90 @@ class ShardedState(ABC):
     def __init__(self, module: torch.nn.Module, moments: Moments, copies: Collection[str]) -> None:
         self.module, self.moments, self.copies = module, moments, copies
 
-    # what a backend gives --------------------------------------------------------------------------------------------
+    # implemented by every backend ------------------------------------------------------------------------------------
 
     @abstractmethod
     def groups(self) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
-        """Lists the fp32 tensors that the optimizer steps, with the parameters in each."""
+        """Lists the fp32 tensors that the optimizer steps, each with its parameters."""
 
     @abstractmethod
     def place(self, p: torch.nn.Parameter) -> SlicePlace | None:
-        """Finds this worker's slice of a trained parameter, in the optimizer's own memory; None if it has none."""
+        """Locates this worker's slice of a trained parameter in the optimizer's own memory; None if it has none."""
 
     @abstractmethod
     def original(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-        """Returns the flat tensor that the backend itself reads for a parameter's slice, padded or not, found without `place`:
-        of the moment `key`, or of the master weight."""
+        """Returns the flat tensor that the backend itself reads for a parameter's slice, located without `place`. It holds the
+        moment `key`, or the master weight (None), and may end with padding."""
 
     @abstractmethod
     def weights(self, p: torch.nn.Parameter) -> tuple[torch.Tensor, int] | None:
-        """Views this worker's part of the weight that the forward pass uses, in its precision, and where it begins; None if it
-        is in a file."""
+        """Views this worker's part of a weight as the forward pass uses it. Returns the flat view and its start in the parameter;
+        None if the part is in a file."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Copies the master weights into the weights that the forward pass uses; collective."""
+        """Copies the master weights into the weights that the forward pass uses. Collective."""
 
     @abstractmethod
     def full(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-        """Assembles the moment `key` of this worker's part of a parameter, or its fp32 master weight; collective."""
+        """Assembles the moment `key` of this worker's part of a parameter, or its fp32 master weight (None). Collective."""
 
     @abstractmethod
     def full_gradient(self, p: torch.nn.Parameter) -> torch.Tensor | None:
-        """Assembles the gradient of the backward passes since the last step, times `loss_scale`; None if the parameter has none.
-        Collective."""
+        """Assembles the gradient of the backward passes since the last step, times `loss_scale`; None without one. Collective."""
 
     @property
     @abstractmethod
     def steps(self) -> int:
-        """Counts the steps that the optimizer has made (with fp16, overflowing steps are skipped)."""
+        """Counts the optimizer's steps, without the fp16 steps that were skipped because of overflow."""
 
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """Returns the factor that gradients have until the step: 1 except in fp16."""
+        """Returns the factor that scales gradients until the step: 1 except in fp16."""
 
     @abstractmethod
     def read_loss_scale(self) -> dict[str, float] | None:
-        """Reads the state of the dynamic loss scale for a checkpoint; None where there is no loss scale, or it is fixed."""
+        """Reads the state of the dynamic loss scale for a checkpoint; None if the loss scale is fixed, or if there is none."""
 
     @abstractmethod
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
-        """Restores the dynamic loss scale from a checkpoint; returns a notice if the engine needs one and there is none."""
+        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the checkpoint lacks one that the engine
+        needs."""
 
-    # what it gives where it shards the weights, or where the optimizer alone does not know the moments
+    # implemented by backends that shard the weights, or that link moments to parameters
 
     def gathered(self, p: torch.nn.Parameter) -> AbstractContextManager[object]:
-        """Opens the context in which a parameter holds the weight that the forward pass uses; collective."""
+        """Opens the context in which a parameter holds its complete weight, as the forward pass uses it. Collective."""
         return nullcontext()
 
     def release(self) -> None:  # noqa: B027
-        """Gives up weights that are still gathered from the last forward pass."""
+        """Releases weights that are still gathered from the last forward pass."""
 
     def link(self) -> None:  # noqa: B027
-        """Connects parameters with their moments, which have just been created."""
+        """Links parameters to their moments, which were just created."""
 
     # named views -----------------------------------------------------------------------------------------------------
 
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns this worker's slices of all training state, as views: loading into them changes the engine.
+        """Returns views of this worker's slices of all training state. Loading into them changes the engine.
 
-        What several workers hold the same slice of, each saves a part of, and loads the `whole`. What all workers of a group that
-        divides matrices hold, the first of them saves.
+        If several workers have the same slice, each saves a part of it, and loads the `whole`. State that all workers of a
+        tensor-parallel group have is saved by the first of them.
         """
         persistent = self.module.state_dict().keys()
         buffers = {f"buffer.{name}": b for name, b in self.module.named_buffers() if name in persistent}
         return {f"{key}.{name}": s if whole else self.share(p, s) for name, p, key, s in self._views()} | buffers
 
     def slices(self, kind: str) -> dict[str, FlatShard]:
-        """Returns this worker's slices of the master weights (`MASTER`), or of a moment, by parameter, as views."""
+        """Returns views of this worker's slices of the master weights (`MASTER`), or of a moment, by parameter name."""
         return {name: shard for name, _, key, shard in self._views() if key == kind}
 
     def frozen(self, whole: bool = False) -> dict[str, FlatShard]:
-        """Returns this worker's slices of the parameters that are not trained, as views.
+        """Returns views of this worker's slices of the parameters that aren't trained, by name. Raises ConfigError if one is in a
+        file.
 
-        What several workers hold the same of, each saves a part of, and loads the `whole`.
+        If several workers have the same slice, each saves a part of it, and loads the `whole`.
         """
         out: dict[str, FlatShard] = {}
         for name, p in self.module.named_parameters():
@@ -168,19 +176,19 @@ class ShardedState(ABC):
         return out
 
     def share(self, p: torch.nn.Parameter, shard: FlatShard) -> FlatShard:
-        """Cuts the part of a trained parameter's slice that this worker saves, where others hold the same."""
+        """Cuts the part of a trained parameter's slice that this worker saves, if other workers have the same slice."""
         return self._part(p, shard, self.replicas)
 
     def saves_all(self) -> bool:
-        """Returns whether each worker saves all that it holds."""
+        """Returns whether each worker saves all the state that it holds."""
         return self.replicas[1] == self.matrix_part[1] == 1
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yields the parameters that are trained, with their names."""
+        """Yields the names of the trained parameters, and the parameters."""
         return ((name, p) for name, p in self.module.named_parameters() if p.requires_grad)
 
     def _views(self) -> Iterator[tuple[str, torch.nn.Parameter, str, FlatShard]]:
-        """Yields each slice of a master weight and of a moment that this worker has, with its parameter and its kind."""
+        """Yields this worker's slices of master weights and moments, as (name, parameter, kind, slice)."""
         for name, p in self.trained():
             if place := self.place(p):
                 state: Any = self.optimizer.state[place.flat] if self.moments[p] else {}
@@ -188,21 +196,22 @@ class ShardedState(ABC):
                     yield name, p, key, division.placed(p, place.of(tensor), place.start)
 
     def _part(self, p: torch.nn.Parameter, shard: FlatShard, replica: Replica) -> FlatShard:
-        """Cuts a slice that so many workers hold into a part for each; what all that divide matrices have is the first one's."""
+        """Cuts a slice into equal parts, one per worker that has it, and returns this worker's. Of tensor-parallel workers, only
+        the first saves a parameter that they all have."""
         (number, count), numel = replica, shard.local.numel()
         if self.matrix_part[0] > 0 and division.of(p).parts == 1:
             return shard.cut(0, 0)
         per = -(-numel // count)
         return shard.cut(min(number * per, numel), min((number + 1) * per, numel))
 
-    # changing it as a whole ------------------------------------------------------------------------------------------
+    # changing all state ----------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Creates the optimizer state that is otherwise created at the first step, so that there is something to load into;
-        TrainingError if what is written into its slices doesn't arrive.
+        """Creates the optimizer state before the first step, so that checkpoints can be loaded into it. Raises TrainingError if
+        values that are written into its slices don't reach the backend.
 
         New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
-        other groups have none.
+        other groups have no moments yet.
         """
         states, fused = self.optimizer.state, self.optimizer.defaults.get("fused")
         for tensor, group in self.groups():
@@ -214,11 +223,10 @@ class ShardedState(ABC):
         self.prove()
 
     def prove(self) -> None:
-        """Raises TrainingError unless the backend reads what is written into the slices.
+        """Raises TrainingError unless the backend reads the values that are written into the slices.
 
-        Restores and the average of the weights write there. If a slice were a copy, training would continue from other weights
-        without an error. So this writes another number into both ends of each slice, looks for it where the backend keeps the
-        parameter, and puts the values back.
+        Restores and the EMA write there. If a slice were a copy, training would continue with other weights, without an error. So
+        this writes a number into both ends of each slice, looks for it in the backend's own tensor, and restores the values.
         """
         ends = []
         for name, p, key, shard in self._views():
@@ -247,7 +255,7 @@ class ShardedState(ABC):
 
 
 def of(engine: DeepSpeedEngine) -> ShardedState:
-    """Returns the state of an engine that `deepspeed_engine.build_engine` has built."""
+    """Returns the training state of an engine that `deepspeed_engine.build_engine` has built."""
     return engine.sharded_state
 
 

@@ -1,8 +1,9 @@
-"""Divides training state within groups of workers (`train.zero.shard_group_size`), each of which has all of it, at ZeRO stage 3.
+"""Shards training state within groups of workers (`train.zero.shard_group_size`) at ZeRO stage 3. Each group has all of the
+state.
 
-Ranks [0, n) are the first group, [n, 2n) the second, ... To DeepSpeed a group is all workers there are: it gathers and reduces
-within, after every micro-batch. Before the optimizer's step the workers of all groups that have the same part average its
-gradients, once a step, and so make the same step. (Elsewhere: hybrid sharding, HSDP; Zhang et al. 2022, arXiv 2205.00119.)
+Ranks [0, n) are the first group, [n, 2n) the second, and so on. DeepSpeed sees only one group: it gathers and reduces within the
+group, after every micro-batch. Before each optimizer step, the workers with the same part of the state average its gradients over
+all groups. So all groups make the same step. Other names: hybrid sharding, HSDP (Zhang et al. 2022, arXiv 2205.00119).
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class StateGroup:
-    """Places a worker in its group. The methods with long names are those by which DeepSpeed asks for its workers."""
+    """Holds the groups of a worker. DeepSpeed calls the `get_...` methods to find its workers."""
 
     def __init__(self, workers: int) -> None:
-        """Forms the groups of so many workers each, and those of the workers with the same part; collective."""
+        """Forms the groups of `workers` workers each, and the groups of workers with the same part of the state. Collective."""
         rank, world = dist.get_rank(), dist.get_world_size()
         self.number, self.part = divmod(rank, workers)
         self.count, self.workers = world // workers, workers
@@ -40,7 +41,7 @@ class StateGroup:
         return self.part
 
     def get_model_parallel_group(self) -> None:
-        """Returns no group: every worker has models of its own."""
+        """Returns None, because DeepSpeed doesn't split the model itself over workers here."""
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -49,11 +50,11 @@ class StateGroup:
         return 0
 
     def dividing(self) -> AbstractContextManager[None]:
-        """Makes what is built inside, through `deepspeed.zero.Init`, divided within the group."""
+        """Partitions models within the group if `deepspeed.zero.Init` builds them inside the context."""
         return patches.partition_within(self.within)
 
     def equalize(self, model: torch.nn.Module) -> None:
-        """Gives all groups the first one's weights: of what is built in parts, one worker may draw or read the values."""
+        """Gives all groups the first group's weights, because in each group one worker may have drawn or read some values."""
         from deepspeed.accelerator import get_accelerator
 
         first, device = dist.get_global_rank(self.across, 0), get_accelerator().current_device_name()
@@ -63,9 +64,9 @@ class StateGroup:
             values.copy_(sent.view_as(values))
 
     def average(self, engine: DeepSpeedEngine) -> None:
-        """Makes the engine's optimizer average the gradients over the groups before it makes a step of them.
+        """Makes the engine's optimizer average the gradients over the groups before each step.
 
-        All groups make the step or none does: whether fp16 gradients overflow is decided of the averages, and by all.
+        Either all groups make a step, or none does: they check the averaged fp16 gradients for overflow together.
         """
         first = dist.get_global_rank(self.across, 0)
         patches.before_step(

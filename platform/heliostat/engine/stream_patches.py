@@ -1,9 +1,9 @@
-"""Orders DeepSpeed's streams on the GPU, and names its reduction for profilers.
+"""Orders DeepSpeed's CUDA streams on the GPU, and names its gradient reduction for profilers.
 
 DeepSpeed makes the host wait for one stream, and leaves the other without an order.
 
-Streams of CUDA run side by side: what one writes, another sees only if it waits for it. `tests/twin` is a device that raises
-where an operation uses memory that its stream hasn't waited for, and so shows what must wait.
+CUDA streams run concurrently: one stream sees another's writes only if it waits for them. `tests/twin` is a device that raises an
+error if an operation uses memory that its stream hasn't waited for. So it shows which streams must wait.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from heliostat.engine.patches import _nothing, _patch, _replace
 
 @_patch
 def order_reductions(zero: Any) -> None:
-    """Lets the work that is queued after a backward pass on a GPU wait for ZeRO's reductions, and the host not.
+    """Makes work that is queued after a backward pass wait on the GPU for ZeRO's reductions, while the host continues.
 
-    With `train.zero.offload.optimizer` the host reads the sums from its own memory, so it must wait, as before. DeepSpeed 0.19.8.
-    Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and the GPU then for the host.
+    With `train.zero.offload.optimizer`, the host still waits, because it reads the sums from its own memory. DeepSpeed 0.19.8.
+    Without it the host waits for the GPU after every micro-batch at stages 2 and 3, and then the GPU waits for the host.
     """
     if hasattr(zero, "reduce_and_partition_stream"):
         if not zero.offload_optimizer:
@@ -33,7 +33,7 @@ def order_reductions(zero: Any) -> None:
 
 
 def _order_epilogue(zero: Any) -> None:
-    """Makes ZeRO-1 and 2 end a backward pass as they do without `overlap_comm`, after they have queued the last reductions."""
+    """Makes ZeRO-1 and ZeRO-2 end a backward pass as without `overlap_comm`, after they have queued the last reductions."""
     reduce, epilogue = zero.reduce_ipg_grads, zero.independent_gradient_partition_epilogue
 
     def ordered() -> None:
@@ -50,10 +50,10 @@ def _order_epilogue(zero: Any) -> None:
 
 @_patch
 def order_gathers(zero: Any) -> None:
-    """Lets ZeRO-3's gathers on a GPU wait for the weights that each step writes.
+    """Makes ZeRO-3's gathers on a GPU wait for the weights that each step writes.
 
-    DeepSpeed 0.19.8. Without it a forward pass can gather weights from before the step where no parameter is persistent
-    (`stage3_param_persistence_threshold: 0`); DeepSpeed waits for the GPU only while it gathers the persistent ones.
+    DeepSpeed 0.19.8. Without it a forward pass can gather weights from before the step if no parameter is persistent
+    (`stage3_param_persistence_threshold: 0`). DeepSpeed waits for the GPU only while it gathers persistent parameters.
     """
     step = zero.step
 
@@ -67,7 +67,7 @@ def order_gathers(zero: Any) -> None:
 
 @_patch
 def gathers_wait(zero: Any) -> None:
-    """Lets the gathers that ZeRO-3 queues next wait for what is queued on the current stream; does nothing on a CPU.
+    """Makes ZeRO-3's next gathers wait for the work that is queued on the current stream; does nothing on a CPU.
 
     DeepSpeed 0.19.8. Without it a forward pass after a restore can gather weights that are only partly written.
     """
@@ -78,7 +78,7 @@ def gathers_wait(zero: Any) -> None:
 
 @_patch
 def name_reduction() -> None:
-    """Marks the reduction of gradients, as far as it isn't in the backward pass, for profilers.
+    """Marks the gradient reduction for profilers, except the part of it inside the backward pass.
 
     DeepSpeed 0.19.8. Without it a trace doesn't show where the backward pass ends and the reduction begins.
     """

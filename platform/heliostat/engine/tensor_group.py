@@ -1,8 +1,9 @@
-"""Divides the matrices of each layer over the workers of a group (`train.parallel.tensor`), through DeepSpeed's AutoTP.
+"""Shards the matrices of each layer over the workers of a group (`train.parallel.tensor`), with DeepSpeed's AutoTP.
 
-Ranks [0, n) are the first group, [n, 2n) the second, ... Of a weight that is cut by rows (column-parallel: by outputs) or by
-columns (row-parallel: by inputs) each has an equal part; everything else each has whole. ZeRO divides what a worker has among
-those with the same, one of each group. AutoTP gets every module by name: what it would find by names alone is not asked for.
+Ranks [0, n) are the first group, [n, 2n) the second, and so on. Each worker has an equal part of every weight that is cut by rows
+(column-parallel: by outputs) or by columns (row-parallel: by inputs), and all of every other weight. ZeRO shards a worker's
+weights over the workers with the same part, one per group. heliostat names every module for AutoTP, whose own search by name
+patterns is off.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KINDS: dict[str, dict[str, str | bool]] = {"column": {"partition_type": "column"
 
 
 def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, object]:
-    """Makes the part of DeepSpeed's config that divides the model's matrices; empty for one worker."""
+    """Builds the section of DeepSpeed's config that shards the model's matrices; empty for one worker."""
     if workers == 1:
         return {}
     assert isinstance(recipe, DividesMatrices)
@@ -39,8 +40,8 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
-    """Makes regular expressions of the modules' weights by what is done with them, one for all layers. Of modules whose gradients
-    are summed, biases too: AutoTP looks after the others' itself."""
+    """Builds regular expressions for the modules' weights, by kind of parallelism; one expression covers all layers. Of modules
+    whose gradients are summed, they include the biases. AutoTP handles other biases itself."""
     by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
@@ -50,9 +51,9 @@ def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[None]:
-    """Divides the matrices of a model whose parameters have shapes alone, as DeepSpeed does when it makes an engine, and notes on
-    each parameter which part of it this worker has. Inside, parameters get their values: hooks on gradients come afterwards.
-    Collective."""
+    """Shards the matrices of a model whose parameters have shapes but no values yet, as DeepSpeed does when it makes an engine.
+    Records on each parameter which part this worker has. Set the parameters' values inside the context, because hooks on
+    gradients are added when it ends. Collective."""
     if workers == 1:
         yield
         return
@@ -63,8 +64,9 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
 
 
 def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
-    """Notes on each parameter which part of it this worker has, and its whole shape; TrainingError for unequal parts."""
-    if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups from engine to engine
+    """Records on each parameter its complete shape and this worker's part. Raises TrainingError if parts are unequal, or if
+    DeepSpeed already has groups of another size."""
+    if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups for later engines
         raise TrainingError(
             f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers"
         )
@@ -78,7 +80,7 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
 
 
 def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
-    """Raises TrainingError unless what AutoTP has divided is what the recipe names."""
+    """Raises TrainingError unless AutoTP has sharded exactly the matrices that the recipe names."""
     if engine.autotp_size() <= 1:
         return
     patches.stop_input_check(engine)
@@ -93,7 +95,7 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
 
 
 def clipped_norm(engine: DeepSpeedEngine, limit: float) -> torch.Tensor:
-    """Clips the gradients of an engine at stage 0 by their global norm; returns that, on the device. Collective."""
+    """Clips the gradients of an engine at stage 0 by their global norm. Returns the norm, a scalar on the device. Collective."""
     trained = [p for p in engine.module.parameters() if p.grad is not None]
     squares = [
         torch.nn.utils.get_total_norm([p.grad for p in trained if (of(p).parts > 1) == divided]).double().square()

@@ -1,12 +1,12 @@
-"""Finds the state that DeepSpeed's ZeRO shards (`sharded_state`): one class for each of its optimizers.
+"""Locates the state that DeepSpeed's ZeRO shards (`sharded_state`), with one class for each of DeepSpeed's optimizers.
 
-Only this module, `patches`, and `stream_patches` name DeepSpeed's internals. `adapter` requires the version for which it was
-written, and that an optimizer has all `parts` that its class names. DeepSpeed's public accessors can't find the slices: where the
+Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the version that it was written
+for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, they return copies on the GPU.
 
-The dynamic loss scale of fp16 is state, too: gradients are computed of the loss times a scale, which halves when they overflow
-(that step is skipped, and counted) and doubles after a while without (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
-Without it, a resumed run would skip steps until it had found the scale again.
+The dynamic loss scale of fp16 is state, too. Gradients are computed from the loss times a scale. When they overflow, the scale
+halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
+1710.03740, section 3.2). A resumed run without the old scale would skip steps until it has found the scale again.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from heliostat.engine.sharded_state import Moments, Replica, ShardedState, Slice
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic loss scaler
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # attributes of DeepSpeed's dynamic loss scaler
 
 
 @patches.guard
 def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], replica: Replica | None) -> ShardedState:
-    """Adapts an engine that was just initialized. `replica`: which of how many groups that each hold all state this worker's is
-    (`StateGroup`); ConfigError if this version of DeepSpeed keeps its state in other places."""
+    """Makes the adapter of an engine that was just initialized. `replica`: the index of this worker's group, and the number of
+    groups that each hold all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]
     for name in kind.parts:
@@ -39,17 +39,17 @@ def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], 
 
 
 def shape(parameter: Any) -> tuple[int, ...]:
-    """Returns the shape of a parameter that ZeRO-3 may have flattened."""
+    """Returns the complete shape of a parameter, which ZeRO-3 may have flattened."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views what this worker holds of a parameter; all of it before ZeRO-3 divides it."""
+    """Views this worker's part of a parameter; all of it until ZeRO-3 partitions it."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
 class ZeroState(ShardedState):
-    """Adapts what all stages have in common. `parts`: the names that the stage's optimizer must have."""
+    """Implements the methods that are the same for all stages. `parts`: the attributes that the stage's optimizer must have."""
 
     parts: ClassVar[tuple[str, ...]] = ()
 
@@ -114,7 +114,7 @@ class ZeroState(ShardedState):
 
 
 class Replicated(ZeroState):
-    """Adapts stage 0, where torch's optimizer steps the parameters themselves, on every worker."""
+    """Adapts stage 0, where torch's optimizer steps the complete parameters on every worker."""
 
     def groups(self) -> list[tuple[torch.Tensor, list[torch.nn.Parameter]]]:
         return [(p, [p]) for _, p in self.trained()]
@@ -178,7 +178,7 @@ class Partitioned(ZeroState):
 
 
 class SummedApart(Partitioned):
-    """Adapts stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has an optimizer of its own."""
+    """Adapts stage 1 in bf16 with gradients summed in fp32, for which DeepSpeed has a separate optimizer."""
 
     parts = ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params")
 
@@ -228,19 +228,19 @@ class Divided(ZeroState):
         for low, master in zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True):
             if low is not None:
                 low.data.copy_(master.data)
-        for group in range(len(zero.fp16_groups)):  # what was swapped out keeps the values from before otherwise
+        for group in range(len(zero.fp16_groups)):  # otherwise, swapped-out weights keep their old values
             zero._reassign_or_swap_out_partitioned_parameters(group)
         parameter: Any
         for parameter in self.module.parameters():
-            parameter.ds_secondary_tensor = None  # as these do (`train.zero.hpz_partition_size`)
+            parameter.ds_secondary_tensor = None  # secondary copies have old values (`train.zero.hpz_partition_size`)
         if zero.persistent_parameters:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
         stream_patches.gathers_wait(zero)
 
 
 def _own(p: Any) -> tuple[int, int]:
-    """Returns where this worker's slice of a parameter begins in its part, and how many elements it has: workers that divide
-    experts each have a part, which is divided among those with the same."""
+    """Returns the start of this worker's slice within its part of a parameter, and the number of elements. With expert
+    parallelism, ZeRO shards each part over the workers that have it."""
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
     return start, min(per, p.ds_numel - start)

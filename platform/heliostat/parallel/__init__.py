@@ -1,4 +1,4 @@
-"""Shards what a model computes: samples, matrices, and experts; checks which architectures support it.
+"""Shards a model's computation: samples, matrices, and experts; checks which architectures support it.
 
 Start at `division`.
 May import: `checkpoint`, `config`, `data`.

@@ -1,8 +1,10 @@
-"""Tests whether samples can be cut over several workers in a model: whether attention alone mixes tokens, all of it goes through
-transformers' interface, and it needs no masks but those of causality and of documents. Each architecture's own code decides that.
+"""Tests whether a model supports samples that are cut over several workers (sequence parallelism).
 
-The test needs one process: a small model of the architecture computes the stretches of a sample as rows of a batch, with an
-attention that puts the rows together. Its logits must be those of the whole sample.
+It does if only attention mixes tokens, if all attention uses transformers' interface, and if its only masks are those of
+causality and of documents. The code of each architecture decides that.
+
+The test needs one process. A small model of the architecture computes the stretches of a sample as rows of a batch, with an
+attention that joins the rows. Its logits must match those of the uncut sample.
 """
 
 from __future__ import annotations
@@ -23,17 +25,17 @@ if TYPE_CHECKING:
 
 KEY = "train.parallel.sequence"
 PARTS = 4
-TOLERANCE = 1e-3  # of the logits' own spread: rounding is some 1e-6 of it
+TOLERANCE = 1e-3  # in standard deviations of the logits; rounding is about 1e-6
 
-_known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
+_known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 class UnfitForCutting(Exception):
-    """Says why a model's samples cannot be cut."""
+    """Reports why a model's samples can't be cut."""
 
 
 def require(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless samples of the recipe's model can be cut over so many workers."""
+    """Raises ConfigError unless samples of the recipe's model can be cut over `parts` workers."""
     _require_heads(recipe, parts)
     kind = recipe.config.model_type
     if recipe.router_weight is not None:
@@ -47,13 +49,13 @@ def require(recipe: LanguageModel, parts: int) -> None:
 
 
 def _require_heads(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless every worker has the same number of heads; heads of keys and values may be fewer than workers."""
+    """Raises ConfigError unless every worker gets equally many attention heads. Key/value heads may be fewer than workers."""
     if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
         raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}, which has no attention heads. Set it to 1")
     heads, shared, _ = sequence_attention.sizes(recipe.config)
     fits = [n for n in divisors(heads) if (shared % n == 0 or n % shared == 0) and recipe.length % n == 0]
     if parts not in fits:
-        what = f"{heads} attention heads" + (f"and {shared} key/value heads" if shared < heads else "")
+        what = f"{heads} attention heads" + (f" and {shared} key/value heads" if shared < heads else "")
         raise ConfigError(
             f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (it "
             "must divide the heads, and be a divisor or a multiple of the key/value heads)"
@@ -75,12 +77,13 @@ def _fault(small: LanguageModel) -> str:
 
 @torch.no_grad()
 def difference(recipe: LanguageModel) -> float:
-    """Computes how far the logits of a cut sample are from those of the whole one, over their spread, in a small model."""
+    """Computes the largest difference between the logits of a cut sample and of the uncut one, in a small model. The unit is the
+    standard deviation of the logits."""
     torch.manual_seed(0)
     model = recipe.build().eval()
     tiny.stir(model)
     tokens = np.random.default_rng(0).integers(6, 90, (1, tiny.LENGTH)).astype(np.int32)
-    tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = tiny.END  # documents that a cut goes through
+    tokens[:, tiny.LENGTH // 3 - 1 :: tiny.LENGTH // 3] = tiny.END  # so that cuts go through documents
     batch = recipe.batch(tokens)
     whole = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
     _put_together(model, recipe.document_mask)
@@ -91,7 +94,7 @@ def difference(recipe: LanguageModel) -> float:
 
 
 def _put_together(model: PreTrainedModel, documents: bool) -> None:
-    """Makes a model take the rows of a batch for the stretches of one sample."""
+    """Makes a model treat the rows of a batch as the stretches of one sample."""
     name = model.config._attn_implementation
     if name == "eager":
         raise UnfitForCutting("its attention has only the implementation 'eager', which is causal only through a mask")

@@ -1,8 +1,8 @@
-"""Computes experts that are divided over the workers of a group (expert parallelism): tokens go to the workers that hold their
-experts, and what these make of them comes back.
+"""Computes experts that are sharded over the workers of a group (expert parallelism). Tokens go to the workers that have their
+experts, and the results come back.
 
-Each worker holds, of every layer, as many whole experts as any other of the group, in rank order. Nothing is dropped: a worker
-takes whatever comes.
+Each worker of the group has the same number of complete experts of every layer, in rank order. No token is dropped: a worker
+accepts any number of tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from heliostat.parallel.experts import ExpertLayer
 
 
 def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes a model of transformers, whose modules hold this worker's experts alone, compute with those of the whole group."""
+    """Makes a transformers model, whose modules hold only this worker's experts, compute with the experts of its group."""
     workers = dist.get_world_size(group)
     for module in experts.layers(model):
         module.all_experts = module.num_experts
@@ -27,7 +27,7 @@ def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Sends rows to the workers of a group, so many to each; its gradient goes back the same way."""
+    """Sends rows to the workers of a group, a given number to each. The backward pass sends gradients the opposite way."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -53,9 +53,9 @@ def _forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Computes a layer's experts for the tokens of all workers of its group; the index numbers the experts of all of them, and
-    those beyond them are none."""
-    each, count = top_k_index.shape[-1], module.num_experts  # of this worker
+    """Computes a layer's experts for the tokens of all workers of its group. `top_k_index` numbers the experts of all these
+    workers; larger numbers mean no expert."""
+    each, count = top_k_index.shape[-1], module.num_experts  # `count`: of this worker
     flat = top_k_index.reshape(-1)
     tokens = torch.zeros(module.all_experts + 1, dtype=torch.int64, device=flat.device)
     tokens.scatter_add_(0, flat.clamp(max=module.all_experts), torch.ones_like(flat))
@@ -72,8 +72,8 @@ def _forward(
 
 
 def _computed(module: ExpertLayer, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Computes rows by the expert of each. A row of zeros goes with them: even if none came, weights have a gradient, and no
-    worker waits for it."""
+    """Computes each row with its expert. One row of zeros is added, so that weights have a gradient even if no row arrived, and
+    no worker waits for it."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

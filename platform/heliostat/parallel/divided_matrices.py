@@ -1,8 +1,8 @@
-"""Finds how the matrices of a model's layers are divided over workers, as transformers tells it for each architecture, and tests
-whether they can be.
+"""Reads from transformers how an architecture's matrices are sharded over workers (tensor parallelism), and tests whether it
+works.
 
-The test needs one process: small models of the architecture, of which each has its part of every matrix, compute one sample in
-step, in threads that add up what the row-parallel matrices give. Each one's logits must be those of the whole model.
+The test needs one process. Small models of the architecture, each with its part of every matrix, compute one sample in parallel
+threads. The threads add up the outputs of row-parallel matrices. Each model's logits must match those of the complete model.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 KEY = "train.parallel.tensor"
 PARTS = 2
 WAIT_S = 60.0
-TOLERANCE = 1e-3  # of the logits' own spread: a fault is larger, and rounding in fp64 some 1e-9 of it
+TOLERANCE = 1e-3  # in standard deviations of the logits; faults are larger, and rounding in fp64 is about 1e-9
 Kind = Literal["column", "row", "summed"]
-Shapes = list[tuple[int, ...]]  # of what goes through a module at once
+Shapes = list[tuple[int, ...]]  # of the tensors that enter a module in one call
 KINDS: dict[str, Kind] = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "summed"}
-WHOLE = ("embedding_rowwise",)  # what transformers would divide, and every worker has whole here
+WHOLE = ("embedding_rowwise",)  # styles that transformers shards, but heliostat replicates
 FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
-_known: dict[str, str] = {}  # what is wrong with the models that were tried in this process
+_known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 def of(model: PreTrainedModel) -> dict[str, Kind]:
-    """Finds what is done with the weight of each module that is not simply whole on every worker; nothing where transformers
-    would do something with one that is not tried."""
+    """Returns how each module's weight is sharded, without the modules that every worker has completely. Empty if transformers
+    shards a weight in a way that heliostat doesn't support."""
     base, plan = model.base_model_prefix, dict(_plan(model.config))
     if not KINDS.keys() >= set(plan.values()):
         return {}
@@ -54,7 +54,7 @@ def _plan(config: PreTrainedConfig) -> Iterator[tuple[str, str]]:
 
 
 def require(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless the matrices of the recipe's model can be divided into so many parts."""
+    """Raises ConfigError unless the matrices of the recipe's model can be sharded into `parts` parts."""
     config, kind = recipe.config, recipe.config.model_type
     plan = dict(_plan(config))
     if not plan:
@@ -87,10 +87,11 @@ def _fault(small: LanguageModel) -> str:
 
 
 def played(recipe: LanguageModel) -> tuple[float, list[str]]:
-    """Computes how far the logits of a small model's parts are from those of the whole one, over their spread; names also the
-    modules that are whole in each part, and see only a part of their input: each would have another gradient for them."""
+    """Computes the largest difference between the logits of a small model's parts and of the complete model, in standard
+    deviations of the logits. Also lists the modules that each part has completely, but with only a part of their input. Each
+    worker would have a different gradient for these."""
     torch.manual_seed(0)
-    model = recipe.build().eval().double()  # drawn weights saturate the softmax, which amplifies fp32's rounding to 1e-3
+    model = recipe.build().eval().double()  # random weights saturate the softmax, which amplifies fp32 rounding to 1e-3
     tiny.stir(model)
     batch = {k: v for k, v in recipe.batch(tiny.tokens(recipe)).items() if k != "labels"}
     meeting = _Meeting()
@@ -101,18 +102,18 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
         whole = model(**batch).logits
     results: list[torch.Tensor | Exception | None] = [None] * PARTS
 
-    def play(number: int) -> None:
+    def compute(number: int) -> None:
         try:
             with torch.no_grad():
                 results[number] = parts[number](**batch).logits
-        except Exception as e:  # noqa: BLE001  raised below, by the thread that asks
+        except Exception as e:  # noqa: BLE001  raised below, in the calling thread
             results[number] = e
             meeting.barrier.abort()
 
-    threads = [device_threads.thread(partial(play, number), f"part-{number}") for number in range(PARTS)]
+    threads = [device_threads.thread(partial(compute, number), f"part-{number}") for number in range(PARTS)]
     for thread in threads:
         thread.join()
-    for one in sorted(results, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before its effect
+    for one in sorted(results, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before broken barriers
         if isinstance(one, Exception):
             raise one
     off = max(float((one - whole).abs().max() / whole.std()) for one in results if isinstance(one, torch.Tensor))
@@ -120,7 +121,7 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
 
 
 def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[Shapes]]:
-    """Notes from now on the shapes of what goes through each module that has parameters, and is not listed."""
+    """Records from now on the input shapes of each module that has parameters and isn't `listed`."""
     seen = dict[str, list[Shapes]]()
 
     def note(name: str, args: tuple[object, ...], named: dict[str, object]) -> None:
@@ -134,14 +135,14 @@ def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[S
 
 
 class _Meeting:
-    """Adds up what the parts of a model have computed of the same thing."""
+    """Sums the partial outputs of a model's parts, which run in separate threads."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(PARTS, timeout=WAIT_S)
         self.held = dict[int, torch.Tensor]()
 
     def part(self, model: PreTrainedModel, number: int) -> PreTrainedModel:
-        """Leaves a model the number-th part of each matrix; it then meets the others."""
+        """Cuts a model's matrices down to part `number`, and connects its row-parallel modules with those of the other parts."""
         for name, kind in of(model).items():
             module = model.get_submodule(name)
             if kind == "summed":
@@ -152,7 +153,7 @@ class _Meeting:
             if bias is not None and kind == "column":
                 module.bias = torch.nn.Parameter(bias.data.chunk(PARTS)[number].clone())
             elif bias is not None and number:
-                bias.data.zero_()  # it is added once
+                bias.data.zero_()  # the sum includes the bias once
             if kind == "row":
                 module.register_forward_hook(lambda _, __, output: self._sum(number, output))
         return model

@@ -1,7 +1,8 @@
-"""Says which part of a parameter a worker has, where the workers of a group divide it among them.
+"""Describes which part of a parameter a worker has, if the workers of a group split the parameter.
 
-The engine notes it on each parameter where that is so, and at ZeRO-3 the shape, which DeepSpeed takes away. What a worker has is
-a slice of the flat whole in the order of the division's `columns`, in every layout, so checkpoints load at any other.
+The engine records this on each parameter that is split. At ZeRO-3 it also records the shape, which DeepSpeed removes. A worker's
+part is one slice of the flattened parameter, in the order of the division's `columns`, in every parallelism configuration. So
+checkpoints load in any other.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from heliostat.checkpoint.flat_shard import FlatShard
 
 
 class Division(NamedTuple):
-    """Says which of so many equal parts of a parameter this worker has; the group's workers have all, in order.
+    """Describes this worker's part of a parameter: number `part` of `parts` equal parts. The workers of the group have all parts,
+    in rank order.
 
-    `width`: the columns of a matrix that is cut by them; 0 for what is cut in its first dimension.
+    `width`: the number of columns, if a matrix is split by columns; 0 if a parameter is split in its first dimension.
     """
 
     part: int
@@ -28,7 +30,7 @@ class Division(NamedTuple):
     width: int = 0
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Copies this worker's part of a parameter; returns the tensor itself where nothing is divided."""
+        """Copies this worker's part of a parameter; returns the tensor itself if it isn't split."""
         return whole.chunk(self.parts, 1 if self.width else 0)[self.part].clone() if self.parts > 1 else whole
 
     @property
@@ -40,18 +42,18 @@ WHOLE = Division(0, 1)
 
 
 def of(parameter: torch.Tensor) -> Division:
-    """Returns which part of a parameter this worker has."""
+    """Returns this worker's part of a parameter."""
     return getattr(parameter, "division", WHOLE)
 
 
 def note(parameter: torch.Tensor, shape: tuple[int, ...], division: Division = WHOLE) -> None:
-    """Notes on a parameter the shape of the whole, and which part of it this worker has."""
+    """Records on a parameter the complete shape, and this worker's part of it."""
     noted: Any = parameter
     noted.division, noted.whole_shape = division, shape
 
 
 def shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """Returns the shape of the whole parameter."""
+    """Returns the shape of the complete parameter."""
     return tuple(getattr(parameter, "whole_shape", parameter.shape))
 
 
@@ -61,14 +63,13 @@ def numel(parameter: torch.Tensor) -> int:
 
 
 def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShard:
-    """Makes the slice of the whole parameter that `local` holds, from element `start` of this worker's part on."""
+    """Describes `local` as a slice of the complete parameter. It begins at element `start` of this worker's part."""
     mine, own = of(parameter), numel(parameter)
     return FlatShard(local, mine.part * own + start, mine.parts * own, mine.columns)
 
 
 def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Puts together what each worker of a group has of a parameter, in its shape; returns the values for any other parameter.
-    Collective."""
+    """Joins the parts of a parameter from all workers of a group, in its shape; returns `values` without parts. Collective."""
     mine = of(parameter)
     if mine.parts == 1:
         return values

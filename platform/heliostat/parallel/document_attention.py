@@ -1,8 +1,8 @@
-"""Computes attention of long samples of several documents without a mask of all pairs of tokens.
+"""Computes attention over long samples of several documents without a mask of all pairs of tokens.
 
-A mask of a sample's pairs grows with the square of its length: 16 GiB at 131,072 tokens. Here queries attend in blocks of `ROWS`:
-each block has a mask of its own, against the keys up to its last query. The backward pass computes each block once more, so one
-mask is in memory at a time. Pairs in which the key comes later than the whole block are never computed.
+A mask of all pairs grows with the square of the sample's length: 16 GiB at 131,072 tokens. Here, queries attend in blocks of
+`ROWS`. Each block has its own mask, against the keys up to its last query. The backward pass recomputes each block, so only one
+mask is in memory at a time. Pairs in which the key comes after the whole block are never computed.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-ROWS = 1024  # queries of a block: at 131,072 tokens a mask is 128 MiB
+ROWS = 1024  # queries per block: at 131,072 tokens, a mask has 128 MiB
 
-Attended = tuple[torch.Tensor, object]  # what was attended to, and weights where an implementation gives them
+Attended = tuple[torch.Tensor, object]  # the output, and the attention weights if an implementation returns them
 Core = Callable[..., Attended]
-Drawn = tuple[torch.Tensor, tuple[list[int], list[torch.Tensor]]]  # states of random numbers: the host's, those of devices
+Drawn = tuple[torch.Tensor, tuple[list[int], list[torch.Tensor]]]  # states of the generators: the host's, the devices'
 
 
 def numbers(positions: torch.Tensor) -> torch.Tensor:
-    """Counts the documents of samples up to each token, from positions [batch, tokens]: 0 begins a document."""
+    """Computes each token's document number in its sample, int32 [batch, tokens], from positions of the same shape. A position of
+    0 begins a document."""
     return (positions == 0).cumsum(1, dtype=torch.int32)
 
 
 def mask(documents: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """Makes the mask of queries first to end - 1 against the keys before `end`: True where a query attends to a key."""
+    """Builds the mask of queries `first` to `end` - 1 against the keys before `end`: bool [batch, 1, queries, keys], True where a
+    query attends to a key."""
     same = documents[:, first:end, None] == documents[:, None, :end]
     return same.tril_(first)[:, None]
 
 
 def mask_bytes(length: int, itemsize: int) -> int:
-    """Counts the bytes of the largest mask of a sample: a byte for each pair, and the bias that fused kernels make of it."""
+    """Counts the bytes of a sample's largest mask: one byte per pair, and the bias that fused kernels derive from it, with
+    `itemsize` bytes per pair."""
     return min(ROWS, length) * length * (1 + itemsize)
 
 
 def in_blocks(core: Core) -> Core:
-    """Returns an attention that takes documents' numbers in place of a mask, and computes their blocks with `core`; without
-    numbers it is `core`."""
+    """Wraps the attention `core`: the result takes document numbers instead of a mask, and computes in blocks. Without numbers,
+    it is the same as `core`."""
 
     def attend(
         module: torch.nn.Module,
@@ -65,8 +68,8 @@ def in_blocks(core: Core) -> Core:
 
 
 class Blocks(torch.autograd.Function):
-    """Computes attention, [batch, tokens, heads, width], of queries, keys and values [batch, heads, tokens, width] block by
-    block. It keeps these alone for the backward pass."""
+    """Computes attention block by block. Queries, keys, and values: [batch, heads, tokens, width]. Result: [batch, tokens, heads,
+    width]. Only these three inputs are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, block: Callable[..., torch.Tensor], draws: bool, *tensors: torch.Tensor) -> torch.Tensor:
@@ -79,7 +82,7 @@ class Blocks(torch.autograd.Function):
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         of_query = torch.empty_like(query)
-        # a key gets gradients of many blocks: they are summed in fp32
+        # a key gets gradients from many blocks, which are summed in fp32
         of_key, of_value = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (key, value))
         with _drawn_again(ctx.random, query):
             for a, b in _spans(query):
@@ -104,7 +107,7 @@ def _random(tensor: torch.Tensor) -> Drawn:
 
 @contextmanager
 def _drawn_again(random: Drawn | None, tensor: torch.Tensor) -> Iterator[None]:
-    """Draws the random numbers of the forward pass inside, where there are any."""
+    """Draws the random numbers of the forward pass again inside the context, if it drew any."""
     if random is None:
         yield
         return

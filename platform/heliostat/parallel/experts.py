@@ -1,8 +1,8 @@
-"""Watches the routed experts of a model of transformers: the tokens that each is given, and what its routers say of them;
-balances them by the bias that a router chooses with.
+"""Records the routing of a transformers model with experts: the tokens per expert, and the logits of the routers. Balances the
+experts with the bias that a router adds when it chooses them.
 
-All architectures whose experts transformers computes through its interface (`use_experts_implementation`) are the same here: a
-module of all experts is called with the experts that every token was sent to.
+This works for all architectures whose experts use transformers' interface (`use_experts_implementation`). There, one module holds
+all experts of a layer, and gets the chosen experts of every token as an input.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from typing import cast
 
 import torch
 
-BIASES = ("e_score_correction_bias", "expert_bias")  # what routers add to scores to choose experts by, and to nothing else
+BIASES = ("e_score_correction_bias", "expert_bias")  # routers add them to scores, only to choose experts
 
 _watches: weakref.WeakKeyDictionary[torch.nn.Module, RoutingWatch] = weakref.WeakKeyDictionary()
 
 
 class ExpertLayer(torch.nn.Module):
-    """Describes the modules of transformers that hold all experts of a layer."""
+    """Describes the transformers modules that hold all experts of a layer."""
 
     num_experts: int
-    all_experts: int  # where the module holds a part of them
+    all_experts: int  # of the layer, if the module holds only a part of them
     has_post_expert_norm: bool
 
 
 def layers(model: torch.nn.Module) -> list[ExpertLayer]:
-    """Lists the modules that hold all experts of a layer, in the model's order."""
+    """Lists the modules that hold the experts of a layer, in the model's order."""
     modules = (m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
     return [cast(ExpertLayer, m) for m in modules if isinstance(getattr(m, "num_experts", None), int)]
 
 
 def number(layer: ExpertLayer) -> int:
-    """Returns the number of a layer's experts, of which a module may hold a part (`divided_experts`)."""
+    """Returns the number of a layer's experts, also if the module holds only a part of them (`divided_experts`)."""
     return int(getattr(layer, "all_experts", layer.num_experts))
 
 
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Lists the routers, in the model's order, with the place of the logits in what they return."""
+    """Lists the routers in the model's order, each with the index of the logits in its output."""
     outputs = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
     logits = [one["router_logits"] for one in outputs if "router_logits" in one]
     kinds = {one.target_class: one.index for one in logits if getattr(one, "target_class", None)}
@@ -48,14 +48,14 @@ def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
 
 
 def biases(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Lists the buffers that routers choose experts with, by names in the model's order, a layer of experts each."""
+    """Lists the buffers that bias the choice of experts, with their names, in the model's order: one per layer of experts."""
     return [(name, b) for name, b in model.named_buffers() if name.rpartition(".")[2] in BIASES]
 
 
 @contextmanager
 def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
-    """Watches the experts of a model, or of an engine's, in forward passes inside the context; not what checkpointing computes
-    again, which is outside."""
+    """Records the routing of a model, or of an engine's model, during forward passes inside the context. It doesn't record
+    recomputation by activation checkpointing, which runs later."""
     module = getattr(model, "module", model)
     watch = _watches.get(module)
     if watch is None:
@@ -68,13 +68,13 @@ def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
 
 
 class RoutingWatch:
-    """Holds what was seen: `routed`, the tokens that each expert of each layer was given, the last column those that none took
-    (None without experts); and the logits of each router."""
+    """Holds the recorded routing. `routed`: int64 [layers, experts + 1], tokens per expert; the last column counts tokens without
+    an expert; None for a model without experts. `logits`: one tensor per router."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         experts = layers(model)
         sizes = {number(m) for m in experts}
-        self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of several sizes are not counted
+        self.shape = (len(experts), max(sizes) + 1) if len(sizes) == 1 else None  # layers of different sizes aren't counted
         self.on = False
         for layer, experts_of_layer in enumerate(experts if self.shape else ()):
             experts_of_layer.register_forward_pre_hook(partial(self._given, layer), with_kwargs=True)
@@ -86,7 +86,7 @@ class RoutingWatch:
         self.on = True
 
     def end(self) -> None:
-        """Forgets what was seen, which graphs of autograd hang on."""
+        """Stops recording and drops the recorded tensors, because they keep autograd graphs in memory."""
         self.on = False
         self.routed: torch.Tensor | None = None
         self.logits: list[torch.Tensor] = []
@@ -111,8 +111,8 @@ class RoutingWatch:
 
 @torch.no_grad()
 def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
-    """Raises by `rate` the bias of experts that were given fewer tokens than the mean of their layer, and lowers that of those
-    with more (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    """Raises the bias of each expert with fewer tokens than its layer's mean, and lowers the bias of each with more, by `rate`
+    (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     chosen = routed[:, :-1]
     lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # integers: exact
     for (_, bias), one in zip(biases(model), lacks, strict=True):

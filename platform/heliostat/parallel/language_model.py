@@ -1,6 +1,6 @@
-"""Defines what this room reads of a language model's recipe, and reads the numbers of experts from a configuration.
+"""Defines the parts of a language model's recipe that this room uses, and reads the numbers of experts from a configuration.
 
-Importing it takes neither torch nor transformers, which most jobs are checked without.
+Importing this module imports neither torch nor transformers: most jobs are checked without them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "top_k_expert
 
 
 def number(config: PreTrainedConfig) -> int | None:
-    """Returns the number of a layer's routed experts, as a configuration names it; None for a dense model."""
+    """Returns a configuration's number of routed experts per layer; None for a dense model."""
     return _first(config.get_text_config(decoder=True), EXPERTS)
 
 
 def chosen(config: PreTrainedConfig) -> int | None:
-    """Returns the number of routed experts that a token is sent to; None for a dense model."""
+    """Returns a configuration's number of routed experts per token; None for a dense model."""
     return _first(config.get_text_config(decoder=True), CHOSEN)
 
 
@@ -41,7 +41,7 @@ class SummedLoss(Protocol):
 
 
 class LanguageModel(Protocol):
-    """Lists what trials read of a language model's recipe, and change in a copy of it."""
+    """Lists the parts of a language model's recipe that tests of an architecture read, and change in a copy of the recipe."""
 
     job: Job
     length: int

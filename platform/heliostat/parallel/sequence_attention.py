@@ -1,9 +1,9 @@
-"""Computes the attention of samples that are cut over several workers, each of which has a stretch of the tokens (Ulysses; Jacobs
-et al. 2023, arXiv 2309.14509).
+"""Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
+2309.14509).
 
-Before the attention the workers of a group exchange all heads of some tokens for some heads of all tokens, and back behind it:
-that is DeepSpeed's `UlyssesSPAttentionHF`, around whatever computes attention in the model. The engine is above this room, so it
-passes that in (`exchanging`). Nothing else in a model may mix tokens, which `cutting` tests.
+Before attention, the workers of a group exchange all heads of some tokens for some heads of all tokens. After attention, they
+exchange them back. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. The engine is above this room,
+so it passes this class in (`exchanging`). Nothing else in a model may mix tokens, which `cutting` tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ NAME = "cut"
 
 
 class HeadExchange(Protocol):
-    """Makes an attention of all tokens for some heads, of one of some tokens for all heads; `sizes` as this module's `sizes`."""
+    """Wraps an attention: the wrapper takes some tokens of all heads, and gives `attention` all tokens of some heads. `sizes`:
+    from this module's `sizes`."""
 
     def __call__(
         self, attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
@@ -38,7 +39,7 @@ _exchange: ContextVar[HeadExchange | None] = ContextVar("head_exchange", default
 
 @contextmanager
 def exchanging(exchange: HeadExchange) -> Iterator[None]:
-    """Makes `use` exchange heads by this inside."""
+    """Makes `use` exchange heads with this function inside the context."""
     token = _exchange.set(exchange)
     try:
         yield
@@ -47,8 +48,8 @@ def exchanging(exchange: HeadExchange) -> Iterator[None]:
 
 
 def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int, documents: bool) -> None:
-    """Makes a model of transformers exchange heads in the group, from now on; `documents`: positions at 0 begin documents, which
-    do not attend to each other. Only within `exchanging`, in which the engine calls a recipe's `exchange`."""
+    """Makes a transformers model exchange heads within the group from now on. `documents`: each position 0 begins a document, and
+    documents don't attend to each other. RuntimeError outside `exchanging`, in which the engine calls a recipe's `exchange`."""
     exchange = _exchange.get()
     if exchange is None:
         raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
@@ -60,17 +61,17 @@ def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int,
         dist.all_gather(parts, positions, group=group)
         return torch.cat(parts, dim=1)
 
-    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch_size}{'-documents' if documents else ''}"  # the same for the same
+    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch_size}{'-documents' if documents else ''}"  # by settings
     install(model, name, Attention(attention, gathered if documents else None))
 
 
 class Attention:
-    """Attends for a model's layers: `exchanged` computes a layer, `gathered` assembles whole samples' positions, if documents are
-    kept apart."""
+    """Computes the attention of a model's layers. `exchanged` computes one layer. `gathered` assembles the positions of complete
+    samples; None if documents may attend to each other."""
 
     def __init__(self, exchanged: Core, gathered: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self.exchanged, self.gathered = exchanged, gathered
-        self._positions: torch.Tensor | None = None  # that the documents are of: all layers of a pass have the same
+        self._positions: torch.Tensor | None = None  # of `_documents`; all layers of a forward pass have the same
         self._documents: torch.Tensor | None = None
 
     def __call__(
@@ -83,7 +84,7 @@ class Attention:
         position_ids: torch.Tensor,
         **options: object,
     ) -> Attended:
-        """Computes a layer's attention; the mask that the model makes is of a stretch alone, and not used."""
+        """Computes a layer's attention. It ignores the model's mask, which covers only one stretch."""
         options.pop("attention_mask", None)
         if self.gathered and position_ids is not self._positions:
             self._positions, self._documents = position_ids, document_attention.numbers(self.gathered(position_ids))
@@ -91,7 +92,7 @@ class Attention:
 
 
 def install(model: PreTrainedModel, name: str, attention: Core) -> None:
-    """Registers an attention that makes its own masks with transformers, and makes the model use it."""
+    """Registers with transformers an attention that makes its own masks, and makes the model use it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -100,22 +101,22 @@ def install(model: PreTrainedModel, name: str, attention: Core) -> None:
 
 
 def core(model: PreTrainedModel) -> Core:
-    """Returns the function that computes the model's attention; it takes the numbers of documents in place of a mask."""
+    """Returns the function that computes the model's attention. It takes document numbers instead of a mask."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return document_attention.in_blocks(ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation])
 
 
 def sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
-    """Returns a model's attention heads, the heads of its keys and values, and their width."""
+    """Returns a model's number of attention heads, its number of key/value heads, and the width of a head."""
     text = config.get_text_config(decoder=True)
     heads, width = text.num_attention_heads, getattr(text, "head_dim", None)
     return heads, getattr(text, "num_key_value_heads", None) or heads, width or text.hidden_size // heads
 
 
 def exchanged(config: PreTrainedConfig, length: int, parts: int) -> int:
-    """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and what they attended
-    to. Heads of keys and values are sent at least once to every worker."""
+    """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and attention outputs.
+    Every worker gets each key/value head at least once."""
     heads, shared, width = sizes(config)
     layers = config.get_text_config(decoder=True).num_hidden_layers
     return int(layers * length // parts * (2 * heads + 2 * max(shared, parts)) * width * (parts - 1) // parts)

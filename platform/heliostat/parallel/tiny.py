@@ -1,7 +1,8 @@
-"""Shrinks a model's configuration, so that its architecture's code can be tried in a second, whatever the model's size.
+"""Shrinks a model's configuration, so that a test of its architecture's code takes a second for a model of any size.
 
-Kept: the kinds of layers and their order, the heads' width, how queries share keys, which windows and position ranges are shorter
-than a sample, and every switch. Made small: the number of layers, heads and experts, the widths, and the vocabulary.
+It keeps every switch, the kinds of layers and their order, the width of heads, and how queries share keys. Windows and position
+ranges that are shorter than a sample stay shorter. It reduces the number of layers, heads, and experts, the widths, and the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ T = TypeVar("T")
 LENGTH = 48  # tokens of a sample
 VOCABULARY = 96
 END = 1  # the token that ends documents
-LAYERS = 8  # enough for the patterns that configurations of transformers describe by a period
-LARGEST = 80_000_000  # parameters of what is tried
+LAYERS = 8  # enough for the periodic patterns of transformers' configurations
+LARGEST = 80_000_000  # parameters of a tested model
 
 HEADS = ("num_attention_heads", "decoder_attention_heads", "encoder_attention_heads", "attention_heads")
 DEPTHS = ("num_hidden_layers", "decoder_layers", "encoder_layers", "num_layers")
@@ -35,32 +36,32 @@ INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermedia
          "moe_shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp", "block_ff_dim")  # fmt: skip
 RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank")
 REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "attention_window_size", "window_size")
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # never fewer than a sample has: that is refused
+POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # architectures reject fewer than a sample's
 
 
 class UntriedError(Exception):
-    """Says why no small model of an architecture could be tried."""
+    """Reports why no small model of an architecture could be tested."""
 
 
 def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[PreTrainedConfig]:
-    """Yields smaller configurations, of so many heads at most, of a model whose samples have `length` tokens, the likeliest to be
-    valid first."""
+    """Yields smaller configurations of a model, with at most `heads` heads. The most likely to be valid comes first. `length`:
+    tokens per sample of the model."""
     keys = config.to_dict()
     names = config.attribute_map
     for most, layers in ((heads, LAYERS), (heads, None), (None, None)):
         smaller = _Small(keys, names, length, most, layers).made
         try:
             small = type(config).from_dict(smaller)
-        except Exception:  # noqa: BLE001  a rule of this architecture's own: the next may keep it
+        except Exception:  # noqa: BLE001  this breaks a rule of the architecture; the next may not
             continue
         small.use_cache = small.get_text_config(decoder=True).use_cache = False
         yield small
 
 
 def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
-    """Returns what comes of the first small version of the recipe, of so many heads at most, that can be computed;
-    UntriedError if none can. Its model is built again on every `build`, and its kernels are those that a CPU can compute.
-    `largest`: parameters at most; the default is LARGEST."""
+    """Returns the result of `what` for the first small version of the recipe that can be computed; UntriedError if none can.
+    Every `build` builds the small model again, with kernels that a CPU supports. `heads`: the most heads. `largest`: the most
+    parameters, by default LARGEST."""
     reason, most = "no small model of it can be built", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
         small = recipe.small(config, LENGTH, END)
@@ -70,14 +71,14 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
                 continue
             with one_thread(), torch.random.fork_rng(devices=[]):
                 return what(small)
-        except Exception as e:  # noqa: BLE001  whatever this architecture's own code raises
+        except Exception as e:  # noqa: BLE001  the architecture's code can raise anything
             reason = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1].strip()[:200]}"
     raise UntriedError(reason)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Makes torch compute in one thread inside: small models are faster so."""
+    """Makes torch use one thread inside the context, which is faster for small models."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,7 +88,7 @@ def one_thread() -> Iterator[None]:
 
 
 def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: int = 2) -> str:
-    """Finds the fault of a small version of the recipe; "" if there is none. What cannot be tried has that as its fault."""
+    """Returns the fault of a small version of the recipe; "" if it has none. If no version can be tested, that is the fault."""
     try:
         return attempt(recipe, fault, heads)
     except UntriedError as e:
@@ -95,7 +96,7 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
 
 
 def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:
-    """Returns what was found of a configuration before in this process, where `how` was the same; else finds it."""
+    """Returns the earlier result for the same configuration and `how` in this process; else computes it with `find`."""
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in known:
         known[key] = find()
@@ -103,20 +104,20 @@ def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object]
 
 
 def tokens(small: LanguageModel) -> np.ndarray:
-    """Draws the tokens of two samples, none of which ends a document."""
+    """Draws the tokens of two samples, int32 [2, length]. None of them ends a document."""
     return np.random.default_rng(0).integers(6, 90, (2, small.length)).astype(np.int32)
 
 
 @torch.no_grad()
 def stir(model: torch.nn.Module) -> None:
-    """Draws weights that give every part of a model an effect on its logits."""
+    """Draws random weights, so that every part of a model affects its logits."""
     for p in model.parameters():
         p.normal_(std=0.2) if p.dim() > 1 else p.add_(0.1 * torch.randn_like(p))
 
 
 def loss_and_gradient(small: LanguageModel, model: torch.nn.Module) -> torch.Tensor:
-    """Computes a small model's loss and, behind it, its whole gradient, without dropout, with weights that give every part an
-    effect, the same each time."""
+    """Computes a small model's loss and its complete gradient, in one vector that begins with the loss. Dropout is off. The
+    weights are random, but equal in each call, and every part of the model affects the loss."""
     torch.manual_seed(0)
     for p in model.eval().parameters():
         p.data.normal_(std=0.2) if p.dim() > 1 else p.data.normal_(1.0, 0.1)
@@ -127,20 +128,20 @@ def loss_and_gradient(small: LanguageModel, model: torch.nn.Module) -> torch.Ten
 
 
 def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
-    """Tells whether two answers of `loss_and_gradient` are the same, the loss and the gradient."""
+    """Checks whether two results of `loss_and_gradient` are equal within a relative `tolerance`."""
     if right.shape != mine.shape:
         return False
     return bool(max(abs(mine[0] - right[0]) / right[0], (mine - right).norm() / right.norm()) <= tolerance)
 
 
 def parameters(build: Callable[[], torch.nn.Module]) -> int:
-    """Counts the parameters of the model that this builds, without memory for them."""
+    """Counts the parameters of the model that `build` makes, without memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())
 
 
 class _Small:
-    """Shrinks a configuration, and those nested in it, to at most `heads` heads and `layers` layers: the result is `made`."""
+    """Shrinks a configuration and its nested configurations to at most `heads` heads and `layers` layers. `made`: the result."""
 
     def __init__(self, keys: dict[str, Any], names: dict[str, str], length: int, heads: int | None, layers: int | None) -> None:
         self.made, self.names, self.length = copy.deepcopy(keys), names, length
@@ -210,7 +211,7 @@ class _Small:
             self._set(name, 1)
 
     def _reach(self, part: dict[str, object]) -> None:
-        """Scales windows and position ranges: what is longer than a sample stays longer, and what is shorter stays shorter."""
+        """Scales windows and position ranges. Those longer than a sample stay longer, and shorter ones stay shorter."""
         for name, value in part.items():
             if isinstance(value, dict) and "model_type" not in value:
                 self._reach(value)

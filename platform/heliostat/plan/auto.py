@@ -1,7 +1,7 @@
-"""Settles `train.parallel: auto`: the layout that `heliostat plan JOB --rank` finds fastest takes the place of the job's own.
+"""Resolves `train.parallel: auto`: replaces it by the fastest parallelism configuration that `heliostat plan JOB --rank` finds.
 
-Commands and the API settle a job before they check, submit or train it, so that everything behind them, the run's record too, has
-the keys of one layout. A run that is resumed on as many workers keeps the layout that it has.
+Commands and the API resolve a job before they check, submit, or train it. So all later steps, and the run's record, have the keys
+of one configuration. A run that is resumed on the same number of workers keeps its configuration.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ def settled(
     prices: Prices | None = None,
     unread: str = "",
 ) -> Job:
-    """Returns the job in the fastest layout that fits, if it asks for that; ConfigError if none does.
+    """Returns the job in its fastest parallelism configuration that fits, if it asks for one, else the job itself. Raises
+    ConfigError if none fits.
 
-    `cluster`: the file of the one that it is for; without one, or a `device`, it is this machine. `resume`: continues the run,
-    if there is one; `unread`: why the datasets could not be read a moment ago.
+    `cluster`: the cluster file to plan for. Without it and without a `device`, the plan is for this machine. `resume`: continue
+    the run, if there is one. `unread`: the reason why the datasets couldn't be read just before.
     """
     if not job.train.parallel.auto:
         return job
-    computed = check.computable(job, check.cpu_flags())  # the precision that it trains in decides on its layouts
+    computed = check.computable(job, check.cpu_flags())  # its precision decides which configurations are possible
     before = recorded(computed) if resume else None
     if before is not None:
         kept = layouts.of(before)
@@ -70,12 +71,13 @@ def settled(
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning, in the layout that it trains in: what `planner.prepare` returns."""
+    """Loads a job file for planning, in the parallelism configuration that it trains in. Returns the same as
+    `planner.prepare`."""
     return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 
 def recorded(job: Job) -> Job | None:
-    """Returns the job of the run's newest checkpoint, if its workers are those that the job asks for."""
+    """Returns the job of the run's newest checkpoint if it has the workers and GPUs that this job asks for, else None."""
     try:
         job.run_folder.wait_for_store()
         newest = layout.latest(job.run_folder)
@@ -88,7 +90,8 @@ def recorded(job: Job) -> Job | None:
 
 
 def here(job: Job) -> str | None:
-    """Finds this machine's GPU in the price table; None if the job, or the machine, has none. ConfigError if it is not there."""
+    """Finds this machine's GPU in the price table; None if the job or the machine has no GPU. Raises ConfigError if the table
+    lacks the GPU."""
     if not job.workers.gpus:
         return None
     import torch
@@ -100,13 +103,13 @@ def here(job: Job) -> str | None:
 
 
 def elsewhere() -> str:
-    """Returns the device to plan for if no cluster file names one."""
+    """Returns the device to plan for if no cluster file names one: the default GPU."""
     log.info("%s: no cluster file names the GPUs, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
     return hardware.DEFAULT_GPU
 
 
 def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
-    """Finds a GPU by its name in CUDA, with so many bytes of memory, in a price table; ConfigError if it is not there."""
+    """Finds a GPU in a price table by its CUDA name and its `memory` in bytes. Raises ConfigError if the table lacks it."""
     if device := hardware.find(name, memory, devices):
         return device
     raise ConfigError(
@@ -116,7 +119,7 @@ def named(name: str, memory: float, devices: Mapping[str, Machine]) -> str:
 
 
 def said(job: Job, wanted: Layout) -> str:
-    """Writes what makes a job train in a layout, as the command line takes it."""
+    """Formats the `--set` options that make a job train in a configuration."""
     return shown(layouts.changes(job, wanted))
 
 

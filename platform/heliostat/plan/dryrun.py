@@ -1,9 +1,12 @@
-"""Works out in one process what N ranks would do, and checks it: `heliostat train JOB.yaml --dry-run --workers N`.
+"""Computes in one process the work of N ranks, and checks it: `heliostat train JOB.yaml --dry-run --workers N`. The steps are:
 
-Validates the job for N workers, validates DeepSpeed's config with DeepSpeed's own classes, builds the model on the meta device,
-cuts its state as ZeRO does, makes the checkpoint index that those ranks would write, and makes the data plan (with the datasets,
-if they can be read). Nothing starts, and no memory is taken for the model. Raises ConfigError if something does not divide,
-does not fit, or has no name of its own.
+- It validates the job for N workers, and DeepSpeed's config with DeepSpeed's own classes.
+- It builds the model on the meta device, and cuts its state as ZeRO does.
+- It makes the checkpoint index that the ranks would write.
+- It makes the data plan, from the datasets if they can be read.
+
+It starts no worker, and allocates no memory for the model. Raises ConfigError if a number doesn't divide or the model doesn't
+fit, and CheckpointError if the ranks' slices overlap or leave elements out.
 """
 
 from __future__ import annotations
@@ -27,8 +30,8 @@ from heliostat.validation import check
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:
-    """Lists what a checkpoint holds of a trained parameter, `hidden` matrix or not: fp32 master, optimizer state, EMA if there
-    is one."""
+    """Lists the tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and EMA if the job has
+    one. `hidden`: whether the parameter is a hidden matrix."""
     return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
@@ -42,7 +45,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     data, note = _data(job, recipe, unread)
     built = build(recipe)
     model = stats_of(recipe, built)
-    planner.plan(job, recipe, built=built)  # refuses a job that cannot fit
+    planner.plan(job, recipe, built=built)  # raises ConfigError for a job that doesn't fit
     owned = _owned(job, model)
     saved, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
@@ -76,7 +79,7 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
 
 
 def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
-    """Computes the numbers of the data plan, from the datasets if they can be read; else a note gives the reason."""
+    """Computes the numbers of the data plan, from the datasets if they can be read. Else, a note gives the reason."""
     note = ""
     try:
         shape = check.check_data(job, recipe).plan.shape
@@ -96,7 +99,8 @@ def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
 
 
 def checkpoint_index(job: Job, model: ModelStats, owned: list[list[zero_layout.Slice]]) -> tuple[placement.WrittenPart, int]:
-    """Plans what the ranks would write; returns it with the bytes of `checkpoint.json` and of the shards' indexes.
+    """Plans the checkpoint that the ranks would write. Returns the plan, and the bytes of `checkpoint.json` and the shards'
+    indexes.
 
     Raises CheckpointError unless every element is in a shard exactly once.
     """
@@ -132,7 +136,7 @@ def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
 
 
 def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.WrittenPart, bytes]:
-    """Plans a rank's shard, with checksums of ten digits; returns its part of `checkpoint.json`, and its index."""
+    """Plans a rank's shard, with placeholder checksums of ten digits. Returns its part of `checkpoint.json`, and its index."""
     places, offset = dict[str, ChunkPlace](), 0
     for name, entry in tensors.items():
         ((_, _, start, numel),) = entry.runs

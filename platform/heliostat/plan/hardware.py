@@ -1,7 +1,7 @@
-"""Describes the machines of a plan: devices, links, prices (`prices.yaml`, dated; `--prices FILE` is laid over it).
+"""Describes the machines of a plan: devices, links, and prices (`prices.yaml`, with its date). `--prices FILE` overrides values.
 
-`resolve` picks the device of a job: the one named, or that of the cluster file's GPU pool, or the H100; a job without GPUs is
-planned on CPU cores.
+`resolve` picks a job's device: the given one, or the one of the cluster file's GPU pool, or the H100. It plans a job without GPUs
+on CPU cores.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"
-HOST_BANDWIDTH = 200  # GB/s of a node's memory, for devices of a price table that don't say
-Machine = dict[str, Any]  # the entry of a device in the price table
+HOST_BANDWIDTH = 200  # GB/s of a node's memory, for devices without that key in the price table
+Machine = dict[str, Any]  # a device's entry in the price table
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Holds what work reaches on a device: shares of its peak in the precision by kind of work, and of its memory's bandwidth."""
+    """Holds the rates that work reaches on a device. By kind of work, they are shares of the peak in the job's precision;
+    `memory` is a share of the memory's bandwidth."""
 
     matmul: float
     convolution: float
     attention: float
     memory: float
-    fused: float  # the share of other operations' memory traffic that torch.compile leaves
-    launch: float  # seconds that any operation takes at least, uncompiled
-    fp8: float = 0.8  # of the peak in float8, by linear layers with `train.fp8`
-    host: float = 0.45  # of the host memory's bandwidth, by an optimizer on the CPU
+    fused: float  # share of other operations' memory traffic that is left with torch.compile
+    launch: float  # the least seconds of any operation, uncompiled
+    fp8: float = 0.8  # share of the float8 peak, for linear layers with `train.fp8`
+    host: float = 0.45  # share of the host memory's bandwidth, for an optimizer on the CPU
 
 
 @dataclass(frozen=True)
 class Network:
-    """Holds what communication reaches: of a link's rate by large messages, the share that hides of what can run during
-    computing, and the seconds in which any message passes from one worker to the next, between nodes and in a node."""
+    """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: share of the
+    communication during computing that computing hides. `hop`, `hop_inside`: seconds of any message from one worker to the next,
+    between nodes and inside a node."""
 
     rate: float
     overlap: float
@@ -51,18 +53,18 @@ class Network:
 
 @dataclass(frozen=True)
 class Device:
-    """Describes the device of one worker: a GPU (or a share of one), or CPU cores. Rates are in bytes or FLOP per second."""
+    """Describes one worker's device: one or more GPUs, a share of one, or CPU cores. Rates are in bytes or FLOP per second."""
 
     name: str
     memory: float
     flops: float  # peak in the job's precision
-    watts: float  # with its share of the node
+    watts: float  # including its share of the node
     per_node: int
-    link: float  # to a neighbour in the node
-    network: float  # of its node to others
-    host_memory: float  # its share of the node's
-    hour: float  # price
-    bandwidth: float  # of its memory
+    link: float  # to a neighbor in the node
+    network: float  # of its node to other nodes
+    host_memory: float  # bytes: its share of the node's memory
+    hour: float  # price per hour
+    bandwidth: float  # of the device's memory
     efficiency: Efficiency
     peaks: Mapping[str, float] = field(default_factory=dict)  # by precision
     host_bandwidth: float = 25e9  # of its share of the node's memory
@@ -84,7 +86,7 @@ class Prices(TypedDict):
 
 
 def table(over: Path | None = None) -> Prices:
-    """Reads the price table `prices.yaml`, with a user's file laid over it."""
+    """Reads the price table `prices.yaml`. The values of a user's file override it."""
     base = yaml.safe_load(resources.files("heliostat.plan").joinpath("prices.yaml").read_text(encoding="utf-8"))
     return cast(Prices, _merge(base, schema.read_yaml(over), "") if over else base)
 
@@ -92,7 +94,7 @@ def table(over: Path | None = None) -> Prices:
 def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict[str, object]:
     """Merges a user's price table over the base.
 
-    `devices`, `instances` and `efficiency` may get new names; any other key must be one that the plan reads: else a ConfigError.
+    `devices`, `instances`, and `efficiency` may get new names. Raises ConfigError for any other key that the base lacks.
     """
     out = dict(base)
     for key, value in over.items():
@@ -108,9 +110,10 @@ def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict
 
 
 def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | None = None) -> Device:
-    """Resolves the device that one worker of the job has; ConfigError if it is not in the price table or does not suit the job.
+    """Resolves the device of one of the job's workers. Raises ConfigError if the price table lacks it, or if it doesn't suit the
+    job.
 
-    `name`: a device of the table; `instance`: a machine type of the table, which may name another price and network.
+    `name`: a device of the table. `instance`: a machine type of the table, which may have its own price and network.
     """
     gpus, cores = job.workers.gpus, job.workers.cpus
     if instance and gpus and not name and instance not in prices["instances"]:
@@ -129,7 +132,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
         )
     raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
-        units = cores if name == "cpu" else gpus  # a device is what one worker has
+        units = cores if name == "cpu" else gpus  # `Device` describes what one worker has
         return Device(
             name=name,
             memory=raw["memory_gib"] * GIB * units,
@@ -150,9 +153,9 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
 
 
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
-    """Finds a GPU, by its exact name in CUDA and its bytes of memory, among devices of the table; None if it is not there.
+    """Finds a GPU among the table's devices, by its exact CUDA name and its `memory` in bytes; None if the table lacks it.
 
-    A device's `names` are those that CUDA reports; without them, it is its own name, also after "NVIDIA ".
+    A device's `names` are the names that CUDA reports. Without `names`, its own name counts, with or without "NVIDIA " before it.
     """
     return next((d for d, known in devices.items() if name in names(d, known) and memory > 0.9 * known["memory_gib"] * GIB), None)
 
@@ -166,9 +169,9 @@ def names(device: str, known: Machine) -> list[str]:
 
 
 def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
-    """Computes what devices cost in the `seconds` that each was at work; None if one is not in the price table.
+    """Computes the cost of devices over the `seconds` that each was in use; None if the price table lacks one of them.
 
-    `name`: `cpu`, by the core, or a GPU's as CUDA tells it, with its bytes of `memory`.
+    Each of `used` has a `name`: `cpu`, for one core, or a GPU's CUDA name, with the bytes of its `memory`.
     """
     devices, total = prices["devices"], 0.0
     for one in used:
@@ -179,7 +182,7 @@ def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
 
 
 def efficiency(prices: Prices, name: str) -> Efficiency:
-    """Reads what work reaches on a device of the table: its own entry, or that of `other`, over which its entry is laid."""
+    """Reads a device's efficiency from the table: the entry `other`, with the device's own entry over it."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
     for key, value in raw.items():
         if key not in known:
@@ -190,5 +193,5 @@ def efficiency(prices: Prices, name: str) -> Efficiency:
 
 
 def network(prices: Prices) -> Network:
-    """Reads what communication reaches."""
+    """Reads the rates of communication from the price table."""
     return Network(**prices["network"])

@@ -1,7 +1,8 @@
-"""Lists the layouts that a job could train in, and ranks them by time within memory (`heliostat plan JOB --rank`).
+"""Lists the parallelism configurations of a job, and ranks those that fit in memory by time (`heliostat plan JOB --rank`).
 
-A layout is what of a job may change without changing what it learns: ZeRO stage, micro-batch, activation checkpointing, offload,
-how many workers share a sample, and how many divide the model's matrices or experts (`ranking` makes the jobs that do).
+A configuration (`Layout`) is everything that a job can change without changing what the model learns. It has the ZeRO stage, the
+micro-batch, activation checkpointing, offload, and the numbers of workers that share a sample, matrices, or experts. `ranking`
+makes the jobs that shard matrices and experts.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from heliostat.config.spec import Job
 
 GIB = 1 << 30
 Checkpointing = bool | int | Literal["selective"]
-CHECKPOINTING: list[Checkpointing] = [False, "selective", True]  # the simplest first
-OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # optimizer, param
+CHECKPOINTING: list[Checkpointing] = [False, "selective", True]  # from simple to complex
+OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weights": ("cpu", "cpu")}  # (optimizer, param)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Describes how a job trains on its workers. `checkpointing`: of all layers, none, the first so many, or of all except
-    expensive operations; `offload_param`: where stage 3 keeps its weights, None: on the device."""
+    """Describes how a job trains on its workers.
+
+    `checkpointing`: no layers, all, the first n, or all except their expensive operations ("selective"). `offload_param`: where
+    stage 3 keeps its weights; None: on the device.
+    """
 
     stage: int
     micro_batch_size: int
@@ -38,7 +42,7 @@ class Layout:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Returns what two layouts share that differ in the micro-batch alone, and in how many layers it lets them keep whole."""
+        """Returns the values that layouts share if they differ only in micro-batch and number of checkpointed layers."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
 
@@ -47,7 +51,7 @@ class Layout:
         return self.sequence, self.tensor, self.expert
 
     def settings(self) -> dict[str, object]:
-        """Returns the job's keys that make it train so."""
+        """Returns the job's keys for this layout, with their values."""
         return {
             "train.zero.stage": self.stage,
             "train.micro_batch_size": self.micro_batch_size,
@@ -62,7 +66,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds the estimates of a layout: memory in bytes, seconds of a step by part, and why it isn't the first of a ranking."""
+    """Holds a layout's estimates: memory in bytes, seconds of a step by part, and the reason for its rank (`why`)."""
 
     layout: Layout
     fits: bool
@@ -82,7 +86,7 @@ class Candidate:
 
 
 def of(job: Job) -> Layout:
-    """Returns the layout that a job asks for."""
+    """Returns the layout of a job."""
     train, zero = job.train, job.train.zero
     param = zero.offload.param if zero.stage == 3 else None
     offload, degrees = bool(zero.offload.optimizer), (train.parallel.sequence, train.parallel.tensor, train.parallel.expert)
@@ -90,12 +94,12 @@ def of(job: Job) -> Layout:
 
 
 def changes(job: Job, layout: Layout) -> list[str]:
-    """Lists the `--set` values that make a job train in a layout: what differs from the job as it is."""
+    """Lists the `--set` values that change a job to a layout, without the keys that stay the same."""
     was, train = of(job).settings(), job.train
     changed = [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
     if train.zero.offload.nvme_path and layout.offload_param != "nvme":
         changed.append("train.zero.offload.nvme_path=null")
-    if train.parallel.auto:  # in a file it is a word, which has no keys
+    if train.parallel.auto:  # the word `auto` has no keys
         names = zip(("sequence", "tensor", "expert"), layout.degrees, strict=True)
         whole = ", ".join(f"{name}: {n}" for name, n in names if n > 1)
         changed = [f"train.parallel={{{whole}}}", *(one for one in changed if not one.startswith("train.parallel."))]
@@ -103,7 +107,7 @@ def changes(job: Job, layout: Layout) -> list[str]:
 
 
 def applied(job: Job, layout: Layout) -> Job:
-    """Copies a job in a layout; ConfigError if that is none that it can have."""
+    """Copies a job with another layout. Raises ConfigError if the job can't have that layout."""
     return schema.validate(Job, schema.apply(job.dump(), changes(job, layout)), job.name)
 
 
@@ -112,8 +116,8 @@ def _yaml(value: object) -> str:
 
 
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
-    """Lists every layout that the job could have on so many workers, who divide the model as it says; `degrees`: how many of them
-    may share a sample; `selects`: layers can be checkpointed in part."""
+    """Yields every layout that the job could have on `workers` workers, with its own tensor and expert parallelism. `degrees`:
+    numbers of workers that may share a sample. `selects`: layers can be checkpointed in part."""
     parallel = job.train.parallel
     for sequence in degrees:
         for layout in _alone(job, workers // (sequence * parallel.tensor), selects):
@@ -128,9 +132,9 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
     zero, parallel = job.train.zero, job.train.parallel
     apart = parallel.expert > 1 or bool(
         zero.shard_group_size or zero.hpz_partition_size or zero.quantize_weights
-    )  # which is at stage 3
-    least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 trains in fp32 alone
-    divides = apart or parallel.tensor > 1  # which is without offload
+    )  # they need stage 3
+    least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 supports only fp32
+    divides = apart or parallel.tensor > 1  # neither supports offload
     for stage in range(least, 3 if parallel.tensor > 1 else 4):
         for optimizer, param in OFFLOADS.values() if job.workers.gpus and not divides else [(None, None)]:
             if (optimizer and not stage) or (param and stage < 3):
@@ -141,15 +145,15 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
 
 
 def order(candidate: Candidate) -> tuple[object, ...]:
-    """Sorts candidates: those that fit first, the fastest first; at equal speed the simplest."""
+    """Returns a sort key of candidates: those that fit come first, then the fastest, then the simplest."""
     if not candidate.fits:
         return (1, candidate.memory["total"], *complexity(candidate.layout))
     return (0, round(candidate.speed["step_s"], 3), *complexity(candidate.layout))
 
 
 def complexity(layout: Layout) -> tuple[object, ...]:
-    """Sorts layouts, the simplest first: no offload, no groups of workers, then the lower stage, no checkpointing or of fewer
-    layers, the larger micro-batch."""
+    """Returns a sort key of layouts. The simplest come first: no offload, no groups of workers, a low stage, few checkpointed
+    layers, a large micro-batch."""
     offload = layout.offload_optimizer, layout.offload_param or ""
     which = layout.checkpointing
     kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
@@ -157,8 +161,8 @@ def complexity(layout: Layout) -> tuple[object, ...]:
 
 
 def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
-    """Ranks candidates that are `possible`: of those that differ in the micro-batch alone the best, each with why it is not the
-    first."""
+    """Ranks the candidates that are `possible`, and gives each the reason for its place. Of each family (`Layout.family`), only
+    the best stays."""
     best: dict[tuple[object, ...], Candidate] = {}
     for one in sorted(estimates, key=order):
         if one.layout.family not in best and possible(one.layout):
@@ -168,7 +172,7 @@ def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lamb
 
 
 def why(one: Candidate, first: Candidate) -> str:
-    """Says why a layout is not the best: what does not fit, or what takes the most of the time that it takes longer."""
+    """Explains why a layout isn't the best: what doesn't fit, or which part of a step costs most of the additional time."""
     if not one.fits:
         return _lacks(one.memory)
     if one is first:

@@ -1,8 +1,8 @@
-"""Computes the bytes that training state takes on each worker, by ZeRO stage and offload: pure functions.
+"""Computes the bytes of training state on each worker, by ZeRO stage and offload. The functions are pure.
 
-docs/plan-method.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients a parameter, and 12 of
-optimizer state: an fp32 master and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The stage decides which
-of them are divided by the workers. Other optimizers keep fewer moments, or none.
+docs/plan-method.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients per parameter, and 12
+bytes of optimizer state: an fp32 master weight and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The
+stage decides which of these the workers shard. Other optimizers keep fewer moments, or none.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from heliostat.plan import zero_layout
 from heliostat.plan.hardware import GIB
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
-FRAGMENTATION = 0.08  # of everything allocated: blocks that the allocator keeps and cannot use
-CONTEXT = 1.5 * GIB  # CUDA's and NCCL's own memory on a GPU
+FRAGMENTATION = 0.08  # share of all allocated bytes, in blocks that the allocator keeps and can't use
+CONTEXT = 1.5 * GIB  # bytes that CUDA and NCCL use on a GPU
 BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
            "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000}  # fmt: skip
-# DeepSpeed's defaults (deepspeed/runtime/zero/config.py); elements
+# elements: DeepSpeed's defaults (deepspeed/runtime/zero/config.py)
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Holds the bytes of training state on one worker: on its device, and moved by offload to its host or to NVMe.
+    """Holds the bytes of training state on one worker: on its device, and offloaded to its host or to NVMe.
 
-    `masters` includes the average of the weights (EMA), if one is kept.
+    `masters` includes the EMA of the weights, if the job has one.
     """
 
     weights: int
@@ -36,7 +36,7 @@ class StateBytes:
     moments: int
     host: int
     disk: int
-    summed: int = 0  # of the gradients: sums of micro-batches in fp32
+    summed: int = 0  # part of the gradients: fp32 sums of micro-batches
 
     @property
     def device(self) -> int:
@@ -64,9 +64,9 @@ def state(
 ) -> StateBytes:
     """Computes the bytes of training state that a worker holds between two steps.
 
-    Gradients count at their largest, before the optimizer's step; several micro-batches are summed in fp32 (`sums_fp32`) or in
-    the precision. `moments`: tensors that the optimizer keeps of every parameter, or of each by name. `copied`: workers that keep
-    a second copy of stage 3's weights among them.
+    Gradients count at their largest, before the optimizer's step. Several micro-batches are summed in fp32 (`sums_fp32`), or in
+    the job's precision. `moments`: tensors of optimizer state per parameter, one number for all or by name. `copied`: workers
+    that shard a secondary copy of stage 3's weights.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
@@ -81,7 +81,7 @@ def state(
             weights=4 * sum(sizes.values()), gradients=4 * trained, masters=4 * trained * ema, moments=kept, host=0, disk=0
         )
     if stage == 3:
-        small = sum(n for n in sizes.values() if n <= persistence)  # these stay gathered
+        small = sum(n for n in sizes.values() if n <= persistence)  # small parameters stay gathered
         again = sum(partition(n, min(copied, workers)) for n in sizes.values()) if copied else 0
         weights = low * (sum(partition(n, workers) for n in sizes.values()) + small + again)
     else:
@@ -89,11 +89,11 @@ def state(
     gradients, summed = low * (trained if stage == 1 else share), 0
     if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
         summed = 4 * (trained if stage == 1 else share)
-        gradients = low * trained + summed if stage == 1 else summed  # at stage 1 also those of the micro-batch
+        gradients = low * trained + summed if stage == 1 else summed  # stage 1 also keeps those of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, host, disk = 4 * share * (1 + ema), 0, 0
-    if offload_optimizer:  # the masters' gradients go there too, in fp32
+    if offload_optimizer:  # the host also gets the gradients, in fp32
         host, masters, kept = masters + kept + 4 * share, 0, 0
         gradients, summed = (gradients, summed) if stage == 1 else (0, 0)
     if offload_param:
@@ -104,21 +104,21 @@ def state(
 
 
 def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
-    """Computes the elements of parameters of which one worker keeps fp32 master weights and moments."""
+    """Computes the number of elements for which one worker keeps fp32 master weights and moments."""
     return sum(partition(n, workers) for n in sizes) if stage == 3 else partition(sum(sizes), workers if stage else 1)
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
-    """Counts the elements of all parameters of which a rank owns a part, for the rank with the most.
+    """Counts the elements of all parameters that a rank owns at least in part, for the rank with the most.
 
-    Stage 2 accumulates the whole gradients of those parameters.
+    Stage 2 accumulates the complete gradients of these parameters.
     """
     owned = zero_layout.slices(shapes, 2, workers)
     return max(sum(math.prod(shapes[name]) for name, _, _ in rank) for rank in owned)
 
 
 def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, object], overlap: bool) -> int:
-    """Computes the bytes of communication buffers, and at stage 3 of the parameters that are gathered at the same time.
+    """Computes the bytes of communication buffers, and at stage 3 also of the parameters that are gathered at the same time.
 
     No buffer is larger than the model.
     """
@@ -134,18 +134,18 @@ def working(parameters: int, largest_layer: int, stage: int, precision: str, con
 
 @dataclass(frozen=True)
 class Need:
-    """Holds all the bytes that a worker needs, by purpose: on its device, and with offload on its host and disk."""
+    """Holds all bytes that a worker needs, by purpose: on its device, and with offload on its host and disk."""
 
     weights: int
     gradients: int
     optimizer: int
     working: int
     activations: int
-    frozen: int  # encoders that are not trained: those of every step, and what evaluations take beyond the room of activations
+    frozen: int  # untrained models: in every step, or in evaluations beyond the room of activations
     margin: int
     host: int
     disk: int
-    summed: int  # of the gradients: sums of micro-batches in fp32
+    summed: int  # part of the gradients: fp32 sums of micro-batches
 
     @property
     def total(self) -> int:
@@ -165,8 +165,8 @@ def need(
 ) -> Need:
     """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
 
-    `frozen_models`: their bytes in every step, and their bytes in evaluations, which keep no activations. `on_host`: bytes of
-    activations and of pinned batches there.
+    `frozen_models`: bytes in every step, and bytes in evaluations, which keep no activations. `on_host`: bytes of activations and
+    pinned batches on the host.
     """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)
@@ -182,7 +182,7 @@ PURPOSES = ("weights", "gradients", "optimizer", "working", "activations", "froz
 
 
 def parts(need: Mapping[str, int], digits: int = 1) -> str:
-    """Writes what a worker's device holds (`Need.dump`), in GiB by purpose, and how much of the gradients is fp32 sums."""
+    """Formats a worker's device memory (`Need.dump`) in GiB by purpose, and the fp32 sums among the gradients."""
     sums = f" ({need['summed'] / GIB:.{digits}f} of them sums in fp32)" if need["summed"] else ""
     shown = [name for name in PURPOSES if need[name] or name != "frozen"]
     return ", ".join(f"{name} {need[name] / GIB:.{digits}f}{sums * (name == 'gradients')}" for name in shown)

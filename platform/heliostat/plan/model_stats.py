@@ -1,8 +1,7 @@
 """Counts a job's model without memory for it: parameters on torch's meta device, activations on fake tensors.
 
-Both are the recipe's own code at work: `build` makes the real modules, `loss` runs the real forward pass on tensors that have
-shapes and no content, and autograd reports what it keeps for the backward pass. So the counts need no formula for an
-architecture.
+Both counts run the recipe's own code. `build` makes the real modules. `loss` runs the real forward pass on tensors with shapes
+but no values. autograd reports the tensors that it keeps for the backward pass. So no formula for an architecture is needed.
 """
 
 from __future__ import annotations
@@ -38,9 +37,9 @@ def build(recipe: Recipe) -> torch.nn.Module:
 
 
 def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Sequence[Content]) -> Counts:
-    """Counts all that a plan needs. `built`: the recipe's model from `build`, if there is one; it cannot be used afterwards.
+    """Counts everything that a plan needs. `built`: the recipe's model from `build`, if there is one; don't use it afterwards.
 
-    `contents` are what `recipe.batch` takes for one sample, for two and for three.
+    `contents`: inputs of `recipe.batch` for one sample, for two, and for three.
     """
     built = built or build(recipe)
     model, parts = stats_of(recipe, built), job.train.parallel.tensor
@@ -75,7 +74,7 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
 
 
 def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
-    """Finds the parameters that workers could divide among them (`train.parallel.tensor`), with how."""
+    """Returns the parameters that workers could split (`train.parallel.tensor`), each with `column` or `row`."""
     if not isinstance(recipe, DividesMatrices):
         return {}
     ways = {name: kind for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
@@ -88,7 +87,7 @@ def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
 
 
 def _leave_part(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Leaves a meta model one worker's part of its matrices: what it then computes has the shapes of that worker's work."""
+    """Cuts the matrices of a meta model down to one worker's part, so that its operations have the shapes of that part."""
     for name, p in list(model.named_parameters()):
         if tuple(p.shape) != shapes[name]:
             owner, _, own = name.rpartition(".")
@@ -106,9 +105,9 @@ def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content, count: bool = False) -> Activations:
     """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
-    `content` is what `recipe.batch` takes for a batch of one. The model comes from `build` and trains no more. It must
-    not checkpoint activations: what a layer keeps is counted, and what checkpointing drops follows from that. `count`: the FLOPs,
-    too, which makes it slower.
+    `content`: an input of `recipe.batch` for one sample. `model`: from `build`; it can't train afterwards. It must not checkpoint
+    activations, because the effect of checkpointing follows from the bytes that each layer keeps. `count`: also count FLOPs,
+    which is slower.
     """
     _as_it_trains(job, recipe, model)
     counter = FlopCounterMode(display=False)
@@ -122,7 +121,7 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
 
 
 def _tile(model: torch.nn.Module) -> Tile | None:
-    """Measures the largest of a model's MLPs in tiles: what a tile keeps, as much again of its gradients, and sums in fp32."""
+    """Measures a model's largest tiled MLP: the bytes that a tile keeps, as many of gradients, and fp32 sums of gradients."""
     tiled = building.gathered_whole(model)
     if not tiled:
         return None
@@ -135,8 +134,8 @@ def _tile(model: torch.nn.Module) -> Tile | None:
 def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
-    `contents` are what `recipe.batch` takes for two samples and for three. The model is that of `activations`, afterwards. Of
-    equal layers one runs, and then two: the difference is what each of them adds.
+    `contents`: inputs of `recipe.batch` for two samples and for three. `model`: the one that `activations` has used. Of equal
+    layers, one runs, and then two; the difference is the work of each further layer.
     """
     _as_it_trains(job, recipe, model)
     stack = _stack(model)
@@ -156,13 +155,13 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
 
 @contextmanager
 def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
-    """Leaves only some of a stack's layers, in their order, for the duration of a context."""
+    """Keeps only some of a stack's layers, in their order, inside the context."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
     by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
     configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
     with ExitStack() as patches:
-        for config in configs:  # models look up there, by its place, how a layer attends
+        for config in configs:  # models look up the attention type of a layer by its index
             patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
         stack._modules = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
         try:
@@ -183,7 +182,7 @@ def _work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Cont
 
 
 def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
-    """Finds the list of a transformer's layers, where a model has one such list and applies its members one after the other."""
+    """Returns the list of a transformer's layers; None unless the model has exactly one such list."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) > 2]
@@ -192,7 +191,7 @@ def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
 
 
 def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
-    """Groups layers whose weights have the same shapes and that attend in the same way."""
+    """Groups layers whose weights have the same shapes and that have the same type of attention."""
     kinds: dict[tuple[type, str, str], list[torch.nn.Module]] = {}
     for layer in stack:
         ways = [getattr(m, name, None) for m in layer.modules() for name in ("attention_type", "layer_type", "sliding_window")]
@@ -202,31 +201,31 @@ def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
 
 
 def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
-    """Gives a model from `build` the precision of the job, once."""
+    """Converts a model from `build` to the job's precision, once."""
     if not any(isinstance(p, FakeTensor) for p in model.parameters()):
         model.to(DTYPES[job.train.precision])
 
 
 @contextmanager
 def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content) -> Iterator[Batch]:
-    """Provides the batch of a content as fake tensors, and gives the model such, for the duration of a context."""
+    """Yields a content's batch as fake tensors, inside a context of fake tensors. The model keeps fake tensors afterwards."""
     with ExitStack() as stack:
         batch = recipe.batch(content, np.zeros(len(content), dtype=np.int64))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _fake(model)
-        stack.enter_context(patch.object(next_token, "block_rows", len))  # as many operations for one sample as for two
+        stack.enter_context(patch.object(next_token, "block_rows", len))  # the same operations for any number of samples
         stack.enter_context(patch.object(tiled_loss, "tile_rows", lambda hidden, _: hidden[..., 0].numel()))
         stack.enter_context(patch.object(tiled_mlp, "tile_rows", lambda _: 1 << 40))
-        if not job.data.document_mask or job.train.parallel.sequence > 1:  # shared samples have no mask of all pairs
+        if not job.data.document_mask or job.train.parallel.sequence > 1:  # shared samples need no mask of all pairs
             stack.enter_context(_one_document())
         yield {k: torch.empty(v.shape, dtype=v.dtype) for k, v in batch.items()}
 
 
 def _one_document() -> AbstractContextManager[object]:
-    """Replaces transformers' detection of packed sequences by one that finds none, for the duration of a context.
+    """Makes transformers' detection of packed sequences find none inside the context.
 
-    A real run finds from its position_ids that sequences are not packed, and goes without a mask. Fake position_ids have no
-    content to look at, and transformers would make a mask for every case.
+    In a real run, the values of position_ids show that sequences aren't packed, so transformers uses no mask. Fake position_ids
+    have no values, and transformers would make a mask for every case.
     """
     from transformers import masking_utils
 
@@ -234,7 +233,7 @@ def _one_document() -> AbstractContextManager[object]:
 
 
 def _fake(model: torch.nn.Module) -> None:
-    """Gives a meta model fake parameters and buffers on the CPU; shared ones stay shared."""
+    """Replaces a meta model's parameters and buffers by fake ones on the CPU; shared parameters stay shared."""
     fakes: dict[torch.Tensor, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -248,7 +247,7 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps: transformers' marked ones, else the members of outermost lists."""
+    """Lists the modules that activation checkpointing wraps: those that transformers marks, else the members of `ModuleList`s."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 
@@ -261,16 +260,16 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts, as a context manager, the bytes that autograd keeps in addition to the model's own tensors, in all and by layer.
-    Counts, too, those that selective checkpointing would keep of each layer.
+    """Counts, inside its context, the bytes that autograd keeps in addition to the model's own tensors: in all, and by layer. It
+    also counts the bytes of each layer that selective checkpointing would keep.
 
-    It works on fake and on real tensors: so it is tested.
+    It works on fake and on real tensors, so tests compare the two.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.total = self.largest = 0
         self._keys = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self._alive: list[torch.Tensor] = []  # an address is only unique while its tensor lives
+        self._alive: list[torch.Tensor] = []  # an address is unique only while its tensor exists
         self._inputs: list[int] = []
         self._inside: list[int] = []
         self._dear: list[int] = []

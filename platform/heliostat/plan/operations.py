@@ -1,9 +1,9 @@
-"""Counts the operations of a training step: what each computes and what it reads and writes, by kind of work.
+"""Counts the operations of a training step: the FLOPs of each, and the bytes that it reads and writes, by kind of work.
 
-The forward and the backward pass of the recipe's own loss run on fake tensors, and every operation that torch dispatches is
-noted. Run on two samples and on three, the difference is what a sample adds, and the rest (weights, their gradients) is there
-once a micro-batch. So no formula for an architecture is needed: attention that is written out shows as products and as memory
-traffic, a fused kernel as attention; a frozen model has no backward pass.
+The recipe's own loss runs forward and backward on fake tensors, and every operation that torch dispatches is recorded. It runs on
+two samples and on three. The difference is the work of one sample; the rest (weights and their gradients) occurs once per
+micro-batch. So no formula for an architecture is needed. Attention without a fused kernel appears as matrix products and memory
+traffic; a fused kernel appears as attention. A frozen model has no backward pass.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empt
 
 @dataclass(frozen=True)
 class Operation:
-    """Describes one operation as it ran: its kind, FLOPs, bytes read and written, whether it is computed again where its layer is
-    checkpointed (as `OperationWork` says it), and whether selective checkpointing keeps its outputs."""
+    """Describes one operation as it ran: its kind, FLOPs, and bytes read and written. `replayed`, `dear`: see `OperationWork`."""
 
     kind: str
     flops: float
@@ -39,10 +38,10 @@ class Operation:
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Notes, as a context manager, every operation that torch dispatches in it.
+    """Records every operation that torch dispatches inside its context.
 
-    A layer is computed again as far as the last tensor that autograd keeps of it. torch's own products keep their factors before
-    they compute. DeepSpeed's linear layers at stage 3 do so afterwards, so a product that comes then is computed again, too.
+    A layer is recomputed up to the last tensor that autograd keeps of it. torch's own matrix products keep their factors before
+    they compute. DeepSpeed's linear layers at stage 3 keep them afterwards, so a product at that point is recomputed, too.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
@@ -90,7 +89,7 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
-    """Describes an operation by its name and tensors, as one that is not computed again."""
+    """Describes an operation by its name and tensors, as one that isn't recomputed."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)
@@ -98,14 +97,14 @@ def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: obje
 
 
 def _work(name: str, args: Arguments, kwargs: Mapping[str, object], out: Any) -> tuple[str, float]:
-    """Returns an operation's kind, and its FLOPs if it multiplies."""
+    """Returns an operation's kind, and its FLOPs if it multiplies, else 0."""
     if "scaled_dot_product" in name or name in ("_flash_attention_forward", "_flash_attention_backward"):
         return ATTENTION, _attention(name, args, kwargs)
     if name in ("mm", "bmm"):
         return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
     if name in ("addmm", "baddbmm"):
         return MATMUL, 2 * math.prod(args[1].shape) * args[2].shape[-1]
-    if name == "_grouped_mm":  # every row of the first meets one expert's matrix; its gradient has three dimensions
+    if name == "_grouped_mm":  # each row of the first times one expert's matrix; its gradient has three dimensions
         return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
     if name in ("convolution", "_convolution"):
         return CONVOLUTION, 2 * math.prod(out.shape) * math.prod(args[1].shape[1:])
@@ -116,7 +115,7 @@ def _work(name: str, args: Arguments, kwargs: Mapping[str, object], out: Any) ->
 
 
 def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> float:
-    """Counts the FLOPs of a fused attention: two products forward and five backward, half of each where it is causal."""
+    """Counts the FLOPs of a fused attention: two matrix products forward and five backward, half of each if it is causal."""
     backward = "backward" in name
     query, key, value = args[1:4] if backward else args[:3]
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
@@ -126,10 +125,10 @@ def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> floa
 
 
 def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[OperationWork, ...]:
-    """Groups the operations of a step on two samples, and on three, into those of equal work, with what each sample adds.
+    """Groups the equal operations of a step on two samples and on three, with the work that each sample adds.
 
-    (A batch of one is special: what is contiguous in it need not be copied.) Where the two are not the same operations, all that
-    two samples need counts as added by them.
+    Batches of one aren't used, because tensors that are contiguous in them need no copy. If the two runs have different
+    operations, all work of two samples counts as proportional to the number of samples.
     """
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
@@ -141,7 +140,7 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Opera
 
 
 def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
-    """Counts operations by what each does."""
+    """Counts the operations, equal ones together."""
     counts = Counter[OperationWork]()
     for w in work:
         counts[replace(w, count=1)] += w.count
@@ -149,7 +148,8 @@ def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
 
 
 def extended(base: Sequence[OperationWork], longer: Sequence[tuple[Sequence[OperationWork], int]]) -> tuple[OperationWork, ...]:
-    """Adds to a model's work that of more layers: of each kind, the work with one layer more, and how many more there are."""
+    """Adds the work of more layers to a model's work. `longer`: for each kind of layer, the work with one more layer, and how
+    many more there are."""
     counts, once = counted(base), counted(base)
     for work, more in longer:
         added = counted(work)

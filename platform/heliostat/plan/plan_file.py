@@ -1,7 +1,7 @@
-"""Plans the job of a job file, in its own layout or ranked among all (`heliostat plan`).
+"""Plans the job of a job file, in its own parallelism configuration or ranked among all (`heliostat plan`).
 
-With `--calibrate RUN`, a measured run corrects the device's efficiencies. Its ledger has the computing time of its steps, and the
-plan has the expected time. Their ratio corrects all rates, so the next plan for that device starts from what was measured.
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the computing time of its steps, and the
+plan has the expected time. Their ratio corrects all rates, so the next plan for that device starts from measured values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.validation import check
 
-LEAST = 2  # steps after the first, which starts the kernels
+LEAST = 2  # steps after the first, which includes the start of kernels
 
 
 def plan_file(
@@ -39,13 +39,13 @@ def plan_file(
     write: Path | None = None,
     rank: bool = False,
 ) -> dict[str, object]:
-    """Plans the job of a job file; its datasets are looked at if they can be reached.
+    """Plans the job of a job file. It reads the datasets if it can reach them.
 
-    `run`: a measured run that the device's efficiencies are taken from, and `write` the file that gets them. `rank`: all layouts
-    instead of the job's own.
+    `run`: a measured run that corrects the device's efficiencies. `write`: the file to write these to. `rank`: plan all
+    configurations instead of the job's own.
     """
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    job, recipe, unread = prepare(path, settings, pools)  # last: it asks the stores of the datasets
+    job, recipe, unread = prepare(path, settings, pools)  # last, because it reads from the datasets' stores
     notes = [f"planned without the datasets: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)
@@ -63,7 +63,8 @@ def plan_file(
 def calibrated(
     run: Location, prices: Prices, cluster: ClusterFile | None, device: str | None, write: Path | None
 ) -> tuple[Prices, str]:
-    """Plans a run's own job and corrects the efficiencies of its device by what it measured; returns them in the price table."""
+    """Plans a run's own job, and corrects its device's efficiencies by the measured step time. Returns the corrected price table,
+    and a note."""
     measurement = measured(run)
     job, recipe, _ = bound(*check.check_job(measurement.job))
     planner = planners(job, recipe, cluster, device, prices)[-1]
@@ -80,7 +81,7 @@ def calibrated(
 
 @dataclass(frozen=True)
 class Measured:
-    """Holds what a run measured: its job on the workers that it had, and the seconds that a step computed, over so many steps."""
+    """Holds a run's measurement: its job on the workers that it had, the computing seconds per step, and the number of steps."""
 
     job: Job
     step_s: float
@@ -88,7 +89,7 @@ class Measured:
 
 
 def measured(run: Location) -> Measured:
-    """Reads what a run measured; ConfigError if it did not: no checkpoint (with its job), no ledger, too few steps."""
+    """Reads a run's measurement. Raises ConfigError without a checkpoint (which has the job), a ledger, or enough steps."""
     checkpoint = layout.latest(run)
     if not checkpoint:
         raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job. Let it train until it saves one")
@@ -100,9 +101,9 @@ def measured(run: Location) -> Measured:
 
 
 def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
-    """Computes an attempt's seconds of computing a step and over how many steps; None if there are too few.
+    """Computes an attempt's computing seconds per step, and the number of measured steps; None if there are too few.
 
-    From its first mark to its last, where it has two: what comes before the first includes warming up.
+    It measures from the first mark to the last if there are two, because the time before the first mark includes warm-up.
     """
     marks = attempt.marks if len(attempt.marks) > 1 else [(attempt.start_step, 0.0), *attempt.marks]
     (first, began), (last, ended) = marks[0], marks[-1]
@@ -110,20 +111,21 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
 
 
 def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
-    """Corrects a device's efficiency so that a planned step takes as long as it was measured.
+    """Corrects a device's efficiency, so that the planned step takes as long as the measured one.
 
-    What computes is corrected; communication and copies stay as planned, unless there would be no time left to compute.
+    It corrects only computing; communication and copies stay as planned. If they take at least half of the measured step, it
+    corrects computing by the ratio of the complete steps.
     """
     parts = planned.parts
     computing = parts["forward_backward"] + parts["replaying"] + parts["updating"]
-    beside = parts["exposed"] + parts["copying"]
-    slower = (step_s - beside) / computing if step_s > 2 * beside else step_s / (computing + beside)
+    other = parts["exposed"] + parts["copying"]
+    slower = (step_s - other) / computing if step_s > 2 * other else step_s / (computing + other)
     rates = {k: v / slower for k, v in asdict(efficiency).items() if k not in ("fused", "launch")}
     return Efficiency(**rates, fused=efficiency.fused, launch=efficiency.launch * slower)
 
 
 def write_efficiency(path: Path, device: str, efficiency: Efficiency, run: Location, measured: Measured) -> None:
-    """Writes a device's efficiency as a file that `--prices` takes."""
+    """Writes a device's efficiency to a file for `--prices`."""
     values = {k: float(f"{v:.4g}") for k, v in asdict(efficiency).items()}
     head = (
         f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing a step, over {measured.steps} steps on "

@@ -1,6 +1,6 @@
-"""Plans a job before anything starts: what it needs and what it will cost (`heliostat plan`).
+"""Plans a job before anything starts: its needs and its cost (`heliostat plan`).
 
-`plan(job, recipe, ...)` returns plain data (what `--json` prints) or raises ConfigError with the reason why the job cannot run.
+`plan(job, recipe, ...)` returns plain data, which `--json` prints. If the job can't run, it raises ConfigError with the reason.
 docs/plan-method.md has formulas and sources.
 """
 
@@ -30,7 +30,7 @@ from heliostat.recipes.loading import make
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
 
-if TYPE_CHECKING:  # torch takes seconds, and a model that was counted before needs none
+if TYPE_CHECKING:  # torch takes seconds to import, and cached counts need none
     import torch
 
 ALONE = (
@@ -41,15 +41,15 @@ CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_opt
 
 
 def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning: the job, its recipe, and the reason why the datasets cannot be read ("" if they can).
+    """Loads a job file for planning. Returns the job, its recipe, and the reason why the datasets can't be read ("" if they can).
 
-    The recipe's models do not checkpoint activations (`model_stats.activations` needs that), and it knows the datasets.
+    The recipe's models don't checkpoint activations, as `model_stats.activations` requires. The recipe is bound to the datasets.
     """
     return bound(*check.check_file(path, settings, cluster))
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
-    """Prepares a job that was checked, as `prepare` does; datasets that were `unread` a moment ago are not asked for."""
+    """Prepares a checked job, and returns the same as `prepare`. If `unread` has a reason, the datasets aren't read."""
     if job.train.activation_checkpointing:
         plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
         recipe = make(type(recipe), plain)
@@ -64,7 +64,7 @@ def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]
             recipe = make(type(recipe), job)
         recipe.bind([manifest.read(location) for location in job.sources])
     except (DataError, StorageError) as e:
-        if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape follows from the data
+        if recipe.kind != "tokens" and recipe.presume(1) is None:  # the model's shape depends on the data
             raise type(e)(f"data.sources: a plan of {job.recipe} needs the dataset: {e}. {ALONE}") from e
         return job, recipe, "; ".join(filter(None, (str(e), recipe.assumed())))
     return job, recipe, ""
@@ -74,17 +74,17 @@ def planners(
     job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: Prices,
     built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None, counts: list[int] | None = None,
 ) -> list[Planner]:  # fmt: skip
-    """Counts a job's model, and returns a planner for the fewest workers that the job may have and one for the most.
+    """Counts a job's model, and returns two planners: for the fewest workers that the job may have, and for the most.
 
-    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards. `exchanged`: as `degrees`
-    gives it; None: of the job's own degree alone. `counts`: numbers of workers in place of the job's.
+    `built`: the recipe's model from `model_stats.build`, if there is one; don't use it afterwards. `exchanged`: from
+    `ranking.degrees`; None: only for the job's own degree. `counts`: numbers of workers instead of the job's.
     """
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
     where = hardware.resolve(most, prices, name, instance)
     if where.name == "cpu" and (cluster is None or cluster.local):
-        where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's
+        where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's memory
     if cluster:
         check_pools(most, cluster)
     counted, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
@@ -104,12 +104,12 @@ def plan(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None,
     built: torch.nn.Module | None = None,
 ) -> dict[str, object]:  # fmt: skip
-    """Plans a job: memory, communication, speed, cost, checkpoints; ConfigError with the reason if it cannot run.
+    """Plans a job: memory, communication, speed, cost, and checkpoints. Raises ConfigError with the reason if it can't run.
 
-    `built`: the recipe's model from `model_stats.build`, if there is one; it cannot be used afterwards.
+    `built`: the recipe's model from `model_stats.build`, if there is one; don't use it afterwards.
     """
     both = planners(job, recipe, cluster, device, prices or hardware.table(), built)
-    for one in both:  # an elastic run must fit on few, too
+    for one in both:  # an elastic run must also fit on its fewest workers
         if not (mine := one.chosen()).fits:
             raise ConfigError(_refusal(one.job, one.device, mine, one.recommend()))
     planner = both[-1]
@@ -129,7 +129,7 @@ def plan(
 
 
 def facts(planner: Planner) -> dict[str, object]:
-    """Describes the job that is planned, its model, and its device."""
+    """Describes the planned job, its model, and its device."""
     model = planner.model
     return {
         "name": planner.job.name,
@@ -151,7 +151,8 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
 
 
 def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
-    """Returns what `recipe.batch` takes for so many samples: zeros for tokens, else the dataset's first row."""
+    """Returns an input of `recipe.batch` for `rows` samples: zeros for tokens, else the recipe's presumed rows, or copies of the
+    dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
     if (presumed := recipe.presume(rows)) is not None:

@@ -1,8 +1,8 @@
-"""Ranks the layouts in which a job could train, by time within memory: `heliostat plan JOB --rank`, and `train.parallel: auto`.
+"""Ranks a job's parallelism configurations that fit in memory by time: `heliostat plan JOB --rank`, `train.parallel: auto`.
 
-Every way in which the workers could divide the model, or share a sample, is a family of layouts that is planned by itself: with
-`train.parallel.tensor` a worker's matrices are others, so the model is counted again. Only what `heliostat check` would take is
-offered.
+Each number of workers that shard matrices or experts is a family of configurations with its own plan. With
+`train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations that `heliostat
+check` accepts are listed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranking:
-    """Holds ranked layouts on the most workers; `changes`: the job's settings for the first, None if it doesn't fit."""
+    """Holds ranked configurations on the most workers. `changes`: the `--set` values of the first; None if it doesn't fit."""
 
     planner: Planner
     candidates: list[Candidate]
@@ -44,9 +44,9 @@ class Ranking:
 def ranking(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None
 ) -> Ranking:
-    """Ranks the layouts in which a job could train, each with why it is not the best.
+    """Ranks the configurations of a job, each with the reason for its place. Raises ConfigError if there is none.
 
-    A layout of an elastic job must fit on its fewest workers, too.
+    For an elastic job, a configuration must also fit on its fewest workers.
     """
     table, estimates, counts = prices or hardware.table(), list[Candidate](), job.worker_counts()
     families, notes = divided(job, recipe)
@@ -66,7 +66,7 @@ def ranking(
 
 
 def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
-    """Tells whether the job may have a layout, on every number of workers that it may have now."""
+    """Checks whether the job can have a layout on all numbers of workers in `counts`."""
     try:
         return set(counts) <= set(layouts.applied(job, layout).worker_counts())
     except ConfigError as e:
@@ -75,9 +75,9 @@ def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
 
 
 def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
-    """Finds the ways in which the workers could divide the model, each as the job that does, first the one that does not.
+    """Lists the ways to shard the model over the workers, each as a job. The first job doesn't shard the model, if it may.
 
-    Returns also, of matrices and of experts, why no number of workers could divide them.
+    Also returns notes: why no number of workers could shard the matrices, or the experts.
     """
     stage, parallel, notes, jobs = job.train.zero.stage, job.train.parallel, list[str](), [job]
     if parallel.tensor > 1 or parallel.expert > 1:
@@ -106,13 +106,12 @@ def _last(e: ConfigError, job: Job) -> str:
 
 
 def _parts(counts: list[int]) -> list[int]:
-    """Lists the sizes above 1 that groups of workers could have, with the fewest workers and with the most."""
+    """Lists the group sizes above 1 that divide both the fewest and the most workers."""
     return divisors(math.gcd(counts[0], counts[-1]))[1:]
 
 
 def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
-    """Copies a job with another division of its model among workers, at micro-batches of one sample. ConfigError if it is not
-    valid."""
+    """Copies a job with other degrees of parallelism, at micro-batches of one sample. Raises ConfigError if that isn't valid."""
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
     zero |= {"stage": stage} | ({"offload": {}} if parallel else {})
@@ -121,7 +120,7 @@ def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
 
 
 def _require(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the recipe's model cannot be divided as the job says."""
+    """Raises ConfigError if the recipe's model doesn't support the job's tensor or expert parallelism."""
     require_abilities(job, recipe)
     if job.train.parallel.tensor > 1 and isinstance(recipe, DividesMatrices):
         recipe.require_matrices_divided(job.train.parallel.tensor)
@@ -130,9 +129,10 @@ def _require(job: Job, recipe: Recipe) -> None:
 
 
 def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[int, int]:
-    """Finds how many workers could share a sample (`train.parallel.sequence`), with the elements that each would then send.
+    """Lists the numbers of workers that could share a sample (`train.parallel.sequence`), with the elements that each would send
+    in a forward pass over it.
 
-    An elastic job's degrees are those that its fewest workers and its most can have, too. `counts`: other numbers of workers.
+    An elastic job must support a number on its fewest workers and on its most. `counts`: numbers of workers instead of the job's.
     """
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
@@ -147,7 +147,7 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
 
 
 def _exchanged(recipe: Recipe, parts: int) -> int:
-    """Counts what each of the workers that share a sample would send; ConfigError if they cannot share one."""
+    """Counts the elements that each of `parts` workers would send if they shared a sample. Raises ConfigError if they can't."""
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):

@@ -1,8 +1,8 @@
-"""Estimates how long a step takes, and what it moves: pure functions over operations, bytes and rates.
+"""Estimates how long a step takes and how many bytes it moves, with pure functions of operations, bytes, and rates.
 
-An operation takes the time of its arithmetic at the rate that its kind of work reaches on the device, and the time of its bytes
-at the memory's rate; the rates are the peaks of the device times `efficiency` (prices.yaml), fitted to published runs or measured
-by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
+An operation takes the time of its arithmetic and the time of its bytes. Arithmetic runs at the rate that its kind of work reaches
+on the device, and bytes move at the memory's rate. These rates are the device's peaks times `efficiency` (prices.yaml), which is
+fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MATMUL, MEMORY, ModelStats
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
-ITERATIONS = 5  # of Newton and Schulz, which orthogonalizes whole matrices (`heliostat.optim.whole_matrices`)
-MOMENTUM = 4  # bytes of an element on its way: momenta travel in fp32
-FP8 = "fp8"  # among a device's peaks
-ROUNDING = 1  # times the bytes of a product: its factors are rounded to float8 first
-BACKWARD = 2 / 3  # of a micro-batch's computing: what can hide a reduction of gradients
+ITERATIONS = 5  # of Newton-Schulz, which orthogonalizes matrices (`heliostat.optim.whole_matrices`)
+MOMENTUM = 4  # bytes per sent element: momenta travel in fp32
+FP8 = "fp8"  # a key of `Device.peaks`
+ROUNDING = 1  # additional traffic per byte of a product: its factors are first rounded to float8
+BACKWARD = 2 / 3  # share of a micro-batch's computing: it can hide reductions of gradients
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes how a step is done by each worker. `replayed`: the share of the layers' forward pass that activation
-    checkpointing computes again; `selective`: without its expensive operations."""
+    """Describes how each worker makes a step. `replayed`: the share of the layers' forward pass that activation checkpointing
+    recomputes. `selective`: it doesn't recompute expensive operations."""
 
     workers: int
     stage: int
-    micro_batch_size: float  # samples; of those that workers share, each counts for this worker's stretch
+    micro_batch_size: float  # samples; of a shared sample, only this worker's stretch counts
     accumulation: int
     replayed: float = 0.0
     compiled: bool = False
@@ -37,16 +37,16 @@ class Setting:
     fp8: bool = False  # linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
-        """Computes how often an operation is computed again."""
-        plays = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
-        return self.replayed if plays and not (self.selective and work.dear) else 0.0
+        """Computes how often an operation is recomputed: `replayed`, or 0."""
+        recomputed = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
+        return self.replayed if recomputed and not (self.selective and work.dear) else 0.0
 
 
 def exchanging(elements: int, parts: int, low: int, setting: Setting, device: Device, network: Network) -> tuple[int, float]:
-    """Estimates the bytes and seconds in which each worker of those that share samples hands parts to the others in a step.
+    """Estimates the bytes that a worker sends to the others that share its samples in a step, and the seconds.
 
-    `elements`: that it sends in a forward pass over a sample; the backward pass sends as many, and so does a forward pass that is
-    computed again. Nothing hides them: attention waits.
+    `elements`: the number that it sends in a forward pass over one sample. The backward pass sends as many, and so does a
+    recomputed forward pass. Nothing hides this time, because attention waits.
     """
     passes = 2 + setting.replayed
     moved = int(elements * low * passes * setting.micro_batch_size * parts * setting.accumulation)
@@ -56,10 +56,10 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
 def adding(
     added: tuple[float, float], sums: tuple[int, int], parts: int, low: int, setting: Setting, device: Device, network: Network
 ) -> tuple[int, float]:
-    """Estimates the bytes and seconds in which each worker of those that divide matrices adds up products with the others.
+    """Estimates the bytes that a tensor-parallel worker sends in a step to add up products, and the seconds.
 
-    `added`: elements of a sample, in a forward pass and in a backward pass; `sums`: in how many all-reduces. A ring's all-reduce
-    moves each element twice, and goes around twice. Nothing hides them. The result is of a step.
+    `added`: elements per sample, in a forward pass and in a backward pass. `sums`: the number of all-reduces in each. A ring's
+    all-reduce moves each element twice, and goes around twice. Nothing hides this time.
     """
     elements, calls = (forward * (1 + setting.replayed) + backward for forward, backward in (added, sums))
     moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch_size * setting.accumulation)
@@ -73,8 +73,8 @@ class StepSeconds:
 
     computing: float
     communicating: float
-    exposed: float  # the part of it that computing does not hide
-    updating: float  # the optimizer
+    exposed: float  # the part of `communicating` that computing doesn't hide
+    updating: float  # the optimizer's update
     copying: float  # to and from the host, with offload
 
     @property
@@ -83,9 +83,9 @@ class StepSeconds:
 
 
 def operation(work: OperationWork, micro: float, device: Device, compiled: bool = False, fp8: bool = False) -> float:
-    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, and never less than a launch.
+    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, but at least a kernel launch.
 
-    `fp8`: a product that rounds its factors first.
+    `fp8`: the operation is a product that first rounds its factors to float8.
     """
     efficiency, moved = device.efficiency, work.moved * micro + work.fixed
     traffic = moved / (device.bandwidth * efficiency.memory)
@@ -99,8 +99,8 @@ def operation(work: OperationWork, micro: float, device: Device, compiled: bool 
 
 
 def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
-    """Estimates the seconds that a micro-batch computes. Products in float8 are those that equal one of the layers' forward pass,
-    so not the head's."""
+    """Estimates the computing seconds of a micro-batch. Products in float8 are those that equal a product in the layers' forward
+    pass, so not the head's."""
     inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
     return sum(
         w.count
@@ -111,9 +111,10 @@ def computing(work: Collection[OperationWork], setting: Setting, device: Device)
 
 
 def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) -> tuple[OperationWork, ...]:
-    """Divides the bytes of experts' weights, of which each of so many workers reads its own.
+    """Divides the bytes of experts' weights by the number of workers, because each worker reads only its own experts.
 
-    `stacks`: bytes of the weights of all experts of a layer, by which their products are found; the places of rows add a few.
+    `stacks`: bytes of the weights of all experts of a layer, which identify their products. The products' bytes are slightly
+    larger, because they include positions of rows.
     """
 
     def own(w: OperationWork) -> OperationWork:
@@ -124,19 +125,19 @@ def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) 
 
 
 def updating(numel: float, moments: float, device: Device, on_host: bool = False) -> float:
-    """Estimates the seconds in which an optimizer reads and writes masters, moments, gradients and weights of its share, in the
-    device's memory, or in the worker's share of the host's."""
+    """Estimates the seconds in which an optimizer reads and writes its share of master weights, moments, gradients, and weights.
+    They are in the device's memory, or in the worker's share of host memory (`on_host`)."""
     efficiency = device.efficiency
     rate = device.host_bandwidth * efficiency.host if on_host else device.bandwidth * efficiency.memory
     return numel * (8 + 8 * moments + 4 + 2) / rate
 
 
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
-    """Estimates the seconds of communication of a step, and those that no computing hides.
+    """Estimates the seconds of communication in a step, and those that no computing hides.
 
-    A ring passes from GPU to GPU inside a node, and from node to node through all of the node's network cards together. Stage 3
-    gathers and reduces during all computing, stage 2 reduces during every backward pass, stages 0 and 1 during the last one.
-    Nothing hides what is gathered after the optimizer's step, or averaged over groups before it.
+    A ring passes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3
+    gathers and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 during the last one.
+    Nothing hides gathers after the optimizer's step, or averages over groups before it.
     """
     if setting.workers == 1:
         return 0.0, 0.0
@@ -151,8 +152,7 @@ def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, ne
 
 
 def hops(workers: int, device: Device, network: Network, rings: int = 1) -> float:
-    """Estimates the seconds in which a message goes around a ring of all workers, or around each of so many rings of their parts,
-    however small it is."""
+    """Estimates the seconds in which a message of any size goes around a ring of all workers, or each of `rings` smaller ones."""
     return (workers // rings - 1) * (network.hop_inside if workers <= device.per_node else network.hop)
 
 
@@ -168,27 +168,27 @@ def step(
 ) -> StepSeconds:
     """Estimates the seconds of one optimizer step.
 
-    `micro`: seconds that a micro-batch computes; `moved`: what each worker sends; `exchanging`: seconds in which those that
-    share samples hand each other parts of them.
+    `micro`: computing seconds of a micro-batch. `moved`: bytes that each worker sends. `exchanging`: seconds of all other
+    exchanges between workers, which nothing hides.
     """
     communicating, waits = exposed(moved, micro, setting, device, network)
     return StepSeconds(setting.accumulation * micro, communicating + exchanging, waits + exchanging, updating, copying)
 
 
 def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
-    """Yields the sides of all hidden matrices; a stack of experts has one for each."""
+    """Yields (rows, columns) of all hidden matrices. A stack of experts has one matrix per expert."""
     for name in model.hidden:
         *stacked, rows, columns = model.shapes[name]
         yield from ((rows, columns) for _ in range(math.prod(stacked)))
 
 
 def momenta_sent(elements: int, workers: int, stage: int) -> int:
-    """Estimates the bytes that each worker sends in a step: its slices to the workers that matrices fall to, and as many results
-    back; 1 / workers of them stay where they are. At stage 0 all workers have whole matrices."""
+    """Estimates the bytes that each worker sends in a step: its slices to the workers that orthogonalize the matrices, and as
+    many results back. Of these, 1 / workers stay local. At stage 0, all workers have whole matrices, and send nothing."""
     return 2 * MOMENTUM * elements * (workers - 1) // workers**2 if stage else 0
 
 
 def newton_schulz(sides: Iterable[tuple[int, int]]) -> float:
-    """Counts the FLOPs that orthogonalize matrices: in each iteration two products of a square with the matrix, and one of two
-    squares of its shorter side."""
+    """Counts the FLOPs that orthogonalize matrices. Each iteration has two products of a square matrix with the matrix, and one
+    of two square matrices of its shorter side."""
     return float(sum(ITERATIONS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides))

@@ -1,8 +1,9 @@
-"""Computes the bytes of weights and gradients that travel in an optimizer step, and between which workers: pure functions.
+"""Computes the bytes of weights and gradients that workers send in an optimizer step, and between which workers. The functions
+are pure.
 
-Everything travels in rings: of all workers, of the workers of a group (`train.zero.shard_group_size`, `hpz_partition_size`), and
-of the workers that have the same part of different groups, one ring for each part at the same time. A group is of neighbouring
-ranks, so that one as large as a node, or a part of it, is in one node.
+All bytes travel in rings. A ring has all workers, or the workers of a group (`train.zero.shard_group_size`,
+`hpz_partition_size`), or the workers of different groups with the same part. There is one ring per part, and all run at the same
+time. A group has neighboring ranks, so a group as large as a node, or a fraction of it, is in one node.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from dataclasses import dataclass, replace
 from heliostat.config.train_section import Zero
 from heliostat.plan.hardware import Device
 
-EIGHT_BITS = 1  # bytes; their scales, 4 bytes for thousands, are left out
+EIGHT_BITS = 1  # bytes; without the scales, which have 4 bytes per thousands of weights
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Holds the bytes that each worker sends in a step: in a ring of all `workers`, or one of so many `rings` that leave a node
-    together where workers divide matrices; inside of its `group`; and across groups, once, before the optimizer's step. `calls`:
-    collectives that go around the ring of all workers."""
+    """Holds the bytes that each worker sends in a step.
+
+    `around`: in a ring of all `workers`, or, with tensor parallelism, in one of `rings` rings that leave a node together.
+    `inside`: in its `group`. `across`: across groups, once, before the optimizer's step. `calls`: collectives that go around the
+    ring of all workers.
+    """
 
     around: int
     workers: int
@@ -37,39 +41,41 @@ class Traffic:
         return replace(self, around=self.around + other)
 
     def between_nodes(self, per_node: int) -> int:
-        """Computes the bytes that each node sends to others: a ring leaves it once."""
+        """Computes the bytes that each node sends to others. Each ring leaves a node once."""
         if self.workers <= per_node:
             return 0
         return self.around * self.rings + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
 
     def seconds(self, device: Device) -> tuple[float, float]:
-        """Estimates the seconds of communication during the passes, and after them, at the links' peak rates."""
-        beside = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
+        """Estimates the seconds of communication during the passes and after them, at the links' peak rates."""
+        during = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
         if self.workers <= device.per_node:
-            return beside, self.across / device.link
-        return beside, self.across / min(device.link, device.network / min(self.group, device.per_node))
+            return during, self.across / device.link
+        return during, self.across / min(device.link, device.network / min(self.group, device.per_node))
 
 
 def rate(workers: int, device: Device, rings: int = 1) -> float:
-    """Returns the peak rate between so many workers, on one node if they fit there; between nodes, of each of so many rings."""
+    """Returns the peak rate, in bytes per second, between `workers` workers: of a link if they fit on one node, else of each of
+    `rings` rings between nodes."""
     return device.link if workers <= device.per_node else min(device.link, device.network / rings)
 
 
 def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
-    """Computes the bytes that each worker sends in an optimizer step with ring collectives (it receives as many).
+    """Computes the bytes that each worker sends in an optimizer step with ring collectives. It receives as many.
 
-    Psi parameters: an all-reduce moves 2 Psi, a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section 7).
-    Stages 0 and 1 reduce once a step; stage 2 after every micro-batch, because it keeps only its part of the gradients;
-    stage 3 gathers the weights twice and reduces once in every micro-batch.
+    With Psi parameters, an all-reduce moves 2 Psi, and a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section
+    7). Stages 0 and 1 reduce once per step. Stage 2 reduces after every micro-batch, because it keeps only its part of the
+    gradients. Stage 3 gathers the weights twice and reduces once in every micro-batch.
     """
     times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
     return int(times * numel * low * (workers - 1) / workers)
 
 
 def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool = False) -> int:
-    """Counts the collectives of an optimizer step: stage 3 gathers and reduces layer by layer, the others bucket by bucket.
+    """Counts the collectives of an optimizer step. Stage 3 gathers and reduces layer by layer, the others bucket by bucket.
 
-    `layers`: with one more for all outside of them; `copied`: only the first of stage 3's gathers goes around all workers.
+    `layers`: the number of layers, plus one for everything outside them. `copied`: with secondary copies, only the first of stage
+    3's gathers goes around all workers.
     """
     if stage == 3:
         return layers * (1 + accumulation if copied else 3 * accumulation)
@@ -77,7 +83,7 @@ def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool
 
 
 def of(zero: Zero, stage: int, numel: int, low: int, summed: int, workers: int, accumulation: int) -> Traffic:
-    """Computes what travels in a step. `low`, `summed`: bytes of a weight, and of the sum of a gradient over micro-batches."""
+    """Computes the traffic of a step. `low`: bytes per weight. `summed`: bytes per gradient that is summed over micro-batches."""
     if stage == 3 and zero.shard_group_size and zero.shard_group_size < workers:
         group = zero.shard_group_size
         copies, part = workers // group, -(-numel // group)

@@ -1,8 +1,8 @@
-"""Computes which slice of every parameter a rank owns under ZeRO: pure functions that reproduce DeepSpeed 0.19.
+"""Computes which slice of every parameter a rank owns under ZeRO. The functions are pure, and reproduce DeepSpeed 0.19.
 
-Stages 1 and 2 lay each parameter group out as one vector, padded to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
-every parameter by itself. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part. So a checkpoint's
-slices are known before there is one; the tests compare them with those of real engines.
+Stages 1 and 2 flatten each parameter group into one vector, pad it to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
+every parameter separately. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part. So the slices of a
+checkpoint are known before the checkpoint exists. Tests compare them with the slices of real engines.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Slice = tuple[str, int, int]  # parameter, start, elements
 
 
 def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Forms the optimizer's default parameter groups, for a recipe that defines none: matrices, vectors."""
+    """Returns the optimizer's default parameter groups, for a recipe that defines none: matrices, then vectors."""
     split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
     return [g for g in split if g]
 
@@ -30,11 +30,10 @@ def slices(
     parts: int = 1,
     copies: int = 1,
 ) -> list[list[Slice]]:
-    """Cuts the trained parameters into the slices that each rank owns; together they cover every element once.
+    """Cuts the trained parameters into the slices that each rank owns. Together, they cover every element once.
 
-    `groups`: the optimizer's parameter groups, by names. At stage 3 so many workers may divide `stacked` experts: each has a
-    part, which is divided among those that have the same. Or so many groups of workers have all (`copies`), and own a part of
-    every slice each.
+    `groups`: the optimizer's parameter groups, by name. At stage 3, `parts` workers may shard the `stacked` experts, and ZeRO
+    shards each part over the workers that have it. Or each of `copies` groups has all parameters, and owns a part of every slice.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -57,9 +56,9 @@ def divided(
     parts: int,
     whole: frozenset[str],
 ) -> list[list[Slice]]:
-    """Cuts parameters that so many workers divide among them (`train.parallel.tensor`) into the slices that each rank saves.
+    """Cuts the parameters of tensor-parallel workers (`train.parallel.tensor`) into the slices that each rank saves.
 
-    `shapes`: those of a worker's part; `whole`: parameters that all of those workers have, and the first of them saves.
+    `shapes`: of one worker's part. `parts`: the number of these workers. `whole`: parameters that all have, and the first saves.
     """
     of_part = slices(shapes, stage, workers // parts, groups)
     return [
@@ -80,7 +79,7 @@ def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
 
 
 def _share(owned: Slice, number: int, copies: int) -> Slice:
-    """Cuts the part of a slice that one group of several owns."""
+    """Cuts the part of a slice that one of several groups owns."""
     name, start, numel = owned
     per = -(-numel // copies)
     begin = min(number * per, numel)

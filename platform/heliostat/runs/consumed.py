@@ -1,4 +1,4 @@
-"""Computes what a run has trained on, as plain data (`data.json`): its segments, and how much of which shards of each source."""
+"""Computes the data that a run has trained on (`data.json`): its segments, and the samples taken from each source, by shard."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ConsumedPlace(TypedDict):
 
 @open_
 class Replaced(ConsumedPlace):
-    """Describes a bad sample that another one replaced: a line of the lists in the run's folder `quarantine`."""
+    """Describes a bad sample and its replacement: a line of the lists in the folder `quarantine` of the run."""
 
     step: Whole
     counted_from: NotRequired[Whole]
@@ -38,16 +38,17 @@ class Replaced(ConsumedPlace):
 
 
 class Forgotten(TypedDict):
-    """Describes the dataset that one was made from by forgetting the documents `ids`."""
+    """Describes the dataset from which another one was made by removing the documents `ids`."""
 
     digest: str
     ids: list[str]
 
 
 class ConsumedSource(TypedDict):
-    """Describes what a segment took of one source.
+    """Describes the samples that a segment took from one source.
 
-    `samples`: those trained on; `range`: of the source's stream, whose epochs follow one another, to within a sample a lane.
+    `samples`: the number trained on. `range`: positions in the source's stream, whose epochs follow one another, exact to one
+    sample per virtual rank.
     """
 
     uri: str
@@ -55,22 +56,22 @@ class ConsumedSource(TypedDict):
     name: str
     kind: str
     tokenizer: str | None
-    weights: list[tuple[int, float]]  # from a step on
+    weights: list[tuple[int, float]]  # (first step, weight)
     samples: int
     tokens: int
     range: tuple[int, int]
     left_out: int
     epochs: float
     held_out: int
-    shards: dict[str, int]  # seen, total
-    ranges: list[tuple[str, str]]  # of shards
+    shards: dict[str, int]  # numbers of shards: seen, total
+    ranges: list[tuple[str, str]]  # of shards: (first, last)
     ranges_left_out: int
     forgotten: NotRequired[list[Forgotten]]
-    hub: NotRequired[dict[str, str]]  # what the dataset was made of that is of the Hugging Face Hub, with its commit
+    hub: NotRequired[dict[str, str]]  # the dataset's inputs from the Hugging Face Hub, with their commit
 
 
 class Taken(TypedDict):
-    """Describes a segment, and what it took of each source; `plan`: as `DataPlan.dump` makes it."""
+    """Describes a segment, and the samples that it took from each source. `plan`: from `DataPlan.dump`."""
 
     first: int
     end: int
@@ -80,7 +81,7 @@ class Taken(TypedDict):
 
 
 class Consumed(TypedDict):
-    """Describes what a run has trained on: the content of `data.json`."""
+    """Describes the data that a run has trained on: the content of `data.json`."""
 
     steps: int
     segments: list[Taken]
@@ -89,14 +90,14 @@ class Consumed(TypedDict):
 
 
 REPLACED = Format(Replaced, "list of replaced samples")
-LISTED = 200  # ranges of shards, and replaced samples, that are written out
+LISTED = 200  # the most ranges of shards, and replaced samples, in the record
 
 
 def record(run: Location, steps: int) -> Consumed:
-    """Computes what a run has trained on, from its folder and its datasets' manifests."""
+    """Computes the data that a run has trained on, from its folder and the manifests of its datasets."""
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
     lines = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
-    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in lines}.values())  # lists overlap as receipts do
+    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in lines}.values())  # lists can overlap, as receipts can
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
@@ -106,12 +107,12 @@ def record(run: Location, steps: int) -> Consumed:
 
 
 def _from_1(bad: Replaced) -> Replaced:
-    """Converts the step of a replaced sample to counting from 1, which older lists do not do."""
+    """Converts the step of a replaced sample to counting from 1; older lists count from 0."""
     return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
 def parse(raw: Consumed) -> list[Segment]:
-    """Parses the segments of a record of what a run has trained on (`data.json`)."""
+    """Parses the segments of a run's `data.json`."""
     return [Segment(s["first"], s["end"], DataPlan.parse(s["plan"], "data.json")) for s in raw["segments"]]
 
 
@@ -159,17 +160,18 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
 
 
 def of_digest(raw: Consumed, digest: str, before: int | None = None) -> int:
-    """Counts the samples that a run took of the datasets whose digest begins with `digest`.
+    """Counts the samples that a run took from the datasets whose digest begins with `digest`.
 
-    `raw`: the run's record of what it has trained on; `before`: only steps before that one, if it is given.
+    `raw`: the run's `data.json`. `before`: count only steps before this one.
     """
     return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
 
 
 def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
-    """Counts the samples that a run took of one shard, in steps before `before`, if it is given. Replaced samples do not count.
+    """Counts the samples that a run took from one shard. A replaced sample counts for the shard of its replacement.
 
-    `raw`: the run's record of what it has trained on; `shard`: a whole path or URI, or the end of one, as `part-00017.parquet`.
+    `raw`: the run's `data.json`. `shard`: a complete path or URI, or the end of one, such as `part-00017.parquet`. `before`:
+    count only steps before this one.
     """
     total = 0
     for uri, manifest, counts in _taken(raw, before, lambda s: True):
@@ -184,9 +186,9 @@ def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
 
 
 def same(wanted: str, uri: str, path: str) -> bool:
-    """Tells whether a shard of a dataset is the wanted one, which is given by a path, a URI or the end of one.
+    """Checks whether a dataset's shard is the `wanted` one: a path, a URI, or the end of one.
 
-    It may also be a shard's folder, as `shards/00017`, whatever the content, which names the file in it.
+    `wanted` may also be a shard's folder, such as `shards/00017`, because the name of the file in it depends on its content.
     """
     whole = Location(uri).join(path).path
     named = (whole, whole.rpartition("/")[0])
@@ -198,7 +200,7 @@ def same(wanted: str, uri: str, path: str) -> bool:
 def _taken(
     raw: Consumed, before: int | None, wanted: Callable[[ConsumedSource], bool]
 ) -> Iterator[tuple[str, Manifest, np.ndarray]]:
-    """Yields (uri, manifest, samples by chunk) of every wanted source of every segment, up to the step `before`, if given."""
+    """Yields (uri, manifest, samples per row group) of every wanted source of every segment, up to step `before` if given."""
     for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
         if end <= segment.first or not any(wanted(s) for s in recorded["sources"]):

@@ -1,8 +1,8 @@
-"""Defines the events of a run, as the workers and the driver report them: a dataclass each, one home for their fields.
+"""Defines the events of a run, which the workers and the driver report: one dataclass per event.
 
-Workers post them to the mailbox, the driver hands each to each reader: the goodput ledger, MLflow, the terminal, a sweep.
-Those that curves are made of also lie next to the checkpoints (`dump`): what a field is called there never changes, and a
-field that is new has a default, so that older runs can be read.
+Workers post events to the mailbox. The driver passes each event to all readers: the goodput ledger, MLflow, the terminal, and a
+sweep. The events that curves are made from are also saved next to the checkpoints (`dump`). The names of saved fields never
+change, and new fields have a default, so older runs stay readable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Scores = dict[str, float]
 
 @dataclass(kw_only=True)
 class Event:
-    """Describes an event. `at`: wall clock. `ledger`: rank 0's seconds by part so far, where it reports them."""
+    """Describes an event. `at`: wall-clock time. `ledger`: rank 0's seconds by part so far, if the event reports them."""
 
     at: float = field(default_factory=time.time)
     ledger: dict[str, float] | None = None
@@ -28,14 +28,14 @@ class Event:
 
 @dataclass(kw_only=True)
 class Phase(Event):
-    """Reports the phase that the workers are in: placing, model, restore, data, step, stepped, ended."""
+    """Reports the phase of the workers: placing, model, restore, data, step, stepped, ended."""
 
     phase: str
 
 
 @dataclass(kw_only=True)
 class ModelPhase(Phase):
-    """Reports that the workers run, and begin to build the model. `queued_s`: how long their placement group waited."""
+    """Reports that the workers run, and begin to build the model. `queued_s`: seconds that their placement group waited."""
 
     phase: str = "model"
     queued_s: float
@@ -45,8 +45,7 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Reports the steps `first`, `first` + 1, ..., counted from 0: the lists hold a value for each; the other values are of all
-    steps."""
+    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; other values cover all."""
 
     kind: ClassVar[str] = "steps"
     first: int
@@ -55,24 +54,24 @@ class Steps(Event):
     lr: list[float]
     seconds: float
     tokens_per_second: float | None = None
-    data_wait: float | None = None  # a fraction of the seconds
+    data_wait: float | None = None  # a fraction of `seconds`
     mfu: float | None = None
     bad_samples: float | None = None  # replaced so far in the run
-    added: dict[str, list[float]] = field(default_factory=dict)  # of each step, by name: parts of the objective, other metrics
-    experts: dict[str, list[float]] = field(default_factory=dict)  # their load, of a mixture of experts, by name
+    added: dict[str, list[float]] = field(default_factory=dict)  # by name, for each step: parts of the objective, other metrics
+    experts: dict[str, list[float]] = field(default_factory=dict)  # by name: the load of the experts of a mixture
     skipped_steps: float | None = None  # so far, in fp16
     loss_scale: float | None = None
-    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # the driver's: what each source has given
+    sources: dict[str, dict[str, float]] = field(default_factory=dict)  # set by the driver: values of each source
 
     @property
     def done(self) -> int:
-        """Returns the number of steps of the run that are done."""
+        """Returns the number of the run's finished steps."""
         return self.first + len(self.loss)
 
 
 @dataclass(kw_only=True)
 class LossSpike(Event):
-    """Reports that step number `step`, counted from 1, has a loss far above what is usual."""
+    """Reports that the loss of step number `step`, counted from 1, is far above the usual loss."""
 
     kind: ClassVar[str] = "spike"
     step: int
@@ -88,7 +87,8 @@ class LossSpike(Event):
 
 @dataclass(kw_only=True)
 class Corruption(Event):
-    """Reports that workers computed other bits than others (`train.sdc_check`): their nodes, and what was found, in one line."""
+    """Reports that workers computed different bits (`train.sdc_check`). `nodes`: the nodes of these workers. `text`: the finding,
+    in one line."""
 
     nodes: list[str]
     text: str
@@ -96,7 +96,7 @@ class Corruption(Event):
 
 @dataclass(kw_only=True)
 class Evaluation(Event):
-    """Reports the held-out scores after `step` steps, and the pictures that were drawn, PNG by name."""
+    """Reports the held-out scores after `step` steps, and the generated images, as PNG by name."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -106,8 +106,8 @@ class Evaluation(Event):
 
 @dataclass(kw_only=True)
 class Saved(Event):
-    """Reports a checkpoint after `step` steps; training has waited for checkpoints `blocked_s` seconds so far, and `failed` saves
-    of this attempt have failed."""
+    """Reports a checkpoint after `step` steps. `blocked_s`: seconds that training has waited for checkpoints so far. `failed`:
+    the number of this attempt's saves that failed so far."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -117,7 +117,7 @@ class Saved(Event):
 
 @dataclass(kw_only=True)
 class Paused(Event):
-    """Reports that the workers wait behind the checkpoint of `step` for a decision."""
+    """Reports that the workers wait for a decision, after the checkpoint of `step`."""
 
     step: int
     scores: Scores
@@ -125,14 +125,14 @@ class Paused(Event):
 
 @dataclass(kw_only=True)
 class Notice(Event):
-    """Reports something that a person should read at the terminal."""
+    """Reports a text that a person should read at the terminal."""
 
     text: str
 
 
 @dataclass(kw_only=True)
 class Waiting(Notice):
-    """Reports that the run waits, and for what."""
+    """Reports that the run waits; `text` gives the reason."""
 
 
 @dataclass(kw_only=True)
@@ -145,7 +145,7 @@ class Stack(Event):
 
 @dataclass(kw_only=True)
 class Profiled(Event):
-    """Reports that a profile's files are in the run's folder. `id`: of the request (`runs.profile`)."""
+    """Reports that the files of a profile are in the run's folder. `id`: from the request (`runs.profile`)."""
 
     id: str
     files: list[str]
@@ -153,7 +153,7 @@ class Profiled(Event):
 
 @dataclass(kw_only=True)
 class WorkerFailed(Event):
-    """Reports the error of a worker before the worker cleans up, which may never end on a broken device."""
+    """Reports the error of a worker. The worker cleans up only afterwards, because cleanup may never end on a broken device."""
 
     rank: int
     error: HeliostatError
@@ -161,7 +161,7 @@ class WorkerFailed(Event):
 
 @dataclass(kw_only=True)
 class BadNodes(Event):
-    """Reports nodes on which workers fail or compute wrongly, and what was done about them, in one line."""
+    """Reports nodes on which workers fail or compute wrongly. `text`: the action that was taken, in one line."""
 
     nodes: list[str]
     text: str
@@ -169,7 +169,7 @@ class BadNodes(Event):
 
 @dataclass(kw_only=True)
 class NodeSample(Event):
-    """Reports a sample of a node's load; `step` is the driver's."""
+    """Reports a sample of a node's load. `step`: set by the driver."""
 
     node: str
     values: dict[str, float]
@@ -178,7 +178,7 @@ class NodeSample(Event):
 
 @dataclass(kw_only=True)
 class AttemptStarted(Event):
-    """Reports that the driver starts workers. `nodes`: the inventory of the cluster's nodes."""
+    """Reports that the driver starts workers. `nodes`: all nodes of the cluster."""
 
     start_step: int
     workers: int
@@ -187,17 +187,17 @@ class AttemptStarted(Event):
 
 @dataclass(kw_only=True)
 class Goodput(Event):
-    """Reports where the run's seconds went, up to `step` steps."""
+    """Reports the use of the run's seconds up to `step` steps, as a goodput report."""
 
     report: Mapping[str, Any]
     step: int
 
 
 RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, LossSpike, Evaluation, Saved)}
-LEFT_OUT = ("ledger", "images")  # of what is recorded
+LEFT_OUT = ("ledger", "images")  # fields that aren't recorded
 
 
 def dump(event: Event) -> dict[str, object]:
-    """Converts an event of RECORDED to JSON values."""
+    """Converts an event of a type in RECORDED to JSON values."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}

@@ -1,19 +1,19 @@
-"""Accounts for a run's wall-clock time over all its attempts: every second belongs to one part, so the parts add up to the whole.
+"""Accounts for a run's wall-clock time over all its attempts: every second belongs to one part, so the parts add up to the total.
 
-An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file about it
-in the run's folder (`ledger/`); all here is computed from those files, by pure functions.
+An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file for it in
+the run's folder (`ledger/`). Pure functions compute everything here from those files.
 
     queued         Ray had no room for the workers yet
     starting       from the command to the first step: checks, Ray, workers, model, checkpoint, first batch
-    compiling      the first step under `train.compile`, beyond the second's time
+    compiling      the first step under `train.compile`, without the time of the second step
     data           waiting for data
-    computing      steps that the run still stands on; DeepSpeed's collectives are in it, because they overlap with computing
+    computing      steps that the run keeps; DeepSpeed's collectives are included, because they overlap with computing
     communicating  the loop's own collectives, with the wait for the slowest worker
-    checkpoint     training stood still for a checkpoint or a receipt
+    checkpoint     training waited for a checkpoint or a receipt
     evaluating     held-out scores
-    lost           steps computed again after going back to a checkpoint, and what a worker was at when it died
+    lost           steps recomputed after a return to a checkpoint, and the worker's activity at the time of its death
     restarting     within one command, from a failure to the next first step
-    idle           nothing trained: between two commands, and after the last step (export, registering the model)
+    idle           no training: between two commands, and after the last step (export, registration of the model)
 
 Goodput is computing's share of the total.
 """
@@ -43,24 +43,24 @@ COLOURS = {
 }  # fmt: skip
 PARTS = tuple(COLOURS)
 LATEST = 2.0**36  # seconds since 1970: in the year 4147
-COLUMNS, BARS = 8, 20  # attempts that the table and the chart show
+COLUMNS, BARS = 8, 20  # the most attempts in the table and in the chart
 
 
 @closed
 @dataclass
 class RecordedAttempt:
-    """Describes one attempt (one start of the workers) as its driver's ledger file holds it.
+    """Describes one attempt (one start of the workers), as in its driver's ledger file.
 
-    `parts` add up to `known - started`; what lies between `known` and `seen` belongs to `pending` once the attempt is over.
+    `parts` add up to `known - started`. When the attempt is over, the time between `known` and `seen` belongs to `pending`.
     """
 
     id: str
-    started: float  # wall clock, as all times here
-    known: float  # until here the parts are measured
+    started: float  # wall clock, like all times here
+    known: float  # the parts are measured up to here
     seen: float  # the driver's last sign of life
     start_step: int
     workers: int
-    restart: bool = False  # within a command, after a failure, a preemption or a change of size
+    restart: bool = False  # within a command, after a failure, a preemption, or another number of workers
     host: str = ""  # of the driver
     pid: int = 0
     # finished, failed, interrupted, preempted or resize; None while it runs, or if the driver was killed
@@ -68,11 +68,11 @@ class RecordedAttempt:
     reason: str = ""  # of a failure
     pending: str = "starting"
     parts: dict[str, float] = field(default_factory=dict)
-    marks: list[tuple[int, float]] = field(default_factory=list)  # finished steps, and the seconds of computing up to them
+    marks: list[tuple[int, float]] = field(default_factory=list)  # (finished steps, computing seconds up to them)
 
     @property
     def name(self) -> str:
-        """Returns the file name of the attempt's ledger, which sorts by time, to the millisecond."""
+        """Returns the file name of the attempt's ledger. The names sort by start time, to the millisecond."""
         began = datetime.fromtimestamp(self.started, UTC)
         return f"attempt-{began:%Y%m%dT%H%M%S}.{began.microsecond // 1000:03d}Z-{self.id}.json"
 
@@ -81,7 +81,7 @@ class RecordedAttempt:
         return self.marks[-1][0] if self.marks else self.start_step
 
     def computed(self, step: int) -> float:
-        """Computes the seconds of computing up to a step, by linear interpolation between the marks."""
+        """Computes the computing seconds up to a step, by linear interpolation between the marks."""
         points = [(self.start_step, 0.0), *self.marks]
         return float(np.interp(step, [s for s, _ in points], [seconds for _, seconds in points]))
 
@@ -106,9 +106,9 @@ LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "D
 
 @dataclass
 class Settled:
-    """Holds an attempt with its parts settled: every second is attributed, and steps computed again count as lost.
+    """Holds an attempt with its final parts: every second is attributed, and recomputed steps count as lost.
 
-    `gap`: the part and the seconds before the attempt; `unknown`: seconds that a running attempt has not reported yet.
+    `gap`: the part and the seconds before the attempt. `unknown`: seconds that a running attempt hasn't reported yet.
     """
 
     attempt: RecordedAttempt
@@ -118,7 +118,7 @@ class Settled:
 
 
 def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
-    """Settles every attempt's parts: moves what later attempts computed again from computing to lost."""
+    """Computes the final parts of every attempt. Steps that later attempts recomputed move from computing to lost."""
     ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
     kept = kept_steps(ordered)
     settled: list[Settled] = []
@@ -141,11 +141,12 @@ def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
 
 
 def kept_steps(attempts: list[RecordedAttempt]) -> list[int]:
-    """Finds, for each attempt in order of start, the last of its steps that the run still stands on.
+    """Returns, for each attempt in order of start, the last of its steps that the run keeps.
 
-    It goes backwards: the checkpoint that an attempt began from was written by the latest attempt before it that got there. (One
-    that was killed may have got further than its last mark: if none is known to have got there, it was written by the latest that
-    began before that step.) Attempts between the two left nothing, and the writer's steps beyond the checkpoint are lost.
+    It goes backward through the attempts. The checkpoint that an attempt began from was written by the latest attempt before it
+    that reached that step. A killed attempt may have got further than its last mark. So if no attempt is known to have reached
+    the step, the latest one that began before that step is the writer. Attempts between the two left nothing, and the writer's
+    steps after the checkpoint are lost.
     """
     kept = [a.start_step for a in attempts]
     if not attempts:
@@ -172,7 +173,7 @@ def account(attempts: Iterable[RecordedAttempt]) -> dict[str, float]:
 
 
 class Outline(TypedDict):
-    """Describes an attempt as a person asks for it."""
+    """Describes an attempt without its parts."""
 
     started: float
     seconds: float
@@ -185,14 +186,14 @@ class Outline(TypedDict):
 
 
 class AttemptStart(Outline):
-    """Describes an attempt in the report. `before`: the part and the seconds of the gap before it."""
+    """Describes an attempt in the report. `before`: the gap before it, as seconds by part."""
 
     before: dict[str, float]
     parts: dict[str, float]
 
 
 class GoodputReport(TypedDict):
-    """Describes what `heliostat run goodput --json` prints. `attributed`: the parts' share of the total."""
+    """Describes the output of `heliostat run goodput --json`. `attributed`: the share of the total that belongs to a part."""
 
     total_s: float
     parts: dict[str, float]
@@ -233,7 +234,7 @@ def report(attempts: Iterable[RecordedAttempt]) -> GoodputReport:
 
 
 def read(run: Location) -> list[RecordedAttempt]:
-    """Reads a run's attempts from the ledger in its folder."""
+    """Reads the attempts of a run from the ledger in its folder."""
     folder = run.join(run_folder.LEDGER)
     attempts = []
     for name, _ in folder.files():
@@ -250,9 +251,9 @@ def read_report(run: Location) -> GoodputReport:
 
 
 def table(report: GoodputReport) -> list[list[str]]:
-    """Lays a goodput report out as rows of text: a head, the parts that took any time, the total.
+    """Formats a goodput report as rows of text: a header, the parts that took any time, and the total.
 
-    There is a column for each of the newest attempts, if there are several.
+    If there are several attempts, each of the newest ones has a column.
     """
     attempts = report["attempts"][-COLUMNS:] if len(report["attempts"]) > 1 else []
     first = len(report["attempts"]) - len(attempts) + 1
@@ -276,14 +277,14 @@ def summary(report: GoodputReport) -> dict[str, object]:
 
 
 def line(report: GoodputReport) -> str:
-    """Summarises a goodput report in one line: goodput and the largest other parts."""
+    """Summarizes a goodput report in one line: goodput, and the largest other parts."""
     others = sorted(((s, p) for p, s in report["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
     return f"goodput {report['goodput']:.1%}: computing {report['parts']['computing']:.1f} of {report['total_s']:.1f} s ({rest})"
 
 
 def chart(report: GoodputReport) -> Figure:
-    """Draws a goodput report as a matplotlib figure: one stacked bar for each attempt, and one for the run."""
+    """Draws a goodput report as a matplotlib figure, with one stacked bar per attempt and one for the run."""
     from matplotlib.figure import Figure
 
     shown = report["attempts"][-BARS:]  # the newest

@@ -1,7 +1,7 @@
-"""Reads what was trained from a run's folder: its segments (data plans), its receipts, and the links of their hash chain.
+"""Reads the record of a run's training from its folder: segments (data plans), receipts, and the links of their hash chain.
 
-Receipts may overlap where a run was resumed from an older checkpoint. A checkpoint is left out if it is of steps that were
-trained before the data was changed at an earlier step: those steps were undone.
+Receipts may overlap if a run was resumed from an older checkpoint. A checkpoint is left out if its steps were undone: the data
+was changed at an earlier step afterwards.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SEALED = Format(SealedReceipt, "receipt", VerifyError)
 
 @dataclass(frozen=True)
 class ReceiptFile:
-    """Holds one receipt file: the digests of steps [first, end), their version of `receipt`, and the chain after them."""
+    """Holds one receipt file: the digests of steps [first, end), their version of `receipt`, and the hash chain after them."""
 
     where: str
     first: int
@@ -65,9 +65,9 @@ class Link:
 
 
 class History:
-    """Holds what a run's folder records of its training; ConfigError if it has no segments or no receipts.
+    """Holds the record of a run's training. Raises ConfigError if the run's folder has no segments or no receipts.
 
-    `plans`: by the step at which they begin; `receipts`: by first step; `links`: by end; `steps`: the largest end of a link.
+    `plans`, `receipts`: ordered by first step. `links`: by `end`. `steps`: the largest `end` of a link.
     """
 
     def __init__(self, run: Location) -> None:
@@ -85,15 +85,15 @@ class History:
         self.steps = max(self.links)
 
     def version(self, step: int) -> int:
-        """Finds the version by which a step's digest went into the chain.
+        """Returns the version of `receipt` by which a step's digest entered the chain.
 
-        It is that of the last receipt that begins at the step or before.
+        It is the version of the last receipt that begins at the step or before.
         """
         at = max(0, bisect.bisect_right(self.receipts, step, key=lambda r: r.first) - 1)
         return self.receipts[at].version if self.receipts else receipt.VERSION
 
     def segment(self, step: int) -> int:
-        """Finds the number of the segment that a step is in."""
+        """Returns the index of the segment that contains a step."""
         return max(i for i, plan in enumerate(self.plans) if plan.begins <= step)
 
     def _checkpoints(self, run: Location) -> Iterator[Link]:
@@ -101,14 +101,14 @@ class History:
             try:
                 index = layout.open_checkpoint(run, step).index
             except CheckpointError:
-                continue  # it does not exist
+                continue  # it's missing or incomplete
             said = index.receipt
             if index.data_digest not in {p.digest for p in self.plans[: self.segment(said.steps - 1)]}:
                 yield Link(f"checkpoint {step}", said.steps, said.chain)
 
 
 def receipts(run: Location) -> list[ReceiptFile]:
-    """Reads every receipt of a run, ordered by the step at which each begins."""
+    """Reads every receipt of a run, ordered by first step. Raises VerifyError for a newer version, or a wrong file name."""
     folder = run.join(run_folder.RECEIPTS)
 
     def read(name: str) -> ReceiptFile:

@@ -1,6 +1,6 @@
-"""Tells whether a run's driver is alive, from the heartbeat in its ledger: every few seconds, with its host and process.
+"""Checks whether a run's driver is alive, by the heartbeat in its ledger: every few seconds, with its host and process.
 
-That at most one driver is alive at a time is ensured by the lease (`lease`).
+The lease (`lease`) ensures that at most one driver is alive at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from heliostat.runs import goodput
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
-GONE_S = 120.0  # after which a driver on another host is taken for dead, by its clock, which may be slow
+GONE_S = 120.0  # age of a heartbeat after which a driver on another host counts as dead; that host's clock may be slow
 
 
 def lives(attempt: RecordedAttempt) -> bool:
-    """Tells whether the driver of an attempt without an outcome is alive, as far as can be known without waiting.
+    """Checks whether the driver of an attempt without an outcome is alive, as far as that can be known without waiting.
 
-    On this host its process is looked up; on another host its last heartbeat must be younger than GONE_S.
+    It looks up the driver's process if that runs on this host. On another host, the last heartbeat must be younger than GONE_S.
     """
     if attempt.host == socket.gethostname():
         return _alive(attempt)
@@ -28,13 +28,13 @@ def lives(attempt: RecordedAttempt) -> bool:
 
 
 def last(run: Location) -> RecordedAttempt | None:
-    """Reads the run's newest attempt from its ledger; None if it has none."""
+    """Reads the newest attempt of a run from its ledger; None if there is none."""
     attempts = goodput.read(run)
     return max(attempts, key=lambda a: a.started, default=None)
 
 
 def _alive(attempt: RecordedAttempt) -> bool:
-    """Checks whether the attempt's process exists, and is not another one that got the same process id later."""
+    """Checks whether the attempt's process exists, and isn't a later one with the same process id."""
     try:
         process = psutil.Process(attempt.pid)
         return process.create_time() <= attempt.started + 1 and process.status() != psutil.STATUS_ZOMBIE

@@ -1,6 +1,6 @@
-"""Reads which MLflow run belongs to a run: `run.json` in its folder.
+"""Reads which MLflow run belongs to a run: `run.json` in the run's folder.
 
-The file is written before MLflow is asked, so that there is never a second MLflow run.
+heliostat writes the file before it calls MLflow, so that there is never a second MLflow run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from heliostat.storage.records import Format, open_
 
 @open_
 class Made(TypedDict):
-    """Describes `run.json`; `run_id` is there as soon as MLflow has the run."""
+    """Describes `run.json`. It has a `run_id` once MLflow has the run."""
 
     token: str
     uri: str
@@ -24,7 +24,7 @@ class Made(TypedDict):
 
 
 class MlflowIdRecord(TypedDict, total=False):
-    """Describes the same, or nothing of a new run."""
+    """Describes `run.json`, or an empty record for a new run."""
 
     token: str
     uri: str

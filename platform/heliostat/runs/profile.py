@@ -1,7 +1,7 @@
-"""Profiles some steps of one worker of a running job: the request and its answer, which travel through the run's folder.
+"""Profiles some steps of one worker of a running job. Defines the request and its answer, which travel through the run's folder.
 
 `heliostat debug profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its
-next steps; the worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and `answer.json` last.
+next steps. The worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and then `answer.json`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Inside, Whole, closed, open_
 
-STEPS = 100  # at most: a trace has thousands of events per step
+STEPS = 100  # the most steps: a trace has thousands of events per step
 ANSWER = "answer.json"
 TRACE, MEMORY = ".trace.json.gz", ".memory.pickle"  # endings of file names
 DRIVER = "driver.stacks.txt"  # stacks of the driver's threads, if py-spy could read them
-POLL_S, LOOK_S = 0.5, 5.0  # seconds between two looks for the answer, and for the driver
+POLL_S, LOOK_S = 0.5, 5.0  # seconds between two checks for the answer, and for the driver
 
 
 @closed
 @dataclass(frozen=True)
 class ProfileRequest:
-    """Requests a profile of the next `steps` steps of worker `rank`. `id`: also the name of its folder."""
+    """Requests a profile of the next `steps` steps of worker `rank`. `id` also names the profile's folder."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,40}$")]
     rank: Whole
@@ -41,7 +41,8 @@ class ProfileRequest:
 
 @open_
 class ProfileAnswer(TypedDict):
-    """Describes a profile: `steps` steps, the first of them number `first`, counted from 1; `files` are in its folder.
+    """Describes a profile of `steps` steps. `first`: the number of its first step, counted from 1. `files`: in the profile's
+    folder.
 
     `problem`: why there is no profile; empty if there is one.
     """
@@ -62,7 +63,7 @@ def place(run: Location, request: ProfileRequest) -> Location:
 
 
 def requested(run: Location) -> ProfileRequest | None:
-    """Reads the run's request for a profile; None if there is none, or it has its answer. DataError if it is no request."""
+    """Reads the run's request for a profile; None if there is none, or if it has an answer. DataError if it isn't a request."""
     try:
         request = REQUEST.read(_request(run))
     except FileNotFoundError:
@@ -78,7 +79,7 @@ def discard(run: Location) -> None:
 def answer(
     run: Location, request: ProfileRequest, first: int = 0, steps: int = 0, files: Sequence[str] = (), problem: str = ""
 ) -> None:
-    """Writes the answer to a request, whose files must be complete. `first`: the number of the first step, counted from 1."""
+    """Writes the answer to a request, after its files are complete. `first`: the number of the first step, counted from 1."""
     content: ProfileAnswer = {"problem": problem, "first": first, "steps": steps, "files": list(files)}
     place(run, request).join(ANSWER).write(json.dumps(content).encode())
 
@@ -94,10 +95,10 @@ def answered(run: Location, request: ProfileRequest) -> ProfileAnswer | None:
 def take(
     run: Location, rank: int, steps: int, sleep: Callable[[float], object] = time.sleep
 ) -> tuple[ProfileRequest, ProfileAnswer]:
-    """Requests a profile and waits for it; returns the request and its answer.
+    """Requests a profile and waits for it. Returns the request and its answer.
 
-    ConfigError if the run isn't running, has no such worker, or is being profiled. HeliostatError if the run ends without an
-    answer, or the worker couldn't profile its steps.
+    Raises ConfigError if the run isn't running, has no such worker, or is being profiled. Raises HeliostatError if the run ends
+    without an answer, or if the worker couldn't profile its steps.
     """
     workers = _workers(run)
     if workers is None:
@@ -129,12 +130,12 @@ def _send(run: Location, request: ProfileRequest) -> None:
     if _request(run).create(data):
         return
     other = requested(run)
-    if other is None:  # a command that was killed left it, or has just deleted it
+    if other is None:  # a killed command left the request, or another command has just deleted it
         discard(run)
         if _request(run).create(data):
             return
         other = requested(run)
-    if other != request:  # else the answer to this write was lost
+    if other != request:  # if they are equal, the store's reply to this write was lost
         raise ConfigError(f"{run}: a profile is under way. Wait for it, or if its command was killed, delete {_request(run)}")
 
 
@@ -143,6 +144,6 @@ def _request(run: Location) -> Location:
 
 
 def _workers(run: Location) -> int | None:
-    """Counts the workers of a run that is running; None if it isn't running."""
+    """Counts the workers of a run; None if it isn't running."""
     attempt = liveness.last(run)
     return attempt.workers if attempt and attempt.outcome is None and liveness.lives(attempt) else None

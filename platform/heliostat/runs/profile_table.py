@@ -1,4 +1,4 @@
-"""Summarizes the trace of a profile: the operations that took most of the time, and the longest gaps between two of them."""
+"""Summarizes the trace of a profile: the operations that took the most time, and the longest gaps between operations."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
 TOP, GAPS = 15, 5
-NAME = 70  # characters of a name in a table: kernels have longer ones
-STEP = "heliostat step "  # names of the ranges that are steps begin with it
-GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of what runs on a GPU
+NAME = 70  # characters of a name in a table; names of kernels are longer
+STEP = "heliostat step "  # begins the names of ranges that are steps
+GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events on a GPU
 
 
 class TracedOperation(TypedDict):
-    """Describes all calls of an operation in a profile. `self_s`: its seconds without those of the operations that it calls."""
+    """Describes all calls of an operation in a profile. `self_s`: seconds, without those of the operations that it calls."""
 
     name: str
     device: str
@@ -29,7 +29,8 @@ class TracedOperation(TypedDict):
 
 
 class Gap(TypedDict):
-    """Describes `seconds` without an operation, between two of them, from `begin_s` after the profile's begin."""
+    """Describes a time without operations: its `seconds`, and its begin in seconds from the begin of the profile. It is after the
+    operation `after`, and before the operation `before`."""
 
     begin_s: float
     seconds: float
@@ -38,7 +39,8 @@ class Gap(TypedDict):
 
 
 class ProfileSummary(TypedDict):
-    """Describes a profile: its seconds; the device, its share of busy time, its longest gaps; the top operations by `self_s`."""
+    """Describes a profile: its seconds, its device, and the device's share of busy time and longest gaps. `operations`: the top
+    ones by `self_s`."""
 
     seconds: float
     device: str
@@ -48,7 +50,7 @@ class ProfileSummary(TypedDict):
 
 
 class Span(NamedTuple):
-    """Describes an event of a trace, in microseconds."""
+    """Describes an event of a trace; times are in microseconds."""
 
     begin: float
     end: float
@@ -58,7 +60,7 @@ class Span(NamedTuple):
 
 
 def read(trace: Location) -> ProfileSummary:
-    """Summarizes a trace file (JSON of Chrome's format, gzipped); DataError if it is none."""
+    """Summarizes a trace file (gzipped JSON in Chrome's format). Raises DataError if the file isn't one."""
     try:
         with trace.open() as raw, gzip.open(raw) as text:
             events = json.load(text)["traceEvents"]
@@ -68,7 +70,7 @@ def read(trace: Location) -> ProfileSummary:
 
 
 def spans(events: Iterable[dict[str, object]]) -> list[Span]:
-    """Collects the events of a trace that have a duration, ordered so that a call comes before the calls that it makes."""
+    """Collects the events of a trace that have a duration. Each call comes before the calls that it makes."""
     collected = [
         Span(begin := float(str(e["ts"])), begin + float(str(e["dur"])), str(e["name"]), (str(e["pid"]), str(e["tid"])),
              str(e.get("cat", "")))
@@ -79,7 +81,7 @@ def spans(events: Iterable[dict[str, object]]) -> list[Span]:
 
 
 def summarize(events: Sequence[Span]) -> ProfileSummary:
-    """Summarizes the events of a trace, ordered as `spans` does. ValueError if none of them is a step."""
+    """Summarizes the events of a trace, in the order of `spans`. Raises ValueError if none of them is a step."""
     steps = [s for s in events if s.category == "user_annotation" and re.fullmatch(rf"{STEP}\d+", s.name)]
     if not steps:
         raise ValueError("no step")
@@ -100,7 +102,7 @@ def summarize(events: Sequence[Span]) -> ProfileSummary:
 
 
 def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
-    """Sums the calls up by name. The time of a call counts once: for the innermost operation of its thread."""
+    """Sums the calls up by name. Each moment counts once: for the innermost operation of its thread."""
     own, total, calls = defaultdict[str, float](float), defaultdict[str, float](float), defaultdict[str, int](int)
     open_calls = defaultdict[tuple[str, str], list[Span]](list)
     for event in events:
@@ -109,7 +111,7 @@ def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
             outer.pop()
         if outer and device == "cpu":
             own[outer[-1].name] -= seconds
-        if all(call.name != event.name for call in outer):  # else its time is in the outer call's
+        if all(call.name != event.name for call in outer):  # the outer call includes the time of a recursive one
             total[event.name] += seconds
         own[event.name] += seconds
         calls[event.name] += 1
@@ -118,7 +120,7 @@ def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
 
 
 def _gaps(events: Sequence[Span], begin: float, end: float) -> list[Gap]:
-    """Finds the times between `begin` and `end`, in microseconds, in which none of the events runs."""
+    """Lists the times between `begin` and `end`, in microseconds, in which no event runs."""
     gaps, reached, last = list[Gap](), begin, "the begin"
     for event in [*events, Span(end, end, "the end", ("", ""), "")]:
         if event.begin > reached:
@@ -130,7 +132,7 @@ def _gaps(events: Sequence[Span], begin: float, end: float) -> list[Gap]:
 
 
 def operation_rows(summary: ProfileSummary) -> list[list[str]]:
-    """Makes the table of the top operations, the head first."""
+    """Formats the top operations as rows of text, the header first."""
     head = ["operation", "device", "calls", "total ms", "self ms", "share"]
     seconds = summary["seconds"] or 1.0
     return [head, *([o["name"][:NAME], o["device"], f"{o['calls']:,}", f"{o['total_s'] * 1e3:,.1f}", f"{o['self_s'] * 1e3:,.1f}",
@@ -138,7 +140,7 @@ def operation_rows(summary: ProfileSummary) -> list[list[str]]:
 
 
 def gap_rows(summary: ProfileSummary) -> list[list[str]]:
-    """Makes the table of the longest gaps, the head first."""
+    """Formats the longest gaps as rows of text, the header first."""
     rows = [[f"{g['begin_s'] * 1e3:,.1f}", f"{g['seconds'] * 1e3:,.1f}", g["after"][:NAME], g["before"][:NAME]]
             for g in summary["gaps"]]  # fmt: skip
     return [["at ms", "gap ms", "after", "before"], *rows]

@@ -1,4 +1,4 @@
-"""Shows the samples that a step trained on: where each comes from, and its content as the recipe shows it to a person."""
+"""Shows the samples that a step trained on: the origin of each, and its content, as the recipe describes it to a person."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.storage.locations import Location
 
 
 class Place(TypedDict):
-    """Describes where a sample is; `row` counts the chunk's samples."""
+    """Describes the location of a sample. `row`: its index in the row group."""
 
     shard: str
     row_group: int
@@ -28,7 +28,7 @@ class BadSample(Place):
 
 
 class Sample(Place):
-    """Describes a sample of a step; `replaces`: the bad one that it stands in for."""
+    """Describes a sample of a step. `replaces`: the bad sample that it replaced."""
 
     lane: int
     place: int
@@ -39,7 +39,7 @@ class Sample(Place):
 
 
 def samples(run: Location, step: int) -> list[Sample]:
-    """Reads the global batch of a step, counted from 1, lane by lane."""
+    """Reads the global batch of a step, counted from 1, ordered by virtual rank. Raises ConfigError for an unknown step."""
     history = History(run)
     if not 1 <= step <= history.steps:
         raise ConfigError(f"step: the run has no step {step}. Give one of 1 to {history.steps}.")
@@ -73,7 +73,7 @@ def _place(data: Dataset, source: int, chunk: int, row: int) -> Place:
 
 
 def _recipe(run: Location, data: Dataset) -> Recipe:
-    """Loads the run's recipe from the job in its newest checkpoint, bound to the data; ConfigError if there is none."""
+    """Loads the recipe of the job in the newest checkpoint, and binds it to the data. Raises ConfigError without a checkpoint."""
     last = layout.latest(run)
     if last is None:
         raise ConfigError(f"{run}: has no complete checkpoint, so its recipe isn't known")

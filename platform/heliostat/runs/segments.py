@@ -1,8 +1,8 @@
-"""Keeps a run's segments: the data plans that it followed, one after another, next to its receipts.
+"""Records a run's segments, next to its receipts. Each segment is a stretch of the run with one data plan.
 
-The first is written when the run starts; `--allow-data-change` adds one at the step where it resumes, and so does going back
-before a loss spike, whose samples the new plan leaves out. What was recorded of steps after the one that a run resumes from is
-removed, because they are trained again.
+The start of the run writes the first segment. `--allow-data-change` adds one at the step where the run resumes. A return to a
+checkpoint before a loss spike also adds one, because the new plan leaves out the spike's samples. Records of steps after the one
+that a run resumes from are removed, because these steps are trained again.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from heliostat.storage.locations import Location
 
 
 def begin(run: Location, plan: DataPlan, step: int) -> None:
-    """Marks in the run's folder that the run continues from `step` with `plan`.
+    """Records in the run's folder that the run continues from `step` with `plan`.
 
-    Deletes whatever is recorded of later steps, because they are trained again.
+    Deletes the records of later steps, because they are trained again.
     """
     for folder in run_folder.BY_STEP:
         for path, _ in run.join(folder).files():
@@ -30,7 +30,7 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 
 
 def read(run: Location) -> list[DataPlan]:
-    """Reads every data plan that the run has followed, by the step at which each began; DataError if they are out of order."""
+    """Reads the data plans that the run has followed, ordered by first step. Raises DataError if they are out of order."""
     folder = run.join(run_folder.SEGMENTS)
     followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):

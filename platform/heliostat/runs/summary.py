@@ -1,7 +1,7 @@
-"""Keeps the facts of a training's end: `summary.json` from the last step on, `result.json` once its model is made.
+"""Records the facts of a training's end: `summary.json` after the last step, and `result.json` after the model is made.
 
-Both files name the step that they are of. A driver that dies behind the last checkpoint leaves no summary, or one of an earlier
-end: then scores and loss are the checkpoint's own, to the bit, and rates and times the ledger's.
+Both files have the step at which training ended. If the driver dies after the last checkpoint, there is no summary, or only one
+of an earlier end. Then scores and loss come from the checkpoint, bit by bit, and rates and times come from the ledger.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 log = logging.getLogger(__name__)
 
-Ending = dict[str, Any]  # the facts that `heliostat train --json` prints, as the command that ended wrote them
-TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are of
+Ending = dict[str, Any]  # the facts that `heliostat train --json` prints, written by the command that ended
+TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are computed from
 
 
 def write(run: Location, summary: Mapping[str, object]) -> None:
@@ -32,7 +32,7 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
 
 
 def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
-    """Reads the summary of the training that ended with this checkpoint; without one, computes it from checkpoint and ledger."""
+    """Reads the summary of the training that ended with checkpoint `last`, or computes it from the checkpoint and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
         log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
@@ -41,14 +41,14 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
 
 
 def result(run: Location, step: int) -> Ending | None:
-    """Reads the result of the run that ended with this step; None if there is none, or only that of another end."""
+    """Reads the result of the run that ended with `step`; None if there is none, or only one of another end."""
     return _of_step(run.join(run_folder.RESULT), step)
 
 
 def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, attempts: list[RecordedAttempt]) -> Ending:
     """Computes the summary of a training from its last checkpoint and its ledger.
 
-    `metrics`: of the checkpoint's index; `attempts`: the ledger's.
+    `metrics`: from the checkpoint's index. `attempts`: from the ledger.
     """
     ordered = sorted(attempts, key=lambda a: a.started)
     trained = next((a for a in reversed(ordered) if a.reached > a.start_step), None)
@@ -64,7 +64,7 @@ def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, at
         "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
         "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
         "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,
-        "startup": {},  # its parts went with the driver
+        "startup": {},  # these parts were lost with the driver
         "restarts": sum(a.restart for a in ordered[begun:] if trained and a.started <= trained.started),
     }
 

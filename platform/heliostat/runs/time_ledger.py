@@ -1,8 +1,8 @@
-"""Measures where a run's time goes: `Ledger` on a worker, `LedgerRecorder` on the driver; `runs.goodput` defines the parts.
+"""Measures the use of a run's time: `Ledger` on a worker, `LedgerRecorder` on the driver. `runs.goodput` defines the parts.
 
-A worker's ledger is always in exactly one part, and one clock reading ends a part and begins the next, so the parts add up to the
-worker's time exactly. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time in the engine is
-`computing`: on GPUs too, because every step ends by reading the gradient norm, which waits for the device.
+A worker's ledger is always in exactly one part. One clock reading ends a part and begins the next, so the parts add up exactly to
+the worker's time. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time in the engine is
+`computing`. That is right on GPUs, too, because the host is at most one step ahead of the device (`training.worker.step`).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 5.0  # a killed driver's file is at most so old
-RETRY_S = 30.0  # between two tries to read a ledger that can't be read
+EVERY_S = 5.0  # the maximum age of a killed driver's file
+RETRY_S = 30.0  # between two tries to read an unreadable ledger
 
 
 class Ledger:
-    """Books a worker's time by part: `switch(part)` from now on, `with ledger(part): ...` for a while.
+    """Books a worker's time by part: `switch(part)` from now on, `with ledger(part): ...` inside the context.
 
-    Parts do not overlap: inner ones interrupt outer ones.
+    Parts don't overlap: an inner part interrupts the outer one.
     """
 
     def __init__(self, part: str) -> None:
@@ -57,14 +57,15 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves seconds booked under one part to another, where only later it is known what they were."""
+        """Moves booked seconds from one part to another, if their part is only known later."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def compiled(self, first: bool) -> None:
-        """Splits compiling from computing; called after the first step, booked wholly as compiling, and after the second.
+        """Separates compiling from computing. Call it after the first step, which is booked completely as compiling, and after
+        the second.
 
-        The second step's time shows how much of the first was not compiling.
+        The time of the second step shows how much of the first step wasn't compiling.
         """
         if not first:
             spent = self.totals()
@@ -72,41 +73,41 @@ class Ledger:
         self.switch("computing")
 
     def totals(self) -> dict[str, float]:
-        """Returns the seconds by part from the beginning up to now."""
+        """Returns the seconds by part up to now."""
         self.switch(self.part)
         return dict(self._seconds)
 
 
 class LedgerRecorder:
-    """Keeps the run's time ledger on the driver from the mailbox's events, in one file for each attempt.
+    """Keeps the run's time ledger on the driver, from the mailbox's events, with one file per attempt.
 
-    Writing runs in a thread of its own, and a store that refuses it costs a warning: the ledger never stops a run.
+    A separate thread writes the files. If the store rejects a file, the recorder logs a warning: the ledger never stops a run.
     """
 
     def __init__(self, run: Location, started: float, start_step: int, workers: int) -> None:
-        """Begins the ledger with a first attempt; `started`: wall clock of the command's start."""
+        """Begins the ledger with a first attempt. `started`: wall-clock time of the command's start."""
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
-        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # each attempt, by a clock that is never set
+        self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # start of each attempt, by a monotonic clock
         self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
         self._reading: Future[list[RecordedAttempt]] | None = None
-        self._again = 0.0  # when they are to be read again; 0.0 before the first time
+        self._again = 0.0  # when to read them again; 0.0 before the first time
         self._joined: float | None = None  # when this attempt's rank 0 began to count
-        self._head: dict[str, float] = {}  # the parts until then
-        self._placing: list[float] = []  # when the pool was asked for workers
+        self._head: dict[str, float] = {}  # the parts up to then
+        self._placing: list[float] = []  # times of the requests for workers to the pool
         self._saved_at: set[int] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._writing: Future[None] | None = None
-        self._due = 0.0  # when the file is to be written again
+        self._due = 0.0  # when to write the file again
 
     def event(self, event: Event) -> None:
-        """Takes an event of the workers; the totals in its `ledger`, where it has one, update the attempt's parts."""
+        """Processes an event of the workers. If it has totals in `ledger`, they update the attempt's parts."""
         at, now = event.at, self.attempts[-1]
         phase = event.phase if isinstance(event, Phase) else ""
         if self._joined is None and phase not in ("placing", "model"):
-            return  # late, from workers that have failed
+            return  # a late event of workers that have failed
         if phase == "placing" and self._joined is not None and at < now.known:
-            return  # the driver's, which these workers' own have overtaken
+            return  # an event of the driver, overtaken by the workers' own
         if phase in ("placing", "model") and self._joined is not None:
             self.restart(at)
             now = self.attempts[-1]
@@ -130,13 +131,13 @@ class LedgerRecorder:
         return RecordedAttempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
-        """Books the time up to `at`, while there is no worker yet, under the pending part, and makes `pending` the next one."""
+        """Books the time up to `at` under the pending part, while there is no worker yet. `pending` becomes the next one."""
         now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be slow
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
     def _join(self, event: ModelPhase) -> None:
-        """Books the workers' start; `queued_s`: how long their placement group, the last one requested, waited for resources."""
+        """Books the start of the workers. `event.queued_s`: seconds that the last requested placement group waited."""
         now, at = self.attempts[-1], event.at
         self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
@@ -154,7 +155,7 @@ class LedgerRecorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Keeps the marks at checkpoints, where later attempts may begin, and the last one."""
+        """Keeps the marks at checkpoints, where later attempts may begin, and the newest mark."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()
@@ -165,7 +166,7 @@ class LedgerRecorder:
         at = at or time.time()
         failed = self.attempts[-1]
         failed.reason = reason
-        if failed.pending == "idle":  # they have ended in peace, to begin again
+        if failed.pending == "idle":  # they ended without an error, to begin again
             failed.pending = "restarting"
         self._end(outcome, max(at, failed.known))
         self.attempts.append(self._attempt(failed.seen, failed.reached, failed.workers, restart=True))
@@ -178,7 +179,7 @@ class LedgerRecorder:
         self._write(ended)
 
     def beat(self, force: bool = False) -> None:
-        """Writes the attempt's file if it is out of date, unless the last write is still under way; to be called often."""
+        """Writes the attempt's file if it is out of date, unless the last write is still running. Call it often."""
         now = time.monotonic()
         self._due = min(self._due, now if force else self._due)
         if now >= self._due and (self._writing is None or self._writing.done()):
@@ -194,13 +195,13 @@ class LedgerRecorder:
         self._writing = self._thread.submit(_store, place, data)
 
     def report(self) -> goodput.GoodputReport:
-        """Computes the run's goodput up to now, over all attempts, those of earlier commands too."""
+        """Computes the run's goodput up to now, over all attempts, including those of earlier commands."""
         return goodput.report(self._all())
 
     def spent(self) -> tuple[float, float]:
-        """Computes the run's hours up to now, over all its commands, and its workers' hours while they held resources.
+        """Computes the run's hours up to now, over all its commands, and the hours for which its workers held resources.
 
-        Those of earlier commands are the ledger's; this command's own are of a monotonic clock.
+        Hours of earlier commands come from the ledger. Hours of this command come from a monotonic clock.
         """
         earlier, ends = self._before(), [*self._begun[1:], time.monotonic()]
         attempts = [*earlier, *self.attempts]
@@ -211,7 +212,7 @@ class LedgerRecorder:
 
     @property
     def complete(self) -> bool:
-        """Tells whether the attempts of earlier commands are read."""
+        """Returns whether the attempts of earlier commands have been read."""
         return self._earlier is not None
 
     def _all(self) -> list[RecordedAttempt]:
@@ -219,7 +220,7 @@ class LedgerRecorder:
         return [*self._before(), *self.attempts]
 
     def _before(self) -> list[RecordedAttempt]:
-        """Returns the attempts of earlier commands. If they can't be read at first, the thread tries again every RETRY_S."""
+        """Returns the attempts of earlier commands. If the first read fails, the thread tries again every RETRY_S seconds."""
         if self._earlier is None:
             if not self._again:
                 self._take(partial(goodput.read, self.run))
@@ -243,7 +244,7 @@ class LedgerRecorder:
             log.warning("read the run's ledger. Goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
-        """Closes the ledger at the command's end; the file is written when this returns."""
+        """Closes the ledger at the end of the command, and waits until the file is written."""
         self.attempts[-1].reason = reason
         self._end(outcome, time.time())
         self._thread.shutdown(wait=True)

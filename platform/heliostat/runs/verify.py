@@ -1,9 +1,9 @@
 """Verifies a run against its data: recomputes every receipt from the manifests and the shards alone.
 
-`verify` loads what every step had to train on, hashes it as training did, and compares: each step's digest, each link of the
-chain, and the chain that each checkpoint recorded. It continues after a difference, and recomputes steps that no receipt
-covers, so one fault does not hide the rest. Several windows are loaded at once, because object storage answers slowly; memory
-is bounded by them and by one bit for each sample of the epochs under way.
+`verify` loads the samples that every step had to train on, and hashes them as training did. It compares each step's digest, each
+link of the chain, and the chain that each checkpoint recorded. After a difference it continues, and it also recomputes steps that
+no receipt covers, so one fault doesn't hide the others. It loads several windows at once, because object storage answers slowly.
+Its memory holds these windows, and one bit per sample of the current epochs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ AHEAD = 3  # units loaded at once
 
 
 class Difference(NamedTuple):
-    """Describes a difference between what was recomputed (`expected`) and what the run recorded (`found`).
+    """Describes a difference between a recomputed value (`expected`) and the run's record (`found`).
 
-    `what`: "digest", "chain", "data plan", or "receipt" where none covers the step (then `found` is None).
+    `what`: "digest", "chain", "data plan", or "receipt" if none covers the step (then `found` is None).
     """
 
     step: int
@@ -48,12 +48,12 @@ class StepUnit:
     data: Dataset
     first: int
     end: int
-    versions: frozenset[int]  # of receipts, by which its steps are to be known
+    versions: frozenset[int]  # of receipts: its steps need a digest of each
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Holds what was recomputed of a unit: step digests by version of `receipt`, planned samples, and how many were replaced."""
+    """Holds a unit's recomputed values: step digests by version of `receipt`, planned samples, and the number of bad ones."""
 
     digests: dict[int, list[str]]
     planned: SamplePlaces
@@ -61,7 +61,7 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[StepUnit]:
-    """Cuts all steps into units of whole rounds, a window or more each, so that a window's chunks are read about once."""
+    """Cuts all steps into units of whole rounds, each at least a shuffle window long, so that row groups are read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
@@ -77,9 +77,9 @@ def units(history: History) -> Iterator[StepUnit]:
 
 
 def recompute(unit: StepUnit) -> Recomputed:
-    """Recomputes a unit's step digests from its samples' contents, and looks up the places that the order plans for them."""
+    """Recomputes a unit's step digests from the contents of its samples, and locates the samples that the order planned."""
     order = unit.data.order
-    places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, lanes, samples of a lane]
+    places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples of each]
     loaded = unit.data.load(places.ravel())
     by_version = {}
     for version in unit.versions:
@@ -90,7 +90,7 @@ def recompute(unit: StepUnit) -> Recomputed:
 
 
 def recomputed(history: History) -> Iterator[tuple[StepUnit, Recomputed]]:
-    """Yields every unit in order with what was recomputed of it, while the next ones are being loaded."""
+    """Yields every unit in order, with its recomputed values, while the next units load."""
     with ThreadPoolExecutor(AHEAD) as pool:
         pending: deque[tuple[StepUnit, Future[Recomputed]]] = deque()
         try:
@@ -107,7 +107,7 @@ def recomputed(history: History) -> Iterator[tuple[StepUnit, Recomputed]]:
 
 
 class SeenSamples:
-    """Tracks which samples the epochs of a segment have held, one bit a sample; a source's last two epochs are kept."""
+    """Tracks which samples the epochs of a segment have contained, one bit per sample. It keeps each source's last two epochs."""
 
     def __init__(self, data: Dataset) -> None:
         counts = [split.samples for split in data.order.splits]
@@ -116,7 +116,7 @@ class SeenSamples:
         self._bits: dict[tuple[int, int], np.ndarray] = {}
 
     def add(self, samples: SamplePlaces) -> int:
-        """Adds samples, and counts how many of them their epoch has held before."""
+        """Adds samples, and counts those that their epoch already contained."""
         repeated = 0
         for source, epoch in np.unique(np.stack([samples.source, samples.epoch], axis=1), axis=0).tolist():
             mine = (samples.source == source) & (samples.epoch == epoch)
@@ -132,12 +132,15 @@ class SeenSamples:
 
 
 class VerifyReport(TypedDict):
-    """Describes what `heliostat run verify --json` prints.
+    """Describes the output of `heliostat run verify --json`.
 
-    `steps`: covered steps with all receipts right; `samples`: those that receipts cover; `lost`: planned samples before the last
-    known step that no receipt covers; `repeated`: samples that their epoch held before (an epoch has as many places as samples:
-    while this is 0, each comes once); `replaced`: bad samples that another one replaced; `first_difference`: its fields, with
-    the step counted from 1, as everywhere that a person looks.
+    - `steps`: covered steps whose receipts are all right.
+    - `samples`: samples that receipts cover.
+    - `lost`: planned samples before the last known step that no receipt covers.
+    - `repeated`: samples that their epoch already contained. An epoch has as many places as samples, so each sample comes once if
+      this is 0.
+    - `replaced`: bad samples that other samples replaced.
+    - `first_difference`: the fields of `Difference`, with the step counted from 1, as in everything that people read.
     """
 
     ok: bool
@@ -150,7 +153,7 @@ class VerifyReport(TypedDict):
 
 
 class Audit:
-    """Compares what was recomputed with what the run recorded, unit by unit."""
+    """Compares recomputed values with the run's record, unit by unit."""
 
     def __init__(self, history: History) -> None:
         self.history, self.chain = history, receipt.GENESIS
@@ -202,7 +205,7 @@ class Audit:
 
 
 def verify(run: Location) -> VerifyReport:
-    """Verifies that the run trained on what it had to."""
+    """Verifies that the run trained on the samples of its data plans."""
     history = History(run)
     audit = Audit(history)
     columns = (TextColumn("verifying"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
@@ -215,7 +218,7 @@ def verify(run: Location) -> VerifyReport:
 
 
 def explain(report: VerifyReport) -> str:
-    """Explains in a line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
+    """Explains in one line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch, so the order of samples is wrong"
