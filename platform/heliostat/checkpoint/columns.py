@@ -92,7 +92,7 @@ def collect(
 ) -> None:
     """Fills a contiguous target with the elements of the wanted order from `first` on.
 
-    `read(start, rows)`: fills `rows` with elements of the stored order from `start` on; `most`: elements in memory at a time.
+    `read(start, rows)`: fills `rows` with elements of the stored order from `start` on; `most`: elements per move, about.
     """
     import torch
 
