@@ -28,13 +28,13 @@ class Careful:
 
     care: Care | None
     taken: int = 0
-    """Documents so far."""
+    """Documents that were processed so far."""
     read: int = 0
-    """What was read so far, with what reading leaves out."""
+    """Documents that were read so far, including those that reading leaves out."""
     part: int = 0
     crashes: int = 0
     unread: list[str] = field(default_factory=list)
-    """Where reading failed, and why: what comes after it in its part is missing."""
+    """Places where reading failed, with the errors. The rest of the part is missing."""
 
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]

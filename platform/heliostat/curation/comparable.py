@@ -33,12 +33,12 @@ OPTIONAL = (
 )
 VOICED = "\u3099\u309a"  # marks of kana, which change the sound
 FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
-"""Code points that may be compared as others: all but Han, Hangul, Tangut, and those for private use."""
+"""Code points that may be compared as another one: all except Han, Hangul, Tangut, and those for private use."""
 CODES = 0x110000
 _END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
 END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where a long text can be cut: in no word
 LONGEST = 1 << 18
-"""Characters up to which a word is always whole; a longer one may be the words of its pieces, so that it takes bounded memory."""
+"""Maximum characters of a word that is never split. A longer word may become several words, so that memory is bounded."""
 
 ZERO = ord("0")
 BLOCK = 1 << 16  # characters, and values that are hashed, at a time: what is computed for them stays in the processor's cache
@@ -102,7 +102,7 @@ def words(texts: Sequence[str]) -> ComparableWords:
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns the begin and end of each word of a text, one row each; as many as `words` finds, in NFC or not."""
+    """Returns the begin and end of each word of a text, int [words, 2]: as many words as `words` finds, in NFC or not."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -113,9 +113,10 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words if it has as many as its NFC between two white spaces, else the NFC's, at proportional positions.
+    """Returns a text's words; where its NFC has another number of words between two white spaces, the NFC's words instead.
 
-    NFC reorders marks of several scripts in a row, which may move the start of a word.
+    The positions of the NFC's words are scaled in proportion. NFC reorders marks of several scripts in a row, which may move the
+    start of a word.
     """
     cuts, plain_cuts = _gaps(text), _gaps(plain)
     at, plain_at = np.searchsorted(places[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)

@@ -1,4 +1,4 @@
-"""Makes a dataset without one document or image: its shard, the record of its making, and the manifest lose it.
+"""Makes a dataset without one document or image, which is removed from its shard, the record of its making, and the manifest.
 
 The other shards are copied unchanged. A run continues with the old dataset; a new run uses the new one. Two traces remain:
 what a tokenizer learned from the document, and the choice of kept documents in its clusters. In a collection, the parts'

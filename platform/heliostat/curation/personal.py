@@ -32,7 +32,8 @@ _NUMBERED = re.compile(  # what four numbers with dots are that are no address: 
 )
 _PREFIX = re.compile(r"/\d{1,3}(?!\d)")  # of a network
 RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "9.9.9.9"})
-"""Public name servers that `LONG` would leave. Not 1.1.1.1 and 1.0.0.1: more often a section's number and a version's."""
+"""Public name servers that `LONG` would exclude. 1.1.1.1 and 1.0.0.1 aren't among them: as text, they are more often the
+number of a section or a version."""
 
 LONG = 2  # groups of two digits or more, at least, of an address of version 4: fewer are far more often a version or a section
 BEFORE = 128  # characters before a match that are looked at
@@ -93,7 +94,7 @@ def addresses(text: str) -> Iterator[Span]:
 
 
 def _public(address: str, text: str, end: int) -> bool:
-    """Checks whether an address that ends there in a text is public, and not the first of a network: `2001:db8:7:a::/64`."""
+    """Checks whether an address is public, and isn't a network such as `2001:db8:7:a::/64`. `end`: where it ends in the text."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -122,7 +123,7 @@ def _is_card(number: str, before: str) -> bool:
 
 
 def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
-    """Finds valid numbers, with as many of a match's groups of digits as possible: a date or a code may follow."""
+    """Finds valid numbers: from each match, the longest valid beginning, because a date or a code may follow the number."""
     at = 0
     while match := pattern.search(text, at):
         at, number = match.end(), match[0]

@@ -1,4 +1,4 @@
-"""Opens the images that stages look at."""
+"""Opens and decodes images for stages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def picture_of(document: Document) -> Picture:
 
 
 def fault(error: Exception) -> str:
-    """Formats an image's fault, equally in every process: Pillow's errors may contain memory addresses."""
+    """Formats an image's fault as the same text in every process, because Pillow's errors may contain memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 

@@ -36,7 +36,7 @@ Funnel = dict[str, dict[str, Any]]
 ROWS = 100_000  # documents of which a task counts those that were dropped: some 500 bytes of memory each
 EXACT = "exact"  # in place of a stage's name, in what became of documents
 Alike = tuple[dict[int, int], dict[int, int]]
-"""Counts the documents that clusters have in one place, by their number, and clusters by their places; of two and more each."""
+"""Counts of clusters' documents in one place, by their number, and of clusters by their number of places; both from two."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Prediction:
     flow: Flow
     counted: tally.Tally
     spread: float
-    """The standard error of the bytes that are kept, as a share of them."""
+    """Standard error of the kept bytes, as a share of them."""
     duplicates: dict[str, Alike]
-    """What each stage that compares documents found, and of `exact` duplicates the shards."""
+    """Duplicates by stage that compares documents; the shards' are `exact`."""
     rate: Rate | None = None
     most_trained: int | None = None
-    """Bytes of text that train a tokenizer, at most; None: all of it."""
+    """Maximum bytes of text that train a tokenizer; None: all text."""
     training_grows: float = 1.0
-    """The power of its text with which the time grows that training a tokenizer takes."""
+    """Exponent with which the time to train a tokenizer grows with its text."""
     shards_drop_duplicates: bool = False
-    """Whether the shards' tasks leave out exact duplicates, as those of text do."""
+    """Whether the shards' tasks drop exact duplicates, like those of text."""
 
     def __post_init__(self) -> None:
         self.repeated = self._repeated()
@@ -166,7 +166,7 @@ class Prediction:
 
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
-    """Computes the factor on each stage's documents in the sample by which the whole has fewer, because it has more
+    """Computes a factor for each stage's documents: the whole passes on a smaller share than the sample, because it has more
     duplicates."""
     factors, factor = {}, 1.0
     for name in funnel:
@@ -251,8 +251,11 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
                 places: list[str]) -> dict[str, object]:  # fmt: skip
-    """Counts, for each stage and a part of all clusters: documents of a cluster in one place by their number, and clusters by
-    their number of places, both from two."""
+    """Counts duplicates for each stage, for a part of all clusters.
+
+    Returns two counts: how often a cluster has two or more documents in one place, by their number; and the clusters in two or
+    more places, by the number of places.
+    """
     by_stage: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
     drawn = set(places)
     for path in paths:
@@ -269,7 +272,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Finds the place of a document in the sample: a place with many documents, by the start of its id, or itself."""
+    """Finds the place of a document in the sample: the drawn place with which its id begins; otherwise the id itself."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

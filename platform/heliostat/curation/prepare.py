@@ -3,13 +3,13 @@
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
 
-- everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
-- the dataset exists only when it is complete: a new version is written next to the old one and its manifest last, so a run
-  that fails or is interrupted leaves what was there. What it had written itself it removes;
-- the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
-- a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
+- cheap checks come before Ray starts: the keys, the inputs, the output's store;
+- the dataset exists only when it is complete: a new version is written next to the old one, and its manifest last. A run that
+  fails or is interrupted leaves the old version unchanged, and removes its own files;
+- the replaced version stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
+- a folder with other files is rejected, and heliostat removes only its own files;
 - a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
-- the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
+- the digest doesn't depend on the locations of input and output, or on the time of writing. These facts are in
   `prepared.json`, next to the manifest.
 """
 
@@ -56,7 +56,7 @@ CPUS = 4  # logical: the tasks wait for storage much of the time
 class InputFile:
     """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970.
 
-    `etag`: of an object, where its store gives one.
+    `etag`: the ETag of an object, if its store has one.
     """
 
     path: str

@@ -52,7 +52,7 @@ class SampledParts:
 
     fraction: float
     name: str = ""
-    """The path of an input that is one file."""
+    """Path of the input, if it is one file."""
     parts: list[FilePart] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
@@ -61,9 +61,9 @@ class SampledParts:
     files: int = 0
     taken_files: float = 0.0
     places: list[str] = field(default_factory=list)
-    """Those of the parts that hold many documents (`place`)."""
+    """Places of the parts that hold many documents (`place`)."""
     many_bytes: int = 0
-    """Of the input's bytes, those of files of many documents, whose number is not known."""
+    """Bytes of the input's files with many documents, whose number is unknown."""
 
     def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
         """Counts parts, some of which are read, with a share (`rate`) of their records; each may hold `one` document."""

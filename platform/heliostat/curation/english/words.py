@@ -139,7 +139,10 @@ def sentences(text: str) -> int:
 
 
 def _effect(part: str) -> tuple[int, bool, int, bool]:
-    """Counts the sentences that begin in a part, and whether it ends one: both if none has ended before it, and if one has."""
+    """Counts the sentences that begin in a part, and whether the part ends a sentence.
+
+    Returns both values twice: for a part in the middle of a sentence, and for one after the end of a sentence.
+    """
     if part.isalnum() or part.isspace():
         return _PLAIN
     words = tokens(part)

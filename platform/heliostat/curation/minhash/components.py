@@ -52,7 +52,7 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills the edges between documents that share a key of this part, in both directions: each to the smallest with the key."""
+    """Spills edges, in both directions, from each document with a key of this part to the smallest document with that key."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]

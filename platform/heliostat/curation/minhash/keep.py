@@ -91,7 +91,7 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields some columns of a run's documents with one of the ascending `rows`, and which of these they are."""
+    """Yields (some columns of a run's documents in `rows`, their indexes in `rows`). `rows`: ascending row numbers."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):

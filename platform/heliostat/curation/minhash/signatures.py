@@ -31,7 +31,7 @@ class Parameters:
     ngram: int
     seed: int
     within: str = ""
-    """The column whose values are compared apart."""
+    """The column that separates documents: only those with the same value are compared."""
 
 
 def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:

@@ -29,9 +29,9 @@ from heliostat.tasks.flow import Flow
 
 class PairColumns(Strict):
     query: str = "query"
-    """Holds the query."""
+    """Column with the query."""
     text: str = "text"
-    """Holds the text which the query is about."""
+    """Column with the text that the query is about."""
 
 
 class PairPipeline(StagedPipeline):

@@ -37,7 +37,7 @@ class RepositoryFile:
 
 
 Members = Callable[[], Iterator[RepositoryFile]]
-"""Yields a repository's files from the first on; LeftOutError where no more can be read."""
+"""Yields a repository's files from the first one; LeftOutError if the rest can't be read."""
 
 
 def name_of(raw: bytes) -> str:

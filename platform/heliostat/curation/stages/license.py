@@ -1,8 +1,8 @@
 """Keeps documents by the SPDX expression in their column `license`: permissive licenses, like The Stack (Kocetkov et al. 2022,
 arXiv 2211.15533, section 3.1), unless `allow` names others.
 
-OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds to what a licence allows. A list stands for AND.
-`NOASSERTION`, an empty column and what is no expression are unknown; `NONE` is a document that no licence was found for.
+OR needs one allowed side, AND needs both; an exception (WITH) only adds to the rights of a license. A list means AND.
+`NOASSERTION`, an empty column, and an invalid expression count as unknown. `NONE` marks a document without any license.
 """
 
 from __future__ import annotations

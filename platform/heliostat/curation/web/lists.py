@@ -45,7 +45,7 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields the fetching tasks; `of`: how many share a host's rate."""
+    """Yields the fetching tasks. `of`: the number of tasks that share a host's rate."""
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
 
     def task(file: InputFile) -> Task:
