@@ -21,7 +21,7 @@ call = SERVER.call
 
 
 def start(*arguments: str, log: Path, **options: Any) -> Process:
-    """Starts a command of heliostat, in the repository's root unless another folder is given."""
+    """Starts a command of heliostat in the repository's root, unless another folder is given."""
     return call(f"{__name__}:command", *arguments, log=log, **options)
 
 
@@ -33,7 +33,7 @@ def run(*arguments: str, log: Path, timeout: float = 300, **options: Any) -> Pro
 
 
 def command(arguments: list[str]) -> int:
-    """Runs the command line, in its process."""
+    """Runs the command line in the forked process."""
     forked_server.wait()
     sys.argv = ["heliostat", *arguments]
     from heliostat.cli.main import main
