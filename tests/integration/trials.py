@@ -25,7 +25,7 @@ DEADLINE_S = 480
 
 
 def run(jobs: list[Job], folder: Path, fault: str = "") -> dict[str, dict[str, Any]]:
-    """Plays one after another; fails, with what was said, if a process of one failed."""
+    """Runs trials one after another; fails, with the output, if a process of one failed."""
     from heliostat.data import manifest
     from heliostat.numerics import check, processes
 
@@ -51,7 +51,7 @@ def _hosted(folder: Path, name: str, fault: str) -> None:
 
 
 def main(given: list[str]) -> int:
-    """Plays the trials in forks of this process, one after another; 0 if none of them failed."""
+    """Runs the trials in forks of this process, one after another; returns 0 if none of them failed."""
     from heliostat.numerics import plain, play, processes, small  # noqa: F401
 
     os.environ |= {**processes.THREADS, "GLOO_SOCKET_IFNAME": "lo"}
