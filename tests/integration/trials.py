@@ -1,8 +1,9 @@
-"""Plays the trials of `heliostat check --numerics`, each in processes that are forked from that of `ranks`.
+"""Runs the trials of `heliostat check --numerics`, each in processes that are forked from that of `ranks`.
 
-    found = trials.run(jobs, folder, faults)      # by name of the job: what `numerics.check` concludes of it
+    found = trials.run(jobs, folder, faults)      # by name of the job: the conclusion of `numerics.check`
 
-A fault is named by import path, and called with the job's name in the process that hosts its trial, before that starts any other.
+A fault is named by its import path. The process that hosts the trial calls it with the job's name before it starts any other
+process.
 """
 
 from __future__ import annotations
