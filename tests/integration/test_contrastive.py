@@ -51,7 +51,7 @@ Named = dict[str, torch.Tensor]
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank, returns the distance of the worker's step from the plain one, in each case."""
+    """In every rank, yields the distance of the worker's step from the plain one, in each case."""
     for case in CASES[dist.get_world_size()]:
         job = case.job(Path(folder), dist.get_world_size())
         coupled.SHARED_FROM = case.block or 1024

@@ -80,7 +80,7 @@ def _module(job: Job) -> torch.nn.Module:
 
 
 def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Returns the distance between the initial weights of stage 3 and stage 0, on each rank."""
+    """Yields the distance between the initial weights of stage 3 and stage 0, on each rank."""
     import deepspeed
 
     for backbone in ("UNET", "PIXART"):

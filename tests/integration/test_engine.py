@@ -117,7 +117,7 @@ def test_every_key_that_is_allowed_computes_the_same_and_shards_as_a_checkpoint_
 
 
 def reductions(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """Returns the processes that are started in steps of ZeRO-3 after the first one."""
+    """Yields the processes that are started in steps of ZeRO-3 after the first one."""
     started: list[Any] = []
     engine = _engine(Layers, 3, **{"train.precision": "fp32", "train.zero.stage": 3})
     _train(engine, 3, 1)
@@ -138,7 +138,7 @@ def test_no_step_starts_a_process_and_no_engine_collects_garbage_again_and_again
 
 
 def waits(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """Returns, for each stage, how often the host waits for the device in steps of two micro-batches, and the timers that ran."""
+    """Yields, for each stage, how often the host waits for the device in steps of two micro-batches, and the timers that ran."""
     from deepspeed.accelerator import get_accelerator
 
     calls: list[int] = []
@@ -222,7 +222,7 @@ MICROS = 64
 
 
 def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """Returns the error of a step's gradient against the fp64 sum of the micro-batches' gradients, computed by plain autograd in
+    """Yields the error of a step's gradient against the fp64 sum of the micro-batches' gradients, computed by plain autograd in
     bf16."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_grad
@@ -306,7 +306,7 @@ USES = {"once": _once, "two calls": _two_calls, "checkpointed": _checkpointed}
 
 
 def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """Returns the error of each parameter's gradient against plain autograd's in fp32, over two micro-batches on each worker."""
+    """Yields the error of each parameter's gradient against plain autograd's in fp32, over two micro-batches on each worker."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_grad
 

@@ -157,7 +157,7 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
 
 
 def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank, returns the scores of one untrained model on the held-out rows."""
+    """In every rank, yields the scores of one untrained model on the held-out rows."""
     changes = {"data.sources.0.path": folder, "data.sequence_length": None, "model": {**MODEL, "max_position_embeddings": 96}}
     made = job(
         **changes,

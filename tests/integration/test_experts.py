@@ -110,7 +110,7 @@ class Own(Around):
 
 
 def apart(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In every rank, trains a mixture of separate experts, with other experts in use on each rank; returns the rejected
+    """In every rank, trains a mixture of separate experts, with other experts in use on each rank; yields the rejected
     stages."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (3, 1):

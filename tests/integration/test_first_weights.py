@@ -83,7 +83,7 @@ def _mib(what: str) -> float:
 
 
 def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In both ranks, returns the number of weights that differ from those of one process, the types, and the peak of host
+    """In both ranks, yields the number of weights that differ from those of one process, the types, and the peak of host
     memory."""
     said: list[str] = []
     first_weights.log.addFilter(lambda record: said.append(record.getMessage()) or False)

@@ -37,7 +37,7 @@ class Reads(TorchDispatchMode):
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Returns the reads in the third step of each case, and its norm."""
+    """Yields the reads in the third step of each case, and its norm."""
     for case in CASES:
         job = curves.job_of(case, Path(folder))
         steps = curves.Steps(job, plan(job, [read_manifest(location) for location in job.sources]))

@@ -18,7 +18,7 @@ STAGES = (1, 3)
 
 
 def weights(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """Returns the sums of the whole parameters of models built at each stage, and whether ZeRO had sharded them."""
+    """Yields the sums of the whole parameters of models built at each stage, and whether ZeRO had sharded them."""
     import deepspeed
 
     model = {**BASE["model"], "init": {"zero_output_projections": True}}

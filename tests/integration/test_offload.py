@@ -66,7 +66,7 @@ def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In both ranks, returns the losses of each case as the host alone computes them, then with an accelerator that copies."""
+    """In both ranks, yields the losses of each case as the host alone computes them, then with an accelerator that copies."""
     host = {case: _play(_engine(*case), 0, TRAINED + AFTER) for case in CASES}
     apart()
     for number, case in enumerate(CASES):
@@ -113,7 +113,7 @@ def test_offloaded_state_is_restored_and_stepped_in_place_where_the_accelerator_
 
 
 def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In both ranks, at each stage, returns the error if slices are copies, as a change of DeepSpeed could make them."""
+    """In both ranks, at each stage, yields the error if slices are copies, as a change of DeepSpeed could make them."""
     of = sharded_state.SlicePlace.of
     for stage in range(4):
         engine = _engine("adamw", Layout("fp32", stage, WORKERS), "cpu" if stage else None)

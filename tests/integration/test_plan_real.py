@@ -28,7 +28,7 @@ def _job(precision: str, stage: int, workers: int) -> Any:
 
 
 def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
-    """On each rank, for each case, returns the bytes of an engine after half of its micro-batches, and its slices."""
+    """On each rank, for each case, yields the bytes of an engine after half of its micro-batches, and its slices."""
     from heliostat.engine import deepspeed_engine, sharded_state
     from heliostat.recipes.text.causal_lm import CausalLM
 

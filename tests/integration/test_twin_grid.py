@@ -134,7 +134,7 @@ GROUPS = 2  # of parameters: with weight decay, and without
 
 
 def _allowed(setup: Setup, workers: int) -> Iterator[Allowed]:
-    """Returns the places at which DeepSpeed makes the host wait with this job."""
+    """Yields the places at which DeepSpeed makes the host wait with this job."""
     zero, optimizer = (ZERO_3 if setup.stage == 3 else ZERO), "complete_grad_norm_calculation_for_cpu_offload"
     sums = f"{zero}.independent_gradient_partition_epilogue"
     if setup.stage == 3 and workers == 1:

@@ -72,7 +72,7 @@ class Run:
         return self.location.join("receipts", f"step-{end:08d}.json")
 
     def receipt(self, first: int, end: int, **changes: Any) -> None:
-        """Returns the receipt of steps [first, end) as the run had to write it, with the given changes."""
+        """Writes the receipt of steps [first, end) as the run had to write it, with the given changes."""
         right = {"first": first, "steps": self.digests[first:end], "chain": self.chains[end]}
         self.file(end).write(json.dumps({**right, "data_digest": self.plan(first).digest, **changes}).encode())
 

@@ -46,7 +46,7 @@ def called(node: ast.expr, known: dict[str, Any]) -> Callable[..., object] | Non
 
 
 def faults(path: Path) -> Iterator[str]:
-    """Returns the first calls of a file that current functions don't accept."""
+    """Yields the first calls of a file that current functions don't accept."""
     tree = ast.parse(path.read_text())
     known = names(tree)
     own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

@@ -10,7 +10,7 @@ from heliostat.training.worker.context import Due
 
 
 def pause(due: bool) -> None:
-    """Returns the hook's work after a step: it collects new objects, or all objects if a save is due."""
+    """Calls the hook as after a step: it collects new objects, or all objects if a save is due."""
     due_then = Due(last=False, reports=True, evaluates=False, saves=due, keeps=False, holds=False)
     collector.Collector().on_save(collector.EVERY, due_then)
 

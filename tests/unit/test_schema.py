@@ -21,7 +21,7 @@ def fault(path, settings: list[str] | None = None) -> str:
 
 
 def keys(tree: object, prefix: str = "") -> list[str]:
-    """Yields every key path of nested mappings and lists."""
+    """Lists every key path of nested mappings and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [p for k, v in items for p in (f"{prefix}{k}", *keys(v, f"{prefix}{k}."))]
 

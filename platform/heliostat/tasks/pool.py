@@ -128,7 +128,7 @@ class _Worker:
         self.execute = execute
 
     def alive(self) -> None:
-        """Returns nothing. An answer shows that the process is alive."""
+        """Does nothing: an answer to the call shows that the process is alive."""
 
     def run(self, *arguments: object, **shared: object) -> Mapping[str, object]:
         return self.execute(*arguments, **shared)
