@@ -36,12 +36,12 @@ FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x
 """Code points that may be compared as another one: all except Han, Hangul, Tangut, and those for private use."""
 CODES = 0x110000
 _END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
-END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where a long text can be cut: in no word
+END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where to split long texts
 LONGEST = 1 << 18
 """Maximum characters of a word that is never split. A longer word may become several words, so that memory is bounded."""
 
 ZERO = ord("0")
-BLOCK = 1 << 16  # characters, and values that are hashed, at a time: what is computed for them stays in the processor's cache
+BLOCK = 1 << 16  # characters, and values to hash, at once: the results for them stay in the CPU's cache
 FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 
 
@@ -72,7 +72,7 @@ class ComparableWords:
         A text with fewer words has none or, with `short`, a single one.
         """
         ends = np.cumsum(self.counts)
-        left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each to its text's end
+        left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each word to the end of its text
         begins = left >= n
         if short:
             begins[(ends - self.counts)[self.counts > 0]] = True
@@ -86,7 +86,7 @@ def words(texts: Sequence[str]) -> ComparableWords:
     plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
     begins = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
     joined = plain[0] if len(plain) == 1 else "\n".join(plain)
-    first, total = np.zeros(len(begins), np.int64), 0  # the number of each text's first word
+    first, total = np.zeros(len(begins), np.int64), 0  # index of each text's first word
     hashes, exact, numbers, at = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
     for starts, stops, *columns in _blocks(joined):
         upto = int(np.searchsorted(begins, stops[-1])) if len(stops) else at
@@ -96,7 +96,7 @@ def words(texts: Sequence[str]) -> ComparableWords:
             column.append(part)
     first[at:] = total
     if not any(part.any() for part in numbers):
-        exact.clear()  # as `hashes`
+        exact.clear()  # the same array as `hashes`
     joined_hashes = _joined(hashes)
     return ComparableWords(np.diff(first), joined_hashes, _joined(exact) if exact else joined_hashes, _joined(numbers))
 
@@ -190,7 +190,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
         folded[code] = ord(text) if len(text) == 1 else ord(chr(code).lower()[0])
     folded[ord("ς")] = ord("σ")
     kinds = np.where(kinds == SKIPPED, SKIPPED, kinds[folded]).astype(np.uint8)
-    digits = _having(r"\p{Nd}")[folded]  # such as ² too
+    digits = _having(r"\p{Nd}")[folded]  # also digits such as ²
     folded[digits], kinds[digits] = ZERO, LETTER
     return folded, kinds
 
@@ -217,7 +217,7 @@ def _having(properties: str) -> np.ndarray:
     return table
 
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and as in Words
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and the arrays of ComparableWords
 
 
 def _blocks(text: str) -> Iterator[Block]:
@@ -271,7 +271,7 @@ def _block(text: str) -> Block:
 
 def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the code points of a text, and the comparison value and kind of each."""
-    if text.isascii():  # the same, faster
+    if text.isascii():  # the same result, faster
         data = text.encode()
         raw, code, kind = (np.frombuffer(some, np.uint8) for some in (data, *map(data.translate, _ascii_tables())))
         return raw, code, kind.copy()

@@ -23,9 +23,9 @@ from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-LARGEST = 20  # clusters that are listed
-DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
-RUNS = 16  # about which a task reads
+LARGEST = 20  # largest clusters to list
+DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: its id, the kept one's id, columns, some several times
+RUNS = 16  # runs per task, approximately
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
 """Schema of the dropped documents. `key`: the document's place, (number of its run) << 32 | row."""
 

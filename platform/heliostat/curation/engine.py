@@ -25,8 +25,8 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
-TALLIES = 64  # that a task sums
+RUN_SHARE = 8  # a run's texts are 1 / RUN_SHARE of `memory_limit`: memory has them as Python strings, a table, and a file
+TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
 
 

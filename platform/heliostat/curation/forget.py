@@ -25,10 +25,10 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 COPIERS = 4  # threads, each with a shard in memory
-LISTED = 10  # candidates that an error names
-OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the dataset as it was: the others are counted in all
-OF_GROUPS = ("groups", "documents")  # of documents that belong together, as they were
-SAME = "duplicate"  # the reason of documents whose text is another's, which stayed
+LISTED = 10  # candidates that an error lists
+OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the old dataset; the other facts are counted again
+OF_GROUPS = ("groups", "documents")  # counts of related documents, of the old dataset
+SAME = "duplicate"  # the reason of documents whose text equals that of a kept one
 
 
 def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:

@@ -28,9 +28,9 @@ from heliostat.text import brief, plural
 
 log = logging.getLogger(__name__)
 
-MODELS = ("model", "autoencoder", "text_encoder")  # keys of pipelines that name a model's folder
+MODELS = ("model", "autoencoder", "text_encoder")  # pipeline keys that name a model's folder
 CARD = "README.md"
-NO_DATA = (".md", ".py", ".rst")  # unless a path names them: a repository's own card and scripts
+NO_DATA = (".md", ".py", ".rst")  # a repository's own card and scripts, unless a path names them
 RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TRAIN = "train"
 OTHERS = {"test", "validation", "valid", "val", "dev", "eval"}

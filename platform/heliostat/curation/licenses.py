@@ -15,8 +15,8 @@ from functools import lru_cache
 from heliostat.curation.code_languages import BY_SUFFIX
 
 NONE, UNKNOWN = "NONE", "NOASSERTION"
-MOST = 1 << 18  # bytes of a licence file
-HEAD = 4000  # characters of a file, in which it may name its licence
+MOST = 1 << 18  # maximum bytes of a license file
+HEAD = 4000  # characters at a file's start that may name its license
 _NAME = re.compile(r"(?:un)?licen[cs]es?(?:[-_.].*)?|(?:.+[-_])?licen[cs]e|copying(?:[-_.].*)?", re.IGNORECASE)
 _PROSE = {"Text", "Markdown", "reStructuredText"}
 _OWN = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9.+() -]{0,98}[A-Za-z0-9.+)])")

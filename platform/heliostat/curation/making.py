@@ -136,7 +136,7 @@ class Making(ABC):
         return dict(sorted(dropped.items()))
 
     def _listed(self, curated: Curated, dropped: dict[str, int]) -> list[str] | None:
-        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # not of stages
+        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # reasons of reading, not of stages
         also = {} if self.as_read is None else {"also": self.as_read}
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 

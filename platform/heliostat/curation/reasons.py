@@ -30,7 +30,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
 SECONDS, PIPELINE = UNCOVERED
-END_ROWS = 200_000  # of a file, whose task takes 0.4 KB of memory for each
+END_ROWS = 200_000  # documents per file; its task takes 0.4 KB of memory for each
 __all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "with_column"]
 
 

@@ -49,9 +49,9 @@ from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
-BLOCK = 1 << 16  # windows that are compared together
-HELD = 1 << 20  # occurrences that are held before they are merged or spilled
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence, of its document, and its place there
+BLOCK = 1 << 16  # windows that are compared at once
+HELD = 1 << 20  # occurrences in memory before they are merged or spilled
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # by occurrence: its hash, its document's hash, and its place in the document
 
 
 class Signing(Protocol):
@@ -189,8 +189,8 @@ def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
     return stretches
 
 
-ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
-REWRITTEN = 8  # that a task rewrites
+ROW_BYTES = 120  # bytes of memory per occurrence in a task, including the sort
+REWRITTEN = 8  # runs that a task rewrites
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes the parts that documents share, except one occurrence; a subclass defines the parts and the removal."""
 
-    version: ClassVar[int] = 3  # words are those of `comparable`, and what is left too short is dropped
+    version: ClassVar[int] = 3  # words are those of `comparable`, and a text that becomes too short is dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",

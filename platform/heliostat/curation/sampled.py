@@ -10,8 +10,8 @@ import xxhash
 from heliostat.curation import pieces
 from heliostat.curation.pieces import FilePart
 
-PLACES = 64  # that are chosen at least, where there are so many, lest a sample is of one neighbourhood
-OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds
+PLACES = 64  # minimum number of chosen places, if there are as many, so that a sample isn't of one neighborhood
+OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds of the three hashes
 FEW_UNKNOWN = 0.05
 
 

@@ -238,7 +238,7 @@ class Stage(Strict):
 
     def loaded(self) -> Callable[[Document], Outcome]:
         """Loads the stage's models and lists, and returns its function of one document; `open` is for batches."""
-        Stage.check(self)  # on this node: `decide` may take a module that is missing for bad data
+        Stage.check(self)  # on this node, because `decide` may take a missing module for bad data
         if not isinstance(self, Decides):
             raise ConfigError(
                 f"stage {self.named()}: {type(self).__name__} doesn't define what to do. Add `decide` (docs/guides/filter.md)"

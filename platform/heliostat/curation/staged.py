@@ -58,7 +58,7 @@ class StagedPipeline(Pipeline):
         if not isinstance(value, dict) or not (old or isinstance(columns, list)) or "columns" not in cls.model_fields:
             return value
         if columns is not None and not isinstance(columns, list | dict):
-            return value  # for the schema to report
+            return value  # the schema reports the error
         now = {"others": columns} if isinstance(columns, list) else dict(columns or {})
         for key in sorted(old):
             if cls.moved[key] in now:
@@ -96,7 +96,7 @@ class StagedPipeline(Pipeline):
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
-                return  # a stage of somebody's own may make any column
+                return  # a user's own stage may make any column
             for field in stage.compares:
                 if (name := getattr(stage, field)) and name not in available:
                     hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""

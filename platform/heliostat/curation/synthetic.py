@@ -14,7 +14,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 
-FOLDER, RECORD = "answers", "inference.json"  # as `heliostat model infer` writes them, side by side
+FOLDER, RECORD = "answers", "inference.json"  # names of `heliostat model infer`, next to each other
 
 
 @open_

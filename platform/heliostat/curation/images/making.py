@@ -32,7 +32,7 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
+SHARD_SHARE = 4  # a shard's task holds its images, the sorted images, and its file
 
 
 @dataclass

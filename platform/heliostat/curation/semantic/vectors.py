@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LONGEST = 1040  # numbers of a vector, at most: LONGEST * 127 * 127 < 2**24
-TOGETHER = 512  # rows that are compared together
-ROUNDS = 10  # of k-means
-Vectors = Callable[[int, int], np.ndarray]  # the rows from a first to a last, in the order in which they are gone through
+LONGEST = 1040  # maximum numbers of a vector: LONGEST * 127 * 127 < 2**24
+TOGETHER = 512  # rows that are compared at once
+ROUNDS = 10  # rounds of k-means
+Vectors = Callable[[int, int], np.ndarray]  # returns the rows of a range [first, last), in the order of comparison
 
 
 def lengths(vectors: np.ndarray) -> np.ndarray:

@@ -35,7 +35,7 @@ class Extract(Stage):
         "failed": "the parser refuses the page",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"undecodable": ("max_undecodable",)}
-    version: ClassVar[int] = 3  # texts are in NFC, as those of readers are
+    version: ClassVar[int] = 3  # texts are in NFC, like those of readers
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """Library that extracts the text of a page."""

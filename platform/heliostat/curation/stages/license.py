@@ -14,7 +14,7 @@ from heliostat.curation.licenses import NONE, UNKNOWN
 from heliostat.curation.stage import Document, Outcome, Stage
 
 _TOKEN = re.compile(r"\s*([()]|[A-Za-z0-9.+:-]+)")
-MOST, DEEP = 1000, 50  # characters and parentheses of an expression
+MOST, DEEP = 1000, 50  # maximum characters, and nested parentheses, of an expression
 PERMISSIVE = [
     "0BSD", "AFL-3.0", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD-3-Clause-Clear", "BSL-1.0", "CC0-1.0",
     "ECL-2.0", "ISC", "MIT", "MIT-0", "NCSA", "PostgreSQL", "UPL-1.0", "Unlicense", "WTFPL", "Zlib",

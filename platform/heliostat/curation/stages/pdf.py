@@ -35,7 +35,7 @@ class Pdf(Stage):
         "failed": "it is no PDF that can be read",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
-    version: ClassVar[int] = 2  # texts are in NFC, as those of readers are
+    version: ClassVar[int] = 2  # texts are in NFC, like those of readers
     needs: ClassVar = ("curation", "pypdfium2")
     libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 

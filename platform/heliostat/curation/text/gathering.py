@@ -41,9 +41,9 @@ class Together(Strict):
         return {"column": value} if isinstance(value, str) else value
 
 
-ENDS = 10_000  # documents whose ends are Python objects at a time
+ENDS = 10_000  # documents whose fates are Python objects at once
 ENDS_ORDER = ("id", "stage", "reason", "detail")
-HELD_BYTES = 1 << 24  # that are held, at least, before equal texts are looked for, and before exact duplicates are spilled
+HELD_BYTES = 1 << 24  # minimum bytes in memory before equal texts are searched, and before exact duplicates are spilled
 SHOWN = 200  # characters of a value in an error
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]

@@ -21,7 +21,7 @@ from heliostat.data.infilling import FACT, Markers
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 
-WORD = 1 << 64  # of which a draw is a part
+WORD = 1 << 64  # the range of a draw
 
 
 class FillInTheMiddle(Strict):

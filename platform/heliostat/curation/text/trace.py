@@ -24,9 +24,9 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tasks.care import CRASHED, UNREAD
 
 MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
-AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
+AFTER = (segment.FINISH, "exact", "shard", "forget")  # fates of documents that passed all stages
 ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
-HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
+HOPS = 20  # maximum steps from a duplicate to the kept document, which may be another one's duplicate
 
 
 def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
@@ -125,7 +125,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
             notes.append(f"the changes by {again['stage']} depend on all documents: from there on, this shows the record")
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
-        if again["did"] == "cut":  # it ended before, and would not today
+        if again["did"] == "cut":  # the document was dropped earlier, and wouldn't be today
             break
         if again["did"] == "compared":
             gone = again["stage"] == end["stage"]

@@ -29,9 +29,9 @@ from heliostat.text import printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
-SPILLED = 200_000  # rows, at a time
+SPILLED = 200_000  # rows in memory at once
 GROUP = 48  # bits of a hash below its group
-URLS = 2000  # of a task, about
+URLS = 2000  # URLs per task, approximately
 
 
 def listing(uri: str) -> list[InputFile]:
