@@ -80,7 +80,7 @@ class Dropped:
 
 Work = Callable[[list[Document]], list[Outcome]]
 Judge = Callable[[str], tuple[str, dict[str, float]]]
-"""Returns the reason to drop a text ("" to keep it), and the measures behind the decision."""
+"""Returns the reason to drop a text ("" to keep it), and the measures that decided."""
 
 
 def text_of(document: Document) -> str:
