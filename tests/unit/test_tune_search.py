@@ -47,12 +47,12 @@ def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
     made = plan(searcher={"name": "optuna", "seed": 1}).sweep
     resumed = searchers.make(made)
     for n in range(30):  # the lower, the better
-        resumed.told(over(n, 1e-4 * 1.16**n, float(n)))
+        resumed.observe(over(n, 1e-4 * 1.16**n, float(n)))
     drawn = [resumed.draw(30 + i)[LR] for i in range(12)]
     assert sum(lr < 1e-3 for lr in drawn) >= 10  # uninformed, half of them would be
     for number in (30, 31):
-        resumed.told(over(number, drawn[number - 30], 1.0))
-    resumed.told(TrialRecord(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
+        resumed.observe(over(number, drawn[number - 30], 1.0))
+    resumed.observe(TrialRecord(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
     assert resumed.draw(42) is not None
 
 
@@ -104,7 +104,7 @@ def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
 def test_a_record_comes_back_as_it_was_written(plan) -> None:
     state = SweepState(plan(), [], 1, "", 0.0)
     donor, target = state.add(0, {LR: 1e-3}), state.add(1, {LR: 2e-3})
-    state.told("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
+    state.record_result("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
     state.cloned(target, donor, 10, {LR: 1.2e-3})
     (first, second) = records.read(state.folder)
     assert (first, second) == (donor, target)
