@@ -1,4 +1,4 @@
-"""Settings for all tests: the garbage collector skips what they import, and Ctrl-C reaches the processes that they start."""
+"""Sets up all tests: the garbage collector skips their imports, and Ctrl-C reaches the processes that they start."""
 
 import gc
 import signal
@@ -12,7 +12,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Collecting the tests imports a million objects. The collector takes half a second for each pass over them."""
+    """Skips the imported objects in garbage collections. The tests import a million of them, and each pass over them takes half a
+    second."""
     gc.disable()
     try:
         return (yield)

@@ -1,10 +1,10 @@
-"""A process that imports modules once, and runs functions in forks of it, each as if in a process of its own.
+"""Runs a process that imports modules once, and functions in forks of it, each as in a separate process.
 
     SERVER = ForkServer(("torch", ...), {"OMP_NUM_THREADS": "1"})
-    process = SERVER.call("module:function", "argument", log=folder / "log")   # then as subprocess.Popen
-    done = SERVER.run("module:function", ["argument"])                         # waits, and reads what it wrote
+    process = SERVER.call("module:function", "argument", log=folder / "log")   # then like subprocess.Popen
+    done = SERVER.run("module:function", ["argument"])                         # waits, and reads the output
 
-The function gets the list of arguments, and returns the exit code. Its process leads a session of its own.
+The function gets the list of arguments, and returns the exit code. Its process leads its own session.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEADLINE_S = 300.0
 
 @dataclass
 class Done:
-    """Holds how a function ended in its fork, and what it wrote."""
+    """Holds how a function ended in its fork, and its output."""
 
     code: int
     out: str
@@ -44,7 +44,7 @@ class Done:
 
 
 class Process:
-    """A process that a server has forked, with what tests use of subprocess.Popen."""
+    """Represents a process that a server has forked, with the used part of subprocess.Popen's interface."""
 
     def __init__(self, server: ForkServer, pid: int, log: Path) -> None:
         self.pid, self.log, self._server = pid, log, server
@@ -76,12 +76,12 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def until(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
-        """Waits until the condition holds; fails if the process ends first, or it takes longer."""
+        """Waits until the condition holds; fails if the process ends first, or after the timeout."""
         until(condition, what, seconds, lambda: self.poll() is None, lambda: self.err)
 
     @property
     def out(self) -> str:
-        """Standard output so far."""
+        """Returns the standard output so far."""
         return self.log.with_suffix(".out").read_text()
 
     @property
@@ -90,9 +90,9 @@ class Process:
 
 
 class ForkServer:
-    """Starts with the first call, in an environment with these variables more, and ends with this process.
+    """Starts with the first call, in an environment with these additional variables, and ends with this process.
 
-    With RAY_JOB_ID among them its forks may be drivers and fork servers: Ray's random numbers are unused.
+    With RAY_JOB_ID among them, its forks may be drivers and fork servers, because Ray's random numbers are unused.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -101,12 +101,14 @@ class ForkServer:
         self._lock = threading.Lock()  # tests strike from threads
 
     def call(self, function: str, *arguments: str, log: Path, cwd: Path = ROOT, **environment: str) -> Process:
-        """Calls `module:name`, in this process's environment as it is now; standard error goes to the log, output beside it."""
+        """Calls `module:name` in this process's current environment. Standard error goes to the log, and standard output to a
+        file next to it."""
         asked = {"function": function, "arguments": arguments, "log": str(log), "cwd": str(cwd)}
         return Process(self, self.ask({**asked, "environment": {**os.environ, **environment}}), log)
 
     def run(self, function: str, arguments: Sequence[str], deadline_s: float = DEADLINE_S) -> Done:
-        """Calls it with the server's own variables too, and waits for its end; at the deadline kills it with all below it."""
+        """Calls the function with the server's own variables, too, and waits for its end; at the deadline, kills it with all its
+        child processes."""
         with tempfile.TemporaryDirectory() as folder:
             process = self.call(function, *arguments, log=Path(folder, "err.log"), **self.environment)
             try:
@@ -130,7 +132,7 @@ class ForkServer:
             return int(process.stdout.readline())
 
     def at_start(self) -> dict[str, str]:
-        """The server's own environment."""
+        """Returns the server's own environment."""
         return {**os.environ, **self.environment}
 
     def _start(self) -> subprocess.Popen[str]:
@@ -155,7 +157,7 @@ def _forked(asked: dict[str, Any]) -> int:
 
 
 def main() -> int:
-    """Serves the requests of standard input until it ends: forks, or reaps what it has forked."""
+    """Serves the requests on standard input until it ends: forks, or reaps its forks."""
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     os.environ[worker_forks.RAYLET] = str(os.getpid())  # whose end Ray's workers look for, beside that of their connection

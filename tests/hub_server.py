@@ -1,7 +1,7 @@
-"""Speaks the Hugging Face Hub's protocol on 127.0.0.1: revisions, lists of files, downloads with ranges, and refusals.
+"""Speaks the Hugging Face Hub's protocol on 127.0.0.1: revisions, lists of files, downloads with ranges, and errors.
 
-Repositories are held in memory. A large file (`.safetensors`, `.parquet`) is named by its SHA-256 and served from another path,
-as the Hub's store does; a small one by git's SHA-1.
+Repositories are in memory. A large file (`.safetensors`, `.parquet`) is named by its SHA-256 and served from another path, as the
+Hub's store does. A small one is named by git's SHA-1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TOKEN = "hf_" + "s" * 34
 
 
 def digest(path: str, content: bytes) -> str:
-    """Names a file's content as the Hub does."""
+    """Returns the name of a file's content on the Hub."""
     if path.endswith(LARGE):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
@@ -30,7 +30,7 @@ def digest(path: str, content: bytes) -> str:
 
 @dataclass
 class Hub:
-    """Holds repositories, and what is to go wrong. `requests`: (method, path, range, whether it had the token)."""
+    """Holds repositories, and the faults to simulate. `requests`: (method, path, range, whether it had the token)."""
 
     url: str = ""
     store: str = ""  # of large files: another host, which gets no token
@@ -46,7 +46,7 @@ class Hub:
     requests: list[tuple[str, str, str, bool]] = field(default_factory=list)
 
     def push(self, repo: str, content: Mapping[str, bytes] | Path, kind: str = "models") -> str:
-        """Commits a folder's files, or these, to `main`; returns the commit."""
+        """Commits a folder's files, or the given ones, to `main`; returns the commit."""
         if isinstance(content, Path):
             content = {p.relative_to(content).as_posix(): p.read_bytes() for p in content.rglob("*") if p.is_file()}
         names = [[path, digest(path, data)] for path, data in sorted(content.items())]
@@ -58,7 +58,7 @@ class Hub:
         return commit
 
     def downloads(self) -> list[str]:
-        """Lists the paths of files whose bytes were asked for."""
+        """Lists the paths of files whose bytes were requested."""
         return [path for method, path, _, _ in self.requests if method == "GET" and ("/resolve/" in path or "/store/" in path)]
 
 

@@ -1,4 +1,4 @@
-"""Tests of many random cases, each drawn from a seed."""
+"""Runs tests of many random cases, each drawn from a seed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 def every_seed(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Calls a test with each `seed` below `count`, in one test: as many of pytest's own would take longer than what they test.
+    """Calls a test with each `seed` below `count`, in one test, because as many tests of pytest would take longer than the test
+    itself.
 
-    A failure's note has the seed. Fixtures are made once for all seeds.
+    A failure's note has the seed. Fixtures are created once for all seeds.
     """
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""An S3 server in this process, and its buckets."""
+"""Runs an S3 server in this process, and creates its buckets."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_
 
 @contextlib.contextmanager
 def s3() -> Iterator[str]:
-    """Yields its HOST:PORT. It answers one request after another: moto's threads look and put in two steps, where S3 makes a
-    conditional put one."""
+    """Yields the server's HOST:PORT.
+
+    It answers one request after another: for a conditional put, moto's threads check and write in two steps, where S3 needs one.
+    """
     server_module = pytest.importorskip("moto.server", reason="needs moto[server]: pip install heliostat[s3-test]")
     from werkzeug.serving import make_server
 
@@ -33,7 +35,7 @@ def s3() -> Iterator[str]:
 
 
 def bucket(endpoint: str, name: str) -> str:
-    """Makes a bucket; returns what comes after `?` in addresses of its objects."""
+    """Creates a bucket; returns the part after `?` in addresses of its objects."""
     import boto3
 
     boto3.client("s3", endpoint_url=f"http://{endpoint}", region_name="us-east-1").create_bucket(Bucket=name)

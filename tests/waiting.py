@@ -1,4 +1,4 @@
-"""Waits, in tests, for what other processes and threads do."""
+"""Waits, in tests, for other processes and threads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def until(
     alive: Callable[[], bool] = lambda: True,
     said: Callable[[], str] = str,
 ) -> T:
-    """Returns what the condition returns once that is true; fails, with what was said, after so long, or once `alive` is not."""
+    """Returns the condition's result once it is true; fails, with the given message, after the timeout, or when `alive` returns
+    False."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert alive(), f"ended before {what}: {said()[-3000:]}"

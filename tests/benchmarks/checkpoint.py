@@ -65,7 +65,7 @@ def slowest(group: Any, name: str, seconds: float) -> dict[str, Any]:
 
 
 def timed(group: Any, name: str, action: Callable[[], object]) -> dict[str, Any]:
-    """The slowest rank's seconds."""
+    """Returns the slowest rank's seconds."""
     import torch.distributed as dist
 
     dist.barrier(group)
@@ -87,7 +87,7 @@ def load(made: Any, group: Any, folder: str) -> int:
 
 
 def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str) -> Iterator[dict[str, Any]]:
-    """ZeRO-3 on 4: training steps, saves and loads."""
+    """Runs training steps, saves, and loads with ZeRO-3 on 4 processes."""
     import torch.distributed as dist
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
@@ -126,7 +126,7 @@ def save_and_load(group: Any, everyone: Any, folder: str, size: str, rounds: str
 
 
 def reshard(group: Any, everyone: Any, folder: str, size: str, rounds: str, stage: str) -> Iterator[dict[str, Any]]:
-    """The checkpoints of ZeRO-3 on 4, loaded at another stage and number of workers."""
+    """Loads the checkpoints of ZeRO-3 on 4 processes at another stage and number of workers."""
     import torch.distributed as dist
 
     made = engine(size, int(stage), dist.get_world_size())
@@ -151,7 +151,7 @@ def convert(folder: str) -> float:
 
 
 def measure(size: int, rounds: int, folder: str) -> dict[str, float]:
-    """Median seconds by name."""
+    """Returns the median seconds by name."""
     found: dict[str, list[float]] = {}
 
     def phase(function: str, workers: int, *arguments: str) -> None:

@@ -44,7 +44,7 @@ def made(folder: Path, name: str, stages: list[dict[str, Any]], tokenizer: dict[
 
 
 def write(folder: Path, web: planted_web.Web) -> None:
-    """Writes the pages, and the texts that are scored."""
+    """Writes the pages, and the texts for scoring."""
     for path, page in web.pages.items():
         (folder / "web" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / "web" / path).write_bytes(page)
@@ -66,7 +66,7 @@ def an_epoch(order: Order) -> SamplePlaces:
 
 
 def compared(losses: list[float], others: list[float]) -> str:
-    """Tells by how much losses are above others of the same seeds, with the standard deviation over the seeds."""
+    """Formats the difference of losses from others with the same seeds, with the standard deviation over the seeds."""
     found = [a - b for a, b in zip(losses, others, strict=True)]
     return f"{mean(found):+.3f} ± {stdev(found) if len(found) > 1 else 0:.3f}"
 

@@ -40,7 +40,7 @@ BPE = {"vocab_size": 8192, "train_bytes": 5_000_000, "path": None, "end_of_docum
 
 @dataclass
 class Timed(HereFlow):
-    """Runs tasks in their order, once each, and adds up the CPU seconds of each kind; peaks are MiB above `before`."""
+    """Runs tasks in order, once each, and sums the CPU seconds of each kind. Peaks are MiB above `before`."""
 
     now: float = 0.0
     before: float = 0.0
@@ -90,7 +90,7 @@ def write(path: Path, size: int) -> None:
 
 
 def made(folder: Path, memory_limit: int, shards: bool) -> tuple[Timed, int]:
-    """Makes a dataset of the folder's input; returns what ran it, and how many documents stay."""
+    """Makes a dataset of the folder's input; returns the flow that ran it, and the number of kept documents."""
     flow = Timed(Work(Location(f"{folder}/work")))
     flow.before = harness.memory("VmRSS")
     source, stages = TextSource(f"{folder}/in", TextRules()), [parse(entry) for entry in STAGES]

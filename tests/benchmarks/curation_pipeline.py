@@ -54,7 +54,7 @@ def _of_a_filter(stage: str) -> bool:
 
 
 class Left:
-    """Notes what a filter of datatrove drops, in the place of the writer that would write it."""
+    """Records the drops of a datatrove filter, in place of the writer that would write them."""
 
     def __init__(self, name: str, ends: Ends) -> None:
         self.name, self.ends = name, ends
@@ -63,7 +63,7 @@ class Left:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Has nothing to close."""
+        """Closes nothing."""
 
     def write(self, document: Any, rank: int) -> None:
         self.ends[document.id] = [self.name, str(document.metadata.get("filter_reason"))]
@@ -132,7 +132,7 @@ SIDES = {"heliostat": ours, "datatrove": theirs}
 
 
 def turn(python: str, side: str, folder: Path, tokenizer: str) -> dict[str, Any]:
-    """Runs a side, or takes what it made before; adds its CPU seconds."""
+    """Runs a side, or takes its earlier result; adds its CPU seconds."""
     saved = folder / f"{side}.json"
     if not saved.exists():
         made, spent = harness.apart(SIDES[side], str(folder.absolute()), tokenizer, python=python)
@@ -141,7 +141,7 @@ def turn(python: str, side: str, folder: Path, tokenizer: str) -> dict[str, Any]
 
 
 def split(corpus: Path, folder: Path, most: float) -> tuple[int, int]:
-    """Writes so much of the corpus in files of FILE_BYTES, with the ids that both sides tell; returns documents and bytes."""
+    """Writes so much of the corpus in files of FILE_BYTES, with the ids that both sides report; returns documents and bytes."""
     told = folder / "input.json"
     if not told.exists():
         (folder / "in").mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def split(corpus: Path, folder: Path, most: float) -> tuple[int, int]:
 
 
 def agreed(folder: Path, documents: int) -> None:
-    """Tells how many decisions of the filters agree, and writes the others."""
+    """Formats the number of the filters' decisions that agree, and writes the others."""
     mine, other = (json.loads((folder / f"ends-{side}.json").read_text()) for side in ("heliostat", "datatrove"))
     kept = [id for id in mine.keys() | other.keys() if (id in mine) != (id in other)]
     first = [id for id in mine.keys() & other.keys() if mine[id][0].split()[-1] != other[id][0]]

@@ -31,7 +31,7 @@ def texts(path: str, most: int) -> list[str]:
 
 
 def ours(name: str, path: str, most: int) -> dict[str, Any]:
-    """Runs a stage over the documents, 64 at a time; returns CPU seconds, and for each the reason why it is dropped, or ""."""
+    """Runs a stage over the documents, 64 at a time; returns CPU seconds, and the reason to drop each, or "" if it stays."""
     from heliostat.curation.stage import Document, Stage
 
     module = importlib.import_module(f"heliostat.curation.stages.{name}")
@@ -47,7 +47,7 @@ def ours(name: str, path: str, most: int) -> dict[str, Any]:
 
 
 def theirs(name: str, path: str, most: int) -> dict[str, Any]:
-    """Runs one of datatrove's filters over the same."""
+    """Runs one of datatrove's filters over the same documents."""
     from datatrove.data import Document
 
     work, given = their_work(name), texts(path, most)

@@ -65,7 +65,7 @@ def heliostat(path: Path) -> float:
 
 
 def frozen(folder: Path, data: Path) -> dict[str, Any]:
-    """An autoencoder and a CLIP of the sizes of a small latent model, with weights as they are initialised."""
+    """Creates an autoencoder and a CLIP with the sizes of a small latent model, and initial weights."""
     from diffusers import AutoencoderKL
     from heliostat.recipes.images.diffusers_folder import tokenizer
     from transformers import CLIPTextConfig, CLIPTextModel

@@ -29,7 +29,7 @@ from tests.unit.build_pipeline import Here, make_dataset
 
 @dataclass
 class Timed(HereFlow):
-    """Adds up the seconds of all tasks of all that ran."""
+    """Sums the seconds of all tasks of all runs."""
 
     total: ClassVar[float] = 0.0
 
@@ -44,7 +44,7 @@ class Pipeline(Here):
 
 
 def whole(pipeline: Path, folder: str, here: bool) -> tuple[dict[str, float], float]:
-    """Prepares the whole; returns what each stage kept, tokens and CPU seconds, and the seconds it took."""
+    """Prepares the whole input; returns the documents that each stage kept, tokens and CPU seconds, and the elapsed seconds."""
     start, before = time.monotonic(), Timed.total
     made = make_dataset(_here(pipeline, f"{folder}/out")) if here else None
     if made is None:
@@ -63,7 +63,7 @@ def _here(pipeline: Path, output: str) -> Pipeline:
 
 
 def predicted(pipeline: Path, folder: str, share: float, here: bool) -> tuple[dict[str, float], float]:
-    """Predicts the same from a share of the input; returns it with the seconds it took."""
+    """Predicts the same from a share of the input; returns the prediction with the elapsed seconds."""
     if here:
         one = _here(pipeline, f"{folder}/other")
         found = one.predict(Location(f"{folder}/trial-{share}"), one.inputs(), share)

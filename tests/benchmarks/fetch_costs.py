@@ -30,7 +30,7 @@ from tests.benchmarks.ingest_contenders.task import Task
 
 
 class Costs:
-    """CPU seconds of all threads, by name."""
+    """Sums CPU seconds of all threads, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -48,7 +48,7 @@ class Costs:
 
 @contextmanager
 def unshuffled() -> Iterator[None]:
-    """Every permutation is the identity."""
+    """Replaces every permutation with the identity."""
     shuffled = order.permutation
     order.permutation = lambda size, *key: np.arange(size)
     try:
@@ -58,7 +58,7 @@ def unshuffled() -> Iterator[None]:
 
 
 def parts(task: Any, plan: Any, steps: int) -> dict[str, float]:
-    """CPU seconds of one epoch, by part. Chunks are read one at a time, so that a reader's time is its own."""
+    """Returns the CPU seconds of one epoch, by part. Row groups are read one at a time, so that each reader's time is its own."""
     costs, readers, digests = Costs(), chunks.READERS, stream.sample_digests
     dataset.open_dataset.cache_clear()
     data: Any = dataset.open_dataset(plan)
@@ -86,7 +86,7 @@ def fetch(task: Any, index: int) -> list[pa.Table]:
 
 
 def epoch(task: Any) -> float:
-    """CPU seconds of one epoch's fetch tasks."""
+    """Returns the CPU seconds of one epoch's fetch tasks."""
     dataset.open_dataset.cache_clear()
     dataset.open_dataset(task.plan)
     costs = Costs()

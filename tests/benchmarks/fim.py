@@ -68,7 +68,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Middle:
-    """Holds a middle of a held-out file and its tokens; `begins`: whether its prefix begins the file."""
+    """Holds a middle of a held-out file and its tokens. `begins`: whether its prefix begins the file."""
 
     cut: str
     texts: tuple[str, str, str]
@@ -77,7 +77,7 @@ class Middle:
 
 
 def corpus() -> tuple[list[str], list[str]]:
-    """Files to train on, and files held out."""
+    """Returns files to train on, and held-out files."""
     halves: tuple[list[str], list[str]] = ([], [])
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
@@ -92,7 +92,7 @@ def digest(text: str) -> str:
 
 
 def rows(flat: np.ndarray, starts: np.ndarray, seed: int) -> Iterator[torch.Tensor]:
-    """Yields batches of consecutive tokens that begin at these places, each place once before any comes again."""
+    """Yields batches of consecutive tokens that begin at these places. Each place appears once before any repeats."""
     draw, left = np.random.default_rng(seed), np.zeros(0, np.int64)
     while True:
         if len(left) < BATCH:
@@ -125,7 +125,7 @@ def train(flat: np.ndarray, starts: np.ndarray, steps: int, seed: int) -> LlamaF
 
 
 def middles(held: list[str], tokenizer: Tokenizer, most: int) -> list[Middle]:
-    """Cuts spans of held-out files, each cut of a kind at most once a span."""
+    """Splits spans of held-out files; uses each kind of split at most once per span."""
     draw, found = np.random.default_rng(0), {cut: list[Middle]() for cut in CUTS}
     keys = FillInTheMiddle(rate=1, spm_rate=0, span_chars=SPAN, seed=1)
     places = [(text, number) for text in held for number in range(len(spans(text, SPAN)))]
@@ -144,7 +144,7 @@ def middles(held: list[str], tokenizer: Tokenizer, most: int) -> list[Middle]:
 def pieces_of(
     cut: str, span: str, draw: np.random.Generator, own: tuple[str, FillInTheMiddle, int]
 ) -> tuple[str, str, str] | None:
-    """Cuts a span in three, at a place that is drawn; None if there is no such place in it."""
+    """Splits a span in three, at a random place; None if it has no such place."""
     if cut == "anywhere":
         text, keys, number = own
         one = arrange(text, digest(text), keys)[number]
@@ -167,7 +167,7 @@ def pieces_of(
 
 
 def prompts(all_: list[Middle], markers: Markers, end: int, tokenizer: Tokenizer) -> dict[str, list[list[int]]]:
-    """Returns what stands before each middle, by the name of what is given."""
+    """Returns the text before each middle, by the name of the given context."""
     newline = tokenizer.encode("\n", add_special_tokens=False).ids
     made: dict[str, list[list[int]]] = {name: [] for names in WAYS.values() for name in names}
     for one in all_:
@@ -182,7 +182,7 @@ def prompts(all_: list[Middle], markers: Markers, end: int, tokenizer: Tokenizer
 
 @torch.no_grad()
 def nats(model: LlamaForCausalLM, prompt: list[int], middle: list[int], last: int) -> tuple[float, float, float]:
-    """Computes the nats of a middle, of the token behind it, and of the middle within its cuts."""
+    """Computes the nats of a middle, of the token after it, and of the middle within its cuts."""
     ids = torch.tensor([[*prompt, *middle, last]])
     logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     lost = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="none")
@@ -191,7 +191,7 @@ def nats(model: LlamaForCausalLM, prompt: list[int], middle: list[int], last: in
 
 @torch.no_grad()
 def greedy(model: LlamaForCausalLM, before: list[list[int]], most: int, end: int) -> list[list[int]]:
-    """Continues prompts by the likeliest tokens until each ends, the short prompts first."""
+    """Continues prompts with the most likely tokens until each ends, the short prompts first."""
     made: dict[int, list[int]] = {}
     order = sorted(range(len(before)), key=lambda i: len(before[i]))
     for chosen in (order[i : i + 25] for i in range(0, len(order), 25)):
@@ -204,7 +204,7 @@ def greedy(model: LlamaForCausalLM, before: list[list[int]], most: int, end: int
 
 
 def as_editors_cut(text: str, suffix: str) -> str:
-    """Cuts what was written where it goes on with the suffix, else behind its line, whose end may be the suffix's."""
+    """Truncates the written text where it repeats the suffix, else at the end of its line, which may be the suffix's."""
     goes_on = suffix[: len(suffix) - len(suffix.lstrip()) + 8]
     if goes_on and (at := text.find(goes_on)) >= 0:
         return text[:at]
@@ -214,7 +214,7 @@ def as_editors_cut(text: str, suffix: str) -> str:
 
 def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[list[int]], tokenizer: Tokenizer, end: int,
           markers: Markers) -> dict[str, np.ndarray]:  # fmt: skip
-    """Measures each middle; what is greedy is NaN for those that are longer than MOST tokens."""
+    """Measures each middle. Greedy results are NaN for middles longer than MOST tokens."""
     told = [nats(model, p, one.ids[1], end if way == "fim" or not one.ids[2] else one.ids[2][0])
             for p, one in zip(before, all_, strict=True)]  # fmt: skip
     out = dict(zip(("nats", "end", "inner"), np.array(told).T, strict=True))
@@ -234,7 +234,7 @@ def judge(model: LlamaForCausalLM, way: str, all_: list[Middle], before: list[li
 
 
 def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
-    """Prints a table: of each group of middles, what each way makes of them."""
+    """Prints a table: for each group of middles, the results of each way."""
     print()
     shown = ("exact", "similarity", "told: exact", "similarity")
     harness.head(title, "given", "middles", "nats a token", "a middle", "its end", *shown)
@@ -252,7 +252,7 @@ def table(title: str, groups: dict[str, np.ndarray], found: dict[str, dict[str, 
 
 
 def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]]) -> None:
-    """Prints how far each way of filling in is from the better of left to right, middle by middle."""
+    """Prints the difference of each fill-in-the-middle way from the better left-to-right one, middle by middle."""
     print()
     harness.head("middles", "given", "nats a middle less", "exact more, both by themselves", "both told")
     for group, mask in groups.items():
@@ -268,7 +268,7 @@ def paired(groups: dict[str, np.ndarray], found: dict[str, dict[str, np.ndarray]
 
 
 def within(chosen: np.ndarray, found: dict[str, dict[str, np.ndarray]], sizes: np.ndarray) -> None:
-    """Prints nats within the cuts of middles, and how many fewer they are than those of each way of left to right."""
+    """Prints nats within the cuts of middles, and their difference from those of each left-to-right way."""
     chosen, taken = chosen & (sizes > sum(FELT)), sizes - sum(FELT)
     print()
     harness.head("given", f"nats a token, {chosen.sum()} middles", *(f"fewer than {n}" for n in WAYS["plain"]))
@@ -281,7 +281,7 @@ def within(chosen: np.ndarray, found: dict[str, dict[str, np.ndarray]], sizes: n
 
 
 def trained(way: str, seed: int, folder: Path, steps: int, data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> LlamaForCausalLM:
-    """Returns the model of a way and a seed, which is trained if the folder does not have it."""
+    """Returns the model of a way and a seed; trains it if the folder doesn't have it."""
     place = folder / f"{way}-{seed}-{steps}"
     if not (place / "config.json").exists():
         begun = time.process_time()

@@ -25,8 +25,8 @@ T = TypeVar("T")
 def arguments(text: str | None, **options: Any) -> argparse.Namespace:
     """Parses the command line, which has an option for each name.
 
-    A type makes a positional argument, and a dict is what `add_argument` is given. Any other value is the default: a list takes
-    several values (of words, some of these), and False makes a flag.
+    A type makes a positional argument, and a dict has the arguments of `add_argument`. Any other value is the default: a list
+    takes several values (for words, some of these), and False makes a flag.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in options.items():
@@ -46,7 +46,7 @@ def arguments(text: str | None, **options: Any) -> argparse.Namespace:
 
 
 def by_turns(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Runs every way once a round: a machine that is busy with other things slows all of them."""
+    """Runs every way once per round, because a busy machine slows all of them."""
     found: dict[str, list[T]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -55,14 +55,14 @@ def by_turns(ways: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list
 
 
 def cpu(work: Callable[[], object]) -> float:
-    """Returns the processor seconds of a call, of all threads of this process."""
+    """Returns the CPU seconds of a call, of all threads of this process."""
     began = time.process_time()
     work()
     return time.process_time() - began
 
 
 def head(*cells: object) -> None:
-    """Prints a table's head; a row is `row`."""
+    """Prints the head of a table; `row` prints a row."""
     row(*cells)
     print("|" + "---|" * len(cells), flush=True)
 
@@ -72,12 +72,12 @@ def row(*cells: object) -> None:
 
 
 def spread(values: list[float], form: str = ".3f") -> str:
-    """Returns the median, and the least and the most in brackets."""
+    """Returns the median, with the minimum and the maximum in brackets."""
     return f"{median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 class Ended(NamedTuple):
-    """Holds what a process wrote, and its seconds by the clock and of the processor."""
+    """Holds a process's output, its wall-clock seconds, and its CPU seconds."""
 
     out: str
     wall: float
@@ -96,12 +96,12 @@ def process(command: Iterable[object], may_fail: bool = False, **environment: st
 
 
 def heliostat(*words: object) -> dict[str, Any]:
-    """Runs a command of heliostat; returns what it prints with --json."""
+    """Runs a command of heliostat; returns its output with --json."""
     return json.loads(process([sys.executable, "-m", "heliostat", *words, "--json"]).out.splitlines()[-1])
 
 
 def sets(settings: Mapping[str, Any]) -> list[str]:
-    """Returns the words that give settings to a command."""
+    """Returns the words that pass settings to a command."""
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in settings.items()}
     return [word for key, value in plain.items() for word in ("--set", f"{key}={value}")]
 
@@ -110,9 +110,9 @@ APART = "import json, sys; from {module} import {name}; json.dump({name}(*json.l
 
 
 def apart(function: Callable[..., Any], *given: Any, python: str = sys.executable, **environment: str) -> tuple[Any, float]:
-    """Calls a function of a benchmark in a process of its own, of another Python if one is named.
+    """Calls a function of a benchmark in a separate process, with another Python if one is named.
 
-    Arguments and result are JSON values. Returns the result, and the processor seconds of the process. What it prints is printed.
+    Arguments and result are JSON values. Returns the result, and the CPU seconds of the process. Its output is printed.
     """
     module = function.__module__ if function.__module__ != "__main__" else str(sys.modules["__main__"].__spec__.name)
     with tempfile.NamedTemporaryFile() as result:
@@ -123,11 +123,11 @@ def apart(function: Callable[..., Any], *given: Any, python: str = sys.executabl
 
 
 def memory(name: str) -> float:
-    """Returns a line of this process's status in MiB: VmRSS now, VmHWM at most since `forget_peak`."""
+    """Returns a line of this process's status in MiB: VmRSS is the current memory, VmHWM the peak since `forget_peak`."""
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) / 1024
 
 
 def forget_peak() -> None:
-    """Sets the kernel's high-water mark of this process's memory back."""
+    """Resets the kernel's high-water mark of this process's memory."""
     Path("/proc/self/clear_refs").write_text("5")

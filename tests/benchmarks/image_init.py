@@ -33,7 +33,7 @@ HELD_OUT = 128
 
 
 def settings(arch: str, steps: int, batch: int, seed: int) -> list[str]:
-    """What is other than in the quickstart's job."""
+    """Returns the settings that differ from the quickstart's job."""
     backbone = [f"model.backbone={PIXART}"] if arch == "pixart" else []
     return [*backbone, f"train.optimizer.lr={RATES[arch]}", f"train.steps={steps}", f"train.global_batch_size={batch}",
             f"train.micro_batch_size={batch // 4}", f"train.seed={seed}", f"data.seed={seed}", "evaluate.every=100",
@@ -41,7 +41,7 @@ def settings(arch: str, steps: int, batch: int, seed: int) -> list[str]:
 
 
 def begin(recipe: Any, start: str, seed: int) -> Any:
-    """Builds the model of a seed; with `torch's default` the backbone is what its class makes of the same configuration."""
+    """Builds the model of a seed; with `torch's default`, the backbone has its class's weights for the same configuration."""
     torch.manual_seed(seed)
     model = recipe.build()
     if start != STARTS[0]:
@@ -59,7 +59,7 @@ def held_out_loss(checked: Any, dataset: Any, model: Any) -> float:
 
 
 def losses(checked: Any, start: str, marks: int) -> Iterator[float]:
-    """Trains; yields the average's held-out loss `marks` times, the last behind the last step."""
+    """Trains; yields the average's held-out loss `marks` times, the last time after the last step."""
     job, recipe, dataset = checked.job, checked.recipe, open_dataset(checked.plan)
     train, given = job.train, job.train.optimizer
     model = begin(recipe, start, train.seed)

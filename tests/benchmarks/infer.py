@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def paced(work: Callable[[], int]) -> Callable[[], float]:
-    """Returns what tells the tokens per processor second of such work."""
+    """Returns a function that measures tokens per CPU second of such work."""
 
     def pace() -> float:
         began = time.process_time()

@@ -44,7 +44,7 @@ EARLY, LATE = 0.05, 0.85  # of the pieces, between which the faults strike
 
 
 def make_input(folder: Path, inputs: int) -> None:
-    """Writes prompts as JSON lines, numbered through, and two bad lines in each file."""
+    """Writes prompts as numbered JSON lines, and two bad lines in each file."""
     folder.mkdir()
     rng = random.Random(0)
     for part in range(FILES):
@@ -56,7 +56,7 @@ def make_input(folder: Path, inputs: int) -> None:
 
 @dataclass
 class Kill:
-    """Holds what a kill met: the pieces that were recorded, and those that were being answered."""
+    """Records a kill: the pieces that were recorded by then, and those in progress."""
 
     fault: str
     pieces: int
@@ -64,7 +64,7 @@ class Kill:
 
 
 class Inference:
-    """Holds what the rounds have in common: the model, the input, and how they are answered."""
+    """Holds the common parts of the rounds: the model, the input, and how it is answered."""
 
     def __init__(self, folder: Path, given: argparse.Namespace) -> None:
         self.folder, self.given = folder, given
@@ -89,7 +89,7 @@ class Inference:
         return Round(folder, words, done, rng, tasks, environment, limit_s=LIMIT_S)
 
     def broken(self, round: Round, nodes: LocalNodes) -> list[Kill]:
-        """Answers all in spite of one fault of each kind."""
+        """Answers all inputs despite one fault of each kind."""
         faults = round.rng.sample(FAULTS, len(FAULTS))
         moments = sorted(round.rng.sample(range(int(EARLY * round.tasks), int(LATE * round.tasks)), len(faults)))
         run, met = round.start(), list[Kill]()
@@ -113,7 +113,7 @@ class Inference:
 
 @dataclass(frozen=True)
 class Answers:
-    """Holds what a run has written: the numbers of its inputs in order, its bad inputs, and the digests of its files by name."""
+    """Holds a run's output: the numbers of its inputs in order, its bad inputs, and the digests of its files by name."""
 
     record: dict[str, Any]
     numbers: list[int]
@@ -130,7 +130,7 @@ class Answers:
         return cls(record, numbers, bad, {name: hashlib.sha256((out / name).read_bytes()).hexdigest() for name in there})
 
     def wrong(self, inputs: int, whole: Answers) -> list[str]:
-        """Lists what is lost, repeated or otherwise than in the unbroken run."""
+        """Lists lost, repeated, and changed answers, compared with the unbroken run."""
         found = []
         if lost := inputs - len(set(self.numbers)):
             found.append(f"{lost:,} inputs have no answer")
@@ -183,7 +183,7 @@ def run(inference: Inference) -> list[str]:
 
 
 def _answers(round: Round) -> Answers:
-    """Reads what a round has come to; ends the program with its log if it has come to nothing."""
+    """Reads the result of a round; ends the program with its log if there is none."""
     if round.result is None:
         sys.exit(f"{round.folder.name}: no result in {round.starts} starts\n" + (round.folder / "log").read_text()[-3000:])
     return Answers.of(round.folder / "out")

@@ -53,7 +53,7 @@ def contenders(wanted: list[str]) -> list[str]:
 
 
 def upload(folder: Path, endpoint: str) -> str:
-    """Copies a data set's folder to the store; returns its address."""
+    """Copies a dataset's folder to the store; returns its address."""
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         there = f"s3://{BUCKET}/{folder.name}/{path.relative_to(folder)}?endpoint_override={endpoint}&scheme=http"
         Location(there).upload(path)
@@ -99,8 +99,10 @@ def once(task: Task, total: int, scratch: Path) -> dict[str, float]:
 
 
 def table(results: Results, kind: str, store: str) -> None:
-    """Medians over the rounds, every round's rate in brackets. Steady: between a quarter and three quarters of the samples,
-    where buffers are as full at the start as at the end."""
+    """Formats medians over the rounds, with every round's rate in brackets.
+
+    Steady: between a quarter and three quarters of the samples, where buffers are as full at the start as at the end.
+    """
     unit = "tokens/s a core" if kind == "tokens" else "images/s a core"
     scale = LENGTH if kind == "tokens" else 1
     heads = [f"{kind}, {store}", "consumers", "rows/s, steady", "MB/s, steady", f"{unit}, steady", f"{unit}, in all",
@@ -125,7 +127,7 @@ def table(results: Results, kind: str, store: str) -> None:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draws the rates as bars: a panel for each kind of sample and store, a group of bars a contender."""
+    """Draws the rates as bars: a panel for each kind of sample and store, and a group of bars per contender."""
     import matplotlib as mpl
 
     mpl.use("Agg")

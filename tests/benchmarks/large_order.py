@@ -78,7 +78,7 @@ def visit(folder: Path, digest: str) -> str:
 
 
 def drive(folder: Path, digest: str) -> str:
-    """Reads the manifest and makes the order, as the command that starts a run does."""
+    """Reads the manifest and makes the order, like the command that starts a run."""
     began = time.perf_counter()
     source = manifest.share(lambda: manifest.read(Location(str(folder)), digest))
     read = time.perf_counter()
@@ -114,14 +114,14 @@ PARTS: dict[str, Callable[[Path, str], str]] = {
 
 
 def memory() -> tuple[float, float]:
-    """(own, mapped) megabytes of this process now."""
+    """Returns the current (own, mapped) megabytes of this process."""
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE))
     own = int(found["Anonymous"])
     return own * 1.024e-3, (int(found["Rss"]) - own) * 1.024e-3
 
 
 def part(name: str, folder: str, digest: str) -> list[str]:
-    """Plays one of PARTS; returns its row."""
+    """Runs one of PARTS; returns its row."""
     before = memory()
     said = PARTS[name](Path(folder), digest)
     own, shared = (after - start for after, start in zip(memory(), before, strict=True))

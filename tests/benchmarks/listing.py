@@ -29,7 +29,7 @@ PAGE, END = 1000, "\U0010ffff"
 
 
 def serve(objects: int, folders: int, delay: float, told: Connection) -> None:
-    """Serves listings of a bucket until it is ended; tells its port, and, whenever it is asked, how many requests it had."""
+    """Serves listings of a bucket until it is ended; prints its port, and the number of its requests whenever it is asked."""
     keys, requests = sorted(f"in/part={i % folders:05d}/{i:08d}.jsonl" for i in range(objects)), [0]
 
     class Bucket(BaseHTTPRequestHandler):
@@ -46,7 +46,7 @@ def serve(objects: int, folders: int, delay: float, told: Connection) -> None:
             self.wfile.write(data)
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bucket)
     told.send(server.server_port)
@@ -85,7 +85,7 @@ def lister(uri: str, way: str) -> tuple[float, float, float, int]:
 
 
 def measured(store: Connection, uri: str, way: str) -> tuple[float, float, float, int, int]:
-    """Returns the seconds, CPU seconds, MiB, objects and requests of a listing, in a process of its own."""
+    """Returns the seconds, CPU seconds, MiB, objects, and requests of a listing, in a separate process."""
     store.send(True)
     before = store.recv()
     found, _ = harness.apart(lister, uri, way)

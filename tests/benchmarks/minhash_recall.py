@@ -26,7 +26,7 @@ SHOWN = 60  # documents of a cluster whose pairs are looked at
 
 
 def grams(text: str) -> set[tuple[str, ...]]:
-    """Lists the 5-grams of words, as letters and digits in small letters."""
+    """Lists the 5-grams of words, as letters and digits in lower case."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
     return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
 
@@ -37,7 +37,7 @@ def jaccard(a: str, b: str) -> float:
 
 
 def changed(rng: random.Random, text: str, similarity: float) -> str:
-    """Replaces words, each in five 5-grams, so that about the similarity is left."""
+    """Replaces words, each in five 5-grams, so that about this similarity remains."""
     words = text.split(" ")
     share = 1 - (2 * similarity / (1 + similarity)) ** (1 / 5)
     return " ".join(f"{rng.choice(words)}x{rng.randrange(999)}" if rng.random() < share else word for word in words)
@@ -64,7 +64,7 @@ def plant(corpus: Path, folder: Path, documents: int, pairs: int) -> tuple[dict[
 
 
 def ours(place: str) -> dict[str, str]:
-    """Runs the stage, with what spills and sorts; returns the cluster of each document, by its least, of those that have one."""
+    """Runs the stage, with its spills and sorts; returns the cluster of each document that has one, by its smallest document."""
     from heliostat.tasks import spill
 
     from tests.unit.build_curation import curate
@@ -77,7 +77,7 @@ def ours(place: str) -> dict[str, str]:
 
 
 def theirs(place: str) -> dict[str, str]:
-    """Runs datatrove's four steps, one task after another, with clusters told."""
+    """Runs datatrove's four steps, one task after another, with reported clusters."""
     from datatrove.data import Document
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.readers import JsonlReader
@@ -102,7 +102,7 @@ def theirs(place: str) -> dict[str, str]:
 
 
 def told(clusters: dict[str, str], texts: dict[str, str], similar: dict[tuple[str, str], float]) -> tuple[list[str], str]:
-    """Tells the recall of each bucket, and the precision."""
+    """Returns the recall of each bucket, and the precision."""
     of = {id: clusters.get(id, id) for id in texts} | {keeper: keeper for keeper in clusters.values() if keeper in texts}
     groups = defaultdict[str, list[str]](list)
     for id, cluster in of.items():

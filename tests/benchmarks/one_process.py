@@ -25,7 +25,7 @@ def checked(job: Path, keys: list[str]) -> Any:
 
 
 def train(made: Any, share: Callable[[int, float], float]) -> tuple[Any, int, float]:
-    """Trains until `share(steps, processor seconds)`, which the schedule follows, is 1; returns the engine, and these two."""
+    """Trains until `share(steps, CPU seconds)`, which the schedule follows, is 1; returns the engine, and these two numbers."""
     job, recipe, data = made.job, made.recipe, open_dataset(made.plan)
     settings, spent, step = job.train, 0.0, 0
     engine = deepspeed_engine.build_engine(job, recipe)
@@ -44,7 +44,7 @@ def train(made: Any, share: Callable[[int, float], float]) -> tuple[Any, int, fl
 
 @torch.no_grad()
 def scores(made: Any, engine: Any, samples: SamplePlaces) -> dict[str, float]:
-    """Scores samples of a job by an engine of the same recipe."""
+    """Scores samples of a job with an engine of the same recipe."""
     rows = open_dataset(made.plan).read(samples)
     engine.eval()
     sums: dict[str, float] = {}

@@ -33,7 +33,7 @@ RATES = {"adamw": 1.5e-3, "muon": 1e-2, "lion": 1e-3, "schedule_free": 2.5e-3, "
 
 
 def corpus() -> tuple[np.ndarray, np.ndarray]:
-    """Bytes to train on, and bytes held out."""
+    """Returns bytes to train on, and held-out bytes."""
     halves: tuple[list[bytes], list[bytes]] = ([], [])
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.glob("*.py")) + sorted(root.glob("[a-df-z]*/*.py")):  # tables of encodings are no code
@@ -50,7 +50,7 @@ def rows(data: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def play(name: str, rate: float, steps: int, seed: int, data: tuple[np.ndarray, np.ndarray]) -> Iterator[tuple[float, float]]:
-    """Trains, and looks at the held-out loss `LOOKS` times: (CPU seconds of the steps so far, loss)."""
+    """Trains, and measures the held-out loss `LOOKS` times: (CPU seconds of the steps so far, loss)."""
     schedule = {
         "name": "constant" if name == "schedule_free" else "linear",
         "warmup_steps": max(1, steps // 20),

@@ -38,7 +38,7 @@ CONSTANTS = [
 
 
 def at(prices: dict[str, Any], values: Any) -> dict[str, Any]:
-    """The price table with other values of what is fitted."""
+    """Returns the price table with other values of the fitted constants."""
     made = copy.deepcopy(prices)
     for (paths, _, _), value in zip(CONSTANTS, values, strict=True):
         for *path, last in paths:
@@ -50,7 +50,8 @@ def at(prices: dict[str, Any], values: Any) -> dict[str, Any]:
 
 
 def fit(prices: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Least absolute errors of the logarithm, softened; a run of a source with many counts as one of a source with few."""
+    """Minimizes the softened absolute errors of the logarithm. All sources have the same weight, regardless of their number of
+    runs."""
     often: dict[str, int] = {}
     for run in runs:
         often[run["source"]] = often.get(run["source"], 0) + 1
@@ -96,7 +97,7 @@ def show(prices: dict[str, Any], runs: list[dict[str, Any]]) -> None:
 
 
 def left_out(prices: dict[str, Any], runs: list[dict[str, Any]]) -> None:
-    """Each source's errors under a fit to all the others."""
+    """Prints each source's errors under a fit to all the others."""
     print("\n| left out | runs | median error | worst |\n|---|---|---|---|")
     together: list[float] = []
     for source in dict.fromkeys(run["source"] for run in runs):

@@ -64,7 +64,7 @@ def without_accents(text: str) -> str:
 
 
 def rewrapped(text: str) -> str:
-    """Puts Chinese in one line, without spaces beside its characters, and with the punctuation of Latin."""
+    """Joins Chinese to one line, without spaces next to its characters, and with Latin punctuation."""
     return re.sub(r"(?<=[\u3000-\uffef])\s+|\s+(?=[\u3000-\uffef])", "", text).translate(WIDE)
 
 
@@ -73,7 +73,7 @@ def other_characters(rng: random.Random, text: str, others: str) -> str:
 
 
 def other(folder: Path, language: str) -> str:
-    """Reads Debian's reference in a language."""
+    """Reads Debian's reference in another language."""
     return gzip.decompress(next(folder.rglob(f"*.{language}.txt.gz")).read_bytes()).decode()
 
 
@@ -142,7 +142,7 @@ def ours(place: str) -> list[str]:
 
 
 def theirs(place: str) -> list[str]:
-    """Lists the documents that datatrove's filter drops, with the hashes of its indexer, which needs lighteval to run."""
+    """Lists the documents that datatrove's filter drops, with the hashes of its indexer, which needs lighteval."""
     from datatrove.data import Document
     from datatrove.pipeline.decont import n_grams
     from datatrove.utils.text import ngrams, simplify_text
@@ -167,7 +167,7 @@ def clusters_of(told: dict[str, str], texts: dict[str, str]) -> dict[str, list[s
 
 
 def shares(a: str, b: str) -> bool:
-    """Whether two texts have N words in a row in common, as letters and digits."""
+    """Returns whether two texts share N consecutive words, as letters and digits."""
     x, y = ["".join(c if c.isalnum() else " " for c in t.lower()).split() for t in (a, b)]
     return bool({tuple(x[i : i + N]) for i in range(len(x) - N + 1)} & {tuple(y[i : i + N]) for i in range(len(y) - N + 1)})
 
@@ -210,7 +210,7 @@ def signatures(file: str) -> float:
 
 
 def speed(folder: Path, before: str, times: int = 5) -> None:
-    """Measures MB/s of signatures per core, by turns with another tree."""
+    """Measures MB/s of signatures per core, interleaved with another tree."""
     english = [path.read_text() for path in sorted(folder.rglob("*.rst.txt"))]
     others = [other(folder, language) for language in ("fr", "zh-cn")]
     mixed = [text[at : at + 5000] for text in others for at in range(0, len(text), 5000)]

@@ -1,8 +1,8 @@
-"""Makes a small web of real pages of documentation, with what the web has planted in it, and sets clean pages aside.
+"""Makes a small web of real documentation pages with planted faults, and sets clean pages aside for scoring.
 
-Aside are pages by the hash of their paths, and whole sites; a page that is much alike one of these, or shares text with them,
-is in neither part. Planted: menus, banners and footers of the sites that show a page, exact and near copies on other sites,
-pages of repeated advertisements, other encodings, and wrong ones. Pages of other languages are real.
+Pages are set aside by the hash of their paths, and as whole sites. A page that is similar to one of these, or shares text with
+them, is in neither part. Planted are menus, banners and footers of the sites that show a page, exact and near copies on other
+sites, pages of repeated advertisements, and other or wrong encodings. Pages in other languages are real.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WORD = re.compile(r"[a-z]{4,}")
 
 @dataclass
 class Web:
-    """Holds pages to train on by their paths, clean texts by what they are set aside for, and how many pages are what."""
+    """Holds pages to train on by path, clean texts by the part that they score, and counts of the kinds of pages."""
 
     pages: dict[str, bytes] = field(default_factory=dict)
     aside: dict[str, list[str]] = field(default_factory=dict)
@@ -49,7 +49,8 @@ def digest(text: str) -> bytes:
 
 
 def make(folder: Path, apart: set[str], pages: int, scored: int) -> Web:
-    """Makes the web of about so many real pages below a folder, whose folders are sites; `scored` of each kind are aside."""
+    """Makes a web of about so many real pages below a folder, whose folders are sites. `scored` pages of each kind are set
+    aside."""
     web, main = Web(), extractor({"library": "resiliparse", "main_content": True, "max_undecodable": 0.05})
     clean = extractor({"library": "trafilatura", "main_content": True, "max_undecodable": 0.05})
     chosen = dict[str, tuple[str, str, str]]()  # what it is for, the page, its main text
@@ -74,7 +75,7 @@ def make(folder: Path, apart: set[str], pages: int, scored: int) -> Web:
 
 
 def _walk(folder: Path, apart: set[str]) -> Iterator[tuple[str, bytes, str]]:
-    """Yields (path, page, what it is for) in the order of the paths' hashes."""
+    """Yields (path, page, its part) in the order of the paths' hashes."""
     paths = (p for p in folder.rglob("*") if p.suffix in (".html", ".htm") and p.is_file() and p.stat().st_size < MOST_BYTES)
     for path in sorted((str(p.relative_to(folder)) for p in paths), key=digest):
         what = "another site" if path.partition("/")[0] in apart else "the same sites" if digest(path)[1] < ASIDE else "train"
@@ -82,7 +83,8 @@ def _walk(folder: Path, apart: set[str]) -> Iterator[tuple[str, bytes, str]]:
 
 
 def _near(chosen: dict[str, tuple[str, str, str]]) -> set[str]:
-    """Finds pages that a band of MinHash, or a share of 13-grams, takes for copies of what is aside; of that, all but one."""
+    """Finds pages that a band of MinHash, or a share of 13-grams, identifies as copies of a page set aside; all but one of
+    these."""
     order = sorted(chosen, key=lambda path: chosen[path][0] == "train")
     found, bands, grams = set[str](), set[int](), set[int]()
     for first in range(0, len(order), 200):
@@ -123,7 +125,7 @@ def _planted(web: Web) -> Web:
 
 
 def _site(rng: random.Random, words: list[str], number: int) -> tuple[str, str]:
-    """Makes what a site puts above and below its pages."""
+    """Makes the menus and footers that a site puts above and below its pages."""
     links = [" ".join(rng.sample(words, 2)).title() for _ in range(40)]
     menu = "".join(f"<li><a href='/{i}'>{name}</a></li>" for i, name in enumerate(links[:28]))
     more = "".join(f"<li><a href='/more/{i}'>{name}</a></li>" for i, name in enumerate(links[28:]))
@@ -140,7 +142,7 @@ def _dressed(page: str, above: str, below: str) -> str:
 
 
 def _changed(rng: random.Random, page: str, words: list[str]) -> str:
-    """Changes one word of forty in longer texts of a page."""
+    """Changes one of forty words in longer texts of a page."""
 
     def other(match: re.Match[str]) -> str:
         return ">" + re.sub(r"\w+", lambda w: rng.choice(words) if rng.random() < 1 / 40 else w[0], match[1]) + "<"
@@ -157,7 +159,7 @@ def _spam(rng: random.Random, words: list[str]) -> str:
 
 
 def _encoded(rng: random.Random, page: str) -> tuple[bytes, str]:
-    """Encodes a page, and says how if it is not as UTF-8."""
+    """Encodes a page; returns its encoding, too, if it isn't UTF-8."""
     kind, page = rng.random(), CHARSET.sub("", page)
     names = [(CP1252, "windows-1252", "windows-1252"), (UTF16, "utf-16", "utf-16"), (WRONG, "utf-8", "iso-8859-1")]
     for share, codec, said in names:

@@ -49,7 +49,7 @@ PUBLISHED = ("shards", "listed", "ends")
 
 
 def make_input(folder: Path, documents: int) -> None:
-    """Writes JSON lines, a seventh of them near duplicates and an eleventh exact ones."""
+    """Writes JSON lines: a seventh are near-duplicates, and an eleventh exact ones."""
     folder.mkdir()
     rng, texts = random.Random(0), list[str]()
     for part in range(8):
@@ -64,7 +64,7 @@ def make_input(folder: Path, documents: int) -> None:
 
 def prepare(folder: Path, pipeline: dict[str, object], rng: random.Random, tasks: int = 0,
             environment: dict[str, str] | None = None, done: str | None = None) -> Round:  # fmt: skip
-    """Makes the round that prepares a dataset in a new folder."""
+    """Creates the round that prepares a dataset in a new folder."""
     folder.mkdir()
     config = {"output": str(folder / "out"), "work": str(folder / "work"), **pipeline}
     (folder / "pipeline.yaml").write_text(json.dumps(config))
@@ -114,12 +114,12 @@ def fill_disk(round: Round, place: Path, size: int) -> None:
 
 
 def digest(round: Round) -> str | None:
-    """Returns the digest of the dataset that was made, if it was."""
+    """Returns the digest of the dataset, if one was made."""
     return round.result and round.result["digest"]
 
 
 class Bench:
-    """Holds what rounds have in common: the input, an S3 server, an unbroken run."""
+    """Holds the common parts of rounds: the input, an S3 server, and an unbroken run."""
 
     def __init__(self, folder: Path, store: ServerProcess, documents: int) -> None:
         self.folder, self.store = folder, store
@@ -141,7 +141,7 @@ class Bench:
             sys.exit((whole.folder / "log").read_text()[-3000:])
 
     def round(self, kind: str, number: int, seed: int, nodes: LocalNodes | None) -> tuple[Round, int]:
-        """Runs one round; returns it, and how many faults struck."""
+        """Runs one round; returns it, and the number of faults that struck."""
         rng, folder = random.Random(f"{seed} {kind} {number}"), self.folder / f"{kind}-{number}"
         if kind == "s3":
             return self._over_s3(rng, folder)

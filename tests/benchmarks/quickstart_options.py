@@ -44,7 +44,7 @@ OPTIONS: dict[str, list[str]] = {  # each changes one thing of the job
 
 
 def dataset(vocabulary: str) -> Path:
-    """The folder of the quickstart's dataset with another vocabulary, prepared if it is not there."""
+    """Returns the folder of the quickstart's dataset with another vocabulary; prepares it if it is missing."""
     folder = harness.ROOT / f".heliostat/data/quickstart-{vocabulary}"
     settings = {"output": str(folder), "tokenizer.vocab_size": vocabulary}
     harness.heliostat("data", "prepare", "pipelines/quickstart.yaml", *harness.sets(settings))
@@ -62,7 +62,7 @@ def checked(settings: list[str], seed: int, samples: int) -> Any:
 
 
 def play(made: Any, seconds: float) -> tuple[float, float]:
-    """Trains for so many processor seconds; tokens a second, and held-out bits a byte at the end."""
+    """Trains for so many CPU seconds; returns tokens per second, and held-out bits per byte at the end."""
     engine, steps, spent = one_process.train(made, lambda _, spent: spent / seconds)
     found = one_process.scores(made, engine, made.order.held_out(made.job.evaluate.samples))["bits_per_byte"]
     deepspeed_engine.destroy_engines()

@@ -59,7 +59,7 @@ ELASTIC = ["workers.count=[2, 3]", "train.global_batch_size=24", "data.virtual_r
 
 
 class Recording(progress.ProgressReporter):
-    """The terminal's view, which also keeps every event with its time."""
+    """Records every event of the terminal's view with its time."""
 
     events: list[tuple[str, float, int]] = []
 
@@ -80,7 +80,7 @@ events = Recording.events
 
 
 def split(struck: float, ended: float) -> dict[str, float]:
-    """Seconds by part, for the recovery from one fault. `ended`: when the driver knew that the attempt had."""
+    """Returns the seconds by part, for the recovery from one fault. `ended`: when the driver knew that the attempt had ended."""
     before = max(step for kind, at, step in events if kind == "made" and at <= ended)
     marks = [("ended", ended)]
     for phase, part in PHASES.items():
@@ -127,7 +127,7 @@ def kill_nodes(nodes: LocalNodes, times: int, struck: list[float]) -> None:
 
 
 def alternate() -> None:
-    """Makes every attempt stop behind its next checkpoint, and the next one have another number of workers."""
+    """Makes every attempt stop after its next checkpoint, and gives the next one another number of workers."""
     counts, look = iter([3, 2] * 1000), attempt.Attempt._look
     attempt.LOOK_S = 0.2
     driver_run.choose = lambda allowed, room: next(counts)
@@ -152,7 +152,7 @@ def train(options: Any, folder: str) -> list[Any]:
 
 
 def followed(environment: dict[str, str]) -> list[float]:
-    """Trains in a process that joins a cluster; returns when the attempts that failed had ended."""
+    """Trains in a process that joins a cluster; returns when the failed attempts ended."""
     command = [sys.executable, "-m", "tests.benchmarks.recovery", *sys.argv[1:], "--follow"]
     with subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True) as driver:
         assert driver.stdout
@@ -166,7 +166,7 @@ def followed(environment: dict[str, str]) -> list[float]:
 
 
 def strike(options: Any, folder: str) -> list[dict[str, float]]:
-    """Runs the job with its faults; returns what each cost, by part."""
+    """Runs the job with its faults; returns the cost of each, by part."""
     struck: list[float] = []
     if options.fault == "resize":
         alternate()

@@ -88,7 +88,7 @@ def make(folder: Path, kind: str, most: int) -> None:
 
 
 def make_pairs(folder: Path, others: list[tuple[str, str]], chosen: list[dict[str, str]]) -> None:
-    """Prepares the pairs whose question is not asked, in the same words neither, for an embedder to train on."""
+    """Prepares the pairs whose question isn't among the test's questions, also in the same words, for training an embedder."""
     asked, rows = {one["question"] for one in chosen}, folder / "in-pairs"
     rows.mkdir()
     left = [{"query": question, "text": body} for question, body in others if question not in asked]

@@ -60,7 +60,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def timed(action: Callable[[], Any], rounds: int = 1) -> tuple[float, Any]:
-    """Median CPU seconds, and what the action returned."""
+    """Returns the median CPU seconds, and the action's result."""
     found, value = [], None
     for _ in range(rounds):
         gc.collect()
@@ -75,7 +75,7 @@ def received(message: bytes) -> Any:
 
 
 class Ranks:
-    """The ranks of a ZeRO stage, each with its slices of the state."""
+    """Simulates the ranks of a ZeRO stage, each with its slices of the state."""
 
     def __init__(self, world: int, stage: int) -> None:
         self.world, self.stage, self.shapes = world, stage, shapes()
@@ -95,13 +95,13 @@ class Ranks:
         }
 
     def shard(self, rank: int) -> Shard:
-        """As `checkpoint.json` has it; only of the ranks whose indexes are read, these are made."""
+        """Returns a shard's entry in `checkpoint.json`; only for ranks whose indexes are read."""
         size = 4 * len(KINDS) * sum(n for _, _, n in self.owned(rank)) + 4096
         sealed = index.seal(self.index(rank)) if rank < READ else SealedIndex(65_536, 4294967295)
         return Shard(f"shard-{rank:05d}.safetensors", size, sealed)
 
     def index(self, rank: int) -> bytes:
-        """With a checksum of ten digits for each block."""
+        """Returns a shard's index, with a checksum of ten digits for each block."""
         places, offset = {}, 4096
         for name, start, numel in self.owned(rank):
             for kind in KINDS:
@@ -111,7 +111,7 @@ class Ranks:
         return index.encode({"tensors": places})
 
     def part(self, rank: int) -> placement.WrittenPart:
-        """What `writing.part` makes of a rank, without a tensor for each slice."""
+        """Returns the result of `writing.part` for a rank, without a tensor for each slice."""
         tensors = {
             f"{kind}.{name}": Tensor("F32", [self.sizes[name]], [[0, 1, start, numel]])
             for name, start, numel in self.owned(rank)
@@ -120,11 +120,11 @@ class Ranks:
         return placement.WrittenPart([self.shard(rank)], tensors)
 
     def branch(self, rank: int) -> placement.WrittenPart:
-        """The part of a rank and all that are below it in the tree."""
+        """Returns the part of a rank, merged with all those below it in the tree."""
         return self.merge(self.part(rank), [pickle.dumps(self.branch(c)) for c in agreement.children(rank, self.world)])
 
     def branch_at_once(self, rank: int) -> placement.WrittenPart:
-        """The same, without merging rank after rank where every tensor is cut by itself."""
+        """Returns the same, without merging rank after rank, if every tensor is split by itself."""
         if self._owned:
             return self.branch(rank)
         stop, tensors = min(rank + (rank & -rank or self.world), self.world), {}
@@ -174,7 +174,7 @@ def save(ranks: Ranks, rounds: int) -> tuple[dict[str, Any], bytes]:
 
 
 def lay_out(ranks: Ranks, root: bytes, run: Location) -> Location:
-    """Makes the folder of a checkpoint: files of the right sizes, the first ranks' indexes with their content."""
+    """Creates the folder of a checkpoint: files of the right sizes, with the first ranks' indexes as content."""
     place = layout.folder(run, 100)
     folder = Path(place.path)
     folder.mkdir(parents=True)
@@ -193,7 +193,7 @@ def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
     message = pickle.dumps(found)
 
     def read(other: Ranks) -> tuple[int, int]:
-        """All but the bytes; returns the size of the indexes, and the requests."""
+        """Plans all reads without the bytes; returns the size of the indexes, and the requests."""
         told: SavedCheckpoint = received(message)
         state = other.state(0)
         needed = {s for n, t in state.items() for s in told.needed(n, t.start, t.local.numel())}  # type: ignore[attr-defined]
@@ -216,7 +216,7 @@ def restore(ranks: Ranks, run: Location, rounds: int) -> dict[str, Any]:
 
 
 def driver(world: int, rounds: int) -> dict[str, Any]:
-    """Heartbeats through the mailbox to the driver's watch, as often as they come."""
+    """Sends heartbeats through the mailbox to the driver's monitor, at their real rate."""
     state, hosts = mailbox.MailboxState(), [f"{r // NODE:056x}" for r in range(world)]
 
     def beat() -> None:
@@ -254,7 +254,7 @@ def start(world: int, rounds: int) -> dict[str, Any]:
 
 
 def step(world: int, rounds: int) -> dict[str, Any]:
-    """A step's share: the vote's hops, whom a rank talks to, and the receipts of some steps on their way to rank 0."""
+    """Measures a step's share: the vote's hops, a rank's peers, and the receipts of some steps on their way to rank 0."""
     one = np.zeros((STEPS, LANES), np.int64)
     branches = [min(1 << n, world - child) for n, child in enumerate(agreement.children(0, world))]
     messages = [pickle.dumps([one.copy() for _ in range(branch)]) for branch in branches]
@@ -283,7 +283,8 @@ def simulate(world: int, stage: int, rounds: int, folder: Path) -> dict[str, Any
 
 
 def vote(group: Any, everyone: Any, rounds: str) -> Iterator[dict[str, Any]]:
-    """Medians of a vote by the tree and by a ring all-reduce, alternating, in milliseconds; descriptors of the group."""
+    """Yields the medians of a vote by the tree and by a ring all-reduce, interleaved, in milliseconds; and the group's
+    descriptors."""
     import torch.distributed as dist
 
     where, code = agreement.Channel(group), torch.zeros((), dtype=torch.int32)

@@ -32,7 +32,7 @@ MEMORY = 256 << 20
 
 
 def planted(count: int, dims: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns vectors, of which those of the first tenth have a partner in the second, and the cosines of these pairs."""
+    """Returns vectors, of which the first tenth have a partner in the second tenth, and the cosines of these pairs."""
     rng = np.random.default_rng(0)
     unit = lambda v: v / np.linalg.norm(v, axis=1, keepdims=True)  # noqa: E731
     topics = unit(rng.normal(size=(TOPICS, dims)))
@@ -46,7 +46,7 @@ def planted(count: int, dims: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def embedded(here: HereFlow, found: Curated, vectors: np.ndarray) -> list[dict]:
-    """Spills the vectors of the documents of runs, as embedding them would."""
+    """Spills the vectors of the documents of runs, like the embedding task."""
     records = []
     for run in found.runs:
         table = pa.concat_tables(list(survivors(here.work.spill, run, columns=["id"])))

@@ -25,7 +25,7 @@ LOADS_S = 120.0  # behind the end, for the second version to load on a busy mach
 
 
 class Load:
-    """What the clients have seen."""
+    """Records the answers that the clients get."""
 
     def __init__(self, url: str, streamed: float) -> None:
         self.url, self.streamed = f"{url}/v1/completions", streamed
@@ -36,7 +36,7 @@ class Load:
 
     @property
     def moved(self) -> bool:
-        """Whether the version that the alias has moved to has answered."""
+        """Returns whether the version to which the alias has moved has answered."""
         return any(what == f"{NAME}-2" for _, what in self.by)
 
     async def client(self, session: aiohttp.ClientSession, number: int, end: float) -> None:

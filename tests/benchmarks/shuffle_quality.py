@@ -31,7 +31,7 @@ def full() -> np.ndarray:
 
 
 def heliostat(window: int) -> np.ndarray:
-    """The samples of every step, lane by lane, as they are trained on. A shard is a chunk."""
+    """Returns the samples of every step, by virtual rank, as they are trained on. A shard is a row group."""
     sizes = np.full(SHARDS, SHARD, dtype=np.int64)
     split = whole(sizes, np.ones(SHARDS), 0.0)
     shape = Shape(BATCH, LANES, min(64, window // BATCH), window)
@@ -47,7 +47,7 @@ def mosaic(algorithm: str, window: int) -> np.ndarray:
 
 
 def buffer(window: int) -> np.ndarray:
-    """A reservoir: each sample that comes takes the place of one that leaves, at random."""
+    """Simulates a reservoir: each arriving sample replaces a random one, which leaves."""
     random = np.random.default_rng(SEED)
     coming = np.concatenate([np.arange(SHARD) + SHARD * s for s in random.permutation(SHARDS)])
     held, out = coming[:window].copy(), np.empty(SAMPLES, dtype=np.int64)
@@ -60,14 +60,14 @@ def buffer(window: int) -> np.ndarray:
 
 
 def distances(order: np.ndarray) -> np.ndarray:
-    """In the training order, between neighbours of a shard."""
+    """Returns the distances in the training order between neighbors of a shard."""
     position = np.empty(SAMPLES, dtype=np.int64)
     position[order] = np.arange(SAMPLES)
     return np.abs(np.diff(position.reshape(SHARDS, SHARD), axis=1)).ravel()
 
 
 def diversity(order: np.ndarray) -> np.ndarray:
-    """Distinct shards of every batch."""
+    """Returns the number of different shards in every batch."""
     return np.array([len(np.unique(batch // SHARD)) for batch in order.reshape(-1, BATCH)])
 
 

@@ -52,7 +52,7 @@ def settings(folder: str, name: str) -> dict[str, Any]:
 
 
 def told(parts: dict[str, float]) -> dict[str, float]:
-    """Says how a start went, for whoever watches; returns it."""
+    """Prints how a start went; returns it."""
     print(json.dumps(parts), file=sys.stderr, flush=True)
     return parts
 
@@ -77,7 +77,7 @@ def kept(job: str, folder: str) -> dict[str, float]:
 
 
 def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
-    """Runs a sweep of one trial after another; returns the seconds until the first step of each but the first, by part."""
+    """Runs a sweep of one trial after another; returns the seconds until the first step of each except the first, by part."""
     sweep = {"name": "sweep", "job": str(ROOT / job), "searcher": {"name": "grid"}, "concurrency": 1, "register_best": False}
     sweep["set"] = {key: value for key, value in settings(folder, "").items() if key not in ("name", "evaluate")}
     sweep["set"]["evaluate.every"] = STEPS  # a sweep compares what it scores
@@ -91,7 +91,7 @@ def trials(job: str, folder: str, rounds: int) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def cluster(folder: str) -> Iterator[str]:
-    """A cluster of this machine while the context lasts, on ports of its own; its file."""
+    """Runs a cluster of this machine while the context lasts, on its own ports; yields its file."""
     text = (ROOT / "clusters/local.yaml").read_text().replace("cluster_name: local", "cluster_name: start")
     for port in ("6389", "6390", "8275"):
         text = text.replace(port, str(free_port()))
@@ -106,7 +106,7 @@ def cluster(folder: str) -> Iterator[str]:
 
 
 def submitted(job: str, folder: str, file: str, number: int) -> dict[str, float]:
-    """Submits a job to the cluster; returns the seconds until its first step, and the parts that its driver tells."""
+    """Submits a job to the cluster; returns the seconds until its first step, and the parts that its driver reports."""
     given = harness.sets(settings(folder, f"submitted-{number}"))
     command = [sys.executable, "-m", "heliostat", "submit", job, "--cluster", file, "--follow", *given]
     began = time.time()

@@ -42,7 +42,7 @@ def job(folder: Path, name: str, uri: str) -> Job:
 
 
 class Unlogged(RunOwner):
-    """A run without datasets: only its curves are measured."""
+    """Simulates a run without datasets: only its curves are measured."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job, list[Manifest]())

@@ -49,7 +49,8 @@ def sweep(folder: Path, name: str, steps: int, rates: list[float], scheduler: di
 
 
 def asha(folder: Path, steps: int, trials: int) -> None:
-    """The order of trials is that of a random search: a grid in ascending order would tell ASHA too little, or too much."""
+    """Compares ASHA with the grid. The order of trials is that of a random search, because a grid in ascending order would give
+    ASHA too little or too much information."""
     rates = [float(f"{r:.3g}") for r in np.geomspace(1e-4, 3e-2, trials)]
     rates = [rates[i] for i in np.random.default_rng(0).permutation(trials)]
     asked = {"name": "asha", "grace": steps // 8, "reduction": 2}

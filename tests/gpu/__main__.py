@@ -1,7 +1,7 @@
 """Tries all of one machine's GPUs: `python -m tests.gpu [--part NAME ...] [--budget SECONDS] [--out DIR] [--device cpu|twin]`.
 
-Prints a line for each part: pass, fail, or skip; its number; and the cause of a failure. Each part runs in a process of its own
-with a deadline, so that a failure stops nothing. `gpu.json` and `gpu.md` are written to DIR after every part, and each part's
+Prints a line for each part: pass, fail, or skip; its number; and the cause of a failure. Each part runs in a separate process
+with a deadline, so a failure stops no other part. `gpu.json` and `gpu.md` are written to DIR after every part, and each part's
 output to DIR/logs. Correctness comes first, then runs, then speed.
 
 On a fresh machine: `make locked && .venv/bin/python -m tests.gpu`. It needs no network and no data. Parts on the engine alone
@@ -34,7 +34,7 @@ HIDDEN = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # for parts on a 
 
 
 def child(name: str, result: Path, device: str) -> int:
-    """Runs one part, or the probe, in this process, and writes its rows one by one, and then the cause of a failure."""
+    """Runs one part, or the probe, in this process; writes its rows one by one, and then the cause of a failure."""
     from tests.gpu import absent, probe
 
     missing = absent.stand_in()
@@ -63,7 +63,7 @@ def child(name: str, result: Path, device: str) -> int:
 
 
 def cause(error: BaseException) -> str:
-    """Describes an error in one line, with the innermost line of this repository that it passed."""
+    """Describes an error in one line, with the innermost line of this repository in its traceback."""
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(str(ROOT)) and ".venv" not in f.filename
     ]
@@ -73,7 +73,8 @@ def cause(error: BaseException) -> str:
 
 
 def run(name: str, deadline_s: float, device: str = "cuda", log: Path = Path(os.devnull)) -> tuple[list[dict[str, Any]], str]:
-    """Runs a part in a process of its own, its output in a file; returns its rows, and why it failed, empty if it didn't."""
+    """Runs a part in a separate process, with its output in a file; returns its rows, and the reason of its failure, "" if it
+    didn't fail."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # also of what a part that is killed leaves
         result = Path(folder) / "rows"
         command = [sys.executable, "-m", "tests.gpu", "--child", name, "--result", str(result), "--device", device]
@@ -106,7 +107,7 @@ def _code(code: int) -> str:
 
 
 def judged(part: Part, has: list[str], left_s: float, device: str, log: Path) -> dict[str, Any]:
-    """Runs a part, unless something is missing, and judges it."""
+    """Runs a part, unless a requirement is missing, and judges it."""
     result: dict[str, Any] = {"name": part.name, "rows": [], "cause": "", "seconds": 0.0}
     if device != "cuda" and part.small is None:
         return {**result, "status": "skip", "cause": "runs on a GPU alone"}

@@ -1,7 +1,7 @@
-"""Lets the wheel be imported where libraries are missing that no piece of work on one GPU uses: Ray, Arrow, MLflow, S3.
+"""Lets the wheel be imported without libraries that no part on one GPU uses: Ray, Arrow, MLflow, and S3.
 
-What stands in for them can be named, called and derived from, so that modules which import them load; it does nothing. Where a
-library is there, it is used.
+Their replacements can be named, called, and derived from, so that modules with these imports load; they do nothing. An installed
+library is used itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Anything(type):
 
 
 class Nothing(metaclass=_Anything):
-    """Stands for whatever a missing library has."""
+    """Replaces every member of a missing library."""
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -57,12 +57,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def missing() -> list[str]:
-    """Lists which of the libraries are not installed."""
+    """Lists the libraries that aren't installed."""
     return [name for name in ASIDE if sys.modules.get(name, Nothing) is None or find_spec(name) is None]
 
 
 def stand_in() -> list[str]:
-    """Stands in for the libraries that are missing, for the rest of this process; returns which."""
+    """Replaces the missing libraries for the rest of this process; returns their names."""
     names = missing()
     for name in names:
         sys.modules.pop(name, None)

@@ -1,4 +1,4 @@
-"""The GPU tests run the integration tests' jobs."""
+"""Imports the integration tests' fixtures, because the GPU tests run their jobs."""
 
 from tests.integration.conftest import corpus, job_file, ray_session, tracking
 

@@ -1,6 +1,6 @@
-"""What a GPU computes beside its twin on the CPU: the same call with torch's plain implementation in fp32.
+"""Compares a GPU's results with the CPU reference implementation: the same call with torch's plain implementation in fp32.
 
-Each function is a piece: it yields rows of what was compared, how far apart the two were, and how far they may be.
+Each function is a part: it yields rows with the compared value, its difference, and the allowed difference.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ Row = dict[str, Any]
 
 
 def row(what: str, difference: float, limit: float, **more: Any) -> Row:
-    """What was compared, how far apart the two were, and how far they may be."""
+    """Returns a row: the compared value, its difference, and the allowed difference."""
     good = math.isfinite(difference) and difference <= limit
     return {"kind": "correctness", "what": what, "difference": difference, "limit": limit, "ok": good, **more}
 
 
 def apart(ours: list[float], theirs: list[float]) -> float:
-    """The largest relative difference of two curves."""
+    """Returns the largest relative difference of two curves."""
     return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
 
 
 def _against_plain(what: str, twin: list[float] | None = None, **changes: Any) -> Row:
-    """Trains as a job with these changes does, beside the plain process with the twins of its kernels."""
+    """Trains a job with these changes, and compares it with the plain process and the CPU reference implementations of its
+    kernels."""
     made = setting.job(setting.TINY, **changes)
     its = setting.recipe(made)
     twin = twin or setting.plain(made, its.plainly(), STEPS)
@@ -43,7 +44,7 @@ def _against_plain(what: str, twin: list[float] | None = None, **changes: Any) -
 
 
 def zero(precision: str) -> Iterator[Row]:
-    """ZeRO 1 to 3 in one process."""
+    """Compares ZeRO 1 to 3 in one process."""
     setting.start()
     twin = setting.plain(made := setting.job(setting.TINY), setting.recipe(made), STEPS)
     for stage in (1, 2, 3):
@@ -61,7 +62,7 @@ def offload() -> Iterator[Row]:
 
 
 def optimizers(names: tuple[str, ...] = ("lion", "schedule_free", "sgd", "rmsprop")) -> Iterator[Row]:
-    """Optimizers other than AdamW."""
+    """Compares optimizers other than AdamW."""
     setting.start()
     for name in names:
         changes: dict[str, Any] = {"train.optimizer": {"name": name, "lr": 1e-3}, "train.schedule": {"name": "constant"}}
@@ -72,12 +73,12 @@ def optimizers(names: tuple[str, ...] = ("lion", "schedule_free", "sgd", "rmspro
 
 
 def muon() -> Iterator[Row]:
-    """Muon, which divides whole matrices over the workers."""
+    """Compares Muon, which shards whole matrices over the workers."""
     yield from optimizers(("muon",))
 
 
 def compiled() -> Iterator[Row]:
-    """The whole model, and layer by layer."""
+    """Compares compilation of the whole model, and layer by layer."""
     setting.start()
     for how, stage in ((True, 1), ("blocks", 1), ("blocks", 2)):
         changes = {"train.precision": "bf16", "train.compile": how, "train.zero.stage": stage}
@@ -85,7 +86,7 @@ def compiled() -> Iterator[Row]:
 
 
 def attending(kernel: str) -> Iterator[Row]:
-    """A job that names what computes attention, samples of one document and of several, beside torch's own on the CPU."""
+    """Compares jobs that name their attention kernel, for samples of one document and of several, with torch's own on the CPU."""
     setting.start()
     for several in (False, True):
         changes = {
@@ -98,7 +99,7 @@ def attending(kernel: str) -> Iterator[Row]:
 
 
 def linear8() -> Iterator[Row]:
-    """Linear layers in float8, beside the same rounded numbers' products in fp32 on the CPU."""
+    """Compares linear layers in float8 with the products of the same rounded numbers in fp32 on the CPU."""
     setting.start()
     for stage in (1, 3):
         made = setting.job(setting.TINY, **{"train.precision": "bf16", "train.zero.stage": stage})
@@ -109,7 +110,8 @@ def linear8() -> Iterator[Row]:
 
 
 def save() -> Iterator[Row]:
-    """A save beside the next steps, and a resume at another stage: the state bit by bit, the losses to rounding."""
+    """Saves during the next steps, and resumes at another stage: the state is equal bit by bit, and the losses within
+    rounding."""
     from heliostat.checkpoint import saver as checkpoint
     from heliostat.config import spec
     from heliostat.engine import sharded_state
@@ -146,7 +148,7 @@ def save() -> Iterator[Row]:
 
 
 def ahead() -> Iterator[Row]:
-    """Micro-batches that are copied to the device while it computes, beside the same on the CPU."""
+    """Compares micro-batches that are copied to the device while it computes with the same on the CPU."""
     from heliostat.data.device_streams import on_device
 
     micros = [{"tokens": torch.randint(0, 1 << 30, (8, 4096), generator=torch.Generator().manual_seed(i))} for i in range(16)]
@@ -159,7 +161,7 @@ def ahead() -> Iterator[Row]:
 
 
 def draws() -> Iterator[Row]:
-    """Noise and timesteps from samples' keys, beside the CPU's bits."""
+    """Compares noise and timesteps from samples' keys with the CPU's bits."""
     from heliostat.recipes.images import rows
 
     keys = torch.arange(1000, 1016)
@@ -168,7 +170,7 @@ def draws() -> Iterator[Row]:
 
 
 def attention() -> Iterator[Row]:
-    """Fused attention kernels, forward and backward, beside torch's plain one in fp32 on the CPU."""
+    """Compares fused attention kernels, forward and backward, with torch's plain one in fp32 on the CPU."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = {
@@ -183,7 +185,7 @@ def attention() -> Iterator[Row]:
 
 
 def flex() -> Iterator[Row]:
-    """Attention within documents of different lengths, compiled, beside a dense mask on the CPU."""
+    """Compares compiled attention within documents of different lengths with a dense mask on the CPU."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     document = torch.repeat_interleave(torch.arange(4), torch.tensor([100, 28, 256, 128]))
@@ -205,7 +207,7 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _kernel(what: str, call: Any, given: list[torch.Tensor], dtype: torch.dtype, twin: Any = None) -> Row:
-    """Compares outputs and gradients, relative to their size; the last tensor given is the output's gradient."""
+    """Compares outputs and gradients, relative to their size. The last given tensor is the output's gradient."""
     there = [t.to(setting.DEVICE, dtype).requires_grad_() for t in given[:-1]]
     here = [t.detach().float().cpu().requires_grad_() for t in there]
     made, expected = call(*there), (twin or call)(*here)
@@ -216,7 +218,7 @@ def _kernel(what: str, call: Any, given: list[torch.Tensor], dtype: torch.dtype,
 
 
 def fp8() -> Iterator[Row]:
-    """A scaled product of matrices in float8, beside the product of the same rounded numbers in fp32 on the CPU."""
+    """Compares a scaled product of matrices in float8 with the product of the same rounded numbers in fp32 on the CPU."""
     a, b = (torch.randn(n, 256, generator=torch.Generator().manual_seed(n)) for n in (128, 192))
     largest = torch.finfo(torch.float8_e4m3fn).max
     scales = [t.abs().max() / largest for t in (a, b)]

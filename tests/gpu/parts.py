@@ -1,4 +1,4 @@
-"""Lists the parts of `python -m tests.gpu`, the most telling first: each runs in a process of its own, up to its deadline."""
+"""Lists the parts of `python -m tests.gpu`, the most informative first. Each part runs in a separate process with a deadline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Part:
-    """Describes a part: its function, the arguments, what it needs of `probe`, and its deadline in seconds.
+    """Describes a part: its function, the arguments, its requirements in `probe`, and its deadline in seconds.
 
     `small`: other arguments for a run without a GPU; None if such a run makes no sense.
     """
@@ -29,7 +29,7 @@ class Part:
         return function
 
     def call(self, small: bool = False) -> Iterator[dict[str, Any]]:
-        """Calls the part's function; it yields rows. `small`: as without a GPU."""
+        """Calls the part's function, which yields rows. `small`: as for a run without a GPU."""
         return self.resolve()(**self.given | ((self.small or {}) if small else {}))
 
 
@@ -41,7 +41,7 @@ def _right(
 
 
 def _run(name: str, *needs: str, deadline_s: float = 240.0, small: bool = True, **given: Any) -> Part:
-    """A part that trains runs on Ray."""
+    """Describes a part that trains on Ray."""
     return _right(name, *needs, "ray", "mlflow", "pyarrow", module="runs", small=small, deadline_s=deadline_s, **given)
 
 

@@ -1,4 +1,4 @@
-"""Finds what this machine has that pieces may need, and which versions compute."""
+"""Finds the features of this machine that parts may need, and the versions of its libraries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARIES = ("pyarrow", "flash_attn", "ray", "mlflow", "diffusers")
 
 
 def probe(missing: list[str]) -> dict[str, Any]:
-    """Describes the machine; `has` names what pieces may need, without what only stands in."""
+    """Describes the machine. `has`: the features that parts may need, without replaced libraries."""
     import torch
 
     gpu = torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""Shows results of parts: as lines at a terminal, and as Markdown for docs/benchmarks."""
+"""Formats the results of parts, as lines for a terminal, and as Markdown for docs/benchmarks."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ WIDTHS = (4, 50, 4, 30)
 
 
 def line(*cells: str) -> str:
-    """Aligns the cells of a part's line; the last is as long as it is."""
+    """Aligns the cells of a part's line, except the last one."""
     return "  ".join([*(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=False)), cells[-1]]).rstrip()
 
 
 def number(rows: list[dict[str, Any]]) -> str:
-    """Describes the number that says most of a part's rows, empty if there is none."""
+    """Formats the most informative number of a part's rows; "" if there is none."""
     if not rows:
         return ""
     kind, last = rows[0]["kind"], rows[-1]
@@ -56,7 +56,7 @@ def number(rows: list[dict[str, Any]]) -> str:
 
 
 def wrong(row: dict[str, Any]) -> str:
-    """Describes a row that isn't right."""
+    """Describes a row with a wrong result."""
     if row.get("problem"):
         return f"{row['what']}: {row['problem']}"
     if row["kind"] == "speed":
@@ -69,7 +69,7 @@ def wrong(row: dict[str, Any]) -> str:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Makes the page: the machine, a line for each part, and a table for each kind of row."""
+    """Formats the page: the machine, a line for each part, and a table for each kind of row."""
     machine, parts = found["machine"], found["parts"]
     versions = ", ".join(f"{name} {v}" for name, v in machine.get("versions", {}).items() if v)
     lines = ["# On a GPU", "", f"`python -m tests.gpu`, {found['date']}: {machine.get('device', 'unknown')}, Python "

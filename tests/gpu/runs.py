@@ -1,4 +1,4 @@
-"""Trains whole runs on Ray: a profile, a worker that is killed, another number of workers, and the tests of this folder."""
+"""Trains whole runs on Ray: a profile, a killed worker, another number of workers, and the tests of this folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row = dict[str, Any]
 
 
 def job_file(folder: Path, workers: int, **changes: Any) -> Path:
-    """Writes a job of a tiny model on tokens that are made here; each step takes 0.3 s, so that there is time to act in."""
+    """Writes a job of a tiny model on generated tokens. Each step takes 0.3 s, which leaves time for faults."""
     from tests.golden import data
     from tests.unit import build_job
 
@@ -40,7 +40,7 @@ def job_file(folder: Path, workers: int, **changes: Any) -> Path:
 
 
 def heliostat(*words: str) -> dict[str, Any]:
-    """Runs a command to its end; returns what it reports. RuntimeError with its last line if it fails."""
+    """Runs a command to its end; returns its report. RuntimeError with its last line if it fails."""
     done = subprocess.run(_command(*words), capture_output=True, text=True, cwd=ROOT, check=False)
     sys.stderr.write(done.stderr)
     if done.returncode:
@@ -98,7 +98,7 @@ def kill_worker() -> Iterator[Row]:
 
 
 def elastic() -> Iterator[Row]:
-    """Trains on 2 workers, resumes on 1, and on 2 again: the losses are those of one run on 2."""
+    """Trains on 2 workers, resumes on 1, and on 2 again: the losses equal those of one run on 2."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = job_file(folder, 2)
@@ -123,7 +123,7 @@ def elastic() -> Iterator[Row]:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    """The losses of a run's steps, in order, as MLflow has them."""
+    """Returns the losses of a run's steps in MLflow, in order."""
     from mlflow import MlflowClient
 
     run_id = json.loads((folder / "runs" / name / "run.json").read_text())["run_id"]

@@ -1,4 +1,4 @@
-"""Sets one process up as a run's only worker: a job, its engine, and random tokens to train on."""
+"""Sets up one process as a run's only worker: a job, its engine, and random tokens to train on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKEND = "nccl" if GPU and not TWIN else "gloo"
 
 
 def start() -> Any:
-    """Joins a process group of one, and prepares DeepSpeed; a gloo group beside it."""
+    """Joins a process group of one process, and a gloo group, and prepares DeepSpeed."""
     from heliostat.engine import deepspeed_engine
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
@@ -32,7 +32,7 @@ def start() -> Any:
 
 
 def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4, **changes: Any) -> Any:
-    """A job of one worker on this device; its learning rate makes a tiny model learn within a few steps."""
+    """Returns a job of one worker on this device, with a learning rate at which a tiny model learns within a few steps."""
     base = {"model": model, "data.sequence_length": length, "workers": {"count": 1, "gpus": int(GPU)}, "train.steps": 1000}
     base |= {
         "train.global_batch_size": batch,
@@ -44,7 +44,8 @@ def job(model: dict[str, Any], length: int = 64, micro: int = 2, batch: int = 4,
 
 
 def recipe(made: Any, **attributes: Any) -> Any:
-    """The recipe of a job; `attributes` of it that the job does not set, such as a kernel that jobs on CPUs may not name."""
+    """Returns the recipe of a job. `attributes`: those that the job can't set, such as a kernel that jobs on CPUs may not
+    name."""
     from heliostat.recipes import CausalLM
 
     found = CausalLM(made)
@@ -61,7 +62,7 @@ def engine(made: Any, its: Any) -> Any:
 
 
 def micros(made: Any, its: Any, step: int) -> list[Any]:
-    """A step's micro-batches, on the CPU."""
+    """Returns a step's micro-batches, on the CPU."""
     train, size = made.train, made.model["vocab_size"]
     tokens = np.random.default_rng(step).zipf(1.3, (train.global_batch_size, made.data.sequence_length)) % size
     parts = np.split(tokens.astype(np.int32), train.global_batch_size // train.micro_batch_size)
@@ -69,7 +70,7 @@ def micros(made: Any, its: Any, step: int) -> list[Any]:
 
 
 def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
-    """Trains an engine for steps [first, first + steps); each step's loss."""
+    """Trains an engine for steps [first, first + steps); returns each step's loss."""
     from heliostat.data.device_streams import on_device
 
     found = []
@@ -85,7 +86,7 @@ def losses(made: Any, its: Any, on: Any, first: int, steps: int) -> list[float]:
 
 
 def plain(made: Any, its: Any, steps: int) -> list[float]:
-    """The CPU twin: one plain process of torch, in fp32, the whole batch of a step summed from its micro-batches."""
+    """Computes the CPU reference: one plain process of torch in fp32, with a step's batch summed from its micro-batches."""
     from heliostat.recipes import building
 
     settings = made.train.optimizer

@@ -1,4 +1,4 @@
-"""How fast one GPU trains, what memory it takes beside the plan's, and how long a checkpoint blocks it."""
+"""Measures the speed of one GPU, its memory against the plan, and how long a checkpoint blocks it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def train(
     seconds: float = 12.0,
     goal: float | None = None,
 ) -> Iterator[Row]:
-    """Trains for some seconds after the first steps; one row. `goal`: the MFU that an H100 must reach."""
+    """Trains for some seconds after the first steps; yields one row. `goal`: the MFU that an H100 must reach."""
     from heliostat.cluster.peak_flops import peak_flops
 
     setting.start()
@@ -80,7 +80,7 @@ def train(
 
 
 def _timed(made: Any, its: Any, on: Any, seconds: float) -> tuple[float, int]:
-    """Seconds per step after the first ones, and how many steps were timed."""
+    """Returns the seconds per step after the first ones, and the number of timed steps."""
     setting.losses(made, its, on, 0, WARM)
     began, steps = time.perf_counter(), 0
     while time.perf_counter() - began < seconds or not steps:
@@ -91,7 +91,7 @@ def _timed(made: Any, its: Any, on: Any, seconds: float) -> tuple[float, int]:
 
 @contextmanager
 def _engine(made: Any) -> Iterator[tuple[Any, Any]]:
-    """A recipe and its engine, whose memory is free again after it."""
+    """Yields a recipe and its engine; frees the engine's memory afterwards."""
     from heliostat.engine import deepspeed_engine
 
     its = setting.recipe(made)
@@ -104,7 +104,7 @@ def _engine(made: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def memory(small: bool = False) -> Iterator[Row]:
-    """The most memory that steps take, against the plan's."""
+    """Compares the peak memory of steps with the plan's."""
     setting.start()
     length = 64 if small else LENGTH
     for model, micro, keys in MEMORY:
@@ -125,7 +125,7 @@ def memory(small: bool = False) -> Iterator[Row]:
 
 
 def activation_offload(small: bool = False) -> Iterator[Row]:
-    """What activations in host memory cost a step, against the time that their copies take alone."""
+    """Measures the cost of activations in host memory per step, against the time of their copies alone."""
     setting.start()
     model, length, micro, seconds = ("tiny", 64, 2, 0.2) if small else ("1B", LENGTH, 4, 8.0)
     losses, step_s = [], []
@@ -149,7 +149,7 @@ def activation_offload(small: bool = False) -> Iterator[Row]:
 
 
 def _copies_s(elements: int) -> float:
-    """Seconds to copy so many bf16 numbers to pinned memory and back."""
+    """Returns the seconds to copy so many bf16 numbers to pinned memory and back."""
     on = torch.empty(elements, dtype=torch.bfloat16, device=setting.DEVICE)
     host = torch.empty(elements, dtype=torch.bfloat16, pin_memory=setting.GPU)
     for _ in range(2):  # the first one is slower
@@ -164,7 +164,7 @@ def _copies_s(elements: int) -> float:
 
 
 def planned(made: Any) -> float:
-    """The plan's bytes of a worker, without its margin for fragments and the driver's own."""
+    """Returns the plan's bytes of a worker, without its margin for fragmentation and the driver's own memory."""
     import numpy as np
     from heliostat.plan import hardware, layouts, model_stats
     from heliostat.plan.counts import Counts
@@ -181,7 +181,7 @@ def planned(made: Any) -> float:
 
 
 def checkpoint(model: str, stage: int = 1) -> Iterator[Row]:
-    """How long a save beside training blocks it, and how long it takes in all."""
+    """Measures how long a save blocks training, and how long it takes in total."""
     from heliostat.checkpoint import saver
     from heliostat.config import spec
     from heliostat.engine import sharded_state

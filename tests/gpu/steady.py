@@ -1,7 +1,7 @@
-"""Checks what a single step, or the comparison of two losses, doesn't show.
+"""Checks properties that a single step, or the comparison of two losses, doesn't show.
 
-That the host doesn't wait for the device, that a run is repeated to the last bit, that attempts leave no memory in use, that the
-average of the weights is right, and that all recipes compute the CPU's numbers.
+The host doesn't wait for the device, a run repeats to the last bit, attempts leave no memory in use, the average of the weights
+is right, and all recipes compute the CPU's numbers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ OWN = {3: 10}  # synchronizations and uploads of DeepSpeed in a step of four mic
 
 
 def sync() -> Iterator[Row]:
-    """Counts where the host waits for the device in a step, the batches and the deferred read of the norm included."""
+    """Counts the places where the host waits for the device in a step, including the batches and the deferred read of the
+    norm."""
     from heliostat.engine import deepspeed_engine
 
     from tests.golden import data
@@ -49,7 +50,8 @@ def sync() -> Iterator[Row]:
 
 
 def waits(call: Callable[[], object], strict: bool) -> list[str]:
-    """Lists the lines where the host waits for the device in a call. `strict`: the first one raises, and is the only one."""
+    """Lists the lines where the host waits for the device in a call. `strict`: the first one raises an error, and is the only
+    one."""
     if not setting.GPU:
         call()
         return []
@@ -80,7 +82,7 @@ def waits(call: Callable[[], object], strict: bool) -> list[str]:
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """The innermost line outside torch, and not of this file."""
+    """Returns the innermost line outside torch and this file."""
     frame = next(
         (f for f in reversed(stack) if f.filename not in (__file__, warnings.__file__) and "/torch/" not in f.filename), stack[-1]
     )
@@ -92,7 +94,8 @@ def _listed(places: list[str], limit: int) -> str:
 
 
 def ema() -> Iterator[Row]:
-    """The average of the weights, also of offloaded ones, against its definition; the weights after an evaluation with it."""
+    """Compares the average of the weights, also of offloaded ones, with its definition; and the weights after an evaluation with
+    it."""
     from heliostat.engine.ema import AveragedWeights
     from heliostat.numerics import play
 
@@ -119,7 +122,7 @@ def ema() -> Iterator[Row]:
 
 
 def replay() -> Iterator[Row]:
-    """Two runs of the same steps: to the last bit with deterministic kernels, within rounding with all others."""
+    """Compares two runs of the same steps: to the last bit with deterministic kernels, within rounding with all others."""
     from heliostat.training.worker import recheck
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS may add up in another order on each stream
@@ -139,7 +142,7 @@ def replay() -> Iterator[Row]:
 
 
 def attempts() -> Iterator[Row]:
-    """Memory of the device after each of ten attempts in one process, which joins and leaves its group as a worker does."""
+    """Measures the device's memory after each of ten attempts in one process, which joins and leaves its group like a worker."""
     from heliostat.engine import deepspeed_engine, process_group
     from heliostat.engine.process_group import WorkerPlace
 
@@ -163,14 +166,15 @@ def attempts() -> Iterator[Row]:
 
 
 def _attempt(stage: int) -> None:
-    """Some steps at a stage; all that it makes is out of scope when it returns."""
+    """Runs some steps at a stage. Everything that it creates is out of scope when it returns."""
     made = setting.job(setting.TINY, **{"train.precision": "bf16" if stage else "fp32", "train.zero.stage": stage})
     its = setting.recipe(made)
     setting.losses(made, its, setting.engine(made, its), 0, 2)
 
 
 def recipes() -> Iterator[Row]:
-    """Loss and gradients of a step of every recipe in fp32, its scores, its picture, and each optimizer, against the CPU."""
+    """Compares the loss and gradients of a step of every recipe in fp32, its scores, its picture, and each optimizer with the
+    CPU."""
     from tests.twin import cases, passes
 
     torch.backends.cudnn.allow_tf32 = False

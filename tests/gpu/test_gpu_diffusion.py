@@ -1,4 +1,4 @@
-"""Text to image on one GPU: learns, averages, draws and exports; skipped where there is none. Run: pytest tests/gpu."""
+"""Tests text to image on one GPU: it learns, averages, draws, and exports. Skipped without a GPU. Run: pytest tests/gpu."""
 
 import numpy as np
 import pytest

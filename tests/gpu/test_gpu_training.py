@@ -1,4 +1,4 @@
-"""Whole runs on one GPU; skipped where there is none. Run: pytest tests/gpu."""
+"""Tests whole runs on one GPU; skipped without one. Run: pytest tests/gpu."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What commands print with --json, called in this process."""
+"""Returns the JSON that commands print with --json, called in this process."""
 
 from __future__ import annotations
 

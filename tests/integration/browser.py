@@ -1,4 +1,4 @@
-"""A browser without a window, for tests of what a person sees."""
+"""Runs a headless browser, for tests of what a person sees."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ FLAGS = "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-b
 
 
 def shots(folder: Path) -> Path:
-    """Where pictures go: HELIOSTAT_SCREENSHOTS, or the folder."""
+    """Returns the folder for pictures: HELIOSTAT_SCREENSHOTS, or the given folder."""
     return Path(os.environ.get("HELIOSTAT_SCREENSHOTS", folder))
 
 
 def chromium(width: int, height: int) -> Any:
-    """Starts one; `quit` it."""
+    """Starts a browser; call `quit` on it at the end."""
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -41,7 +41,7 @@ def chromium(width: int, height: int) -> Any:
 
 
 def screen(width: int, scheme: str) -> Any:
-    """A browser on a screen so wide, `light` or `dark`."""
+    """Returns a browser with a screen of this width, `light` or `dark`."""
     driver = chromium(width, 900)
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -51,7 +51,7 @@ def screen(width: int, scheme: str) -> Any:
 
 
 def picture(driver: Any, place: Path) -> None:
-    """Takes a picture of the whole page, which is no wider than the screen."""
+    """Takes a picture of the whole page, and checks that it isn't wider than the screen."""
     width, height = (driver.execute_script(f"return {size}") for size in ("innerWidth", "document.documentElement.scrollHeight"))
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     taken = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
@@ -60,6 +60,6 @@ def picture(driver: Any, place: Path) -> None:
 
 
 def loaded(driver: Any) -> set[str]:
-    """The addresses from which the page has loaded something."""
+    """Returns the addresses from which the page has loaded something."""
     names = driver.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     return {name for name in names if not name.startswith("data:")}

@@ -1,10 +1,10 @@
-"""Commands of heliostat as processes, each forked from one that has imported what drivers need: seconds that no test is about.
+"""Runs commands of heliostat as processes, each forked from one with a driver's modules imported, which saves seconds per test.
 
-    driver = commands.start("train", "job.yaml", log=folder / "log")  # then as subprocess.Popen
-    driver = commands.call("module:function", "argument", log=...)    # which gets the list of arguments, and returns the code
+    driver = commands.start("train", "job.yaml", log=folder / "log")  # then like subprocess.Popen
+    driver = commands.call("module:function", "argument", log=...)    # the function gets the arguments, and returns the exit code
 
-A process leads a session of its own, and has this process's environment as it is then. It starts a Ray of its own as any does;
-that one's fork server is a fork too, made before the command does anything.
+A process leads its own session, and has this process's current environment. It starts its own Ray as usual, whose fork server is
+a fork, too, made before the command does anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ call = SERVER.call
 
 
 def start(*arguments: str, log: Path, **options: Any) -> Process:
-    """Starts a command of heliostat, in the repository's root unless another folder is given."""
+    """Starts a command of heliostat in the repository's root, unless another folder is given."""
     return call(f"{__name__}:command", *arguments, log=log, **options)
 
 
@@ -33,7 +33,7 @@ def run(*arguments: str, log: Path, timeout: float = 300, **options: Any) -> Pro
 
 
 def command(arguments: list[str]) -> int:
-    """Runs the command line, in its process."""
+    """Runs the command line in the forked process."""
     forked_server.wait()
     sys.argv = ["heliostat", *arguments]
     from heliostat.cli.main import main

@@ -1,4 +1,4 @@
-"""What the integration tests share: one Ray for the session, and an S3 server in this process."""
+"""Defines the shared fixtures of the integration tests: one Ray for the session, and an S3 server in this process."""
 
 import atexit
 import fcntl
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
-    """What `make` returns, as JSON values, in whichever of the session's processes comes first; the others wait for it."""
+    """Returns the result of `make`, as JSON values. The first process of the session computes it, and the others wait for it."""
     root = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -65,7 +65,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """A private Ray of eight logical CPUs, started once."""
+    """Starts a private Ray of eight logical CPUs, once per session."""
     from heliostat import training, tune
     from heliostat.cluster import private_ray
     from heliostat.cluster.connect import connect, disconnect
@@ -83,14 +83,14 @@ def ray_session() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """HOST:PORT of an embedded S3 server, for `?endpoint_override=HOST:PORT&scheme=http`."""
+    """Returns HOST:PORT of an embedded S3 server, for `?endpoint_override=HOST:PORT&scheme=http`."""
     with stores.s3() as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def corpus(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small prepared dataset of real text: some of the standard library's packages, 512 tokens of vocabulary."""
+    """Prepares a small dataset of real text: some packages of the standard library, with a vocabulary of 512 tokens."""
     return once(tmp_path_factory, "corpus", _corpus)
 
 
@@ -105,12 +105,12 @@ def _corpus(folder: Path) -> str:
 
 @pytest.fixture(scope="session")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for the session's tests in this process."""
+    """Returns one MLflow store for all tests of the session in this process."""
     return empty_store(tmp_path_factory)
 
 
 def empty_store(factory: pytest.TempPathFactory) -> str:
-    """An MLflow store, a copy of an empty one: making its tables takes seconds."""
+    """Returns an MLflow store as a copy of an empty one, because creating its tables takes seconds."""
     empty, mine = once(factory, "tables", _tables), factory.mktemp("mlflow") / "mlflow.db"
     shutil.copy(empty, mine)
     return f"sqlite:///{mine}"
@@ -122,7 +122,7 @@ def _tables(folder: Path) -> str:
 
 
 def tiny_job(corpus: str, tracking: str, folder: Path) -> dict[str, Any]:
-    """A job of seconds on the corpus, in fp32, with its runs below the folder."""
+    """Returns a job of some seconds on the corpus, in fp32, with its runs below the folder."""
     return {
         "name": "tiny",
         "recipe": "heliostat.recipes:CausalLM",
@@ -153,7 +153,8 @@ UNBROKEN_STEPS = 60
 
 @pytest.fixture(scope="session")
 def unbroken(ray_session: None, corpus: str, tracking: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """The file of a tiny job that was trained for UNBROKEN_STEPS without a break, and its losses: those of broken runs."""
+    """Trains a tiny job for UNBROKEN_STEPS without interruption; returns its file, and the losses that interrupted runs must
+    have."""
 
     def make(folder: Path) -> dict[str, Any]:
         job = {**tiny_job(corpus, tracking, folder), **PLAIN, "name": "unbroken"}
@@ -182,7 +183,7 @@ def job_file(corpus: str, tracking: str, tmp_path: Path) -> Callable[..., Path]:
 
 
 def curve(tracking: str, run_id: str, metric: str = "train/loss") -> list[float]:
-    """A metric's values at steps 1, 2, ...; fails if a step is missing or there twice."""
+    """Returns a metric's values at steps 1, 2, and so on; fails if a step is missing or appears twice."""
     history = MlflowClient(tracking_uri=tracking).get_metric_history(run_id, metric)
     points = sorted((m.step, m.value) for m in history)
     assert [step for step, _ in points] == list(range(1, len(points) + 1))

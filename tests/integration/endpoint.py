@@ -1,4 +1,4 @@
-"""A real endpoint for tests and benchmarks: the command in a process of its own, and a registry whose alias can be moved."""
+"""Runs a real endpoint for tests and benchmarks: the command in a separate process, and a registry whose alias can be moved."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{%
 
 
 def started(folder: Path, said: str, *command: str) -> tuple[subprocess.Popen, Path]:
-    """Starts a command of heliostat in a session of its own, and waits until it says something; returns it, and its log."""
+    """Starts a command of heliostat in its own session, and waits for a line of its output; returns the process and its log."""
     log = folder / "log"
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("w") as out:
@@ -40,7 +40,7 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def stopped(process: subprocess.Popen) -> int:
-    """Asks a command to stop; returns its exit code, when none of its processes is left."""
+    """Requests a command to stop; returns its exit code when all of its processes have ended."""
     left = family(process) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     try:
@@ -54,7 +54,7 @@ def stopped(process: subprocess.Popen) -> int:
 
 
 class Endpoint:
-    """`heliostat model serve models:/tiny@champion`, of two versions with different weights; version 1 is the champion."""
+    """Runs `heliostat model serve models:/tiny@champion`, with two versions of different weights. Version 1 is the champion."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.store = folder, f"sqlite:///{folder}/mlflow.db"
@@ -105,7 +105,7 @@ class Endpoint:
         return family(self.process)
 
     def replicas(self, version: int) -> list[psutil.Process]:
-        """The processes of a version's replicas."""
+        """Returns the processes of a version's replicas."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):

@@ -1,4 +1,4 @@
-"""A recipe in whose second worker a bit of a weight flips at one step, once in a run."""
+"""Defines a recipe that flips a bit of a weight in its second worker at one step, once per run."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Gives a command a fork server that is a fork of its process, made before that does anything, with all imports of workers."""
+"""Gives a command a fork server with all imports of workers, forked from its process before the command does anything."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from heliostat.cluster.fork_server import server, start
 
 
 class Forked:
-    """A fork server's process, with what is used of subprocess.Popen; its standard input ends with this process."""
+    """Provides a fork server's process with the used part of subprocess.Popen's interface. Its standard input ends with this
+    process."""
 
     def __init__(self, pid: int, stdin: int) -> None:
         self.pid, self.stdin = pid, os.fdopen(stdin, "wb")
@@ -39,7 +40,7 @@ class Forked:
 
 
 def wait() -> None:
-    """Forks a process that waits until this one starts a fork server, and then is that; it ends with this one otherwise."""
+    """Forks a process that becomes the fork server when this process starts one, and otherwise ends with this process."""
     if Path("/dev/nvidiactl").exists():  # then workers import on their own, as DeepSpeed asks for the devices
         return
     ours, theirs = socket.socketpair()
@@ -59,7 +60,7 @@ def wait() -> None:
 
 
 def _become(channel: socket.socket) -> None:
-    """Waits for the request, and is the server; the process ends here, as do those that it forks."""
+    """Waits for the request, and runs the server. This process and those that it forks end here."""
     try:
         request, (stdin,) = server.receive(channel, 1)
     except ValueError:  # whoever could ask has ended

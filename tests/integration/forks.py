@@ -1,4 +1,5 @@
-"""The process of which commands, their fork servers, and groups of ranks are forks: it imports what all of them need, once."""
+"""Runs the process from which commands, their fork servers, and groups of ranks are forked. It imports their common modules
+once."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ OF_RANKS = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "
 
 
 class Forks(ForkServer):
-    """Starts with a fork server's environment: Ray's library and malloc read it then."""
+    """Starts with a fork server's environment, because Ray's library and malloc read it at the start."""
 
     def at_start(self) -> dict[str, str]:
         return {**private_ray.environment(0), **private_ray.OF_FORKS, **self.environment}

@@ -1,6 +1,6 @@
-"""Hosts of our own, each a Ray node that can be killed, cut off or drained.
+"""Simulates hosts, each a Ray node that can be killed, disconnected, or drained.
 
-`/proc` and the disks are shared, so runs' folders are the same on all (`network.why_not` says what is missing here).
+All hosts share `/proc` and the disks, so runs' folders are the same on all (`network.why_not` returns what this machine lacks).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Host:
         return subprocess.Popen([*self.network.inside(self.number), *command], env=self.environment, **options)
 
     def start(self, cpus: int) -> None:
-        """A Ray node; returns when the cluster has it."""
+        """Starts a Ray node; returns when it has joined the cluster."""
         self.starts += 1
         log, head = self.folder / f"node{self.number}.{self.starts}.log", f"{self.network.address(1)}:6379"
         where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else [f"--address={head}"]
@@ -65,7 +65,7 @@ class Host:
 
 
 class Console:
-    """A client of Ray on the head's host, ready to tell the cluster of a preemption at once."""
+    """Provides a client of Ray on the head's host, which can report a preemption to the cluster at once."""
 
     CODE = """
 import os, sys, time, ray
@@ -92,7 +92,7 @@ for line in sys.stdin:
         return self.process.stdout.readline().strip()
 
     def drain(self, address: str, seconds: int) -> None:
-        """What a provider's notice of preemption becomes."""
+        """Drains the node, as a provider's notice of preemption does."""
         assert self.process.stdin
         print(address, seconds, file=self.process.stdin, flush=True)
         answer = self._answer()
@@ -104,7 +104,7 @@ for line in sys.stdin:
 
 
 class Hosts(Network):
-    """`with Hosts(folder, 3) as hosts:` hosts.all[0] is the head's; none runs Ray yet."""
+    """Creates hosts: `with Hosts(folder, 3) as hosts:`. hosts.all[0] is the head's. None runs Ray yet."""
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__(f"10.{77 + os.getpid() % 100}.0", f"h{MARK}n", count)

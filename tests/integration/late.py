@@ -1,7 +1,7 @@
-"""Drivers that die behind the last step, each at another moment: in front of a write to MLflow or to the run's folder.
+"""Kills drivers after the last step, each at another moment: just before a write to MLflow or to the run's folder.
 
-One process after another goes on with the run (`train --resume`), until one gets through. Each dies in front of the first write
-that none before it has died of.
+One process after another resumes the run (`train --resume`), until one finishes. Each dies before the first write at which no
+earlier one died.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LIMIT, DEADLINE_S = 30, 200
 
 
 def deadly(writes: list[str], told: Path) -> None:
-    """From now on this process kills itself in front of the first write that is not among `writes`, and tells which."""
+    """Makes this process kill itself before the first write that isn't in `writes`, after it has reported the write."""
 
     def front(owner: Any, name: str) -> None:
         made = getattr(owner, name)
@@ -52,7 +52,7 @@ def deadly(writes: list[str], told: Path) -> None:
 
 
 def resume(given: list[str]) -> int:
-    """Goes on with the run of a job's file, and dies in front of the first write that is not given; `told` then names it."""
+    """Resumes the run of a job's file, and dies before the first write that isn't given; `told` then names it."""
     path, told, *writes = given
     from heliostat.training import run
 
@@ -62,7 +62,7 @@ def resume(given: list[str]) -> int:
 
 
 def writes(path: Path, folder: Path) -> list[str]:
-    """The writes, in order, of which a driver died each, until one got through."""
+    """Returns, in order, the writes at which a driver died, until one finished."""
     found: list[str] = []
     told = folder / "told"
     while len(found) < LIMIT:

@@ -1,7 +1,8 @@
-"""Plays jobs on forked ranks, each at one layout of its workers, and goes on at another: what tests of layouts share.
+"""Runs jobs on forked ranks, each in one parallelism configuration, and resumes them in another: shared by the tests of
+configurations.
 
-In every rank: `begin` trains to the end and saves on the way, `go_on` loads what another layout saved and trains to the end.
-A test module describes its cases in a `Grid` called GRID; a case has `workers`.
+In every rank, `begin` trains to the end and saves on the way, and `go_on` loads what another configuration saved and trains to
+the end. A test module describes its cases in a `Grid` named GRID; a case has `workers`.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Grid:
-    """The cases; the job of one in a folder; whose checkpoint each goes on from; and which case's losses are right for one.
+    """Describes the cases: the job of one in a folder, the case whose checkpoint each resumes from, and the case with the right
+    losses.
 
-    `prepare` changes a case's recipe, `held` assembles the state that a checkpoint keeps, and `tell` adds to what is compared.
+    `prepare` changes a case's recipe, `held` assembles the state in a checkpoint, and `tell` adds to the compared values.
     """
 
     cases: Sequence[Any]
@@ -53,7 +55,7 @@ class Grid:
     tell: Callable[[play.Player], dict[str, Any]] = lambda one: {}
 
     def played(self, request: pytest.FixtureRequest, folder: Path) -> Rows:
-        """Plays what the tests of the fixture's module ask for by `case` and `loaded`."""
+        """Runs the cases that the tests of the fixture's module request by `case` and `loaded`."""
         data.build(folder)
         cases, loaded = selection.asked(request, "case"), selection.asked(request, "loaded")
         needed = dict.fromkeys([*map(self.right, cases), *cases, *loaded, *(self.saved_by[case] for case in loaded)])
@@ -62,7 +64,7 @@ class Grid:
         return ranks.run(f"{__name__}:played_in_ranks", groups, str(folder), *names, deadline_s=480)
 
     def trains(self, case: Any, played: Rows, near: float = 1) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Compares losses, gradient norms, scores and receipts with the right ones; returns both."""
+        """Compares losses, gradient norms, scores, and receipts with the right ones; returns both."""
         begun = {row["case"]: row for row in played if "case" in row}
         right, mine = begun[str(self.right(case))], begun[str(case)]
         assert mine["losses"] == pytest.approx(right["losses"], rel=2e-5 * near)
@@ -79,12 +81,12 @@ class Grid:
 
 
 def in_rings(rings: Iterable[Sequence[Any]]) -> dict[Any, Any]:
-    """Each case goes on from what the next of its ring has saved."""
+    """Lets each case resume from the checkpoint of the next one in its ring."""
     return {case: ring[(at + 1) % len(ring)] for ring in rings for at, case in enumerate(ring)}
 
 
 def described(name: Any, folder: Path, batch: int = 8, **changes: Any) -> Job:
-    """The job of a case: a few clipped steps on the golden text, scored twice, with these changes."""
+    """Returns the job of a case: a few clipped steps on the golden text, scored twice, with these changes."""
     given: dict[str, Any] = {
         "name": str(name).replace("_", "-"),
         "storage": str(folder),
@@ -98,7 +100,7 @@ def described(name: Any, folder: Path, batch: int = 8, **changes: Any) -> Job:
 
 
 def player(made: Job, prepare: Callable[[Any], None] = lambda recipe: None) -> play.Player:
-    """A worker of the job's layout; `prepare` changes its recipe."""
+    """Creates a worker with the job's configuration; `prepare` changes its recipe."""
     sources = [read_manifest(location) for location in made.sources]
     data_plan, recipe = plan(made, sources), load(made, sources)
     if dist.get_rank() == 0:
@@ -109,14 +111,15 @@ def player(made: Job, prepare: Callable[[Any], None] = lambda recipe: None) -> p
 
 @contextmanager
 def _alone(grid: Grid, case: Any, folder: Path) -> Iterator[play.Player]:
-    """A worker of a case; after it DeepSpeed has forgotten the groups that it had, as between attempts."""
+    """Runs a worker of a case. Afterwards, DeepSpeed has forgotten its groups, as between attempts."""
     yield player(grid.job(case, folder), grid.prepare)
     deepspeed_engine.destroy_engines()
     deepspeed_engine.forget_groups()
 
 
 def played_in_ranks(group: Any, everyone: Any, place: str, module: str, *names: str) -> Iterator[dict[str, Any]]:
-    """In every rank: trains each of these layouts of this number of workers, then goes on from what the others have saved."""
+    """In every rank, trains each of these configurations with this number of workers, then resumes from the checkpoints of the
+    others."""
     grid, folder = importlib.import_module(module).GRID, Path(place)
     mine = [case for case in grid.cases if str(case) in names and case.workers == dist.get_world_size()]
     for case in mine:
@@ -134,7 +137,7 @@ def played_in_ranks(group: Any, everyone: Any, place: str, module: str, *names: 
 
 
 def begin(one: play.Player, folder: Path, grid: Grid) -> dict[str, Any]:
-    """Trains to the end, saving on the way; returns losses, norms, scores, the receipts' chain, and what `tell` does."""
+    """Trains to the end, and saves on the way; returns losses, norms, scores, the receipts' chain, and the result of `tell`."""
     losses = one.losses(0, SAVED)
     state = grid.held(one)
     one.save(SAVED)
@@ -152,8 +155,11 @@ def begin(one: play.Player, folder: Path, grid: Grid) -> dict[str, Any]:
 
 
 def go_on(one: play.Player, saved: Job, folder: Path, grid: Grid) -> dict[str, Any]:
-    """Loads what another layout saved into an engine of NaN, and trains to the end; returns the names of what is not the same to
-    the bit, the losses and the unbroken run's, and whether the receipts' chain is its."""
+    """Loads another configuration's checkpoint into an engine full of NaN, and trains to the end.
+
+    Returns the names of the values that differ in a bit, the losses and those of the unbroken run, and whether the receipts'
+    chain is the same.
+    """
     for shard in sharded_state.of(one.engine).tensors(whole=True).values():
         (shard.local if isinstance(shard, sharded_state.FlatShard) else shard).fill_(float("nan"))
     one.load(saved.run_folder, SAVED)

@@ -1,4 +1,4 @@
-"""Hosts of our own on this machine: network namespaces on a bridge. Needs root and iproute2."""
+"""Creates hosts on this machine: network namespaces on a bridge. Needs root and iproute2."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def ip(*arguments: str, check: bool = True) -> None:
 
 
 def why_not() -> str:
-    """What keeps hosts from being made here; nothing if they can be."""
+    """Returns the reason why hosts can't be created here; empty if they can."""
     probe = f"hp{os.getpid() % 10**6}"  # of test processes on the same machine
     try:
         ip("netns", "add", probe)
@@ -26,7 +26,8 @@ def why_not() -> str:
 
 
 class Network:
-    """`with Network("10.78.0", "hel", 3) as net:` hosts 1 to 3 have the addresses 10.78.0.1 to .3, this machine .254."""
+    """Creates a network: `with Network("10.78.0", "hel", 3) as net:`. Hosts 1 to 3 have the addresses 10.78.0.1 to .3, and this
+    machine has .254."""
 
     def __init__(self, subnet: str, prefix: str, count: int) -> None:
         self.subnet, self.prefix, self.bridge, self.numbers = subnet, prefix, f"br{prefix}", range(1, count + 1)
@@ -36,7 +37,7 @@ class Network:
         return f"{self.subnet}.{number}"
 
     def inside(self, number: int) -> list[str]:
-        """The words in front of a command that runs on a host."""
+        """Returns the words that run a command on a host."""
         return ["ip", "netns", "exec", f"{self.prefix}{number}"]
 
     def cut_off(self, number: int) -> None:

@@ -1,6 +1,5 @@
-"""Ray's fake multi-node provider, with a folder for each node: on a shared one, a node that unpacks a job's working directory
-removes it under the others' feet.
-"""
+"""Extends Ray's fake multi-node provider with a folder for each node. In a shared folder, a node that unpacks a job's working
+directory removes that of the others."""
 
 import os
 import tempfile

@@ -1,4 +1,5 @@
-"""Recipes with the losses of `CausalLM`: that take their time, so that there is some to strike in, and that leave no model."""
+"""Defines recipes with the losses of `CausalLM`: slow ones, so that a fault can strike during a step, and ones without an
+exported model."""
 
 import time
 from typing import Any
@@ -24,7 +25,7 @@ class Paced(CausalLM):
 
 
 class Plain(Recipe, Evaluates):
-    """Exports nothing: behind the last step of a run that nobody asks for its model, that saves seconds."""
+    """Exports nothing. For a run whose model no test needs, this saves seconds after the last step."""
 
     kind = CausalLM.kind
     scores = CausalLM.scores

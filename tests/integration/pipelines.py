@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_pipeline(folder: Path, kind: str = "TextPipeline", file: str = "pipeline", **keys: object) -> Path:
-    """From `in` to `out` below the folder, unless the keys say otherwise; keys of None are left out."""
+    """Writes a pipeline from `in` to `out` below the folder, unless the keys change this. Keys of None are left out."""
     config: dict[str, object] = {"name": "test", "pipeline": f"heliostat.pipelines:{kind}"}
     config |= {"input": str(folder / "in"), "output": str(folder / "out"), **keys}
     path = folder / f"{file}.yaml"

@@ -1,8 +1,8 @@
-"""Runs a function in process groups of one or several sizes at once, without Ray: gloo, one thread a process.
+"""Runs a function in process groups of one or several sizes at once, without Ray: gloo, one thread per process.
 
-All processes are forks of one that has imported torch and DeepSpeed, once for all tests. The function is named by import path and
-called with (its process group beside the default one, a barrier over all processes, the arguments); whatever it yields, on any
-rank, comes back as plain data with `rank` and `workers` added.
+All processes are forks of one that has imported torch and DeepSpeed, once for all tests. The function is named by its import
+path. Its arguments are its process group, besides the default one, a barrier over all processes, and the given arguments. Values
+that it yields, on any rank, are returned as plain data with `rank` and `workers` added.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEADLINE_S = 240
 
 
 def run(function: str, sizes: tuple[int, ...], *arguments: str, deadline_s: int = DEADLINE_S) -> list[dict[str, Any]]:
-    """Everything that the ranks yielded; fails, with what they said, if one of them raised."""
+    """Returns everything that the ranks yielded; fails with their output if one of them raised an error."""
     done = SERVER.run(f"{__name__}:main", [str(deadline_s), function, ",".join(map(str, sizes)), *arguments], deadline_s + 30)
     assert done.code == 0, done.err[-5000:]
     return [json.loads(line) for line in done.out.splitlines()]
@@ -41,7 +41,7 @@ def _rank(rank: int, workers: int, folder: Path, function: Any, everyone: Any, a
 
 
 def main(given: list[str]) -> int:
-    """Runs the ranks in forks of this process, to their end or the deadline; 0 if none of them failed."""
+    """Runs the ranks in forks of this process, until they end or the deadline; returns 0 if none of them failed."""
     deadline_s, path, sizes, *arguments = given
     results = os.dup(1)
     os.dup2(2, 1)  # DeepSpeed prints, and what is yielded must be alone

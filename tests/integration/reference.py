@@ -1,4 +1,4 @@
-"""What the engine is measured against: the same job in one plain PyTorch process, with nothing of Ray or DeepSpeed."""
+"""Computes the reference for the engine: the same job in one plain PyTorch process, without Ray and DeepSpeed."""
 
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from heliostat.validation import check
 
 
 def plain_losses(path: Path, settings: list[str]) -> list[float]:
-    """Losses of every step, fp32, the whole global batch at once, torch's own clipping and mean, and its own AdamW if the
-    job has that."""
+    """Returns the losses of every step: in fp32, with the whole global batch at once, torch's clipping and mean, and its AdamW if
+    the job has that."""
     checked = check.check(check.load_job(path, settings))
     job, recipe = checked.job, checked.recipe
     dataset = open_dataset(checked.plan)
@@ -49,7 +49,7 @@ def _adamw(model: torch.nn.Module, settings: Any) -> torch.optim.Optimizer:
 
 
 def _named(model: torch.nn.Module, job: Any, recipe: Any) -> torch.optim.Optimizer:
-    """The optimizer of a job, over whole parameters."""
+    """Creates the optimizer of a job, over whole parameters."""
     settings = job.train.optimizer
     groups = building.parameter_groups(model, settings.weight_decay, recipe, settings.orthogonalizes)
     return settings.build([{**group, "warmup": job.train.schedule.warmup_steps} for group in groups])

@@ -1,6 +1,6 @@
-"""Hosts of our own, each with its own processes, /root, /tmp/ray and /dev/shm, and an sshd.
+"""Simulates hosts, each with its own processes, /root, /tmp/ray, /dev/shm, and an sshd.
 
-Needs root, iproute2, util-linux and openssh-server; `missing()` says what is not there.
+Needs root, iproute2, util-linux, and openssh-server; `missing()` returns what this machine lacks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ exec /usr/sbin/sshd -D -e -f /dev/null -h {key} -o ListenAddress={address} -o Us
 
 
 def missing() -> str:
-    """What keeps hosts from being made here; nothing if they can."""
+    """Returns the reason why hosts can't be created here; empty if they can."""
     if os.geteuid():
         return "network namespaces need root"
     tools = [t for t in ("ip", "unshare", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd") if not shutil.which(t)]
@@ -41,7 +41,7 @@ def missing() -> str:
 
 
 class Hosts(Network):
-    """`addresses` 1 to `count`; `key` logs into all of them as root."""
+    """Creates the hosts: `addresses` 1 to `count`. `key` logs into all of them as root."""
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__(SUBNET, "hel", count)
@@ -87,7 +87,7 @@ class Hosts(Network):
         return subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
 
     def lose(self, address: str) -> None:
-        """The host is off at once: all of its processes are killed."""
+        """Turns the host off at once: all of its processes are killed."""
         self._sshd[address].send_signal(signal.SIGKILL)
         self._sshd[address].wait(20)
 

@@ -1,4 +1,4 @@
-"""What tests strike a run with: its processes, how far it has come, and threads that act once it has come so far."""
+"""Provides what tests need to strike a run: its processes, its progress, and threads that act at a point of its progress."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ Strike = tuple[Callable[[], bool], Callable[[], object]]  # when, and what
 
 
 def settings(**changes: Any) -> list[str]:
-    """Those of a run whose curve is compared with the unbroken one."""
+    """Returns the settings of a run whose curve is compared with the unbroken one."""
     made = {**PLAIN, "train.steps": STEPS, "evaluate.every": STEPS, "checkpoint.every": 10, "train.log_every": 1}
     made["retries.backoff"] = 0.1
     return [f"{k}={json.dumps(v)}" for k, v in {**made, **changes}.items()]
 
 
 def run_folder(path: Path) -> Location:
-    """The folder of the run of a job's file."""
+    """Returns the run folder of a job's file."""
     job = yaml.safe_load(path.read_text())
     return Location(job["storage"]).join(job["name"])
 
@@ -59,12 +59,12 @@ def complete(folder: Location, step: int) -> bool:
 
 
 def saved(folder: Location) -> int:
-    """The newest complete checkpoint's step."""
+    """Returns the step of the newest complete checkpoint."""
     return max((s for s in layout.steps(folder) if complete(folder, s)), default=0)
 
 
 def when(*strikes: Strike) -> threading.Thread:
-    """A thread that acts once each condition holds, one after another; or never."""
+    """Starts a thread that acts when each condition holds, one after another; or never."""
 
     def watch() -> None:
         for condition, act in strikes:

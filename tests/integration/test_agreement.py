@@ -1,4 +1,4 @@
-"""What ranks tell each other along the tree: in rank order, of any size, from several threads at once, errors to all."""
+"""Tests the messages of ranks along the tree: in rank order, of any size, from several threads at once, and errors to all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job that asks for the fastest layout trains in it, is recorded with it, and goes on in it."""
+"""Tests that a job with the fastest parallelism configuration trains in it, records it, and resumes in it."""
 
 import heliostat
 import pytest

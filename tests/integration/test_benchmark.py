@@ -1,4 +1,4 @@
-"""`heliostat model benchmark` against lm-eval's own command, and from a score to the gate in front of an alias."""
+"""Tests `heliostat model benchmark` against lm-eval's own command, and the path from a score to the gate for an alias."""
 
 import contextlib
 import dataclasses
@@ -46,7 +46,7 @@ ENV = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A dataset of real pages, a suite of what is held out of it, and a model that was trained on the rest for a moment."""
+    """Creates a dataset of real pages, a suite of its held-out part, and a model that was trained briefly on the rest."""
     folder = tmp_path_factory.mktemp("benchmark")
     # on one line each: of lines and tables so small a model learns white space alone, and would write no word
     pages = build_pages.make(folder / "pages", tuple(" ".join(text.split()) for text in build_pages.texts()))
@@ -85,7 +85,8 @@ def write_model(folder: Path, pages, run_id: str) -> None:
 
 
 def answer_as_the_model(folder: Path) -> None:
-    """Makes every other answer what the model writes: it is too small to be right, and scores of 0 would be equal by chance."""
+    """Replaces every other answer with the model's own text. The model is too small to be right, and scores of 0 would be equal
+    by chance."""
     write = Continue(folder / "model", 8, {"max_tokens": 24, "temperature": 0})
     for name, begin in (("held_out_cloze", r"\s*\S+"), ("held_out_recall", r"\S+\s+\S+")):
         place = folder / "suite" / "data" / f"{name}.jsonl"
@@ -116,7 +117,7 @@ cli_evaluate()
 
 
 def lm_eval(model: Path, suite: Path, out: Path, *more: str) -> dict:
-    """What lm-eval's own command says of a folder."""
+    """Returns the scores of lm-eval's own command for a folder."""
     words = ["--model", "hf", "--model_args", f"pretrained={model}", "--tasks", ",".join(held_out.TASKS), "--include_path", ".",
              "--device", "cpu", "--batch_size", "16", "--output_path", str(out), *more]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", LM_EVAL, *words], cwd=suite, env={**os.environ, **ENV}, capture_output=True,
@@ -128,7 +129,7 @@ def lm_eval(model: Path, suite: Path, out: Path, *more: str) -> dict:
 
 @pytest.mark.ci
 def test_the_scores_are_those_of_lm_evals_own_command(place, tmp_path):
-    """Of all tasks and metrics, with their standard errors; and the examples were not trained on."""
+    """For all tasks and metrics, with their standard errors. The examples weren't trained on."""
     folder, store, _, _ = place
     ours = benchmark(tmp_path, str(folder / "model"), str(folder / "suite" / "suite.yaml"), "--mlflow", store)
     theirs = lm_eval(folder / "model", folder / "suite", tmp_path / "theirs")["results"]
@@ -161,7 +162,7 @@ def test_a_score_is_on_the_models_run_at_its_step_and_opens_the_gate(place, tmp_
 
 @pytest.mark.ci
 def test_solved_examples_and_fewer_of_them_are_as_lm_eval_has_them(place, tmp_path):
-    """With a split to choose solved examples from; the seed is that of the command."""
+    """With a split for solved examples. The seed is that of the command."""
     folder, store, _, _ = place
     suite = tmp_path / "suite"
     (suite / "tasks").mkdir(parents=True)
@@ -228,7 +229,7 @@ def test_what_is_wrong_is_one_line_before_the_model_is_loaded(place, tmp_path, c
 
 
 def test_functions_are_scored_by_tests_that_are_run_in_a_sandbox(place, tmp_path):
-    """The model writes a comment, so that what is asked for decides which programs pass."""
+    """The model writes a comment, so the prompt decides which programs pass."""
     folder, _, _, _ = place
     tests = ("assert one() == 1", "assert one() == 2", "assert one() < 2", "while True: print('x' * 1000)", "open('/etc/passwd')")
     rows = [{"prompt": "def one():\n    return 1\n#", "tests": code} for code in tests]
@@ -264,7 +265,8 @@ def test_a_model_that_is_no_language_model_is_one_line(place, tmp_path):
 
 @pytest.fixture
 def followed(place, tmp_path):
-    """A run's folder that MLflow knows, and what saves a checkpoint of the model's weights in it, by two ranks."""
+    """Creates a run's folder that MLflow knows; returns a function that saves checkpoints of the model's weights in it, by two
+    ranks."""
     folder, store, client, _ = place
     made_of = schema.validate(Job, exported.read(folder / "model").job, "job")
     data = plan(made_of, [manifest.read(made_of.sources[0])])
@@ -286,7 +288,7 @@ def followed(place, tmp_path):
 
 
 def driver(run: Location) -> subprocess.Popen:
-    """A process that is the run's driver, as far as the run's folder tells."""
+    """Starts a process that is the run's driver, according to the run's folder."""
     process = subprocess.Popen(["sleep", "300"])
     now = time.time()
     attempt = RecordedAttempt("a", now, now, now, 0, 1, host=socket.gethostname(), pid=process.pid)
@@ -295,7 +297,7 @@ def driver(run: Location) -> subprocess.Popen:
 
 
 def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_are_counted(place, followed):
-    """The second is removed, and the third saved, while the first is scored; then the driver ends, in the middle of a save."""
+    """The second is removed, and the third saved, while the first is scored. Then the driver ends in the middle of a save."""
     client, (run, run_id, save, suite) = place[2], followed
     save(10)
     save(20)
@@ -343,7 +345,7 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
 
 @pytest.mark.ci
 def test_a_job_has_its_checkpoints_scored_while_it_trains(place, tmp_path):
-    """Every fourth step and the last, on the run's own curves; the run waits for the last."""
+    """Every fourth step and the last one, on the run's own curves. The run waits for the last one."""
     folder, store, client, _ = place
     pages = manifest.read(Location(str(folder / "pages")))
     suite = yaml.safe_load((folder / "suite" / "suite.yaml").read_text()) | {"examples": 4, "folder": str(folder / "suite")}

@@ -1,4 +1,4 @@
-"""`heliostat debug chaos` on a real job: what it breaks is broken, and its row says what that cost and that nothing was lost."""
+"""Tests `heliostat debug chaos` on a real job: each fault takes effect, and its row shows the cost, and that nothing was lost."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ MIXTURE = {"arch": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4}
     ({}, {"parallel": {"sequence": 2}}), (MIXTURE, {"parallel": {"expert": 2}, "zero": {"stage": 3}}),
 ], ids=["samples", "experts"])  # fmt: skip
 def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing(chaos_job, model, train, capsys):
-    """One of two workers with a part each is killed: both begin again from the checkpoint, with the unbroken run's losses."""
+    """One of two workers with a part each is killed. Both restart from the checkpoint, with the unbroken run's losses."""
     job = yaml.safe_load(chaos_job.read_text())
     job["model"] |= model
     job["train"] |= {"steps": 30, **train}
@@ -39,7 +39,8 @@ def test_a_group_that_shares_samples_or_experts_and_loses_a_worker_loses_nothing
 
 @pytest.mark.slow
 def test_a_torn_checkpoint_a_damaged_shard_and_a_driver_killed_behind_the_last_step_lose_nothing(chaos_job, capsys):
-    """One costs a restart from the checkpoint before the torn one, one the samples of a chunk, one a command, and none more."""
+    """The faults cost a restart from the checkpoint before the incomplete one, the samples of a row group, and a command, and
+    nothing more."""
     faults = "torn-checkpoint,corrupt-shard,kill-driver-late"
     torn, corrupt, late = ask(capsys, "debug", "chaos", str(chaos_job), "--faults", faults)["faults"]
     assert (late["lost"], late["repeated"], late["recomputed_steps"], late["loss_difference"]) == (0, 0, 0, 0)

@@ -1,9 +1,10 @@
-"""A checkpoint saved at any ZeRO stage, worker count and offload is the same state, bit by bit, at any other.
+"""Tests that a checkpoint saved at any ZeRO stage, worker count, and offload is the same state, bit by bit, at any other.
 
-Between precisions too, where what is held in fewer bits is rounded. The model is built under zero.Init, as large ones are, which
-makes its float buffers bf16 at stage 3, where they are fp32 below. What a checkpoint should hold is read from the engine with
-DeepSpeed's own accessors, not with ours, and every engine is poisoned with NaN before it is loaded. Saving runs beside the next
-steps, as in training.
+This also holds between precisions, where values with fewer bits are rounded. The model is built under zero.Init, like large ones.
+At stage 3, this makes its float buffers bf16, which are fp32 below.
+
+The expected content of a checkpoint is read from the engine with DeepSpeed's own accessors, and every engine is filled with NaN
+before a load. Saves run during the next steps, as in training.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ TRAINED, AFTER = 3, 2  # steps before and after the save
 
 @dataclass(frozen=True)
 class Case:
-    """How an engine is set up."""
+    """Describes the configuration of an engine."""
 
     precision: str
     stage: int
@@ -60,7 +61,7 @@ CASES = [
 
 
 class Model(nn.Module):
-    """Parameters whose sizes no worker count divides, one with a single element, one that is not trained, and buffers."""
+    """Defines parameters whose sizes no worker count divides, one with a single element, one that isn't trained, and buffers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +91,7 @@ def _engine(case: Case) -> Any:
 
 
 def _play(engine: Any, first: int, steps: int) -> list[float]:
-    """Trains steps [first, first + steps); each step's loss over the global batch."""
+    """Trains steps [first, first + steps); returns each step's loss over the global batch."""
     losses = []
     for step in range(first, first + steps):
         data = torch.randn(BATCH, 10, generator=torch.Generator().manual_seed(step)).to(next(engine.module.parameters()).dtype)
@@ -107,7 +108,7 @@ def _play(engine: Any, first: int, steps: int) -> list[float]:
 
 
 def _whole(engine: Any) -> dict[str, torch.Tensor]:
-    """The full masters, moments, buffers and parameters that are not trained, as DeepSpeed tells them."""
+    """Returns the full fp32 master weights, moments, buffers, and untrained parameters, by DeepSpeed's accessors."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -127,7 +128,7 @@ def _whole(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def _poison(engine: Any) -> None:
-    """What a load does not write will be seen."""
+    """Fills the state with NaN, so that values that a load doesn't write are visible."""
     for tensor in sharded_state.of(engine).tensors(whole=True).values():
         local = tensor.local if isinstance(tensor, sharded_state.FlatShard) else tensor
         local.fill_(float("nan") if local.is_floating_point() else -1)
@@ -169,18 +170,20 @@ def _load(saved: Case, engine: Any, folder: Path, group: Any, goes_on: bool) -> 
 
 
 def _paired(saved: Case, loaded: Case) -> bool:
-    """All pairs of one precision; of two, every pair of stages, from two workers to three and back."""
+    """Returns all pairs of one precision. For two precisions, returns every pair of stages, from two workers to three and
+    back."""
     plain = not (saved.offload or loaded.offload) and saved.micros == loaded.micros == 1
     return saved.precision == loaded.precision or (plain and {saved.workers, loaded.workers} == {2, 3})
 
 
 def _goes_on(saved: Case, loaded: Case) -> bool:
-    """A third of the pairs, of each case several: the steps follow from the state, which is compared whole for every pair."""
+    """Returns whether the pair also trains: a third of the pairs, several per case. The steps follow from the state, which every
+    pair compares whole."""
     return saved == loaded or (CASES.index(saved) + CASES.index(loaded)) % 3 == 0
 
 
 def pairs(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Runs in every rank of four process groups: each saves at all of its cases, then loads all that were saved."""
+    """Runs in every rank of four process groups: each saves in all of its cases, then loads all saved checkpoints."""
     engines = {case: _engine(case) for case in CASES if case.workers == dist.get_world_size()}
     for case, engine in engines.items():
         _save(case, engine, Path(folder), group)
@@ -204,7 +207,7 @@ def _of(matrix: list[dict[str, Any]], saved: str, loaded: str) -> list[dict[str,
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_pair_of_stages_and_worker_counts_holds_the_same_state_bit_by_bit(precision, matrix) -> None:
-    """fp32 masters, both moments and buffers; and no pair was left out."""
+    """Compares fp32 master weights, both moments, and buffers; and no pair was left out."""
     cases = [str(c) for c in CASES if c.precision == precision]
     told = {(row["saved"], row["loaded"]): row["unequal"] for row in _of(matrix, precision, precision)}
     assert told == {(saved, loaded): [] for saved in cases for loaded in cases}
@@ -212,7 +215,7 @@ def test_any_pair_of_stages_and_worker_counts_holds_the_same_state_bit_by_bit(pr
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-2)])
 def test_the_next_losses_are_those_of_the_unbroken_run(precision, tolerance, matrix) -> None:
-    """The weights that the forward pass uses, and the optimizer's step count, are right too."""
+    """So the weights that the forward pass uses, and the optimizer's step count, are right, too."""
     rows = [row for row in _of(matrix, precision, precision) if "losses" in row]
     for way in ("saved", "loaded"):
         times = Counter(row[way] for row in rows)
@@ -224,7 +227,7 @@ def test_the_next_losses_are_those_of_the_unbroken_run(precision, tolerance, mat
 
 @pytest.mark.parametrize(("saved", "loaded"), [("fp32", "bf16"), ("bf16", "fp32")])
 def test_a_checkpoint_of_another_precision_holds_the_same_numbers(saved, loaded, matrix) -> None:
-    """Bit by bit, but for buffers that the engine holds in fewer bits: those are rounded. The next losses are near."""
+    """Bit by bit, except for buffers that the engine holds with fewer bits: those are rounded. The next losses are near."""
     rows = _of(matrix, saved, loaded)
     assert len(rows) == 2 * 3 * 4
     assert {(row["saved"], row["loaded"]): row["unequal"] for row in rows if row["unequal"]} == {}
@@ -235,8 +238,8 @@ def test_a_checkpoint_of_another_precision_holds_the_same_numbers(saved, loaded,
 
 
 def test_buffers_of_other_types_at_other_stages_are_cast_and_rounding_is_said(matrix) -> None:
-    """bf16 has fp32 buffers at stages 1 and 2 and bf16 ones at stage 3: both ways the numbers stay, and only the way to fewer
-    bits is told, with the number of tensors."""
+    """bf16 has fp32 buffers at stages 1 and 2, and bf16 buffers at stage 3. The numbers stay in both directions. Only the
+    direction to fewer bits is logged, with the number of tensors."""
     cast = {(row["saved"], row["loaded"]): (row["cast"], row["said"]) for row in matrix}
     down, said = cast["bf16-zero2-2", "bf16-zero3-3"]
     assert down == ["buffer.mark: float32 -> bfloat16", "buffer.odd: float32 -> bfloat16"]

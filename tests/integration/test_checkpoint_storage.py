@@ -1,6 +1,7 @@
-"""Checkpoints on storage that damages them, or is full: found before anything is used, and the one before stays valid.
+"""Tests checkpoints on storage that damages them, or is full: the fault is found before their use, and the checkpoint before
+stays valid.
 
-Process groups without Ray or DeepSpeed, each rank with its slices of a few tensors.
+Uses process groups without Ray or DeepSpeed, in which each rank has its slices of a few tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def _whole(seed: int, scale: int = 1) -> dict[str, torch.Tensor]:
 
 
 def _state(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """This rank's slices, in memory of their own, and a buffer that all ranks have."""
+    """Returns this rank's slices, in their own memory, and a buffer that all ranks have."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         per = -(-len(tensor) // dist.get_world_size())
@@ -64,7 +65,7 @@ def _blank(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _error(run: Location, step: int, group: Any, scale: int = 1) -> dict[str, Any]:
-    """What loading that step raises, or whether what is loaded is right."""
+    """Returns the error of loading that step, or whether the loaded state is right."""
     state = _blank(_whole(step, scale))
     try:
         read = checkpoint.load(checkpoint.open_checkpoint(run, step), state, group)
@@ -116,8 +117,11 @@ def three_save_two_load(group: Any, everyone: Any, folder: str) -> Iterator[dict
 
 
 def test_a_flipped_bit_is_found_by_all_ranks_before_anything_is_used(tmp_path: Path) -> None:
-    """Only one rank reads the byte; both raise the error that names file and step. What is sound still loads, reading little
-    more than a rank needs, in the format of old too, and torch's own reader of the shards agrees."""
+    """Only one rank reads the byte, and both raise the error with file and step.
+
+    Undamaged parts still load, with few extra bytes per rank, also in the old format, and torch's own reader of the shards
+    agrees.
+    """
     told = ranks.run(f"{__name__}:three_save_two_load", (2, 3), str(tmp_path))
     files = sorted(p.name for p in (tmp_path / "checkpoints/step-00000020").iterdir())
     assert files == ["checkpoint.json", *(f"shard-0000{r}.{kind}" for r in range(3) for kind in ("json", "safetensors"))]
@@ -158,7 +162,7 @@ def disk_full(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with room for two checkpoints of `disk_full`."""
+    """Mounts a disk with room for two checkpoints of `disk_full`."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=640k", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
     )
@@ -169,7 +173,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_a_storage_error_on_all_ranks_and_the_checkpoint_before_stays(small_disk: Path) -> None:
-    """The error names the file; the half-written save does not exist; with room made, the same saver saves again."""
+    """The error has the file, and the incomplete save doesn't count. After space was freed, the same saver saves again."""
     told = ranks.run(f"{__name__}:disk_full", (2,), str(small_disk))
     full = [row for row in told if row["case"] == "full"]
     assert len(full) == 2 and full[0]["text"] == full[1]["text"]
@@ -204,7 +208,7 @@ MOST_STEPS = 10_000  # of 20 ms and more
 
 
 def heard(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """A loop like the training's: steps with a vote, and nothing that waits for the save."""
+    """Runs a loop like the training's: steps with a vote, and no wait for the save."""
     votes = StopConsensus(dist.new_group(backend="gloo"))
 
     def steps(saver: checkpoint.Saver) -> dict[str, Any]:
@@ -237,8 +241,8 @@ def heard(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_a_save_that_fails_on_one_worker_is_heard_of_by_all_at_a_next_step(tmp_path: Path) -> None:
-    """All of them leave behind the same step with that worker's error, none waits for ever, and no checkpoint is there; the next
-    save of the same workers is sound."""
+    """All workers leave after the same step with that worker's error, none waits forever, and no checkpoint exists. The next save
+    of the same workers is valid."""
     told: dict[str, list[dict[str, Any]]] = {}
     for row in ranks.run(f"{__name__}:heard", (3,), str(tmp_path)):
         told.setdefault(row["case"], []).append(row)
@@ -268,8 +272,8 @@ def slow(group: Any, everyone: Any, uri: str) -> Iterator[dict[str, Any]]:
 
 
 def test_a_slow_upload_that_gets_on_is_no_stall(s3_server: str, tmp_path: Path) -> None:
-    """Every part that reaches the store is a pulse while the save is waited for, so that the longest silence is a part's; and
-    loading gives a pulse for each request."""
+    """Every part that reaches the store is a pulse while the save is waited for, so the longest silence is that of one part. A
+    load gives a pulse for each request."""
     stores.bucket(s3_server, "slow")
     with FaultProxy(s3_server, [ProxyFault("delay", seconds=1.0, key="/slow/*shard*")]) as proxy:
         uri = f"s3://slow/run?endpoint_override={proxy.endpoint}&scheme=http"

@@ -1,4 +1,4 @@
-"""Clusters over several hosts, for real: `ray up` over ssh from clusters/ssh.yaml, and autoscaling from a cluster file.
+"""Tests real clusters over several hosts: `ray up` over ssh from clusters/ssh.yaml, and autoscaling from a cluster file.
 
 Both take a minute or two and change the machine's network: `make test-slow`, as root.
 """
@@ -42,7 +42,7 @@ def living(url: str, token: str) -> int:
 
 @pytest.fixture
 def server(tracking: str, tmp_path: Path) -> Iterator[str]:
-    """MLflow over HTTP, on an address that the hosts reach."""
+    """Runs MLflow over HTTP, at an address that the hosts reach."""
     command = [str(BIN / "mlflow"), "server", "--backend-store-uri", tracking, "--workers", "1", "--allowed-hosts", "*"]
     command += ["--host", "0.0.0.0", "--port", "PORT", "--artifacts-destination", str(tmp_path / "artifacts")]
     off = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
@@ -51,7 +51,7 @@ def server(tracking: str, tmp_path: Path) -> Iterator[str]:
 
 
 def test_ray_up_over_ssh_trains_across_hosts_and_nodes_come_and_go(tmp_path, corpus, server) -> None:
-    """clusters/ssh.yaml with test addresses: up, a job of two workers on two hosts, a node more, a node lost, down."""
+    """clusters/ssh.yaml with test addresses: up, a job of two workers on two hosts, another node, a lost node, and down."""
     home = tmp_path / "home"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
@@ -130,7 +130,7 @@ available_node_types:
 
 
 def test_a_job_that_needs_more_nodes_gets_them_and_they_go_when_idle(tmp_path, corpus, tracking) -> None:
-    """From a cluster file, with Ray's own autoscaler; only its nodes are processes of this machine."""
+    """From a cluster file, with Ray's own autoscaler. Only its nodes are processes of this machine."""
     shutil.copytree(ROOT / "jobs", tmp_path / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
     port, dashboard = free_port(), free_port()
     (tmp_path / "scaled.yaml").write_text(AUTOSCALE.replace("PORT", str(port)))

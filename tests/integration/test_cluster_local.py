@@ -1,4 +1,5 @@
-"""A real cluster on this machine, as a person uses it: up, submit, look, stop at half, resume, down; and who may use it."""
+"""Tests a real cluster on this machine as a person uses it: up, submit, status, stop halfway, resume, down; and its access
+control."""
 
 import contextlib
 import json
@@ -53,7 +54,8 @@ class Workspace:
     file: Path  # of the cluster
 
     def heliostat(self, *arguments: str, code: int = 0) -> str:
-        """What a command prints; fails, with that, on another exit code. In this process: imports take longer than commands."""
+        """Returns a command's output; fails with the output on another exit code. Runs in this process, because imports take
+        longer than commands."""
         with contextlib.chdir(self.folder):
             done = CliRunner().invoke(app, list(arguments))
         error = done.exception
@@ -83,7 +85,7 @@ class Workspace:
         return process
 
     def trains(self, name: str, run: Location, least: int = 1) -> None:
-        """Waits until a run has got to a step."""
+        """Waits until a run has reached a step."""
         until(lambda: (progress.of_run(run, STEPS)["step"] or 0) >= least, f"step {least}", LONG_S,
               said=lambda: self.heliostat("job", "logs", name))  # fmt: skip
 
@@ -101,7 +103,8 @@ class Workspace:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -> Iterator[Workspace]:
-    """A workspace with clusters/local.yaml (other ports, so that it disturbs nobody), started; the tiny job beside it."""
+    """Starts a cluster in a workspace with clusters/local.yaml (with other ports, so that it disturbs no other cluster), and the
+    tiny job."""
     folder = tmp_path_factory.mktemp("work")
     shutil.copytree(ROOT / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(str(paced.__file__), folder / "jobs" / "paced.py")
@@ -124,7 +127,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, corpus: str, tracking: str) -
 
 
 def test_the_nodes_are_those_of_the_file_and_up_again_starts_nothing(work) -> None:
-    """Two workers with two CPUs each and the label that jobs ask for; a head that takes no work."""
+    """Two workers with two CPUs each and the label of the jobs, and a head without work."""
     nodes = work.json("cluster", "status", "cluster.yaml")["nodes"]
     assert sorted((n["head"], n["cpus"], n["labels"].get("heliostat-pool")) for n in nodes) == [
         (False, 2, "train"), (False, 2, "train"), (True, 0, None)]  # fmt: skip
@@ -160,7 +163,8 @@ def test_a_job_is_submitted_stopped_at_half_and_resumed_to_one_finished_run(work
 
 
 def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
-    """What only the driver finds on the cluster is bad input too: 2, with the line in the log; nothing was trained."""
+    """A fault that only the driver on the cluster finds is bad input, too: code 2, with the line in the log, and without
+    training."""
     raw = yaml.safe_load((work.folder / "onto.yaml").read_text())
     (work.folder / "late.yaml").write_text(yaml.safe_dump({**raw, "name": "late"}))
     settings = ["--set", "data.sources.0.max_epochs=0.5", "--set", "train.steps=100000", "--set", "evaluate.every=100000"]
@@ -169,7 +173,7 @@ def test_a_bad_job_ends_with_its_own_exit_code(work) -> None:
 
 
 def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
-    """A job goes on, on the head and the other worker; only --restart would end them."""
+    """A job continues on the head and the other worker. Only --restart would end them."""
     head, first, second = before = work.state.nodes
     client = jobs.Jobs(Endpoint(work.state.url, work.token, True)).client
     client.submit_job(entrypoint="sleep 1200", submission_id="sleeper")
@@ -187,7 +191,7 @@ def test_up_starts_the_worker_that_died_and_leaves_what_runs(work) -> None:
 
 @pytest.mark.slow  # what it adds to the driver's own test is Ray's part in it
 def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
-    """Within seconds, and the job is STOPPED; the note that tells the driver is gone, and shows in no list."""
+    """The job is STOPPED within seconds. The note for the driver is removed, and appears in no list."""
     raw = yaml.safe_load((work.folder / "onto.yaml").read_text())
     raw |= {"name": "dead", "checkpoint": {"every": 100000}}
     raw["train"] |= {"steps": 100000}
@@ -207,7 +211,8 @@ def test_a_job_whose_store_is_dead_is_stopped_now(work, tmp_path) -> None:
 
 @pytest.mark.slow  # minutes
 def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
-    """`heliostat sweep run --cluster`: the job file travels, trials use the cluster's room, and the commands for jobs know it."""
+    """`heliostat sweep run --cluster`: the job file is sent along, trials use the cluster's room, and the commands for jobs know
+    the sweep."""
     sweep = {"name": "rates", "job": "onto.yaml", "searcher": {"name": "grid"}, "register_best": False}
     sweep["set"] = {"train.steps": 8, "evaluate.every": 8, "checkpoint.every": 8}
     sweep["space"] = {"train.optimizer.lr": {"grid": [1e-5, 1e-3]}}
@@ -249,7 +254,7 @@ HTTP = (
 
 
 def family(state: local.ClusterState) -> list[psutil.Process]:
-    """The nodes' processes by their parents, whatever they call themselves and have in their environment."""
+    """Returns the nodes' processes by their parents, for any names and environments."""
     shells = [psutil.Process(n.pid) for n in state.nodes]
     return [*shells, *(p for s in shells for p in s.children(recursive=True))]
 
@@ -266,7 +271,7 @@ def _listening(state: local.ClusterState) -> set[tuple[str, int]]:
 
 
 def _open_sockets(processes: list[psutil.Process] | None = None) -> set[str]:
-    """Inodes, which no other socket is given, of the TCP sockets that listen: of all, or of some processes."""
+    """Returns the inodes of listening TCP sockets, which no other socket gets: of all processes, or of some."""
     listening = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
@@ -283,7 +288,7 @@ def _open_sockets(processes: list[psutil.Process] | None = None) -> set[str]:
 
 
 def _call(host: str, port: int, method: str, token: str | None) -> str:
-    """The status of a gRPC call with an empty request."""
+    """Returns the status of a gRPC call with an empty request."""
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         call = channel.unary_unary(f"/ray.rpc.{method}", request_serializer=bytes, response_deserializer=bytes)
         try:
@@ -294,7 +299,7 @@ def _call(host: str, port: int, method: str, token: str | None) -> str:
 
 
 def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
-    """By its file and by its name; both are drivers of that Ray, and leave it as it was."""
+    """By its file and by its name. Both commands are drivers of that Ray, and leave it unchanged."""
     model, answers, port = write_model(tmp_path, BASE["model"], 64), tmp_path / "out", free_port()
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": f"word {i}"}) for i in range(8)))
 
@@ -320,7 +325,7 @@ def test_a_model_infers_and_is_served_on_the_cluster(work, tmp_path) -> None:
 
 
 def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_path) -> None:
-    """Its proxy answers on, though nothing at its own paths, until `serve --stop`; which finds nothing the second time."""
+    """Its proxy continues to answer, without its own paths, until `serve --stop`. A second `serve --stop` finds nothing."""
     port, log, stop = free_port(), tmp_path / "serve.log", ("model", "serve", "--cluster", "test", "--stop")
     served = work.served(write_model(tmp_path, BASE["model"], 64), port, log)
     try:
@@ -337,7 +342,7 @@ def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_pa
 
 
 def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
-    """Every listening port of every process: gRPC services, and the dashboard's paths. What is left open is metrics."""
+    """Every listening port of every process: gRPC services, and the dashboard's paths. Only metrics are open."""
     state, services, paths, token = work.state, set(), set(), work.token
     ports = _listening(state)
     for host, port in ports:
@@ -359,7 +364,7 @@ def test_without_the_token_every_port_of_the_cluster_refuses(work) -> None:
 
 
 def test_down_leaves_no_process_and_the_logs_stay(work) -> None:
-    """The last test of the cluster: what was on it can still be read."""
+    """This is the last test of the cluster: its logs can still be read."""
     state = work.state
     there = family(state)
     sockets = _open_sockets(there)

@@ -1,4 +1,5 @@
-"""Archives of code and git clones through `prepare`: licences reach the record, and a document answers for itself."""
+"""Tests archives of code and git clones through `prepare`: the record has their licenses, and a document's provenance is
+complete."""
 
 import tarfile
 import zipfile
@@ -40,7 +41,7 @@ def fill(folder: Path, license: str, name: str) -> None:
 
 @pytest.fixture
 def yaml(tmp_path: Path) -> Path:
-    """A clone under MIT, an archive under a licence that nobody knows, one under GPL, and one that is broken."""
+    """Writes a clone under MIT, an archive with an unknown license, one under GPL, and a broken one."""
     top = tmp_path / "in"
     for name, license in (("one", TEXTS["MIT"]), ("two", "Do what you like.\n"), ("three", TEXTS["GPL-3.0"])):
         fill(tmp_path / "made" / name, license, name)

@@ -1,4 +1,4 @@
-"""A private Ray ends with the process that started it, and is its user's alone."""
+"""Tests that a private Ray ends with the process that started it, and that only its user has access."""
 
 import atexit
 import contextlib
@@ -27,7 +27,7 @@ from tests.integration.test_cluster_local import _call
 
 
 def held(_: list[str]) -> int:
-    """In a process of its own: connects, and leaves an actor that takes ten minutes to end; prints its process."""
+    """In a separate process: connects, and leaves an actor that takes ten minutes to end; prints its process."""
 
     @ray.remote(num_cpus=0)
     class Actor:
@@ -45,7 +45,7 @@ def held(_: list[str]) -> int:
 
 
 def test_a_process_that_does_not_end_by_itself_is_ended(tmp_path):
-    """As an actor's process, now and then, hangs in its own exit: Ray takes it for gone then."""
+    """For example, an actor's process that sometimes hangs in its own exit, when Ray considers it dead."""
     done = commands.call(f"{__name__}:held", log=tmp_path / "log")
     assert done.wait(120) == 0, done.err
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -60,7 +60,7 @@ def late(_: list[str]) -> int:
 
 
 def test_workers_that_are_late_do_not_hold_the_driver(tmp_path):
-    """As on a machine so busy that their imports take longer than Ray waits for them."""
+    """For example, on a machine so busy that their imports take longer than Ray waits for them."""
     done = commands.call(f"{__name__}:late", log=tmp_path / "log", RAY_worker_register_timeout_seconds="0")
     assert (done.wait(120), done.out) == (0, "connected\n"), done.err
 
@@ -85,13 +85,13 @@ RPC = ("NodeInfoGcsService/GetAllNodeInfo", "NodeManagerService/GetNodeStats", "
 
 
 def family(session_folder: str) -> list[psutil.Process]:
-    """This process and those of its Ray: the state server's parent is not this process for long."""
+    """Returns this process and those of its Ray. The state server's parent soon differs from this process."""
     servers = (p for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] == "gcs_server")
     return [*processes.family(os.getpid()), *(p for p in servers if session_folder in " ".join(p.info["cmdline"] or ()))]
 
 
 def listening(family: Iterable[psutil.Process]) -> dict[tuple[str, int], str]:
-    """Where the processes listen, and the name of each."""
+    """Returns the addresses on which the processes listen, with their names."""
     found = {}
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -102,7 +102,7 @@ def listening(family: Iterable[psutil.Process]) -> dict[tuple[str, int], str]:
 
 
 def as_nobody(code: str, *arguments: str) -> str:
-    """What Python code prints that runs as another user, without modules of ours."""
+    """Returns the output of Python code that runs as another user, without heliostat's modules."""
     if os.geteuid() != 0:
         pytest.skip("to be another user takes root")
     command = ["/usr/bin/env", "-i", "python3", "-Ic", code, *arguments]
@@ -134,7 +134,7 @@ def test_a_private_ray_listens_on_loopback_alone_and_refuses_whoever_has_no_toke
 
 
 def test_a_private_ray_runs_no_agent_of_a_dashboard(ray_session):
-    """Ray's start would wait for its imports, and beside another Ray three seconds more for a port that that one has."""
+    """Ray's start would wait for the agent's imports, and next to another Ray three seconds more for a port in use."""
     raylet = psutil.Process(session().all_processes["raylet"][0].process.pid)
     assert not [p for p in raylet.children() if p.name().startswith("ray::Dashboard")]
     assert (session().dashboard_agent_listen_port, session().metrics_agent_port) == (-1, -1)
@@ -156,7 +156,7 @@ for path in sys.argv[1:]:
 
 
 def test_another_user_cannot_open_the_files_and_sockets_of_a_private_ray(ray_session):
-    """Its token, its logs, the socket of its object store, and whatever else lies in its folder."""
+    """Its token, its logs, the socket of its object store, and everything else in its folder."""
     folder, inside = private_ray.sessions(), Path(session().get_session_dir_path())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and folder in inside.parents
     token = private_ray.token_file()
@@ -167,7 +167,7 @@ def test_another_user_cannot_open_the_files_and_sockets_of_a_private_ray(ray_ses
 
 
 def test_the_workers_of_a_private_ray_meet_where_nobody_else_can_write(ray_session, job_file):
-    """torch's own meeting point is a TCP port on every address, that takes anyone's writes; none is opened."""
+    """torch's own meeting point is a TCP port on every address that accepts any process's writes. It isn't opened."""
     seen: dict[tuple[str, int], str] = {}
     done = threading.Event()
 
@@ -204,7 +204,7 @@ STAY = "import os, time; from heliostat.cluster.connect import connect; connect(
 
 
 def test_a_token_that_others_could_read_is_tightened_and_what_others_say_runs_here_is_not_joined(tmp_path):
-    """Ray's own file of an earlier version, and the note of a cluster in Ray's folder, which every user may write."""
+    """For Ray's own file of an earlier version, and for the note of a cluster in Ray's folder, where every user may write."""
     home, notes = tmp_path / "home", tmp_path / "tmp"
     (home / ".ray").mkdir(parents=True)
     (home / ".ray" / "auth_token").write_text("0" * 64)

@@ -1,5 +1,7 @@
-"""The contrastive loss and its gradients are those of the global batch: on 1, 2 and 4 workers, at every ZeRO stage, as plain
-autograd over all pairs at once gives them in one process."""
+"""Tests that the contrastive loss and its gradients are those of the global batch.
+
+On 1, 2, and 4 workers and at every ZeRO stage, they equal plain autograd over all pairs at once in one process.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,8 +26,8 @@ from tests.unit import build_images, build_pairs
 
 
 class Case(NamedTuple):
-    """What is embedded, and at which ZeRO stage: texts with a pooling, or images and their captions. `block`: the workers share
-    the loss, so many samples at a time."""
+    """Describes the embedded data and the ZeRO stage: texts with a pooling, or images and their captions. `block`: the workers
+    share the loss, over so many samples at a time."""
 
     of: str
     stage: int
@@ -49,7 +51,7 @@ Named = dict[str, torch.Tensor]
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: how far the worker's own step is from the plain one, in each case."""
+    """In every rank, yields the distance of the worker's step from the plain one, in each case."""
     for case in CASES[dist.get_world_size()]:
         job = case.job(Path(folder), dist.get_world_size())
         coupled.SHARED_FROM = case.block or 1024
@@ -67,7 +69,7 @@ def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def _watched(engine: Any) -> Named:
-    """The gradients behind the last backward pass of a step."""
+    """Returns the gradients after the last backward pass of a step."""
     found, backward = {}, engine.backward
 
     def kept(*given: Any, **named: Any) -> Any:
@@ -81,7 +83,8 @@ def _watched(engine: Any) -> Named:
 
 
 def plain(job: Job, data_plan: Any) -> tuple[float, list[float], Named]:
-    """The loss of the first step, its parts, and its gradients, with `all` of them end to end: one graph over all pairs."""
+    """Returns the loss of the first step, its parts, and its gradients, with `all` of them end to end: one graph over all
+    pairs."""
     dataset, batches, micro = open_dataset(data_plan), BatchPlan(job, data_plan), job.train.micro_batch_size
     recipe = load(job, dataset.sources)
     torch.manual_seed(job.train.seed)

@@ -1,4 +1,5 @@
-"""`prepare` with stages on real Ray: killed and gone on, the same on one node and three, and a reason for every document."""
+"""Tests `prepare` with stages on real Ray: it resumes after a kill, is the same on one node and three, and has a reason for every
+document."""
 
 import contextlib
 import hashlib
@@ -85,7 +86,7 @@ def test_every_document_has_a_reason(tmp_path):
 
 
 def once(folder: Location, number: int, mark: str) -> dict[str, object]:
-    """Tells in which process it ran; the fourth ends its process, the first time."""
+    """Records its process. The fourth call ends its process, the first time."""
     with Path(mark).open("a") as f:
         f.write(f"{number}\n")
     if number == 4 and Path(mark).read_text().split().count("4") == 1:
@@ -99,7 +100,7 @@ def refuse(folder: Location) -> dict[str, object]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_what_a_task_says_to_the_person_is_its_own_line(tmp_path):
-    """However many say it at once: Ray used to abort the process as it was asked to cancel what was just ending."""
+    """This holds for many tasks at once: Ray used to abort the process if it canceled a task that was just ending."""
     for number in range(20):
         tasks = (Task(f"{i:032}", {}) for i in range(1 + number % 6))
         with pytest.raises(StorageError, match=r"^\S+/x: storage failed for 60 s$") as told:
@@ -120,7 +121,7 @@ def test_ray_reserves_what_a_task_may_take(tmp_path):
 
 @pytest.mark.usefixtures("ray_session")
 def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
-    """Two actors, as for two GPUs; one of them dies, and its task runs again in its successor."""
+    """Two actors, as for two GPUs. One of them dies, and its task runs again in its successor."""
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
     monkeypatch.setattr(crew, "ActorPool", lambda *given, num_gpus, **options: ActorPool(*given, **options))
     found = flow.Flow(Work(Location(str(tmp_path / "work"))))
@@ -137,7 +138,7 @@ def test_tasks_that_need_gpus_run_in_actors_that_stay(tmp_path, monkeypatch):
 @pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, caplog):
-    """With room for one of two the tasks run in that one; with none it is one error, in time."""
+    """If only one of two fits, the tasks run in that one. If none fits, it is one error, in time."""
     total = int(ray.cluster_resources()["CPU"])
     monkeypatch.setattr(flow.Flow, "devices", lambda self: 2)
     monkeypatch.setattr(
@@ -162,7 +163,7 @@ def test_actors_that_find_no_place_are_not_waited_for(tmp_path, monkeypatch, cap
 @pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_kept_work_is_gone_on_with(tmp_path):
-    """A changed tokenizer or new input does not read again what was read; the digest is that of a dataset made at once."""
+    """With another tokenizer or new input, read files aren't read again. The digest equals that of a dataset made at once."""
     make_input(tmp_path / "in")
     yaml = make_yaml(tmp_path, keep_work=True)
     prepare(yaml, [])
@@ -181,7 +182,8 @@ def test_kept_work_is_gone_on_with(tmp_path):
 @pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_merges_change_nothing(tmp_path, monkeypatch):
-    """What many gigabytes need, with limits as for a few: runs before shards, and spills before they are compared or listed."""
+    """With limits for small data, everything that many gigabytes need runs: merges of runs before shards, and of spills before
+    they are compared or listed."""
     make_input(tmp_path / "in")
     yaml = make_yaml(tmp_path, shard_bytes=15_000, keep_work=True)
     monkeypatch.setattr(reasons, "END_ROWS", 80)
@@ -202,7 +204,8 @@ def test_merges_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_killed_at_any_moment_the_same_digest(tmp_path):
-    """The driver and all its processes, three times, each time later: what was finished stays, and the digest is the same."""
+    """The driver and all its processes are killed three times, each time later. Finished work stays, and the digest is the
+    same."""
     make_input(tmp_path / "in", 3000)
     yaml = make_yaml(tmp_path, keep_work=True)
     command, log = ["data", "prepare", str(yaml), "--json"], tmp_path / "driver.log"
@@ -228,5 +231,5 @@ def test_killed_at_any_moment_the_same_digest(tmp_path):
 
 
 def records(done: Path) -> dict[str, int]:
-    """Maps every task that is recorded to when that was."""
+    """Maps every recorded task to the time of its record."""
     return {str(p.relative_to(done)): p.stat().st_mtime_ns for p in done.glob("*/*.json")}

@@ -1,7 +1,8 @@
-"""A curated dataset of real text answers for a document: its way, the steps that it trained, and a dataset without it.
+"""Tests that a curated dataset of real text answers for a document: its provenance, the steps that it trained, and a dataset
+without it.
 
-One story: sources of the standard library with planted duplicates are curated, a model is trained on them, one document is traced
-to the samples that it was in, and then forgotten, and a job for another model takes what is left.
+Sources of the standard library with planted duplicates are curated, and a model is trained on them. One document is traced to the
+samples with it, and then forgotten. A job for another model uses the rest.
 """
 
 import json
@@ -36,7 +37,7 @@ STEPS, LENGTH = 24, 64
 
 
 def texts() -> list[str]:
-    """Some modules of the standard library, with an exact and a near duplicate of each fourth."""
+    """Returns some modules of the standard library, with an exact duplicate and a near-duplicate of each fourth."""
     stdlib, out = Path(sysconfig.get_paths()["stdlib"]), list[str]()
     for number, path in enumerate(sorted(p for name in ("json", "http", "email") for p in (stdlib / name).glob("*.py"))):
         text = path.read_text(encoding="utf-8")
@@ -74,7 +75,8 @@ def ended(story: dict[str, Any], reason: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def seen(story: dict[str, Any], run: str) -> tuple[str, set[tuple[int, int, int]]]:
-    """The document that was trained on most, and where, by looking into every sample of every step: (step, lane, place)."""
+    """Returns the document that was trained on most, and its places, found in every sample of every step: (step, virtual rank,
+    place)."""
     owners = dict[tuple[str, int, int], set[str]]()
     for path in set(story["made"].paths):
         file = pq.ParquetFile(Path(story["data"], path))
@@ -148,7 +150,7 @@ def test_a_forgotten_document_is_in_no_part_of_the_new_dataset(story, run, seen,
 
 
 def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_path):
-    """What an example showed of it, too: no file of the new dataset has its text."""
+    """This includes its text in examples: no file of the new dataset has its text."""
 
     def shown(folder: Path) -> int:
         return sum(json.dumps(text[:60])[1:-1] + json.dumps(text[60:1000])[1:-1] in p.read_text()
@@ -173,7 +175,7 @@ def test_a_document_that_was_dropped_goes_from_the_record(story, capsys, tmp_pat
 
 
 def contents(made: manifest.Manifest) -> dict[str, list[int]]:
-    """The tokens of every document."""
+    """Returns the tokens of every document."""
     found = dict[str, list[int]]()
     for path, group in zip(made.paths, made.chunks["row_group"].to_pylist(), strict=True):
         table = pq.ParquetFile(Path(made.location.path, path)).read_row_group(group, columns=tokens.SCHEMA.names)

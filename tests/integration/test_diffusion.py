@@ -1,6 +1,6 @@
-"""Text to image in whole runs: losses, averages, restarts, buckets, latents, exports and what they draw.
+"""Tests text to image in whole runs: losses, averages, restarts, buckets, latents, exports, and their images.
 
-Every ZeRO stage and worker count is held by the golden curves, averages at every layout by test_optimizers.
+The golden curves cover every ZeRO stage and worker count, and test_optimizers the averages in every configuration.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _module(job: Job) -> torch.nn.Module:
 
 
 def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """How far the initial weights of stage 3 are from those of stage 0, on each rank."""
+    """Yields the distance between the initial weights of stage 3 and stage 0, on each rank."""
     import deepspeed
 
     for backbone in ("UNET", "PIXART"):
@@ -97,7 +97,7 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
 
 @pytest.mark.ci
 def test_a_backbone_begins_alike_whether_zero_has_divided_it_or_not(digits, tmp_path) -> None:
-    """Its authors' initial weights, to the last bit: zeros and draws reach the parts of every rank."""
+    """The authors' initial weights, to the last bit: zeros and random weights reach the parts of every rank."""
     write(tmp_path / "job.yaml", tiny_job(digits, "sqlite:////dev/null", tmp_path))
     rows = ranks.run(f"{__name__}:beginnings", (2,), str(tmp_path))
     assert len(rows) == 4 and all(row["far"] == 0.0 and row["parameters"] > 40 and row["zeros"] > 2 for row in rows)
@@ -116,7 +116,7 @@ def finished(ray_session: None, digits: Path, tracking: str, tmp_path_factory: p
 
 
 def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finished, tracking, tmp_path) -> None:
-    """Losses as one plain process computes them; sample grids and scores in MLflow; receipts that verify."""
+    """Losses equal those of one plain process, MLflow has sample grids and scores, and the receipts pass."""
     from mlflow import MlflowClient
 
     folder, path, result = finished
@@ -135,7 +135,7 @@ def test_a_whole_run_gives_the_plain_loops_losses_and_shows_what_it_draws(finish
 
 @pytest.mark.ci
 def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking, tmp_path) -> None:
-    """From step 6 on one worker at stage 3 instead of 2 at stage 2: the curve, the scores and the average go on."""
+    """From step 6, on one worker at stage 3 instead of 2 at stage 2: the curve, the scores, and the average continue."""
     folder, path, result = finished
     later = shutil.ignore_patterns("*00000012*", "result.json", "run.json")
     shutil.copytree(folder / "runs/whole", tmp_path / "runs/whole", ignore=later)
@@ -156,7 +156,7 @@ def test_it_resumes_on_another_worker_count_with_its_average(finished, tracking,
 
 
 def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finished, digits, tracking, tmp_path) -> None:
-    """`generate` and `evaluate` find the recipe in the export; the average was exported; plain diffusers draws the same."""
+    """`generate` and `evaluate` find the recipe in the export. The average was exported, and plain diffusers draws the same."""
     from diffusers import DiffusionPipeline
 
     folder, _, result = finished
@@ -194,8 +194,11 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
 
 @pytest.mark.ci
 def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_session, digits, tracking, tmp_path) -> None:
-    """An autoencoder is trained, its export makes latents in the pipeline, and a U-Net is trained on them at ZeRO-3 with
-    activation checkpointing and a frozen CLIP: the losses are one plain process's, the export is a StableDiffusionPipeline."""
+    """An autoencoder is trained, and its export makes latents in the pipeline. A U-Net is trained on them at ZeRO-3 with
+    activation checkpointing and a frozen CLIP.
+
+    The losses equal those of one plain process, and the export is a StableDiffusionPipeline.
+    """
     from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 
     coder = tiny_job(digits, tracking, tmp_path)
@@ -234,7 +237,7 @@ def test_latents_a_frozen_text_encoder_and_checkpointing_train_at_stage_3(ray_se
 
 @pytest.mark.ci
 def test_buckets_train_in_batches_of_one_size_on_any_workers(ray_session, tracking, tmp_path) -> None:
-    """A collection of three sizes: the plain loop's losses, whatever the workers; receipts verify."""
+    """For a collection of three sizes and any number of workers: the plain loop's losses, and receipts that pass."""
     from tests.integration.test_images import make_input, make_yaml
 
     make_input(tmp_path / "in")

@@ -1,4 +1,4 @@
-"""What DeepSpeed computes, on ranks without Ray: the same as plain autograd, whatever key, stage, precision and worker count."""
+"""Tests DeepSpeed's results on ranks without Ray: they equal plain autograd, for any key, stage, precision, and worker count."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def every_key(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_every_key_that_is_allowed_computes_the_same_and_shards_as_a_checkpoint_expects() -> None:
-    """Three steps of two micro-batches on two workers, at each stage that reads the key."""
+    """Runs three steps of two micro-batches on two workers, at each stage that reads the key."""
     from heliostat.config import deepspeed_keys
 
     told = ranks.run(f"{__name__}:every_key", (2,))
@@ -117,7 +117,7 @@ def test_every_key_that_is_allowed_computes_the_same_and_shards_as_a_checkpoint_
 
 
 def reductions(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """The processes that are started in steps of ZeRO-3 behind the first one's."""
+    """Yields the processes that are started in steps of ZeRO-3 after the first one."""
     started: list[Any] = []
     engine = _engine(Layers, 3, **{"train.precision": "fp32", "train.zero.stage": 3})
     _train(engine, 3, 1)
@@ -131,14 +131,14 @@ def reductions(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_no_step_starts_a_process_and_no_engine_collects_garbage_again_and_again() -> None:
-    """DeepSpeed asks in each reduction of ZeRO-3 how many devices there are, and on CPUs it ran `numactl` for that; to print how
-    much memory is in use, it collected six times while a bf16 engine was made."""
+    """In each reduction of ZeRO-3, DeepSpeed asks for the number of devices, and on CPUs it ran `numactl` for that. To print the
+    used memory, it collected garbage six times while it created a bf16 engine."""
     told = ranks.run(f"{__name__}:reductions", (2,))
     assert [row["started"] for row in told] == [0, 0] and all(row["collections"] <= 2 for row in told), told
 
 
 def waits(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """At each stage, how often the host waits for the device in steps of two micro-batches, and which timers have run."""
+    """Yields, for each stage, how often the host waits for the device in steps of two micro-batches, and the timers that ran."""
     from deepspeed.accelerator import get_accelerator
 
     calls: list[int] = []
@@ -152,7 +152,7 @@ def waits(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_the_host_does_not_wait_for_the_device_in_any_micro_batch() -> None:
-    """DeepSpeed's throughput timer would, twice in each, and its wall clock timers too."""
+    """DeepSpeed's throughput timer would wait twice in each, and its wall-clock timers, too."""
     told = ranks.run(f"{__name__}:waits", (2,))
     assert len(told) == 8 and [row for row in told if row["calls"] or row["timers"]] == []
 
@@ -161,7 +161,7 @@ def test_the_host_does_not_wait_for_the_device_in_any_micro_batch() -> None:
 
 
 class Steep(Layers):
-    """Its gradients overflow fp16 at first."""
+    """Defines a model whose gradients overflow fp16 at first."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return 64 * super().forward(x, y)
@@ -206,7 +206,7 @@ def loss_scale(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
 
 @pytest.mark.ci
 def test_fp16_goes_on_with_the_loss_scale_that_it_had(tmp_path: Path) -> None:
-    """A resumed run skips the steps that the unbroken one skips, and no more; without a stored scale a person is told."""
+    """A resumed run skips exactly the steps that the unbroken one skips. Without a stored scale, a message reports it."""
     told = ranks.run(f"{__name__}:loss_scale", (2,), str(tmp_path))
     assert len(told) == 6
     for row in told:
@@ -222,7 +222,8 @@ MICROS = 64
 
 
 def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """The error of a step's gradient against the fp64 sum of the micro-batches' own, as plain autograd gives them in bf16."""
+    """Yields the error of a step's gradient against the fp64 sum of the micro-batches' gradients, computed by plain autograd in
+    bf16."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_grad
 
@@ -259,7 +260,7 @@ def sums(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_gradients_summed_in_fp32_are_nearer_at_every_stage() -> None:
-    """64 micro-batches in bf16: less than half the error of sums in bf16, and below what one rounding to bf16 makes."""
+    """For 64 micro-batches in bf16: less than half the error of sums in bf16, and below the error of one rounding to bf16."""
     error = {row["case"]: row["error"] for row in ranks.run(f"{__name__}:sums", (2,))}
     for stage in (1, 2, 3):
         assert error[f"{stage}-fp32"] < 0.5 * error[f"{stage}-same"], error
@@ -270,7 +271,7 @@ def test_gradients_summed_in_fp32_are_nearer_at_every_stage() -> None:
 
 
 class Reused(nn.Module):
-    """One layer used twice in a pass, a second one in only one of two branches, and one weight that two layers share."""
+    """Uses one layer twice in a pass, a second one in only one of two branches, and one weight in two layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,12 +291,12 @@ def _once(model: Any, data: torch.Tensor) -> torch.Tensor:
 
 
 def _two_calls(model: Any, data: torch.Tensor) -> torch.Tensor:
-    """The whole model is used twice before the one backward pass, as in a contrastive loss."""
+    """Uses the whole model twice before the one backward pass, as in a contrastive loss."""
     return _once(model, data) + 0.5 * _once(model, data.flip(0) * 0.5)
 
 
 def _checkpointed(model: Any, data: torch.Tensor) -> torch.Tensor:
-    """As `_two_calls`, each computed a second time in the backward pass."""
+    """Like `_two_calls`, with each call recomputed in the backward pass."""
     from torch.utils.checkpoint import checkpoint as again
 
     return again(_once, model, data, use_reentrant=False) + 0.5 * again(_once, model, data.flip(0) * 0.5, use_reentrant=False)
@@ -305,7 +306,7 @@ USES = {"once": _once, "two calls": _two_calls, "checkpointed": _checkpointed}
 
 
 def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """The error of each parameter's gradient, over two micro-batches on each worker, against plain autograd's in fp32."""
+    """Yields the error of each parameter's gradient against plain autograd's in fp32, over two micro-batches on each worker."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_get_full_grad
 
@@ -347,8 +348,10 @@ def reused(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_gradients_of_what_is_used_twice_in_a_step_are_autograds() -> None:
-    """At stages 1 to 3, in fp32 and bf16, on 2 and 3 workers, with buckets smaller and larger than a parameter: DeepSpeed has had
-    versions that reduced such a gradient too early (its issues 7718 and 8224)."""
+    """At stages 1 to 3, in fp32 and bf16, on 2 and 3 workers, with buckets smaller and larger than a parameter.
+
+    DeepSpeed has had versions that reduced such a gradient too early (its issues 7718 and 8224).
+    """
     told = ranks.run(f"{__name__}:reused", (2, 3))
     assert len(told) == 2 * 3 * 5 * len(USES)
     limit = {"fp32": 1e-5, "bf16": 0.02}

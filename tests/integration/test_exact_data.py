@@ -1,4 +1,4 @@
-"""Exact, elastic data in whole runs: whatever is killed, resized or damaged, every step trains on the samples it should."""
+"""Tests exact, elastic data in whole runs: after any kill, resize, or damage, every step trains on the right samples."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def settings(workers: int, **changes: Any) -> list[str]:
 
 
 def train_and_kill(path: Path, after: int, options: list[str]) -> None:
-    """Trains until a checkpoint of step `after` or later is there, then kills every worker at once."""
+    """Trains until a checkpoint of step `after` or later exists, then kills every worker at once."""
     folder = run_folder(path)
     thread = strikes.when((lambda: saved(folder) >= after, lambda: strikes.kill(*strikes.workers())))
     with pytest.raises(HeliostatError):
@@ -36,7 +36,7 @@ def train_and_kill(path: Path, after: int, options: list[str]) -> None:
 
 
 def test_a_run_killed_and_resized_again_and_again_trains_on_the_same_samples(job_file, tracking, unbroken):
-    """1 worker, killed; 2, killed; 4, killed; 1 to the end: the curve is the unbroken run's, and the receipts verify."""
+    """1 worker, killed; 2, killed; 4, killed; 1 to the end: the curve equals the unbroken run's, and the receipts pass."""
     path = job_file("broken")
     for workers, after in ((1, 8), (2, 21), (4, 33)):
         train_and_kill(path, after, settings(workers, **PACED_PLAIN, **{"retries.max": 0}))
@@ -55,12 +55,12 @@ def receipts(path: Path) -> str:
 
 @pytest.fixture
 def own_corpus(corpus, tmp_path) -> Path:
-    """A copy of the corpus that a test may damage."""
+    """Copies the corpus, so that a test may damage it."""
     return Path(shutil.copytree(corpus, tmp_path / "own"))
 
 
 def damage(folder: Path, group: int) -> None:
-    """Turns a bit in a row group's page."""
+    """Flips a bit in a row group's page."""
     file = sorted((folder / "shards").rglob("*.parquet"))[0]
     column = pq.ParquetFile(file).metadata.row_group(group).column(0)
     raw = bytearray(file.read_bytes())
@@ -70,7 +70,8 @@ def damage(folder: Path, group: int) -> None:
 
 @pytest.mark.ci
 def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_corpus, job_file):
-    """replace: the run ends, the quarantine names the samples, verify agrees on any number of workers; a budget below stops."""
+    """With `replace`, the run ends, the quarantine names the samples, and verify agrees for any number of workers. A budget below
+    that stops the run."""
     damage(own_corpus, 0)
     source = {"data.sources": [{"path": str(own_corpus)}], "train.steps": 40, "checkpoint.every": 20}
     path = job_file("damaged")
@@ -90,7 +91,7 @@ def test_a_damaged_chunk_is_replaced_listed_and_verified_or_stops_the_run(own_co
 
 @pytest.mark.ci
 def test_a_curriculum_over_two_sources_and_a_change_of_data_are_followed_to_the_step(own_corpus, corpus, job_file, tracking):
-    """A source that comes in at step 13 and is capped; then more shards, refused, and allowed as a segment: all verified."""
+    """A source with a cap starts at step 13. More shards are then rejected, and accepted as a segment. All of it passes."""
     location = Location(str(own_corpus))
     shards = sorted((own_corpus / "shards").rglob("*.parquet"))
     later = own_corpus / "later.parquet"

@@ -1,4 +1,4 @@
-"""The recipes of a user's own in jobs/examples, trained, scored, exported, asked and served as every shipped one is."""
+"""Tests the user recipes in jobs/examples: they are trained, scored, exported, queried, and served like every shipped recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MODEL = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "i
 
 @pytest.fixture(scope="module")
 def functions(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The example's dataset, of two packages, by its own pipeline."""
+    """Makes the example's dataset from two packages, with its own pipeline."""
     folder = tmp_path_factory.mktemp("functions")
     pipeline = {"name": "functions", "pipeline": "jobs.examples.functions:Functions", "output": str(folder / "data"),
                 "packages": ["asyncio", "email"], "vocab_size": 512, "chunk_rows": 64}  # fmt: skip
@@ -74,8 +74,11 @@ def trained(tracking: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def test_a_classifier_of_ones_own_trains_from_rows_to_a_served_model(trained, functions, tracking):
-    """Rows of varying length; parts of the loss are curves; scores of all samples together are those of
-    `heliostat model evaluate`; the model answers with plain transformers, `generate` and MLflow alike."""
+    """Rows have varying lengths, and parts of the loss are curves. Scores over all samples equal those of `heliostat model
+    evaluate`.
+
+    The model gives the same answers with plain transformers, `generate`, and MLflow.
+    """
     result = trained("classifier", "jobs.examples.classifier:Classifier", functions, None, 40)
     losses = curve(tracking, result["run_id"])
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -97,7 +100,7 @@ def test_a_classifier_of_ones_own_trains_from_rows_to_a_served_model(trained, fu
 
 @pytest.mark.ci
 def test_a_masked_model_of_ones_own_trains_and_fills_in_words(trained, corpus, tracking):
-    """On the tokens that language models are trained on, with a mask token of its own in the export."""
+    """It uses the tokens of a language model, with its own mask token in the export."""
     result = trained("masked-lm", "jobs.examples.masked_lm:MaskedLM", corpus, 64, 60)
     losses = curve(tracking, result["run_id"])
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.5
@@ -112,7 +115,7 @@ def test_a_masked_model_of_ones_own_trains_and_fills_in_words(trained, corpus, t
 
 
 class Bigrams(Recipe, Evaluates):
-    """Says what it must and is scored: it is not exported, asked or served."""
+    """Implements only the required methods and scores: it isn't exported, queried, or served."""
 
     kind = "tokens"
 
@@ -136,7 +139,7 @@ class Bigrams(Recipe, Evaluates):
 
 
 def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file, tracking, tmp_path, caplog, capsys):
-    """With scores, checkpoints and a result that says that there is no model; it cannot be exported, and says why."""
+    """It has scores, checkpoints, and a result that reports the missing model. An export is rejected with the reason."""
     made = yaml.safe_load(job_file("bigrams").read_text()) | {"recipe": f"{__name__}:Bigrams", "model": {}}
     made["train"]["optimizer"]["lr"] = 0.3
     (tmp_path / "bigrams.yaml").write_text(yaml.safe_dump(made))
@@ -154,7 +157,7 @@ def test_a_recipe_that_is_neither_exported_nor_served_trains_to_its_end(job_file
 
 
 def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: the scores of one model, untrained, on the held-out rows."""
+    """In every rank, yields the scores of one untrained model on the held-out rows."""
     changes = {"data.sources.0.path": folder, "data.sequence_length": None, "model": {**MODEL, "max_position_embeddings": 96}}
     made = job(
         **changes,
@@ -174,7 +177,7 @@ def measured(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
 
 def test_what_is_gathered_has_the_same_bits_on_any_number_of_workers(tmp_path):
-    """The losses of 70 rows of varying length, in the samples' order, on 1, 2 and 3 workers; all ranks know what was measured."""
+    """The losses of 70 rows of varying length, in the samples' order, on 1, 2, and 3 workers. All ranks have the scores."""
     build_functions.dataset(tmp_path)
     told = ranks.run(f"{__name__}:measured", (1, 2, 3), str(tmp_path))
     assert len(told) == 6 and all(row["scores"]["n"] == 70 for row in told)

@@ -1,7 +1,8 @@
-"""Experts that are divided over workers train as undivided ones do: losses, gradient norms, scores, receipts, load and biases are
-those of one worker, and checkpoints load at any other layout to the bit.
+"""Tests that sharded experts train like unsharded ones: losses, gradient norms, scores, receipts, load, and biases equal those of
+one worker.
 
-The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does.
+Their checkpoints load in any other configuration, to the bit. The loop's own worker runs real steps on real data on ranks without
+Ray, like `heliostat check --numerics`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _job(case: Case, folder: Path) -> Job:
 
 
 def _held(player: play.Player) -> dict[str, torch.Tensor]:
-    """The whole training state, biases too."""
+    """Returns the whole training state, including the biases."""
     biases = {f"buffer.{name}": b.clone() for name, b in experts.biases(player.engine.module)}
     return play.state(player.engine) | biases
 
@@ -73,8 +74,8 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("case", selection.kept(CASES, *FEW), ids=str)
 def test_divided_experts_train_as_one_worker_does(case: Case, played: layouts.Rows) -> None:
-    """Every step's loss, and the gradient norm over all parameters, once each; scores of held-out samples; receipts and the
-    tokens of every expert exactly."""
+    """Compares every step's loss, the gradient norm over all parameters, each once, scores of held-out samples, receipts, and the
+    exact number of tokens of every expert."""
     mine, right = GRID.trains(case, played)
     assert min(mine["norms"]) > 0.5  # each step is clipped
     assert mine["load"]["imbalance"][0] == right["load"]["imbalance"][0] > 1
@@ -82,6 +83,6 @@ def test_divided_experts_train_as_one_worker_does(case: Case, played: layouts.Ro
 
 @pytest.mark.parametrize("loaded", selection.kept(SAVED_BY, FEW[0]), ids=str)
 def test_a_run_goes_on_with_experts_divided_otherwise(loaded: Case, played: layouts.Rows) -> None:
-    """Parameters, moments and biases bit by bit, saved at another degree, stage or number of workers; then the losses of the
-    unbroken run."""
+    """Parameters, moments, and biases are equal bit by bit, saved at another degree, stage, or number of workers. The losses then
+    equal the unbroken run's."""
     GRID.goes_on(loaded, played)

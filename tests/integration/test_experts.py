@@ -1,4 +1,4 @@
-"""Mixtures of experts over micro-batches, workers and ZeRO stages: what is counted, how it is balanced, and what stays exact."""
+"""Tests mixtures of experts over micro-batches, workers, and ZeRO stages: the counts, the balancing, and the exact values."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,7 +25,7 @@ STEPS, BATCH, RATE = 3, 8, 0.01
 
 
 def made(stage: int, precision: str, size: int, workers: int) -> CausalLM:
-    """At a learning rate of 0: what experts are given changes by their biases alone."""
+    """Returns a job with a learning rate of 0, so that only the biases change the experts' tokens."""
     settings = {"train.zero.stage": stage, "train.precision": precision, "workers.count": workers, "train.micro_batch_size": size,
                 "train.global_batch_size": BATCH, "train.optimizer.lr": 1e-30}  # fmt: skip
     model = {**LATENT, "arch": "deepseek_v3", "router_bias_update_rate": RATE, "router_z_loss_coef": 0.01}
@@ -33,7 +33,7 @@ def made(stage: int, precision: str, size: int, workers: int) -> CausalLM:
 
 
 def balanced(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In every rank: counts and balances some steps in each case, as the loop does."""
+    """In every rank, counts and balances some steps in each case, like the training loop."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage, precision, size in CASES:
         recipe = made(stage, precision, size, world)
@@ -59,8 +59,11 @@ def balanced(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_the_load_is_the_same_to_the_last_token_in_any_layout():
-    """Its reports and the biases that follow from it are equal at every stage, in micro-batches of one and of two samples, on one
-    worker and on two; biases are fp32 in bf16 too, and go into checkpoints."""
+    """Its reports, and the resulting biases, are equal at every stage, with micro-batches of one and of two samples, on one
+    worker and on two.
+
+    Biases are fp32, with bf16, too, and are in checkpoints.
+    """
     found = ranks.run("tests.integration.test_experts:balanced", (1, 2))
     assert len(found) == 3 * len(CASES)
     for precision in ("fp32", "bf16"):
@@ -75,7 +78,7 @@ def test_the_load_is_the_same_to_the_last_token_in_any_layout():
 
 
 class Sparse(nn.Module):
-    """Experts that are modules of their own, each of which sees only its tokens."""
+    """Defines experts as separate modules, each of which sees only its own tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +110,8 @@ class Own(Around):
 
 
 def apart(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In every rank: trains a mixture of separate experts, with other experts used on each rank; tells what is refused."""
+    """In every rank, trains a mixture of separate experts, with other experts in use on each rank; yields the rejected
+    stages."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (3, 1):
         settings = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": world, "train.optimizer.lr": 1e-2}
@@ -133,8 +137,8 @@ def apart(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_separate_experts_are_gathered_whole_at_stage_3():
-    """Ranks that use other experts than others neither wait for each other nor leave a gradient out; DeepSpeed's stages 1 and 2
-    would, and are refused."""
+    """Ranks that use different experts neither wait for each other nor leave out a gradient. DeepSpeed's stages 1 and 2 would,
+    and are rejected."""
     found = ranks.run("tests.integration.test_experts:apart", (1, 2), deadline_s=90)
     (right,) = [one["losses"] for one in found if (one["workers"], one["stage"]) == (1, 1)]
     trained = [one["losses"] for one in found if "losses" in one]

@@ -1,4 +1,5 @@
-"""Exporting weights: pieces in memory, never the model; several files if it is large; plain `from_pretrained` loads them."""
+"""Tests the export of weights: memory holds pieces, never the model, a large model has several files, and plain `from_pretrained`
+loads them."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ FACTS: dict[str, Any] = build_index.facts()
 
 
 def _peak_mb(reset: bool = False) -> float:
-    """The most memory that this process has had since the last reset."""
+    """Returns the peak memory of this process since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -48,7 +49,7 @@ def streams(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_the_model_is_never_in_memory(tmp_path: Path) -> None:
-    """100M parameters, 200 MB in bf16 from 400 MB of masters."""
+    """For 100M parameters: 200 MB in bf16, from 400 MB of master weights."""
     told = ranks.run(f"{__name__}:streams", (1,), str(tmp_path))
     assert told[1]["right"]
     assert told[0]["growth_mb"] < 100
@@ -79,7 +80,7 @@ def llama(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_several_files_with_an_index_load_with_plain_from_pretrained(tmp_path: Path) -> None:
-    """Tied weights too; no file is larger than the limit, but for a single tensor that is."""
+    """Tied weights are included. No file exceeds the limit, except for a single tensor that does."""
     (told,) = ranks.run(f"{__name__}:llama", (1,), str(tmp_path))
     assert told["equal"] and told["total"] == told["expected"]
     assert len(told["sizes"]) > 2

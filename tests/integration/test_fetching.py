@@ -1,4 +1,4 @@
-"""Images of a list of URLs, fetched over TLS by a Ray cluster of two nodes whose driver is killed on the way."""
+"""Tests images of a list of URLs, fetched over TLS by a Ray cluster of two nodes, whose driver is killed meanwhile."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def server(tmp_path, monkeypatch):
 
 
 def prepared(folder: Path, server: Secure, nodes: LocalNodes, killed_after: int = 1 << 30) -> dict:
-    """Prepares; kills the command once the server was asked so often, and returns nothing then."""
+    """Runs prepare. Kills the command after so many requests to the server, and then returns None."""
     said, log = folder / "said", folder / "log"
     command = [sys.executable, "-c", COMMAND, "data", "prepare", str(folder / "pipeline.yaml"), "--json"]
     end = time.monotonic() + LIMIT_S
@@ -53,7 +53,7 @@ def prepared(folder: Path, server: Secure, nodes: LocalNodes, killed_after: int 
 
 
 def test_a_list_is_fetched_over_tls_on_two_nodes_and_goes_on_where_its_driver_was_killed(tmp_path, server):
-    """What a finished task has is not asked for again; robots.txt is followed; a certificate for other hosts is no answer."""
+    """Requests of finished tasks aren't repeated, robots.txt is followed, and a certificate for other hosts isn't accepted."""
     rows = []
     for host in NAMED:
         for i in range(EACH):

@@ -1,5 +1,6 @@
-"""Below ZeRO stage 3 the first worker alone makes the initial weights: the others have them from it, to the bit, and need no host
-memory for weights of their own.
+"""Tests that below ZeRO stage 3, only the first worker creates the initial weights.
+
+The others receive them, to the bit, and need no host memory for their own.
 """
 
 import ctypes
@@ -68,7 +69,7 @@ def _recipe(case: str, folder: Path) -> tuple[Job, Any]:
 
 
 def _peak_mib(work: Callable[[], torch.nn.Module]) -> tuple[float, torch.nn.Module]:
-    """How much memory more than before the work takes at most, and what it makes."""
+    """Returns the peak of additional memory during the work, and its result."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier cases have freed
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -82,7 +83,8 @@ def _mib(what: str) -> float:
 
 
 def built(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In both ranks: how many weights differ from those that one process makes, the types, and the peak of host memory."""
+    """In both ranks, yields the number of weights that differ from those of one process, the types, and the peak of host
+    memory."""
     said: list[str] = []
     first_weights.log.addFilter(lambda record: said.append(record.getMessage()) or False)
     for case in CASES:
@@ -159,7 +161,7 @@ class Reads(CausalLM):
 
 
 class Keeps(CausalLM):
-    """Draws a number from torch behind its weights, which is another one where those are not drawn."""
+    """Draws a number from torch after its weights, which differs if the weights aren't drawn."""
 
     def build(self) -> torch.nn.Module:
         model: Any = super().build()
@@ -168,7 +170,7 @@ class Keeps(CausalLM):
 
 
 class Failing(CausalLM):
-    """Cannot be built by the first worker: a weight is missing in the folder, which the others don't read."""
+    """Can't be built by the first worker: the folder lacks a weight, and the other workers don't read it."""
 
     def probe(self) -> None: ...
 
@@ -191,7 +193,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_all_workers_begin_with_the_weights_of_the_first(case, told) -> None:
-    """To the bit those that one process makes, in the precision that trains; also where they are read from a folder."""
+    """To the bit those of one process, in the training precision, also if they are read from a folder."""
     rows = [row for row in told if row["case"] == case]
     assert len(rows) == 2
     for row in rows:
@@ -200,33 +202,36 @@ def test_all_workers_begin_with_the_weights_of_the_first(case, told) -> None:
 
 
 def _memory(told: list[dict[str, Any]], case: str) -> tuple[float, float, float]:
-    """What the weights take in fp32, and the peaks of the first worker and of the other one, in MiB."""
+    """Returns the size of the weights in fp32, and the peaks of the first worker and of the other one, in MiB."""
     first, other = sorted((row for row in told if row["case"] == case), key=lambda row: row["rank"])
     return 4 * first["parameters"] / 2**20, first["mib"], other["mib"]
 
 
 def test_only_the_first_worker_has_the_weights_in_host_memory(told) -> None:
-    """In fp32. The others have what arrives, which is in bf16 and on their device, here the host; each had it all in fp32 too."""
+    """In fp32. The others have only the received weights, in bf16 on their device, which here is the host. Before, each had all
+    of them in fp32, too."""
     whole, first, other = _memory(told, "memory")
     assert whole > 256 and first > 0.9 * whole and other < 0.6 * whole
 
 
 def test_a_worker_that_divides_matrices_has_its_part_of_them_alone(told) -> None:
-    """In bf16, half of each matrix: a quarter of the whole in fp32, and one matrix. It had them all in fp32, as all did."""
+    """In bf16, half of each matrix: a quarter of the whole in fp32, and one matrix. Before, it had all of them in fp32, like
+    every worker."""
     whole, _, other = _memory(told, "memory-divided")
     assert whole > 700 and other < 0.45 * whole
     assert all(row["divided"] for row in told if row["case"] in (*DIVIDED, "pretrained-divided"))
 
 
 def test_a_folder_is_read_tensor_by_tensor(told) -> None:
-    """The first worker has its own weights in bf16, here on the host, and one tensor in fp32; it had all of them in fp32."""
+    """The first worker has its own weights in bf16, here on the host, and one tensor in fp32. Before, it had all of them in
+    fp32."""
     whole, first, other = _memory(told, "memory-read")
     assert whole > 700 and first < 0.8 * whole and other < 0.7 * whole
 
 
 @pytest.mark.parametrize("case", OWN)
 def test_a_recipe_that_reads_its_weights_is_built_in_turns_and_says_so(case, told) -> None:
-    """What its `build` makes of them is the same on all workers; a recipe that only changes them is built without."""
+    """The result of its `build` is the same on all workers. A recipe that only changes its weights is built without them."""
     rows = {row["rank"]: row for row in told if row["case"] == case}
     assert all(row["kept"][0] == row["kept"][1] for row in rows.values())
     if case == "scales":
@@ -238,5 +243,5 @@ def test_a_recipe_that_reads_its_weights_is_built_in_turns_and_says_so(case, tol
 
 
 def test_an_error_of_the_first_worker_is_raised_on_all(told) -> None:
-    """The others would wait for its weights."""
+    """Otherwise the other workers would wait for its weights."""
     assert [row["error"] for row in told if row["case"] == "error"] == ["model.pretrained: lacks a weight"] * 2

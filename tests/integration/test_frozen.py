@@ -1,4 +1,4 @@
-"""Parameters that are not trained: in every export, written once per run, and never lost."""
+"""Tests parameters that aren't trained: they are in every export, are written once per run, and are never lost."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ AFMOE = {
 
 
 def afmoe_model() -> nn.Module:
-    """A model of transformers that keeps a parameter of each router from being trained."""
+    """Returns a model of transformers that freezes a parameter of each router."""
     from transformers import AfmoeConfig, AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(AfmoeConfig(**AFMOE), dtype=torch.float32)
 
 
 class Adapted(nn.Module):
-    """A base that is not trained, of a size that no worker count divides, and what is."""
+    """Defines a frozen base, whose size no worker count divides, and trained parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def afmoe(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_a_model_that_freezes_parameters_by_itself_is_exported_whole_at_every_stage(tmp_path: Path) -> None:
-    """afmoe's expert biases are in the export with their values, whoever held which part of them."""
+    """afmoe's expert biases are in the export with their values, for any distribution over ranks."""
     told = {row["stage"]: row["frozen"] for row in ranks.run(f"{__name__}:afmoe", (3,), str(tmp_path))}
     assert told == {stage: {"model.layers.1.mlp.expert_bias": [0.0, 0.125, 0.25, 0.375]} for stage in range(4)}
 
@@ -126,8 +126,10 @@ def life(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_they_are_written_once_per_run_and_kept_as_long_as_a_checkpoint_names_them(tmp_path: Path) -> None:
-    """Four saves and a resume at another stage, precision and worker count use one folder, untouched; parameters that something
-    has changed are written anew, and what no checkpoint names any more goes."""
+    """Four saves and a resume at another stage, precision, and worker count use one unchanged folder.
+
+    Changed parameters are written to a new folder, and a folder that no checkpoint names is deleted.
+    """
     by_case = {row["case"]: row for row in ranks.run(f"{__name__}:life", (2, 3), str(tmp_path))}
     saved, resumed, changed, pruned = (by_case[case] for case in ("saved", "resumed", "changed", "pruned"))
     (name,) = {file.split("/")[0] for file in saved["files"]}
@@ -164,8 +166,10 @@ def lost(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_what_is_lost_of_them_is_found_and_no_checkpoint_before_is_tried(tmp_path: Path) -> None:
-    """All checkpoints need them, so damage ends the run with one line instead of a way back to step 0; a clone has its own copy;
-    a run that still has them in memory writes them again."""
+    """All checkpoints need them, so damage ends the run with one line, and doesn't lead back to step 0.
+
+    A clone has its own copy, and a run that still has them in memory writes them again.
+    """
     told = ranks.run(f"{__name__}:lost", (2,), str(tmp_path))
     sums = {row["sum"] for row in told if "sum" in row}
     assert len(sums) == 1 and {row["case"] for row in told} == {"clone", "truth", "flipped", "cut", "again"}
@@ -179,7 +183,7 @@ def indexed(*names: str) -> TensorIndex:
 
 
 def test_a_checkpoint_from_before_they_were_saved_exports_them_as_the_model_was_built(caplog: pytest.LogCaptureFixture) -> None:
-    """And says so; what the checkpoint has is not built anew."""
+    """A message reports this. Values in the checkpoint aren't built again."""
     old = layout.SavedCheckpoint(Location("/nowhere"), indexed("master.head.weight", "master.head.bias"))
     names = [n for n, p in Adapted().named_parameters() if not p.requires_grad]
     with caplog.at_level(logging.WARNING):

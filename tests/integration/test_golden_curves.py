@@ -1,4 +1,4 @@
-"""Losses and gradient norms are, step by step, what they were when tests/golden/*.txt was written."""
+"""Tests that losses and gradient norms equal, step by step, those in tests/golden/*.txt."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def apart(one: list[tuple[float, float]], other: list[tuple[float, float]]) -> float:
-    """The largest relative difference of a loss or a gradient norm between two curves."""
+    """Returns the largest relative difference of a loss or a gradient norm between two curves."""
     pairs = [pair for a, b in zip(one, other, strict=True) for pair in zip(a, b, strict=True)]
     return max(abs(a - b) / max(abs(a), abs(b)) for a, b in pairs)
 
 
 def test_there_is_a_golden_curve_of_every_recipe_precision_stage_and_number_of_workers(tmp_path: Path) -> None:
-    """Of finite numbers, that the jobs allow (DeepSpeed trains bf16 wrongly at stage 0), and that do fall."""
+    """Of finite numbers, for jobs that are allowed (DeepSpeed trains bf16 wrongly at stage 0), and with falling losses."""
     golden, environments = curves.read()
     assert set(golden) == set(CASES) and set(environments) == {case.file for case in CASES}
     assert all(len(points) == STEPS and all(map(math.isfinite, sum(points, ()))) for points in golden.values())
@@ -42,7 +42,7 @@ def test_there_is_a_golden_curve_of_every_recipe_precision_stage_and_number_of_w
 
 @OF_EACH
 def test_no_loss_or_gradient_norm_has_changed(file: str, played: Curves) -> None:
-    """To the last bit where the file's environment is this one. Elsewhere within TOLERANCE, and a warning says so."""
+    """To the last bit in the environment of the file. In another one, within TOLERANCE, and with a warning."""
     golden, environments = curves.read()
     other, mine = curves.differences(environments[file]), [case for case in CASES if case.file == file]
     if other:
@@ -60,7 +60,7 @@ def test_no_loss_or_gradient_norm_has_changed(file: str, played: Curves) -> None
 
 @OF_EACH
 def test_stages_and_worker_counts_differ_by_rounding_alone(file: str, played: Curves) -> None:
-    """Each curve is within ALIKE of the one of the lowest stage on one worker."""
+    """Each curve is within ALIKE of that of the lowest stage on one worker."""
     mine = [case for case in CASES if case.file == file]
     gaps = {case.name: apart(played[mine[0]], played[case]) for case in mine}
     assert max(gaps.values()) <= ALIKE[mine[0].precision], gaps

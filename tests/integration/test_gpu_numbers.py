@@ -1,4 +1,5 @@
-"""`python -m tests.gpu` on a machine without a GPU, Ray, or Arrow: it runs to its end, and skips by name what it lacks."""
+"""Tests `python -m tests.gpu` on a machine without a GPU, Ray, or Arrow: it runs to its end, and skips by name the parts that
+need them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ RUNS = ("profile", "kill-worker", "elastic")
 
 
 def _parts(out: Path, *words: str, **environment: str) -> dict[str, dict[str, Any]]:
-    """The results of a run of the suite, by name; it must end without a failure."""
+    """Returns the results of a run of the suite, by name. The run must end without a failure."""
     command = [sys.executable, "-m", "tests.gpu", "--out", str(out), *words]
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=880, check=False)
@@ -36,7 +37,7 @@ def _parts(out: Path, *words: str, **environment: str) -> dict[str, dict[str, An
 @pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_parts_on_the_engine_pass_on_a_cpu_without_ray_and_arrow(tmp_path: Path) -> None:
-    """With tiny models: what trains is compared with plain torch, and a part that needs Arrow or Ray is skipped by name."""
+    """With tiny models: trained results are compared with plain torch, and a part that needs Arrow or Ray is skipped by name."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {ASIDE}: sys.modules[name] = None\n")
     names = [*ON_THE_ENGINE, "save", "flex", "profile"]
     parts = _parts(tmp_path / "out", "--device", "cpu", "--part", *names, PYTHONPATH=f"{tmp_path}:{ROOT}")
@@ -55,7 +56,7 @@ def test_parts_on_the_engine_pass_on_a_cpu_without_ray_and_arrow(tmp_path: Path)
 @pytest.mark.ci
 @pytest.mark.timeout(900)
 def test_parts_on_data_and_runs_pass_on_a_cpu(tmp_path: Path) -> None:
-    """The same commands, on Ray, with workers that have no GPU."""
+    """Runs the same commands, on Ray, with workers without a GPU."""
     names = [p.name for p in PARTS if p.small is not None and {"pyarrow", "ray"} & set(p.needs)]
     parts = _parts(tmp_path / "out", "--device", "cpu", "--budget", "800", "--part", *names)
     assert {name: p["status"] for name, p in parts.items()} == dict.fromkeys(names, "pass") and set(RUNS) <= parts.keys()
@@ -69,7 +70,7 @@ def test_without_a_gpu_each_part_names_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
-    """Its process ends by itself, or at its deadline; its output is in the log."""
+    """Its process ends by itself, or at its deadline, and its output is in the log."""
     rows, failure = suite.run("no such part", 120, "cpu", tmp_path / "log")
     assert (rows, failure.partition(" ")[0]) == ([], "StopIteration:") and "Traceback" in (tmp_path / "log").read_text()
     assert suite.run("zero fp32", 0.2) == ([], "not done within 0 s")

@@ -1,4 +1,4 @@
-"""Between two optimizer steps the host reads nothing of the device: each read would wait for all that is queued there."""
+"""Tests that between two optimizer steps, the host reads nothing from the device: each read would wait for all queued work."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OF_THE_HOST = ("/torch/optim/", "/transformers/masking_utils.py")
 
 
 class Reads(TorchDispatchMode):
-    """Notes where a tensor's value becomes a Python number."""
+    """Records the places where a tensor's value becomes a Python number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Reads(TorchDispatchMode):
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """What is read in the third step of each case, and what its norm is then."""
+    """Yields the reads in the third step of each case, and its norm."""
     for case in CASES:
         job = curves.job_of(case, Path(folder))
         steps = curves.Steps(job, plan(job, [read_manifest(location) for location in job.sources]))

@@ -1,4 +1,4 @@
-"""A dataset and a model of the Hub, prepared and trained by the commands, as the Hub's `main` moves on."""
+"""Tests a dataset and a model of the Hub, prepared and trained by the commands, while the Hub's `main` changes."""
 
 import pytest
 import yaml

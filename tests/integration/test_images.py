@@ -1,4 +1,5 @@
-"""Image datasets on real Ray, real files and a real S3 server: every source, bad images, duplicates, buckets, latents."""
+"""Tests image datasets on real Ray, real files, and a real S3 server: every source, bad images, duplicates, buckets, and
+latents."""
 
 import io
 import json
@@ -28,7 +29,7 @@ SIZES = [(40, 40), (80, 40), (40, 80), (60, 40)]
 
 
 def make_input(folder: Path) -> None:
-    """Sixty images in Parquet and tar, some of them twice, one as a smaller JPEG, and one of every kind of bad ones."""
+    """Writes sixty images in Parquet and tar: some of them twice, one as a smaller JPEG, and one of every kind of bad images."""
     folder.mkdir()
     good = [(image(*SIZES[i % 4], seed=i), f"image number {i}", "even" if i % 2 == 0 else "odd") for i in range(60)]
     small = io.BytesIO()
@@ -57,7 +58,7 @@ DROPPED = {"corrupt": 1, "duplicate": 1, "near_duplicate": 1, "no_caption": 1, "
 
 
 def test_every_source_with_buckets_duplicates_and_bad_images(tmp_path):
-    """Each good image once, in the bucket of its shape; what is bad is listed."""
+    """Each good image appears once, in the bucket of its shape. Bad ones are listed."""
     make_input(tmp_path / "in")
     yaml, output = make_yaml(tmp_path), tmp_path / "out"
     report = prepare(yaml, [])
@@ -95,7 +96,7 @@ def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3
 
 
 def test_latents_and_embeddings_are_what_the_frozen_models_give(tmp_path):
-    """Computed by a pool of two actors; the same numbers, in float16, as the models give here."""
+    """A pool of two actors computes them. They equal, in float16, the results of the models in this process."""
     make_input(tmp_path / "in")
     plain = prepare(make_yaml(tmp_path, buckets=None), [f"output={tmp_path / 'plain'}"])
     tokenizer_of = tmp_path / "plain"

@@ -1,4 +1,4 @@
-"""Batch inference on Ray, killed for real: each input is answered once, and as in a run that nobody disturbed."""
+"""Tests batch inference on Ray with real kills: each input is answered once, as in an uninterrupted run."""
 
 import json
 import os
@@ -25,7 +25,7 @@ OPTIONS = {"max_tokens": 4, "temperature": 0.7}
 
 
 def test_a_killed_driver_and_a_killed_worker_change_no_answer(ray_session, tmp_path):
-    """The driver of a Ray of its own, by SIGKILL, after its first pieces; then a worker of the run that goes on."""
+    """SIGKILL ends the driver of its own Ray after its first pieces, and then a worker of the resumed run."""
     model, asked = write_model(tmp_path, BASE["model"], 64), tmp_path / "in.jsonl"
     rows = [json.dumps({"text": f"{'word ' * (i % 7)}{i}", "n": i, "of_no_use": "." * 60}) for i in range(COUNT)]  # for pieces
     asked.write_text("\n".join([*rows, "{"]))
@@ -69,7 +69,7 @@ sys.exit(1)
 
 @pytest.mark.ci
 def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_killed(ray_session, clip, tmp_path):  # noqa: F811
-    """Each as in one process, where its bad inputs are listed too; the worker dies among the chats."""
+    """Each answer equals that of one process, which also lists its bad inputs. The worker dies during the chats."""
     chats = [json.dumps({"messages": json.loads(ask(("user", f"{'word ' * (i % 7)}{i}"))), "n": i}) for i in range(COUNT)]
     (tmp_path / "chats.jsonl").write_text("\n".join([*chats, '{"messages": 3}']))
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts(60)))
@@ -110,7 +110,7 @@ def test_chats_classes_and_images_are_answered_once_by_workers_of_which_one_is_k
 
 
 def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
-    """One line each, before Ray starts: an option of another task, and an output that is not empty."""
+    """One line each, before Ray starts: an option of another task, and an output that isn't empty."""
     model = write_model(tmp_path, BASE["model"])
     asked = tmp_path / "in.jsonl"
     asked.write_text('{"text": "a"}\n')

@@ -1,4 +1,4 @@
-"""Initial weights that a job asks for are the same however ZeRO divides them."""
+"""Tests that a job's initial weights are the same for any sharding by ZeRO."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STAGES = (1, 3)
 
 
 def weights(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """The sums of the whole parameters of models built at each stage, and whether ZeRO had divided them."""
+    """Yields the sums of the whole parameters of models built at each stage, and whether ZeRO had sharded them."""
     import deepspeed
 
     model = {**BASE["model"], "init": {"zero_output_projections": True}}

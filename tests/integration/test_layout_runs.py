@@ -1,4 +1,5 @@
-"""Whole runs on Ray whose workers share samples, matrices or experts: in another layout, or without one of them, the same run."""
+"""Tests whole runs on Ray whose workers share samples, matrices, or experts: the run is the same in another configuration, and
+after the loss of a worker."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ SETTINGS: dict[str, list[str]] = {
 
 
 def whole(path, tracking, result, given) -> None:
-    """The run is the plain loop's, with every sample once."""
+    """Checks that the run equals the plain loop's, with every sample once."""
     assert curve(tracking, result["run_id"]) == pytest.approx(plain_losses(path, given), abs=1e-4)
     found = verify(run_folder(path))
     assert (found["ok"], found["steps"], found["lost"], found["repeated"]) == (True, 20, 0, 0)
@@ -29,7 +30,7 @@ def whole(path, tracking, result, given) -> None:
 
 @pytest.mark.parametrize("shared", SETTINGS)
 def test_a_run_changes_how_many_workers_share(shared, job_file, tracking) -> None:
-    """Ten steps of two workers that share what it says, then ten of one."""
+    """Ten steps of two workers that share samples, matrices, or experts, then ten steps of one worker."""
     path, given = job_file(shared), SETTINGS[shared]
     first = train(path, [*given, f"train.parallel.{shared}=2", "train.stop_after=10"])
     assert verify(run_folder(path))["ok"]
@@ -39,8 +40,8 @@ def test_a_run_changes_how_many_workers_share(shared, job_file, tracking) -> Non
 
 
 def test_a_group_that_divides_the_experts_and_loses_a_worker_goes_on_as_if_nothing_had_happened(job_file, tracking):
-    """One of two workers, each with half of the experts, is killed after a checkpoint. The other's process goes on, in a new
-    group with a new one."""
+    """One of two workers, each with half of the experts, is killed after a checkpoint. The other's process continues in a new
+    group with a new worker."""
     path = job_file("bereft")
     striking = when((lambda: saved(run_folder(path)) >= 10, lambda: workers()[-1].kill()))
     asked = [*MIXTURE, f"recipe={PACED['recipe']}", "train.parallel.expert=2", "checkpoint.every=5", "retries.backoff=0.1"]

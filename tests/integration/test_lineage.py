@@ -1,7 +1,7 @@
-"""Lineage, reports, promotion and reproduction answer for what really happened, down to the sample.
+"""Tests that lineage, reports, promotion, and reproduction show the real history of a run, down to the sample.
 
-One story, told once: a model is trained on a dataset of several shards; a worker is killed, then the driver; the run is
-resumed on fewer workers, and registers its model. Another model is fine-tuned from it, and then trained again from its record.
+A model is trained on a dataset of several shards. A worker is killed, then the driver. The run resumes on fewer workers, and
+registers its model. Another model is fine-tuned from it, and then trained again from its record.
 """
 
 import signal
@@ -66,7 +66,7 @@ def write(folder: Path, tracking: str, data: str, name: str, **changes: Any) -> 
 
 @pytest.fixture(scope="module")
 def shards(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The session's corpus again, in several shards."""
+    """Makes the session's corpus again, in several shards."""
     folder = tmp_path_factory.mktemp("shards")
     pipeline = yaml.safe_load((Path(corpus).parent / "pipeline.yaml").read_text())
     pipeline |= {"name": "shards", "output": str(folder / "data"), "shard_bytes": 150_000}
@@ -104,7 +104,7 @@ def story(shards: str, corpus: str, tracking: str, tmp_path_factory: pytest.Temp
 
 @pytest.fixture
 def node(story: Story, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    """The base model's run, as `heliostat run lineage` tells it."""
+    """Returns the base model's run, as `heliostat run lineage` shows it."""
     return ask(capsys, "run", "lineage", "lineage-lm/1", "--mlflow", story.tracking)["run"]
 
 
@@ -230,7 +230,7 @@ def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_
 
 
 def test_a_model_serves_where_there_is_only_mlflow_and_its_own_libraries(story):
-    """heliostat, its jobs, Ray and DeepSpeed cannot be imported there."""
+    """heliostat, its jobs, Ray, and DeepSpeed can't be imported there."""
     code = f"""
 import sys
 from importlib.machinery import PathFinder

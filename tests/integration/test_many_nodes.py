@@ -1,6 +1,8 @@
-"""What sends less between nodes computes the same: a second copy of the weights, state divided within groups, rounded weights.
+"""Tests that the keys that reduce traffic between nodes don't change the results: a second copy of the weights, state sharded
+within groups, and rounded weights.
 
-Four workers in two groups of two. What a checkpoint should hold is read from the engine with DeepSpeed's own accessors.
+Four workers are in two groups of two. The expected content of a checkpoint is read from the engine with DeepSpeed's own
+accessors.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ WORKERS = 4
 
 
 def engine(precision: str, model: type[nn.Module] = Model, lr: float = 0.05, **changes: Any) -> Any:
-    """In bf16 with several micro-batches a step, whose sums are fp32."""
+    """Creates an engine in bf16 with several micro-batches per step, whose sums are fp32."""
     changes |= {
         "train.precision": precision,
         "workers.count": WORKERS,
@@ -47,7 +49,7 @@ def engine(precision: str, model: type[nn.Module] = Model, lr: float = 0.05, **c
 
 
 def save(made: Any, run: Location, group: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """Trains, saves, and trains on: what the checkpoint should hold, and all losses."""
+    """Trains, saves, and continues to train; returns the expected content of the checkpoint, and all losses."""
     losses = _play(made, 0, TRAINED)
     saver = checkpoint.Saver(run, spec.Checkpoint(every=1), group)
     saver.attach(sharded_state.of(made).optimizer)
@@ -70,7 +72,8 @@ def load(made: Any, run: Location, group: Any) -> tuple[dict[str, torch.Tensor],
 
 
 def ways(group: Any, everyone: Any, folder: str, precision: str) -> Iterator[dict[str, Any]]:
-    """In each of four ranks: saves in every way, and loads in the same, from the plain one, and in it."""
+    """In each of four ranks, saves with each of the keys, and loads with the same key, from a plain save, and into a plain
+    engine."""
     runs = {way: Location(f"{folder}/{precision}-{way}") for way in WAYS}
     engines = {way: engine(precision, **given) for way, given in WAYS.items()}
     saved = {way: save(made, runs[way], group) for way, made in engines.items()}
@@ -88,7 +91,7 @@ def ways(group: Any, everyone: Any, folder: str, precision: str) -> Iterator[dic
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), pytest.param("bf16", 2e-2, marks=pytest.mark.ci)])
 def test_a_second_copy_gives_the_same_bits_and_groups_the_same_losses(precision, tolerance, tmp_path) -> None:
-    """And a checkpoint is the same state, bit by bit, with and without; all workers end with the same weights."""
+    """A checkpoint is the same state, bit by bit, with and without them, and all workers end with the same weights."""
     told = ranks.run(f"{__name__}:ways", (WORKERS,), str(tmp_path), precision)
     trained = {(row["way"], row["rank"]): row for row in told if "way" in row}
     plain = trained["plain", 0]["losses"]
@@ -105,7 +108,7 @@ def test_a_second_copy_gives_the_same_bits_and_groups_the_same_losses(precision,
 
 
 class Even(nn.Module):
-    """Parameters of which four workers have multiples of eight elements each."""
+    """Defines parameters of which each of four workers has multiples of eight elements."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class Even(nn.Module):
 
 
 class Twin:
-    """Computes what DeepSpeed's kernel does, in torch: 8 bits, symmetric, a scale for each group; back in fp16."""
+    """Computes the results of DeepSpeed's kernel in torch: 8 bits, symmetric, with a scale per group, and back in fp16."""
 
     Symmetric = True
 
@@ -155,7 +158,8 @@ def rounded(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_weights_that_travel_in_8_bits_resume_exactly(tmp_path) -> None:
-    """DeepSpeed's own path, with its kernel's twin. Masters are not rounded: a checkpoint holds them, and goes on bit by bit."""
+    """Uses DeepSpeed's own path, with the CPU reference implementation of its kernel. A checkpoint has the unrounded master
+    weights, and resumes bit by bit."""
     told = ranks.run(f"{__name__}:rounded", (WORKERS,), str(tmp_path))
     for row in told:
         if row["name"] == "uneven":
@@ -168,7 +172,7 @@ def test_weights_that_travel_in_8_bits_resume_exactly(tmp_path) -> None:
 
 
 class Whole(Around):
-    """A model that is not built divided, and begins otherwise on each worker."""
+    """Defines a model that isn't built in shards, and starts differently on each worker."""
 
     def build(self) -> nn.Module:
         model = self.model()
@@ -179,7 +183,7 @@ class Whole(Around):
 
 
 class Halves(Around):
-    """A model of two that are built divided, one after the other."""
+    """Defines a model of two parts that are built in shards, one after the other."""
 
     def build(self) -> nn.Module:
         model: Any = super().build()
@@ -188,7 +192,8 @@ class Halves(Around):
 
 
 def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In each of four ranks: trains what was built whole, in groups whose norms differ a little, and what was built in halves."""
+    """In each of four ranks, trains a model that was built whole, in groups whose norms differ a little, and one that was built
+    in two parts."""
     given = {"train.precision": "fp32", "workers.count": WORKERS, "train.global_batch_size": BATCH, "train.zero.stage": 3}
     given |= {"train.micro_batch_size": BATCH // WORKERS, "train.optimizer.lr": 0.05, "train.grad_clip": 0.01}
     made = deepspeed_engine.build_engine(job(**given, **{"train.zero.shard_group_size": 2}), Whole(Model))
@@ -205,7 +210,7 @@ def beginnings(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any
 
 @pytest.mark.ci
 def test_groups_begin_and_clip_alike_whatever_each_would_do_by_itself(tmp_path) -> None:
-    """Groups hold copies of the state, and nothing but the same steps from the same beginning keeps them so."""
+    """Groups hold copies of the state, which stay equal only through the same steps from the same start."""
     told = ranks.run(f"{__name__}:beginnings", (WORKERS,), str(tmp_path))
     masters = {row["rank"]: row["masters"] for row in told if "masters" in row}
     assert len(masters) == WORKERS and all(held == masters[0] for held in masters.values())
@@ -213,7 +218,7 @@ def test_groups_begin_and_clip_alike_whatever_each_would_do_by_itself(tmp_path) 
 
 
 def overflowing(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In each of four ranks: trains in fp16 in two groups, of which the second alone sees an overflow in the second step."""
+    """In each of four ranks, trains in fp16 in two groups, of which only the second sees an overflow in the second step."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
@@ -236,7 +241,7 @@ def overflowing(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_groups_skip_a_step_together_if_one_of_them_sees_an_overflow() -> None:
-    """A group that made the step would wait for the others for ever, and hold other weights."""
+    """A group that made the step would wait forever for the others, and have other weights."""
     told = ranks.run(f"{__name__}:overflowing", (WORKERS,))
     assert len(told) == WORKERS and all(row["masters"] == told[0]["masters"] for row in told)
     assert all(row["skipped"] == 1 and row["steps"] == TRAINED for row in told), told

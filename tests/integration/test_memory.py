@@ -1,4 +1,5 @@
-"""Runs that go on from copies of the training state in memory: at a step that has no checkpoint, as if nothing had happened."""
+"""Tests runs that resume from in-memory checkpoints: at a step without a checkpoint in storage, as if there had been no
+failure."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def reached(folder: Location) -> int:
-    """The step that a run has got to, as its ledger says."""
+    """Returns the step that a run has reached, by its ledger."""
     try:
         return max((a.reached for a in goodput.read(folder)), default=0)
     except Exception:  # noqa: BLE001 (a file that is just being written)
@@ -36,7 +37,7 @@ def reached(folder: Location) -> int:
 
 @pytest.mark.ci
 def test_a_killed_worker_costs_no_more_steps_than_between_two_copies_in_memory(job_file, tracking, unbroken, monkeypatch):
-    """Killed twice behind the last checkpoint; the second time with the keeper of the copies, and storage is used."""
+    """Two kills follow the last checkpoint. The second one also kills the keeper of the copies, so storage is used."""
     monkeypatch.setattr("heliostat.runs.time_ledger.EVERY_S", 0.1)
     path = job_file("remembered")
     folder = run_folder(path)

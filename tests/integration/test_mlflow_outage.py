@@ -1,4 +1,5 @@
-"""MLflow goes away while a run trains: training goes on, and every metric arrives once, whenever the server is back."""
+"""Tests a training during which MLflow becomes unreachable: it continues, and every metric arrives once, whenever the server is
+back."""
 
 import json
 import os
@@ -27,7 +28,7 @@ REPORT: dict[str, Any] = {"total_s": 1.0, "goodput": 1.0, "worker_hours": 0.1}
 
 
 class ForkedServer(ServerProcess):
-    """MLflow's server, each time in a fork that has its libraries."""
+    """Runs MLflow's server, each time in a fork with its libraries imported."""
 
     def __init__(self, store: str, folder: Path) -> None:
         super().__init__([*("", "", "MLflow"), store, str(folder), "PORT"], "/health", folder / "mlflow-server.log")
@@ -37,7 +38,7 @@ class ForkedServer(ServerProcess):
 
 
 def serve(given: list[str]) -> int:
-    """What `mlflow server` does with one worker, in this process."""
+    """Does the work of `mlflow server` with one worker, in this process."""
     import uvicorn
     from mlflow import server
 
@@ -53,7 +54,8 @@ def serve(given: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def tracking(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A store of these tests' own: whoever comes past the server to an experiment made through it cannot write its artifacts."""
+    """Returns a separate store, because a client without the server can't write artifacts to an experiment that was created
+    through it."""
     return empty_store(tmp_path_factory)
 
 
@@ -65,7 +67,7 @@ def server(tracking: str, tmp_path: Path):
 
 @pytest.fixture
 def owner_of(server: ServerProcess, job_file, monkeypatch):
-    """A new command's owner of the run."""
+    """Returns a new command's owner of the run."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     monkeypatch.setattr(tracking_run, "PAUSES", Backoff(0.5, 1.0))
     checked = check(load_job(job_file("outage"), [f"mlflow.uri=http://{server.endpoint}", "mlflow.experiment=outage"]))
@@ -125,7 +127,7 @@ def test_metrics_wait_for_the_server_through_attempts_and_commands_and_arrive_on
 
 
 def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, monkeypatch, caplog):
-    """Not even the run could be opened: all of it is in the folder, for the next command."""
+    """MLflow didn't even open the run: the folder has all of it, for the next command."""
     monkeypatch.setattr(tracking_run, "AWAY_S", 3.0)
     checked = check(load_job(job_file("nowhere")))
     job = checked.job.model_copy(update={"mlflow": checked.job.mlflow.model_copy(update={"uri": "http://127.0.0.1:9"})})
@@ -138,7 +140,7 @@ def test_an_mlflow_that_never_answers_does_not_hide_why_a_run_failed(job_file, m
 
 
 def test_a_driver_that_dies_before_the_runs_id_is_written_down_leaves_no_second_run(job_file, tracking):
-    """The folder then holds only the token that it made the run with; the next command finds the run by it."""
+    """The folder then has only the token with which the run was created. The next command finds the run by it."""
     checked = check(load_job(job_file("twice"), ["mlflow.experiment=twice"]))  # its artifacts go past the server
     ids = set()
     for last in (10, 20):

@@ -1,4 +1,4 @@
-"""What MLflow's UI is given of a run, on a real store: what people look for is there, and what they cannot use is not."""
+"""Tests the records for MLflow's UI on a real store: people find what they look for, and nothing useless."""
 
 import getpass
 import json
@@ -81,7 +81,7 @@ def test_on_a_cluster_the_source_is_the_submission_and_the_user_who_submitted(tm
 
 
 def test_a_run_that_goes_on_to_more_steps_is_listed_with_those(tmp_path, tracking, data):
-    """A param cannot be changed."""
+    """MLflow can't change a param."""
     run = finished(a_job(tmp_path, tracking, "longer", **{"train.steps": 10}), data)
     assert run_table.row(run, "longer")["steps"] == 10
     again = finished(a_job(tmp_path, tracking, "longer", **{"train.steps": 20}), data)
@@ -137,7 +137,7 @@ mlflow.models.set_model(Server())
 
 
 def test_a_model_is_logged_without_being_loaded(tmp_path, tracking, monkeypatch):
-    """It may be larger than the driver's memory; MLflow would load it, and ask it for its example's answer."""
+    """It may be larger than the driver's memory. MLflow would load it, and run it on its example."""
     monkeypatch.setenv("LOADED", str(tmp_path / "loaded"))
     (tmp_path / "server.py").write_text(SERVER)
     (tmp_path / "model").mkdir()
@@ -154,7 +154,7 @@ def test_a_model_is_logged_without_being_loaded(tmp_path, tracking, monkeypatch)
 
 @pytest.fixture(autouse=True)
 def default(tracking: str) -> None:
-    """MLflow keeps the store of its module functions for the process."""
+    """Restores the store of MLflow's module functions, which the whole process shares."""
     mlflow.set_tracking_uri(tracking)
 
 
@@ -166,14 +166,14 @@ def save(run: Location, step: int, written: float = 1.0) -> None:
 
 
 def opened(tmp_path: Path, tracking: str, name: str, told: dict[str, str] | None = None) -> tuple[Any, Location, str, str]:
-    """(client, folder, experiment, run id) of a new run."""
+    """Returns (client, folder, experiment, run id) of a new run."""
     client = MlflowClient(tracking_uri=tracking)
     experiment = mlflow_client.experiment(client, tracking, name)
     return client, Location(str(tmp_path / "run")), experiment, client.create_run(experiment, tags=told).info.run_id
 
 
 def shown(client: Any, experiment: str, run_id: str) -> list[str]:
-    """Names of the logged models that the UI lists."""
+    """Returns the names of the logged models that the UI lists."""
     found = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
     return sorted(m.name for m in found if m.model_type == KIND)
 
@@ -202,7 +202,7 @@ def test_a_checkpoint_that_retention_removed_is_not_listed_any_more_and_still_kn
 
 
 def test_where_nobody_may_delete_a_gone_checkpoint_is_marked_once_and_the_run_goes_on(tmp_path, tracking, caplog):
-    """As on a server with logins, in an experiment that somebody else has made."""
+    """For example, on a server with logins, in another user's experiment."""
     client, run, experiment, run_id = opened(tmp_path, tracking, "denied")
     asked = []
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_was_made_again_is_another_one_and_takes_the_first_one
 
 
 def test_checkpoints_of_a_run_that_an_earlier_version_recorded_are_read_and_tidied(tmp_path, tracking):
-    """It marked what was gone with a tag, and called other tags and the scores otherwise."""
+    """It marked deleted checkpoints with a tag, and had other names for other tags and for the scores."""
     client, run, experiment, run_id = opened(tmp_path, tracking, "older")
     save(run, 20)
     for step, deleted in ((10, "true"), (20, "false")):

@@ -1,4 +1,4 @@
-"""docs/mlflow-server.md for real: MLflow on PostgreSQL, artifacts on S3, logins; and a run that is recorded there.
+"""Tests docs/mlflow-server.md: MLflow on PostgreSQL, artifacts on S3, logins, and a run that is recorded there.
 
 `make test-slow` runs it. Debian: postgresql; pip: heliostat[server].
 """
@@ -32,7 +32,7 @@ POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
 
 
 def missing() -> str:
-    """What keeps the server from being started here; nothing if it can be."""
+    """Returns the reason why the server can't start here; empty if it can."""
     if not POSTGRES:
         return "not on this machine: PostgreSQL's server (Debian: postgresql)"
     absent = [m for m in ("psycopg", "flask_wtf", "moto") if not importlib.util.find_spec(m)]
@@ -55,7 +55,7 @@ def password() -> str:
 
 @pytest.fixture(scope="module")
 def database(password: str) -> Iterator[dict[str, str]]:
-    """PostgreSQL on a Unix socket, with a password; the environment by which clients find it."""
+    """Runs PostgreSQL on a Unix socket, with a password; returns the environment for its clients."""
     folder = Path(tempfile.mkdtemp(prefix="heliostat-pg-"))  # not pytest's folder, which PostgreSQL's user may not enter
     user = pwd.getpwnam("postgres") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
@@ -87,7 +87,7 @@ def database(password: str) -> Iterator[dict[str, str]]:
 def server(
     database: dict[str, str], s3_server: str, password: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
-    """`mlflow server` as the docs start it."""
+    """Runs `mlflow server` as the docs start it."""
     folder = tmp_path_factory.mktemp("server")
     stores.bucket(s3_server, "mlflow")
     config = configparser.ConfigParser()
@@ -117,7 +117,7 @@ def server(
 
 @pytest.fixture
 def login(server: ServerProcess, password: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The server's address; this process is the user `trainer`, with a password of its own."""
+    """Returns the server's address. This process is the user `trainer`, with its own password."""
     from mlflow.server.auth.client import AuthServiceClient
 
     url, own = f"http://{server.endpoint}", secrets.token_hex(12)
@@ -131,7 +131,7 @@ def login(server: ServerProcess, password: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_run_on_postgresql_and_s3_behind_a_login(login, password, job_file, s3_server, capsys, monkeypatch, tmp_path):
-    """Recorded whole, its model in the bucket and servable, and the passwords nowhere in it."""
+    """It is recorded completely, its model is in the bucket and can be served, and the passwords are nowhere in it."""
     secret = os.environ["MLFLOW_TRACKING_PASSWORD"]
     result = train(job_file("served"), [f"mlflow.uri={login}", "mlflow.register=served-lm", "mlflow.alias=candidate"])
     client = MlflowClient(tracking_uri=login)

@@ -1,9 +1,8 @@
-"""What a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, the nested trials of a sweep.
+"""Tests what a person sees in MLflow's UI, in a real browser: curves, datasets, images, report, model, and the nested trials of a
+sweep.
 
-Its server is the one of `heliostat run ui`.
-
-`make test-slow` runs it. Debian: chromium, chromium-driver; pip: heliostat[browser-test]. The screenshots go to
-HELIOSTAT_SCREENSHOTS, or pytest's folder.
+The server is that of `heliostat run ui`. `make test-slow` runs it. Debian: chromium, chromium-driver; pip:
+heliostat[browser-test]. The screenshots go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
 
 import getpass
@@ -42,7 +41,7 @@ KEY = "sk-a-key-of-the-tests"
 
 
 class Squares:
-    """A gallery without a model: squares of one grey each."""
+    """Provides a gallery without a model: squares of one gray each."""
 
     count = 4
 
@@ -81,8 +80,8 @@ def server(tracking: str, browser: Any, tmp_path: Path) -> Iterator[ServerProces
 
 @pytest.fixture
 def look(server: ServerProcess, browser: Any, tmp_path: Path) -> Callable[..., None]:
-    """Opens a page, presses a button or searches for charts there, waits for the texts that it must show, sees that it shows
-    none of others, and keeps a picture of it under the name."""
+    """Opens a page, and there presses a button or searches for charts. Waits for the required texts, checks that it has none of
+    the forbidden ones, and saves a picture of it under the name."""
 
     def look_(path: str, name: str, *texts: str, absent: tuple[str, ...] = (), frame: str | None = None, picture: bool = False,
               press: str = "", charts: str = "") -> None:  # fmt: skip
@@ -178,7 +177,7 @@ def there(browser: Any, selector: str) -> Any:
 
 
 def said(browser: Any, frame: str | None) -> str:
-    """The page's text; of the first frame on it, if one is asked for."""
+    """Returns the page's text, or that of its first frame."""
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
 

@@ -1,4 +1,4 @@
-"""Where ranks are on several nodes, a stream a node brings them the samples that the order says."""
+"""Tests that for ranks on several nodes, one stream per node delivers the samples of the order."""
 
 import json
 import os

@@ -1,6 +1,6 @@
-"""A run on three Ray nodes with networks of their own, that loses one after another in every way there is.
+"""Tests a run on three Ray nodes with their own networks, which loses one node after another in every possible way.
 
-Chaos on the same machine cannot cut a network; here each node is a network namespace, and the driver is on the first.
+Chaos on the same machine can't cut a network. Here each node is a network namespace, and the driver is on the first.
 """
 
 import json
@@ -34,7 +34,7 @@ pytestmark = [
 
 @pytest.fixture
 def job(corpus: str, tracking: str, tmp_path: Path) -> dict:
-    """Six lanes: one, two or three workers can play them, each on a node of its own."""
+    """Returns a job with six virtual ranks, for one, two, or three workers, each on its own node."""
     made = tiny_job(corpus, tracking, tmp_path)
     made["train"] |= {"steps": STEPS, "global_batch_size": 24, "log_every": 1}
     made["data"]["virtual_ranks"] = 6
@@ -46,7 +46,7 @@ def job(corpus: str, tracking: str, tmp_path: Path) -> dict:
 
 
 class Driver:
-    """`heliostat train` on the first host, followed by what it says."""
+    """Runs `heliostat train` on the first host, and follows its output."""
 
     def __init__(self, host: hosts.Host, path: Path, log: Path) -> None:
         self.log = log
@@ -63,7 +63,7 @@ class Driver:
         return [int(found) for found in STEP.findall(self.text())]
 
     def gets_on(self, steps: int = 4) -> None:
-        """Until it has made new steps from here on."""
+        """Waits until the run has made new steps from here."""
         high = max(self.steps_made(), default=0)
         self.until(lambda: max(self.steps_made(), default=0) >= high + steps, f"step {high + steps}")
 
@@ -74,7 +74,8 @@ def attempts(run: Location) -> list[tuple[int, str | None]]:
 
 
 def test_a_run_outlives_a_drained_a_killed_and_a_cut_off_node(job, tracking, tmp_path):
-    """Three nodes; one is drained with notice, and returns; one is killed; one is cut off: the curve is the unbroken run's."""
+    """One of three nodes is drained with notice, and returns; one is killed; one is disconnected. The curve equals the unbroken
+    run's."""
     whole = tmp_path / "whole.yaml"
     whole.write_text(yaml.safe_dump({**job, "name": "whole", "workers": {"count": 1}}))
     expected = curve(tracking, train(whole)["run_id"])

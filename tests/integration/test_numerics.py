@@ -1,4 +1,5 @@
-"""`heliostat check --numerics`: architectures compute the same numbers at every stage, and planted faults are found and named."""
+"""Tests `heliostat check --numerics`: architectures compute the same numbers at every stage, and planted faults are found and
+named."""
 
 from __future__ import annotations
 
@@ -52,8 +53,8 @@ def concluded(request, documents, tmp_path_factory) -> dict[str, dict[str, Any]]
 
 @pytest.mark.parametrize("arch", selection.kept(ARCHITECTURES))
 def test_an_architecture_computes_what_one_plain_process_does(arch, concluded) -> None:
-    """Dense ones and experts, at every stage, with three optimizers, two precisions, masks of documents, checkpointing, balancing
-    by bias, experts that workers divide, and samples that both share."""
+    """Dense models and experts, at every stage, with three optimizers, two precisions, document masks, checkpointing, balancing
+    by bias, sharded experts, and shared samples."""
     one = concluded[arch.replace("_", "-")]
     assert one["ok"], one["faults"][:3]
     assert ("cut from" in one["trial"]["model"]) == (arch != "gpt2")  # which is small enough as it is
@@ -70,7 +71,7 @@ FAULTY = {"not-reduced": 0, "wrong-scale": 2, "stale-gradient": 1, "stale-weight
 
 
 def plant(name: str) -> None:
-    """Changes what this process's trial computes; those that resume stay as they are."""
+    """Changes this process's trial. Processes that resume stay unchanged."""
     from heliostat.numerics import play
 
     build = play.deepspeed_engine.build_engine
@@ -94,12 +95,12 @@ def scaled(engine: Any) -> None:
 
 
 def alone(engine: Any) -> None:
-    """No worker hears of another's gradients."""
+    """Removes the exchange of gradients between workers."""
     engine.allreduce_gradients = lambda *given, **named: None
 
 
 def repeated(engine: Any) -> None:
-    """The gradient of the step before, of one parameter: a buffer that was not filled again."""
+    """Repeats the previous step's gradient of one parameter, like a buffer that wasn't filled again."""
     calls: list[torch.Tensor] = []
 
     def old(gradient: torch.Tensor) -> torch.Tensor:
@@ -111,7 +112,7 @@ def repeated(engine: Any) -> None:
 
 
 def kept(engine: Any) -> None:
-    """One worker goes on with one parameter's weights of before the step."""
+    """Lets one worker continue with one parameter's weights from before the step."""
     step = engine.step
 
     def stepped() -> None:
@@ -124,7 +125,7 @@ def kept(engine: Any) -> None:
 
 
 def forgetful(engine: Any) -> None:
-    """The optimizer's first moments are gone behind the third step."""
+    """Deletes the optimizer's first moments after the third step."""
     step = engine.step
 
     def stepped() -> None:

@@ -1,4 +1,4 @@
-"""State that is offloaded to the host is saved, restored, averaged and stepped in place, though a GPU's accessors copy it.
+"""Tests that offloaded state on the host is saved, restored, averaged, and stepped in place, although a GPU's accessors copy it.
 
 Here all memory is the host's. So `apart` makes `Tensor.to` copy wherever DeepSpeed asks for the accelerator.
 """
@@ -34,11 +34,11 @@ CASES = [
 
 
 class Accelerator(str):
-    """The accelerator's name where DeepSpeed passes it to `Tensor.to`."""
+    """Replaces the accelerator's name where DeepSpeed passes it to `Tensor.to`."""
 
 
 def apart() -> None:
-    """Makes what DeepSpeed brings to the accelerator a copy, as it is on a GPU."""
+    """Makes transfers to the accelerator copies, as on a GPU."""
     from deepspeed.accelerator import get_accelerator
 
     name, to, accelerator = Accelerator("cpu"), torch.Tensor.to, get_accelerator()
@@ -66,7 +66,7 @@ def _same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 
 def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In both ranks: the losses of each case as the host alone computes them, then with an accelerator that copies."""
+    """In both ranks, yields the losses of each case as the host alone computes them, then with an accelerator that copies."""
     host = {case: _play(_engine(*case), 0, TRAINED + AFTER) for case in CASES}
     apart()
     for number, case in enumerate(CASES):
@@ -101,7 +101,7 @@ def copies(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def test_offloaded_state_is_restored_and_stepped_in_place_where_the_accelerator_copies(tmp_path) -> None:
-    """From storage and from memory, with every optimizer that reads slices of its own, at each stage that offloads."""
+    """From storage and from memory, with every optimizer that reads its own slices, at each stage that offloads."""
     told = ranks.run(f"{__name__}:copies", (WORKERS,), str(tmp_path))
     assert len(told) == len(CASES) * WORKERS
     for row in told:
@@ -113,7 +113,7 @@ def test_offloaded_state_is_restored_and_stepped_in_place_where_the_accelerator_
 
 
 def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In both ranks, at each stage: what is said where slices are copies, as a change of DeepSpeed's could make them."""
+    """In both ranks, at each stage, yields the error if slices are copies, as a change of DeepSpeed could make them."""
     of = sharded_state.SlicePlace.of
     for stage in range(4):
         engine = _engine("adamw", Layout("fp32", stage, WORKERS), "cpu" if stage else None)
@@ -129,7 +129,7 @@ def copied_slices(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_training_is_refused_if_a_slice_is_a_copy() -> None:
-    """At every stage; the state is as it was before the probe."""
+    """At every stage. The state is unchanged after the check."""
     told = ranks.run(f"{__name__}:copied_slices", (WORKERS,))
     assert {row["stage"] for row in told} == {0, 1, 2, 3} and all(row["same"] for row in told)
     for row in told:

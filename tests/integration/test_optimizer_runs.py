@@ -1,5 +1,7 @@
-"""Whole runs with other optimizers than AdamW: losses are the plain loop's, an interrupted run is the same one, and what is
-scored and exported is what the optimizer says."""
+"""Tests whole runs with other optimizers than AdamW: losses equal the plain loop's, and an interrupted run is the same.
+
+The scored and exported weights are those that the optimizer chooses.
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every optimizer that a job may name, on real engines: it trains as torch's own does, and its checkpoints are resharded."""
+"""Tests every optimizer that a job may name, on real engines: it trains like torch's own, and its checkpoints are resharded."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ LAYOUTS = [
 
 
 def _other(own: int) -> int:
-    """A layout of other workers, stage and, of some, precision."""
+    """Returns a configuration with other workers, another stage and, for some optimizers, another precision."""
     return (own + 5) % len(LAYOUTS)
 
 
 class Model(nn.Module):
-    """Matrices and vectors, both of sizes that the workers divide: what is padded is nothing."""
+    """Defines matrices and vectors whose sizes the workers divide, so that no padding is needed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def _data(step: int) -> torch.Tensor:
 
 
 def _play(engine: Any, first: int, steps: int) -> list[float]:
-    """Trains steps [first, first + steps); each step's loss over the global batch."""
+    """Trains steps [first, first + steps); returns each step's loss over the global batch."""
     losses = []
     for step in range(first, first + steps):
         mine = _data(step).chunk(dist.get_world_size())[dist.get_rank()].to(next(engine.module.parameters()).dtype).split(2)
@@ -107,7 +107,7 @@ def _play(engine: Any, first: int, steps: int) -> list[float]:
 
 
 def _plain(variant: str) -> list[float]:
-    """The losses of torch alone: no DeepSpeed, the whole batch at once."""
+    """Returns the losses of torch alone: without DeepSpeed, with the whole batch at once."""
     made = _job(variant, LAYOUTS[0])
     torch.manual_seed(made.train.seed)
     model, losses = Model(), []
@@ -132,13 +132,14 @@ def _load(run: Location, engine: Any, group: Any) -> None:
 
 
 def _held(engine: Any) -> int:
-    """Bytes of all that torch's optimizer holds here, beside its counters."""
+    """Returns the bytes of the optimizer's state in torch on this rank, without its counters."""
     states = sharded_state.of(engine).optimizer.state.values()
     return sum(t.numel() * t.element_size() for s in states for k, t in s.items() if torch.is_tensor(t) and k != "step")
 
 
 def grid(group: Any, everyone: Any, folder: str, *variants: str) -> Iterator[dict[str, Any]]:
-    """In every rank: these optimizers at each layout train and save; a new engine goes on from there, and from other layouts'."""
+    """In every rank, these optimizers train and save in each configuration. A new engine resumes from there, and from other
+    configurations' checkpoints."""
     world = dist.get_world_size()
     cases = [(variant, layout) for variant in variants for layout in LAYOUTS if layout.workers == world]
     kept = {}
@@ -195,7 +196,7 @@ def told(variant: str, everything: dict[str, Told]) -> Told:
 
 @OPTIMIZERS
 def test_every_optimizer_trains_as_torch_alone_at_every_stage(variant: str, told: Told) -> None:
-    """With decay of matrices and none of vectors, whatever DeepSpeed makes of the optimizer that it is given."""
+    """With decay of matrices and none of vectors, for any wrapper of DeepSpeed around the optimizer."""
     plain = _plain(variant)
     assert max(plain) > 1.05 * min(plain), "it does learn"
     for layout in LAYOUTS:
@@ -205,7 +206,7 @@ def test_every_optimizer_trains_as_torch_alone_at_every_stage(variant: str, told
 
 @OPTIMIZERS
 def test_a_resumed_run_takes_the_same_steps_bit_by_bit(variant: str, told: Told) -> None:
-    """At the layout that saved: the moments, masters and step counts are those that were saved."""
+    """In the configuration that saved, the moments, master weights, and step counts equal the saved ones."""
     for layout, rows in told.items():
         assert rows[0]["next"][str(LAYOUTS.index(layout))] == rows[0]["losses"][TRAINED:], layout
         assert rows[0]["steps"] == [TRAINED, 0], layout
@@ -213,7 +214,7 @@ def test_a_resumed_run_takes_the_same_steps_bit_by_bit(variant: str, told: Told)
 
 @OPTIMIZERS
 def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_steps(variant: str, told: Told) -> None:
-    """Of other workers, stages and precisions: the state bit by bit, the steps to rounding."""
+    """With other workers, stages, and precisions: the state bit by bit, and the steps within rounding."""
     for layout, rows in told.items():
         assert len(rows[0]["next"]) == (len(LAYOUTS) if variant in EVERY_PAIR else 2) and rows[0]["unequal"] == []
         for saved, losses in rows[0]["next"].items():
@@ -225,7 +226,7 @@ def test_a_checkpoint_of_another_layout_holds_the_same_state_and_takes_the_same_
 
 @OPTIMIZERS
 def test_an_average_that_the_optimizer_keeps_is_shown_to_evaluations_and_put_back(variant: str, told: Told) -> None:
-    """At every layout, to the last bit; what follows are the same steps (above)."""
+    """In every configuration, to the last bit. The following steps are the same (above)."""
     assert all(row["shown"] and row["back"] for rows in told.values() for row in rows)
 
 
@@ -234,7 +235,8 @@ DECAY, LAST = 0.9, TRAINED + 1
 
 
 def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: each layout trains with an average and saves; another loads that, saves it again, and goes on."""
+    """In every rank, each configuration trains with an average and saves. Another configuration loads that, saves it again, and
+    continues."""
     mine = {number: layout for number, layout in enumerate(FP32) if layout.workers == dist.get_world_size()}
 
     def begin(layout: Layout) -> tuple[Any, ema.AveragedWeights]:
@@ -270,7 +272,8 @@ def averages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]
 
 @pytest.mark.ci
 def test_averages_are_those_of_torch_alone_at_every_stage_and_go_on_at_any_other(tmp_path) -> None:
-    """`train.ema`, on one and two workers; what another stage and number of workers has loaded is the same to the last bit."""
+    """`train.ema`, on one and two workers. After a load at another stage and number of workers, it is the same to the last
+    bit."""
     assert len(ranks.run(f"{__name__}:averages", WORKERS, str(tmp_path))) == sum(layout.workers for layout in FP32)
     made = _job("adamw", FP32[0])
     torch.manual_seed(made.train.seed)
@@ -296,7 +299,7 @@ def test_averages_are_those_of_torch_alone_at_every_stage_and_go_on_at_any_other
 
 
 def exchange(group: Any, everyone: Any) -> Iterator[dict[str, Any]]:
-    """In every rank: matrices of several shapes, cut anywhere, of some ranks nothing."""
+    """In every rank, exchanges matrices of several shapes, split at any place. Some ranks have nothing of a matrix."""
     rank, world = dist.get_rank(), dist.get_world_size()
     random = np.random.default_rng(7)
     wholes, matrices, mine, offset = [], [], [], 0
@@ -324,7 +327,7 @@ def test_what_is_computed_of_whole_matrices_does_not_depend_on_how_they_are_cut(
 
 @OPTIMIZERS
 def test_checkpoints_hold_and_the_plan_counts_what_the_optimizer_keeps(variant: str, told: Told) -> None:
-    """The names in every checkpoint, and on every rank the bytes: no more than the plan says, either."""
+    """The names in every checkpoint, and the bytes on every rank, which don't exceed the plan's either."""
     shapes = {name: tuple(p.shape) for name, p in Model().named_parameters()}
     hidden = building.hidden_matrices(Around(Model), Model())
     for layout, rows in told.items():

@@ -1,4 +1,5 @@
-"""One run through everything at once: five other numbers of workers, three killed workers, a lost node and a killed driver."""
+"""Tests one run through all faults at once: five changes of the number of workers, three killed workers, a lost node, and a
+killed driver."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ UNTIL_S = 150.0
 
 
 class Here:
-    """This machine, as a host from which the cluster is told what is to come."""
+    """Represents this machine as a host that can report coming events to the cluster."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._environment = environment
@@ -52,7 +53,7 @@ class Ordeal:
         self.command.until(lambda: self.command.step >= high + steps, UNTIL_S, f"step {high + steps}")
 
     def has(self, workers: int) -> None:
-        """Waits until so many workers train, and for some steps of theirs."""
+        """Waits until so many workers train, and have made some steps."""
         self.command.until(lambda: self.attempts()[-1] == (workers, None), UNTIL_S, f"{workers} workers")
         self.gets_on()
 

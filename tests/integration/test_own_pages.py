@@ -1,6 +1,6 @@
-"""The pages on your own data and model (docs/own/) are typed as they stand, in an empty folder, and print what they show.
+"""Types the pages on your own data and model (docs/own/) unchanged, in an empty folder, and compares the output with the pages.
 
-`docs.site.walk` reads and compares a page; its commands are forks here, which spares their imports.
+`docs.site.walk` reads and compares a page. Its commands are forks here, which saves their imports.
 """
 
 import os
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.timeout(1800)]
 
 
 def typed(command: Command, folder: Path, log: Path) -> tuple[int, str]:
-    """The exit code and the output of a page's command, in its folder."""
+    """Returns the exit code and the output of a page's command, run in its folder."""
     words = shlex.split(command.text)
     if words[0] == "heliostat":
         process = commands.run(*words[1:], log=log, timeout=900, cwd=folder, OMP_NUM_THREADS="1")

@@ -1,4 +1,5 @@
-"""The exact stream in a TorchTrainer that is not heliostat's: the same samples whatever the workers, and receipts that verify."""
+"""Tests the exact stream in a TorchTrainer outside heliostat: the same samples for any number of workers, and receipts that
+pass."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.mark.ci
 def test_another_number_of_workers_goes_on_with_the_same_samples_and_the_receipts_verify(corpus, tmp_path):
-    """Two workers up to step 6, then one to step 12: the receipts are what the plan, which knows no workers, gives.
+    """Two workers train up to step 6, then one up to step 12: the receipts equal those of the plan, which doesn't depend on
+    workers.
 
-    The two have all CPUs, as under a bare `ray.init()` on a machine of two cores: what reads must not wait for one."""
+    The two workers have all CPUs, as under a bare `ray.init()` on a machine of two cores, so reading must not wait for a CPU.
+    """
     others = ray.remote(num_cpus=ray.cluster_resources()["CPU"] - 2)(Idle).remote()
     ray.get(others.there.remote())
     try:

@@ -1,4 +1,4 @@
-"""What the plan says of training state is what DeepSpeed engines hold, on real process groups."""
+"""Tests that the plan's training state equals that of DeepSpeed engines, on real process groups."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +28,7 @@ def _job(precision: str, stage: int, workers: int) -> Any:
 
 
 def engines(_: Any, __: Any) -> Iterator[dict[str, Any]]:
-    """On each rank, for each case: the bytes that an engine really holds after half of its micro-batches, and its slices."""
+    """On each rank, for each case, yields the bytes of an engine after half of its micro-batches, and its slices."""
     from heliostat.engine import deepspeed_engine, sharded_state
     from heliostat.recipes.text.causal_lm import CausalLM
 
@@ -98,7 +98,7 @@ def test_state_bytes_are_within_two_percent_of_what_engines_hold(told, part, mon
 
 @pytest.mark.ci
 def test_the_dry_runs_slices_are_those_that_ranks_save(told):
-    """Parameter, start and length, of every rank, stage and worker count: so the index of a checkpoint is known beforehand."""
+    """Parameter, start, and length, for every rank, stage, and worker count. So the index of a checkpoint is known in advance."""
     from heliostat.plan.model_stats import build, stats_of
     from heliostat.plan.zero_layout import slices
     from heliostat.recipes.text.causal_lm import CausalLM

@@ -1,4 +1,4 @@
-"""`heliostat model play` as a command, and the endpoint on real Ray Serve with a model that draws beside an index."""
+"""Tests `heliostat model play` as a command, and the endpoint on real Ray Serve with a model that draws and an index."""
 
 import openai
 import psutil

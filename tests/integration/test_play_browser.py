@@ -1,5 +1,4 @@
-"""The page of `heliostat model play` in a real browser: what a person asks is answered as it is written, on a wide screen and a
-phone.
+"""Tests the page of `heliostat model play` in a real browser: the answer appears as it is written, on a wide screen and a phone.
 
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
@@ -24,7 +23,7 @@ SIZES = [(1280, "light"), (390, "dark")]
 
 @pytest.fixture(scope="module")
 def able(pages, tmp_path_factory):  # noqa: F811
-    """The URL of a page on a model that can fill in the middle and chat, and on an index."""
+    """Returns the URL of a page with a model for fill-in-the-middle and chat, and with an index."""
     folder = tmp_path_factory.mktemp("able")
     export(folder / "coder", published(pages, "of play", make(pages, "of play", keys=ARRANGED)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "coder")
@@ -37,7 +36,8 @@ def able(pages, tmp_path_factory):  # noqa: F811
 
 @pytest.fixture
 def open_(request, tmp_path):
-    """Opens a page on a screen so wide, light or dark; at the end a picture is taken, and nothing may have gone wrong in it."""
+    """Opens a page on a screen of this width, light or dark. At the end, takes a picture, and checks that no error occurred in
+    it."""
     screens = []
 
     def look(url: str, width: int, scheme: str) -> Screen:
@@ -54,7 +54,7 @@ def open_(request, tmp_path):
 
 
 class Screen:
-    """A browser, and what a person does with it."""
+    """Provides a browser, and the actions of a person in it."""
 
     def __init__(self, url: str, width: int, scheme: str) -> None:
         self.driver, self.url = screen(width, scheme), url

@@ -1,4 +1,5 @@
-"""The pool of workers on a real Ray: who lives on when their number changes, and what the pool holds meanwhile."""
+"""Tests the pool of workers on a real Ray: which processes survive a change of their number, and what the pool holds
+meanwhile."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def pids(pool: WorkerPool, count: int) -> set[int]:
 
 
 def become_free(cpus: float, why: str = "") -> None:
-    """Waits until so many CPUs are free; Ray tells of it with a delay."""
+    """Waits until so many CPUs are free. Ray reports this with a delay."""
     until(lambda: ray.available_resources().get("CPU", 0.0) == cpus, f"{cpus:g} free CPUs {why}")
 
 
@@ -52,7 +53,8 @@ def test_survivors_stay_when_their_number_changes_and_the_rest_is_given_back(poo
 
 
 def test_workers_that_wait_for_the_rest_hold_nothing_after_a_while(pool, monkeypatch, caplog):
-    """Three are wanted, there is room for two: first their resources, then the survivors', are others' to take."""
+    """The run needs three workers, and there is room for two. First their resources, then the survivors', become free for
+    others."""
     monkeypatch.setattr(slots, "PLACE_S", 1.0)
     total = int(ray.cluster_resources()["CPU"])
     two = pids(pool, 2)

@@ -1,4 +1,4 @@
-"""`prepare` on real Ray, real files and a real S3 server: to the last bit what it always made, wherever it is made."""
+"""Tests `prepare` on real Ray, real files, and a real S3 server: the dataset is the same to the last bit everywhere."""
 
 import hashlib
 import json
@@ -59,7 +59,8 @@ def make_input(folder: Path) -> list[tuple[str, str]]:
 
 
 def expected(found: list[tuple[str, str]]) -> dict[str, bytes]:
-    """Makes the shards by the definition: of equal texts the smallest id, by hash, cut by the hash's share; all in memory."""
+    """Computes the shards by the definition, in memory: of equal texts the smallest id, sorted by hash, split by the hash's
+    share."""
     size = sum(len(value.encode()) for _, value in found)
     by_hash: dict[str, tuple[str, str]] = {}
     for id, value in sorted(found):
@@ -93,7 +94,7 @@ def expected(found: list[tuple[str, str]]) -> dict[str, bytes]:
 
 
 def test_a_dataset_without_stages_is_bitwise_what_it_always_was_and_is_not_made_twice(tmp_path):
-    """By its definition, however the work was cut; again, by force, and from another place, the same to the bit."""
+    """By the definition, for any split of the work. A rerun, with force and from another place, gives the same bits."""
     found = make_input(tmp_path / "in")
     yaml = write_pipeline(tmp_path, **KEYS)
     report = prepare(yaml, [])
@@ -168,7 +169,8 @@ def test_a_folder_on_s3_gives_the_digest_of_the_same_folder_on_disk(tmp_path, s3
 
 @pytest.mark.slow
 def test_a_store_that_answers_503_in_bursts_changes_nothing_of_a_dataset(tmp_path, s3_server):
-    """Each request of the driver and its tasks passes a proxy that rejects one of five, and all of every third second."""
+    """Each request of the driver and its tasks passes a proxy, which rejects one of five, and all requests in every third
+    second."""
     (tmp_path / "in").mkdir()
     for part in range(4):
         lines = (json.dumps({"text": text(i)}) for i in range(100 * part, 100 * part + 100))

@@ -1,4 +1,4 @@
-"""`prepare` on clusters of one, two and three Ray nodes, some of whose workers and nodes are lost: one digest."""
+"""Tests `prepare` on clusters of one, two, and three Ray nodes, with lost workers and nodes: the digest is always the same."""
 
 import contextlib
 import json
@@ -39,8 +39,8 @@ def lose_node(nodes: LocalNodes, node: int) -> bool:
 
 
 def prepared(folder: Path, given: Path, nodes: LocalNodes, lose, stages=STAGES) -> tuple[str, set[str], bool]:
-    """Prepares the input; as soon as the last node runs a task, loses something of it. Returns (digest, addresses of the nodes
-    that ran tasks, whether something was lost)."""
+    """Prepares the input. When the last node runs a task, kills a part of the node; returns (digest, addresses of the nodes that
+    ran tasks, whether something was killed)."""
     folder.mkdir()
     write_pipeline(folder, input=str(given), stages=stages, memory_limit=100_000_000, chunk_tokens=2000, shard_bytes=5_000_000,
                    tokenizer={"vocab_size": 400, "train_bytes": 50_000})  # fmt: skip
@@ -63,7 +63,7 @@ def prepared(folder: Path, given: Path, nodes: LocalNodes, lose, stages=STAGES) 
 
 
 def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp_path):
-    """The order of tasks is that in which the nodes finish them; what a lost worker or node did is done again by another.
+    """Tasks end in any order, and another node repeats the work of a lost worker or node.
 
     The dataset has one shard, fewer than nodes: its task requests no more CPUs than a node has.
     """
@@ -80,8 +80,10 @@ def test_one_digest_on_one_two_and_three_nodes_with_a_worker_and_a_node_lost(tmp
 
 @pytest.mark.skipif(subprocess.run(["unshare", "-m", "true"], check=False).returncode != 0, reason="needs mounts of its own")
 def test_a_stage_runs_on_a_node_that_lacks_its_model(tmp_path, monkeypatch):
-    """It sees an empty folder in the model's place, and copies the model out of the work folder, once. It is the only node that
-    runs tasks: next to one that has the model it might get none that need it."""
+    """It has an empty folder in the model's place, and copies the model from the work folder, once.
+
+    It is the only node that runs tasks. Next to a node with the model, it might get no task that needs it.
+    """
     make_input(tmp_path / "in", 1200)
     model, cache = tmp_path / "model", tmp_path / "cache"
     cache.mkdir()

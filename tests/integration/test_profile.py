@@ -1,4 +1,4 @@
-"""`heliostat debug profile` of a real run of two workers: the trace, the table, the artifacts, and the same losses."""
+"""Tests `heliostat debug profile` of a real run of two workers: the trace, the table, the artifacts, and the same losses."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.ci, pytest.mark.usefixtures("ray_session")]
 
 
 def _stacks(folder: Location) -> list[str]:
-    """The file of the driver's stacks, where py-spy is installed and may read another process."""
+    """Returns the file of the driver's stacks, if py-spy is installed and may read another process."""
     if not folder.join(profile.DRIVER).exists():
         return []
     assert b"profiles" in folder.join(profile.DRIVER).read(), "the thread that looks for requests has called py-spy"
@@ -26,7 +26,7 @@ def _stacks(folder: Location) -> list[str]:
 
 
 def test_a_running_job_is_profiled_and_trains_on_as_if_it_was_not(job_file, tracking, unbroken, tmp_path):
-    """Worker 1 of two, from another process; a worker that the run doesn't have; then the run has ended."""
+    """Profiles worker 1 of two from another process, then a worker that the run doesn't have, then after the run's end."""
     path = job_file("profiled")
     folder = run_folder(path)
     words = [word for setting in settings(**PACED_PLAIN) for word in ("--set", setting)]

@@ -1,4 +1,4 @@
-"""The page about the Python API is true: its code runs from top to bottom, in a workspace that `heliostat init` has made."""
+"""Tests that the page about the Python API is true: its code runs from top to bottom, in a workspace of `heliostat init`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGE = (ROOT / "docs" / "python-api.md").read_text()
 
 
 def workspace(folder: Path) -> None:
-    """Makes it, and cuts its quickstart down to seconds: a few packages, and a small model."""
+    """Creates the workspace, and reduces its quickstart to seconds: a few packages, and a small model."""
     create(folder)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     for package in ("json", "http", "email", "asyncio"):
@@ -46,7 +46,7 @@ def smaller(path: Path, **changes: Any) -> None:
 @pytest.mark.ci
 @pytest.mark.usefixtures("ray_session")
 def test_the_pages_code_runs(tmp_path, monkeypatch):
-    """And what a run tells is what its commands tell: curves, checkpoints, receipts, an export that reads."""
+    """A run's attributes equal the output of its commands: curves, checkpoints, receipts, and an export that loads."""
     workspace(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.chdir(tmp_path)

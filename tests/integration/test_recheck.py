@@ -1,4 +1,4 @@
-"""`train.sdc_check`: a flipped bit in one worker's weights is found and the worker named; nothing else changes."""
+"""Tests `train.sdc_check`: a flipped bit in one worker's weights is found, and the worker is named. Nothing else changes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _flips(steps: curves.Steps) -> None:
 
 
 def _errs(steps: curves.Steps) -> None:
-    """From here on one layer's output is a little off, as a worn unit's may be."""
+    """From now on, adds a small error to one layer's output, like a worn unit."""
     steps.engine.module.model.layers[0].mlp.register_forward_hook(lambda module, given, made: made * (1 + 2**-7))
 
 
@@ -81,7 +81,8 @@ FAULTS = {"flips": _flips, "errs": _errs, "errs once": _errs_once, "wavers": _wa
 
 
 def _play(steps: curves.Steps, recheck: CorruptionCheck | None, fault: str = "") -> dict[str, Any]:
-    """Trains some steps as the loop does; before the second something happens to worker 1, or to all if kernels waver."""
+    """Trains some steps like the training loop. Before the second step, worker 1 gets a fault, or all workers do if kernels
+    vary."""
     samples, looked, said = steps.dealt(), list[int](), list[str | None]()
     for step in range(STEPS):
         if fault and step == 1 and (steps.rank == 1 or fault == "wavers"):
@@ -97,7 +98,7 @@ def _play(steps: curves.Steps, recheck: CorruptionCheck | None, fault: str = "")
 
 
 def grid(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank: each stage without looks and with them, and then each fault at the stages where it can be."""
+    """In every rank, runs each stage without and with checks, and then each fault at its possible stages."""
     for stage, precision in STAGES:
         without = _play(_steps(folder, stage, precision), None)
         looked = _steps(folder, stage, precision)
@@ -123,7 +124,7 @@ def told(tmp_path_factory) -> list[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_looks_change_no_loss_and_no_gradient(told) -> None:
-    """To the last bit, at every stage; looks are at the first step and at every second, and see all gradients."""
+    """To the last bit, at every stage. The checks run at the first step and at every second one, and cover all gradients."""
     rows = [row for row in told if "with" in row]
     assert len(rows) == len(STAGES) * 5
     for row in rows:
@@ -134,8 +135,8 @@ def test_looks_change_no_loss_and_no_gradient(told) -> None:
 @pytest.mark.ci
 @pytest.mark.parametrize(("fault", "stages", "what"), [("flips", 3, f"the weights of {FLIPPED}"), ("errs", 1, "the loss")])
 def test_a_fault_is_found_by_all_and_its_worker_named(fault, stages, what, told) -> None:
-    """The lowest bit of one weight, and a unit that errs: at the next look, by every worker. Of three the one is named, of two
-    both."""
+    """For the lowest bit of one weight, and a unit with errors: every worker finds it at the next check. Of three workers, the
+    faulty one is named; of two, both."""
     rows = [row for row in told if row.get("fault") == fault]
     assert len(rows) == stages * 5
     for row in rows:
@@ -165,7 +166,7 @@ def test_kernels_that_are_not_deterministic_are_no_corruption_and_end_the_looks(
 
 @pytest.mark.ci
 def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, tracking, tmp_path, caplog) -> None:
-    """At stage 0, where it would stay. Of two workers on one node either may be wrong, and no other node has room."""
+    """At stage 0, where it would persist. Of two workers on one node, either may be wrong, and no other node has room."""
     made = {**tiny_job(corpus, tracking, tmp_path), "name": "flipping", **FLIPPING, "checkpoint": {"every": 4, "keep": 4}}
     path = tmp_path / "flipping.json"
     path.write_text(json.dumps(made))

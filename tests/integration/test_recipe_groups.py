@@ -1,4 +1,5 @@
-"""A recipe with adapters on a frozen base: groups, frozen modules, parts of the loss and a merged export, on real ranks."""
+"""Tests a recipe with adapters on a frozen base: groups, frozen modules, parts of the loss, and a merged export, on real
+ranks."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ STEPS, BATCH, LR, DECAY = 4, 12, 0.02, 0.3
 
 
 class Adapted(nn.Module):
-    """A linear layer that is not trained, a low-rank change of it (Hu et al. 2021, arXiv 2106.09685), and a head."""
+    """Defines a frozen linear layer, a low-rank change of it (Hu et al. 2021, arXiv 2106.09685), and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ def data(step: int) -> Batch:
 
 
 def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """In every rank, at each stage: trained as the loop does, saved, and exported."""
+    """In every rank, at each stage, trains like the training loop, saves, and exports."""
     rank, world = dist.get_rank(), dist.get_world_size()
     for stage in (0, 1, 2, 3):
         changes: dict[str, Any] = {"train.zero.stage": stage, "train.precision": "fp32", "workers.count": world}
@@ -119,7 +120,7 @@ def stages(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def plain() -> tuple[dict[str, torch.Tensor], list[list[float]]]:
-    """The same by autograd and AdamW alone."""
+    """Computes the same with autograd and AdamW alone."""
     model = Adapted()
     model.base.requires_grad_(False)
     model.base[0].eval()
@@ -142,8 +143,11 @@ def plain() -> tuple[dict[str, torch.Tensor], list[list[float]]]:
 
 
 def test_groups_frozen_modules_parts_and_a_merged_export_are_autograds_at_every_stage(tmp_path: Path) -> None:
-    """On 1, 2 and 3 workers: learning rates and weight decay by group, no dropout in what is frozen, parts that are means over
-    the micro-batches, and adapters merged tensor by tensor; ranks that name other parts are told, all of them."""
+    """On 1, 2, and 3 workers: learning rates and weight decay by group, no dropout in frozen modules, parts as means over the
+    micro-batches, and adapters merged tensor by tensor.
+
+    Ranks with other names of parts get an error, on all ranks.
+    """
     weights, parts = plain()
     rows = ranks.run(f"{__name__}:stages", (1, 2, 3), str(tmp_path))
     found = [row for row in rows if "weights" in row]

@@ -1,4 +1,4 @@
-"""Processes that outlive an attempt: what is left of one must not show in the next."""
+"""Tests processes that survive an attempt: the state of one attempt must not affect the next."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _save(engine: Any, folder: Path) -> None:
 
 
 def reform(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Two of three processes train; then the first goes on with the third, which is new to it, as if nothing had happened."""
+    """Two of three processes train. Then the first continues with the third, which is new to it, as if nothing had happened."""
     me = _claim(folder)
     process_group.leave()  # the group that the harness has made
     meeting = 0
@@ -122,7 +122,7 @@ def _claim(folder: str) -> int:
 
 
 def test_a_survivor_goes_on_with_a_new_process_to_the_same_losses_at_every_stage(tmp_path):
-    """To the last bit: what DeepSpeed counts in a process starts anew, and the engine before is no longer in memory."""
+    """To the last bit: DeepSpeed's counters in the process start again, and the earlier engine is no longer in memory."""
     told = ranks.run("tests.integration.test_reform:reform", (1, 1, 1), str(tmp_path))
     assert [tuple(t["layout"]) for t in told] == LAYOUTS
     for one in told:
@@ -131,7 +131,7 @@ def test_a_survivor_goes_on_with_a_new_process_to_the_same_losses_at_every_stage
 
 
 def abandoned(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Of three processes that wait in a collective one ends; the others, told to abort meanwhile, form a group of two."""
+    """Ends one of three processes that wait in a collective. The others get an abort meanwhile, and form a group of two."""
     me = _claim(folder)
     process_group.leave()
     process_group.join(process_group.WorkerPlace(me, 3, me, 3, f"file://{folder}/meeting-of-three", "gloo"))
@@ -155,7 +155,7 @@ def abandoned(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]
 
 
 def test_an_abort_while_others_wait_in_a_collective_leaves_processes_that_form_another_group(tmp_path):
-    """With gloo the abort does nothing, and is in nobody's way; what it does with NCCL needs GPUs."""
+    """With gloo, the abort has no effect and does no harm. Its effect with NCCL needs GPUs."""
     told = ranks.run("tests.integration.test_reform:abandoned", (1, 1, 1), str(tmp_path))
     assert [(t["failed"], t["total"]) for t in told] == [(True, 2.0)] * 2
     assert all(t["waited"] < 20 for t in told)
@@ -169,7 +169,7 @@ def test_the_watchdog_of_nccl_is_held_back_unless_the_environment_wants_it(monke
 
 
 def _copy_out(engine: Any, folder: Path) -> None:
-    """Leaves this rank's part of the state in a file, as it is kept in memory."""
+    """Writes this rank's part of the state to a file, in the form of an in-memory checkpoint."""
     state = sharded_state.of(engine).tensors()
     layout = flat_copy.layout(state)
     buffer = flat_copy.as_buffer(flat_copy.size(layout), False)
@@ -181,7 +181,7 @@ def _copy_out(engine: Any, folder: Path) -> None:
 
 
 def _copy_in(engine: Any, folder: Path, steps: int) -> None:
-    """Loads the slices of this rank, of whatever number of ranks, from such files."""
+    """Loads this rank's slices from such files of any number of ranks."""
     ranks = sorted(int(f.stem) for f in folder.glob("*.json"))
     layouts = {r: [flat_copy.FlatRange(*one) for one in json.loads((folder / f"{r}.json").read_text())] for r in ranks}
     state = sharded_state.of(engine).tensors(whole=True)
@@ -195,7 +195,8 @@ def _copy_in(engine: Any, folder: Path, steps: int) -> None:
 
 
 def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Three train; two of them go on, then three again; beside them others do the same, of which some or all are new to it."""
+    """Three processes train, two of them continue, then three again. At the same time, other processes do the same, of which some
+    or all are new."""
     me = _claim(folder)
     process_group.leave()
     meetings = iter(range(1000))
@@ -205,7 +206,7 @@ def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
         def go_on(
             ranks: tuple[int, ...], load: Path | None, copies: bool = False, keep: Path | None = None, stage: int = stage
         ) -> list[float]:
-            """Trains in those of the processes, from a checkpoint or from copies; keeps both behind the third step."""
+            """Trains in the given processes, from a checkpoint or from in-memory copies; keeps both after the third step."""
             number = next(meetings)
             losses: list[float] = []
             if me in ranks:
@@ -235,7 +236,7 @@ def resized(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.ci
 def test_survivors_of_a_resize_go_on_to_the_losses_of_new_processes_from_storage_and_from_memory(tmp_path):
-    """Three to two, and two to three, to the last bit, at ZeRO 0, 2 and 3."""
+    """Three to two and two to three, to the last bit, at ZeRO 0, 2, and 3."""
     told = ranks.run("tests.integration.test_reform:resized", (1,) * 5, str(tmp_path))
     for stage in (0, 2, 3):
         mine = [t for t in told if t["stage"] == stage]

@@ -1,4 +1,4 @@
-"""The report in a real browser: on a wide screen and a phone, by day and by night, it is whole, readable, and loads nothing.
+"""Tests the report in a real browser: on a wide screen and a phone, light and dark, it is complete, readable, and loads nothing.
 
 Debian: chromium, chromium-driver; pip: heliostat[browser-test]. Pictures go to HELIOSTAT_SCREENSHOTS, or pytest's folder.
 """
@@ -35,7 +35,7 @@ PARTS = {part: 10.0 + 7 * i for i, part in enumerate(goodput.PARTS)}
 
 @pytest.fixture
 def open_(tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Opens the page on a screen so wide, light or dark, and takes a picture of all of it."""
+    """Opens the page on a screen of this width, light or dark, and takes a picture of the whole page."""
     opened = list[Any]()
     file = tmp_path / "report.html"
     file.write_text(page.page({**FACTS, "curves": CURVES, "goodput": {**FACTS["goodput"], "parts": PARTS}}), encoding="utf-8")

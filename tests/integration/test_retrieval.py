@@ -1,5 +1,8 @@
-"""An index of a curated dataset, on Ray, the index on S3: from an answer's source to the shard and the record of its making; a
-killed driver; and a document that has to go."""
+"""Tests an index of a curated dataset on Ray, with the index on S3: from an answer's source to the shard and the record of its
+making.
+
+Also tests a killed driver, and a document that must be removed.
+"""
 
 import json
 import os
@@ -41,8 +44,8 @@ def dataset(ray_session, tmp_path_factory):
 def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_is_forgotten(
     dataset, s3_server, tracking, tmp_path, capsys
 ):
-    """The id, the shard and the row group that `ask` gives are those that `trace` tells; after `forget` the index, brought up
-    to date, has all the others."""
+    """`ask` gives the same id, shard, and row group as `trace`. After `forget` and an update, the index has all other
+    documents."""
     out = f"s3://retrieval/tools?{stores.bucket(s3_server, 'retrieval')}"
     made = ask(capsys, "search", "index", str(dataset), "--out", out, "--chunk-tokens", "128", "--overlap", "16")
     assert (made["documents"], made["added"], made["deleted"]) == (64, 64, 0) and made["passages"] > 128
@@ -67,7 +70,7 @@ def test_from_an_answers_source_to_its_shard_and_record_and_without_it_once_it_i
 
 @pytest.mark.slow  # a Ray of its own for each driver
 def test_a_driver_that_is_killed_goes_on_and_answers_by_meaning(dataset, tmp_path, monkeypatch, capsys):
-    """By SIGKILL after its first units, with the embedder; what was finished is not done again, each passage is there once."""
+    """SIGKILL arrives after its first units, with the embedder. Finished work isn't repeated, and each passage appears once."""
     model, out = write_model(tmp_path, BASE["model"], 64), tmp_path / "index"
     words = ["search", "index", str(dataset), "--out", str(out), "--embedder", str(model), "--chunk-tokens", "128"]
     words += ["--workers", "1"]

@@ -1,4 +1,4 @@
-"""Where there is no room for a run or a sweep, it says so with numbers, and goes on when there is."""
+"""Tests that a run or a sweep without room reports this with numbers, and continues when there is room."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from tests.waiting import until
 
 @pytest.fixture
 def others(ray_session: None) -> Iterator[Callable[[], None]]:
-    """All but one of the CPUs are held by others, until this is called."""
+    """Occupies all CPUs except one, until it is called."""
     held = placement_group([{"CPU": 1}] * (int(ray.cluster_resources()["CPU"]) - 1))
     ray.get(held.ready())
     gone = []
@@ -77,7 +77,7 @@ def test_a_sweep_without_room_for_one_trial_says_so_before_it_starts(others, job
 
 
 def test_a_command_that_joins_a_cluster_without_a_free_cpu_says_so(others):
-    """As `prepare` and `generate`, whose tasks would wait without a word."""
+    """For example, `prepare` and `generate`, whose tasks would wait silently."""
     last = placement_group([{"CPU": 1}])
     ray.get(last.ready())
     address, token = ray._private.worker._global_node.gcs_address, str(private_ray.token_file())

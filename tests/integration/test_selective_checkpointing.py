@@ -1,5 +1,8 @@
-"""Selective checkpointing in real DeepSpeed engines on two ranks: losses and gradient norms of no checkpointing, to the bit, at
-every ZeRO stage and with samples that workers share; nothing dear is computed again."""
+"""Tests selective checkpointing in real DeepSpeed engines on two ranks.
+
+At every ZeRO stage and with shared samples, losses and gradient norms equal those without checkpointing, to the bit. No expensive
+operation is recomputed.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def test_losses_are_those_of_no_checkpointing_to_the_bit(case: Case, played: lis
 
 
 def products_in_ranks(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Counts the dear operations of a run with every layer checkpointed whole, and with none."""
+    """Counts the expensive operations of a run with every layer checkpointed whole, and with none."""
     for stage in (2, 3):
         for which in (False, True):
             made = _job(Case(stage), which, Path(folder))
@@ -93,7 +96,7 @@ def products_in_ranks(group: Any, everyone: Any, folder: str) -> Iterator[dict[s
 
 @pytest.mark.ci
 def test_the_last_product_of_a_layer_is_played_again_at_stage_3_alone(tmp_path: Path) -> None:
-    """As the plan counts it: of attention and seven products the last is left out, but where DeepSpeed multiplies."""
+    """As the plan counts it: of attention and seven products, the last one is left out, except where DeepSpeed multiplies."""
     data.build(tmp_path)
     rows = ranks.run(f"{__name__}:products_in_ranks", (2,), str(tmp_path))
     dear = {(row["stage"], row["which"]): row["dear"] for row in rows}

@@ -1,7 +1,8 @@
-"""Samples that several workers share train as whole ones do: losses, gradient norms, scores, receipts and checkpoints are those
-of one worker, whatever the ZeRO stage, the number of workers and how many of them share a sample.
+"""Tests that shared samples train like whole ones: losses, gradient norms, scores, receipts, and checkpoints equal those of one
+worker.
 
-The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does.
+This holds for any ZeRO stage, number of workers, and number that share a sample. The loop's own worker runs real steps on real
+data on ranks without Ray, like `heliostat check --numerics`.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def _tiled(recipe: Any) -> None:
 
 
 def _other(case: Case) -> Case:
-    """What a case goes on from: another layout, at another stage; each layout is loaded by one other."""
+    """Returns the case to resume from: another configuration, at another stage. Each configuration is loaded by one other."""
     at = SHAPES.index((case.workers, case.sequence))
     return Case(3 - case.stage, *SHAPES[(at + 1) % len(SHAPES)])
 
@@ -84,7 +85,8 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("case", selection.kept(CASES, *FEW), ids=str)
 def test_a_layout_trains_as_one_worker_does(case: Case, played: layouts.Rows) -> None:
-    """Every step's loss and gradient norm, and the scores of held-out samples; the receipts are the same to the last bit."""
+    """Compares every step's loss and gradient norm, and the scores of held-out samples. The receipts are the same to the last
+    bit."""
     GRID.trains(case, played)
 
 
@@ -97,5 +99,6 @@ def test_offloaded_activations_give_the_same_losses_to_the_bit(played: list[dict
 
 @pytest.mark.parametrize("loaded", selection.kept(PLAIN, ALONE), ids=str)
 def test_a_run_goes_on_in_another_layout(loaded: Case, played: layouts.Rows) -> None:
-    """Parameters and moments bit by bit, saved in another layout and at another stage; then the losses of the unbroken run."""
+    """Parameters and moments are equal bit by bit, saved in another configuration and at another stage. The losses then equal the
+    unbroken run's."""
     GRID.goes_on(loaded, played)

@@ -1,4 +1,4 @@
-"""The endpoint on real Ray Serve, asked by OpenAI's own client: answers, refusals, a replica killed, an alias moved."""
+"""Tests the endpoint on real Ray Serve with OpenAI's own client: answers, rejections, a killed replica, and a moved alias."""
 
 import collections
 import math
@@ -82,7 +82,7 @@ def test_what_is_wrong_has_its_status_and_names_the_parameter(endpoint):
 
 
 def test_what_a_key_asks_beyond_its_limit_is_refused_and_the_rest_is_answered(endpoint):
-    """Thirty at a time where twelve are allowed, half of them streams; then the places are free again."""
+    """Thirty concurrent requests with a limit of twelve, half of them streams. Afterwards the places are free again."""
     headers = {"Authorization": f"Bearer {OTHER}"}
 
     def one(number: int) -> requests.Response:
@@ -124,7 +124,7 @@ def test_the_proxy_closes_a_connection_whose_request_does_not_come(endpoint):
 
 
 def test_a_stream_whose_replicas_die_ends_in_an_error_and_the_next_request_is_answered(endpoint):
-    """A stream ends in the error, or it was whole before its replica died: then another answer is asked for."""
+    """A stream ends in the error, unless it was complete before its replica died; then the test requests another answer."""
     ask = client(endpoint)
     for seed in range(11, 16):  # how long an answer is, or how soon it is there, is the machine's affair
         victims = endpoint.until(lambda: len(found := endpoint.replicas(1)) == 2 and found)
@@ -147,7 +147,8 @@ def test_a_stream_whose_replicas_die_ends_in_an_error_and_the_next_request_is_an
 
 @pytest.mark.ci
 def test_no_request_is_lost_while_a_replica_is_killed_and_the_alias_moves(endpoint):
-    """Eight clients ask without a pause: each answer is whole, of version 1 and then of version 2, and version 1 ends."""
+    """Eight clients send requests without a pause. Each answer is complete, from version 1 and then from version 2, and version 1
+    ends."""
     endpoint.until(lambda: len(endpoint.replicas(1)) == 2)
     over, answered, lost = threading.Event(), collections.Counter(), []
 
@@ -181,7 +182,7 @@ def test_no_request_is_lost_while_a_replica_is_killed_and_the_alias_moves(endpoi
 
 
 def test_the_command_ends_with_all_its_processes(endpoint):
-    """The last test: it stops the endpoint."""
+    """This is the last test, because it stops the endpoint."""
     assert endpoint.stop() == 130
 
 

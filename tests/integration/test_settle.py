@@ -1,4 +1,4 @@
-"""A run that MLflow takes for running gets the status that its folder tells, from whoever sees it next, unless it lives."""
+"""Tests that a run that is RUNNING in MLflow, but dead, gets the status of its folder from the next process that sees it."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ GONE = 2**22 + 1  # no process has this number
 
 @pytest.fixture
 def scene(tracking: str, tmp_path: Path) -> Scene:
-    """(client, run id) of a RUNNING run whose folder holds one attempt, with these facts, and this record of it."""
+    """Returns (client, run id) of a RUNNING run whose folder has one attempt, with these facts and this record of it."""
 
     def make(record: dict[str, Any] | None = None, **facts: Any) -> tuple[Any, str]:
         client = mlflow_client.connect(tracking)
@@ -110,7 +110,7 @@ def test_a_run_that_has_only_begun_is_given_time(scene, tmp_path, monkeypatch):
 
 
 def test_a_driver_that_died_behind_its_result_has_finished_its_run(scene, tmp_path):
-    """Only MLflow had not been told; the result of an earlier, shorter training does not count."""
+    """Only MLflow lacked the end. The result of an earlier, shorter training doesn't count."""
     for steps, status in ((20, "FINISHED"), (10, "FAILED")):
         client, run_id = scene(marks=[(20, 3.0)])
         Location(str(tmp_path / "run")).join(RESULT).write(json.dumps({"steps": steps, "run_id": run_id}).encode())

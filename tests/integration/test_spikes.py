@@ -1,4 +1,4 @@
-"""A loss spike that the job does not undo is told everywhere a person looks: terminal, log, MLflow, report."""
+"""Tests that a loss spike that the job doesn't undo is reported everywhere: terminal, log, MLflow, and report."""
 
 import io
 import logging
@@ -28,7 +28,7 @@ SPIKES = {21: 9.0, 31: 7.0}  # finished steps
 
 
 def judged(policy: Spike, losses: list[float]) -> tuple[list[Event], str]:
-    """What rank 0 posts about these losses, and why it ended the attempt."""
+    """Returns the messages of rank 0 about these losses, and the reason why it ended the attempt."""
     posted: list[Event] = []
     posts = Posts(SimpleNamespace(post=posted.append), 0)
     context: Any = SimpleNamespace(job=job(spike=policy.model_dump()), posts=posts)

@@ -1,4 +1,4 @@
-"""A provider's notice, read from a metadata service over HTTP, drains the Ray node that it is for, and only that one."""
+"""Tests that a provider's notice, read from a metadata service over HTTP, drains only the Ray node that it is for."""
 
 import json
 import os
@@ -39,7 +39,7 @@ print(json.dumps([ran == {nodes["127.0.0.3"]}, except_on(set(nodes.values()), {"
 
 
 class Metadata(ThreadingHTTPServer):
-    """What EC2 (IMDSv2) and Google Cloud answer: nothing to announce, until `announced` is set."""
+    """Answers like EC2 (IMDSv2) and Google Cloud: without a notice, until `announced` is set."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -106,7 +106,7 @@ def told(nodes: LocalNodes, program: str) -> list[Any]:
 
 @pytest.mark.ci
 def test_data_is_read_on_other_nodes_than_a_lost_one_that_ray_takes_for_living(nodes: LocalNodes):
-    """Where there are others with the labels: else the lost one, which may come back, is waited for."""
+    """If others with the labels exist. Otherwise the run waits for the lost node, which may return."""
     assert told(nodes, AROUND) == [True, {"a": "b"}, {"a": "b"}]
 
 
@@ -133,6 +133,6 @@ def test_a_spot_notice_drains_the_node_and_no_other(
 
 
 def test_an_answer_that_is_none_does_not_end_the_watch():
-    """It counts as no answer, is said once, and asked for again."""
+    """It counts as no answer, is logged once, and is requested again."""
     with peer(b"nonsense\r\n\r\n") as url, pytest.raises(OSError, match="BadStatusLine"):
         spot.get(f"{url}/x")

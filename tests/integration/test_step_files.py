@@ -1,4 +1,5 @@
-"""One training step runs through the files that docs/concepts.md lists, at most nine: a reader of these has read the step."""
+"""Tests that one training step runs through the files that docs/concepts.md lists, at most nine: whoever reads these has read the
+step."""
 
 from __future__ import annotations
 
@@ -47,7 +48,7 @@ class Recorded(Exception):
 
 
 class Recorder(Hook):
-    """Notes the modules of heliostat whose functions run in the recorded steps, in any thread."""
+    """Records the modules of heliostat whose functions run in the recorded steps, in any thread."""
 
     def __init__(self) -> None:
         self.modules, self._on = set[str](), False
@@ -68,7 +69,7 @@ class Recorder(Hook):
 
 
 def played(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Trains some steps by the real loop with its hooks; of a worker Ray alone is left out."""
+    """Trains some steps with the real loop and its hooks. Of a worker, only Ray is left out."""
     made = layouts.described("step-files", Path(folder), **{"evaluate": None, "train.steps": 20, "train.log_every": 2})
     recorder = Recorder()
     one = layouts.player(made)

@@ -1,4 +1,5 @@
-"""A store that fails: through a proxy that throttles, hangs and breaks connections, every operation succeeds or says why not."""
+"""Tests a failing store: through a proxy that throttles, hangs, and breaks connections, every operation succeeds or gives the
+reason."""
 
 import logging
 import time
@@ -32,7 +33,7 @@ BROKEN = {
 
 @pytest.fixture(scope="module")
 def bucket(s3_server: str) -> str:
-    """A bucket with a small object, a large one and a Parquet file below `x`; the endpoint is the server's own."""
+    """Creates a bucket with a small object, a large one, and a Parquet file below `x`; the endpoint is the server's own."""
     root = Location(f"s3://faults/x?{stores.bucket(s3_server, 'faults')}")
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"tokens": TOKENS}), sink, row_group_size=100, write_page_checksum=True)
@@ -63,7 +64,7 @@ def row_group(place: Location, number: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right(root, proxy, monkeypatch, fault):
-    """Writes of one and of several parts, whole reads, row groups, listings and deletes: as without faults, only slower."""
+    """Writes of one and of several parts, whole reads, row groups, listings, and deletes: as without faults, only slower."""
     monkeypatch.setenv(retries.BUDGET, "60")
     failing = BROKEN[fault]
     proxy.faults = (ProxyFault(failing.kind, rate=0.3, status=failing.status, code=failing.code, seconds=0.3),)
@@ -89,7 +90,7 @@ def test_with_three_of_ten_requests_failing_everything_is_read_and_written_right
 
 
 def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
-    """Footers, too: opening a Parquet file asks the store for them."""
+    """This includes footers, which the store delivers when a Parquet file is opened."""
     monkeypatch.setenv(retries.BUDGET, "12")
     name = spill.write(root.join("spill"), pa.table({"key": pa.array(range(50), pa.uint64())}))
     proxy.faults = (ProxyFault("status", rate=0.4),)
@@ -99,7 +100,7 @@ def test_spilled_tables_are_read_while_requests_fail(root, proxy, monkeypatch):
 
 
 def test_a_spilled_table_is_asked_for_in_few_requests(root, proxy):
-    """A store answers in tens of milliseconds: four row groups with all their columns are a request, not one for each column."""
+    """A store answers in tens of milliseconds. Four row groups with all their columns cost one request, not one per column."""
     values = np.random.default_rng(0).integers(0, 1 << 63, (4, 200_000), np.uint64)
     name = spill.write(root.join("spill"), pa.table(dict(zip(("key", "a", "b", "c"), values, strict=True))))
     before = proxy.requests
@@ -138,7 +139,7 @@ OPERATIONS: dict[str, Callable[[Location], object]] = {
     [*((fault, "read") for fault in BROKEN), ("silent", "open"), ("silent", "write"), ("cut", "write"), ("reset", "files")],
 )
 def test_a_store_that_never_recovers_is_an_error_within_the_budget(root, proxy, monkeypatch, fault, operation):
-    """StorageError with the place and what the store did, after some attempts and before the budget has passed."""
+    """StorageError has the place and the store's answer, after some attempts, and before the budget has passed."""
     monkeypatch.setenv(retries.BUDGET, "4")
     proxy.faults = (BROKEN[fault],)
     start = time.monotonic()
@@ -150,7 +151,7 @@ def test_a_store_that_never_recovers_is_an_error_within_the_budget(root, proxy, 
 
 @pytest.mark.parametrize("code", ["InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"])
 def test_refused_credentials_fail_at_once(root, proxy, code):
-    """Of every operation the first answer is the last: the message says that access was refused and what to check."""
+    """For every operation, the first answer is final. The error says that access was denied, and what to check."""
     proxy.faults = (ProxyFault("status", status=403, code=code),)
     for name, operation in OPERATIONS.items():
         before = proxy.requests
@@ -160,7 +161,8 @@ def test_refused_credentials_fail_at_once(root, proxy, code):
 
 
 def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeypatch):
-    """The file opens well; then the store throttles until the SDK gives up: the whole read is repeated and gives the tokens."""
+    """The file opens well, then the store throttles until the SDK gives up. The whole read is repeated, and returns the
+    tokens."""
     monkeypatch.setenv(retries.BUDGET, "20")
     place, started = root.join("a.parquet"), []
 
@@ -177,7 +179,7 @@ def test_a_row_group_whose_reading_breaks_off_is_read_again(root, proxy, monkeyp
 
 
 def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypatch):
-    """Silence is a fault too: after a part of the budget, not after minutes."""
+    """Silence is a fault, too: the request ends after a part of the budget, not after minutes."""
     monkeypatch.setenv(retries.BUDGET, "16")
     proxy.faults = (ProxyFault("delay", seconds=600, limit=2),)
     start = time.monotonic()
@@ -187,7 +189,7 @@ def test_a_hanging_answer_is_given_up_and_asked_for_again(root, proxy, monkeypat
 
 @pytest.mark.parametrize("kind", ["status", "reset", "cut"])
 def test_a_write_that_fails_at_any_request_leaves_the_old_object(bucket, monkeypatch, kind):
-    """Whichever request of an upload fails, readers see the old bytes; or, if only the answer to the last was lost, the new."""
+    """For a failure of any request of an upload, readers see the old bytes; or the new ones, if only the last answer was lost."""
     monkeypatch.setenv(retries.BUDGET, "0")  # one attempt at every request
 
     def place(endpoint: str) -> Location:
@@ -208,7 +210,7 @@ def test_a_write_that_fails_at_any_request_leaves_the_old_object(bucket, monkeyp
 
 
 class NthFails(FaultProxy):
-    """Only the n-th request fails."""
+    """Fails only the n-th request."""
 
     def __init__(self, upstream: str, fault: ProxyFault, n: int) -> None:
         super().__init__(upstream)
@@ -220,7 +222,8 @@ class NthFails(FaultProxy):
 
 
 def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch):
-    """A turned bit, read while a third of the requests fail: what the Parquet reader says, never a StorageError; and no retry."""
+    """A flipped bit, read while a third of the requests fail, gives the Parquet reader's error, never a StorageError, and no
+    retry."""
     monkeypatch.setenv(retries.BUDGET, "60")
     raw = bytearray(root.join("a.parquet").read())
     raw[1000] ^= 4
@@ -232,7 +235,7 @@ def test_damage_behind_a_failing_store_is_still_damage(root, proxy, monkeypatch)
 
 
 def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root, proxy, monkeypatch):
-    """Footers, listing, old and new manifest: the same version comes out, and the one before is kept."""
+    """Footers, listing, old and new manifest: the version is the same, and the version before is kept."""
     monkeypatch.setenv(retries.BUDGET, "60")
     shard = root.join("a.parquet").read()
     digests = []
@@ -252,7 +255,7 @@ def test_a_dataset_is_indexed_through_a_failing_store_as_through_a_good_one(root
 
 
 def test_a_missing_bucket_fails_at_once(root, proxy):
-    """It is no fault that passes: the message says what to check."""
+    """The fault isn't temporary, and the error says what to check."""
     nowhere = Location(str(root).replace("faults", "nowhere"))
     with pytest.raises(StorageError, match=r"no bucket 'nowhere'\. Create it"):
         nowhere.write(b"x")

@@ -1,4 +1,4 @@
-"""Runs that survive: whatever happens to workers and driver, the run ends as if nothing had, as one MLflow run."""
+"""Tests runs that survive: after any failure of workers and driver, the run ends as if there had been none, as one MLflow run."""
 
 import json
 import os
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.mark.ci
 def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file, tracking, unbroken):
-    """A worker is killed, then one is frozen, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
+    """A worker is killed, then one freezes, then one gets SIGTERM: three restarts in one command, and the unbroken curve."""
     path = job_file("battered")
     folder = run_folder(path)
 
@@ -68,7 +68,7 @@ def test_killed_frozen_and_preempted_workers_cost_time_and_nothing_else(job_file
 
 @pytest.mark.ci
 def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_file, tracking, unbroken):
-    """Elastic from 1 to 4: others hold the cluster's CPUs at first, and give them back: more workers, the same curve."""
+    """It is elastic from 1 to 4. Others hold the cluster's CPUs at first, and then free them: more workers, the same curve."""
     path = job_file("elastic")
     total = int(ray.cluster_resources()["CPU"])
     others = ray.util.placement_group([{"CPU": 1}] * (total - 3), strategy="PACK")
@@ -85,7 +85,7 @@ def test_a_run_shrinks_to_the_room_there_is_and_grows_behind_a_checkpoint(job_fi
 
 
 def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_run(job_file, tracking, unbroken, tmp_path):
-    """SIGTERM to the process group of `heliostat train`: exit code 130, KILLED in MLflow, no step lost, and the same curve."""
+    """SIGTERM to the process group of `heliostat train`: exit code 130, KILLED in MLflow, no lost step, and the same curve."""
     path = job_file("stopped")
     folder = run_folder(path)
     words = [word for setting in settings(**PACED_PLAIN) for word in ("--set", setting)]
@@ -103,7 +103,7 @@ def test_a_driver_told_to_stop_leaves_a_checkpoint_and_another_command_ends_the_
 
 
 class Poisoned(Plain):
-    """A recipe whose loss is 30 times as high for the samples whose first tokens a file lists."""
+    """Defines a recipe whose loss is 30 times as high for samples whose first tokens are in a file."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         bad = {tuple(row) for row in json.loads(Path(os.environ["HELIOSTAT_TEST_POISON"]).read_text())}
@@ -117,7 +117,7 @@ class Broken(Plain):
 
 
 class Ailing(Plain):
-    """A recipe under which the device of worker 1 breaks in the first two attempts: its process can then not end either."""
+    """Defines a recipe under which the device of worker 1 breaks in the first two attempts. Its process then can't end either."""
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Loss:
         faults = Path(os.environ["HELIOSTAT_TEST_POISON"]).with_name("faults")
@@ -130,7 +130,7 @@ class Ailing(Plain):
 
 @pytest.mark.ci
 def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspected(job_file, tracking, monkeypatch):
-    """On the only node there is: it stays in use, and the run says so. The other worker's process is used again."""
+    """It is the only node, so it stays in use, and the run reports this. The other worker's process is used again."""
     monkeypatch.setattr(attempt, "SETTLE_S", 2.0)
     faults = Path(os.environ["HELIOSTAT_TEST_POISON"]).with_name("faults")
     faults.mkdir()
@@ -149,7 +149,7 @@ def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspec
 
 @pytest.fixture
 def poison() -> Iterator[Path]:
-    """Where the list of bad samples is; Ray's workers inherited the variable's value when the session began."""
+    """Returns the place of the list of bad samples. Ray's workers inherited the variable's value when the session began."""
     path = Path(os.environ["HELIOSTAT_TEST_POISON"])
     yield path
     path.write_text("[]")
@@ -157,7 +157,7 @@ def poison() -> Iterator[Path]:
 
 @pytest.mark.ci
 def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking, poison):
-    """The run goes back to the checkpoint before, skips the steps at fault, says so in its data plan, and verifies."""
+    """The run goes back to the checkpoint before, skips the faulty steps, records this in its data plan, and passes verify."""
     from heliostat.data.dataset import DataPlan, open_dataset
 
     path = job_file("spiky")
@@ -183,7 +183,7 @@ def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(
 
 @pytest.mark.ci
 def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_from_the_one_before(unbroken, tracking, tmp_path):
-    """A copy of the unbroken run, as another MLflow run, goes on to more steps."""
+    """A copy of the unbroken run, as another MLflow run, continues to more steps."""
     path, steps, folder = unbroken[0], STEPS + 10, Location(str(tmp_path / "unbroken"))
     shutil.copytree(run_folder(path).path, folder.path, ignore=shutil.ignore_patterns("run.json", "result.json"))
     shard = next(Path(saver.folder(folder, STEPS).path).glob("*.safetensors"))
@@ -199,7 +199,7 @@ def test_a_checkpoint_damaged_in_its_bytes_is_passed_over_and_the_run_goes_on_fr
 
 @pytest.mark.ci
 def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(job_file, monkeypatch):
-    """The ledger and the error say that the limit did it; a command that resumes with the old limit does not begin."""
+    """The ledger and the error name the limit. A command that resumes with the old limit doesn't start."""
     monkeypatch.setattr(limits, "EVERY_S", 0.0)
     monkeypatch.setattr(LedgerRecorder, "spent", lambda self: (1.0 if self.attempts[-1].reached >= 3 else 0.0, 0.0))
     path = job_file("limited")

@@ -1,7 +1,8 @@
-"""Workers that divide matrices train as one worker with whole ones does: losses, gradient norms, scores and receipts are those of
-one worker, and checkpoints load at any other layout to the bit.
+"""Tests that workers with sharded matrices train like one worker with whole ones: losses, gradient norms, scores, and receipts
+are equal.
 
-The loop's own worker plays real steps of real data on ranks without Ray, as `heliostat check --numerics` does.
+Checkpoints load in any other configuration, to the bit. The loop's own worker runs real steps on real data on ranks without Ray,
+like `heliostat check --numerics`.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def _job(case: Case, folder: Path) -> Job:
 
 
 def _drifted(player: play.Player) -> list[str]:
-    """What workers that all have a parameter whole have of it that is not the same."""
+    """Returns the whole parameters that differ between the workers that hold them."""
     told = {
         name: hashlib.sha256(p.detach().float().numpy().tobytes()).hexdigest()
         for name, p in player.engine.module.named_parameters()
@@ -73,7 +74,7 @@ def _drifted(player: play.Player) -> list[str]:
 
 
 def _not_in_memory(player: play.Player) -> list[str]:
-    """What of this worker's state is not as it was when it is put together from the copies that all workers keep in memory."""
+    """Returns the parts of this worker's state that differ when they are assembled from all workers' in-memory copies."""
     mine, whole = sharded_state.of(player.engine).tensors(), sharded_state.of(player.engine).tensors(whole=True)
     ranges = flat_copy.layout(mine)
     kept = flat_copy.as_buffer(flat_copy.size(ranges), False)
@@ -108,8 +109,11 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("case", selection.kept(SAVED_BY, FEW[1]), ids=str)
 def test_divided_matrices_train_as_whole_ones_do(case: Case, played: layouts.Rows) -> None:
-    """Every step's loss, and the gradient norm over all parameters, once each; scores of held-out samples; receipts exactly; and
-    what all workers have whole stays the same on all to the bit, as does what is put together from copies in memory."""
+    """Compares every step's loss, the gradient norm over all parameters, each once, scores of held-out samples, and receipts
+    exactly.
+
+    Whole parameters stay equal on all workers to the bit, and so does the state assembled from in-memory copies.
+    """
     near = 1 if case.precision == "fp32" else 500  # bf16 rounds sums of parts, too
     mine, _ = GRID.trains(case, played, near)
     assert min(mine["norms"]) > 0.5  # each step is clipped
@@ -118,6 +122,6 @@ def test_divided_matrices_train_as_whole_ones_do(case: Case, played: layouts.Row
 
 @pytest.mark.parametrize("loaded", selection.kept(SAVED_BY, FEW[0]), ids=str)
 def test_a_run_goes_on_with_matrices_divided_otherwise(loaded: Case, played: layouts.Rows) -> None:
-    """Parameters and moments bit by bit, saved at another degree, stage or number of workers; then the losses of the unbroken
-    run."""
+    """Parameters and moments are equal bit by bit, saved at another degree, stage, or number of workers. The losses then equal
+    the unbroken run's."""
     GRID.goes_on(loaded, played, 1e-5 if loaded.precision == "fp32" else 1e-2)

@@ -1,5 +1,7 @@
-"""The tour (docs/tour.md) with the README, and each tutorial, command by command, in a fresh clone: what a newcomer types works
-in that order, and prints what the page shows. `python -m docs.site.walk PAGE` refreshes a page. `make test-slow`; long.
+"""Types the tour (docs/tour.md) with the README, and each tutorial, command by command, in a fresh clone: everything works in
+that order, and prints the page's output.
+
+`python -m docs.site.walk PAGE` refreshes a page. `make test-slow`; long.
 """
 
 from pathlib import Path

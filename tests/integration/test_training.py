@@ -1,4 +1,4 @@
-"""Whole runs on real Ray, DeepSpeed, MLflow and storage: the losses are right, whatever the sharding, storage or restarts."""
+"""Tests whole runs on real Ray, DeepSpeed, MLflow, and storage: the losses are right for any sharding, storage, and restarts."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from tests.integration.reference import plain_losses
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus, tracking):
-    """A run of 20 steps with checkpoints at 10 and 20, its job file, and its result."""
+    """Returns a run of 20 steps with checkpoints at 10 and 20, its job file, and its result."""
     folder = tmp_path_factory.mktemp("finished")
     job = tiny_job(corpus, tracking, folder)
     job["mlflow"]["register"] = "whole-lm"
@@ -49,7 +49,7 @@ def test_a_whole_run_gives_the_plain_loops_losses(finished, tracking) -> None:
 
 
 def _stopped_at_10(finished, folder: Path) -> list[str]:
-    """The finished run as it was after step 10, in another storage; the settings that continue it."""
+    """Returns the finished run as it was after step 10, in another storage, and the settings that continue it."""
     later = shutil.ignore_patterns("*00000020*", "result.json")
     shutil.copytree(finished[0] / "runs" / "whole", folder / "runs" / "whole", ignore=later)
     (folder / "runs" / "whole" / "run.json").unlink()  # another MLflow run, so that the two curves can be compared
@@ -70,7 +70,7 @@ def _continued(tracking: str, run_id: str) -> list[float]:
 
 @pytest.mark.ci
 def test_a_fresh_process_resumes_bitwise_even_without_a_compiler(finished, tracking, tmp_path, capsys) -> None:
-    """The same worker count in fp32; and no C++ compiler on PATH, with nothing compiled before."""
+    """With the same worker count in fp32, without a C++ compiler on PATH, and with nothing compiled before."""
     settings = _stopped_at_10(finished, tmp_path)
     (tmp_path / "bin").mkdir()
     for tool in ("bash", "sh", "git", "which"):
@@ -125,7 +125,7 @@ def test_what_follows_the_last_step_is_done_once_wherever_drivers_die_in_it(fini
 
 
 def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(finished, tracking, tmp_path) -> None:
-    """A run that was ended at 10 steps and trained on to 20, whose driver died behind them, is concluded at 20."""
+    """The run ended at 10 steps and continued to 20, and its driver died after them. Its result is that of step 20."""
     folder = tmp_path / "runs" / "whole"
     shutil.copytree(finished[0] / "runs" / "whole", folder)
     for name in ("result.json", "summary.json"):
@@ -138,7 +138,7 @@ def test_a_result_of_an_earlier_end_is_not_taken_for_that_of_a_longer_training(f
 
 
 def _every_second_is_told(capsys: pytest.CaptureFixture[str], run: Path, wall_s: float) -> None:
-    """The run's second attempt took `wall_s`, and went on from step 10, where the first had reached 20."""
+    """The run's second attempt took `wall_s`, and resumed at step 10, after the first had reached 20."""
     told = ask(capsys, "run", "goodput", str(run))
     first, second = told["attempts"]
     assert told["attributed"] >= 0.99
@@ -206,7 +206,7 @@ def test_the_same_name_is_not_overwritten_and_a_finished_run_is_not_repeated(fin
 
 
 def test_an_optimizer_that_the_checkpoints_do_not_fit_is_refused_on_resume(finished) -> None:
-    """In one line that names what they hold."""
+    """One line names the state in the checkpoints."""
     kept = r"'sgd' keeps momentum_buffer per parameter, but the run's checkpoints"
     fault = rf"^train\.optimizer: {kept} \('adamw'\) hold exp_avg, exp_avg_sq\. Keep 'adamw'"
     with pytest.raises(ConfigError, match=fault):

@@ -1,6 +1,7 @@
-"""Sweeps on real Ray Tune: trials are runs of ours, what is stopped stops where it stood, and nothing is lost, doubled or left.
+"""Tests sweeps on real Ray Tune: trials are normal runs, a stopped trial stops at its step, and nothing is lost, repeated, or
+left.
 
-Losses of such small models at such few steps still order learning rates that lie orders of magnitude apart.
+Even such small models with few steps rank learning rates that differ by orders of magnitude.
 """
 
 import json
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.ci
 
 
 def sweep_file(corpus: str, tracking: str, folder: Path, **changes: Any) -> Path:
-    """A sweep over the tiny job's learning rate, of 8 steps a trial."""
+    """Writes a sweep over the tiny job's learning rate, with 8 steps per trial."""
     job = tiny_job(corpus, tracking, folder)
     job["train"] |= {"steps": 8, "schedule": {"name": "constant"}}
     job["evaluate"] = {"every": 2, "samples": 8, "fraction": 0.05}
@@ -50,7 +51,7 @@ def grid(*rates: float) -> dict[str, Any]:
 
 
 def nested(tracking: str, result: dict[str, Any]) -> dict[int, Any]:
-    """The sweep's nested runs, by trial."""
+    """Returns the sweep's nested runs, by trial."""
     client = mlflow.MlflowClient(tracking_uri=tracking)
     experiment = client.get_run(result["run_id"]).info.experiment_id
     found = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result['run_id']}'")
@@ -59,7 +60,7 @@ def nested(tracking: str, result: dict[str, Any]) -> dict[int, Any]:
 
 
 def left() -> tuple[int, set[str]]:
-    """Placement groups, and classes of actors that belong to a run."""
+    """Returns the placement groups, and the classes of actors that belong to a run."""
     groups = sum(g["state"] != "REMOVED" for g in ray.util.placement_group_table().values())
     alive = {a["class_name"] for a in _actors() if a["state"] == "ALIVE"}
     return groups, {c for c in alive if not c.startswith("_") and c not in ("datasets_stats_actor", "AutoscalingRequester")}
@@ -121,7 +122,7 @@ def test_mlflow_has_the_sweep_its_trials_and_what_became_of_them(asha, tracking)
 
 
 def test_a_trial_is_a_run_as_any_other(asha) -> None:
-    """Its receipts hold, and its losses are those of the same job trained by itself."""
+    """Its receipts pass, and its losses equal those of the same job trained alone."""
     folder, _, result, *_ = asha
     place = Location(result["best"]["run_folder"])
     assert verify(place)["ok"]
@@ -145,7 +146,7 @@ def test_a_finished_sweep_is_listed_and_not_repeated(asha, tracking) -> None:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., commands.Process]]:
-    """Starts `heliostat sweep run` in a process of its own; what a failed test leaves of it is killed."""
+    """Starts `heliostat sweep run` in a separate process. Its processes are killed after a failed test."""
     started: list[commands.Process] = []
 
     def make(path: Path, log: Path, *more: str) -> commands.Process:
@@ -205,8 +206,8 @@ def test_a_killed_driver_loses_and_doubles_nothing_and_a_failed_trial_stays_fail
 
 
 def test_pbt_goes_on_bitwise_from_the_donors_checkpoint(ray_session, corpus, tracking, tmp_path) -> None:
-    """The clone has the donor's weights, moments and data cursor: it takes the steps that the donor's checkpoint gives under the
-    new settings, to the bit, and its receipts are whole."""
+    """The clone has the donor's weights, moments, and data position. It takes the steps that the donor's checkpoint gives with
+    the new settings, to the bit, and its receipts are complete."""
     path = sweep_file(
         corpus, tracking, tmp_path, name="pbt", space={"train.optimizer.lr": {"loguniform": [1e-6, 1e-2]}}, searcher={"seed": 2},
         budget={"trials": 2}, scheduler={"name": "pbt", "interval": 4, "quantile": 0.5, "resample": 0.0},

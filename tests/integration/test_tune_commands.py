@@ -1,5 +1,7 @@
-"""Sweeps as a person handles them: stopped and gone on with, failed trials tried again, the best job trained, a rate carried to a
-big job; Optuna's trials under median stopping; HyperBand's brackets and PB2's model. `make test-slow` runs it.
+"""Tests the commands for sweeps: stop and resume, retry of failed trials, training the best job, and transfer of a rate to a big
+job.
+
+Also tests Optuna's trials under median stopping, HyperBand's brackets, and PB2's model. `make test-slow` runs it.
 """
 
 from pathlib import Path
@@ -83,7 +85,7 @@ def test_optuna_draws_and_median_stopping_prunes(corpus, tracking, tmp_path):
 
 
 def test_hyperbands_trials_wait_where_their_brackets_say(corpus, tracking, tmp_path):
-    """Each is judged among those of its bracket only; the bracket that waits on no rung stops nobody."""
+    """Each trial is compared only with those of its bracket. The bracket without rungs stops no trial."""
     scheduler = {"name": "hyperband", "grace": 2, "reduction": 2}
     path = sweep_file(corpus, tracking, tmp_path, name="bands", space=grid(1e-3, 1e-4, 1e-6, 1e-7), scheduler=scheduler)
     result = tune(path)
@@ -93,7 +95,7 @@ def test_hyperbands_trials_wait_where_their_brackets_say(corpus, tracking, tmp_p
 
 
 def test_pb2_takes_what_comes_next_from_its_model(corpus, tracking, tmp_path):
-    """From the second exchange on, the clone's rate is no step of PBT's; what it cloned is whole, as every run is."""
+    """From the second exchange on, the clone's rate isn't one of PBT's steps. The cloned run is complete, like every run."""
     path = sweep_file(
         corpus, tracking, tmp_path, name="bandit", space={"train.optimizer.lr": {"loguniform": [1e-6, 1e-2]}},
         searcher={"seed": 2}, budget={"trials": 2}, scheduler={"name": "pb2", "interval": 2, "quantile": 0.5, "resample": 0.0},

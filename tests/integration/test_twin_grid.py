@@ -1,6 +1,7 @@
-"""Jobs train through DeepSpeed on the twin as on the CPU, at every stage, and the host waits only where the budget says.
+"""Tests that jobs train through DeepSpeed on the CPU reference of a second device as on the CPU, at every stage. The host waits
+only where the budget allows it.
 
-A step has 4 micro-batches. Of heliostat's own lines the budget allows one deferred read in a step, of the gradient's norm, and
+A step has 4 micro-batches. For heliostat's own lines, the budget allows one deferred read per step, of the gradient's norm, and
 uploads from pinned memory. `_allowed` lists each place where DeepSpeed may make the host wait, and why.
 """
 
@@ -51,7 +52,7 @@ def _trained(setups: list[Setup], folder: Path, place: str, workers: tuple[int, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The datasets of all cases."""
+    """Returns the folder with the datasets of all cases."""
     place: Path = tmp_path_factory.mktemp("twin")
     cases.prepare(place)
     return place
@@ -76,7 +77,8 @@ def others(folder: Path) -> dict[tuple[int, str], Row]:
 
 
 def _right(setup: Setup) -> tuple[Setup, float]:
-    """The run of one CPU to compare with, and how far a loss may be from it. A CPU doesn't train in fp16: fp32 is the nearest."""
+    """Returns the run of one CPU to compare with, and the allowed difference of a loss. A CPU doesn't train in fp16, so fp32 is
+    the nearest."""
     if setup.precision == "bf16":
         return ON_CPU[1 if setup.stage == 1 and not setup.offload else 2], 5e-5  # stage 1 sums gradients in fp32
     return ON_CPU[0], 1e-5 if setup.precision == "fp16" else 2e-6
@@ -88,7 +90,7 @@ IDS = [f"{setup}, {workers} workers" for workers, setup in GRID]
 
 @pytest.mark.parametrize(("workers", "setup"), GRID, ids=IDS)
 def test_a_job_computes_the_cpus_numbers_on_the_twin(workers: int, setup: Setup, stages: Any, on_cpu: Any) -> None:
-    """Losses, gradient norms before clipping, and the scores of averaged weights."""
+    """Compares losses, gradient norms before clipping, and the scores of averaged weights."""
     (right, near), row = _right(setup), stages[workers, str(setup)]
     expected = on_cpu[1, str(right)]
     assert row["losses"] == pytest.approx(expected["losses"], rel=near)
@@ -103,7 +105,7 @@ def _resumed(row: Row) -> None:
 
 @pytest.mark.parametrize(("workers", "setup"), GRID, ids=IDS)
 def test_a_resume_restores_the_state_that_the_optimizer_steps(workers: int, setup: Setup, stages: Any) -> None:
-    """To the bit, also where offloaded state has copies on the GPU; the step that follows is the one that was made before."""
+    """To the bit, also if offloaded state has copies on the GPU. The next step equals the one made before."""
     _resumed(stages[workers, str(setup)])
 
 
@@ -118,7 +120,8 @@ WAITS = ("read", "synchronization", "blocking upload", "unpinned upload")
 
 
 class Allowed(NamedTuple):
-    """A place where DeepSpeed may make the host wait. `most`: how often in a step, of so many parameters."""
+    """Describes a place where DeepSpeed may make the host wait. `most`: the maximum number of waits per step, for so many
+    parameters."""
 
     what: str
     function: str
@@ -131,7 +134,7 @@ GROUPS = 2  # of parameters: with weight decay, and without
 
 
 def _allowed(setup: Setup, workers: int) -> Iterator[Allowed]:
-    """The places at which DeepSpeed makes the host wait with this job."""
+    """Yields the places at which DeepSpeed makes the host wait with this job."""
     zero, optimizer = (ZERO_3 if setup.stage == 3 else ZERO), "complete_grad_norm_calculation_for_cpu_offload"
     sums = f"{zero}.independent_gradient_partition_epilogue"
     if setup.stage == 3 and workers == 1:
@@ -207,6 +210,6 @@ def test_a_fault_that_only_a_gpu_shows_stays_repaired(name: str, tried: dict[str
 
 
 def test_sums_that_no_stream_waits_for_are_found(folder: Path) -> None:
-    """So in the grid nothing was read before it was there."""
+    """So in the grid, nothing was read before it was complete."""
     rows = ranks.run("tests.twin.faults:unordered", (1,), str(folder), deadline_s=300)
     assert [row["stage"] for row in rows if row["error"].startswith("unordered: ")] == [2, 3], rows

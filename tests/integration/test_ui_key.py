@@ -1,4 +1,4 @@
-"""The server of `heliostat run ui` as a process: what it does with a key and without one, for programs and for browsers."""
+"""Tests the server of `heliostat run ui` as a process: its answers with and without a key, for programs and for browsers."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ BROWSER = {"Accept": "text/html,*/*", "Sec-Fetch-Site": "none"}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The server process of `heliostat run ui`, with a registered model in a store of its own."""
+    """Runs the server process of `heliostat run ui`, with a registered model in its own store."""
     folder = tmp_path_factory.mktemp("ui")
     store = f"sqlite:///{folder}/mlflow.db"
     own = {**ui.environment(store, "127.0.0.1", keys_in(folder)), "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts")}
@@ -44,7 +44,7 @@ def test_the_server_of_the_ui_does_nothing_for_those_who_have_no_key(server, sen
 
 
 def test_mlflows_own_client_does_all_with_the_key(server, tmp_path, monkeypatch):
-    """Experiments, runs, artifacts, models and aliases; and none of it without the key."""
+    """Experiments, runs, artifacts, models, and aliases work with the key, and none of them without it."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     client = mlflow.MlflowClient(tracking_uri=server, registry_uri=server)
     with pytest.raises(mlflow.exceptions.MlflowException, match=r"no API key.*MLFLOW_TRACKING_TOKEN"):

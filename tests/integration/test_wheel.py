@@ -1,4 +1,5 @@
-"""The wheel alone is enough: in an empty folder, with no clone, a workspace is made, prepared, trained in and exported from."""
+"""Tests that the wheel alone is enough: in an empty folder without a clone, it makes a workspace, prepares, trains, and
+exports."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ LIMIT_S = 300
 
 @pytest.fixture
 def heliostat(tmp_path) -> Callable[..., str]:
-    """Runs the command of a bare environment: heliostat from its wheel, everything else from here, and nothing of this clone."""
+    """Runs the command of a bare environment: heliostat from its wheel, all other packages from here, and nothing of this
+    clone."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=False)
     packages = next(home.glob("lib/python*/site-packages"))

@@ -1,4 +1,4 @@
-"""A stream of any length starts at once and holds little, because its windows are numbered as they are fetched."""
+"""Tests that a stream of any length starts at once and holds little, because its windows are numbered while they are fetched."""
 
 import time
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ STANDS_AT = 10
 
 
 class Noting(stream.Windows):
-    """Notes how far it is, by the note's size."""
+    """Records its progress as the size of a note."""
 
     def __init__(self, count: int, note: Path) -> None:
         super().__init__(count, lambda: range(count))
@@ -41,7 +41,7 @@ class Noting(stream.Windows):
 
 
 def standing(note: Path, still_s: float = 2.0) -> int:
-    """How many there are when none has come for so long."""
+    """Returns the number of windows when no new one has arrived for so long."""
     deadline, seen, since = time.monotonic() + 60, 0, time.monotonic()
     while (now := time.monotonic()) < deadline and (seen < stream.AHEAD or now - since < still_s):
         if (size := note.stat().st_size) != seen:
@@ -54,7 +54,7 @@ def standing(note: Path, still_s: float = 2.0) -> int:
 def test_windows_are_numbered_in_order_and_shortly_before_they_are_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While fetching stands still, so does numbering."""
+    """While fetching pauses, so does numbering."""
     made, go_on = tmp_path / "made", tmp_path / "go-on"
     monkeypatch.setattr(stream, "Windows", lambda count, numbers: Noting(count, made))
 

@@ -1,8 +1,9 @@
-"""Plays the trials of `heliostat check --numerics`, each in processes that are forked from that of `ranks`.
+"""Runs the trials of `heliostat check --numerics`, each in processes that are forked from that of `ranks`.
 
-    found = trials.run(jobs, folder, faults)      # by name of the job: what `numerics.check` concludes of it
+    found = trials.run(jobs, folder, faults)      # by name of the job: the conclusion of `numerics.check`
 
-A fault is named by import path, and called with the job's name in the process that hosts its trial, before that starts any other.
+A fault is named by its import path. The process that hosts the trial calls it with the job's name before it starts any other
+process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DEADLINE_S = 480
 
 
 def run(jobs: list[Job], folder: Path, fault: str = "") -> dict[str, dict[str, Any]]:
-    """Plays one after another; fails, with what was said, if a process of one failed."""
+    """Runs trials one after another; fails, with the output, if a process of one failed."""
     from heliostat.data import manifest
     from heliostat.numerics import check, processes
 
@@ -51,7 +52,7 @@ def _hosted(folder: Path, name: str, fault: str) -> None:
 
 
 def main(given: list[str]) -> int:
-    """Plays the trials in forks of this process, one after another; 0 if none of them failed."""
+    """Runs the trials in forks of this process, one after another; returns 0 if none of them failed."""
     from heliostat.numerics import plain, play, processes, small  # noqa: F401
 
     os.environ |= {**processes.THREADS, "GLOO_SOCKET_IFNAME": "lo"}

@@ -1,4 +1,4 @@
-"""Compiles the twin's C++ once for each version of it, of torch, and of Python, and loads it."""
+"""Compiles the simulated device's C++ once for each version of it, of torch, and of Python, and loads it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def load() -> ModuleType:
 
 
 def _compiled() -> Path:
-    """The shared library, in the folder where torch keeps extensions. Processes that need it at once wait for one compiler."""
+    """Returns the shared library in torch's folder for extensions. Processes that need it at the same time wait for one
+    compiler."""
     parts = [*FLAGS, torch.__version__, sys.version, *((HERE / name).read_text() for name in (*SOURCES, *HEADERS))]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
@@ -65,7 +66,7 @@ def _compile(library: Path) -> None:
 
 
 def _run(*commands: list[str]) -> None:
-    """Runs commands side by side."""
+    """Runs commands in parallel."""
     started = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     outputs = [process.communicate()[0] for process in started]
     for process, output in zip(started, outputs, strict=True):

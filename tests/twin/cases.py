@@ -1,4 +1,4 @@
-"""Small jobs of every recipe, and of each way to save memory, which the twin is tried with."""
+"""Defines small jobs of every recipe, and of each way to save memory, for tests of the simulated device."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ CASES: dict[str, Case] = {
 
 
 def made(case: str, folder: Path, **changes: Any) -> Job:
-    """The job of a case: fp32, ZeRO-0, a few steps of 8 samples in micro-batches of 2."""
+    """Returns the job of a case: fp32, ZeRO-0, and a few steps of 8 samples in micro-batches of 2."""
     usual = {
         "name": case.replace(" ", "-"), "storage": str(folder), "train.precision": "fp32", "train.steps": 4,
         "data.virtual_ranks": 4, "train.global_batch_size": 8, "train.micro_batch_size": 2,

@@ -1,4 +1,4 @@
-"""What `torch.cuda` offers, on the twin: a build of torch without CUDA lacks the functions that these stand in for."""
+"""Provides `torch.cuda`'s functions on the simulated device, because a build of torch without CUDA lacks them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ contexts: set[int] = set()  # devices whose memory was asked for: CUDA makes a c
 
 
 class Stream(torch.Stream):
-    """A stream of the twin's."""
+    """Represents a stream of the simulated device."""
 
     def __new__(cls, device: Any = None, priority: int = 0, **ids: int) -> Stream:
-        """Makes one, or wraps the stream of `ids`."""
+        """Creates a stream, or wraps the stream of `ids`."""
         if ids:
             return super().__new__(cls, **ids)
         return super().__new__(cls, torch.device("cuda", _index(device)), priority=priority)
@@ -30,15 +30,15 @@ class Stream(torch.Stream):
 
     @property
     def cuda_stream(self) -> int:
-        """Its number."""
+        """Returns the stream's number."""
         return int(self.stream_id)
 
 
 class Event(torch.Event):
-    """An event of the twin's."""
+    """Represents an event of the simulated device."""
 
     def __new__(cls, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> Event:
-        """Makes one."""
+        """Creates an event."""
         return super().__new__(cls, device="cuda", enable_timing=True)
 
 
@@ -50,13 +50,13 @@ def _index(device: Any) -> int:
 
 
 def current_stream(device: Any = None) -> Stream:
-    """The stream that this thread uses on the device."""
+    """Returns the stream that this thread uses on the device."""
     now = torch.accelerator.current_stream(torch.device("cuda", _index(device)))
     return Stream(stream_id=now.stream_id, device_index=now.device_index, device_type=now.device_type)
 
 
 def default_stream(device: Any = None) -> Stream:
-    """The device's default stream."""
+    """Returns the device's default stream."""
     return Stream(stream_id=0, device_index=_index(device), device_type=1)
 
 
@@ -75,14 +75,14 @@ def stream(chosen: Stream | None) -> Iterator[None]:
 
 
 def _asked(device: Any) -> int:
-    """The device's number, where there is a context now."""
+    """Returns the device's number, and creates its context."""
     index = _index(device)
     contexts.add(index)
     return index
 
 
 def install(native: ModuleType) -> None:
-    """Makes `torch.cuda` use the twin, for the rest of this process."""
+    """Makes `torch.cuda` use the simulated device for the rest of this process."""
     generators = tuple(native.generator(index) for index in range(2))
     properties = SimpleNamespace(
         name=NAME,

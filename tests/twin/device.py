@@ -1,12 +1,12 @@
-"""The twin: a device `cuda` whose memory is the host's, and which keeps a GPU's rules. For a process of its own: it stays.
+"""Simulates a device `cuda` with the host's memory and a GPU's rules. Needs a separate process, because it can't be undone.
 
-Kernels are the CPU's, so numbers are those of the CPU, while memory, streams, events, generators, and threads are the device's:
+Kernels are the CPU's, so numbers are those of the CPU. Memory, streams, events, generators, and threads are the device's:
 
-- A tensor on it is no CPU tensor. Mixing devices raises, `.to(device)` and `.cpu()` copy, views share memory, and fresh memory
-  holds NaN.
+- A tensor on it isn't a CPU tensor. Mixing devices raises an error, `.to(device)` and `.cpu()` copy, views share memory, and
+  fresh memory holds NaN.
 - Every host read, synchronization, and upload is recorded with its line (`traffic`).
-- Work of a stream is visible to another one that waits for it; else its use raises. A copy to pinned memory arrives when the host
-  waits for it, and the source of an upload must stay as it is until then.
+- Work of a stream is visible to another stream only after a wait; else its use raises an error. A copy to pinned memory arrives
+  when the host waits for it. Until then, the source of an upload must not change.
 - It has two devices, and a new thread starts on the first.
 """
 
@@ -31,8 +31,11 @@ def start() -> None:
 
 
 def start_deepspeed() -> None:
-    """Makes DeepSpeed use the twin as the GPU that it is, and this rank one of the two devices, as a worker's process does; to be
-    called before the first engine is built."""
+    """Makes DeepSpeed use the simulated device as a GPU, and assigns one of the two devices to this rank, like a worker's
+    process.
+
+    Call it before the first engine is built.
+    """
     start()
     local = int(os.environ.get("RANK", 0)) % 2
     os.environ["LOCAL_RANK"] = str(local)  # which DeepSpeed takes for its device's number

@@ -1,7 +1,8 @@
-"""Faults that only a GPU shows, each tried with heliostat's own classes on the twin; they need a process group of one worker.
+"""Runs faults that only a GPU shows, with heliostat's own classes on the simulated device; they need a process group of one
+worker.
 
-`tests/integration/test_twin_grid.py` names what each protects. Of the others that only a GPU shows, the grid tries copies of
-offloaded state, DeepSpeed's timer, and fp16's overflow over groups; `rules` tries threads, NVML, and memory.
+`tests/integration/test_twin_grid.py` names what each protects. The grid tries the other faults that only a GPU shows: copies of
+offloaded state, DeepSpeed's timer, and fp16's overflow over groups. `rules` tries threads, NVML, and memory.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def fault(check: Callable[[play.Player], None]) -> Callable[[play.Player], None]
 
 @fault
 def weights_are_averaged_while_a_save_copies_them(one: play.Player) -> None:
-    """As after a skipped fp16 step, which no step follows that would wait for the copy. The host gets the copy afterwards."""
+    """Simulates a skipped fp16 step, without a following step that would wait for the copy. The host gets the copy afterwards."""
     one.state.average = AveragedWeights(one.engine, 0.5)
     for values in one.state.average.state(whole=True).values():
         values.local.zero_()
@@ -63,13 +64,14 @@ def weights_are_averaged_while_a_save_copies_them(one: play.Player) -> None:
 
 
 def _aborted(tensor: torch.Tensor, *given: Any, **named: Any) -> None:
-    """A collective that the driver's order aborts: the end of its result has arrived, the rest is memory that nothing wrote."""
+    """Simulates a collective that the driver's order aborts: the end of its result has arrived, and the rest is unwritten
+    memory."""
     process_group.obey(process_group.order())
     tensor.view(-1)[: max(1, tensor.numel() - 1)].fill_(math.nan)
 
 
 def _with_abort(work: Callable[[], object]) -> None:
-    """Does this with collectives that are aborted."""
+    """Runs a function with collectives that are aborted."""
     reduce, dist.all_reduce = dist.all_reduce, _aborted
     try:
         work()
@@ -78,7 +80,7 @@ def _with_abort(work: Callable[[], object]) -> None:
 
 
 def _loop(one: play.Player, batches: StepBatches) -> tuple[Any, Any]:
-    """The loop of the attempt, and its reports, without a driver. A loss or norm that isn't finite ends it."""
+    """Returns the loop of the attempt, and its reports, without a driver. A loss or norm that isn't finite ends it."""
     context: Any = SimpleNamespace(
         job=one.job, posts=one.state.context.posts, progressed=process_group.check, start_step=0, control=one.control,
         latest=SimpleNamespace(loss=None), ledger=one.state.context.ledger,
@@ -131,7 +133,7 @@ def _batches(one: play.Player) -> StepBatches:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """Requires that what comes of an aborted collective counts as the loss of a peer, and then forgets the order to abort."""
+    """Requires that results of an aborted collective count as the loss of a peer, and then forgets the order to abort."""
     try:
         yield
     except PeerLostError:
@@ -142,7 +144,7 @@ def _lost() -> Iterator[None]:
 
 
 def tried(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Tries all faults, one after another, with one engine; yields what is wrong with each."""
+    """Tries all faults, one after another, with one engine; yields the problem of each."""
     device.start_deepspeed()
     one = Setup("language model", 1).player(Path(folder), 1)
     step(one, 0)
@@ -159,7 +161,7 @@ def tried(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
 
 
 def unordered(group: Any, everyone: Any, folder: str) -> Iterator[dict[str, Any]]:
-    """Trains at stages 2 and 3 with no stream that waits for reductions; yields what the twin raises."""
+    """Trains at stages 2 and 3 without a stream that waits for reductions; yields the errors of the simulated device."""
     device.start_deepspeed()
     for stage in (2, 3):
         with _without_waits_of_patches():

@@ -1,4 +1,5 @@
-"""Runs a recipe's batch, loss, backward pass, evaluation, and gallery on the CPU and on the twin, without DeepSpeed."""
+"""Runs a recipe's batch, loss, backward pass, evaluation, and gallery on the CPU and on the simulated device, without
+DeepSpeed."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ WAITS = ("read", "synchronization", "blocking upload", "unpinned upload")
 
 
 def batches(given: Job) -> tuple[Recipe, list[dict[str, torch.Tensor]]]:
-    """The recipe and the micro-batches of the first step."""
+    """Returns the recipe and the micro-batches of the first step."""
     sources = [read_manifest(location) for location in given.sources]
     data_plan, recipe = plan(given, sources), load(given, sources)
     open_dataset(data_plan)
@@ -40,7 +41,7 @@ def batches(given: Job) -> tuple[Recipe, list[dict[str, torch.Tensor]]]:
 
 
 def trained(recipe: Recipe, model: Any, micros: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The loss and the gradients of a step, on the model's device."""
+    """Returns the loss and the gradients of a step, on the model's device."""
     model.zero_grad()
     total = torch.zeros((), device=next(model.parameters()).device)
     for seed, micro in enumerate(on_device(micros, total.device, recipe.complete)):
@@ -53,7 +54,7 @@ def trained(recipe: Recipe, model: Any, micros: Sequence[dict[str, torch.Tensor]
 
 
 def evaluated(recipe: Recipe, model: Any, micros: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The scores of the first micro-batch, and a picture of the gallery."""
+    """Returns the scores of the first micro-batch, and a picture of the gallery."""
     scores: dict[str, torch.Tensor] = {}
     where = next(model.parameters()).device
     with torch.no_grad():
@@ -65,7 +66,7 @@ def evaluated(recipe: Recipe, model: Any, micros: Sequence[dict[str, torch.Tenso
 
 
 def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    """The length of the difference of two sets of tensors, all as one vector, relative to the length of the first."""
+    """Returns the norm of the difference of two sets of tensors, each as one vector, relative to the norm of the first."""
     assert one.keys() == other.keys() and one
     one = {name: values for name, values in one.items() if values.is_floating_point()}
     flat = [torch.cat([values[name].detach().cpu().double().flatten() for name in one]) for values in (one, other)]
@@ -73,7 +74,7 @@ def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> 
 
 
 def compared(name: str, folder: Path) -> dict[str, Any]:
-    """A case's differences between the CPU and the twin, and what crosses in a step after the first."""
+    """Returns a case's differences between the CPU and the simulated device, and the traffic of a step after the first."""
     recipe, micros = batches(cases.made(name, folder))
     torch.manual_seed(0)
     model = recipe.build()
@@ -97,7 +98,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def optimized(name: str) -> dict[str, Any]:
-    """An optimizer's difference between the CPU and the twin after three steps, and what crosses in the third."""
+    """Returns an optimizer's difference between the CPU and the simulated device after three steps, and the traffic of the
+    third."""
     keys = {"name": name, "lr": 0.02, "weight_decay": 0.1, **OPTIMIZERS[name]}
     settings = job(**{"train.optimizer": keys, "train.schedule": {"name": "constant", "warmup_steps": 2}}).train.optimizer
     weights: list[dict[str, torch.Tensor]] = []
@@ -121,7 +123,7 @@ def optimized(name: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a line of JSON for each case, or those named, and for each optimizer."""
+    """Prints a line of JSON for each case, or the named ones, and for each optimizer."""
     torch.set_num_threads(1)
     device.start()
     with tempfile.TemporaryDirectory() as folder:

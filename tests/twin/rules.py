@@ -1,4 +1,4 @@
-"""The rules that the twin keeps, each shown by a few lines. They run in a process of their own."""
+"""Shows the rules of the simulated device, each in a few lines. They run in a separate process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rule(check: Callable[[], None]) -> Callable[[], None]:
 
 
 def raises(what: str, work: Callable[[], Any]) -> None:
-    """Requires an error that says this."""
+    """Requires an error with this text."""
     try:
         work()
     except RuntimeError as e:
@@ -50,7 +50,7 @@ def raises(what: str, work: Callable[[], Any]) -> None:
 
 
 def ones(*size: int) -> torch.Tensor:
-    """Ones on the device."""
+    """Returns ones on the device."""
     return torch.ones(*size, device="cuda")
 
 
@@ -276,7 +276,7 @@ def measuring_a_node_without_nvml_makes_a_context_on_the_workers_own_gpu_alone()
 
 
 def peak(work: Callable[[], object]) -> int:
-    """The bytes on the device, of all that lives at a time and that this has made."""
+    """Returns the peak of the bytes on the device that a function allocated."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     work()
@@ -335,7 +335,7 @@ def a_save_that_nothing_holds_back_is_found() -> None:
 
 
 class Keeping(MemoryCopies):
-    """Copies of a worker, without other workers and keepers. The thread waits for the device when it `may`."""
+    """Simulates the copies of a worker, without other workers and keepers. The thread waits for the device when it `may`."""
 
     def __init__(self) -> None:
         super().__init__(MemoryPlan("", [[]]), 1 << 30, 0, 1, lambda text: None)
@@ -350,7 +350,7 @@ class Keeping(MemoryCopies):
         return True
 
     def _answers(self, calls: Any) -> None:
-        """Nothing is sent."""
+        """Sends nothing."""
 
 
 @rule
@@ -375,7 +375,7 @@ def a_copy_in_memory_is_of_its_step_and_on_a_stream_of_its_own() -> None:
 
 
 def _noting(streams: list[int]) -> Callable[..., None]:
-    """Packs, and notes the stream that does."""
+    """Packs, and records the stream that does."""
     pack = flat_copy.pack
 
     def noted(*given: Any) -> None:
@@ -386,7 +386,7 @@ def _noting(streams: list[int]) -> Callable[..., None]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints for each rule what is wrong with it, as JSON."""
+    """Prints the problem of each rule, as JSON."""
     device.start()
     faults = {}
     for name in RULES:

@@ -1,4 +1,5 @@
-"""Trains jobs through DeepSpeed on the twin and on the CPU: steps, a save, scores of averaged weights, and a resume."""
+"""Trains jobs through DeepSpeed on the simulated device and on the CPU: steps, a save, scores of averaged weights, and a
+resume."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ OFFLOADED = {"": (), "optimizer": ("optimizer",), "full": ("optimizer", "param")
 
 @dataclass(frozen=True)
 class Setup:
-    """A job: a case of `cases`, a ZeRO stage, and what else it changes. `within`: `train.zero.shard_group_size`."""
+    """Describes a job: a case of `cases`, a ZeRO stage, and its other changes. `within`: `train.zero.shard_group_size`."""
 
     case: str
     stage: int
@@ -40,11 +41,11 @@ class Setup:
         return ", ".join(filter(None, words))
 
     def trains_on(self, workers: int) -> bool:
-        """Whether so many workers train it: two groups where there are groups, else one or two workers."""
+        """Returns whether so many workers train it: two groups if there are groups, else one or two workers."""
         return workers == 2 * self.within if self.within else workers <= 2
 
     def player(self, folder: Path, gpus: int) -> play.Player:
-        """A worker of the job."""
+        """Returns a worker of the job."""
         offload = dict.fromkeys(OFFLOADED[self.offload], "cpu")
         words = re.findall("[a-z0-9]+", f"{self} {'twin' if gpus else 'cpu'} {dist.get_world_size()}".lower())
         changes = {
@@ -64,14 +65,14 @@ class Setup:
 
 
 def step(one: play.Player, number: int) -> None:
-    """Makes a step as the loop does."""
+    """Makes a step like the training loop."""
     mine = one.sharing.share(one._read)
     one.stepper.step(number, one.stepper.prepare(number, mine))
     one.unsealed.add(number, mine)
 
 
 def trained(setup: Setup, folder: Path, on_twin: bool) -> dict[str, Any]:
-    """Trains, saves, evaluates, and resumes; returns the numbers, and what crosses in the third step and in the evaluation."""
+    """Trains, saves, evaluates, and resumes; returns the numbers, and the traffic in the third step and in the evaluation."""
     one = setup.player(folder, int(on_twin))
     assert (one.device.type == "cuda") is on_twin
     step(one, 0)
@@ -105,7 +106,7 @@ def _listed(seen: traffic.Traffic) -> list[dict[str, Any]]:
 
 
 def trained_in_ranks(group: Any, everyone: Any, folder: str, on_twin: str, *setups: str) -> Iterator[dict[str, Any]]:
-    """In every rank: trains these setups, given as JSON of their fields, one after another."""
+    """In every rank, trains these setups, given as JSON of their fields, one after another."""
     if on_twin == "twin":
         device.start_deepspeed()
     for setup in (Setup(**json.loads(described)) for described in setups):

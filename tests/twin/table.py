@@ -1,4 +1,4 @@
-"""Prints what crosses between the host and the device in a step: `python -m tests.twin.table`."""
+"""Prints the traffic between the host and the device in a step: `python -m tests.twin.table`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLUMNS = {
 
 
 def rows(setups: list[Setup], workers: int) -> list[dict[str, Any]]:
-    """What crosses in the third step of each setup, for the first of so many workers."""
+    """Returns the traffic in the third step of each setup, for the first of so many workers."""
     with tempfile.TemporaryDirectory() as folder:
         cases.prepare(Path(folder))
         described = [json.dumps(dataclasses.asdict(setup)) for setup in setups]
@@ -30,7 +30,7 @@ def rows(setups: list[Setup], workers: int) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A table in Markdown of traffic per step, of four micro-batches."""
+    """Formats a table in Markdown: traffic per step of four micro-batches."""
     lines = ["| job | " + " | ".join(COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
     for row in found:
         counts = [sum(c["count"] for c in row["crossings"] if c["what"] in kinds) for kinds in COLUMNS.values()]

@@ -1,4 +1,4 @@
-"""Records what crosses between the host and the twin, with the lines of code that ask for it."""
+"""Records the traffic between the host and the simulated device, with the lines of code that cause it."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ MEANING = {
 
 
 class Crossing(NamedTuple):
-    """One kind of traffic at one place. `ours`: the innermost line of heliostat; `line`: the innermost outside torch, in
-    `function`."""
+    """Describes one kind of traffic at one place. `ours`: the innermost line of heliostat; `line`: the innermost outside torch,
+    in `function`."""
 
     what: str
     operation: str
@@ -52,16 +52,16 @@ class Crossing(NamedTuple):
 
 @dataclass
 class Traffic:
-    """What has crossed while it was recorded, and how often."""
+    """Holds the recorded traffic, with its counts."""
 
     crossings: Counter[Crossing] = field(default_factory=Counter)
 
     def count(self, *kinds: str) -> int:
-        """How often traffic of these kinds crossed."""
+        """Counts the traffic of these kinds."""
         return sum(n for crossing, n in self.crossings.items() if crossing.what in kinds)
 
     def places(self, *kinds: str) -> str:
-        """A line for each place where traffic of these kinds crossed."""
+        """Returns a line for each place with traffic of these kinds."""
         return "\n".join(f"{n} x {c}" for c, n in self.crossings.most_common() if c.what in kinds)
 
 
@@ -70,7 +70,7 @@ _open: list[Traffic] = []
 
 @contextlib.contextmanager
 def recorded() -> Iterator[Traffic]:
-    """Records until the block's end. What cannot raise where it happens (`fault`) raises there."""
+    """Records until the block's end. A `fault` that can't raise an error at its place raises it there."""
     traffic = Traffic()
     _open.append(traffic)
     try:
@@ -81,7 +81,7 @@ def recorded() -> Iterator[Traffic]:
 
 
 def listen(what: str, operation: str, number: int) -> None:
-    """Is called by the device for everything that crosses; raises RuntimeError for what no device can compute."""
+    """Receives all traffic from the device; raises RuntimeError for operations that no device can compute."""
     crossing = Crossing(what, operation, *_place())
     if what in RAISES:
         raise RuntimeError(f"{crossing}: {MEANING[what]}")

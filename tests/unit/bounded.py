@@ -1,4 +1,4 @@
-"""Bounds the memory of what reads a file, in a fork of a process that has imported the libraries, and measures that of a call."""
+"""Limits the memory of a reader in a fork of a process with the libraries imported, and measures the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ SERVER = ForkServer((MODULE,), {})
 
 
 def read(folder: Path, name: str, limit: int) -> Done:
-    """Reads a file of a folder with at most MORE memory than the process has; it prints why the last part was left out."""
+    """Reads a file of a folder with at most MORE bytes of memory in addition to the process's own; prints the reason for the last
+    dropped part."""
     return SERVER.run(f"{MODULE}:forked", [str(folder), name, str(limit)])
 
 
 def forked(arguments: list[str]) -> int:
-    """Does what `read` says in this process."""
+    """Does the work of `read` in this process."""
     folder, name, limit = arguments
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (has + MORE,) * 2)
@@ -50,7 +51,7 @@ def forked(arguments: list[str]) -> int:
 
 
 def arrow_peak(work: Callable[[], object]) -> int:
-    """Returns the most bytes that Arrow has allocated for a call."""
+    """Returns the peak number of bytes that Arrow allocated during a call."""
     before = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(before)
     pa.set_memory_pool(pool)
@@ -63,7 +64,7 @@ def arrow_peak(work: Callable[[], object]) -> int:
 
 
 def python_peak(work: Callable[[], object]) -> int:
-    """Returns the most bytes that Python and NumPy have allocated for a call."""
+    """Returns the peak number of bytes that Python and NumPy allocated during a call."""
     tracemalloc.start()
     try:
         work()

@@ -1,4 +1,4 @@
-"""Checkpoints of several ranks, written in one process as the ranks write them, in this format and in older ones."""
+"""Writes checkpoints of several ranks from one process, in the current format and in older ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.unit.build_index import facts
 
 
 def slices(tensors: dict[str, torch.Tensor], rank: int, world: int) -> dict[str, torch.Tensor]:
-    """The rank-th part of each flat tensor."""
+    """Returns the part of each flat tensor that belongs to a rank."""
     out: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         per = -(-len(tensor) // world)
@@ -27,7 +27,7 @@ def slices(tensors: dict[str, torch.Tensor], rank: int, world: int) -> dict[str,
 
 
 def save(run: Location, step: int, states: list[dict[str, torch.Tensor]], **given: Any) -> Path:
-    """Writes what each of the ranks holds; returns the folder."""
+    """Writes the shard of each rank; returns the folder."""
     target, world = layout.folder(run, step), len(states)
     parts = [
         writing.write_shard(target, writing.mine(state, rank, world), rank, lambda: None) for rank, state in enumerate(states)
@@ -37,7 +37,8 @@ def save(run: Location, step: int, states: list[dict[str, torch.Tensor]], **give
 
 
 def age(folder: Path, number: int) -> None:
-    """Makes the checkpoint one of format 2 or 3: every chunk of every shard in `checkpoint.json`, and no other index."""
+    """Converts the checkpoint to format 2 or 3: `checkpoint.json` lists every chunk of every shard, and there is no other
+    index."""
     root = json.loads((folder / "checkpoint.json").read_bytes())
     del root["crc32"]
     root["format"] = number

@@ -1,4 +1,5 @@
-"""Runs curation in this process: the same tasks, keys and records as on Ray, in another order each time, some of them twice."""
+"""Runs curation in this process, with the same tasks, keys, and records as on Ray. Tasks run in a shuffled order, and some run
+twice."""
 
 import random
 from collections.abc import Iterator
@@ -20,20 +21,18 @@ LETTERS = str.maketrans("0123456789", "abcdefghij")
 
 
 def spelled(number: int) -> str:
-    """Spells a number in letters: of words in which only digits differ, comparisons see none."""
+    """Spells a number in letters, because comparisons ignore the digits of words."""
     return str(number).translate(LETTERS)
 
 
 class KilledError(Exception):
-    """Stands for the end of the driver."""
+    """Simulates the death of the driver."""
 
 
 @dataclass
 class HereFlow(flow.Flow):
-    """Runs each task where it is called, after a trip through pickle; shuffled by `seed`, and a share of them `again`.
-
-    After `most` tasks the run ends where it is.
-    """
+    """Runs each task in this process, with pickled arguments. `seed` shuffles the tasks, and `again` is the share that runs
+    twice. The run ends after `most` tasks."""
 
     seed: int = 0
     most: int = 1 << 60
@@ -69,7 +68,7 @@ class HereFlow(flow.Flow):
 
 @dataclass(frozen=True)
 class Given:
-    """Reads documents that are given: a part's path is the place of its text in `texts`."""
+    """Reads given documents: a part's path is the index of its text in `texts`."""
 
     texts: dict[str, str]
     columns: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -86,7 +85,7 @@ class Given:
 def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pieces: int | list[list[str]] = 5,
            memory_limit: int = 1 << 20, columns: dict[str, dict[str, Any]] | None = None,
            pictures: dict[str, Picture] | None = None, **flow_keys: Any) -> tuple[Curated, HereFlow]:  # fmt: skip
-    """Takes texts by id through stages, dealt out to some pieces, or to pieces that are given."""
+    """Runs texts, by id, through stages, distributed over some pieces or over the given pieces."""
     here = HereFlow(Work(Location(str(folder))), **flow_keys)
     engine = StageEngine(here, Given(texts, columns or {}, pictures or {}), ["given"], memory_limit)
     parts = {id: FilePart(id, len(text), 0) for id, text in texts.items()}
@@ -95,12 +94,12 @@ def curate(folder: Path, texts: dict[str, str], stages: list[dict[str, Any]], pi
 
 
 def left(found: Curated, here: HereFlow) -> dict[str, str]:
-    """Returns the documents that are left, by id."""
+    """Returns the remaining documents, by id."""
     tables = (t for run in found.runs for t in survivors(here.work.spill, run))
     return {row["id"]: row["text"] for table in tables for row in table.to_pylist()}
 
 
 def left_out(found: Curated, here: HereFlow) -> dict[str, tuple[str, str, str]]:
-    """Returns (stage, reason, detail) of what was left out, by id."""
+    """Returns (stage, reason, detail) of each dropped document, by id."""
     tables = (t for name in found.left_out for t in spill.read(here.work.spill, name))
     return {row["id"]: (row["stage"], row["reason"], row["detail"]) for table in tables for row in table.to_pylist()}

@@ -19,7 +19,7 @@ SETTINGS = IndexSettings(chunk_tokens=16, overlap=4)
 
 
 def write_dataset(folder: Path, texts: dict[str, str], shards: int = 2, definition: str | None = None) -> manifest.Manifest:
-    """A dataset as the pipeline makes one, in shards of several row groups whose places are known."""
+    """Writes a dataset as the pipeline does, in shards of several row groups with known places."""
     definition = definition or tokens.train(TEXTS, 300, END)
     tokenizer = tokens.load(definition)
     end, place, rows = tokens.end_id(tokenizer, END), Location(str(folder)), []
@@ -48,6 +48,6 @@ def index(made: manifest.Manifest, out: Path, embedder: Path | None = None, sett
 
 
 def rows(out: Path | SearchIndex) -> list[dict]:
-    """All passages of the version that an index's record names, in an order of their own."""
+    """Returns all passages of the version in an index's record, in their own order."""
     found = (out if isinstance(out, SearchIndex) else SearchIndex(Location(str(out)))).table.to_table().to_pylist()
     return sorted(found, key=lambda row: (row["document"], row["number"]))

@@ -1,4 +1,4 @@
-"""The dataset of the example classifier, small, made without Ray."""
+"""Builds a small dataset for the example classifier, without Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobs.examples.functions import Functions
 
 
 def dataset(folder: Path, **keys: Any) -> Manifest:
-    """Functions of two packages, unless `keys` say otherwise."""
+    """Writes a dataset of functions from two packages, unless `keys` choose another input."""
     given = {
         "name": "functions",
         "output": str(folder),

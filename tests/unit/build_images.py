@@ -1,4 +1,5 @@
-"""Small image datasets and text-to-image jobs for tests: real digits, made without Ray; models of some thousand weights."""
+"""Builds small image datasets and text-to-image jobs for tests: real digits, made without Ray, and models with some thousand
+weights."""
 
 from __future__ import annotations
 
@@ -53,7 +54,7 @@ CLIP: dict[str, Any] = {
 
 
 def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
-    """A prepared dataset of the first digits, with labels and a tokenizer, as the image pipeline writes them."""
+    """Prepares a dataset of the first digits, with labels and a tokenizer, as the image pipeline writes it."""
     made = [pictures.prepare(raw, pictures.ImageRules(((8, 8),), 1)) for raw in itertools.islice(sources.digits(), count)]
     found = pa.Table.from_pylist([{**asdict(one), "width": one.size[0], "height": one.size[1]} for one in made], ROWS)
     (folder / "shards").mkdir(parents=True)
@@ -70,7 +71,7 @@ def digits(folder: Path, count: int = 400, chunk: int = 40) -> Path:
 
 
 def job(dataset: Path, **model: Any) -> dict[str, Any]:
-    """`key.path: value` changes of the job as `tests.unit.build_job.job` takes them; `model`: keys of the recipe."""
+    """Builds a job with `key.path: value` changes, as in `tests.unit.build_job.job`. `model`: keys of the recipe."""
     return {
         "recipe": "heliostat.recipes:TextToImage",
         "model": {"backbone": UNET, "text": TEXT, **model},
@@ -81,7 +82,7 @@ def job(dataset: Path, **model: Any) -> dict[str, Any]:
 
 
 def embedder(dataset: Path, **changes: Any) -> Job:
-    """16 pairs of captions and digits a step in micro-batches of 2, in 4 lanes, with dropout."""
+    """Builds a job with 16 pairs of captions and digits per step, in micro-batches of 2 on 4 virtual ranks, with dropout."""
     usual: dict[str, Any] = {"recipe": "heliostat.recipes:ImageEmbedder", "model": copy.deepcopy(CLIP), "data.virtual_ranks": 4,
                              "data.sources": [{"path": str(dataset)}], "data.sequence_length": None,
                              "train.global_batch_size": 16, "train.precision": "fp32"}  # fmt: skip
@@ -89,7 +90,7 @@ def embedder(dataset: Path, **changes: Any) -> Job:
 
 
 def image(width: int, height: int, seed: int = 0, mode: str = "RGB", encoding: str = "PNG") -> bytes:
-    """An image of smooth random colours, so that scaling and JPEG leave it recognisable."""
+    """Returns an image of smooth random colors, which stays recognizable after scaling and JPEG compression."""
     rng = np.random.default_rng(seed)
     channels = len(Image.new(mode, (1, 1)).getbands())
     small = rng.integers(0, 256, (6, 6, channels)).astype(np.uint8)
@@ -100,7 +101,7 @@ def image(width: int, height: int, seed: int = 0, mode: str = "RGB", encoding: s
 
 
 class Here(ImagePipeline):
-    """An image pipeline whose tasks run in this process, with as little memory as a test gives them."""
+    """Defines an image pipeline that runs its tasks in this process, with as little memory as a test sets."""
 
     memory_limit: ByteSize = ByteSize(2 << 30)
     _keys: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -112,7 +113,7 @@ class Here(ImagePipeline):
 
 
 def prepared(keys: dict[str, Any], **flow_keys: Any) -> tuple[manifest.Manifest, HereFlow]:
-    """Prepares a dataset without Ray, as `prepare` does: the same tasks, keys and records."""
+    """Prepares a dataset without Ray, with the same tasks, keys, and records as `prepare`."""
     made = Here.model_validate(keys)
     made._keys = flow_keys
     made.check()
@@ -130,7 +131,7 @@ def prepared(keys: dict[str, Any], **flow_keys: Any) -> tuple[manifest.Manifest,
 
 
 def photos() -> dict[str, bytes]:
-    """Three photographs, which come with scikit-learn and matplotlib, as JPEG."""
+    """Returns three photographs from scikit-learn and matplotlib, as JPEG."""
     import matplotlib
     import sklearn.datasets
 
@@ -140,14 +141,14 @@ def photos() -> dict[str, bytes]:
 
 
 def scaled(data: bytes, factor: float, encoding: str = "JPEG", quality: int = 75) -> bytes:
-    """The same photograph in another size."""
+    """Returns the same photograph in another size."""
     found, out = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
     found.resize((int(found.width * factor), int(found.height * factor))).save(out, encoding, quality=quality)
     return out.getvalue()
 
 
 def folder_of(place: Path, rows: list[tuple[str, bytes, dict[str, Any]]]) -> Path:
-    """A folder of images by name, with their rows of metadata."""
+    """Writes a folder of images by name, with their rows of metadata."""
     place.mkdir(parents=True)
     for name, data, _ in rows:
         (place / name).write_bytes(data)

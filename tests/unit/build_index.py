@@ -1,4 +1,4 @@
-"""The facts of a checkpoint's index that a test does not care for."""
+"""Builds the parts of a checkpoint's index that a test doesn't check."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ DATA = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4,
 
 
 def facts(**given: Any) -> dict[str, Any]:
-    """What whoever saves a checkpoint says of it; `given` is laid over it."""
+    """Returns the facts that a save records in a checkpoint; `given` overrides them."""
     saved = index(int(given.get("optimizer_steps", 0)), **given)
     return {k: v for k, v in saved.items() if k not in ("format", "step", "shards", "tensors")}
 
 
 def index(step: int, **facts: Any) -> dict[str, Any]:
-    """Of a checkpoint without tensors, behind `step`; `facts` are laid over it."""
+    """Builds the index of a checkpoint without tensors, saved after `step`; `facts` override the defaults."""
     return {
         "format": FORMAT, "step": step, "name": "small", "world_size": 1, "zero_stage": 1, "optimizer_steps": step, "job": {},
         "data": DATA, "data_digest": "", "receipt": {"steps": step, "chain": ""}, "bad_samples": 0, "metrics": {}, "written": 0.0,

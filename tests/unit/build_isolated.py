@@ -1,4 +1,4 @@
-"""A function for a process of its own that does the worst."""
+"""Defines functions with the worst behavior that an isolated process must survive."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""A small valid job as plain data, with changes by key path, for tests that need one."""
+"""Builds a small valid job as plain data, with changes by key path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BASE: dict[str, Any] = {
 
 
 def raw(**changes: Any) -> dict[str, Any]:
-    """BASE with `key.path: value` changes; None removes a key."""
+    """Returns BASE with `key.path: value` changes; None removes a key."""
     made = copy.deepcopy(BASE)
     for path, value in changes.items():
         *parents, last = path.split(".")
@@ -45,7 +45,7 @@ def job(**changes: Any) -> Job:
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """The job as a file."""
+    """Writes the job to a file."""
     path = folder / "job.yaml"
     path.write_text(yaml.safe_dump(raw(**changes)))
     return path

@@ -1,4 +1,4 @@
-"""Writes tiny language models of random weights for tests, with prompts to ask them."""
+"""Writes tiny language models with random weights for tests, and prompts for them."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ ARCHITECTURES = {
 
 
 def write_model(folder: Path, model: dict, length: int = 32) -> Path:
-    """A language model of random weights that are large enough for its answers to differ, exported."""
+    """Exports a language model whose random weights are large enough to give different answers."""
     recipe = CausalLM(job(**{"model": {**model, "vocab_size": 320}, "data.sequence_length": length}))
     recipe.bind([make_text(folder / "data")])
     torch.manual_seed(0)

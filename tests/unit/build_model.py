@@ -1,4 +1,4 @@
-"""Writes tiny Hugging Face folders over letters for tests, as save_pretrained does."""
+"""Writes tiny Hugging Face folders with a vocabulary of letters, in the form of save_pretrained."""
 
 import random
 import string
@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 
 def make_model(folder: Path, labels: tuple[str, ...] = ("bad", "good"), **keys) -> None:
-    """Writes a tiny BERT over letters."""
+    """Writes a tiny BERT with a vocabulary of letters."""
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[SEP]", "[UNK]", *string.ascii_lowercase])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -1,4 +1,5 @@
-"""A prepared dataset of real text: the reference that Python comes with, cut into documents, as the pipeline would store them."""
+"""Builds a prepared dataset of real text, from the reference that Python ships, split into documents as the pipeline stores
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ WORDS = 220  # of a document
 
 @cache
 def texts() -> tuple[str, ...]:
-    """Paragraphs of all topics, each once, joined to documents of some length."""
+    """Returns paragraphs of all topics, each once, joined to documents of some length."""
     found, held = list[str](), list[str]()
     for part in dict.fromkeys(part for _, topic in sorted(topics.items()) for part in topic.split("\n\n")):
         held.append(part)
@@ -29,7 +30,8 @@ def texts() -> tuple[str, ...]:
 
 
 def make(folder: Path, documents: tuple[str, ...] = (), chunk_tokens: int = 8000) -> manifest.Manifest:
-    """Two shards, documents in the order of their places, so that what a fraction holds out are whole documents."""
+    """Writes two shards with documents in the order of their places, so that a held-out fraction consists of complete
+    documents."""
     documents = documents or texts()
     definition = tokens.train(documents, 600, END)
     tokenizer = tokens.load(definition)

@@ -1,4 +1,5 @@
-"""A small prepared dataset of pairs, whose query names the first word of its text, and a job that trains an embedder on it."""
+"""Builds a small prepared dataset of pairs, in which the query names the first word of the text, and a job that trains an
+embedder on it."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ END = "<|endoftext|>"
 
 
 def pairs(number: int) -> list[dict[str, str]]:
-    """Texts of some words, and queries of which about every twelfth is the same; every ninth text is that of the one before."""
+    """Returns texts of some words, with queries. About every twelfth query is the same, and every ninth text repeats the text
+    before."""
     drawn = random.Random(3)
     found: list[dict[str, str]] = []
     for i in range(number):
@@ -50,7 +52,7 @@ MODEL = {"arch": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attenti
 
 
 def embedder(data: Path, **changes: Any) -> Job:
-    """16 pairs a step in micro-batches of 2, in 4 lanes, with dropout."""
+    """Builds a job with 16 pairs per step, in micro-batches of 2 on 4 virtual ranks, with dropout."""
     usual: dict[str, Any] = {"recipe": "heliostat.recipes:Embedder", "model": {**MODEL}, "data.sequence_length": None,
                              "data.sources": [{"path": str(data)}], "data.virtual_ranks": 4, "train.global_batch_size": 16,
                              "train.precision": "fp32"}  # fmt: skip

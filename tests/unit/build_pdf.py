@@ -23,5 +23,5 @@ def make_pdf(pages: list[bytes], title: str = "", packed: bool = False) -> bytes
 
 
 def lines(*told: str) -> bytes:
-    """Returns the content of a page that says some lines."""
+    """Returns the content stream of a page with these lines."""
     return b"BT /F1 12 Tf 50 700 Td 14 TL " + b" T* ".join(f"({line}) Tj".encode() for line in told) + b" ET"

@@ -1,4 +1,4 @@
-"""A peer on a TCP port that answers one connection with these bytes."""
+"""Runs a peer on a TCP port that answers one connection with given bytes."""
 
 import contextlib
 import socket
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def peer(answer: bytes) -> Iterator[str]:
-    """Yields its URL."""
+    """Yields the peer's URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def speak() -> None:

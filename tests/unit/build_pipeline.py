@@ -1,4 +1,4 @@
-"""Makes whole datasets for tests in this process, without Ray."""
+"""Makes complete datasets for tests in this process, without Ray."""
 
 from heliostat.curation.prepare import place
 from heliostat.curation.text.pipeline import TextPipeline
@@ -10,14 +10,14 @@ from tests.unit.build_curation import HereFlow
 
 
 class Here(TextPipeline):
-    """Runs its tasks where it is called."""
+    """Runs tasks in this process."""
 
     def flow(self, work: Work | None = None) -> HereFlow:
         return HereFlow(work or self.worked, again=0)
 
 
 def make_dataset(pipeline: Here) -> Manifest:
-    """Makes the pipeline's dataset, as `prepare` does."""
+    """Makes the pipeline's dataset like `prepare`."""
     output = place(pipeline.output, "output")
     made = manifest.write(output, *pipeline.write(output, pipeline.inputs()))
     versions.publish(output, made)

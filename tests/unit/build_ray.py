@@ -1,4 +1,4 @@
-"""Stands in for Ray: runs each task in a process that is forked for it, so that a task may end its process."""
+"""Replaces Ray: runs each task in a forked process, so that a task may end its process."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ class Reference:
 
 @dataclass
 class ForkedRay:
-    """Has the functions of `ray` that `curation` uses; `started` counts tasks by their keys."""
+    """Provides the functions of `ray` that `curation` uses. `started` counts tasks by their keys."""
 
     cpus: list[int] = field(default_factory=lambda: [2])
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp()))

@@ -1,4 +1,4 @@
-"""A recipe around any model, for tests that play the model by themselves: its forward pass takes `x` and `y` and gives a loss."""
+"""Builds a recipe around any model, for tests with their own model. Its forward pass takes `x` and `y`, and returns a loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 class Around(Recipe):
-    """The model is built under zero.Init at stage 3, as large ones are."""
+    """Defines a recipe that builds its model under zero.Init at stage 3, like large models."""
 
     kind = "rows"
 

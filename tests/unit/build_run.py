@@ -1,4 +1,4 @@
-"""A run's folder for verify: its receipts, segments, and checkpoints, made by definition."""
+"""Builds a run's folder for `verify`, with receipts, segments, and checkpoints written from their definitions."""
 
 import hashlib
 import itertools
@@ -22,7 +22,7 @@ CHANGE = 10  # the step at which the second run's data was changed
 
 
 class Run:
-    """A run's folder, made by a plain loop that shares no code with the verification but where samples are."""
+    """Builds a run's folder with a plain loop. It shares only the positions of samples with the code of the verification."""
 
     def __init__(self, folder: Path, *plans: DataPlan, cuts: tuple[int, ...] = CUTS) -> None:
         self.location, self.plans = Location(str(folder)), plans
@@ -54,7 +54,8 @@ class Run:
         return hashlib.blake2b(lanes, digest_size=16).hexdigest()
 
     def sample(self, data: Dataset, position: int) -> tuple[list[int], list[int]]:
-        """(source, epoch, chunk, row) and content at a position, or the next good ones of the source in the window."""
+        """Returns (source, epoch, chunk, row) and the content at a position, or of the next good samples of the source in the
+        window."""
         _, begin, end = data.order.window_at(position)
         at = data.order.locate(np.array([*range(position, end), *range(begin, position)]))
         for place in np.stack([at.source, at.epoch, at.chunk, at.row], axis=1).tolist():
@@ -71,7 +72,7 @@ class Run:
         return self.location.join("receipts", f"step-{end:08d}.json")
 
     def receipt(self, first: int, end: int, **changes: Any) -> None:
-        """The receipt of steps [first, end), as the run had to write it but for the changes."""
+        """Writes the receipt of steps [first, end) as the run had to write it, with the given changes."""
         right = {"first": first, "steps": self.digests[first:end], "chain": self.chains[end]}
         self.file(end).write(json.dumps({**right, "data_digest": self.plan(first).digest, **changes}).encode())
 
@@ -81,7 +82,7 @@ class Run:
         layout.folder(self.location, step).join(layout.INDEX).write(layout.encode(made))
 
     def difference(self) -> tuple[int, str]:
-        """The index of the first step that `verify` finds wrong, and what is wrong with it."""
+        """Returns the index of the first step that `verify` rejects, and the problem."""
         report = verify.verify(self.location)
         first = report["first_difference"]
         assert not report["ok"] and f"step {first['step']} is the first" in verify.explain(report)
@@ -89,7 +90,7 @@ class Run:
 
 
 def wrong(digest: str) -> str:
-    """The digest with its last digit changed."""
+    """Returns the digest with another last digit."""
     return digest[:-1] + ("0" if digest[-1] != "0" else "1")
 
 

@@ -1,4 +1,4 @@
-"""A server of loopback that speaks TLS, and an authority that has signed its certificate."""
+"""Runs a TLS server on the loopback interface, and the authority that signed its certificate."""
 
 import datetime
 import ipaddress
@@ -17,7 +17,7 @@ NAMED, UNNAMED = ["localhost", "127.0.0.1", "127.0.0.5", "127.0.0.6"], "127.0.0.
 
 
 def signed(folder: Path) -> ssl.SSLContext:
-    """Makes an authority (`ca.pem`), and the context of a server whose certificate it has signed for the hosts that are NAMED."""
+    """Creates an authority (`ca.pem`), and the context of a server with a certificate from it for the hosts in NAMED."""
 
     def name(value: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, value)])
@@ -42,7 +42,7 @@ def signed(folder: Path) -> ssl.SSLContext:
 
 
 class Secure(Server):
-    """Speaks TLS, at all addresses of loopback; shakes hands in the thread of each request."""
+    """Serves TLS at all loopback addresses. The handshake runs in the thread of each request."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mistakes on the command line: what people type, by kind, with the field and words that the answer must have.
+"""Lists mistakes that people make on the command line, by kind, with the field and words that the answer must contain.
 
 Each row is (words, field, words of the answer). `{...}` is a file or a folder of the test's workspace.
 """
@@ -7,7 +7,7 @@ J, P = "jobs/quickstart.yaml", "pipelines/quickstart.yaml"
 
 
 def key(change: str) -> list[str]:
-    """Returns the words that check the quickstart's job with one key changed."""
+    """Returns the words of a command that checks the quickstart's job with one changed key."""
     return ["check", "--offline", J, "--set", change]
 
 

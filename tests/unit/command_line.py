@@ -1,4 +1,4 @@
-"""Calls commands in the tests' own process, and lists them."""
+"""Calls commands in the tests' own process, and lists all commands."""
 
 import functools
 import sys
@@ -16,7 +16,7 @@ FILES = {"job": "jobs/quickstart.yaml", "pipeline": "pipelines/quickstart.yaml",
 
 
 def commands(command: Any = None, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
-    """Every command and group with the words that call it."""
+    """Maps every command and group to the words that call it."""
     command = command or BUILT(common.app)
     below = getattr(command, "commands", {})
     return [(path, command), *(found for name, one in below.items() for found in commands(one, (*path, name)))]
@@ -26,7 +26,7 @@ NAMES = {" ".join(path) or "heliostat": command for path, command in commands()}
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error) of a command in this process."""
+    """Runs a command in this process; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
     monkeypatch.setattr(typer.main, "get_command", BUILT)  # which builds all commands, at each call
     with pytest.raises(SystemExit) as end:

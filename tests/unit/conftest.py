@@ -1,4 +1,4 @@
-"""What every unit test is held to, and what tests of several files use."""
+"""Enforces rules for every unit test, and defines fixtures that several files use."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COUNTED_ONCE = ("test_auto", "test_plan", "test_plan_layouts", "test_plan_memory
 
 
 def _computes() -> bool:
-    """Whether a thread of this process computes while this one sleeps."""
+    """Returns whether a thread of this process computes while this one sleeps."""
     began = time.process_time()
     time.sleep(LOOK_S)
     return time.process_time() - began > LOOK_S / 2
@@ -34,14 +34,14 @@ def _computes() -> bool:
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_computes_on() -> Iterator[None]:
-    """Fails a file that leaves a thread which computes for ever: it would halve the speed of all tests after it."""
+    """Fails a file that leaves a computing thread running, which would halve the speed of all later tests."""
     yield
     assert not all(_computes() for _ in range(LOOKS)), "a thread that this file has started computes on; end it"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def counted_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Lets the planner keep its counts of models, for the whole session, in files whose tests do not change how it counts."""
+    """Keeps the planner's counts of models for the whole session, in files whose tests don't change the counting."""
     if request.module.__name__.rpartition(".")[2] not in COUNTED_ONCE:
         yield
         return
@@ -53,7 +53,7 @@ def counted_once(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(autouse=True, scope="session")
 def nothing_waits_for_the_disk() -> Iterator[None]:
-    """What tests write need not outlive a power failure: on a busy machine each fsync takes 20 ms."""
+    """Replaces fsync by nothing: tests' files needn't survive a power failure, and on a busy machine each fsync takes 20 ms."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda file: None)
         yield
@@ -61,14 +61,14 @@ def nothing_waits_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """HOST:PORT of an S3 server in this process."""
+    """Returns HOST:PORT of an S3 server in this process."""
     with stores.s3() as endpoint:
         yield endpoint
 
 
 @pytest.fixture(params=["disk", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
-    """A folder that is not there yet."""
+    """Returns a folder that doesn't exist yet."""
     if request.param == "disk":
         return Location(str(tmp_path / "run"))
     for name, value in stores.AWS.items():
@@ -79,7 +79,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small language model's folder, which no test changes."""
+    """Returns the folder of a small language model, which no test changes."""
     from tests.unit.build_job import BASE
     from tests.unit.build_language_model import write_model
 
@@ -88,7 +88,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    """A prepared dataset of text, which no test changes."""
+    """Returns a prepared dataset of text, which no test changes."""
     from tests.unit.build_document_index import CORPUS, write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("corpus"), CORPUS)
@@ -96,7 +96,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 @pytest.fixture(scope="session")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model's folder, whose model takes 64 tokens."""
+    """Returns the folder of a language model with a limit of 64 tokens."""
     from tests.unit.build_job import BASE
     from tests.unit.build_language_model import write_model
 
@@ -105,7 +105,7 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def document_index(corpus: Manifest, embedder: Path, tmp_path_factory: pytest.TempPathFactory) -> SearchIndex:
-    """An index of the corpus with embeddings, which no test changes."""
+    """Returns an index of the corpus with embeddings, which no test changes."""
     from heliostat.apps.search.search import SearchIndex
 
     from tests.unit.build_document_index import index
@@ -116,7 +116,7 @@ def document_index(corpus: Manifest, embedder: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Runs a server that speaks the Hub's protocol, with a cache of its own, and retries nothing."""
+    """Runs a server that speaks the Hub's protocol. It has its own cache, and requests aren't retried."""
     with hub_server.serving() as server:
         for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH"):
             monkeypatch.delenv(name, raising=False)

@@ -1,6 +1,7 @@
-"""The command line in processes of its own, each forked from one that has imported the libraries that models are built with.
+"""Runs the command line in processes that are forked from one with the models' libraries imported.
 
-Those take seconds, and no command is tested for them. What a command imports beside them is told as in a fresh process.
+Importing these libraries takes seconds, and no test of a command needs a fresh import. The other imports of a command are
+reported as in a fresh process.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ SERVER = ForkServer(
 
 
 def run(*arguments: str) -> tuple[int, str, list[str], str]:
-    """(exit code, standard output, lines of standard error, heavy modules imported) of a command in the repository's root."""
+    """Runs a command in the repository's root; returns (exit code, standard output, lines of standard error, heavy imported
+    modules)."""
     done = SERVER.run(f"{__name__}:command", arguments)
     *lines, imported = done.err.splitlines()
     return done.code, done.out, lines, imported.removeprefix("imported: ")
 
 
 def command(arguments: list[str]) -> int:
-    """Runs it in this process, and says in the end which heavy modules are imported; the exit code."""
+    """Runs a command in this process, prints the heavy imported modules at the end, and returns the exit code."""
     sys.argv = ["heliostat", *arguments]
     from heliostat.cli.main import main
 

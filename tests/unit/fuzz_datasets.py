@@ -1,4 +1,4 @@
-"""What is fuzzed before a run: jobs, pipelines, sweeps, cluster files, and datasets."""
+"""Defines the fuzzing targets before a run: jobs, pipelines, sweeps, cluster files, and datasets."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEYS = ["model", "train.", "data", "recipe", "job", "space", "tokenizer", "input
 def mutating(
     pattern: str, mutated: Callable[[random.Random, bytes], bytes], *also: str
 ) -> Callable[[random.Random, Path], list[str]]:
-    """Mutates one of the files that match."""
+    """Returns a mutation of one of the files that match."""
 
     def mutate(rng: random.Random, folder: Path) -> list[str]:
         path = rng.choice(sorted(p for p in folder.glob(pattern) if p.is_file()))
@@ -97,7 +97,7 @@ def clusters(folder: Path) -> Target:
         (folder / path.name).write_bytes(path.read_bytes())
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """One of them; the others are read as they are, once, before the first round."""
+        """Mutates one of the files. The others are read once, unchanged, before the first round."""
         names = mutating("*.yaml", mutated_yaml)(rng, copied)
         for path in copied.glob("*.yaml"):
             if path.name not in names:
@@ -117,7 +117,7 @@ def clusters(folder: Path) -> Target:
 
 
 def text_dataset(place: Location) -> manifest.Manifest:
-    """A dataset of 60 documents of letters, with its tokenizer."""
+    """Writes a dataset of 60 documents of letters, with its tokenizer."""
     vocabulary = {chr(i + 97) if i < 26 else f"<{i}>": i for i in range(96)}
     raw = Tokenizer(models_.BPE(vocabulary, [], unk_token="a"))
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -137,7 +137,7 @@ def text_dataset(place: Location) -> manifest.Manifest:
 
 
 def _train_on(copied: Path) -> None:
-    """What comes before a run's first step, and reading that step and what is held out."""
+    """Does the work before a run's first step, and reads that step and the held-out data."""
     changes = {"data.sources.0.path": str(copied / "data"), "storage": str(copied / "runs"), "data.sequence_length": LENGTH,
                "data.shuffle_window": 1024,  # where few samples are left, a larger one would be of thousands of epochs
                "mlflow.uri": f"sqlite:///{copied}/mlflow.db", "train.precision": "fp32"}  # fmt: skip
@@ -151,7 +151,7 @@ def manifests(folder: Path) -> Target:
     text_dataset(Location(str(folder / "data")))
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """Its bytes; or its rows and metadata, with a digest that is right."""
+        """Mutates the manifest's bytes, or its rows and metadata, with a valid digest."""
         path, names = copied / "data" / manifest.FILE, [str(copied / "data"), "data.sources"]
         if rng.random() < 0.3:
             path.write_bytes(mutate_bytes(rng, path.read_bytes()))
@@ -176,7 +176,7 @@ def indexes(folder: Path) -> Target:
     text_dataset(Location(str(folder / "more")))
 
     def mutate(rng: random.Random, copied: Path) -> list[str]:
-        """A shard of the dataset, or one that is added."""
+        """Mutates a shard of the dataset, or adds one."""
         at, shards = rng.choice(["new", "0"]), copied / "data" / "shards"
         (copied / "more" / "shards" / "0.parquet").rename(shards / "new.parquet")
         path = shards / f"{at}.parquet"

@@ -1,4 +1,5 @@
-"""What is fuzzed: for every kind of file that heliostat reads, a small right one and the commands' own way of reading it."""
+"""Defines the fuzzing targets: for every kind of file that heliostat reads, a small valid file and the commands' way of reading
+it."""
 
 from __future__ import annotations
 
@@ -42,7 +43,7 @@ from tests.unit.test_dataset import LENGTH, make_plan
 
 
 def _run(folder: Path) -> Run:
-    """A run of two segments, with its receipts; its dataset stays where it is."""
+    """Writes a run of two segments, with its receipts. Its dataset stays in the same place."""
     one = make_plan(text_dataset(Location(str(folder.parent / f"{folder.name}-data"))))
     other = dataclasses.replace(one, mix=((10, one.mix[0][1]),), seed=9)
     return Run(folder / "run", one, other)
@@ -98,7 +99,7 @@ def curve_files(folder: Path) -> Target:
 
 
 def checkpoints(folder: Path, older: int | None = None) -> Target:
-    """A checkpoint of this format, or of an `older` one."""
+    """Writes a checkpoint of the current format, or of an `older` one."""
     run = _run(folder)
     run.location.join("checkpoints").delete()
     job = build_job.job(**{"train.precision": "fp32"}).dump()
@@ -143,7 +144,7 @@ def checkpoints(folder: Path, older: int | None = None) -> Target:
 
 
 def records(folder: Path) -> Target:
-    """What else a run, a sweep, a submission and a local cluster leave."""
+    """Writes the other records of a run, a sweep, a submission, and a local cluster."""
     run = _run(folder)
     place = run.location
     place.join(run_folder.MLFLOW_RUN).write(json.dumps({"run_id": "0" * 32, "token": "x", "uri": "sqlite:///x"}).encode())
@@ -211,7 +212,7 @@ def records(folder: Path) -> Target:
 
 
 def models(folder: Path) -> Target:
-    """A language model as `heliostat model export` leaves it, and a dataset that it is scored on."""
+    """Writes a language model like `heliostat model export`, and a dataset to score it on."""
     from heliostat.recipes import exported
     from heliostat.recipes.text.causal_lm import CausalLM
 

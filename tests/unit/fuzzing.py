@@ -1,7 +1,7 @@
-"""Mutates what heliostat reads, and tells what became of it: read all the same, refused in one line, or a traceback.
+"""Mutates files that heliostat reads, and classifies each result: read without an error, rejected in one line, or a traceback.
 
-`run(target, seed, rounds)` gives a report; `Target` is one kind of file and what reads it. What is allowed to come out is what a
-person can use: a HeliostatError of one line that names the file (or, of a schema, the key) and the fault.
+`run(target, seed, rounds)` returns a report. A `Target` is one kind of file and its reader. A reader may only raise errors that a
+person can use: a HeliostatError of one line that names the file (or, for a schema, the key) and the fault.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _at(tree: Any, path: tuple) -> Any:
 
 
 def mutate_tree(rng: random.Random, tree: Any) -> Any:
-    """The tree with one to three values replaced, removed, exchanged, wrapped, renamed or doubled."""
+    """Returns the tree with one to three values replaced, removed, exchanged, wrapped, renamed, or doubled."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = list(_places(tree))
@@ -89,7 +89,7 @@ def mutate_tree(rng: random.Random, tree: Any) -> Any:
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
-    """The bytes cut, flipped, doubled, or with something put between them."""
+    """Returns the bytes cut, flipped, doubled, or with inserted bytes."""
     for _ in range(rng.choice([1, 1, 2, 4])):
         at = rng.randrange(len(data) + 1)
         end = min(len(data), at + rng.choice([1, 4, 16, 200]))
@@ -110,7 +110,7 @@ def mutate_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def mutated_json(rng: random.Random, data: bytes) -> bytes:
-    """Of a JSON file (or of one JSON object a line): its tree, or its bytes."""
+    """Mutates the tree or the bytes of a JSON file, or of a file with one JSON object per line."""
     if rng.random() < 0.2:
         return mutate_bytes(rng, data)
     lines = data.splitlines() if data.count(b"\n") and not data.rstrip().endswith(b"\n}") else [data]
@@ -140,7 +140,7 @@ class TooLongError(BaseException):
 
 @contextmanager
 def limits() -> Iterator[None]:
-    """TooLongError after CPU_S of this process's own time, MemoryError beyond ROOM."""
+    """Raises TooLongError after CPU_S seconds of this process's CPU time, and MemoryError above ROOM bytes."""
 
     def late(*_: Any) -> None:
         raise TooLongError
@@ -158,7 +158,7 @@ def limits() -> Iterator[None]:
 
 
 def unclear(message: str, names: list[str]) -> str:
-    """What a person could not use of an error's message; empty if nothing."""
+    """Returns the part of an error's message that a person can't use; empty if there is none."""
     first, *more = message.split("\n")
     if any(not line.startswith("  ") for line in more):
         return "more than one line"
@@ -171,8 +171,8 @@ def unclear(message: str, names: list[str]) -> str:
 
 @dataclass
 class Target:
-    """`folder` holds what is right, and is copied for every round. `mutate` changes something in the copy, and gives the names by
-    one of which an error may call it; `read` reads the copy."""
+    """Describes a target. `folder` holds valid files, and is copied for every round. `mutate` changes a file in the copy, and
+    returns the names by which an error may call it. `read` reads the copy."""
 
     folder: Path
     mutate: Callable[[random.Random, Path], list[str]]
@@ -197,7 +197,7 @@ class Report:
 
 
 def fresh(target: Target, scratch: Path) -> Path:
-    """A copy of what is right; the workspace is this one again."""
+    """Returns a copy of the valid files, and restores the workspace."""
     os.chdir(ROOT)
     copied = scratch / "fuzzed"
     shutil.rmtree(copied, ignore_errors=True)
@@ -229,7 +229,7 @@ def run(target: Target, seed: int, rounds: int, scratch: Path) -> Report:
 
 
 def where(error: BaseException) -> str:
-    """The innermost line of ours."""
+    """Returns the innermost line of heliostat's code."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if "/platform/heliostat/" in f.filename or "/jobs/" in f.filename or "/pipelines/" in f.filename]
     found = ours[-1] if ours else frames[-1]

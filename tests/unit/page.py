@@ -1,4 +1,4 @@
-"""An endpoint in a thread of this process, as `heliostat model play` makes it: the front, a replica beside it, and the page."""
+"""Runs an endpoint like `heliostat model play` in a thread of this process: the HTTP server, a replica, and the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEY = "sk-a-key-of-the-tests"
 
 @contextlib.contextmanager
 def opened(model: Path | None, index: Path | None = None, adapters: Sequence[str] = (), **options) -> Iterator[str]:
-    """Yields its URL."""
+    """Yields the endpoint's URL."""
     named = served(None if model is None else str(model), "sqlite:///x", None, None if index is None else str(index), None)
     made = application(
         named.with_adapters(adapters), lambda: {"tests": keys.digest(KEY)}, Options(**{"batch": 4, "max_tokens": 64, **options})

@@ -1,4 +1,4 @@
-"""A submitted job's supervisor around stand-ins for `heliostat train`, in forks of a process that has imported it."""
+"""Runs a submitted job's supervisor around replacements for `heliostat train`, in forks of a process that has imported it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SERVER = ForkServer((MODULE,), {})
 def start(
     folder: Path, program: str, *arguments: str, flags: Sequence[str] = (), out: str = "", jobs_url: str = "", **job: Any
 ) -> Process:
-    """Starts a driver of a job whose command is a Python program with arguments; `out`: a file that it writes to instead."""
+    """Starts the driver of a job whose command is a Python program with arguments. `out`: another file for its output."""
     (folder / "job.json").write_text(json.dumps({"name": "r", "storage": str(folder / "runs")} | job))
     asked = {"program": program, "arguments": arguments, "flags": flags, "out": out, "jobs_url": jobs_url}
     return SERVER.call(f"{MODULE}:supervisor", json.dumps(asked), log=folder / "err.log", cwd=folder)
 
 
 def supervisor(arguments: list[str]) -> int:
-    """Does what `start` says in this process."""
+    """Does the work of `start` in this process."""
     asked = json.loads(arguments[0])
     if asked["out"]:
         os.dup2(os.open(asked["out"], os.O_WRONLY), 1)
@@ -39,11 +39,11 @@ def supervisor(arguments: list[str]) -> int:
 
 
 def command(*arguments: str) -> Done:
-    """Runs the supervisor's command line, and waits for its end."""
+    """Runs the supervisor's command line, and waits until it ends."""
     return SERVER.run(f"{MODULE}:forked", arguments)
 
 
 def forked(arguments: list[str]) -> int:
-    """Does what `command` says in this process."""
+    """Does the work of `command` in this process."""
     sys.argv = ["entrypoint", *arguments]
     return entrypoint.main()

@@ -1,4 +1,5 @@
-"""What a worker computes after the order to abort: an aborted collective returns unwritten buffers, so nothing of it counts."""
+"""Tests that a worker ignores results computed after the order to abort, because an aborted collective returns unwritten
+buffers."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from tests.unit.build_job import job
 
 @pytest.fixture(autouse=True)
 def attempt() -> Iterator[None]:
-    """Each test is an attempt of its own, in which no abort was ordered yet."""
+    """Gives each test its own attempt, without an order to abort."""
     process_group._order = process_group.threading.Event()
     yield
     process_group._order = process_group.threading.Event()
@@ -34,7 +35,7 @@ def ordered(*given: Any) -> None:
 
 
 class Never:
-    """Fails the test as soon as something of it is used."""
+    """Fails the test at the first use."""
 
     def __getattr__(self, name: str) -> Any:
         raise AssertionError(f"{name} was used after the abort")
@@ -86,7 +87,7 @@ def test_a_step_that_was_aborted_is_not_counted_as_trained():
 
 
 def test_a_norm_that_was_read_after_the_abort_is_not_judged():
-    """It is not finite: that would end the run, or with `rollback` leave good samples out."""
+    """The norm isn't finite, so it would end the run, or with `rollback` leave out good samples."""
     loop = loop_in_step(lambda: None)
     loop.stepper.read_norms = lambda but: ordered() or [(4, math.nan)]
     loop.hooks = [SimpleNamespace(on_norm=Never().__getattr__)]
@@ -125,7 +126,7 @@ def test_after_an_abort_no_checkpoint_no_receipt_and_no_copy_is_made():
 
 
 def test_what_a_worker_posts_after_the_abort_is_dropped_and_counted(caplog):
-    """Whichever part of it posts: none has to ask."""
+    """This holds for every part of the worker that posts, without a check of its own."""
     posted: list[Any] = []
     posts = Posts(SimpleNamespace(post=posted.append), 0)  # type: ignore[arg-type]
     posts.notice("before")
@@ -141,7 +142,7 @@ def test_what_a_worker_posts_after_the_abort_is_dropped_and_counted(caplog):
 
 
 def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
-    """At ZeRO-3 the weights are gathered for the comparison: a sound node would be excluded for good."""
+    """At ZeRO-3, the weights are gathered for the comparison, so a healthy node would be excluded for good."""
     recheck: Any = object.__new__(CorruptionCheck)
     recheck.where, recheck.kind, recheck.group = ("node", "address"), "cpu", None
     recheck._digests = lambda *given: ordered() or [1]
@@ -155,7 +156,7 @@ def test_bits_of_an_aborted_collective_are_no_corruption(monkeypatch):
 
 @pytest.fixture
 def told(monkeypatch) -> list[Any]:
-    """What a worker's process does when the attempt has failed, in order."""
+    """Returns the actions of a worker's process after a failed attempt, in order."""
     done: list[Any] = []
     monkeypatch.setattr(process_group, "join", lambda place: None)
     monkeypatch.setattr(process_group, "abort", lambda: done.append("abort"))
@@ -198,14 +199,14 @@ def test_every_error_after_the_abort_is_the_loss_of_a_peer(monkeypatch, told, er
 
 
 def test_a_device_that_breaks_is_told_of_after_the_abort_too(monkeypatch, told):
-    """It may be what the first worker has failed of; no abort makes such an error."""
+    """This may be the reason why the first worker failed; an abort never causes such an error."""
     error = RuntimeError("CUDA error: uncorrectable ECC error encountered")
     with pytest.raises(RuntimeError, match="ECC"):
         run(failing(monkeypatch, told, error, ordered), told)
 
 
 class TwoWords(Exception):
-    """Does not arrive at the driver: it cannot be made again from its `args`."""
+    """Can't reach the driver, because it can't be created from its `args`."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} {two}")
@@ -216,7 +217,7 @@ class TwoWords(Exception):
     [(NonFiniteError("step 3: loss nan"), NonFiniteError), (KeyError("x"), WorkerError), (TwoWords("a", "b"), WorkerError)],
 )
 def test_a_worker_tells_its_error_before_it_cleans_up(monkeypatch, told, error, kind):
-    """On a broken device the abort, the copy into memory that is in flight, or leaving the group may never end."""
+    """On a broken device, the abort, a copy to memory in progress, or leaving the group may never end."""
     with pytest.raises((type(error), WorkerError)) as raised:
         run(failing(monkeypatch, told, error), told)
     report, *rest = told

@@ -1,4 +1,4 @@
-"""A pool's actors whose process or node is lost: who waits for them, and how long."""
+"""Tests a pool's actors whose process or node died: which tasks wait for them, and how long."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from ray.exceptions import ActorUnavailableError
 
 
 class Fake:
-    """Stands for Ray: actors that have no place again once they are `gone`, and calls that nobody answers."""
+    """Replaces Ray: actors without a place once they are `gone`, and calls that never get an answer."""
 
     def __init__(self, number: int) -> None:
         self.number, self.gone, self.killed, self.calls = number, False, False, 0
@@ -44,7 +44,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ActorPool, list[Fake
 
 
 def test_an_actor_whose_node_is_lost_gets_no_task_and_is_given_up_in_time(made):
-    """Its tasks would wait for a place that no node has, while the others finish theirs and the run never ends."""
+    """Its tasks would wait for a place that no node has, and the run would never end."""
     found, fakes, now = made
     first = found.remote()
     fakes[0].gone = True
@@ -66,7 +66,7 @@ def test_the_last_actor_that_has_no_place_is_one_error_in_time(made):
 
 
 def test_an_actor_that_comes_back_takes_tasks_again(made, monkeypatch):
-    """Calls to an actor that restarts may fail meanwhile; one that is busy is not given up."""
+    """Calls to an actor that restarts may fail meanwhile. A busy actor isn't removed."""
     found, fakes, now = made
     reference = found.remote()
     found.lost(reference)

@@ -1,4 +1,4 @@
-"""Adapters by name: each row of a batch is answered as by a model that its adapter is merged into, the others as before."""
+"""Tests adapters by name: each row of a batch is answered as by a model with its adapter merged into it."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def base(tmp_path_factory):
 
 
 def write_adapter(folder: Path, base: Path, seed: int, targets: tuple[str, ...], **config) -> Path:
-    """An adapter of random matrices, as peft writes one."""
+    """Writes an adapter of random matrices in peft's form."""
     told = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none", "target_modules": list(targets), **config}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(told))
@@ -53,7 +53,7 @@ def folders(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def merged(base, folders, tmp_path_factory):
-    """Folders of models that an adapter is merged into, by its definition: W + alpha / r B A, or alpha / sqrt(r)."""
+    """Returns folders of models with an adapter merged by its definition: W + alpha / r B A, or alpha / sqrt(r)."""
     found = {None: base}
     for name, folder in folders.items():
         from safetensors.torch import load_file
@@ -70,7 +70,7 @@ def merged(base, folders, tmp_path_factory):
 
 
 def test_each_row_of_a_batch_is_answered_with_its_own_adapter(base, folders, merged):
-    """Over steps, after others have joined and some have left: the logits are those of the merged models, row by row."""
+    """Over several steps, while rows join and leave the batch, the logits equal those of the merged models, row by row."""
     loaded = LoadedModel(base)
     adapters = Adapters(loaded.model, folders)
     plain = {name: LoadedModel(folder).model for name, folder in merged.items()}
@@ -106,7 +106,7 @@ def test_each_row_of_a_batch_is_answered_with_its_own_adapter(base, folders, mer
 
 
 def test_requests_choose_by_the_models_name(base, folders, merged):
-    """Many at a time, of all names: each text is what the merged model writes."""
+    """With many concurrent requests for all names, each text equals that of the merged model."""
     wanted = {
         name or base.name: Continue(folder, 1, {"max_tokens": 12, "temperature": 0})([Input("def f", 0)])[0].values["answer"]
         for name, folder in merged.items()
@@ -173,7 +173,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
 
 
 class Flat(torch.nn.Module):
-    """A model whose layer sees tokens of all rows in a line, as the experts of a mixture do."""
+    """Defines a model with a layer that sees the tokens of all rows in one line, like the experts of a mixture."""
 
     device = torch.device("cpu")
 

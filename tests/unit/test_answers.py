@@ -1,4 +1,4 @@
-"""A dataset's answers for its documents, and one without a document, are the same on disk and on S3."""
+"""Tests that a dataset's answers for its documents, and for a missing document, are the same on disk and on S3."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Python API: what `import heliostat` shows, that it costs nothing until it is used, and what it says of bad input."""
+"""Tests the Python API: the names in `import heliostat`, the cost of the import, and the errors for bad input."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def test_a_job_is_loaded_without_torch_ray_or_mlflow():
 
 
 def test_an_uncaught_mistake_of_the_persons_is_one_line_below_the_persons_own_frames(tmp_path):
-    """No frame of heliostat's, and no chain of what its libraries raised; another error keeps its whole traceback."""
+    """The traceback has no frame of heliostat's and no chain of its libraries' errors; any other error keeps its whole
+    traceback."""
     write(tmp_path, **{"train.stepz": 5})
     code = "import heliostat\ndef mine():\n    heliostat.{}\nmine()\n"
 
@@ -93,7 +94,7 @@ def test_every_name_resolves_is_typed_and_is_explained(name):
 
 
 def test_type_checkers_see_the_names_that_python_sees():
-    """`py.typed` is shipped, and the names under TYPE_CHECKING are those of `dir`."""
+    """The package ships `py.typed`, and the names under TYPE_CHECKING equal those of `dir`."""
     tree = ast.parse((ROOT / "platform/heliostat/__init__.py").read_text())
     (block,) = [n for n in tree.body if isinstance(n, ast.If)]
     lines = [line for line in block.body if isinstance(line, ast.ImportFrom) and line.module == "heliostat.api.functions"]
@@ -115,9 +116,9 @@ EARLIER = {
 
 
 def test_public_modules_import_under_their_earlier_paths():
-    """A user's recipe or pipeline of before still imports, and gets the same classes; workers get the new path.
+    """A user's older recipe or pipeline still imports, and gets the same classes; workers get the new path.
 
-    The example of a pipeline of one's own imported `Location` from `heliostat.storage`, which was a module.
+    The example of an own pipeline imported `Location` from `heliostat.storage`, which was a module.
     """
     code = f"import importlib\nfor path, now in {EARLIER!r}.items():\n"
     code += "    old, new = importlib.import_module(path), importlib.import_module(now)\n"
@@ -128,7 +129,7 @@ def test_public_modules_import_under_their_earlier_paths():
 
 
 def test_a_module_that_is_run_under_its_earlier_path_names_the_new_one():
-    """`python -m` prints it as one line; it was an AttributeError of the import system."""
+    """`python -m` prints the new name in one line. It was an AttributeError of the import system."""
     with pytest.raises(ImportError, match=r"pipelines\.prepare has moved\. Run python -m heliostat\.curation\.prepare\."):
         runpy.run_module("heliostat.pipelines.prepare", run_name="__main__")
 

@@ -1,4 +1,4 @@
-"""The reference of the Python API has every public name, with the types of its source."""
+"""Tests that the reference of the Python API has every public name, with the types of its source."""
 
 import ast
 import inspect

@@ -1,4 +1,4 @@
-"""`train.parallel: auto`: the layout that the plan finds fastest, over every way in which workers could divide the model."""
+"""Tests `train.parallel: auto`: the fastest configuration by the plan, over all ways in which workers can shard the model."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def degrees(found) -> set[tuple[int, int, int]]:
     ],
 )  # fmt: skip
 def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(changes, expected, note):
-    """And each layout is a job that `heliostat check` takes: what is printed to `--set` is enough."""
+    """Each configuration is a job that `heliostat check` accepts, so the printed `--set` is enough."""
     _, found = ranked(**{**FOUR, **changes})
     assert degrees(found) == expected
     assert any(n.startswith(note) for n in found["notes"]) if note else not found["notes"]
@@ -74,7 +74,7 @@ def test_every_way_to_divide_the_model_is_ranked_and_what_is_not_says_why(change
     ],
 )  # fmt: skip
 def test_what_is_offered_is_a_job_on_every_number_of_workers_that_the_job_has(changes):
-    """Also where the job's own layout is nearly the only one."""
+    """This holds even if the job's own configuration is almost the only one."""
     made, found = ranked(**{**FOUR, **changes})
     counts = made.worker_counts()
     for one in found["layouts"]:
@@ -91,14 +91,14 @@ def test_what_is_offered_is_a_job_on_every_number_of_workers_that_the_job_has(ch
 
 
 def test_a_cpu_that_computes_no_bf16_gets_a_layout_of_fp32(monkeypatch):
-    """Stage 0 is one of those, which a job in bf16 may not have."""
+    """A job in bf16 may not have stage 0, which is among these configurations."""
     monkeypatch.setattr(check, "cpu_flags", lambda: {"avx2"})
     made = auto.settled(job(**{"workers.count": 2, "train.precision": "bf16", "train.parallel": "auto"}))
     assert made.train.precision == "fp32" and not made.train.parallel.auto
 
 
 def test_divided_matrices_are_planned_on_a_workers_part_and_experts_on_those_that_travel():
-    """Each degree is planned as a job of its own would be."""
+    """Each degree is planned like a job with that degree."""
     for changes, key in (({}, "tensor"), (MIXTRAL, "expert")):
         stage = 1 if key == "tensor" else 3
         _, found = ranked(**{**FOUR, **changes})
@@ -157,7 +157,7 @@ def test_what_does_not_fit_is_one_error_and_what_is_not_settled_is_not_trained(t
 
 
 def test_commands_plan_the_layout_that_auto_finds(tmp_path):
-    """`plan` and `train --dry-run` are of it; `--rank` says what there is."""
+    """`plan` and `train --dry-run` use it, and `--rank` lists the alternatives."""
     path = str(write(tmp_path, **{**FOUR, "data.sources.0.path": str(tmp_path / "nothing"), "train.parallel": "auto"}))
     made = auto.settled(load_job(tmp_path / "job.yaml"))
     code, out, lines, _ = run("plan", path, "--json")
@@ -187,7 +187,8 @@ def test_this_machines_gpu_is_one_of_the_table_with_its_memory_or_an_error(name,
 
 
 def test_datasets_that_cannot_be_read_are_asked_for_once(tmp_path, monkeypatch):
-    """Each time takes as long as a store may be away; it was asked again for the ranking, and for the layout that it found."""
+    """Each read takes as long as a store may be unreachable. The ranking read the datasets again, and so did the configuration
+    that it chose."""
     asked = []
 
     def probe(place: Location) -> None:

@@ -1,4 +1,4 @@
-"""The weights are exchanged with their average for an evaluation only when no save or copy of them is being made."""
+"""Tests that weights are exchanged with their average for an evaluation only while no save or copy of them is in progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from heliostat.training.worker.training_state import TrainingState
 def test_an_evaluation_after_a_skipped_step_waits_for_the_save_in_flight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str
 ) -> None:
-    """A skipped fp16 step calls no optimizer, whose step would have waited."""
+    """A skipped fp16 step doesn't call the optimizer, whose step would have waited."""
     log: list[str] = []
 
     @contextmanager

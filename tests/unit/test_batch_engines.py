@@ -1,4 +1,5 @@
-"""Engines of batch inference: an answer is the input's own, whatever is in its batch, and what has no answer stops nothing."""
+"""Tests engines of batch inference: an answer depends only on its input, not on its batch, and an input without an answer doesn't
+stop the run."""
 
 import math
 import shutil
@@ -24,7 +25,7 @@ def any_model(request, tmp_path_factory):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_continuation_is_the_same_in_any_batch(any_model, temperature):
-    """Alone, with others before it, and with others behind it; with noise of its own, where there is any."""
+    """The answer is the same alone, after other inputs, and before others, with its own random numbers if there are any."""
     engine = Continue(any_model, 4, {"max_tokens": 6, "temperature": temperature})
     together = [answer.values for answer in engine(PROMPTS)]
     assert together == [engine([one])[0].values for one in PROMPTS]
@@ -40,7 +41,7 @@ def test_the_likeliest_continuation_is_that_of_a_plain_loop(model):
 
 
 def test_a_folder_that_samples_in_its_own_way_changes_no_answer(model, tmp_path):
-    """Draws are the model's within temperature and top_p: a penalty that generation_config.json names is none of them."""
+    """Draws follow the model within temperature and top_p. A penalty in generation_config.json doesn't change them."""
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     named = transformers.GenerationConfig(repetition_penalty=9.0, no_repeat_ngram_size=1, top_k=1, do_sample=True)
@@ -51,7 +52,8 @@ def test_a_folder_that_samples_in_its_own_way_changes_no_answer(model, tmp_path)
 
 
 def test_noise_draws_from_the_softmax():
-    """4,000 draws of four tokens: each as often as its probability says, within five standard deviations; none beyond top_p."""
+    """Of 4,000 draws, each of four tokens appears as often as its probability, within five standard deviations, and none is
+    beyond top_p."""
     logits, draws = torch.tensor([[1.0, 0.0, -1.0, -4.0]]), 4000
     noise = engines.Noise(range(draws), Sampling(temperature=0.7, top_p=0.97))
     chosen = noise(torch.zeros(draws, 1, dtype=torch.long), logits.repeat(draws, 1)).argmax(-1)
@@ -64,7 +66,7 @@ def test_noise_draws_from_the_softmax():
 
 
 def test_a_score_is_the_sum_over_its_tokens_in_any_batch(any_model):
-    """Against one text at a time without padding; bits per byte are of the text's own bytes."""
+    """The score equals that of one text at a time without padding. Bits per byte count the text's own bytes."""
     engine = Score(any_model, 3)
     texts = [one for one in PROMPTS if one.text]
     for answer, one in zip(engine(texts), texts, strict=True):
@@ -99,7 +101,7 @@ def test_what_cannot_be_answered_is_said_and_stops_nothing(model, monkeypatch):
 
 
 def test_a_model_that_answers_nothing_ends_the_run(model, monkeypatch):
-    """It is not the inputs: else all would be listed as bad, and never asked again."""
+    """The inputs aren't the cause. Otherwise all of them would be listed as bad, and never be processed again."""
     engine = Continue(model, 4, {"max_tokens": 6})
     monkeypatch.setattr(engine, "answer", lambda tokens, inputs: 1 / 0)
     with pytest.raises(HeliostatError, match="answers no input: ZeroDivisionError"):
@@ -129,7 +131,7 @@ def test_columns_of_one_name_are_refused(asked):
 
 
 def test_padding_that_changes_an_answer_is_found(model):
-    """A model whose attention looks at the padding: then prompts of different lengths share no batch."""
+    """The attention of this model sees padding, so prompts of different lengths can't share a batch."""
     engine = Continue(model, 4, {"max_tokens": 4, "temperature": 0})
     assert engine.pads and not engine.apart(2, 3)
     forward = engine.model.forward

@@ -1,4 +1,5 @@
-"""Batch inference: each input is answered once, however often a run broke off, and what cannot be is refused before it begins."""
+"""Tests batch inference: each input is answered once, regardless of interruptions, and an invalid command is rejected before the
+run."""
 
 import json
 import shutil
@@ -63,7 +64,7 @@ def lines(folder: Path, name: str, numbers: range) -> None:
 
 
 def model_in(folder: Path) -> Path:
-    """The files of a model that a test's engine stands for."""
+    """Writes the files of the model that a test's engine replaces."""
     model = folder / "model"
     if not model.exists():
         model.mkdir()
@@ -86,7 +87,8 @@ def answers(out: Path) -> list[dict]:
 
 
 def test_a_run_that_is_killed_goes_on_and_answers_each_input_once(echo, tmp_path):
-    """Killed after one task, after two more, ...: the answers, their order and the list of bad inputs are those of one run."""
+    """The run is killed after one task, after two more, and so on. Answers, order, and the list of bad inputs equal those of one
+    run."""
     lines(tmp_path / "in", "a.jsonl", range(100))
     lines(tmp_path / "in", "b.jsonl", range(100, 120))
     whole = infer(tmp_path / "in", tmp_path / "whole")
@@ -121,7 +123,7 @@ def test_new_input_is_only_its_own_work_and_what_has_gone_has_no_answers(echo, t
 
 
 def test_answers_of_objects_that_were_recorded_without_etags_count(echo, tmp_path, monkeypatch):
-    """Versions before ETags named tasks by sizes and times; to answer all of a store's input again would cost GPUs for days."""
+    """Versions before ETags named tasks by sizes and times. Answering all inputs of a store again would cost GPUs for days."""
     for i in range(10):  # small ones, whose lines are not counted first
         lines(tmp_path / "in", f"{i}.jsonl", range(i * 10, i * 10 + 10))
     assert infer(tmp_path / "in", tmp_path / "out")["new"] > 2
@@ -146,7 +148,8 @@ def test_a_kept_value_that_cannot_be_written_stops_nothing_and_a_column_that_is_
 
 
 def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path):
-    """In all runs of the folder: a CPU by the core, a GPU by the clock; nobody knows what one costs that is not in the table."""
+    """The cost includes all runs of the folder: a CPU counts per core, a GPU per hour. A device that isn't in the table has no
+    known cost."""
     lines(tmp_path / "in", "a.jsonl", range(100))
     for _ in range(2):
         (used,) = infer(tmp_path / "in", tmp_path / "out")["devices"]
@@ -163,7 +166,7 @@ def test_what_answers_cost_is_that_of_the_devices_that_made_them(echo, tmp_path)
 
 
 def test_what_is_made_of_answers_knows_their_model_settings_and_inputs(echo, tmp_path, caplog):
-    """Of the folder, a pattern or one file; nothing is said of files that are not the inference's."""
+    """This holds for the folder, a pattern, or one file. Files that aren't from the inference have no lineage."""
     lines(tmp_path / "in", "a.jsonl", range(100))
     facts, out = infer(tmp_path / "in", tmp_path / "out"), tmp_path / "out" / "answers"
 
@@ -207,7 +210,7 @@ def no_ray(monkeypatch):
 
 
 def test_another_input_and_a_second_command_are_refused_before_ray_starts(model, tmp_path, no_ray):
-    """Else the answers of the one would be deleted, as what the other does not hold."""
+    """Otherwise the answers of one input would be deleted, because the other input doesn't have them."""
     asked = BatchSettings(options={"max_tokens": 3})
     for name in ("one", "two"):
         lines(tmp_path / name, "a.jsonl", range(3))
@@ -240,7 +243,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     ],
 )
 def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options, said):
-    """Those that are mended are then taken."""
+    """The corrected options are then accepted."""
     lines(tmp_path / "in", "a.jsonl", range(3))
     with pytest.raises(ConfigError) as found:
         run.infer(model, str(tmp_path / "in"), str(tmp_path / "out"), BatchSettings(options=options))
@@ -251,7 +254,7 @@ def test_options_that_cannot_be_claim_no_folder(model, tmp_path, no_ray, options
 
 
 def test_many_prompts_are_answered_once_each_also_by_a_run_that_was_killed(model, tmp_path):
-    """The answers are those of one process; what was answered before the kill is not answered again."""
+    """The answers equal those of one process. The second run doesn't repeat answers from before the kill."""
     prompts, options = [f"word {i}" for i in range(40)], {"max_tokens": 3, "temperature": 0.7}
     whole = [{"prompt": one.prompt, **one.facts} for one in generate.answer(model, prompts, options, 5, None)]
 
@@ -302,7 +305,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 
 def test_of_commands_that_begin_together_one_has_the_folder(tmp_path):
-    """With settings of their own each: those of one are written, and all others are told what it holds."""
+    """Each command has its own settings. One of them writes its settings, and all others report what the folder holds."""
     for number in range(20):
         place, together = Location(str(tmp_path / str(number))), threading.Barrier(4)
 
@@ -333,7 +336,7 @@ def test_a_model_that_continues_no_text_and_an_input_of_no_file_are_refused_befo
 
 
 def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tmp_path, monkeypatch):
-    """Given again, the command may come to the same worker."""
+    """The next command may get the same worker."""
     lines(tmp_path / "in", "a.jsonl", range(4))
     asked, place = BatchSettings(options={"max_tokens": 2}), Location(str(tmp_path / "out"))
     facts = {"model": {"folder": str(model), "digest": "d"}, "settings": asked.model_dump(), "input": str(tmp_path / "in")}
@@ -352,7 +355,7 @@ def test_a_worker_whose_engine_has_died_loads_another_for_the_next_run(model, tm
 
 
 def test_a_worker_answers_by_the_model_that_is_in_the_folder_now(tmp_path, monkeypatch):
-    """In one process, as an idle worker is that a later command takes; a model that stays as it is is loaded once."""
+    """A later command may reuse the process of an idle worker. An unchanged model is loaded only once."""
     says, loads = tmp_path / "says", list[str]()
 
     class Says(Echo):

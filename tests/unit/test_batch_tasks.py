@@ -1,5 +1,5 @@
-"""Batch inference of chats, classes and images: an answer is what plain transformers gives for the input alone, in any batch,
-and a run that is killed goes on."""
+"""Tests batch inference of chats, classes, and images: an answer equals that of plain transformers for the input alone, in any
+batch, and a killed run resumes."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def writer(tmp_path_factory) -> Path:
 
 
 def write_writer(place: Path) -> Path:
-    """A language model with a chat template, and two tokens that end an answer."""
+    """Writes a language model with a chat template, and with two tokens that end an answer."""
     folder = write_model(place, BASE["model"], 128)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
@@ -74,7 +74,7 @@ def classifier(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """An image embedder's export, with the digits that it was made for."""
+    """Exports an image embedder, with the digits that it was trained for."""
     place = tmp_path_factory.mktemp("clip")
     data = build_images.digits(place / "data", 60)
     made = ImageEmbedder(build_images.embedder(data))
@@ -148,7 +148,8 @@ def test_a_class_is_that_of_plain_transformers_in_any_batch(tmp_path, independen
 
 
 def test_a_decoder_that_classifies_reads_the_last_token_of_each_text(writer, tmp_path):
-    """Without a token for padding, texts of different lengths share no batch; with one, the tokenizer's or not, they do."""
+    """Without a padding token, texts of different lengths don't share a batch. With one, from the tokenizer or elsewhere, they
+    do."""
     for pad in (None, 7):
         torch.manual_seed(0)
         config = transformers.AutoConfig.from_pretrained(writer, num_labels=3, pad_token_id=pad)
@@ -257,7 +258,7 @@ def answers(out: Path) -> list[dict]:
 
 
 def documents(out: Path, column: str, *columns: str) -> list[Document]:
-    """What a text pipeline reads of answers."""
+    """Returns the documents that a text pipeline reads from answers."""
     flow = HereFlow(Work(Location(f"{out}-read")))
     read = reading.Texts(str(out / "answers"), TextRules(text_column=column, normalise="none", columns=columns))
     found = (one for piece in read.pieces(flow, read.listing()) for part in piece for one in read.source(flow).read(part))
@@ -280,7 +281,7 @@ def killed_again_and_again(*asked, **flow) -> dict:
 
 
 def test_a_run_of_chats_reads_lists_and_texts_of_lines_and_tables(writer, tmp_path, monkeypatch):
-    """As JSON has them, and as Parquet does; killed at each second task, each is answered once."""
+    """Chats come from JSON and from Parquet. The run is killed at each second task, and answers each chat once."""
     monkeypatch.setattr(reading, "LEAST", 256)
     folder = tmp_path / "in"
     folder.mkdir()
@@ -321,7 +322,8 @@ def test_a_run_of_classes_goes_on_and_its_answers_are_columns(classifier, tmp_pa
 
 @pytest.mark.parametrize("form", ["table", "files"])
 def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, monkeypatch, form):
-    """Columns of Parquet, and files that a metadata file names; without captions; what is no image is listed."""
+    """Inputs are columns of Parquet, and files that a metadata file names, without captions. A file that isn't an image is
+    listed."""
     monkeypatch.setattr(pieces, "LEAST", 64)
     monkeypatch.setattr(sources, "FILES_PER_TASK", 2)
     folder = tmp_path / "in"
@@ -348,7 +350,7 @@ def test_a_run_of_images_reads_what_the_image_pipeline_reads(clip, tmp_path, mon
 
 
 def test_new_images_are_only_their_own_work(clip, tmp_path, monkeypatch):
-    """Though the input is twice as large, and pieces of it would be."""
+    """This holds although the input, and so its pieces, would be twice as large."""
     monkeypatch.setattr(pieces, "LEAST", 64)
     folder, asked = tmp_path / "in", BatchSettings(task="embed-images")
     folder.mkdir()

@@ -1,5 +1,7 @@
-"""While a step computes, a thread makes the next one's batches, and what it does counts only once that step takes them; the norm
-of a gradient is read a step late, but before anything that depends on it."""
+"""Tests that a thread prepares the next step's batches while a step computes, without side effects until that step takes them.
+
+The gradient norm is read one step late, but before anything that depends on it.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ def batches(step: int, samples: Any) -> StepBatches:
 
 
 class Samples:
-    """Reads samples, which are numbers in order; raises at `fails`."""
+    """Reads samples, which are numbers in order; raises an error at `fails`."""
 
     def __init__(self, fails: int = -1) -> None:
         self.read, self.fails = 0, fails
@@ -52,7 +54,7 @@ class Samples:
 
 @pytest.fixture
 def made() -> Iterator[Callable[..., BatchesAhead]]:
-    """Makes what makes batches; all of it is ended."""
+    """Creates batch makers, and ends all of them after the test."""
     ones: list[BatchesAhead] = []
 
     def make(*given: Any) -> BatchesAhead:
@@ -122,7 +124,8 @@ def test_the_thread_ends_with_the_attempt(made):
 
 
 def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_nothing_afterwards(made, monkeypatch):
-    """Its process isn't used again (`Worker.busy`). On a GPU a batch is pinned, by then perhaps in the next attempt's context."""
+    """Its process isn't used again (`Worker.busy`). On a GPU, a batch is pinned, and by then perhaps in the next attempt's
+    context."""
     monkeypatch.setattr(micro_batches, "DEADLINE_S", 0.02)
     may, waits, prepared = threading.Event(), threading.Event(), list[int]()
     reads = iter([lambda: 0, lambda: waits.set() or may.wait(SOON_S)])
@@ -137,7 +140,7 @@ def test_a_thread_that_waits_for_samples_is_left_within_the_deadline_and_does_no
 
 
 def forked() -> float:
-    """Leaves torch's generator as it was, but not while it draws."""
+    """Restores torch's generator afterwards, but not while it draws."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         return torch.rand(1).item()
@@ -153,7 +156,7 @@ def restored() -> float:
 
 @pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), lambda: np.random.random(), random.random, forked, restored])
 def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_where_nothing_else_draws(made, draw):
-    """Else a step's dropout and the next one's batches would draw from one generator in any order."""
+    """Otherwise a step's dropout and the next step's batches would draw from one generator in any order."""
     threads, notices = list[str](), list[str]()
 
     def prepare(step: int, samples: Any) -> StepBatches:
@@ -169,7 +172,7 @@ def test_a_recipe_that_draws_from_generators_of_the_process_makes_its_batches_wh
 
 
 def attended(dropout: float) -> float:
-    """Attention draws only with dropout."""
+    """Its attention draws random numbers only with dropout."""
     states = torch.ones(1, 1, 4, 8)
     return torch.nn.functional.scaled_dot_product_attention(states, states, states, dropout_p=dropout).sum().item()
 
@@ -187,7 +190,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_the_thread_stops_before_a_later_batch_draws_while_a_step_computes(made, name):
-    """A recipe may draw from its tenth batch on, or for some samples only: then the step under way has lost nothing."""
+    """A recipe may draw only from its tenth batch on, or only for some samples. Then the current step has lost nothing."""
     threads, notices = list[str](), list[str]()
 
     def prepare(step: int, samples: Any) -> StepBatches:
@@ -230,8 +233,8 @@ def test_other_threads_draw_and_own_generators_are_free_while_batches_are_made(m
 
 
 def test_the_modes_of_other_threads_are_theirs_alone_while_batches_are_made(made):
-    """`torch.compile` of torch 2.9 compiles nothing while a flag of the process says that there is a mode; another thread's mode,
-    such as a memory saver's, may begin before a batch and end within it."""
+    """`torch.compile` of torch 2.9 compiles nothing while a process-wide flag reports a mode. Another thread's mode, such as a
+    memory saver's, may begin before a batch and end during it."""
     at_work, may, seen = threading.Event(), threading.Event(), list[bool]()
 
     def prepare(step: int, samples: Any) -> StepBatches:
@@ -255,7 +258,7 @@ def test_the_modes_of_other_threads_are_theirs_alone_while_batches_are_made(made
 
 
 class Noted(Hook):
-    """Notes what happens in which order."""
+    """Records the order of events."""
 
     def __init__(self, order: list[str]) -> None:
         self.order = order
@@ -268,7 +271,7 @@ class Noted(Hook):
 
 
 def looped(ahead: Any, steps: int, stop: int, order: list[str], **changes: Any) -> Any:
-    """A loop whose workers agree to stop after `stop` steps. A step's norm is its number, from 1 on."""
+    """Returns a loop whose workers agree to stop after `stop` steps. A step's norm is its number, from 1."""
     loop: Any = object.__new__(Loop)
     loop.job = job(**{"train.steps": steps, "checkpoint.every": 3, **changes})
     loop.ledger, loop.hooks = Ledger("data"), [Noted(order)]
@@ -323,7 +326,7 @@ def test_a_norm_between_two_reports_is_read_after_the_next_step(made):
 
 
 def test_norms_are_judged_before_workers_are_compared(made):
-    """Weights that aren't finite may differ in their bits, and no worker is at fault."""
+    """Weights that aren't finite may differ in their bits, without a faulty worker."""
     order: list[str] = []
     loop = looped(made(Samples(), batches), 5, 0, order, **{"train.log_every": 100, "checkpoint.every": 5})
     (hook,) = loop.hooks
@@ -334,7 +337,7 @@ def test_norms_are_judged_before_workers_are_compared(made):
 
 
 def watching() -> Any:
-    """What watches norms, of a dataset with one sample a step."""
+    """Returns the monitor of gradient norms for a dataset with one sample per step."""
     watch: Any = object.__new__(LossWatch)
     watch.job, watch.saved = job(), lambda: None
     watch.dataset = SimpleNamespace(order=SimpleNamespace(step=lambda step: np.array([step]), locate=lambda positions: Places()))
@@ -356,7 +359,7 @@ def test_an_error_names_the_step_whose_norm_is_not_finite():
 
 
 def failing(made: Callable[..., BatchesAhead], norm: float) -> Any:
-    """A loop whose recipe raises an error of its own in step 3, after a step of this norm."""
+    """Returns a loop whose recipe raises its own error in step 3, after a step with this norm."""
     loop = looped(made(Samples(), batches), 9, 0, [], **{"train.log_every": 100, "checkpoint.every": 100})
 
     def step(number: int, batches: Any) -> None:

@@ -1,4 +1,4 @@
-"""Suites and task files: what is wrong with one is one line, and nothing that they name is run."""
+"""Tests suites and task files: an error in one is one line, and heliostat doesn't run anything that they name."""
 
 import json
 from pathlib import Path

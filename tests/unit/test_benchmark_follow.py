@@ -1,4 +1,4 @@
-"""A run whose checkpoints are scored as they appear: each that was saved is scored, or it is said why not."""
+"""Tests a run whose checkpoints are scored as they appear: each saved checkpoint is scored, or the reason is reported."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from heliostat.storage.locations import Location
 
 
 def test_a_checkpoint_that_came_and_went_between_two_looks_is_counted(tmp_path):
-    """The run's receipts tell of it; of those behind the newest checkpoint the save itself broke off."""
+    """The run's receipts show such a checkpoint. For those after the newest checkpoint, the save itself was interrupted."""
     run, told = Location(str(tmp_path)), list[int]()
     for step in (100, 150, 200, 300, 400, 500):
         run_folder.receipt(run, step).write(b"{}")

@@ -1,5 +1,7 @@
-"""A suite of held-out text: questions whose answers are in it, the same for the same seed, none of them trained on; and how much
-of examples is found in what was trained on."""
+"""Tests a suite of held-out text: its questions contain their answers, depend only on the seed, and were never trained on.
+
+Also tests the share of examples that is in the training data.
+"""
 
 import json
 import random

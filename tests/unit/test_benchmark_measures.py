@@ -1,4 +1,4 @@
-"""What stands beside a score: intervals, chance, centred scores and their average."""
+"""Tests the numbers next to a score: intervals, chance, centered scores, and their average."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from heliostat.evaluation import measures, shown
     [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
 )
 def test_the_interval_of_a_share_is_wilsons(right, count, low, high):
-    """The last two as Newcombe (1998) prints them, method 3."""
+    """The last two intervals are printed in Newcombe (1998), method 3."""
     assert measures.wilson(right / count, count) == pytest.approx((low, high), abs=5e-5)
 
 

@@ -1,4 +1,4 @@
-"""Checksummed blocks: any part of a chunk comes back right, little more is read, and no damaged byte is ever used."""
+"""Tests checksummed blocks: any part of a chunk is read correctly, with little excess, and no damaged byte is ever used."""
 
 import random
 import zlib
@@ -21,7 +21,7 @@ def _small_blocks(monkeypatch):
 
 
 def _file(rng: random.Random) -> tuple[bytes, list[tuple[int, bytes, list[int]]]]:
-    """A file of chunks with gaps between them, and (offset, content, checksums) of each."""
+    """Writes a file of chunks with gaps between them; returns it with (offset, content, checksums) of each chunk."""
     data, chunks = bytearray(rng.randbytes(rng.randrange(20))), []
     for _ in range(rng.randrange(1, 6)):
         content = rng.randbytes(rng.choice([1, B - 1, B, B + 1, rng.randrange(1, 40 * B)]))
@@ -32,7 +32,7 @@ def _file(rng: random.Random) -> tuple[bytes, list[tuple[int, bytes, list[int]]]
 
 
 def _parts(rng: random.Random, chunks) -> list[tuple[Slice, bytes]]:
-    """A random part of some of the chunks, with what it should hold."""
+    """Returns a random part of some of the chunks, with its expected content."""
     out = []
     for offset, content, sums in chunks:
         if rng.random() < 0.8:
@@ -46,7 +46,7 @@ def _parts(rng: random.Random, chunks) -> list[tuple[Slice, bytes]]:
 
 @every_seed(300)
 def test_any_parts_of_any_chunks_come_back_and_little_more_is_read(seed):
-    """Less than a block too much at each end of a part; whole chunks cost exactly their bytes."""
+    """The excess is less than one block at each end of a part. Whole chunks cost exactly their bytes."""
     rng = random.Random(seed)
     data, chunks = _file(rng)
     parts = _parts(rng, chunks)
@@ -63,7 +63,7 @@ def test_any_parts_of_any_chunks_come_back_and_little_more_is_read(seed):
 
 @every_seed(300)
 def test_a_damaged_byte_is_found_exactly_if_its_block_is_needed(seed):
-    """Its block is named, and the bytes of that block reach no target."""
+    """The error names its block, and the bytes of that block reach no target."""
     rng = random.Random(seed)
     data, chunks = _file(rng)
     parts = _parts(rng, chunks)
@@ -80,7 +80,7 @@ def test_a_damaged_byte_is_found_exactly_if_its_block_is_needed(seed):
 
 @every_seed(50)
 def test_a_file_cut_short_is_found(seed):
-    """Whatever an earlier read has left in memory, bytes that are not there are not taken for right."""
+    """Missing bytes are never replaced by the remains of an earlier read in memory."""
     rng = random.Random(seed)
     data, chunks = _file(rng)
     offset, content, sums = chunks[-1]
@@ -91,7 +91,7 @@ def test_a_file_cut_short_is_found(seed):
 
 
 def test_neighbours_are_read_with_one_request():
-    """A thousand small tensors that lie side by side are not a thousand requests to a store."""
+    """A thousand small adjacent tensors don't cost a thousand requests to a store."""
     content = np.arange(B * 8, dtype=np.uint8)
     sums = [zlib.crc32(content[i : i + 8]) for i in range(0, len(content), 8)]
     parts = [Slice(8 * i, 8, [s], 0, torch.zeros(8, dtype=torch.uint8)) for i, s in enumerate(sums)]

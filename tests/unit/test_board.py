@@ -1,4 +1,4 @@
-"""The watch over many workers: whoever lives is heard of, whatever the clocks say and however many there are."""
+"""Tests the monitoring of many workers: every live worker is heard, for any clock and any number of workers."""
 
 import os
 import random
@@ -37,7 +37,7 @@ class Clock:
 
 @pytest.mark.parametrize("workers", [2, 128, 1024, 4096])
 def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_frozen(workers):
-    """Each hears of the order with its next pulse, which comes the more rarely the more workers there are."""
+    """Each worker receives the order with its next pulse. More workers mean rarer pulses."""
     clock, draw = Clock(), random.Random(workers)
     state = mailbox.MailboxState(clock=clock)
     frozen = set(draw.sample(range(workers), max(1, workers // 100)))
@@ -45,7 +45,7 @@ def test_every_worker_that_lives_is_asked_for_its_stacks_before_it_counts_as_fro
     answers = list[tuple[float, int]]()
 
     def sleep(seconds: float) -> None:
-        """The workers' side of that time."""
+        """Simulates the workers during that time."""
         clock.sleep(seconds)
         for rank, at in due.items():
             if at <= clock.now:
@@ -72,7 +72,7 @@ def test_pulses_stay_as_many_as_the_board_can_answer():
 
 
 def watched(limit: float = 60.0) -> attempt.Attempt:
-    """An attempt whose worker has just got on; without Ray."""
+    """Returns an attempt, without Ray, whose worker has just made progress."""
     made = attempt.Attempt.__new__(attempt.Attempt)
     made.job = SimpleNamespace(workers=spec.Workers(count=1), watchdog=spec.Watchdog(start=limit, stall=limit))  # type: ignore[assignment]
     made.start = SimpleNamespace(job=made.job)  # type: ignore[assignment]
@@ -87,7 +87,7 @@ def watched(limit: float = 60.0) -> attempt.Attempt:
 
 @pytest.mark.parametrize("jump", [-86400.0, 86400.0])
 def test_a_wall_clock_that_is_set_stalls_nobody_and_hides_no_stall(monkeypatch, jump):
-    """An hour of summer time, or a first answer of a time server, is no hour in which nobody got on."""
+    """A clock change of an hour, by summer time or a first answer of a time server, isn't an hour without progress."""
     made, state, now = watched(), mailbox.MailboxState(), time.time()
     state.heartbeat(0, 0, 1, FACTS)
     monkeypatch.setattr(time, "time", lambda: now + jump)
@@ -114,7 +114,7 @@ def test_what_many_nodes_are_busy_with_crowds_no_loss_out_and_what_is_lost_is_co
 
 
 def test_a_message_of_an_earlier_attempt_reaches_the_driver_as_one_and_changes_nothing_else():
-    """The driver drops events; the mailbox drops heartbeats, orders, and decisions, and counts them."""
+    """The driver drops events. The mailbox drops and counts heartbeats, orders, and decisions."""
     state = mailbox.MailboxState(1)
     state.heartbeat(1, 0, 5, FACTS)
     state.order(1, {"stop": 2})
@@ -148,7 +148,7 @@ def test_an_attempt_hands_on_events_of_earlier_ones_with_their_number_and_takes_
 
 
 def test_what_the_mailbox_answers_too_late_for_one_look_comes_with_the_next(monkeypatch):
-    """The events of that answer were lost, and nothing said so."""
+    """The events of such an answer were lost without a message."""
     state = mailbox.MailboxState(1)
     state.post(1, Notice(text="kept"))
     made = watched()
@@ -166,7 +166,7 @@ def test_what_the_mailbox_answers_too_late_for_one_look_comes_with_the_next(monk
 
 
 def stack(*frames: str) -> str:
-    """Stack traces of a process whose main thread is in these calls."""
+    """Returns stack traces of a process whose main thread is in these calls."""
     main = "".join(f'  File "/lib/{frame.split()[0]}", line 7, in {frame.split()[1]}\n    x()\n' for frame in frames)
     return f'thread heartbeat:\n  File "/lib/threading.py", line 1, in wait\n    y()\n\nthread MainThread:\n{main}'
 
@@ -174,7 +174,7 @@ def stack(*frames: str) -> str:
 def stall(
     stacks: dict[int, str], *reached: tuple[int, int], workers: int = 4, gpus: tuple[str, ...] = ("GPU-1",)
 ) -> HeliostatError:
-    """The error of an attempt whose workers have stalled, at these steps and micro-batches."""
+    """Returns the error of an attempt whose workers have stalled at these steps and micro-batches."""
     made, now = watched(), time.monotonic()
     made.job.workers = spec.Workers(count=workers)  # type: ignore[misc]
     made._members = [Member(rank, None, rank, f"node{rank}", f"10.0.0.{rank}", gpus) for rank in range(workers)]
@@ -189,7 +189,7 @@ def stall(
 
 
 def test_a_stall_names_the_slowest_worker_with_its_node_device_step_and_micro_batch():
-    """All answer, so none was named."""
+    """All workers answered, so the error named none of them."""
     reduced = dict.fromkeys(range(4), stack("loop.py step", "c10d.py all_reduce"))
     found = stall(reduced, (12, 4), (12, 4), (12, 1), (12, 3))
     assert str(found) == (

@@ -1,4 +1,5 @@
-"""A recipe of the package is one file: its name, and what a fork server imports for it, are read there without importing it."""
+"""Tests that each built-in recipe is one file. Its name, and the modules that a fork server imports for it, are read from there
+without an import."""
 
 import importlib
 import subprocess

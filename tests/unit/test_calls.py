@@ -1,4 +1,5 @@
-"""Tests that run rarely call the code of today: mypy doesn't read tests, and a grid of CI called functions by old signatures."""
+"""Tests that rarely run tests call current code. mypy doesn't read tests, and a grid of CI called functions with old
+signatures."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ RARE = [path for folder in ("integration", "gpu", "golden") for path in sorted((
 
 
 def names(tree: ast.Module) -> dict[str, Any]:
-    """What a file's imports from heliostat name, wherever in it they are; ModuleNotFoundError if one isn't there."""
+    """Returns everything that a file imports from heliostat, at any place in the file; ModuleNotFoundError if a module doesn't
+    exist."""
     found: dict[str, Any] = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or (node.module or "").partition(".")[0] != "heliostat":
@@ -31,7 +33,8 @@ def names(tree: ast.Module) -> dict[str, Any]:
 
 
 def called(node: ast.expr, known: dict[str, Any]) -> Callable[..., object] | None:
-    """The function or class that an expression names by an import: `function`, `module.function`, or `Class.method`."""
+    """Returns the function or class that an expression names through an import: `function`, `module.function`, or
+    `Class.method`."""
     if isinstance(node, ast.Name):
         return known.get(node.id)
     if isinstance(node, ast.Attribute) and (owner := called(node.value, known)) is not None:
@@ -43,7 +46,7 @@ def called(node: ast.expr, known: dict[str, Any]) -> Callable[..., object] | Non
 
 
 def faults(path: Path) -> Iterator[str]:
-    """Calls that the functions of today don't take; the first ones of a file."""
+    """Yields the first calls of a file that current functions don't accept."""
     tree = ast.parse(path.read_text())
     known = names(tree)
     own = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}

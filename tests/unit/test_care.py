@@ -1,4 +1,5 @@
-"""Tasks that fail: run again, the document that is at fault found and left out, the others recorded, and all of it bounded."""
+"""Tests failing tasks: they run again, the faulty document is found and left out, the others are recorded, and the work is
+bounded."""
 
 import os
 import signal
@@ -31,7 +32,7 @@ DEADLY, WRONG = "DEADLY", "WRONG"
 
 
 class Fragile(Stage):
-    """Dies at a text that has DEADLY in it, raises at WRONG, and, once for each of the `marks`, dies at their texts."""
+    """Dies at a text with DEADLY, raises an error at WRONG, and dies once at the text of each of the `marks`."""
 
     reasons: ClassVar = {"short": "fewer than 3 words"}
     marks: str = ""
@@ -67,7 +68,7 @@ class Plain(Stage):
 
 
 class Unkept(Stage):
-    """Makes a column, and of one document's a value that is not JSON, which shows where the document is stored."""
+    """Makes a column. For one document, its value isn't JSON, which fails when the document is stored."""
 
     @classmethod
     def named(cls) -> str:
@@ -116,7 +117,7 @@ STAGES = [{"stage": "plain"}, {"stage": "fragile"}]
     {"d077": DEADLY, "d079": WRONG},
 ])  # fmt: skip
 def test_a_document_that_crashes_is_left_out_and_all_others_are_kept(tmp_path, forked, marked):
-    """Each once, in the funnel as in the list; a start after it does nothing again."""
+    """The funnel and the list have each document once. The next start does nothing again."""
     given = texts(**marked)
     given["d020"] = "short"
     found, made = curate(tmp_path, given, STAGES)
@@ -138,7 +139,7 @@ def test_a_document_that_crashes_is_left_out_and_all_others_are_kept(tmp_path, f
 
 
 def test_a_document_that_cannot_be_stored_is_left_out_and_those_before_it_are_stored_once(tmp_path, forked):
-    """The batch fails where some of it could have been added already; the second look begins with the columns as they were."""
+    """The batch fails after part of it could have been added. The second attempt starts with the original columns."""
     given = texts(d077=WRONG)
     found, made = curate(tmp_path, given, [{"stage": "unkept"}, {"stage": "plain"}])
     gone = left_out(found, made)
@@ -149,7 +150,7 @@ def test_a_document_that_cannot_be_stored_is_left_out_and_those_before_it_are_st
 
 
 def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, forked):
-    """The kernel kills it twice, at two documents; neither is to blame."""
+    """The kernel kills the process at two documents, once each. Neither document is the cause."""
     given, marks = texts(), tmp_path / "marks"
     marks.mkdir()
     for id in ("d040", "d100"):
@@ -171,7 +172,7 @@ def test_a_stage_that_crashes_at_every_document_ends_the_run_soon_with_one_error
 
 @dataclass(frozen=True)
 class Breaking(Given):
-    """Reads documents of which one part has many; reading ends the process, or raises, at one of them."""
+    """Reads parts with many documents. At one document, reading ends the process or raises an error."""
 
     how: Callable[[], None] = lambda: None
 
@@ -203,7 +204,7 @@ def test_a_file_that_cannot_be_read_costs_what_comes_after_in_it_and_says_so(tmp
 
 
 def test_work_that_was_recorded_without_etags_is_not_done_again(tmp_path, forked):
-    """Versions before ETags named the tasks that read a store by sizes and times."""
+    """Versions before ETags named a store's read tasks by sizes and times."""
     given = Given(texts(20))
     parts = [[FilePart(id, len(text), 7) for id, text in given.texts.items()]]
     stages = [registry.parse(entry) for entry in STAGES]
@@ -291,7 +292,7 @@ def test_tasks_request_fewer_cpus_when_the_node_is_gone_that_had_so_many(tmp_pat
 
 
 def test_a_task_that_dies_with_another_one_in_its_actor_is_not_given_up_when_that_one_finds_its_documents(tmp_path):
-    """Tasks wait in an actor behind the one that ends its process, however many documents of it do."""
+    """Tasks wait in an actor for the one that ends its process, for any number of its documents that do so."""
     made = crew.Crew(Flow(Work(Location(str(tmp_path)))), "read", flow.execute, print, 1, 0, 0.0)
     made.pool = SimpleNamespace()
     deadly, other = (crew.Started(n, Task(f"{n:032}", {}, careful=True)) for n in range(2))
@@ -312,7 +313,7 @@ def test_the_bound_of_crashed_documents_grows_with_the_input():
 
 
 def test_a_trace_does_not_take_a_document_that_crashed_through_the_stages_again(monkeypatch):
-    """It would end the command's process."""
+    """The document would end the command's process."""
     monkeypatch.setattr(trace, "read_again", lambda *given: pytest.fail("read again"))
     monkeypatch.setattr(trace.reasons, "made_by", lambda made: {"input": "in", "rules": {"columns": []}, "stages": STAGES})
     dropped = {"what": {"crashed": care.MEANING}}

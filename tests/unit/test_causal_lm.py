@@ -1,4 +1,4 @@
-"""The language-model recipe: models that make no sense are refused by key, and packed documents do not see each other."""
+"""Tests the language-model recipe: impossible models are rejected by key, and packed documents don't see each other."""
 
 import itertools
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small are slower on several."""
+    """Models this small are slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +55,7 @@ def refusal(model: dict, length: int = 64) -> str:
     [("lama", "'llama'"), ("gpt-2", "'gpt2'"), ("gptneox", "'gpt_neox'"), ("qwen33", "'qwen3'")],
 )
 def test_an_unknown_architecture_suggests_the_nearest(arch, near):
-    """The value as given and a suggestion."""
+    """The error has the given value and a suggestion."""
     assert refusal({**LLAMA, "arch": arch}) == (
         f"model.arch: {arch!r} isn't a causal language model of transformers; did you mean {near}?"
     )
@@ -63,7 +63,7 @@ def test_an_unknown_architecture_suggests_the_nearest(arch, near):
 
 @pytest.mark.parametrize("arch", [None, 5, ["llama"], "bert-like-thing", "t5"])
 def test_what_is_no_architecture_is_one_line(arch):
-    """Missing, another type, or a model that is no causal language model: one line that names the key."""
+    """The value is missing, has another type, or isn't a causal language model: one line names the key."""
     assert refusal({**LLAMA, "arch": arch}).startswith(f"model.arch: {str(arch)!r} isn't a causal language model of transformers")
 
 
@@ -82,7 +82,7 @@ def test_an_unknown_model_key_suggests_the_nearest(arch, key, near):
 
 @pytest.mark.parametrize("arch", sorted(SHAPES))
 def test_heads_must_divide_the_width(arch):
-    """The nearest number that divides is offered, and works; an own head size lifts the rule."""
+    """The error suggests the nearest number that divides, which works. An explicit head size lifts the rule."""
     shape = {k: v for k, v in SHAPES[arch].items() if k not in ("num_key_value_heads", "head_dim")}
     name, width = ("n_head", "n_embd") if arch == "gpt2" else ("num_attention_heads", "hidden_size")
     free = arch == "qwen3"  # its head_dim has a default of its own
@@ -100,7 +100,7 @@ def test_heads_must_divide_the_width(arch):
 
 
 def test_key_value_heads_must_divide_the_heads():
-    """For every number of groups: valid exactly if it divides, else the nearest that does."""
+    """For every number of groups: it is valid exactly if it divides; otherwise the error suggests the nearest that does."""
     for groups in range(1, 9):
         model = {**LLAMA, "num_attention_heads": 8, "num_key_value_heads": groups}
         if 8 % groups == 0:
@@ -115,7 +115,7 @@ def test_key_value_heads_must_divide_the_heads():
     ("arch", "key"), [("llama", "max_position_embeddings"), ("gpt2", "n_positions"), ("gpt2", "max_position_embeddings")]
 )
 def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
-    """Under either name of the key; positions that the job does not give grow with the sequence."""
+    """This holds under either name of the key. If the job doesn't set the positions, they grow with the sequence."""
     shape = {k: v for k, v in SHAPES[arch].items() if k != "n_positions"}
     assert recipe({**shape, key: 64}).config.max_position_embeddings == 64
     assert refusal({**shape, key: 63}) == "data.sequence_length: 64 is above the model's max_position_embeddings 63"
@@ -123,13 +123,13 @@ def test_a_sequence_longer_than_the_positions_is_refused(arch, key):
 
 
 def test_a_language_model_needs_a_sequence_length():
-    """The key is optional for other recipes, so this one says it."""
+    """The key is optional for other recipes, so this recipe checks it."""
     with pytest.raises(ConfigError, match=r"data\.sequence_length: required for a language model"):
         CausalLM(job(**{"data.sequence_length": None}))
 
 
 def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
-    """A missing folder and a model of another kind are refused; no hub is asked."""
+    """A missing folder and a model of another kind are rejected, without a request to the Hub."""
     gone = str(tmp_path / "gone")
     assert refusal({"pretrained": gone}) == f"model.pretrained: {gone!r} isn't a model folder (no config.json)"
     from transformers import BertConfig, LlamaConfig, T5Config
@@ -145,7 +145,7 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
 
 
 def test_the_shapes_of_a_pretrained_model_are_known_without_reading_its_weights(tmp_path):
-    """As an export and a plan need them: on the meta device, and from the folder's configuration alone."""
+    """An export and a plan need them on the meta device, from the folder's configuration alone."""
     from transformers import LlamaConfig
 
     LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8).save_pretrained(tmp_path)
@@ -165,7 +165,7 @@ def test_the_shapes_of_a_pretrained_model_are_known_without_reading_its_weights(
     ],
 )
 def test_a_bad_value_is_one_line_without_a_traceback(change):
-    """Whatever transformers raises becomes one ConfigError under `model`."""
+    """Any error of transformers becomes one ConfigError under `model`."""
     assert refusal({**LLAMA, **change}).startswith("model")
 
 
@@ -181,7 +181,8 @@ def test_a_value_of_the_wrong_type_is_named_by_its_key(model, change, said):
 
 
 def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line():
-    """The rules above fit each architecture's own defaults: nothing raises but ConfigError, and almost nothing is refused."""
+    """The rules above fit the defaults of each architecture: nothing raises another error than ConfigError, and almost nothing is
+    rejected."""
     refused = []
     for arch in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         try:
@@ -194,7 +195,7 @@ def test_every_architecture_of_transformers_is_accepted_or_refused_in_one_line()
 
 @every_seed(10)
 def test_every_token_but_the_first_is_predicted(seed):
-    """Without document_mask: labels are the tokens, the first ignored; terms is what a step's loss is divided by."""
+    """Without document_mask, labels are the tokens, and the first is ignored. `terms` is the divisor of a step's loss."""
     content = np.random.default_rng(seed).integers(0, 96, (3, 64)).astype(np.int32)
     made = recipe()
     batch = made.batch(content)
@@ -206,7 +207,7 @@ def test_every_token_but_the_first_is_predicted(seed):
 
 @every_seed(20)
 def test_document_mask_starts_anew_after_each_end_of_document(seed):
-    """Positions and labels equal those that a plain loop over the documents gives."""
+    """Positions and labels equal those of a plain loop over the documents."""
     rng = np.random.default_rng(seed)
     content = rng.integers(1, 96, (4, 64)).astype(np.int32)
     content[rng.random((4, 64)) < rng.choice([0.0, 0.05, 0.5, 1.0])] = END
@@ -228,7 +229,7 @@ def test_document_mask_starts_anew_after_each_end_of_document(seed):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arch", sorted(SHAPES))
 def test_packed_documents_do_not_see_each_other(arch, checkpointing):
-    """The logits of a packed sample are those of its documents run alone, and changing one leaves the others alone."""
+    """The logits of a packed sample equal those of its documents alone. A change in one document doesn't affect the others."""
     torch.manual_seed(0)
     model_keys = {**SHAPES[arch], **NO_DROPOUT.get(arch, {})}
     made = recipe(model_keys, **{"data.document_mask": True, "train.activation_checkpointing": checkpointing})
@@ -252,7 +253,7 @@ def test_packed_documents_do_not_see_each_other(arch, checkpointing):
 
 @pytest.mark.parametrize("arch", sorted(SHAPES))
 def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
-    """loss() sums terms, so a step's loss does not depend on how its samples are cut into micro-batches."""
+    """loss() sums terms, so a step's loss doesn't depend on the split of its samples into micro-batches."""
     torch.manual_seed(0)
     made = recipe({**SHAPES[arch], **NO_DROPOUT.get(arch, {})})
     model = made.build()
@@ -275,7 +276,7 @@ def test_values_that_only_building_would_find_are_found_before(key, value, says)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_blockwise_loss_is_cross_entropy_and_its_gradient(dtype):
-    """The sum and the gradient are torch's own, whatever the block boundaries and the ignored targets."""
+    """The sum and the gradient equal torch's, for any block boundaries and ignored targets."""
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(700, 4096, generator=generator)).to(dtype).requires_grad_()
     targets = torch.randint(0, 4096, (700,), generator=generator)

@@ -1,4 +1,4 @@
-"""What chaos tells of a run follows from what the run left: times from the fault on, and steps that had to be made again."""
+"""Tests that chaos measures a fault from the run's records: times from the fault, and recomputed steps."""
 
 import random
 import signal
@@ -33,7 +33,8 @@ def said(at: float, step: int) -> tuple[float, str]:
 
 
 def killed_at_100() -> FaultEffect:
-    """Killed at 100 s behind step 23; the failure is seen at 102 s, and from step 20 it goes on at 110 s."""
+    """Returns a run that is killed at 100 s after step 23. The failure is noticed at 102 s, and the run resumes from step 20 at
+    110 s."""
     lines = [said(90 + i / 10, i) for i in range(1, 24)]
     lines += [(102.0, "04:01:02 a worker died. Resuming from step 20 in 1 s")]
     lines += [said(110 + i, 20 + i) for i in range(1, 5)]
@@ -42,7 +43,7 @@ def killed_at_100() -> FaultEffect:
 
 
 def test_recovery_ends_with_the_first_step_that_is_new():
-    """Steps 21 to 23 are made again: not they, but step 24 is where the run gets on."""
+    """Steps 21 to 23 are recomputed. The run makes progress again at step 24."""
     found = killed_at_100()
     assert measure.detected_s(found) == 2.0 and measure.recovered_s(found) == 14.0
     assert measure.recomputed_steps(found.attempts) == 3
@@ -86,7 +87,8 @@ def test_a_run_that_did_not_end_has_a_row_without_numbers():
 
 
 def test_faults_strike_at_any_moment_and_by_the_seed():
-    """Before the first checkpoint, while one is saved, within a step; not so late that what they need is over."""
+    """Faults strike before the first checkpoint, during a save, and within a step, but early enough for the parts of the run that
+    they need."""
     moments = [faults.when(faults.rng(seed, "hang"), steps=60, every=5) for seed in range(400)]
     assert moments == [faults.when(faults.rng(seed, "hang"), 60, 5) for seed in range(400)]
     assert min(moments) < 3 and max(moments) > 46 and all(1 <= m <= 60 - 2 * 5 - 1 for m in moments)
@@ -133,7 +135,7 @@ def test_what_this_machine_cannot_do_is_said_before_anything_starts(monkeypatch)
 
 @pytest.mark.parametrize("over", [False, True])
 def test_a_driver_is_killed_behind_the_last_checkpoint_or_the_fault_says_that_it_came_too_late(tmp_path, over):
-    """A run that has ended meanwhile was not broken, and must not count as one that has survived."""
+    """A run that ended before the fault wasn't broken, and must not count as a survivor."""
     wanted = job(**{"train.steps": 60, "storage": str(tmp_path)})
     scene = faults.Scene(SimpleNamespace(job=wanted), tmp_path, 3.5, 0.2, random.Random(1), ExitStack(), Location(str(tmp_path)),
                          "", 0, late_s=0.2, name="late")  # fmt: skip
@@ -158,7 +160,7 @@ def test_a_driver_is_killed_behind_the_last_checkpoint_or_the_fault_says_that_it
 
 
 def test_what_chaos_waits_for_in_a_run_s_log_is_what_a_run_says():
-    """Else a fault waits for words that never come, and its row is not valid."""
+    """Otherwise a fault waits for words that never come, and its row isn't valid."""
     package = Path(faults.__file__).parents[1]
     said = "".join(file.read_text() for file in package.rglob("*.py") if file.parent.name != "chaos")
     words = {word for fault in faults.FAULTS.values() for word in (fault.notice, fault.cured) if word} | {faults.AGAIN}

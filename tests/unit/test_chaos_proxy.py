@@ -1,4 +1,4 @@
-"""The fault proxy: without a fault every byte passes as it is; faults come at their rate, from a seed, up to their limits."""
+"""Tests the fault proxy: without a fault, every byte passes unchanged. Faults follow their rate, a seed, and their limits."""
 
 import itertools
 import random
@@ -15,7 +15,7 @@ from tests.waiting import until
 
 
 class Store(socketserver.ThreadingTCPServer):
-    """Keeps every request as it came, and answers with `answer`."""
+    """Records every request unchanged, and answers with `answer`."""
 
     daemon_threads = True
     patient = True
@@ -42,7 +42,7 @@ class Handler(socketserver.StreamRequestHandler):
                 return
 
     def until(self, last: bytes) -> bytes:
-        """The lines before this one, or before the connection's end."""
+        """Reads the lines before this one, or up to the end of the connection."""
         return b"".join(itertools.takewhile(lambda line: line not in (b"", last), iter(self.rfile.readline, None)))
 
 
@@ -67,12 +67,12 @@ def read(client: socket.socket, size: int) -> bytes:
 
 
 def read_all(client: socket.socket) -> bytes:
-    """Up to the connection's end."""
+    """Reads up to the end of the connection."""
     return b"".join(iter(lambda: client.recv(1 << 16), b""))
 
 
 def some_request(rng: random.Random) -> bytes:
-    """A request as S3 clients write them, with odd spelling that a signature would notice."""
+    """Returns a request like those of S3 clients, with unusual spelling that a signature would cover."""
     path = "/" + "".join(rng.choice(["a", "%20", "/", "%2F", "+", "~", "é"]) for _ in range(rng.randrange(1, 12)))
     head = f"{rng.choice(['GET', 'PUT', 'POST', 'HEAD', 'DELETE'])} {path}?uploadId=x%3D&partNumber=1 HTTP/1.1\r\n"
     head += (
@@ -93,7 +93,7 @@ def some_request(rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_requests_and_answers_pass_byte_for_byte(store, seed):
-    """Spelling, order, Host and framing of a connection's requests reach the store as they were; the answers too."""
+    """The spelling, order, Host, and framing of a connection's requests reach the store unchanged, and so do the answers."""
     rng = random.Random(seed)
     sent = [some_request(rng).replace(b"HEAD", b"GET") for _ in range(8)]
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
@@ -104,7 +104,7 @@ def test_requests_and_answers_pass_byte_for_byte(store, seed):
 
 
 def test_a_store_that_ends_idle_connections_is_no_fault(store):
-    """Each of the client's requests is answered, though the store hangs up after every answer without saying so."""
+    """Each request is answered, although the store closes its connection after every answer without notice."""
     store.patient = False
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
         for _ in range(4):
@@ -123,7 +123,7 @@ def test_a_store_that_ends_idle_connections_is_no_fault(store):
     ],
 )
 def test_answers_of_every_framing_end_where_they_end(store, answer, method):
-    """Chunked, without a body, of HEAD, closing: the whole answer arrives and the next request is not stuck behind it."""
+    """Chunked, without a body, of HEAD, closing: the whole answer arrives, and the next request doesn't wait for it."""
     store.answer = answer
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
         client.sendall(f"{method} / HTTP/1.1\r\nHost: h\r\nConnection: close\r\n\r\n".encode())
@@ -131,7 +131,7 @@ def test_answers_of_every_framing_end_where_they_end(store, answer, method):
 
 
 def test_a_client_that_asks_before_it_sends_is_told_to_go_on(store):
-    """Expect: 100-continue is answered before the body comes; the store's own 100 does not reach the client a second time."""
+    """The proxy answers Expect: 100-continue before the body arrives. The store's own 100 doesn't reach the client as well."""
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy, connect(proxy) as client:
         client.sendall(b"PUT /k HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 3\r\nConnection: close\r\n\r\n")
         assert client.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -146,7 +146,8 @@ def ask(proxy: FaultProxy, request: bytes = b"GET /k HTTP/1.1\r\nConnection: clo
 
 
 def test_each_fault_is_what_it_says(store):
-    """A status without asking the store, half a body, a reset after the store did it, half an upload; then all is well again."""
+    """A status without a request to the store, half a body, a reset after the store has acted, half an upload. Then everything
+    works again."""
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy:
         proxy.faults = (ProxyFault("status", status=503, code="SlowDown"),)
         answer = ask(proxy, b"PUT /k HTTP/1.1\r\nContent-Length: 3\r\n\r\nabcHEAD /k HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -170,7 +171,7 @@ def test_each_fault_is_what_it_says(store):
 
 
 def test_nothing_outlives_the_proxy(store):
-    """Leaving it waits neither for a delay that is under way nor for clients that stay connected: they are cut off."""
+    """The end of the proxy doesn't wait for a current delay, or for connected clients: it breaks their connections."""
     start = time.monotonic()
     with FaultProxy("{}:{}".format(*store.server_address)) as proxy:
         idle, delayed = connect(proxy), connect(proxy)
@@ -192,7 +193,7 @@ def drawn(seed: int, faults: list[ProxyFault], n: int = 4000, path: str = "/b/k"
 
 
 def test_faults_come_at_their_rate_from_the_seed():
-    """The same seed draws the same faults, another seed others; rates are kept, and the first of two that hit is taken."""
+    """The same seed draws the same faults, another seed others. Rates hold, and if two faults hit, the first counts."""
     plan = [ProxyFault("status", rate=0.3), ProxyFault("reset", rate=0.5)]
     first = drawn(1, plan)
     assert first == drawn(1, plan) != drawn(2, plan)
@@ -202,7 +203,7 @@ def test_faults_come_at_their_rate_from_the_seed():
 
 
 def test_a_limit_ends_a_fault_and_moves_no_other():
-    """After its limit a fault no longer comes; the other faults come where they would have come without it."""
+    """After its limit, a fault doesn't come again. The other faults come at the same requests as without the limit."""
     plain = drawn(3, [ProxyFault("status", rate=0.3), ProxyFault("reset", rate=0.2)])
     limited = drawn(3, [ProxyFault("status", rate=0.3, limit=5), ProxyFault("reset", rate=0.2)])
     assert limited.count("status") == 5 and limited.count("reset") > plain.count("reset")
@@ -210,7 +211,7 @@ def test_a_limit_ends_a_fault_and_moves_no_other():
 
 
 def test_a_key_pattern_spares_the_other_keys():
-    """Only paths that match meet the fault."""
+    """Only paths that match get the fault."""
     fault = ProxyFault("status", key="/bucket/*/shards/*.parquet")
     assert set(drawn(0, [fault], 10, "/bucket/a/shards/00001.parquet")) == {"status"}
     assert set(drawn(0, [fault], 10, "/bucket/a/manifest.parquet")) == {None}

@@ -1,4 +1,4 @@
-"""What is found wrong before anything starts, where a person could not have known: machines, and servers with errors."""
+"""Tests the checks before the start that a person can't do alone: machines, and servers with errors."""
 
 import contextlib
 import socket
@@ -33,7 +33,7 @@ def nothing_here(monkeypatch):
 
 @contextlib.contextmanager
 def server(status: int, body: str) -> Iterator[str]:
-    """Answers everything so."""
+    """Answers every request in the same way."""
 
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -54,7 +54,7 @@ def server(status: int, body: str) -> Iterator[str]:
 
 
 def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named(monkeypatch):
-    """Named, the cluster's file decides; in a cluster Ray does."""
+    """If a cluster is named, its file decides; inside a cluster, Ray decides."""
     wanted = job(workers={"gpus": 1, "cpus": 8})
     with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers need .* has no usable one"):
         check.check_devices(wanted, None)
@@ -73,7 +73,7 @@ def test_a_storage_that_cannot_be_made_is_told_by_its_key(tmp_path):
 
 
 def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
-    """The status and its cause are told: what helps with a full disk is not what helps with a server that is down."""
+    """The error has the status and its cause, because a full disk needs another fix than a stopped server."""
     full = "<html><p>No space left\n on device</p>"
     with server(503, full) as uri, pytest.raises(HeliostatError) as e:
         check._check_mlflow(uri)
@@ -81,7 +81,7 @@ def test_a_server_that_answers_with_an_error_is_not_said_to_be_silent():
 
 
 def test_a_run_that_resumes_trains_without_an_mlflow_that_is_away(tmp_path, caplog):
-    """A driver that is started again must not end because MLflow is down: its metrics are kept. A new run is told at once."""
+    """A restarted driver must not end because MLflow is down: its metrics are kept. A new run reports it at once."""
     wanted = job(**{"storage": str(tmp_path / "runs"), "mlflow.uri": "http://127.0.0.1:1"})
     with pytest.raises(TrackingError, match="doesn't answer"):
         check.check_services(wanted)
@@ -108,7 +108,7 @@ def test_a_run_that_resumes_waits_for_a_store_that_is_away(tmp_path, monkeypatch
 
 
 def test_a_file_that_is_no_database_is_found_before_the_run(tmp_path):
-    """MLflow would find it once the workers were placed. An empty file becomes a database."""
+    """MLflow would find it only after the workers were placed. An empty file becomes a database."""
     place = tmp_path / "x.db"
     place.write_text("text")
     with pytest.raises(ConfigError, match=r"^mlflow\.uri: .*x\.db isn't an SQLite database"):
@@ -128,7 +128,7 @@ def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, sta
 
 @pytest.mark.parametrize("there", ["nothing listens", "it never answers"])
 def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_next(monkeypatch, there):
-    """MLflow's client tried for over a minute."""
+    """MLflow's client retried for over a minute."""
     for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(mlflow_client, "BUDGET_S", 2.0)
@@ -146,7 +146,7 @@ def test_commands_give_an_mlflow_that_is_away_one_budget_and_say_what_to_run_nex
 
 
 def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkeypatch):
-    """The command line hid them, and `heliostat.train` in a script drew one for every file."""
+    """The command line hid the bars, but `heliostat.train` in a script drew one for every file."""
     shown = mlflow.environment_variables.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR
     for chosen in (None, "true"):
         monkeypatch.setenv(shown.name, chosen or "true")
@@ -157,7 +157,7 @@ def test_mlflow_draws_no_bars_for_scripts_either_unless_they_ask_for_them(monkey
 
 
 def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
-    """A proxy answers for a server that is down, and each request to it was tried seven times."""
+    """A proxy answered for a server that was down, and the client sent each request seven times."""
     for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:
         monkeypatch.delenv(name, raising=False)
     begun = time.monotonic()
@@ -180,7 +180,7 @@ def test_a_fault_of_a_server_is_told_by_its_body_or_its_cause(said, told):
 
 
 def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
-    """It is said which there are; an address has a port."""
+    """The error lists the known clusters. An address has a port."""
     monkeypatch.setattr(local, "known", lambda: [local.ClusterState("local", "f", "http://127.0.0.1:1")])
     for name in ("locel", "my-cluster", "host.example.com", "a/b:80"):
         with pytest.raises(ConfigError, match=r"^--cluster: .* isn't a running local cluster"), reach.endpoint(name):
@@ -204,7 +204,7 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
     ],
 )
 def test_large_numbers_are_checked_by_arithmetic(changes):
-    """In time that does not grow with them: CPU seconds, so that a busy machine does not matter."""
+    """The CPU time of the check doesn't grow with the numbers. It is CPU time, so a busy machine doesn't matter."""
     before = time.process_time()
     with contextlib.suppress(ConfigError):
         check.check_job(job(**changes))

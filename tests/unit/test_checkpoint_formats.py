@@ -1,4 +1,4 @@
-"""Checkpoints of older formats are read as they were, and an index of a shard that is torn is found before it is used."""
+"""Tests that checkpoints of older formats are read unchanged, and that a damaged index of a shard is detected before its use."""
 
 import json
 import re
@@ -34,7 +34,8 @@ def _save(run: Location, step: int, world: int = WORLD) -> Path:
 
 @pytest.mark.parametrize("number", [2, 3, 4])
 def test_every_format_holds_the_same_numbers(run: Location, number: int) -> None:
-    """Whole, as a stream, and any slice of them; of formats 2 and 3 too, whose `checkpoint.json` lists every chunk."""
+    """Tensors are read whole, as a stream, and in any slice, also in formats 2 and 3, whose `checkpoint.json` lists every
+    chunk."""
     folder = _save(run, 10)
     if number < 4:
         age(folder, number)
@@ -64,7 +65,8 @@ def test_a_restore_reads_the_indexes_of_the_shards_that_it_needs_and_no_other(ru
 
 @pytest.mark.parametrize("kind", ["flipped", "cut", "gone", "swapped"])
 def test_a_torn_index_of_a_shard_is_found_before_anything_is_used(run: Location, kind: str) -> None:
-    """One that is missing or of another size makes no checkpoint; any other fault is found by its checksum, when it is read."""
+    """An index that is missing or of another size makes the checkpoint incomplete. Its checksum shows any other fault when it is
+    read."""
     for step in (10, 20):
         folder = _save(run, step)
     file, other = folder / "shard-00001.json", folder / "shard-00002.json"
@@ -93,7 +95,7 @@ def test_a_torn_index_of_a_shard_is_found_before_anything_is_used(run: Location,
 
 
 def test_an_index_that_does_not_fit_its_checkpoint_is_refused(run: Location) -> None:
-    """Its checksum holds, so it was written so: a place outside the shard, a tensor that is none, a chunk that is not there."""
+    """Its checksum is valid, so it was written this way: a place outside the shard, an unknown tensor, a missing chunk."""
     folder = _save(run, 10)
     for change, said in [
         ({"offset": 1 << 40}, "a chunk is outside its shard"),
@@ -113,7 +115,7 @@ def test_an_index_that_does_not_fit_its_checkpoint_is_refused(run: Location) -> 
 
 
 def _forge(run: Location, data: bytes) -> None:
-    """Puts an index in place of the first shard's, and says so in `checkpoint.json`."""
+    """Replaces the index of the first shard, and updates `checkpoint.json`."""
     place = layout.folder(run, 10)
     root = layout.decode(place.join(layout.INDEX).read())
     del root["crc32"]
@@ -133,7 +135,7 @@ def _forge(run: Location, data: bytes) -> None:
     ],
 )
 def test_a_tensor_that_cannot_be_is_refused(run: Location, change: dict[str, object], said: str) -> None:
-    """Such as places that its shard's own index, which is checked, does not have."""
+    """For example, a tensor at places that its shard's own index, which is checked, doesn't have."""
     place = Location(str(_save(run, 10))).join(layout.INDEX)
     root = layout.decode(place.read())
     del root["crc32"]
@@ -164,7 +166,7 @@ def test_a_clone_has_all_files_of_its_donor(run: Location, tmp_path: Path, numbe
 
 
 def test_a_block_is_checked_in_the_middle_of_a_chunk(run: Location) -> None:
-    """The slice that is wanted has one block, which is not the chunk's first: that one's checksum counts."""
+    """The requested slice is in one block, which isn't the first of the chunk. Only that block's checksum counts."""
     folder = _save(run, 10, world=1)
     found = layout.open_checkpoint(run, 10)
     first = checksums.BLOCK // 4 + 10

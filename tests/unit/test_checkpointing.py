@@ -1,4 +1,5 @@
-"""`train.activation_checkpointing` of some layers, and `train.activation_offload`: the same bits as without, in less memory."""
+"""Tests `train.activation_checkpointing` of some layers, and `train.activation_offload`: the same bits as without them, in less
+memory."""
 
 import re
 
@@ -22,7 +23,7 @@ MODEL = {**BASE["model"], "arch": "llama", "num_hidden_layers": LAYERS, "attenti
 
 
 def played(**changes) -> tuple[torch.Tensor, int]:
-    """The loss and the whole gradient, and the bytes that the forward pass keeps on the device."""
+    """Returns the loss, the whole gradient, and the bytes that the forward pass keeps on the device."""
     made = recipe(MODEL, **changes)
     torch.manual_seed(0)
     model = made.build()
@@ -35,7 +36,8 @@ def played(**changes) -> tuple[torch.Tensor, int]:
 
 
 def test_losses_and_gradients_are_the_same_to_the_bit_and_take_less():
-    """Of no layer, of one, of three, of all; the more, the less is kept; inputs that are on the host are not kept here."""
+    """For no layer, one, three, and all layers: more layers keep fewer bytes, and inputs on the host aren't kept on the
+    device."""
     whole, kept = played()
     for which in (1, 3, True):
         mine, less = played(**{WHICH: which})
@@ -47,7 +49,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit_and_take_less():
 
 
 def test_only_a_layers_input_goes_to_the_host(monkeypatch):
-    """A copy of it, whose bytes come back: what lies there is what the backward pass computes with."""
+    """The host gets a copy of the input. The backward pass computes with the bytes that come back from it."""
     seen = []
     monkeypatch.setattr(checkpointing, "HostTensors", lambda: Spied(seen))
     mine, _ = played(**{WHICH: 3, OFFLOAD: True})

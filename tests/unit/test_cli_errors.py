@@ -1,6 +1,6 @@
-"""The command line on bad input: one `error:` line that names the fault, exit code 2, without Ray or a traceback.
+"""Tests the command line on bad input: one `error:` line that names the fault, exit code 2, without Ray or a traceback.
 
-How long it takes is in tests/benchmarks/cli.py.
+tests/benchmarks/cli.py measures the time.
 """
 
 import json
@@ -33,7 +33,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
-    """Nothing on standard output, no traceback, and neither Ray, DeepSpeed nor MLflow was imported."""
+    """Standard output is empty, there is no traceback, and Ray, DeepSpeed, and MLflow aren't imported."""
     changes, message = BAD[case]
     code, out, lines, imported = run("check", "--offline", str(write(tmp_path, **changes)))
     errors = [line for line in lines if line.startswith("error: ")]
@@ -43,7 +43,7 @@ def test_a_bad_job_is_one_error_line_and_exit_code_2(tmp_path, case):
 
 
 def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
-    """The mistake made most often; also a setting that cannot be applied is bad input."""
+    """This is the most common mistake. A setting that can't be applied is bad input, too."""
     write(tmp_path)
     code, _, lines, _ = run("check", str(tmp_path / "jop.yaml"))
     assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file; did you mean 'job.yaml'?"]
@@ -52,7 +52,7 @@ def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
 
 
 def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
-    """It is for the user to change: one line with the key and the command that makes the dataset."""
+    """The user must fix it: one line has the key, and the command that makes the dataset."""
     path = write(
         tmp_path,
         **{"data.sources.0.path": str(tmp_path / "nothing"), "storage": str(tmp_path / "runs"), "train.precision": "fp32"},
@@ -63,15 +63,17 @@ def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):
 
 
 def test_a_right_job_passes_offline(tmp_path):
-    """Exit code 0, the answer on standard output, nothing on standard error: the tests above do not fail on any job. In a process
-    that nothing was imported in."""
+    """Exit code 0, the answer on standard output, nothing on standard error: so the tests above don't fail for every job.
+
+    Runs in a process without earlier imports.
+    """
     words = [sys.executable, "-c", RUNNER, "check", "--offline", str(write(tmp_path, **{"train.precision": "fp32"}))]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **OFFLINE})
     assert (done.returncode, done.stderr) == (0, "imported: \n") and "the file and the model are right" in done.stdout
 
 
 def test_the_result_is_the_last_line_whatever_a_library_says_behind_it(tmp_path):
-    """Ray tells of workers that died at the end of the process, on standard output."""
+    """At the end of the process, Ray reports dead workers on standard output."""
     script = "import atexit; atexit.register(print, '(raylet) a worker died')\n" + RUNNER
     command = [sys.executable, "-c", script, "cluster", "list", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True,

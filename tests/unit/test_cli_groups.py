@@ -1,4 +1,4 @@
-"""Commands are in groups; names of the version before work, print the new name once, and are in no help."""
+"""Tests that commands are in groups. Names of the version before still work, print the new name once, and are in no help."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_words_of_an_earlier_version_are_translated(words, old, new, rest):
 
 
 def test_an_earlier_command_prints_the_same_object(monkeypatch, capsys, tmp_path):
-    """A script that reads `--json` sees no difference: the new name is on standard error."""
+    """A script that reads `--json` sees no difference, because the new name is on standard error."""
     monkeypatch.chdir(tmp_path)
     new = run(monkeypatch, capsys, "sweep", "list", "--json")
     assert run(monkeypatch, capsys, "sweeps", "--json")[:2] == new[:2] == (0, '{"sweeps": []}\n')
@@ -68,7 +68,7 @@ def test_a_word_after_two_dashes_is_no_option(capsys):
 
 
 def test_every_option_that_writes_a_file_or_a_folder_is_out():
-    """What a person has learned of one command holds for all."""
+    """Knowledge of one command applies to all commands."""
     for name in LEAVES:
         options = {option for parameter in NAMES[name].params for option in parameter.opts}
         assert not options & {"--to", "--output", "--write", "--dir"}, name
@@ -76,7 +76,7 @@ def test_every_option_that_writes_a_file_or_a_folder_is_out():
 
 
 def completed(folder: Path, line: str, **more: str) -> list[str]:
-    """What bash gets for a line whose last word is not finished, from the process that it starts."""
+    """Returns bash's completions of a line whose last word isn't finished, from the process that bash starts."""
     words = line.split(" ")
     variables = {"_HELIOSTAT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     done = subprocess.run(
@@ -88,7 +88,7 @@ def completed(folder: Path, line: str, **more: str) -> list[str]:
 
 
 def test_a_shell_completes_a_command_from_a_process(tmp_path):
-    """Through typer's environment variables, as the script that `--install-completion` writes sets them."""
+    """Completion uses typer's environment variables, as the script of `--install-completion` sets them."""
     assert completed(tmp_path, "heliostat run ver") == ["verify"]
 
 
@@ -110,7 +110,8 @@ class Shell:
 
 @pytest.fixture
 def shell(monkeypatch, capsys, tmp_path) -> Any:
-    """In a workspace with a file of each kind, a dataset, a run, a registered model, a submitted job and a local cluster."""
+    """Returns a shell in a workspace with a file of each kind, a dataset, a run, a registered model, a submitted job, and a local
+    cluster."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for path in ("jobs/a.yaml", "jobs/sweeps/s.yaml", "pipelines/p.yaml", "clusters/c.yaml", ".heliostat/data/d/manifest.parquet",

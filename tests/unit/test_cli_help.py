@@ -1,4 +1,4 @@
-"""Help is there for every command, option and argument, and none of it is cut."""
+"""Tests that every command, option, and argument has help, and that none of it is truncated."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tests.unit.command_line import NAMES, run
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_option_and_argument_has_help(name):
-    """A sentence for the command, words for each parameter."""
+    """A command has a sentence, and each parameter has words."""
     command = NAMES[name]
     assert command.help and len(command.help.split()) >= 3
     bare = [p.name for p in command.params if not getattr(p, "help", None)]
@@ -24,7 +24,7 @@ def test_every_command_option_and_argument_has_help(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_help_is_cut_at_80_columns(name, monkeypatch, capsys):
-    """Every option's whole name and every word of its help is there, in lines of at most 80."""
+    """Every option's whole name and every word of its help is shown, in lines of at most 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     code, text, _ = run(monkeypatch, capsys, *([] if name == "heliostat" else name.split()), "--help")
@@ -46,7 +46,7 @@ def test_the_first_page_lists_commands_and_groups_in_the_order_of_their_use_on_o
 
 @pytest.mark.parametrize("name", [name for name, command in NAMES.items() if not hasattr(command, "commands")])
 def test_every_command_has_an_example_that_it_takes(name):
-    """The words of the example are read as typed: every option exists, every value is of its type."""
+    """The example is parsed as typed: every option exists, and every value has its type."""
     example = shlex.split(NAMES[name].epilog.removeprefix("Example: "))
     words = name.split()
     assert example[: len(words) + 1] == ["heliostat", *words]

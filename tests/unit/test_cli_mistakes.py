@@ -1,4 +1,4 @@
-"""A user's mistake is one line, one JSON object and exit code 2, and names the command that was meant."""
+"""Tests that a user's mistake gives one line, one JSON object, and exit code 2, and names the intended command."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ SILENT = ("serve", "ui", "logs")  # commands without --json
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Paths of files with mistakes in a new workspace, by name."""
+    """Writes files with mistakes in a new workspace; returns their paths by name."""
     folder = tmp_path_factory.mktemp("workspace")
     create(folder)
     texts = {"empty": "", "list": "- 1\n", "broken": "a: [\n", "twice": "name: a\nname: b\n", "two": "a: 1\n---\nb: 2\n",
@@ -47,7 +47,7 @@ def test_there_are_ninety_mistakes():
 def test_a_mistake_is_one_line_that_names_the_field_the_problem_and_the_fix(
     monkeypatch, capsys, caplog, workspace, words, field, answer
 ):
-    """Exit code 2, nothing on standard output, no traceback; and with `--json` the same line in one object."""
+    """Exit code 2, nothing on standard output, and no traceback. With `--json`, one object has the same line."""
     monkeypatch.chdir(workspace["folder"])
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     caplog.set_level(logging.ERROR, "mlflow")  # as the command sets it, which comes too late where MLflow is imported already
@@ -66,7 +66,8 @@ def test_a_mistake_is_one_line_that_names_the_field_the_problem_and_the_fix(
 
 
 def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_path):
-    """`trace`, `forget` and the report of the curation: exit code 2, because a person must prepare it differently."""
+    """For `trace`, `forget`, and the report of the curation: exit code 2, because a person must prepare the dataset
+    differently."""
     location = Location(str(tmp_path))
     location.join("shards/00000/x.parquet").write(tokens.shard(["a"], [np.zeros(9, np.int32)], 100, np.zeros(1, np.int64)))
     manifest.write(location, manifest.read_footer(location, "shards/00000/x.parquet", "tokens"), {"kind": "tokens"})
@@ -80,7 +81,7 @@ def test_a_dataset_without_stages_names_what_to_change(monkeypatch, capsys, tmp_
 
 
 def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, tmp_path):
-    """An option of `jobs`, an argument of `cluster status`."""
+    """It names an option of `jobs`, or an argument of `cluster status`."""
     monkeypatch.setattr(local, "known", list)
     for words, field in ((["job", "list"], "--cluster: "), (["cluster", "status"], "CLUSTER: ")):
         code, _, err = run(monkeypatch, capsys, *words)
@@ -88,7 +89,7 @@ def test_without_a_cluster_the_error_names_what_takes_one(monkeypatch, capsys, t
 
 
 def test_a_store_of_the_environment_that_is_no_database_is_one_line(monkeypatch, capsys, tmp_path):
-    """For a run's id and for a model: both ended with a traceback of SQLAlchemy."""
+    """For a run's id and for a model. Both ended with a traceback of SQLAlchemy."""
     (tmp_path / "x.db").write_text("no database")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/x.db")
     for words in (["run", "checkpoints", "0" * 32], ["model", "generate", "models:/a/1", "--prompt", "x"]):
@@ -112,7 +113,7 @@ def test_without_json_nothing_of_an_error_is_on_standard_output(monkeypatch, cap
     ids=lambda a: type(a).__name__,
 )
 def test_whatever_ends_a_command_is_an_object_too(monkeypatch, capsys, raised, code, kind):
-    """A fault of heliostat's own as well, whose traceback follows."""
+    """This includes heliostat's own errors, followed by their traceback."""
     from heliostat.data import index
 
     def fail(*_: object) -> None:
@@ -135,7 +136,7 @@ def test_a_bucket_that_is_not_there_is_exit_code_2():
 
 
 def test_what_was_found_before_an_error_is_in_the_object(monkeypatch, capsys):
-    """A cluster file's faults, one by one, beside the error."""
+    """The object has the faults of a cluster file, one by one, in addition to the error."""
     monkeypatch.chdir(ROOT)
     code, out, _ = run(monkeypatch, capsys, "cluster", "check", "clusters/aws-h100.yaml", "--json")
     told = json.loads(out)
@@ -178,7 +179,7 @@ def test_a_file_of_another_kind_names_its_own_command(monkeypatch, capsys, wante
     "path", sorted((ROOT / "jobs").rglob("*.yaml")) + sorted((ROOT / "pipelines").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_every_file_of_the_workspace_is_of_its_kind(path):
-    """By its folder: none is refused where it belongs."""
+    """Each file is accepted in its own folder."""
     from heliostat.schema import read_yaml
 
     wanted = "pipeline" if path.parent.name in ("pipelines", "data") else "sweep" if path.parent.name == "sweeps" else "job"

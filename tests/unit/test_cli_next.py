@@ -1,4 +1,4 @@
-"""What a command suggests next works with the paths, the store and the names of what it has just made."""
+"""Tests that the commands that a command suggests next work with its paths, its store, and its names."""
 
 import json
 import os
@@ -20,7 +20,8 @@ from tests.unit.command_line import run
 @pytest.mark.parametrize("prompt", ["It was", "don't 'quote' me", None])
 @pytest.mark.parametrize("unit", ["tokens", "samples"])
 def test_what_is_suggested_next_works_with_the_runs_own_paths(tmp_path, monkeypatch, registered, prompt, unit):
-    """The model by a name that every command takes, the run's folder, its store unless that is the default, its own prompt."""
+    """The suggestion has the model by a name that every command accepts, the run's folder, its store unless that is the default,
+    and its own prompt."""
     from heliostat.validation.check import load_job
 
     monkeypatch.chdir(tmp_path)
@@ -49,7 +50,7 @@ def test_what_is_suggested_next_works_with_the_runs_own_paths(tmp_path, monkeypa
     ("/x/heliostat/__main__.py", None, "heliostat"),
 ])  # fmt: skip
 def test_what_is_suggested_begins_with_what_the_shell_finds(monkeypatch, called, found, told):
-    """A clone's `.venv/bin` is on nobody's PATH."""
+    """A clone's `.venv/bin` isn't on the PATH."""
     monkeypatch.setattr("sys.argv", [called, "train"])
     monkeypatch.setattr("shutil.which", lambda _: found)
     assert common.program() == told
@@ -58,7 +59,7 @@ def test_what_is_suggested_begins_with_what_the_shell_finds(monkeypatch, called,
 
 
 def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path, monkeypatch, capsys):
-    """As `mlflow.set_tracking_uri` does: the store of the next command would not be named."""
+    """`mlflow.set_tracking_uri` changes the default store, so the next command's store would be missing."""
     from heliostat.training import run as running
 
     def trained(job: Any, *_: Any, **__: Any) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def test_the_usual_store_is_asked_for_before_mlflow_sets_it_to_the_jobs(tmp_path
 
 
 def test_a_run_that_another_store_knows_names_that_store(tmp_path):
-    """Its folder says where; a run of the store that was asked has no such hint."""
+    """The run's folder names its store. A run of the requested store has no such hint."""
     from heliostat.tracking import mlflow_client
     from mlflow.exceptions import MlflowException
 
@@ -94,7 +95,7 @@ def test_a_run_that_another_store_knows_names_that_store(tmp_path):
 
 
 def job(folder: Path, name: str = "quickstart", **changes: Any) -> None:
-    """Writes a job that trains on the dataset of the pipeline, which is written too."""
+    """Writes a pipeline, and a job that trains on its dataset."""
     raw = {"name": name, "data": {"path": ".heliostat/data/d", "sequence_length": 16}, "train": {"steps": 300}, **changes}
     for path, content in (("jobs", raw), ("pipelines", {"name": "d", "pipeline": "x", "output": ".heliostat/data/d"})):
         (folder / path).mkdir(parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ def job(folder: Path, name: str = "quickstart", **changes: Any) -> None:
 
 
 def trained(folder: Path, step: int, name: str = "quickstart", ended: bool = False, pid: int = 0, **result: Any) -> Path:
-    """Writes the folder of a run with a checkpoint; `pid`: of the driver that still trains, if there is one."""
+    """Writes the folder of a run with a checkpoint. `pid`: the driver that still trains, if there is one."""
     run = folder / ".heliostat/runs" / name
     (run / f"checkpoints/step-{step:08d}").mkdir(parents=True)
     (run / f"checkpoints/step-{step:08d}/checkpoint.json").write_text("{}")
@@ -118,7 +119,7 @@ def trained(folder: Path, step: int, name: str = "quickstart", ended: bool = Fal
 
 
 def nothing(folder: Path) -> None:
-    """Is a folder without anything."""
+    """Leaves the folder empty."""
 
 
 def prepared(folder: Path) -> None:
@@ -143,7 +144,7 @@ def finished(folder: Path) -> None:
 
 
 def resumed_beyond(folder: Path) -> None:
-    """Ended once, then continued to more steps, and was interrupted."""
+    """Writes a run that ended once, then resumed with more steps, and was interrupted."""
     prepared(folder)
     run = trained(folder, 300, ended=True)
     (run / "checkpoints/step-00000400").mkdir()
@@ -181,7 +182,7 @@ def classifying(folder: Path) -> None:
                     "run verify .heliostat/runs/quickstart"]),
 ])  # fmt: skip
 def test_without_a_command_the_next_one_of_this_folder_is_shown(tmp_path, monkeypatch, capsys, state, commands):
-    """At most 8 lines of 80 columns, the same in JSON, and each command is one that exists."""
+    """At most 8 lines of 80 columns, the same in JSON, and each command exists."""
     state(tmp_path)
     monkeypatch.chdir(tmp_path)
     code, out, err = run(monkeypatch, capsys)
@@ -210,7 +211,7 @@ def test_the_run_that_was_active_last_is_shown(tmp_path):
 
 @pytest.mark.parametrize("steps", ["1e3", [1], None])
 def test_a_mistake_in_a_job_or_a_damaged_result_is_no_end_of_the_status(tmp_path, steps):
-    """`check` explains the job; the run is shown by its checkpoints."""
+    """`check` explains the job, and the run is shown by its checkpoints."""
     job(tmp_path, train={"steps": steps})
     (trained(tmp_path, 100) / "result.json").write_text(json.dumps({"steps": steps}))
     assert "run quickstart: interrupted, step 100" in next_steps.lines(next_steps.status(tmp_path))

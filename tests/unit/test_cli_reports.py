@@ -1,4 +1,5 @@
-"""What commands report is whole: JSON that every reader takes, the documented fields, and tables that are not cut."""
+"""Tests that reports of commands are complete: JSON that every parser accepts, the documented fields, and tables that aren't
+truncated."""
 
 import io
 import json
@@ -37,13 +38,13 @@ TABLES = {
 
 
 def test_json_has_no_nan(capsys):
-    """Which no reader but Python's takes."""
+    """Only Python's parser accepts NaN."""
     common.write_json({"loss": float("nan"), "all": [float("inf"), (1.5, None)]})
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "all": [None, [1.5, None]]}
 
 
 def test_every_command_that_reports_has_json():
-    """All but what shows text as it comes, serves, or is a group."""
+    """All except commands that stream text, serve, or are groups."""
     without = {
         name
         for name, command in NAMES.items()
@@ -53,7 +54,7 @@ def test_every_command_that_reports_has_json():
 
 
 def test_the_page_of_the_command_line_names_every_command_and_every_exit_code():
-    """With the fields that its JSON has: what scripts and agents rely on."""
+    """The page also has the fields of its JSON, which scripts and agents rely on."""
     page = (ROOT / "docs" / "cli.md").read_text()
     rows = {
         name for line in page.splitlines() if line.startswith("| `") for name in re.findall(r"`([a-z -]+)`", line.split("|")[1])
@@ -65,7 +66,7 @@ def test_the_page_of_the_command_line_names_every_command_and_every_exit_code():
 
 
 def test_the_documented_fields_of_reports_are_those_that_are_printed(monkeypatch, capsys):
-    """Of those that can be had without a run."""
+    """Checks the reports that are available without a run."""
     page = (ROOT / "docs" / "cli.md").read_text()
     for words, command in (
         (("check", FILES["job"], "--offline"), "check"),
@@ -91,7 +92,7 @@ def test_the_columns_of_runs_name_their_units():
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("name", TABLES)
 def test_no_table_is_cut(name, width):
-    """Every cell is there in whole, in lines of at most the terminal's width; as wide as it is where it is piped on."""
+    """Every cell is shown completely, in lines of at most the terminal's width. In a pipe, lines have their full width."""
     rows = TABLES[name]
     found = shown(width, rows)
     assert all(len(line) <= width for line in found)
@@ -118,7 +119,7 @@ def test_columns_are_aligned():
 
 
 def test_what_a_dataset_leaves_out_is_named_by_its_stage_and_its_reason():
-    """Reports number the stages, so that two of one kind are apart: these were shown as `1 0 symbols: symbols`."""
+    """Reports number the stages, so that two stages of one kind differ. They were shown as `1 0 symbols: symbols`."""
     from heliostat.curation.prepare_report import explain
 
     dropped = {"0 symbols: symbols": 1, "1 gopher_quality: short": 2, "3 gopher_quality: short": 3, "empty": 4}

@@ -1,4 +1,4 @@
-"""The command line starts soon: what a command does not need is not imported, and nothing is checked twice."""
+"""Tests that the command line starts fast: a command imports only what it needs, and checks nothing twice."""
 
 import ast
 import os
@@ -40,7 +40,7 @@ except SystemExit as e:
     ids=["help", "nothing", "check"],
 )
 def test_what_needs_no_library_imports_none(arguments, code, more, seconds):
-    """`--help`, no command, and `check` of a file with a wrong key. The bound of processor time is generous:
+    """For `--help`, no command, and `check` of a file with a wrong key. The bound of CPU time is generous;
     tests/benchmarks/cli.py measures it."""
     process = subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -58,7 +58,8 @@ def test_what_needs_no_library_imports_none(arguments, code, more, seconds):
 
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_a_right_job_is_checked_without_the_libraries_that_train_it(tmp_path, command):
-    """The quickstart's model, whole: keys, stores, datasets, order of samples; of `train`, all that comes before Ray starts."""
+    """The check covers the quickstart's model, keys, stores, datasets, and order of samples; for `train`, everything before Ray
+    starts."""
     raw = spec.load(ROOT / FILES["job"]).dump()
     make_text(tmp_path / "data")
     raw["data"] |= {"sources": [{"path": str(tmp_path / "data")}], "sequence_length": 16}
@@ -74,7 +75,7 @@ def test_a_right_job_is_checked_without_the_libraries_that_train_it(tmp_path, co
 
 
 def test_no_module_of_the_command_line_imports_the_one_that_starts_it():
-    """`main` imports the commands, they import what they share: no circle; what is late is late for start-up's sake."""
+    """`main` imports the commands, and these import shared modules, without a circle. Late imports only make the start faster."""
     for path in sorted((ROOT / "platform" / "heliostat" / "cli").glob("*.py")):
         tree = ast.parse(path.read_text())
         names = {f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
@@ -86,7 +87,7 @@ def test_no_module_of_the_command_line_imports_the_one_that_starts_it():
 
 
 def test_training_checks_each_thing_once_on_its_way_to_the_first_attempt(tmp_path, monkeypatch):
-    """The file, then what does not depend on the run, then, with the run claimed, its data."""
+    """First the file, then everything that doesn't depend on the run, then, after claiming the run, its data."""
     from heliostat.storage import lease
     from heliostat.training import run as running
     from heliostat.validation import check

@@ -1,4 +1,4 @@
-"""Progress and log lines fit the terminal that they are shown on, and lose nothing that matters."""
+"""Tests that progress and log lines fit their terminal, and lose nothing important."""
 
 import inspect
 import io
@@ -18,7 +18,8 @@ PARTS = [(1, "loss 6.2277"), (5, "lr 1.00e-03"), (3, "1,234,567 tokens/s"), (4, 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 200])
 def test_the_progress_line_fits_every_terminal(width):
-    """What matters least goes first: the step stays to the last, the time to go and the loss before all the rest."""
+    """The least important parts are dropped first. The step stays last, and the remaining time and the loss stay longer than the
+    rest."""
     text = progress.line("quickstart", 1_234, 10_000, PARTS, 4000.0, width)
     assert len(text) <= width and text.startswith("quickstart 1,234/10,0"[: width - 1])
     assert ("loss 6.2277" in text) == (width >= 40) and ("ETA 1 h 6 min" in text) == (width >= 60)
@@ -27,7 +28,7 @@ def test_the_progress_line_fits_every_terminal(width):
 
 
 def test_there_is_no_time_to_go_before_two_reports_and_none_at_the_end(caplog):
-    """Not "ETA 0 s" at the first step."""
+    """The line doesn't show "ETA 0 s" at the first step."""
     speed = progress.Speed(100)
     assert speed.left() is None
     speed.reached(1, 10.0)
@@ -43,7 +44,7 @@ def test_there_is_no_time_to_go_before_two_reports_and_none_at_the_end(caplog):
 
 
 def test_a_log_line_is_whole_on_a_narrow_terminal(monkeypatch):
-    """Beside its time, with what looks like markup as it is."""
+    """The line follows its time, and text that looks like markup is unchanged."""
     at = io.StringIO()
     monkeypatch.setattr(main, "console", Console(file=at, force_terminal=True, width=40, no_color=True))
     handler = main.Terminal()
@@ -56,7 +57,7 @@ def test_a_log_line_is_whole_on_a_narrow_terminal(monkeypatch):
 
 
 def test_log_lines_do_not_write_over_the_live_line():
-    """They share its console."""
+    """Log lines and the live line share a console."""
     from heliostat.terminal import console
 
     assert inspect.getmodule(main.Terminal.emit).console is console  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Faults of cluster files: each is found, and named by its key."""
+"""Tests that each fault of a cluster file is found, and named by its key."""
 
 import pytest
 from heliostat.cluster import review
@@ -232,7 +232,7 @@ CLOUD_FAULTS["aws-h100"] |= LAUNCHER_OPEN
 
 @pytest.mark.parametrize(("name", "warning"), [(n, w) for n, cases in CLOUD_FAULTS.items() for w in cases])
 def test_what_would_break_or_stand_open_at_the_first_real_start_is_found(name, warning, tmp_path):
-    """Each of these was in a file that the tools' schemas take."""
+    """Each of these faults was in a file that the tools' schemas accept."""
     source = ROOT / "clusters" / f"{name}.yaml"
     needs_crds(source)
     words = CLOUD_FAULTS[name][warning]

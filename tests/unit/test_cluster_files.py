@@ -1,4 +1,4 @@
-"""Cluster files: those that are handed out are right, their pools are what the jobs ask for, and faults are found and named."""
+"""Tests the shipped cluster files: they are valid, their pools fit the jobs, and faults are found and named."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def needs_crds(path: Path) -> None:
 
 
 def broken(path: Path, folder: Path, *changes: tuple[str, str]) -> Path:
-    """A cluster file with parts of its text replaced."""
+    """Writes a cluster file with parts of its text replaced."""
     text = path.read_text()
     for old, new in changes:
         assert old in text
@@ -47,7 +47,7 @@ def test_there_are_the_files_that_the_readme_names():
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.stem)
 def test_every_file_is_valid_for_its_tool_and_opens_no_port(path):
-    """Schema, sizes, secrets: no error; the only warnings are about values that the person must put in."""
+    """Schema, sizes, and secrets give no error. The only warnings are about values that a person must fill in."""
     needs_crds(path)
     found = review.check(path)
     assert found.errors == []
@@ -56,13 +56,13 @@ def test_every_file_is_valid_for_its_tool_and_opens_no_port(path):
 
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda p: p.stem)
 def test_every_line_of_a_file_is_explained(path):
-    """Golden rule of these files: a comment on the line, or above its block; at least every fourth line has one."""
+    """The rule for these files: each line has a comment, or its block has one above. At least every fourth line has a comment."""
     lines = [line for line in path.read_text().splitlines() if line.strip()]
     assert sum("#" in line for line in lines) * 4 >= len([x for x in lines if "NetworkCardIndex" not in x])
 
 
 def test_the_kuberay_cluster_is_this():
-    """What operators rely on, spelt out: pools, sizes, labels, authentication, network policy, fault tolerance."""
+    """Lists the facts that operators rely on: pools, sizes, labels, authentication, network policy, and fault tolerance."""
     cluster = read("kuberay-h100")
     spec = cluster.spec
     assert [(p.name, p.least, p.most, p.cpus, p.gpus) for p in cluster.pools] == [
@@ -86,7 +86,7 @@ def test_the_kuberay_cluster_is_this():
 @pytest.mark.parametrize("cluster", ["aws-h100", "gcp-h100", "kuberay-h100"])
 @pytest.mark.parametrize("name", ["llama3-8b", "gpt-1b"])
 def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_node(cluster, name):
-    """The plan finds room for all workers in the pool that carries the job's labels; data goes to one without GPUs."""
+    """The plan fits all workers in the pool with the job's labels. Data tasks run in a pool without GPUs."""
     pools = read(cluster).pools
     wanted, _, _ = planner.prepare(ROOT / "jobs" / f"{name}.yaml", ["data.sources=[{path: nowhere}]"])
     check_pools(wanted, read(cluster))
@@ -97,7 +97,7 @@ def test_full_scale_jobs_fit_on_the_clusters_and_data_work_takes_no_training_nod
 
 
 def test_the_kuberay_job_asks_for_what_its_training_job_asks_for():
-    """16 workers of 8 CPUs and one GPU on two nodes, the job file's name, and the labels."""
+    """16 workers with 8 CPUs and one GPU each on two nodes, the name of the job file, and the labels."""
     cluster = read("kuberay-job")
     path = re.search(r"jobs/[\w-]+\.yaml", cluster.raw["spec"]["entrypoint"])[0]
     wanted, _, _ = planner.prepare(ROOT / path, ["data.sources=[{path: nowhere}]"])
@@ -123,7 +123,7 @@ def test_a_job_too_big_for_the_cluster_is_refused_before_it_waits_for_ever():
 
 
 def test_workers_that_leave_the_data_tasks_no_cpu_are_refused(tmp_path):
-    """Half a CPU left on each of two nodes is none; a node more, or a pool for the data, is enough."""
+    """Half a free CPU on each of two nodes isn't enough. Another node, or a pool for the data, is enough."""
     pools = """
   ray.head.default: {resources: {CPU: 0}, node_config: {}}
   train: {resources: {CPU: 2}, node_config: {}, min_workers: 0, max_workers: MOST, labels: {heliostat-pool: train}}
@@ -176,7 +176,7 @@ def test_the_local_cluster_is_recognised_by_its_addresses_and_an_on_premise_one_
 
 
 def test_ray_itself_takes_the_launcher_files():
-    """Ray's own validation and, for hosts that are there already, its own preparation."""
+    """Ray's own validation accepts them and, for existing hosts, so does its own preparation."""
     from ray.autoscaler._private.local.config import prepare_local
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -228,7 +228,7 @@ def test_what_only_names_the_place_of_a_secret_is_none(line):
 
 
 def test_a_rayjob_without_a_submitter_of_its_own_is_warned_of(tmp_path):
-    """KubeRay's own has no securityContext, which a restricted namespace refuses."""
+    """KubeRay's own submitter has no securityContext, so a restricted namespace rejects it."""
     source = ROOT / "clusters" / "kuberay-job.yaml"
     needs_crds(source)
     policy, raw = yaml.safe_load_all(source.read_text())
@@ -255,7 +255,7 @@ def actions(statements: list[dict]) -> list[str]:
 
 
 def test_the_head_on_aws_starts_only_the_files_instance_types_and_passes_on_only_the_workers_roles():
-    """No wildcard over a service's actions; the types are those of aws-h100.yaml; the roles go to EC2 alone."""
+    """There are no wildcards over a service's actions. The types are those of aws-h100.yaml, and only EC2 gets the roles."""
     head = policy("head")
     assert not any(a.endswith("*") for name in ("head", "worker", "data") for a in actions(policy(name)))
     started = [s for s in head if "ec2:RunInstances" in s["Action"] and "instance/*" in str(s["Resource"])]
@@ -290,7 +290,7 @@ def test_the_image_has_the_cuda_that_its_locked_torch_is_built_for_and_takes_not
 
 
 def test_the_container_of_development_installs_by_the_lock():
-    """Its command is a target of the Makefile, and a folder of wheels comes by the variable that .ci/install reads."""
+    """Its command is a target of the Makefile, and the variable that .ci/install reads names a folder of wheels."""
     text = re.sub(r"^\s*//.*$|\s//.*$", "", (ROOT / ".devcontainer" / "devcontainer.json").read_text(), flags=re.MULTILINE)
     container = json.loads(text)
     target = container["postCreateCommand"].split()[1]
@@ -300,7 +300,7 @@ def test_the_container_of_development_installs_by_the_lock():
 
 
 def test_the_image_has_the_packages_of_every_extra_that_the_docs_use_on_a_cluster():
-    """`prepare`, `serve`, `infer`, `benchmark`, and `index-documents` run on the nodes, too, and nodes install nothing."""
+    """`prepare`, `serve`, `infer`, `benchmark`, and `index-documents` also run on the nodes, and nodes install nothing."""
     import tomllib
 
     from packaging.requirements import Requirement

@@ -1,4 +1,4 @@
-"""A local cluster that nobody uses ends by itself, and one that somebody uses, or that does not answer, doesn't."""
+"""Tests that an unused local cluster ends by itself. A cluster that is in use, or doesn't answer, continues."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def test_up_starts_what_watches_replaces_it_and_down_ends_it(tmp_path: Path, monkeypatch):
-    """Only where the file says so, only one of it, and with the file's minutes: another number left the first one running."""
+    """There is one watcher, only if the file asks for it, with the file's minutes. With another number, the first watcher kept
+    running."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "with.yaml").write_text((ROOT / "clusters" / "local.yaml").read_text())
     cluster = cluster_file.read(tmp_path / "with.yaml")

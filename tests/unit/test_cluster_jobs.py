@@ -1,4 +1,5 @@
-"""Jobs on clusters, the parts that need none: exit codes, progress, the queue's order, what may travel to a machine elsewhere."""
+"""Tests the parts of cluster jobs that need no cluster: exit codes, progress, the queue's order, and the paths that another
+machine can use."""
 
 import errno
 import logging
@@ -28,7 +29,7 @@ def test_exit_codes_tell_how_a_job_ended(status, code, wanted):
 
 
 def test_progress_and_time_to_go_are_read_from_the_runs_ledger(tmp_path):
-    """The newest attempt counts; its start-up is not taken for steps."""
+    """The newest attempt counts, and its start-up doesn't count as steps."""
     run = Location(str(tmp_path))
     assert progress.of_run(run, 100) == {"step": 0, "steps": 100, "fraction": 0.0, "eta_s": None}
     old = RecordedAttempt("a", 1000.0, 1100.0, 1100.0, 0, 1, parts={"computing": 50.0}, marks=[(30, 50.0)])
@@ -48,7 +49,7 @@ def test_a_damaged_ledger_is_a_note_not_a_failure(tmp_path):
 
 
 def test_a_queue_is_worked_off_in_the_order_of_submission():
-    """By start time, then by name; finished jobs, other queues and jobs without one do not count."""
+    """By start time, then by name. Finished jobs, other queues, and jobs without a queue don't count."""
 
     def one(name, start, status="RUNNING", queue="q"):
         return {"submission_id": name, "start_time": start, "status": status, "metadata": {"queue": queue} if queue else None}
@@ -76,7 +77,7 @@ def test_epochs_of_a_run_that_resumes_count_the_samples_that_it_trains_on(tmp_pa
 
 @pytest.mark.parametrize("steps", [100, 101])
 def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkeypatch, steps):
-    """That version knew fewer keys, so it computed another digest; other settings are still another job. Twice, as people do."""
+    """That version knew fewer keys, so it computed another digest. Other settings still mean another job. Users submit twice."""
     monkeypatch.chdir(tmp_path)
     earlier = submission.SubmissionRecord.of(submission.load(write(tmp_path), [], HERE), None, None)
     del earlier.job["train"]["ema"]
@@ -95,7 +96,7 @@ def test_a_job_that_an_earlier_version_submitted_is_found_again(tmp_path, monkey
 
 
 def test_rays_client_logs_no_notices_between_heliostats_lines():
-    """Two of its modules set their own level when they are imported."""
+    """Two of its modules set their own log level at import."""
     with pytest.raises(ClusterError, match="127"):
         jobs.Jobs(Endpoint("http://127.0.0.1:9", None, here=True))
     assert all(
@@ -104,7 +105,7 @@ def test_rays_client_logs_no_notices_between_heliostats_lines():
 
 
 def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
-    """Relative paths and SQLite files mean this machine; a cluster on it takes them, made absolute."""
+    """Relative paths and SQLite files refer to this machine. A cluster on this machine accepts them, as absolute paths."""
     monkeypatch.chdir(tmp_path)
     path = write(tmp_path)
     with pytest.raises(ConfigError, match=r"mlflow\.uri: sqlite:///mlflow\.db is a file on one machine"):
@@ -121,7 +122,7 @@ def test_paths_of_this_machine_do_not_travel_elsewhere(tmp_path, monkeypatch):
 
 
 def test_a_model_of_the_hub_is_no_path_of_this_machine(tmp_path, monkeypatch):
-    """The cluster downloads it itself, unless a folder of this name is here."""
+    """The cluster downloads the model itself, unless this machine has a folder of this name."""
     monkeypatch.chdir(tmp_path)
     model = {"pretrained": "org/parent"}
     elsewhere = {"mlflow.uri": "http://mlflow:5000", "data.sources.0.path": "s3://b/a", "storage": "s3://b/runs"}
@@ -150,7 +151,8 @@ class Store:
 
 
 def test_what_is_new_in_a_log_is_all_that_its_copy_in_storage_costs(tmp_path):
-    """30 MB, brought up to date 100 times: not 1.5 GB written; and it reads as one, with those of earlier versions."""
+    """30 MB of log, updated 100 times, don't cost 1.5 GB of writes. The copy reads as one log, also with parts of earlier
+    versions."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "20250101T000000Z-aaaaaa.log").write_text("of an earlier version\n")
     store, whole = Store(tmp_path / "logs"), b""
@@ -166,7 +168,8 @@ def test_what_is_new_in_a_log_is_all_that_its_copy_in_storage_costs(tmp_path):
 
 
 def test_a_full_disk_costs_a_stretch_of_the_logs_copy_and_nothing_else(tmp_path, monkeypatch):
-    """Half of a line fits, then nothing, then all again: the copy has what fitted, and says what is missing."""
+    """First half of a line fits, then nothing, then everything. The copy has the part that fitted, and reports the missing
+    part."""
     (tmp_path / "logs").mkdir()
     copy, room, write = logs.LogCopy(Location(str(tmp_path / "logs")), "a"), [10**9], os.pwrite
 
@@ -192,7 +195,7 @@ def test_a_full_disk_costs_a_stretch_of_the_logs_copy_and_nothing_else(tmp_path,
 
 
 class Tailed:
-    """Ray's client of a job whose log comes in pieces, and whose connection breaks once behind the third."""
+    """Simulates Ray's client of a job: the log arrives in pieces, and the connection breaks once after the third piece."""
 
     pieces = ("--attempt one\nold\n", "python --attempt two\nstep", " 1\n", "step 2\n", "step 3\n")
 
@@ -208,7 +211,7 @@ class Tailed:
 
 
 def test_a_followed_log_is_streamed_and_goes_on_behind_a_broken_connection(monkeypatch):
-    """The whole log is read once a connection, not once a second; nothing comes twice or not at all."""
+    """The whole log is read once per connection, not once per second. Nothing appears twice, and nothing is missing."""
     monkeypatch.setattr(jobs, "FOLLOW_S", 0.01)
     cluster = jobs.Jobs.__new__(jobs.Jobs)
     cluster.client = Tailed()

@@ -1,4 +1,4 @@
-"""Clusters on Kubernetes from `cluster up` to the head that is ready, with a stand-in for kubectl."""
+"""Tests clusters on Kubernetes from `cluster up` to a ready head, with a replacement for kubectl."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def event(name: str, reason: str, message: str, uid: str = "1", warning: bool = 
 
 @pytest.fixture
 def kubernetes(tmp_path, monkeypatch):
-    """A `kubectl` whose cluster is in the state that `scene` describes, from the second look on."""
+    """Returns a `kubectl` whose cluster is in the state that `scene` describes, from the second query on."""
     (tmp_path / "kubectl").write_text(KUBERAY)
     (tmp_path / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -110,7 +110,7 @@ def test_up_on_kubernetes_fails_with_the_operators_reason_when_it_rejects_the_fi
 
 
 def test_up_on_kubernetes_fails_with_the_earlier_reason_when_the_same_file_is_applied_again(kubernetes, monkeypatch):
-    """The operator writes no second event about a file that has not changed, and gives it no status."""
+    """The operator writes no second event and no status for a file that hasn't changed."""
     monkeypatch.setattr(kuberay, "TAKEN_UP_S", 0.1)
     cluster = read("kuberay-h100")
     kubernetes({}, old=[event("heliostat-h100", "InvalidRayClusterSpec", "why")])

@@ -1,4 +1,5 @@
-"""Local clusters without starting one: names that are no paths, tokens that go to nobody else, and what `ray up` is told."""
+"""Tests local clusters without starting one: names that could be paths, tokens that only their own server gets, and the options
+of `ray up`."""
 
 import contextlib
 import errno
@@ -32,7 +33,7 @@ def cluster_file(folder: Path, name: object = "local", port: int = 8275) -> Path
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_clusters_name_leads_to_no_other_folder(name, tmp_path, monkeypatch):
-    """`cluster up` and `down` make and delete a folder of this name."""
+    """`cluster up` and `down` create and delete a folder of this name."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"cluster_name: .* isn't a valid name"):
         files.read(cluster_file(tmp_path, name))
@@ -87,7 +88,7 @@ server.serve_forever()
 
 @contextlib.contextmanager
 def server(user: str | None) -> Iterator[tuple[int, subprocess.Popen]]:
-    """What wants a token, and says which it was given; run by another user, if one is named."""
+    """Runs a server that requires a token and prints the tokens that it receives; as another user, if one is named."""
     who = {"user": user, "group": pwd.getpwnam(user).pw_gid, "extra_groups": []} if user else {}
     python = "/usr/bin/python3" if user else sys.executable
     process = subprocess.Popen([python, "-Ic", SERVER], stdout=subprocess.PIPE, text=True, cwd="/", **who)
@@ -106,7 +107,8 @@ def given(process: subprocess.Popen) -> set[str]:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="to be another user takes root")
 def test_the_token_is_not_sent_to_a_server_of_another_user(tmp_path, monkeypatch):
-    """Who listens first on the port of the file would else get the user's own token from `cluster up`, `list` and the others."""
+    """Otherwise the first process that listens on the file's port gets the user's own token from `cluster up`, `list`, and the
+    others."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     with server("nobody") as (port, process):
@@ -136,7 +138,7 @@ def test_a_server_of_this_user_gets_the_token_and_a_free_port_belongs_to_nobody(
 
 
 def test_a_port_that_a_connection_uses_is_named_before_any_node_starts(tmp_path, monkeypatch):
-    """Ray starts without its dashboard then, and `up` waited a minute and a half for it."""
+    """In this case Ray starts without its dashboard, and `up` waited a minute and a half for it."""
     monkeypatch.chdir(tmp_path)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -190,7 +192,7 @@ def test_what_answers_but_is_no_ray_is_not_joined(tmp_path, monkeypatch):
 
 
 def test_an_address_that_a_person_names_is_taken_at_their_word(tmp_path, monkeypatch):
-    """With or without http://, and whoever listens there."""
+    """With or without http://, and for any server there."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     with server("nobody" if os.geteuid() == 0 else None) as (port, _):
@@ -212,7 +214,8 @@ def test_up_leaves_ray_alone_where_it_runs_unless_told_to_restart_it(name):
 
 @pytest.mark.parametrize("log", ["The current node timed out during startup", "no such option: --blok"])
 def test_a_worker_that_ray_gave_up_on_a_busy_machine_is_started_once_more(tmp_path, monkeypatch, log):
-    """Ray waits 30 s for a node's own entry, and then ends it. A worker that ends for another reason isn't started again."""
+    """Ray waits 30 s for a node's own entry, and then ends the node. A worker that ends for another reason isn't started
+    again."""
     monkeypatch.chdir(tmp_path)
     cluster = files.read(cluster_file(tmp_path))
     asked: list[object] = []

@@ -1,4 +1,5 @@
-"""Python's collector runs between steps alone: what is in circles stays until it is called for, and goes then."""
+"""Tests that Python's garbage collector runs only between steps: objects in cycles stay until it is called, and are freed
+then."""
 
 import gc
 import weakref
@@ -9,7 +10,7 @@ from heliostat.training.worker.context import Due
 
 
 def pause(due: bool) -> None:
-    """What the hook does behind a step at which it collects what is new; everything, if a save is due."""
+    """Calls the hook as after a step: it collects new objects, or all objects if a save is due."""
     due_then = Due(last=False, reports=True, evaluates=False, saves=due, keeps=False, holds=False)
     collector.Collector().on_save(collector.EVERY, due_then)
 

@@ -1,5 +1,7 @@
-"""A matrix that workers cut by columns lies in a checkpoint in the order of its blocks of columns: any slice of it, cut by any
-other number of workers or by none, is found again bit by bit; so is what an export reads."""
+"""Tests a matrix that workers shard by columns: a checkpoint stores it in the order of its blocks of columns.
+
+Any slice of it, for any other number of workers or none, is restored bit for bit, and so is an export.
+"""
 
 import json
 import random
@@ -21,7 +23,7 @@ def _ordered(matrix: torch.Tensor, parts: int) -> torch.Tensor:
 
 
 def _slices(matrix: torch.Tensor, parts: int, alike: int) -> list[FlatShard]:
-    """What each rank has of a matrix: its columns, and of those the part that ZeRO leaves it."""
+    """Returns each rank's part of a matrix: its columns, and the part of them that ZeRO assigns to it."""
     found = []
     for rank in range(parts * alike):
         mine = matrix.chunk(parts, 1)[rank % parts].reshape(-1)
@@ -34,7 +36,7 @@ def _slices(matrix: torch.Tensor, parts: int, alike: int) -> list[FlatShard]:
 
 @pytest.mark.parametrize("seed", range(16))
 def test_any_slice_is_found_in_any_other_order(seed, tmp_path, monkeypatch):
-    """Saved by so many workers, loaded by so many others, each with its columns of the matrix, some rows at a time."""
+    """Some workers save and others load, each with its columns of the matrix, some rows at a time."""
     rng = random.Random(seed)
     monkeypatch.setattr(layout, "PIECE", rng.choice([8, 64, 1024, 1 << 26]))
     matrix = torch.randn(rng.randrange(1, 20), 12 * rng.randrange(1, 4)).to(rng.choice([torch.float32, torch.bfloat16]))
@@ -51,7 +53,8 @@ def test_any_slice_is_found_in_any_other_order(seed, tmp_path, monkeypatch):
 
 
 def test_what_is_read_is_little_more_than_what_is_wanted():
-    """Of a matrix that is held whole a worker's columns take whole rows; of blocks, those that have some of its columns alone."""
+    """For a matrix stored whole, a worker's columns cost whole rows. For blocks, they cost only the blocks with some of its
+    columns."""
     whole = [part for move in moves(ROWS, Columns(4, 8), 80, 20, 40, 1000) for part in move.parts]
     assert [(p.start, p.width, p.skip, p.columns) for p in whole] == [(0, 8, 2, 2)]  # the second worker's
     blocks = [part for move in moves(Columns(4, 8), Columns(2, 8), 80, 40, 48, 1000) for part in move.parts]
@@ -69,7 +72,7 @@ def test_columns_that_no_matrix_has_are_refused(columns, tmp_path):
 
 
 def test_an_order_of_other_rows_is_another_model(tmp_path):
-    """Of as many elements, but in a matrix of another width."""
+    """It has the same number of elements, but in a matrix of another width."""
     build_checkpoint.save(Location(str(tmp_path)), 1, [{"w": s} for s in _slices(torch.ones(3, 4), 2, 1)])
     found = layout.open_checkpoint(Location(str(tmp_path)), 1)
     other = FlatShard(torch.empty(6), 0, 12, Columns(2, 6))
@@ -78,7 +81,8 @@ def test_an_order_of_other_rows_is_another_model(tmp_path):
 
 
 def test_a_checkpoint_without_columns_stays_of_the_format_that_others_read(tmp_path):
-    """Who reads format 4 would take blocks of columns for rows, so those have a format of their own, and nothing else has it."""
+    """A reader of format 4 would take blocks of columns for rows, so only checkpoints with such blocks have a format of their
+    own."""
     target = build_checkpoint.save(Location(str(tmp_path)), 1, [{"w": torch.ones(3)}])
     told = json.loads((target / "checkpoint.json").read_bytes())
     assert told["format"] == 4 and "columns" not in told["tensors"]["w"]

@@ -1,4 +1,5 @@
-"""The words that are compared: as a plain definition has them, in every script and form of Unicode, wherever a text is cut."""
+"""Tests the words that are compared: they follow a plain definition, in every script and Unicode form, wherever a text is
+split."""
 
 import itertools
 import random
@@ -21,13 +22,13 @@ WORD = regex.compile(rf"[[{ALONE}]&&\p{{L}}][\p{{M}}]*|[[\p{{L}}\p{{N}}\p{{M}}]-
 
 
 def reference(text: str) -> list[str]:
-    """Finds the words of a text as a reader would write it: decomposed, without marks, in small letters, each number as 0."""
+    """Finds the words of a text by the plain definition: decomposed, without marks, in lower case, and each number as 0."""
     plain = MARKS.sub("", unicodedata.normalize("NFD", text)).lower()
     return WORD.findall(NUMBER.sub("0", unicodedata.normalize("NFC", plain)).replace("ς", "σ"))
 
 
 def same(*texts: str) -> bool:
-    """Whether texts have the same words, of which no two are alike unless they are the same."""
+    """Returns whether texts have the same words. Different words in them never compare as equal."""
     found = words(texts)
     parts = np.split(found.hashes, np.cumsum(found.counts))[: len(texts)]
     return all(part.tolist() == parts[0].tolist() and len(part) for part in parts)
@@ -73,7 +74,7 @@ SCRIPTS = [
 
 
 def test_the_words_are_those_of_the_plain_definition():
-    """Of random strings: as many words, and two are equal exactly if the definition's are."""
+    """For random strings, the number of words is the same, and two words are equal exactly if the definition's are."""
     rng = random.Random(0)
     texts = ["".join(rng.choice(rng.choice(SCRIPTS)) for _ in range(rng.randrange(40))) for _ in range(3000)]
     found, wanted = words(texts), [reference(t) for t in texts]
@@ -99,7 +100,7 @@ def test_a_word_has_one_hash_wherever_the_text_is_cut(monkeypatch, block):
 
 
 def test_every_character_is_where_it_was_in_nfc_or_not():
-    """Words are numbered alike in a text and in its NFC, so that what is compared in NFC is cut out of the text as it is."""
+    """A text and its NFC have the same word numbers, so that parts compared in NFC are cut from the text itself."""
     every = [chr(c) for c in range(0x30000) if not 0xD800 <= c < 0xE000]
     for one in every:
         form = unicodedata.normalize("NFC", one)
@@ -119,7 +120,7 @@ ODD = [range(0x300, 0x370), range(0x590, 0x700), range(0x900, 0x1000), range(0x1
 
 
 def test_words_and_their_places_are_as_many_whatever_the_marks_and_their_order():
-    """NFC puts marks of several scripts in a row in another order: where that begins a word, the text has one at that place."""
+    """NFC reorders marks of several scripts in a row. If a word begins there, the text has a word at that place."""
     rng = random.Random(4)
     for _ in range(2500):
         some = rng.sample(ODD, rng.randint(1, 3))

@@ -1,4 +1,4 @@
-"""bf16 on a CPU without instructions for it becomes fp32, and nothing else does."""
+"""Tests that bf16 becomes fp32 only on a CPU without instructions for it."""
 
 import logging
 

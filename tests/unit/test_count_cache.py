@@ -1,4 +1,4 @@
-"""What was counted once is found again, for the same model by the same code alone; without it nothing imports torch."""
+"""Tests the cache of counts: it holds for the same model and the same code only, and a hit doesn't import torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,5 @@
-"""Random numbers that follow from a seed and a key: the generator's published words, exact normal numbers, and independence."""
+"""Tests random numbers that depend only on a seed and a key: the generator's published words, exact normal numbers, and
+independence."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ ON_HOST = {
 
 
 def gap(values: torch.Tensor, distribution: torch.Tensor) -> float:
-    """The Kolmogorov-Smirnov distance times the root of the number, for values whose distribution function is given: in one of
-    a million samples it is above 2.7."""
+    """Computes the Kolmogorov-Smirnov distance times the root of the sample size, for values with a given distribution function.
+    It exceeds 2.7 in one of a million samples."""
     n, ordered = len(values), distribution.double().sort().values
     steps = torch.arange(n + 1, dtype=torch.float64) / n
     return float(torch.maximum((steps[1:] - ordered).max(), (ordered - steps[:-1]).max())) * math.sqrt(n)
@@ -38,7 +39,7 @@ def normal_cdf(values: torch.Tensor) -> torch.Tensor:
 
 
 def test_words_are_those_of_the_published_generator():
-    """Philox4x32-10, in integers of Python, which have no limit; and its authors' answer for zeros."""
+    """Philox4x32-10 in Python integers, which have no limit; and its authors' result for zeros."""
 
     def reference(seed: int, key: int, stream: int, block: int) -> list[int]:
         counter, low, high = [block, stream, key & 0xFFFFFFFF, key >> 32], seed & 0xFFFFFFFF, seed >> 32
@@ -67,7 +68,7 @@ def test_normal_numbers_are_the_inverse_of_the_distribution_at_their_words():
 
 
 def test_the_table_is_the_same_where_a_logarithm_rounds_otherwise():
-    """So numbers are the same on every machine: heights that are off by some last bits give the same fp32 numbers."""
+    """So numbers are the same on every machine: heights that differ in some last bits give the same fp32 numbers."""
     exact, rng = counter_random.exact_heights(), np.random.default_rng(0)
     right = counter_random.parabolas(exact)
     for _ in range(20):
@@ -82,7 +83,7 @@ def test_parts_of_the_numbers_are_those_of_the_whole():
 
 
 def test_draws_are_to_the_last_bit_those_that_runs_were_trained_on():
-    """What a version of the rules draws never changes: a run that resumes depends on it."""
+    """The draws of a version of the rules never change, because a resumed run depends on them."""
     drawn = rows.draw(11, torch.tensor([0, 5, 2**40]), (4, 8, 8), 0.3, 0.1, True).named()
     assert {name: hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16] for name, values in drawn.items()} == DRAWN
     host = rows.draw_on_host(11, np.array([0, 5, 2**40]), (4, 8, 8), 0.3, 0.1, True).named()
@@ -90,7 +91,7 @@ def test_draws_are_to_the_last_bit_those_that_runs_were_trained_on():
 
 
 def test_draws_are_of_a_sample_alone():
-    """Other samples of the batch, and their order, change no bit."""
+    """Other samples of the batch, and their order, don't change any bit."""
     keys = torch.arange(100, 112)
     whole = rows.draw(7, keys, (3, 5, 7), 0.2, 0.1, True).named()
     for numbers in (torch.tensor([4]), torch.tensor([11, 0, 3]), torch.arange(12).flip(0)):
@@ -115,7 +116,8 @@ def test_numbers_are_normal_and_uniform():
 
 @pytest.mark.parametrize("apart", [1, 2**31])
 def test_neighboring_keys_seeds_and_streams_are_independent(apart):
-    """The numbers of two keys, seeds, or streams are uncorrelated, and so are their squares; neighbors in one sample, too."""
+    """The numbers of two keys, seeds, or streams are uncorrelated, and so are their squares. The same holds for neighbors in one
+    sample."""
 
     def numbers(key: int = 0, seed: int = 0, stream: int = 0) -> torch.Tensor:
         return normal(words(seed, torch.tensor([9 + key]), 1 + stream, COUNT)).flatten().double()
@@ -131,7 +133,7 @@ def test_neighboring_keys_seeds_and_streams_are_independent(apart):
 
 
 def test_numbers_of_many_keys_are_independent_of_their_order():
-    """One number of each of many keys in a row, as timesteps are drawn."""
+    """Draws one number for each of many consecutive keys, like timesteps."""
     drawn = normal(words(3, torch.arange(COUNT), 0, 2))
     for values in (drawn[:, 0], drawn[:, 1]):
         assert gap(values, normal_cdf(values)) < 2.7

@@ -1,5 +1,7 @@
-"""Workers share a loss of all samples of a step: no worker holds the matrix of all pairs, and the loss and its gradients are
-those of a plain loss over all pairs in one process, on any number of workers.
+"""Tests that workers share a loss over all samples of a step.
+
+No worker holds the matrix of all pairs. The loss and its gradients equal those of a plain loss over all pairs in one process, for
+any number of workers.
 """
 
 from types import SimpleNamespace
@@ -23,7 +25,8 @@ PAIRS, WIDTH = 37, 8
 
 
 class Group:
-    """Stands for torch.distributed in one of several workers. All have the same samples: who gathers gets its own alone."""
+    """Replaces torch.distributed in one of several workers. All workers have the same samples, so a gather returns only the
+    worker's own."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
@@ -51,7 +54,7 @@ def recipe(tmp_path: Any) -> Embedder:
 
 
 def plain_clip(found: dict[str, torch.Tensor], temperature: float) -> torch.Tensor:
-    """CLIP's loss, both ways, written down from its definition."""
+    """Computes CLIP's loss in both directions, from its definition."""
     scores, names = found["query"] @ found["text"].T / temperature, found["names"]
     alike = (names[:, None] == names[None]).any(-1) & ~torch.eye(len(names), dtype=torch.bool)
     weights = scores.exp() * ~alike
@@ -84,7 +87,7 @@ def test_what_workers_compute_adds_up_to_the_plain_loss_and_its_gradients(worker
 
 
 def test_no_worker_holds_the_matrix_of_all_pairs(tmp_path, monkeypatch):
-    """Of 4,096 pairs: 64 MiB in fp32, which a worker's first pass had several times."""
+    """For 4,096 pairs, the matrix has 64 MiB in fp32; a worker's first pass held several of them."""
     number, made = 4096, recipe(tmp_path)
     monkeypatch.setattr(made, "represent", lambda engine, batch: pairs(number))
     monkeypatch.setattr(coupled, "_from_all", lambda tensor: tensor)
@@ -98,7 +101,7 @@ def test_no_worker_holds_the_matrix_of_all_pairs(tmp_path, monkeypatch):
 
 
 def test_held_out_pairs_are_scored_in_blocks(tmp_path, monkeypatch):
-    """The loss and the ranks are those of one matrix."""
+    """The loss and the ranks equal those of one matrix."""
     arrays = {name: x.numpy() for name, x in pairs().items() if name != "cut"}
     made = recipe(tmp_path)
     whole = made.measure(arrays)
@@ -109,14 +112,14 @@ def test_held_out_pairs_are_scored_in_blocks(tmp_path, monkeypatch):
 
 
 class Own(CouplesSamples):
-    """A recipe of one's own, with no share of its loss."""
+    """Defines a user's recipe whose loss has no shares."""
 
     def couple(self, found: dict[str, torch.Tensor]) -> Loss:
         return Loss(found["x"].square().sum() ** 2)
 
 
 def test_a_loss_that_has_no_shares_is_computed_whole():
-    """Also where a class overrides `couple` alone: the shares that it inherits are of another loss."""
+    """This also holds if a class overrides only `couple`: the inherited shares belong to another loss."""
 
     class Other(Embedder):
         def couple(self, found: dict[str, torch.Tensor]) -> Loss:
@@ -127,7 +130,7 @@ def test_a_loss_that_has_no_shares_is_computed_whole():
 
 
 def test_who_represents_samples_without_the_engine_completes_their_batch():
-    """As the engine does, and as `loss` and `evaluate` of a recipe promise. `numerics` compares the engine with plain torch."""
+    """The engine does so, and `loss` and `evaluate` of a recipe promise it. `numerics` compares the engine with plain torch."""
 
     class Completes(Own):
         build = batch = None

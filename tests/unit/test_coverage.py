@@ -1,4 +1,5 @@
-"""How much of each chunk a run has trained on, and in which steps, is what looking up every single sample gives, in any order."""
+"""Tests the share of each row group that a run has trained on, and the steps: they equal a lookup of every single sample, in any
+order."""
 
 import dataclasses
 from collections import Counter
@@ -54,7 +55,8 @@ TWICE = ((12, 18, 3), (12, 18, 2))
     ],
 )
 def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
-    """Back to a checkpoint, again up to the spike, and on behind it: the samples of the steps that were trained, no others."""
+    """The run returns to a checkpoint, repeats the steps up to the spike, and continues after it. Only the samples of trained
+    steps count."""
     plan = dataclasses.replace(make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2)), skips=skips)
     data = open_dataset(plan)
     for end in (first + 1, 26, 40):
@@ -70,7 +72,7 @@ def test_what_a_rollback_left_out_is_not_counted(tmp_path: Path, first, skips):
 
 
 def test_a_run_that_left_nothing_out_says_so_at_every_step(tmp_path: Path):
-    """Also within a round, where the lanes are at other places of the sequence."""
+    """This also holds within a round, where the virtual ranks are at other places of the sequence."""
     plan = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
     for end in range(1, 24):
         told = consumed._segment(Segment(0, end, plan))["sources"]
@@ -104,7 +106,7 @@ def test_a_record_answers_by_shard_and_by_digest_up_to_a_step(tmp_path: Path):
 
 
 def test_a_shard_is_found_by_its_path_by_the_end_of_it_and_by_the_folder_of_its_contents():
-    """`prepare` names a shard's file after its content, in a folder of its number."""
+    """`prepare` names a shard's file after its content, in a folder with its number."""
     uri, path = "/data/text", "shards/00017/f7122eddf445c2ad.parquet"
     for wanted in (f"{uri}/{path}", path, "f7122eddf445c2ad.parquet", f"{uri}/shards/00017", "shards/00017", "00017"):
         assert consumed.same(wanted, uri, path), wanted

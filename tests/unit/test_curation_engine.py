@@ -1,4 +1,5 @@
-"""The engine: runs that are broken off go on, what did not change is not done again, and nothing depends on order or cut."""
+"""Tests the curation engine: interrupted runs resume, unchanged work isn't repeated, and the result doesn't depend on order or
+split."""
 
 import contextlib
 import random
@@ -42,7 +43,7 @@ class Longer(Stage):
 
 
 class Upper(Stage):
-    """Writes the text in capitals, in place."""
+    """Changes the text to capitals, in place."""
 
     @classmethod
     def named(cls) -> str:
@@ -58,7 +59,7 @@ class Upper(Stage):
 
 
 class Fewer(Stage):
-    """Makes fewer outcomes than documents, which is a fault."""
+    """Returns fewer outcomes than documents, which is an error."""
 
     @classmethod
     def named(cls) -> str:
@@ -70,7 +71,7 @@ class Fewer(Stage):
 
 @pytest.fixture(autouse=True, scope="module")
 def own_stages():
-    """Finds the stages of this file by their names."""
+    """Registers the stages of this file by their names."""
     real, own = registry.find, {"longer": Longer, "upper": Upper, "fewer": Fewer}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "find", lambda name: own.get(name) or real(name))
@@ -78,7 +79,7 @@ def own_stages():
 
 
 def texts(count: int = 60, seed: int = 0) -> dict[str, str]:
-    """Texts of 80 to 140 words; every fifth much like the one before."""
+    """Returns texts of 80 to 140 words; every fifth is similar to the one before."""
     rng, made = random.Random(seed), dict[str, str]()
     for i in range(count):
         words = [f"w{spelled(rng.randrange(9999))}" for _ in range(80 + i)]
@@ -112,7 +113,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("most", [0, 1, 3, 6, 8, 11, 13, 14, 15, 18])
 def test_a_run_that_was_killed_goes_on_and_does_nothing_twice(tmp_path, most, unbroken):
-    """After any number of tasks, several times over: the same documents, and as many tasks as an unbroken run has."""
+    """The run is killed after any number of tasks, several times. The documents are the same, and so is the number of tasks."""
     whole, there = unbroken
     total = sum(there.done.values())
     assert total > 18
@@ -140,7 +141,7 @@ def test_what_is_finished_is_not_done_again(tmp_path):
 
 
 def test_a_task_whose_answer_was_lost_is_not_done_again(tmp_path):
-    """Ray runs a task again whose worker died between its record and its answer; a run that comes later decides for itself."""
+    """Ray runs a task again if its worker died between the record and the answer. A later run decides for itself."""
     work, ran = Work(Location(str(tmp_path))), list[int]()
 
     def task(folder: Location, number: int) -> dict[str, object]:
@@ -199,7 +200,7 @@ def test_runs_are_no_larger_than_their_share_of_memory(tmp_path):
 
 
 def test_the_funnel_counts_what_stages_did(tmp_path):
-    """The same from any cut of the input, but for the seconds."""
+    """The counts are the same for any split of the input, except for the seconds."""
     given = texts()
     summed = []
     for pieces in (1, 7):
@@ -249,7 +250,7 @@ def test_what_is_wrong_with_a_stage_is_said(raw, message):
 
 
 def test_a_worker_opens_a_stage_again_whose_list_is_another_in_the_same_place(tmp_path):
-    """In one process, as an idle worker is that a later prepare takes; a list that stays as it is is read once."""
+    """A later prepare may reuse the process of an idle worker. An unchanged list is read only once."""
     words, texts = tmp_path / "words.txt", {"a": "some apples here", "b": "some pears there"}
     stages = [{"stage": "bad_words", "lists": [str(words)]}]
     for time, (word, stays) in enumerate([("apples", "b"), ("pears", "a"), ("pears", "a")]):

@@ -1,4 +1,4 @@
-"""Filters decide as their papers say: a document on either side of each limit, whatever the batch."""
+"""Tests that filters follow their papers: a document on either side of each limit, in any batch."""
 
 import hashlib
 import importlib
@@ -68,7 +68,7 @@ def test_gopher_quality(text, expected):
 
 
 def test_marks_are_counted_as_words_without_letters_unless_asked_not_to():
-    """By default as datatrove does; a dataset that was made before there was the key is up to date."""
+    """The default is datatrove's. A dataset from before this key is up to date."""
     listing = ", ".join(word for word in PROSE.replace(",", "").split()) + " of the"
     assert reason(GopherQuality(), listing) == "few_letters" and reason(GopherQuality(marks_are_words=False), listing) == ""
     assert reason(GopherQuality(marks_are_words=False), "the of " + "1989 word " * 40) == "few_letters"
@@ -100,7 +100,7 @@ def test_gopher_repetition_finds_lines_paragraphs_and_n_grams():
 
 @every_seed(20)
 def test_duplicate_n_grams_are_those_of_the_definition(seed):
-    """Counted by the definition, from the left, over words of few different lengths that repeat much."""
+    """Compares with a count by the definition, from the left, over few repeated words of different lengths."""
     draw = random.Random(seed)
     words = draw.choices(["a", "bb", "ccc", "dddd"], k=draw.randint(0, 80))
     _, measures = GopherRepetition(**dict.fromkeys((f for f in GopherRepetition.model_fields), 1.0)).judge(
@@ -324,14 +324,14 @@ def test_hostile_text_takes_linear_time(text, tmp_path):
 
 
 def test_a_node_without_a_library_is_told_so_and_drops_nothing(monkeypatch):
-    """`image_size` would find that every image is damaged, since what decodes it is missing."""
+    """Without the library that decodes images, `image_size` would report every image as damaged."""
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="stage image_size"):
         ImageSize().open()
 
 
 def test_stages_of_users_that_were_written_for_an_earlier_version_still_work(tmp_path):
-    """They import the helpers from the earlier module, and put digests of the files that keys name into their identity."""
+    """They import the helpers from the earlier module, and add digests of the files in their keys to their identity."""
     from heliostat.curation.files import digests
     from heliostat.curation.filtering import by_text, first_failed
 
@@ -361,7 +361,7 @@ def test_a_stage_without_a_function_is_named_before_any_document(tmp_path):
 
 
 def test_what_reasons_mean_is_as_in_datasets_of_older_versions():
-    """The digest of a dataset follows from these words: with others, the same documents would be another dataset to a run."""
+    """A dataset's digest depends on these words. Other words would make another dataset of the same documents."""
     modules = [importlib.import_module(f"{stages.__name__}.{one.name}") for one in pkgutil.iter_modules(stages.__path__)]
     made = [kind for module in modules for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Stage)]
     meanings = {kind.named(): kind.reasons for kind in made if kind.__module__.startswith(stages.__name__)}

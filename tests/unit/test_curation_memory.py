@@ -1,4 +1,4 @@
-"""What tasks of curation hold: a share of their limit, whatever the documents; each cause that was found has its test."""
+"""Tests the memory of curation's tasks: a share of their limit, for any documents. Each past cause of excess has its test."""
 
 import random
 from typing import Any
@@ -36,7 +36,7 @@ def rows(count: int, size: int, seed: int = 0) -> pa.Table:
 
 
 def test_a_range_of_many_files_holds_its_own_rows_alone(tmp_path):
-    """And not the row groups that they lie in: 30 files of 4 MB, a fiftieth of each."""
+    """A task doesn't hold the row groups around its rows: it reads a fiftieth of each of 30 files of 4 MB."""
     folder = Location(str(tmp_path))
     names = [spill.write(folder, rows(400, 10_000, i), ("row",)) for i in range(30)]
     held = arrow_peak(lambda: [t for name in names for t in spill.read(folder, name, *spill.share(20, 50))])
@@ -61,7 +61,7 @@ def test_a_shards_tokens_are_not_held_twice():
 
 
 def test_texts_wait_for_their_run_as_utf_8(tmp_path):
-    """Python's strings take four bytes a character where one in a text is rare."""
+    """Python's strings take four bytes per character if one character of the text is rare."""
     made = segment.Spiller(Location(str(tmp_path)), 4 * MB)
 
     def add() -> None:
@@ -74,7 +74,7 @@ def test_texts_wait_for_their_run_as_utf_8(tmp_path):
 
 
 def test_a_run_is_held_as_a_table_while_its_file_is_made(tmp_path):
-    """Twice beside the file, and not three times."""
+    """Memory holds the run twice in addition to the file, not three times."""
     made = segment.Spiller(Location(str(tmp_path)), 1 << 40)
     rng = random.Random(0)
     for i in range(400):
@@ -85,7 +85,7 @@ def test_a_run_is_held_as_a_table_while_its_file_is_made(tmp_path):
 @pytest.mark.parametrize("stage", [GopherRepetition, GopherQuality, FineWeb, Length])
 @pytest.mark.parametrize("kind", ["unique words", "few words", "short lines"])
 def test_a_large_document_takes_few_bytes_for_each_of_its_own(monkeypatch, stage, kind):
-    """Whatever its words: tables of them are bounded, and words and lines are Python objects a slice at a time."""
+    """This holds for any words: tables of words are bounded, and words and lines are Python objects one slice at a time."""
     monkeypatch.setattr(words, "MOST_WORDS", 1 << 11)  # a share of what they are
     monkeypatch.setattr(words, "MOST_CHARS", 1 << 15)
     monkeypatch.setattr(slices, "SLICE", 1 << 12)
@@ -131,7 +131,7 @@ def test_ends_of_many_small_documents_are_python_objects_a_few_at_a_time(tmp_pat
 
 
 def test_copies_of_a_text_are_spilled_while_they_are_gathered(tmp_path, monkeypatch):
-    """A text of which there are millions: their ids are not held, and each is told who stayed."""
+    """If a text occurs millions of times, the task doesn't hold the ids, but each copy learns which document stays."""
     monkeypatch.setattr(gathering, "HELD_BYTES", 1 << 18)
     folder, runs, each, many = Location(str(tmp_path)), list[segment.SpilledRun](), 8000, 12
     for i in range(many):
@@ -156,7 +156,7 @@ def test_copies_of_a_text_are_spilled_while_they_are_gathered(tmp_path, monkeypa
 
 
 def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monkeypatch):
-    """The same texts in the same order as all at once."""
+    """The texts and their order are the same as in one read."""
     monkeypatch.setattr(tasks, "SELECTED_BYTES", 2 * MB)
     folder = Location(str(tmp_path))
     parts = [rows(1000, 8000, i).select(["key", "hash", "id", "bytes", "text"]) for i in range(3)]
@@ -175,7 +175,7 @@ def test_what_trains_a_tokenizer_is_read_some_megabytes_at_a_time(tmp_path, monk
 
 
 def test_tasks_use_an_allocator_that_keeps_nothing(tmp_path):
-    """Arrow's own keeps several times what a task has held."""
+    """Arrow's own allocator keeps several times a task's memory."""
     before = pa.default_memory_pool()
     try:
         work = Work(Location(str(tmp_path)))
@@ -242,7 +242,7 @@ def test_tallies_are_summed_one_at_a_time():
 
 @pytest.mark.parametrize("text", [" ".join(f"word{i % 5000}" for i in range(25_000)), "x" * 300_000], ids=["words", "one word"])
 def test_a_large_text_is_encoded_in_parts(text):
-    """As Python sees it: of the tokenizer's own memory the benchmark tells."""
+    """Measures Python's memory. A benchmark measures the tokenizer's own memory."""
     tokenizer = tokens.load(tokens.train(["a b c word"], 300, "<|endoftext|>"))
     tokens.encode(tokenizer, ["a"], 0)
     size = 4 * sum(len(one) for one in tokens.encode(tokenizer, [text], 0))
@@ -250,7 +250,8 @@ def test_a_large_text_is_encoded_in_parts(text):
 
 
 def test_signatures_of_many_short_texts_are_made_some_at_a_time(tmp_path, monkeypatch):
-    """Each value is a Python integer for a moment: of 8,000 texts in one row group with 260 values each that would be 100 MB."""
+    """Each value is a Python integer for a moment. For 8,000 texts in one row group, with 260 values each, that would be 100
+    MB."""
     monkeypatch.setattr(spill, "GROUP_BYTES", 64 * MB)
     folder, table = Location(str(tmp_path)), rows(8000, 1, 0)
     texts = pa.array([f"word{i} and some more words of a short text" for i in range(8000)], pa.large_string())
@@ -260,7 +261,7 @@ def test_signatures_of_many_short_texts_are_made_some_at_a_time(tmp_path, monkey
 
 
 def test_a_task_reads_about_as_many_documents_as_it_may_hold(tmp_path):
-    """Of runs of many documents fewer, and of no run less; each run is in one task, in their order."""
+    """Runs with many documents mean fewer runs per task, but at least one. Each run is in one task, in order."""
     here = HereFlow(Work(Location(str(tmp_path))))
     runs = [segment.SpilledRun(str(i), count, 1) for i, count in enumerate([100] * 40 + [9000, 20_000, 5000, 3000, 1])]
     found = [task.arguments for task in comparing.by_runs(here, "test", runs, ["a"], 64 << 20)]

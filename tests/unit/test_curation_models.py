@@ -1,4 +1,5 @@
-"""Text of evaluation sets is found wherever it is, and a classifier learns what it is shown; neither depends on the batch."""
+"""Tests that text of evaluation sets is found wherever it is, and that a classifier learns its examples, independent of the
+batch."""
 
 import html
 import json
@@ -56,7 +57,7 @@ UNSPACED = "ครูให้นักเรียนอ่านหนัง�
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 @pytest.mark.parametrize("example", [FRENCH, CHINESE, HINDI, UNSPACED], ids=["French", "Chinese", "Hindi", "Thai"])
 def test_examples_of_any_script_are_found_in_any_form_of_unicode(tmp_path, example, form):
-    """In documents and in sets, and with other accents, punctuation, and numbers."""
+    """This holds in documents and in sets, with other accents, punctuation, and numbers."""
     path = tmp_path / "set.txt"
     path.write_text(unicodedata.normalize(form, example))
     work = Decontaminate(sets={"e": str(path)}).open()
@@ -72,7 +73,7 @@ def without_accents(text: str) -> str:
 
 
 def test_vowel_signs_and_tables_tell_texts_apart(tmp_path):
-    """Hindi with other vowels, and other rows of numbers, are other texts."""
+    """Hindi text with other vowels, and other rows of numbers, are different texts."""
     path = tmp_path / "set.txt"
     path.write_text(HINDI + "\n\n" + " ".join(str(i * 37 % 101) for i in range(40)))
     work = Decontaminate(sets={"e": str(path)}).open()
@@ -82,7 +83,7 @@ def test_vowel_signs_and_tables_tell_texts_apart(tmp_path):
 
 
 def test_an_example_goes_to_the_end_of_its_line_whatever_is_in_its_strings():
-    """U+2028, U+2029 and U+0085 may stand in JSON as they are; Windows ends lines in two characters."""
+    """JSON may contain U+2028, U+2029, and U+0085 unescaped. Windows ends lines with two characters."""
     records = [{"question": "one\u2028two\u2029three\u0085four"}, {"question": "next"}]
     data = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records).encode()
     assert list(decontamination.examples("a.jsonl", data, [])) == [(1, records[0]["question"]), (2, "next")]
@@ -163,7 +164,7 @@ def test_a_classifier_learns_and_reports_on_held_out_documents(tmp_path):
 
 
 def test_recall_is_of_documents_that_were_not_trained_on():
-    """Labels at random cannot be learned: what is held out is not better than chance."""
+    """Random labels can't be learned, so held-out documents aren't classified better than by chance."""
     draw = random.Random(2)
     texts = [" ".join(words(30, seed)) for seed in range(400)]
     draw.shuffle(texts)
@@ -202,7 +203,7 @@ def test_a_classifier_is_trained_from_two_folders(tmp_path):
 
 
 def test_one_command_trains_on_real_text(tmp_path):
-    """Python's manual against its source: as files of text and as pages; the same folder again from the same examples."""
+    """Trains on Python's manual against its source, as text files and as pages. The same examples give the same folder."""
     (tmp_path / "good").mkdir()
     (tmp_path / "bad").mkdir()
     for i, (name, text) in enumerate(sorted(topics.items())):

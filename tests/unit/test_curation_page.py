@@ -1,4 +1,5 @@
-"""The page of a dataset's making: every document is in its histograms, thresholds are where they belong, texts do nothing."""
+"""Tests the page of a dataset's making: its histograms have every document, thresholds are in the right places, and hostile texts
+have no effect."""
 
 import random
 import re
@@ -44,7 +45,7 @@ def test_every_document_is_in_a_bar_and_each_threshold_has_its_line():
 
 
 def told() -> dict:
-    """A funnel as the engine counts it, of documents whose ids, texts and columns are hostile."""
+    """Returns a funnel as the engine counts it, for documents with hostile ids, texts, and columns."""
     stage, counts = GopherQuality(), {}
     for i in range(60):
         document, kept = Document(f"{EVIL}#{i}", EVIL * 20), i % 3 > 0

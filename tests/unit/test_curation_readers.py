@@ -1,4 +1,4 @@
-"""Readers give documents with their columns, and go on behind what is broken; nothing is held whole."""
+"""Tests that readers return documents with their columns, continue after broken parts, and never hold a whole file."""
 
 import bz2
 import csv

@@ -1,4 +1,4 @@
-"""Stages that make text of pages, repair it, tell its language, and mask what is nobody's business."""
+"""Tests stages that extract text from pages, repair it, detect its language, and mask personal data."""
 
 import ast
 import ipaddress
@@ -80,7 +80,7 @@ def test_extract_leaves_out_navigation_and_tells_of_the_page():
 
 
 def test_the_text_of_a_page_is_in_nfc():
-    """As that of files is: stages behind it would else take `e` with an accent of its own for two letters."""
+    """Text from files is in NFC, too. Otherwise later stages would take `e` with a combining accent for two letters."""
     text = "Le cafe\u0301 est ouvert toute la journe\u0301e."
     found = one(Extract(), PAGE % text.encode(), content_type="text/html; charset=utf-8").document.text
     assert found == "Le caf\u00e9 est ouvert toute la journ\u00e9e."
@@ -130,7 +130,7 @@ GERMAN = "Der alte Wärter ging jeden Morgen zum Hafen hinunter und wartete dort
 
 @pytest.mark.parametrize(("first", "rest", "language"), [(ENGLISH, GERMAN, "de"), (GERMAN, ENGLISH, "en")])
 def test_the_language_of_a_document_is_that_of_most_of_it(first, rest, language):
-    """And not that of a notice before it."""
+    """A notice at the beginning doesn't decide."""
     outcome = one(Language(min_score=0.5), first * 12 + rest * 150)
     assert outcome.document.columns["language"] == language and outcome.measures["language_score"] > 0.8
     assert one(Language(min_score=0.5), rest * 150 + first * 12).document.columns["language"] == language
@@ -210,7 +210,7 @@ REAL_ADDRESSES = {("socket.py", "123.45.67.89")}  # in the documentation of the 
 
 
 def test_the_source_of_the_standard_library_and_of_numpy_keeps_its_slices_versions_and_sections():
-    """No address is masked but the one that there is, and what is masked of e-mail leaves code that parses."""
+    """Only the one real address is masked, and code with masked e-mail addresses still parses."""
     folders = (Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent)
     others = {"site-packages", "test", "tests", "idle_test", "lib2to3"}
     files = [p for f in folders for p in f.rglob("*.py") if not others & {*p.relative_to(f).parts}]
@@ -227,7 +227,7 @@ def test_the_source_of_the_standard_library_and_of_numpy_keeps_its_slices_versio
 
 
 def test_few_public_addresses_look_like_versions():
-    """The price that the stage's documentation states."""
+    """The stage's documentation states this share."""
     draw, found = random.Random(0), 0
     public = [a for a in (ipaddress.IPv4Address(draw.getrandbits(32)) for _ in range(24_000)) if a.is_global]
     public = [a for a in public if not a.is_multicast][:20_000]

@@ -1,4 +1,4 @@
-"""Words and sentences of English are those of spaCy's blank English pipeline, in linear time."""
+"""Tests that English words and sentences equal those of spaCy's blank English pipeline, in linear time."""
 
 import time
 

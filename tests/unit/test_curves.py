@@ -1,4 +1,4 @@
-"""A checkpoint never gets ahead of the curves: what lies beside it fills what MLflow lacks, in order and once."""
+"""Tests that a checkpoint never gets ahead of the curves: the run's folder fills the gaps in MLflow, in order and once."""
 
 import json
 from dataclasses import replace
@@ -52,7 +52,7 @@ def test_a_score_that_an_earlier_version_could_not_measure_has_no_point(run):
 
 
 def test_checkpoints_are_looked_up_after_the_start_that_went_back_before_them():
-    """While MLflow is away: the start forgets which checkpoints are known, so that those that were made again are read."""
+    """While MLflow is unreachable, the start forgets the known checkpoints, so that checkpoints saved again are read."""
     owner, order = RunOwner.__new__(RunOwner), list[str]()
     owner._facts = {}
     owner._record = SimpleNamespace(attempt=lambda event: order.append("start"), sync=lambda step: order.append(str(step)))
@@ -66,7 +66,7 @@ def test_checkpoints_are_looked_up_after_the_start_that_went_back_before_them():
 
 @pytest.mark.parametrize("had", [0, 3, 10, 14, 20, 22])
 def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, had):
-    """MLflow has `had` steps, the unlogged ones of the folder come after, and the resumed attempt goes on from step 20."""
+    """MLflow has `had` steps. The unlogged steps of the folder follow, and the resumed attempt continues from step 20."""
     store = Store(0, 0.0)
     store.points = steps(1, had + 1)
     killed = Outbox(run, store.send, store.known)
@@ -82,7 +82,7 @@ def test_a_killed_drivers_curves_are_whole_whatever_it_had_logged_and_kept(run, 
 
 
 def test_spikes_and_added_losses_are_curves_too(run):
-    """What is told of a step beside its loss comes back from the run's folder, or is refused in a line."""
+    """The other values of a step are restored from the run's folder, or rejected in one line."""
     spike = LossSpike(step=22, loss=9.0, usual=1.0, limit=4.0, action="warn", at=1e9)
     local_curves.write(run, 30, [event(21, 31, added={"router_loss": [0.5] * 10}), spike])
     found = local_curves.missing(run, {"train/loss": 20})
@@ -94,7 +94,7 @@ def test_spikes_and_added_losses_are_curves_too(run):
 
 
 def test_curves_of_earlier_versions_are_read(run, caplog):
-    """They lack what is newer, and hold what is no longer told; a kind of event that is not known is no curve, and is said."""
+    """They lack newer fields and have fields that no longer exist. An unknown kind of event isn't a curve, and is reported."""
     old = {"kind": "steps", "first": 20, "loss": [1.0], "lr": [0.1], "grad_norm": [2.0], "steps": 30, "seconds": 1.0, "at": 1e9,
            "sources": {"a": {"samples": 8.0}}}  # fmt: skip
     saved = {"kind": "checkpoint", "step": 21, "blocked_s": 0.5, "at": 1e9}

@@ -1,4 +1,4 @@
-"""Reading samples from real shards: exactly the tokens that the order asks for, or an error that names the shard."""
+"""Tests reading samples from real shards: exactly the tokens of the order, or an error that names the shard."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ LENGTH = 16
 
 
 def make_dataset(folder: Path, seed: int, shards: int = 3, column: pa.DataType | None = None) -> manifest.Manifest:
-    """Shards of documents of random lengths, in small row groups with checksummed pages, and their manifest."""
+    """Writes shards of documents with random lengths, in small row groups with checksummed pages, and their manifest."""
     rng, rows = np.random.default_rng(seed), []
     (folder / "shards").mkdir(parents=True)
     for s in range(shards):
@@ -48,7 +48,7 @@ def make_plan(*sources: manifest.Manifest, seed: int = 5, held: float = 0.1) -> 
 
 
 def naive(source: manifest.Manifest, chunk: int, row: int) -> list[int]:
-    """The row-th run of LENGTH tokens of a chunk, by reading the whole file and counting."""
+    """Returns the row-th LENGTH tokens of a row group, by reading the whole file and counting."""
     info = source.chunks.to_pylist()[chunk]
     group = pq.ParquetFile(source.location.join(info["path"]).path).read_row_group(info["row_group"])
     tokens = [t for document in group["tokens"].to_pylist() for t in document]
@@ -57,7 +57,7 @@ def naive(source: manifest.Manifest, chunk: int, row: int) -> list[int]:
 
 @pytest.mark.parametrize("column", [pa.list_(pa.uint16()), pa.list_(pa.int32()), pa.large_list(pa.uint32())], ids=str)
 def test_reading_gives_exactly_the_located_tokens(tmp_path, column):
-    """Training and held-out samples, over two sources and more than an epoch, equal a naive reader's."""
+    """Training and held-out samples, over two sources and more than an epoch, equal those of a naive reader."""
     sources = [make_dataset(tmp_path / name, seed, column=column) for name, seed in (("a", 1), ("b", 2))]
     data = Dataset(make_plan(*sources, held=0.3))
     everything = np.arange(2 * int(data.order.epoch_samples.sum()))
@@ -69,7 +69,7 @@ def test_reading_gives_exactly_the_located_tokens(tmp_path, column):
 
 
 def test_an_epoch_and_the_held_out_samples_are_the_whole_dataset(tmp_path):
-    """Every whole sequence of every chunk is trained on once or held out once; nothing is lost between the two."""
+    """Every complete sequence of every row group is either trained on once or held out once."""
     source = make_dataset(tmp_path / "a", 3)
     data = Dataset(make_plan(source))
     train, held = data.order.locate(np.arange(int(data.order.epoch_samples[0]))), data.order.held_out(10_000)
@@ -79,7 +79,7 @@ def test_an_epoch_and_the_held_out_samples_are_the_whole_dataset(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    """DataError with the shard's path, not a traceback of the Parquet library."""
+    """DataError has the shard's path, without a traceback of the Parquet library."""
     source = make_dataset(tmp_path / "a", 1)
     data = Dataset(make_plan(source))
     (tmp_path / "a" / "shards" / "1.parquet").unlink()
@@ -88,7 +88,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_a_turned_bit_in_any_page_is_noticed_and_the_shard_named(tmp_path):
-    """Wherever in a chunk's pages a bit turns, the read is a DataError: never other tokens."""
+    """A flipped bit anywhere in a row group's pages raises DataError, and never gives other tokens."""
     source = make_dataset(tmp_path / "a", 1, shards=1)
     data = Dataset(make_plan(source))
     file = tmp_path / "a" / "shards" / "0.parquet"
@@ -111,7 +111,7 @@ def test_a_turned_bit_in_any_page_is_noticed_and_the_shard_named(tmp_path):
 
 @pytest.mark.parametrize("documents", [1, 40])
 def test_a_shard_that_was_exchanged_is_noticed(tmp_path, documents):
-    """A valid Parquet file with fewer row groups or fewer tokens than the manifest says is a DataError that names it."""
+    """For a valid Parquet file with fewer row groups or tokens than in the manifest, DataError names the file."""
     source = make_dataset(tmp_path / "a", 1, shards=1)
     data = Dataset(make_plan(source))
     short = pa.table({"tokens": pa.array([[1]] * documents, pa.list_(pa.uint16()))})
@@ -121,7 +121,7 @@ def test_a_shard_that_was_exchanged_is_noticed(tmp_path, documents):
 
 
 def test_a_dataset_that_changed_under_the_run_is_refused(tmp_path):
-    """The plan's digest must be the manifest's; the error says both."""
+    """The plan's digest must equal the manifest's. The error has both."""
     source = make_dataset(tmp_path / "a", 1)
     changed = dataclasses.replace(make_plan(source), digests=("0" * 64,))
     with pytest.raises(DataError, match=f"changed during the run \\(digest {source.digest[:12]}, was 000000000000\\)"):
@@ -129,7 +129,7 @@ def test_a_dataset_that_changed_under_the_run_is_refused(tmp_path):
 
 
 def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
-    """parse(dump()) is the plan; its digest follows everything but where the datasets are."""
+    """parse(dump()) equals the plan. Its digest depends on everything except the datasets' locations."""
     made = make_plan(make_dataset(tmp_path / "a", 1), make_dataset(tmp_path / "b", 2))
     assert DataPlan.parse(made.dump()) == made and hash(DataPlan.parse(made.dump())) == hash(made)
     moved = dataclasses.replace(made, uris=("s3://x/a", "s3://x/b"))
@@ -160,7 +160,7 @@ def test_a_plan_survives_json_and_names_the_sequence(tmp_path):
     ],
 )
 def test_differences_name_what_changed(change, line):
-    """One line in the job file's words for each change, and nothing else; both lines when two things changed."""
+    """One line per change, in the words of the job file, and nothing else."""
     made = DataPlan(("x",), ("a",), ((0, (1.0,)),), (None,), LENGTH, 5, 0.1, Shape(8, 4, 2, 32))
     other = dataclasses.replace(made, **change)
     assert made.differences(other) == [line]
@@ -174,7 +174,7 @@ def plan_of(source: manifest.Manifest, recorded: DataPlan | None = None, **chang
 
 
 def test_the_plan_does_not_depend_on_the_number_of_workers(tmp_path):
-    """Any number of workers that divides the lanes has the same plan, so the same samples at every step."""
+    """Any number of workers that divides the virtual ranks has the same plan, and so the same samples at every step."""
     source = make_dataset(tmp_path / "a", 1)
     batch = {"train.global_batch_size": 48, "train.micro_batch_size": 2}
     plans = [plan_of(source, **batch, **{"workers.count": n}) for n in (1, 2, 3, 4, 6, 8, 12, 24)]
@@ -183,7 +183,8 @@ def test_the_plan_does_not_depend_on_the_number_of_workers(tmp_path):
 
 
 def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
-    """What the job leaves open is taken from the run, even if micro_batch_size (and so the default lanes) changed."""
+    """Keys that the job leaves open keep the run's values, even if micro_batch_size (and so the default virtual ranks)
+    changed."""
     source = make_dataset(tmp_path / "a", 1)
     first = plan_of(source, **{"train.global_batch_size": 48, "train.micro_batch_size": 2, "data.shuffle_window": 999})
     for micro in (1, 2, 4, 8):
@@ -194,7 +195,7 @@ def test_a_resumed_run_keeps_its_recorded_cut(tmp_path):
 
 
 def test_the_split_follows_the_content_not_the_dataset_around_it(tmp_path):
-    """A chunk's held-out rows are the same alone and in a dataset with shards before and after it."""
+    """A row group has the same held-out rows alone and in a dataset with shards before and after it."""
     whole = make_dataset(tmp_path / "a", 1, shards=4)
     part = dataclasses.replace(whole, chunks=whole.chunks.slice(5, 6))
     one, other = split(whole, LENGTH, 0.2), split(part, LENGTH, 0.2)
@@ -203,7 +204,7 @@ def test_the_split_follows_the_content_not_the_dataset_around_it(tmp_path):
 
 
 def test_row_groups_of_one_shard_are_split_independently(tmp_path):
-    """A shard has one content digest; its row groups still have places of their own."""
+    """A shard has one content digest, but its row groups have different places."""
     (tmp_path / "shards").mkdir()
     table = pa.table({"tokens": pa.array([[7] * LENGTH] * 3000, pa.list_(pa.uint16()))})
     pq.write_table(table, tmp_path / "shards" / "0.parquet", row_group_size=100)
@@ -214,13 +215,13 @@ def test_row_groups_of_one_shard_are_split_independently(tmp_path):
 
 
 def test_an_open_dataset_is_kept(tmp_path):
-    """Fetch tasks run many times in a process: equal plans share one Dataset."""
+    """Fetch tasks run many times in a process. Equal plans share one Dataset."""
     made = make_plan(make_dataset(tmp_path / "a", 1))
     assert open_dataset(made) is open_dataset(DataPlan.parse(made.dump()))
 
 
 def damage(file: Path, group: int) -> None:
-    """Turns a bit in the middle of a row group's page."""
+    """Flips a bit in the middle of a row group's page."""
     column = pq.ParquetFile(file).metadata.row_group(group).column(0)
     raw = bytearray(file.read_bytes())
     start = column.dictionary_page_offset or column.data_page_offset
@@ -230,7 +231,7 @@ def damage(file: Path, group: int) -> None:
 
 @pytest.fixture
 def damaged(tmp_path) -> tuple[Dataset, Dataset]:
-    """A dataset of two sources, and the same with one row group of the first source damaged."""
+    """Returns a dataset of two sources, and the same dataset with one damaged row group in the first source."""
     for name in ("whole", "broken"):
         sources = [make_dataset(tmp_path / name / s, seed) for s, seed in (("a", 1), ("b", 2))]
     broken = Dataset(make_plan(*sources))
@@ -240,7 +241,7 @@ def damaged(tmp_path) -> tuple[Dataset, Dataset]:
 
 
 def test_bad_samples_are_replaced_by_good_ones_of_their_source_and_window(damaged):
-    """Every sample of a damaged chunk, and no other, is replaced; the rest keep their contents; the list says what was done."""
+    """Every sample of a damaged row group, and no other, is replaced. The list records each replacement."""
     whole, broken = damaged
     positions = np.arange(3 * int(whole.order.epoch_samples.sum()))
     expected, got = whole.load(positions), broken.load(positions)
@@ -263,7 +264,7 @@ def test_bad_samples_are_replaced_by_good_ones_of_their_source_and_window(damage
 
 
 def test_the_replacement_does_not_depend_on_what_is_read_together(damaged):
-    """A resumed run reads part of a window, and takes the same samples."""
+    """A resumed run reads only part of a window, and takes the same samples."""
     _, broken = damaged
     positions = np.arange(int(broken.order.epoch_samples.sum()))
     whole = broken.load(positions)
@@ -274,13 +275,13 @@ def test_the_replacement_does_not_depend_on_what_is_read_together(damaged):
 
 
 def test_bad_samples_can_be_refused(damaged):
-    """on_bad_sample: fail names the shard and the row group."""
+    """`on_bad_sample: fail` names the shard and the row group."""
     with pytest.raises(DataError, match=r"a/shards/1\.parquet: row group \d+: cannot be read .*on_bad_sample"):
         damaged[1].load(np.arange(3 * int(damaged[1].order.epoch_samples.sum())), replace=False)
 
 
 def test_a_token_outside_the_vocabulary_makes_its_own_sample_bad(tmp_path):
-    """It would crash the embedding: replaced like any other, and only it."""
+    """Such a token would crash the embedding. Only its own sample is replaced."""
     source = make_dataset(tmp_path / "a", 1)
     rows = source.chunks.to_pylist()
     made = manifest.write(source.location, rows, {"kind": "tokens", "vocab_size": 59_000})
@@ -292,7 +293,7 @@ def test_a_token_outside_the_vocabulary_makes_its_own_sample_bad(tmp_path):
 
 
 def test_nothing_to_replace_with_is_an_error(tmp_path):
-    """A window of bad samples only names one of them."""
+    """If all samples of a window are bad, the error names one of them."""
     source = make_dataset(tmp_path / "a", 1, shards=1)
     data = Dataset(make_plan(source))
     file = tmp_path / "a" / "shards" / "0.parquet"
@@ -303,7 +304,7 @@ def test_nothing_to_replace_with_is_an_error(tmp_path):
 
 
 def test_a_resumed_run_stays_on_its_version_of_the_dataset(tmp_path):
-    """Shards that were added later change nothing for a plan that names the older digest."""
+    """Shards that were added later don't affect a plan with the older digest."""
     old = make_dataset(tmp_path / "a", 1)
     made = make_plan(old)
     before = Dataset(made).read(Dataset(made).order.locate(np.arange(50)))
@@ -312,7 +313,7 @@ def test_a_resumed_run_stays_on_its_version_of_the_dataset(tmp_path):
 
 
 def test_a_change_of_data_starts_a_new_sequence_with_the_weights_of_its_step(tmp_path):
-    """From the step of the change; changes of weights that have happened are not planned again."""
+    """The new sequence starts at the step of the change. Past changes of weights aren't planned again."""
     source = make_dataset(tmp_path / "a", 1)
     schedule = {"data.mix_schedule": [{"step": 10, "weights": [2.0]}, {"step": 30, "weights": [3.0]}]}
     first = plan_of(source, **schedule)
@@ -324,7 +325,8 @@ def test_a_change_of_data_starts_a_new_sequence_with_the_weights_of_its_step(tmp
 
 
 def test_rows_are_read_replaced_and_hashed_like_tokens(tmp_path):
-    """A dataset of rows: each row of an epoch once, as an Arrow table; a damaged chunk's rows are replaced by whole ones."""
+    """For a dataset of rows, each row of an epoch appears once, as an Arrow table. Valid rows replace those of a damaged row
+    group."""
     (tmp_path / "shards").mkdir()
     rng = np.random.default_rng(0)
     rows = []

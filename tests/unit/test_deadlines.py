@@ -1,4 +1,5 @@
-"""Connections whose clients ask too slowly, or without end, are closed; those that ask and wait are not."""
+"""Tests that the server closes connections whose clients send too slowly or without end, and keeps those that send a request and
+wait."""
 
 import asyncio
 import contextlib
@@ -27,7 +28,7 @@ STEP = 1 / 8  # of a period
 
 
 class SkippingLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock can be set forward, and that runs its timers before it reads, as uvloop does."""
+    """Provides an event loop whose clock can be advanced. Like uvloop, it runs its timers before it reads."""
 
     skipped = 0.0
 
@@ -47,7 +48,7 @@ class SkippingLoop(asyncio.SelectorEventLoop):
 
 
 class Site:
-    """A server in a thread; the clock of its loop passes as the test says."""
+    """Runs a server in a thread. The test controls the clock of its loop."""
 
     def __init__(self, http: str) -> None:
         self.loop, self.port = SkippingLoop(), free_port()
@@ -84,7 +85,7 @@ class Site:
         return PlainTextResponse(str(len(await request.body())))
 
     def passes(self, periods: float) -> None:
-        """Lets time pass in steps; after each the loop does what there is to do."""
+        """Advances the time in steps, after each of which the loop does its pending work."""
 
         async def step() -> None:
             self.loop.skipped += STEP * deadlines.PERIOD_S
@@ -95,7 +96,7 @@ class Site:
             asyncio.run_coroutine_threadsafe(step(), self.loop).result(60)
 
     def until_answer(self, one: socket.socket) -> None:
-        """Lets time pass until there is something to read."""
+        """Advances the time until there is something to read."""
         for _ in range(100):
             self.passes(STEP)
             if select.select([one], [], [], 0.01)[0]:
@@ -106,7 +107,7 @@ class Site:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def until_closed(self, sent: bytes, drop: bytes, periods: float) -> None:
-        """Sends `drop` again and again, with so many periods between; TimeoutError if the connection is not closed."""
+        """Sends `drop` repeatedly, with so many periods between; TimeoutError if the server doesn't close the connection."""
         with self.connect() as one, contextlib.suppress(ConnectionError):
             one.sendall(sent)
             for _ in range(100):
@@ -151,7 +152,7 @@ STEADY_BYTES = 20 * deadlines.LEAST_BYTES
 
 
 def steady(site):
-    """A body that takes two and a half periods."""
+    """Sends a body that takes two and a half periods."""
     for _ in range(10):
         yield b"a" * (STEADY_BYTES // 10)
         site.passes(1 / 4)

@@ -1,4 +1,4 @@
-"""`train.deepspeed` takes what changes speed and memory; whatever else DeepSpeed would take has a key of the job file."""
+"""Tests that `train.deepspeed` accepts only keys for speed and memory. DeepSpeed's other keys have a key in the job file."""
 
 import pytest
 from heliostat.config import deepspeed_keys
@@ -22,7 +22,7 @@ def nested(key: str, value: object) -> dict:
 
 @pytest.mark.parametrize("key", sorted(INSTEAD))
 def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_that_does_it(key):
-    """One line: the key, and what to use."""
+    """The error has one line with the key and its replacement."""
     changes = {"train.precision": "fp16", "workers.gpus": 1} if key.startswith("fp16") else {}
     changes |= {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"}
     assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: not supported here: {INSTEAD[key]}"]
@@ -45,13 +45,13 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
     ],
 )  # fmt: skip
 def test_an_unknown_or_wrong_or_idle_key_is_refused(given, line):
-    """Each is one line that names the key and the value."""
+    """Each error is one line with the key and the value."""
     (found,) = faults(given)
     assert found.startswith(line)
 
 
 def test_the_check_refuses_them_before_anything_starts():
-    """All of them at once."""
+    """The check reports all of them at once."""
     with pytest.raises(ConfigError) as e:
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
@@ -62,7 +62,7 @@ def test_the_check_refuses_them_before_anything_starts():
 
 
 def test_what_is_allowed_reaches_deepspeed_as_given():
-    """And nothing that the job does not name: the defaults here only document DeepSpeed's."""
+    """DeepSpeed gets only keys that the job sets: the defaults here only document DeepSpeed's."""
     given = {"zero_optimization": {"reduce_bucket_size": 7}, "communication_data_type": "fp32"}
     assert faults(given) == []
     made = engine_config(job(**{"train.deepspeed": given}))
@@ -71,7 +71,7 @@ def test_what_is_allowed_reaches_deepspeed_as_given():
 
 
 def test_the_documented_defaults_are_deepspeeds():
-    """A key that DeepSpeed drops, renames or sets otherwise in a new version is found here."""
+    """This test finds a key that a new version of DeepSpeed drops, renames, or sets differently."""
     from deepspeed.runtime.precision_config import DeepSpeedFP16Config
     from deepspeed.runtime.swap_tensor.aio_config import get_aio_config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for is what is imported: no more, no less, and each part by the extra that it belongs to."""
+"""Tests that pyproject.toml requires exactly the imported packages, each in the extra of its modules."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ LATE = {  # modules of the core that import what an extra brings, once `extras.r
 
 
 def distributions(*names: str) -> set[str]:
-    """Of the core (""), and of extras with those that they name in turn."""
+    """Returns the distributions of the core (""), or of extras and the extras that they include."""
     found = set[str]()
     for name in names:
         for text in PROJECT["optional-dependencies"][name] if name else PROJECT["dependencies"]:
@@ -95,7 +95,7 @@ def modules(*names: str) -> set[str]:
 
 @cache
 def imports(path: Path) -> list[tuple[str, bool]]:
-    """The top packages from elsewhere that a file imports, and whether at module level; imports for types are not."""
+    """Returns the top-level external packages that a file imports, and whether at module level. Imports for types don't count."""
     tree, found = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
@@ -105,13 +105,14 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def shipped() -> dict[str, Path]:
-    """The files of heliostat and of the workspace that comes with it, by name below their root."""
+    """Returns the files of heliostat, and of the workspace that it ships, by name below their root."""
     package = {str(p.relative_to(ROOT / "platform" / "heliostat")): p for p in (ROOT / "platform" / "heliostat").rglob("*.py")}
     return package | {str(p.relative_to(ROOT)): p for f in ("jobs", "pipelines") for p in (ROOT / f).rglob("*.py")}
 
 
 def test_what_the_core_imports_is_a_core_dependency_and_the_rest_is_in_the_extra_of_its_module():
-    """At module level, in functions, and for types: a bare `pip install heliostat` lacks nothing that the core may come to."""
+    """This covers imports at module level, in functions, and for types: a bare `pip install heliostat` lacks nothing that the
+    core may use."""
     core, faults = modules(""), []
     for name, path in shipped().items():
         for module, at_module_level in imports(path):
@@ -138,7 +139,7 @@ def test_every_dependency_is_imported_or_says_who_needs_it():
 
 
 def test_a_missing_extra_is_known_by_each_module_that_it_brings():
-    """`extras.MODULES` and pyproject.toml say the same of every extra that a person may ask for."""
+    """`extras.MODULES` and pyproject.toml agree on every extra that a person may install."""
     assert extras.MODULES.keys() == PROJECT["optional-dependencies"].keys() - {"dev", "bench", "docs"}
     for extra, known in extras.MODULES.items():
         brought = [MODULES.get(d, (d.replace("-", "_"),)) for d in distributions(extra)]
@@ -147,7 +148,7 @@ def test_a_missing_extra_is_known_by_each_module_that_it_brings():
 
 @pytest.fixture
 def bare(monkeypatch):
-    """Nothing of any extra is installed."""
+    """Hides the packages of all extras."""
     away = {m for names in extras.MODULES.values() for m in names}
     real = importlib.util.find_spec
 
@@ -170,7 +171,7 @@ LINE = r"^{0} needs the extra '{1}' \(no module '\w+'\)\. Run: \S*pip install 'h
 
 
 def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, monkeypatch, tmp_path):
-    """A job's recipe, a pipeline, a model that was exported, a searcher, MLflow on PostgreSQL, a cluster on Google Cloud."""
+    """For a job's recipe, a pipeline, an exported model, a searcher, MLflow on PostgreSQL, and a cluster on Google Cloud."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(MissingExtraError, match=LINE.format("recipe: heliostat.recipes:TextToImage", "images")):
         check_job(job(recipe="heliostat.recipes:TextToImage"))
@@ -190,7 +191,7 @@ def test_a_missing_extra_is_one_line_that_names_it_before_anything_starts(bare, 
 
 
 def test_a_part_of_an_extra_that_is_missing_is_found_before_it_is_needed(monkeypatch, tmp_path):
-    """The digits and the judge, which are imported late: at the check, not after the training."""
+    """The digits and the judge are imported late, but the check before the training finds them missing."""
     monkeypatch.setattr(extras, "find_spec", lambda name: None if name == "sklearn" else importlib.util.find_spec(name))
     digits = ImagePipeline(name="x", input="sklearn:digits", output=str(tmp_path), resolution=8, tokenizer={"vocab_size": 300})
     with pytest.raises(MissingExtraError, match=LINE.format("input: sklearn:digits", "images")):
@@ -208,7 +209,7 @@ def test_what_is_installed_is_not_missed():
 
 
 def test_the_command_installs_into_the_environment_that_lacks_the_extra(monkeypatch, tmp_path):
-    """Its own pip, by its path unless the PATH has it; uv where the environment has no pip."""
+    """It uses the environment's own pip, by its path unless the PATH has it, or uv if the environment has no pip."""
     scripts = tmp_path / ".venv" / "bin"
     scripts.mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

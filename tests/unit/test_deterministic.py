@@ -1,4 +1,4 @@
-"""`train.sdc_check` compares bits of kernels that are asked to be deterministic: fused attention isn't, and ended the checks."""
+"""Tests that `train.sdc_check` compares deterministic kernels. Fused attention isn't deterministic, and ended the checks."""
 
 import os
 from types import SimpleNamespace
@@ -22,14 +22,14 @@ def strict() -> bool:
 
 @torch.library.custom_op("heliotest::_flash_attention_forward", mutates_args=())
 def attend(x: torch.Tensor) -> torch.Tensor:
-    """Stands for a GPU's fused attention; like flash-attn's in transformers, it looks at the environment."""
+    """Simulates a GPU's fused attention. It reads the environment, like flash-attn's in transformers."""
     seen.append(os.environ.get(recheck.FLASH))
     return 2 * x
 
 
 @torch.library.custom_op("heliotest::_flash_attention_backward", mutates_args=())
 def attend_backward(upstream: torch.Tensor) -> torch.Tensor:
-    """Adds up in any order, unless torch is asked for deterministic algorithms, and not with warnings alone."""
+    """Sums in any order, unless torch is set to deterministic algorithms (not only to warnings)."""
     seen.append(os.environ.get(recheck.FLASH))
     return 2 * upstream * (1 if strict() else 1 + 2**-20 * torch.rand((), generator=NOISE))
 
@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 def checking(monkeypatch: pytest.MonkeyPatch, model: nn.Module, compiled: bool = False) -> CorruptionCheck:
-    """A check of three workers, who compute in turn."""
+    """Returns a check by three workers, which compute one after another."""
     made: Any = object.__new__(CorruptionCheck)
     made.engine = SimpleNamespace(module=model, device=torch.device("cpu"))
     made.recipe = SimpleNamespace(loss=lambda module, batch: Loss(module(batch["x"]).square().sum()))
@@ -63,7 +63,7 @@ def checking(monkeypatch: pytest.MonkeyPatch, model: nn.Module, compiled: bool =
 
 
 def test_attention_that_is_not_deterministic_in_training_does_not_end_the_checks(monkeypatch):
-    """Its backward pass obeys the strict request alone, as torch's flash and memory-efficient kernels do."""
+    """Its backward pass obeys only the strict setting, like torch's flash and memory-efficient kernels."""
     found = checking(monkeypatch, Model())
     assert found.look(1) is None and found.every == 2 and found.agreed == 1
     seen.clear()

@@ -1,4 +1,4 @@
-"""Copies between host and device: in which order, of which moment, and how often. On a CPU the copies are plain ones."""
+"""Tests copies between host and device: their order, their moment, and their number. On a CPU, they are plain copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_nothing_is_copied_on_a_cpu():
 
 
 class Chain(torch.nn.Module):
-    """Layers whose inputs are saved."""
+    """Defines layers whose inputs are saved."""
 
     def forward(self, x: torch.Tensor, host: Any) -> torch.Tensor:
         for _ in range(3):
@@ -40,7 +40,7 @@ class Chain(torch.nn.Module):
 
 @pytest.fixture
 def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    """What is fetched and restored, by its value."""
+    """Returns the fetched and restored tensors in order, by value."""
     seen: list[tuple[str, float]] = []
     for name in ("fetch", "restore"):
         does = getattr(device_streams._Saved, name)
@@ -78,7 +78,7 @@ def test_what_a_graph_has_saved_goes_with_it():
 
 
 class Product(torch.autograd.Function):
-    """Saves both factors; the backward pass asks for the first one first."""
+    """Saves both factors. The backward pass needs the first factor first."""
 
     @staticmethod
     def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Threads of a worker's process run on its own GPU, and not on the node's first one, where CUDA starts them."""
+"""Tests that threads of a worker's process use the worker's GPU, and not the node's first one, where CUDA starts them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STARTERS = {"Thread", "Timer", "ThreadPoolExecutor", "ThreadPool", "start_new_th
 
 
 def _started(path: Path) -> list[str]:
-    """The places in a file where a thread is made."""
+    """Returns the places in a file that create a thread."""
     calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     names = [(call.lineno, getattr(call.func, "attr", getattr(call.func, "id", ""))) for call in calls]
     return [f"{path.relative_to(HOUSE)}:{line}: {name}" for line, name in names if name in STARTERS]
@@ -39,7 +39,7 @@ def test_every_thread_of_a_workers_process_starts_on_its_own_gpu() -> None:
 
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The threads that chose a GPU, with the GPU; on the way of an attempt whose local rank is 3."""
+    """Returns the threads that chose a GPU, and the GPU, during an attempt with local rank 3."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: found.append((threading.current_thread().name, gpu)))
     monkeypatch.setattr(device_threads, "_gpu", None)
@@ -59,7 +59,7 @@ def test_an_attempt_chooses_its_gpu_for_all_threads(chosen: list[tuple[str, int]
 
 
 def test_saves_and_copies_choose_the_gpu_before_they_touch_it(chosen: list[tuple[str, int]], tmp_path: Path) -> None:
-    """The threads that copy from the GPU, and those that read a checkpoint into it."""
+    """For the threads that copy from the GPU, and those that read a checkpoint to it."""
     saver = Saver(Location(str(tmp_path)), spec.Checkpoint(every=1), SimpleNamespace())
     copies = memory_copies.MemoryCopies(SimpleNamespace(), 0, 0, 1, print)  # type: ignore[arg-type]
     for thread, name in ((saver._thread, "checkpoint_0"), (copies._thread, "memory_0")):
@@ -75,7 +75,7 @@ def test_without_a_gpu_no_thread_asks_for_one(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_measuring_a_node_without_nvml_makes_no_context_on_other_workers_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`mem_get_info` makes one on the GPU that it is asked for. AMD's GPUs have no NVML."""
+    """`mem_get_info` creates a context on the requested GPU. AMD's GPUs have no NVML."""
     asked: list[int] = []
     monkeypatch.setattr(node_metrics, "_nvml", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -1,5 +1,7 @@
-"""`train.parallel.expert` is refused where experts cannot be divided, by name and with what works; the plan knows what workers
-that divide them hold, gather and send."""
+"""Tests that `train.parallel.expert` is rejected where experts can't be sharded, with the reason and an alternative.
+
+The plan also knows what workers with sharded experts hold, gather, and send.
+"""
 
 import math
 
@@ -69,7 +71,7 @@ def test_a_recipe_that_divides_no_experts_is_refused():
 
 @pytest.mark.parametrize(("workers", "parts"), [(2, 2), (4, 2), (4, 4), (6, 3), (12, 4)])
 def test_slices_of_divided_experts_are_every_element_once(workers, parts):
-    """Of each layer's experts a worker has a slice of its own part: parts in the order of a group's ranks."""
+    """Each worker has a slice of its own part of each layer's experts, in the order of the group's ranks."""
     shapes = {"a": (7, 13), "experts": (12, 5, 7), "c": (1,)}
     seen = {n: [0] * math.prod(s) for n, s in shapes.items()}
     for rank, owned in enumerate(zero_layout.slices(shapes, 3, workers, stacked=frozenset({"experts"}), parts=parts)):
@@ -82,7 +84,7 @@ def test_slices_of_divided_experts_are_every_element_once(workers, parts):
 
 
 def planned(**changes):
-    """The plan of a job whose parameters are experts', most of them, on eight GPUs."""
+    """Returns the plan of a job on eight GPUs, most of whose parameters belong to experts."""
     sizes = {"num_local_experts": 16, "hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 4}
     layout = {
         "workers.gpus": 1,
@@ -96,7 +98,7 @@ def planned(**changes):
 
 
 def test_divided_experts_are_not_gathered_and_tokens_travel():
-    """Memory for state stays; what is gathered and what is sent is less by nearly the degree."""
+    """Memory for state stays the same. The gathered and sent bytes fall by almost the degree."""
     whole, divided = planned().chosen(), planned(**{KEY: 8}).chosen()
     assert divided.memory["optimizer"] == whole.memory["optimizer"]
     assert divided.memory["working"] < whole.memory["working"] / 3

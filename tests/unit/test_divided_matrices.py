@@ -1,5 +1,7 @@
-"""`train.parallel.tensor` is refused where matrices cannot be divided, by name and with what works; the plan knows what workers
-that divide them hold and send."""
+"""Tests that `train.parallel.tensor` is rejected where matrices can't be sharded, with the reason and an alternative.
+
+The plan also knows what workers with sharded matrices hold and send.
+"""
 
 import math
 
@@ -50,7 +52,8 @@ def test_what_matrices_cannot_be_divided_with_is_refused(changes, line):
 
 
 def test_workers_that_divide_matrices_compute_each_sample_together():
-    """Lanes are dealt to groups; an elastic run has whole groups; the message about batches counts them."""
+    """Virtual ranks are distributed over groups, an elastic run has complete groups, and the error about batches counts
+    groups."""
     made = job(**{KEY: 2, "workers.count": 4})
     assert (made.replicas, made.accumulation) == (2, 2)
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
@@ -80,7 +83,7 @@ def test_a_model_whose_matrices_cannot_be_divided_is_refused(model, degree, erro
 
 @pytest.mark.parametrize("arch", selection.kept(FAMILIES, "qwen3", "gpt_neox"))
 def test_parts_of_a_model_compute_what_the_whole_does(arch):
-    """Of these architectures, found by trying; and what DeepSpeed is told names each matrix once."""
+    """This was tried for these architectures. DeepSpeed's configuration names each matrix once."""
     keys = {**LLAMA, "arch": arch, **FAMILIES[arch]}
     made = recipe({key: value for key, value in keys.items() if value is not None}, **TWO)
     made.probe()
@@ -91,7 +94,8 @@ def test_parts_of_a_model_compute_what_the_whole_does(arch):
 
 
 def test_the_heads_of_large_models_are_divided_to_rounding():
-    """At a head_dim of 128 drawn weights saturate the softmax: in fp32 logits of 8 layers were off by 1e-3, of 3 by 8e-5."""
+    """At a head_dim of 128, random weights saturate the softmax: in fp32, the logits differed by 1e-3 with 8 layers, and by 8e-5
+    with 3."""
     wide = {**LLAMA, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
     made = recipe({**wide, "num_hidden_layers": 3}, **TWO)
     off, narrowed = tiny.attempt(made, divided_matrices.played, 2 * divided_matrices.PARTS)
@@ -99,7 +103,7 @@ def test_the_heads_of_large_models_are_divided_to_rounding():
 
 
 def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
-    """As where a row of products is not added up."""
+    """For example, a part that doesn't sum a row of products."""
     monkeypatch.setattr(divided_matrices._Meeting, "_sum", lambda self, number, made: made)
     monkeypatch.setattr(divided_matrices, "_known", {})
     with pytest.raises(ConfigError, match=r"^train\.parallel\.tensor: not supported for 'llama': the shards don't"):
@@ -107,7 +111,7 @@ def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
 
 
 def test_a_norm_of_each_workers_own_heads_is_found():
-    """Its logits are right in each part, and its gradient would be of a part of the heads."""
+    """The logits of each part are right, but the gradient would cover only some of the heads."""
     phi = {**{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "arch": "phi", "qk_layernorm": True}
     with pytest.raises(ConfigError, match=r"not supported for 'phi': every worker would hold all of '.*q_layernorm'"):
         recipe(phi, **TWO).probe()
@@ -129,7 +133,8 @@ def test_a_recipe_that_divides_no_matrices_is_refused():
 
 
 def test_the_plan_knows_what_a_worker_has_of_each_matrix():
-    """State, activations and operations of its part; two all-reduces of a layer forwards, one for each matrix of inputs back."""
+    """The plan has the state, activations, and operations of its part, and two all-reduces per layer: one for each matrix in the
+    forward pass, one for each matrix of inputs in the backward pass."""
     four = {"workers.count": 4, "workers.gpus": 1, "model": {**LLAMA, "vocab_size": 96}}
     made = [job(**four, **{"train.parallel": {"tensor": t}}) for t in (1, 2)]
     whole, half = (planner.planners(one, CausalLM(one), None, "H100", hardware.table())[-1] for one in made)

@@ -1,4 +1,5 @@
-"""The documentation says what is: its keys, paths, commands, options and names exist, and every page is in the navigation."""
+"""Tests that the documentation is true: its keys, paths, commands, options, and names exist, and the navigation has every
+page."""
 
 import ast
 import importlib
@@ -74,7 +75,7 @@ def test_every_stage_of_a_pipeline_and_each_of_its_keys_is_in_the_reference():
 
 
 def test_every_key_of_a_job_is_in_the_reference_with_its_type_and_default():
-    """The reference follows the models: a key's type, range, default and meaning are there, under the path that --set takes."""
+    """The reference follows the models: it has each key's type, range, default, and meaning, under the path for --set."""
     text = keys.reference(Job)
     assert "`warmup_steps`{ #train.schedule.warmup_steps } <small>whole number, at least 0; default `0`</small>" in text
     assert "`register`{ #mlflow.register }" in text  # by its name in the file
@@ -143,7 +144,8 @@ def test_every_marker_of_a_generated_part_is_known_and_each_part_is_in_a_page():
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_path_that_a_page_names_exists(page):
-    """Paths of the repository in text, code and links (a star stands for anything), and Python files by the end of their path."""
+    """Checks paths of the repository in text, code, and links (a star matches anything), and Python files by the end of their
+    path."""
     named = set(re.findall(rf"(?<![\w/.:-])((?:{FOLDERS})/[\w./*-]*[\w*])", TEXTS[page])) - MADE
     missing = {n for n in named if not any(ROOT.glob(n))}
     ends = {n for n in re.findall(r"`([\w/]+\.py)`", TEXTS[page]) if not re.match(rf"(?:{FOLDERS})/", n)}
@@ -159,7 +161,7 @@ def test_every_dotted_name_that_a_page_names_exists(page):
 
 
 def saved(text: str) -> set[str]:
-    """Names of the files that a page has its reader save: blocks that begin with `# NAME`."""
+    """Returns the names of the files that a page tells its reader to save: blocks that begin with `# NAME`."""
     return set(re.findall(r"^```(?:python|yaml)\n# ([\w.-]+\.\w+)$", text, re.MULTILINE))
 
 
@@ -179,7 +181,7 @@ def resolves(name: str) -> bool:
 
 
 def blocks(text: str, language: str) -> Iterator[str]:
-    """Yield the code of a page's blocks in a language, without the indentation of lists."""
+    """Yields the code of a page's blocks in a language, without the indentation of lists."""
     yield from (textwrap.dedent(code) for code in re.findall(rf"^ *```(?:{language})\b[^\n]*\n(.*?)^ *```", text, re.M | re.S))
 
 
@@ -196,7 +198,8 @@ JOB_KEYS = {
 
 
 def unknown_keys(part: Any, at: str = "") -> Iterator[str]:
-    """Yield the keys of a part of a job that the schema lacks; a mapping of free keys (`model`, `train.deepspeed`) has any."""
+    """Yields the keys of a part of a job that the schema lacks. A mapping with free keys (`model`, `train.deepspeed`) accepts
+    any."""
     for key, value in part.items() if isinstance(part, dict) else ():
         path = f"{at}.{key}".lstrip(".")
         if path not in JOB_KEYS:
@@ -214,7 +217,7 @@ def test_every_yaml_block_of_a_page_can_be_read_and_a_jobs_keys_exist(page):
 
 
 def imported(code: str) -> Iterator[str]:
-    """Yield the names that code imports of this repository, with their modules."""
+    """Yields the names that code imports from this repository, with their modules."""
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -249,7 +252,8 @@ def test_every_python_file_and_module_that_a_page_runs_exists(page):
 
 
 def written(name: str) -> bool:
-    """Tell whether the package has a module of this name, or one that writes the name's next part, without importing it."""
+    """Returns, without an import, whether the package has a module of this name, or a module that defines the name's next
+    part."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         place = (ROOT / "platform" / "heliostat").joinpath(*parts[:end])
@@ -260,7 +264,7 @@ def written(name: str) -> bool:
 
 
 def test_every_module_that_a_docstring_names_exists():
-    """A dotted name that begins with a room is a module or what it defines, a key of a job, or a file."""
+    """A dotted name that begins with a room is a module or its member, a key of a job, or a file."""
     package, wrong = ROOT / "platform" / "heliostat", []
     rooms = "|".join(p.name for p in package.iterdir() if p.is_dir() and p.name.isidentifier())
     job_keys = {f"{section.path}.{name}" for section in keys.sections(Job) for name in section.model.model_fields}
@@ -273,7 +277,7 @@ def test_every_module_that_a_docstring_names_exists():
 
 
 def spoken(text: str) -> Iterator[str]:
-    """Yield each heliostat command in a page: lines of shell blocks, and inline code."""
+    """Yields each heliostat command on a page: lines of shell blocks, and inline code."""
     blocks = re.findall(r"^ *```(?:sh|bash)\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL))]:

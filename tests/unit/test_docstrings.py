@@ -1,4 +1,4 @@
-"""Docstrings start with a verb in the third person: what is done. Those of commands are help texts, in the imperative."""
+"""Tests that docstrings start with a verb in the third person. Those of commands are help texts, in the imperative."""
 
 import ast
 import re
@@ -28,7 +28,8 @@ NOUNS = {
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """(name, docstring) of the module and of what it defines, but for help texts: those of commands, and a module's `__doc__`."""
+    """Yields (name, docstring) of the module and its definitions, except for help texts: docstrings of commands, and a module's
+    `__doc__` in use."""
     shown = any(isinstance(node, ast.Name) and node.id == "__doc__" for node in ast.walk(tree))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,5 +1,7 @@
-"""Samples of several documents that workers share are attended to block by block: in memory that does not grow with the square
-of their length, and with the numbers of a mask of all pairs.
+"""Tests attention over samples of several documents that workers share.
+
+It works block by block: its memory doesn't grow with the square of the length, and its numbers equal those with a mask of all
+pairs.
 """
 
 import pytest
@@ -19,7 +21,7 @@ class Module(torch.nn.Module):
 
 
 class Largest(TorchDispatchMode):
-    """Measures the largest storage, in bytes, of what is computed in it."""
+    """Measures the largest storage, in bytes, of the computations in its context."""
 
     bytes = 0
 
@@ -36,7 +38,7 @@ def positions(*lengths: int) -> torch.Tensor:
 
 
 def attended(given: list[torch.Tensor], documents: torch.Tensor | None, **more) -> list[torch.Tensor]:
-    """Attends, and returns the result with the gradients of what is given."""
+    """Computes attention; returns the result, and the gradients of its inputs."""
     leaves = [x.clone().requires_grad_() for x in given]
     made, _ = document_attention.in_blocks(sdpa_attention_forward)(Module(), *leaves, documents, **more)
     return [made.detach(), *torch.autograd.grad((made * torch.linspace(-1, 1, made.numel()).view_as(made)).sum(), leaves)]
@@ -49,7 +51,8 @@ def drawn(length: int = LENGTH, kind: torch.dtype = torch.float64, rows: int = 2
 
 @pytest.mark.parametrize("rows", [1, 7, 32, 99, 100])
 def test_attention_in_blocks_is_that_of_a_mask_of_all_pairs(rows, monkeypatch):
-    """Results and gradients, with documents that begin in a block, at its edge, and with a sample in the middle of one."""
+    """For results and gradients, with documents that begin inside a block or at its edge, and with a sample in the middle of a
+    document."""
     where = torch.cat([positions(7, 25, 1, 1, 66), positions(100) + 3])
     documents = document_attention.numbers(where)
     whole = (documents[:, :, None] == documents[:, None, :]).tril()[:, None]
@@ -63,7 +66,7 @@ def test_attention_in_blocks_is_that_of_a_mask_of_all_pairs(rows, monkeypatch):
 
 
 def test_no_tensor_grows_with_the_square_of_a_samples_length(monkeypatch):
-    """Through the attention that models of cut samples have, forwards and backwards. A mask of all pairs would have 16 MiB."""
+    """Uses the attention of models with split samples, forward and backward. A mask of all pairs would have 16 MiB."""
     monkeypatch.setattr(document_attention, "ROWS", 64)
     core, length = document_attention.in_blocks(sdpa_attention_forward), 4096
 
@@ -80,7 +83,7 @@ def test_no_tensor_grows_with_the_square_of_a_samples_length(monkeypatch):
 
 
 def test_dropout_draws_the_same_numbers_backwards(monkeypatch):
-    """The gradient is that of what was computed forwards: with dropout of nearly everything, few values count."""
+    """The gradient belongs to the forward computation. With almost full dropout, few values count."""
     monkeypatch.setattr(document_attention, "ROWS", 16)
     given, documents = drawn(rows=1), document_attention.numbers(positions(30, 70))
     torch.manual_seed(1)
@@ -99,7 +102,7 @@ def test_dropout_draws_the_same_numbers_backwards(monkeypatch):
 
 
 def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
-    """A key has gradients of many blocks: summed in bf16, they would lose what is small."""
+    """A key gets gradients from many blocks. A sum in bf16 would lose the small ones."""
     monkeypatch.setattr(document_attention, "ROWS", 8)
     given = [x.to(torch.bfloat16) for x in drawn(1024, rows=1)]
     documents = document_attention.numbers(positions(1024))
@@ -111,7 +114,7 @@ def test_gradients_of_keys_are_summed_in_fp32(monkeypatch):
 
 
 def test_the_plan_counts_the_mask_of_a_block_and_not_of_all_pairs():
-    """Of 32,768 tokens all pairs have 1 GiB; a block's mask has 32 MiB, and its bias in bf16 twice that."""
+    """For 32,768 tokens, a mask of all pairs takes 1 GiB. A block's mask takes 32 MiB, and its bias in bf16 twice that."""
     length = 1 << 15
     long = [{"data.sequence_length": length, "data.document_mask": mask} for mask in (False, True)]
     without, found = (planned(4, **changes)["memory"]["activations"] for changes in long)

@@ -1,4 +1,4 @@
-"""An index of documents: passages are their documents, and a version of an index is the dataset's documents and no others."""
+"""Tests an index of documents: passages equal their documents, and an index's version has exactly the dataset's documents."""
 
 import asyncio
 import json
@@ -31,7 +31,8 @@ from tests.unit.test_samples import TEXTS
 @pytest.mark.parametrize("size", [4, 7, 16, 1000])
 @pytest.mark.parametrize("lines", [0, 1, 9])
 def test_passages_are_all_of_a_text_within_their_size_and_overlap(size, lines):
-    """A token for each character, and a line of so many; the last quarter of a passage decides whether it ends with a line."""
+    """Each character is one token, and each line has a fixed number. The last quarter of a passage decides whether it ends with a
+    line."""
     text = "".join("\n" if lines and i % lines == lines - 1 else chr(97 + i % 26) for i in range(103))
     places = cut(text, range(len(text)), size, size // 4)
     assert places[0][0] == 0 and places[-1][1] == len(text) and all(0 < b - a <= size for a, b in places)
@@ -42,7 +43,7 @@ def test_passages_are_all_of_a_text_within_their_size_and_overlap(size, lines):
 
 
 def test_a_character_of_several_tokens_is_in_one_passage_whole():
-    """Its tokens begin at one place."""
+    """All tokens of the character begin at one place."""
     text = "aébéc"
     places = cut(text, [0, 1, 1, 2, 3, 3, 4], 2, 0)
     assert "".join(text[a:b] for a, b in places) == text
@@ -59,7 +60,7 @@ def test_settings_that_go_nowhere_are_refused(asked, told):
 
 
 def test_each_passage_is_the_text_of_its_place(document_index, corpus):
-    """Read back from the shard that it names, by another way than it was made: the document is there, and is what was given."""
+    """The passage is read from the shard that it names, in another way than it was made. It equals the document."""
     found = rows(document_index)
     assert {row["document"] for row in found} == {id for id, text in CORPUS.items() if text.strip()}
     record = document_index.record
@@ -73,7 +74,7 @@ def test_each_passage_is_the_text_of_its_place(document_index, corpus):
 
 
 def test_documents_that_are_rearranged_for_a_middle_are_indexed_as_their_texts(tmp_path):
-    """Though one is several spans, in several rows: its passages have the places and numbers of one document."""
+    """Such a document has several spans, in several rows. Its passages have the places and numbers of one document."""
     texts = [LONG, "short text of its own", *TEXTS[:20]]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     middles = {"rate": 0.7, "span_chars": 60}
@@ -89,7 +90,7 @@ def test_documents_that_are_rearranged_for_a_middle_are_indexed_as_their_texts(t
 
 
 def test_units_have_every_row_group_once_and_no_document_leaves_one(corpus):
-    """Down to single row groups, whose documents are whole."""
+    """Units go down to single row groups, with complete documents."""
     for target in (1, 500, 1 << 20):
         listed = list(units.units(corpus, target))
         groups = [(unit.path, group.number) for unit in listed for group in unit.groups]
@@ -100,7 +101,8 @@ def test_units_have_every_row_group_once_and_no_document_leaves_one(corpus):
 
 
 def test_a_run_that_is_killed_goes_on_and_lists_each_passage_once(corpus, tmp_path, monkeypatch):
-    """Killed after each task: the passages are those of an undisturbed run; nothing is found before the record is there."""
+    """The run is killed after each task. The passages equal those of an uninterrupted run, and nothing is found before the record
+    exists."""
     monkeypatch.setattr(build, "LEAST", 200)
     index(corpus, tmp_path / "whole")
     broken = 0
@@ -117,8 +119,8 @@ def test_a_run_that_is_killed_goes_on_and_lists_each_passage_once(corpus, tmp_pa
 
 
 def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, embedder, tmp_path):
-    """Of its documents some are new, some gone, one has another text: counted; what was embedded is not embedded again, and
-    the index is what it would be if it were made at once."""
+    """Some documents are new, some removed, and one has another text; the counts show this. Known texts aren't embedded again,
+    and the index equals one that is made from scratch."""
     first = index(corpus, tmp_path / "index", embedder)
     assert (first["added"], first["deleted"], first["kept"]) == (len(CORPUS) - 1, 0, 0)
     changed = {id: text for id, text in CORPUS.items() if id != "code.jsonl#3"} | {"code.jsonl#5": "def other(): pass"}
@@ -137,7 +139,7 @@ def test_a_new_version_of_the_dataset_is_only_its_own_work(corpus, embedder, tmp
 
 
 def test_passages_that_are_cut_are_counted_also_where_their_embeddings_are_known(embedder, tmp_path):
-    """Each passage, as the command says, though texts that are the same are embedded once."""
+    """The command reports each truncated passage, although equal texts are embedded only once."""
     long = "x(0) " * 90
     texts = named([long, "def f(): pass", long, "def g(): pass"])
     whole = IndexSettings(chunk_tokens=512, overlap=4)
@@ -149,7 +151,8 @@ def test_passages_that_are_cut_are_counted_also_where_their_embeddings_are_known
 
 
 def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corpus, tmp_path, monkeypatch):
-    """The newest version shares fragments with the one before: without a document it is whole, and so is a later one."""
+    """The newest version shares fragments with the one before. It stays complete without a document, and so does a later
+    version."""
     monkeypatch.setattr(build, "LEAST", 200)
     first = index(corpus, tmp_path / "index")
     monkeypatch.setattr(table, "KEEP", timedelta(0))
@@ -167,7 +170,7 @@ def test_versions_that_were_replaced_long_ago_go_and_nothing_that_is_needed(corp
 
 
 def test_who_reads_a_replaced_version_finds_the_columns_of_its_documents_for_a_day(tmp_path, monkeypatch):
-    """Also if its record was written long before; then it goes, and the endpoint says so."""
+    """This holds even if its record was written long before. Then the version is removed, and the endpoint reports it."""
 
     def brought_up_to_date(text: str) -> SearchIndex:
         lines = [{"text": text, "url": f"http://h/{text}"}, {"text": "another document", "url": "http://h/x"}]
@@ -216,7 +219,8 @@ def test_a_folder_of_another_index_is_refused_before_ray_starts(corpus, tmp_path
 
 
 def test_of_two_commands_that_build_one_index_the_second_is_refused(corpus, tmp_path):
-    """In a line, before Ray starts; nothing of the first one's is touched, and once that has ended the folder is free."""
+    """The error is one line, before Ray starts. The first command's files stay untouched, and the folder is free when it has
+    ended."""
     place = tmp_path / "index"
     claimed = {"embedder": None, **SETTINGS.model_dump()}
     build.claim(Location(str(place)), claimed, "an index", "index of documents")

@@ -1,4 +1,4 @@
-"""Whether the driver of a run lives is told by its ledger: where it is, as which process, and when it was last seen."""
+"""Tests that the ledger shows whether a run's driver is alive: its place, its process, and the time of its last sign."""
 
 import os
 import socket

@@ -1,4 +1,4 @@
-"""A dry run: what a sample is, what it says of the whole, and what it cannot say."""
+"""Tests a dry run: its sample, its predictions for the whole input, and its limits."""
 
 import gzip
 import json
@@ -37,7 +37,8 @@ def text(rng: random.Random) -> str:
 
 
 def make_input(folder: Path, documents: int = 6000) -> None:
-    """Lines in a large and a packed file, and files of one document; a tenth of all are near duplicates in pairs."""
+    """Writes lines in a large file and a compressed one, and files with one document each. A tenth of all documents are
+    near-duplicates in pairs."""
     rng = random.Random(0)
     texts = [text(rng) for _ in range(documents)]
     for i in range(0, documents, 10):
@@ -61,13 +62,13 @@ def trial(tmp_path: Path, share: float, seed: int = 0, stages=STAGES, name: str 
 
 
 def make_whole(folder: Path, stages: list[dict[str, Any]]) -> tuple[dict[str, Any], HereFlow]:
-    """The funnel of the dataset of the whole input, and how it was made: each task once."""
+    """Returns the funnel of the whole input's dataset, and the record of its making, with each task once."""
     (_, meta), here = make(folder, "whole", stages, shard_bytes=SHARD_BYTES, again=0.0)
     return json.loads((folder / "whole" / meta["curation"]["funnel"]).read_text()), here
 
 
 def test_a_sample_follows_from_input_and_share_alone(tmp_path):
-    """Not from the order of the listing or of the tasks; and what is read of a share is little more than it."""
+    """The sample doesn't depend on the order of the listing or of the tasks, and reads little more than its share."""
     make_input(tmp_path / "in", 3000)
     made, inputs = trial(tmp_path, 0.1)
     again, _ = trial(tmp_path, 0.1, seed=1, name="again")
@@ -139,7 +140,8 @@ OF_ALL_SIZES = [{"stage": "length", "min_words": 30}]
 
 @pytest.fixture(scope="module")
 def of_all_sizes(tmp_path_factory) -> tuple[Path, dict]:
-    """A folder with documents of very different sizes in `in`, and what is left of the whole behind OF_ALL_SIZES."""
+    """Writes a folder `in` with documents of very different sizes; returns the part of the whole that stays after
+    OF_ALL_SIZES."""
     folder, rng = tmp_path_factory.mktemp("sizes"), random.Random(5)
     (folder / "in").mkdir()
     for i in range(1500):
@@ -150,7 +152,7 @@ def of_all_sizes(tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_told(of_all_sizes, share):
-    """Of documents of very different sizes, a third of which a stage leaves out; and a person is told the bounds."""
+    """The documents have very different sizes, and a stage drops a third of them. The report shows the bounds."""
     folder, truth = of_all_sizes
     made, inputs = trial(folder, share, stages=OF_ALL_SIZES, name=f"trial-{share}")
     found = made.predicted(inputs)
@@ -164,7 +166,7 @@ def test_documents_bytes_and_tokens_of_a_whole_lie_between_the_bounds_that_are_t
 
 
 def test_merges_that_the_whole_will_need_are_foreseen(tmp_path, monkeypatch):
-    """A sample has too few runs to merge; the hours of the whole's are told all the same, and why."""
+    """A sample has too few runs for a merge. The prediction still includes the hours of the whole's merges, and the reason."""
     make_input(tmp_path / "in", 2500)
     plain = [note for note in trial(tmp_path, 0.1, name="plain")[0].predicted([])["notes"] if "merges" in note]
     monkeypatch.setattr(merging, "MANY", 2)
@@ -216,7 +218,8 @@ def test_seconds_of_opening_stages_are_not_taken_for_work(tmp_path):
 
 
 def test_a_documents_place_is_what_was_drawn():
-    """A tar's images, a file's lines and a repository's files have that of the file or range; a file alone is one."""
+    """Images of a tar, lines of a file, and files of a repository have the place of their file or range. A single file is its own
+    place."""
     drawn = {"in/a.tar", "b.jsonl@65536", "c.git"}
     for id, place in (("in/a.tar/x/1", "in/a.tar"), ("b.jsonl@65536#7", "b.jsonl@65536"), ("c.git#src/x.py", "c.git"),
                       ("C#/a.cs", "C#/a.cs"), ("b.jsonl#7", "b.jsonl#7")):  # fmt: skip
@@ -233,7 +236,7 @@ def test_clusters_are_counted_the_same_in_parts(tmp_path, monkeypatch):
 
 
 def test_pages_of_which_neighbours_are_alike_are_predicted(tmp_path, monkeypatch):
-    """Half of the lines of a file are followed by almost the same, as pages of a crawl are."""
+    """Half of the lines of a file are followed by almost the same line, like the pages of a crawl."""
     monkeypatch.setattr(sampling, "BLOCK", 8000)
     rng = random.Random(5)
     (tmp_path / "in").mkdir()
@@ -291,7 +294,7 @@ def test_a_dry_run_makes_nothing_that_could_be_forced():
 
 
 def test_what_a_killed_dry_run_left_is_removed_a_day_later(tmp_path):
-    """By the next one of the same output; a younger one, which may be at work, and what is others' stay."""
+    """The next dry run with the same output removes it. Younger folders, which may be in use, and other files stay."""
     output = Location(str(tmp_path / "out"))
     names = ["out.sample-0123abcd", "out.sample-89abcdef", "out.sample-mine", "other.sample-0123abcd", "out", "out.work"]
     for name in names:
@@ -306,7 +309,8 @@ def test_what_a_killed_dry_run_left_is_removed_a_day_later(tmp_path):
 
 
 def test_tokens_a_byte_of_a_whole_are_estimated_from_halves_of_a_sample(tmp_path):
-    """Nearer than the sample's own rate, which a tokenizer of its own makes too low; and between the bounds."""
+    """The estimate is nearer than the sample's own rate, which is too low because its tokenizer was trained on it. It is within
+    the bounds."""
     rng = random.Random(3)
     vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randrange(2, 9))) for _ in range(3000)]
     texts = [" ".join(rng.choices(vocabulary, [1 / (i + 5) for i in range(3000)], k=120)) for _ in range(600)]

@@ -1,4 +1,4 @@
-"""A dry run of images: what a sample is, and what it says of the whole."""
+"""Tests a dry run of images: its sample, and its predictions for the whole input."""
 
 import random
 
@@ -24,7 +24,7 @@ def predict(folder, fraction: float, name: str = "trial", **more):
 
 
 def test_what_is_predicted_of_images_is_near_the_whole(tmp_path):
-    """Files with metadata: by stages, bytes, and what reading leaves out."""
+    """For files with metadata: stages, bytes, and images that reading drops."""
     rng = random.Random(0)
     rows = [(f"{i:04d}.png", image(8 + rng.randrange(40), 24, seed=i), {"caption": "x" * (1 + i % 9)}) for i in range(500)]
     folder_of(tmp_path / "in", rows)
@@ -57,7 +57,7 @@ def test_images_in_archives_are_sampled_as_they_are_read(tmp_path):
 
 
 def test_duplicates_that_are_kept_are_none_that_are_predicted(tmp_path):
-    """Shards of images leave out none: without a stage that compares, as many stay as came."""
+    """Shards of images drop no duplicates. Without a stage that compares images, all of them stay."""
     rows = [(f"{i:03d}.png", image(8, 8, seed=i // 2), {"caption": "x"}) for i in range(60)]
     folder_of(tmp_path / "in", rows)
     found = predict(tmp_path, 0.5, duplicates="keep")
@@ -80,7 +80,8 @@ def test_what_cannot_be_tried_is_one_error(tmp_path):
 
 
 def test_a_share_has_large_files_and_small_ones_as_all_have_them():
-    """Each part with the same chance; larger shares hold smaller ones; the two of a pair are drawn almost as if by themselves."""
+    """Each part has the same chance, larger shares contain smaller ones, and the two parts of a pair are drawn almost
+    independently."""
     rng = random.Random(1)
     counts, pairs = dict[str, int](), 0
     for trial in range(120):

@@ -1,4 +1,4 @@
-"""The JSON Schemas that editors read: every shipped file is valid, mistakes are not, keys complete, and the files are current."""
+"""Tests the JSON Schemas for editors: every shipped file is valid, mistakes aren't, keys complete, and the files are current."""
 
 import json
 import re
@@ -44,7 +44,7 @@ def test_every_shipped_file_names_a_schema_that_exists_and_is_valid_by_it(path):
 
 
 def test_keys_complete_with_their_meaning():
-    """Each key of each section of a job has a description, and is where an editor looks for it."""
+    """Each key of each section of a job has a description, at the place where an editor looks for it."""
     definitions = MADE["job"]["$defs"]
     for section in keys.sections(Job):
         properties = (MADE["job"] if section.model is Job else definitions[section.model.__name__])["properties"]

@@ -1,4 +1,4 @@
-"""The embedder: which pairs are negatives, how a text is found, what a job may say, and an export that says how it embeds."""
+"""Tests the embedder: which pairs are negatives, how a text is found, valid jobs, and an export that records how it embeds."""
 
 import json
 from pathlib import Path
@@ -141,7 +141,7 @@ def test_a_loss_that_couples_samples_is_an_ability_of_its_own(data) -> None:
 
 @pytest.mark.parametrize(("arch", "pooling"), [("bert", "mean"), ("llama", "last")])
 def test_an_export_embeds_as_it_was_trained_to(data, tmp_path, arch, pooling) -> None:
-    """In plain transformers, and in batch inference with texts that are cut; a decoder by its last token."""
+    """In plain transformers, and in batch inference with truncated texts. A decoder uses its last token."""
     changes = {"model.arch": arch, "model.pooling": pooling, "model.num_key_value_heads": None if arch == "bert" else 2}
     made = recipe(data, **{k: v for k, v in changes.items() if v is not None})
     torch.manual_seed(1)

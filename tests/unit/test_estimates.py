@@ -1,4 +1,4 @@
-"""What a sample tells of the whole: duplicates, tokens, shares, each with bounds."""
+"""Tests estimates for a whole input from a sample: duplicates, tokens, and shares, each with bounds."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from heliostat.errors import ConfigError
 
 
 def planted(kind: str, rng: np.random.Generator, documents: int) -> np.ndarray:
-    """Sizes of the clusters of so many documents, single ones among them."""
+    """Returns the sizes of the clusters of so many documents, including single documents."""
     draw = {
         "none": lambda n: np.ones(n),
         "pairs": lambda n: np.where(rng.random(n) < 0.3, 2, 1),
@@ -30,7 +30,8 @@ def planted(kind: str, rng: np.random.Generator, documents: int) -> np.ndarray:
 @pytest.mark.parametrize(("share", "most"), [(0.3, 0.06), (0.1, 0.2)])
 @pytest.mark.parametrize("kind", ["none", "pairs", "sixes", "versions", "geometric", "heavy tail", "boilerplate"])
 def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, share, most):
-    """What stays of 20,000 documents, in the mean of five samples, and within the bounds of each."""
+    """The estimate of the documents that stay, out of 20,000, is right in the mean of five samples, and within the bounds of
+    each."""
     rng, off = np.random.default_rng(0), list[float]()
     sizes = planted(kind, rng, 20_000)
     for _ in range(5):
@@ -46,7 +47,8 @@ def test_duplicates_of_a_whole_are_estimated_from_the_few_of_a_sample(kind, shar
 
 @pytest.mark.parametrize(("drawn", "rate"), [(0.1, 1.0), (0.2, 0.5), (1.0, 0.2)])
 def test_neighbours_that_are_alike_are_not_taken_for_the_few_that_a_sample_shows(drawn, rate):
-    """Some of 4,000 places are drawn, and a share of their documents: a fifth have a copy beside them, a tenth elsewhere."""
+    """The sample draws some of 4,000 places, and a share of their documents. A fifth of the documents have a copy next to them, a
+    tenth elsewhere."""
     rng, off, naive = np.random.default_rng(1), list[float](), list[float]()
     clusters = np.arange(4000 * 10).reshape(4000, 10)
     elsewhere = rng.random(clusters.shape) < 0.1
@@ -73,7 +75,8 @@ def test_neighbours_that_are_alike_are_not_taken_for_the_few_that_a_sample_shows
 
 @pytest.mark.parametrize("documents", [10**4, 10**6])
 def test_few_duplicates_are_expected_where_a_large_sample_shows_none(documents):
-    """However small its share: the pairs that could be missed are the bound, not where the search for sizes begins."""
+    """This holds for any small share. The bound is the number of pairs that the sample could have missed, not the start of the
+    search for sizes."""
     for times in (20, 1000):
         found = estimates.duplicates(documents, {}, times)
         assert found.low == 0 <= found.expected <= found.high <= 4 * times / documents
@@ -81,7 +84,7 @@ def test_few_duplicates_are_expected_where_a_large_sample_shows_none(documents):
 
 
 def test_bounds_of_documents_are_none_below_zero():
-    """Where so little was read that the error of the number read is more than the number."""
+    """In this case so little was read that the error of the number is larger than the number."""
     part = {"documents": 2, "kept": 2, "bytes": 200, "kept_bytes": 200, "dropped": {}, "counts": {}}
     sample = SampledParts(0.001)
     many, few = [FilePart(f"{i}", 100, 0) for i in range(1000)], [FilePart("0", 100, 0)]
@@ -123,7 +126,7 @@ def test_rates_of_tokens():
 
 
 def test_the_share_that_would_be_enough_is():
-    """A sum over documents of very different sizes, drawn one by one: at the share that is told, most samples are near."""
+    """Sums over documents of very different sizes, drawn one by one: at the reported share, most samples are near the sum."""
     rng = np.random.default_rng(0)
     sizes = rng.lognormal(0, 1.0, 4000)
     spread = ((1 - 0.05) * (sizes[rng.random(4000) < 0.05] ** 2).sum()) ** 0.5 / (0.05 * sizes.sum())

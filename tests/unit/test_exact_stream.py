@@ -1,4 +1,4 @@
-"""The exact stream for a trainer of one's own: its folder goes on by its plan, and what cannot work is one line."""
+"""Tests the exact stream for a user's own trainer: its folder resumes by its plan, and impossible settings give one line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data(tmp_path) -> dict:
 
 @pytest.fixture
 def alone(tmp_path):
-    """A process group of this process."""
+    """Creates a process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -50,7 +50,7 @@ def test_what_is_held_out_is_of_the_plan(data, tmp_path):
 
 
 def test_a_folder_goes_on_by_its_plan_and_refuses_other_samples(data, tmp_path):
-    """Also on the version of a dataset that it began with; more steps are no other samples."""
+    """It also keeps the version of the dataset that it began with. More steps don't change the samples."""
     made = stream(data, tmp_path / "run")
     segments.begin(Location(made.folder), made.plan, 0)
     assert stream(data, tmp_path / "run", steps=20).plan == made.plan
@@ -65,7 +65,7 @@ def test_outside_a_trainer_it_says_where_it_belongs(data, tmp_path):
 
 
 def test_it_goes_on_only_where_a_receipt_ends_and_leaves_the_folder_as_it_was(data, tmp_path, alone):
-    """The chain would otherwise be of other steps than those that were trained."""
+    """Otherwise the chain would cover other steps than the trained ones."""
     made = stream(data, tmp_path / "run")
     folder = Location(made.folder)
     segments.begin(folder, made.plan, 0)

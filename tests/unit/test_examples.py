@@ -1,4 +1,4 @@
-"""The recipes of a user's own in jobs/examples: what they draw, pad, count and refuse."""
+"""Tests the user recipes in jobs/examples: what they draw, pad, count, and reject."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rows(functions) -> pa.Table:
 
 
 def masked(tmp_path) -> MaskedLM:
-    """On a dataset of tokens with a tokenizer of its own."""
+    """Returns the recipe on a dataset of tokens with its own tokenizer."""
     from jobs.examples.functions import train
 
     definition = train([path.read_text() for path in sorted((ROOT / "jobs").glob("*.py"))[:3]], 300)
@@ -61,7 +61,7 @@ def masked(tmp_path) -> MaskedLM:
 
 @pytest.mark.parametrize("name", ["masked_lm", "classifier"])
 def test_a_recipe_of_ones_own_is_short_and_uses_the_public_protocol_alone(name):
-    """Under 100 lines, and nothing of the engine's inside."""
+    """It has under 100 lines, and doesn't use the engine's internals."""
     lines, shared = ((ROOT / "jobs" / "examples" / f"{file}.py").read_text().splitlines() for file in (name, "bert"))
     assert len(lines) < 100 and len(shared) < 100
     used = {line.split()[1] for line in [*lines, *shared] if line.startswith("from heliostat")}
@@ -69,7 +69,8 @@ def test_a_recipe_of_ones_own_is_short_and_uses_the_public_protocol_alone(name):
 
 
 def test_masks_follow_from_the_samples_keys(tmp_path):
-    """Whatever the batch and the worker; other keys give other masks; 15 % are asked for, and at least one of every sample."""
+    """Masks don't depend on the batch or the worker, and other keys give other masks. They cover 15 %, and at least one token of
+    every sample."""
     made = masked(tmp_path)
     content, keys = np.random.default_rng(0).integers(0, 300, (64, 64)).astype(np.int32), np.arange(64)
     whole = made.batch(content, keys)
@@ -86,7 +87,8 @@ def test_masks_follow_from_the_samples_keys(tmp_path):
 
 
 def test_rows_of_varying_length_are_padded_and_what_is_cut_is_counted(functions):
-    """Labels, masks and shapes; the share of padding and of texts that were cut are parts of the loss that are only logged."""
+    """Checks labels, masks, and shapes. The shares of padding and of truncated texts are parts of the loss that are only
+    logged."""
     made = Classifier(job(**CLASSIFIER))
     made.bind([functions])
     content = rows(functions).slice(0, 16)
@@ -128,7 +130,7 @@ def test_models_that_make_no_sense_are_one_line(kind, changes, says):
 
 
 def test_the_example_pipeline_gives_the_same_dataset_again(functions, tmp_path):
-    """Wherever it lies; its labels are the packages; a package that is none is refused."""
+    """The dataset doesn't depend on its location. Its labels are the packages, and an unknown package is rejected."""
     again = build_functions.dataset(tmp_path)
     assert again.digest == functions.digest and again.fact("classes") == ["http", "json"]
     assert again.rows == again.fact("documents") > 100 and again.chunks.num_rows > 2

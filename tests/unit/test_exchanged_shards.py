@@ -1,4 +1,4 @@
-"""Shards and chunks that are exchanged before training are not trained on."""
+"""Tests that shards and row groups that were exchanged before the training are not trained on."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from tests.unit.test_dataset import make_plan
 
 
 def plain(folder: Path, seeds: tuple[int, ...], listed: bool = True) -> manifest.Manifest:
-    """Shards of the same shape and size whatever their tokens, as `prepare` lists them or (not `listed`) as `index` does."""
+    """Writes shards of the same shape and size for any tokens, as `prepare` lists them or (not `listed`) as `index` does."""
     rows = []
     (folder / "shards").mkdir(parents=True)
     for number, seed in enumerate(seeds):
@@ -30,14 +30,14 @@ def plain(folder: Path, seeds: tuple[int, ...], listed: bool = True) -> manifest
 
 
 def replaced(source: manifest.Manifest) -> tuple[set[str], set[str]]:
-    """The shards of which samples are replaced in the first epoch, and why."""
+    """Returns the shards whose samples are replaced in the first epoch, with the reasons."""
     data = Dataset(make_plan(source, held=0.0))
     found = data.load(np.arange(int(data.order.epoch_samples[0])))
     return {source.chunks["path"][b.chunk].as_py() for b in found.bad}, {b.reason.partition("(")[2] for b in found.bad}
 
 
 def test_a_shard_exchanged_before_training_is_not_trained_on(tmp_path):
-    """A whole, valid shard of the same shape in another's place: all its samples are replaced, and the reason says so."""
+    """The other shard is complete, valid, and of the same shape. All its samples are replaced, with the reason."""
     made, other = plain(tmp_path / "a", (1, 2, 3)), plain(tmp_path / "b", (4, 5, 6))
     assert replaced(made) == (set(), set())
     file = tmp_path / "a/shards/1.parquet"
@@ -49,7 +49,8 @@ def test_a_shard_exchanged_before_training_is_not_trained_on(tmp_path):
 
 
 def test_a_chunk_exchanged_under_its_footer_is_not_trained_on(tmp_path):
-    """Another chunk of the same size, its checksums right: its bytes are not those that were listed; the shard's others are."""
+    """The other row group has the same size and valid checksums, but not the listed bytes. The shard's other row groups are
+    used."""
     made, mine = plain(tmp_path / "a", (1, 2, 3)), tmp_path / "a/shards/1.parquet"
     start, end = shard.extent(pq.read_metadata(mine), 2, "tokens")
     for seed in range(10, 200):  # the length of a checksum in a page's header varies by a byte
@@ -67,7 +68,7 @@ def test_a_chunk_exchanged_under_its_footer_is_not_trained_on(tmp_path):
 
 
 def test_a_manifest_without_content_digests_reads_as_it_did(tmp_path):
-    """Of before there were any, and of shards that `index` took in without reading them: the footers are compared."""
+    """For manifests from before the digests, and for shards that `index` added without reading them, the footers are compared."""
     made = plain(tmp_path / "a", (1, 2), listed=False)
     rows = [{k: v for k, v in row.items() if k != "content"} for row in made.chunks.to_pylist()]
     old = manifest.write(made.location, rows, {"kind": "tokens"})

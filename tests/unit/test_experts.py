@@ -1,5 +1,5 @@
-"""Mixtures of experts: tokens are counted where they are sent, routers are held by z-loss and bias, and keys that fit nothing are
-refused by name."""
+"""Tests mixtures of experts: tokens are counted by expert, routers are balanced by z-loss and bias, and unknown keys are rejected
+by name."""
 
 import logging
 
@@ -39,7 +39,7 @@ def made(arch: str, **changes):
 
 
 def chosen(model, batch) -> torch.Tensor:
-    """The tokens of each expert, counted from what each layer's routers return or the experts are given."""
+    """Returns the tokens of each expert, counted from the routers' results or the experts' inputs in each layer."""
     found = []
 
     def see(module, args, named):
@@ -56,8 +56,8 @@ def chosen(model, batch) -> torch.Tensor:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arch", sorted(FAMILIES))
 def test_every_token_is_counted_once_where_it_is_sent(arch, checkpointing):
-    """In every layer with experts as many as tokens times choices; not again where checkpointing computes a layer again, nor in
-    what is no step: evaluations, other forward passes."""
+    """In every layer with experts, the count is tokens times choices. Layers that checkpointing recomputes, evaluations, and
+    other forward passes don't count."""
     one = made(arch, **{"train.activation_checkpointing": checkpointing})
     torch.manual_seed(0)
     model, batch = one.build(), one.batch(tokens())
@@ -81,7 +81,7 @@ def test_a_dense_model_counts_nothing():
 
 
 def test_the_sums_are_the_same_in_any_micro_batches():
-    """To the last token: one micro-batch of four samples, two of two, four of one."""
+    """They are equal to the last token with one micro-batch of four samples, two of two, and four of one."""
     one = made("qwen3_moe")
     torch.manual_seed(0)
     model, content, sums = one.build(), tokens(), []
@@ -113,7 +113,8 @@ def test_the_load_is_four_curves_in_mlflow():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arch", ["mixtral", "deepseek_v3", "granitemoe"])
 def test_the_z_loss_is_that_of_the_routers_logits(arch, checkpointing):
-    """By its formula, from what transformers records; and so is its gradient, also where layers are computed again."""
+    """The loss follows its formula, from the values that transformers records, and so does its gradient, also where layers are
+    recomputed."""
     keys = {**FAMILIES[arch], "arch": arch, "router_z_loss_coef": 0.25}
     one = recipe(keys, **{"train.activation_checkpointing": checkpointing})
     torch.manual_seed(0)
@@ -140,7 +141,7 @@ def test_both_losses_of_a_router_are_told_apart():
 
 @pytest.mark.parametrize("arch", WITH_BIAS)
 def test_the_bias_that_balances_is_the_one_that_routers_choose_with(arch):
-    """A large one on the third expert sends it every token; a step of balancing lowers it and raises the others, by the rate."""
+    """A large bias on the third expert sends it every token. A step of balancing lowers it and raises the others, by the rate."""
     one = recipe({**FAMILIES[arch], "arch": arch, "router_bias_update_rate": 0.01})
     torch.manual_seed(0)
     model, batch = one.build(), one.batch(tokens())
@@ -160,7 +161,8 @@ def test_the_bias_that_balances_is_the_one_that_routers_choose_with(arch):
 
 
 def test_balancing_by_bias_evens_out_a_skewed_router():
-    """Without any gradient: the busiest expert of a router that prefers one is used half as much above the mean, or less."""
+    """There is no gradient. For a router that prefers one expert, the excess of the busiest expert over the mean falls to half or
+    less."""
     one = recipe({**LATENT, "arch": "deepseek_v3", "router_bias_update_rate": 0.002})
     torch.manual_seed(0)
     model, batch = one.build().eval(), one.batch(tokens())
@@ -176,14 +178,14 @@ def test_balancing_by_bias_evens_out_a_skewed_router():
 
 @pytest.fixture
 def alone():
-    """A process group of this process."""
+    """Creates a process group of this process alone."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
 def test_balancing_waits_for_a_step_that_changed_the_weights(alone):
-    """Not behind a step that fp16 skipped; what was counted is reported all the same, once."""
+    """It doesn't run after a step that fp16 skipped. The counts are still reported, once."""
 
     class Engine:
         module, applied = None, False
@@ -210,7 +212,7 @@ def test_balancing_waits_for_a_step_that_changed_the_weights(alone):
 
 
 def test_experts_are_multiplied_as_the_job_says():
-    """grouped_mm unless the job says otherwise; the same loss either way; another name is refused with the nearest."""
+    """The default is grouped_mm. Both ways give the same loss, and an unknown name is rejected with the nearest one."""
     losses = {}
     for name in (None, "grouped_mm", "batched_mm", "eager"):
         one = recipe({**MODELS["qwen3_moe"], **({"experts_implementation": name} if name else {})})
@@ -250,7 +252,7 @@ def test_a_key_that_the_model_has_no_use_for_is_refused(model, changes, error):
 
 
 def test_biases_that_nothing_changes_are_told_of(caplog):
-    """Once: not where the job sets the rate, to 0 or more, and not for a model that has none."""
+    """The message appears once, but not if the job sets the rate, to 0 or more, and not for a model without biases."""
     for keys, told in (({}, True), ({"router_bias_update_rate": 0.0}, False), ({"router_bias_update_rate": 0.001}, False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

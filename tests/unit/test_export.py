@@ -1,4 +1,4 @@
-"""What `heliostat model export` writes into, and what lies there afterwards."""
+"""Tests the target folder of `heliostat model export`, and the files in it afterwards."""
 
 import json
 
@@ -16,7 +16,7 @@ from tests.unit.build_job import job
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """A checkpoint of a language model, whose weights do not matter here."""
+    """Writes a checkpoint of a language model with any weights."""
     monkeypatch.chdir(fuzz_targets.ROOT)
     (tmp_path / "right").mkdir()
     fuzz_targets.checkpoints(tmp_path / "right")
@@ -24,7 +24,7 @@ def made(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
-    """Nor is a file replaced; nothing in it has changed."""
+    """It doesn't replace a file either, and nothing in the folder changes."""
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "config.json").write_text("mine")
     for place in (tmp_path / "to", tmp_path / "to" / "config.json"):
@@ -35,7 +35,7 @@ def test_a_folder_that_holds_something_is_not_written_into(made, tmp_path):
 
 
 def test_how_the_model_writes_is_exported(made, tmp_path):
-    """Where it stops is known to whatever loads the folder; of a pretrained one, what its folder says."""
+    """A loader of the folder knows where the model stops. For a pretrained model, the export keeps its folder's settings."""
     from heliostat.inference.export import recipe_of
 
     recipe = recipe_of(made)[1]
@@ -49,7 +49,8 @@ def test_how_the_model_writes_is_exported(made, tmp_path):
 
 
 def test_a_model_folder_that_lacks_a_weight_is_refused(tmp_path, monkeypatch):
-    """transformers would take random numbers for it, with a warning that nobody reads: for writing, scoring and fine-tuning."""
+    """For writing, scoring, and fine-tuning. transformers would use random numbers for the weight, with an easily missed
+    warning."""
     monkeypatch.chdir(fuzz_targets.ROOT)
     (tmp_path / "right").mkdir()
     target = fuzz_targets.models(tmp_path / "right")

@@ -1,4 +1,4 @@
-"""A store that fails now and then costs checkpoints, not a healthy attempt; the last checkpoint must be there."""
+"""Tests that a store with occasional failures costs checkpoints, not a healthy attempt; but the last checkpoint must be saved."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ AWAY = StorageError("s3://x: storage failed for 600 s")
 
 
 def saving(*outcomes: Exception | bool) -> tuple[Any, list[str]]:
-    """A worker's state whose saves end like this, one after another, and the notices that it posts."""
+    """Returns a worker's state whose saves end in the given ways, one after another, and the notices that it posts."""
     left, notices = iter(outcomes), list[str]()
 
     def wait() -> bool:
@@ -65,7 +65,7 @@ def test_a_failed_save_is_passed_over_counted_and_shown():
 
 
 def test_saves_that_fail_in_a_row_end_the_attempt():
-    """Nothing in flight is no success."""
+    """A step without a save in progress doesn't count as a success."""
     state, _ = saving(AWAY, False, *[AWAY] * TOLERATED)
     for _ in range(TOLERATED + 1):
         state.settle()
@@ -98,7 +98,7 @@ def test_a_step_after_which_a_save_has_failed_somewhere_is_followed_by_the_next(
 
 @pytest.mark.parametrize("failures", [0, 1, TOLERATED, TOLERATED + 1])
 def test_a_pause_point_waits_for_its_checkpoint_and_survives_as_many_failed_saves_as_a_step(monkeypatch, failures):
-    """A sweep decides by that checkpoint: another trial may continue from it."""
+    """A sweep decides by that checkpoint, because another trial may continue from it."""
     state, _ = saving(*[AWAY] * failures, True)
     loop, again, posted = loop_in_step(lambda: None), list[int](), list[Any]()
     state.save, state.context.ledger = again.append, Ledger("idle")
@@ -122,7 +122,7 @@ def pruning(prune: Callable[[int], None]) -> tuple[Any, list[str]]:
 
 
 def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save():
-    """The fourth in a row was reported as a failed save, and counted as one."""
+    """The fourth failed removal in a row was reported and counted as a failed save."""
     outcomes: list[Exception | None] = [AccessError("delete: denied"), None, *[AWAY] * (TOLERATED + 3)]
 
     def prune(step: int) -> None:
@@ -158,7 +158,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 
 
 def training(run: Location, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A worker's state that saves for real, of one small tensor."""
+    """Returns a worker's state that really saves one small tensor."""
     state: Any = object.__new__(TrainingState)
     group, posts = dist.group.WORLD, Posts(None, 0)
     posts.notice = (notices := list[str]()).append  # type: ignore[method-assign,assignment]
@@ -184,7 +184,7 @@ def train(state: Any, *steps: int) -> None:
 
 @pytest.mark.parametrize("away", ["receipts", "curves", "quarantine", "checkpoints"])
 def test_an_outage_while_the_receipt_is_written_costs_one_checkpoint_and_nothing_else(tmp_path, monkeypatch, alone, away):
-    """The receipt was written in the training thread: a store that was away then ended the attempt."""
+    """The training thread wrote the receipt, so an unreachable store ended the attempt."""
     run = Location(str(tmp_path / "run"))
     state, down, in_thread = training(run, monkeypatch), [True], list[str]()
     write = Location.write
@@ -252,7 +252,7 @@ def test_no_checkpoint_is_complete_before_its_receipt(tmp_path, monkeypatch, alo
 
 
 def test_a_replaced_sample_that_two_lists_name_is_counted_once(tmp_path, monkeypatch):
-    """Lists overlap where a receipt was written, and its worker has not heard of it."""
+    """Lists overlap if a receipt was written, but its worker hasn't been informed."""
     run = Location(str(tmp_path))
     place = {"dataset": "d", "shard": "s", "row_group": 0, "row": 1}
     first = {"step": 1, "counted_from": 1, **place, "reason": "torn", "replaced_by": place}

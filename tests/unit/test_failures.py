@@ -1,4 +1,4 @@
-"""Why an attempt's workers have failed: the cause is found among what follows from it, and the node at fault is named."""
+"""Tests the diagnosis of failed workers: the cause is found among its consequences, and the faulty node is named."""
 
 import pickle
 import random
@@ -44,7 +44,7 @@ LATE = PeerLostError("this worker ended because another one failed: ValueError: 
 
 
 def raised(error: Exception) -> Exception:
-    """The error as Ray raises it at the driver."""
+    """Returns the error as Ray raises it in the driver."""
     return ray.exceptions.RayTaskError("run", f"Traceback ...\n{error}", error).as_instanceof_cause()
 
 
@@ -53,12 +53,12 @@ def died(text: str = "The actor died unexpectedly before finishing this task.") 
 
 
 def failure(rank: int, error: Exception | None, told: HeliostatError | None = None) -> Failure:
-    """Four workers with a GPU each are on two nodes."""
+    """Returns the failure of four workers with a GPU each, on two nodes."""
     return Failure(rank, f"node{rank // 2}", f"10.0.0.{rank // 2}", (str(rank % 2),), error, told)
 
 
 def test_an_error_after_the_abort_is_a_lost_peer_never_the_cause_and_its_worker_is_used_again():
-    """Survivors raise "Default process group has not been initialized"; whatever they raise, and whichever is heard of first."""
+    """Survivors raise "Default process group has not been initialized". This holds for any error, in any order of arrival."""
     late = failure(0, raised(LATE))
     for cause, kind in [
         (failure(2, raised(KeyError("x"))), WorkerError),
@@ -75,7 +75,7 @@ def test_an_error_after_the_abort_is_a_lost_peer_never_the_cause_and_its_worker_
 
 @pytest.mark.parametrize("seed", range(10))
 def test_whatever_fails_in_whatever_order_the_cause_is_what_a_worker_raised_before_the_abort(seed):
-    """Neither what is raised after the order to abort, nor what follows from another failure, nor what the driver did itself."""
+    """An error after the order to abort, a consequence of another failure, and the driver's own actions are never the cause."""
     draw = random.Random(seed)
     causes = [raised(KeyError("x")), raised(StorageError("the store is away")), raised(RuntimeError(ECC)), died()]
     effects = [raised(LATE), raised(LATE), raised(RuntimeError(NCCL)), None]
@@ -90,7 +90,7 @@ def test_whatever_fails_in_whatever_order_the_cause_is_what_a_worker_raised_befo
 
 
 def test_the_end_of_the_data_stream_that_follows_a_failure_is_not_its_cause():
-    """The driver ends the stream with the first failure; a worker that reads it hears of that before it hears of the abort."""
+    """The driver ends the stream at the first failure. A reading worker notices this before it receives the abort."""
     stream, network = failure(0, raised(died())), failure(2, raised(RuntimeError(NCCL)))
     assert type(explain([network, stream])) is TrainingError and "ncclRemoteError" in str(explain([network, stream]))
     assert type(explain([stream, failure(2, raised(KeyError("x")))])) is WorkerError
@@ -106,7 +106,7 @@ def test_numbers_and_types_of_errors_travel():
 
 
 def test_a_broken_device_is_the_cause_with_its_rank_node_and_gpu_whatever_else_is_heard_of():
-    """The ECC error is in the middle of torch's text; peers report losses, and what they computed is not finite."""
+    """The ECC error is in the middle of torch's text. Peers report losses, and their results aren't finite."""
     broken = failure(3, raised(RuntimeError(ECC)))
     found = explain([failure(0, raised(RuntimeError(NCCL))), failure(1, raised(NonFiniteError("loss nan"))), broken])
     assert type(found) is DeviceError and found.suspects == ("node1",) and classify(found) == "failure"
@@ -118,7 +118,7 @@ def test_a_broken_device_is_the_cause_with_its_rank_node_and_gpu_whatever_else_i
 
 @pytest.mark.parametrize("end", [None, died()])
 def test_what_a_worker_told_before_it_hung_or_died_is_the_cause(end):
-    """A broken device lets a process neither clean up nor end: the driver has ended it, and knows why it failed."""
+    """With a broken device, a process can neither clean up nor end. The driver has ended it, and knows why it failed."""
     told = WorkerError(f"the workers failed: {faults.describe(RuntimeError(ECC))}")
     found = explain([failure(0, raised(LATE)), failure(3, end, told)])
     assert type(found) is DeviceError and "ECC" in str(found) and "didn't end" not in str(found)
@@ -190,7 +190,7 @@ def test_a_death_that_is_heard_of_late_does_not_hide_the_error_before_it():
     ],
 )
 def test_faults_of_devices_programs_and_peers_are_told_apart(text, fault):
-    """A device-side assert is the program's; an illegal access may be either's."""
+    """A device-side assert is an error of the program. An illegal access may be an error of either."""
     assert faults.classify(f"RuntimeError: {text}") == fault
 
 
@@ -210,7 +210,7 @@ def suspecting(kind: type[TrainingError], *nodes: str) -> TrainingError:
 
 
 def test_a_node_is_excluded_after_two_faults_of_its_devices_or_two_failures_without_an_explanation():
-    """A checkpoint between them tells that the node works, but not that its devices are sound."""
+    """A checkpoint between the two shows that the node works, but not that its devices are healthy."""
     suspicions = Suspicions()
     assert suspicions.note(suspecting(TrainingError, "a"), 0) == []
     assert suspicions.note(suspecting(TrainingError, "b"), 0) == []
@@ -223,7 +223,7 @@ def test_a_node_is_excluded_after_two_faults_of_its_devices_or_two_failures_with
 
 
 def test_a_node_with_a_frozen_worker_is_suspected():
-    """Its thread that reports is silent, while the others only wait for it."""
+    """Its reporting thread is silent, while the other workers only wait for it."""
     beats = {0: {"node": "a", "at": 99.0}, 1: {"node": "b", "at": 38.0}, 2: {"node": "b", "at": 98.5}}
     assert frozen(beats, now=100.0, limit=60.0) == ("b",)
     assert frozen({0: beats[0]}, now=100.0, limit=60.0) == ()
@@ -256,7 +256,8 @@ def test_an_attempt_that_ends_while_its_streams_are_opened_does_not_wait_for_the
 
 
 def test_a_reported_error_ends_the_attempt_though_no_worker_ever_ends(monkeypatch):
-    """A broken device lets its process neither clean up nor close its connections, so the others would wait for the watchdog."""
+    """With a broken device, the process can neither clean up nor close its connections, so the others would wait for the
+    watchdog."""
     ordered: list[str] = []
     monkeypatch.setattr(attempt, "POLL_S", 0.01)
     monkeypatch.setattr(attempt.ray, "wait", lambda waiting, timeout: time.sleep(timeout) or ([], waiting))

@@ -1,4 +1,5 @@
-"""Images from lists of URLs, fetched from a server on loopback: bounds, addresses, robots.txt, pace, retries, and going on."""
+"""Tests fetching images from lists of URLs, with a server on loopback: limits, addresses, robots.txt, rate, retries, and
+resuming."""
 
 import contextlib
 import itertools
@@ -29,7 +30,7 @@ HERE = Bounds(1 << 20, 5.0, private=True)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves what a test says: by path, a body, or a function that answers."""
+    """Serves a test's answers: by path, a body or a function that answers."""
 
     daemon_threads = True
 
@@ -40,7 +41,7 @@ class Server(ThreadingHTTPServer):
         self.agents: set[str | None] = set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: clients break off."""
+        """Ignores errors, because clients close their connections."""
 
     def url(self, path: str, host: str = "localhost") -> str:
         return f"http://{host}:{self.server_address[1]}{path}"
@@ -70,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: Any) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @contextlib.contextmanager
@@ -98,7 +99,7 @@ def fault(url: str, bounds: Bounds = HERE) -> FetchError:
 
 
 def drip(handler: Handler) -> None:
-    """Answers a byte at a time, for a minute."""
+    """Answers one byte at a time, for a minute."""
     handler.send_response(200)
     handler.end_headers()
     for _ in range(1200):
@@ -146,7 +147,7 @@ def test_addresses_that_are_not_public_are_known(address):
 
 
 def test_a_private_address_is_not_asked_by_any_way(server):
-    """By its number, by a name, in another spelling, by a redirect: the server hears nothing."""
+    """By its number, by a name, in another spelling, or by a redirect: the server receives no request."""
     port = server.server_address[1]
     for host in ("127.0.0.1", "localhost", "[::1]", "2130706433", "0x7f.1"):
         found = fault(f"http://{host}:{port}/", Bounds(1000, 5.0))
@@ -155,7 +156,7 @@ def test_a_private_address_is_not_asked_by_any_way(server):
 
 
 class Clock:
-    """Tells a time that goes on while somebody sleeps."""
+    """Provides a clock that advances only during a sleep."""
 
     def __init__(self) -> None:
         self.now, self.slept = 0.0, list[float]()
@@ -195,7 +196,7 @@ def test_a_robots_txt_that_cannot_be_had_closes_the_host_and_a_missing_one_does_
 
 @pytest.mark.parametrize(("delay", "pause"), [("1.5", 2.0), ("3", 3.0), ("0", 0.5), (".1", 1.0)])
 def test_a_host_is_asked_no_faster_than_it_wants(server, delay, pause):
-    """From several threads each has a turn of its own; `Crawl-delay` counts where it is longer, rounded up to seconds."""
+    """Several threads take turns. A longer `Crawl-delay` counts, rounded up to seconds."""
     server.pages |= {"/robots.txt": f"User-agent: *\nCrawl-delay: {delay}\n".encode()} | {f"/{i}": b"x" for i in range(5)}
     slept = list[float]()
     fetch = Fetcher(HERE, 0.5, 0, True, slept.append, lambda: 0.0)
@@ -231,7 +232,7 @@ def test_tasks_share_the_delay_that_a_host_asks_for(server, of, delay, pause):
 
 
 def test_a_redirect_is_followed_as_politely_as_a_url(server):
-    """It waits for its host's turn, whatever the port, and has its own robots.txt: rules are an origin's, the pace a host's."""
+    """It waits for its host's turn, on any port, and has its own robots.txt: rules belong to an origin, the rate to a host."""
     with running(Server()) as other:
         other.pages |= {"/robots.txt": b"User-agent: *\nDisallow: /no\nCrawl-delay: 7\n", "/yes": b"1", "/no": b"2"}
         server.pages |= {"/0": lambda h: h.answer(b"", 302, Location=other.url("/yes")), "/no": b"3",
@@ -306,7 +307,7 @@ def test_what_is_not_there_just_now_is_asked_for_again(server):
 
 
 def make_lists(folder: Path, server: Server, count: int) -> list[dict[str, Any]]:
-    """A list of each kind, with URLs that give images, and some that give none."""
+    """Writes a list of each kind. Some of its URLs have images, and some have none."""
     folder.mkdir()
     rows = []
     for i in range(count):
@@ -328,7 +329,7 @@ def keys(folder: Path, output: str = "out", **more: Any) -> dict[str, Any]:
 
 
 def test_images_of_a_list_are_fetched_once_and_told_of(tmp_path, server, monkeypatch):
-    """Killed in the middle, it asks for none again that a finished task has; what cannot be had is told with its URL."""
+    """After a kill, the run doesn't repeat requests of finished tasks. Missing images are reported with their URLs."""
     monkeypatch.setattr(lists, "URLS", 7)
     rows = make_lists(tmp_path / "in", server, 40)
     killed = 0

@@ -1,4 +1,4 @@
-"""Tasks of a list of URLs: hosts are kept together, and a large one is divided."""
+"""Tests the tasks of a list of URLs: a host's URLs stay together, and a large host is split."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def test_groups_of_hosts_make_tasks_that_hold_each_once(counts):
 
 @pytest.mark.parametrize("of", [1, 3, 10])
 def test_a_task_of_a_huge_host_holds_its_own_rows_alone(tmp_path, monkeypatch, of):
-    """Together the tasks have each row once, and as many as each other, whatever files the rows lie in."""
+    """Together, the tasks have each row once, in equal numbers, regardless of the files of the rows."""
     held, place, join = list[int](), Location(str(tmp_path / "spill")), pa.concat_tables
     monkeypatch.setattr(pa, "concat_tables", lambda tables: held.append(len(made := join(tables))) or made)
     names, whole = list[str](), {"low": 0, "high": 1 << 64}

@@ -1,4 +1,4 @@
-"""What is fetched over TLS ends in time, too."""
+"""Tests that fetches over TLS end in time, too."""
 
 import socket
 import time
@@ -19,7 +19,7 @@ def server(tmp_path, monkeypatch):
 
 
 def drip(handler: Handler) -> None:
-    """Answers a byte each tenth of a second, for a minute."""
+    """Answers one byte every tenth of a second, for a minute."""
     handler.send_response(200)
     handler.end_headers()
     for _ in range(600):
@@ -29,7 +29,7 @@ def drip(handler: Handler) -> None:
 
 
 def test_what_drips_over_tls_ends_in_time(server):
-    """In the body, in the headers, and before hands are shaken."""
+    """In the body, in the headers, and before the handshake."""
     server.pages |= {"/drip": drip, "/slow": lambda h: [h.wfile.write(b"H") and time.sleep(0.1) for _ in range(600)],
                      "/good": b"body"}  # fmt: skip
     silent = socket.create_server(("127.0.0.1", 0))

@@ -1,5 +1,7 @@
-"""A middle is asked for as the training data had it, by the command's generator and the endpoint, and refused where the tokenizer
-has no tokens for it."""
+"""Tests fill-in-the-middle requests by the command's generator and the endpoint: they have the form of the training data.
+
+If the tokenizer has no tokens for it, the request is rejected.
+"""
 
 import asyncio
 import json
@@ -26,7 +28,7 @@ MOST = 8
 
 
 def export(folder, made) -> None:
-    """A model of random weights that are large enough for its answers to differ."""
+    """Exports a model whose random weights are large enough to give different answers."""
     recipe = CausalLM(job(**{"model": {**BASE["model"], "vocab_size": 448}, "data.sequence_length": 256}))
     recipe.bind([made])
     torch.manual_seed(2)
@@ -49,7 +51,7 @@ def folders(pages, tmp_path_factory):  # noqa: F811
 
 
 def plain(folder, tokens: list[int]) -> str:
-    """What the likeliest tokens are, one after another, until the document ends."""
+    """Returns the most likely tokens, one after another, until the document ends."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     made = list(tokens)
     for _ in range(MOST):

@@ -1,4 +1,5 @@
-"""Copies of flat slices: what one number of ranks has kept, any other finds in it, and a save copies the marked moment."""
+"""Tests copies of flat slices: any number of ranks can read the copies of any other number, and a save copies the marked
+moment."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ WHOLE = {
 
 
 def slices(rank: int, world: int, empty: bool = False) -> dict[str, torch.Tensor]:
-    """What a rank holds: its part of each flat tensor, and all of the buffer."""
+    """Returns a rank's state: its part of each flat tensor, and the whole buffer."""
     found: dict[str, torch.Tensor] = {}
     for name, value in WHOLE.items():
         if name == "buffer.x":
@@ -106,7 +107,7 @@ def test_all_copies_lie_in_one_buffer_that_is_kept_until_the_slices_change() -> 
 
 
 def test_a_copy_leaves_the_interpreter_to_others() -> None:
-    """While 256 MB are copied in a thread, another thread is never kept waiting for as long as that takes."""
+    """While a thread copies 256 MB, another thread never waits as long as the copy takes."""
     host = HostCopy()
     shards = {f"master.{i}": FlatShard(torch.ones(32_000_000), 0, 32_000_000) for i in range(2)}
     host.copy(shards, lambda: None)  # the memory is there

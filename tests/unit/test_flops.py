@@ -1,4 +1,4 @@
-"""FLOPs are those that torch counts while the model runs: true attention shapes, and the experts that tokens are sent to."""
+"""Tests that FLOPs equal those that torch counts while the model runs: true attention shapes, and the experts of each token."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ FAMILIES = {
 
 @pytest.mark.parametrize("arch", sorted(FAMILIES))
 def test_flops_are_what_torch_counts(arch):
-    """Forward and backward of a real model on real tokens, each of them sent to its own experts; torch adds up the products."""
+    """Forward and backward passes of a real model on real tokens, each sent to its own experts. torch sums the products."""
     for length in (24, 96):
         made = recipe({"arch": arch, **FAMILIES[arch]}, length)
         made.config._attn_implementation = made.config._experts_implementation = "eager"  # torch's counter knows no other
@@ -64,7 +64,7 @@ def test_published_models_have_the_active_parameters_that_their_papers_say():
 
 
 def test_flops_grow_with_length_as_attention_does():
-    """Twice the length: twice the matrices' FLOPs and four times attention's."""
+    """Twice the length takes twice the FLOPs of matrices, and four times those of attention."""
     llama = {"arch": "llama", **SMALL}
     one, two, four = (recipe(llama, n).flops_per_sample(recipe(llama, n).build()) for n in (32, 64, 128))
     assert four - 2 * two == 2 * (two - 2 * one) * 2

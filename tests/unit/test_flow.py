@@ -1,4 +1,4 @@
-"""How tasks are run: what they request of nodes."""
+"""Tests how tasks run: what they request from nodes."""
 
 import pytest
 import ray
@@ -38,7 +38,7 @@ def test_only_living_nodes_that_carry_the_labels_count(tmp_path, monkeypatch):
     ("data", 5), ("!train", 13), ("in(data, train)", 7), ("in(data,train)", 7), ("!in(data, train)", 8), ("!data", 10), ("", 1),
 ])  # fmt: skip
 def test_labels_select_nodes_as_ray_does(tmp_path, monkeypatch, selector, cpus):
-    """Ray takes a node without the label for `!`, and reads lists; a node that it would use must count."""
+    """For `!`, Ray accepts a node without the label, and it reads lists. Every node that Ray would use must count."""
     there = [node(5, pool="data"), node(2, pool="train"), node(8)]
     monkeypatch.setattr(ray, "nodes", lambda: there)
     mine = flow.Flow(Work(Location(str(tmp_path))), {"pool": selector})

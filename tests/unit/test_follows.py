@@ -1,4 +1,4 @@
-"""What a task's result follows from: the input as it was listed, and files and libraries as they were at the start."""
+"""Tests what a task's result depends on: the listed input, and the files and libraries at the start."""
 
 import ast
 import contextlib
@@ -38,7 +38,7 @@ STAGES = [{"stage": "fix_text"}, {"stage": "minhash"}, {"stage": "length", "min_
 
 
 def rewrite(file: Path) -> None:
-    """Writes as many other bytes, a moment later."""
+    """Writes other bytes of the same length, a moment later."""
     before = file.stat()
     file.write_bytes(file.read_bytes()[::-1])
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
@@ -100,7 +100,7 @@ def entry(tmp_path: Path, stage: Stage) -> chain.Entry:
 
 @pytest.mark.parametrize("change", ["another", "none"])
 def test_a_worker_takes_the_files_of_the_start_whatever_its_node_has_in_their_place(tmp_path, monkeypatch, change):
-    """Nodes without a common disk have other lists and models under one path, or none."""
+    """Nodes without a shared disk have other lists and models at a path, or none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     words, model, folder = tmp_path / "words.txt", tmp_path / "model", Location(str(tmp_path / "work" / "spill"))
     words.write_text("apples")
@@ -150,7 +150,8 @@ def test_work_of_another_version_of_a_library_is_done_again_and_the_log_says_why
 
 
 def test_a_stage_does_not_become_another_by_a_library(monkeypatch):
-    """Its identity is part of a dataset's configuration, by which it is up to date; versions are part of tasks' keys alone."""
+    """Its identity is part of a dataset's configuration, which decides whether the dataset is up to date. Versions are only part
+    of tasks' keys."""
     stage = registry.parse({"stage": "fix_text"})
     before, follows = stage.identity(), stage.follows()
     upgraded(monkeypatch, "ftfy")
@@ -158,7 +159,7 @@ def test_a_stage_does_not_become_another_by_a_library(monkeypatch):
 
 
 def imported(module: str) -> tuple[set[str], set[str]]:
-    """Returns the modules of others, and of `heliostat.curation`, that a module imports."""
+    """Returns the external modules, and those of `heliostat.curation`, that a module imports."""
     place = PLATFORM / module.replace(".", "/")
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     names = set[str]()
@@ -172,7 +173,7 @@ def imported(module: str) -> tuple[set[str], set[str]]:
 
 
 def used(module: str) -> set[str]:
-    """Returns the modules of others that a module uses, by way of others of `heliostat.curation` too."""
+    """Returns the external modules that a module uses, also through other modules of `heliostat.curation`."""
     todo, seen, found = [module], set[str](), set[str]()
     while todo:
         if (one := todo.pop()) not in seen:

@@ -1,4 +1,5 @@
-"""A model's folder brings no code that runs: what its record names comes from installed packages and the workspace alone."""
+"""Tests that a model's folder brings no code that runs: names in its record come only from installed packages and the
+workspace."""
 
 import json
 import sys
@@ -23,7 +24,7 @@ class Recipe:
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty workspace, with imports as they were afterwards."""
+    """Creates an empty workspace, and restores the imports afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     before = set(sys.modules)
@@ -98,7 +99,7 @@ def test_a_runs_record_names_no_code_of_the_runs_own_folder(home):
 
 
 def test_a_language_models_own_classes_are_not_run(home):
-    """What transformers calls remote code, named by the folder's config."""
+    """transformers calls this remote code; the folder's config names it."""
     folder = home / "lm"
     folder.mkdir()
     config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Recipe", "AutoModelForCausalLM": "evil.Recipe"}}

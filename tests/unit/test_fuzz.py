@@ -1,7 +1,7 @@
-"""Whatever is in a file that heliostat reads, a person gets an answer or one line that names the file and the fault.
+"""Tests that for any content of a file that heliostat reads, a person gets an answer, or one line with the file and the fault.
 
-A fixed seed and some seconds here. By hand, `HELIOSTAT_FUZZ=50 HELIOSTAT_FUZZ_SEED=7 pytest tests/unit/test_fuzz.py -s` takes
-fifty times as many rounds, of another seed, and prints what became of them.
+Here with a fixed seed and for some seconds. By hand, `HELIOSTAT_FUZZ=50 HELIOSTAT_FUZZ_SEED=7 pytest tests/unit/test_fuzz.py -s`
+runs fifty times as many rounds, with another seed, and prints the results.
 """
 
 import os
@@ -18,7 +18,7 @@ SEED = int(os.environ.get("HELIOSTAT_FUZZ_SEED", "17"))
 
 @pytest.fixture
 def made(tmp_path, monkeypatch):
-    """What is right stays apart from the copies that are mutated, and the workspace is this one when the test ends."""
+    """Keeps the valid files apart from the mutated copies, and restores the workspace after the test."""
     monkeypatch.chdir(fuzzing.ROOT)
     folder = tmp_path / "right"
     folder.mkdir()
@@ -28,7 +28,7 @@ def made(tmp_path, monkeypatch):
 @pytest.mark.timeout(0 if TIMES > 1 else 600)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_a_mutated_file_is_read_or_refused_in_one_line(made, tmp_path, kind):
-    """No traceback, no hang, no gigabytes, no control characters; and what is right is read."""
+    """There is no traceback, no hang, no use of gigabytes, and no control characters; and the valid files are read."""
     make, rounds = TARGETS[kind]
     target = make(made)
     target.read(fuzzing.fresh(target, tmp_path))

@@ -1,4 +1,4 @@
-"""Who is let in to MLflow's server: those who have a key, and pages of the server in a browser that has shown one."""
+"""Tests access to MLflow's server: clients with a key, and the server's pages in a browser that has presented one."""
 
 import hashlib
 

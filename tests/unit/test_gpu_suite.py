@@ -1,4 +1,4 @@
-"""`python -m tests.gpu` without a GPU: its parts, their arguments and jobs, its lines, and the causes of failures."""
+"""Tests `python -m tests.gpu` without a GPU: its parts, their arguments and jobs, its lines, and the causes of failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_part_calls_a_function_that_takes_its_arguments(name: str) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_job_of_parts_that_train_runs_is_right(workers: int, tmp_path: Path) -> None:
-    """By the real check, datasets and stores included, as without a GPU."""
+    """By the real check, including datasets and stores, as without a GPU."""
     checked = check.check(check.load_job(runs.job_file(tmp_path, workers), ["train.schedule={name: constant}"]))
     assert checked.job.workers.count == workers and checked.job.train.steps >= 4 * checked.job.checkpoint.every
 
@@ -100,7 +100,7 @@ def test_parts_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, cap
 
 
 class Reached(Exception):
-    """Is raised in place of the engine that a part builds first."""
+    """Replaces the engine that a part builds first, by raising."""
 
 
 OTHERS = {

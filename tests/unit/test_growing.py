@@ -1,4 +1,4 @@
-"""Answers are decoded as they grow: to the text of all tokens at once, at a cost that does not grow with the answer."""
+"""Tests decoding of growing answers: the text equals that of all tokens at once, and the cost doesn't grow with the answer."""
 
 import queue
 import random
@@ -24,7 +24,7 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
 
 
 def answers(made: PreTrainedTokenizerFast) -> list[list[int]]:
-    """Real texts, texts of which most characters are single bytes, special tokens among them, and tokens at random."""
+    """Returns real texts, texts of mostly single bytes, special tokens among them, and random tokens."""
     draw, unseen = random.Random(0), made.convert_tokens_to_ids("<|unseen|>")
     texts = ["".join(TEXTS)[:2000], HARD * 20, "".join(draw.choices(HARD, k=600)), "\N{GRINNING FACE}" * 150, " " * 200]
     real = [made(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -64,7 +64,7 @@ def test_a_text_grows_with_each_token_and_what_waits_does_not(kind):
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
 def test_bytes_that_are_no_text_are_sent_and_end_nothing(kind):
-    """Neither do they wait for ever, nor does what follows them: DecodeStream alone keeps them all, or raises."""
+    """They don't wait forever, and neither does the text after them. DecodeStream alone keeps them all, or raises an error."""
     made, growing = tokenizer(kind), Growing()
     first, *_, last = made("\N{GRINNING FACE}", add_special_tokens=False)["input_ids"]
     for number in range(2 * LONG):

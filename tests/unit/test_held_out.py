@@ -1,4 +1,5 @@
-"""A job hears before it starts what is held out otherwise than it asks for, and is refused where that is nothing."""
+"""Tests that a job reports, before it starts, a held-out set that differs from the request, and is rejected if the set would be
+empty."""
 
 import dataclasses
 from pathlib import Path
@@ -26,7 +27,7 @@ def faults(*sources: Manifest, **evaluate: float) -> list[str]:
 
 
 def test_a_number_of_samples_that_cannot_be_met_is_said(tmp_path: Path):
-    """With the numbers and the fix, and nothing else; a number that can be met is no fault."""
+    """The message has only the numbers and the fix. A possible number gives no message."""
     source = prepared(tmp_path, 2000)
     (line,) = faults(source, samples=1_000_000, fraction=0.05)
     held = int(line.split("set evaluate.samples to ")[1])
@@ -37,20 +38,20 @@ def test_a_number_of_samples_that_cannot_be_met_is_said(tmp_path: Path):
 
 
 def test_shares_that_are_rounded_are_no_fault(tmp_path: Path):
-    """Three equal sources are asked for 85 each of 256; where they have plenty, nothing is wrong."""
+    """Three equal sources are to give 85 of 256 each. If they have enough samples, there is no message."""
     sources = [prepared(tmp_path / name, 2000) for name in "abc"]
     assert faults(*sources, samples=64, fraction=0.1) == []
 
 
 def test_a_share_that_is_far_from_the_fraction_is_said(tmp_path: Path):
-    """Ten chunks or so cannot give a twentieth each; the source is named."""
+    """About ten row groups can't give a twentieth each. The message names the source."""
     coarse, fine = make_dataset(tmp_path / "a", 5, shards=2), prepared(tmp_path / "b", 2000)
     lines = faults(fine, coarse, samples=1, fraction=0.05)
     assert len(lines) == 1 and "of data.sources.1 is held out, not 0.05: the dataset has no document boundaries" in lines[0]
 
 
 def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
-    """The line says why, how many chunks there are, and both ways out."""
+    """The line has the reason, the number of row groups, and both fixes."""
     source = make_dataset(tmp_path, 1, shards=1)
     chunks = len(source.chunks)
     why = rf"data\.sources\.0 has no document boundaries, so only whole row groups can be held out \({chunks}\)"
@@ -61,7 +62,7 @@ def test_a_dataset_of_which_nothing_can_be_held_out_is_refused(tmp_path: Path):
 
 
 def test_a_recorded_run_keeps_what_it_held_out(tmp_path: Path):
-    """Resumed, made again or with changed data it stays on its version of the plan; only a new run takes the newest."""
+    """After a resume, a rerun, or a change of data, it keeps its version of the plan. Only a new run takes the newest."""
     source = prepared(tmp_path, 400)
     made = job(**{"data.sources.0.path": str(source.location), "data.sequence_length": 16})
     new = plan(made, [source])
@@ -72,7 +73,7 @@ def test_a_recorded_run_keeps_what_it_held_out(tmp_path: Path):
 
 
 def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
-    """An export says of which version its data plan was; one that does not is of before there were others."""
+    """An export records the version of its data plan. An export without one is older than the other versions."""
     exported.write(tmp_path, job(), {"run_id": "r", "step": 1})
     assert exported.read(tmp_path).data_version == 1
     exported.write(tmp_path, job(), {"run_id": "r", "step": 1, "data_version": 2})
@@ -82,7 +83,8 @@ def test_a_model_is_scored_on_what_its_own_run_held_out(tmp_path: Path):
 
 
 def test_no_recipe_meets_a_bad_held_out_row():
-    """A good one of its micro-batch stands in; a batch without one is one row, and only where all are bad the reason is told."""
+    """A good row of its micro-batch replaces it. A micro-batch without a good row becomes one row; only if all rows are bad, the
+    reason is reported."""
     rows = pa.table({"image": [b"a", None, b"c", None, None, None]})
     why = "shards/0: row group 0: cannot be read"
     found = Gathered(rows, dict.fromkeys((1, 3, 4, 5), why))

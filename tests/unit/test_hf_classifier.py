@@ -1,4 +1,4 @@
-"""A Hugging Face classifier's folder as a stage: its scores, whatever the batch, and what it refuses."""
+"""Tests a Hugging Face classifier's folder as a stage: its scores, in any batch, and what it rejects."""
 
 import json
 import shutil
@@ -55,7 +55,8 @@ def test_lengths_that_texts_are_padded_to(tokens, length):
 
 
 def test_documents_go_by_their_score(tmp_path, model):
-    """In a segment of its own, the same from any cut; with the score as a column, and a reason."""
+    """The stage runs in its own segment, with the same result for any split. The score becomes a column, and a dropped document
+    has a reason."""
     given = {f"d{i}": text for i, text in enumerate(texts(60))}
     scores = dict(zip(given, scoring.Scorer(str(model), "good", 128, 8)(list(given.values())), strict=True))
     middle = sorted(score for score, _ in scores.values())[30]

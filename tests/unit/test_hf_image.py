@@ -1,4 +1,4 @@
-"""A folder of an image classifier or CLIP as a stage: the model's own scores, whatever the batch, and what it refuses."""
+"""Tests the folder of an image classifier or a CLIP as a stage: the model's own scores, in any batch, and what it rejects."""
 
 import io
 import json
@@ -31,7 +31,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 
 
 def make_classifier(folder: Path, labels: tuple[str, ...] = ("clean", "watermark"), **keys) -> Path:
-    """Writes a tiny ViT, as save_pretrained does."""
+    """Writes a tiny ViT in the form of save_pretrained."""
     torch.manual_seed(0)
     config = ViTConfig(image_size=32, patch_size=8, initializer_range=0.5, id2label=dict(enumerate(labels)), **SIZES, **keys)
     ViTForImageClassification(config).save_pretrained(folder)
@@ -40,7 +40,7 @@ def make_classifier(folder: Path, labels: tuple[str, ...] = ("clean", "watermark
 
 
 def make_clip(folder: Path) -> Path:
-    """Writes a tiny CLIP over letters, as save_pretrained does."""
+    """Writes a tiny CLIP with a vocabulary of letters, in the form of save_pretrained."""
     vocabulary = {token: i for i, token in enumerate(["[PAD]", "[CLS]", "[UNK]", "[SEP]", *string.ascii_lowercase, " "])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -108,7 +108,8 @@ def test_a_captions_score_is_the_cosine_of_what_the_clip_makes_of_both(clip):
 
 
 def test_images_go_by_their_score(tmp_path, classifier):
-    """In a segment of its own, behind the form that they are stored in; with the score as a column, and a reason."""
+    """The stage runs in its own segment, after images have their stored form. The score becomes a column, and a dropped image has
+    a reason."""
     rows = [(f"{i}.png", image(40, 30, seed=i), {"caption": f"number {i}", "url": f"u/{i}"}) for i in range(24)]
     rows += [(f"{name}.jpg", data, {"caption": name, "url": name}) for name, data in photos().items()]
     folder_of(tmp_path / "in", rows)

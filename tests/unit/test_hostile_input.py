@@ -1,4 +1,5 @@
-"""What a file of the input can do to `prepare`: take bounded memory, and be left out with a reason. It reads nothing outside."""
+"""Tests hostile input files of `prepare`: they take bounded memory, and are left out with a reason. Nothing outside the input is
+read."""
 
 import csv
 import gzip
@@ -35,7 +36,7 @@ MIB = 1 << 20
 
 
 def sparse(size: int) -> bytes:
-    """A tar of a kilobyte or two whose one member claims to be an image of so many bytes."""
+    """Writes a tar of a kilobyte or two, whose single member claims to be an image of so many bytes."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, body in (("a.txt", b"caption"), ("a.png", b"")):
@@ -48,7 +49,7 @@ def sparse(size: int) -> bytes:
 
 
 def repeated(value: bytes, rows: int, column: str) -> bytes:
-    """A Parquet file of few bytes that holds one large value in many rows."""
+    """Writes a small Parquet file that has one large value in many rows."""
     sink = io.BytesIO()
     values = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value], pa.large_binary()))
     table = pa.table({column: values.cast(pa.dictionary(pa.int32(), pa.large_string())) if column == "text" else values})
@@ -69,7 +70,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_takes_bounded_memory_and_is_left_out(tmp_path, name):
-    """Gigabytes in a small file, in a process that may take 400 MiB more than it has: it lives, and says `too_large`."""
+    """The small file holds gigabytes. A process with 400 MiB of extra memory survives it, and reports `too_large`."""
     (tmp_path / name).write_bytes(BOMBS[name]())
     assert (tmp_path / name).stat().st_size < 16 * MIB
     limit = (2 if name == "b.jsonl.gz" else 72) * MIB
@@ -78,7 +79,7 @@ def test_a_bomb_takes_bounded_memory_and_is_left_out(tmp_path, name):
 
 
 def test_a_file_is_read_as_far_as_the_limit(tmp_path):
-    """A sparse file of a terabyte costs nothing; one of just the limit is read."""
+    """A sparse file of a terabyte costs nothing. A file of exactly the limit is read."""
     with (tmp_path / "huge.txt").open("wb") as f:
         f.truncate(1 << 40)
     (tmp_path / "fits.txt").write_bytes(b"a" * 1000)
@@ -90,7 +91,7 @@ def test_a_file_is_read_as_far_as_the_limit(tmp_path):
 @pytest.mark.parametrize("codec", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("limit", [40, 41, 5000, 1 << 20])
 def test_a_line_that_is_too_long_is_left_out_and_the_lines_about_it_are_kept(codec, limit):
-    """Whatever its length to the limit's; line numbers go on."""
+    """This holds for any length up to the file's limit, and line numbers continue."""
     lines = [json.dumps({"text": "x" * n}).encode() for n in (10, limit - 12, limit - 11, 3 * limit + 7, 5)]
     assert [len(line) for line in lines[1:3]] == [limit, limit + 1]
     data = b"\n".join(lines)
@@ -113,7 +114,7 @@ def test_what_comes_before_the_limit_of_a_file_is_kept():
 
 @pytest.fixture
 def beside(tmp_path: Path) -> Path:
-    """A folder `in` that is the input, and a secret beside it."""
+    """Writes the input folder `in`, and a secret next to it."""
     (tmp_path / "in/sub").mkdir(parents=True)
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/key.txt").write_text("the secret")
@@ -122,7 +123,7 @@ def beside(tmp_path: Path) -> Path:
 
 
 def test_a_link_that_leads_out_of_a_text_input_is_left_out(beside):
-    """A link to a file, a link to a folder, a link by way of one; links that stay inside are followed."""
+    """A link to a file, to a folder, or through another link is left out; links that stay inside are followed."""
     (beside / "good.txt").write_text("good")
     (beside / "file.txt").symlink_to(beside.parent / "secret/key.txt")
     (beside / "folder").symlink_to("../secret")
@@ -141,7 +142,7 @@ def test_a_link_that_leads_out_of_a_text_input_is_left_out(beside):
     "name", ["../secret/key.png", "PARENT/secret/key.png", "sub/../../secret/key.png", "link.png", "a\0.png"]
 )
 def test_a_file_name_that_leads_out_of_an_image_input_is_left_out(beside, name):
-    """By `..`, as an absolute path, through a link: the image beside the input is never read."""
+    """By `..`, as an absolute path, or through a link: the image outside the input is never read."""
     (beside / "sub/link.png").symlink_to("../../secret/key.png")
     (beside / "sub/good.png").write_bytes(image(9, 9, 1))
     rows = [{"file_name": name.replace("PARENT", str(beside.parent)), "caption": "x"}, {"file_name": "good.png", "caption": "y"}]
@@ -165,7 +166,7 @@ def test_a_metadata_file_that_is_a_link_out_of_the_input_is_one_error(beside):
 @pytest.mark.parametrize("path", ["../x.parquet", "/etc/x.parquet", "a/../../x", "a//b", "./a", "a\\..\\..\\b", "", "a\nb", ".."])
 @pytest.mark.parametrize("where", ["path", "files", "parts", "also", "ends", "funnel"])
 def test_a_manifest_that_names_a_place_outside_its_dataset_is_refused(tmp_path, path, where):
-    """With a right digest, in any of the places that name files: nothing there is read, and nothing removed."""
+    """The digest is valid. For each place that names files, nothing outside is read or removed."""
     row = {"path": path if where == "path" else "shards/0.parquet", "row_group": 0, "rows": 1, "tokens": 0, "bytes": 1,
            "file_bytes": 1, "footer": "ab" * 16}  # fmt: skip
     named = {"path": {}, "files": {"files": {"tokenizer.json": path}}, "parts": {"parts": {path: 1}}, "also": {"also": [path]},
@@ -177,7 +178,7 @@ def test_a_manifest_that_names_a_place_outside_its_dataset_is_refused(tmp_path, 
 
 
 def test_indexing_a_dataset_writes_no_file_outside_the_index(tmp_path):
-    """The record of a dataset's documents is copied into the index: not over a file of the person who indexes it."""
+    """The record of a dataset's documents is copied to the index, and never over a file of the person who builds it."""
     home, made = tmp_path / "home", tmp_path / "home/data/set"
     made.mkdir(parents=True)
     (home / ".bashrc").write_text("mine")
@@ -210,7 +211,7 @@ def test_an_index_whose_record_names_a_place_outside_is_refused(tmp_path, change
 
 
 def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
-    """Of text as of images: id, reason and detail."""
+    """For text and for images: id, reason, and detail."""
     work = Location(str(tmp_path / "work"))
     spilled = segment.Spiller(work, 1 << 20)
     spilled.leave_out("b", segment.READ, "too_large", "big")
@@ -223,7 +224,7 @@ def test_what_was_left_out_is_listed_with_the_reason(tmp_path):
 
 
 def test_names_of_files_reach_the_terminal_escaped(tmp_path, caplog):
-    """Escape sequences, line breaks, what turns the writing about: as text."""
+    """Escape sequences, line breaks, and characters that reverse the writing direction are shown as text."""
     evil = "a\x1b]0;owned\x07\n\r\u202egpj.txt\x9b2J"
     with caplog.at_level(logging.WARNING):
         making.log_dropped(Counter(empty=1), {"empty": [evil]}, {}, [])
@@ -243,7 +244,7 @@ def test_a_metadata_line_that_is_no_object_is_one_error(tmp_path, line):
 
 
 def test_a_csv_field_without_end_is_one_error(tmp_path):
-    """Also where documents in .csv were read before, whose fields may be longer."""
+    """This also holds after documents were read from .csv, whose fields may be longer."""
     csv.field_size_limit(1 << 30)
     (tmp_path / "metadata.csv").write_text('file_name,caption\n"' + "x" * 200_000)
     with pytest.raises(ConfigError, match=r"input: metadata\.csv: can't read it"):

@@ -1,4 +1,5 @@
-"""The Hub's protocol on 127.0.0.1: names are pinned, files come once and complete, refusals are lines that say what to do."""
+"""Tests the Hub's protocol with a server on 127.0.0.1: names are pinned, files arrive once and complete, and errors are lines
+with a fix."""
 
 import logging
 import os
@@ -151,7 +152,7 @@ def test_a_partial_file_that_is_damaged_is_downloaded_from_its_start(hub):
 
 
 def test_a_cache_without_a_list_is_used_with_a_warning_and_not_if_a_download_was_interrupted(hub, monkeypatch, caplog):
-    """As `hf download` leaves it; a part of a dataset would be a smaller dataset without a word."""
+    """`hf download` leaves such a cache. A part of a dataset would silently be a smaller dataset."""
     hub.push("org/m", MODEL)
     name = resolved("org/m")
     repository = files.model("k", name).parents[1]

@@ -1,4 +1,4 @@
-"""Jobs and pipelines that name models and datasets of the Hub: what they download, and what is recorded."""
+"""Tests jobs and pipelines that name models and datasets of the Hub: their downloads, and their records."""
 
 import logging
 import shutil
@@ -34,7 +34,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def job_file(tiny, hub, tmp_path, monkeypatch):
-    """A job of `org/tiny`, in a workspace of its own."""
+    """Writes a job of `org/tiny` in its own workspace."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     hub.push("org/tiny", tiny / "model")

@@ -1,4 +1,4 @@
-"""The embedder of images and captions: what a batch is, what a job may say, and an export that plain transformers loads."""
+"""Tests the embedder of images and captions: its batches, valid jobs, and an export that plain transformers loads."""
 
 import io
 import json
@@ -43,7 +43,7 @@ def held_out(made: ImageEmbedder, count: int) -> Any:
 
 
 def save(made: ImageEmbedder, folder: Path) -> Any:
-    """An export, and the model in it."""
+    """Writes an export; returns it with its model."""
     torch.manual_seed(1)
     model: Any = made.build().eval()
     made.save_config(folder)
@@ -67,7 +67,8 @@ def test_a_batch_knows_equal_sides_and_counts_captions_that_are_cut(data) -> Non
 
 
 def test_an_export_embeds_in_plain_transformers_as_it_was_trained_to(data, tmp_path) -> None:
-    """Model, tokenizer and image processor; its logits have the job's temperature; `evaluate` gives the run's scores."""
+    """Model, tokenizer, and image processor are exported. The logits have the job's temperature, and `evaluate` gives the run's
+    scores."""
     made = recipe(data)
     model, rows = save(made, tmp_path), held_out(made, 24)
     batch = made.batch(rows, np.arange(len(rows)))

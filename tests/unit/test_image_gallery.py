@@ -1,4 +1,4 @@
-"""What judges drawn images: the classifier, the grid, FID and KID, and the options of `generate`."""
+"""Tests the scores of generated images: the classifier, the grid, FID and KID, and the options of `generate`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_classifier_knows_real_digits_and_not_noise(dataset):
-    """Its accuracy is of images that it was not trained on; noise is not what any prompt asks for."""
+    """Its accuracy is that on images outside its training data. No prompt asks for noise."""
     images, labels = real_images([manifest.read(Location(str(dataset)))])
     judge = Judge(images, labels)
     assert len(judge.labels) == 10 and 0.9 < judge.accuracy < 1
@@ -45,7 +45,8 @@ def test_the_classifier_knows_real_digits_and_not_noise(dataset):
 
 
 def test_real_images_of_a_damaged_chunk_are_left_out_and_it_is_said(tmp_path, caplog):
-    """A flipped bit of a picture would else be judged by, or end the run that `on_bad_sample: replace` lets go on."""
+    """Otherwise a picture with a flipped bit would be used for the scores, or end the run although `on_bad_sample` is
+    `replace`."""
     dataset = build_images.digits(tmp_path / "data", 80)
     made = manifest.read(Location(str(dataset)))
     shard = dataset / "shards/00000.parquet"
@@ -59,7 +60,7 @@ def test_real_images_of_a_damaged_chunk_are_left_out_and_it_is_said(tmp_path, ca
 
 
 def test_conditional_accuracy_is_the_share_of_labelled_prompts_that_are_shown(dataset):
-    """Real twos and nines in the places of drawn ones score what they should, and swapped ones nothing."""
+    """Real twos and nines in place of generated ones get the full score, and swapped ones get 0."""
     made = TextToImage(job(**build_images.job(dataset, samples={"prompts": PROMPTS, "per_prompt": 2, "judge": True})))
     made.bind([manifest.read(Location(str(dataset)))])
     gallery = PromptGallery(made)
@@ -91,7 +92,7 @@ def test_a_grid_holds_the_pictures_row_by_row(count, columns, size):
 
 
 def test_fid_and_kid_of_gaussians_are_what_theory_says():
-    """Equal distributions are near 0; a shift by d adds |d|^2 to FID; other deviations (s1 - s2)^2 in each dimension."""
+    """Equal distributions are near 0. A shift by d adds |d|^2 to FID; other deviations add (s1 - s2)^2 in each dimension."""
     rng = np.random.default_rng(0)
     one, two, shifted = (rng.normal(m, s, (40_000, 4)) for m, s in ((0, 1), (0, 1), (0.5, 2)))
     assert fid(one, two) < 0.01 and fid(one, shifted) == pytest.approx(4 * (0.25 + 1), rel=0.03)
@@ -100,7 +101,8 @@ def test_fid_and_kid_of_gaussians_are_what_theory_says():
 
 
 def test_fid_and_kid_compare_with_all_real_images_or_a_stated_number_and_look_at_them_once(dataset, tmp_path, monkeypatch):
-    """Not with as many as were drawn, which makes both figures too large; every dataset gives its share."""
+    """They don't use only as many real images as generated ones, which makes both scores too large. Every dataset contributes its
+    share."""
     from heliostat.recipes.images import quality
 
     looked: list[int] = []

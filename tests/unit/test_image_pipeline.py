@@ -1,4 +1,5 @@
-"""The image pipeline on the engine: killed anywhere it goes on, however it is cut it is the same, and it tells of every image."""
+"""Tests the image pipeline on the engine: it resumes after a kill, its result doesn't depend on the split, and it records every
+image."""
 
 import base64
 import hashlib
@@ -35,7 +36,8 @@ SIZES = [(40, 40), (80, 40), (40, 80), (60, 40)]
 
 
 def make_input(folder: Path, count: int = 60) -> None:
-    """Images in two Parquet files and a tar; each seventh again, smaller and as a JPEG, and some that are bad."""
+    """Writes images in two Parquet files and a tar. Each seventh image appears again, smaller and as a JPEG, and some images are
+    bad."""
     folder.mkdir()
     rows = []
     for i in range(count):
@@ -75,7 +77,7 @@ STAGES = [{"stage": "length", "min_chars": 6}, {"stage": "image_size", "min_side
 
 @pytest.mark.parametrize("stages", [[], STAGES], ids=["plain", "stages"])
 def test_killed_anywhere_it_goes_on_and_ends_with_the_same_dataset(tmp_path, stages):
-    """At every fifth task; what was finished is not done again, and some tasks are done twice as Ray may."""
+    """The run is killed at every fifth task. Finished tasks don't run again, and some tasks run twice, as Ray may do."""
     make_input(tmp_path / "in")
     whole, flow = prepared(keys(tmp_path, "whole", stages=stages, memory_limit=1 << 16), again=0)
     finished = Counter(flow.ran)
@@ -94,7 +96,8 @@ def test_killed_anywhere_it_goes_on_and_ends_with_the_same_dataset(tmp_path, sta
 
 
 def by_definition(folder: Path, distance: int | None, shard_images: int) -> tuple[dict[str, bytes], dict[str, int]]:
-    """The shards, by path, and what was dropped: all images in memory, gone through by the hashes of their pixels."""
+    """Returns the shards, by path, and the dropped images, computed with all images in memory, in the order of their pixel
+    hashes."""
     columns, sizes = ImageColumns(label="kind"), pictures.buckets(32, 2.0, 8)
     listed = sources.listing(str(folder))
     raw = [r for task in sources.tasks(str(folder), listed, columns) for r in sources.read(str(folder), task, columns)]
@@ -125,7 +128,7 @@ def by_definition(folder: Path, distance: int | None, shard_images: int) -> tupl
 
 @pytest.mark.parametrize(("duplicates", "distance"), [("perceptual", 3), ("perceptual", 10), ("exact", -1), ("keep", None)])
 def test_a_dataset_is_bitwise_what_it_is_by_definition(tmp_path, duplicates, distance):
-    """Shards, bytes and reasons, as they were before the pipeline ran in tasks."""
+    """Shards, bytes, and reasons equal those from before the pipeline ran in tasks."""
     make_input(tmp_path / "in")
     made, _ = prepared(keys(tmp_path, duplicates=duplicates, distance=max(0, distance or 0), columns={"label": "kind"}))
     shards, dropped = by_definition(tmp_path / "in", distance, 10)
@@ -138,7 +141,7 @@ def test_a_dataset_is_bitwise_what_it_is_by_definition(tmp_path, duplicates, dis
 
 
 def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path, monkeypatch):
-    """And where what was dealt to the shards is merged first, as of very many runs it is."""
+    """This also holds if the shards' parts are merged first, as with very many runs."""
     make_input(tmp_path / "in")
     made = [prepared(keys(tmp_path, f"out{i}", memory_limit=limit, stages=STAGES), seed=i)
             for i, limit in enumerate((1 << 15, 1 << 18, 2 << 30))]  # fmt: skip
@@ -149,7 +152,7 @@ def test_the_dataset_is_the_same_however_the_work_is_cut(tmp_path, monkeypatch):
 
 
 def test_new_input_is_only_its_own_work(tmp_path, monkeypatch):
-    """And the dataset is that of a run without the work of the one before."""
+    """The dataset equals that of a run without the earlier work."""
     monkeypatch.setattr(sources, "FILES_PER_TASK", 32)
     rows = [(f"{i:04d}.png", image(16, 16, seed=i), {"caption": f"number {i}"}) for i in range(70)]
     folder_of(tmp_path / "in", rows[:64])
@@ -170,7 +173,7 @@ def test_new_input_is_only_its_own_work(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["./img/a.png", "img//a.png", "img/b.jfif", "img/c"])
 def test_a_changed_image_is_read_again_whatever_its_name(tmp_path, name):
-    """It is listed, by its size and when it was modified: neither a dataset nor kept work of the old one is up to date."""
+    """The listing has its size and its time of modification, so neither the old dataset nor kept work is up to date."""
     folder_of(tmp_path / "in", [("0.png", image(16, 16, seed=1), {"caption": "the first"})])
     (tmp_path / "in" / "img").mkdir()
     with (tmp_path / "in" / "metadata.jsonl").open("a") as f:
@@ -197,7 +200,7 @@ def test_an_image_that_a_metadata_file_names_by_dots_is_still_outside(tmp_path):
 
 @pytest.mark.parametrize("form", ["archives", "a folder"])
 def test_images_that_were_read_without_etags_are_not_read_again(tmp_path, monkeypatch, form):
-    """Versions before ETags named the tasks that read a store by sizes and times; a changed object is read again."""
+    """Versions before ETags named a store's read tasks by sizes and times. A changed object is read again."""
     if form == "archives":
         make_input(tmp_path / "in")
     else:
@@ -218,7 +221,7 @@ def test_images_that_were_read_without_etags_are_not_read_again(tmp_path, monkey
 
 
 def test_what_became_of_every_image_is_told(tmp_path):
-    """Of kept ones the shard that holds them, of others the stage, the reason, and who stayed; all are counted."""
+    """A kept image has its shard. A dropped one has the stage, the reason, and the image that stayed. All images are counted."""
     make_input(tmp_path / "in")
     made, _ = prepared(keys(tmp_path, stages=STAGES))
     ends = {row["id"]: row for table in reasons.ends(made) for row in table.to_pylist()}
@@ -274,7 +277,7 @@ def test_what_images_cannot_be_asked_is_one_error(tmp_path):
 
 @pytest.mark.parametrize("buckets", [{"step": 8, "max_aspect": 2.0}, None], ids=["collection", "one size"])
 def test_an_image_is_forgotten_and_the_others_keep_their_places(tmp_path, buckets):
-    """Their shards, row groups and parts are the same to the byte."""
+    """Its shard's other row groups, the other shards, and the parts are equal to the byte."""
     make_input(tmp_path / "in")
     made, _ = prepared(keys(tmp_path, stages=STAGES, buckets=buckets))
     end = next(row for table in reasons.ends(made) for row in table.to_pylist() if row["reason"] == "kept")
@@ -310,7 +313,7 @@ def test_an_images_place_in_a_dataset_without_stages(tmp_path):
 
 
 def test_images_of_the_same_looks_go_and_crops_stay(tmp_path):
-    """Photographs, and what scaling, compression and another format make of them."""
+    """For photographs, and their scaled, compressed, and converted versions."""
     rows, shapes = list[tuple[str, bytes, dict[str, Any]]](), {"small": (0.4, "JPEG", 60), "webp": (1.0, "WEBP", 80)}
     for name, data in photos().items():
         rows.append((f"{name}.jpg", data, {"caption": name}))
@@ -331,7 +334,7 @@ def test_images_of_the_same_looks_go_and_crops_stay(tmp_path):
 
 
 def test_stages_and_columns_are_in_the_identity_only_where_they_are_given(tmp_path):
-    """So that a dataset from before there were any is up to date."""
+    """So a dataset from before these keys is up to date."""
     plain = ImagePipeline(**keys(tmp_path, columns={"label": "kind"}))
     assert not {"stages", "work", "keep_work", "memory_limit"} & plain.identity().keys()
     assert plain.identity()["columns"] == {"image": "image", "caption": "caption", "label": "kind"}
@@ -362,7 +365,7 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
 
 
 def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
-    """No bucket of the aspect that is asked for, and grey as WebP, which stores colours alone; the least that fits is taken."""
+    """No bucket has the requested aspect ratio, and WebP stores no grayscale. The smallest value that fits is accepted."""
     make_input(tmp_path / "in", 8)
 
     def checked(**more: Any) -> None:
@@ -380,7 +383,7 @@ def test_sizes_and_encodings_that_cannot_be_are_refused(tmp_path):
 
 
 def test_captions_that_train_the_tokenizer_may_come_in_any_order(tmp_path):
-    """It is the same from other cuts of the work, whose captions come in another order."""
+    """With another split of the work, captions come in another order, and the tokenizer is the same."""
     make_input(tmp_path / "in")
     made = [
         prepared(keys(tmp_path, f"o{i}", memory_limit=limit))[0].meta["tokenizer"] for i, limit in enumerate((1 << 15, 1 << 30))
@@ -389,7 +392,7 @@ def test_captions_that_train_the_tokenizer_may_come_in_any_order(tmp_path):
 
 
 def test_runs_are_cut_by_the_bytes_of_images(tmp_path):
-    """And hold each with its caption, its pixels' hash and its size."""
+    """A run has each image with its caption, its pixel hash, and its size."""
     rows = [(f"{i}.png", image(64, 64, seed=i), {"caption": f"number {i}"}) for i in range(30)]
     folder_of(tmp_path / "in", rows)
     prepared(keys(tmp_path, columns={}, buckets=None, resolution=64, tokenizer=None, keep_work=True, memory_limit=1 << 19))

@@ -1,4 +1,5 @@
-"""Adding shards: a new version of the manifest, from the new footers alone; the old version and its order stay what they were."""
+"""Tests adding shards: they make a new version of the manifest from their footers alone. The old version and its order don't
+change."""
 
 import dataclasses
 import json
@@ -39,7 +40,7 @@ def footers(folder: Path) -> list[dict]:
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Three shards of thirty documents, prepared."""
+    """Prepares three shards of thirty documents."""
     for i in range(3):
         shard(tmp_path, f"{i:05d}.parquet", i)
     manifest.write(Location(str(tmp_path)), footers(tmp_path), {**META, "documents": 90})
@@ -47,7 +48,7 @@ def dataset(tmp_path: Path) -> Path:
 
 
 def test_added_shards_make_a_new_version_that_equals_indexing_all_at_once(dataset):
-    """Their chunks are listed as their footers say, in path order among the old ones; counts are the whole's."""
+    """Their row groups are listed as in their footers, in path order among the old ones, and counts cover the whole dataset."""
     place = Location(str(dataset))
     before = manifest.read(place)
     for name in ("00001-more.parquet", "10000.parquet"):
@@ -63,7 +64,7 @@ def test_added_shards_make_a_new_version_that_equals_indexing_all_at_once(datase
 
 
 def test_one_at_a_time_or_all_at_once_is_the_same_version(dataset, tmp_path_factory):
-    """The digest follows the shards, not the history of indexing."""
+    """The digest depends on the shards, not on the history of indexing."""
     place = Location(str(dataset))
     for i in range(3, 6):
         shard(dataset, f"{i:05d}.parquet", i)
@@ -78,7 +79,7 @@ def test_one_at_a_time_or_all_at_once_is_the_same_version(dataset, tmp_path_fact
 
 
 def test_nothing_new_changes_nothing(dataset):
-    """The same digest, and no file is written; files that are no shards do not count."""
+    """The digest is the same, and no file is written. Files that aren't shards don't count."""
     (dataset / "shards" / "notes.txt").write_text("not a shard")
     (dataset / "shards" / "00009.parquet.1a2b3c4d.partial").write_bytes(b"being written")
     seen = {p: p.stat().st_mtime_ns for p in dataset.rglob("*")}
@@ -88,7 +89,7 @@ def test_nothing_new_changes_nothing(dataset):
 
 
 def test_a_run_keeps_its_version_and_its_samples(dataset):
-    """After shards were added, twice, the first version is read by its digest, and its samples are those of before."""
+    """After two additions of shards, the first version is read by its digest, with the same samples as before."""
     place = Location(str(dataset))
     first = manifest.read(place)
     run = job(**{"data.sources.0.path": str(place), "data.sequence_length": 16})
@@ -108,7 +109,7 @@ def test_a_run_keeps_its_version_and_its_samples(dataset):
 
 
 def test_a_dataset_from_before_versions_were_kept_keeps_its_version_too(dataset):
-    """Without manifests/, the version that was the newest is kept when a new one is written."""
+    """Without manifests/, the newest version is kept when a new one is written."""
     place = Location(str(dataset))
     place.join(manifest.VERSIONS).delete()
     before = manifest.read(place)
@@ -119,7 +120,7 @@ def test_a_dataset_from_before_versions_were_kept_keeps_its_version_too(dataset)
 
 
 def test_only_new_footers_are_read(dataset):
-    """Shards that are listed may have become unreadable: with their sizes unchanged, indexing does not look."""
+    """Listed shards may have become unreadable. While their sizes are unchanged, indexing doesn't read them."""
     for path in (dataset / "shards").iterdir():
         path.write_bytes(bytes(path.stat().st_size))
     shard(dataset, "00003.parquet", 3)
@@ -128,7 +129,7 @@ def test_only_new_footers_are_read(dataset):
 
 @pytest.mark.parametrize("change", ["longer", "gone"])
 def test_a_listed_shard_that_changed_is_named(dataset, change):
-    """Shards are for ever: one that is missing or has another size is a DataError, and no version is written."""
+    """Shards never change. If one is missing or has another size, DataError is raised, and no version is written."""
     place, victim = Location(str(dataset)), dataset / "shards" / "00001.parquet"
     size, digest = victim.stat().st_size, manifest.read(place).digest
     if change == "longer":
@@ -158,7 +159,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_new_shard_that_does_not_belong_is_named(dataset, case):
-    """The shard, what is wrong with it, and the old version stays the newest."""
+    """The error has the shard and its fault, and the old version stays the newest."""
     table, message = BAD[case]
     digest = manifest.read(Location(str(dataset))).digest
     with pq.ParquetWriter(dataset / "shards" / "bad.parquet", table.schema) as writer:
@@ -171,7 +172,7 @@ def test_a_new_shard_that_does_not_belong_is_named(dataset, case):
 
 
 def test_a_damaged_new_shard_is_named(dataset):
-    """Cut off, as by an upload that broke: not a readable Parquet file."""
+    """The shard is truncated, as by an interrupted upload, so it isn't a readable Parquet file."""
     shard(dataset, "00003.parquet", 3)
     file = dataset / "shards" / "00003.parquet"
     file.write_bytes(file.read_bytes()[:-20])
@@ -180,13 +181,13 @@ def test_a_damaged_new_shard_is_named(dataset):
 
 
 def test_a_shard_without_statistics_is_taken_as_it_is(dataset):
-    """The footer alone cannot tell its ids; reading does, later."""
+    """The footer alone doesn't show its token ids; a later read does."""
     shard(dataset, "00003.parquet", 3, high=60_000, write_statistics=False)
     assert index(Location(str(dataset))).shards_added == 1
 
 
 def test_two_thousand_shards_are_read_several_at_a_time(dataset, monkeypatch):
-    """All are listed; while one footer is being read, others are."""
+    """All shards are listed, and several footers are read at the same time."""
     shard(dataset, "first.parquet", 3, documents=2)
     raw = (dataset / "shards" / "first.parquet").read_bytes()
     for i in range(1, 2000):
@@ -207,7 +208,7 @@ def test_two_thousand_shards_are_read_several_at_a_time(dataset, monkeypatch):
 
 
 def test_a_dataset_of_rows_is_indexed_too(tmp_path):
-    """Kind "rows": any columns, no tokens."""
+    """Kind "rows" has any columns, and no tokens."""
     place = Location(str(tmp_path))
     (tmp_path / "shards").mkdir()
     pq.write_table(pa.table({"image": [b"1", b"2"]}), tmp_path / "shards" / "0.parquet")
@@ -218,7 +219,7 @@ def test_a_dataset_of_rows_is_indexed_too(tmp_path):
 
 
 def test_the_command_says_what_it_did(dataset):
-    """--json prints the report as one object; without it, one line."""
+    """--json prints the report as one object. Without it, the command prints one line."""
     shard(dataset, "00003.parquet", 3)
     done = CliRunner().invoke(app, ["data", "index", str(dataset), "--json"])
     report = json.loads(done.stdout)

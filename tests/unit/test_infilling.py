@@ -1,4 +1,5 @@
-"""Filling in the middle: what is rearranged comes back as the text, by the document's hash and the seed alone, and is counted."""
+"""Tests fill-in-the-middle: rearranged documents decode to their text, depend only on their hash and the seed, and are
+counted."""
 
 import hashlib
 import json
@@ -55,7 +56,7 @@ def test_the_pieces_are_the_document_and_follow_from_its_hash_and_the_seed():
 
 
 def test_as_many_are_rearranged_as_the_rates_say_and_cuts_are_anywhere():
-    """Within five standard errors of 4,000 draws; no draw tells another."""
+    """Within five standard errors of 4,000 draws, which are independent."""
     count, text = 4000, "x" * 99
     keys = FillInTheMiddle(rate=0.3, spm_rate=0.8)
     made = [arrange(text, digest(str(i)), keys)[0] for i in range(count)]
@@ -69,7 +70,7 @@ def test_as_many_are_rearranged_as_the_rates_say_and_cuts_are_anywhere():
 
 
 def marked(kind: str) -> str:
-    """A tokenizer of some kind that has Code Llama's markers as plain tokens, as some models' have theirs."""
+    """Returns a tokenizer with Code Llama's markers as plain tokens, as in some models' tokenizers."""
     made = Tokenizer.from_str(trained(kind))
     made.add_tokens([AddedToken(name, normalized=False) for name in layout.KNOWN[3]])
     return made.to_str()
@@ -77,8 +78,10 @@ def marked(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level, prefixed", "byte fallback", "metaspace"])
 def test_tokens_are_the_texts_and_markers_stand_for_no_bytes(kind):
-    """Decoding gives the document back, and its bytes are those that the tokens are said to stand for, also where a text spells
-    a marker, and where tokenizers put a space before each text."""
+    """Decoding gives the document, and its bytes equal those of the tokens.
+
+    This also holds if a text spells a marker, and if a tokenizer puts a space before each text.
+    """
     names = infilling.names(tokens.load(marked(kind)))
     tokenizer = tokens.load(infilling.marking(marked(kind), names))
     end, markers = tokenizer.token_to_id(END), layout.find(tokenizer, names)
@@ -183,7 +186,7 @@ def test_what_is_read_back_from_shards_is_the_text(pages):
 
 
 def test_held_out_middles_are_asked_as_the_data_had_them(pages, tmp_path):
-    """What is asked and the answer are one passage of a held-out document, whichever comes first."""
+    """The question and the answer are one passage of a held-out document, in either order."""
     for rate in (0.5, 1.0):
         keys = FillInTheMiddle(rate=0.5, spm_rate=rate)
         one = published(pages, f"asked {rate}", make(pages, f"asked {rate}", keys=keys))

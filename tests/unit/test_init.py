@@ -1,4 +1,5 @@
-"""`heliostat init`: a workspace in any folder, the same files as heliostat's own, and nothing of a person's overwritten."""
+"""Tests `heliostat init`: a workspace in any folder has the same files as heliostat's own, and overwrites none of a person's
+files."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_files_are_those_of_heliostats_own_workspace():
-    """One source in two places: whoever changes jobs/quickstart.yaml copies it to the template."""
+    """One source is in two places: a change of jobs/quickstart.yaml must be copied to the template."""
     shipped = {path: (ROOT / path).read_bytes() for path in written(TEMPLATE) if path != "gitignore"}
     assert written(TEMPLATE).keys() - shipped.keys() == {"gitignore"}
     stale = [path for path, content in shipped.items() if (TEMPLATE / path).read_bytes() != content]
@@ -85,7 +86,7 @@ def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
 
 
 def test_what_the_first_pages_export_is_ignored():
-    """An exported model showed up as new files of the repository, and would travel with a submitted job."""
+    """An exported model appeared as new files of the repository, and would be sent with a submitted job."""
     pages = "".join((ROOT / page).read_text() for page in ("README.md", "docs/tour.md", "docs/python-api.md"))
     exported = set(re.findall(r"export \S+ --out ([\w-]+)", pages) + re.findall(r'pathlib\.Path\("([\w-]+)"\)', pages))
     assert exported == {"my-model", "from-python-model"}

@@ -1,4 +1,4 @@
-"""Initial weights that a job asks for: output projections of zeros, in whatever architecture has them, and no others changed."""
+"""Tests the initial weights of a job: output projections of zeros in every architecture that has them, and no other change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def built(model: dict[str, Any]) -> torch.nn.Module:
 
 @pytest.mark.parametrize("arch", SHAPED)
 def test_every_layer_begins_as_the_identity_and_all_else_as_it_would(arch):
-    """Two matrices of each layer, in architectures that name them differently; the last layer's output is the embedding."""
+    """Two matrices of each layer start at zero, in architectures with different names for them. The last layer's output is the
+    embedding."""
     plain, zeroed = built(SHAPED[arch]), built(SHAPED[arch] | ZERO)
     before, after = dict(plain.named_parameters()), dict(zeroed.named_parameters())
     changed = [name for name in before if not torch.equal(before[name], after[name])]

@@ -1,4 +1,4 @@
-"""Parsers in processes of their own: whatever happens to one has a reason, and it reaches nothing of its user."""
+"""Tests parsers in separate processes: every failure of one has a reason, and a parser reaches nothing of its user."""
 
 import socket
 import time
@@ -64,7 +64,7 @@ def test_a_parser_opens_no_socket_and_starts_and_signals_no_process(what, taken_
 
 
 def test_a_parser_reads_the_data_of_libraries_wherever_they_are_installed(tmp_path, monkeypatch, taken_over):
-    """Those of `pip install --user` or `--target`, or of an environment on top of another: none is below Python's own folder."""
+    """For `pip install --user` or `--target`, and an environment on top of another: these aren't in Python's own folder."""
     library = tmp_path / "site-packages" / "parser"
     library.mkdir(parents=True)
     (library / "settings.cfg").write_text("of the library")
@@ -84,7 +84,7 @@ def test_a_parser_reads_and_changes_no_file_of_its_user(what, tmp_path, taken_ov
 
 
 def test_a_machine_without_namespaces_is_logged_once_and_the_filter_stays(monkeypatch, caplog):
-    """The folder that its root would be mounted on is missing."""
+    """The folder on which the root would be mounted is missing."""
     monkeypatch.setattr(isolated, "_logged", set())
     for _ in range(2):
         with closing(Isolated("tests.unit.build_isolated:worst", {"mark": "!"}, 5, 1024)) as run:

@@ -1,4 +1,5 @@
-"""A job of five keys: what is filled in and why, the length of a run by epochs or tokens, and all faults in one round."""
+"""Tests a job of five keys: the filled-in values and their reasons, the length of a run by epochs or tokens, and all faults in
+one round."""
 
 import json
 import math
@@ -45,7 +46,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 
 def test_five_keys_are_a_job(workspace):
-    """What is filled in follows the papers and the table of docs/reference/yaml.md."""
+    """The filled-in values follow the papers and the table of docs/reference/yaml.md."""
     job = made(five())
     assert job.recipe == "heliostat.recipes:CausalLM" and [s.path for s in job.data.sources] == [str(workspace / "data")]
     assert (job.train.global_batch_size, job.train.micro_batch_size, job.workers.gpus) == (64, 4, 0)
@@ -101,7 +102,7 @@ def test_a_default_follows_from_the_rest(changes, key, value):
     ],
 )
 def test_a_job_with_a_rate_of_its_own_keeps_its_schedule(own):
-    """As it was before there were defaults: no warm-up is added."""
+    """As before the defaults existed, no warm-up is added."""
     job = made(five(steps=100, **own))
     assert job.train.schedule.warmup_steps == 0 and job.train.optimizer.lr == own["optimizer"]["lr"]
 
@@ -122,7 +123,7 @@ def test_gpus_are_taken_where_the_machine_or_the_cluster_file_has_them(workspace
 
 @every_seed(100)
 def test_any_job_of_five_keys_is_valid_on_any_workers(seed):
-    """Every number that is filled in passes the rules between the sections."""
+    """Every filled-in number passes the rules between the sections."""
     rng = random.Random(seed)
     raw = five(steps=rng.randrange(1, 10**6)) | {"workers": {"count": rng.randrange(1, 300)}}
     if rng.random() < 0.5:
@@ -274,7 +275,7 @@ BAD = [None, 5, -1, 2.5, "x", [], {}, [1], {"a": 1}, True, 10**400, float("nan")
 
 @every_seed(60)
 def test_whatever_a_file_holds_is_a_job_or_a_config_error(seed):
-    """Rules that fill in defaults come before the schema, so they meet values of any kind."""
+    """Rules that fill in defaults run before the schema, so they receive values of any kind."""
     rng = random.Random(seed)
     raw = five(steps=5, optimizer={"name": "adamw"}, schedule={}, parallel={"tensor": 1}) | {"workers": {"count": [1, 2]}}
     for _ in range(rng.randrange(1, 4)):
@@ -291,7 +292,7 @@ def test_whatever_a_file_holds_is_a_job_or_a_config_error(seed):
 
 
 def known(model, path: str) -> bool:
-    """Tells whether a path of keys exists in a job."""
+    """Returns whether a path of keys exists in a job."""
     for key in path.split("."):
         fields = {f.alias or name: f for name, f in model.model_fields.items()}
         if model is Job and key == "model":

@@ -1,4 +1,4 @@
-"""The jobs that are handed out: every file passes the check, and the models are the size that they claim."""
+"""Tests the shipped jobs: every file passes the check, and the models have the sizes that their comments state."""
 
 import re
 from pathlib import Path
@@ -18,14 +18,14 @@ def workspace(monkeypatch) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_every_job_file_passes_the_check(path):
-    """Valid keys, rules and model; named after its file, so that no two write to one run."""
+    """Keys, rules, and model are valid. The job has its file's name, so no two jobs write to one run."""
     job, recipe = check.check_file(path)
     assert job.name == path.stem
     assert recipe.kind in ("tokens", "rows")
 
 
 def test_there_are_jobs():
-    """The parametrized tests above would pass on an empty folder."""
+    """Otherwise the parametrized tests above would pass on an empty folder."""
     assert {
         "quickstart",
         "llama3-8b",
@@ -54,7 +54,7 @@ def test_there_are_jobs():
     ],
 )
 def test_a_full_scale_model_has_the_parameters_that_its_comment_says(name, parameters):
-    """Built on the meta device, tied weights counted once; the number stands in the file's comment."""
+    """The model is built on the meta device, with tied weights counted once. The file's comment has the number."""
     path = ROOT / "jobs" / f"{name}.yaml"
     _, recipe = check.check_file(path)
     with torch.device("meta"):
@@ -64,7 +64,7 @@ def test_a_full_scale_model_has_the_parameters_that_its_comment_says(name, param
 
 
 def test_llama3_8b_is_the_published_shape():
-    """What the parameter count alone does not show: grouped heads, rotary base, normalisation, tokens a step."""
+    """Checks what the parameter count doesn't show: grouped heads, rotary base, normalization, and tokens per step."""
     job, recipe = check.check_file(ROOT / "jobs" / "llama3-8b.yaml")
     c = recipe.config
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.max_position_embeddings) == (32, 8, 128, 8192)
@@ -74,7 +74,7 @@ def test_llama3_8b_is_the_published_shape():
 
 @pytest.mark.parametrize(("name", "active"), [("moe-8x1b", 1_861_675_008), ("qwen3-30b-a3b", 3_353_032_704)])
 def test_a_mixture_says_what_is_active_and_balances_its_experts(name, active):
-    """The number stands in the file's comment (3.3 billion are published of Qwen3-30B-A3B); some loss spreads tokens."""
+    """The file's comment has the number (Qwen3-30B-A3B: 3.3 billion published). Some loss balances the experts."""
     path = ROOT / "jobs" / f"{name}.yaml"
     _, recipe = check.check_file(path)
     with torch.device("meta"):
@@ -84,14 +84,14 @@ def test_a_mixture_says_what_is_active_and_balances_its_experts(name, active):
 
 
 def test_qwen3_30b_a3b_is_the_published_shape():
-    """128 experts of 768, 8 of them for a token, heads of 128 on a width of 2,048."""
+    """128 experts of width 768, 8 of them per token, and heads of 128 on a width of 2,048."""
     c = check.check_file(ROOT / "jobs" / "qwen3-30b-a3b.yaml")[1].config
     assert (c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size, c.norm_topk_prob) == (128, 8, 768, True)
     assert (c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.hidden_size) == (32, 4, 128, 2048)
 
 
 def test_stable_diffusion_2_is_the_published_recipe():
-    """Batch, latents, the text's width and the noise schedule; DiT-XL/2 has 28 layers of width 1,152 on patches of 2."""
+    """Batch, latents, the text's width, and the noise schedule. DiT-XL/2 has 28 layers of width 1,152 on patches of 2."""
     job, recipe = check.check_file(ROOT / "jobs" / "stable-diffusion-2.yaml")
     keys, objective = recipe.model.backbone, recipe.model.objective
     assert (job.train.global_batch_size, keys["in_channels"], keys["cross_attention_dim"], job.train.ema.decay) == (

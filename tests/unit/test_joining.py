@@ -1,4 +1,4 @@
-"""`--cluster` of `infer` and `serve`: which clusters a command may drive, and what it says of others."""
+"""Tests `--cluster` of `infer` and `serve`: the clusters that a command may use, and its errors for others."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The keys that choose kernels: what is refused before anything starts, and that each computes what its twin on a CPU does."""
+"""Tests the keys that choose kernels: what is rejected before the start, and that each kernel matches its CPU reference
+implementation."""
 
 import importlib.util
 
@@ -25,7 +26,7 @@ def job(**changes):
 
 
 def refusals(**changes):
-    """The lines by which a job is refused."""
+    """Returns the lines with which a job is rejected."""
     try:
         made = job(**changes)
     except ConfigError as e:
@@ -117,7 +118,7 @@ def test_numerics_on_a_cpu_plays_the_twins(tmp_path):
 
 
 def test_float8_changes_products_and_not_parameters():
-    """It is within float8's rounding of bf16, and further away than bf16's own; gradients have the same names."""
+    """It is within float8's rounding of bf16, and further away than bf16's own rounding. Gradients have the same names."""
     found = {}
     for how in (False, True):
         its = CausalLM(job(**{"train.precision": "bf16"}))
@@ -135,7 +136,8 @@ def test_float8_changes_products_and_not_parameters():
 
 
 def test_products_in_float8_are_those_of_the_rounded_numbers():
-    """Forwards and backwards, of rows whose number is no multiple of 16 too, against autograd over what was rounded."""
+    """Forward and backward, compared with autograd over the rounded numbers, also if the number of rows isn't a multiple of
+    16."""
     draw = torch.Generator().manual_seed(0)
     x, weight, bias, back = (torch.randn(*size, generator=draw) for size in ((3, 7, 32), (48, 32), (48,), (3, 7, 48)))
     layer = torch.nn.Linear(32, 48)

@@ -1,5 +1,8 @@
-"""One driver at a time for a run: of those that start together one trains it, a dead one never stands in the way, and one that
-was taken for dead writes nothing more."""
+"""Tests that a run has one driver at a time.
+
+Of several drivers that start together, one trains the run. A dead driver never blocks others, and a driver that was declared dead
+writes nothing more.
+"""
 
 import json
 import multiprocessing
@@ -35,7 +38,7 @@ def rounds(folder: str) -> int:
 
 
 def race(folder: str, gate: object, told: object) -> None:
-    """A command that starts: it takes the lease when the gate opens, and keeps it until all have tried."""
+    """Simulates a command that starts: it takes the lease when the gate opens, and keeps it until all have tried."""
     os.environ.update(stores.AWS)
     for number in range(rounds(folder)):
         run = Location(folder.replace("/run", f"/run-{number}"))
@@ -54,7 +57,7 @@ def race(folder: str, gate: object, told: object) -> None:
 
 @pytest.mark.parametrize("before", ["nobody", "a dead driver"])
 def test_of_two_commands_that_start_together_one_trains_the_run(place, before):
-    """50 times on a disk, 20 on a store, within 10 ms of one another, from two processes; the other is told who does."""
+    """50 times on a disk and 20 on a store, from two processes within 10 ms. The other command's error names the driver."""
     times = rounds(str(place))
     if before == "a dead driver":
         left = replace(Holder.me(), pid=2**22 - 1)
@@ -101,7 +104,7 @@ def test_a_process_that_was_given_a_dead_drivers_number_is_not_it(tmp_path):
 
 @pytest.mark.parametrize("lives", [True, False])
 def test_a_driver_on_another_machine_counts_as_long_as_it_renews_its_lease(tmp_path, monkeypatch, lives):
-    """Whatever its clock says: what counts is that something changes."""
+    """The clocks of the machines don't matter: only a change of the lease counts."""
     monkeypatch.setattr(lease, "SILENCE_S", 120.0 if lives else 0.3)
     monkeypatch.setattr(lease, "LOOK_S", 0.1)
     run, file = Location(str(tmp_path)), Location(str(tmp_path)).join(run_folder.LEASE, "00000001.json")
@@ -149,7 +152,7 @@ def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
 
 
 def test_a_run_that_is_started_anew_keeps_its_leases(tmp_path):
-    """Or a driver that was taken for dead would find its own number again."""
+    """Otherwise a driver that was declared dead would find its own number again."""
     run = Location(str(tmp_path))
     with lease.take(run) as held:
         run.join("checkpoints", "step-00000010", "checkpoint.json").write(b"{}")
@@ -181,7 +184,7 @@ def test_a_bucket_that_is_not_there_is_one_clear_error(place):
 
 
 def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
-    """Its shards may be there; without `checkpoint.json` there is no checkpoint. Nor does it remove one that is there."""
+    """Its shards may exist, but without `checkpoint.json` there is no checkpoint. It doesn't remove an existing one either."""
     from heliostat.checkpoint import layout, writing
 
     from tests.unit.build_index import facts
@@ -199,7 +202,8 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
 
 
 def test_a_command_takes_the_lease_before_it_looks_at_what_there_is(tmp_path):
-    """Of two, the second is refused before it has read a checkpoint or a dataset, and a command that fails gives it back."""
+    """The second of two commands is rejected before it reads a checkpoint or a dataset. A command that fails releases the
+    lease."""
     from heliostat.errors import HeliostatError
     from heliostat.training.run import train
 

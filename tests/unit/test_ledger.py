@@ -1,4 +1,4 @@
-"""The goodput ledger: whatever happened to a run, each of its seconds has one place, and only recomputed work counts as lost."""
+"""Tests the goodput ledger: each second of a run has exactly one category, and only recomputed work counts as lost."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ CASES = range(300)
 
 
 class History:
-    """A random life of a run, told second by second: `useful`, `wasted` are the seconds of steps by what became of them."""
+    """Generates a random history of a run, second by second. `useful`, `wasted`: the seconds of steps, by their fate."""
 
     def __init__(self, seed: int, deaths: bool = True) -> None:
         rng = random.Random(seed)
@@ -96,7 +96,7 @@ def test_time_between_commands_is_idle_and_between_failure_and_first_step_restar
 
 
 def test_a_checkpoint_that_could_not_be_read_makes_the_work_up_to_it_lost_but_keeps_what_came_before():
-    """b fell back to 10, where a's 20 is damaged; c reads 20 after all: it is a's, and b has left nothing."""
+    """b restarted at 10, because a's 20 is damaged. c then reads 20, which belongs to a, so b leaves nothing."""
     a = RecordedAttempt("a", 0.0, 20.0, 20.0, 0, 1, pending="lost", parts={"computing": 20.0}, marks=[(10, 10.0), (20, 20.0)])
     b = RecordedAttempt("b", 20.0, 25.0, 25.0, 10, 1, pending="lost", parts={"computing": 5.0}, marks=[(15, 5.0)])
     c = RecordedAttempt(
@@ -107,7 +107,7 @@ def test_a_checkpoint_that_could_not_be_read_makes_the_work_up_to_it_lost_but_ke
 
 
 def test_a_killed_drivers_last_mark_may_be_older_than_its_last_checkpoint():
-    """Its file says 10, yet the next attempt goes on from 20: what it computed up to 10 is not lost."""
+    """Its file has 10, but the next attempt resumes from 20, so the work up to 10 isn't lost."""
     killed = RecordedAttempt("a", 0.0, 10.0, 14.0, 0, 1, pending="lost", parts={"computing": 10.0}, marks=[(10, 10.0)])
     after = RecordedAttempt(
         "b", 20.0, 30.0, 30.0, 20, 1, outcome="finished", pending="idle", parts={"computing": 10.0}, marks=[(30, 10.0)]
@@ -153,7 +153,7 @@ def test_a_ledgers_parts_are_its_wall_clock_whatever_is_switched_nested_moved_or
 
 
 def test_an_inner_part_interrupts_the_outer_one():
-    """Each is at least what the clock tells inside of it, and at most what it tells around it."""
+    """Each part is at least the time inside it, and at most the time around it."""
     ledger = Ledger("computing")
     before = time.perf_counter()
     with ledger("communicating"):
@@ -204,7 +204,7 @@ def test_workers_that_overtake_the_drivers_word_of_their_placing_are_one_attempt
 
 
 def _events(clock: float, start: int, saves: tuple[int, ...], until: int, ended: bool = False) -> list[Event]:
-    """What a worker posts: 1 s for its start, then 2 s of computing and half a second of waiting for data in a step."""
+    """Returns a worker's events: 1 s for its start, then 2 s of computing and half a second of waiting for data per step."""
     seconds = {"starting": 0.0}
 
     def event(kind: type[Event], **facts) -> Event:
@@ -261,7 +261,7 @@ def test_a_new_worker_group_that_nobody_announced_is_a_restart(tmp_path):
 
 
 def test_a_killed_drivers_file_is_at_most_seconds_old(tmp_path):
-    """Nothing closes the recorder: what the file says is what the events had told by then."""
+    """Nothing closes the recorder, so the file has the state of the events so far."""
     now = time.time()
     recorder = LedgerRecorder(Location(str(tmp_path)), now - 50, 0, 2)
     for event in _events(now - 40, 0, (2,), 2):

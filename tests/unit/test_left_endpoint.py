@@ -1,4 +1,4 @@
-"""An endpoint that a killed `serve` has left on a cluster is ended by the next command, and one that is in use is not."""
+"""Tests that the next command ends an endpoint that a killed `serve` left on a cluster, but not an endpoint in use."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ OURS = {"heliostat-front": ["Front"], "tiny-1": ["Model"]}
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Ray Serve of a cluster: its applications, whether the command that made them is running, and whether Serve was ended."""
+    """Simulates Ray Serve of a cluster: its applications, whether their command is running, and whether Serve was ended."""
     state = SimpleNamespace(applications={}, proxies={}, running=False, ended=False, ours=True)
 
     def status():
@@ -54,7 +54,7 @@ def test_an_endpoint_in_use_and_applications_of_others_stay(cluster):
     "left", [{"heliostat-front": []}, {"heliostat-front": ["Front"], "tiny-1": []}, {"heliostat-front": [], "tiny-1": []}, {}]
 )
 def test_an_endpoint_that_was_killed_before_its_deployments_exist_is_ended(cluster, caplog, left):
-    """It was taken for others', or not seen at all, and its proxy kept the port."""
+    """It was taken for another command's, or wasn't noticed, and its proxy kept the port."""
     cluster.applications, cluster.proxies = left, {"node": "HEALTHY"}
     assert run.end_left() and cluster.ended
     assert ("heliostat-front" if left else "it has no application") in caplog.text

@@ -1,4 +1,5 @@
-"""Licences are told by every word of their texts, and documents kept by them; what is not known is never taken for what is."""
+"""Tests that licenses are recognized by every word of their texts, and that documents are kept by them. An unknown text never
+counts as a known license."""
 
 import time
 
@@ -27,7 +28,7 @@ def test_a_text_is_told_however_it_is_laid_out_and_no_longer_if_it_is_changed(id
 
 
 def test_what_spdx_lets_vary():
-    """Holders' names, marks of lists, a title or none, the terms without the advice behind them."""
+    """Names of holders, list marks, a title or none, and the terms without the advice after them."""
     bsd = TEXTS["BSD-3-Clause"]
     ours = (
         bsd.replace("the copyright holder nor", "Example Ltd. nor").replace("1. Redis", "* Redis").replace("2. Redis", " - Redis")

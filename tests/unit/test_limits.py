@@ -1,4 +1,5 @@
-"""`limits`: hours and money of a whole run, over all its commands; the stop is behind a checkpoint, and says what stopped it."""
+"""Tests `limits`: hours and cost of a whole run, over all its commands. The run stops after a checkpoint, and reports the
+limit."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def node(*accelerators: str, gpus: float = 8.0, **node_labels: str) -> dict[str,
 
 
 def ledger(folder: Path, *earlier: tuple[float, int, float], started: float = 0.0) -> LedgerRecorder:
-    """A run's ledger: of earlier commands (hours, workers, of them hours queued), and of this one, since `started` seconds."""
+    """Returns a run's ledger: earlier commands as (hours, workers, hours in the queue), and this one, which began `started`
+    seconds ago."""
     run = Location(str(folder))
     for i, (hours, workers, queued) in enumerate(earlier):
         begun = 1e9 + i * 100 * HOUR  # with days between the commands
@@ -61,7 +63,7 @@ def test_hours_count_over_all_commands_and_not_between_them(tmp_path):
 
 
 def test_money_is_what_workers_hold_at_the_price_of_their_node(tmp_path):
-    """2 h x 4 workers and 1.5 h x 4, without the hour in which they waited for their nodes: 14 worker hours of an H100."""
+    """2 h x 4 workers and 1.5 h x 4, without the hour in which they waited for their nodes: 14 worker-hours of an H100."""
     at = spending(tmp_path, {"cost": 96.0}, (2.0, 4, 0.0), (2.5, 4, 1.0), gpus=1)
     at.look([node("H100")])
     assert at.check() == "limits.cost: the limit of 96 USD is reached (96.32 over all commands)"
@@ -138,7 +140,7 @@ def test_the_price_table_is_the_plans():
 
 
 class Away:
-    """Reads a ledger as long as its store answers."""
+    """Reads a ledger while its store answers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception | None) -> None:
         self.error, read = error, goodput.read
@@ -188,13 +190,13 @@ def test_a_wall_clock_that_is_set_uses_up_no_hours(tmp_path, monkeypatch):
 
 
 def under_way(step: int) -> Course:
-    """The course of a run in its first attempt, from this step."""
+    """Returns the state of a run in its first attempt, from this step on."""
     return Course(Budget(job().retries), step, step, step, attempt=1, under_way=True)
 
 
 @pytest.mark.parametrize("signal_too", [False, True])
 def test_a_limit_reached_between_two_attempts_is_what_the_error_says(tmp_path, monkeypatch, signal_too):
-    """It was a StoppedError, as of a signal."""
+    """It was a StoppedError, like that of a signal."""
     run: Any = object.__new__(DrivenRun)
     run.spending, run.signals = spending(tmp_path, {"hours": 1.0}, (2.0, 1, 0.0)), Signals()
     run.ledger, run.lease, run.job, run.course = run.spending._ledger, SimpleNamespace(lost=None), job(), under_way(5)

@@ -1,4 +1,4 @@
-"""The lock files hold what pyproject.toml asks for, of the versions that it takes, each by its hashes."""
+"""Tests that the lock files hold the packages of pyproject.toml, in versions that it accepts, each with its hashes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOCKS = {"requirements.lock": (), "clusters/requirements.lock": ("images", "tune
 
 
 def entries(name: str) -> dict[str, tuple[str, list[str]]]:
-    """Version and hashes by distribution."""
+    """Maps each distribution to its version and hashes."""
     found = {}
     for text in re.split(r"\n(?=[a-z0-9])", re.sub(r"^#.*\n", "", (ROOT / name).read_text(), flags=re.MULTILINE)):
         pin = re.match(r"([a-z0-9-]+)==([^\s;]+)", text)
@@ -29,7 +29,7 @@ def entries(name: str) -> dict[str, tuple[str, list[str]]]:
 
 
 def wanted(*extras: str) -> list[Requirement]:
-    """What is asked for directly, by the core and the extras with those that they name."""
+    """Returns the direct requirements of the core and of the extras, including the extras that these name."""
     asked = [
         Requirement(t) for t in [*PROJECT["dependencies"], *(t for e in extras for t in PROJECT["optional-dependencies"][e])]
     ]
@@ -59,7 +59,7 @@ def test_ci_tests_the_versions_that_the_image_and_the_core_have():
 
 
 def test_make_installs_by_the_lock_files_alone():
-    """`make run` the core, and `make locked`, which CI calls, everything; each package by its hash."""
+    """`make run` installs the core, and `make locked`, which CI calls, installs everything, each package by its hash."""
     make, script = (ROOT / "Makefile").read_text(), (ROOT / ".ci" / "install").read_text()
     assert "make locked" in (ROOT / ".ci" / "run").read_text()
     assert re.search(r"^\.venv/\.core: .*\n\t\.ci/install requirements\.lock$", make, re.MULTILINE)
@@ -74,7 +74,7 @@ def test_make_installs_by_the_lock_files_alone():
 
 @pytest.mark.parametrize("tool", ["uv", "pip"])
 def test_the_installer_uses_what_is_there_and_takes_a_folder_of_wheels_for_the_index(tool, tmp_path):
-    """With programs that only record how they are called."""
+    """Uses programs that only record their calls."""
     for folder in (".ci", "clusters", "bin", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     for name in (".ci/install", "clusters/requirements.lock", "requirements.lock"):
@@ -101,7 +101,7 @@ def test_the_installer_uses_what_is_there_and_takes_a_folder_of_wheels_for_the_i
 
 
 def test_the_installer_needs_no_pip_in_the_python_that_it_starts_from(tmp_path):
-    """Debian's and Ubuntu's python3 has none unless it is installed; a virtual environment gets its own."""
+    """Debian's and Ubuntu's python3 has no pip unless it is installed. A virtual environment gets its own."""
     (tmp_path / "python").write_text(f'#!/bin/sh\n[ "$2" != pip ] && exec {sys.executable} "$@"\necho no pip >&2; exit 1\n')
     (tmp_path / "python").chmod(0o755)
     script = (ROOT / ".ci/install").read_text().partition("# --no-compile")[0].partition('cd "$(dirname')

@@ -1,4 +1,4 @@
-"""Documents that are longer than a chunk are cut, held out, and read again as a whole."""
+"""Tests that documents longer than a row group are split, held out, and read back as a whole."""
 
 import hashlib
 
@@ -17,7 +17,7 @@ from tests.unit.test_text_pipeline import KNOWN_SHARD
 
 @every_seed(12)
 def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
-    """Whatever the documents: all tokens in order, and as many whole sequences as in chunks that end with documents."""
+    """For any documents, all tokens are in order, with as many complete sequences as in row groups that end with documents."""
     rng = np.random.default_rng(seed)
     target = int(rng.choice([1000, 1024, 4000, 50_000]))
     lengths = rng.integers(1, target // 4, 60)
@@ -34,7 +34,7 @@ def test_no_chunk_is_longer_than_twice_the_target_and_no_token_is_lost(seed):
 
 @every_seed(6)
 def test_no_document_is_held_out_in_part_even_one_that_is_cut(seed):
-    """Whatever fraction is held out: the documents of the chunks on both sides are others."""
+    """For any held-out fraction, the row groups on both sides have different documents."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 400, 200)
     lengths[rng.choice(200, 10, replace=False)] = rng.integers(3000, 9000, 10)
@@ -53,7 +53,7 @@ def test_no_document_is_held_out_in_part_even_one_that_is_cut(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_documents_of_one_place_are_never_on_both_sides(seed):
-    """Such as a repository's, also one of many chunks; and no chunk ends within a document that fits into one."""
+    """For example, those of a repository with many row groups. No row group ends within a document that fits into one."""
     rng = np.random.default_rng(seed)
     groups = np.sort(rng.integers(0, manifest.PLACES, 40))[::-1]
     places = np.repeat(groups, rng.integers(1, 60, 40))
@@ -73,7 +73,7 @@ def test_documents_of_one_place_are_never_on_both_sides(seed):
 
 
 def test_chunks_of_usual_documents_are_what_they_always_were():
-    """Known bytes: the digests of datasets without long documents do not change."""
+    """Compares known bytes: the digests of datasets without long documents don't change."""
     rng = np.random.default_rng(0)
     made = [rng.integers(0, 999, int(n)).astype(np.int32) for n in rng.integers(1, 400, 90)]
     data = tokens.shard([str(i) for i in range(90)], made, 1000)
@@ -81,7 +81,7 @@ def test_chunks_of_usual_documents_are_what_they_always_were():
 
 
 def test_a_cut_document_is_read_as_the_tokens_that_it_was(tmp_path):
-    """From its rows, which have its name; the last of them alone ends with the end of the document."""
+    """Its rows have its name, and only the last one ends with the end of the document."""
     rng = np.random.default_rng(0)
     made = [np.append(rng.integers(1, 999, n), 0).astype(np.int32) for n in (300, 18_000, 200, 900, 5000)]
     names = ["a", "long", "b", "c", "longer"]

@@ -1,4 +1,5 @@
-"""A text dataset from reading to the manifest's rows, in this process: the same in any order, and again after any end."""
+"""Tests making a text dataset in this process, from reading to the manifest's rows: the same in any order, and after any
+interruption."""
 
 import bz2
 import gzip
@@ -41,7 +42,7 @@ STAGES = [{"stage": "length", "min_words": 20}, {"stage": "minhash"}, {"stage": 
 
 
 def make_input(folder: Path, count: int = 150) -> None:
-    """So many texts of which some are alike: half in a file of lines, a sixth in files of their own, the others packed."""
+    """Writes so many texts, some of them equal: half in a file of lines, a sixth in single files, and the others compressed."""
     rng, texts = random.Random(0), list[str]()
     folder.mkdir()
     for i in range(count):
@@ -58,7 +59,7 @@ def make_input(folder: Path, count: int = 150) -> None:
 
 
 def text_making(flow, source, output, stages=(), memory_limit: int = 1 << 30, **keys: Any) -> TextMaking:
-    """What makes a dataset of texts, with small shards and a small tokenizer."""
+    """Returns the making of a dataset of texts, with small shards and a small tokenizer."""
     usual: dict[str, Any] = {"tokenizer": BPE, "given_tokenizer": None, "shard_bytes": 4000, "chunk_tokens": 500}
     return TextMaking(flow, source, output, list(stages), memory_limit, **usual | keys)
 
@@ -79,7 +80,8 @@ def make(
 
 @pytest.mark.parametrize("stages", [[], STAGES], ids=["plain", "stages"])
 def test_the_same_dataset_in_any_order_from_any_cut(tmp_path, monkeypatch, stages):
-    """Tasks shuffled and repeated, files cut into other pieces, spilled at another limit: the same rows and metadata."""
+    """Tasks are shuffled and repeated, files are split differently, and the spill limit differs: the rows and metadata are the
+    same."""
     make_input(tmp_path / "in")
     (first, here) = make(tmp_path, "first", stages)
     assert len(first[0]) > 8 and first[1]["documents"] > 50
@@ -103,7 +105,7 @@ def test_a_making_that_ends_after_any_task_goes_on(tmp_path):
 
 
 def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, monkeypatch):
-    """A task then writes other shards than the recorded ones: none is in the dataset twice, and none is missing."""
+    """A task then writes other shards than the recorded ones. The dataset has each shard once, and none is missing."""
     make_input(tmp_path / "in", 300)
     monkeypatch.setattr(pieces, "size", lambda total: 3000)  # so that the spilled runs are the same
     monkeypatch.setattr(making, "ALONE", 1)
@@ -123,7 +125,8 @@ def test_shards_that_are_done_stay_right_under_another_memory_limit(tmp_path, mo
 
 
 def write_repositories(folder: Path) -> dict[str, tuple[str | None, str]]:
-    """Files of repositories, and some of none, in no order, some of them the same; returns each text's (repository, path)."""
+    """Writes files of repositories, and some outside any, in random order, some of them equal; returns each text's (repository,
+    path)."""
     rng, rows = random.Random(1), list[dict[str, Any]]()
     for i in range(260):
         repository = None if i % 13 == 0 else f"r{min(rng.randrange(40), 20)}"  # half of them are of one
@@ -138,7 +141,7 @@ def write_repositories(folder: Path) -> dict[str, tuple[str | None, str]]:
 
 
 def laid(output: Path, rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]:
-    """(shard, place, document) of the dataset's documents, in the order in which they lie."""
+    """Returns (shard, place, document) of the dataset's documents, in their order."""
     found = list[tuple[str, int, str]]()
     for row in rows:
         names = (
@@ -150,7 +153,7 @@ def laid(output: Path, rows: list[dict[str, Any]]) -> list[tuple[str, int, str]]
 
 @pytest.mark.parametrize("stages", [[], [{"stage": "length", "min_words": 12}]], ids=["plain", "stages"])
 def test_documents_of_a_repository_follow_each_other_by_their_paths(tmp_path, monkeypatch, stages):
-    """In one shard and at one place, whatever tasks do; the documents are those that there are without it."""
+    """They are in one shard and at one place, for any tasks. The documents are the same as without grouping."""
     known = write_repositories(tmp_path / "in")
     (apart, _), _ = make(tmp_path, "apart", stages)
     together = Together(column="repository", order="path")
@@ -177,7 +180,7 @@ def test_documents_of_a_repository_follow_each_other_by_their_paths(tmp_path, mo
 
 
 def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
-    """Each archive a repository, without more being said than `together: repository`."""
+    """Each archive is a repository, with only `together: repository`."""
     (tmp_path / "in").mkdir()
     for name in ("one", "two", "three"):
         with zipfile.ZipFile(tmp_path / "in" / f"{name}.zip", "w") as archive:
@@ -195,7 +198,7 @@ def test_files_of_archives_follow_each_other_by_their_paths(tmp_path):
 
 
 def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp_path):
-    """Before a shard is written; its size is of all its documents, wherever they were read."""
+    """The error comes before a shard is written. The size covers all documents of the value, wherever they were read."""
     known, together = write_repositories(tmp_path / "in"), Together(column="repository")
     texts = {f"{path.name}#{n}": json.loads(line)["text"] for path in (tmp_path / "in").iterdir()
              for n, line in enumerate(path.read_text().splitlines(), 1)}  # fmt: skip
@@ -213,7 +216,7 @@ def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp
 
 
 def test_what_documents_have_in_common_need_not_be_text_that_can_be_stored(tmp_path):
-    """Half a surrogate pair, which JSON may have, in either column."""
+    """Half a surrogate pair, which JSON may contain, in either column."""
     (tmp_path / "in").mkdir()
     rows = [{"text": f"text {i}", "repository": "\udfff", "path": path} for i, path in enumerate(["b", "\ud800", "a", None, 7])]
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -236,14 +239,14 @@ def test_the_funnel_counts_what_came_to_the_shards_with_and_without_the_key(tmp_
 
 
 def test_without_the_key_a_dataset_is_what_it_was(tmp_path):
-    """Known digests of its shards, as they were before there was the key."""
+    """Compares known digests of its shards from before the key existed."""
     make_input(tmp_path / "in", 300)
     (rows, meta), _ = make(tmp_path, "out", STAGES)
     assert "together" not in meta and known(rows) == KNOWN_ROWS
 
 
 def known(rows: list[dict[str, Any]]) -> str:
-    """A digest of where documents lie, and of their tokens."""
+    """Returns a digest of the documents' places and tokens."""
     told = [
         [row["path"].split("/")[1], row["row_group"], row["rows"], row["tokens"], row["place"], row["content"]] for row in rows
     ]
@@ -267,7 +270,7 @@ def test_a_column_that_documents_do_not_have_is_named(tmp_path):
 
 
 def test_an_input_that_grows_keeps_its_pieces(tmp_path):
-    """Whose size follows from the input's: not where there is work for another, until they differ much."""
+    """Their size depends on the input's size. Kept work keeps its size until the two differ much."""
     place = Location(str(tmp_path / "work"))
     sizes = [pieces.size(n << 20) for n in (20, 40, 300, 600, 40)]
     assert sizes == [2 << 20, 4 << 20, 32 << 20, 64 << 20, 4 << 20]
@@ -277,7 +280,7 @@ def test_an_input_that_grows_keeps_its_pieces(tmp_path):
 
 
 def test_a_folder_of_other_things_is_no_work_folder(tmp_path):
-    """It is refused, and nothing in it is removed, nor what lies beside work."""
+    """The folder is rejected, and nothing in it, or next to the work, is removed."""
     (tmp_path / "spill").mkdir()
     (tmp_path / "spill/mine").write_text("x")
     work = Work(Location(str(tmp_path)))
@@ -301,7 +304,7 @@ def test_a_page_without_extract_is_an_error_that_names_it(tmp_path):
 
 @pytest.mark.parametrize("stages", [[], [{"stage": "length", "min_words": 1}]], ids=["without stages", "with stages"])
 def test_every_kind_and_codec_is_read_with_and_without_stages(tmp_path, caplog, stages):
-    """A `.csv` or a `.bz2` is read by the same reader; pages need `extract`, so without stages they are left out and counted."""
+    """The same reader reads a `.csv` or a `.bz2`. Pages need `extract`, so without stages they are dropped and counted."""
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.txt").write_text("of a file")
@@ -349,7 +352,7 @@ print(len(runs), (after_read - before) >> 10, (resource.getrusage(resource.RUSAG
 
 @pytest.mark.parametrize("name", ["a.jsonl", *(pytest.param(name, marks=pytest.mark.ci) for name in ("b.jsonl.gz", "c.parquet"))])
 def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
-    """A file of 160 MB with a limit of 64 MiB: read as a whole by one task, and gathered into a shard of a 32nd."""
+    """For a file of 160 MB with a limit of 64 MiB: one task reads all of it, and gathers it into a shard of a 32nd."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -371,7 +374,7 @@ def test_a_task_takes_its_share_of_memory_whatever_the_file(tmp_path, name):
 
 
 class Told(flow.Flow):
-    """Tells records of tasks that never ran."""
+    """Returns records of tasks that never ran."""
 
     def run(self, kind, function, tasks, cpus=1, valid=lambda record: True, pooled=False):
         for number, task in enumerate(tasks):
@@ -384,7 +387,7 @@ TASKS = 1500
 
 
 def test_the_driver_holds_little_of_each_task(tmp_path):
-    """Less than 2 KB, of the ten files of each: a million files in 1e5 tasks are 130 MB (docs/benchmarks/curation.md)."""
+    """The limit is 2 KB per task of ten files. A million files in 1e5 tasks take 130 MB (docs/benchmarks/curation.md)."""
     tracemalloc.start()
     parts = ([FilePart(f"f/{i:06d}-{j}.txt", 6 << 20, i) for j in range(10)] for i in range(TASKS))
     engine = StageEngine(Told(Work(Location(str(tmp_path)))), TextSource("in", TextRules()), ["x"], 2 << 30)

@@ -1,4 +1,4 @@
-"""The manifest: a dataset's identity. Nothing can change without its digest, and damage is a DataError."""
+"""Tests the manifest, which is a dataset's identity: every change changes its digest, and damage is a DataError."""
 
 import copy
 import random
@@ -25,7 +25,7 @@ def some_rows(rng: random.Random, n: int = 12) -> list[dict]:
 
 
 def shard(path: Path, lengths: list[int], group: int, seed: int = 0) -> Path:
-    """A real shard of documents of the given lengths, `group` to a row group."""
+    """Writes a real shard of documents with the given lengths, `group` per row group."""
     rng = np.random.default_rng(seed)
     documents = pa.array([rng.integers(0, 1000, n).tolist() for n in lengths], pa.list_(pa.int32()))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def shard(path: Path, lengths: list[int], group: int, seed: int = 0) -> Path:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_what_is_written_is_what_is_read(tmp_path, seed):
-    """Rows come back sorted by path and row group, whatever order they were given in, with the metadata and the digest."""
+    """Rows are read in the order of path and row group, for any order at writing, with the metadata and the digest."""
     rng = random.Random(seed)
     rows = some_rows(rng, rng.randrange(1, 40))
     mixed = rng.sample(rows, len(rows))
@@ -49,7 +49,7 @@ def test_what_is_written_is_what_is_read(tmp_path, seed):
 
 
 def test_the_digest_changes_with_any_value_of_any_row_and_with_any_metadata(tmp_path):
-    """Every column of every row, a row more or less, rows exchanged, and each metadata key count."""
+    """Every column of every row counts, and so do added, missing, and exchanged rows, and each metadata key."""
     rows = some_rows(random.Random(0))
 
     def digest(rows: list[dict], meta: dict) -> str:
@@ -72,7 +72,7 @@ def test_the_digest_changes_with_any_value_of_any_row_and_with_any_metadata(tmp_
 
 
 def test_the_digest_does_not_depend_on_encoding_or_on_itself():
-    """Chunked or not, with its own digest in the metadata or not, keys in any order: the same 64 hex digits."""
+    """The 64 hex digits are the same for chunked tables, with the digest itself in the metadata, and for any order of keys."""
     rows = some_rows(random.Random(1))
     whole = pa.Table.from_pylist(rows, schema=manifest.SCHEMA)
     pieces = pa.concat_tables([whole.slice(0, 5), whole.slice(5, 1), whole.slice(6)])
@@ -83,13 +83,13 @@ def test_the_digest_does_not_depend_on_encoding_or_on_itself():
 
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path):
-    """The error says what is missing and which command makes it."""
+    """The error names the missing file and the command that makes it."""
     with pytest.raises(DataError, match=r"no dataset here \(manifest.parquet is missing\)\. Prepare it: heliostat data prepare"):
         manifest.read(Location(str(tmp_path)))
 
 
 def test_every_version_that_was_written_stays_readable(tmp_path):
-    """By its digest, with its rows and metadata; without a digest, the newest is read. Writing one again adds nothing."""
+    """By its digest, with its rows and metadata. Without a digest, the newest is read. Writing a version again adds nothing."""
     place, rng = Location(str(tmp_path)), random.Random(0)
     written = [manifest.write(place, some_rows(rng, n), {**META, "counts": n}) for n in (1, 7, 3, 12)]
     again = manifest.write(place, written[1].chunks.to_pylist(), {**META, "counts": 7})
@@ -102,7 +102,7 @@ def test_every_version_that_was_written_stays_readable(tmp_path):
 
 
 def test_a_version_is_kept_before_it_becomes_the_newest(tmp_path, monkeypatch):
-    """Whenever writing breaks off, the newest manifest is among the versions."""
+    """After an interruption at any point, the newest manifest is among the versions."""
     place, rng = Location(str(tmp_path)), random.Random(0)
     first = manifest.write(place, some_rows(rng, 3), META)
     real = Location.write
@@ -119,7 +119,7 @@ def test_a_version_is_kept_before_it_becomes_the_newest(tmp_path, monkeypatch):
 
 
 def test_a_dataset_without_kept_versions_still_reads(tmp_path):
-    """Datasets made before versions were kept: the newest is read with its digest and without; `keep` makes up for it."""
+    """For datasets from before versions were kept: the newest is read with and without its digest, and `keep` adds it."""
     place = Location(str(tmp_path))
     made = manifest.write(place, some_rows(random.Random(0)), META)
     place.join(manifest.VERSIONS).delete()
@@ -130,7 +130,7 @@ def test_a_dataset_without_kept_versions_still_reads(tmp_path):
 
 
 def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
-    """DataError with both digests; also if its file holds another version, or is damaged."""
+    """DataError has both digests, also if the version's file holds another version, or is damaged."""
     place = Location(str(tmp_path))
     old, new = (manifest.write(place, some_rows(random.Random(i)), META) for i in range(2))
     with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*didn't keep that version"):
@@ -145,7 +145,7 @@ def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
 
 
 def test_a_changed_manifest_is_refused(tmp_path):
-    """A valid table whose rows were edited does not match its own digest."""
+    """A valid table with edited rows doesn't match its own digest."""
     place = Location(str(tmp_path))
     manifest.write(place, some_rows(random.Random(0)), META)
     table = pq.read_table(tmp_path / manifest.FILE)
@@ -156,7 +156,7 @@ def test_a_changed_manifest_is_refused(tmp_path):
 
 
 def test_a_damaged_manifest_is_never_read_as_another(tmp_path):
-    """Cut anywhere or with any bit turned: DataError, or (an unused bit) exactly what was written."""
+    """Truncated anywhere, or with any flipped bit: DataError or, for an unused bit, exactly the written manifest."""
     place, file, rng = Location(str(tmp_path)), tmp_path / manifest.FILE, random.Random(0)
     good = manifest.write(place, some_rows(rng, 60), META)
     raw, refused = file.read_bytes(), 0
@@ -180,7 +180,7 @@ def test_a_damaged_manifest_is_never_read_as_another(tmp_path):
 @pytest.mark.parametrize("table", [pa.table({"a": [1]}), pa.table({n: [None] for n in manifest.SCHEMA.names})])
 @pytest.mark.parametrize("meta", [None, b"[]", b"{}", b"{", b'"x"'])
 def test_another_parquet_file_is_not_taken_for_a_manifest(tmp_path, table, meta):
-    """Other columns, no metadata, or metadata that is no object: one DataError that names the file."""
+    """With other columns, no metadata, or metadata that isn't an object, one DataError names the file."""
     pq.write_table(table.replace_schema_metadata({"heliostat": meta} if meta else None), tmp_path / manifest.FILE)
     with pytest.raises(DataError, match=r"manifest\.parquet: isn't a heliostat manifest, or is damaged$"):
         manifest.read(Location(str(tmp_path)))
@@ -188,7 +188,7 @@ def test_another_parquet_file_is_not_taken_for_a_manifest(tmp_path, table, meta)
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_footer_says_what_the_shard_holds(tmp_path, seed):
-    """Rows, tokens and sizes of every row group, from the footer, are those of the data; one digest a file."""
+    """Rows, tokens, and sizes of every row group, from the footer, equal those of the data. A file has one digest."""
     rng = random.Random(seed)
     lengths, group = [rng.randrange(1, 60) for _ in range(rng.randrange(1, 90))], rng.randrange(1, 30)
     path = shard(tmp_path / "shards" / "a.parquet", lengths, group, seed)
@@ -202,7 +202,7 @@ def test_a_footer_says_what_the_shard_holds(tmp_path, seed):
 
 
 def test_a_footer_larger_than_the_first_read_is_read_whole(tmp_path):
-    """Thousands of row groups make a footer beyond 64 KiB; it says the same."""
+    """Thousands of row groups make a footer of more than 64 KiB, with the same content."""
     lengths = [1 + i % 5 for i in range(1500)]
     path = shard(tmp_path / "big.parquet", lengths, 1)
     assert int.from_bytes(path.read_bytes()[-8:-4], "little") > 64 << 10
@@ -210,7 +210,7 @@ def test_a_footer_larger_than_the_first_read_is_read_whole(tmp_path):
 
 
 def test_footer_digests_tell_shards_apart(tmp_path):
-    """Shards of the same shape with other contents have other digests; a copy has the same."""
+    """Shards of the same shape with other contents have other digests. A copy has the same digest."""
     lengths = [5, 9, 30, 2]
     for name, seed in (("a", 0), ("b", 0), *((f"c{i}", i) for i in range(1, 20))):
         shard(tmp_path / f"{name}.parquet", lengths, 2, seed)
@@ -219,7 +219,8 @@ def test_footer_digests_tell_shards_apart(tmp_path):
 
 
 def test_a_damaged_shard_is_a_data_error_that_names_it(tmp_path):
-    """Cut at any length, foreign bytes, or a bit of the footer turned: DataError, or a footer that still reads."""
+    """Truncated at any length, with foreign bytes, or with a flipped bit in the footer: DataError, or a footer that is still
+    readable."""
     raw, rng = shard(tmp_path / "good.parquet", [7] * 40, 10).read_bytes(), random.Random(0)
     place, bad = Location(str(tmp_path)), tmp_path / "bad.parquet"
     for size in [0, 1, 3, 4, 7, 8, 11, 12, len(raw) - 1, *(rng.randrange(len(raw)) for _ in range(100))]:
@@ -244,7 +245,7 @@ def test_a_damaged_shard_is_a_data_error_that_names_it(tmp_path):
 
 
 def test_a_missing_shard_and_a_missing_column_are_named(tmp_path):
-    """DataError with the file, and with the column that it lacks."""
+    """DataError has the file, and the column that it lacks."""
     shard(tmp_path / "a.parquet", [1, 2], 2)
     with pytest.raises(DataError, match=r"gone\.parquet"):
         manifest.read_footer(Location(str(tmp_path)), "gone.parquet", "tokens")
@@ -253,7 +254,7 @@ def test_a_missing_shard_and_a_missing_column_are_named(tmp_path):
 
 
 def test_samples_are_whole_sequences_or_rows():
-    """A token chunk gives floor(tokens / length) samples; a chunk of rows gives its rows."""
+    """A row group of tokens gives floor(tokens / length) samples; a row group of rows gives its rows."""
     rows = some_rows(random.Random(2))
     chunks = pa.Table.from_pylist(rows, schema=manifest.SCHEMA)
     for length in (2, 7, 1024, 10**7):

@@ -1,4 +1,4 @@
-"""What `train.zero` offers so that less travels between nodes: what is refused, and what the plan counts."""
+"""Tests the keys of `train.zero` that reduce traffic between nodes: what is rejected, and what the plan counts."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_elastic_job_has_whole_groups(key):
 
 @pytest.mark.parametrize(("workers", "copies"), [(4, 2), (6, 2), (6, 3), (8, 1)])
 def test_groups_share_the_saving_of_what_they_all_have(workers, copies):
-    """Every element is owned once, and a group's slices are those of so many workers alone."""
+    """Every element has one owner. A group's slices equal those of so many workers alone."""
     shapes = {"a": (7, 13), "b": (1,), "c": (64,)}
     owned = zero_layout.slices(shapes, 3, workers, copies=copies)
     found = sorted((name, i) for rank in owned for name, start, numel in rank for i in range(start, start + numel))
@@ -98,7 +98,7 @@ def moved(workers: int = 64, accumulation: int = 8, summed: int = 4, **given) ->
 
 
 def test_what_leaves_a_node_is_counted_for_each_way():
-    """8 nodes of 8 GPUs, 8 billion parameters in bf16, 8 micro-batches."""
+    """For 8 nodes of 8 GPUs, 8 billion parameters in bf16, and 8 micro-batches."""
     plain, copied, divided = moved(), moved(**{"train.zero.hpz_partition_size": 8}), moved(**{"train.zero.shard_group_size": 8})
     quantized = moved(**{"train.zero.quantize_weights": True})
     one = 2 * N * 63 / 64  # all weights, or all gradients, once around

@@ -1,4 +1,4 @@
-"""Large tables are held once by all processes of a machine, in files that no other user can write."""
+"""Tests that all processes of a machine share large tables, in files that no other user can write."""
 
 import dataclasses
 import multiprocessing
@@ -29,14 +29,14 @@ MILLION = 1_000_000
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the files come to lie; everything is large."""
+    """Returns the folder of the files, and treats every table as large."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(mapped, "LARGE", 1)
     return tmp_path / f"heliostat-tables-{os.getuid()}"
 
 
 def test_a_dataset_in_shared_files_gives_the_samples_of_one_in_memory(folder: Path, tmp_path: Path, monkeypatch):
-    """The same sequence and the same held-out samples, now and by the next process; in version 1 too."""
+    """The sequence and the held-out samples are the same, in this process and the next one, also in version 1."""
     for version in (1, 2):
         plan = dataclasses.replace(make_plan(make_dataset(tmp_path / f"{version}", version), held=0.3), version=version)
         made, again = Dataset(plan), Dataset(plan)
@@ -79,7 +79,7 @@ def test_of_processes_that_want_a_table_at_once_one_makes_it(folder: Path, tmp_p
 
 @pytest.mark.parametrize("fault", ["open", "file", "damaged"])
 def test_a_folder_that_others_may_write_and_a_damaged_file_are_not_trusted(folder: Path, fault: str, caplog):
-    """Each process then keeps a table of its own, and says so; a damaged file is written anew."""
+    """Each process then keeps its own table, and logs this. A damaged file is written again."""
     wanted = pa.table({"a": [1, 2, 3]})
     if fault == "open":
         folder.mkdir()
@@ -109,7 +109,7 @@ CHUNKS = 200_000
 
 
 def many_chunks(place: Path, meta: dict[str, object]) -> manifest.Manifest:
-    """Writes a manifest of so many chunks, without shards."""
+    """Writes a manifest with so many row groups, without shards."""
     numbers = np.arange(CHUNKS)
     table = pa.table(
         {
@@ -127,7 +127,7 @@ def many_chunks(place: Path, meta: dict[str, object]) -> manifest.Manifest:
 
 
 def test_a_process_holds_a_few_bytes_a_chunk(folder: Path, tmp_path: Path):
-    """300 bytes a chunk would be 7 GB for 25 million, in each worker and fetch process."""
+    """300 bytes per row group would be 7 GB for 25 million, in each worker and fetch process."""
     source = many_chunks(tmp_path / "a", {})
     plan = DataPlan((str(source.location),), (source.digest,), ((0, (1.0,)),), (None,), 64, 5, 0.01, Shape(64, 4, 2, 1024))
     Dataset(plan).order.locate(np.arange(100))  # makes the files
@@ -142,7 +142,7 @@ def test_a_process_holds_a_few_bytes_a_chunk(folder: Path, tmp_path: Path):
 
 
 def test_a_checked_job_holds_a_few_bytes_a_chunk(folder: Path, tmp_path: Path):
-    """A run's driver keeps what was checked for as long as the run lasts: 200 bytes a chunk would be 5 GB for 25 million."""
+    """A run's driver keeps the checked job during the whole run. 200 bytes per row group would be 5 GB for 25 million."""
     tokens(tmp_path / "a")
     small = manifest.read(Location(str(tmp_path / "a")))
     many_chunks(tmp_path / "a", small.meta)
@@ -177,7 +177,7 @@ print(len(shared.chunks), taken, private() - before)
 
 
 def test_what_a_shared_table_took_goes_back_to_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Arrow keeps freed memory for later, which a driver of 25 million chunks has no use for: 5 GB."""
+    """Arrow keeps freed memory for later use. A driver with 25 million row groups would keep 5 GB without using it."""
     many_chunks(tmp_path / "large", {})
     tokens(tmp_path / "small")
     monkeypatch.setenv("TMPDIR", str(tmp_path))

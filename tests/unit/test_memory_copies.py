@@ -1,5 +1,6 @@
-"""Copies in memory keep up with the state of a large model: pieces are checked while they arrive. Where a worker's copy fails,
-all workers stop together and say so once.
+"""Tests that in-memory checkpoints keep up with the state of a large model: pieces are checked while they arrive.
+
+If one worker's copy fails, all workers stop copying together, and report it once.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ SIZE = 1000  # numbers of a worker's state
 
 
 class Remote:
-    """A keeper as Ray's handle shows it, whose methods run at once. `before`: called with a method's name before it runs."""
+    """Simulates a keeper behind Ray's handle, whose methods run at once. `before`: called with a method's name before it runs."""
 
     def __init__(self, before: Callable[[str], None] = lambda name: None) -> None:
         self.keeper, self._before = MemoryKeeper(), before
@@ -60,7 +61,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Workers:
-    """Two workers, each with a keeper of its own, who keep copies behind each step; `notices` are the terminal's."""
+    """Simulates two workers, each with its own keeper, that keep copies after each step. `notices`: the terminal's lines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *keepers: Remote) -> None:
         self.keepers, self.notices = keepers, list[str]()
@@ -102,7 +103,7 @@ def test_copies_arrive_in_pieces_and_are_intact(monkeypatch):
 
 
 def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch):
-    """It read the whole copy again behind its last piece, one copy at a time: 96 GB of a node's, at 1.8 GB/s, in 60 s."""
+    """It read the whole copy again after its last piece, one copy at a time: 96 GB per node, at 1.8 GB/s, in 60 s."""
     read, keeper = [], MemoryKeeper()
     summed = memory_keeper.summed
     monkeypatch.setattr(memory_keeper, "summed", lambda data, start: (read.append(len(data)), summed(data, start))[1])
@@ -116,7 +117,7 @@ def test_a_keeper_checks_pieces_while_they_arrive_and_seals_at_once(monkeypatch)
 
 
 def test_pieces_of_several_workers_are_taken_at_the_same_time(monkeypatch):
-    """While one piece is checked, other threads of the keeper take others."""
+    """While one piece is checked, other threads of the keeper receive others."""
     keeper, both = MemoryKeeper(), threading.Barrier(2, timeout=120)
     monkeypatch.setattr(memory_keeper, "summed", lambda data, start: both.wait())
     data = torch.zeros(100, dtype=torch.uint8).numpy()
@@ -131,7 +132,7 @@ def test_pieces_of_several_workers_are_taken_at_the_same_time(monkeypatch):
 
 
 def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
-    """The others' generations would lack its part; they went on to make them, and only its own notice said so."""
+    """The other workers' generations would lack its part. They continued to copy, and only the failed worker reported it."""
     lost = threading.Event()
 
     def losing(name: str) -> None:
@@ -155,7 +156,7 @@ def test_all_workers_stop_together_when_a_copy_of_one_fails(monkeypatch):
 
 
 def test_copies_that_training_waits_too_long_for_are_switched_off(monkeypatch):
-    """With a deadline for the whole copy, not for each answer alone."""
+    """The deadline is for the whole copy, not for each answer."""
     monkeypatch.setattr(memory_copies, "WAIT_S", 0.05)
     slow, go = Remote(lambda name: go.wait(300) if name == "write" else None), threading.Event()
     workers = Workers(monkeypatch, Remote(), slow)
@@ -232,7 +233,7 @@ def test_the_oldest_generation_makes_room_when_a_third_begins():
 
 
 def test_copies_that_come_after_their_attempt_are_refused_and_counted():
-    """They made the generation that the next attempt starts from give way, or wrote into it."""
+    """They replaced the generation from which the next attempt starts, or wrote into it."""
     keeper = MemoryKeeper(1)
     for step in (10, 20):
         kept(keeper, f"1:{step}", 0, step)
@@ -252,7 +253,7 @@ def test_copies_that_come_after_their_attempt_are_refused_and_counted():
 
 
 def test_a_keeper_that_dies_while_its_copies_are_checked_costs_the_newest_generation_alone(monkeypatch):
-    """Older ones are looked for without it, and it is ended once."""
+    """The search for older generations continues without it, and it is ended once."""
     one, other = Remote(), Remote(lambda name: _dead() if name == "intact" else None)
     for rank in (0, 1):
         kept(one.keeper, "0:10", rank, 10)
@@ -302,7 +303,7 @@ def test_what_is_needed_is_two_generations_of_all_workers():
 
 
 class OnGpu(torch.Tensor):
-    """A tensor of this host that says it is on a GPU, and notes what is done with it, and in which thread."""
+    """Simulates a tensor on a GPU with one of this host. Records its operations, and their threads."""
 
     log: list[tuple[str, str]] = []
 
@@ -320,7 +321,7 @@ class OnGpu(torch.Tensor):
 
 
 class Streams:
-    """Stands for `torch.cuda`: notes what is queued and waited for, and in which thread."""
+    """Replaces `torch.cuda`: records the queued work, the waits, and their threads."""
 
     device = "cuda:0"
 
@@ -339,7 +340,7 @@ class Streams:
 
 
 def test_copies_of_a_gpu_go_by_a_stream_of_their_own_and_only_kernels_wait_for_them(monkeypatch):
-    """They were packed on the training's stream, with copies that block, and the host waited in the optimizer's step."""
+    """They were packed on the training's stream with blocking copies, and the host waited in the optimizer's step."""
     OnGpu.log, training, pinned = [], Streams("training"), list[bool]()
     buffer = memory_copies.flat_copy.as_buffer
     monkeypatch.setattr(memory_copies.flat_copy, "as_buffer", lambda size, pin: (pinned.append(pin), buffer(size, False))[1])

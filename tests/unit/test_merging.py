@@ -1,4 +1,5 @@
-"""Merging runs before shards are read, and spills before documents are compared: the same rows, in few files for each task."""
+"""Tests merging runs before shards are read, and spills before documents are compared: each task reads the same rows from few
+files."""
 
 import random
 
@@ -24,7 +25,7 @@ def bounds(shards: int):
 
 
 def run_of(folder: Location, seed: int, rows: int, size: int, decided: bool) -> SpilledRun:
-    """A spilled run of random keys; with some rows that were decided against, if asked."""
+    """Spills a run of random keys, with some dropped rows on request."""
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, 1 << 64, rows, np.uint64)
     columns = {"key": keys, "row": range(rows), "hash": [int(k).to_bytes(8, "big") * 4 for k in keys],
@@ -47,7 +48,7 @@ SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.ci) for seed in range
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_document_is_in_the_runs_of_its_range_once(tmp_path, monkeypatch, seed):
-    """Whatever the number of runs and shards and the size of a run: a shard's range holds the same documents as before."""
+    """For any number of runs and shards and any run size, a shard's range holds the same documents as before."""
     rng = random.Random(seed)
     monkeypatch.setattr(merging, "MANY", rng.choice([1, 20]))
     monkeypatch.setattr(merging, "LEAST", rng.choice([200, 2000]))
@@ -80,14 +81,14 @@ def test_few_runs_and_large_parts_are_read_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("exponent", range(28, 52, 3))
 def test_a_web_is_merged_four_times_at_most(exponent):
-    """By arithmetic, for 256 MB to 500 TB in runs of 32 MiB and shards of 64 MiB: each pass costs its bytes."""
+    """By arithmetic, for 256 MB to 500 TB in runs of 32 MiB and shards of 64 MiB. Each pass costs its bytes."""
     total = 1 << exponent
     times = merging.passes(total >> 25, total, total >> 26, 1 << 25)
     assert times <= 4 and (times > 0) is (total > 1 << 34), "parts of 16 GB are LEAST"
 
 
 def test_the_dataset_and_its_record_are_the_same_with_merges(tmp_path, monkeypatch):
-    """Of runs before shards, and of spills before they are compared and before the record is sorted."""
+    """Merges runs before shards, spills before they are compared, and spills before the record is sorted."""
     make_input(tmp_path / "in")
     monkeypatch.setattr(reasons, "END_ROWS", 20)
     first, plain = make(tmp_path, "first", STAGES)
@@ -133,7 +134,7 @@ def test_each_range_has_its_rows_in_few_spills(tmp_path, monkeypatch, seed):
 
 @pytest.mark.parametrize("parts", [300, 3000, 30_000])
 def test_what_is_opened_grows_with_the_power_of_one_and_a_half(tmp_path, monkeypatch, parts):
-    """By arithmetic, of as many spills as parts; a merge is said to find nothing, so that none is made."""
+    """By arithmetic, with as many spills as parts. A simulated merge finds no rows, so no spills are written."""
     opened = [0]
 
     class Counting(HereFlow):

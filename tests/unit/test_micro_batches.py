@@ -1,4 +1,4 @@
-"""A step may take longer than `watchdog.stall`: each micro-batch is progress, and none costs a wait for the device."""
+"""Tests that a step may take longer than `watchdog.stall`: each micro-batch is progress, without a wait for the device."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from heliostat.training.worker.objective import Objective
 
 
 class Unread(torch.Tensor):
-    """A tensor of a device that must not be waited for: nothing reads its value."""
+    """Simulates a tensor of a device that must not be waited for, so its value must not be read."""
 
     def __float__(self) -> float:
         raise AssertionError("the host waits for the device")
@@ -77,7 +77,7 @@ def test_every_pass_of_a_loss_that_couples_samples_is_progress(engine, monkeypat
 
 
 def test_batches_come_in_order_and_uncopied_on_a_cpu():
-    """The way to a GPU is held to this one by `tests.gpu`."""
+    """`tests.gpu` compares the path to a GPU with this one."""
     micros = [{"tokens": torch.full((2, 3), i), "labels": torch.full((2,), -i)} for i in range(3)]
     got = list(on_device(micros, torch.device("cpu")))
     assert [[batch[name].tolist() for name in batch] for batch in got] == [[m[name].tolist() for name in m] for m in micros]

@@ -1,4 +1,5 @@
-"""Near duplicates: the signatures' curve, exact clusters of any graph, who stays, and the same from any cut of the input."""
+"""Tests near-duplicates: the curve of the signatures, exact clusters of any graph, the kept documents, and the same result for
+any split."""
 
 import itertools
 import random
@@ -24,7 +25,7 @@ def text(rng: random.Random, length: int = 150) -> list[str]:
 
 
 def changed(rng: random.Random, base: list[str], similarity: float) -> list[str]:
-    """Replaces words in blocks at the end, so that the 5-grams' Jaccard similarity is about what is asked."""
+    """Replaces words in blocks at the end, so that the Jaccard similarity of the 5-grams is about the requested one."""
     shared = 2 * similarity / (1 + similarity)
     stop = round(len(base) * shared)
     return base[:stop] + text(rng, len(base) - stop)
@@ -37,7 +38,7 @@ def jaccard(a: list[str], b: list[str]) -> float:
 
 @pytest.mark.parametrize("similarity", [0.5, 0.7, 0.8, 0.9])
 def test_pairs_meet_as_often_as_the_curve_says(similarity):
-    """Of 400 planted pairs, within three standard deviations of the binomial."""
+    """For 400 planted pairs, within three standard deviations of the binomial."""
     rng = random.Random(similarity)
     pairs = [(base, changed(rng, base, similarity)) for base in (text(rng) for _ in range(400))]
     made, which = keys([" ".join(t) for pair in pairs for t in pair], FINEWEB)
@@ -59,7 +60,7 @@ def test_a_text_without_words_has_no_key_and_a_short_one_is_a_single_gram():
 
 
 def reference(edges: list[tuple[int, int]]) -> dict[int, int]:
-    """Finds the least node of each node's component by union-find."""
+    """Finds the smallest node of each node's component by union-find."""
     parent: dict[int, int] = {}
 
     def root(x: int) -> int:
@@ -106,7 +107,8 @@ def test_components_are_those_of_union_find(tmp_path, shape, parts):
 
 
 def planted(clusters: int = 40) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Returns texts by id, and of each cluster the ids: two to five texts that differ in their last words, and others."""
+    """Returns texts by id, and the ids of each cluster: two to five texts that differ in their last words. Other texts are in no
+    cluster."""
     rng, texts, groups = random.Random(7), dict[str, str](), dict[str, set[str]]()
     for c in range(clusters):
         base = text(rng, 200)
@@ -147,7 +149,7 @@ def test_the_rule_says_who_stays(tmp_path, rule, column):
 
 
 def test_the_same_stay_however_the_input_is_cut(tmp_path):
-    """Other pieces, other runs, other parts of the keys, another order, tasks that run twice: the same decisions."""
+    """Other pieces, runs, parts of the keys, and orders, and tasks that run twice, give the same decisions."""
     texts, _ = planted()
     texts |= {f"copy-{id}": value for id, value in list(texts.items())[:30]}
     first, here = curate(tmp_path / "a", texts, [{"stage": "minhash"}], pieces=1, memory_limit=1 << 30)
@@ -159,7 +161,7 @@ def test_the_same_stay_however_the_input_is_cut(tmp_path):
 
 
 def test_a_part_is_not_read_out_of_every_run(tmp_path, monkeypatch):
-    """Runs and parts both grow with the input: reading each part out of each run would cost their product."""
+    """Runs and parts both grow with the input. Reading each part from each run would cost their product."""
     texts, _ = planted()
     wanted, here = curate(tmp_path / "whole", texts, [{"stage": "minhash"}])
     reads, read = [0], spill.read
@@ -194,7 +196,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_texts_that_differ_in_what_fineweb_leaves_out_are_near_duplicates(tmp_path, change):
-    """All 25 pairs, in which every tenth word is a number."""
+    """All 25 pairs are found, with a number as every tenth word."""
     rng, texts = random.Random(change), dict[str, str]()
     for i in range(25):
         base = [f"#{rng.randrange(10**4)}" if rng.random() < 0.1 else word for word in text(rng)]
@@ -204,7 +206,7 @@ def test_texts_that_differ_in_what_fineweb_leaves_out_are_near_duplicates(tmp_pa
 
 
 def test_tables_of_numbers_and_scripts_without_spaces_are_told_apart(tmp_path):
-    """Texts that have nothing in common stay, though all of their words are numbers, or vowel signs make the difference."""
+    """Texts without a common part stay, although all of their words are numbers, or only vowel signs differ."""
     rng = random.Random(4)
     tables = {f"t{i}": "\n".join(" | ".join(str(rng.randrange(1000)) for _ in range(6)) for _ in range(30)) for i in range(20)}
     chinese = {f"c{i}": "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(200)) for i in range(20)}
@@ -217,7 +219,7 @@ def test_tables_of_numbers_and_scripts_without_spaces_are_told_apart(tmp_path):
 
 
 def test_documents_are_compared_within_a_columns_value_alone(tmp_path):
-    """FineWeb compares the pages of one crawl: the same page of another crawl stays."""
+    """FineWeb compares the pages of one crawl, so the same page of another crawl stays."""
     base = " ".join(text(random.Random(9)))
     dumps = {"a": "2023-14", "b": "2023-14", "c": "2024-10", "d": "2024-10", "e": None, "f": None}
     columns = {id: {"dump": dump} if dump else {} for id, dump in dumps.items()}
@@ -227,7 +229,7 @@ def test_documents_are_compared_within_a_columns_value_alone(tmp_path):
 
 
 def test_thousands_of_copies_are_a_row_of_each_run_to_the_tasks_that_compare(tmp_path, monkeypatch):
-    """And not a row of each copy, under each of its keys: a page that half the web has would be one task's."""
+    """The tasks don't get a row per copy under each of its keys. Otherwise a page that half the web has would fill one task."""
     most, now, execute, read = Counter[str](), ["", 0], flow.execute, spill.read
 
     def executed(work, run, kind, *more, **shared):

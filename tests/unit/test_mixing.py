@@ -1,4 +1,4 @@
-"""Sources are mixed exactly by arithmetic, weights may change, sources may be used up, and every run is cut into sections."""
+"""Tests mixing: sources are mixed exactly, weights may change, sources may run out, and every run is split into sections."""
 
 import time
 import tracemalloc
@@ -16,7 +16,7 @@ from tests.unit.test_order import WEIGHTS
 
 
 def random_mixture(seed: int) -> Mixture:
-    """Any weights, units of several samples, and sources that are owed something or had too much."""
+    """Returns random weights, units of several samples, and sources that have had too few or too many samples."""
     rng = np.random.default_rng(seed)
     weights = [round(float(w), int(rng.integers(0, 5))) for w in rng.random(int(rng.integers(1, 8)))]
     weights[0] = weights[0] or 1.0
@@ -26,7 +26,7 @@ def random_mixture(seed: int) -> Mixture:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_ten_thousand(weights):
-    """Each source's share of any 10,000 consecutive samples is its weight to within 1 % of the samples."""
+    """Each source's share of any 10,000 consecutive samples equals its weight within 1 % of the samples."""
     mixture, share = Mixture(weights), np.array(weights) / sum(weights)
     assert np.allclose(mixture.counts(mixture.period) / mixture.period, share, rtol=1e-12, atol=0)
     for start in np.random.default_rng(0).integers(0, 10**9, 300).tolist():
@@ -39,7 +39,7 @@ def test_sources_are_mixed_exactly_over_a_period_and_within_one_percent_of_any_t
 
 @every_seed(60)
 def test_any_stretch_is_that_of_the_whole_and_counting_agrees_with_listing(seed):
-    """Nothing depends on where a stretch begins or ends; a source's samples are numbered one after another."""
+    """The result doesn't depend on the ends of a range. A source's samples are numbered consecutively."""
     rng, mixture = np.random.default_rng([seed, 1]), random_mixture(seed)
     begin = int(rng.choice([0, 0, 10**9, 10**13]))
     source, item = mixture.lay_out(begin, begin + 3000)
@@ -55,7 +55,7 @@ def test_any_stretch_is_that_of_the_whole_and_counting_agrees_with_listing(seed)
 
 @every_seed(60)
 def test_what_is_owed_is_the_share_less_what_was_taken(seed):
-    """The account balances to a billionth of a sample, and stays within a few samples."""
+    """The balance is exact to a billionth of a sample, and stays within a few samples."""
     mixture, rng = random_mixture(seed), np.random.default_rng(seed)
     start = np.array(mixture.owed(0)) / OWED
     for units in [0, *rng.integers(0, 10**7, 5).tolist()]:
@@ -67,7 +67,8 @@ def test_what_is_owed_is_the_share_less_what_was_taken(seed):
 
 
 def test_the_order_is_by_exact_due_times():
-    """A long period against its definition, in whole numbers of any size: the sample with the earliest (2j + 1) / c first."""
+    """Compares a long period with its definition, in integers of any size: the sample with the smallest (2j + 1) / c comes
+    first."""
     weights = [0.61803, 0.27183, 0.11014]
     mixture = Mixture(weights)
     due = sorted((Fraction(2 * j + 1, c), s) for s, c in enumerate(mixture.parts) for j in range(c))
@@ -75,7 +76,7 @@ def test_the_order_is_by_exact_due_times():
 
 
 def test_a_hundred_sources_of_six_digits_take_no_memory_and_no_time():
-    """Tables of the period would be 800 MB."""
+    """Tables of the period would take 800 MB."""
     rng = np.random.default_rng(0)
     weights = [round(float(w), 6) for w in rng.dirichlet(np.ones(100))]
     tracemalloc.start()
@@ -90,7 +91,7 @@ def test_a_hundred_sources_of_six_digits_take_no_memory_and_no_time():
 
 
 def test_weights_that_mean_the_same_give_the_same_mixture():
-    """Only proportions count, and decimal weights are taken as written (0.1 is a tenth)."""
+    """Only proportions count, and decimal weights are exact (0.1 is a tenth)."""
     assert proportions([0.1, 0.2]) == proportions([1.0, 2.0]) == [1, 2]
     assert proportions([5.0, 5.0]) == proportions([0.5, 0.5])
     assert proportions([0.7, 0.2, 0.1]) == [7, 2, 1]
@@ -98,19 +99,20 @@ def test_weights_that_mean_the_same_give_the_same_mixture():
 
 @pytest.mark.parametrize("weights", [[1.0, 0.33333333333333331], [1e-300, 1.0], [1.0, 1e9]])
 def test_weights_that_cannot_be_honoured_are_refused(weights):
-    """One ConfigError, not a frozen machine."""
+    """They raise one ConfigError, and don't freeze the machine."""
     with pytest.raises(ConfigError, match=r"data\.sources: weights .* have too many digits for exact mixing\. Round them$"):
         Mixture(weights)
 
 
 def taken(found: list, step: int, shape: Shape, first: int = 0) -> np.ndarray:
-    """Samples of each source before a step."""
+    """Returns the samples of each source before a step."""
     last = [s for s in found if s.first_step < max(step, 1)][-1]
     return last.before((step - first) * shape.batch)
 
 
 def random_run(seed: int) -> tuple[list, list, Shape]:
-    """Ten sources of several digits, most of them capped, and weights that change a few times; half the runs by units."""
+    """Returns a run of ten sources of several digits, most with a cap, whose weights change a few times. Half of the runs use
+    units."""
     rng = np.random.default_rng([seed, 3])
     sources = 10
     starts = np.cumsum(rng.integers(1, 300, int(rng.integers(0, 4))))
@@ -122,7 +124,7 @@ def random_run(seed: int) -> tuple[list, list, Shape]:
 
 
 def test_a_mix_whose_cap_ends_inside_a_round_is_planned():
-    """The rest of a section goes on where the section stopped: no cap is overrun, so none is waited for."""
+    """The rest of a section starts where the section stopped. No cap is exceeded, so no source is waited for."""
     shape, caps = Shape(32, 32, 16, 16), [3680, 680, 3060]
     found, end = sections([(0, [0.6, 0.4, 0.9])], caps, shape)
     assert end is not None and sum(caps) - 3 * 32 < end * 32 <= sum(caps)
@@ -131,7 +133,7 @@ def test_a_mix_whose_cap_ends_inside_a_round_is_planned():
 
 @every_seed(40)
 def test_max_epochs_is_never_exceeded_and_what_is_left_is_less_than_a_step(seed):
-    """By no sample at any step, with batches of one source too; the run goes on while one source can fill a step."""
+    """Not by one sample at any step, also with batches of one source. The run continues while one source can fill a step."""
     mix, caps, shape = random_run(seed)
     found, end = sections(mix, caps, shape)
     most = np.array([np.iinfo(np.int64).max if c is None else c for c in caps])
@@ -150,7 +152,7 @@ def test_max_epochs_is_never_exceeded_and_what_is_left_is_less_than_a_step(seed)
 
 
 def test_batches_of_one_source_keep_their_caps():
-    """Lanes of 64 samples, each of one source: none begins that its source cannot fill."""
+    """With virtual ranks of 64 samples, each of one source: none starts that its source can't fill."""
     shape = Shape(256, 4, 5, 640, unit=64)
     splits = [whole(np.full(40, 97), np.ones(40), 0.0) for _ in range(3)]
     order = Order(splits, [(0, [0.5, 0.3, 0.2])], 1, shape, [1.0, 0.7, 2.0])
@@ -164,7 +166,7 @@ def test_batches_of_one_source_keep_their_caps():
 
 
 def test_a_small_weight_that_changes_every_step_gets_its_samples():
-    """0.001 of 1,024 steps of 1,000 samples is 1,024 samples, though no step is owed more than one and a bit."""
+    """0.001 of 1,024 steps with 1,000 samples is 1,024 samples, although each step is owed little more than one."""
     weights = [[0.998, 0.001, 0.001], [0.9985, 0.001, 0.0005]]
     mix = [(step, weights[step % 2]) for step in range(1024)]
     shape = Shape(1000, 1, 1, 1000)
@@ -176,7 +178,7 @@ def test_a_small_weight_that_changes_every_step_gets_its_samples():
 
 @every_seed(20)
 def test_a_curriculum_gives_the_sum_of_its_shares(seed):
-    """To within a few samples at every change, however many there are; a source that pauses keeps what it is owed."""
+    """The sum is exact within a few samples at every change, for any number of changes. A paused source keeps its balance."""
     rng = np.random.default_rng(seed)
     sources, batch = int(rng.integers(2, 6)), int(rng.integers(1, 50))
     starts = [0, *np.cumsum(rng.integers(1, 4, 300)).tolist()]
@@ -196,7 +198,7 @@ def test_a_curriculum_gives_the_sum_of_its_shares(seed):
 
 
 def test_an_order_of_ten_billion_samples_goes_on_for_a_hundred_thousand_epochs():
-    """Positions of 1e15 are located in the epochs that they belong to."""
+    """Positions of 1e15 are located in their epochs."""
     splits = [whole(np.full(10_000, 1_000_000), np.ones(10_000), 0.0), whole(np.full(3, 2_000_000_000), np.ones(3), 0.0)]
     shape = Shape(1024, 8, 16, 8192)
     order = Order(splits, [(0, [10.0, 6.0])], 5, shape, [1e5, None])
@@ -218,7 +220,7 @@ def test_an_order_of_ten_billion_samples_goes_on_for_a_hundred_thousand_epochs()
 
 @pytest.mark.parametrize("samples", [10**9, 22 * 10**8, 10**6])
 def test_an_epoch_number_times_a_dataset_s_size_does_not_overflow(samples):
-    """1e9 samples in epoch 2, LAION's 2.2e9 at step 0, 1e6 in epoch 2,147: each is more than 32 bits hold."""
+    """1e9 samples in epoch 2, LAION's 2.2e9 at step 0, and 1e6 in epoch 2,147: each exceeds 32 bits."""
     order = Order([whole(np.full(100, samples // 100), np.ones(100), 0.0)], [(0, [1.0])], 0, Shape(64, 2, 1, 64))
     for epoch in (0, 2, 3, 2146, 2147, 2148, 5000):
         found = order.locate(np.arange(epoch * samples, epoch * samples + 64))

@@ -1,4 +1,4 @@
-"""Which cores a worker with a GPU stays on: those that Linux lists beside the device, of those that it may use at all."""
+"""Tests the CPU cores of a worker with a GPU: those that Linux lists for the device, among those that the worker may use."""
 
 import os
 

@@ -1,4 +1,5 @@
-"""What a node's GPUs are busy with is read without CUDA, and one that is broken does not end the reading of the others."""
+"""Tests that the utilization of a node's GPUs is read without CUDA, and that a broken GPU doesn't stop the reading of the
+others."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ class NVMLError(Exception): ...
 
 
 class Nvml:
-    """NVIDIA's bindings on a node with four GPUs, of which the third has fallen off the bus, and the second measures no power."""
+    """Simulates NVIDIA's bindings on a node with four GPUs. The third has fallen off the bus, and the second measures no
+    power."""
 
     NVMLError = NVMLError
 
@@ -83,6 +85,6 @@ def test_a_lost_gpu_is_told_of_once_and_samples_go_on():
 
 
 def test_ray_brings_the_bindings_along():
-    """Nothing else has to be installed."""
+    """No other installation is needed."""
     names = [name for name in dir(Nvml) if name.startswith(("nvml", "NVML"))]
     assert all(hasattr(bundled, name) for name in [*names, "nvmlInit"])

@@ -1,4 +1,4 @@
-"""A run's samples do not depend on the number of streams that bring them."""
+"""Tests that a run's samples don't depend on the number of streams that deliver them."""
 
 import dataclasses
 from types import SimpleNamespace

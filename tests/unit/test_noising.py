@@ -1,4 +1,5 @@
-"""The forward process: the closed form is the step-by-step noising; targets undo it; weights and samplers are the papers'."""
+"""Tests the forward process: the closed form equals step-by-step noising, targets invert it, and weights and samplers follow the
+papers."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def process(**keys) -> Process:
 
 @pytest.mark.parametrize("keys", DIFFUSION, ids=str)
 def test_the_closed_form_is_noising_step_by_step(keys):
-    """x_t = sqrt(1 - b_t) x_{t-1} + sqrt(b_t) noise, carried through as a mean and a variance, to 1e-6; the last step of
-    zero_terminal_snr is pure noise."""
+    """x_t = sqrt(1 - b_t) x_{t-1} + sqrt(b_t) noise, computed for mean and variance, to 1e-6. With zero_terminal_snr, the last
+    step is pure noise."""
     made = process(**keys)
     betas = made.scheduler("ddpm").betas.double()
     mean, variance = 1.0, 0.0
@@ -41,7 +42,7 @@ def test_the_closed_form_is_noising_step_by_step(keys):
 
 
 def test_noised_samples_have_the_closed_forms_distribution():
-    """200,000 numbers, noised in 50 steps: mean and variance to 4 standard errors."""
+    """For 200,000 numbers, noised in 50 steps, the mean and variance agree within 4 standard errors."""
     made, n = process(steps=50), 200_000
     generator = torch.Generator().manual_seed(0)
     clean = torch.full((n,), 0.7, dtype=torch.float64)
@@ -56,7 +57,7 @@ def test_noised_samples_have_the_closed_forms_distribution():
 
 @pytest.mark.parametrize("keys", [*DIFFUSION, {"prediction": "flow"}, {"prediction": "flow", "shift": 3.0}], ids=str)
 def test_what_the_network_is_taught_gives_back_the_image(keys):
-    """A perfect answer and the noisy image determine the image: x_0 from each of the three predictions."""
+    """A perfect prediction and the noisy image determine the image: x_0 from each of the three predictions."""
     made = process(**keys)
     generator = torch.Generator().manual_seed(1)
     clean, noise = (torch.randn((32, 2, 4, 4), generator=generator) for _ in range(2))
@@ -84,7 +85,7 @@ def test_noise_and_targets_are_those_of_diffusers(keys):
 
 
 def test_min_snr_weights_are_the_papers():
-    """w = min(snr, gamma) over snr (epsilon) and over snr + 1 (v); without it every weight is 1."""
+    """w = min(snr, gamma), divided by snr (epsilon) or by snr + 1 (v). Without min-SNR, every weight is 1."""
     t = torch.arange(1000)
     for prediction in ("epsilon", "v"):
         made = process(prediction=prediction, min_snr=5.0)
@@ -98,7 +99,7 @@ def test_min_snr_weights_are_the_papers():
 
 
 def test_the_step_of_pure_noise_is_learnt_with_min_snr_too():
-    """Its signal-to-noise ratio is 0, and so would be its weight; where the ratio is above 1, weights are the paper's."""
+    """Its signal-to-noise ratio is 0, and so would be its weight. Where the ratio is above 1, weights are the paper's."""
     t = torch.arange(1000)
     floored, paper = (process(prediction="v", min_snr=5.0, zero_terminal_snr=z) for z in (True, False))
     image, noise = floored.coefficients(t)
@@ -144,7 +145,7 @@ def test_a_sampler_that_cannot_sample_the_objective_is_refused():
 @pytest.mark.parametrize("name", ["ddim", "dpm++", "ddpm"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
 def test_a_sampler_with_the_exact_score_of_a_gaussian_samples_that_gaussian(name, prediction):
-    """Data that is normal (mean 0.5, deviation 0.2) has a known best answer; 100 steps sample it to 0.02."""
+    """Normal data (mean 0.5, deviation 0.2) has a known best prediction. 100 steps sample it within 0.02."""
     made = process(prediction=prediction)
     scheduler = made.scheduler(name)
     scheduler.set_timesteps(100)

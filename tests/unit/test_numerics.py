@@ -1,4 +1,4 @@
-"""The pure parts of `check --numerics` and `train.sdc_check`: distances, causes, votes, digests, and the small job."""
+"""Tests the pure parts of `check --numerics` and `train.sdc_check`: distances, causes, votes, digests, and the small job."""
 
 from __future__ import annotations
 

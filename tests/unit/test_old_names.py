@@ -1,4 +1,4 @@
-"""Keys that were renamed: old names work in files, settings, records, sweeps, and recipes; each is logged once for a file."""
+"""Tests renamed keys: old names work in files, settings, records, sweeps, and recipes, and each is logged once per file."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ VALUES = {
 
 
 def before() -> dict:
-    """A job as an earlier version wrote and recorded it."""
+    """Returns a job as an earlier version wrote and recorded it."""
     old = raw(**{"train.global_batch_size": None, "train.micro_batch_size": None})
     for path, value in VALUES.items():
         section, _, key = path.partition(".")
@@ -125,7 +125,7 @@ PIPELINE = {"name": "a", "input": "in", "output": "out", "tokenizer": {"vocab_si
 
 
 def test_pipelines_agree_on_columns_and_their_digests_stay():
-    """The digests are those that the version before computed from `text_column`, `columns: [...]`, and `query_column`."""
+    """The version before computed the same digests from `text_column`, `columns: [...]`, and `query_column`."""
     old = TextPipeline(**PIPELINE, text_column="content", columns=["url"])
     new = TextPipeline(**PIPELINE, columns={"text": "content", "others": ["url"]})
     assert old == new and (old.identity()["text_column"], old.identity()["columns"]) == ("content", ["url"])

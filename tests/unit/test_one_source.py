@@ -1,4 +1,5 @@
-"""Batches of one source: every lane's share of a step comes from one, in an order as exact and elastic as any other."""
+"""Tests batches of one source: every virtual rank's share of a step comes from one source, in an order as exact and elastic as
+any other."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from tests.unit.build_job import job
 
 @pytest.mark.parametrize("unit", [1, 2, 5])
 def test_a_mixture_of_units_counts_what_it_gives(unit):
-    """counts(g) is what a count of the first g positions says, and a unit is of one source."""
+    """counts(g) equals a count of the first g positions, and a unit belongs to one source."""
     mixture = Mixture([3.0, 1.0, 0.5], unit)
     sources, _ = mixture.lay_out(0, 400)
     for g in range(400):
@@ -34,7 +35,7 @@ def order(sizes: list[list[int]], weights: list[float], batch: int, lanes: int, 
 
 @pytest.mark.parametrize(("batch", "lanes"), [(8, 2), (12, 4), (6, 1)])
 def test_every_lane_of_every_step_is_of_one_source_and_an_epoch_holds_each_sample_once(batch, lanes):
-    """With weights in proportion to the sizes, so that the epochs of all sources end together."""
+    """Weights are proportional to the sizes, so that the epochs of all sources end together."""
     sizes = [[30, 42, 48], [60], [20, 20, 20]]
     made = order(sizes, [120.0, 60.0, 60.0], batch, lanes)
     steps = 240 // batch
@@ -72,7 +73,7 @@ def buckets(tmp_path) -> Path:
 
 
 def test_a_collection_is_complete_datasets_and_one_digest(buckets):
-    """A part without images is none; each part is a dataset of its own; the whole has a digest."""
+    """A part without images doesn't exist. Each part is a dataset, and the whole collection has a digest."""
     whole = manifest.read(Location(str(buckets)))
     assert whole.kind == "collection" and whole.meta["parts"] == {"8x16": 30, "16x8": 10} and whole.rows == 40
     part = manifest.read(Location(str(buckets / "8x16")))
@@ -84,7 +85,7 @@ def test_a_collection_is_complete_datasets_and_one_digest(buckets):
 
 
 def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets):
-    """As between the moments at which a `prepare` publishes the parts and the whole: never one version's parts with another's."""
+    """For example, while a `prepare` publishes the parts and then the collection: parts of two versions never mix."""
     place = Location(str(buckets / "8x16"))
     manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
     with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 has digest .*: a prepare .* Run it again"):
@@ -92,7 +93,7 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
 
 
 def test_a_run_keeps_the_version_of_a_collection_that_it_began_with(buckets):
-    """Whatever `prepare` has published since, or is about to: its parts, their shares, their digests."""
+    """A later `prepare` doesn't change its parts, their shares, and their digests."""
     from heliostat.data.dataset import plan
 
     base = {

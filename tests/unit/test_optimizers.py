@@ -1,4 +1,4 @@
-"""The optimizers that a job may name: their keys, what they keep, and that ZeRO may step slices of parameters apart."""
+"""Tests the optimizers that a job may name: their keys, their state, and that ZeRO may step slices of parameters separately."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STATE = [("exp_avg", "exp_avg_sq"), ("momentum_buffer",), (), ("momentum_buffer"
 
 
 def changed(keys: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a job that name the optimizer, with a schedule that it may have."""
+    """Returns the keys of a job that name the optimizer, with a valid schedule."""
     return {"train.optimizer": keys} | ({"train.schedule.name": "constant"} if keys.get("name") == "schedule_free" else {})
 
 
@@ -59,7 +59,7 @@ def fault(**keys: Any) -> str:
 
 
 def stepped(made: torch.optim.Optimizer, parts: list[torch.Tensor], cut: int, steps: int = 5) -> torch.Tensor:
-    """The parameter [6, 4], held as parts of its flat form that begin with `cut` elements, after some steps."""
+    """Returns the parameter [6, 4] after some steps, with its flat form split after `cut` elements."""
     for step in range(steps):
         gradient = torch.randn(24, generator=torch.Generator().manual_seed(step))
         for part, its in zip(parts, (gradient[:cut], gradient[cut:]), strict=False):
@@ -81,7 +81,7 @@ def test_every_registered_optimizer_is_tried_here_and_in_the_grid_of_engines():
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize(("keys", "state"), zip(SETTINGS, STATE, strict=True))
 def test_an_optimizer_keeps_what_its_class_says(keys, state, hidden):
-    """Of the parameter's shape, in fp32; and to begin as the class says is to begin as a lone process does, to the last bit."""
+    """The state has the parameter's shape, in fp32. Its initial value equals that of a single process, to the last bit."""
     settings = optimizer(**keys)
     whole = torch.nn.Parameter(parameter().view(6, 4))
     lazy = settings.build(groups(settings, [whole], hidden))
@@ -97,7 +97,7 @@ def test_an_optimizer_keeps_what_its_class_says(keys, state, hidden):
 
 
 def apart(build: Any) -> float:
-    """How far the parameter, stepped whole, is from two flat slices of it, stepped apart: as ZeRO cuts it."""
+    """Returns the distance between the parameter stepped whole, and stepped as two flat slices, as ZeRO splits it."""
     whole = torch.nn.Parameter(parameter().view(6, 4))
     slices = [torch.nn.Parameter(part.clone()) for part in parameter().split([7, 17])]
     one = stepped(build([{"params": [whole]}]), [whole], 24)
@@ -106,13 +106,13 @@ def apart(build: Any) -> float:
 
 @pytest.mark.parametrize("keys", SETTINGS)
 def test_slices_of_a_parameter_are_stepped_as_the_whole(keys):
-    """Of Muon, of what is no hidden matrix; the integration tests have those."""
+    """For Muon, only parameters that aren't hidden matrices. The integration tests cover hidden matrices."""
     settings = optimizer(**keys)
     assert apart(lambda given: settings.build(groups(settings, given[0]["params"]))) < 1e-6
 
 
 def test_muon_is_torchs_own_and_its_others_are_adamws():
-    """With bf16 and either scale, bit by bit; a stack of experts' matrices is stepped as each of them."""
+    """With bf16 and either scale, bit by bit. A stack of experts' matrices is stepped like single matrices."""
     for scale, theirs in (("adamw", "match_rms_adamw"), ("spectral", "original")):
         settings = optimizer(name="muon", lr=LR, adamw_lr=LR / 2, scale=scale, newton_schulz="bf16", weight_decay=0.1)
         ours, reference = (torch.nn.Parameter(parameter().view(6, 4)) for _ in range(2))
@@ -141,7 +141,7 @@ def test_muon_is_torchs_own_and_its_others_are_adamws():
 
 
 def test_lion_and_schedule_free_follow_their_papers():
-    """Lion by its three lines; of Schedule-Free the average is that of its iterates, by the squares of the rates."""
+    """Lion follows its three lines. The average of Schedule-Free is that of its iterates, weighted by the squared rates."""
     p, m, w = torch.nn.Parameter(parameter()), torch.zeros(24), parameter()
     lion = optimizer(name="lion", lr=LR, weight_decay=0.3)
     made = lion.build(groups(lion, [p]))
@@ -187,7 +187,7 @@ def test_matrices_are_dealt_to_workers_and_every_one_travels_once():
 
 
 def test_hidden_matrices_are_those_between_embedding_and_head():
-    """Of a model of transformers; a recipe's word overrules what its modules say, and must be of a matrix."""
+    """For a model of transformers. A recipe's choice overrides that of its modules, and must name a matrix."""
     recipe = CausalLM(job())
     recipe.vocab_size = 96
     model = recipe.build()
@@ -202,7 +202,7 @@ def test_hidden_matrices_are_those_between_embedding_and_head():
 
 
 def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
-    """And is refused by name, with the reason."""
+    """It is rejected by name, with the reason."""
     assert apart(lambda groups: torch.optim.Adafactor(groups, lr=LR)) > 1e-3
     for name in REFUSED:
         message = fault(name=name, lr=LR)
@@ -235,12 +235,12 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
     ],
 )
 def test_keys_are_those_of_the_named_optimizer(keys, message):
-    """One line with the key as the file has it; without a name it is AdamW."""
+    """One line has the key as in the file. Without a name, the optimizer is AdamW."""
     assert fault(**keys).startswith(f"job.yaml: {message}")
 
 
 def test_jobs_recorded_before_there_were_others_are_adamws():
-    """Without a name or with it; and a recorded job of every optimizer is read as it was."""
+    """With or without a name. A recorded job with any optimizer is read unchanged."""
     recorded = {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     found = optimizer(**recorded)
     assert isinstance(found, AdamW) and json.loads(found.model_dump_json()) == {"name": "adamw", **recorded}
@@ -252,7 +252,7 @@ def test_jobs_recorded_before_there_were_others_are_adamws():
 @pytest.mark.parametrize(("keys", "state"), zip(SETTINGS, STATE, strict=True))
 @pytest.mark.parametrize(("recorded", "held"), zip(SETTINGS, STATE, strict=True))
 def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(keys, state, recorded, held):
-    """Rates, decay and the like may change; what is kept of parameters may not."""
+    """Rates, decay, and similar keys may change, but not the kind of state per parameter."""
     made = job(**changed(keys))
     if state == held:
         assert spec.settle(made, raw(**changed(recorded))).train.optimizer == made.train.optimizer
@@ -270,7 +270,7 @@ def test_a_run_of_an_optimizer_from_later_versions_is_refused_in_one_line():
 
 @pytest.mark.parametrize(("keys", "state"), zip(SETTINGS, STATE, strict=True))
 def test_the_plan_counts_what_the_optimizer_keeps(keys, state):
-    """Bytes of a worker, and the names and bytes of a checkpoint."""
+    """The plan has the bytes of a worker, and the names and bytes of a checkpoint."""
     made = job(**changed(keys))
     settings, shapes = made.train.optimizer, {"w": (64, 8), "b": (8,)}
     kept = [settings.kept(True), settings.kept(False)]

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (chunk sizes, weights, seed, step). Properties over many random orders."""
+"""Tests the order of samples, a pure function of (chunk sizes, weights, seed, step), by properties over many random orders."""
 
 import dataclasses
 import functools
@@ -31,7 +31,7 @@ GOLDEN_ORDER = [
 
 
 def split_of(rng: np.random.Generator, chunks: int, fraction: float, largest: int = 30) -> Split:
-    """A source of chunks of uneven sizes (some empty), at least one sample left to train on."""
+    """Returns a source with chunks of uneven sizes (some empty), and at least one sample to train on."""
     samples = rng.integers(0, largest, chunks)
     samples[0] = largest
     identity = rng.integers(0, 2**63, chunks).astype(np.uint64)
@@ -41,7 +41,7 @@ def split_of(rng: np.random.Generator, chunks: int, fraction: float, largest: in
 
 
 def random_order(seed: int, weights: list[float] | None = None) -> Order:
-    """Any number of sources, chunks and lanes; windows and epochs end at unrelated places."""
+    """Returns an order with any number of sources, chunks, and virtual ranks. Windows and epochs end at unrelated places."""
     rng = np.random.default_rng(seed)
     weights = weights or WEIGHTS[seed % len(WEIGHTS)]
     splits = [split_of(rng, int(rng.integers(1, 12)), float(rng.choice([0.0, 0.1, 0.3]))) for _ in weights]
@@ -52,7 +52,7 @@ def random_order(seed: int, weights: list[float] | None = None) -> Order:
 
 @functools.cache
 def located(seed: int) -> tuple[Order, np.ndarray]:
-    """A random order, and the rows of its sequence's beginning: EPOCHS of every source, and 4000 samples at least."""
+    """Returns a random order, and the first rows of its sequence: EPOCHS of every source, and at least 4000 samples."""
     o = random_order(seed)
     mixture = o.sections[0].mixture
     periods = int(max(EPOCHS * n / share for n, share in zip(o.epoch_samples, mixture.parts, strict=True)) + 2)
@@ -60,17 +60,17 @@ def located(seed: int) -> tuple[Order, np.ndarray]:
 
 
 def rows(samples: SamplePlaces) -> np.ndarray:
-    """(source, epoch, chunk, row) of every sample."""
+    """Returns (source, epoch, chunk, row) of every sample."""
     return np.stack([samples.source, samples.epoch, samples.chunk, samples.row], axis=1).astype(np.int64)
 
 
 def in_steps(o: Order, steps: Iterable[int]) -> np.ndarray:
-    """The rows of all samples of these steps, in their order."""
+    """Returns the rows of all samples of these steps, in order."""
     return rows(o.locate(np.concatenate([np.zeros(0, np.int64), *(o.step(step).ravel() for step in steps)])))
 
 
 def training_rows(split: Split) -> set[tuple[int, int]]:
-    """(chunk, row) of all samples that are not held out, from the definition."""
+    """Returns (chunk, row) of all samples that aren't held out, from the definition."""
     return {(c, r) for c in range(len(split.samples)) for r in range(split.samples[c])} - held_rows(split)
 
 
@@ -80,7 +80,7 @@ def held_rows(split: Split) -> set[tuple[int, int]]:
 
 @every_seed(40)
 def test_every_sample_comes_exactly_once_an_epoch(seed):
-    """Each finished epoch of each source is a permutation of its training samples, wherever windows end."""
+    """Each finished epoch of each source is a permutation of its training samples, for any ends of windows."""
     o, found = located(seed)
     for s, split in enumerate(o.splits):
         mine = found[found[:, 0] == s]
@@ -93,7 +93,7 @@ def test_every_sample_comes_exactly_once_an_epoch(seed):
 
 @every_seed(40)
 def test_held_out_samples_never_appear_in_training(seed):
-    """Evaluation samples come from the held-out rows, and training never touches those."""
+    """Evaluation samples are held-out rows, and training never uses those."""
     o, found = located(seed)
     trained = {tuple(x) for x in found[:4000, [0, 2, 3]].tolist()}
     held = {(s, c, r) for s, split in enumerate(o.splits) for c, r in held_rows(split)}
@@ -107,7 +107,8 @@ def test_held_out_samples_never_appear_in_training(seed):
 
 @every_seed(40)
 def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
-    """What N workers cut from their lanes' blocks is, together, step(t), for every N that divides the lanes."""
+    """The parts that N workers take from the blocks of their virtual ranks are together step(t), for every N that divides the
+    virtual ranks."""
     o = random_order(seed)
     shape = o.shape
     for workers in (n for n in range(1, shape.lanes + 1) if shape.lanes % n == 0):
@@ -124,7 +125,7 @@ def test_global_batch_does_not_depend_on_the_number_of_workers(seed):
 
 @every_seed(40)
 def test_envelopes_and_steps_both_tile_the_sequence(seed):
-    """The blocks of S rounds, and their S * K steps, each hold the first S * K * G positions once."""
+    """The blocks of S rounds, and their S * K steps, each cover the first S * K * G positions once."""
     o = random_order(seed)
     shape, rounds = o.shape, 3
     every = np.arange(rounds * shape.steps_per_block * shape.batch)
@@ -136,7 +137,7 @@ def test_envelopes_and_steps_both_tile_the_sequence(seed):
 
 @every_seed(40)
 def test_any_subset_is_located_as_in_the_whole(seed):
-    """Random access: no position's sample depends on what else is asked for, in which order, or what was asked before."""
+    """Random access: a position's sample doesn't depend on other positions, their order, or earlier requests."""
     fresh, whole = random_order(seed), located(seed)[1]
     rng = np.random.default_rng(seed)
     for size in (1, 2, 50, 700):
@@ -148,7 +149,7 @@ def test_any_subset_is_located_as_in_the_whole(seed):
 
 @every_seed(40)
 def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
-    """The shuffle stays inside a window: its chunks are those that the unshuffled stream has there, so reads stay few."""
+    """The shuffle stays inside a window: its chunks are those of the unshuffled stream at that place, so reads stay few."""
     o = random_order(seed)
     window = o.shape.window
     for number in range(6):
@@ -166,7 +167,8 @@ def test_a_window_holds_the_samples_of_its_stretch_of_the_stream(seed):
 
 @pytest.mark.parametrize("size", [0, 1, 2, 3, 17, 1000, 4097])
 def test_a_permutation_is_one_and_its_key_decides_it(size):
-    """Every number once; the same key gives the same; another seed, purpose, source, epoch or window gives another."""
+    """Every number occurs once, and the same key gives the same permutation. Another seed, purpose, source, epoch, or window
+    gives another."""
     keys = list(itertools.product((0, 1, 2**32 - 1), (1, 2), (0, 1), (0, 1)))
     made = [permutation(size, *key) for key in keys]
     assert all(np.array_equal(np.sort(p), np.arange(size)) for p in made)
@@ -176,7 +178,7 @@ def test_a_permutation_is_one_and_its_key_decides_it(size):
 
 
 def test_permutations_are_uniform():
-    """Over many keys each element lands on each place about equally often (chi-square far from its tail)."""
+    """Over many keys, each element takes each place about equally often (chi-square far from its tail)."""
     size, keys = 12, 6000
     counts = np.zeros((size, size))
     for key in range(keys):
@@ -188,7 +190,7 @@ def test_permutations_are_uniform():
 
 
 def test_different_seeds_and_epochs_give_different_orders():
-    """No two of 20 seeds, and no two of 5 epochs of a run, order the samples alike."""
+    """No two of 20 seeds, and no two of a run's 5 epochs, give the same order."""
     split = whole(np.full(10, 20), np.ones(10), 0.0)
     shape = Shape(10, 2, 5, 50)
     orders = [rows(Order([split], [(0, [1.0])], seed, shape).locate(np.arange(1000)))[:, 2:] for seed in range(20)]
@@ -197,7 +199,7 @@ def test_different_seeds_and_epochs_give_different_orders():
 
 
 def test_the_order_is_the_one_that_it_always_was():
-    """Known numbers: if this fails, runs made before can no longer be resumed or verified."""
+    """Compares known numbers. If this fails, earlier runs can no longer be resumed or verified."""
     splits = [
         runs(np.array([5, 3, 0, 6]), np.array([11, 12, 13, 14], np.uint64), 0.2),
         runs(np.array([4, 4]), np.array([2**63 + 1, 7], np.uint64), 0.2),
@@ -211,7 +213,7 @@ def test_the_order_is_the_one_that_it_always_was():
 
 
 def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
-    """The evaluation set is the same for every data seed, batch and number of lanes."""
+    """The evaluation set is the same for every data seed, batch, and number of virtual ranks."""
     for seed in range(40):
         o = random_order(seed)
         other = Order(o.splits, [(0, WEIGHTS[seed % len(WEIGHTS)])], seed + 1000, Shape(7, 7, 3, 6))
@@ -219,7 +221,7 @@ def test_held_out_evaluation_does_not_depend_on_the_seed_or_the_shape():
 
 
 def test_held_out_evaluation_is_spread_over_the_dataset():
-    """A few samples come from all of the dataset, not from its first chunks, and from the sources by weight."""
+    """A few samples come from all parts of the dataset, not from its first chunks, and from the sources by weight."""
     splits = [growing_runs(np.full(500, 40), hash64(np.arange(s, 500 + s)), 0.1) for s in (0, 999)]
     found = Order(splits, [(0, [3.0, 1.0])], 0, Shape(1, 1, 1, 1)).held_out(200)
     assert np.bincount(found.source).tolist() == [150, 50]
@@ -229,14 +231,14 @@ def test_held_out_evaluation_is_spread_over_the_dataset():
 
 
 def test_a_source_without_training_samples_is_refused():
-    """An empty source would be asked for samples for ever; the error names it."""
+    """An empty source would be asked for samples forever. The error names it."""
     good, empty = (whole(np.array(n), np.ones(2), 0.0) for n in ([3, 4], [0, 0]))
     with pytest.raises(ConfigError, match=r"data\.sources\.1: no training sample left"):
         Order([good, empty], [(0, [1.0, 1.0])], 0, Shape(1, 1, 1, 1))
 
 
 def test_the_shape_that_is_chosen_is_sound():
-    """Windows are whole blocks, at least as large as asked for; rounds have 1 to 128 steps; blocks are megabytes."""
+    """Windows are complete blocks of at least the requested size, rounds have 1 to 128 steps, and blocks are megabytes."""
     rng = np.random.default_rng(3)
     for _ in range(2000):
         lanes, per_lane = int(rng.integers(1, 600)), int(rng.integers(1, 70))
@@ -252,7 +254,7 @@ def test_the_shape_that_is_chosen_is_sound():
 
 
 def changing_order(seed: int) -> Order:
-    """Weights that change at odd steps, some to zero, and sources that may be used up."""
+    """Returns an order whose weights change at odd steps, some to zero, with sources that may run out."""
     rng = np.random.default_rng(seed)
     sources = int(rng.integers(1, 4))
     splits = [split_of(rng, int(rng.integers(1, 12)), 0.1) for _ in range(sources)]
@@ -272,7 +274,7 @@ def changing_order(seed: int) -> Order:
 
 
 def last_step(o: Order) -> int:
-    """Where the data runs out, or else where a window starts, so that no window is cut."""
+    """Returns the step at which the data runs out, or else a window starts, so that no window is split."""
     if o.runs_out is not None:
         return o.runs_out
     step = o.sections[-1].first_step + 40
@@ -283,7 +285,7 @@ def last_step(o: Order) -> int:
 
 @every_seed(60)
 def test_steps_use_every_position_once_however_weights_change(seed):
-    """Rounds tile the steps and the positions; blocks and windows tile the positions in order."""
+    """Rounds tile the steps and the positions. Blocks and windows tile the positions in order."""
     o = changing_order(seed)
     first, last = o.sections[0].first_step, last_step(o)
     step, position, block = first, 0, 0
@@ -304,7 +306,7 @@ def test_steps_use_every_position_once_however_weights_change(seed):
 
 @every_seed(60)
 def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated(seed):
-    """A step uses only sources that its weights name; each source's epochs are complete and exact; caps are kept."""
+    """A step uses only the sources with a weight. Each source's epochs are complete and exact, and caps hold."""
     o = changing_order(seed)
     first, last = o.sections[0].first_step, last_step(o)
     sections = {s.first_step: s for s in o.sections}
@@ -323,7 +325,7 @@ def test_a_change_of_weights_falls_on_its_step_and_no_sample_is_lost_or_repeated
 
 @every_seed(60)
 def test_a_capped_source_gives_its_epochs_and_no_more(seed):
-    """Never above the cap; what a capped source leaves over is less than a step; the others go on."""
+    """It never exceeds the cap, and less than a step of it stays unused. The other sources continue."""
     rng = np.random.default_rng(seed)
     splits = [split_of(rng, 5, 0.0), split_of(rng, 3, 0.0)]
     cap = float(rng.choice([0.5, 1, 2]))
@@ -341,7 +343,7 @@ def test_a_capped_source_gives_its_epochs_and_no_more(seed):
 
 @every_seed(30)
 def test_planning_more_never_changes_earlier_steps(seed):
-    """A cap that is reached later, or a change of weights after them, leaves whole windows as they were."""
+    """A cap that is reached later, or a later change of weights, doesn't change complete windows."""
     splits = changing_order(seed).splits
     even, shape = [1.0] * len(splits), Shape(6, 3, 2, 12)
     mix = [(0, even), (9, [2.0, *even[1:]])]

@@ -1,4 +1,5 @@
-"""What the driver orders an attempt's workers follows from its watch and an event alone, and every wait for them ends."""
+"""Tests the driver's orders to an attempt's workers: they depend only on its state and one event, and every wait for the workers
+ends."""
 
 import math
 import random
@@ -57,7 +58,7 @@ def test_a_signal_before_the_first_step_needs_no_checkpoint(phase):
 
 
 def test_the_first_reason_to_give_up_stays():
-    """A stall that was found in the same moment hid that another driver had taken the run over."""
+    """A stall at the same moment hid that another driver had taken the run over."""
     lost = LeaseError("taken over")
     at, actions = played(watch(), orders.FaultFound(lost), orders.FaultFound(StalledError("x")), orders.StopAsked("SIGTERM", NOW))
     assert at.fault is lost and actions == [orders.GiveUp(lost)]
@@ -67,7 +68,7 @@ def test_the_first_reason_to_give_up_stays():
 
 
 def drawn(seed: int) -> Iterator[orders.AttemptEvent]:
-    """Forty events in any order, at times that only grow."""
+    """Draws forty events in any order, at ascending times."""
     draw, now = random.Random(seed), NOW
     for _ in range(40):
         now += draw.choice([0.0, 0.5, 5.0, 40.0])
@@ -93,7 +94,7 @@ def test_whatever_happens_in_whatever_order_no_order_is_taken_back_and_no_wait_i
 
 
 def check_orders(seed: int) -> None:
-    """Checks what may be said of every sequence of events."""
+    """Checks the properties of every sequence of events."""
     at, fault = watch("placing"), list[HeliostatError]()
     for event in drawn(seed):
         before = at
@@ -147,7 +148,7 @@ CODES = {RUN: "nothing", RESIZE: "a resize", PREEMPTED: "a node's end", INTERRUP
 
 
 def rows() -> list[str]:
-    """The table: for each event, while the workers are at what, and after which orders, what the driver does, if anything."""
+    """Returns the rows of the table: for each event, state of the workers, and earlier orders, the driver's action, if any."""
     table = ["| what happens | while the workers are | ordered so far | what the driver does |", "|---|---|---|---|"]
     for words, event in EVENTS:
         late: dict[str, Any] = {"stop_by": NOW - 1} if "grace" in words else {"back_by": NOW} if "not back" in words else {}

@@ -1,4 +1,4 @@
-"""Metrics on their way to MLflow: each step of each metric arrives once and in order, whatever the store does."""
+"""Tests metrics on their way to MLflow: each step of each metric arrives once and in order, for any behavior of the store."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from heliostat.training.worker import node_metrics
 
 
 class Store:
-    """Takes points, or fails: before it has taken them, or after, so that only its answer is lost."""
+    """Accepts points, or fails: before it has stored them, or after, so that only its answer is lost."""
 
     def __init__(self, seed: int, failing: float) -> None:
         self.random, self.failing = random.Random(seed), failing
@@ -43,7 +43,8 @@ def steps(first: int, last: int) -> list[Point]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_step_arrives_once_and_in_order_through_failures_restarts_and_new_commands(tmp_path, monkeypatch, seed):
-    """Attempts go back and report steps again; commands end at any moment; the store fails before or after taking a batch."""
+    """Attempts go back and report steps again, commands end at any moment, and the store fails before or after it stores a
+    batch."""
     monkeypatch.setattr(outbox, "BATCH", 7)
     run, store, rng = Location(str(tmp_path)), Store(seed, failing=0.5), random.Random(seed)
     box, at, highest = Outbox(run, store.send, store.known), 1, 1
@@ -90,7 +91,7 @@ def test_beyond_the_limit_the_oldest_are_given_up_and_that_is_said(tmp_path, mon
 
 
 def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog):
-    """64 nodes of 8 GPUs through an outage: the losses are all there afterwards, and went first; kept in the folder, too."""
+    """During an outage with 64 nodes of 8 GPUs, all losses are kept, are sent first, and are also kept in the folder."""
     monkeypatch.setattr(outbox, "LIMIT", 100)
     monkeypatch.setattr(outbox, "SYSTEM_LIMIT", 50)
     run, store = Location(str(tmp_path)), Store(0, failing=1.0)
@@ -111,7 +112,7 @@ def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog)
 
 
 def test_all_nodes_together_sample_no_more_than_mlflow_is_to_hold():
-    """A node of 8 GPUs gives 38 values: by itself every 10 s, and 64 of them fewer than a million values a day."""
+    """A node of 8 GPUs has 38 values: alone every 10 s, and 64 nodes together below a million values per day."""
     points = 6 + 4 * 8
     assert node_metrics.interval(1, points) == 10.0
     for nodes in (2, 8, 64, 1000):

@@ -1,4 +1,5 @@
-"""Overrides of a pretrained configuration: what fits the weights is taken, exported, recorded; else it is refused by name."""
+"""Tests overrides of a pretrained configuration: a key that fits the weights is used, exported, and recorded; any other is
+rejected by name."""
 
 import json
 
@@ -42,8 +43,8 @@ def told(folder: str, length: int = 64, **keys) -> str:
     ],
 )  # fmt: skip
 def test_rotary_positions_are_extended_by_the_factor(folder, scaling, expected):
-    """The base stays the folder's; samples may be as long as factor times the folder's longest, and no longer; the weights
-    are the folder's, and positions are turned otherwise."""
+    """The base stays the folder's, and so do the weights. Samples may be as long as the factor times the folder's maximum, and
+    positions are rotated differently."""
     one = recipe({"pretrained": folder, "rope_scaling": scaling}, 256)
     one.probe()
     assert one.config.rope_parameters == {**expected, "rope_theta": 5e5} and one.config.max_position_embeddings == 256
@@ -68,7 +69,7 @@ def test_other_keys_of_the_architecture_are_taken(folder):
 
 
 def test_the_exported_configuration_has_them(folder, tmp_path):
-    """What transformers then loads from the export's config.json is what was trained."""
+    """transformers loads the trained model from the export's config.json."""
     one = recipe({"pretrained": folder, "rope_scaling": YARN, "attention_dropout": 0.1}, 256)
     config = type(one.config).from_dict(one.config.to_dict())
     config.save_pretrained(tmp_path / "out")
@@ -128,6 +129,6 @@ def test_a_model_without_rotary_positions_has_none_to_extend(tmp_path):
 
 
 def test_positions_of_several_kinds_are_given_whole(tmp_path):
-    """Gemma 3 turns its windows otherwise than its full attention."""
+    """Gemma 3 rotates its windows differently from its full attention."""
     transformers.Gemma3TextConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}).save_pretrained(tmp_path)
     assert "has several kinds of rotary embeddings. Set all of model.rope_parameters" in told(str(tmp_path), rope_scaling=YARN)

@@ -1,6 +1,6 @@
-"""The pages on your own data and model (docs/own/) write valid files: five keys are a job, and the recipe of a page learns.
+"""Tests that the pages on your own data and model (docs/own/) write valid files: five keys are a job, and a page's recipe learns.
 
-`tests/integration/test_own_pages.py` types the pages as they stand.
+`tests/integration/test_own_pages.py` types the pages unchanged.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""What travels with a job: code, as .gitignore says, and never data, secrets or the repository itself."""
+"""Tests what a submitted job takes along: code, by the rules of .gitignore, and never data, secrets, or the repository itself."""
 
 import subprocess
 from pathlib import Path
@@ -21,7 +21,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_code_travels_and_git_data_and_secrets_never_do(tmp_path):
-    """Even where no .gitignore names them."""
+    """This holds even if no .gitignore names them."""
     make(tmp_path, "jobs/a.py", "jobs/a.yaml", "README.md", "src/deep/er/b.py")
     make(tmp_path, ".git/config", ".heliostat/data/x", ".venv/lib/y.py", "jobs/__pycache__/a.pyc", "mlruns/0/meta.yaml")
     make(tmp_path, "data/part.parquet", "model.safetensors", "old.ckpt", "mlflow.db")
@@ -57,7 +57,7 @@ def test_a_file_that_may_hold_secrets_by_its_name_does_not_travel_in_any_case_of
 
 
 def test_a_link_to_a_secret_under_another_name_does_not_travel_and_is_listed(tmp_path):
-    """Whatever travels not by itself does not travel by a link: secrets, ignored files, folders, what is outside."""
+    """Files that aren't sent themselves aren't sent through a link: secrets, ignored files, folders, and files outside."""
     make(tmp_path, "a.py", ".env", "kept/KEY.PEM", "private.txt", "folder/b.py")
     (tmp_path / ".gitignore").write_text("private.txt\n")
     for name, target in {"notes.txt": ".env", "cert.txt": "kept/KEY.PEM", "more.txt": "private.txt", "chain.txt": "notes.txt",

@@ -1,4 +1,5 @@
-"""data.document_mask: taken where packed documents do not see each other, refused where they do, and honoured by `evaluate`."""
+"""Tests data.document_mask: accepted where packed documents don't see each other, rejected where they do, and used by
+`evaluate`."""
 
 import time
 from pathlib import Path
@@ -30,7 +31,8 @@ APART = ("deepseek_v3", "falcon", "gemma3_text", "gpt2", "gpt_neox", "llama", "m
 
 @pytest.mark.parametrize("arch", LEAKY)
 def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
-    """Whatever its size: here each class's defaults, billions of parameters. Before, most were taken, and trained on leaks."""
+    """For any size: here each class's defaults, with billions of parameters. Before, most were accepted, and trained across
+    documents."""
     model = {"arch": arch}
     recipe(model).probe()
     with pytest.raises(ConfigError, match=r"data\.document_mask: .* attends across packed documents.*\. Set it to false") as e:
@@ -40,12 +42,12 @@ def test_an_architecture_that_leaks_is_refused_with_document_mask_alone(arch):
 
 @pytest.mark.parametrize("arch", APART)
 def test_an_architecture_that_keeps_documents_apart_is_taken(arch):
-    """Dense ones and mixtures of experts, with windows, latent attention, learned and rotary positions."""
+    """Dense models and mixtures of experts, with windows, latent attention, and learned or rotary positions."""
     recipe({"arch": arch}, **MASK).probe()
 
 
 def test_positions_that_follow_the_longest_document_are_refused():
-    """Rotary frequencies that are chosen by the highest position let a document feel how long others are."""
+    """If the highest position chooses the rotary frequencies, a document's result depends on the lengths of others."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
     model = {**BASE["model"], "arch": "phi3", "max_position_embeddings": 4096, "pad_token_id": 0}
     for original, leaks in ((64, False), (16, True)):
@@ -65,7 +67,7 @@ def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
 
 
 def test_trying_a_model_of_eight_billion_takes_seconds():
-    """CPU time, without imports: the model that is tried has some layers of some heads."""
+    """In CPU time, without imports. The trial model has some layers with some heads."""
     big = {"arch": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "intermediate_size": 14336, "vocab_size": 128256}  # fmt: skip
     recipe(**MASK, **{"data.sequence_length": 32}).probe()
@@ -76,7 +78,7 @@ def test_trying_a_model_of_eight_billion_takes_seconds():
 
 
 def test_the_small_model_keeps_what_decides():
-    """Kinds of layers, shared keys, and which windows are shorter than a sample."""
+    """Kinds of layers, shared keys, and windows that are shorter than a sample."""
     config = CONFIG_MAPPING["gemma3_text"](
         num_attention_heads=8, num_key_value_heads=4, sliding_window=1024, num_hidden_layers=26
     )
@@ -88,7 +90,7 @@ def test_the_small_model_keeps_what_decides():
 
 
 def test_an_exported_model_is_scored_as_in_training(tmp_path):
-    """An export's configuration asks for a cache, for `generate`; with one, documents would see each other while scoring."""
+    """An export's configuration requests a cache for `generate`. With a cache, documents would see each other during scoring."""
     torch.manual_seed(0)
     made = recipe(**MASK)
     model = made.build().eval()
@@ -109,7 +111,7 @@ def test_an_exported_model_is_scored_as_in_training(tmp_path):
 
 
 def in_two_parts(place: Location) -> manifest.Manifest:
-    """The dataset with its documents in two chunks, of which the second may be held out."""
+    """Writes the dataset with its documents in two row groups, of which the second may be held out."""
     file = Path(place.path) / "shards" / "0.parquet"
     table = pq.read_table(file)
     pq.write_table(table, file, row_group_size=len(table) // 2, write_page_checksum=True)

@@ -1,4 +1,4 @@
-"""The report and its charts: nothing that was recorded is lost or broken on its way into one page."""
+"""Tests the report and its charts: the page contains every record, complete and valid."""
 
 import base64
 import hashlib
@@ -161,7 +161,7 @@ def test_curves_share_the_charts_that_metrics_declare_in_their_order():
 
 
 def test_a_metric_is_in_mlflow_and_in_the_report_once_it_is_declared(monkeypatch):
-    """In one place: nothing else knows of it."""
+    """No other place needs to know it."""
     made = Metric("train/seconds_per_step", Steps, lambda e: e.seconds / len(e.loss), "Step time", "s", "Speed")
     for module in (points, page):
         monkeypatch.setattr(module, "METRICS", (made, *METRICS))
@@ -173,7 +173,7 @@ def test_a_metric_is_in_mlflow_and_in_the_report_once_it_is_declared(monkeypatch
 
 
 class Store:
-    """MLflow's side: a run's metrics, under the names that they were logged by."""
+    """Simulates MLflow: a run's metrics, under their logged names."""
 
     def __init__(self, histories: dict[str, list[tuple[int, float]]]) -> None:
         self.histories = histories

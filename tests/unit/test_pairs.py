@@ -1,4 +1,5 @@
-"""Pairs of texts: what is found in code and pages, what is left out, and a dataset that is the same from any cut of the input."""
+"""Tests pairs of texts: those found in code and pages, those left out, and a dataset that is the same for any split of the
+input."""
 
 import json
 import time
@@ -79,7 +80,7 @@ def test_titles_belong_to_sections_and_not_to_code() -> None:
 
 
 def test_code_in_a_line_opens_no_fence() -> None:
-    """A backtick fence has no backticks behind it; one of tildes may."""
+    """A backtick fence has no backticks after it; a tilde fence may."""
     found = list(
         extracting.markdown("```pip install a```\n# One\nfirst\n```sh\n# no\n```\n# Two\n~~~ `a`\n# no\n~~~\n# Three\nlast")
     )
@@ -144,7 +145,7 @@ def make(tmp_path: Path, name: str, **keys: Any) -> tuple[list[dict[str, Any]], 
 
 
 def rows_of(chunks: list[dict[str, Any]], output: Location) -> list[list[dict[str, Any]]]:
-    """The pairs of each chunk."""
+    """Returns the pairs of each row group."""
     return [pq.ParquetFile(f"{output.path}/{c['path']}").read_row_group(c["row_group"]).to_pylist() for c in chunks]
 
 

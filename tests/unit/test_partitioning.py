@@ -1,4 +1,5 @@
-"""What is above recipes and attention passes in how models are partitioned and heads exchanged; without it nothing happens."""
+"""Tests that callers of recipes and attention choose how models are partitioned and heads exchanged. Without a choice, nothing
+happens."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from heliostat.recipes.partitioning import assign
 
 
 class Noting:
-    """Notes what is asked of a partitioner."""
+    """Records the calls of a partitioner."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

@@ -1,4 +1,4 @@
-"""Whatever reaches into private parts of DeepSpeed is in one module, is guarded by DeepSpeed's version, and has its effect."""
+"""Tests that all code for private parts of DeepSpeed is in one module, is guarded by DeepSpeed's version, and takes effect."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_part_that_is_missing_is_one_error_which_names_the_patch():
 
 
 def test_a_name_that_is_gone_is_not_set(monkeypatch):
-    """A version that has renamed it would go on as if nothing had been replaced."""
+    """A version that has renamed it would continue as if nothing had been replaced."""
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "deepspeed.utils", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "deepspeed.utils.groups", SimpleNamespace())
@@ -88,7 +88,7 @@ def test_a_name_that_is_gone_is_not_set(monkeypatch):
 
 
 def reaches(text: str) -> list[str]:
-    """Lists private names of other objects, and assignments to what is imported from DeepSpeed."""
+    """Lists private names of other objects, and assignments to imports from DeepSpeed."""
     tree, found, theirs = ast.parse(text), list[str](), set[str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed":
@@ -162,7 +162,7 @@ def test_a_worker_is_prepared_without_mlflow_a_compiler_and_programs():
 
 @pytest.fixture
 def groups(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """DeepSpeed's module of groups, as it was again afterwards."""
+    """Returns DeepSpeed's module of groups, and restores it afterwards."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     patches.import_without_mlflow()
     from deepspeed.utils import groups
@@ -239,7 +239,7 @@ def test_what_keeps_a_destroyed_engine_is_emptied(groups):
 
 
 def test_the_linear_of_stage_3_ends_with_its_engine(groups, monkeypatch):
-    """It rounds gradients in another way: a run of another stage in the same process would have other bits."""
+    """It rounds gradients differently, so a run of another stage in the same process would have other bits."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
     from heliostat.engine import deepspeed_engine
 
@@ -270,14 +270,14 @@ def test_the_first_batch_is_not_sent_again():
 
 
 def test_the_optimizer_of_stage_3_has_what_the_average_over_groups_asks_of_it(groups):
-    """test_state_group.py has what `patches.before_step` does with it."""
+    """test_state_group.py tests what `patches.before_step` does with it."""
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3 as Zero
 
     assert all(callable(getattr(Zero, name)) for name in ("step", "has_overflow", "_get_norm_groups"))
 
 
 def test_matrices_are_divided_by_the_marks_that_autotp_reads_and_leaves(groups):
-    """test_tensor_parallel.py trains with what `patches.divide_matrices` does; here is what it needs."""
+    """test_tensor_parallel.py trains with `patches.divide_matrices`. This test checks its requirements."""
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.runtime import engine
@@ -294,7 +294,7 @@ def test_matrices_are_divided_by_the_marks_that_autotp_reads_and_leaves(groups):
 
 
 class OnDevice(torch.Tensor):
-    """A tensor of a device that must not be waited for: nothing reads its value."""
+    """Simulates a tensor of a device that must not be waited for, so its value must not be read."""
 
     def __bool__(self) -> bool:
         raise AssertionError("the host waits for the device")
@@ -304,7 +304,7 @@ class OnDevice(torch.Tensor):
 
 @pytest.fixture
 def optimizers(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """DeepSpeed's modules of optimizers, as they were again afterwards."""
+    """Returns DeepSpeed's modules of optimizers, and restores them afterwards."""
     from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
@@ -360,7 +360,7 @@ def test_norms_that_are_not_finite_are_marked_as_deepspeed_marks_them(optimizers
 
 
 class Stream:
-    """A stream that notes what it is asked for."""
+    """Simulates a stream, and records its calls."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -380,7 +380,7 @@ def log(monkeypatch) -> list[str]:
 
 
 def _zero_2(log: list[str], **changes: Any) -> Any:
-    """An optimizer of ZeRO-1 or 2 with an epilogue as DeepSpeed's."""
+    """Returns an optimizer of ZeRO-1 or 2 with an epilogue like DeepSpeed's."""
     zero = SimpleNamespace(overlap_comm=True, contiguous_gradients=True, cpu_offload=False, reduction_stream=Stream("sums", log))
     zero.reduce_ipg_grads = lambda: log.append("reduce")
     zero.independent_gradient_partition_epilogue = lambda: (

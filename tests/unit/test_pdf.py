@@ -1,4 +1,4 @@
-"""The text of PDFs: what is read, what is left out and why, and that nothing of it stops a run."""
+"""Tests the text of PDFs: what is read, what is left out and why, and that no PDF stops a run."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""MFU divides by the peak of the GPU that is there: names are matched exactly, and an unknown one has no peak."""
+"""Tests that MFU divides by the peak of the installed GPU: names match exactly, and an unknown GPU has no peak."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ def test_each_variant_of_a_gpu_has_its_own_peak(name, peak):
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_gpu_has_no_peak(name):
-    """Nor has a slice of a known one: its share of the peak isn't in its name."""
+    """Neither has a slice of a known GPU, because its name doesn't show its share of the peak."""
     assert peak_flops(name, "bf16") is None and peak_flops(name, "fp16") is None
 
 
@@ -58,7 +58,7 @@ def test_mfu_of_an_unknown_gpu_is_left_out_and_said_once(monkeypatch):
 
 
 def test_the_price_tables_gpus_are_found_by_their_exact_names():
-    """A plan on other rates, and another price, would be wrong without a word."""
+    """Otherwise a plan would silently use other rates and another price."""
     devices = hardware.table()["devices"]
     found = {name: hardware.find(name, 1e12, devices) for name in (*(name for name, _ in PEAKS), *UNKNOWN)}
     assert {name: device for name, device in found.items() if device} == {
@@ -80,7 +80,7 @@ def test_a_device_of_ones_own_prices_is_found_by_its_name():
 
 
 def test_a_machine_type_that_is_not_in_the_table_is_no_h100():
-    """It was planned as one, whatever GPUs it has."""
+    """It was planned as an H100, regardless of its GPUs."""
     made, table = job(**{"workers.gpus": 1, "train.precision": "bf16"}), hardware.table()
     assert hardware.resolve(made, table, None, "p4de.24xlarge").name == "A100"
     missing = r"machine type 'p4d\.24xlarge' .* isn't in the price table; did you mean 'p4de\.24xlarge'\? Pass --device NAME"

@@ -1,4 +1,4 @@
-"""A language model's folder as a stage: the perplexity is the model's own, whatever the batch, and documents go by it."""
+"""Tests a language model's folder as a stage: the perplexity is the model's own, in any batch, and decides on documents."""
 
 import math
 import shutil
@@ -30,7 +30,7 @@ def entry(model: Path, **keys) -> dict:
 
 
 def plainly(model: Path, given: list[str]) -> list[tuple[float, bool]]:
-    """What transformers' own loss says of each text alone."""
+    """Returns the loss that transformers computes for each text alone."""
     whole = transformers.AutoModelForCausalLM.from_pretrained(model).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     found = []

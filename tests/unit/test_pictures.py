@@ -1,4 +1,5 @@
-"""The image pipeline's pure functions: decoding, filters, buckets, duplicates, and every kind of source, good and broken."""
+"""Tests the image pipeline's pure functions: decoding, filters, buckets, duplicates, and every kind of source, valid and
+broken."""
 
 import io
 import itertools
@@ -37,7 +38,7 @@ def reason(raw: Raw, rules: ImageRules = SQUARE) -> str:
     [*((e, m) for e in ("PNG", "WEBP") for m in ("RGB", "L", "RGBA", "LA", "P")), ("JPEG", "RGB"), ("JPEG", "L")],
 )
 def test_every_kind_of_image_becomes_what_the_rules_say(encoding, mode):
-    """Whatever its mode; the stored bytes decode to the bucket's size and the channels that were asked for."""
+    """For any mode, the stored bytes decode to the bucket's size and the requested channels."""
     data = image(40, 30, mode=mode if mode != "P" else "RGB", encoding=encoding)
     if mode == "P":
         out = io.BytesIO()
@@ -58,7 +59,7 @@ def test_what_is_transparent_becomes_white():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_grey_of_16_bits_keeps_its_upper_byte(channels):
-    """As colours of 16 bits do, so that different images have different pixels; its transparent value is of 16 bits, too."""
+    """Like colors of 16 bits, so that different images have different pixels. Its transparent value has 16 bits, too."""
     rng = np.random.default_rng(0)
     many = [rng.integers(300, 60000, (20, 30), np.uint16) for _ in range(2)]
     for values in many:
@@ -115,7 +116,7 @@ def test_bad_and_unwanted_images_are_dropped_with_a_reason(raw, rules, expected)
 
 
 def test_any_damage_to_an_image_is_a_reason_and_never_an_exception():
-    """Bytes cut, flipped and overwritten at random places, of all three formats."""
+    """Bytes are cut, flipped, and overwritten at random places, in all three formats."""
     rng = np.random.default_rng(0)
     for encoding in ("PNG", "JPEG", "WEBP"):
         whole = image(30, 30, encoding=encoding)
@@ -159,7 +160,7 @@ def test_the_perceptual_hash_survives_scaling_and_compression_and_tells_images_a
 
 
 def read(uri: str, columns: ImageColumns | None = None) -> dict[str, str]:
-    """id -> caption, or the reason in capitals."""
+    """Returns id -> caption, or the reason in capitals."""
     columns = columns or ImageColumns()
     files = sources.listing(uri)
     found = [r for t in sources.tasks(uri, files, columns) for r in sources.read(uri, json.loads(json.dumps(t)), columns)]
@@ -260,7 +261,7 @@ def test_webdataset_tars(tmp_path):
 
 @pytest.mark.parametrize("folder", ["", f"{'x' * 120}/"], ids=["short names", "long names"])
 def test_a_tar_that_stops_before_its_end_says_so(folder):
-    """At a head that is none or is cut, or without the mark at its end: what came before it is kept, what is lost is told."""
+    """At an invalid or truncated header, or without the mark at its end. The images before are kept, and the loss is reported."""
     whole = tar([(f"{folder}{i}.{part}", body) for i in range(3) for part, body in (("png", image(9, 9)), ("txt", b"c"))])
     with tarfile.open(fileobj=io.BytesIO(whole)) as file:
         heads = [m.offset for m in file]
@@ -278,7 +279,7 @@ def test_a_tar_that_stops_before_its_end_says_so(folder):
 
 
 def test_a_sample_of_a_tar_is_bounded_with_all_its_parts():
-    """And what is no part of it is not read; images of just the limit, with their words, are kept."""
+    """Files that aren't part of it aren't read. Images of exactly the limit, with their texts, are kept."""
     sample = [("1.png", b"p" * 600), ("1.jpg", b"p" * 300), ("1.txt", b"c" * 100)]
     data = tar([*sample, ("1.npy", bytes(5000)), ("2.npy", bytes(5000)), ("3.png", b"p"), ("3.txt", b"c")])
     found = {limit: list(sources.read_tar("a.tar", io.BytesIO(data), ImageColumns(), limit)) for limit in (1000, 999)}
@@ -289,7 +290,7 @@ def test_a_sample_of_a_tar_is_bounded_with_all_its_parts():
 
 
 def test_names_that_are_not_utf8_end_nothing(tmp_path):
-    """In a tar an image has an id that can be stored; in a metadata file the name is one that no file has."""
+    """In a tar, the image gets an id that can be stored. In a metadata file, no file has such a name."""
     members = [("x/caf\udce9.png", image(9, 9)), ("x/caf\udce9.txt", b"one"), ("y.png", image(9, 9)), ("y.txt", b"two")]
     (tmp_path / "a.tar").write_bytes(tar(members))
     assert read(str(tmp_path / "a.tar")) == {"a.tar/x/caf\\xe9": "one|", "a.tar/y": "two|"}
@@ -317,7 +318,7 @@ def test_a_metadata_file_is_cut_into_tasks(tmp_path):
 
 
 def test_a_large_parquet_file_is_read_in_parts(tmp_path):
-    """Each row once, under the number that it has in the file; columns that are named go with it."""
+    """Each row appears once, with its number in the file, and with the named columns."""
     rows = [{"image": image(9, 9, i), "caption": f"c{i}", "url": f"u{i}"} for i in range(40)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=7)
     size = (tmp_path / "a.parquet").stat().st_size
@@ -338,12 +339,12 @@ def test_a_large_parquet_file_is_read_in_parts(tmp_path):
 
 
 def test_each_part_of_a_parquet_file_tells_its_own_broken_row_group(tmp_path):
-    """Whatever is the first of a part, broken or too large; what cannot be opened at all is told once."""
+    """This holds for any first row group of a part, broken or too large. A file that can't be opened is reported once."""
     rng = np.random.default_rng(0)
     path = tmp_path / "a.parquet"
 
     def write(images: list[bytes], **more: Any) -> list[int]:
-        """Writes groups of two rows, and returns where each begins, and the file's size."""
+        """Writes row groups of two rows; returns the start of each, and the file's size."""
         pq.write_table(pa.table({"image": images, "caption": ["c"] * len(images)}), path, row_group_size=2, **more)
         made = pq.read_metadata(path)
         begin = [made.row_group(g).column(0) for g in range(made.num_row_groups)]

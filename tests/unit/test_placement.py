@@ -1,4 +1,4 @@
-"""Where a checkpoint's elements lie: what each rank plans by itself is, merged, every element once, and found again."""
+"""Tests the places of a checkpoint's elements: the merged plans of all ranks have every element once, and find it again."""
 
 import dataclasses
 import itertools
@@ -23,7 +23,8 @@ def _shapes(rng: random.Random) -> dict[str, tuple[int, ...]]:
 
 
 def _states(rng: random.Random, world: int) -> list[dict[str, torch.Tensor]]:
-    """What the ranks of a random model at a random stage hold: their slices, empty ones too, and buffers that all have."""
+    """Returns what the ranks of a random model at a random stage hold: their slices, some of them empty, and buffers that all
+    ranks hold."""
     shapes, stage = _shapes(rng), rng.randrange(4)
     owned = zero_layout.slices(shapes, stage, world)
     sizes = {n: int(torch.Size(s).numel()) for n, s in shapes.items()}
@@ -44,7 +45,7 @@ def _part(rank: int, tensors: dict[str, torch.Tensor]) -> WrittenPart:
 
 
 def _up(parts: list[WrittenPart]) -> WrittenPart:
-    """Merges as the tree does: each rank takes in its branches in order."""
+    """Merges like the tree: each rank adds its branches in order."""
     for rank in reversed(range(len(parts))):
         for child in agreement.children(rank, len(parts)):
             parts[rank] = placement.merge(parts[rank], parts[child])
@@ -52,7 +53,7 @@ def _up(parts: list[WrittenPart]) -> WrittenPart:
 
 
 class Planned(FlatShard):
-    """Speaks the protocol by which torch.distributed.checkpoint plans what a tensor of several ranks is."""
+    """Implements the protocol with which torch.distributed.checkpoint plans a tensor of several ranks."""
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
         chunk = ChunkStorageMetadata(torch.Size([self.start]), self.local.shape)
@@ -78,7 +79,7 @@ def _planned_by_torch(states: list[dict[str, torch.Tensor]]) -> set[tuple[str, i
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_the_plans_of_all_ranks_hold_every_element_once_and_the_same_slices_as_torch_plans(seed: int) -> None:
-    """At any stage and number of ranks; a tensor that all ranks hold is written by one of them."""
+    """For any stage and number of ranks. One rank writes a tensor that all ranks hold."""
     rng = random.Random(seed)
     world = rng.choice([1, 2, 3, 5, 8, 13, 64])
     states = _states(rng, world)
@@ -109,7 +110,7 @@ def test_any_elements_are_found_in_the_chunks_that_hold_them_and_in_no_other(see
 
 
 def test_a_slice_that_is_missing_or_there_twice_makes_no_checkpoint() -> None:
-    """Before `checkpoint.json` is written, and when one is read."""
+    """The error comes before `checkpoint.json` is written, and when one is read."""
 
     def part(*slices: tuple[int, int]) -> WrittenPart:
         return _up([_part(r, {"w": FlatShard(torch.zeros(n), s, 10)}) for r, (s, n) in enumerate(slices)])
@@ -130,7 +131,7 @@ def test_a_slice_that_is_missing_or_there_twice_makes_no_checkpoint() -> None:
 
 
 def test_the_table_of_1024_ranks_is_small() -> None:
-    """A tensor has as many runs at 1,024 ranks as at 8, whatever the stage that cuts each parameter."""
+    """A tensor has as many runs at 1,024 ranks as at 8, for any stage that splits each parameter."""
     shapes = {f"p{i}": (1000 + i, 128) for i in range(20)}
 
     def runs(world: int) -> int:

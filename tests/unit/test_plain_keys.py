@@ -1,4 +1,5 @@
-"""Models that are checked without transformers are right for transformers, too; all others are left to it."""
+"""Tests that models that are checked without transformers are also valid for transformers; all others are left to
+transformers."""
 
 import random
 from typing import Any, get_args
@@ -27,7 +28,7 @@ OTHERS: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("arch", ARCHES)
 def test_what_is_taken_for_right_is_right_for_transformers(arch):
-    """Random sizes and all values of the other keys; every key of the short list is among them."""
+    """Random sizes and all values of the other keys, including every key of the short list."""
     assert {"arch", "head_dim", *SIZES, *OTHERS} == set(Plain.model_fields)
     draw = random.Random(arch)
     for _ in range(150):
@@ -61,19 +62,19 @@ def test_whatever_may_be_wrong_is_left_to_transformers(changes):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_size_that_is_not_given_is_transformers_default(name):
-    """Which may not fit the sizes that are given."""
+    """The default may not fit the given sizes."""
     assert plain_keys.read({"arch": "mistral", **{k: v for k, v in SIZES.items() if k != name}}) is None
 
 
 def bound(path: Any, **changes: Any) -> CausalLM:
-    """A recipe bound to a dataset of 256 tokens."""
+    """Returns a recipe bound to a dataset of 256 tokens."""
     made = CausalLM(job(**changes))
     made.bind([make_text(path)])
     return made
 
 
 def test_the_configuration_is_the_same_whether_it_is_made_before_the_datasets_or_behind(tmp_path, monkeypatch):
-    """Sample length and vocabulary of the datasets are in it."""
+    """It contains the sample length and the vocabulary of the datasets."""
     model = {k: v for k, v in BASE["model"].items() if k not in ("vocab_size", "max_position_embeddings")} | {"arch": "llama"}
     changes = {"model": model, "data.sequence_length": 4096}
     late = bound(tmp_path / "late", **changes)

@@ -1,4 +1,5 @@
-"""The plan: what it counts is counted right, what it estimates follows its formulas, what cannot fit is refused with a reason."""
+"""Tests the plan: its counts are exact, its estimates follow their formulas, and a job that can't fit is rejected with a
+reason."""
 
 import json
 import math
@@ -38,7 +39,7 @@ def recipe_of(j):
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3"])
 def test_parameters_are_those_of_the_model_that_is_trained(arch):
-    """Exact, with tied weights counted once: the same modules are built, without memory and with."""
+    """The count is exact, with tied weights counted once. The same modules are built with and without memory."""
     size = {"n_embd": 32, "n_layer": 2, "n_head": 4} if arch == "gpt2" else {"hidden_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}  # fmt: skip
     j = job(model={"arch": arch, "vocab_size": 96, **size})
@@ -51,8 +52,7 @@ def test_parameters_are_those_of_the_model_that_is_trained(arch):
 @pytest.mark.parametrize(("precision", "length", "mask"), [("fp32", 64, False), ("bf16", 64, False),
                                                            ("fp32", 64, True)])  # fmt: skip
 def test_activations_are_what_a_real_forward_pass_keeps(precision, length, mask):
-    """Fake tensors and real ones, the same count; packed
-    documents need masks."""
+    """Fake and real tensors give the same count. Packed documents need masks."""
     j = job(**{"train.precision": precision, "data.sequence_length": length, "data.document_mask": mask})
     recipe = recipe_of(j)
     recipe.end = 0
@@ -75,7 +75,7 @@ LAYERED: dict[str, dict[str, object]] = {
 
 @pytest.mark.parametrize("arch", LAYERED)
 def test_work_of_a_few_layers_stands_for_that_of_all(arch, monkeypatch):
-    """Layers that are alike are counted once and multiplied: the same as counting every one of them."""
+    """Equal layers are counted once and multiplied. The result equals a count of every layer."""
     size = {
         "hidden_size": 32,
         "num_hidden_layers": 5,
@@ -92,7 +92,8 @@ def test_work_of_a_few_layers_stands_for_that_of_all(arch, monkeypatch):
 
 
 def test_work_is_what_the_model_multiplies():
-    """Products have the FLOPs of Kaplan's formula; attention 7 products of half a square; weights do not grow with the batch."""
+    """Products have the FLOPs of Kaplan's formula, and attention has 7 products of half a square. Weights don't grow with the
+    batch."""
     j = job(**{"workers.gpus": 1, "model.num_key_value_heads": 4})
     recipe = recipe_of(j)
     model = build(recipe)
@@ -111,7 +112,7 @@ def test_work_is_what_the_model_multiplies():
 
 @pytest.mark.parametrize("backbone", ["UNET", "PIXART", "SD3"])
 def test_diffusion_models_are_counted_like_any_other(backbone, tmp_path):
-    """Parameters exact, activations those of a real forward pass; the dataset says what the model's shape is."""
+    """Parameters are exact, and activations equal those of a real forward pass. The dataset determines the model's shape."""
     from heliostat.recipes.images.text_to_image import TextToImage
 
     data = build_images.digits(tmp_path / "data", 40)
@@ -137,7 +138,7 @@ def test_an_average_of_the_weights_is_one_more_fp32_copy_in_memory_and_in_checkp
 
 
 def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewest():
-    """A worker's share of the state is largest where the workers are few."""
+    """A worker's share of the state is largest with the fewest workers."""
     elastic = {"workers.count": [1, 4], "workers.gpus": 1, "train.zero.stage": 3}
     j = job(**elastic)
     assert planner.plan(j, recipe_of(j))["workers"] == 4
@@ -149,7 +150,7 @@ def test_an_elastic_job_is_planned_on_its_most_workers_and_must_fit_on_its_fewes
 
 
 def test_checkpointed_activations_grow_by_one_input_a_layer():
-    """Layers' insides are kept one layer at a time, so another layer adds its input alone."""
+    """Only one layer's inner activations exist at a time, so each layer adds only its input."""
     kept = []
     for layers in (2, 3, 4):
         j = job(**{"model.num_hidden_layers": layers, "train.precision": "fp32"})
@@ -160,7 +161,8 @@ def test_checkpointed_activations_grow_by_one_input_a_layer():
 
 
 def test_state_is_rajbhandaris_sixteen_bytes_a_parameter():
-    """Mixed-precision Adam (arXiv 1910.02054, figure 1): 7.5 billion parameters on 64 workers; gradients in low precision."""
+    """Mixed-precision Adam (arXiv 1910.02054, figure 1): 7.5 billion parameters on 64 workers, with gradients in low
+    precision."""
     shapes = {"w": (7_500_000_000,)}
     gb = {s: memory.state(shapes, frozenset(), 64, s, "bf16", persistence=0, accumulates=False).device / 1e9 for s in (1, 2, 3)}
     assert gb == pytest.approx({1: 31.4, 2: 16.6, 3: 1.88}, abs=0.05)  # the paper's numbers
@@ -169,7 +171,7 @@ def test_state_is_rajbhandaris_sixteen_bytes_a_parameter():
 
 
 def test_offload_moves_state_and_loses_none():
-    """What leaves the device is on the host (with the masters' fp32 gradients) or on disk."""
+    """State that leaves the device is on the host (with the fp32 gradients of the master weights) or on disk."""
     shapes = {"w": (1024, 1024)}
     n = 1024 * 1024
     there = memory.state(shapes, frozenset(), 4, 2, "bf16", offload_optimizer=True)
@@ -179,7 +181,8 @@ def test_offload_moves_state_and_loses_none():
 
 
 def test_sums_of_micro_batches_in_fp32_take_four_bytes_of_what_a_worker_sums():
-    """Of all parameters at stage 1, beside the micro-batch's own gradients; of its share above; nothing where there is one."""
+    """At stage 1 for all parameters, in addition to the micro-batch's own gradients; above, for its share; with one micro-batch,
+    none."""
     shapes = {"a": (1000,), "b": (3000,)}
     held = {s: memory.state(shapes, frozenset(), 4, s, "bf16", persistence=0).gradients for s in (1, 2, 3)}
     assert held == {1: 6 * 4000, 2: 4 * 1000, 3: 4 * 1000}
@@ -194,7 +197,8 @@ def test_frozen_parameters_have_weights_alone():
 
 @pytest.mark.parametrize(("stage", "times"), [(0, 2), (1, 2), (2, 5), (3, 12)])
 def test_a_step_moves_what_ring_collectives_move(stage, times):
-    """Four micro-batches: stages 0 and 1 reduce once, 2 every time, 3 also gathers twice every time."""
+    """With four micro-batches, stages 0 and 1 reduce once, stage 2 reduces each time, and stage 3 also gathers twice each
+    time."""
     assert traffic.volume(1000, 2, 4, stage, accumulation=4) == times * 1000 * 2 * 3 // 4
 
 
@@ -203,7 +207,8 @@ DEVICE = hardware.Device("H100", 80 * GIB, 1e15, 700, 8, 450e9, 400e9, 0, 1, 2e1
 
 
 def test_communication_hides_behind_the_computing_that_it_can_run_beside():
-    """Stage 3 gathers and reduces beside all of it; stage 1 reduces behind the last backward pass and gathers afterwards."""
+    """Stage 3 gathers and reduces during the whole computation. Stage 1 reduces after the last backward pass, and gathers
+    afterwards."""
     network, moved = hardware.Network(0.5, 0.8), traffic.Traffic(int(400e9), 16)
     three, one = (step_time.Setting(16, stage, 1, 2) for stage in (3, 1))
     step = step_time.step(1.0, moved, 0.0, three, DEVICE, network)
@@ -216,7 +221,8 @@ def test_communication_hides_behind_the_computing_that_it_can_run_beside():
 
 
 def test_an_operation_takes_its_arithmetic_and_its_bytes():
-    """At the rates of its kind; small products are bound by memory; a launch is the least, but not where all is compiled."""
+    """Each kind has its own rates, and memory bounds small products. A launch is the minimum, except if everything is
+    compiled."""
     product = OperationWork("matmul", 1, 1e12, 1e9, 1e9, 0, True)
     assert step_time.operation(product, 2, DEVICE) == pytest.approx(2e12 / 0.5e15 + 3e9 / 1e12)
     assert step_time.operation(replace(product, kind="convolution"), 1, DEVICE) == pytest.approx(1e12 / 0.25e15 + 2e9 / 1e12)
@@ -228,7 +234,8 @@ def test_an_operation_takes_its_arithmetic_and_its_bytes():
 
 
 def test_a_ring_takes_longer_the_more_ranks_it_has():
-    """However little it moves: three passes over 33 messages of 1,024 GPUs add seconds, of 8 in a node a millisecond."""
+    """This holds for any amount of data: three passes over 33 messages add seconds for 1,024 GPUs, and a millisecond for 8 in a
+    node."""
     network = hardware.Network(0.8, 1.0, hop=2e-5, hop_inside=3e-6)
     calls = traffic.calls(3, 1, 33, 1)
     waits = {}
@@ -242,7 +249,7 @@ def test_a_ring_takes_longer_the_more_ranks_it_has():
 
 
 def test_an_optimizer_on_the_cpu_takes_its_share_of_the_hosts_memory():
-    """30 bytes of each of a billion parameters at 45 % of an eighth of 400 GB/s; on the device half a second less."""
+    """30 bytes for each of a billion parameters, at 45 % of an eighth of 400 GB/s. On the device, it takes half a second less."""
     device = replace(DEVICE, host_bandwidth=50e9)
     assert step_time.updating(1e9, 2, device, on_host=True) == pytest.approx(30 / (0.45 * 50))
     assert step_time.updating(1e9, 2, device) == pytest.approx(30e9 / 1e12)
@@ -271,7 +278,7 @@ def test_checkpointing_plays_again_what_is_in_layers():
 
 
 def test_young_dalys_interval_wastes_least():
-    """No interval near it is better; and never shorter than an upload takes."""
+    """No nearby interval is better, and it is never shorter than an upload."""
     between, blocked, restart = estimate.mean_time_between(50_700, 64), 5.0, 180.0
     best = estimate.best_interval(blocked, between)
     assert best == pytest.approx(math.sqrt(2 * 5 * 50_700 / 64 * 3600))
@@ -283,7 +290,7 @@ def test_young_dalys_interval_wastes_least():
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("workers", [1, 3, 7, 64])
 def test_slices_are_every_element_once(stage, workers):
-    """Sizes that no number of workers divides, one of a single element."""
+    """Sizes include those that no number of workers divides, and a single element."""
     shapes = {"a": (7, 13), "b": (13,), "c": (1,), "d": (11, 13), "e": (3,)}
     seen = {n: [0] * math.prod(s) for n, s in shapes.items()}
     for rank in zero_layout.slices(shapes, stage, workers):
@@ -294,7 +301,7 @@ def test_slices_are_every_element_once(stage, workers):
 
 
 def test_networks_of_machine_types_are_those_of_their_cards():
-    """Google's a3-highgpu-8g has four cards of 200 Gb/s for eight GPUs, a3-megagpu-8g eight; AWS's p5 3,200 Gb/s."""
+    """Google's a3-highgpu-8g has four cards of 200 Gb/s for eight GPUs, a3-megagpu-8g has eight, and AWS's p5 has 3,200 Gb/s."""
     j = job(**{"workers.gpus": 1})
     rates = {name: hardware.resolve(j, hardware.table(), instance=name).network for name in hardware.table()["instances"]}
     gigabits = {name: round(rate * 8 / 1e9) for name, rate in rates.items()}
@@ -302,8 +309,8 @@ def test_networks_of_machine_types_are_those_of_their_cards():
 
 
 def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
-    """Parameters, state and checkpoint by arithmetic; FLOPs by Kaplan's formula; one H100 is refused with the reason, its sums in
-    fp32, and the speed."""
+    """Parameters, state, and checkpoint follow from arithmetic, and FLOPs from Kaplan's formula. One H100 is rejected with the
+    reason, its fp32 sums, and the speed."""
     path = ROOT / "jobs" / "llama3-8b.yaml"
     j, recipe, _ = planner.prepare(path, ["data.path=nowhere"])
     p = planner.plan(j, recipe)
@@ -327,7 +334,7 @@ def test_the_plan_of_the_8b_job_is_right_where_it_can_be_known():
     ("name", "active"), [("moe-8x1b", 1_861_675_008), pytest.param("qwen3-30b-a3b", 3_353_032_704, marks=pytest.mark.ci)]
 )
 def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
-    """Its FLOPs are six for each active parameter that multiplies, and attention; it fits, and it can be run dry."""
+    """Its FLOPs are six for each active parameter in a product, plus attention. It fits, and has a dry run."""
     from heliostat.plan.dryrun import dry_run
 
     path = ROOT / "jobs" / f"{name}.yaml"
@@ -346,7 +353,7 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
 
 
 def test_a_dry_run_for_gpus_prints_nothing_of_deepspeeds_where_there_is_none(monkeypatch):
-    """DeepSpeed warns on standard output that it finds no GPU, unless the environment says that it shall use the CPU."""
+    """DeepSpeed warns on standard output that it finds no GPU, unless the environment selects the CPU."""
     from heliostat.engine import deepspeed_engine
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -356,7 +363,7 @@ def test_a_dry_run_for_gpus_prints_nothing_of_deepspeeds_where_there_is_none(mon
 
 
 def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
-    """A user's table changes what it names and keeps the rest; a new device needs all that the plan reads."""
+    """A user's table changes only the keys that it names. A new device needs all keys that the plan reads."""
     file = tmp_path / "prices.yaml"
     file.write_text("{devices: {H100: {hour: 2.5}, B300: {memory_gib: 180}}, date: 2026-01-01}")
     table = hardware.table(file)
@@ -373,7 +380,7 @@ def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
 
 
 def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(tmp_path):
-    """Without the datasets, with a note that says so; without Ray."""
+    """Without the datasets, which a note states, and without Ray."""
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
     code, out, _, imported = run("plan", path, "--json")
     found = json.loads(out.splitlines()[-1])
@@ -392,7 +399,7 @@ def test_the_command_prints_one_object_and_a_job_that_cannot_fit_is_exit_code_2(
 
 
 def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(tmp_path):
-    """The dataset's vocabulary replaces the default one, and with it the number of parameters; one that is set stays."""
+    """The dataset's vocabulary replaces the default one, and changes the number of parameters. An explicit vocabulary stays."""
     from heliostat.plan.dryrun import dry_run
 
     missing = {"data.sources.0.path": str(tmp_path / "nothing")}
@@ -404,7 +411,7 @@ def test_without_the_datasets_plan_and_dry_run_say_which_vocabulary_they_assume(
 
 
 def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
-    """The 8B job: 64 shards of 291 tensors with two moments, and the bytes of the whole state; 48 ranks are refused."""
+    """For the 8B job: 64 shards of 291 tensors with two moments, and the bytes of the whole state. 48 ranks are rejected."""
     from heliostat.plan.dryrun import dry_run
 
     path, began = ROOT / "jobs" / "llama3-8b.yaml", time.process_time()
@@ -422,7 +429,7 @@ def test_a_dry_run_for_64_ranks_takes_seconds_and_finds_what_does_not_divide():
 
 
 def test_a_small_plan_shows_no_zeros():
-    """A run of seconds and a checkpoint of megabytes are written in those units; one layer is one layer."""
+    """A run of seconds and a checkpoint of megabytes have these units. One layer is singular."""
     from heliostat.cli.plan import _checkpointing, _length, _size
 
     assert (_length(21 / 86_400), _length(0.05), _length(30.4)) == ("21 s", "1 h 12 min", "30.40 days")

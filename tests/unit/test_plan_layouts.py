@@ -1,4 +1,4 @@
-"""Layouts ranked by time within memory, and efficiencies corrected by what a run measured."""
+"""Tests parallelism configurations, ranked by time within memory, and efficiencies corrected by a run's measurements."""
 
 import json
 import time
@@ -25,7 +25,7 @@ def workspace(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> dict:
-    """A job of three wide layers on four GPUs: 12 billion parameters, which fit in some layouts and not in others."""
+    """Returns a job of three wide layers on four GPUs: 12 billion parameters, which fit only in some configurations."""
     sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096, "num_hidden_layers": 3}
     changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch_size": 64, "data.sequence_length": 512}
     j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
@@ -48,7 +48,7 @@ def test_layouts_are_ranked_by_time_within_memory_and_each_says_why_it_loses(wid
 
 
 def test_one_layout_is_shown_of_those_that_differ_in_the_micro_batch_alone(wide):
-    """The best of them: at a slower micro-batch, or one that does not fit, it would stand further down."""
+    """It is the best of them. With a slower micro-batch, or one that doesn't fit, it would rank lower."""
     families = [
         tuple(v for k, v in one["layout"].items() if k != "train.micro_batch_size")
         for one in wide["layouts"]
@@ -69,7 +69,7 @@ def degrees(**changes) -> list[int]:
 
 
 def test_workers_share_samples_where_the_job_and_the_model_let_them():
-    """Degrees divide workers, heads and tokens, and leave the global batch whole; none with what cannot be cut."""
+    """Degrees divide workers, heads, and tokens, and keep the global batch. A model that can't split samples has none."""
     assert degrees(**{"workers.count": 8, "train.global_batch_size": 16}) == [1, 2, 4]  # of 4 heads
     assert degrees(**{"workers.count": 6, "train.global_batch_size": 12}) == [1, 2]
     assert degrees(**{"workers.count": [2, 4]}) == [1, 2]
@@ -78,7 +78,8 @@ def test_workers_share_samples_where_the_job_and_the_model_let_them():
 
 
 def test_a_shared_sample_takes_less_memory_and_waits_for_what_is_exchanged():
-    """Of eight workers each has an eighth of the activations; the same tokens are played, with more that does not hide."""
+    """Each of eight workers has an eighth of the activations. They process the same tokens, with more communication that isn't
+    hidden."""
     j = job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 64, "data.sequence_length": 4096,
                "model.head_dim": 8, "model.num_attention_heads": 32, "model.num_key_value_heads": 8,
                "model.hidden_size": 256})  # fmt: skip
@@ -141,7 +142,7 @@ def test_pace_is_taken_between_marks_and_needs_steps():
 
 
 def test_a_corrected_device_takes_as_long_as_was_measured():
-    """A plan of the same job with what was measured says what was measured; a larger job follows from it."""
+    """A plan of the same job with the measurements gives the measured time, and the time of a larger job follows."""
     j = job(**{"train.precision": "fp32", "model.hidden_size": 256, "model.intermediate_size": 512})
     prices = hardware.table()
     first = planner.planners(j, CausalLM(j), None, None, prices)[-1]

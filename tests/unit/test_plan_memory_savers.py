@@ -1,4 +1,4 @@
-"""What the plan says of MLPs in tiles, of checkpoints of some layers, and of their inputs on the host: memory and time."""
+"""Tests the plan for MLPs in tiles, checkpoints of some layers, and their inputs on the host: memory and time."""
 
 import weakref
 from dataclasses import replace
@@ -28,7 +28,7 @@ def workspace(monkeypatch) -> None:
 
 
 def real(changes: dict) -> int:
-    """The bytes that a real forward pass keeps on the device."""
+    """Returns the bytes that a real forward pass keeps on the device."""
     j = job(**LONG, **changes)
     recipe = CausalLM(j)
     model = recipe.build()
@@ -39,7 +39,8 @@ def real(changes: dict) -> int:
 
 @pytest.mark.parametrize(("first", "offload", "tiled"), [(1, False, False), (3, True, True)])
 def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, offload, tiled):
-    """Of layers that are played again the inputs, of which on the host all but one that comes back; of the rest all."""
+    """Recomputed layers keep their inputs; of those on the host, only the one that comes back is on the device. Other layers keep
+    everything."""
     j = job(**LONG, **{TILED: tiled})
     recipe = CausalLM(j)
     counted = activations(j, recipe, build(recipe), planner.sample(j, recipe))
@@ -51,7 +52,8 @@ def test_what_is_kept_behind_the_forward_pass_is_what_a_real_one_keeps(first, of
 
 
 def test_what_is_held_at_most_is_either_of_two_moments():
-    """Behind the forward pass what the last layers keep; or one layer that is played again, when those are done."""
+    """The peak is either after the forward pass, with the activations of the last layers, or later, when one layer is
+    recomputed."""
     counted = Activations(1000, ((10, 100, 40), (10, 300, 40), (10, 50, 40), (10, 50, 60)), 0)
     assert [counted.held(n) for n in range(5)] == [1500, 1410, 1320, 1330, 1340]
     assert [counted.held(n, offload=True) for n in range(5)] == [1500, 1410, 1310, 1310, 1310]
@@ -66,7 +68,7 @@ def test_a_tile_is_counted_once_with_no_more_tokens_than_there_are():
 
 
 def test_the_backward_pass_of_an_mlp_holds_no_more_than_the_tile_that_is_counted():
-    """Live tensors of the width that only an MLP's inside has, and sums of its gradients, in a real backward pass."""
+    """Measures live tensors with the inner width of the MLP, and sums of its gradients, in a real backward pass."""
     j = job(**{**LONG, TILED: True, "model.intermediate_size": 61, "model.num_hidden_layers": 1})
     recipe = CausalLM(j)
     tile = activations(j, recipe, build(recipe), planner.sample(j, recipe)).tile
@@ -98,7 +100,7 @@ def test_stage_3_gathers_an_mlp_in_tiles_as_a_whole():
 
 
 def test_an_mlp_in_tiles_is_computed_once_more_and_not_with_its_layer():
-    """A third more of its products, which checkpointing does not add to."""
+    """This adds a third of its products. Checkpointing doesn't add more."""
     found = {}
     for on in (False, True):
         j = job(**LONG, **{TILED: on, "workers.gpus": 1})
@@ -126,7 +128,7 @@ def test_fewer_layers_take_more_memory_and_less_time():
 
 
 def test_the_batches_of_two_steps_are_on_the_host():
-    """Of images these are gigabytes. A worker of four has a quarter of each step's samples."""
+    """For images, these are gigabytes. One of four workers has a quarter of each step's samples."""
     one = estimates()
     recipe = CausalLM(one.job)
     sample = sum(values.nbytes for values in recipe.batch(planner.sample(one.job, recipe), np.zeros(1, np.int64)).values())
@@ -148,7 +150,7 @@ def test_offload_moves_inputs_to_the_host_and_takes_the_time_of_two_copies():
 
 
 def test_the_fewest_layers_that_fit_are_found():
-    """One layer fewer does not fit; where all fit whole, or none does, there is nothing to choose."""
+    """One layer fewer doesn't fit. If all layers fit whole, or none does, there is no choice."""
     one, layout = estimates(), Layout(3, 4, True, False)
     need = [one.candidate(replace(layout, checkpointing=n)).memory["total"] for n in range(4)]
     for least in (1, 2):
@@ -175,7 +177,7 @@ def of_the_job(*settings: str) -> Planner:
 
 @pytest.mark.ci
 def test_what_makes_128k_tokens_fit():
-    """The job as it is fits, with nothing played again; with whole MLPs it needs its layers checkpointed, and takes longer."""
+    """The job fits as it is, without recomputation. With whole MLPs it must checkpoint its layers, and takes longer."""
     as_it_is, whole = of_the_job(), of_the_job(f"{TILED}=false")
     mine, layout = as_it_is.chosen(), layouts.of(as_it_is.job)
     assert mine.fits and mine.parts["replaying"] == 0 and as_it_is.job.train.tiled_mlp

@@ -1,4 +1,4 @@
-"""What Muon adds to a plan: the bytes by which whole matrices are brought together, as its exchange sends them, and products."""
+"""Tests the costs of Muon in a plan: the bytes that gather whole matrices, as its exchange sends them, and products."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ SIDES = [(64, 64), (32, 64), (32, 64), (64, 64), (192, 64), (192, 64), (64, 192)
 
 
 def spans(stage: int, workers: int) -> list[whole_matrices.Matrix]:
-    """The matrices as ZeRO cuts them: each into equal parts at stage 3, else all of them end to end."""
+    """Returns the matrices as ZeRO splits them: at stage 3 each in equal parts, else all of them end to end."""
     total, at, made = sum(map(math.prod, SIDES)), 0, []
     for rows, columns in SIDES:
         size = rows * columns
@@ -28,7 +28,7 @@ def spans(stage: int, workers: int) -> list[whole_matrices.Matrix]:
 
 
 def sent(stage: int, workers: int) -> list[int]:
-    """The bytes that each worker sends, both ways, by the exchange's own division."""
+    """Returns the bytes that each worker sends, both ways, by the exchange's own division."""
     found = [0] * workers
     for batch in whole_matrices.batches(spans(stage, workers), workers):
         for matrix, owner in batch:

@@ -1,5 +1,7 @@
-"""The plan is held to published training runs: text and diffusion, five devices, 1 to 512 workers (tests/unit/published), and
-to runs of sources that its constants were not fitted to."""
+"""Compares the plan with published training runs: text and diffusion, five devices, 1 to 512 workers (tests/unit/published).
+
+Some sources weren't used to fit its constants.
+"""
 
 import numpy as np
 import pytest
@@ -16,14 +18,14 @@ def test_published_runs_are_planned_within_eight_percent_and_none_beyond_thirty(
 
 
 def test_each_source_is_planned_within_fifteen_percent():
-    """So a source with many runs hides no other."""
+    """So a source with many runs hides no other source."""
     for source in dict.fromkeys(run["source"] for run in published.FITTED):
         mine = [e for e, run in zip(ERRORS, published.FITTED, strict=True) if run["source"] == source]
         assert mine and np.median(mine) < 0.15, source
 
 
 def test_runs_that_nobody_fitted_are_planned_within_ten_percent_and_none_beyond_thirty():
-    """Of sources that the fit never sees: three GPUs, tensor parallelism, float8, and a mixture of experts among them."""
+    """For sources outside the fit, among them three GPUs, tensor parallelism, float8, and a mixture of experts."""
     wrong = [abs(published.error(run, PRICES)) for run in published.HELD_OUT]
     assert np.median(wrong) < 0.10 and max(wrong) < 0.30
     assert len(wrong) >= 15 and not {r["source"] for r in published.HELD_OUT} & {r["source"] for r in published.FITTED}
@@ -48,7 +50,7 @@ def test_the_operations_of_the_table_are_those_that_the_plan_counts(name, length
 
 
 def test_a_slower_device_is_planned_slower():
-    """What the errors are made of moves them: a table that ignored its efficiencies would pass nothing here."""
+    """The errors depend on the efficiencies: a table that ignored them would fail here."""
     run = next(r for r in published.RUNS if r["model"] == "mpt-7b" and r["device"] == "H100")
     for kind in ("matmul", "attention", "memory"):
         entry = {**PRICES["efficiency"]["H100"], kind: PRICES["efficiency"]["H100"][kind] / 2}

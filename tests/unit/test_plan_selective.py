@@ -1,5 +1,7 @@
-"""What the plan says of selective checkpointing, in memory, time and the choice of layouts; and the products that checkpoints of
-any kind plays again, against those that torch counts."""
+"""Tests the plan for selective checkpointing: memory, time, and the choice of configurations.
+
+Also compares the recomputed products of any kind of checkpointing with torch's count.
+"""
 
 from dataclasses import replace
 
@@ -30,7 +32,7 @@ def workspace(monkeypatch) -> None:
 
 
 class Alive(TorchDispatchMode):
-    """Knows the storages of all that was made in it."""
+    """Records the storages of everything created in its context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "olmo2"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_kept_is_what_is_alive_behind_a_real_forward_pass(arch, precision):
-    """All that was made and still is, whoever holds it: autograd, or the contexts of checkpointing."""
+    """Counts everything that was created and still exists, held by autograd or by the contexts of checkpointing."""
     model = {"n_embd": 32, "n_head": 4} if arch == "gpt2" else BASE["model"]
     j = job(**{"model": {**model, "arch": arch, "vocab_size": 96}, **LONG, "train.precision": precision})
     recipe = CausalLM(j)
@@ -76,8 +78,8 @@ PRODUCTS = {"llama": (), "olmo2": (), "gpt_neox": ("num_key_value_heads",)}
 @pytest.mark.parametrize("which", [True, SELECTIVE])
 @pytest.mark.parametrize("arch", PRODUCTS)
 def test_products_that_are_played_again_are_those_that_torch_counts(arch, which, tiled):
-    """Of a layer as far as the last tensor that autograd keeps; a norm behind an MLP in tiles keeps its output, so that it is
-    computed again with its layer, and once more for its gradients. (Their last product is only at stage 3.)"""
+    """A layer is recomputed up to the last tensor that autograd keeps. A norm after an MLP in tiles keeps its output. So the MLP
+    is recomputed with its layer, and once more for its gradients. (Its last product is recomputed only at stage 3.)"""
     model = {k: v for k, v in BASE["model"].items() if k not in PRODUCTS[arch]} | {"arch": arch, "vocab_size": 96}
     j = job(**{**LONG, "model": model, "model.num_hidden_layers": 3, TILED: tiled, "workers.gpus": 1})
     recipe = CausalLM(j)
@@ -91,7 +93,7 @@ def test_products_that_are_played_again_are_those_that_torch_counts(arch, which,
 
 
 class Products(TorchDispatchMode):
-    """Counts FLOPs as torch does. (Its FlopCounterMode follows modules, and fails where a gradient plays some again.)"""
+    """Counts FLOPs as torch does. (Its FlopCounterMode follows modules, and fails if a gradient recomputes some of them.)"""
 
     flops = 0
 
@@ -103,7 +105,7 @@ class Products(TorchDispatchMode):
 
 
 def counted(j, which) -> int:
-    """The FLOPs of products in a step of one real sample."""
+    """Returns the FLOPs of products in a step with one real sample."""
     recipe = CausalLM(j.model_copy(update={"train": j.train.model_copy(update={"activation_checkpointing": which})}))
     model = recipe.build()
     with Products() as products:
@@ -126,8 +128,8 @@ def test_it_lies_between_none_and_all_in_memory_and_in_time(wide):
 
 
 def test_the_cheapest_that_fits_is_found_by_memory(wide):
-    """None, selective, of few layers: the less memory, the more is played again. Of four layers three take no more memory than
-    all, because one is whole while it is computed again, and less time."""
+    """The choices are none, selective, and some layers: with less memory, more is recomputed. Of four layers, checkpointing three
+    takes as much memory as all four, because one is whole during its recomputation, and less time."""
     layout, chosen = Layout(3, 2, True, False), {}
     given = {which: wide.candidate(replace(layout, checkpointing=which)) for which in (False, SELECTIVE, 3, True)}
     for which, one in given.items():
@@ -143,7 +145,7 @@ def test_the_cheapest_that_fits_is_found_by_memory(wide):
     ("model", "singly"), [(BASE["model"], True), ({"arch": "xlnet", "d_model": 32, "n_head": 4, "n_layer": 2}, False)]
 )
 def test_an_architecture_whose_layers_are_not_checkpointed_one_by_one_is_offered_no_part(model, singly):
-    """What `check` would refuse is not recommended."""
+    """The plan doesn't recommend what `check` would reject."""
     j = job(**{"model": {**model, "vocab_size": 96}})
     found = planner.planners(j, CausalLM(j), None, None, hardware.table())[-1]
     assert found.selects is singly

@@ -1,4 +1,5 @@
-"""`platform/` is a source root and must never shadow the standard library's module of that name; its wheel is whole."""
+"""Tests that `platform/` is a source root, never shadows the standard library's module of that name, and makes a complete
+wheel."""
 
 import os
 import re
@@ -18,7 +19,7 @@ USE_BOTH = (
 
 
 def python(code: str, *flags: str, cwd: Path = ROOT, pythonpath: Path | None = None) -> list[str]:
-    """The lines that a fresh Python prints."""
+    """Returns the lines that a fresh Python prints."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if pythonpath:
         env["PYTHONPATH"] = str(pythonpath)
@@ -32,7 +33,7 @@ def is_standard(file: str) -> bool:
 
 
 def build(folder: Path) -> Path:
-    """Builds the wheel into the folder, from a copy of the source, with what is installed here."""
+    """Builds the wheel in the folder, from a copy of the source, with the installed packages."""
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -60,14 +61,14 @@ def build(folder: Path) -> Path:
 
 
 def test_the_source_root_is_no_package():
-    """An __init__.py in platform/ would make it a package that wins over the standard library's module."""
+    """An __init__.py in platform/ would make it a package, which wins over the standard library's module."""
     assert (ROOT / "platform" / "heliostat" / "__init__.py").is_file()
     assert not (ROOT / "platform" / "__init__.py").exists()
     assert [p.name for p in (ROOT / "platform").glob("*.py")] == []
 
 
 def test_python_finds_its_own_platform_from_the_repository():
-    """`python -c` puts the current folder first on sys.path; the standard library's module is imported all the same."""
+    """`python -c` puts the current folder first on sys.path, but still imports the standard library's module."""
     first, file, version = python(
         "import platform, sys; print(repr(sys.path[0]), platform.__file__, platform.python_version(), sep='\\n')"
     )
@@ -76,7 +77,7 @@ def test_python_finds_its_own_platform_from_the_repository():
 
 
 def test_the_installed_package_and_the_standard_module_live_together():
-    """With the repository first on PYTHONPATH, both imports give what they should."""
+    """With the repository first on PYTHONPATH, both imports give the right module."""
     standard, ours = python(USE_BOTH, pythonpath=ROOT)
     assert is_standard(standard)
     assert Path(ours).name == "errors.py" and Path(ours).parent.name == "heliostat"
@@ -84,7 +85,7 @@ def test_the_installed_package_and_the_standard_module_live_together():
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory):
-    """The wheel of this source, unpacked."""
+    """Returns the folder of this source's wheel, unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     with zipfile.ZipFile(build(folder)) as z:
         z.extractall(folder / "unpacked")
@@ -96,7 +97,7 @@ def contents(folder: Path) -> set[str]:
 
 
 def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):
-    """Put on PYTHONPATH, with no installed copy in sight: no `platform` in it, and both imports work."""
+    """On PYTHONPATH, without an installed copy, the wheel has no `platform`, and both imports work."""
     names = {n.split("/")[0] for n in contents(unpacked)}
     assert "heliostat" in names and len(names) == 2 and any(re.fullmatch(r"heliostat-[\d.]+\.dist-info", n) for n in names)
     # -S: without site-packages, so that neither the editable install nor its import hook can help
@@ -106,7 +107,7 @@ def test_a_wheel_holds_only_heliostat_and_leaves_platform_alone(unpacked):
 
 
 def test_a_wheel_is_whole(unpacked):
-    """Every file of the package is in it: code, types, tables, and the files of a workspace, so that it needs no clone."""
+    """It has every file of the package: code, types, tables, and the files of a workspace, so that it needs no clone."""
     assert contents(unpacked / "heliostat") == contents(ROOT / "platform" / "heliostat")
     needed = {"py.typed", "recipes/text/causal_lm.py", "recipes/images/text_to_image.py", "curation/text/pipeline.py"}
     needed |= {"curation/images/pipeline.py", "plan/prices.yaml", "cli/template/jobs/quickstart.yaml", "cli/template/gitignore"}
@@ -120,14 +121,14 @@ def test_a_wheel_is_whole(unpacked):
 
 
 def test_what_code_takes_from_beside_it_is_in_the_wheel(unpacked):
-    """Files that an export or MLflow gets a copy of are named by a string, which no move of a module would follow."""
+    """A string names the files that an export or MLflow gets copies of, and no move of a module would change it."""
     named = [(path, name) for path in (unpacked / "heliostat").rglob("*.py")
              for name in re.findall(r'Path\(__file__\)\.with_name\("([^"]+)"\)', path.read_text())]  # fmt: skip
     assert named and not [(path, name) for path, name in named if not path.with_name(name).is_file()]
 
 
 def test_what_a_file_names_is_in_the_wheel(unpacked):
-    """The recipes and pipelines of the workspace that it makes come from it, not from a folder that a clone has."""
+    """The recipes and pipelines of a new workspace come from the wheel, not from a folder that only a clone has."""
     paths = [*(unpacked / "heliostat" / "cli" / "template").rglob("*.yaml")]
     rooms = {"recipe": "recipes", "pipeline": "curation"}
     found = set()

@@ -1,4 +1,5 @@
-"""What the page is made of: the endpoint's own front in one process, a model that draws, an index that answers with sources."""
+"""Tests the parts of the page: the endpoint's own HTTP server in one process, a model that draws, and an index that answers with
+sources."""
 
 import asyncio
 import base64
@@ -40,7 +41,7 @@ BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
 def write_painter(folder, dataset):
-    """A model that draws 8 x 8 pixels, of random weights, exported."""
+    """Exports a model with random weights that draws 8 x 8 pixels."""
     made = recipe(dataset)
     torch.manual_seed(0)
     model = woken(made.build()).eval()
@@ -239,7 +240,7 @@ def test_an_index_without_its_embedder_is_refused_at_the_start(writer, tmp_path)
 
 
 def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_path):
-    """What it says of a text is what batch inference says."""
+    """Its vector for a text equals that of batch inference."""
     folder = shutil.copytree(writer, tmp_path / "embedder")
     sentence_folder.write(folder, sentence_folder.Embedding("last", 16), 64)
     texts = ["def read(path):", "class Reader:", "x" * 400]
@@ -257,7 +258,7 @@ def test_an_embedder_is_asked_for_embeddings_alone_and_has_no_page(writer, tmp_p
 
 
 def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(painter):
-    """They share one pipeline."""
+    """Drawings share one pipeline."""
     drawing, open_, go_on = Painter(painter), list[int](), threading.Event()
     draw = drawing.canvas.draw
 

@@ -1,4 +1,4 @@
-"""Metrics and tags have one name each, in one place, and what was recorded under former ones is found."""
+"""Tests that each metric and tag has one name in one place, and that records with former names are found."""
 
 import re
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_metrics_of_recorded_runs_are_found_by_their_names_of_today(former, name
 
 
 def test_a_name_has_one_declaration_and_what_mlflow_shows_first_is_what_people_look_at():
-    """MLflow's UI sorts charts' sections, the names up to their last slash, and puts system metrics behind them."""
+    """MLflow's UI sorts the sections of charts, which are the names up to the last slash, and puts system metrics last."""
     event = Steps(first=0, loss=[1.0], lr=[1.0], grad_norm=[1.0], seconds=1.0, at=1.0, mfu=0.5, tokens_per_second=1.0,
                   data_wait=0.0, bad_samples=0, added={"router_loss": [1.0]}, loss_scale=2.0, skipped_steps=0,
                   sources={"corpus": {"tokens": 1.0, "samples": 1.0, "epochs": 1.0}})  # fmt: skip
@@ -59,7 +59,7 @@ def test_a_name_has_one_declaration_and_what_mlflow_shows_first_is_what_people_l
 
 
 def test_a_steps_loss_comes_after_the_rest_of_the_step():
-    """By the loss it is told how far MLflow's curves go, so what has it must have all of the step."""
+    """The loss shows how far MLflow's curves go, so a step with a loss must have all of its values."""
     event = Steps(first=4, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, tokens_per_second=7.0)
     assert points(event) == [
         Point("train/tokens_per_second", 7.0, 10.0, 6),
@@ -69,14 +69,14 @@ def test_a_steps_loss_comes_after_the_rest_of_the_step():
 
 
 def test_a_runs_first_points_come_in_the_order_in_which_metrics_are_declared():
-    """In which MLflow's UI lists them, and takes the first one to compare runs by."""
+    """MLflow's UI lists metrics in this order, and compares runs by the first one."""
     event = Steps(first=0, loss=[3.0, 2.0], lr=[0.1, 0.2], grad_norm=[1.0, 1.5], seconds=4.0, at=10.0, tokens_per_second=7.0)
     keys = [p.key for p in points(event)]
     assert keys == ["train/loss", "train/lr", "train/grad_norm"] * 2 + ["train/tokens_per_second"]
 
 
 def test_a_value_of_each_step_needs_one_declaration(monkeypatch):
-    """What is measured in a step travels with the recipe's parts: a line in METRICS draws it, and it isn't logged twice."""
+    """A step's measurement travels with the recipe's parts. One line in METRICS draws it, and it isn't logged twice."""
     weight = Metric("train/weight_norm", Steps, lambda e: e.added.get("weight_norm"), "Weight norm", section="Optimizer")
     monkeypatch.setattr(metrics, "METRICS", (weight, *METRICS))
     added = {"router_loss": [3.0, 4.0], "weight_norm": [1.0, 2.0]}
@@ -87,7 +87,7 @@ def test_a_value_of_each_step_needs_one_declaration(monkeypatch):
 
 
 def test_the_names_of_all_metrics_of_a_step_are_reserved():
-    """Else a part of a recipe's loss would be logged under the name of a metric, or of one in recorded runs, and be lost."""
+    """Otherwise a part of a recipe's loss could have the name of a metric, also of one in recorded runs, and be lost."""
     names = {name for metric in METRICS for name in (metric.name, metric.formerly)}
     of_steps = {name.removeprefix("train/") for name in names if re.fullmatch(r"train/\w+", name)}
     assert set(RESERVED) == of_steps and {"loss", "grad_norm", "spike_limit", "data_wait", "bad_samples"} <= of_steps
@@ -108,8 +108,8 @@ def test_tags_of_recorded_runs_are_found_by_their_former_names():
 
 
 def test_tags_are_named_as_in_runs_that_are_recorded():
-    """A tag under another name hides every run, model, and version recorded before: they have no folder then. Whoever renames one
-    on purpose adds the former name to FORMERLY."""
+    """A renamed tag hides every earlier run, model, and version: they then have no folder. To rename one on purpose, add the
+    former name to FORMERLY."""
     named = {tags.NAME: "name", tags.FOLDER: "run_folder", tags.RECIPE: "recipe", tags.DIRTY: "dirty", tags.VERSION: "version.",
              tags.REASON: "reason", tags.MODEL_URI: "model_uri", tags.SPIKES: "spikes", tags.CORRUPTION: "corruption",
              tags.BAD_NODES: "bad_nodes", tags.PARENT_RUNS: "parent_runs", tags.REPRODUCES: "reproduces", tags.SWEEP: "sweep",

@@ -1,4 +1,4 @@
-"""What a person sees while a pipeline runs: tasks, documents, MB/s and an ETA that follow from what is done."""
+"""Tests a pipeline's progress display: tasks, documents, MB/s, and an ETA from the finished tasks."""
 
 import io
 import logging
@@ -29,7 +29,7 @@ def told(progress: Progress, clock: Clock, seconds: float) -> str:
 
 
 def test_a_line_says_what_is_done_and_when_the_rest_will_be():
-    """The ETA goes by bytes: of five tasks one is twice as large as the others."""
+    """The ETA depends on bytes: one of five tasks is twice as large as the others."""
     clock = Clock()
     progress = Progress(clock=clock)
     progress.found("read", [{"runs": [["old", 50, 1]]}], [3_000_000] * 4 + [6_000_000], whole=False)

@@ -1,4 +1,4 @@
-"""What prepare says when it is interrupted or fails, and the list of what was left out."""
+"""Tests prepare's messages after an interruption or a failure, and the list of dropped documents."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Slow(prepare.Pipeline):
 
 @pytest.mark.parametrize("where", ["inputs", "write"])
 def test_ctrl_c_says_that_it_was_heard_and_what_there_is(tmp_path, where):
-    """Exit code 130 and a line, not silence; what was written is gone, and that is said too."""
+    """The command exits with code 130 and a line, and the line says that the written files were removed."""
     (tmp_path / "slow_pipeline.py").write_text(SLOW)
     keys = {"name": where, "pipeline": "slow_pipeline:Slow", "output": str(tmp_path / "out")}
     (tmp_path / "p.yaml").write_text(json.dumps(keys))
@@ -61,7 +61,7 @@ def test_ctrl_c_says_that_it_was_heard_and_what_there_is(tmp_path, where):
 
 
 def test_what_a_task_says_to_the_person_is_its_own_line_without_rays_traceback():
-    """Ray's error of a task is of the cause's class too; errors of our own pass as they are."""
+    """Ray's error of a task also has the cause's class. heliostat's own errors pass unchanged."""
     cause = StorageError("/d/x: storage failed for 60 s: No space left on device")
     with pytest.raises(StorageError) as told, unwrapped():
         raise RayTaskError("read", "Traceback:\n  lines", cause).as_instanceof_cause()
@@ -103,7 +103,7 @@ def test_the_list_of_what_was_left_out_is_replaced_when_the_new_one_is_complete(
 
 
 def test_a_pipeline_of_a_users_own_that_lacks_a_method_is_found_when_it_is_loaded():
-    """It was found, with a traceback, when the method was called: `write`, once the input was listed."""
+    """It was found with a traceback at the call of the method: for `write`, after the input was listed."""
 
     class Half(Pipeline):
         def inputs(self) -> list[InputFile]:

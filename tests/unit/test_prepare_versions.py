@@ -1,4 +1,5 @@
-"""`prepare` beside what is there: the old dataset stands until the new one does, runs keep theirs, nothing else is touched."""
+"""Tests `prepare` in a folder with a dataset: the old dataset stays until the new one is complete, runs keep their version, and
+other files stay."""
 
 import json
 import os
@@ -26,7 +27,7 @@ PARTS = ("8x8", "16x8")
 
 
 class Numbers(Pipeline):
-    """Rows of numbers from `first` on, a shard of ten for each of `shards`; writes them here, without Ray."""
+    """Writes rows of numbers from `first`, in shards of ten, one for each of `shards`, in this process without Ray."""
 
     first: int = 0
     shards: int = 3
@@ -90,7 +91,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def numbers(version: manifest.Manifest) -> list[int]:
-    """What a version's shards hold, read as its manifest says."""
+    """Returns the contents of a version's shards, read by its manifest."""
     paths = dict.fromkeys(version.chunks["path"].to_pylist())
     return [n for p in paths for n in pq.read_table(f"{version.location.path}/{p}")["n"].to_pylist()]
 
@@ -114,7 +115,7 @@ def test_a_dataset_that_a_model_wrote_says_so_also_where_it_is_up_to_date(make, 
 
 
 def test_a_dataset_that_is_prepared_again_says_why(make, monkeypatch, caplog):
-    """A stage that decides otherwise has another version; a dataset that was made by the earlier one still opens."""
+    """A stage with other decisions has another version. A dataset made by the earlier version still opens."""
     version, plainly = {"pii": 2}, Pipeline.identity
 
     def identity(self: Pipeline) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def test_a_dataset_that_is_prepared_again_says_why(make, monkeypatch, caplog):
 
 @pytest.mark.parametrize("fault", ["check", "write", "interrupt"])
 def test_a_prepare_that_fails_or_is_interrupted_leaves_the_dataset_as_it_was(make, tmp_path, fault, caplog):
-    """A wrong key, a full disk, Ctrl-C: every file of before is there, nothing else is, and it is still up to date."""
+    """After a wrong key, a full disk, or Ctrl-C, the folder has exactly the earlier files, and is still up to date."""
     made = make()
     before = data(tmp_path / "out")
     with pytest.raises((ConfigError, OSError, KeyboardInterrupt)):
@@ -152,7 +153,8 @@ def test_a_prepare_that_fails_or_is_interrupted_leaves_the_dataset_as_it_was(mak
 
 
 def test_a_prepare_that_is_killed_costs_nothing_and_what_it_left_goes_later(make, tmp_path, monkeypatch):
-    """SIGKILL in the middle of writing: the old version reads; the leftovers go when they are a day old, and not before."""
+    """SIGKILL arrives in the middle of writing. The old version stays readable, and the leftovers are removed when they are a day
+    old."""
     made = make()
     before = data(tmp_path / "out")
     code = (
@@ -173,7 +175,7 @@ def test_a_prepare_that_is_killed_costs_nothing_and_what_it_left_goes_later(make
 
 
 def test_a_run_keeps_the_version_that_it_reads_until_its_days_are_over(make, tmp_path):
-    """Its shards, its manifest and its tokenizer; shards that both versions have are there once."""
+    """This includes its shards, its manifest, and its tokenizer. A shard of both versions is stored once."""
     place = Location(str(tmp_path / "out"))
     make()
     old = manifest.read(place)
@@ -224,7 +226,7 @@ def test_going_back_to_a_version_makes_it_the_newest_again(make, tmp_path):
 
 
 def test_a_dataset_of_before_there_were_names_by_content_is_replaced_without_harm(make, tmp_path):
-    """Shards `shards/00000.parquet`, a plain tokenizer.json, a record of two keys: its runs keep all of it."""
+    """For shards such as `shards/00000.parquet`, a plain tokenizer.json, and a record of two keys: its runs keep all of them."""
     place = Location(str(tmp_path / "out"))
     (tmp_path / "out/shards").mkdir(parents=True)
     pq.write_table(pa.table({"n": range(5)}), tmp_path / "out/shards/00000.parquet")
@@ -242,7 +244,7 @@ def test_a_dataset_of_before_there_were_names_by_content_is_replaced_without_har
 
 
 def test_an_object_that_was_written_again_is_prepared_again_and_older_records_stay_up_to_date(make):
-    """Records of before ETags were compared hold sizes and times alone, and count as they did."""
+    """Records from before ETags have only sizes and times, and still count."""
     make()
     assert make(etag="a")["up_to_date"]
     make(etag="a", force=True)
@@ -252,7 +254,7 @@ def test_an_object_that_was_written_again_is_prepared_again_and_older_records_st
 
 
 def test_what_was_published_halfway_is_not_up_to_date(make, tmp_path, monkeypatch):
-    """The manifest is written, and then the store is gone: the next run makes it again, to the end."""
+    """The store becomes unreachable after the manifest is written. The next run makes the dataset again, completely."""
 
     def broken(*_: Any) -> None:
         raise StorageError("pulled the plug")
@@ -267,7 +269,7 @@ def test_what_was_published_halfway_is_not_up_to_date(make, tmp_path, monkeypatc
 
 
 def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
-    """A collection with other parts: the part that is gone stays for its runs, and then goes, with its folder."""
+    """For a collection with other parts: the removed part stays for its runs, and is then deleted with its folder."""
     place = Location(str(tmp_path / "out"))
     make(parts=list(PARTS))
     old, part = manifest.read(place), manifest.read(place.join(PARTS[0]))
@@ -293,7 +295,7 @@ def test_parts_are_replaced_and_removed_like_the_whole(make, tmp_path):
     ],
 )
 def test_everything_that_was_left_out_is_said(make, tmp_path, dropped, duplicates, said):
-    """Whether the pipeline counts duplicates among what it dropped, as for images, or apart, as for text."""
+    """Pipelines count duplicates among the dropped documents, as for images, or separately, as for text."""
     report = {**make(dropped=dropped), "duplicates": duplicates}
     ready, left_out = prepare_report.explain(report)
     assert (
@@ -308,7 +310,7 @@ def test_everything_that_was_left_out_is_said(make, tmp_path, dropped, duplicate
 
 @pytest.mark.parametrize("name", ["thesis.tex", "shards/00000.parquet", "manifest.parquet", "1x1/manifest.parquet"])
 def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(make, tmp_path, name):
-    """Also one that only looks like a dataset: without a record, a manifest has to be one."""
+    """This includes a folder that only looks like a dataset: without a record, its manifest must be valid."""
     file = tmp_path / "out" / name
     file.parent.mkdir(parents=True)
     file.write_bytes(b"years of work")
@@ -319,7 +321,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_stays_as_it_is(make, 
 
 
 def test_nothing_is_removed_but_what_a_manifest_names(make, tmp_path, monkeypatch):
-    """A person's files inside the dataset's folder, and shards that were never listed, outlive every version."""
+    """A person's files in the dataset's folder, and shards that were never listed, survive every version."""
     monkeypatch.setattr(versions, "ORPHAN_S", 0)
     make()
     mine = {"notes.txt": b"a", "shards/mine.parquet": b"b", "shards/00000/mine.parquet": b"c", "8x8/manifest.parquet": b"d"}
@@ -332,7 +334,7 @@ def test_nothing_is_removed_but_what_a_manifest_names(make, tmp_path, monkeypatc
 
 
 def test_two_prepares_of_one_folder_do_not_work_at_once(make, tmp_path):
-    """Another process of this machine that is alive is named; one that is dead is no obstacle."""
+    """The error names the other live process of this machine. A dead process is no obstacle."""
     place = Location(str(tmp_path / "out"))
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     import psutil

@@ -1,4 +1,4 @@
-"""The pipelines that come with heliostat for the web, code, books and images: their stages work, and keep what they should."""
+"""Tests the shipped pipelines for the web, code, books, and images: their stages work, and keep the right documents."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def page(text):
     ("starcoder", {"story": CODE, "again": CODE + "print(size('.'))\n", "junk": "x = '" + "A1b2" * 1000 + "'\n"}),
 ], ids=["fineweb", "books", "starcoder"])  # fmt: skip
 def test_a_preset_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path, name, given):
-    """Which of its stages finds the junk is the stages' own tests' business."""
+    """The stages' own tests check which of them finds the junk."""
     found, here = curate(tmp_path, given, stages(name), memory_limit=64 << 20)
     kept, out = left(found, here), left_out(found, here)
     assert kept.keys() == {"again"}  # the longest
@@ -49,7 +49,7 @@ def test_a_preset_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path, name, gi
 
 
 def test_the_preset_of_images_keeps_one_of_two_that_are_alike_and_no_junk(tmp_path):
-    """Photographs, each with a caption; of every kind of junk that a stage is there for, one."""
+    """The input has photographs with captions, and one example of each kind of junk that a stage removes."""
     found = photos()
     english = "A photograph of a temple with red walls and a green roof under a blue sky"
     folder_of(tmp_path / "in", [

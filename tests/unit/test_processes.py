@@ -1,4 +1,4 @@
-"""Processes that are ended: what is over counts as such, whoever would have to reap it."""
+"""Tests ending processes: an ended process counts as ended, regardless of which process must reap it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("patience_s", [0.0, 600.0])
 def test_a_zombie_that_its_parent_does_not_reap_is_not_waited_for(patience_s: float) -> None:
-    """As where the first process of a container reaps nothing."""
+    """For example, if the first process of a container reaps nothing."""
     with subprocess.Popen([sys.executable, "-c", NEGLECTED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdin and parent.stdout
         child = psutil.Process(int(parent.stdout.readline()))
@@ -39,7 +39,7 @@ def test_a_process_that_ignores_the_request_to_end_is_killed_after_the_patience(
 
 
 def test_no_other_process_is_ended_in_the_place_of_one_that_was_reaped() -> None:
-    """Its id is free then, and may be a stranger's."""
+    """Its id is then free, and may belong to an unrelated process."""
     with subprocess.Popen(["true"]) as ended, subprocess.Popen(["sleep", "600"]) as stranger:
         ended.wait()
         ended.pid = stranger.pid

@@ -1,4 +1,5 @@
-"""Profiles of a running job: the table from a trace, and the way of a request from the run's folder to one worker and back."""
+"""Tests profiles of a running job: the table from a trace, and the path of a request from the run's folder to one worker and
+back."""
 
 import gzip
 import json
@@ -46,14 +47,14 @@ def by_name(result):
 
 
 def test_the_time_of_a_call_counts_once_for_the_innermost_operation():
-    """A linear layer that calls a product twice, and one that calls itself."""
+    """Cases: a linear layer that calls a product twice, and one that calls itself."""
     result = summary(event("linear", 10, 50), event("mm", 20, 10), event("mm", 35, 15), event("f", 130, 40), event("f", 140, 20))
     assert by_name(result) == {"linear": (1, 50, 25), "mm": (2, 25, 25), "f": (2, 40, 40)}
     assert result["operations"][0]["name"] == "f" and result["device"] == "cpu"
 
 
 def test_operations_of_other_threads_and_outside_of_the_steps():
-    """Threads nest apart; what runs before the first step and behind the last one is left out, and is no busy time."""
+    """Threads nest separately. Operations before the first step and after the last one are left out, and aren't busy time."""
     result = summary(event("a", 10, 50), event("b", 20, 10, tid=2), event("late", 300, 10))
     assert by_name(result) == {"a": (1, 50, 50), "b": (1, 10, 10)}
     assert result["busy"] == pytest.approx(50 / 200)
@@ -67,7 +68,7 @@ def test_gaps_are_the_times_without_an_operation_and_add_up():
 
 
 def test_on_a_gpu_its_kernels_show_whether_it_waits():
-    """Though the CPU has an operation all the time."""
+    """Although the CPU has an operation all the time."""
     result = summary(event("launch", 0, 200), event("gemm", 50, 100, "kernel", 9), event("copy", 100, 60, "gpu_memcpy", 10))
     assert result["device"] == "gpu" and result["busy"] == pytest.approx(110 / 200)
     assert {o["name"]: o["device"] for o in result["operations"]} == {"launch": "cpu", "gemm": "gpu", "copy": "gpu"}
@@ -92,7 +93,7 @@ def test_what_is_no_trace_is_rejected_in_one_line(tmp_path, data):
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run with two workers, whose driver is this process."""
+    """Returns the folder of a run with two workers, whose driver is this process."""
     now = time.time()
     attempt = RecordedAttempt("a1", now, now, now, 0, 2, host=socket.gethostname(), pid=os.getpid())
     folder = Location(str(tmp_path / "run"))
@@ -113,7 +114,7 @@ def test_a_run_that_is_not_running_and_an_unknown_rank_are_rejected(run, tmp_pat
 
 
 def test_a_second_profile_waits_until_the_first_has_its_answer(run):
-    """A request without an answer is one under way; one with an answer is what a killed command left."""
+    """A request without an answer is in progress. A request with an answer comes from a killed command."""
     write_request(run)
     with pytest.raises(ConfigError, match="under way"):
         profile.take(run, 0, 1)
@@ -159,7 +160,7 @@ def test_the_driver_orders_each_request_once_and_answers_for_workers_that_it_doe
     "content", ["{}", '{"id": "../x", "rank": 0, "steps": 1}', '{"id": "0123456789", "rank": 0, "steps": 101}']
 )
 def test_a_request_that_is_none_is_deleted(run, content):
-    """Such as one for too many steps, or whose files would lie elsewhere."""
+    """For example, a request for too many steps, or for files in another place."""
     run.join("profiles/request.json").write(content.encode())
     ordered: list[ProfileRequest] = []
     ProfileRequests(run, 1, ordered.append).look()
@@ -167,7 +168,7 @@ def test_a_request_that_is_none_is_deleted(run, content):
 
 
 def test_the_stacks_of_the_driver_are_in_the_profile(run, tmp_path, monkeypatch):
-    """They are there before the worker hears of the request: its answer lists the file."""
+    """They are written before the worker receives the request, and its answer lists the file."""
     program = tmp_path / "py-spy"
     program.write_text('#!/bin/sh\necho "$@"\n')
     program.chmod(0o755)
@@ -195,7 +196,8 @@ def test_without_the_stacks_of_the_driver_the_worker_is_profiled(program, proble
 
 @pytest.mark.ci  # the profiler imports torch's compiler, which takes seconds; workers have it already
 def test_a_worker_profiles_the_steps_and_leaves_a_trace(run):
-    """Two steps of real operations, the fifth and the sixth; no file before them, and nothing is left in its temporary folder."""
+    """Profiles two steps of real operations, the fifth and the sixth. Before them there is no file, and its temporary folder is
+    empty afterwards."""
     posted = []
     heartbeat = SimpleNamespace(profiles=deque[ProfileRequest]())
     hook = StepProfiler(run, heartbeat, SimpleNamespace(post_of_any=posted.append))  # type: ignore[arg-type]
@@ -234,7 +236,7 @@ def test_a_profiler_that_fails_does_not_end_the_run(run, monkeypatch):
 
 
 class Gpu:
-    """Stands for `torch.cuda` and the profiler: notes what is on, and fails in the call that it is told."""
+    """Replaces `torch.cuda` and the profiler: records what is on, and fails in a chosen call."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "") -> None:
         self.fails, self.on, self.waits = fails, set[str](), 0
@@ -267,7 +269,7 @@ def steps(hook: StepProfiler, number: int, due: Due = DUE) -> None:
 
 @pytest.mark.parametrize("fails", ["start", "history", "snapshot", "stop", ""])
 def test_nothing_of_a_profiler_stays_on(fails, run, monkeypatch):
-    """Whatever fails: a history of memory, or a trace, that nothing ends would slow all later steps."""
+    """For any failure: a memory history or a trace that stays on would slow down all later steps."""
     gpu, posted, request = Gpu(monkeypatch, fails), list[object](), ProfileRequest("0123456789ab", 0, 2)
     hook = StepProfiler(run, SimpleNamespace(profiles=deque([request])), SimpleNamespace(post_of_any=posted.append))  # type: ignore[arg-type]
     steps(hook, 3)
@@ -285,7 +287,7 @@ def aborted() -> None:
 
 
 def test_a_store_that_hangs_holds_no_step_up(run, monkeypatch):
-    """The next profile waits for a later step; a worker that ends waits for less time than the driver waits for it."""
+    """The next profile waits for a later step. An ending worker waits for less time than the driver waits for it."""
     Gpu(monkeypatch)
     monkeypatch.setattr(profiler, "PULSE_S", 0.01)
     stored, stuck = threading.Event(), Location.upload
@@ -311,7 +313,7 @@ def test_a_store_that_hangs_holds_no_step_up(run, monkeypatch):
 
 
 def test_a_run_of_another_machine_is_profiled_through_its_folder_in_s3(s3, monkeypatch):
-    """The command, the driver, and the worker have nothing but the folder in common."""
+    """The command, the driver, and the worker share only the folder."""
     for name, value in stores.AWS.items():
         monkeypatch.setenv(name, value)
     Gpu(monkeypatch)

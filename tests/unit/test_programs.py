@@ -1,4 +1,4 @@
-"""Programs that a model wrote are run where they can do little: each attack here is a real one, and fails, without a trace."""
+"""Tests that programs written by a model run in isolation: each attack here is real, and fails without a trace."""
 
 import os
 import re
@@ -158,7 +158,7 @@ def test_texts_have_the_same_hashes_each_time():
 
 
 def test_nothing_is_left_of_it(tmp_path, monkeypatch):
-    """No folder, no mount, no process: also of one that is ended while it sleeps."""
+    """No folder, no mount, and no process remain, also if the program is killed during a sleep."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     mounts, before = Path("/proc/self/mounts").read_text(), set(psutil.Process().children(recursive=True))
     runner = threading.Thread(target=unit_tests.run_program, args=("import time\ntime.sleep(99)", "", ProgramLimits(seconds=2.5)))
@@ -174,7 +174,7 @@ def test_nothing_is_left_of_it(tmp_path, monkeypatch):
 
 
 def test_it_ends_with_who_has_started_it():
-    """By SIGKILL, in the middle of a program that has asked not to be ended with it, named itself to say so, and sleeps."""
+    """SIGKILL arrives in the middle of a program that has asked not to be killed with it, has renamed itself, and sleeps."""
     program = LIBC + "libc.prctl(1, 0, 0, 0, 0)\nlibc.prctl(15, b'unbound', 0, 0, 0)\nimport time\ntime.sleep(99)"
     code = f"from heliostat.evaluation import unit_tests as u; u.run_program({program!r}, '', u.ProgramLimits(seconds=90))"
     starter = psutil.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
@@ -226,7 +226,7 @@ def test_a_task_that_runs_code_is_allowed_by_the_suite_alone(changed, allowed, s
 
 
 def test_filters_that_leave_a_list_of_answers_are_refused_before_the_model_writes(tmp_path):
-    """They ended in a traceback when the answers were joined to their questions."""
+    """They ended in a traceback when the answers were joined with their questions."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "x = 1", "tests": "assert x"}\n')
     asked, bare, last = suite.Suite(name="x", tasks=["functions"], run_code=True), "remove_whitespace", "take_first"
 

@@ -1,4 +1,4 @@
-"""The prompts that a language model is shown with follow its dataset: first words of documents that were not trained on."""
+"""Tests that a language model's sample prompts come from its dataset: first words of documents that weren't trained on."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def bound(monkeypatch: pytest.MonkeyPatch, folder: Path, texts: list[str], **cha
 
 
 def test_the_prompts_of_prose_are_words_of_its_held_out_documents(monkeypatch, tmp_path):
-    """Not those of program code; and both of documents that no step trains on."""
+    """Code has other prompts. Both kinds come from documents that no step trains on."""
     recipe, source = bound(monkeypatch, tmp_path, PROSE, **{"evaluate.fraction": 0.3})
     assert len(recipe.prompts) == 2 and all(p.split()[1:] == ["walked", "home", "through"] for p in recipe.prompts)
     data = open_dataset(plan(recipe.job, [source]))

@@ -1,4 +1,4 @@
-"""Reading a file in ranges gives what reading it at once gives: each record in one range, under the same id."""
+"""Tests that reading a file in ranges equals reading it at once: each record is in one range, with the same id."""
 
 import io
 import json
@@ -15,7 +15,7 @@ from heliostat.storage.locations import Location
 
 
 def lines(rng: random.Random) -> bytes:
-    """Lines of all lengths: empty ones, broken ones, some longer than a document may be, with and without a last line's end."""
+    """Returns lines of all lengths: empty, broken, longer than a document may be, with and without a final line end."""
     made = []
     for i in range(rng.randrange(1, 60)):
         kind = rng.random()
@@ -45,7 +45,7 @@ def test_lines_read_in_ranges_are_the_lines_with_their_numbers(tmp_path, seed):
 
 
 def test_a_line_that_is_longer_than_many_ranges_is_read_once(tmp_path):
-    """And not by each range as far as its end: 32 ranges would read it 16 times."""
+    """If each range read it to its end, 32 ranges would read it 16 times."""
     data = b'{"text": "first"}\n' + json.dumps({"text": "x" * (32 << 20)}).encode() + b'\n{"text": "last"}\n'
     (tmp_path / "a.jsonl").write_bytes(data)
     bytes_read, found = 0, []
@@ -88,7 +88,7 @@ def test_columns_travel_with_the_document(tmp_path):
 
 
 def test_a_piece_is_a_function_of_the_files_near_it():
-    """All files once, in order; one more file changes the piece that it falls into, and a longer file only its end."""
+    """All files appear once, in order. A new file changes only its own piece, and a longer file only its end."""
     files = [FilePart(f"f/{i:04d}.txt", 1000 + i % 700, i) for i in range(3000)]
     cut = list(pieces.cut(files, 1 << 16, readers.ranged))
     assert [p for piece in cut for p in piece] == files

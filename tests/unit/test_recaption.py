@@ -1,4 +1,5 @@
-"""A folder of a captioner as a stage: the model's own captions, whatever the batch; the old ones stay; and what it refuses."""
+"""Tests a captioner's folder as a stage: the captions are the model's own, in any batch, the old ones stay, and invalid settings
+are rejected."""
 
 import io
 import json
@@ -32,7 +33,8 @@ WORDS = ["<end>", *(f"w{i}" for i in range(39))]
 
 
 def make_captioner(folder: Path, seed: int = 0) -> Path:
-    """Writes a tiny ViT with a GPT-2 behind it, as save_pretrained does; its weights are large, so that images differ."""
+    """Writes a tiny ViT with a GPT-2 decoder in the form of save_pretrained. Its large weights give different captions for
+    different images."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     vision = ViTConfig(image_size=32, patch_size=8, initializer_range=0.5, **sizes)
@@ -75,7 +77,7 @@ def test_captions_are_the_models_own_and_do_not_depend_on_the_batch(captioner):
 
 
 def make_blip(folder: Path) -> Path:
-    """Writes a tiny BLIP, which ends a text by a token of its own, that is not that of its generation config."""
+    """Writes a tiny BLIP that ends a text with its own token, which differs from that of its generation config."""
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "projection_dim": 16}
     text = {**sizes, "vocab_size": len(WORDS), "max_position_embeddings": 40, "encoder_hidden_size": 32, "bos_token_id": 1,
@@ -92,7 +94,7 @@ def make_blip(folder: Path) -> Path:
 
 
 def test_captions_of_a_blip_end_where_it_ends_them(tmp_path, captioner):
-    """Of a batch the long one alone is cut, not the short ones that are filled up to it."""
+    """In a batch, only the long caption is truncated, and not the short ones that are padded to its length."""
     shutil.copy(captioner / "tokenizer.json", make_blip(tmp_path) / "tokenizer.json")
     images, lengths = pictures(12), list[int]()
     made = image_models.Captioner(str(tmp_path), 12, 12)(images)
@@ -108,7 +110,7 @@ def test_captions_of_a_blip_end_where_it_ends_them(tmp_path, captioner):
 
 
 def test_captions_are_replaced_and_the_old_ones_stay_in_the_shards(tmp_path, captioner):
-    """Counted in the funnel; the same however the work is cut."""
+    """The funnel counts them, and the result is the same for any split of the work."""
     rows = [(f"{i}.png", data, {"caption": f"alt text {i}"}) for i, data in enumerate(pictures(12))]
     folder_of(tmp_path / "in", rows)
     stages = [{"stage": "recaption", "model": str(captioner), "max_tokens": 8, "batch": 4}]
@@ -156,7 +158,7 @@ def test_what_is_no_captioner_is_refused(tmp_path, captioner):
 
 
 def test_a_column_that_is_there_already_is_refused(tmp_path, captioner):
-    """Of the shards, of the input, or of another such stage."""
+    """The column may be one of the shards, of the input, or of another such stage."""
     folder_of(tmp_path / "in", [("a.png", image(8, 8), {"caption": "x"})])
     keys = {"name": "t", "input": str(tmp_path / "in"), "output": str(tmp_path / "out"), "resolution": 8}
     for names in (["caption"], ["label"], ["was", "was"]):

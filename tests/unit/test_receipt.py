@@ -1,4 +1,4 @@
-"""Receipts: whatever changes what a step trained on changes its digest, and the number of workers does not."""
+"""Tests receipts: every change of a step's training data changes its digest, but the number of workers doesn't."""
 
 import json
 
@@ -26,7 +26,7 @@ def digests(samples: SamplePlaces, contents: np.ndarray) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_any_changed_token_or_place_changes_its_samples_digest_and_no_other(seed):
-    """One token, or one of source, epoch, chunk and row, changed by 1: exactly that sample's digest differs."""
+    """One token, or one of source, epoch, chunk, and row, is changed by 1: exactly that sample's digest differs."""
     rng = np.random.default_rng(seed)
     samples, contents = some(rng, 20)
     before = digests(samples, contents)
@@ -46,7 +46,7 @@ def test_any_changed_token_or_place_changes_its_samples_digest_and_no_other(seed
 
 
 def test_a_samples_digest_does_not_depend_on_its_batch():
-    """Digests of any subset, in any order and memory layout, are the subset of the digests."""
+    """The digests of any subset, in any order and memory layout, equal that subset of all digests."""
     rng = np.random.default_rng(0)
     samples, contents = some(rng, 50)
     whole = receipt.sample_digests(samples, contents)
@@ -58,7 +58,7 @@ def test_a_samples_digest_does_not_depend_on_its_batch():
 
 
 def test_a_lanes_digest_depends_on_the_samples_and_their_order():
-    """Swapping two samples, changing or dropping one changes it; it fits the int64 tensor that it travels in."""
+    """Exchanging two samples, or changing or dropping one, changes it. It fits the int64 tensor that carries it."""
     rng = np.random.default_rng(0)
     for _ in range(50):
         lane = rng.integers(0, 2**63, 6).astype(np.uint64)
@@ -70,7 +70,8 @@ def test_a_lanes_digest_depends_on_the_samples_and_their_order():
 
 @pytest.mark.parametrize("lanes", [1, 2, 4, 6, 12])
 def test_step_digests_do_not_depend_on_the_number_of_workers(lanes):
-    """Lane digests gathered from N workers (rank r plays lanes r mod N) give the same steps as one worker's."""
+    """Digests of virtual ranks, gathered from N workers (rank r processes the virtual ranks r mod N), give the same steps as one
+    worker's."""
     rng = np.random.default_rng(lanes)
     steps = [[rng.integers(0, 2**63, 3).astype(np.uint64) for _ in range(lanes)] for _ in range(5)]
     alone = receipt.step_digests(np.array([[receipt.lane_digest(x) for x in step] for step in steps], dtype=np.int64))
@@ -85,7 +86,7 @@ def test_step_digests_do_not_depend_on_the_number_of_workers(lanes):
 
 
 def test_the_chain_can_be_extended_in_pieces_and_notices_every_change():
-    """A run resumed anywhere has the chain of the unbroken run; a step changed, left out, repeated or moved breaks it."""
+    """A run that resumes anywhere has the chain of an unbroken run. A changed, missing, repeated, or moved step breaks it."""
     rng = np.random.default_rng(0)
     steps = receipt.step_digests(rng.integers(-(2**63), 2**63, (30, 4)))
     whole = receipt.extend(receipt.GENESIS, steps)
@@ -103,7 +104,7 @@ def test_the_chain_can_be_extended_in_pieces_and_notices_every_change():
 
 
 def test_the_sealed_receipt_holds_all_that_is_needed_to_check_it():
-    """JSON with its version, the first step, the digests, the chain and the data's digest, unchanged."""
+    """It is JSON with its version, the first step, the digests, the chain, and the data's digest, unchanged."""
     steps = receipt.step_digests(np.arange(8, dtype=np.int64).reshape(2, 4))
     chain = receipt.extend("", steps)
     assert json.loads(receipt.seal(40, steps, chain, "ab")) == {
@@ -116,7 +117,7 @@ def test_the_sealed_receipt_holds_all_that_is_needed_to_check_it():
 
 
 def test_digests_are_the_ones_that_they_always_were():
-    """Known numbers: if this fails, receipts written before can no longer be verified."""
+    """Compares known numbers. If this fails, earlier receipts can no longer be verified."""
     one = np.array([1], np.int64)
     samples = SamplePlaces(one, one.astype(np.int16), one.astype(np.int32), one.astype(np.int32), one)
     made = receipt.sample_digests(samples, np.array([[1, 2, 3]], np.int32))
@@ -160,13 +161,13 @@ def row_digests(columns: dict[str, pa.Array], version: int = receipt.VERSION) ->
          "names swapped", "columns swapped", "renamed", "a column of nulls"],
 )  # fmt: skip
 def test_a_rows_digest_sees_names_types_and_nulls(changed, rows):
-    """And values: exactly the rows that are not what they were have another digest."""
+    """It also depends on values: exactly the changed rows have another digest."""
     pairs = zip(row_digests(ONE), row_digests(changed), strict=True)
     assert [i for i, (before, after) in enumerate(pairs) if before != after] == rows
 
 
 def test_a_rows_digest_does_not_depend_on_how_arrow_holds_it():
-    """In one chunk or several, as slices, with a dictionary or without; nested values and times too."""
+    """In one chunk or several, as slices, with or without a dictionary; also for nested values and times."""
     when = pa.array([0, None, 10**18], pa.timestamp("ns", tz="Europe/Berlin"))
     nested = pa.array(
         [{"p": [1, None], "q": "x"}, None, {"p": None, "q": ""}], pa.struct({"p": pa.list_(pa.int8()), "q": pa.string()})
@@ -181,7 +182,7 @@ def test_a_rows_digest_does_not_depend_on_how_arrow_holds_it():
 
 
 def test_receipts_of_version_1_have_the_digests_that_they_always_had():
-    """Known numbers, of rows as of tokens: runs of before are verified by what they recorded."""
+    """Compares known numbers, for rows and for tokens: earlier runs are verified by their records."""
     columns = {"a": pa.array([b"x", None, b""], pa.binary()), "b": pa.array(["y", "", None]), "n": pa.array([1, 2, None])}
     assert row_digests(columns, 1) == OLD_ROWS
     one = np.array([1], np.int64)
@@ -192,6 +193,6 @@ def test_receipts_of_version_1_have_the_digests_that_they_always_had():
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])
 def test_digests_of_lanes_come_in_the_lanes_order_from_any_number_of_workers(workers):
-    """Worker r has lanes r, r + N, ...: put together, they are the table that one worker has."""
+    """Worker r has the virtual ranks r, r + N, and so on. Together, they form the table of a single worker."""
     table = np.arange(5 * 6, dtype=np.int64).reshape(5, 6)
     assert np.array_equal(receipt.in_lane_order([table[:, rank::workers] for rank in range(workers)]), table)

@@ -1,4 +1,4 @@
-"""The example in docs/guides/recipe.md is a whole recipe: it is run as it stands there."""
+"""Tests that the example in docs/guides/recipe.md is a complete recipe, by running it unchanged."""
 
 import io
 import re
@@ -42,7 +42,7 @@ def workspace(tmp_path, monkeypatch):
 
 
 def test_the_guides_recipe_passes_the_check_and_learns(workspace):
-    """Its job is valid as it is written, and some steps of it over the engine's own batches lower the loss."""
+    """Its job is valid as written, and some of its steps over the engine's own batches lower the loss."""
     checked = check.check(check.load_job(workspace / "job.yaml"))
     job, recipe, data = checked.job, checked.recipe, open_dataset(checked.plan)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def test_the_guides_recipe_passes_the_check_and_learns(workspace):
 
 
 def test_the_guides_example_of_complete_draws_from_keys_and_takes_a_complete_batch():
-    """The noise of a sample follows from its key, whatever the batch; `loss` completes what isn't complete."""
+    """A sample's noise depends on its key, in any batch. `loss` completes an incomplete batch."""
     code = next(block for block in re.findall(r"```py\n(.*?)```", GUIDE, re.DOTALL) if "def complete" in block)
     names = {"io": io, "np": np, "torch": torch, "Image": Image, "Loss": Loss, "normals": normals}
     exec(compile(code, "docs/guides/recipe.md", "exec"), names)
@@ -83,7 +83,7 @@ def test_the_guides_example_of_complete_draws_from_keys_and_takes_a_complete_bat
 
 
 def test_every_base_class_is_in_the_guide():
-    """And every message that sends a person there names a page that exists."""
+    """Every message that refers to a page names an existing page."""
     from heliostat.recipes import protocol
 
     assert Path(protocol.GUIDE).name == "recipe.md" and "## From the first form" in GUIDE

@@ -1,4 +1,4 @@
-"""What a recipe must say, what it may say, and what is told to whoever asks a recipe for what it cannot do."""
+"""Tests the required and optional parts of a recipe, and the errors for abilities that a recipe lacks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.build_job import job
 
 
 class Least(Recipe):
-    """The least that a recipe may be."""
+    """Implements only the required methods of a recipe."""
 
     kind = "rows"
 
@@ -50,7 +50,7 @@ class Scaled(Least):
 
 
 def test_a_parameter_without_a_dimension_is_refused_by_its_name() -> None:
-    """DeepSpeed would end with a traceback, when it sends the model to all workers."""
+    """DeepSpeed would end with a traceback when it sends the model to all workers."""
     made = job(recipe="x:Scaled", **{"train.zero.stage": 1})
     with pytest.raises(ConfigError, match=r"'scale' has no dimension, .*\. Give it the shape \[1\], or make it a buffer"):
         deepspeed_engine.build_model(made, Scaled(made), {})
@@ -132,14 +132,14 @@ def workspace(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_recipe_is_one_line_before_anything_starts(workspace, name, says):
-    """Recipes of the first form are sent to the guide; a method that nothing would call is not taken silently."""
+    """The error for a recipe of the first form refers to the guide. A method that nothing calls isn't silently accepted."""
     with pytest.raises(ConfigError, match=rf"^recipe: 'own_recipes:{name}' {says}") as e:
         check.check_job(job(recipe=f"own_recipes:{name}", evaluate=None))
     assert "\n" not in str(e.value)
 
 
 def test_what_a_job_asks_of_a_recipe_that_cannot_do_it_is_refused_by_key(workspace):
-    """It was found after the last of all steps, for a recipe without `serving`."""
+    """For a recipe without `serving`, the error came after the last step."""
     least = {"recipe": "own_recipes:Least"}
     assert type(check.check_job(job(**least, evaluate=None))[1]).__name__ == "Least"
     with pytest.raises(
@@ -169,7 +169,7 @@ def test_a_recipe_that_answers_no_prompts_says_so(workspace):
 
 
 def test_the_least_recipe_is_a_whole_one():
-    """Terms are the labels that are asked for, or the samples; a row is shown by its columns; the plan counts FLOPs itself."""
+    """Terms are its labels, or the samples. A row is shown by its columns, and the plan counts the FLOPs itself."""
     recipe = Least(job())
     batch = recipe.batch(ROWS, KEYS)
     assert recipe.terms(batch) == 3 and recipe.terms({"x": batch["x"]}) == 4
@@ -207,7 +207,7 @@ class Grouped(Least):
 
 
 def test_a_recipe_groups_its_parameters_and_freezes_modules():
-    """Weight decay and learning rate of each group; what is frozen is in no group, has no gradient and no dropout."""
+    """Each group has a weight decay and a learning rate. A frozen module is in no group, and has no gradient and no dropout."""
     recipe = Grouped(job())
     model = building.build(recipe)
     groups = building.parameter_groups(model, 0.05, recipe)
@@ -221,7 +221,7 @@ def test_a_recipe_groups_its_parameters_and_freezes_modules():
 
 
 def test_groups_of_a_recipe_that_says_nothing_are_matrices_and_vectors_even_without_weight_decay():
-    """The order that optimizers have always had, whatever the weight decay: checkpoints and losses depend on it."""
+    """Optimizers keep this order, for any weight decay, because checkpoints and losses depend on it."""
     recipe = CausalLM(job())
     model = building.build(recipe)
     for decay in (0.1, 0.0):
@@ -267,7 +267,7 @@ class Parts(Least):
 
 
 def test_parts_are_added_by_their_weight_and_logged_by_their_name():
-    """One of weight 0 is only logged: even a value that is no number does not touch the objective."""
+    """A part of weight 0 is only logged: even a NaN doesn't affect the objective."""
     recipe = Parts(job())
     model = recipe.build().eval()
     batch = recipe.batch(ROWS, KEYS)
@@ -300,7 +300,7 @@ def test_parts_that_come_and_go_and_a_loss_of_the_first_form_are_refused():
 
 
 class Answers(Recipe):
-    """Fine-tuning on conversations: rows of tokens, with a mask of those that are to be learned, and what turn each is of."""
+    """Fine-tunes on conversations: rows of tokens, with a mask of the tokens to learn, and the turn of each token."""
 
     kind = "rows"
 
@@ -318,7 +318,7 @@ class Answers(Recipe):
 
 
 def test_rows_may_be_tokens_with_masks_and_segments():
-    """Of any length: masked tokens and padding are no terms, so micro-batches of other lengths weigh what they hold."""
+    """For any length: masked tokens and padding aren't terms, so micro-batches of other lengths count by their contents."""
     table = pa.table(
         {"tokens": [[1, 2, 3, 4, 5], [6, 7]], "learned": [[0, 0, 1, 1, 1], [0, 1]], "turn": [[0, 0, 1, 1, 2], [0, 1]]}
     )
@@ -340,7 +340,7 @@ def test_rows_may_be_tokens_with_masks_and_segments():
 @pytest.mark.parametrize("samples", [1, 7, 16, 23])
 @pytest.mark.parametrize("micro", [1, 4])
 def test_what_is_gathered_comes_in_the_samples_order_once_and_of_the_same_batches(samples, micro):
-    """On 1 to 5 workers: every batch that is played holds the same samples, and every sample counts once."""
+    """On 1 to 5 workers, every processed batch has the same samples, and every sample counts once."""
     numbers = np.arange(100, 100 + samples)
 
     def play(world: int) -> tuple[np.ndarray, set[tuple[int, ...]]]:

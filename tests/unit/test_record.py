@@ -1,4 +1,4 @@
-"""What is recorded of a run beside its curves: code, parents, card; and what reproducing it compares."""
+"""Tests the records of a run in addition to its curves: code, parents, and model card; and the comparisons of a reproduction."""
 
 import math
 import subprocess
@@ -49,7 +49,7 @@ def test_the_difference_from_the_commit_is_kept_applies_again_and_never_holds_se
 
 
 def test_what_may_be_secret_is_not_in_the_difference_and_is_listed(repository):
-    """By name in any case, under a new name, and as a line of a file, also where only its neighbour was changed."""
+    """By name in any case, under a new name, and as a line of a file, also if only its neighbor was changed."""
     made = {"jobs.yaml": "a: 1\nuri: mysql://u:hunter2@h/d\nkeys:\n  private_key: |\n" + "    hunter2\n" * 9 + "b: 2\n",
             "Deploy.PEM": "hunter2\n", "infra/x.tfvars": "hunter2\n", "ümläut.yaml": "a: 1\n"}  # fmt: skip
     for name, text in made.items():

@@ -1,4 +1,4 @@
-"""Runs that were recorded under version 1 of the data plan keep every sample: digests of before there was a version 2."""
+"""Tests that runs recorded under version 1 of the data plan keep every sample, by digests from before version 2."""
 
 import dataclasses
 import hashlib
@@ -43,7 +43,8 @@ PLAN = "a0ab90735568ab6f86c83441df30ef4f"
 
 
 def case(seed: int) -> tuple:
-    """Splits, mix, seed, shape and caps of a random run: changes of weights, sources that are used up, batches of one source."""
+    """Returns splits, mix, seed, shape, and caps of a random run: changes of weights, sources that run out, and batches of one
+    source."""
     rng = np.random.default_rng([seed, 17])
     sources = int(rng.integers(1, 6))
     splits = []
@@ -64,7 +65,7 @@ def case(seed: int) -> tuple:
 
 
 def fingerprint(order: Order) -> str:
-    """Where the data runs out, and a digest of every sample of every step and of the held-out ones."""
+    """Returns the step at which the data runs out, and a digest of every sample of every step and of the held-out ones."""
     last = order.runs_out if order.runs_out is not None else order.sections[-1].first_step + 150
     h, steps, batch = hashlib.sha256(), range(order.sections[0].first_step, last), order.shape.batch
     found = order.locate(np.concatenate([order.step(step).ravel() for step in steps]))
@@ -104,7 +105,7 @@ def listed(kind: str) -> Manifest:
 
 @pytest.mark.parametrize(("kind", "length"), [("tokens", 64), ("rows", None)])
 def test_a_run_of_version_1_keeps_its_held_out_samples_and_its_dataset_its_digest(kind, length, tmp_path):
-    """Also where the manifest's file was written before there were places."""
+    """This also holds if the manifest's file was written before places existed."""
     made = listed(kind)
     assert manifest.digest(made.chunks, made.meta) == MANIFESTS[kind]
     written = manifest.write(Location(str(tmp_path)), made.chunks.to_pylist(), made.meta)

@@ -1,4 +1,5 @@
-"""Records are read in one way: what was written comes back, and anything else is one line with the file and its fault."""
+"""Tests that all records are read in one way: a written record is restored, and any other content is one line with the file and
+its fault."""
 
 import dataclasses
 import json
@@ -29,7 +30,7 @@ THING = Format(Thing, "thing", ConfigError, lambda t: None if t.name else "it ha
 
 
 def test_what_was_written_comes_back(tmp_path):
-    """To the bit, with tuples where they were; a record a line, too."""
+    """It is restored to the bit, with its tuples. This includes files with one record per line."""
     made = Thing("a", math.pi, [(1, 0.1), (2, 1e-300)])
     path = tmp_path / "x.json"
     path.write_text(json.dumps(dataclasses.asdict(made)))
@@ -68,7 +69,7 @@ def test_anything_else_is_one_line_that_names_the_file_and_its_first_fault(tmp_p
 
 @pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_record_that_is_replaced_while_it_is_read_is_read_again(place):
-    """An object that became shorter between the request for its length and that for its bytes; a damaged one stays damaged."""
+    """An object became shorter between the requests for its length and its bytes. A damaged record stays damaged."""
     shorter, longer = b'{"name": "a"}', b'{"name": "a", "seconds": 12345.6}'
     place.write(longer)
     with place.fs.open_input_file(place.path) as file:  # which asks for the length
@@ -88,7 +89,7 @@ def test_a_record_that_is_replaced_while_it_is_read_is_read_again(place):
 
 
 def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
-    """Plans of the first runs name neither skips nor a unit; every rule that the order relies on is checked before it runs."""
+    """Plans of the first runs name neither skips nor a unit. Every rule that the order relies on is checked before the run."""
     mix = ((0, (1.0, 2.0)), (5, (0.0, 1.0)))
     plan = DataPlan(("a", "b"), ("d", "e"), mix, (None, 2.0), 64, 1, 0.1, Shape(8, 4, 2, 16))
     raw = plan.dump()
@@ -112,7 +113,7 @@ def test_a_data_plan_of_any_age_comes_back_and_an_impossible_one_is_refused():
      {"tokens": 2**60}, {"footer": "none"}, {"row_group": -1}],
 )  # fmt: skip
 def test_a_manifest_with_a_right_digest_that_cannot_be_true_is_refused(tmp_path, change):
-    """A place outside of the dataset is never opened, whoever computed the digest."""
+    """A place outside the dataset is never opened, even with a valid digest."""
     place, rows = Location(str(tmp_path)), some_rows(random.Random(1))
     manifest.write(place, rows, META)
     manifest.read(place)

@@ -1,4 +1,4 @@
-"""Secrets are found in whatever form they come, and nothing that errors, logs or commands show holds one."""
+"""Tests that secrets are found in any form, and that errors, logs, and commands show none."""
 
 import logging
 import pickle
@@ -47,7 +47,7 @@ PLAIN = [
 
 @pytest.mark.parametrize("uri", CARRY)
 def test_no_error_and_no_log_line_shows_the_password_of_a_uri(uri):
-    """Whoever wrote the message: ours, another library's in a cause, a traceback."""
+    """For heliostat's own messages, the cause from another library, and a traceback."""
     assert redact.carries_secret(uri) and "hunter" not in redact.redact(f"opening '{uri}' failed: {uri}, and http://h:1/x")
     error = errors.StorageError(f"{uri}: does not answer")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
@@ -92,7 +92,8 @@ def test_an_endpoint_of_the_environment_may_carry_no_credentials(monkeypatch):
 
 
 def test_a_store_with_a_password_is_no_option_of_a_command_and_no_argument_of_the_servers(monkeypatch, tmp_path):
-    """`ps` shows command lines to every user: the command refuses one, and passes the environment's on as environment."""
+    """`ps` shows command lines to every user. The command rejects such an option, and passes the environment's value on as
+    environment."""
     code, _, lines, _ = run("run", "ui", "--mlflow", "postgresql://u:hunter2@h/db")
     assert code == 2 and len(lines) == 1 and "Set MLFLOW_TRACKING_URI instead" in lines[0] and "hunter2" not in lines[0]
     started, popen = [], subprocess.Popen
@@ -120,7 +121,7 @@ def test_a_store_of_the_environment_that_fails_is_one_line_without_its_password(
 
 
 def test_a_database_that_takes_no_connection_is_told_at_once():
-    """MLflow by itself tries for 100 seconds."""
+    """MLflow alone retries for 100 seconds."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]

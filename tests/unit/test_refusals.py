@@ -1,4 +1,4 @@
-"""A store that refuses one node's request ends no run: only a refusal that the driver meets too does."""
+"""Tests that a store's rejection of one node's request doesn't end a run, unless the driver is rejected, too."""
 
 import pickle
 from collections import Counter
@@ -24,7 +24,7 @@ def refusal(place: Path) -> AccessError:
 
 
 def run_of(storage: Path) -> Any:
-    """Stands for a run in its first attempt: what a failure uses of one."""
+    """Simulates a run in its first attempt: the members that a failure uses."""
     made = job(**{"storage": str(storage), "data.sources.0.path": str(storage / "data")})
     made.run_folder.join("x").write(b"")
     restarts = list[tuple[str, str]]()
@@ -53,7 +53,7 @@ def test_a_refusal_that_the_driver_does_not_meet_is_a_nodes_failure_and_tried_ag
 
 
 def test_a_refusal_that_the_driver_meets_too_is_final(tmp_path):
-    """The run's folder cannot be written: at once, and with the worker's own words."""
+    """If the run's folder isn't writable, the run ends at once, with the worker's own message."""
     run = run_of(tmp_path)
     error = refusal(tmp_path / "small" / "checkpoints" / "x")
     (tmp_path / "small" / "x").unlink()
@@ -65,7 +65,7 @@ def test_a_refusal_that_the_driver_meets_too_is_final(tmp_path):
 
 
 def test_the_place_of_the_error_is_probed_whichever_it_is(tmp_path, monkeypatch):
-    """Such as the weights that a model starts from, which no other key names."""
+    """For example, the initial weights of a model, which no other key names."""
     run, asked = run_of(tmp_path), []
     monkeypatch.setattr("heliostat.storage.locations.Location.exists", lambda self: asked.append(self.uri))
     assert not suspects.refuses_driver(refusal(tmp_path / "weights"), run.job)
@@ -85,7 +85,7 @@ def test_the_refused_node_is_avoided_where_others_have_room(monkeypatch):
 
 
 def test_a_refusal_keeps_the_node_of_the_process_that_met_it_first(monkeypatch):
-    """All workers raise it: whoever passes it on is not to blame."""
+    """All workers raise it, but only the first one's node counts, not those that pass it on."""
     monkeypatch.setattr(AccessError, "this_node", "there")
     first = AccessError("no", "s3://b/k")
     sent = wire.pack(first), pickle.dumps(first)

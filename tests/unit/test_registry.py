@@ -1,4 +1,4 @@
-"""The gate in front of an alias: what it is given, what it lets through, and what it says."""
+"""Tests the gate for an alias: its inputs, its decisions, and its messages."""
 
 import math
 import re
@@ -69,7 +69,7 @@ def test_what_names_no_version_is_refused(model):
 
 
 def test_a_model_that_was_not_registered_leads_to_its_run(monkeypatch):
-    """`models:/m-...` is how MLflow calls it, and what `heliostat train` tells of a job without mlflow.register."""
+    """MLflow names it `models:/m-...`, and so does `heliostat train` for a job without mlflow.register."""
     name = f"m-{'a' * 32}"
     client = SimpleNamespace(get_logged_model={name: SimpleNamespace(source_run_id="b" * 32)}.__getitem__)
     monkeypatch.setattr(lineage.mlflow_client, "find", lambda client, run, uri: (run, uri))

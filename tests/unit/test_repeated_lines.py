@@ -1,4 +1,4 @@
-"""Lines and paragraphs that several documents have: one occurrence stays, the same however the input is cut."""
+"""Tests lines and paragraphs that several documents share: one occurrence stays, the same for any split of the input."""
 
 import random
 import unicodedata
@@ -19,7 +19,8 @@ STAGE = {"stage": "repeated_lines"}
 
 
 def make_texts(documents: int = 60) -> dict[str, str]:
-    """Documents of lines of their own, between a menu and a notice with another year in each; every fifth has only these."""
+    """Returns documents with their own lines between a menu and a notice with another year each. Every fifth document has only
+    these."""
     rng, texts = random.Random(0), {}
     for i in range(documents):
         own = [" ".join("".join(rng.choices("abcdefgh", k=5)) for _ in range(7)) for _ in range(0 if i % 5 == 4 else 4)]
@@ -28,7 +29,7 @@ def make_texts(documents: int = 60) -> dict[str, str]:
 
 
 def plainly(texts: dict[str, str], parts: ComparedParts) -> dict[str, str]:
-    """Does the same in memory, document by document in the order of their ids' hashes."""
+    """Computes the same in memory, document by document, in the order of their ids' hashes."""
     seen, found = set[str](), {}
     between = repeated.BETWEEN[parts.unit]
     for id in sorted(texts, key=segment.key_of):
@@ -47,7 +48,7 @@ def plainly(texts: dict[str, str], parts: ComparedParts) -> dict[str, str]:
 
 @pytest.mark.parametrize("memory_limit", [1 << 20, 30_000], ids=["roomy", "tight"])
 def test_one_occurrence_of_each_line_stays(tmp_path, monkeypatch, memory_limit):
-    """Whatever the cut, the order of tasks and the memory: as one after another in memory would have it."""
+    """For any split, order of tasks, and memory, the result equals that in memory, one document after another."""
     texts, wanted = make_texts(), None
     monkeypatch.setattr(repeated, "HELD", 50)
     for seed, pieces in ((0, 1), (1, 7), (2, 30)):
@@ -114,7 +115,7 @@ def test_a_run_that_ends_after_any_task_goes_on_and_a_threshold_redoes_the_remov
 
 
 def test_lines_of_any_script_are_compared_and_tables_as_they_are_written(tmp_path):
-    """Chinese has words, an accent may be a mark of its own, and rows of numbers are no repeats of one another."""
+    """Chinese characters are words, an accent may be a separate mark, and different rows of numbers aren't duplicates."""
     menu = ["关于我们 联系方式", "Télécharger la dernière édition", "हमारे बारे में जानें"]
     texts = {}
     for i, name in enumerate(["one", "two", "three", "four"]):
@@ -133,7 +134,7 @@ def test_what_it_cannot_be_is_refused(entry):
 
 
 def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
-    """What a task holds at a time are the different lines, and a limited number of occurrences."""
+    """At a time, a task holds the different lines, and a limited number of occurrences."""
     largest = []
     first = repeated._first
     monkeypatch.setattr(repeated, "HELD", 100)
@@ -146,13 +147,13 @@ def test_a_line_in_every_document_takes_no_more_memory(tmp_path, monkeypatch):
 
 
 def bounded(self: Given, document: Document) -> Document | Dropped:
-    """Finishes a document as a text pipeline with `min_chars: 60` does."""
+    """Finishes a document like a text pipeline with `min_chars: 60`."""
     return document if len(document.text) >= 60 else Dropped(document.id, "too_short")
 
 
 @pytest.mark.parametrize("stage", [STAGE, {"stage": "repeated_spans", "words": 20}], ids=["lines", "spans"])
 def test_a_text_that_is_cut_below_the_least_length_is_left_out_and_counted(tmp_path, monkeypatch, stage):
-    """As one that is short when it is read; one that is not cut has been asked before."""
+    """Like a text that is too short when it is read. An unchanged text was checked before."""
     monkeypatch.setattr(Given, "finish", bounded)
     shared = " ".join(f"w{chr(97 + i)}{chr(98 + i)}" for i in range(24))
     texts = {f"d{i}": f"{shared}\nits own {'abcdefgh'[i]} line" for i in range(8)} | {"alone": "long enough " * 9}

@@ -1,4 +1,5 @@
-"""Spans of words that several documents have: found from a stated length on; one occurrence stays, however the input is cut."""
+"""Tests spans of words that several documents share: they are found from a stated length, and one occurrence stays for any split
+of the input."""
 
 import random
 import re
@@ -35,7 +36,7 @@ def test_windows_that_overlap_or_touch_are_one_span():
 
 @pytest.mark.parametrize("length", [19, 20, 40])
 def test_a_shared_span_of_the_stated_length_is_always_found(length):
-    """At any place, between any words: two texts that share so many choose a window that both have."""
+    """At any place, between any words: two texts that share so many words choose a window that both have."""
     rng = random.Random(length)
     for _ in range(200):
         shared = words(rng, length)
@@ -77,7 +78,7 @@ def test_one_occurrence_stays_and_little_of_the_others(tmp_path, memory_limit):
 
 
 def test_every_window_of_the_input_is_somewhere_in_the_output_unless_a_cut_goes_through_it(tmp_path):
-    """Chains of documents that overlap: no text vanishes from the whole set."""
+    """For chains of documents that overlap, no text disappears from the whole set."""
     rng = random.Random(5)
     line = words(rng, 900)
     texts = {f"d{i}": " ".join(line[i * 45 : i * 45 + 120]) for i in range(18)}
@@ -113,7 +114,7 @@ def test_texts_that_are_shorter_than_the_span_are_let_be(tmp_path):
 
 
 def test_a_span_is_found_in_any_form_of_unicode_and_cut_where_it_is(tmp_path):
-    """Accents as marks of their own, capitals, other numbers; and Chinese, whose characters are words."""
+    """Accents as separate marks, capitals, and other numbers; and Chinese, whose characters are words."""
     rng = random.Random(8)
     shared = " ".join(f"{word}\u00e9 {number}" for number, word in enumerate(words(rng, 30)))
     own = [" ".join(words(rng, 30)) for _ in range(4)]

@@ -1,4 +1,5 @@
-"""Archives and git clones become documents with licence and language; what is hostile in them is named, and leads nowhere."""
+"""Tests that files of archives and git clones become documents with license and language. Hostile content is reported, and has no
+effect."""
 
 import gzip
 import io
@@ -111,7 +112,7 @@ PACKED = {
 
 @pytest.mark.parametrize("path", PACKED)
 def test_each_file_is_a_document_with_licence_and_language(path):
-    """Whatever it is packed in; licence files hold for what is below them, wherever they lie in the archive."""
+    """For any compression. License files apply to the files below them, at any place in the archive."""
     found = items(path, PACKED[path])
     assert {d.id: d.reason for d in found if isinstance(d, Dropped)} == {f"{path}#{n}": r for n, r in LEFT_OUT.items()}
     assert {name: (d.columns["license"], d.columns.get("language")) for name, d in kept(found).items()} == EXPECTED
@@ -120,7 +121,7 @@ def test_each_file_is_a_document_with_licence_and_language(path):
 
 
 def test_licence_files_beyond_the_limit_are_not_known_and_not_overlooked(monkeypatch):
-    """Their folders would be under the licence of the folder above."""
+    """Otherwise their folders would have the license of the folder above."""
     monkeypatch.setattr(repository, "LICENSE_FILES", 1)
     files = {"LICENSE": MIT.encode(), "a/LICENSE": b"Other terms.", "a/x.py": b"x = 1\n", "b/y.py": b"y = 1\n"}
     found = {d.columns["path"]: d.columns["license"] for d in archives.read("x.tar", io.BytesIO(tar(files)), LIMITS)}
@@ -153,7 +154,7 @@ def test_a_second_file_of_a_name_and_names_of_any_bytes():
 
 @pytest.mark.parametrize("path", ["bomb.tar.gz", "bomb.zip", "bomb.tar.zst"])
 def test_a_bomb_is_named_and_little_of_it_held(path):
-    """What came before it is kept."""
+    """The files before it are kept."""
     big = {"a.py": b"x = 1\n", **{f"{n}.txt": b"\n" * (60 << 20) for n in range(2)}}
     data = zipped(big) if path.endswith("zip") else gzip.compress(tar(big), 9) if path.endswith("gz") else pa.compress(
         tar(big), "zstd", asbytes=True)  # fmt: skip
@@ -165,7 +166,7 @@ def test_a_bomb_is_named_and_little_of_it_held(path):
 
 
 def test_a_member_that_unpacks_to_more_than_it_says_takes_little_memory():
-    """Whatever packs it: bzip2 packs 64 MiB into 80 bytes, in blocks that zipfile unpacks at once."""
+    """For any compression: bzip2 compresses 64 MiB to 80 bytes, in blocks that zipfile decompresses at once."""
     for packing in (zipfile.ZIP_BZIP2, zipfile.ZIP_DEFLATED):
         data = bytearray(zipped({"a.py": b"\n" * (64 << 20)}, packing))
         place = data.rindex(b"PK\1\2")
@@ -186,7 +187,7 @@ def test_members_packed_by_bzip2():
 
 
 def test_a_head_that_is_too_large_is_not_read():
-    """Long names, lists of holes: tarfile reads them whole, as long as they say to be."""
+    """tarfile reads long names and lists of holes whole, up to the size that they claim."""
     info = tarfile.TarInfo("x")
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1 << 40
     found, data = list[Document | Dropped](), tar({"a.py": b"x = 1\n"})[:1024] + info.tobuf() + b"n" * (4 << 20)
@@ -248,7 +249,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A working clone with the files, a link, a submodule and a file that was never committed."""
+    """Creates a clone with a working tree: the files, a link, a submodule, and a file that was never committed."""
     top = tmp_path_factory.mktemp("clones") / "in"
     folder = top / "own/repo"
     for name, data in FILES.items():
@@ -293,7 +294,7 @@ def test_a_listing_of_clones_and_archives_says_the_same_however_git_keeps_them(c
 
 
 def test_a_hostile_clone_runs_nothing_and_leads_nowhere(clone, tmp_path):
-    """Hooks, monitors, remotes and objects of elsewhere; a commit that is not there, a damaged object."""
+    """Hooks, monitors, remotes, and objects from elsewhere; a missing commit, and a damaged object."""
     git(tmp_path, "clone", "-q", "--bare", str(clone / "own/repo"), "x.git")
     folder, trap = tmp_path / "x.git", tmp_path / "trap"
     with (folder / "config").open("a") as config:

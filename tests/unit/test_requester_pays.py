@@ -1,4 +1,5 @@
-"""Buckets whose requester pays are read like others, every request says who pays, and nothing is written to them."""
+"""Tests that requester-pays buckets are read like others, that every request accepts the cost, and that nothing is written to
+them."""
 
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ PAGE = 500
 
 
 class Bucket(BaseHTTPRequestHandler):
-    """Answers for a bucket; refuses who does not say that they pay."""
+    """Answers for a bucket; rejects requests that don't accept the cost."""
 
     refused: list[str]
 
@@ -70,7 +71,7 @@ class Bucket(BaseHTTPRequestHandler):
         self.wfile.write(data if body else b"")
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
-"""Reranking: a pair's score is the model's own, the order is by it, and what is no cross-encoder is refused at once."""
+"""Tests reranking: a pair's score is the model's own and decides the order, and a folder that isn't a cross-encoder is rejected
+at once."""
 
 import asyncio
 import json
@@ -42,7 +43,8 @@ def passages(given: list[str]) -> list[dict]:
 
 
 def test_scores_are_the_models_own_whatever_stands_beside_a_pair(model):
-    """With the types of both texts, and only the passage cut where a pair is too long; the order is by the score."""
+    """The scores use the token types of both texts. If a pair is too long, only the passage is truncated. The order follows the
+    score."""
     question, given = "what is it", texts(40)
     found = Reranker(model).order(question, passages(given))
     whole = BertForSequenceClassification.from_pretrained(model).eval()
@@ -61,7 +63,8 @@ def test_scores_are_the_models_own_whatever_stands_beside_a_pair(model):
 
 
 def test_positions_that_begin_behind_the_padding_are_not_counted_as_room(model, tmp_path):
-    """RoBERTa's first two of 66: a pair of 64 tokens is the longest, and one that is longer is cut, not an error."""
+    """For RoBERTa, these are the first two of 66. A pair of 64 tokens is the longest, and a longer pair is truncated without an
+    error."""
     config = RobertaConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                            max_position_embeddings=66, num_labels=1, pad_token_id=1, type_vocab_size=1)  # fmt: skip
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
@@ -79,7 +82,7 @@ def test_positions_that_begin_behind_the_padding_are_not_counted_as_room(model, 
 
 
 def unlike(model: Path, folder: Path, **changed: object) -> Path:
-    """A copy of the model whose config.json says something else."""
+    """Copies the model, with other values in config.json."""
     shutil.copytree(model, folder, dirs_exist_ok=True)
     known = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(known | changed))
@@ -108,7 +111,7 @@ def test_a_folder_without_a_cross_encoder_is_one_clear_error_before_a_weight_is_
 
 
 def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
-    """Its weights are not in the folder: transformers would draw them, and the order would be chance."""
+    """Its weights aren't in the folder. transformers would draw random weights, and the order would be random."""
     BertForSequenceClassification.from_pretrained(model).bert.save_pretrained(tmp_path / "bare")
     folder = unlike(model, tmp_path / "headless")
     shutil.copy(tmp_path / "bare" / "model.safetensors", folder / "model.safetensors")
@@ -117,7 +120,7 @@ def test_a_head_that_was_never_trained_is_refused(model, tmp_path):
 
 
 def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monkeypatch, capsys):
-    """The best of the first fifty, not of the few that are shown; each says what it is scored by."""
+    """It shows the best of the first fifty passages, not only of those that are shown, and each names its score."""
     ask = ["search", "ask", str(place), "line long document", "--top", "3"]
     code, text, _ = run(monkeypatch, capsys, *ask, "--reranker", str(model), "--json")
     told = json.loads(text)
@@ -138,7 +141,7 @@ def test_a_question_finds_its_passages_in_the_rerankers_order(model, place, monk
 
 
 def test_an_index_is_judged_with_and_without_the_reranker(model, place, monkeypatch, capsys, tmp_path):
-    """Measured are the same passages in the other order; against BM25, and against the mode itself."""
+    """The comparison uses the same passages in the other order, against BM25 and against the mode itself."""
     asked = [(text, {id}) for id, text in list(CORPUS.items())[:8]]
     opened, reranker = SearchIndex(Location(str(place))), Reranker(model)
     told = judging.judge(opened, asked, reranker)

@@ -1,4 +1,5 @@
-"""What a resumed run needs of the engine is in `checkpoint.json` and in the in-memory copies, and is declared in one place."""
+"""Tests that the state that a resumed run needs from the engine is in `checkpoint.json` and in in-memory checkpoints, declared in
+one place."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ SCALE = {"cur_scale": 2048.0, "cur_iter": 12, "last_overflow_iter": 10, "cur_hys
 
 @dataclass
 class Sharded:
-    """The part of an engine's state that facts are read from and applied to."""
+    """Provides the part of an engine's state from which facts are read, and to which they are applied."""
 
     steps: int = 0
     scale: dict[str, Any] | None = None
@@ -37,7 +38,7 @@ class Sharded:
 
 
 def through_json(facts: object) -> dict[str, Any]:
-    """What a checkpoint with these facts holds of them when it is read again."""
+    """Returns these facts as they are read back from a checkpoint."""
     saved = json.loads(index.encode(build_index.index(9, **asdict(facts))))  # type: ignore[call-overload]
     found = index.build(saved, 9)
     assert isinstance(found, index.CheckpointIndex)
@@ -55,14 +56,15 @@ def test_an_engine_continues_with_what_the_checkpoint_holds_of_it(scale):
 
 
 def test_the_keys_of_checkpoints_stay():
-    """Older versions read them, and read them at the top of `checkpoint.json`."""
+    """Older versions read them at the top of `checkpoint.json`."""
     assert {f.name for f in fields(ResumeFacts)} >= {"optimizer_steps", "loss_scale"}
     saved = build_index.index(9, loss_scale=SCALE)
     assert {"optimizer_steps", "loss_scale"} <= saved.keys() and through_json(ResumeFacts(9, SCALE))["optimizer_steps"] == 9
 
 
 def test_a_new_fact_needs_no_other_declaration():
-    """The index was a closed record: what only a resumed worker reads had to be declared there and for copies in memory, too."""
+    """The index was a closed record: a fact that only a resumed worker reads had to be declared there, and for in-memory
+    checkpoints, too."""
 
     @dataclass(frozen=True)
     class Newer(ResumeFacts):

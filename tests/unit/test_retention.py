@@ -1,4 +1,4 @@
-"""Which checkpoints stay: properties of the rule over random runs, and what pruning leaves in a folder."""
+"""Tests the retention of checkpoints: properties of the rule over random runs, and the files that pruning leaves."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def _scores(rng: random.Random, whole: list[int]) -> dict[int, float]:
 
 @every_seed(300)
 def test_what_stays_is_the_newest_every_so_many_and_the_best(seed):
-    """Checked against each rule on its own; nothing else stays, and every reason that is given is true."""
+    """The result is checked against each rule alone. No other checkpoint stays, and every given reason is true."""
     rng = random.Random(seed)
     policy = _policy(rng)
     whole = rng.sample(range(policy.every, 60 * policy.every, policy.every), rng.randrange(20))
@@ -54,7 +54,7 @@ def test_what_stays_is_the_newest_every_so_many_and_the_best(seed):
 
 @every_seed(100)
 def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
-    """No rule needs a checkpoint that an earlier prune has deleted: forgetting as the run goes loses nothing."""
+    """No rule needs a checkpoint that an earlier prune deleted, so pruning during the run loses nothing."""
     rng = random.Random(seed)
     policy = _policy(rng)
     everything = list(range(policy.every, 30 * policy.every, policy.every))
@@ -87,7 +87,7 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
     ],
 )
 def test_a_policy_that_cannot_be_kept_is_refused(changes, message):
-    """One line with the keys, their values and what works; and what it offers does."""
+    """One line has the keys, their values, and a valid alternative, which is then accepted."""
     with pytest.raises(ConfigError) as e:
         job(**changes)
     assert str(e.value).removeprefix("job.yaml:").strip() == message
@@ -103,7 +103,7 @@ def test_a_policy_that_cannot_be_kept_is_refused(changes, message):
 
 
 def _save(run: Location, step: int, loss: float | None = None, policy: Policy | None = None) -> None:
-    """A complete checkpoint of no tensors."""
+    """Saves a complete checkpoint without tensors."""
     facts = {"written": 0.0, "world_size": 1, "zero_stage": 1, "metrics": {} if loss is None else {"loss": loss}}
     facts |= {"job": {"checkpoint": (policy or Policy(every=10)).model_dump()}}
     folder(run, step).join("checkpoint.json").write(encode(index(step, **facts)))
@@ -142,7 +142,8 @@ def test_a_resumed_run_still_knows_the_best_of_before(run):
 
 
 def test_what_dead_saves_left_and_later_steps_are_deleted_after_a_save(run):
-    """The run fell back from step 50, which could not be loaded: it must not outlive, or displace, what is saved after."""
+    """The run went back from step 50, which couldn't be loaded. That checkpoint must not stay longer than later ones, or replace
+    them."""
     _save(run, 10)
     _torn(run, 20)
     _save(run, 50)
@@ -158,7 +159,8 @@ def _score(run: Location, step: int, value: float, written: float = 0.0, suite: 
 
 
 def test_the_best_by_a_benchmark_is_known_when_its_score_comes(run):
-    """After the save; of another checkpoint of the step it is none, and neither is one that is damaged, or of no number."""
+    """The score comes after the save. A score of another checkpoint of the step doesn't count, nor a damaged one, nor one without
+    a number."""
     policy = Policy.model_validate({"every": 10, "keep": 2, "best": {"metric": "bench/arc", "mode": "max"}})
     pruner = Pruner(run, policy)
     for step in range(10, 80, 10):
@@ -206,7 +208,7 @@ def test_the_survey_says_what_is_torn_and_why(run):
 
 
 def test_the_command_lists_them_in_columns_and_as_json(run):
-    """The table says which rule keeps each; `--json` is one object on the last line."""
+    """The table has the rule that keeps each checkpoint. `--json` prints one object on the last line."""
     (Path(run.path) / "receipts").mkdir(parents=True)
     assert _cli(run).split() == ["no", "checkpoint", "in", str(run)]
     _save(run, 10, 0.5)

@@ -1,4 +1,4 @@
-"""What fails for a while is tried again within its budget, with waits that double; what would fail again is not."""
+"""Tests retries: a temporary failure is retried within its budget, with waits that double. A permanent one isn't."""
 
 import random
 from typing import NoReturn
@@ -9,7 +9,7 @@ from heliostat.storage.retries import Backoff, FailedAttempts, retry
 
 
 class Clock:
-    """Time that only sleeping, and the action itself, spend."""
+    """Provides a clock that advances only by sleeping and by the action itself."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, took: float = 0.0) -> None:
         self.now, self.took, self.waits = 0.0, took, list[float]()
@@ -59,10 +59,8 @@ def test_waits_vary_by_the_jitter_and_no_more():
 
 @pytest.mark.parametrize("took", [0.0, 4.0])
 def test_no_attempt_begins_that_would_end_beyond_the_budget(monkeypatch, took):
-    """If it takes as long as the last; the error says how often and how long it was tried, and what failed last.
-
-    Nor is it given up while there is room for one.
-    """
+    """Assumes that it takes as long as the last attempt. The error has the number and time of the attempts, and the last failure.
+    While an attempt fits, the retries continue."""
     clock = Clock(monkeypatch, took)
     with pytest.raises(GivenUpError) as error:
         retry(clock.failing(100), 20.0, Backoff(1.0, 8.0), passing, give_up)
@@ -73,7 +71,7 @@ def test_no_attempt_begins_that_would_end_beyond_the_budget(monkeypatch, took):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_budget_is_used_up_to_its_end_whatever_the_jitter(monkeypatch, seed):
-    """A store that answers again shortly before the end is still asked."""
+    """A store that answers again shortly before the end of the budget still gets a request."""
     random.seed(seed)
     clock = Clock(monkeypatch)
     with pytest.raises(GivenUpError):
@@ -100,7 +98,7 @@ def test_what_would_fail_again_is_raised_at_once(monkeypatch):
 
 
 def test_a_person_who_interrupts_is_heard_at_once(monkeypatch):
-    """Ctrl-C is no failure."""
+    """Ctrl-C isn't a failure."""
 
     def act() -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Retrieval: what is found is what an exact search finds, says where it lies, and answers have their sources."""
+"""Tests retrieval: results equal those of an exact search and name their places, and answers have sources."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.unit.test_samples import TEXTS
 
 
 def bm25(texts: list[list[str]], question: list[str]) -> list[float]:
-    """Okapi BM25 by its formula, with k1 1.2 and b 0.75."""
+    """Computes Okapi BM25 by its formula, with k1 1.2 and b 0.75."""
     mean, scores = sum(map(len, texts)) / len(texts), []
     for words in texts:
         score = 0.0
@@ -40,7 +40,7 @@ def bm25(texts: list[list[str]], question: list[str]) -> list[float]:
 
 
 def test_words_are_scored_by_bm25_over_all_fragments(tmp_path):
-    """Documents of one passage each, in two shards: scores are those of the formula over both."""
+    """Documents have one passage each, in two shards. Scores follow the formula over both."""
     draw = np.random.default_rng(0)
     words = ["kva", "zor", "mip", "tul", "ned", "pog"]
     texts = [" ".join(draw.choice(words, draw.integers(3, 9))) for _ in range(30)]
@@ -53,7 +53,7 @@ def test_words_are_scored_by_bm25_over_all_fragments(tmp_path):
 
 
 def test_the_nearest_are_those_of_an_exact_search(document_index):
-    """A passage's own text finds it; the order and scores are those of the cosines of all embeddings."""
+    """A passage's own text finds it. The order and scores follow the cosine similarities of all embeddings."""
     everything = rows(document_index)
     for wanted in everything[:5]:
         found = document_index.search([wanted["text"]], "dense", 10)[0]
@@ -63,7 +63,7 @@ def test_the_nearest_are_those_of_an_exact_search(document_index):
 
 
 def test_questions_that_come_together_are_embedded_one_after_another(document_index, monkeypatch):
-    """A tokenizer that one thread has told where to truncate would truncate the other's text, or raise."""
+    """If one thread sets a tokenizer's truncation, another thread's text would be truncated, or raise an error."""
     inside, most, embed = [], [], tasks.embed
 
     def watched(*given):
@@ -82,7 +82,7 @@ def test_questions_that_come_together_are_embedded_one_after_another(document_in
 
 @pytest.mark.parametrize("mode", ["dense", "hybrid"])
 def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(document_index, mode):
-    """And not answered by its beginning; words alone find by all of it."""
+    """It isn't answered by its beginning. A search by words alone uses all of it."""
     question = "line " * 100
     with pytest.raises(ConfigError, match=r"question: 'line line .* more than 64 tokens"):
         document_index.search(["f1", question], mode, 3)
@@ -90,7 +90,7 @@ def test_a_question_that_is_longer_than_the_embedder_takes_is_refused(document_i
 
 
 def test_fusion_adds_reciprocal_ranks():
-    """First in both lists beats first in one; what one list has alone comes behind what both have."""
+    """The first result of both lists comes before the first of one list. Results of only one list come after those of both."""
     a, b, c, d = ({"shard": "s", "document": name, "number": 0, "score": 9} for name in "abcd")
     found = fuse([[a, b, c], [d, b, a]])
     assert [one["document"] for one in found] == ["a", "b", "d", "c"]
@@ -188,7 +188,7 @@ def test_the_command_shows_passages_with_their_sources(document_index, monkeypat
 
 
 def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, embedder, tmp_path, monkeypatch, capsys):
-    """Of five passages some, which is said; a question that has no room is an error."""
+    """The answer uses some of five passages, and reports the number. A question that doesn't fit is an error."""
     model = write_model(tmp_path, BASE["model"], 256)
     ask = ["search", "ask", str(document_index.place), "the long document", "--model", str(model), "--max-tokens", "8"]
     told = json.loads(run(monkeypatch, capsys, *ask, "--json")[1])

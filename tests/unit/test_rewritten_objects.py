@@ -1,4 +1,4 @@
-"""Objects of the input that are written again during a run, with as many bytes and within a second: their ETag tells."""
+"""Tests input objects that are rewritten during a run, with the same size and within a second: their ETag shows it."""
 
 import pyarrow.fs as pafs
 import pytest
@@ -31,7 +31,7 @@ def test_an_object_of_the_same_size_and_second_is_an_error_that_names_it(place, 
 
 
 def test_an_object_that_is_written_again_between_its_opening_and_its_reading_is_an_error(place, monkeypatch):
-    """The store itself refuses the read: nothing of the new object is taken for the old one."""
+    """The store itself rejects the read, so nothing of the new object is taken for the old one."""
     place.join("a.jsonl").write(OLD)
     (file,) = sources.listing(str(place))
     assert [d.text for d in TextSource(str(place), TextRules()).read(file.part)] == ["old words"]
@@ -79,7 +79,7 @@ def test_a_single_object_has_an_etag_and_one_that_is_gone_is_left_out(place):
 
 
 def test_listings_are_those_of_pyarrow_to_the_millisecond(place):
-    """The records of older datasets hold sizes and times as pyarrow's client listed them."""
+    """Records of older datasets have sizes and times as pyarrow's client listed them."""
     for name in ("a.txt", "b/c.txt", "b/d e+%.txt"):
         place.join(name).write(name.encode())
     found = place.fs.get_file_info(pafs.FileSelector(place.path, recursive=True))

@@ -1,4 +1,4 @@
-"""What robots.txt allows, as RFC 9309 says, and the delay that it asks for."""
+"""Tests what robots.txt allows by RFC 9309, and the delay that it requests."""
 
 import time
 

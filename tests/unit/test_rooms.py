@@ -1,4 +1,4 @@
-"""The map of the code cannot be false: what rooms say of themselves, what they import, and what the documentation shows agree."""
+"""Tests that the map of the code is true: the rooms' docstrings, their imports, and the documentation agree."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports() -> dict[str, frozenset[str]]:
-    """Maps every module to those of the package that it imports: at the top, in functions, and for types alone."""
+    """Maps every module to the modules of the package that it imports: at the top, in functions, and for types only."""
     found = defaultdict(set)
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -52,7 +52,7 @@ def test_a_room_imports_what_its_docstring_says_and_nothing_else(name):
 
 
 def test_rooms_import_downwards_alone():
-    """What a docstring allows is in a lower layer of the contract, which has at most 16."""
+    """A docstring may only allow rooms of a lower layer of the contract, which has at most 16 layers."""
     layers = rooms.layers()
     height = {name: n for n, layer in enumerate(layers) for name in layer}
     assert [(a.name, b) for a in ROOMS.values() for b in a.imports if height[b] <= height[a.name]] == []
@@ -112,7 +112,7 @@ OF_TRANSFORMERS = re.compile(r"deepspeed", re.IGNORECASE)  # names that transfor
 
 
 def deepspeed_imports(path: Path) -> list[int]:
-    """Lists the lines that import DeepSpeed, or what transformers has for it: at the top, in functions, and by name."""
+    """Lists the lines that import DeepSpeed, or transformers' modules for it: at the top, in functions, and by name."""
     lines = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
@@ -145,7 +145,7 @@ def test_every_way_to_import_deepspeed_is_seen(line, tmp_path):
 
 
 def test_only_the_engine_imports_deepspeed():
-    """There are no exceptions: other rooms ask the engine, and rooms below it define what the engine passes in."""
+    """There are no exceptions: other rooms call the engine, and lower rooms define the types that the engine passes to them."""
     found = {f"{path.relative_to(PACKAGE)}:{line}" for path in modules().values() for line in deepspeed_imports(path)}
     assert sorted(place for place in found if not place.startswith("engine/")) == [] and found
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts: the router's loss is in the objective as transformers has it, and is told apart from the loss."""
+"""Tests mixtures of experts: the objective has the router's loss as in transformers, logged apart from the loss."""
 
 import logging
 from dataclasses import replace
@@ -44,7 +44,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("arch", sorted(MODELS))
 def test_the_objective_and_its_gradient_are_those_of_transformers(arch, checkpointing):
-    """The model's own loss, given labels: cross-entropy plus the coefficient times the router's; also with recomputed layers."""
+    """The model's own loss with labels is cross-entropy plus the coefficient times the router's loss; also with recomputed
+    layers."""
     made = recipe(MODELS[arch], **{"train.activation_checkpointing": checkpointing})
     torch.manual_seed(0)
     model = made.build()
@@ -66,7 +67,7 @@ def test_the_objective_and_its_gradient_are_those_of_transformers(arch, checkpoi
 
 
 def test_micro_batches_count_alike_whatever_their_number_of_terms():
-    """With document_mask they have other numbers of terms; the router's loss is the mean over micro-batches all the same,
+    """With document_mask, micro-batches have different numbers of terms. The router's loss is still the mean over micro-batches,
     and DeepSpeed's average over them gives the whole objective."""
     made = recipe(MODELS["mixtral"], **{"data.document_mask": True})
     torch.manual_seed(0)
@@ -106,7 +107,7 @@ def test_the_router_loss_is_a_curve_of_its_own_in_mlflow_and_at_the_terminal(cap
 
 
 def test_a_pretrained_mixture_can_be_told_to_train_its_router(tmp_path):
-    """The one key that a job may give beside `pretrained`; a model without a router refuses it."""
+    """It is the only key that a job may set in addition to `pretrained`. A model without a router rejects it."""
     transformers.MixtralConfig(**{k: v for k, v in MODELS["mixtral"].items() if k not in ("arch", "output_router_logits")},
                                ).save_pretrained(tmp_path / "moe")  # fmt: skip
     transformers.LlamaConfig().save_pretrained(tmp_path / "dense")
@@ -117,7 +118,8 @@ def test_a_pretrained_mixture_can_be_told_to_train_its_router(tmp_path):
 
 
 def test_experts_that_nothing_balances_are_told_of_and_a_loss_that_is_not_there_is_refused(caplog):
-    """The configuration's coefficient does nothing while output_router_logits is not set; that is said, unless it was chosen."""
+    """The configuration's coefficient has no effect while output_router_logits is unset. heliostat reports this, unless the job
+    chose it."""
     model = {k: v for k, v in MODELS["mixtral"].items() if k != "output_router_logits"}
     for given, told in (
         (model, True),

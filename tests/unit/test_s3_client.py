@@ -1,4 +1,4 @@
-"""What S3 is asked by boto3: what its URIs say, what it answers and raises where it is unusual, and listings in parallel."""
+"""Tests requests to S3 through boto3: its URIs, unusual answers and errors, and parallel listings."""
 
 import random
 import threading
@@ -25,7 +25,7 @@ Seen = list[tuple[str, bool]]  # method, and whether the request was signed
 
 @pytest.fixture
 def store(monkeypatch) -> Iterator[tuple[str, Seen]]:
-    """A server that has no object and takes none, and what it was asked."""
+    """Runs a server without objects that stores none; returns the requests that it got."""
     seen: Seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -39,7 +39,7 @@ def store(monkeypatch) -> Iterator[tuple[str, Seen]]:
         do_GET = do_HEAD = do_PUT = answer
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
@@ -52,7 +52,7 @@ def store(monkeypatch) -> Iterator[tuple[str, Seen]]:
 
 @pytest.mark.parametrize(("more", "signed"), [("", True), ("&anonymous=false", True), ("&anonymous=true", False)])
 def test_anonymous_requests_are_not_signed(store, more, signed):
-    """By pyarrow's client, and by boto3's, which puts files where none is."""
+    """By pyarrow's client, and by boto3's, which reads credentials from files even without keys."""
     query, seen = store
     place = Location(f"s3://bucket/key?{query}{more}")
     with pytest.raises(FileNotFoundError):
@@ -114,7 +114,7 @@ def answers(monkeypatch):
 
 @pytest.mark.parametrize("error", [ResponseParserError("invalid XML"), SSLError("bad record mac")])
 def test_a_fault_of_the_connection_is_worth_a_retry_and_is_not_taken_for_the_files(error):
-    """boto3 has no class of its own for these: they would leave out the rest of the file as unread."""
+    """boto3 has no class of its own for these errors. They would leave out the rest of the file as unread."""
     with pytest.raises(ConnectionError) as e, s3_client.worded():
         raise error
     assert diagnose(e.value) == "fault"
@@ -143,7 +143,7 @@ def test_a_range_behind_the_end_of_an_object_that_became_shorter_tells_that_it_w
 
 
 def test_the_time_of_a_listed_object_is_parsed_without_a_parser_of_any_format(monkeypatch):
-    """Which takes 60 of the 90 ms that a page of 1,000 names costs."""
+    """A general parser takes 60 of the 90 ms that a page of 1,000 names costs."""
     told = ["2026-11-27T10:00:03.120Z", "Fri, 27 Nov 2026 10:00:03 GMT", "2026-11-27T10:00:03", 1795773603]
     assert [s3_client._time(one) for one in told] == [parse_timestamp(one) for one in told]
     monkeypatch.setattr("botocore.utils.parse_timestamp", lambda told: pytest.fail("slow"))
@@ -153,7 +153,7 @@ def test_the_time_of_a_listed_object_is_parsed_without_a_parser_of_any_format(mo
 
 
 class PagedStore:
-    """An object store that counts its pages: of each listing, a thousand names."""
+    """Provides an object store that counts the pages of each listing, with a thousand names per page."""
 
     def __init__(self, keys: set[str]) -> None:
         self.keys, self.pages, self.longest = sorted(keys), 0, 0
@@ -179,7 +179,7 @@ def listed(keys: set[str]) -> tuple[list[str], PagedStore]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_same_as_one_stream(seed, monkeypatch):
-    """Whatever the shape, and whichever way is taken; with small pages, so that all are."""
+    """For any shape and any method. Pages are small, so that all methods run."""
     monkeypatch.setattr(s3_client, "PAGE", 5)
     rng = random.Random(seed)
     names = [str(n) for n in range(rng.choice([1, 3, 30, 200]))]

@@ -1,4 +1,4 @@
-"""`heliostat run samples`: the text that a step trained on, and where it lies in the dataset."""
+"""Tests `heliostat run samples`: the text that a step trained on, and its place in the dataset."""
 
 import dataclasses
 import hashlib
@@ -28,7 +28,7 @@ STEPS = 6
 
 
 def make_text(folder: Path, vocabulary: int = 300) -> manifest.Manifest:
-    """A dataset of two shards of text, as the pipeline makes one; it may say that its vocabulary is smaller than it is."""
+    """Writes a dataset of two text shards like the pipeline; its recorded vocabulary may be smaller than the real one."""
     definition = tokens.train(TEXTS, 300, END)
     tokenizer = tokens.load(definition)
     end = tokens.end_id(tokenizer, END)
@@ -49,7 +49,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> manifest.Manifest:
 
 
 def make_run(folder: Path, source: manifest.Manifest, *changes: DataPlan) -> Location:
-    """A run's folder with one receipt and one checkpoint; the receipt's content does not matter here."""
+    """Writes a run's folder with one receipt and one checkpoint. The receipt's content doesn't matter here."""
     place = Location(str(folder))
     for plan in (make_plan(source), *changes):
         segments.begin(place, plan, plan.first_step)
@@ -69,14 +69,15 @@ def run(source: manifest.Manifest, tmp_path: Path) -> Location:
 
 
 def row(source: manifest.Manifest, shard: str, row_group: int, row: int) -> list[int]:
-    """A sample's tokens, by counting them in its row group."""
+    """Returns a sample's tokens, by counting them in its row group."""
     group = pq.ParquetFile(source.location.join(shard).path).read_row_group(row_group)
     return [t for document in group["tokens"].to_pylist() for t in document][row * LENGTH : (row + 1) * LENGTH]
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
 def test_every_sample_is_the_text_at_its_place(run, source, step):
-    """A global batch, lane by lane: the text is that of the named row of the named row group, end-of-document marks included."""
+    """For a global batch, by virtual rank: the text is that of the named row of the named row group, including end-of-document
+    marks."""
     found = samples(run, step)
     assert [(s["lane"], s["place"]) for s in found] == [(lane, place) for lane in range(4) for place in range(2)]
     tokenizer = tokens.load(source.location.join("tokenizer.json").read().decode())
@@ -88,7 +89,7 @@ def test_every_sample_is_the_text_at_its_place(run, source, step):
 
 
 def test_a_replaced_sample_says_what_was_there(tmp_path, monkeypatch, capsys):
-    """The place of the bad one and its fault; place and text are those of what was trained on."""
+    """It has the place of the bad sample and its fault. Its own place and text are those that were trained on."""
     source = make_text(tmp_path / "text", vocabulary=290)
     run = make_run(tmp_path / "run", source)
     found = [s for step in range(1, STEPS + 1) for s in samples(run, step)]
@@ -103,13 +104,13 @@ def test_a_replaced_sample_says_what_was_there(tmp_path, monkeypatch, capsys):
 
 
 def test_the_samples_of_all_steps_are_all_different(run):
-    """Within an epoch no place comes twice."""
+    """Within an epoch, no place appears twice."""
     places = [(s["shard"], s["row_group"], s["row"]) for step in range(1, STEPS + 1) for s in samples(run, step)]
     assert len(set(places)) == len(places) == STEPS * 8
 
 
 def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
-    """A step's samples are those of the segment that it is in."""
+    """A step's samples are those of its segment."""
     before = [samples(run, step) for step in range(1, STEPS + 1)]
     changed = dataclasses.replace(make_plan(source, seed=9), mix=((3, (1.0,)),))
     other = make_run(tmp_path / "changed", source, changed)
@@ -121,21 +122,22 @@ def test_after_a_change_of_data_the_new_order_is_shown(run, source, tmp_path):
 
 
 def test_a_step_that_has_no_receipt_says_which_have(run):
-    """The first step beyond, and what Python's API may be asked for; the line names no option of the command line."""
+    """The error has the first step without a receipt, and the steps that Python's API accepts. The line names no option of the
+    command line."""
     for step in (STEPS + 1, 0):
         with pytest.raises(ConfigError, match=rf"^step: the run has no step {step}\. Give one of 1 to 6\.$"):
             samples(run, step)
 
 
 def test_a_run_without_a_checkpoint_has_no_recipe(run):
-    """Its job is in the checkpoints; one line says so."""
+    """Its job is in the checkpoints. One line reports this."""
     layout.folder(run, STEPS).delete()
     with pytest.raises(ConfigError, match="has no complete checkpoint, so its recipe isn't known"):
         samples(run, 1)
 
 
 def test_the_command_shows_a_sample_in_two_lines_or_whole(run, monkeypatch, capsys):
-    """One line of place and one of escaped text each; --full prints the text as it is, --json everything."""
+    """One line has the place, and one the escaped text. --full prints the text unchanged, and --json prints everything."""
     expected = samples(run, 2)
     code, out, err = command(monkeypatch, capsys, "run", "samples", str(run), "--step", "2")
     lines = out.splitlines()
@@ -150,7 +152,7 @@ def test_the_command_shows_a_sample_in_two_lines_or_whole(run, monkeypatch, caps
 
 
 def test_lists_of_replaced_samples_count_steps_from_1_whatever_their_age(tmp_path):
-    """What a run of an older version has listed counts from 0, and is told as what a new one writes."""
+    """Lists of older versions count steps from 0. They are shown like those of new runs."""
     source = make_text(tmp_path / "text")
     data = open_dataset(make_plan(source))
     entry = unsealed.describe(4, Bad(0, 0, 0, 1, "r", (0, 0, 2)), data)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: shape, ends and bounds, for many lengths."""
+"""Tests learning-rate schedules: shape, ends, and bounds, for many lengths."""
 
 import itertools
 import random
@@ -26,7 +26,7 @@ def curve(schedule: Schedule, steps: int) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 @every_seed(30)
 def test_the_rate_rises_to_its_peak_and_then_never_rises(name, seed):
-    """Warm-up is linear from 1/warmup to exactly 1; after it the factor falls or stays, between final_ratio and 1."""
+    """Warm-up is linear from 1/warmup to exactly 1. After it, the factor falls or stays, between final_ratio and 1."""
     schedule, steps = random_case(seed, name)
     made, warmup = curve(schedule, steps), schedule.warmup_steps
     assert made[:warmup] == [(t + 1) / warmup for t in range(warmup)]
@@ -39,7 +39,7 @@ def test_the_rate_rises_to_its_peak_and_then_never_rises(name, seed):
 @pytest.mark.parametrize("name", ["cosine", "linear"])
 @every_seed(30)
 def test_the_last_step_has_the_final_ratio(name, seed):
-    """Half of the fall is done half way, and the last step is exactly at final_ratio."""
+    """Half of the decrease is done halfway, and the last step is exactly at final_ratio."""
     schedule, steps = random_case(seed, name)
     made = curve(schedule, steps)
     assert made[-1] == pytest.approx(schedule.final_ratio, abs=1e-9)
@@ -49,7 +49,7 @@ def test_the_last_step_has_the_final_ratio(name, seed):
 
 
 def test_cosine_is_flat_at_both_ends_and_linear_is_straight():
-    """What tells the two apart: the first and last differences against the middle one."""
+    """The first and last differences, compared with the middle one, distinguish the two."""
     cosine, linear = (curve(Schedule(name=n, final_ratio=0.0), 1001) for n in ("cosine", "linear"))
     falls = [cosine[t] - cosine[t + 1] for t in (0, 500, 999)]
     assert falls[0] < falls[1] / 100 and falls[2] < falls[1] / 100
@@ -58,7 +58,8 @@ def test_cosine_is_flat_at_both_ends_and_linear_is_straight():
 
 @every_seed(30)
 def test_wsd_stays_until_its_decay_and_ends_at_the_final_ratio(seed):
-    """The factor is 1 before the last decay_fraction of the steps, and final_ratio at the last, if that is two steps or more."""
+    """The factor is 1 before the last decay_fraction of the steps, and final_ratio at the last one, if that is two steps or
+    more."""
     schedule, steps = random_case(seed, "wsd")
     made = curve(schedule, steps)
     start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
@@ -69,13 +70,13 @@ def test_wsd_stays_until_its_decay_and_ends_at_the_final_ratio(seed):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_of_one_step_have_a_rate(name):
-    """No division by zero, and a rate that trains."""
+    """There is no division by zero, and the rate is above 0."""
     assert 0 < factor(Schedule(name=name), 0, 1) <= 1
     assert factor(Schedule(name=name, warmup_steps=1), 1, 2) > 0
 
 
 def test_an_unknown_name_is_no_schedule():
-    """Nowhere does it become another one."""
+    """No function replaces it with another schedule."""
     with pytest.raises(ValidationError, match="Input should be 'cosine', 'constant', 'linear' or 'wsd'"):
         Schedule(name="cosin")
     with pytest.raises(KeyError, match="cosin"):

@@ -1,4 +1,4 @@
-"""YAML to models: every bad input is one ConfigError with the key, the value and the nearest choice."""
+"""Tests reading YAML into models: every bad input is one ConfigError with the key, the value, and the nearest choice."""
 
 import random
 
@@ -14,14 +14,14 @@ from tests.unit.build_job import BASE, raw, write
 
 
 def fault(path, settings: list[str] | None = None) -> str:
-    """The one error that loading the job gives."""
+    """Returns the one error that loading the job raises."""
     with pytest.raises(ConfigError) as e:
         spec.load(path, settings)
     return str(e.value)
 
 
 def keys(tree: object, prefix: str = "") -> list[str]:
-    """Every key path of nested mappings and lists."""
+    """Lists every key path of nested mappings and lists."""
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     return [p for k, v in items for p in (f"{prefix}{k}", *keys(v, f"{prefix}{k}."))]
 
@@ -41,14 +41,14 @@ def keys(tree: object, prefix: str = "") -> list[str]:
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
-    """Top-level, nested, in a list and beside an alias: the key's path, and a suggestion that is itself a valid key."""
+    """At the top level, nested, in a list, and next to an alias: the error has the key's path, and suggests a valid key."""
     message = fault(write(tmp_path, **{key: 1}))
     assert message == f"{tmp_path / 'job.yaml'}: {key}: unknown key; {nearest}"
 
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
-    """No typo is silently ignored, wherever in the file it is (a model's keys are checked by its recipe)."""
+    """No typo is silently ignored at any place in the file (a recipe checks the model's keys)."""
     rng = random.Random(seed)
     path = rng.choice([k for k in keys(BASE) if not k.startswith("model.") and not k.rpartition(".")[2].isdigit()])
     *parents, last = path.split(".")
@@ -93,7 +93,7 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(tmp_path, key, value, message):
-    """Types are not converted, and a number out of range is not clipped."""
+    """Types aren't converted, and a number out of range isn't clipped."""
     base = {"train.optimizer.betas": [0.9, 0.95]} if key.startswith("train.optimizer.betas.") else {}
     assert fault(write(tmp_path, **base, **{key: value})).startswith(f"{tmp_path / 'job.yaml'}: {key}: {message}")
 
@@ -113,7 +113,7 @@ def test_a_wrong_value_is_named_with_its_key(tmp_path, key, value, message):
     ],
 )
 def test_a_choice_that_is_none_shows_the_choices(tmp_path, key, value, message):
-    """The nearest choice, or all of them, also where the key may be left out."""
+    """The error has the nearest choice, or all of them, also for an optional key."""
     assert fault(write(tmp_path, **{key: value})) == f"{tmp_path / 'job.yaml'}: {key}: {message}"
 
 
@@ -125,7 +125,7 @@ def test_a_choice_that_is_none_shows_the_choices(tmp_path, key, value, message):
     ],
 )  # fmt: skip
 def test_a_missing_key_is_named_with_what_to_write(tmp_path, key, example):
-    """With its whole path, and without the mapping that lacks it."""
+    """The error has its whole path, without the mapping that lacks it."""
     message = fault(write(tmp_path, **{key: None}))
     assert message == f"{tmp_path / 'job.yaml'}: {key}: required key missing. Write {key}: {example}"
 
@@ -143,7 +143,7 @@ def test_a_pipeline_file_without_its_class_says_what_to_write(tmp_path):
 
 
 def test_several_faults_are_one_error_that_lists_them_all(tmp_path):
-    """A person fixes a file once, not once a fault."""
+    """A person fixes a file once, not once per fault."""
     changes = {"nmae": 1, "train.steps": "x", "train.precision": "bf8", "data.sources.0.path": 5, "evaluate.every": None}
     message = fault(write(tmp_path, **changes))
     assert message.splitlines()[0] == f"{tmp_path / 'job.yaml'}:"
@@ -152,7 +152,7 @@ def test_several_faults_are_one_error_that_lists_them_all(tmp_path):
 
 
 def test_a_key_given_twice_is_refused(tmp_path):
-    """YAML would silently keep the last; at any depth the error has the file, the line of its mapping, and the key."""
+    """YAML would silently keep the last one. At any depth, the error has the file, the line of its mapping, and the key."""
     path = tmp_path / "job.yaml"
     path.write_text("name: a\nrecipe: b\nname: c\n")
     assert fault(path) == f"{path}: line 1: key 'name' appears twice. Keep one"
@@ -173,7 +173,7 @@ def test_a_key_given_twice_is_refused(tmp_path):
     ],
 )
 def test_what_is_no_mapping_is_one_line(tmp_path, text, message):
-    """Broken YAML, and YAML that is no mapping, are one line with the file's name; no object is ever made from a tag."""
+    """For broken YAML, and YAML that isn't a mapping, one line has the file's name. No tag ever creates an object."""
     path = tmp_path / "job.yaml"
     path.write_text(text)
     found = fault(path)
@@ -181,7 +181,7 @@ def test_what_is_no_mapping_is_one_line(tmp_path, text, message):
 
 
 def test_a_file_that_is_not_there_or_not_text_is_one_line(tmp_path):
-    """A near file name is suggested; a folder or binary file cannot be read."""
+    """The error suggests a similar file name. A folder or a binary file can't be read."""
     write(tmp_path)
     assert fault(tmp_path / "jobb.yaml") == f"{tmp_path / 'jobb.yaml'}: no such file; did you mean 'job.yaml'?"
     assert fault(tmp_path / "nothere.yaml") == f"{tmp_path / 'nothere.yaml'}: no such file; valid: job.yaml"  # endings are alike
@@ -194,7 +194,7 @@ def test_a_file_that_is_not_there_or_not_text_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", "1_0e-4"])
 def test_a_number_without_a_dot_is_a_number(tmp_path, text):
-    """YAML 1.1 takes 1e-3 for a string; a person means 0.001, in the file and in a setting."""
+    """YAML 1.1 reads 1e-3 as a string. A person means 0.001, in the file and in a setting."""
     path = write(tmp_path)
     path.write_text(path.read_text().replace("lr: 0.001", f"lr: {text}"))
     assert f"lr: {text}" in path.read_text()
@@ -223,7 +223,7 @@ def test_whole_numbers_are_floats_where_floats_are_wanted(tmp_path):
     ],
 )
 def test_a_setting_changes_exactly_its_key(setting, path, value):
-    """Nested keys, list items, whole mappings and values with `=`; the rest and the input stay as they were."""
+    """For nested keys, list items, whole mappings, and values with `=`. The other keys and the input stay unchanged."""
     before = raw()
     after = schema.apply(before, [setting])
     assert before == BASE
@@ -240,7 +240,7 @@ def test_a_setting_changes_exactly_its_key(setting, path, value):
 
 
 def test_settings_apply_in_order():
-    """The last one wins."""
+    """The last setting wins."""
     assert schema.apply(raw(), ["train.steps=7", "train.steps=9"])["train"]["steps"] == 9
 
 
@@ -260,19 +260,19 @@ def test_settings_apply_in_order():
     ],
 )
 def test_a_bad_setting_is_shown_back(setting, message):
-    """ConfigError with the setting as typed and what is wrong with it."""
+    """ConfigError has the setting as typed, and its fault."""
     with pytest.raises(ConfigError) as e:
         schema.apply(raw(), [setting])
     assert str(e.value) == f"--set {setting!r}: {message}"
 
 
 def test_a_setting_with_an_unknown_key_is_refused(tmp_path):
-    """Settings are validated as the file is."""
+    """Settings are validated like the file."""
     assert "train.stps: unknown key; did you mean 'steps'?" in fault(write(tmp_path), ["train.stps=5"])
 
 
 def test_nearest_says_nothing_rather_than_too_much():
-    """A near word, else up to 30 choices, else nothing."""
+    """The suggestion is a similar word, else up to 30 choices, else nothing."""
     assert schema.nearest("stepp", ["step", "stop"]) == "; did you mean 'step'?"
     assert schema.nearest("x", ["b", "a"]) == "; valid: a, b"
     assert schema.nearest("x", []) == "" == schema.nearest("x", [f"key{i}" for i in range(31)])
@@ -280,7 +280,7 @@ def test_nearest_says_nothing_rather_than_too_much():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_value_anywhere_is_valid_or_one_config_error(tmp_path, seed):
-    """Whatever a person puts under any key, there is no other exception, and the error names a key on that path."""
+    """For any value under any key, there is no other exception, and the error names a key on that path."""
     rng = random.Random(seed)
     values = [None, True, -1, 0, 3, 10**30, 0.5, float("inf"), "", "x", "1e-3", [], [1], {}, {"a": 1}, [[]], "s3://", "::", "\0"]
     for _ in range(40):

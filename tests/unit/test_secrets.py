@@ -1,4 +1,4 @@
-"""Secrets in text are masked where they are, to their end, and nothing else is."""
+"""Tests that secrets in text are masked completely, and that nothing else is masked."""
 
 import re
 
@@ -112,7 +112,7 @@ def test_a_token_is_masked_to_its_end(token):
 
 
 def test_a_token_of_many_others_is_not_read_to_its_end_for_each(monkeypatch):
-    """Each of them was followed to the end: a line of a megabyte took minutes."""
+    """Each of them was followed to the end, so a line of a megabyte took minutes."""
     read, tail = list[int](), detect_secrets.TAILS["JSON Web Token"]
 
     class Counting:
@@ -140,7 +140,7 @@ def test_every_mark_of_a_private_key_that_the_library_knows_is_one():
 
 
 def test_lines_that_are_passed_over_hold_no_secret():
-    """The library's detectors find nothing more in whole texts than the stage does."""
+    """The library's detectors find no more secrets in whole texts than the stage does."""
     classes = {c.__name__: c for c in get_mapping_from_secret_type_to_class().values()}
     assert set(detect_secrets.FORMS) | set(detect_secrets.WIDE) == set(classes)
     detectors = [classes[name]() for name in detect_secrets.FORMS]

@@ -1,4 +1,4 @@
-"""A test of many seeds runs all of them, and its failure names one."""
+"""Tests that a test with many seeds runs all of them, and names one when it fails."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`train.activation_checkpointing: selective`: the same bits as without, and dear operations are computed once."""
+"""Tests `train.activation_checkpointing: selective`: the same bits as without it, and expensive operations are computed once."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ MODELS = {
 
 
 class Seen(TorchDispatchMode):
-    """Counts dear operations."""
+    """Counts expensive operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Seen(TorchDispatchMode):
 
 
 def played(arch: str, **changes) -> tuple[torch.Tensor, int, int]:
-    """The loss and the whole gradient, and the dear operations of the forward pass and of both."""
+    """Returns the loss, the whole gradient, and the number of expensive operations in the forward pass and in both passes."""
     made = recipe({"arch": arch, **MODELS[arch]}, **changes)
     torch.manual_seed(0)
     model = made.build()
@@ -69,7 +69,7 @@ def test_losses_and_gradients_are_the_same_to_the_bit_and_nothing_dear_is_comput
 
 
 def test_tiles_of_an_mlp_are_not_kept(monkeypatch):
-    """They would be all of its inside; what comes in front of it is played again as elsewhere."""
+    """They would be all inner activations. The operations before the MLP are recomputed as elsewhere."""
     monkeypatch.setattr(tiled_mlp, "tile_rows", lambda width: 7)
     kept: list[Keeping] = []
     make = selective.contexts
@@ -82,7 +82,7 @@ def test_tiles_of_an_mlp_are_not_kept(monkeypatch):
 
 
 def in_place(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """As DeepSpeed's linear layers add their bias at stage 3."""
+    """Adds in place, like the bias of DeepSpeed's linear layers at stage 3."""
     out = torch.sin(x) @ w
     with torch.no_grad():
         out += 1
@@ -90,7 +90,7 @@ def in_place(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_output_that_is_written_into_later_is_kept_as_it_was():
-    """torch's own contexts refuse it."""
+    """torch's own contexts reject it."""
     x, w = (torch.randn(4, 4, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (0, 1))
     right = torch.autograd.grad(in_place(x, w).sum(), (x, w))
     mine = checkpoint(in_place, x, w, use_reentrant=False, context_fn=selective.contexts)
@@ -118,7 +118,7 @@ def test_a_second_backward_pass_is_an_error():
 
 
 def test_attention_that_drops_out_is_played_again():
-    """The numbers that it draws on a GPU would else be missing from those that the rest of the layer draws."""
+    """Otherwise the random numbers that it draws on a GPU would be missing from those that the rest of the layer draws."""
     q = torch.empty(1, 2, 8, 4, device="meta")
     for fused in (torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._flash_attention_forward.default):
         given = (q, q, q) if "scaled" in str(fused) else (q, q, q, None, None, 8, 8)

@@ -1,4 +1,5 @@
-"""Documents that mean much the same: exact arithmetic, who stays, the same from any cut, and folders that cannot embed."""
+"""Tests documents with similar meaning: exact arithmetic, the kept documents, the same result for any split, and folders that
+can't embed."""
 
 import json
 import shutil
@@ -38,13 +39,13 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def groups(rng: np.random.Generator, count: int, dims: int = 48, spread: float = 0.2) -> np.ndarray:
-    """Returns vectors about a third as many directions."""
+    """Returns vectors in about a third as many directions."""
     middle = rng.normal(size=(max(1, count // 3), dims))
     return embedding.rounded(middle[rng.integers(0, len(middle), count)] + spread * rng.normal(size=(count, dims)))
 
 
 def reference(made: np.ndarray, least: float) -> list[int]:
-    """Goes through all rows one by one, in float64; returns for each who it goes for, or -1."""
+    """Compares all rows one by one, in float64; returns the row that each is dropped for, or -1."""
     unit = made / np.maximum(1e-9, np.linalg.norm(made.astype(np.float64), axis=1, keepdims=True))
     stays, by = list[int](), list[int]()
     for i in range(len(made)):
@@ -117,7 +118,7 @@ def test_vectors_are_the_models_pooled_as_the_folder_says_and_do_not_depend_on_t
 
 
 def test_a_text_without_tokens_has_zeros_for_a_vector(tmp_path, model):
-    """Of a tokenizer that puts nothing around a text."""
+    """For a tokenizer that adds no tokens around a text."""
     shutil.copytree(model, tmp_path / "copy")
     file = tmp_path / "copy" / "tokenizer.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "post_processor": None}))
@@ -190,7 +191,7 @@ def test_of_several_cells_the_result_is_the_same_from_any_cut_and_other_borders_
 
 
 def test_many_equal_texts_are_one_cell_and_one_stays(tmp_path, model):
-    """Whatever their one hash is, which the sample of hashes may not have."""
+    """For any value of their one hash, which the sample of hashes may not contain."""
     given = {f"d{i:03d}": "same" for i in range(300)}
     entry = {"stage": "semantic", "model": str(model), "max_tokens": 128, "cell_documents": 100}
     found, here = curate(tmp_path, given, [entry], 2)
@@ -241,7 +242,7 @@ def test_folders_that_cannot_embed_are_refused_with_the_fix(tmp_path, model):
 
 
 def test_a_worker_embeds_by_the_model_that_is_in_the_folder_now(tmp_path):
-    """In one process, as an idle worker is that a later prepare takes."""
+    """A later prepare may reuse the process of an idle worker."""
     folder, given = tmp_path / "model", {f"d{i:03d}": text for i, text in enumerate(texts(40))}
     entry = {"stage": "semantic", "model": str(folder), "max_tokens": 128, "min_similarity": 0.93}
     make_model(folder)

@@ -1,5 +1,7 @@
-"""`train.parallel.sequence` is refused where samples cannot be cut over workers, by name and with what works, before anything
-starts; and a batch's stretches are its tokens, positions and targets.
+"""Tests that `train.parallel.sequence` is rejected before the start where samples can't be split over workers, with the reason
+and an alternative.
+
+The parts of a batch have its tokens, positions, and targets.
 """
 
 import re
@@ -34,7 +36,7 @@ def refusal(**changes) -> str:
 @pytest.mark.parametrize("sequence", range(2, 9))
 @pytest.mark.parametrize("workers", range(1, 13))
 def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
-    """A job is valid exactly then, and the numbers of workers that the message offers work."""
+    """Only such a job is valid, and the numbers of workers in the error work."""
     changes = {KEY: sequence, "train.global_batch_size": 60, "train.micro_batch_size": 1, "data.sequence_length": 840}
     replicas = workers // sequence
     if workers % sequence == 0 and 60 % replicas == 0:
@@ -52,7 +54,7 @@ def test_workers_are_a_multiple_of_those_that_share_a_sample(workers, sequence):
 
 @pytest.mark.parametrize("key", ["pipeline", "context", "data"])
 def test_layouts_that_are_not_offered_are_refused_by_name(key):
-    """With the reason and what to use, as are those that DeepSpeed's own keys ask for."""
+    """The error has the reason and an alternative. The same holds for configurations by DeepSpeed's own keys."""
     (line,) = faults(**{f"train.parallel.{key}": 2})
     assert line.startswith(f"train.parallel: {key} isn't supported: ") and ". Remove it (docs/training/parallelism.md#" in line
 
@@ -98,7 +100,7 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
     [(4, 2, 8, "1 or 2 or 4"), (6, 2, 3, "1 or 2 or 6"), (6, 6, 4, "1 or 2 or 3 or 6"), (12, 3, 2, "1 or 3 or 6 or 12")],
 )
 def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shared, workers, fits):
-    """Heads of keys and values may be fewer than workers, each then held by several of them."""
+    """There may be fewer heads of keys and values than workers. Several workers then hold each head."""
     model = {**BASE["model"], "hidden_size": 8 * heads, "num_attention_heads": heads, "num_key_value_heads": shared}
     changes = {"model": model, "data.sequence_length": 192, "train.micro_batch_size": 1}
     line = refusal(**changes, **{KEY: workers, "workers.count": workers})
@@ -111,7 +113,7 @@ def test_heads_that_workers_cannot_share_are_refused_with_what_works(heads, shar
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "mistral", "gpt2", "gpt_neox", "olmo2", "phi", "mixtral"])
 @pytest.mark.parametrize("documents", [False, True])
 def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, documents):
-    """A small model's logits of cut samples are those of whole ones, with packed documents kept apart too."""
+    """A small model's logits for split samples equal those for whole ones, also with separate packed documents."""
     recipe({"arch": arch}, **{**TWO, "data.document_mask": documents}).probe()
 
 
@@ -129,7 +131,7 @@ def test_an_architecture_whose_attention_alone_mixes_tokens_is_taken(arch, docum
     ],
 )
 def test_an_architecture_that_mixes_tokens_otherwise_is_refused(model, why):
-    """Windows that are shorter than a sample, states that are carried over, attention that goes another way."""
+    """Windows shorter than a sample, recurrent states, and attention by other code."""
     made = recipe(model, **TWO)
     with pytest.raises(ConfigError, match=re.escape(why)) as e:
         made.probe()
@@ -149,7 +151,7 @@ def test_what_cannot_be_tried_is_refused_and_says_why(monkeypatch):
 
 @pytest.mark.parametrize("documents", [False, True])
 def test_the_stretches_of_a_batch_are_its_tokens_with_their_positions_and_targets(documents):
-    """Nothing is lost at a cut: the last token of a stretch has the first of the next as its target."""
+    """Nothing is lost at a split: the last token of a part has the first token of the next part as its target."""
     made = recipe(length=12, **{"data.document_mask": documents})
     tokens = np.random.default_rng(0).integers(0, 5, (3, 12)).astype(np.int32)
     whole = made.batch(tokens)
@@ -181,7 +183,8 @@ def planned(sequence: int, **changes) -> dict:
 
 
 def test_the_plan_counts_a_workers_stretch_and_what_it_hands_the_others():
-    """Activations of its tokens alone, the state of all workers; as many micro-batches more, and heads that are exchanged."""
+    """The plan has the activations of its own tokens, the state of all workers, proportionally more micro-batches, and exchanged
+    heads."""
     tokens = 65536  # of fewer, launches of small kernels would take most of the time
     whole, shared = (planned(n, **{"data.sequence_length": tokens}) for n in (1, 4))
     assert shared["memory"]["activations"] == pytest.approx(whole["memory"]["activations"] / 4, rel=1e-6)
@@ -195,7 +198,7 @@ def test_the_plan_counts_a_workers_stretch_and_what_it_hands_the_others():
 
 
 def test_what_does_not_fit_whole_fits_cut():
-    """262,144 tokens, of whose activations a quarter fits on a GPU."""
+    """For 262,144 tokens, a quarter of whose activations fits on a GPU."""
     long = {"data.sequence_length": 262144}
     with pytest.raises(ConfigError, match=r"each worker needs .* GiB \(.*activations"):
         planned(1, **long)

@@ -1,4 +1,4 @@
-"""The model that MLflow serves takes the parameters that its signature names, and answers as the exported one does."""
+"""Tests that the model that MLflow serves takes the parameters of its signature, and answers like the exported one."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from tests.unit.test_samples import make_text
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A small language model of random weights, as the end of a run logs it."""
+    """Returns a small language model with random weights, as the end of a run logs it."""
     folder = tmp_path_factory.mktemp("served")
     recipe = CausalLM(job(**{"model": {**BASE["model"], "vocab_size": 320}, "data.sequence_length": 16}))
     recipe.bind([make_text(folder / "data")])
@@ -38,14 +38,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_signature_names_the_parameters_and_their_defaults(served):
-    """MLflow would take its own from type hints, without any, and then drop those that it is given."""
+    """MLflow would derive its own signature from type hints, without parameters, and then drop the given ones."""
     params = {p.name: p.default for p in served.metadata.signature.params}
     assert params == {"max_tokens": 100, "temperature": 0.8, "top_p": 0.95, "seed": 0}
     assert [c.type.name for c in served.metadata.signature.inputs] == ["string"]
 
 
 def test_parameters_reach_the_model(served):
-    """A longer answer begins as the shorter one, a second prompt is answered as well, and the default is a hundred tokens."""
+    """A longer answer begins like the shorter one, a second prompt is answered as well, and the default is a hundred tokens."""
     few, many = (served.predict(["a b"], params={"max_tokens": n, "temperature": 0.0})[0] for n in (2, 12))
     assert many.startswith(few.rstrip("\ufffd")) and len(many) > len(few)
     assert len(served.predict(["a b", "c"], params={"max_tokens": 2})) == 2
@@ -56,12 +56,12 @@ def test_parameters_reach_the_model(served):
 
 @pytest.mark.parametrize("name", ["text/server.py", "images/server.py", "images/autoencoder_server.py", "served.py"])
 def test_no_server_has_hints_from_which_mlflow_would_take_the_signature(name):
-    """In a model's own folder, where heliostat may not be installed."""
+    """The server's code is in a model's own folder, where heliostat may not be installed."""
     text = (Path(server.__file__).parents[1] / name).read_text()
     assert "model_input: TypeFromExample" in text and "model_input: list" not in text
 
 
 def test_a_logged_model_names_what_it_requires(served, tmp_path_factory):
-    """Though MLflow does not compare it with all that is installed, which takes a second."""
+    """Although MLflow doesn't compare them with all installed packages, which takes a second."""
     found = tmp_path_factory.getbasetemp() / "served0" / "logged" / "requirements.txt"
     assert {"mlflow", "torch", "transformers", "accelerate"} <= {line.split("=")[0] for line in found.read_text().split()}

@@ -1,4 +1,5 @@
-"""The endpoint's pure parts: what of a request is refused and by which name, what a stream holds back, whom a limit stops."""
+"""Tests the endpoint's pure parts: which requests are rejected and by which name, what a stream holds back, and whom a limit
+stops."""
 
 import asyncio
 import base64
@@ -104,7 +105,7 @@ def test_a_chat_takes_text_only_and_refuses_tools():
 
 @pytest.mark.parametrize("text", ["\ud800", "a \udc00b", "x\ud800\ud800"])
 def test_half_a_character_is_refused_wherever_a_text_is_read(text):
-    """No tokenizer takes a lone surrogate; a pair of them is a character."""
+    """No tokenizer accepts a lone surrogate. A pair of them is a character."""
     kinds = {"prompt": Images, "query": SearchRequest, "input": Embeddings, "stop": Completion}
     for name, kind in kinds.items():
         found = refusal(kind, **({"prompt": "a"} if name == "stop" else {}), **{name: text})
@@ -187,7 +188,8 @@ def test_keys_are_read_by_name_and_known_by_their_digest_alone(tmp_path):
 
 
 def test_a_key_may_have_a_sign_that_begins_comments(tmp_path):
-    """The whole key is let in, and not its beginning; behind white space, or at a line's start, it is a comment."""
+    """Only the whole key is accepted, not its beginning. After white space, or at the start of a line, the sign begins a
+    comment."""
     place, key = tmp_path / "keys", f"{'k' * 16}#{'s' * 8}"
     place.write_text(f"{key}\nbob {'b' * 20}#1\t# ours\n #{'c' * 20}\n{'d' * 20} #no\n")
     place.chmod(0o600)
@@ -311,7 +313,7 @@ def test_replicas_are_a_number_or_a_range():
 
 
 class LostError(Exception):
-    """What a call ends with whose replica died."""
+    """Ends a call whose replica died."""
 
 
 def test_a_request_whose_replica_died_is_asked_again_and_not_without_end():
@@ -426,7 +428,7 @@ def test_a_first_version_that_does_not_load_ends_the_command():
 
 
 def test_rays_notices_of_an_actor_that_ends_on_purpose_are_not_printed(capsys):
-    """Others are."""
+    """Other messages are printed."""
     from heliostat.cluster import ray_internals
     from ray._private import worker
 
@@ -438,7 +440,7 @@ def test_rays_notices_of_an_actor_that_ends_on_purpose_are_not_printed(capsys):
 
 
 def test_a_check_of_the_engine_logs_nothing(tmp_path, caplog):
-    """It comes before Ray starts; the engine is logged when its version loads."""
+    """It runs before Ray starts. The engine is logged when its version loads."""
     endpoint = ServeEndpoint(ServedModels(NoModel("docs"), None), TEXT, Options(engine="transformers"))
     caplog.set_level("INFO")
     assert endpoint.engine(tmp_path)[0] == "transformers" and caplog.messages == []

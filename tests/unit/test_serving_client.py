@@ -1,4 +1,4 @@
-"""A front and a replica in one process, asked by OpenAI's own client: tokens as prompts, and logprobs of chats."""
+"""Tests an HTTP server and a replica in one process with OpenAI's own client: prompts as tokens, and logprobs of chats."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""The endpoint's engine: rows come and go, and each one's text is that of batch inference, whatever is in the batch beside it."""
+"""Tests the endpoint's engine: rows join and leave the batch, and each row's text equals that of batch inference, for any other
+rows."""
 
 import math
 import queue
@@ -47,7 +48,7 @@ def row(engine: ServingEngine, text: str, seed: int, pieces: queue.Queue, **opti
 
 
 def collected(pieces: queue.Queue) -> dict:
-    """The pieces of an answer as one, and how many they were."""
+    """Joins the pieces of an answer; returns the answer and the number of pieces."""
     text, count = "", 0
     while True:
         piece = pieces.get(timeout=60)
@@ -58,7 +59,7 @@ def collected(pieces: queue.Queue) -> dict:
 
 
 def test_infer_serve_generate_and_mlflow_write_the_same_whatever_the_folder_says_of_sampling(tmp_path):
-    """Of a generation_config.json its ends are obeyed, and neither a penalty nor suppressed tokens, by any of them."""
+    """They use the end tokens of generation_config.json, but neither its penalty nor its suppressed tokens."""
     plain = write_model(tmp_path, BASE["model"])
     engine = Continue(plain, 1, {"max_tokens": MOST, "temperature": 0})
     (first,) = engine([Input("a b", 0)])
@@ -175,7 +176,8 @@ BYTES = {"level": decoders.ByteLevel(), "fallback": decoders.Sequence([decoders.
 )
 @pytest.mark.parametrize("decoder", BYTES)
 def test_each_token_of_an_answer_has_its_logprob_also_one_that_is_a_piece_of_a_character(tokens, stops, most, offsets, decoder):
-    """However the answer ends; only those of a stop string have none. The pieces of a character begin where it does."""
+    """For any end of the answer; only tokens of a stop string have none. The pieces of a character begin where the character
+    does."""
     written = "ðŁĺĢ" if decoder == "level" else [f"<0x{b:02X}>" for b in "\N{GRINNING FACE}".encode()]
     raw = Tokenizer(models.BPE({token: id for id, token in enumerate([*"abc", *written])}, []))
     raw.decoder = BYTES[decoder]
@@ -214,7 +216,7 @@ def test_a_row_that_nobody_waits_for_leaves_and_embeddings_come_between_steps(fo
 
 @pytest.fixture
 def writer(tmp_path):
-    """A model whose rows may share a batch, behind an engine of its own."""
+    """Returns a model whose rows may share a batch, in its own engine."""
     folder = write_model(tmp_path, BASE["model"], 1024)
     made = ServingEngine(LoadedModel(folder), 8)
     made.folder = folder
@@ -228,7 +230,7 @@ def alone(engine: ServingEngine, texts: list[str], most: int) -> list[str]:
 
 
 def asked(engine: ServingEngine, texts: list[str], most: int) -> list[queue.Queue]:
-    """Answers under way, taken by the engine all at once."""
+    """Returns answers in progress that the engine takes all at once."""
     waiting = [queue.Queue() for _ in texts]
     with engine.work:
         for text, pieces in zip(texts, waiting, strict=True):
@@ -240,7 +242,7 @@ LONG, BRIEF = "a b c d e " * 60, ["a b", "c", "d e"]
 
 
 def test_a_long_prompt_pads_no_other_rows_cache(writer, monkeypatch):
-    """Each group's rows are of about one length; the texts are those of each prompt alone."""
+    """The rows of a group have about the same length. The texts equal those of each prompt alone."""
     shapes, step = [], group.RowBatch.step
 
     def seen(self, tokens):
@@ -254,7 +256,7 @@ def test_a_long_prompt_pads_no_other_rows_cache(writer, monkeypatch):
 
 
 def test_rows_are_admitted_by_the_memory_of_their_tokens(writer, monkeypatch):
-    """Room for two rows of the eight that a batch may have; the long one comes to its turn, alone."""
+    """Memory is enough for two of the eight rows that a batch may have. The long row gets its turn, alone."""
     collected(asked(writer, ["a"], 2)[0])
     writer.memory, held = 2.2 * 16 * writer.place_bytes, []
     step = group.RowBatch.step
@@ -291,7 +293,7 @@ def test_where_memory_runs_out_the_longest_request_fails_and_no_other(writer, mo
 
 
 def test_rows_that_cannot_be_joined_for_lack_of_memory_step_apart(writer, monkeypatch):
-    """The group that they were to join stays as it was."""
+    """The group that they were to join stays unchanged."""
     cat, calls = torch.cat, []
 
     def full(tensors, dim=0):

@@ -1,4 +1,5 @@
-"""One module owns the sharded state, `zero_state` alone knows where DeepSpeed keeps it, and another backend is one class."""
+"""Tests that one module owns the sharded state, that only `zero_state` knows its place in DeepSpeed, and that another backend is
+one class."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ KINDS = (zero_state.Replicated, zero_state.Partitioned, zero_state.SummedApart, 
 
 
 class Backend(ShardedState):
-    """Keeps the elements [3, end) of each of two parameters in one flat tensor, as the second of two workers could."""
+    """Keeps the elements [3, end) of each of two parameters in one flat tensor, like the second of two workers."""
 
     loss_scale, steps = 1.0, 0
 
@@ -62,7 +63,7 @@ class Backend(ShardedState):
 
 
 class Copied(Backend):
-    """Reads other memory than its views have, as after a `.to(device)` on a GPU."""
+    """Reads from other memory than that of its views, as after a `.to(device)` on a GPU."""
 
     def original(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
         return super().original(p, key).clone()
@@ -158,7 +159,7 @@ def test_another_version_is_refused(monkeypatch):
 
 
 def test_deepspeed_has_the_parts(monkeypatch):
-    """The tests of checkpoints show what they hold."""
+    """The tests of checkpoints check their content."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     patches.import_without_mlflow()
     from deepspeed.runtime import bf16_optimizer
@@ -216,7 +217,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def internals(tree: ast.AST) -> list[str]:
-    """Lists what a module names of DeepSpeed's internals: attributes, also by strings, and what it imports except `PUBLIC`."""
+    """Lists the internals of DeepSpeed that a module names: attributes, also as strings, and imports except `PUBLIC`."""
     found = []
     for node in ast.walk(tree):
         named: str | None = None
@@ -251,14 +252,14 @@ def test_every_internal_is_seen(line):
 
 
 def test_the_adapter_and_the_patches_alone_name_internals_of_deepspeed():
-    """A reach from elsewhere would not be guarded by the version, and would break without a line that says so."""
+    """In another module, such a use wouldn't be guarded by the version, and would break without an explanation."""
     found = {name: internals(tree) for name, tree in trees().items()}
     assert {name: names for name, names in found.items() if names and name not in OWNERS} == {}
     assert all(found[name] for name in OWNERS)
 
 
 def asked(tree: ast.AST) -> set[str]:
-    """Collects what a module asks the sharded state for."""
+    """Collects the calls of the sharded state in a module."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -270,7 +271,7 @@ def asked(tree: ast.AST) -> set[str]:
 
 
 def test_what_users_ask_for_is_what_the_adapter_has_and_no_more():
-    """Another backend gives what is abstract: nothing that is only DeepSpeed's, and nothing that no user needs."""
+    """Another backend implements the abstract members: nothing specific to DeepSpeed, and nothing that no caller needs."""
     users = {name: asked(tree) for name, tree in trees().items() if name != "engine/zero_state.py"}
     has = {name for name in vars(ShardedState) if not name.startswith("_")} | {"optimizer", "module", "moments", "copies"}
     unknown = {name: names - has for name, names in users.items()}

@@ -1,4 +1,4 @@
-"""How models and word lists come to nodes that lack them."""
+"""Tests how models and word lists reach nodes that lack them."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Location:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A folder of safetensors, with a pickle and hidden files, as a snapshot of the Hub may be."""
+    """Writes a folder of safetensors with a pickle and hidden files, like a snapshot of the Hub."""
     folder = tmp_path / "driver" / "model"
     (folder / "1_Pooling").mkdir(parents=True)
     (folder / ".cache").mkdir()
@@ -102,7 +102,7 @@ def test_a_single_file_of_any_kind_is_copied_under_its_name(spill, tmp_path):
 
 
 def test_files_are_copied_block_by_block(spill, model, monkeypatch):
-    """A model of many gigabytes is in no process's memory."""
+    """No process holds a model of many gigabytes in memory."""
     monkeypatch.setattr(shipping, "BLOCK", 16)
     described = describe("model", str(model))
     offer(spill, described)
@@ -114,7 +114,7 @@ def test_files_are_copied_block_by_block(spill, model, monkeypatch):
 
 
 def test_files_of_one_content_and_two_names_are_there_together(spill, tmp_path):
-    """A stage may name both, such as two lists that are empty as yet."""
+    """A stage may name both, for example two empty lists."""
     described = []
     for name in ("en.txt", "de.txt"):
         (tmp_path / name).write_text("the same")
@@ -127,7 +127,7 @@ def test_files_of_one_content_and_two_names_are_there_together(spill, tmp_path):
 
 @pytest.mark.parametrize(("path", "below"), [(".", "."), ("..", "1_Pooling")])
 def test_a_path_without_a_name_is_copied_into_a_folder_of_its_own(spill, model, monkeypatch, path, below):
-    """Such as the folder of a text encoder that lies in the folder of the command, with its tokenizer beside it."""
+    """For example, the folder of a text encoder that is the command's current folder, with its tokenizer next to it."""
     monkeypatch.chdir(model / below)
     described = describe("model", path)
     offer(spill, described)
@@ -138,7 +138,7 @@ def test_a_path_without_a_name_is_copied_into_a_folder_of_its_own(spill, model, 
 
 
 def test_a_link_to_a_folder_is_an_error_where_it_would_be_copied(spill, model):
-    """Without what it leads to, a node would make something else of the model, such as vectors by another pooling."""
+    """Without its target, a node would compute something else with the model, for example vectors with another pooling."""
     (model / "1_Pooling").rename(model.parent / "pooling")
     (model / "1_Pooling").symlink_to(model.parent / "pooling")
     described = describe("model", str(model))
@@ -242,7 +242,7 @@ def test_what_was_not_used_for_a_day_leaves_the_cache(spill, tmp_path):
 
 
 def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_path, spill, model, monkeypatch):
-    """A task that asks again for the same files, which the driver has copied, ends the run by one error."""
+    """If a task asks again for files that the driver has copied, one error ends the run."""
     described = describe("model", str(model))
     monkeypatch.setattr(ray, "nodes", list)
     made = crew.Crew(flow.Flow(Work(Location(str(tmp_path / "work")))), "read", flow.execute, print, 1, 0, 0.0)
@@ -258,7 +258,7 @@ def test_the_driver_copies_what_a_task_asks_for_once_and_starts_it_again(tmp_pat
 
 
 def test_other_tasks_end_and_start_while_the_driver_copies(tmp_path, model, monkeypatch):
-    """The copy of a model was made between two looks at the tasks, and nothing else was started for as long as it took."""
+    """The driver copied a model between two checks of the tasks, and started no other task in that time."""
     described, slow, begun = describe("model", str(model)), threading.Event(), list[crew.Started]()
     monkeypatch.setattr(ray, "nodes", list)
     monkeypatch.setattr(crew, "AWAY_S", 0.01)
@@ -290,7 +290,7 @@ def test_a_copy_that_fails_ends_the_run_by_its_error(tmp_path, model, monkeypatc
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_a_text_encoder_comes_with_its_tokenizer_wherever_that_is(spill, tmp_path, apart):
-    """Diffusers' pipelines have the tokenizer beside the encoder's folder; their other parts are not copied."""
+    """Diffusers' pipelines have the tokenizer next to the encoder's folder. Their other parts aren't copied."""
     root = tmp_path / "driver"
     names = ["vae/config.json", "vae/x.safetensors", "text_encoder/x.safetensors", "unet/x.safetensors"]
     for name in [*names, "tokenizer/tokenizer.json" if apart else "text_encoder/tokenizer.json"]:

@@ -1,4 +1,4 @@
-"""Images that look alike, found on disk: the same as by going through all of them one by one, however the work is cut."""
+"""Tests similar images, found on disk: the result equals a comparison of all of them one by one, for any split of the work."""
 
 import hashlib
 import random
@@ -19,7 +19,8 @@ def signed(value: int) -> int:
 
 
 def images(bases: int, seed: int = 0) -> dict[str, Picture]:
-    """Families of perceptual hashes that differ in some bits, chains of them, many equal ones, and some with equal pixels."""
+    """Returns families of perceptual hashes that differ in some bits, chains of them, many equal ones, and some with equal
+    pixels."""
     rng, found = random.Random(seed), dict[str, Picture]()
 
     def add(looks: int, pixels: bytes | None = None) -> bytes:
@@ -44,7 +45,7 @@ def images(bases: int, seed: int = 0) -> dict[str, Picture]:
 
 
 def one_by_one(given: dict[str, Picture], distance: int) -> dict[str, str]:
-    """The reason why each goes that does: by the definition, with all in memory."""
+    """Returns the reason of each dropped image, by the definition, with all images in memory."""
     kept, pixels, gone = list[int](), set[bytes](), dict[str, str]()
     for id, picture in sorted(given.items(), key=lambda item: (item[1].hash, item[0])):
         looks = picture.looks % WORD
@@ -78,7 +79,7 @@ def test_those_that_stay_are_those_of_going_through_all_one_by_one(tmp_path, dis
 
 
 def test_the_result_does_not_follow_from_how_much_memory_a_task_has(tmp_path):
-    """With all in one task of each kind, and with several parts of images, keys and pairs."""
+    """With all data in one task of each kind, and with several parts of images, keys, and pairs."""
     given, told = images(12), []
     for memory_limit in (1 << 24, 1 << 15):
         found, here = curate(tmp_path / str(memory_limit), dict.fromkeys(given, "x"), [{"stage": "similar_images"}], 3,

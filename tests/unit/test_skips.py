@@ -1,4 +1,5 @@
-"""Samples left out of the order, as after a loss spike: nothing else moves, and no stream brings what is not wanted."""
+"""Tests samples left out of the order, for example after a loss spike: all others keep their places, and no stream delivers a
+skipped sample."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ def random_skips(seed: int) -> list[tuple[int, int]]:
 
 @every_seed(40)
 def test_a_step_takes_what_lies_behind_all_that_was_left_out_before_it(seed):
-    """Step t is the whole sequence's step t plus the steps left out up to t; so earlier steps never change."""
+    """Step t equals the full sequence's step t plus the steps left out up to t, so earlier steps never change."""
     skips = random_skips(seed)
     whole, short = order(seed, []), order(seed, skips)
     for step in range(STEPS):
@@ -52,7 +53,7 @@ def test_the_stream_brings_each_round_that_is_trained_on_once_and_no_other(seed,
 
 
 def test_a_plan_with_skips_is_another_sequence_and_one_without_keeps_its_digest():
-    """Runs of before there were skips go on under the digest that their receipts hold."""
+    """Runs from before skips existed continue with the digest in their receipts."""
     plan = DataPlan(("a",), ("d",), ((0, (1.0,)),), (None,), 64, 1, 0.0, Shape(8, 4, 2, 16))
     raw = plan.dump()
     del raw["skips"]

@@ -1,4 +1,4 @@
-"""The job file: cross-field rules with messages whose advice works, paths made absolute, and dumps that load again."""
+"""Tests the job file: rules across fields have errors with working advice, paths become absolute, and dumps load again."""
 
 import json
 import random
@@ -18,7 +18,7 @@ from tests.unit.build_job import job, raw, write
 
 
 def faults(**changes) -> list[str]:
-    """The lines of the one error that the job gives."""
+    """Returns the lines of the one error that the job raises."""
     with pytest.raises(ConfigError) as e:
         job(**changes)
     return [line.strip() for line in str(e.value).removeprefix("job.yaml:").strip().splitlines()]
@@ -32,7 +32,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 @every_seed(200)
 def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
-    """A job is valid exactly if micro_batch_size x workers divides the batch, and every number that the message offers works."""
+    """A job is valid exactly if micro_batch_size x workers divides the batch, and every number in the error works."""
     rng = random.Random(seed)
     batch, micro, count = rng.randrange(1, 200), rng.randrange(1, 12), rng.randrange(1, 12)
     changes = {"train.global_batch_size": batch, "train.micro_batch_size": micro, "workers.count": count}
@@ -56,7 +56,7 @@ def test_a_batch_that_does_not_divide_is_refused_with_numbers_that_do(seed):
 
 @every_seed(200)
 def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
-    """Any other number of lanes is refused with the nearest that works."""
+    """Any other number of virtual ranks is rejected, with the nearest valid one."""
     rng = random.Random(seed)
     count, micro = rng.randrange(1, 5), rng.randrange(1, 4)
     batch, lanes = count * micro * rng.randrange(1, 20), rng.randrange(1, 60)
@@ -80,7 +80,7 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
 
 
 def test_a_huge_batch_is_checked_at_once(workspace):
-    """A number with too many zeros is an error, not a search through all the smaller ones."""
+    """A number with too many zeros is an error, without a search through all smaller numbers."""
     start = time.process_time()
     assert faults(**{"train.global_batch_size": 10**12 + 1, "train.micro_batch_size": 2})
     assert faults(**{"train.global_batch_size": 10**12, "train.micro_batch_size": 1, "data.virtual_ranks": 7})
@@ -113,7 +113,7 @@ def test_a_huge_batch_is_checked_at_once(workspace):
     ],
 )
 def test_a_combination_that_cannot_train_is_refused(changes, start):
-    """One line with both keys and what to do."""
+    """One line has both keys and the fix."""
     (line,) = faults(**changes)
     assert line.startswith(start)
 
@@ -132,12 +132,12 @@ def test_a_combination_that_cannot_train_is_refused(changes, start):
     ],
 )
 def test_the_neighbours_of_refused_combinations_are_valid(changes):
-    """The rules refuse no more than they must."""
+    """The rules reject no more than necessary."""
     assert isinstance(job(**changes), Job)
 
 
 def test_all_cross_field_faults_are_listed_at_once():
-    """Five faults, five lines, one error."""
+    """Five faults give five lines in one error."""
     lines = faults(
         **{
             "train.global_batch_size": 9,
@@ -167,7 +167,7 @@ def test_all_cross_field_faults_are_listed_at_once():
     ],
 )
 def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
-    """dump() is plain data in the shape of the file: through JSON and YAML it makes an equal job."""
+    """dump() returns plain data in the shape of the file. Through JSON and YAML, it makes an equal job."""
     made = spec.load(write(workspace, **changes))
     dumped = made.dump()
     assert made.model == raw(**changes)["model"], "the recipe is given what the file says"
@@ -179,14 +179,15 @@ def test_a_dumped_job_loads_as_the_same_job(workspace, changes):
 
 @pytest.mark.parametrize("gpus", [0.5, 2, 1.5])
 def test_a_worker_has_one_gpu_or_none(workspace, gpus):
-    """Two workers on one GPU would see it twice, and of two GPUs a worker uses one. Such a job that was recorded still opens."""
+    """Two workers on one GPU would see it twice, and a worker uses only one of two GPUs. A recorded job of this kind still
+    opens."""
     with pytest.raises(ConfigError, match=rf"^workers\.gpus: a worker trains on one GPU or none, not {gpus}\. Set it to 1 or 0"):
         spec.load(write(workspace, **{"workers.gpus": gpus}))
     assert schema.validate(Job, raw(**{"workers.gpus": gpus}), "recorded").workers.gpus == gpus
 
 
 def test_paths_are_taken_from_the_workspace(workspace):
-    """Workers run in other folders: relative paths become absolute, URIs stay."""
+    """Workers run in other folders, so relative paths become absolute. URIs stay unchanged."""
     made = spec.load(write(workspace))
     assert (made.data.sources[0].path, made.storage) == (str(workspace / "data/a"), str(workspace / "runs"))
     assert made.mlflow.uri == f"sqlite:///{workspace}/mlflow.db"
@@ -199,7 +200,7 @@ def test_paths_are_taken_from_the_workspace(workspace):
 
 @pytest.mark.parametrize("other", ["./data/a", "data//a", "data/a/", "{root}/data/a"])
 def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
-    """Two ways to write one folder would train on it twice as often as its weight says."""
+    """A folder that is listed in two spellings would be trained on twice as often as its weight says."""
     sources = [{"path": "data/a"}, {"path": other.format(root=workspace)}]
     with pytest.raises(ConfigError, match=r"data\.sources: a path is listed twice"):
         spec.load(write(workspace, **{"data.sources": sources}))
@@ -217,14 +218,14 @@ def test_a_dataset_named_twice_in_two_ways_is_refused(workspace, other):
     ],
 )
 def test_a_place_that_cannot_be_reached_that_way_is_named_with_its_key(workspace, key, value, message):
-    """The key first, then what is supported, and never the secret."""
+    """The error has the key first, then the supported places, and never the secret."""
     with pytest.raises(ConfigError) as e:
         spec.load(write(workspace, **{key: value}))
     assert f"{key}: " in str(e.value) and message in str(e.value) and "secret" not in str(e.value)
 
 
 def test_a_job_cannot_be_changed_once_made():
-    """What was validated is what is trained."""
+    """The trained job is the validated one."""
     made = job()
     with pytest.raises(ValueError, match="frozen"):
         made.train.steps = 5
@@ -235,7 +236,8 @@ def test_a_job_cannot_be_changed_once_made():
     ("named", "made", "stays"), [("models/x", True, False), ("models/x", False, True), ("./models/x", False, False)]
 )
 def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, workspace):
-    """Workers run in other folders, so the path must not stay relative. A name of the Hub stays, if there is no such folder."""
+    """Workers run in other folders, so the path must not stay relative. A name of the Hub stays unchanged if there is no such
+    folder."""
     if made:
         (workspace / named).mkdir(parents=True)
     resolved = spec.resolve(job(**{"model": {"pretrained": named}}))
@@ -257,12 +259,12 @@ def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, wor
     ],
 )  # fmt: skip
 def test_a_mix_that_makes_no_sense_is_refused(changes, line):
-    """One line that names the entry, its value and the fix."""
+    """One line has the entry, its value, and the fix."""
     assert faults(**changes) == [line]
 
 
 def test_a_source_may_come_later():
-    """Weight 0 at the start is right when the schedule gives the source a weight."""
+    """Weight 0 at the start is valid if the schedule gives the source a weight later."""
     made = job(**{"data.sources": [{"path": "a"}, {"path": "b", "weight": 0}], "data.memory_limit": "512MiB",
                   "data.mix_schedule": [{"step": 5, "weights": [1.0, 1.0]}]})  # fmt: skip
     assert made.data.mix_schedule[0].weights == [1.0, 1.0] and made.data.memory_limit == 512 << 20
@@ -282,7 +284,7 @@ def test_a_source_may_come_later():
     ],
 )
 def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
-    """A new run takes fp32 where it can be had; what the job file says goes before both."""
+    """A new run uses fp32 if possible. The job file overrides both."""
     optimizer = {"optimizer": {"lr": 1e-3}}
     settled = spec.settle(job(**changes), None if recorded is None else {"train": {**optimizer, **recorded}})
     assert settled.train.grad_accum_dtype == value
@@ -300,14 +302,14 @@ def test_a_resumed_run_sums_micro_batches_as_it_did(changes, recorded, value):
     ],
 )
 def test_deepspeed_is_told_to_sum_in_fp32_only_where_there_is_something_to_sum(changes, wanted):
-    """fp32 sums in fp32 anyway, and DeepSpeed fails at stage 0 when told to."""
+    """With fp32, sums are in fp32 anyway, and DeepSpeed fails at stage 0 with this setting."""
     from heliostat.engine.engine_config import engine_config
 
     assert engine_config(job(**changes)).get("data_types") == wanted
 
 
 def test_a_finished_run_knows_what_a_job_now_says_otherwise():
-    """Also of the model, whose keys are free; a key that a newer version brought is no change."""
+    """This includes the model, whose keys are free. A key of a newer version isn't a change."""
     was = job(**{"model.hidden_size": 64}).dump()
     assert spec.changed_keys(was, job(**{"model.hidden_size": 64}).dump()) == []
     now = job(**{"model.hidden_size": 32, "model.rope_theta": 1e4, "train.steps": 7, "workers.count": 4}).dump()
@@ -324,7 +326,7 @@ def test_keys_of_earlier_versions_are_taken_and_have_no_effect(workspace, caplog
 
 
 def test_what_an_earlier_version_recorded_is_no_change_of_the_job():
-    """Neither a key that is gone nor one that came since; what is no job any more stays as it is."""
+    """Removed and added keys aren't changes. A record that is no longer a valid job stays unchanged."""
     now = job(**{"train.steps": 7}).dump()
     then = {**now, "train": {k: v for k, v in now["train"].items() if k != "fp8"} | {"cpu_kernels": True}}
     assert spec.renewed(then) == now != then
@@ -332,7 +334,7 @@ def test_what_an_earlier_version_recorded_is_no_change_of_the_job():
 
 
 def test_the_sections_say_what_is_due_after_which_step():
-    """The loop asks the section that declares a key, so a key that changes when something is done is read there alone."""
+    """The loop asks the section that declares a key, so only that section reads a key for the time of an action."""
     made = job(**{
         "train.log_every": 4, "train.sdc_check": {"every": 5}, "evaluate.every": 10, "checkpoint.every": 20,
         "checkpoint.memory_every": 3,
@@ -353,7 +355,7 @@ def test_the_sections_say_what_is_due_after_which_step():
 
 
 def test_a_run_keeps_the_rules_that_its_numbers_were_computed_by():
-    """What is open is as in the run that is resumed: in one from before there was the key, as all had it then."""
+    """Open keys have the values of the resumed run. A run from before a key existed has the value that all runs had then."""
 
     def settled(recorded: dict | None, **changes) -> tuple:
         train = spec.settle(job(**changes), recorded).train

@@ -1,4 +1,4 @@
-"""What is held out: whole documents by hash of their text, whatever the sequence length, the fraction or the data around them."""
+"""Tests the held-out split: complete documents, by the hash of their text, for any sequence length, fraction, and other data."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def text_hash(number: int) -> str:
 
 
 def prepared(folder: Path, documents: int, chunk_tokens: int = 900, shards: int = 3) -> Manifest:
-    """A dataset as `prepare` writes it; all tokens of document n are n."""
+    """Writes a dataset like `prepare`, in which all tokens of document n are n."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(20, 200, documents)
     order = sorted(range(documents), key=text_hash)
@@ -44,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def sides(source: Manifest, length: int, fraction: float, version: int = 2) -> tuple[set[int], set[int]]:
-    """(documents that are trained on, held-out documents), from the tokens themselves."""
+    """Returns (documents that are trained on, held-out documents), from the tokens."""
     plan = DataPlan((str(source.location),), (source.digest,), ((0, (1.0,)),), (None,), length, 5, fraction, Shape(8, 4, 2, 32),
                     version=version)  # fmt: skip
     data = Dataset(plan)
@@ -54,7 +54,8 @@ def sides(source: Manifest, length: int, fraction: float, version: int = 2) -> t
 
 @pytest.mark.parametrize("fraction", PARTS)
 def test_no_held_out_token_is_of_a_document_that_is_trained_on(source, fraction):
-    """The two sides share no document; held out are just those whose hash is below the fraction, at any sequence length."""
+    """The two sides share no document. The held-out ones are exactly those whose hash is below the fraction, at any sequence
+    length."""
     below = {n for n in range(2000) if manifest.place(text_hash(n)) < fraction * manifest.PLACES}
     for length in (16, 64, 256):
         train, held = sides(source, length, fraction)
@@ -66,14 +67,14 @@ def test_no_held_out_token_is_of_a_document_that_is_trained_on(source, fraction)
 
 
 def test_the_split_of_version_1_held_out_parts_of_documents_that_were_trained_on(tmp_path):
-    """What the split by document mends, seen by the same check."""
+    """The same check shows the fault that the split by document fixed."""
     source = prepared(tmp_path, 400)
     train, held = sides(source, 16, 0.05, version=1)
     assert len(held & train) > len(held) / 2
 
 
 def test_what_is_held_out_at_one_length_is_not_trained_on_at_another(source):
-    """Held out at 16 tokens and 0.05; at 256 tokens, and at every larger fraction, still held out."""
+    """Documents held out at 16 tokens and 0.05 are also held out at 256 tokens, and at every larger fraction."""
     _, held = sides(source, 16, 0.05)
     for length, fraction in ((256, 0.05), (64, 0.1), (256, 0.2), (33, 0.07)):
         train, _ = sides(source, length, fraction)
@@ -89,7 +90,7 @@ def test_a_document_stays_on_its_side_when_others_come_and_chunks_are_cut_otherw
 
 @every_seed(20)
 def test_what_a_fraction_holds_out_every_larger_one_does(seed):
-    """For whole chunks and for runs of rows; and a larger fraction takes nothing out of what is trained on twice."""
+    """For complete row groups and for runs of rows. A larger fraction doesn't cause samples to be trained on twice."""
     rng = np.random.default_rng(seed)
     samples, identity = rng.integers(0, 40, 50), rng.integers(0, 2**63, 50).astype(np.uint64)
     for make, key in ((whole, rng.random(50)), (growing_runs, identity)):
@@ -106,12 +107,12 @@ def test_what_a_fraction_holds_out_every_larger_one_does(seed):
 
 
 def _numbers(sizes: np.ndarray) -> np.ndarray:
-    """0 .. n-1 for each size."""
+    """Returns 0 to n-1 for each size."""
     return np.concatenate([np.arange(n) for n in sizes])
 
 
 def test_held_out_samples_stay_when_chunks_are_appended():
-    """A dataset that grows, or is listed in another order, keeps every old chunk's split."""
+    """If a dataset grows, or is listed in another order, every old row group keeps its split."""
     rng = np.random.default_rng(0)
     for _ in range(100):
         samples, identity = rng.integers(0, 500, 60), rng.integers(0, 2**63, 60).astype(np.uint64)
@@ -127,7 +128,7 @@ def test_held_out_samples_stay_when_chunks_are_appended():
 @pytest.mark.parametrize("size", [1, 7, 300])
 @pytest.mark.parametrize("make", [growing_runs, runs])
 def test_the_held_out_share_is_right_however_small_the_chunks(fraction, size, make):
-    """Over many chunks the held-out total is the fraction of all samples, within five standard deviations."""
+    """Over many row groups, the held-out total is the fraction of all samples, within five standard deviations."""
     n = 40_000
     held = make(np.full(n, size), hash64(np.arange(n)), fraction).held.sum()
     assert abs(held - n * size * fraction) < 5 * np.sqrt(n * 0.25)

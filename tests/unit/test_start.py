@@ -1,4 +1,4 @@
-"""Ray's start on a busy machine: tried once more, then one line; nothing that a failed start has begun is left."""
+"""Tests Ray's start on a busy machine: it is retried once, then fails with one line, and leaves no process of a failed start."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ SLOW = "The current node timed out during startup. This could happen because som
 
 @pytest.fixture
 def rays(monkeypatch):
-    """What `ray.init` does at each try; a process that it starts each time, as a raylet that came up too late."""
+    """Simulates `ray.init` at each attempt. Each attempt starts a process, like a raylet that starts too late."""
     tries: list[BaseException | None] = []
     started: list[subprocess.Popen] = []
 
@@ -60,7 +60,7 @@ def test_ctrl_c_while_ray_starts_is_no_reason_to_try_again(rays):
 
 
 def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch):
-    """Where no cluster is named; Ray would hand out as many as it is told of."""
+    """If no cluster is named. Otherwise Ray would assign as many GPUs as requested."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

@@ -1,4 +1,5 @@
-"""Groups that divide the training state (`train.zero.shard_group_size`) make the same steps, or skip the same ones, together."""
+"""Tests that groups that shard the training state (`train.zero.shard_group_size`) make the same steps, or skip the same ones,
+together."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from heliostat.engine.state_group import StateGroup
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of the other groups and of the GPU's streams, in order. There is one other group: its gradients are 3, and
-    they overflow."""
+    """Records the calls of the other groups and of the GPU's streams, in order. There is one other group, whose gradients are 3
+    and overflow."""
     found: list[str] = []
 
     def all_reduce(values: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None) -> None:
@@ -28,7 +29,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def _joined(log: list[str], stream: Any) -> Any:
-    """An optimizer of DeepSpeed's, without an overflow of its own, that averages over two groups."""
+    """Returns an optimizer of DeepSpeed without an overflow of its own, which averages over two groups."""
     group: Any = StateGroup.__new__(StateGroup)
     group.count, group.across = 2, "groups"
     zero = SimpleNamespace(grad_partitions_flat_buffer=torch.ones(4), reduce_and_partition_stream=stream)
@@ -53,5 +54,5 @@ def test_on_a_cpu_there_is_no_stream_to_wait_for(log: list[str]) -> None:
 
 
 def test_a_group_skips_the_step_that_another_skips(log: list[str]) -> None:
-    """One that went on by itself would wait for the others' norms for ever."""
+    """If it continued alone, it would wait forever for the others' norms."""
     assert _joined(log, None).has_overflow(True) is True and log == ["most over groups"]

@@ -1,4 +1,4 @@
-"""What a run's driver does next follows from its course and an event alone. Nothing of an attempt that has ended counts."""
+"""Tests that a driver's next action depends only on the run's state and one event. Messages of an ended attempt don't count."""
 
 import dataclasses
 import random
@@ -110,7 +110,7 @@ def test_what_was_done_about_a_node_follows_the_error_as_a_sentence_of_the_reaso
 
 
 def kinds() -> list[str]:
-    """The classes of all events that workers post."""
+    """Returns the classes of all events that workers post."""
     from heliostat.runs import events
 
     return sorted(name for name, one in vars(events).items() if isinstance(one, type) and issubclass(one, events.Event))
@@ -119,14 +119,14 @@ def kinds() -> list[str]:
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize(("number", "under_way"), [(2, True), (4, True), (3, False)])
 def test_a_message_of_another_attempt_or_of_one_that_has_ended_is_dropped_and_counted(kind, number, under_way):
-    """Reports, saves, spikes, evaluations, corruption checks, profiles, and times alike: each is one of these messages."""
+    """Reports, saves, spikes, evaluations, corruption checks, profiles, and times are all such messages."""
     before = course(S.RECOVERING, under_way=under_way)
     after, actions = follow(before, states.WorkerMessage(number, kind, 30))
     assert actions == (states.Drop(number, kind),) and after == dataclasses.replace(before, dropped=1)
 
 
 def test_the_driver_hands_on_no_message_of_another_attempt():
-    """Neither MLflow, nor the ledger, nor the terminal hears of it."""
+    """MLflow, the ledger, and the terminal don't get it."""
     from heliostat.runs.events import Saved, Steps
 
     driven: Any = object.__new__(run.DrivenRun)
@@ -153,7 +153,7 @@ ERRORS: list[HeliostatError] = [
 
 
 def drawn(draw: random.Random, now: Course) -> states.RunEvent:
-    """An event of any attempt so far, or of the next, in any order."""
+    """Draws an event of any attempt so far, or of the next one, in any order."""
     number = draw.choice([now.attempt] * 4 + [draw.randrange(now.attempt + 2)])
     step = draw.randrange(now.saved, now.saved + 20)
     return draw.choice(
@@ -184,7 +184,7 @@ def test_whatever_happens_in_whatever_order_each_failed_attempt_is_counted_once_
 
 
 def check_course(seed: int) -> None:
-    """Checks what may be said of every course: sixty events in any order."""
+    """Checks the properties of every sequence of states, over sixty events in any order."""
     draw, now = random.Random(seed), Course(Budget(RETRIES), 0, 0, 0)
     cause: HeliostatError | None = None  # of the attempt that has failed
     counted = Counter[int]()
@@ -231,7 +231,7 @@ def check_course(seed: int) -> None:
 
 
 def test_random_courses_reach_every_state_and_every_action():
-    """Else the test above says little."""
+    """Otherwise the test above proves little."""
     seen: set[Any] = set()
     for seed in range(100):
         draw, now = random.Random(seed), Course(Budget(RETRIES), 0, 0, 0)
@@ -271,7 +271,7 @@ UNDER_WAY = (states.CopiesFound, states.WorkerMessage, states.Stopped, states.Fa
 
 
 def rows() -> list[str]:
-    """The table: for each event the states in which it can happen, the state that follows, and the driver's actions."""
+    """Returns the rows of the table: for each event, its possible states, the following state, and the driver's actions."""
     table = ["| what happens | in state | next state | what the driver does |", "|---|---|---|---|"]
     for words, event in EVENTS.items():
         outcomes: dict[str, list[tuple[RunState, RunState]]] = {}
@@ -300,7 +300,7 @@ def rows() -> list[str]:
 
 
 def grouped(pairs: list[tuple[RunState, RunState]]) -> list[tuple[str, str]]:
-    """Groups states by the one that follows; in one row where all lead to one, or each stays."""
+    """Groups states by the following one; in one row, if all lead to the same state, or each stays."""
     leads = {after for _, after in pairs}
     if len(leads) == 1 or all(before is after for before, after in pairs):
         present = "any" if len(pairs) == len(RunState) else ", ".join(before for before, _ in pairs)

@@ -1,4 +1,5 @@
-"""Storage: a Location is one place whatever way it is written; writes are atomic; errors say what to do and travel."""
+"""Tests storage: a Location is one place in any spelling, writes are atomic, and errors have a fix and can be sent between
+processes."""
 
 import errno
 import inspect
@@ -26,7 +27,7 @@ ALL_ERRORS = [e for _, e in inspect.getmembers(errors, inspect.isclass) if issub
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """A port of this machine that is taken, and on which nothing listens."""
+    """Returns a port of this machine that is taken, but without a listening server."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         yield s.getsockname()[1]
@@ -43,7 +44,7 @@ def no_endpoint(monkeypatch):
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_what_is_written_is_what_is_read(tmp_path, scheme):
-    """Bytes of any size, to folders that do not exist yet, replace what was there."""
+    """Bytes of any size, to new folders, replace the earlier content."""
     place = Location(f"{scheme}{tmp_path}").join("a", "b", "c.bin")
     assert not place.exists() and place.name == "c.bin"
     for data in (b"x", b"", os.urandom(100_000)):
@@ -71,7 +72,7 @@ def test_names_that_only_look_like_a_way_out_stay_in_the_folder(tmp_path, part):
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
-    """While two threads write whole files over each other, every read is one of them; nothing is left beside it."""
+    """While two threads overwrite a file with complete files, every read returns one of them. No other file remains."""
     place, versions = Location(str(tmp_path / "f")), [bytes([i]) * 300_000 for i in range(4)]
     place.write(versions[0])
     stop = threading.Event()
@@ -96,7 +97,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
-    """An error in the middle of a write: the old bytes are still there and no partial file is left."""
+    """After an error in the middle of a write, the old bytes are still there, without a partial file."""
     place = Location(str(tmp_path / "f"))
     place.write(b"old")
 
@@ -110,7 +111,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
 
 
 def test_upload_copies_a_file(tmp_path):
-    """A file larger than one block arrives whole."""
+    """A file larger than one block arrives completely."""
     (tmp_path / "from").write_bytes(os.urandom((16 << 20) + 12_345))
     Location(str(tmp_path)).join("x", "to").upload(tmp_path / "from")
     assert (tmp_path / "x" / "to").read_bytes() == (tmp_path / "from").read_bytes()
@@ -119,7 +120,8 @@ def test_upload_copies_a_file(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_listing_finds_every_file_and_folder_and_nothing_else(tmp_path, scheme, seed):
-    """files() is recursive with sizes, folders() is one level; both sorted, relative, and empty where there is nothing."""
+    """files() is recursive with sizes, and folders() lists one level. Both are sorted, relative, and empty for a missing
+    place."""
     rng, root = random.Random(seed), Location(f"{scheme}{tmp_path}")
     expected = {}
     for _ in range(rng.randrange(1, 25)):
@@ -134,14 +136,14 @@ def test_listing_finds_every_file_and_folder_and_nothing_else(tmp_path, scheme, 
 @pytest.mark.parametrize("name", ["a b", "100%", "a%20b", "über", "x#y", "x?y=z", "a:b", "[1]", "~", "a=b&c"])
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_file_of_any_name_is_found_again(tmp_path, scheme, name):
-    """What files() lists, join() reaches: no character of a name is taken for a part of the URI."""
+    """join() reaches every name from files(): no character of a name is taken for a part of the URI."""
     (tmp_path / name).write_bytes(b"here")
     root = Location(f"{scheme}{tmp_path}")
     assert [root.join(path).read() for path, _ in root.files()] == [b"here"]
 
 
 def test_delete_takes_a_file_or_a_folder_and_does_not_mind_nothing(tmp_path):
-    """The whole tree goes, its neighbours stay, and deleting twice is no error."""
+    """The whole tree is deleted, its neighbors stay, and a second deletion isn't an error."""
     root = Location(str(tmp_path))
     for path in ("a/x", "a/b/y", "c"):
         root.join(path).write(b"")
@@ -153,7 +155,7 @@ def test_delete_takes_a_file_or_a_folder_and_does_not_mind_nothing(tmp_path):
 
 
 def test_missing_files_are_file_not_found(tmp_path, no_sleep):
-    """At once, not after retries: a missing file is an answer, not a failure."""
+    """The error comes at once, without retries: a missing file is an answer, not a failure."""
     for operation in (Location(str(tmp_path / "no")).read, Location(str(tmp_path / "no")).open):
         with pytest.raises(FileNotFoundError):
             operation()
@@ -161,7 +163,7 @@ def test_missing_files_are_file_not_found(tmp_path, no_sleep):
 
 
 def test_absolute_takes_relative_paths_from_the_root_and_leaves_the_rest():
-    """Only a bare relative path changes; URIs and absolute paths stay what they are."""
+    """Only a bare relative path changes. URIs and absolute paths stay the same."""
     root = Path("/workspace")
     assert str(Location("data/a").absolute(root)) == "/workspace/data/a"
     for uri in ("/data/a", "file:///data/a", "s3://bucket/a?region=eu-west-1"):
@@ -169,7 +171,7 @@ def test_absolute_takes_relative_paths_from_the_root_and_leaves_the_rest():
 
 
 def test_paths_are_what_the_file_system_takes():
-    """bucket/key on S3 without the query, an absolute path on disk; join keeps the query at the end."""
+    """The path is bucket/key on S3, without the query, and an absolute path on disk. join keeps the query at the end."""
     s3 = Location("s3://bucket/key/?endpoint_override=h:1&scheme=http")
     assert s3.path == "bucket/key" and s3.is_s3
     assert str(s3.join("a", "b")) == "s3://bucket/key/a/b?endpoint_override=h:1&scheme=http"
@@ -188,14 +190,15 @@ def test_paths_are_what_the_file_system_takes():
     ],
 )
 def test_a_uri_that_names_no_place_of_ours_is_refused(told, uri):
-    """With what to use instead, and nothing of a secret. Without a bucket it would mean the current folder, or everything."""
+    """The error has an alternative, and no part of a secret. Without a bucket, the URI would mean the current folder, or
+    everything."""
     with pytest.raises(ConfigError, match=told) as e:
         Location(uri)
     assert "secret" not in str(e.value) and (not told.startswith("AWS") or uri not in str(e.value))
 
 
 def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
-    """A read-only file system is refused at once; a place that cannot be made is told before anything is written there."""
+    """A read-only file system is rejected at once. A place that can't be created is reported before anything is written there."""
 
     def fail() -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -212,7 +215,7 @@ def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
 
 
 def test_a_probe_reports_a_store_that_is_away_once(monkeypatch, caplog):
-    """Its tries are all within seconds, and its error says for how long they failed."""
+    """All its attempts are within seconds, and its error has the time for which they failed."""
 
     def fail(name: str) -> None:
         raise OSError("AWS Error NETWORK_CONNECTION during HeadBucket operation")
@@ -227,7 +230,7 @@ def test_a_probe_reports_a_store_that_is_away_once(monkeypatch, caplog):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
 @pytest.mark.parametrize("place", ["/proc/of-heliostat", "/proc/of-heliostat/runs"])
 def test_a_folder_of_the_kernels_takes_no_output(place):
-    """Its owner, root, may write to /proc, and no file can be made there: a word, and no FileNotFoundError."""
+    """Its owner, root, may write to /proc, but can't create a file there. The error is one line, not FileNotFoundError."""
     with pytest.raises(AccessError, match=r"can't write to the folder .*\. Name another place$"):
         Location(place).require_writable()
     for write in (lambda: Location(place).write(b"x"), lambda: Location(place).create(b"x")):
@@ -237,7 +240,8 @@ def test_a_folder_of_the_kernels_takes_no_output(place):
 
 @pytest.mark.parametrize("scheme", ["query", "environment"])
 def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, monkeypatch, scheme):
-    """probe() of a closed port: StorageError that names the URI, within seconds, not the minutes of an operation's retries."""
+    """For a closed port, probe() raises StorageError with the URI within seconds, not after the minutes of an operation's
+    retries."""
     uri = "s3://bucket/key"
     if scheme == "query":
         uri += f"?endpoint_override=127.0.0.1:{closed_port}&scheme=http"
@@ -254,13 +258,13 @@ def test_an_unreachable_store_is_found_out_in_seconds(closed_port, no_endpoint, 
 
 
 def test_probe_of_a_folder_that_is_not_there_yet_is_fine(tmp_path):
-    """A run's folder is made by its first write."""
+    """The first write creates a run's folder."""
     Location(str(tmp_path / "not" / "yet")).probe()
 
 
 @pytest.fixture
 def no_sleep(monkeypatch) -> list[float]:
-    """Retries take no time; the waits are listed, and the clock follows them."""
+    """Makes retries instant: waits are recorded, and the clock advances by them."""
     waits: list[float] = []
     monkeypatch.setattr(retries.time, "sleep", waits.append)
     monkeypatch.setattr(retries.time, "monotonic", lambda: sum(waits))
@@ -307,7 +311,7 @@ HOPELESS = [
 
 
 def fail_with(*errors: Exception, then: str = "done"):
-    """An operation that raises these in turn, and then has a result."""
+    """Returns an operation that raises these errors in turn, and then has a result."""
     left = list(errors)
 
     def operation() -> str:
@@ -319,7 +323,7 @@ def fail_with(*errors: Exception, then: str = "done"):
 
 
 def test_a_failing_store_is_asked_again_with_growing_waits(no_sleep):
-    """Whatever way a store fails, it is asked again: the result comes, after one wait for each failure."""
+    """For any kind of failure, the result arrives after one wait per failure."""
     assert Location("s3://b/k").attempt(fail_with(*FAULTS[:8])) == "done" and len(no_sleep) == 8
     assert sum(no_sleep[:3]) < sum(no_sleep[-3:]) and max(no_sleep) <= 12
     for error in FAULTS:
@@ -329,7 +333,7 @@ def test_a_failing_store_is_asked_again_with_growing_waits(no_sleep):
 
 @pytest.mark.parametrize("budget", [None, "5", "0", "1.5", "300"])
 def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, monkeypatch, budget):
-    """StorageError with the place, the time and the first line of the reason, before the budget is exceeded."""
+    """StorageError has the place, the time, and the first line of the reason, before the budget is exceeded."""
     if budget is None:
         monkeypatch.delenv(retries.BUDGET, raising=False)
     else:
@@ -348,7 +352,7 @@ def test_a_store_that_fails_for_ever_is_an_error_within_the_budget(no_sleep, mon
 
 
 def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatch):
-    """Attempts that take 25 s each: two in a minute, not three."""
+    """Of attempts that take 25 s each, a minute has two, not three."""
     monkeypatch.setenv(retries.BUDGET, "60")
     begun = []
 
@@ -364,7 +368,7 @@ def test_no_attempt_begins_that_would_end_beyond_the_budget(no_sleep, monkeypatc
 
 @pytest.mark.parametrize("budget", ["a minute", "-1", "nan", "inf", ""])
 def test_a_budget_that_is_no_number_is_refused(monkeypatch, budget):
-    """The variable, its value and the fix."""
+    """The error has the variable, its value, and the fix."""
     monkeypatch.setenv(retries.BUDGET, budget)
     with pytest.raises(ConfigError, match=f"HELIOSTAT_RETRY_BUDGET_S: '{budget}' isn't a number of seconds. Set it to 60"):
         retries.retry_budget()
@@ -372,7 +376,7 @@ def test_a_budget_that_is_no_number_is_refused(monkeypatch, budget):
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 5, 6, 10, 23, 24, 60, 600])
 def test_the_sdk_gives_up_within_half_the_budget(budget):
-    """Its attempts at one request, with its longest pauses of 1, 2, ... s between them, leave time for a second operation."""
+    """Its attempts at one request, with the longest pauses of 1, 2, ... s between them, leave time for a second operation."""
     attempts, silence = retries.patience(budget)
     assert attempts >= 1 and silence >= 1
     assert attempts * silence + 2 ** (attempts - 1) - 1 <= max(1, budget / 2)
@@ -386,14 +390,14 @@ def test_the_sdk_gives_up_within_half_the_budget(budget):
     ],
 )
 def test_requests_that_cannot_succeed_fail_at_once(no_sleep, told, error):
-    """No retry can help: one attempt, and what to look at."""
+    """Retries can't help: one attempt, and an error with a hint."""
     with pytest.raises(StorageError, match=f"s3://b/k: {told}"):
         Location("s3://b/k").attempt(fail_with(error))
     assert no_sleep == []
 
 
 def test_a_missing_bucket_is_said_to_be_missing(no_sleep, monkeypatch):
-    """By whatever is asked for in it, at once, and not as a store that failed for 0 s."""
+    """For any request to the bucket, at once, and not as a store that failed for 0 s."""
     with pytest.raises(StorageError, match=r"^s3://b/k: no bucket 'b'\. Create it"):
         Location("s3://b/k").attempt(fail_with(OSError(NO_BUCKET)))
     for fault in (OSError(NO_BUCKET), OSError("AWS Error RESOURCE_NOT_FOUND during HeadBucket operation: ")):
@@ -405,14 +409,14 @@ def test_a_missing_bucket_is_said_to_be_missing(no_sleep, monkeypatch):
 
 @pytest.mark.parametrize("code", ["NO_SUCH_KEY", "RESOURCE_NOT_FOUND"])
 def test_an_object_that_goes_missing_after_it_was_opened_is_file_not_found(no_sleep, code):
-    """Deleted between two requests of one operation: as missing as one that never was."""
+    """If it is deleted between two requests of one operation, it counts as missing."""
     with pytest.raises(FileNotFoundError, match="s3://b/k"):
         Location("s3://b/k").attempt(fail_with(OSError(f"AWS Error {code} during GetObject operation: ")))
     assert no_sleep == []
 
 
 def test_errors_that_are_not_about_storage_pass_through_unchanged(no_sleep):
-    """What the operation itself finds wrong is its caller's: the same exception, at once."""
+    """An error of the operation itself belongs to its caller: the same exception, at once."""
     for error in (DataError("bad"), ValueError("bad"), pa.ArrowInvalid("bad"), FileNotFoundError(2, "gone"), KeyError("x")):
         with pytest.raises(type(error)) as e:
             Location("s3://b/k").attempt(fail_with(error))
@@ -422,7 +426,7 @@ def test_errors_that_are_not_about_storage_pass_through_unchanged(no_sleep):
 
 @pytest.mark.parametrize("codec", ["zstd", "snappy", "gzip", "lz4", "none"])
 def test_damaged_content_is_never_taken_for_a_failing_store(tmp_path, no_sleep, codec):
-    """Wherever a Parquet file is damaged, what the reader says passes through at once: no retry, no StorageError."""
+    """For damage anywhere in a Parquet file, the reader's error passes through at once: no retry, no StorageError."""
     rng, place = random.Random(codec), Location(str(tmp_path / "a.parquet"))
     tokens = pa.array([[rng.randrange(300) for _ in range(20)] for _ in range(200)], pa.list_(pa.int32()))
     pq.write_table(pa.table({"tokens": tokens}), place.path, compression=codec, row_group_size=50, write_page_checksum=True)
@@ -449,7 +453,7 @@ def test_damaged_content_is_never_taken_for_a_failing_store(tmp_path, no_sleep, 
 
 
 def test_a_location_pickles_as_its_uri():
-    """Locations travel to Ray workers; no open file system goes with them."""
+    """Locations are sent to Ray workers, without an open file system."""
     for uri in ("/x", "file:///x", "s3://b/k?region=eu-west-1"):
         place = Location(uri)
         _ = place.fs
@@ -459,7 +463,7 @@ def test_a_location_pickles_as_its_uri():
 
 @pytest.mark.parametrize("kind", ALL_ERRORS)
 def test_errors_survive_the_trip_from_a_worker(kind):
-    """Class, message, exit code and what the driver must know are the same after pickling."""
+    """Class, message, exit code, and the facts for the driver are the same after pickling."""
     more = len(inspect.signature(kind.__init__).parameters) - 2 if "__init__" in vars(kind) else 0  # besides self and message
     error = kind("line: fix\n  line 2", *range(more))
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
@@ -472,7 +476,7 @@ def test_errors_survive_the_trip_from_a_worker(kind):
 
 
 def test_bad_input_exits_with_2_a_stopped_run_with_130_and_everything_else_with_1():
-    """The exit codes that scripts rely on: 2 is for what a person must change first, a place that is not there among it."""
+    """Scripts rely on these exit codes: 2 means that a person must change something first, for example a missing place."""
     assert {e.__name__ for e in ALL_ERRORS if e.exit_code == 2} == {
         "AccessError",
         "ConfigError",
@@ -484,7 +488,7 @@ def test_bad_input_exits_with_2_a_stopped_run_with_130_and_everything_else_with_
 
 
 def test_after_a_refusal_the_credentials_are_read_again():
-    """Those that the client holds may have expired; the refusal itself is no less final for this request."""
+    """The client's credentials may have expired. For this request, the rejection stays final."""
     place = Location("s3://b/k?endpoint_override=127.0.0.1:1&scheme=http")
     before = place.fs
     assert place.fs is before

@@ -1,4 +1,4 @@
-"""The worker's end of the stream: begun early, it is still the same stream."""
+"""Tests the worker's end of the stream: an early start doesn't change the stream."""
 
 import itertools
 import threading

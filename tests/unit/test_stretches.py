@@ -1,4 +1,4 @@
-"""Tokens by stretches are the tokenizer's own, of any text; tokenizers of other kinds are asked whole texts."""
+"""Tests that tokens by stretches equal the tokenizer's own for any text. Tokenizers of other kinds encode whole texts."""
 
 import itertools
 import json
@@ -33,7 +33,8 @@ def by_stretches(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def test_text_around_every_character_that_may_be_white_space(tokenizer):
-    """Controls, separators and formats, and some of all others: behind and before letters, digits, marks, and white space."""
+    """Controls, separators, formats, and some of all other characters, before and after letters, digits, marks, and white
+    space."""
     kinds = [chr(c) for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c)) in ("Cc", "Cf", "Zl", "Zp", "Zs")]
     others = [chr(c) for c in range(0, sys.maxunicode, 997) if not 0xD800 <= c < 0xE000]
     texts = [f"a{c} b{c}{c}c \n{c}1{c} 2 {c} .{c}'s{c}  {c}" for c in kinds + others]
@@ -48,7 +49,7 @@ def test_random_text(tokenizer):
 
 
 def test_large_texts_are_encoded_in_parts(tokenizer, monkeypatch):
-    """Cut where white space begins; one without any is one part."""
+    """They are split where white space begins. A text without any is one part."""
     rng = random.Random(1)
     texts = ["".join(rng.choices(["word", "  ", "\n", " x", "longer"], k=900)), "y" * 500, " " * 300, "z" * 90 + " " + "z" * 90]
     monkeypatch.setattr(tokens, "BATCH_CHARS", 64)
@@ -70,7 +71,7 @@ def test_what_is_remembered_is_bounded(tokenizer, monkeypatch):
 
 
 def test_tokenizers_that_cut_otherwise_are_asked_whole_texts(tokenizer):
-    """A normaliser, another pattern, a space before the text, added words, or dropout: their tokens stay what they were."""
+    """With a normalizer, another pattern, a space before the text, added words, or dropout, their tokens stay the same."""
     made = json.loads(tokenizer.to_str())
     word = {**made["added_tokens"][0], "id": 1200, "content": "a b", "special": False}
     changed = {

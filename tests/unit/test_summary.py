@@ -1,4 +1,4 @@
-"""How a training ended is told by its last checkpoint and its ledger where no command could write it down."""
+"""Tests that a run's last checkpoint and its ledger show how it ended, if no command could record the end."""
 
 import json
 
@@ -17,7 +17,8 @@ METRICS = {"train_loss": 2.0 / 3.0, "loss": 0.1 + 0.2, "accuracy": 0.7}
 
 
 def attempts() -> list[RecordedAttempt]:
-    """A command of 30 steps; one that went on from 20, with a restart at 60, to 100; and two that died as they concluded."""
+    """Returns a command of 30 steps, one that resumed at 20, restarted at 60, and reached 100, and two that died during their
+    conclusion."""
     made = [
         RecordedAttempt("a", 0.0, 50.0, 50.0, 0, 2, parts={"starting": 9.0, "computing": 30.0}, marks=[(30, 30.0)]),
         RecordedAttempt("b", 60.0, 100.0, 100.0, 20, 2, outcome="failed",
@@ -46,7 +47,7 @@ def test_a_run_without_a_ledger_has_a_summary_too():
 
 
 def test_a_summary_or_result_counts_for_the_step_that_it_is_of(tmp_path, caplog):
-    """Not for a longer training; and one that is damaged is made again, as is one that a damaged ledger cannot help to make."""
+    """It doesn't count for a longer training. A damaged one is made again, also if the ledger is damaged and can't contribute."""
     run, last = Location(str(tmp_path)), layout.SavedCheckpoint(Location(str(tmp_path)), build(index(100, metrics=METRICS), 100))
     summary.write(run, {"steps": 90, "train_loss": 9.0})
     assert summary.read(run, last, job())["train_loss"] == 2.0 / 3.0

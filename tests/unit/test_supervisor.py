@@ -1,4 +1,4 @@
-"""The supervisor of a submitted job: it stops its driver, keeps its log, and starts it again after a death."""
+"""Tests the supervisor of a submitted job: it stops its driver, keeps its log, and restarts it after a death."""
 
 import json
 import signal
@@ -33,7 +33,7 @@ time.sleep(600)
 
 
 def _driver(tmp_path, seconds, storage=None, jobs_url="http://127.0.0.1:1"):
-    """The driver around a program that takes its time to stop; SIGTERM goes to both, as Ray sends it."""
+    """Runs the driver around a program that stops slowly. SIGTERM goes to both, as Ray sends it."""
     job = {"storage": storage} if storage else {}
     process = supervisor.start(tmp_path, TRAIN, str(seconds), jobs_url=jobs_url, **job)
     until(lambda: (tmp_path / "err.out").exists() and process.out == "training\n", "training")
@@ -50,7 +50,7 @@ def test_a_stopped_driver_waits_for_the_checkpoint_and_its_log_is_in_storage(tmp
 
 
 class Mailbox(BaseHTTPRequestHandler):
-    """A cluster's list of jobs: one of them is a note, from when it is `noted` on."""
+    """Simulates a cluster's list of jobs, one of which is a note, once it is `noted`."""
 
     noted, asked = threading.Event(), 0
 
@@ -70,7 +70,7 @@ class Mailbox(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize("storage", [None, "s3://bucket/runs?endpoint_override=127.0.0.1:1&scheme=http"])
 def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_store_that_is_dead(tmp_path, storage):
-    """The note that it is to end is on the cluster, not in the store."""
+    """The note to end it is on the cluster, not in the store."""
     Mailbox.noted.clear()
     Mailbox.asked = 0
     with ThreadingHTTPServer(("127.0.0.1", 0), Mailbox) as server:
@@ -88,7 +88,7 @@ def test_a_driver_that_must_stop_now_does_not_wait_for_a_checkpoint_nor_for_a_st
 
 
 def test_a_driver_outlives_a_standard_output_that_takes_nothing(tmp_path):
-    """/dev/full is a disk without room. The child must not die of a broken pipe, and its log must be in storage."""
+    """/dev/full is a disk without space. The child must not die of a broken pipe, and its log must be in storage."""
     program = "for n in range(2000): print('step', n, flush=True)\nprint('saved', flush=True)"
     process = supervisor.start(tmp_path, program, out="/dev/full")
     assert process.wait(120) == 0 and process.err.count("can't write to standard output") == 1, process.err
@@ -124,7 +124,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _supervised(folder, *how, retries=2, flags=("--overwrite",)):
-    """(exit code, the flags of each start, the log) of a driver whose child ends in these ways, one after another."""
+    """Returns (exit code, the flags of each start, the log) of a driver whose child ends in these ways, one after another."""
     run = folder / "runs" / "r"
     run.mkdir(parents=True)
     process = supervisor.start(folder, DIES, str(run), json.dumps(how), flags=flags, retries={"max": retries, "backoff": 0.01})
@@ -135,7 +135,7 @@ def _supervised(folder, *how, retries=2, flags=("--overwrite",)):
 
 
 def test_a_dead_driver_is_started_again_and_goes_on_where_it_was(tmp_path):
-    """Killed, or ended by a library without a word; what it has begun is not overwritten, what was there before it is."""
+    """The driver was killed, or a library ended it without a message. Its own files aren't overwritten, but earlier ones are."""
     code, starts, log = _supervised(tmp_path, "early", "killed", "exits", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], ["--overwrite"], ["--resume"], ["--resume"]]
     assert "the driver died without an error, killed by SIGKILL. Starting it again in 0 s (retry 1 of 3)" in log
@@ -148,7 +148,8 @@ def test_a_driver_that_ends_with_an_error_of_its_own_is_not_started_again(tmp_pa
 
 
 def test_a_successor_that_cannot_begin_is_tried_again_and_a_first_driver_is_not(tmp_path):
-    """A store that went away again ends it before it has an attempt in the ledger; a first driver's error is the person's."""
+    """A store that is unreachable again ends it before it has an attempt in the ledger. A first driver's error is for the person
+    to fix."""
     code, starts, log = _supervised(tmp_path / "later", "killed", "away", "away", "ends", retries=3)
     assert code == 0 and starts == [["--overwrite"], *[["--resume"]] * 3]
     assert "with exit code 1 before it had begun. Starting it again" in log
@@ -157,7 +158,7 @@ def test_a_successor_that_cannot_begin_is_tried_again_and_a_first_driver_is_not(
 
 
 def _away(monkeypatch, times):
-    """A store that does not answer to so many probes."""
+    """Simulates a store that doesn't answer so many probes."""
     left, waits = [None] * times, []
 
     def probe(self):
@@ -170,7 +171,7 @@ def _away(monkeypatch, times):
 
 
 def test_a_store_that_is_away_when_the_driver_dies_is_waited_for_and_nothing_is_overwritten(tmp_path, monkeypatch, caplog):
-    """Only the run's ledger shows that the dead driver had begun: without it --overwrite would delete what it has trained."""
+    """Only the run's ledger shows that the dead driver had begun. Without it, --overwrite would delete its training."""
     run, waits = Location(str(tmp_path)), _away(monkeypatch, 3)
     begun = RecordedAttempt("a", time.time(), time.time(), time.time(), 0, 1, host=socket.gethostname(), pid=7)
     run.join("ledger", begun.name).write(begun.dump())
@@ -204,7 +205,7 @@ def test_progress_between_a_drivers_deaths_begins_a_new_budget(tmp_path):
 
 
 def test_a_job_file_that_the_supervisor_cannot_read_is_one_clear_line(tmp_path):
-    """In a RayJob it is given the file as a person wrote it."""
+    """In a RayJob, the supervisor gets the file as a person wrote it."""
     for text, words in (
         ("name: x\n", "storage: required key missing. Write storage: TEXT"),
         ("name: x\nstorage: 3\n", "storage: expected text, got 3. Write storage: TEXT"),

@@ -1,4 +1,5 @@
-"""What becomes of a run when an attempt ends: what is tried again, how often, on how many workers; and what counts as a spike."""
+"""Tests what happens to a run when an attempt ends: which errors are retried, how often, and on how many workers; and what counts
+as a spike."""
 
 import math
 import random
@@ -33,7 +34,7 @@ from tests.unit.build_job import job
     ],
 )
 def test_what_would_come_again_is_final(error, kind):
-    """A store's refusal is a StorageError and a corrupt checkpoint a CheckpointError, yet each is its own case."""
+    """A store's rejection is a StorageError, and a corrupt checkpoint a CheckpointError, but each is handled separately."""
     assert classify(error) == kind
 
 
@@ -45,7 +46,7 @@ def test_failures_in_a_row_wait_longer_and_longer_and_then_end_the_run():
 
 
 def test_a_new_checkpoint_begins_a_new_row():
-    """A run of months survives any number of failures, as long as it gets on between them."""
+    """A run of months survives any number of failures, as long as it makes progress between them."""
     budget = Budget(spec.Retries(max=1, backoff=1.0))
     assert [budget.spend(TrainingError("node lost"), step) for step in range(0, 5000, 100)] == [0.0] * 50
 
@@ -56,7 +57,7 @@ def test_no_retries_means_none():
 
 
 def test_the_same_error_of_a_workers_own_code_is_tried_once_more_only():
-    """A bug in a recipe fails at the same place each time; a dead worker may do so by chance."""
+    """A bug in a recipe fails at the same place each time. A worker may die there by chance."""
     budget = Budget(spec.Retries(max=10))
     budget.spend(WorkerError("TypeError: 'int'"), 40)
     with pytest.raises(WorkerError, match=r"TypeError: 'int'\. It happened twice"):
@@ -97,7 +98,8 @@ def test_a_range_without_a_divisor_of_the_lanes_is_refused_with_the_nearest():
 
 
 def test_room_is_counted_node_by_node_and_leaves_the_data_tasks_a_cpu():
-    """Two halves of a worker on two nodes are no worker; what our own workers hold is there for their successors."""
+    """Two halves of a worker on two nodes don't make a worker. Resources of the run's own workers are free for their
+    successors."""
     workers = spec.Workers(cpus=2.0, gpus=1.0)
     assert room(workers, {"a": {"CPU": 8, "GPU": 2}, "b": {"CPU": 8, "GPU": 1}}, {}) == 3
     assert room(workers, {"a": {"CPU": 1, "GPU": 8}, "b": {"CPU": 1}}, {}) == 0
@@ -131,7 +133,8 @@ def pulse(moved: float, at: float) -> dict:
 
 
 def test_a_stall_is_when_nobody_gets_on_or_somebody_is_silent():
-    """Workers wait for each other, so one that gets on is enough; a frozen one is silent while the others wait for it."""
+    """Workers wait for each other, so one that makes progress is enough. A frozen worker is silent while the others wait for
+    it."""
     assert stalled({}, 2, now=50, limit=60, since=0) is None
     assert stalled({}, 2, now=70, limit=60, since=0) == "no worker made progress for 70 s"
     assert stalled({0: pulse(10, 100), 1: pulse(95, 100)}, 2, now=100, limit=60, since=0) is None
@@ -144,7 +147,7 @@ def test_a_stall_is_when_nobody_gets_on_or_somebody_is_silent():
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_spike_is_found_and_nothing_else(seed):
-    """Over a falling, noisy curve only the steps that were raised are spikes, and a spike does not hide the next."""
+    """On a falling, noisy curve, only the raised steps are spikes, and a spike doesn't hide the next one."""
     rng = random.Random(seed)
     losses = [2 + 6 * math.exp(-i / 40) + rng.gauss(0, 0.05) for i in range(400)]
     raised = set(rng.sample(range(150, 400), 6))

@@ -1,4 +1,4 @@
-"""Temporary folders of processes that were killed go with the next one; those that are in use, and others' links, stay."""
+"""Tests that the next process removes the temporary folders of killed ones. Folders in use, and links of others, stay."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Safetensors files as streams: the library reads them back, and a disk without room is one clear error."""
+"""Tests safetensors files as streams: the library reads them, and a full disk is one clear error."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def _entry(name: str, tensor: torch.Tensor) -> Entry:
 
 
 def test_the_library_reads_every_type_and_shape(tmp_path: Path) -> None:
-    """Scalars, empty tensors and odd sizes before larger elements included; the offsets are where the bytes are."""
+    """Including scalars, empty tensors, and odd sizes before larger elements. The offsets are the places of the bytes."""
     tensors = {"odd": torch.tensor([1, 2, 3], dtype=torch.uint8), "empty": torch.zeros(0, 4), "scalar": torch.tensor(7)}
     tensors |= {name: torch.arange(6).reshape(2, 3).to(dtype) for name, dtype in safetensors_file.DTYPES.items()}
     path = tmp_path / "a" / "t.safetensors"
@@ -56,7 +56,7 @@ except StorageError as e:
 
 
 def test_a_file_takes_the_memory_of_one_tensor_and_one_that_may_not_grow_is_a_storage_error(tmp_path: Path) -> None:
-    """Forty tensors of 8 MiB, each made when its turn comes; a file that could not be written is not left there."""
+    """For forty tensors of 8 MiB, each created at its turn. A file that can't be written is removed."""
     path = tmp_path / "big.safetensors"
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], capture_output=True, text=True, timeout=60, check=True)
     growth, message = done.stdout.splitlines()

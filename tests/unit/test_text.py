@@ -1,4 +1,5 @@
-"""Text from data reaches a terminal as text: no control character of it moves the cursor, colours, or turns the writing."""
+"""Tests that text from data reaches a terminal as text: no control character in it moves the cursor, colors, or reverses the
+writing."""
 
 import io
 import logging
@@ -12,7 +13,7 @@ EVIL = "\x1b[2J\x1b]0;title\x07\x9b31m\u202egnp.exe\u2066\r\x00\x7f"
 
 
 def test_no_control_character_and_no_override_of_direction_is_left():
-    """Of all of Unicode's; everything else stays as it is, and nothing is escaped twice."""
+    """For all of Unicode's. Other characters stay the same, and nothing is escaped twice."""
     everything = "".join(map(chr, range(0x110000)))
     shown = printable(everything)
     assert not {c for c in shown if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
@@ -28,7 +29,7 @@ def test_line_breaks_and_tabs_stay_where_they_are_asked_for():
 
 
 def test_a_librarys_words_are_one_line():
-    """The first, cut to a length; an exception that says nothing is its kind."""
+    """The first line, truncated. An exception without a message is shown as its class."""
     assert brief(ValueError("\n  first \x1b\nsecond")) == "first \\x1b"
     assert brief(KeyError()) == "KeyError" and brief("") == ""
     assert len(brief("x" * 10_000)) == 300 and brief("x" * 10_000).endswith("xxx ...")
@@ -36,7 +37,7 @@ def test_a_librarys_words_are_one_line():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
-    """In whole or in part, its place and the reason of a bad one too; what looks like markup is not taken for it."""
+    """In whole or in part, including its place, and the reason of a bad sample. Text that looks like markup isn't interpreted."""
     shown = io.StringIO()
     monkeypatch.setattr(runs, "out", common.Printer(file=shown, highlight=False, soft_wrap=True))
     bad = {"shard": f"s{EVIL}", "row_group": 0, "row": 0, "reason": EVIL}
@@ -48,7 +49,7 @@ def test_a_sample_with_control_characters_is_shown_escaped(monkeypatch, full):
 
 
 def test_a_log_line_with_control_characters_is_written_escaped():
-    """Names of files stand in warnings."""
+    """Warnings contain names of files."""
     record = logging.LogRecord("x", logging.WARNING, "", 0, "%s: cannot be read", (EVIL,), None)
     assert main.LogLines("%(message)s").format(record) == f"{printable(EVIL)}: cannot be read"
 
@@ -62,7 +63,7 @@ def test_an_error_with_control_characters_is_written_escaped(monkeypatch, capsys
 
 
 def test_ctrl_c_is_said_in_a_word(monkeypatch, capsys):
-    """typer makes an exit of it, and says nothing."""
+    """typer turns it into an exit without a message."""
     from heliostat.data import index
 
     def interrupted(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The text pipeline's pure functions: listing, extraction, drop reasons, duplicates, row groups."""
+"""Tests the text pipeline's pure functions: listing, extraction, drop reasons, duplicates, and row groups."""
 
 import gzip
 import hashlib
@@ -33,7 +33,7 @@ def parquet(columns: dict) -> bytes:
 
 
 def read(path: str, data: bytes, **rules) -> list[tuple[str, str]]:
-    """(id, text, or the reason in capitals) of every document, read from a folder as a task reads it."""
+    """Returns (id, text, or the reason in capitals) of every document, read from a folder as a task reads it."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, path)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +116,7 @@ ROWS = [json.dumps({"text": f"{i} {hashlib.sha256(b'%d' % i).hexdigest()}"}).enc
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["ended", "open"])
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".json.gz"])
 def test_lines_of_a_damaged_gzip_member_are_kept_and_the_damage_counted(tmp_path, suffix, end):
-    """Whatever the file is called: both names have one reader."""
+    """For any name of the file: both names have one reader."""
     packed = gzip.compress(b"".join(ROWS).rstrip(b"\n") + end)
     wrong = packed[:-8] + bytes(4) + packed[-4:]
     padded = gzip.compress(b"".join(ROWS[:9])) + bytes(3 << 20) + gzip.compress(b"".join(ROWS[9:])) + bytes(9)
@@ -147,7 +147,7 @@ def test_read_parquet():
 
 
 def test_every_reason_is_explained():
-    """Of one list: the readers', and those of what is asked of a text."""
+    """One list has the reasons of the readers, and those of the requirements for texts."""
     assert set(documents.REASONS) == {*readers.REASONS, "too_short", "too_long", "crashed", "unread"}
     assert {"unreadable", "corrupt", "invalid_json", "no_text", "not_utf8", "binary", "empty", "too_large"} < set(readers.REASONS)
 
@@ -228,7 +228,7 @@ def test_unique_keeps_the_smallest_id():
 
 @pytest.mark.parametrize("shards", [1, 2, 3, 7, 640, 99_991])
 def test_a_shard_holds_the_range_of_hashes_that_it_always_held(shards):
-    """That of the first 52 bits, as a fraction: also of the hashes next to a bound."""
+    """By the first 52 bits, as a fraction, also for hashes next to a bound."""
     keys = [int(hashlib.sha256(b"%d" % i).hexdigest()[:16], 16) for i in range(300)]
     keys += [k for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[:1]]
     keys += [k - 1 for s in range(min(shards, 50)) for k in tasks.bounds(s, shards)[1:]]
@@ -240,7 +240,7 @@ def test_a_shard_holds_the_range_of_hashes_that_it_always_held(shards):
 
 
 def test_a_chunk_ends_where_documents_may_be_held_out():
-    """No chunk has documents on both sides of 1, 2 or 5 parts of ten, a hundred, a thousand or ten thousand."""
+    """No row group has documents on both sides of 1, 2, or 5 parts of ten, a hundred, a thousand, or ten thousand."""
     rng = np.random.default_rng(0)
     for count in (1, 30, 3000):
         places = np.sort(rng.integers(0, manifest.PLACES, count))[::-1]

@@ -1,4 +1,4 @@
-"""The text pipeline's YAML: what is wrong is said before Ray starts, and what makes two configurations the same."""
+"""Tests the text pipeline's YAML: errors are reported before Ray starts, and which configurations count as equal."""
 
 from pathlib import Path
 

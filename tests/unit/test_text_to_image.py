@@ -1,4 +1,4 @@
-"""The text-to-image recipe: draws that belong to samples, losses that are sums, models that make no sense, and its pipeline."""
+"""Tests the text-to-image recipe: random numbers by sample, losses as sums, invalid models, and its pipeline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BACKBONES = {"unet": UNET, "pixart": PIXART, "sd3": SD3}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Models this small are slower on several."""
+    """Models this small are slower on several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +53,7 @@ def recipe(dataset: Path, **model: Any) -> TextToImage:
 
 
 def woken(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with numbers where it begins with zeros: as it was made it says nothing, whatever it is asked."""
+    """Returns the model with random numbers in place of its initial zeros, with which every output is zero."""
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
@@ -72,7 +72,7 @@ def rows(dataset: Path, count: int = 12) -> Any:
 )
 @pytest.mark.parametrize("arch", sorted(BACKBONES))
 def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objective, dataset):
-    """Noise, times and caption dropout follow from each sample's key, so micro-batches and their order change nothing."""
+    """Noise, times, and caption dropout depend on each sample's key, so micro-batches and their order change nothing."""
     made, content, keys = recipe(dataset, backbone=BACKBONES[arch], objective=objective), rows(dataset), np.arange(100, 112)
     torch.manual_seed(0)
     model = woken(made.build())
@@ -89,7 +89,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples_whatever_the_cut(arch, objectiv
 
 
 def test_draws_are_normal_uniform_and_dropped_as_often_as_asked():
-    """Those on the host. Those on the device: test_counter_random."""
+    """For the numbers on the host. test_counter_random tests those on the device."""
     draw = image_rows.draw_on_host
     made = draw(7, np.arange(4000), (1, 4, 4), 0.2, 0.0, True)
     assert abs(float(made.noise.mean())) < 0.02 and abs(float(made.noise.std()) - 1) < 0.02
@@ -104,8 +104,11 @@ def test_draws_are_normal_uniform_and_dropped_as_often_as_asked():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_random_numbers_are_of_a_step_whatever_computes_it(version, dataset):
-    """The noise, time, and caption of each sample of a step are the same on any number of workers, in any micro-batches, summed
-    over however many of them, and after a resume, which makes its own recipe."""
+    """The noise, time, and caption of each sample of a step don't depend on the number of workers, or on the micro-batches and
+    their number.
+
+    They are the same after a resume, which creates its own recipe.
+    """
     content = rows(dataset, 24)
 
     def drawn(workers: int, micro: int) -> dict[str, torch.Tensor]:
@@ -134,7 +137,7 @@ def test_random_numbers_are_of_a_step_whatever_computes_it(version, dataset):
 
 
 def test_version_1_sends_its_random_numbers_and_version_2_its_keys(dataset):
-    """A batch on its way to the device."""
+    """Checks a batch on its way to the device."""
     names = {}
     for version in (1, 2):
         made = TextToImage(job(**build_images.job(dataset), **{"train.recipe_version": version}))
@@ -234,7 +237,7 @@ def test_a_pretrained_pixart_that_cannot_be_trained_is_one_line_before_anything_
 
 
 def test_a_pretrained_pixart_that_can_be_trained_is(dataset, tmp_path):
-    """Conditions left at None mean none, at this size, and are taken so."""
+    """Conditions of None mean no conditions at this size, and are accepted."""
     made = recipe(dataset, backbone={"pretrained": pixart(tmp_path, out_channels=1)})
     loss = made.loss(made.build(), made.batch(rows(dataset), np.arange(12))).sum
     loss.backward()
@@ -266,7 +269,8 @@ def test_another_pretrained_backbone_that_wants_more_than_images_and_captions_is
 
 @pytest.mark.parametrize("arch", ["unet", "pixart"])
 def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
-    """It says nothing, because every branch's last layer is zero (U-Net), or the cross-attention's and the network's (PixArt)."""
+    """Its output is zero, because every branch's last layer is zero (U-Net), or that of cross-attention and of the network
+    (PixArt)."""
     made = recipe(dataset, backbone=BACKBONES[arch])
     torch.manual_seed(0)
     model: Any = made.build()
@@ -298,7 +302,7 @@ def test_a_backbone_from_nothing_begins_as_its_authors_have_it(arch, dataset):
 
 
 def test_frozen_encoders_compute_in_the_jobs_precision_near_fp32(dataset, tmp_path):
-    """Within 2 % of fp32, in bf16 with half the memory; runs of version 1, and jobs in fp32, keep fp32's bits."""
+    """Within 2 % of fp32, in bf16 with half the memory. Runs of version 1, and jobs in fp32, keep fp32's bits."""
     text = {"pretrained": str(clip(tmp_path / "clip", dataset)), "length": 8}
     model = {"text": text, "autoencoder": {"pretrained": str(autoencoder(tmp_path / "vae", 1))}}
     parts: dict[tuple[int, str], Any] = {}
@@ -398,7 +402,7 @@ def clip(folder: Path, dataset: Path, width: int = 16) -> Path:
 
 @pytest.mark.parametrize(("prediction", "sampler"), [("epsilon", "ddim"), ("v", "ddpm"), ("v", "dpm++"), ("epsilon", "dpm++")])
 def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, sampler, dataset, tmp_path):
-    """The same parts, seeds, guidance and steps: pixels to 2e-3 of their range, one by one and in a batch."""
+    """With the same parts, seeds, guidance, and steps: pixels agree within 2e-3 of their range, one by one and in a batch."""
     from diffusers import UNet2DConditionModel
     from heliostat.recipes.images.noising import NoiseObjective, Process
 
@@ -428,7 +432,8 @@ def test_latents_are_sampled_as_stable_diffusions_own_pipeline_does(prediction, 
 @pytest.mark.parametrize("arch", sorted(BACKBONES))
 @pytest.mark.parametrize("prediction", ["v", "flow"])
 def test_an_exported_folder_loads_with_plain_diffusers_and_draws_the_same(arch, prediction, dataset, tmp_path):
-    """Weights as `export` lays them out, everything else as the recipe saves it; then DiffusionPipeline alone."""
+    """Weights as `export` stores them, and everything else as the recipe saves it. Then DiffusionPipeline alone loads the
+    folder."""
     from safetensors.torch import save_file
 
     made = recipe(dataset, backbone=BACKBONES[arch], objective={"prediction": prediction})
@@ -500,7 +505,7 @@ def latents_of(tmp_path: Path, dataset: Path, at: str = "clip") -> Latents:
 
 @pytest.mark.parametrize("which", ["autoencoder", "text"])
 def test_a_frozen_model_without_safetensors_is_refused(which, dataset, tmp_path):
-    """A pickle would be loaded in their place, and is no part of the digest that names the model."""
+    """A pickle would be loaded instead, and the digest that names the model doesn't cover it."""
     latents = latents_of(tmp_path, dataset)
     latents.check(((16, 16),), 1)
     folder, name = (
@@ -520,7 +525,7 @@ def test_a_frozen_model_without_safetensors_is_refused(which, dataset, tmp_path)
 
 
 def test_latents_follow_from_the_tokenizers_files_wherever_they_lie(dataset, tmp_path):
-    """The digests of the models, by which jobs know them, stay: a job whose model made the dataset is not refused."""
+    """The digests of models stay the same, by which jobs know them. So a job whose model made the dataset isn't rejected."""
     latents = latents_of(tmp_path, dataset, "model/text_encoder")
     folder = tmp_path / "model" / "text_encoder"
     for path in folder.glob("*.txt"):
@@ -545,7 +550,7 @@ def test_latents_follow_from_the_tokenizers_files_wherever_they_lie(dataset, tmp
 
 
 def test_a_worker_encodes_by_the_models_that_are_in_the_folders_now(dataset, tmp_path):
-    """In one process, as an idle worker is that a later prepare takes."""
+    """A later prepare may reuse the process of an idle worker."""
     folder_of(tmp_path / "in", [(f"{i}.png", image(16, 16, seed=i), {"caption": f"number {i}"}) for i in range(3)])
     folders = {"autoencoder": str(autoencoder(tmp_path / "vae")), "text_encoder": str(clip(tmp_path / "clip", dataset))}
     keys = {"name": "test", "input": str(tmp_path / "in"), "resolution": 16, "latents": {**folders, "length": 8}}

@@ -1,4 +1,5 @@
-"""`train.tiled_loss`: loss, gradients and scores of whole logits, which never exist; refused where they would be others."""
+"""Tests `train.tiled_loss`: loss, gradients, and scores equal those of whole logits, which never exist. It is rejected where they
+would differ."""
 
 import re
 
@@ -26,12 +27,12 @@ VOCABULARY, ROWS = 89, 7  # no other width of a model
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch) -> None:
-    """Tiles that the number of tokens is no multiple of."""
+    """Sets a tile size that doesn't divide the number of tokens."""
     monkeypatch.setattr(tiled_loss, "tile_rows", lambda hidden, vocabulary: ROWS)
 
 
 class Largest(TorchDispatchMode):
-    """Notes how many logits the largest result has: of that many columns."""
+    """Records the number of logits in the largest result with this number of columns."""
 
     rows = 0
 
@@ -44,7 +45,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_loss_and_gradients_are_those_of_whole_logits(bias):
-    """In fp64, with targets that are left out and an upstream gradient."""
+    """In fp64, with ignored targets and an upstream gradient."""
     torch.manual_seed(0)
     given = [torch.randn(2, 33, 16, dtype=torch.float64), torch.randn(VOCABULARY, 16, dtype=torch.float64)]
     given += [torch.randn(VOCABULARY, dtype=torch.float64)] if bias else []
@@ -67,7 +68,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(bias):
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral"])
 def test_a_model_trains_and_is_scored_without_all_logits(arch, monkeypatch):
-    """With tied and untied weights, and experts with their router's loss; no tensor has more logits than a tile."""
+    """With tied and untied weights, and with experts and their router's loss. No tensor has more logits than a tile."""
     model = {"arch": arch, "vocab_size": VOCABULARY}
     model |= {**BASE["model"], **model} if arch != "gpt2" else {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     model |= {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True} if arch == "mixtral" else {}
@@ -96,7 +97,7 @@ def test_a_model_trains_and_is_scored_without_all_logits(arch, monkeypatch):
     ({"arch": "granite", "logits_scaling": 8.0}, False), ({"arch": "gemma2"}, False), ({"arch": "cohere"}, False),
 ])  # fmt: skip
 def test_an_architecture_that_changes_its_logits_afterwards_is_refused(model, right):
-    """A scale or a cap behind the last layer would be applied to the loss."""
+    """A scale or a cap after the last layer would have to apply to the loss."""
     made = recipe(model, **TILED)
     if right:
         made.probe()

@@ -1,4 +1,5 @@
-"""`train.tiled_mlp`: loss and gradients of whole MLPs, whose inside never exists whole; refused where they would be others."""
+"""Tests `train.tiled_mlp`: loss and gradients equal those of whole MLPs, whose inner activations never exist whole. It is
+rejected where they would differ."""
 
 import copy
 import re
@@ -34,7 +35,8 @@ def small_tiles(monkeypatch) -> None:
 
 
 class Inside(TorchDispatchMode):
-    """Notes how many tokens the largest inside of an MLP has, and how often its first product is computed."""
+    """Records the number of tokens in the largest inner tensor of an MLP, and the number of times that its first product is
+    computed."""
 
     rows = products = 0
 
@@ -62,7 +64,7 @@ def played(arch: str, **changes) -> tuple[float, dict[str, torch.Tensor], Inside
 @pytest.mark.parametrize("arch", MODELS)
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_loss_and_gradients_are_those_of_whole_mlps(arch, checkpointed):
-    """In training and in evaluation no tensor inside an MLP has more tokens than a tile."""
+    """In training and in evaluation, no tensor inside an MLP has more tokens than a tile."""
     (loss, gradients, whole), (mine, my_gradients, seen) = (
         played(arch, **changes, **{"train.activation_checkpointing": checkpointed}) for changes in ({}, TILED)
     )
@@ -73,13 +75,13 @@ def test_loss_and_gradients_are_those_of_whole_mlps(arch, checkpointed):
 
 
 def test_a_checkpointed_layer_plays_its_mlp_again_once_not_twice():
-    """Its backward pass plays the layer as far as the MLP's input, and the MLP's tiles themselves."""
+    """Its backward pass recomputes the layer up to the MLP's input, and the MLP's tiles recompute themselves."""
     plain, checkpointed = (played("llama", **TILED, **{"train.activation_checkpointing": on})[2] for on in (False, True))
     assert plain.products == checkpointed.products > 0
 
 
 def test_gradients_of_weights_are_summed_over_tiles_in_fp32():
-    """In bf16 they are nearly as near to those in fp64 as one product's, and much nearer than sums of tiles in bf16."""
+    """With bf16, they are almost as near to those in fp64 as those of one product, and much nearer than sums of tiles in bf16."""
     torch.manual_seed(0)
     start = torch.nn.Linear(16, 16).bfloat16()
     right, one, summed, tiled = (copy.deepcopy(start) for _ in range(4))
@@ -106,7 +108,7 @@ def test_a_model_without_such_mlps_is_refused_in_one_line(model, why):
 
 
 def test_an_mlp_that_mixes_tokens_is_found(monkeypatch):
-    """Whatever the code of an architecture does: the trial computes it."""
+    """For any code of an architecture, because the trial computes it."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     plainly = LlamaMLP.forward

@@ -1,4 +1,5 @@
-"""Tokenizers: one that is not the model's is refused, and bytes are those of the text, whatever the kind of tokenizer."""
+"""Tests tokenizers: one that isn't the model's is rejected, and byte counts are those of the text, for every kind of
+tokenizer."""
 
 import hashlib
 import json
@@ -36,7 +37,7 @@ def byte_level(prefix: bool, sequence: bool) -> tuple[Tokenizer, object]:
 
 
 def llama() -> tuple[Tokenizer, object]:
-    """SentencePiece's BPE with byte fallback, as Llama 2 has it."""
+    """Returns SentencePiece's BPE with byte fallback, like that of Llama 2."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -88,7 +89,7 @@ def trained(kind: str, texts: int = len(TEXTS)) -> str:
 
 
 def dataset(folder: Path, definition: str, texts: list[str] | None = None) -> manifest.Manifest:
-    """Documents, or one, made with the tokenizer."""
+    """Writes a dataset of one or several documents, made with the tokenizer."""
     (folder / "shards").mkdir(parents=True)
     tokenizer = Tokenizer.from_str(definition)
     end = tokenizer.token_to_id(END)
@@ -102,7 +103,7 @@ def dataset(folder: Path, definition: str, texts: list[str] | None = None) -> ma
 
 
 def model_folder(folder: Path, definition: str | None) -> CausalLM:
-    """A pretrained model's recipe; its folder holds the tokenizer."""
+    """Returns a pretrained model's recipe; its folder has the tokenizer."""
     config = LlamaConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=1000)
     config.save_pretrained(folder)
     if definition:
@@ -112,7 +113,8 @@ def model_folder(folder: Path, definition: str | None) -> CausalLM:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_tokens_stand_for_the_bytes_of_the_text(kind):
-    """Over whole documents, added up token by token; where words are cut at punctuation, of the text that they give again."""
+    """Summed token by token over complete documents. If words are split at punctuation, the bytes are those of the decoded
+    text."""
     tokenizer = Tokenizer.from_str(trained(kind))
     inside, opening = sizes(tokenizer, tokenizer.get_vocab_size())
     for text in TEXTS + HELD:
@@ -127,7 +129,7 @@ def test_tokens_stand_for_the_bytes_of_the_text(kind):
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte fallback", "metaspace"])
 def test_bits_per_byte_is_nats_by_the_bytes_of_the_text(kind, tmp_path):
-    """Of packed documents with an untrained model: its scores divide by the text's own bytes, as it stood in the files."""
+    """For packed documents with an untrained model: the scores divide by the bytes of the text in the files."""
     source = dataset(tmp_path / "data", trained(kind))
     made = CausalLM(job(**{"data.sequence_length": 256, "model.vocab_size": 1000}))
     made.bind([source])
@@ -147,14 +149,15 @@ def test_bits_per_byte_is_nats_by_the_bytes_of_the_text(kind, tmp_path):
 
 
 def _bytes_of_the_rest(made: CausalLM, tokens: np.ndarray, text: str) -> int:
-    """Of the document that the sample cuts: the text up to there, by what its tokens decode to."""
+    """Returns the bytes of a document that the sample truncates: of the text up to there, as its tokens decode."""
     part = made._raw_tokenizer.decode(tokens.tolist())
     assert text.startswith(part)
     return len(part.encode())
 
 
 def test_a_model_with_another_tokenizer_is_refused_by_name_with_the_fix(tmp_path):
-    """Same kind and size, other tokens: it trained at once, on token numbers that mean something else to the model."""
+    """Kind and size are the same, but the tokens differ. It trained at once, on token numbers with another meaning for the
+    model."""
     source = dataset(tmp_path / "data", trained("byte-level"))
     made = model_folder(tmp_path / "model", trained("byte-level", texts=2))
     with pytest.raises(ConfigError) as e:
@@ -189,7 +192,7 @@ def test_tokenizers_are_compared_by_everything_that_decides_about_tokens(change,
 
 
 def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
-    """As transformers writes it again, with padding, a template, more special tokens, and none of the dataset's spaces."""
+    """As transformers writes it again: with padding, a template, more special tokens, and none of the dataset's spaces."""
     definition = trained("byte-level")
     source = dataset(tmp_path / "data", definition)
     first = model_folder(tmp_path / "first", definition)
@@ -210,7 +213,7 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
 
 
 def test_a_model_folder_without_a_tokenizer_is_refused_before_training(tmp_path):
-    """The export would need it, after all the training."""
+    """The export would need it, after the whole training."""
     source = dataset(tmp_path / "data", trained("byte-level"))
     with pytest.raises(ConfigError, match=r"model\.pretrained: .* holds no readable tokenizer"):
         model_folder(tmp_path / "model", None).bind([source])

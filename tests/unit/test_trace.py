@@ -1,4 +1,4 @@
-"""A document's pieces in a shard, bad samples and those that replaced them, and what an id tells."""
+"""Tests a document's pieces in a shard, bad samples and their replacements, and the information in an id."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_an_id_tells_where_a_document_was_read(id, told):
 
 
 def test_a_document_is_found_in_every_chunk_that_holds_some_of_it(tmp_path):
-    """By its tokens: what the pieces name is the document, whole and nothing else."""
+    """By its tokens: the named pieces are exactly the document."""
     sizes = [40, 700, 5, 90, 33]
     ids, encoded = list("abcde"), [np.full(n, 10 + i, np.int32) for i, n in enumerate(sizes)]
     location = Location(str(tmp_path))
@@ -72,7 +72,7 @@ def test_bad_samples_do_not_count_and_those_in_their_place_do():
 
 
 def test_a_shard_without_a_document_keeps_the_others_in_their_chunks_and_places():
-    """One that alone fills chunks takes them with it; a shard of one document is no shard without it."""
+    """A document that alone fills row groups is removed with them. A shard of one document becomes no shard."""
     sizes = [40, 700, 5, 90, 33]
     ids, encoded = list("abcde"), [np.arange(n, dtype=np.int32) + 1000 * i for i, n in enumerate(sizes)]
     old = pq.ParquetFile(pa.BufferReader(tokens.shard(ids, encoded, 100, np.arange(50, 0, -10))))

@@ -1,4 +1,4 @@
-"""The way of a document through stages that remove what documents have in common, and through those that are not known."""
+"""Tests a document's path through stages that remove text shared by documents, and through unknown stages."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def end(made, url):
 
 
 def test_behind_what_was_cut_out_the_record_tells(made):
-    """The page is short without what all have; read again alone it would not be: that is no change of the input."""
+    """The stored page lacks the shared text, and a page that is read again has it. That isn't a change of the input."""
     told = trace.trace(made, end(made, "http://h/3"))
     assert [(step["stage"], step["did"]) for step in told["stages"]] == [
         ("read", "kept"), ("0 repeated_lines", "came through"), ("1 length", "dropped")]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The page about symptoms quotes messages that heliostat prints: each is in the code, with its values left out."""
+"""Tests that the page about symptoms quotes messages that heliostat prints: each is in the code, with its values left out."""
 
 import ast
 import difflib
@@ -17,7 +17,7 @@ MESSAGES = [quoted for quoted in re.findall(r"^\| `([^`]+)`", PAGE, re.MULTILINE
 
 @cache
 def texts() -> tuple[str, ...]:
-    """All strings of the package, each f-string as one text with a mark for every value."""
+    """Lists all strings of the package; an f-string is one text, with a mark for every value."""
     found: list[str] = []
     for path in (ROOT / "platform" / "heliostat").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

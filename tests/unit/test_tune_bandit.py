@@ -1,4 +1,4 @@
-"""PB2 learns from what the population's intervals have gained, each with the values it was trained with; HyperBand's shares."""
+"""Tests that PB2 learns from the gains of the population's intervals, each with its hyperparameters; and HyperBand's shares."""
 
 import math
 
@@ -27,7 +27,7 @@ def test_an_interval_has_the_values_that_it_was_trained_with_and_a_clone_begins_
 
 
 def population(mode: str, size: int = 24) -> list[TrialRecord]:
-    """Trials whose score grows better the nearer their rate is to 1e-3, whatever their weight decay is."""
+    """Returns trials whose score grows faster the nearer their rate is to 1e-3, for any weight decay."""
     rng, found = np.random.default_rng(0), []
     for number in range(size):
         params = {LR: 10 ** rng.uniform(-5, -1), DECAY: rng.uniform(0, 0.2)}
@@ -39,7 +39,8 @@ def population(mode: str, size: int = 24) -> list[TrialRecord]:
 
 @pytest.mark.parametrize("mode", ["min", "max"])
 def test_what_is_suggested_lies_where_the_population_gained_most(mode):
-    """Nearer to the best rate than values that explore alone, which are a decade off on average; again for the same seed."""
+    """The suggested rate is nearer to the best one than a random one, which is a decade off on average. The same seed gives the
+    same values."""
     records = population(mode)
     suggested = [pb2.suggest(records, 3, 20, SPACE, mode, np.random.default_rng(seed)) for seed in range(5)]
     assert all(s and 1e-5 <= s[LR] <= 1e-1 and 0 <= s[DECAY] <= 0.2 for s in suggested)
@@ -65,7 +66,7 @@ def test_with_one_report_there_is_nothing_to_learn_from():
 @pytest.mark.parametrize("reduction", [2, 3, 4])
 @pytest.mark.parametrize("brackets", [1, 2, 4, 6])
 def test_every_budget_is_shared_as_hyperband_shares_its_own(brackets, reduction):
-    """After any number of trials, each bracket's count is its share to within one trial."""
+    """After any number of trials, each bracket's count equals its share within one trial."""
     shares, counts = sweep.shares(brackets, reduction), [0] * brackets
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
     for number in range(120):

@@ -1,4 +1,4 @@
-"""Over a resume: Optuna knows what was tried, the schedulers what was reported, and the budget what was promised."""
+"""Tests that a resume keeps Optuna's past trials, the schedulers' reports, and the promised part of the budget."""
 
 import copy
 import json
@@ -42,24 +42,24 @@ def over(number: int, lr: float, value: float, step: int = 100, status: str = "f
 
 
 def test_optuna_goes_on_as_if_it_had_not_been_interrupted(plan) -> None:
-    """Told of trials that another command ran, it draws where they were good."""
+    """With the results of another command's trials, it draws in the good region."""
     pytest.importorskip("optuna", reason="needs optuna: pip install heliostat[tune]")
     made = plan(searcher={"name": "optuna", "seed": 1}).sweep
     resumed = searchers.make(made)
     for n in range(30):  # the lower, the better
-        resumed.told(over(n, 1e-4 * 1.16**n, float(n)))
+        resumed.observe(over(n, 1e-4 * 1.16**n, float(n)))
     drawn = [resumed.draw(30 + i)[LR] for i in range(12)]
     assert sum(lr < 1e-3 for lr in drawn) >= 10  # uninformed, half of them would be
     for number in (30, 31):
-        resumed.told(over(number, drawn[number - 30], 1.0))
-    resumed.told(TrialRecord(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
+        resumed.observe(over(number, drawn[number - 30], 1.0))
+    resumed.observe(TrialRecord(32, {LR: drawn[2]}, {LR: drawn[2]}, "failed"))
     assert resumed.draw(42) is not None
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband"])
 def test_halving_remembers_its_rungs(plan, name) -> None:
-    """A trial that is worse than those of the earlier command is stopped, one that is better goes on; HyperBand's other brackets
-    say nothing of what is good here."""
+    """A trial that is worse than those of the earlier command stops, and a better one continues. HyperBand's other brackets don't
+    count."""
     made = plan(scheduler={"name": name, "grace": 10, "reduction": 2})
     good, bad, *numbers = [n for n in range(20) if bracket(made.sweep, 100, n) == 0][:4]
     before = [over(good, 1e-3, 2.0, 10, at=1.0), over(bad, 1e-3, 3.0, 10, "pruned", at=2.0)]
@@ -91,7 +91,7 @@ def test_tokens_that_running_trials_may_still_need_are_promised(plan) -> None:
 
 
 def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
-    """It counts the hours of earlier commands, too, and is no interruption."""
+    """The budget includes the hours of earlier commands, and its end isn't an interruption."""
     made = plan(budget={"trials": 4, "hours": 2})
     state = SweepState(made, [], 1, "", 1.9 * 3600)
     state.tick()
@@ -104,7 +104,7 @@ def test_a_used_up_budget_stops_the_trials_behind_a_checkpoint(plan) -> None:
 def test_a_record_comes_back_as_it_was_written(plan) -> None:
     state = SweepState(plan(), [], 1, "", 0.0)
     donor, target = state.add(0, {LR: 1e-3}), state.add(1, {LR: 2e-3})
-    state.told("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
+    state.record_result("s-0001", {"step": 20, "value": 1.5, "scores": {"loss": 1.5}})
     state.cloned(target, donor, 10, {LR: 1.2e-3})
     (first, second) = records.read(state.folder)
     assert (first, second) == (donor, target)

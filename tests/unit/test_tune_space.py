@@ -1,4 +1,4 @@
-"""The search space: what is drawn follows from seed and number, lies within its bounds, and every corner is found."""
+"""Tests the search space: drawn values depend on seed and number, are within their bounds, and every corner is found."""
 
 import itertools
 
@@ -17,7 +17,7 @@ class Holder(Strict):
 
 
 def made(**domains) -> Space:
-    """A space; `__` stands for the dots of its keys."""
+    """Returns a space; `__` stands for the dots in its keys."""
     return validate(Holder, {"space": {k.replace("__", "."): v for k, v in domains.items()}}, "test").space
 
 

@@ -1,4 +1,4 @@
-"""The sweep file: whatever is wrong with it is one clear error before anything starts, and its plan is what it says."""
+"""Tests the sweep file: every fault is one clear error before anything starts, and the plan follows the file."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_trials_job_is_the_base_job_with_its_parameters_below_the_sweeps_folde
 
 
 def test_values_keep_their_types(tmp_path):
-    """1e-05 in YAML is a string; a model's keys are not validated as numbers."""
+    """1e-05 in YAML is a string, and a model's keys aren't validated as numbers."""
     made = plan(tmp_path, space={"model.rms_norm_eps": {"choice": [1e-05, 1e-06]}})
     assert made.job(0, {"model.rms_norm_eps": 1e-05}).model["rms_norm_eps"] == 1e-05
 
@@ -56,7 +56,7 @@ PBT = {"scheduler": {"name": "pbt", "interval": 10}}
 
 
 def test_a_space_may_hold_keys_of_an_optimizer_and_whole_ones(tmp_path):
-    """Each with the keys that it has, and with none of those that the base job's has."""
+    """Each optimizer has its own keys, and none of the base job's."""
     made = plan(tmp_path, space=OPTIMIZERS)
     drawn = {made.job(0, {"train.optimizer": choice}).train.optimizer.name for choice in OPTIMIZERS["train.optimizer"]["choice"]}
     assert drawn == {"adamw", "sgd", "rmsprop"}
@@ -66,7 +66,7 @@ def test_a_space_may_hold_keys_of_an_optimizer_and_whole_ones(tmp_path):
 
 
 def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path):
-    """Whatever the base job's optimizer: those of the space are compared."""
+    """For any optimizer of the base job: the check compares those of the space."""
     with pytest.raises(
         ConfigError, match=r"space: 'pbt' .* exp_avg, exp_avg_sq \(adamw\) and momentum_buffer \(sgd\) and square"
     ):
@@ -155,7 +155,7 @@ def test_ashas_rungs_are_where_trials_wait(tmp_path):
 
 
 def test_hyperbands_trials_begin_at_different_rungs(tmp_path):
-    """One bracket begins at each rung, one waits on none, and the most trials are in the one that stops most of them."""
+    """One bracket begins at each rung, and one has no rungs. Most trials are in the bracket that stops most of them."""
     made = plan(tmp_path, scheduler={"name": "hyperband", "grace": 10, "reduction": 3}, budget={"trials": 17})
     waits = [tuple(holds(made.sweep, made.job(n, {}), n)) for n in range(44)]
     assert set(waits) == {(10, 30, 90), (30, 90), (90,), ()}
@@ -230,7 +230,7 @@ def test_every_sweep_file_that_is_handed_out_is_right(path, monkeypatch):
 
 
 def test_a_sweep_of_an_earlier_version_goes_on_and_a_changed_one_is_refused(tmp_path):
-    """Jobs held `train.cpu_kernels` then."""
+    """Earlier jobs had `train.cpu_kernels`."""
     made = plan(tmp_path)
     then = {**made.base, "train": {**made.base["train"], "cpu_kernels": True}}
     driver._same(made, KeptTrial(sweep=made.sweep.dump(), job=then, run_id="", seconds=0.0))
@@ -240,7 +240,7 @@ def test_a_sweep_of_an_earlier_version_goes_on_and_a_changed_one_is_refused(tmp_
 
 
 def test_trials_of_a_resumed_sweep_follow_the_rules_of_those_before(tmp_path):
-    """Sweeps from before the keys were recorded stay at what there was then, also when they are resumed once more."""
+    """Sweeps from before the keys were recorded keep the values of that time, also after another resume."""
     made = plan(tmp_path)
 
     def resumed(train: dict, then: SweepPlan = made) -> SweepPlan:

@@ -1,4 +1,4 @@
-"""Carrying a learning rate: known lines and parabolas are found, and what cannot be carried is refused."""
+"""Tests the transfer of a learning rate: known lines and parabolas are found, and an impossible transfer is rejected."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""A second device: it keeps a GPU's rules, and every recipe computes the CPU's numbers on it without making the host wait."""
+"""Tests the CPU reference of a second device: it keeps a GPU's rules.
+
+Every recipe computes the CPU's numbers on it, without making the host wait.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,7 @@ def compared() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dict[str, dict[str, Any]]) -> None:
-    """Loss, gradients, scores, and pictures."""
+    """For loss, gradients, scores, and pictures."""
     row = compared[case]
     gradients, scores = (1e-3, 1e-2) if case == BF16 else (NEAR.get(case, 1e-6), 1e-6)
     assert row["gradients"] < gradients and row["scores"] < scores, row
@@ -48,7 +51,7 @@ def test_a_recipe_computes_the_cpus_numbers_on_the_twin(case: str, compared: dic
 
 @pytest.mark.parametrize("case", cases.CASES)
 def test_the_host_never_waits_in_a_micro_batch(case: str, compared: dict[str, dict[str, Any]]) -> None:
-    """No read, no synchronization, and uploads from pinned memory alone; once constants are on the device."""
+    """After the constants are on the device, there is no read, no synchronization, and no upload except from pinned memory."""
     row = compared[case]
     assert not row["waits"], f"in {row['micro_batches']} micro-batches:\n{row['waits']}"
     assert row["counts"]["upload"] >= row["micro_batches"]

@@ -1,4 +1,4 @@
-"""`heliostat run ui` takes its server with it, however it ends."""
+"""Tests that `heliostat run ui` ends its server with it, for any end of the command."""
 
 import signal
 import socket
@@ -86,7 +86,7 @@ http.server.HTTPServer(("127.0.0.1", {port}), Answer).handle_request()
 def served(
     monkeypatch: pytest.MonkeyPatch, folder: Path, port: int, code: str, verbose: bool = False
 ) -> tuple[list[str], list[str]]:
-    """Runs the command with this program as MLflow's server; what it did, in order, and the links."""
+    """Runs the command with this program as MLflow's server; returns its actions, in order, and the links."""
     done, links = list[str](), list[str]()
 
     def ready(url: str) -> None:
@@ -102,7 +102,7 @@ def served(
 
 
 def test_the_link_is_printed_once_the_server_answers(monkeypatch, tmp_path):
-    """It was printed before the server began, and who opened it found nothing."""
+    """It was printed before the server started, so a click found nothing."""
     port = free_port()
     done, links = served(monkeypatch, tmp_path, port, LISTENING.format(late=0.5, port=port))
     assert done == ["keys", "answered", "link"] and links == [f"http://127.0.0.1:{port}/"]
@@ -110,7 +110,7 @@ def test_the_link_is_printed_once_the_server_answers(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("verbose", [False, True])
 def test_the_output_of_mlflows_server_is_in_a_file_unless_it_is_asked_for(monkeypatch, tmp_path, capfd, verbose):
-    """Its notices came between heliostat's lines; an error names the file."""
+    """The server's messages came between heliostat's lines. An error names the file."""
     code = "import sys; print('notice', flush=True); sys.exit('fault')"
     with pytest.raises(HeliostatError, match="Its output is above" if verbose else "Read its output in .*server.log") as e:
         served(monkeypatch, tmp_path, free_port(), code, verbose)
@@ -126,7 +126,8 @@ def test_a_port_that_the_system_chooses_is_in_the_link(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_of_two_starts_on_one_port_the_second_fails_and_names_the_port(monkeypatch, tmp_path, code):
-    """Both saw the port free. The second one's server ended with 0, and so did the command; the first one's answers there."""
+    """Both found the port free. The second one's server ended with 0, and so did the command, while the first one's server
+    answered."""
     port = free_port()
     first = (
         f"import http.server; http.server.HTTPServer(('127.0.0.1', {port}), http.server.BaseHTTPRequestHandler).serve_forever()"

@@ -1,4 +1,4 @@
-"""`heliostat run verify`: a run that trained on what it had to passes, and any other is found out, with its first wrong step."""
+"""Tests `heliostat run verify`: a run passes if it trained on the right samples; any other fails, with its first wrong step."""
 
 import dataclasses
 import itertools
@@ -44,14 +44,14 @@ def made(sources: list[Manifest], tmp_path_factory: pytest.TempPathFactory) -> R
 
 @pytest.fixture(scope="module")
 def changed(sources: list[Manifest], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose data was changed once: other sources and another seed from step CHANGE on."""
+    """Returns a run whose data was changed once: it has other sources and another seed from step CHANGE on."""
     second = dataclasses.replace(make_plan(sources[1], seed=9), mix=((CHANGE, (1.0,)),))
     return Run(tmp_path_factory.mktemp("changed") / "run", make_plan(*sources), second)
 
 
 @pytest.fixture
 def run(made: Run, tmp_path: Path) -> Run:
-    """A right run of its own for each test."""
+    """Returns a separate valid run for each test."""
     return copied(made, tmp_path)
 
 
@@ -76,27 +76,27 @@ def right(steps: int, batch: int = 8) -> dict[str, Any]:
 
 
 def test_a_right_run_verifies(run):
-    """Two sources, more than an epoch of one, receipts that end within rounds, the last one too."""
+    """Two sources, more than an epoch of one of them, and receipts that end within rounds, including the last one."""
     assert verify.verify(run.location) == right(23)
 
 
 @pytest.mark.parametrize("shape", [Shape(8, 8, 1, 8), Shape(8, 2, 3, 24), Shape(6, 3, 4, 16), Shape(4, 1, 5, 100)], ids=str)
 @pytest.mark.parametrize("steps", [1, 5, 14])
 def test_it_verifies_whatever_the_cut(sources, tmp_path, shape, steps):
-    """Rounds within windows, windows within rounds, neither a multiple of the other."""
+    """Rounds within windows, windows within rounds, and neither a multiple of the other."""
     made = Run(tmp_path / "run", dataclasses.replace(make_plan(*sources), shape=shape), cuts=(0, steps))
     assert verify.verify(made.location) == right(steps, shape.batch)
 
 
 def test_a_run_whose_data_was_changed_verifies(changed_run):
-    """Each step against the segment it is in; a checkpoint of the old data that lies beyond the change says nothing."""
+    """Each step is compared with its segment. A checkpoint of the old data after the change doesn't count."""
     assert verify.verify(changed_run.location) == right(23)
     changed_run.checkpoint(22, chain="00", data_digest=changed_run.plans[0].digest)
     assert verify.verify(changed_run.location) == right(23)
 
 
 def test_a_run_with_bad_samples_verifies(sources, tmp_path):
-    """Tokens outside the vocabulary: what took their places is what is checked, counted, and no repetition."""
+    """Some tokens are outside the vocabulary. The replacements are checked and counted, and don't count as repetitions."""
     small = [
         manifest.write(Location(str(tmp_path / s.location.name)), s.chunks.to_pylist(), {"kind": "tokens", "vocab_size": 59_000})
         for s in sources
@@ -112,14 +112,14 @@ def test_a_run_with_bad_samples_verifies(sources, tmp_path):
 
 
 def test_receipts_may_overlap_if_they_agree(run):
-    """What a run leaves that went on from an older checkpoint, with checkpoints at other steps."""
+    """A run that resumed from an older checkpoint leaves such receipts, with checkpoints at other steps."""
     for first, end in ((0, 7), (3, 16), (10, 22)):
         run.receipt(first, end)
     assert verify.verify(run.location) == right(23)
 
 
 def test_a_torn_checkpoint_says_nothing(run):
-    """Without a whole checkpoint.json it does not exist, so nothing is lost."""
+    """Without a complete checkpoint.json, the checkpoint doesn't exist, so nothing is lost."""
     layout.folder(run.location, 40).join(layout.INDEX).write(b"{}")
     assert verify.verify(run.location) == right(23)
 
@@ -129,7 +129,7 @@ def test_a_torn_checkpoint_says_nothing(run):
 
 @pytest.mark.parametrize("step", range(CUTS[-1]))
 def test_a_changed_digest_is_found_at_its_step(run, step):
-    """Whichever step it is: that one is named, the others are right, and the chain is not blamed."""
+    """For any step: the report names that step, the others are right, and the chain isn't reported as wrong."""
     end = next(c for c in CUTS if c > step)
     first = CUTS[CUTS.index(end) - 1]
     steps = [wrong(d) if s == step else d for s, d in enumerate(run.digests[first:end], first)]
@@ -148,7 +148,7 @@ def test_a_changed_digest_is_found_at_its_step(run, step):
 @pytest.mark.parametrize("source", [0, 1])
 @pytest.mark.parametrize("token", [0, LENGTH - 1])
 def test_a_token_that_was_not_the_datasets_is_found(sources, tmp_path, source, token):
-    """A run that trained on one sample with one token changed: the step that brought this sample is named."""
+    """For a run that trained on one sample with one changed token, the report names the step with this sample."""
     order = open_dataset(make_plan(*sources)).order
     there = order.locate(order.step(6).ravel())
     i = int(np.flatnonzero(there.source == source)[0])
@@ -165,7 +165,7 @@ def test_a_token_that_was_not_the_datasets_is_found(sources, tmp_path, source, t
 
 @pytest.mark.parametrize(("first", "end"), [*itertools.pairwise(CUTS)])
 def test_a_missing_receipt_is_lost_samples(run, first, end):
-    """Also the last one, because a checkpoint lies beyond; the chain behind the gap is still checked, and right."""
+    """This includes the last one, because a checkpoint follows it. The chain after the gap is still checked, and is right."""
     run.file(end).delete()
     assert run.difference() == (first, "receipt")
     report = verify.verify(run.location)
@@ -175,7 +175,7 @@ def test_a_missing_receipt_is_lost_samples(run, first, end):
 
 
 def test_a_run_is_as_long_as_its_receipts(run):
-    """Without the last receipt and the checkpoint beyond, it is a right run of fewer steps."""
+    """Without the last receipt and the checkpoint after it, it is a valid run of fewer steps."""
     run.file(23).delete()
     layout.folder(run.location, 23).delete()
     assert verify.verify(run.location) == right(20)
@@ -183,7 +183,7 @@ def test_a_run_is_as_long_as_its_receipts(run):
 
 @pytest.mark.parametrize("end", CUTS[1:])
 def test_a_wrong_chain_is_found_at_its_link(run, end):
-    """In a receipt: the link's last step is named, and all digests are right."""
+    """The fault is in a receipt: the report names the link's last step, and all digests are right."""
     run.receipt(CUTS[CUTS.index(end) - 1], end, chain=wrong(run.chains[end]))
     assert run.difference() == (end - 1, "chain")
     assert verify.verify(run.location)["steps"] == 23
@@ -191,7 +191,7 @@ def test_a_wrong_chain_is_found_at_its_link(run, end):
 
 @pytest.mark.parametrize("step", [20, 23])
 def test_a_checkpoint_whose_chain_is_another_is_found(run, step):
-    """It was saved by a run that trained on something else."""
+    """A run that trained on other samples saved it."""
     run.checkpoint(step, chain=wrong(run.chains[step]))
     report = verify.verify(run.location)
     assert report["first_difference"]["where"] == f"checkpoint {step}" and run.difference() == (step - 1, "chain")
@@ -199,13 +199,13 @@ def test_a_checkpoint_whose_chain_is_another_is_found(run, step):
 
 @pytest.mark.parametrize("step", range(3, 16))
 def test_overlapping_receipts_that_disagree_are_found(run, step):
-    """A stale file beside the newer ones: the step at which it says another thing."""
+    """An outdated file is next to the newer ones: the report names the step at which they differ."""
     run.receipt(3, 16, steps=[wrong(d) if s == step else d for s, d in enumerate(run.digests[3:16], 3)])
     assert run.difference() == (step, "digest")
 
 
 def test_the_first_of_several_faults_is_named(run):
-    """By step, whatever their kinds and the files they are in."""
+    """The first by step, for any kinds and files."""
     run.checkpoint(23, chain="00")
     assert run.difference() == (22, "chain")
     run.file(20).delete()
@@ -218,7 +218,7 @@ def test_the_first_of_several_faults_is_named(run):
 
 @pytest.mark.parametrize("step", [CHANGE - 1, CHANGE, 22])
 def test_a_fault_of_a_changed_run_is_found(changed_run, step):
-    """In the old segment's last step, in the new one's first, and at the end."""
+    """In the last step of the old segment, in the first of the new one, and at the end."""
     end = next(c for c in CUTS if c > step)
     first = CUTS[CUTS.index(end) - 1]
     changed_run.receipt(first, end, steps=[*changed_run.digests[first:step], "00", *changed_run.digests[step + 1 : end]])
@@ -232,7 +232,7 @@ def test_a_receipt_of_other_data_is_found(changed_run):
 
 
 def test_a_damaged_receipt_is_named(run):
-    """Cut short, or another file's content: one line with the file."""
+    """Truncated, or with another file's content: one line has the file."""
     whole = run.file(10).read()
     for content in (whole[:50], b"[]", b"{}", b"\xff"):
         run.file(10).write(content)
@@ -253,7 +253,8 @@ def test_a_run_without_receipts_says_so(run):
 
 @every_seed(20)
 def test_repeated_samples_are_counted(seed):
-    """As a plain count of each epoch's places says, however they are cut into units; the same sample in two epochs is none."""
+    """The number equals a plain count of each epoch's places, for any split into units. The same sample in two epochs isn't a
+    repetition."""
     rng = np.random.default_rng(seed)
     counts = [rng.integers(0, 30, 6), rng.integers(1, 9, 3)]
     splits = [Split(n, np.zeros_like(n), np.zeros_like(n)) for n in counts]
@@ -272,7 +273,7 @@ def test_repeated_samples_are_counted(seed):
 
 
 def test_an_order_that_repeats_a_sample_is_found(sources, tmp_path, monkeypatch):
-    """Even if the run trained on just what that order says: the receipts are right, the run is not."""
+    """The run trained on exactly that order, so the receipts are right, but the run is wrong."""
     locate = Order.locate
 
     def faulty(self: Order, positions: np.ndarray) -> SamplePlaces:
@@ -291,7 +292,7 @@ def test_an_order_that_repeats_a_sample_is_found(sources, tmp_path, monkeypatch)
 
 
 def test_a_windows_chunks_are_read_about_once(sources, tmp_path, monkeypatch):
-    """Units are of a window or more, and cover each step once, in order."""
+    """Units have at least one window, and cover each step once, in order."""
     made = Run(tmp_path / "run", dataclasses.replace(make_plan(*sources), shape=Shape(4, 1, 1, 32)), cuts=(0, 40))
     loads = []
     load = Dataset.load
@@ -305,7 +306,7 @@ def test_a_windows_chunks_are_read_about_once(sources, tmp_path, monkeypatch):
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error)"""
+    """Runs the command; returns (exit code, standard output, standard error)."""
     monkeypatch.setattr(sys, "argv", ["heliostat", *arguments])
     with pytest.raises(SystemExit) as e:
         main()
@@ -313,7 +314,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arg
 
 
 def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
-    """Exit code 0, one line, nothing on standard error; --json prints the report."""
+    """Exit code 0, one line, and nothing on standard error. --json prints the report."""
     code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location))
     assert (code, err) == (0, "") and out == (
         "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
@@ -323,7 +324,7 @@ def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
 
 
 def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
-    """Exit code 1 and one line that names the first differing step; with --json the report is printed all the same."""
+    """Exit code 1, and one line with the first differing step. With --json, the report is printed, too."""
     run.receipt(3, 10, steps=[*run.digests[3:7], "00", *run.digests[8:10]])
     code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     told = json.loads(out)
@@ -337,7 +338,7 @@ def test_the_command_fails_on_a_wrong_run(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [("run", "verify"), ("run", "samples", "--step", "1")], ids=lambda a: a[1])
 def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, arguments):
-    """Bad input, with what to give instead."""
+    """Such a folder is bad input, and the error has an alternative."""
     code, out, err = command(monkeypatch, capsys, *arguments, str(tmp_path))
     assert (code, out) == (2, "") and err == (
         f"error: {tmp_path}: isn't a run (no checkpoints, no receipts). Pass a run id, or a run's folder STORAGE/NAME\n"
@@ -345,7 +346,8 @@ def test_a_folder_that_holds_no_run_is_one_line(tmp_path, monkeypatch, capsys, a
 
 
 def rows_run(tmp_path: Path, versions: list[int | None]) -> tuple[Location, Manifest]:
-    """A run of a dataset of rows, a receipt of each version (None: of version 1, which says none) for every four steps."""
+    """Writes a run of a dataset of rows, with a receipt of each version for every four steps (None: version 1, which has no
+    version field)."""
     rows = []
     for s in range(3):
         columns = {"caption": [f"{s}:{i}" for i in range(100)], "image": [None if i % 7 == 0 else bytes([i]) for i in range(100)]}
@@ -372,7 +374,7 @@ def rows_run(tmp_path: Path, versions: list[int | None]) -> tuple[Location, Mani
 
 @pytest.mark.parametrize("versions", [[None], [2], [None, None, 2], [None, 2, None], [1, 2]], ids=str)
 def test_each_receipt_is_checked_by_its_own_version(tmp_path, versions):
-    """A run of rows that went on under a newer heliostat, or again under an older one, verifies; the chain too."""
+    """A run of rows that resumed with a newer heliostat, or again with an older one, passes, and so does the chain."""
     run, _ = rows_run(tmp_path, versions)
     report = verify.verify(run)
     assert report["ok"] and report["steps"] == 4 * len(versions) and report["lost"] == 0
@@ -380,7 +382,7 @@ def test_each_receipt_is_checked_by_its_own_version(tmp_path, versions):
 
 @pytest.mark.parametrize("gap", [1, 2, 3])
 def test_a_gap_between_versions_breaks_no_chain(tmp_path, gap):
-    """Steps without a receipt are computed by the version of the receipt before them."""
+    """The version of the receipt before a gap computes the steps in the gap."""
     run, _ = rows_run(tmp_path, [2, None, None, None, 2, 2])
     run.join("receipts", f"step-{4 * gap + 4:08d}.json").delete()
     report = verify.verify(run)

@@ -1,7 +1,7 @@
-"""vLLM as the other engine: when it answers, and what is asked of it, held against its own classes where it is installed.
+"""Tests vLLM as the other engine: when it is used, and its requests, checked against its own classes if it is installed.
 
-No GPU runs it here: what it answers is played by a stand-in of its two classes, which records what it is asked and answers by the
-real model's likeliest tokens.
+No GPU runs vLLM here. A replacement of its two classes records the requests, and answers with the real model's most likely
+tokens.
 """
 
 import asyncio
@@ -70,7 +70,7 @@ def test_a_model_that_vllm_has_not_is_answered_by_transformers_or_refused(model,
 
 
 def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
-    """And those of versions that had one engine are gone on with by that."""
+    """An answer from a version with one engine resumes with that engine."""
     old, new = BatchSettings(), BatchSettings(engine="vllm")
     assert "engine" not in old.identity and new.identity["engine"] == "vllm"
     for first, then in ((old, new), (new, old)):
@@ -117,7 +117,7 @@ def test_vllms_own_class_of_an_engine_has_every_key(model):
 
 
 class Likeliest:
-    """Stands for vLLM: the likeliest tokens of the model that it is made with, up to one that ends, which is among them."""
+    """Replaces vLLM: returns the most likely tokens of its model, up to and including an end token."""
 
     def __init__(self, model: str, **asked: Any) -> None:
         self.asked, self.model = asked, transformers.AutoModelForCausalLM.from_pretrained(model).eval()
@@ -157,7 +157,7 @@ class Streaming(Likeliest):
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """The two modules that are imported of vLLM."""
+    """Replaces the two modules that are imported from vLLM."""
     made, request = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request")
     keys = {"max_tokens": 16, "temperature": 1.0, "top_p": 1.0, "seed": None, "stop_token_ids": [], "logprobs": None,
             "prompt_logprobs": None, "detokenize": True}  # fmt: skip
@@ -173,7 +173,7 @@ def vllm(monkeypatch):
 
 
 def test_what_is_made_of_its_tokens_is_what_the_other_engine_answers(model, vllm):
-    """Continuations with their ends, scores, and inputs that are bad, of one piece in one call."""
+    """Continuations with their ends, scores, and bad inputs, of one piece in one call."""
     options = {"max_tokens": 6, "temperature": 0.0}
     asked = [*PROMPTS, Input("a " * 200, 0)]
     ours, theirs = (loading.engine(model, "continue", 4, options, by) for by in ("transformers", "vllm"))
@@ -234,7 +234,8 @@ def test_texts_are_not_embedded_where_vllm_answers(model, vllm):
 
 
 def test_what_vllm_is_made_with_asks_no_hub_and_tells_nobody(model, monkeypatch):
-    """A folder's name is never one of a hub; weights that name no precision are fp32, as everywhere; nothing is told home."""
+    """A folder's name is never taken for one of the Hub, weights without a precision are fp32, as everywhere, and vLLM sends no
+    usage data."""
     monkeypatch.chdir(model.parent)
     asked = vllm_engine.engine_options(Path(model.name), transformers.LlamaConfig(), None, 1)
     assert asked["model"] == str(model) and asked["dtype"] == "float32"

@@ -1,4 +1,4 @@
-"""`docs.site.walk` runs a page's commands, compares their output with the page, and refreshes it."""
+"""Tests that `docs.site.walk` runs a page's commands, compares their output with the page, and refreshes it."""
 
 import pytest
 

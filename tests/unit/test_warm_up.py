@@ -1,4 +1,4 @@
-"""What the end of a run imports is imported beside its last evaluation, and never in the way of the run."""
+"""Tests that modules for the end of a run are imported during its last evaluation, without delaying the run."""
 
 from heliostat.recipes.text.causal_lm import CausalLM
 from heliostat.training.driver.finalize import WarmUp

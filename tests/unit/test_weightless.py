@@ -1,6 +1,5 @@
-"""Models that are built without weights have the shape of those with them, and take no memory for weights until they get it on
-the device that trains.
-"""
+"""Tests models that are built without weights: they have the same shapes, and take no memory for weights before these are on the
+training device."""
 
 import random
 import weakref
@@ -20,7 +19,7 @@ from tests.unit.build_job import BASE, job
 
 
 class Group:
-    """Stands for torch.distributed in a worker. `sent`: bytes that went to the others."""
+    """Replaces torch.distributed in a worker. `sent`: bytes that went to the others."""
 
     def __init__(self, rank: int, world: int = 8) -> None:
         self.rank, self.world, self.sent = rank, world, 0
@@ -39,7 +38,7 @@ class Group:
 
 @pytest.fixture
 def worker(monkeypatch):
-    """Makes this process a worker of some, which waits for no other."""
+    """Makes this process one of several workers, without waiting for the others."""
 
     def made(rank: int, world: int = 8) -> Group:
         group = Group(rank, world)
@@ -52,7 +51,8 @@ def worker(monkeypatch):
 
 
 def test_one_of_eight_workers_of_a_node_has_the_weights_in_host_memory(worker, monkeypatch):
-    """All had, in fp32: 8 x 32 GB of a model of 8 billion parameters. What is sent is in the precision that trains."""
+    """Before, all workers had them in fp32: 8 x 32 GB for a model of 8 billion parameters. They are sent in the training
+    precision."""
     made, held = job(**{"train.zero.stage": 1, "train.precision": "bf16"}), dict[int, int]()
     build = building.build
 
@@ -74,7 +74,7 @@ def test_one_of_eight_workers_of_a_node_has_the_weights_in_host_memory(worker, m
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "tied", "shards", "bf16"])
 def test_the_first_worker_reads_a_folder_tensor_by_tensor(kind, alone, worker, monkeypatch, tmp_path):
-    """It had all of them in fp32. One that is alone does so too."""
+    """It held all of them in fp32. A single worker does the same."""
     torch.manual_seed(4)
     written = CausalLM(job(**{"model.tie_word_embeddings": kind == "tied"})).build()
     if kind == "bf16":
@@ -102,7 +102,7 @@ def test_the_first_worker_reads_a_folder_tensor_by_tensor(kind, alone, worker, m
 
 
 def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker, caplog, tmp_path):
-    """Its experts have a name each in the folder, and are stacked in the model."""
+    """In the folder, each expert has its own name; in the model, experts are stacked. The log reports this."""
     given = {**BASE["model"], "arch": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
     torch.manual_seed(4)
     CausalLM(job(model=given)).build().save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker,
 
 @pytest.mark.parametrize("fault", ["cut", "renamed", "adapter"])
 def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, worker, tmp_path):
-    """Which says what is wrong, or does what else there is to do."""
+    """The library raises its own error, or handles the folder in its own way."""
     CausalLM(job()).build().save_pretrained(tmp_path)
     made = job(model={"pretrained": str(tmp_path)}, **{"train.zero.stage": 1})
     with weightless.building() as noted:
@@ -139,7 +139,7 @@ def test_a_folder_that_is_not_as_it_should_be_is_left_to_the_library(fault, work
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "mixtral", "qwen3"])
 def test_a_model_without_weights_is_shaped_as_one_with_them(arch):
-    """Names, shapes, tied weights, and buffers, which have their values."""
+    """Compares names, shapes, tied weights, and buffers, which have their values."""
     given = {"arch": arch, "vocab_size": 96, "tie_word_embeddings": True}
     given |= (
         {"n_embd": 32, "n_layer": 2, "n_head": 4} if arch == "gpt2" else {k: v for k, v in BASE["model"].items() if k != "arch"}
@@ -177,7 +177,7 @@ def test_image_models_are_built_without_weights_too(tmp_path):
 
 
 def test_the_first_workers_weights_are_sent_as_they_are_drawn(worker):
-    """In the precision that trains; the host's copy in fp32 is given up as they are sent."""
+    """They are sent in the training precision, and the host's copy in fp32 is freed meanwhile."""
     made = job(**{"train.zero.stage": 1, "train.precision": "bf16"})
     worker(0)
     torch.manual_seed(made.train.seed)
@@ -189,7 +189,7 @@ def test_the_first_workers_weights_are_sent_as_they_are_drawn(worker):
 
 
 class Own(Recipe):
-    """Makes two layers, and something beside them."""
+    """Builds two layers, and another value."""
 
     kind = "rows"
     batch = loss = None
@@ -235,7 +235,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("beside", BESIDE)
 def test_what_a_build_makes_of_weights_is_found(beside, worker):
-    """It would be another thing on each worker, or have no values."""
+    """Such a value would differ between workers, or would have no content."""
     more, why = BESIDE[beside]
     made, group = job(**{"train.zero.stage": 1}), worker(0)
     making = first_weights._Making(made, Own(made, more))
@@ -247,7 +247,8 @@ def test_what_a_build_makes_of_weights_is_found(beside, worker):
 
 
 def test_other_workers_have_no_weights_of_a_build_of_ones_own(worker, monkeypatch):
-    """Each had all in fp32. What does not work without weights is built in turns: see test_first_weights.py."""
+    """Before, each worker had all weights in fp32. A build that doesn't work without weights runs on one worker after another:
+    see test_first_weights.py."""
     made = job(**{"train.zero.stage": 1})
     worker(1)
     send, held = first_weights._Making.send, []

@@ -1,4 +1,4 @@
-"""What the processes of a run send each other: plain values come back as they were, and no bytes of a peer's make code run."""
+"""Tests the messages between a run's processes: plain values are restored, and no bytes from a peer make code run."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_errors_come_back_as_the_class_that_the_driver_decides_by(error, kind, a
 
 
 def test_the_rank_whose_error_it_is_arrives_at_the_other_ranks():
-    """Else each names its own rank, and one broken device is taken for many."""
+    """Otherwise each rank names itself, and one broken device is taken for many."""
     error = errors.WorkerError("worker 3: CUDA error: an illegal memory access was encountered")
     error.rank = 3
     again = wire.unpack(wire.pack(RankOutcome(error=error, rank=3))).error
@@ -107,7 +107,7 @@ def test_what_is_not_plain_is_refused_where_it_is_sent(value: Any):
 
 
 def test_bytes_of_a_peer_make_no_code_run(tmp_path):
-    """A pickle is not decoded; a type is made only if it is registered, an error only if it is one of heliostat's."""
+    """A pickle isn't decoded. A type is created only if it is registered, and an error only if it is one of heliostat's."""
 
     class Bomb:
         def __reduce__(self) -> Any:
@@ -137,7 +137,7 @@ def test_a_message_has_a_largest_size(monkeypatch):
 
 
 def test_no_module_unpickles_what_peers_or_stores_have_written():
-    """torch's collectives of objects do, too. The one that may looks at its own process's bytes alone."""
+    """torch's collectives of objects use pickle, too. The only exception reads bytes of its own process."""
     calls = re.compile(
         r"pickle\.loads?\b|from pickle|Unpickler|(gather|broadcast|scatter|send|recv)_object|allow_pickle=True|weights_only=False"
     )

@@ -1,4 +1,4 @@
-"""The work folder: what is spilled is as its name says or is made again, and no column of it ends at 2 GiB."""
+"""Tests the work folder: a spill that doesn't match its name is written again, and no column of it is limited to 2 GiB."""
 
 import importlib
 import pkgutil
@@ -28,7 +28,7 @@ def spilled(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_truncated_spill_is_made_again(tmp_path, size):
-    """A machine that lost its power leaves a file's name without all of its bytes."""
+    """A machine that lost its power may leave a file's name without all of its bytes."""
     found, _ = curate(tmp_path, texts(), STAGES)
     cut = tmp_path / "spill" / found.runs[2].name
     whole = cut.read_bytes()
@@ -72,7 +72,7 @@ def schemas() -> list[tuple[str, pa.Schema]]:
 
 
 def test_no_column_of_a_spill_has_offsets_of_32_bits():
-    """Tables are joined and sorted; a column of more than 2 GiB then fails, at every restart."""
+    """Tables are joined and sorted, and a column of more than 2 GiB would then fail, at every restart."""
     found = schemas()
     assert len(found) >= 10
     narrow = [f"{name}: {f.name}" for name, schema in found for f in schema if f.type in (pa.string(), pa.binary())]
@@ -88,7 +88,7 @@ def test_files_of_datasets_keep_narrow_strings_where_these_are_enough(tmp_path, 
 
 
 def test_the_list_of_what_was_left_out_is_written_by_a_task_for_each_range_of_hashes(tmp_path, monkeypatch):
-    """One task for all of it held every id. Readers find several files under the same name."""
+    """A single task held every id. Readers find several files under the same name."""
     given = {f"{i:05d}": "" if i % 2 else "words that stay" for i in range(500)}
     found, here = curate(tmp_path / "work", given, [{"stage": "length", "min_words": 2}])
     out = segment.Spiller(here.work.spill, 1 << 20)
@@ -124,7 +124,7 @@ def test_long_columns_count_as_what_a_run_holds(tmp_path):
 
 @pytest.mark.slow
 def test_ids_of_more_than_two_gib_are_listed(tmp_path):
-    """About 8 GB of memory."""
+    """Needs about 8 GB of memory."""
     out = segment.Spiller(Location(str(tmp_path / "work" / "spill")), 1 << 20)
     for i in range(2300):
         out.leave_out(f"{i:04d}" + "x" * (1 << 20), segment.READ, "empty", "")

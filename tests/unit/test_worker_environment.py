@@ -1,4 +1,4 @@
-"""What a training worker's environment promises: memory that a step frees is there for the next one, in whichever thread."""
+"""Tests a training worker's environment: the next step reuses memory that a step freed, in any thread."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ thread.join()
 
 
 def faults(settings: dict[str, str]) -> int:
-    """Page faults of ten steps in a thread, of 18,688 pages each."""
+    """Returns the page faults of ten steps in a thread, with 18,688 pages each."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | settings
     done = subprocess.run([sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout)

@@ -1,4 +1,5 @@
-"""Workers forked from a fork server: the launcher's command runs in a fork as it would run by itself, or by itself."""
+"""Tests workers that are forked from a fork server: the launcher's command runs in a fork as in a process of its own, or in such
+a process."""
 
 from __future__ import annotations
 
@@ -82,7 +83,7 @@ def test_all_other_commands_of_the_launcher_run_with_python_itself(forks):
 
 
 def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_more_is_ray_s_own_business(forks, tmp_path):
-    """As Ray starts a worker with a runtime environment: through a script of its own, which gets both in its arguments."""
+    """Ray starts a worker with a runtime environment through its own script, which gets both in its arguments."""
     (tmp_path / "setup_worker.py").write_text("print('{\"set_up\": true}')")
 
     def answer(**context: Any) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def test_a_runtime_environment_of_variables_is_applied_and_one_that_asks_for_mor
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_a_worker_ends_with_its_server_whatever_it_does_and_leaves_no_process(forks, tmp_path, killed):
-    """The server ends when the process that started it ends, however that ends: its standard input is a pipe from there."""
+    """The server ends with the process that started it, for any end of that process: its standard input is a pipe from there."""
     (tmp_path / start.ENTRY).write_text(STUBBORN)
     command = [str(forks.launcher), str(tmp_path / start.ENTRY)]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as asking:
@@ -136,7 +137,7 @@ def test_the_fork_server_is_used_with_tested_versions_of_ray_unless_switched_off
 
 
 def test_all_modules_that_are_imported_ahead_are_there():
-    """One that has moved would be imported by each worker again."""
+    """Otherwise each worker would import a moved module again."""
     archs = {"CausalLM": "llama", "Embedder": "bert", "ImageEmbedder": "clip"}
     of_recipes = (built_in.modules(f"heliostat.recipes:{name}", {"arch": archs.get(name)}) for name in recipes.__all__)
     names = {*training.AHEAD, *tune.AHEAD}.union(*of_recipes)

@@ -1,9 +1,9 @@
-"""Runs a job with faults, one after another, and compares each run with the same job's unbroken run.
+"""Runs a job once per fault, and compares each run with a run of the same job without faults.
 
     rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
 
-Every run is a `heliostat train` of its own, on a private Ray of this machine, with the job's own settings but for its name,
-storage and MLflow store, which lie in the work folder: `FAULT/` with the run, `FAULT.log` with its output.
+Each run is a separate `heliostat train` on a private Ray of this machine. It has the job's settings, except for its name,
+storage, and MLflow store. These are in the work folder, with a fault's files in `FAULT/` and its run's output in `FAULT.log`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 
-RUN_S = 1800.0  # the longest that one run may take
+RUN_S = 1800.0  # maximum seconds of a run
 
 
 @dataclass(frozen=True)
 class Unbroken:
     loss: float
     checkpoint_bytes: int
-    late_s: float  # from its last step to its end
+    late_s: float  # seconds from its last step to its end
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def chaos(
     work: Path | None = None,
     report: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[dict[str, object]], list[str]]:
-    """Runs the job once without faults and once per fault; returns (a row per fault, what is wrong).
+    """Runs the job once without faults and once per fault; returns (a row per fault, the problems of all runs).
 
-    `report` is called with a description of each stage. ConfigError before anything starts.
+    `report` gets a description of each stage. ConfigError, before anything starts, if the job or a fault isn't suitable.
     """
     faults = choose(names)
     job_given = check.load_job(path, settings)
@@ -123,7 +123,7 @@ def choose(names: list[str]) -> list[Fault]:
 
 
 def _unbroken(it: Chaos) -> Unbroken:
-    """Runs the job without faults, or resumes the earlier such run of the same job and data."""
+    """Runs the job without faults, or resumes an earlier such run of the same job and data."""
     same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
@@ -137,7 +137,7 @@ def _unbroken(it: Chaos) -> Unbroken:
 
 
 def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object], list[str]]:
-    """Runs the job with a fault; returns the fault's row, and what is wrong with the run."""
+    """Runs the job with a fault; returns (the fault's row, the run's problems)."""
     job, folder = it.checked.job, it.work / fault.name
     folder.mkdir(exist_ok=True)
     random_ = rng(it.seed, fault.name)
@@ -160,7 +160,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object]
             command.arguments = [*arguments[:-1], "--resume"]
             command.start()
             code = command.wait(RUN_S)
-            scene.cured = time.time() if fault.late else None  # no step is left to make
+            scene.cured = time.time() if fault.late else None  # no step is left that could show it
         if code:
             raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}. Read {command.log}")
         return _compare(it, fault, scene, command, whole)
@@ -180,7 +180,7 @@ def _compare(it: Chaos, fault: Fault, scene: Scene, command: Command, whole: Unb
 
 
 def _logged(tracking: str, run_id: str) -> list[int]:
-    """Lists the steps whose loss MLflow holds."""
+    """Lists the steps that have a loss in MLflow."""
     from mlflow import MlflowClient
 
     return sorted(m.step for m in MlflowClient(tracking_uri=tracking).get_metric_history(run_id, "train/loss"))

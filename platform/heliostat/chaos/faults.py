@@ -1,7 +1,7 @@
 """Defines the faults: each has a preparation (`prepare`) and an action at the chosen step of the run (`strike`).
 
-None of them reaches into the training code: they send signals to processes, damage files, stop servers and fill disks. `FAULTS`
-lists them all; one that this machine cannot inject gives the reason (`unable`).
+No fault changes the training code. Faults send signals to processes, damage files, stop servers, and fill disks. `FAULTS` lists
+them all. If this machine can't inject a fault, its `unable` returns the reason.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from heliostat.storage.locations import Location
 from heliostat.tracking import logger
 from heliostat.validation.check import Checked
 
-SEEING_S = 120.0  # for a run to come upon the fault
-KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto takes any
-MODEL = "heliostat-chaos"  # what is registered where a fault needs that
-ROOM_LEFT = 64 << 10  # bytes that a full disk still has: for a receipt, not for a checkpoint
+SEEING_S = 120.0  # seconds for a fault to affect the run
+KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto accepts any
+MODEL = "heliostat-chaos"  # name of the registered model, for faults that need one
+ROOM_LEFT = 64 << 10  # free bytes on a full disk: enough for a receipt, not for a checkpoint
 
 
 @dataclass
@@ -50,21 +50,21 @@ class Scene:
 
     checked: Checked
     folder: Path
-    at: float  # the step at which the fault strikes, and how far into the next one
+    at: float  # the step after which the fault strikes, plus a fraction of the next step
     rate: float
     random: random.Random
-    stack: ExitStack  # of what is to be undone after the run
+    stack: ExitStack  # undoes the fault's changes after the run
     storage: Location
     tracking: str
-    checkpoint_bytes: int  # of a checkpoint of the unbroken run
-    late_s: float  # how long the unbroken run took from its last step to its end
+    checkpoint_bytes: int  # of the largest checkpoint of the unbroken run
+    late_s: float  # seconds of the unbroken run from its last step to its end
     name: str = ""
-    tool: Any = None  # what `prepare` made for `strike`
+    tool: Any = None  # the result of `prepare`, for `strike`
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
-    struck: float = 0.0
-    seen: float | None = None  # when it had an effect, and when that was over, where only the fault itself can tell
-    cured: float | None = None
+    struck: float = 0.0  # wall-clock time of the fault
+    seen: float | None = None  # time of its first effect, if only the fault's own code can know it
+    cured: float | None = None  # time when its effect was over, likewise
 
     @property
     def run(self) -> Location:
@@ -86,10 +86,10 @@ class Fault:
     strike: Callable[[Scene, Command], None]
     prepare: Callable[[Scene], object] = _nothing
     unable: Callable[[Job], str | None] = _can
-    notice: str = ""  # what the run's command says when it has seen it; else an attempt's end tells
-    cured: str = ""  # and when it is over; else the next new step tells
-    submitted_again: bool = False  # it ends the command
-    late: bool = False  # it strikes after the last step
+    notice: str = ""  # the command's output when the run notices the fault; if empty, an attempt's end shows it
+    cured: str = ""  # the command's output when the fault is over; if empty, the next new step shows it
+    submitted_again: bool = False  # the fault ends the command, which is then submitted again
+    late: bool = False  # the fault strikes after the last step
 
 
 # processes -----------------------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """Makes the run register its model, so that there is more to do after its last step."""
+    """Makes the run register its model, so that more work follows its last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
 def kill_driver_late(scene: Scene, command: Command) -> None:
     """Kills the driver at a random moment between the last checkpoint and the command's end.
 
-    The moment is drawn from as long as the unbroken run took from its last step to its end.
+    The delay is at most the seconds of the unbroken run from its last step to its end.
     """
     last = layout.folder(scene.run, scene.checked.job.last_step).join(layout.INDEX)
     command.until(last.exists, SEEING_S, "the last checkpoint was written")
@@ -152,7 +152,7 @@ def cannot_make_nodes(job: Job) -> str | None:
 
 
 def prepare_nodes(scene: Scene) -> LocalNodes:
-    """Starts a node for each worker, and a spare one."""
+    """Starts a node for each worker, and a spare node."""
     job = scene.checked.job
     nodes = scene.stack.enter_context(LocalNodes(scene.folder, job.workers.most + 1, job.workers.cpus + 1))
     scene.environment |= nodes.environment
@@ -173,7 +173,8 @@ def prepare_head(scene: Scene) -> LocalNodes:
 
 
 def restart_head(scene: Scene, command: Command) -> None:
-    """Stops the whole cluster, and with its head Ray's control plane and the run's driver; then starts it again."""
+    """Stops the whole cluster, including Ray's control plane on the head, waits for the command to end, and starts the cluster
+    again."""
     scene.tool.stop()
     command.until_ended(SEEING_S)
     scene.tool.start()
@@ -215,7 +216,7 @@ def prepare_s3(scene: Scene) -> proxy.FaultProxy:
 
 
 def s3_503(scene: Scene, command: Command) -> None:
-    """Makes the store refuse a share of the requests, from now to the end of the run."""
+    """Makes the store reject a share of the requests until the run ends."""
     scene.tool.faults = (proxy.ProxyFault("status", rate=scene.rate),)
     command.until(lambda: bool(scene.tool.injected), SEEING_S, "request was rejected")
     scene.seen = time.time()
@@ -227,8 +228,8 @@ def copy(source: Location, target: Location) -> None:
 
 
 def prepare_corrupt_shard(scene: Scene) -> None:
-    """Copies the datasets, and flips a bit in the chunk with a sample that the run needs at the step."""
-    scene.struck = scene.seen = scene.cured = time.time()  # a damaged chunk is seen when it is read, and stops nothing
+    """Copies the datasets, and flips a bit in the row group of a sample that the run needs at the fault's step."""
+    scene.struck = scene.seen = scene.cured = time.time()  # the run notices the damage when it reads, and continues
     for i, source in enumerate(scene.checked.job.sources):
         place = Location(str(scene.folder / f"data-{i}"))
         place.delete()
@@ -252,11 +253,11 @@ def flip(shard: Path, row_group: int) -> None:
 
 
 def met_corrupt_shard(scene: Scene, command: Command) -> None:
-    """Does nothing: the damage is there from the start."""
+    """Does nothing, because the data is damaged from the start."""
 
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
-    """Truncates a shard of the next complete checkpoint to half and kills a worker: the run needs the checkpoint before."""
+    """Truncates a shard of the next complete checkpoint to half, and kills a worker. The run then needs the checkpoint before."""
     command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
@@ -282,7 +283,7 @@ def prepare_mlflow(scene: Scene) -> ServerProcess:
 
 
 def mlflow_down(scene: Scene, command: Command) -> None:
-    """Stops the MLflow server, and starts it again once the run has noticed and made some more steps."""
+    """Stops the MLflow server, and starts it again after the run has noticed that and made five more steps."""
     scene.tool.stop()
     command.until(lambda: bool(command.heard(logger.AWAY, scene.struck)), SEEING_S, "metric was missed")
     so_far = command.step
@@ -294,7 +295,7 @@ def mlflow_down(scene: Scene, command: Command) -> None:
 
 
 def no_disk(job: Job) -> str | None:
-    """Explains why no small disk can be mounted here; None if one can."""
+    """Returns the reason why this machine can't mount a small disk; None if it can."""
     if os.geteuid():
         return "mounts a small tmpfs, which needs root"
     with tempfile.TemporaryDirectory() as probe:
@@ -307,7 +308,7 @@ def no_disk(job: Job) -> str | None:
 
 
 def mount_disk(folder: Path, size: int) -> None:
-    """Mounts a tmpfs of a size of our own, which Linux lets root do."""
+    """Mounts a tmpfs of so many bytes, which needs root; ChaosError if that fails."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -322,7 +323,7 @@ def unmount_disk(folder: Path) -> None:
 
 
 def prepare_disk(scene: Scene) -> None:
-    """Mounts a disk for the run, with room for its checkpoints and little more."""
+    """Mounts a disk for the run, with room for its checkpoints and little else."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
     mount_disk(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
@@ -368,13 +369,13 @@ FAULTS = {
 
 
 def rng(seed: int, name: str) -> random.Random:
-    """Seeds a fault's own random generator, independently of the other faults."""
+    """Returns a fault's own random generator, which is independent of the other faults."""
     return random.Random(f"{seed}:{name}")
 
 
 def when(random_: random.Random, steps: int, every: int) -> float:
-    """Draws the moment of a fault: a step, and a fraction of the next.
+    """Draws the moment of a fault, in steps: a step, plus a fraction of the next one.
 
-    Two checkpoints are still to come then, for faults that need them.
+    Two more checkpoints follow it, for faults that need them.
     """
     return random_.uniform(1.0, max(2.0, steps - 2 * every - 1.0))

@@ -1,4 +1,4 @@
-"""Measures what a fault did to a run: pure functions of what the run left, and of its command's output with times."""
+"""Measures the effect of a fault on a run, from the run's records and its command's output. All functions are pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from heliostat.chaos.process import STEP
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.runs.verify import VerifyReport
 
-Lines = Sequence[tuple[float, str]]  # wall clock, and what was said
+Lines = Sequence[tuple[float, str]]  # wall-clock time, line of output
 
 
 @dataclass(frozen=True)
 class FaultEffect:
-    """Holds what was observed of a run with a fault.
+    """Holds the observations of a run with a fault. Times are wall-clock seconds.
 
-    `seen` and `cured`: when the fault was noticed and when it was over, where the attempts do not show it.
+    `struck`: the time of the fault. `seen`, `cured`: when the run noticed it, and when it was over; None if the attempts show it.
     """
 
     struck: float
@@ -30,18 +30,21 @@ class FaultEffect:
 
 
 def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None:
-    """Returns the end of the first attempt that a fault may have ended; None if there is none."""
+    """Returns the end of the first attempt that a fault at `since` may have ended; None if there is none."""
     return min((a.seen for a in attempts if a.outcome != "finished" and a.seen >= since), default=None)
 
 
 def detected_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault to the first sign that it was noticed; None if it was not."""
+    """Computes the seconds from the fault until the run noticed it; None if it didn't."""
     at = effect.seen if effect.seen is not None else first_end(effect.attempts, effect.struck)
     return None if at is None else max(0.0, at - effect.struck)
 
 
 def recovered_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault to the first step that the run had not made before, after all restarts it cost."""
+    """Computes the seconds from the fault to the run's first new step after all restarts that the fault caused.
+
+    None if there is no new step.
+    """
     if effect.cured is not None:
         return effect.cured - effect.struck
     ends = [a.seen for a in effect.attempts if a.outcome != "finished" and a.seen >= effect.struck]
@@ -53,7 +56,7 @@ def recovered_s(effect: FaultEffect) -> float | None:
 
 
 def pace_s(lines: Lines) -> float:
-    """Computes the seconds per step from the lines so far; 0 before there are two steps."""
+    """Computes the seconds per step from the output so far; 0 if it has fewer than two steps."""
     steps = [(at, int(match[1])) for at, line in lines if (match := STEP.search(line))]
     if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
         return 0.0
@@ -61,7 +64,7 @@ def pace_s(lines: Lines) -> float:
 
 
 def recomputed_steps(attempts: Iterable[RecordedAttempt]) -> int:
-    """Counts the steps that were reported, and made again by a later attempt."""
+    """Counts the steps that one attempt reported and the next attempt computed again."""
     ordered = sorted(attempts, key=lambda a: a.started)
     return sum(max(0, before.reached - after.start_step) for before, after in pairwise(ordered))
 
@@ -88,15 +91,15 @@ def rounded(seconds: float | None) -> float | None:
 
 
 def broken(fault: str) -> dict[str, object]:
-    """Builds the row of a fault whose run did not finish."""
+    """Builds the row of a fault whose run didn't finish."""
     keys = ("detected_s", "recovered_s", "recomputed_steps", "lost", "repeated", "loss_difference", "goodput")
     return {"fault": fault, **dict.fromkeys(keys)}
 
 
 def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
-    """Lists what is wrong with a finished run; empty if it is as good as the unbroken one.
+    """Lists the problems of a finished run; empty if it is as good as the unbroken run.
 
-    `curve`: the steps whose loss MLflow holds; `steps`: how many the job has.
+    `curve`: the steps that have a loss in MLflow; `steps`: the number of the job's steps.
     """
     faults = []
     if row["lost"] or row["repeated"]:
@@ -111,5 +114,5 @@ def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps:
 
 
 def unregistered(versions: int, expected: bool) -> list[str]:
-    """Lists what is wrong with a run's number of registered model versions: one if `expected`, else none."""
+    """Lists the problem with the number of model versions that a run registered, which must be 1 if `expected`, else 0."""
     return [] if versions == int(expected) else [f"its model was registered {versions} times"]

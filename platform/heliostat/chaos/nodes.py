@@ -1,6 +1,6 @@
-"""Starts a Ray cluster of several nodes on this machine: each a raylet on its own loopback address, so that one can be killed.
+"""Starts a Ray cluster of several nodes on this machine. Each node is a raylet on its own loopback address, and can be killed.
 
-The head (127.0.0.1) has no CPUs: it holds the driver and Ray's own services. Clients use `environment`.
+The head (127.0.0.1) has no CPUs, and runs the driver and Ray's own services. Clients use `environment`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from heliostat.config import workspace
 
 logger = logging.getLogger(__name__)
 
-START_S = 90.0  # of one attempt
-STARTS = 3  # a port that was free when it was chosen may be taken for a moment
-SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short: Ray's sockets lie below, and a path has 107 characters
+START_S = 90.0  # seconds for one attempt to start a node
+STARTS = 3  # attempts, because a port that was free when it was chosen may be in use for a moment
+SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short, because sockets' paths have at most 107 characters
 
 
 class ChaosNode:
@@ -47,7 +47,7 @@ class LocalNodes:
     """Runs a cluster of local nodes while its context lasts: `with LocalNodes(folder, count, cpus) as nodes:`."""
 
     inside: tuple[str, ...] = ()
-    """The command that the next nodes are started by, such as one that hides files from them."""
+    """Command in which the next nodes are started, for example one that hides files from them."""
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
@@ -67,7 +67,7 @@ class LocalNodes:
         return self
 
     def start(self) -> None:
-        """Starts all nodes; after `stop`, again at the same addresses."""
+        """Starts all nodes. After `stop`, starts them again at the same addresses."""
         try:
             self._start("127.0.0.1", "--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0",
                         f"--ray-client-server-port={self._client_port}", "--include-dashboard=false")  # fmt: skip
@@ -79,7 +79,7 @@ class LocalNodes:
             raise
 
     def add(self) -> ChaosNode:
-        """Starts another node, at an address that none has had, and waits until it has joined."""
+        """Starts another node, at a new address, and waits until it has joined the cluster."""
         self._start(f"127.0.0.{next(self._numbers)}", f"--address={self.address}", f"--num-cpus={self._cpus:g}")
         return self.nodes[-1]
 
@@ -94,7 +94,7 @@ class LocalNodes:
         shutil.rmtree(SESSIONS, ignore_errors=True)
 
     def _start(self, host: str, *arguments: str) -> None:
-        """Starts a node, and waits until it has joined the cluster."""
+        """Starts a node, and waits until it has joined the cluster; ChaosError after STARTS failed attempts."""
         private.folder(SESSIONS)
         log = self._folder / f"node-{host}.log"
         environment = {**SILENT, **PATIENT, **URGENT, **os.environ, **self.environment}

@@ -1,4 +1,4 @@
-"""Runs `heliostat train` as a process, observed from outside: through its output, and the processes below it."""
+"""Runs `heliostat train` as a process, and observes it from outside, through its output and its child processes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from heliostat.config import workspace
 log = logging.getLogger(__name__)
 
 STEP = re.compile(r" step (\d+)/\d+  loss ")
-WORKER = "ray::TrainWorke"  # as much of its name as Linux keeps
-ENDING_S = 30.0
+WORKER = "ray::TrainWorke"  # the first 15 characters of its name: Linux keeps no more
+ENDING_S = 30.0  # seconds to read the rest of the output
 
 
 class ChaosError(Exception):
-    """Reports that a fault could not be injected, or the run did not finish: the row of that fault is not valid."""
+    """Reports that a fault couldn't be injected, or that the run didn't finish, so that the fault's row isn't valid."""
 
 
 class Command:
-    """Runs a command while its context lasts: `with Command(arguments, log) as command:`; leaving ends whatever is left of it.
+    """Runs a command while its context lasts: `with Command(arguments, log) as command:`. Leaving the context ends its processes.
 
-    `lines`: its output on standard error, each line with its wall-clock time, over all its starts.
+    `lines`: its output on standard error over all its starts; each line has its wall-clock time.
     """
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
@@ -57,7 +57,7 @@ class Command:
             reader.join(ENDING_S)
 
     def start(self) -> None:
-        """Starts the command, or starts it again, with `arguments` as they are then."""
+        """Starts the command, or starts it again, with the current `arguments`."""
         command = [sys.executable, "-c", "from heliostat.cli.main import main; main()", "train", *self.arguments, "--json"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=self._environment, cwd=workspace.root()
@@ -91,7 +91,7 @@ class Command:
             raise ChaosError(f"the last line of the run's output isn't a result: {self.said!r}. Read {self.log}") from e
 
     def until(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
-        """Waits until the condition holds; ChaosError if the command ends first, or it takes longer."""
+        """Waits until the condition holds; ChaosError if the command ends first, or after `seconds`."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None:
@@ -101,7 +101,7 @@ class Command:
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
-        """Waits until the command ends, and kills it if it does not: it has lost what it needs."""
+        """Waits until the command, which has lost its cluster, ends; kills it after `seconds`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -109,7 +109,7 @@ class Command:
             processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
-        """Finds when the words first appeared in the output at or after `since`, in any case of letters; None if they did not."""
+        """Returns when the words first appeared in the output at or after `since`, ignoring case; None if they didn't."""
         return next((at for at, line in list(self.lines) if at >= since and words.lower() in line.lower()), None)
 
     def last_words(self) -> str:
@@ -117,7 +117,7 @@ class Command:
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
     def wait(self, seconds: float) -> int:
-        """Waits until the command ends and returns its exit code; ChaosError if it takes longer."""
+        """Waits until the command ends, and returns its exit code; ChaosError after `seconds`."""
         try:
             code = self.process.wait(seconds)
         except subprocess.TimeoutExpired as e:

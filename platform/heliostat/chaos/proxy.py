@@ -1,11 +1,11 @@
-"""Injects faults between an S3 server and its clients as a proxy, so that it fails as a crowded or broken store does.
+"""Runs a proxy between an S3 server and its clients, which injects the faults of an overloaded or broken store.
 
 Invariants: a request or answer without a fault passes byte for byte, with the client's own Host header, so signatures stay valid.
-Each request meets at most one fault, drawn by rate from a seeded generator, and every fault injected is counted.
+Each request gets at most one fault, drawn by rate from a seeded generator. The proxy counts each fault that it injects.
 
-`faults` may be exchanged while requests are under way; those that have begun keep the fault that they drew.
+`faults` may be replaced at any time; requests that have begun keep the fault that they drew.
 
-Plain HTTP/1.1 on both sides: it is for a store of one's own, not for a cloud's TLS endpoint.
+Both sides use plain HTTP/1.1. So the proxy works for a store of your own, not for a cloud's TLS endpoint.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from typing import BinaryIO, Literal
 from urllib.parse import unquote
 
 BLOCK = 1 << 16
-ANSWER_S = 300.0  # the longest wait for a byte of the store's, or of the client's
+ANSWER_S = 300.0  # maximum seconds to wait for a byte from the store or the client
 
 
 @dataclass(frozen=True)
 class ProxyFault:
-    """Describes a fault. `key` is a pattern (`*` and `?`) for `/bucket/key`; `limit` is the most times that it is injected.
+    """Describes a fault. `key`: a pattern (`*` and `?`) for `/bucket/key`. `limit`: the maximum number of times to inject it.
 
-    status: the request never reaches the store and is answered with `status` and an S3 error of that `code`
+    status: the request doesn't reach the store; the answer has `status` and an S3 error with that `code`
     delay:  the request reaches the store `seconds` late
     reset:  the store executes the request, but the connection breaks before its answer arrives
-    cut:    half of the request's body reaches the store, or (a request without one) half of the answer's the client
+    cut:    half of the request's body reaches the store; without a body, half of the answer's body reaches the client
     """
 
     kind: Literal["status", "delay", "reset", "cut"]
@@ -104,9 +104,9 @@ class FaultProxy:
                 connection.shutdown(socket.SHUT_RDWR)
 
     def draw(self, path: str) -> ProxyFault | None:
-        """Draws the fault for a request, or None.
+        """Draws the fault for a request; None for no fault.
 
-        Every fault whose key matches takes a draw, so the limit of one does not shift the draws of another.
+        Each fault with a matching key uses one random number, so the limit of one fault doesn't change the draws of another.
         """
         with self._lock:
             self.requests += 1
@@ -128,7 +128,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """Registers a connection, which is broken off if the proxy ends within the context."""
+        """Registers a connection, which the proxy breaks if it ends while the context lasts."""
         self._open.add(connection)
         try:
             yield
@@ -145,30 +145,33 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class _Connection(socketserver.BaseRequestHandler):
-    """Serves one client's connection: its requests in turn, over one connection to the store while that keeps it open."""
+    """Serves one client's connection: forwards its requests, one after another, over one connection to the store.
+
+    If the store has closed that connection, opens another.
+    """
 
     server: _Server
 
     def handle(self) -> None:
         proxy, client = self.server.proxy, self.request
-        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:  # either side hung up: so do we
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as stack:  # one side hung up: close both
             stack.enter_context(proxy.serving(client))
             from_client = stack.enter_context(buffered(client))
             upstream = from_store = None
             while request := read_message(from_client):
-                if upstream is None or from_store is None or select.select([upstream], [], [], 0)[0]:  # none, or it was closed
+                if upstream is None or from_store is None or select.select([upstream], [], [], 0)[0]:  # none, or closed
                     upstream = stack.enter_context(socket.create_connection(proxy.upstream, timeout=ANSWER_S))
                     from_store = stack.enter_context(buffered(upstream))
                 fault = proxy.draw(unquote(request.start[1].partition("?")[0]))
                 if request.headers.get("expect", "").lower() == "100-continue":
-                    client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")  # the store's own is passed over
+                    client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")  # instead of the store's own
                 if not self._exchange(request, fault, from_client, from_store, upstream):
                     return
 
     def _exchange(
         self, request: HttpHead, fault: ProxyFault | None, from_client: BinaryIO, from_store: BinaryIO, upstream: socket.socket
     ) -> bool:
-        """Forwards one request and its answer, with the fault; returns False if the connection ends with it."""
+        """Forwards one request and its answer, with the fault; returns False if the connection ends afterwards."""
         kind, client = fault.kind if fault else None, self.request
         body = request_body(request, from_client)
         if fault and kind == "status":
@@ -207,7 +210,7 @@ def buffered(connection: socket.socket) -> BinaryIO:
 
 
 def read_message(source: BinaryIO) -> HttpHead | None:
-    """Reads the next message's head; None at the connection's end."""
+    """Reads the head of the next message; None at the end of the connection."""
     lines = []
     while (line := source.readline(BLOCK)) not in (b"\r\n", b""):
         lines.append(line)
@@ -231,7 +234,7 @@ def answer_body(answer: HttpHead, method: str, source: BinaryIO) -> Iterator[byt
 
 
 def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
-    """Yields `length` bytes in pieces, or with None everything up to the connection's end; ConnectionError if there are fewer."""
+    """Yields `length` bytes in pieces, or, if it is None, all bytes of the connection; ConnectionError if there are fewer."""
     left = length
     while left is None or left > 0:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
@@ -259,7 +262,7 @@ def chunks(source: BinaryIO) -> Iterator[bytes]:
 
 
 def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
-    """Yields about half of a body of that length; of one of unknown length, its first piece."""
+    """Yields about half of a body of `length` bytes; of a body of unknown length, the first piece."""
     left = (length or 0) // 2
     for piece in pieces:
         yield piece[:left] if length else piece
@@ -269,14 +272,14 @@ def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
 
 
 def reset(connection: socket.socket) -> None:
-    """Resets a connection, as a crash does, instead of closing it in order."""
+    """Resets a connection as a crash does, instead of closing it properly."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         connection.close()
 
 
 def error_answer(fault: ProxyFault, method: str) -> bytes:
-    """Builds an S3 error response: XML, but without a body where the method is HEAD."""
+    """Builds an S3 error response in XML; for the method HEAD, without a body."""
     body = f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{fault.code}</Code><Message>injected</Message></Error>'.encode()
     head = f"HTTP/1.1 {fault.status} Injected\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + (b"" if method == "HEAD" else body)

@@ -1,4 +1,4 @@
-"""Runs servers that faults can take away from a run: MLflow's, and an S3 store, each a process of this machine."""
+"""Runs an MLflow server and an S3 store as processes of this machine, so that a fault can stop them during a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from heliostat.chaos.process import ChaosError
 from heliostat.cluster import processes
 
-START_S = 180.0  # MLflow makes its tables first
+START_S = 180.0  # seconds for a server to start: MLflow creates its tables first
 
 
 class ServerProcess:
-    """Runs a server process: `start`, and `stop` as a crash does; also a context manager. The port stays the same."""
+    """Runs a server process, also as a context manager. `stop` ends it as a crash does; a later `start` uses the same port."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
         self.port = processes.free_port()
@@ -34,7 +34,7 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
-        """Starts the server and waits until it answers; ChaosError if it does not."""
+        """Starts the server, and waits until it answers; ChaosError if it ends, or doesn't answer within START_S seconds."""
         self._process = self._launch()
         deadline = time.monotonic() + START_S
         while not self._well():
@@ -62,13 +62,13 @@ class ServerProcess:
 
 
 def mlflow_server(store: str, folder: Path) -> ServerProcess:
-    """Makes an MLflow server on a store such as sqlite:///FILE."""
+    """Creates an MLflow server on a store such as sqlite:///FILE."""
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", "127.0.0.1", "--port", "PORT",
                "--workers", "1", "--artifacts-destination", str(folder / "artifacts")]  # fmt: skip
     return ServerProcess(command, "/health", folder / "mlflow-server.log", {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"})
 
 
 def s3_server(folder: Path) -> ServerProcess:
-    """Makes an S3 server that keeps everything in memory, and accepts any key."""
+    """Creates an S3 server that keeps everything in memory and accepts any key."""
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "PORT"]
     return ServerProcess(command, "/moto-api/", folder / "s3-server.log")

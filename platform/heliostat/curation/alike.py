@@ -32,8 +32,8 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
 BITS = 64
-KEYS = 64  # of a hash, at most
-TOGETHER = 2  # keys that are spilled together
+KEYS = 64  # maximum keys of a hash
+TOGETHER = 2  # keys that are spilled at once
 FACES = pa.schema(
     [("key", pa.uint64()), ("looks", pa.uint64()), ("hash", pa.binary(32)), ("id", pa.large_string()), ("node", pa.uint64())]
 )
@@ -195,7 +195,7 @@ def judge(folder: Location, part: int, parts: int, names: list[str], named: list
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()
-    stays = {row["looks"]: row for row in sorted(about, key=lambda row: row["gone"])}  # who goes is no cluster of its own
+    stays = {row["looks"]: row for row in sorted(about, key=lambda row: row["gone"])}  # a dropped image has no cluster of its own
     near = np.isin(table["looks"].to_numpy(), np.array([n for n, row in stays.items() if row["gone"]], np.uint64))
     same = np.maximum.accumulate(np.where(of_pixels, np.arange(len(table)), 0))
     places = np.flatnonzero(near | ~of_group)
@@ -205,7 +205,7 @@ def judge(folder: Location, part: int, parts: int, names: list[str], named: list
     for looks, node, of_equal_pixels, first in zip(*columns, strict=True):
         if not of_equal_pixels:
             rows.append({"key": node, "reason": "duplicate", "detail": first})
-        elif row := stays.get(looks):  # none where groups are of equal pixels: their hashes begin the same by chance
+        elif row := stays.get(looks):  # none for groups of equal pixels, whose hashes begin the same by chance
             detail = f"{row['id']} (one of {row['size']})"
             rows.append({"key": node, "reason": "near_duplicate", "detail": detail})
     judged = spill.write(folder, pa.Table.from_pylist(rows, JUDGED), ("reason",))

@@ -19,7 +19,7 @@ from heliostat.tasks.care import CRASHED, UNREAD, Care, Crash, TaskPlace, last_l
 from heliostat.text import printable
 
 READ, INPUT = "read", "the input"  # the stage, and the name of a file that is all of the input
-READ_TOGETHER = 64  # documents that are read between notes
+READ_TOGETHER = 64  # documents that are read between two notes
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Careful:
 
     care: Care | None
     taken: int = 0
-    """Documents so far."""
+    """Documents that were processed so far."""
     read: int = 0
-    """What was read so far, with what reading leaves out."""
+    """Documents that were read so far, including those that reading leaves out."""
     part: int = 0
     crashes: int = 0
     unread: list[str] = field(default_factory=list)
-    """Where reading failed, and why: what comes after it in its part is missing."""
+    """Places where reading failed, with the errors. The rest of the part is missing."""
 
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
@@ -57,9 +57,9 @@ class Careful:
                     if (taken := next(items, None)) is None:
                         return
                     item = taken
-                except (HeliostatError, OSError):  # of the store
+                except (HeliostatError, OSError):  # errors of the store
                     raise
-                except Exception as e:  # noqa: BLE001 - whatever a reader raises is the part's fault, and recorded with it
+                except Exception as e:  # noqa: BLE001 - any error of a reader is the part's fault, and is recorded with it
                     why = last_line(e)
             if why is not None:
                 reason = f"{_range(part)} after row {_row(last, row)} could not be read: {why}"
@@ -102,7 +102,7 @@ class Careful:
             through.batch(batch)
         except HeliostatError:
             raise
-        except Exception:  # noqa: BLE001 - it is raised again where a document is alone
+        except Exception:  # noqa: BLE001 - raised again when a document is alone
             return False
         return True
 
@@ -122,7 +122,7 @@ class Careful:
                     through.batch([document], about)
                 except HeliostatError:
                     raise
-                except Exception as e:  # noqa: BLE001 - whatever a stage raises is the document's fault, and recorded with it
+                except Exception as e:  # noqa: BLE001 - any error of a stage is the document's fault, and is recorded with it
                     crash = Crash(number, -1, document.id, stage, last_line(e))
             if crash is not None:
                 through.leave_out(document, crash)

@@ -17,10 +17,10 @@ from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
-"""Of a stage: as in a pipeline file, the key of what it follows from, and the files that it names."""
+"""A stage's entry in a pipeline file, the key of its inputs, and the files that it names."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
-BATCH, BATCH_CHARS = 64, 1 << 20  # documents, and their characters, that a stage is given together
-IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times as large as a text
+BATCH, BATCH_CHARS = 64, 1 << 20  # maximum documents, and their characters, in a stage's batch
+IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times larger than a text
 
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:

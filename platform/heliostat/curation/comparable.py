@@ -33,15 +33,15 @@ OPTIONAL = (
 )
 VOICED = "\u3099\u309a"  # marks of kana, which change the sound
 FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
-"""Code points that may be compared as others: all but Han, Hangul, Tangut, and those for private use."""
+"""Code points that may be compared as another one: all except Han, Hangul, Tangut, and those for private use."""
 CODES = 0x110000
 _END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
-END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where a long text can be cut: in no word
+END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where to split long texts
 LONGEST = 1 << 18
-"""Characters up to which a word is always whole; a longer one may be the words of its pieces, so that it takes bounded memory."""
+"""Maximum characters of a word that is never split. A longer word may become several words, so that memory is bounded."""
 
 ZERO = ord("0")
-BLOCK = 1 << 16  # characters, and values that are hashed, at a time: what is computed for them stays in the processor's cache
+BLOCK = 1 << 16  # characters, and values to hash, at once: the results for them stay in the CPU's cache
 FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 
 
@@ -72,7 +72,7 @@ class ComparableWords:
         A text with fewer words has none or, with `short`, a single one.
         """
         ends = np.cumsum(self.counts)
-        left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each to its text's end
+        left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each word to the end of its text
         begins = left >= n
         if short:
             begins[(ends - self.counts)[self.counts > 0]] = True
@@ -86,7 +86,7 @@ def words(texts: Sequence[str]) -> ComparableWords:
     plain = [text if text.isascii() else unicodedata.normalize("NFC", text) for text in texts]
     begins = np.fromiter(accumulate((len(text) + 1 for text in plain), initial=0), np.int64)
     joined = plain[0] if len(plain) == 1 else "\n".join(plain)
-    first, total = np.zeros(len(begins), np.int64), 0  # the number of each text's first word
+    first, total = np.zeros(len(begins), np.int64), 0  # index of each text's first word
     hashes, exact, numbers, at = list[np.ndarray](), list[np.ndarray](), list[np.ndarray](), 0
     for starts, stops, *columns in _blocks(joined):
         upto = int(np.searchsorted(begins, stops[-1])) if len(stops) else at
@@ -96,13 +96,13 @@ def words(texts: Sequence[str]) -> ComparableWords:
             column.append(part)
     first[at:] = total
     if not any(part.any() for part in numbers):
-        exact.clear()  # as `hashes`
+        exact.clear()  # the same array as `hashes`
     joined_hashes = _joined(hashes)
     return ComparableWords(np.diff(first), joined_hashes, _joined(exact) if exact else joined_hashes, _joined(numbers))
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns the begin and end of each word of a text, one row each; as many as `words` finds, in NFC or not."""
+    """Returns the begin and end of each word of a text, int [words, 2]: as many words as `words` finds, in NFC or not."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -113,9 +113,10 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words if it has as many as its NFC between two white spaces, else the NFC's, at proportional positions.
+    """Returns a text's words; where its NFC has another number of words between two white spaces, the NFC's words instead.
 
-    NFC reorders marks of several scripts in a row, which may move the start of a word.
+    The positions of the NFC's words are scaled in proportion. NFC reorders marks of several scripts in a row, which may move the
+    start of a word.
     """
     cuts, plain_cuts = _gaps(text), _gaps(plain)
     at, plain_at = np.searchsorted(places[:, 0], cuts), np.searchsorted(wanted[:, 0], plain_cuts)
@@ -189,7 +190,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
         folded[code] = ord(text) if len(text) == 1 else ord(chr(code).lower()[0])
     folded[ord("ς")] = ord("σ")
     kinds = np.where(kinds == SKIPPED, SKIPPED, kinds[folded]).astype(np.uint8)
-    digits = _having(r"\p{Nd}")[folded]  # such as ² too
+    digits = _having(r"\p{Nd}")[folded]  # also digits such as ²
     folded[digits], kinds[digits] = ZERO, LETTER
     return folded, kinds
 
@@ -216,7 +217,7 @@ def _having(properties: str) -> np.ndarray:
     return table
 
 
-Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and as in Words
+Block = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # starts, stops, and the arrays of ComparableWords
 
 
 def _blocks(text: str) -> Iterator[Block]:
@@ -270,7 +271,7 @@ def _block(text: str) -> Block:
 
 def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns the code points of a text, and the comparison value and kind of each."""
-    if text.isascii():  # the same, faster
+    if text.isascii():  # the same result, faster
         data = text.encode()
         raw, code, kind = (np.frombuffer(some, np.uint8) for some in (data, *map(data.translate, _ascii_tables())))
         return raw, code, kind.copy()

@@ -23,11 +23,11 @@ from heliostat.tasks.merging import exchanged
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-LARGEST = 20  # clusters that are listed
-DOCUMENT_BYTES = 4000  # of memory for what a task knows of a document: its id, who stays, its columns, each some times
-RUNS = 16  # about which a task reads
+LARGEST = 20  # largest clusters to list
+DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: its id, the kept one's id, columns, some several times
+RUNS = 16  # runs per task, approximately
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
-"""Who goes: `key` is the document's place, as (number of its run) << 32 | row."""
+"""Schema of the dropped documents. `key`: the document's place, (number of its run) << 32 | row."""
 
 
 def parts(bytes: int, memory_limit: int) -> int:
@@ -43,15 +43,15 @@ def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], mem
 
 
 def adding(task: Task, **more: object) -> Task:
-    """Returns a task with further arguments, on which its result depends."""
+    """Returns a task with further arguments, which also change its key."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Describes tasks that read the parts of spills for each group of all runs, by their places. `also`: further inputs of
-    their results."""
+    """Yields one task per group of runs. Each reads the spills' rows about its runs, by place. `also`: further parts of the
+    tasks' keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):

@@ -24,7 +24,7 @@ class NgramIndex:
     """Holds the n-grams of evaluation sets: sorted hashes, and the place of each, `set#example`."""
 
     hashes: np.ndarray
-    places: np.ndarray  # numbers into names
+    places: np.ndarray  # indexes in `names`
     names: list[str]
 
     def hits(self, grams: np.ndarray) -> np.ndarray:

@@ -13,11 +13,11 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:+-]{1,40})", re.IGNORECASE)
 _META = re.compile(rb"<meta[\s/][^>]{0,1000}", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
-# what browsers take for the same, and hold more: rows of vendors, syllables, characters of Hong Kong
+# browsers take these for the same, with more characters: vendor rows, syllables, Hong Kong's characters
 _WIDER = {
     "gbk": "gb18030", "gb2312": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-11": "cp874",
 }  # fmt: skip
-PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that are looked at
+PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that are searched
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
@@ -31,7 +31,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
         return named, "header"
     for meta in _META.findall(_COMMENT.sub(b"", data[:PRESCAN])):
         if (said := _CHARSET.search(meta.decode("latin-1"))) and (encoding := _named(said[1])):
-            return ("utf-8" if encoding.startswith("utf-16") else encoding), "meta"  # it reads as ASCII, so it is not UTF-16
+            return ("utf-8" if encoding.startswith("utf-16") else encoding), "meta"  # the page reads as ASCII, so it isn't UTF-16
     try:
         data.decode()
         return "utf-8", "utf-8"

@@ -25,8 +25,8 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-RUN_SHARE = 8  # a run's texts are one so many-th of `memory_limit`: they are held as Python strings, a table and a file
-TALLIES = 64  # that a task sums
+RUN_SHARE = 8  # a run's texts are 1 / RUN_SHARE of `memory_limit`: memory has them as Python strings, a table, and a file
+TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
 
 
@@ -40,7 +40,7 @@ class Curated:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     source: DocumentSource | None = None
-    """Finishes documents whose text a stage between segments has cut; `identity` is what that follows from."""
+    """Finishes documents whose text was cut by a stage between segments. `identity`: everything that this depends on."""
     identity: list[object] = field(default_factory=list)
 
     @property
@@ -92,12 +92,12 @@ class StageEngine:
         tasks: Iterator[Task],
         pooled: bool = False,
     ) -> list[SpilledRun]:
-        """Runs the tasks of a segment; what they made is put in their order, whichever ended first."""
+        """Runs the tasks of a segment; returns their runs in the order of the tasks."""
         records = self.flow.all(kind, function, tasks, pooled=pooled)
         return [run for record in records for run in curated.take(record)]
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
-        """Yields the pieces; records the libraries when the first is there, before which the work folder is claimed."""
+        """Yields the pieces. Records the libraries at the first piece, because the work folder is claimed by then."""
         used = {name for stage in stages for name in stage.libraries}
         for number, piece in enumerate(pieces):
             if not number:

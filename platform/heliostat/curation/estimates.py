@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-Z = 1.96  # 95 %
+Z = 1.96  # for 95 %
 ROUNDS = 300
-SHOWN = 40  # documents of a cluster, which tell its size to a third
+SHOWN = 40  # documents of a cluster in the sample, which show its size within a third
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:

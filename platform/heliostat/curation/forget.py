@@ -1,4 +1,4 @@
-"""Makes a dataset without one document or image: its shard, the record of its making, and the manifest lose it.
+"""Makes a dataset without one document or image, which is removed from its shard, the record of its making, and the manifest.
 
 The other shards are copied unchanged. A run continues with the old dataset; a new run uses the new one. Two traces remain:
 what a tokenizer learned from the document, and the choice of kept documents in its clusters. In a collection, the parts'
@@ -25,10 +25,10 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
 COPIERS = 4  # threads, each with a shard in memory
-LISTED = 10  # candidates that an error names
-OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the dataset as it was: the others are counted in all
-OF_GROUPS = ("groups", "documents")  # of documents that belong together, as they were
-SAME = "duplicate"  # the reason of documents whose text is another's, which stayed
+LISTED = 10  # candidates that an error lists
+OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the old dataset; the other facts are counted again
+OF_GROUPS = ("groups", "documents")  # counts of related documents, of the old dataset
+SAME = "duplicate"  # the reason of documents whose text equals that of a kept one
 
 
 def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:

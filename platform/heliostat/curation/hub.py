@@ -1,8 +1,9 @@
-"""Finds what a pipeline names of the Hugging Face Hub: its input (`hf://datasets/ORG/NAME`), and models that its stages use.
+"""Resolves a pipeline's names on the Hugging Face Hub: its input (`hf://datasets/ORG/NAME`), and the models of its stages.
 
-The command resolves each name once. The input keeps the name with its commit, so every node downloads the files that it reads. A
-model becomes a folder of this machine's cache, and `shipping` copies it to nodes that lack it. What was resolved is recorded with
-the dataset. Of a dataset whose card lists configurations, one is read; of its splits, `train`. What isn't read is logged.
+The command resolves each name once, and records the pinned names with the dataset. The input keeps its name with the commit, so
+every node downloads the files that it reads. A model becomes a folder of this machine's cache, and `shipping` copies it to nodes
+that lack it. If a dataset's card lists configurations, heliostat reads one of them, and only the split `train`. It logs the files
+that it doesn't read.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from heliostat.text import brief, plural
 
 log = logging.getLogger(__name__)
 
-MODELS = ("model", "autoencoder", "text_encoder")  # keys of pipelines that name a model's folder
+MODELS = ("model", "autoencoder", "text_encoder")  # pipeline keys that name a model's folder
 CARD = "README.md"
-NO_DATA = (".md", ".py", ".rst")  # unless a path names them: a repository's own card and scripts
+NO_DATA = (".md", ".py", ".rst")  # a repository's own card and scripts, unless a path names them
 RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TRAIN = "train"
 OTHERS = {"test", "validation", "valid", "val", "dev", "eval"}
 
 
 def resolved(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Returns a pipeline's keys with what they name of the Hub resolved, and the pinned name by each such key."""
+    """Resolves the names of the Hub in a pipeline's keys; returns the new keys, and the pinned name of each changed key."""
     pinned = dict[str, str]()
     if isinstance(input := raw.get("input"), str) and names.is_dataset(input):
         name = files.resolve("input", names.dataset("input", input))
@@ -61,7 +62,7 @@ def _models(value: Any, key: str, pinned: dict[str, str]) -> Any:
 
 
 def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> str:
-    """Returns the folder of a model of the Hub; the value itself if it is anything else: a folder that exists wins."""
+    """Returns the folder of a model of the Hub; the value itself if it is an existing path, or no model's name."""
     name = None if Path(value).exists() else names.model(value)
     if name is None:
         return value
@@ -142,7 +143,7 @@ def _counted(splits: dict[str, list[HubFile]]) -> str:
 
 
 def _trained(name: HubName, listed: list[HubFile]) -> list[HubFile]:
-    """Leaves out files whose paths say that they are a split to test with, where others say that they are to train with."""
+    """Leaves out the files of test and validation splits, by their paths, if the paths of other files name a train split."""
     words = {f.path: set(re.split(r"[/_.-]", f.path.lower())) for f in listed}
     others = [f for f in listed if words[f.path] & OTHERS and TRAIN not in words[f.path]]
     if not others or not any(TRAIN in members for members in words.values()):

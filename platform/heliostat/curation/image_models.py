@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Value = TypeVar("Value")
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # either, by the version that saved the folder
-CAPTIONERS = ("blip", "git", "vision-encoder-decoder")  # models that caption an image without being asked anything
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # either one, depending on the version that saved the folder
+CAPTIONERS = ("blip", "git", "vision-encoder-decoder")  # models that caption an image without a prompt
 GENERATION = "generation_config.json"
 
 
@@ -73,7 +73,7 @@ class ImageModel(ABC, Generic[Value]):
                 folder, backend="pil", local_files_only=True, trust_remote_code=False)  # fmt: skip
             model = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, dtype=torch.float32)  # fmt: skip
-        except Exception as e:  # of many kinds: what is wrong with a folder of others
+        except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
             raise ConfigError(f"model: can't load {folder!r} as {self.what} ({fault})") from e
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,13 +150,13 @@ class Captioner(ImageModel[tuple[str, bool]]):
         require_captioner(folder)
         super().__init__(folder, AutoModelForImageTextToText, batch)
         self.decoder, self.max_tokens = self.tokenizer(), max_tokens
-        blip = self.model.config.model_type == "blip"  # generates up to its own end, whatever its generation config says
+        blip = self.model.config.model_type == "blip"  # ends a text with its own token, not with that of its generation config
         end = self.model.config.text_config.sep_token_id if blip else self.model.generation_config.eos_token_id
         self.ends = set(end if isinstance(end, list) else [end])
 
     def values(self, pixels: Tensor, captions: list[str]) -> list[tuple[str, bool]]:
         ids = self.model.generate(pixel_values=pixels, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
-        return [self._text(row[1:]) for row in ids.tolist()]  # the first token begins a text, and is often the one that ends it
+        return [self._text(row[1:]) for row in ids.tolist()]  # the first token begins a text, and is often the end token, too
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
         end = next((place for place, id in enumerate(ids) if id in self.ends), None)

@@ -38,16 +38,16 @@ from heliostat.tasks import cpu_time, sandbox
 log = logging.getLogger(__name__)
 
 _HEAD = struct.Struct(">IQ")  # lengths of the JSON and of the bytes
-START_SECONDS = 60.0  # that a process may take until it is ready
-WALL = 20  # times the limit of processor time, on the clock
+START_SECONDS = 60.0  # seconds for a process to become ready
+WALL = 20  # wall time per CPU second of the limit
 MOST_REPLY = 1 << 31
-TAKEN = "processor_seconds"  # that an answer took
+TAKEN = "processor_seconds"  # CPU seconds of an answer
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE")
-SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a filter of system calls is of a thread
+SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a filter of system calls is per thread
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/fonts", "/usr/share/X11/fonts", "/usr/local/share/fonts")
 INSTALLED = ("site-packages", "dist-packages")
-BOX_BYTES = 1 << 20  # of the folder that it may write to
-_logged = set[str]()  # what was logged of this machine
+BOX_BYTES = 1 << 20  # bytes of the folder that the process may write to
+_logged = set[str]()  # messages that were logged on this machine
 
 
 class IsolatedError(Exception):
@@ -65,7 +65,7 @@ class Isolated:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # empty here; what is mounted there, it alone sees
+        self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # only the process sees what is mounted there
 
     def __call__(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         """Returns the function's answer; IsolatedError if there is none in time."""
@@ -128,7 +128,7 @@ class Isolated:
         if process is None:
             return None
         try:
-            code = process.wait(0.2)  # the code of one that has ended by itself
+            code = process.wait(0.2)  # the exit code of a process that has ended by itself
         except subprocess.TimeoutExpired:
             process.kill()
             code = process.wait(10)
@@ -182,7 +182,7 @@ def places() -> list[str]:
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     libraries += [*site.getsitepackages(), str(Path(heliostat.__file__).parent)]
-    libraries += [place for place in sys.path if Path(place).name in INSTALLED]  # of a user, or of an environment below this one
+    libraries += [place for place in sys.path if Path(place).name in INSTALLED]  # of a user, or of an environment below
     return [place for place in dict.fromkeys((*SYSTEM, *libraries)) if Path(place).is_dir()]
 
 
@@ -212,7 +212,7 @@ def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: in
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
     lacks = _shut_in(root)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process, whatever it is in
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process during any work
     _send(sock, {"lacks": lacks}, b"", None)
     while True:
         try:
@@ -225,7 +225,7 @@ def _serve(function: str, keys: dict[str, object], seconds: float, megabytes: in
             answer, out = work(about, data)
         except MemoryError:
             answer, out = {"error": "memory", "detail": f"more than {megabytes:,} MiB"}, b""
-        except Exception as e:  # noqa: BLE001 - whatever a parser raises is the item's fault, and reported with it
+        except Exception as e:  # noqa: BLE001 - any error of a parser is the item's fault, and is reported with it
             answer, out = {"error": "failed", "detail": f"{type(e).__name__}: {str(e)[:200]}"}, b""
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(sock, {**answer, TAKEN: time.process_time() - start}, out, None)

@@ -15,7 +15,7 @@ from heliostat.storage.locations import Location
 log = logging.getLogger(__name__)
 
 SAMPLE = re.compile(r"\.sample-[0-9a-f]{8}")
-OLD_S = 86_400.0  # since anything in a folder was written: until then, it may be at work, on whatever machine
+OLD_S = 86_400.0  # seconds since the last write in a folder: a younger folder may be in use, on any machine
 
 
 def sample_folder(output: Location) -> Location:
@@ -27,7 +27,7 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
     """Removes dry-run folders next to the output that were last written over a day ago; returns their names."""
     base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
     place, _, name = base.rstrip("/").rpartition("/")
-    if output.is_s3 and place == "s3:/":  # a bucket has none next to it
+    if output.is_s3 and place == "s3:/":  # there is nothing next to a bucket
         return []
     beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
     for folder in beside.folders():

@@ -15,8 +15,8 @@ from functools import lru_cache
 from heliostat.curation.code_languages import BY_SUFFIX
 
 NONE, UNKNOWN = "NONE", "NOASSERTION"
-MOST = 1 << 18  # bytes of a licence file
-HEAD = 4000  # characters of a file, in which it may name its licence
+MOST = 1 << 18  # maximum bytes of a license file
+HEAD = 4000  # characters at a file's start that may name its license
 _NAME = re.compile(r"(?:un)?licen[cs]es?(?:[-_.].*)?|(?:.+[-_])?licen[cs]e|copying(?:[-_.].*)?", re.IGNORECASE)
 _PROSE = {"Text", "Markdown", "reStructuredText"}
 _OWN = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9.+() -]{0,98}[A-Za-z0-9.+)])")
@@ -41,7 +41,7 @@ _TITLE_WORDS = 12
 
 
 def is_license_file(path: str) -> bool:
-    """Tells whether a file is named as licence files are: LICENSE, COPYING.LESSER, LICENSE-MIT.txt; not license.py."""
+    """Checks whether a file has the name of a license file: LICENSE, COPYING.LESSER, LICENSE-MIT.txt; not license.py."""
     name = path.rpartition("/")[2]
     suffix = name.rpartition(".")[2].lower()
     code = "." in name and suffix in BY_SUFFIX and BY_SUFFIX[suffix] not in _PROSE
@@ -59,7 +59,7 @@ def spdx_of(text: str) -> str | None:
 
 
 def normalised(text: str) -> str:
-    """Reduces a license's text to the words that count."""
+    """Reduces a license's text to the words to compare, without list marks, copyright lines, and names of holders."""
     body = _MARK.sub("", _COPYRIGHT.sub("", text.lower().replace("https://", "http://")))
     words = " ".join(re.findall(r"[a-z0-9]+", body))
     for pattern, holder in _HOLDERS:

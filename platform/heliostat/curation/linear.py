@@ -19,7 +19,7 @@ from heliostat.errors import ConfigError
 
 _WORD = re.compile(r"[^\W_]+|[^\w\s]")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-MOST_WORDS, LONG_WORD = 1 << 20, 64  # whose hashes are remembered, and the characters of one whose is not
+MOST_WORDS, LONG_WORD = 1 << 20, 64  # maximum cached words, and characters of a word that isn't cached
 ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 

@@ -54,9 +54,9 @@ class Making(ABC):
 
     kind: ClassVar[str] = "rows"
     meanings: ClassVar[dict[str, str]] = {}
-    """What the reasons mean for which reading leaves something out."""
+    """Meanings of the reasons for which reading drops documents."""
     recorded: ClassVar[bool] = True
-    """Whether a dataset with stages says what became of each document."""
+    """Whether a dataset with stages records the fate of each document."""
     what_read: ClassVar[bool] = False
     """Whether the record repeats `meanings`."""
 
@@ -66,11 +66,11 @@ class Making(ABC):
     stages: list[Stage]
     memory_limit: int
     sample: SampledParts | None = field(default=None, kw_only=True)
-    """What of the input is read; None: all."""
+    """The sample of the input to read; None: the whole input."""
     seconds: dict[str, float] = field(default_factory=dict, init=False)
-    """CPU seconds of each stage, afterwards; of the work that earlier runs have done, too."""
+    """CPU seconds of each stage, known after the run, including those of earlier runs."""
     counted: tally.Tally = field(default_factory=dict, init=False)
-    """What the stages did, afterwards."""
+    """Tally of the stages, known after the run."""
 
     @property
     @abstractmethod
@@ -88,7 +88,7 @@ class Making(ABC):
 
     @property
     def as_read(self) -> list[str] | None:
-        """Returns the labels of stages whose reasons are reported like reading's; None if there can be none."""
+        """Returns the labels of stages whose reasons are reported like those of reading; None for a kind without such stages."""
         return None
 
     @property
@@ -136,7 +136,7 @@ class Making(ABC):
         return dict(sorted(dropped.items()))
 
     def _listed(self, curated: Curated, dropped: dict[str, int]) -> list[str] | None:
-        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # not of stages
+        rows = sum(number for reason, number in dropped.items() if ": " not in reason)  # reasons of reading, not of stages
         also = {} if self.as_read is None else {"also": self.as_read}
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
@@ -205,7 +205,7 @@ class Making(ABC):
 
     @property
     def of_prediction(self) -> dict[str, Any]:
-        """Returns further fields of the prediction."""
+        """Returns the fields of the prediction that only this kind of dataset has."""
         return {}
 
     def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
@@ -214,7 +214,7 @@ class Making(ABC):
 
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
-    """Lists so many dropped documents, in as many files as ranges of hashes; returns their paths."""
+    """Writes the list of `rows` dropped documents, one file per range of hashes; returns the files' paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from pypdfium2 import PdfPage
 
 Answer = tuple[dict[str, object], bytes]
-HEAD = 1024  # bytes, within which a PDF's first line stands
-PASSWORD = 4  # PDFium's code of documents that want one
-TEXT_BYTES = 64 << 20  # of a document
+HEAD = 1024  # bytes at the start that contain a PDF's first line
+PASSWORD = 4  # PDFium's error code for a missing password
+TEXT_BYTES = 64 << 20  # maximum bytes of a document's text
 JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that continues in the next line
 
 

@@ -14,46 +14,47 @@ from heliostat.errors import ConfigError
 
 Span = tuple[int, int]
 
-_ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in a string of code, `\n` ends before an address begins
+_ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in code, an escape such as `\n` ends before an address begins
 _EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
-_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # of a URL, or of a repository: `git@github.com:owner/name`
-_NO_MAILBOX = re.compile(  # what has the form of an address and is none
+_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # logins in a URL, or of git: `git@github.com:owner/name`
+_NO_MAILBOX = re.compile(  # has the form of an address, but isn't one
     r"\A(?:[^A-Za-z0-9]+@"  # a pattern: `LIKE '%@example.com'`
     r"|[a-z0-9-]*-[a-z0-9-]*@(?:openssh\.com|libssh\.org|lysator\.liu\.se)\Z"  # an algorithm of SSH
     r"|[^@]+@(?:www\.|[A-Za-z0-9-]+\.py\Z|\d{1,2}\.[A-Za-z]+\Z))"  # a web server, a file of Python, an attribute: `f@1.bar`
 )
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # no kernel, no time of a zone
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # not a kernel version or a time
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3
-_NUMBERED = re.compile(  # what four numbers with dots are that are no address: a section, a version, an object identifier, a path
+_NUMBERED = re.compile(  # four numbers with dots that aren't an address: a section, a version, an object identifier, a path
     r"(?:section|sec\.|chapter|appendix|version|\bver|\bv\.|release|minimum|maximum|object.?identifier|oid)s?"
     r"[-`'\"=:(_\s]{0,16}(?:[\d.]{1,12} (?:and|or|to) )?\Z"
     r"|(?:§|[=<>~!]=|\brfc[ -]?\d{1,5},?)\s?\Z|(?:[ ,-]\d){3}[ ,-]\Z",
     re.IGNORECASE,
 )
-_PREFIX = re.compile(r"/\d{1,3}(?!\d)")  # of a network
+_PREFIX = re.compile(r"/\d{1,3}(?!\d)")  # prefix of a network
 RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "9.9.9.9"})
-"""Public name servers that `LONG` would leave. Not 1.1.1.1 and 1.0.0.1: more often a section's number and a version's."""
+"""Public name servers that `LONG` would exclude. 1.1.1.1 and 1.0.0.1 aren't among them: as text, they are more often the
+number of a section or a version."""
 
-LONG = 2  # groups of two digits or more, at least, of an address of version 4: fewer are far more often a version or a section
-BEFORE = 128  # characters before a match that are looked at
-WRITTEN = 4  # groups of an address of version 6: fewer may be a slice, a scope or a time
+LONG = 2  # minimum groups of two or more digits in an IPv4 address: with fewer, most are versions or sections
+BEFORE = 128  # characters before a match that are checked
+WRITTEN = 4  # minimum groups of an IPv6 address: fewer may be a slice, a scope, or a time
 _PHONE = re.compile(r"(?<![\w.+-])(?!\+?\d{1,20}\.\d{1,20}(?![\d.]))(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
-_SAID = re.compile(  # before digits without a space in them, which may be any number
+_SAID = re.compile(  # words before digits without a space, which may be any number
     r"(?:phone|tel|call|fax|\bfon(?!t)|mobil|cell|whatsapp|gsm|handy|☎|📞)[a-z]{0,3}(?: ?(?:number|nummer|no|nr))?\W{0,4}\Z",
     re.IGNORECASE,
 )
-_DECIMAL = re.compile(r"\d\.\d{3}(?: \d{3}){0,9} \Z")  # before its further digits, in groups
+_DECIMAL = re.compile(r"\d\.\d{3}(?: \d{3}){0,9} \Z")  # a decimal number, before its further digits in groups
 _SEED = re.compile(r"(?:rng|seed|random)\w{0,20}[(=: ]{1,3}\Z", re.IGNORECASE)
 _CARD = re.compile(r"(?<![\w.*^-])\d(?:[ -]?\d){12,18}(?!\w)(?![.-]?\d)(?! ?[*^])")
-_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 3, 3, 3), (4, 4, 4, 4, 3), (13,), (15,), (16,)}  # that a card's digits are written in
+_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 3, 3, 3), (4, 4, 4, 4, 3), (13,), (15,), (16,)}  # groups of a card's digits
 _IBAN = re.compile(r"(?<![A-Za-z0-9])[A-Z]{2}\d{2}(?=[ A-Z0-9])")
-_ISSUERS = (  # the first digits of card numbers, from and to, and the lengths
+_ISSUERS = (  # card issuers: first digits (from, to), and lengths
     ("2221", "2720", (16,)), ("34", "34", (15,)), ("37", "37", (15,)), ("3528", "3589", (16,)), ("4", "4", (13, 16, 19)),
     ("50", "58", (16,)), ("60", "69", (16, 19)),
 )  # fmt: skip
 _DIGITS = re.compile(r"\d+")
 OTHER_NAMES = {"UK": "GB", "USA": "US"}
-FEWEST = 7  # digits of a phone number
+FEWEST = 7  # minimum digits of a phone number
 _IBAN_LENGTHS = {
     "AD": 24, "AE": 23, "AL": 28, "AT": 20, "AZ": 28, "BA": 20, "BE": 16, "BG": 22, "BH": 22, "BR": 29, "BY": 28, "CH": 21,
     "CR": 22, "CY": 28, "CZ": 24, "DE": 22, "DK": 18, "DO": 28, "EE": 20, "EG": 29, "ES": 24, "FI": 18, "FO": 18, "FR": 27,
@@ -93,7 +94,7 @@ def addresses(text: str) -> Iterator[Span]:
 
 
 def _public(address: str, text: str, end: int) -> bool:
-    """Checks whether an address that ends there in a text is public, and not the first of a network: `2001:db8:7:a::/64`."""
+    """Checks whether an address is public, and isn't a network such as `2001:db8:7:a::/64`. `end`: where it ends in the text."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -122,7 +123,7 @@ def _is_card(number: str, before: str) -> bool:
 
 
 def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
-    """Finds valid numbers, with as many of a match's groups of digits as possible: a date or a code may follow."""
+    """Finds valid numbers: from each match, the longest valid beginning, because a date or a code may follow the number."""
     at = 0
     while match := pattern.search(text, at):
         at, number = match.end(), match[0]

@@ -1,4 +1,4 @@
-"""Opens the images that stages look at."""
+"""Opens and decodes images for stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-THUMBNAIL = 96  # pixels of its longer side
+THUMBNAIL = 96  # pixels of the longer side
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
@@ -28,7 +28,7 @@ def picture_of(document: Document) -> Picture:
 
 
 def fault(error: Exception) -> str:
-    """Formats an image's fault, equally in every process: Pillow's errors may contain memory addresses."""
+    """Formats an image's fault as the same text in every process, because Pillow's errors may contain memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
@@ -63,7 +63,7 @@ def _eight_bits(image: Image) -> Image:
 
     values = np.asarray(image)
     grey = (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
-    if "transparency" in image.info:  # a value of 16 bits
+    if "transparency" in image.info:  # the transparent value has 16 bits
         grey[values == image.info["transparency"]] = 255
     eight_bits = pil.fromarray(grey)
     eight_bits.info = {name: value for name, value in image.info.items() if name != "transparency"}
@@ -74,7 +74,7 @@ def thumbnail(data: bytes) -> str:
     """Makes a small JPEG of an image, in base64; "" for bytes that can't be read."""
     try:
         image = upright(data).convert("RGB")
-    except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for bytes that are none
+    except Exception:  # noqa: BLE001 - Pillow raises errors of many kinds for invalid bytes
         return ""
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     out = io.BytesIO()

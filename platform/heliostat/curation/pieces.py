@@ -12,9 +12,9 @@ from dataclasses import asdict, astuple, dataclass, replace
 
 import xxhash
 
-FILE_BYTES = 4096  # what a file costs in addition to its bytes
-MOST_FILES = 2000  # of a piece
-LEAST, MOST = 1 << 20, 128 << 20  # bytes of a piece
+FILE_BYTES = 4096  # cost of a file, in bytes, in addition to its size
+MOST_FILES = 2000  # maximum files of a piece
+LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,16 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
 SHARD, TOKENIZER = "shard", "tokenizer"
-FEW = 400  # documents, of which a share of a half is known to 5 %
-GOOD = 0.1  # to which bytes and tokens are known well
+FEW = 400  # documents with which a share of one half is known within 5 %
+GOOD = 0.1  # relative error below which bytes and tokens are well known
 HOUR_S = 3600
 GROUP = 64  # runs that a task measures
 WHICH = ("expected", "low", "high")
 Funnel = dict[str, dict[str, Any]]
-ROWS = 100_000  # documents of which a task counts those that were dropped: some 500 bytes of memory each
-EXACT = "exact"  # in place of a stage's name, in what became of documents
+ROWS = 100_000  # documents whose drops a task counts: about 500 bytes of memory each
+EXACT = "exact"  # replaces a stage's name in the fates of documents
 Alike = tuple[dict[int, int], dict[int, int]]
-"""Counts the documents that clusters have in one place, by their number, and clusters by their places; of two and more each."""
+"""Counts of clusters' documents in one place, by their number, and of clusters by their number of places; both from two."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Prediction:
     flow: Flow
     counted: tally.Tally
     spread: float
-    """The standard error of the bytes that are kept, as a share of them."""
+    """Standard error of the kept bytes, as a share of them."""
     duplicates: dict[str, Alike]
-    """What each stage that compares documents found, and of `exact` duplicates the shards."""
+    """Duplicates by stage that compares documents; the shards' are `exact`."""
     rate: Rate | None = None
     most_trained: int | None = None
-    """Bytes of text that train a tokenizer, at most; None: all of it."""
+    """Maximum bytes of text that train a tokenizer; None: all text."""
     training_grows: float = 1.0
-    """The power of its text with which the time grows that training a tokenizer takes."""
+    """Exponent with which the time to train a tokenizer grows with its text."""
     shards_drop_duplicates: bool = False
-    """Whether the shards' tasks leave out exact duplicates, as those of text do."""
+    """Whether the shards' tasks drop exact duplicates, like those of text."""
 
     def __post_init__(self) -> None:
         self.repeated = self._repeated()
@@ -81,7 +81,7 @@ class Prediction:
             kind: wall if kind == TOKENIZER else max(self.flow.seconds[kind], wall) for kind, wall in self.flow.walls.items()
         }
         clock = self._hours(self.factors[0], waited)
-        alone = clock.pop(TOKENIZER, 0.0)  # on all CPUs at once
+        alone = clock.pop(TOKENIZER, 0.0)  # uses all CPUs at once
         few, many = (sum(self._hours(self.factors[i], self.flow.seconds).values()) for i in (2, 1))  # many duplicates, few
         report = {
             "sample": {"fraction": self.sample.fraction, "documents": self.funnel[segment.READ]["documents"],
@@ -119,7 +119,7 @@ class Prediction:
         shares = dict[str, DuplicateShare]()
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not shares):
-                # of shards only if no stage compares: an exact duplicate is a near one
+                # shards count only if no stage compares documents, because exact duplicates are near-duplicates
                 groups, places = self.duplicates.get(EXACT if name == SHARD else name, ({}, {}))
                 rate = self.sample.taken_bytes / self.sample.read_bytes
                 shares[name] = estimates.duplicates_by_place(part["documents"], groups, places, rate, self.sample.of_documents)
@@ -166,14 +166,14 @@ class Prediction:
 
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
-    """Computes the factor on each stage's documents in the sample by which the whole has fewer, because it has more
+    """Computes a factor for each stage's documents: the whole passes on a smaller share than the sample, because it has more
     duplicates."""
     factors, factor = {}, 1.0
     for name in funnel:
         factors[name] = factor
         if name in repeated and repeated[name].seen < 1:
             factor *= (1 - getattr(repeated[name], which)) / (1 - repeated[name].seen)
-    return factors | {"": factor}  # after the last
+    return factors | {"": factor}  # the factor after the last stage
 
 
 def rows_of(
@@ -186,7 +186,7 @@ def rows_of(
     expected, fewest, most = factors
     read, rows = funnel[segment.READ]["documents"], list[dict[str, Any]]()
     pages = max((i for i, name in enumerate(funnel) if name.endswith(" extract")), default=0)
-    spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # of the number read
+    spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # error of the number of reads
     names = [name for name in funnel if name != segment.FINISH]
     for place, (name, after) in enumerate(zip(names, [*names[1:], ""], strict=True)):
         part, came, (low, high) = funnel[name], expected[name], estimates.wilson(funnel[name]["kept"], read)
@@ -202,7 +202,7 @@ def rows_of(
             "tokens": round(kept_bytes * per_byte) if per_byte is not None and place >= pages else None,
             "dropped": {reason: round(n * sample.of_documents * came) for reason, n in part["dropped"].items()},
         })  # fmt: skip
-        if len(part["dropped"]) == 1:  # for others: duplicates among them, of which there are more than the sample's
+        if len(part["dropped"]) == 1:  # for others, duplicates are included, of which the whole has more than the sample
             rows[-1]["dropped"] = dict.fromkeys(part["dropped"], rows[-1]["documents"] - rows[-1]["kept"])
     return rows
 
@@ -251,8 +251,11 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[int, int]:
 
 def count_alike(folder: Location, part: int, parts: int, output: str, paths: list[str], stages: list[str],
                 places: list[str]) -> dict[str, object]:  # fmt: skip
-    """Counts, for each stage and a part of all clusters: documents of a cluster in one place by their number, and clusters by
-    their number of places, both from two."""
+    """Counts duplicates for each stage, for a part of all clusters.
+
+    Returns two counts: how often a cluster has two or more documents in one place, by their number; and the clusters in two or
+    more places, by the number of places.
+    """
     by_stage: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
     drawn = set(places)
     for path in paths:
@@ -260,7 +263,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
             table = table.filter(pc.is_in(table["stage"], pa.array(stages)))
             columns = (table[name].to_pylist() for name in ("id", "stage", "reason", "detail"))
             for id, stage, reason, detail in zip(*columns, strict=True):
-                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also say of how many
+                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also have the number of documents
                 if (cluster := _hash(who)) % parts == part:
                     firsts, pairs = by_stage[stage]
                     pairs += [(cluster, _hash(place_of(one, drawn))) for one in ((id,) if cluster in firsts else (who, id))]
@@ -269,7 +272,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Finds the place of a document in the sample: a place with many documents, by the start of its id, or itself."""
+    """Finds the place of a document in the sample: the drawn place with which its id begins; otherwise the id itself."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

@@ -3,13 +3,13 @@
 A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
 is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
 
-- everything cheap is checked before Ray starts: the keys, the inputs, the output's store;
-- the dataset exists only when it is complete: a new version is written next to the old one and its manifest last, so a run
-  that fails or is interrupted leaves what was there. What it had written itself it removes;
-- the version that it replaces stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
-- a folder that holds other things is refused, and nothing in it that is not ours is ever removed;
+- cheap checks come before Ray starts: the keys, the inputs, the output's store;
+- the dataset exists only when it is complete: a new version is written next to the old one, and its manifest last. A run that
+  fails or is interrupted leaves the old version unchanged, and removes its own files;
+- the replaced version stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
+- a folder with other files is rejected, and heliostat removes only its own files;
 - a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
-- the digest does not depend on where the input and output lie or when they were written. Those facts are kept in
+- the digest doesn't depend on the locations of input and output, or on the time of writing. These facts are in
   `prepared.json`, next to the manifest.
 """
 
@@ -47,16 +47,16 @@ from heliostat.terminal import console
 
 log = logging.getLogger(__name__)
 
-LISTED = "quarantine.parquet"  # what was left out, and why: of the newest version
+LISTED = "quarantine.parquet"  # list of dropped documents of the newest version, with the reasons
 DAY_S = 86_400
-CPUS = 4  # logical: the tasks wait for storage much of the time
+CPUS = 4  # logical CPUs: the tasks often wait for storage
 
 
 @dataclass(frozen=True)
 class InputFile:
     """Describes one file of the input; `path` is relative to the input's root, `modified` in nanoseconds since 1970.
 
-    `etag`: of an object, where its store gives one.
+    `etag`: the ETag of an object, if its store has one.
     """
 
     path: str
@@ -73,11 +73,11 @@ class InputFile:
 class Pipeline(Strict):
     """Defines a pipeline: a validated YAML that can produce a dataset. Subclasses add keys and implement the methods."""
 
-    later: ClassVar[frozenset[str]] = frozenset()  # keys that came after others: datasets made without them are up to date
-    beside: ClassVar[frozenset[str]] = frozenset()  # keys that do not shape the data
-    ray_data: ClassVar[bool] = True  # whether `write` works by Ray Data, whose import takes a second
+    later: ClassVar[frozenset[str]] = frozenset()  # newer keys: datasets made without them are up to date
+    beside: ClassVar[frozenset[str]] = frozenset()  # keys that don't affect the data
+    ray_data: ClassVar[bool] = True  # whether `write` uses Ray Data, whose import takes a second
 
-    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # what keys name of the Hub, with its commit
+    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # keys' names on the Hub, with their commits
 
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
@@ -178,10 +178,10 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     config = sha256_json({"pipeline": target, **pipeline.identity()})
     listing = sha256_json([(f.path, f.bytes) for f in inputs])
     wanted = {"config": config, "input": sha256_json([(f.path, f.bytes, f.modified) for f in inputs])}
-    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records hold the two by themselves
+    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records have these two at the top level
     if any(f.etag for f in inputs):
         wanted["etags"] = sha256_json([(f.path, f.etag) for f in inputs])
-        of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records hold none
+        of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records have none
     if not force and of_made == wanted and (done := _finished(output)):
         log.info("%s is up to date", output)
         pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
@@ -208,7 +208,7 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
-        versions.write_record(output, record)  # so that a dataset whose publishing breaks off is not up to date
+        versions.write_record(output, record)  # so that a dataset with an interrupted publishing isn't up to date
         write = collection.write if "parts" in meta else manifest.write
         named = {"name": pipeline.name, "config": config, "listing": listing}
         dataset = write(output, rows, {**meta, **named, **({manifest.HUB: pipeline._hub} if pipeline._hub else {})})

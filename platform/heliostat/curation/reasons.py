@@ -3,12 +3,11 @@
 A dataset whose pipeline has `stages` names these files in its manifest's metadata, under `curation`:
 
     funnel      files/funnel-....json: what each stage did, in order, from reading to shards
-    ends        files/ends-....parquet, several: what became of each document (`END`), sorted by the hash of its id, so that one
-                is found without reading the others: the list says which hashes each file begins with
+    ends        files/ends-....parquet, several: the fate of each document (`END`), sorted by the hash of its id. The list has
+                the first hash of each file, so finding one document needs only one file
 
-The ends have a column `columns`, JSON of those that the pipeline's `columns` names, if it names any. The seconds that stages took
-are not the same in every run, so they are in `files/DIGEST-seconds.json`, and where the input lay is in
-`files/DIGEST-pipeline.json`: no digest covers them.
+If the pipeline's `columns` names any, the ends have a column `columns`, with their values as JSON. No digest covers the seconds
+of stages (`files/DIGEST-seconds.json`), which differ between runs, and the input's location (`files/DIGEST-pipeline.json`).
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
 SECONDS, PIPELINE = UNCOVERED
-END_ROWS = 200_000  # of a file, whose task takes 0.4 KB of memory for each
+END_ROWS = 200_000  # documents per file; its task takes 0.4 KB of memory for each
 __all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "with_column"]
 
 
 def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
-    """Reads what each stage did, by `NUMBER NAME`, in order, with `read` first and `shard` last.
+    """Reads the counts of each stage, by `NUMBER NAME`, in order, with `read` first and `shard` last.
 
     MissingDataError if the dataset was made without stages.
 
-    Of each: `documents` and `bytes` that came, `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (of each
-    measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> how many), `examples` (of each rule: [hash, id, text,
-    detail, measures], of images a thumbnail, too), `thresholds` (of each measure: values), `what` (of each reason: what it
-    means), and `largest` (clusters: [documents, id that stayed]). `finish`, if there: what was asked of texts after the stages,
-    `dropped` alone.
+    Each stage has `documents` and `bytes` (its input), `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (by
+    measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> number of clusters), `examples` (by rule: [hash, id,
+    text, detail, measures], for images also a thumbnail), `thresholds` (by measure: values), `what` (by reason: its meaning),
+    and `largest` (clusters: [documents, id of the kept one]). `finish`, if it exists, has only `dropped`: by the requirements
+    for texts after the stages.
     """
     return json.loads(dataset.location.join(_named(dataset)["funnel"]).read())
 

@@ -1,4 +1,4 @@
-"""Finds stages by their names in pipeline files: a file of `heliostat.curation.stages` is a stage."""
+"""Finds stages by their names in pipeline files: each module of `heliostat.curation.stages` defines the stage of its name."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Finds the parts that documents share, for any number of documents: hashed, chosen, and removed.
 
-Every part of a text is spilled under the hash of its content. A task holds the hashes of one part of all keys: it finds the
-first occurrence of each, then goes through the occurrences some at a time and spills the others under the document that they
-are in. So a line that is in every document takes no more memory than one that is in two. What is first follows from the
-documents' ids.
+A task spills every part of a text under the hash of its content. Another task holds the hashes in one range of keys, and finds
+the first occurrence of each. It then processes the occurrences in batches, and spills all except the first under their documents.
+So a line in every document takes no more memory than a line in two documents. The documents' ids decide which occurrence is
+the first.
 
-Lines and paragraphs are compared, or windows of words. Some of the windows are chosen by content (winnowing: Schleimer,
-Wilkerson and Aiken 2003). Of every `size` windows in a row, the one of the least hash is chosen. So a span of two sizes, less
-one word, that two texts have in common holds one that both choose.
+The compared parts are lines, paragraphs, or windows of words. Windows are chosen by content (winnowing: Schleimer, Wilkerson and
+Aiken 2003): of every `size` windows in a row, the one with the smallest hash. So if two texts share a span of 2 * `size` - 1
+words, both choose a window in it.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from heliostat.tasks.work import key
 
 Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
-BLOCK = 1 << 16  # windows that are compared together
-HELD = 1 << 20  # occurrences that are held before they are merged or spilled
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # the hash of each occurrence, of its document, and its place there
+BLOCK = 1 << 16  # windows that are compared at once
+HELD = 1 << 20  # occurrences in memory before they are merged or spilled
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # by occurrence: its hash, its document's hash, and its place in the document
 
 
 class Signing(Protocol):
@@ -189,8 +189,8 @@ def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
     return stretches
 
 
-ROW_BYTES = 120  # of memory for each occurrence that a task goes through, sorting included
-REWRITTEN = 8  # that a task rewrites
+ROW_BYTES = 120  # bytes of memory per occurrence in a task, including the sort
+REWRITTEN = 8  # runs that a task rewrites
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes the parts that documents share, except one occurrence; a subclass defines the parts and the removal."""
 
-    version: ClassVar[int] = 3  # words are those of `comparable`, and what is left too short is dropped
+    version: ClassVar[int] = 3  # words are those of `comparable`, and a text that becomes too short is dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",

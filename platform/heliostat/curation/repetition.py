@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
-BLOCK = 1 << 16  # n-grams, or parts, that are gone through as Python objects or compared together
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd: numbers stay apart when they are multiplied
+BLOCK = 1 << 16  # n-grams, or parts, that become Python objects or are compared at once
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps numbers distinct
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
@@ -28,10 +28,10 @@ class Repeats:
 
     def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
         self.words = words
-        self.ends = np.zeros(len(lengths) + 1, np.int32)  # where each word ends, if all are written without a space
+        self.ends = np.zeros(len(lengths) + 1, np.int32)  # end of each word, if all words are written without spaces
         np.cumsum(lengths, out=self.ends[1:])
         self._words, self._n = words.copy(), 1
-        self._twice: np.ndarray | None = None  # where the n-gram may be one that is there more than once; None: everywhere
+        self._twice: np.ndarray | None = None  # places where the n-gram may be repeated; None: everywhere
 
     def _advance(self, n: int) -> np.ndarray:
         """Returns a hash of every n-gram; call it with rising `n`."""
@@ -64,7 +64,7 @@ class Repeats:
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
-        places = self._twice  # an n-gram that is there twice begins with a shorter one that is
+        places = self._twice  # a repeated n-gram begins with a shorter repeated one
         if places is not None:
             places = places[places < len(hashes)]
             hashes = hashes[places]

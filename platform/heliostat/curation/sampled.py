@@ -10,8 +10,8 @@ import xxhash
 from heliostat.curation import pieces
 from heliostat.curation.pieces import FilePart
 
-PLACES = 64  # that are chosen at least, where there are so many, lest a sample is of one neighbourhood
-OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds
+PLACES = 64  # minimum number of chosen places, if there are as many, so that a sample isn't of one neighborhood
+OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds of the three hashes
 FEW_UNKNOWN = 0.05
 
 
@@ -52,7 +52,7 @@ class SampledParts:
 
     fraction: float
     name: str = ""
-    """The path of an input that is one file."""
+    """Path of the input, if it is one file."""
     parts: list[FilePart] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
@@ -61,9 +61,9 @@ class SampledParts:
     files: int = 0
     taken_files: float = 0.0
     places: list[str] = field(default_factory=list)
-    """Those of the parts that hold many documents (`place`)."""
+    """Places of the parts that hold many documents (`place`)."""
     many_bytes: int = 0
-    """Of the input's bytes, those of files of many documents, whose number is not known."""
+    """Bytes of the input's files with many documents, whose number is unknown."""
 
     def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
         """Counts parts, some of which are read, with a share (`rate`) of their records; each may hold `one` document."""

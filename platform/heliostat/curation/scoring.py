@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Value = TypeVar("Value")
-Config = dict[str, Any]  # a folder's JSON, as it was saved
-LEAST_TOKENS = 32  # that a text is padded to
+Config = dict[str, Any]  # JSON of a folder, as it was saved
+LEAST_TOKENS = 32  # minimum padded length of a text, in tokens
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
 
@@ -179,7 +179,7 @@ class Reader(ABC, Generic[Value]):
         try:
             self.tokenizer = Tokenizer.from_file(str(Path(folder) / TOKENIZER))
             model = self.load(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-        except Exception as e:  # of many kinds: what is wrong with a folder of others
+        except Exception as e:  # errors of many kinds, for faulty folders
             fault = str(e).partition("\n")[0]
             raise ConfigError(f"{name}: can't load {folder!r} as {what} ({fault})") from e
         self.model = model.eval().to(self.device)

@@ -34,19 +34,19 @@ RUN = pa.schema(
 )  # fmt: skip
 PICTURES = pa.schema(
     [*RUN, ("image", pa.large_binary()), ("looks", pa.int64()), ("width", pa.int32()), ("height", pa.int32())]
-)  # of images with captions, which are their texts; `hash` is that of the pixels
+)  # images with captions as their texts; `hash` is that of the pixels
 LEFT_OUT = pa.schema(
     [
         ("key", pa.uint64()),
         *((name, pa.large_string()) for name in ("id", "stage", "reason", "detail", "measures", "hash", "columns")),
     ]
 )
-READ = careful.READ  # the stage at which reading leaves something out
-FINISH = "finish"  # the one at which texts are left out that do not meet what is asked of them after the stages
-LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # that are held, as Python objects, before they are spilled
-EXAMPLES = 3  # ids that are listed for each reason
+READ = careful.READ  # the stage of reading, for drops during reading
+FINISH = "finish"  # the stage of the requirements for texts after all stages
+LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # maximum rows in memory, as Python objects, before they are spilled
+EXAMPLES = 3  # ids that are listed per reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
-Row = tuple[Any, ...]  # of Arrow values
+Row = tuple[Any, ...]  # Arrow values
 
 
 class SegmentRecord(TypedDict):
@@ -134,7 +134,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
             entry["kept"] += 1
             entry["kept_bytes"] += bytes_of(item)
         yield item
-    entry["bytes"] = entry["kept_bytes"]  # they are unknown for what was left out
+    entry["bytes"] = entry["kept_bytes"]  # the bytes of dropped documents are unknown
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
@@ -184,7 +184,7 @@ class _Stages(careful.Through):
                 gone.append(left_out(item.id, FINISH, item.reason, item.detail, columns=document.columns))
             else:
                 rows.append(row_of(item))
-        for fields in gone:  # what a stage made of a document may be nothing that can be spilled: until here nothing is held
+        for fields in gone:  # a stage's columns may be impossible to spill: nothing is added before this check
             self.out.hold_left_out(fields)
         for row in rows:
             self.out.hold(row)
@@ -232,9 +232,9 @@ class Spiller:
     folder: Location
     run_bytes: int
     runs: list[SpilledRun] = field(default_factory=list)
-    spilled: list[str] = field(default_factory=list)  # of what was left out
+    spilled: list[str] = field(default_factory=list)  # spills of dropped documents
     rows: list[Row] = field(default_factory=list)  # (hash, id, bytes, columns, UTF-8 text), the image's columns
-    out: list[Row] = field(default_factory=list)  # as LEFT_OUT has it
+    out: list[Row] = field(default_factory=list)  # rows of LEFT_OUT
     size: int = 0
     out_size: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -269,7 +269,7 @@ class Spiller:
         """Writes the collected documents as a run: sorted by hash, then id, and numbered in that order."""
         self.rows.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
-        self.rows, self.size = [], 0  # before the file is made, which takes as much again
+        self.rows, self.size = [], 0  # freed before the file is made, which takes as much again
         self.runs.append(SpilledRun(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-SLICE = 1 << 18  # characters of a slice, about
+SLICE = 1 << 18  # characters of a slice, approximately
 SPACE, LINE_END = re.compile(r"\s"), re.compile(r"\n")
 
 

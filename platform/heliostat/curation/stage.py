@@ -1,10 +1,9 @@
 """Defines a curation stage, which processes one document: a schema of YAML keys and a function on a batch of documents.
 
 A stage processes each document alone (the engine compares documents, for deduplication), so its result doesn't depend on the
-batch, the worker, or the order. One stage is one file in `heliostat.curation.stages`, whose name is the stage's
-(`gopher_quality.py`: `{stage: gopher_quality}`). It subclasses `Stage`, once: its fields are the keys that a pipeline file may
-give, with the paper's values as defaults, and `open` returns the function that does the work, called once in each worker,
-where models and lists are loaded.
+batch, the worker, or the order. Each file in `heliostat.curation.stages` defines the stage of its name (`gopher_quality.py`:
+`{stage: gopher_quality}`) in one subclass of `Stage`. Its fields are the keys in a pipeline file, with the paper's values as
+defaults. Each worker calls `open` once, which loads models and lists, and returns the function that processes documents.
 """
 
 from __future__ import annotations
@@ -81,7 +80,7 @@ class Dropped:
 
 Work = Callable[[list[Document]], list[Outcome]]
 Judge = Callable[[str], tuple[str, dict[str, float]]]
-"""Returns the reason to drop a text ("" to keep it), and the measures it was decided by."""
+"""Returns the reason to drop a text ("" to keep it), and the measures that decided."""
 
 
 def text_of(document: Document) -> str:
@@ -115,38 +114,38 @@ class Decides(Protocol):
 
 
 class Stage(Strict):
-    """Defines a stage by the keys that a pipeline file may give it; subclasses say what it does."""
+    """Defines a stage by its keys in a pipeline file; subclasses define its work."""
 
     reasons: ClassVar[dict[str, str]] = {}
-    """What it drops documents for: a word, and what that word means."""
+    """Reasons for which the stage drops documents: a word, and its meaning."""
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """The measures that it decides by, and the fields that hold their thresholds."""
+    """Measures that decide on a document, and the fields that hold their thresholds."""
     limits: ClassVar[dict[str, tuple[str, str, str]]] = {}
-    """Rules that compare one measure with one field, the first first: the reason, and (measure, field, meaning).
+    """Rules that compare one measure with one field, in order of precedence: reason -> (measure, field, meaning).
 
-    A field `min_...` is the least that is kept, `max_...` the most; `{}` in the meaning is the field's name. What a limit says is
-    in `reasons` and `thresholds` by itself.
+    A field `min_...` is the minimum to keep a document, `max_...` the maximum. `{}` in the meaning stands for the field's name.
+    Limits are added to `reasons` and `thresholds` automatically.
     """
     needs: ClassVar[tuple[str, ...]] = ()
-    """An extra, and the modules of it that the stage needs."""
+    """An extra of heliostat, followed by the modules of the extra that the stage needs."""
     libraries: ClassVar[tuple[str, ...]] = ()
-    """The distributions that its result follows from: with another version of one, its tasks are done again."""
+    """Distributions that the result depends on: if one has another version, the stage's tasks run again."""
     gpu: ClassVar[bool] = False
-    """Whether it runs by itself in tasks that each hold a GPU, where the cluster has any."""
+    """Whether the stage runs alone, in tasks that each have a GPU if the cluster has any."""
     of_images: ClassVar[bool] = False
-    """Whether it looks at images, and not at their captions."""
+    """Whether the stage reads images, and not their captions."""
     version: ClassVar[int] = 1
-    """Raised whenever the same keys give other documents: what was made by an earlier version is then made again."""
+    """Increased when the same keys give other documents. Results of an earlier version are then computed again."""
 
     makes: ClassVar[tuple[str, ...]] = ()
-    """Columns that it gives to documents, in addition to those that its keys `column`, `bucket_column`, and `original` name."""
+    """Columns that the stage adds to documents, in addition to those in its keys `column`, `bucket_column`, and `original`."""
     compares: ClassVar[tuple[str, ...]] = ()
-    """Keys that name a column that it compares, which documents must have."""
+    """Keys that name a column to compare, which documents must have."""
 
     paths: ClassVar[tuple[str, ...]] = ()
-    """Keys that name files or folders, such as a model: tasks find these on every node (`shipping`)."""
+    """Keys that name files or folders, such as a model. `shipping` copies them to the nodes of the tasks."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Keys that came after others: datasets made without them are up to date where they have their defaults."""
+    """Keys of newer versions. A dataset from before such a key is up to date if the key has its default."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: object) -> None:
@@ -239,7 +238,7 @@ class Stage(Strict):
 
     def loaded(self) -> Callable[[Document], Outcome]:
         """Loads the stage's models and lists, and returns its function of one document; `open` is for batches."""
-        Stage.check(self)  # on this node: `decide` may take a module that is missing for bad data
+        Stage.check(self)  # on this node, because `decide` may take a missing module for bad data
         if not isinstance(self, Decides):
             raise ConfigError(
                 f"stage {self.named()}: {type(self).__name__} doesn't define what to do. Add `decide` (docs/guides/filter.md)"

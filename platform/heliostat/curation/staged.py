@@ -27,14 +27,14 @@ from heliostat.tasks.work import Work
 
 
 class StagedPipeline(Pipeline):
-    """Defines a pipeline whose tasks are recorded as they finish, so that a run that was ended continues."""
+    """Defines a pipeline that records each finished task, so that an interrupted run can resume."""
 
     _seconds: dict[str, float] = PrivateAttr(default_factory=dict)
     _watch: PipelineWatch | None = PrivateAttr(default=None)
 
     ray_data = False
     moved: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions that are keys of `columns` now, by their old names."""
+    """Keys of earlier versions that are now keys of `columns`: old name -> new name."""
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
@@ -52,13 +52,13 @@ class StagedPipeline(Pipeline):
     @model_validator(mode="before")
     @classmethod
     def _take_old_columns(cls, value: object) -> object:
-        """Takes a list of `columns` for `columns.others`, and the keys in `moved` for those that they are now."""
+        """Converts old keys: a list in `columns` becomes `columns.others`, and keys in `moved` become keys of `columns`."""
         columns = value.get("columns") if isinstance(value, dict) else None
         old = cls.moved.keys() & value.keys() if isinstance(value, dict) else ()
         if not isinstance(value, dict) or not (old or isinstance(columns, list)) or "columns" not in cls.model_fields:
             return value
         if columns is not None and not isinstance(columns, list | dict):
-            return value  # for the schema to report
+            return value  # the schema reports the error
         now = {"others": columns} if isinstance(columns, list) else dict(columns or {})
         for key in sorted(old):
             if cls.moved[key] in now:
@@ -72,15 +72,14 @@ class StagedPipeline(Pipeline):
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None) -> Flow:
-        """Makes the flow that runs the tasks and shows their progress; in another place than the pipeline's, if given."""
+        """Makes the flow that runs the tasks and shows their progress. `work`: another work folder than the pipeline's."""
         return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
 
     def check_places(self, input: str, here: str | None) -> None:
-        """Checks that the input (its path `here`, if it has one), the output, and the work don't overlap; ConfigError if they
-        do."""
+        """Checks that the folders of input, output, and work don't overlap; ConfigError if they do. `here`: the input's path."""
         output_path = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, output_path):
             raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Move the work elsewhere")
@@ -92,12 +91,12 @@ class StagedPipeline(Pipeline):
             raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Name another folder")
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
-        """Checks that documents can have the columns that stages compare, because without it all would be equal; ConfigError
-        if not. `known`: columns that come with the documents; `key`: the pipeline key that names more, if there is one."""
+        """Checks that documents can have the columns that stages compare; ConfigError if not. Without the column, all documents
+        would be equal. `known`: columns from reading; `key`: the pipeline key that names more columns, "" if there is none."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
-                return  # a stage of somebody's own may make any column
+                return  # a user's own stage may make any column
             for field in stage.compares:
                 if (name := getattr(stage, field)) and name not in available:
                     hint, also = nearest(name, sorted(available)), f", or name it under `{key}` too" if key else ""

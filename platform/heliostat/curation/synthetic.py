@@ -1,4 +1,4 @@
-"""Reads which model wrote an input that is the answers of a batch inference: the lineage of synthetic data."""
+"""Reads the lineage of synthetic data: the model that wrote an input, if the input is the answers of a batch inference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 
-FOLDER, RECORD = "answers", "inference.json"  # as `heliostat model infer` writes them, side by side
+FOLDER, RECORD = "answers", "inference.json"  # names of `heliostat model infer`, next to each other
 
 
 @open_
@@ -45,7 +45,7 @@ TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
     """Returns the model, the settings, and the inputs of files from `inference.json`; None if they aren't such answers.
 
-    Warns of a record that can't be read or doesn't list the files, which then have no lineage.
+    Logs a warning if the record can't be read, or doesn't list the files. The files then have no lineage.
     """
     folder = root if root.name == FOLDER else _above(root)
     if folder.name != FOLDER:

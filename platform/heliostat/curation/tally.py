@@ -19,9 +19,9 @@ import xxhash
 from heliostat.curation.picturing import thumbnail
 from heliostat.curation.stage import Document, Outcome, Stage
 
-EXAMPLES = 20  # of each rule
+EXAMPLES = 20  # examples per rule
 EXCERPT = 1000  # characters
-NEAR = 0.1  # of a threshold: a document that was kept by less was only just kept
+NEAR = 0.1  # distance from a threshold, relative to it, below which a document was barely kept
 Tally = dict[str, dict[str, Any]]
 
 
@@ -110,10 +110,10 @@ def _add(total: dict[str, Any], part: dict[str, Any]) -> None:
             pair = known.setdefault(value, [0, 0])
             pair[0] += kept
             pair[1] += dropped
-    if "largest" in part:  # clusters, as (documents, who was kept)
+    if "largest" in part:  # clusters, as (documents, the kept id)
         both = [*total.get("largest", []), *part["largest"]]
         total["largest"] = sorted(both, key=lambda pair: (-pair[0], pair[1]))[:EXAMPLES]
-    if "sizes" in part:  # of clusters, by their documents
+    if "sizes" in part:  # counts of clusters, by their documents
         known = total.setdefault("sizes", {})
         for size, number in part["sizes"].items():
             known[size] = known.get(size, 0) + number

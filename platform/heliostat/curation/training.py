@@ -37,7 +37,7 @@ def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
     if not paths:
         raise ConfigError(f"{str(folder)!r} holds no files. Name a folder with examples")
-    opened = dict[str, Work]()  # each for the first of its kind: they need packages that texts do not
+    opened = dict[str, Work]()  # created for the first document of a kind: they need packages that texts don't
     for path in paths:
         with path.open("rb") as stream:
             for item in readers.read(str(path), stream, readers.Limits()):

@@ -15,7 +15,7 @@ from heliostat.text import printable
 
 log = logging.getLogger(__name__)
 
-LOG_S = 15.0  # between log lines
+LOG_S = 15.0  # seconds between log lines
 
 
 class PipelineWatch:

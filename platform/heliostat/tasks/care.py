@@ -1,8 +1,8 @@
-"""Keeps what is known of a task that has failed: how often, what it noted, and which documents it leaves out.
+"""Tracks the failures of a task, and finds the documents that crash its process.
 
-A task that has failed is run again with `Care`: it notes in the work folder what it is about to do, a batch at a time. If its
-process dies, the next run takes the documents of the noted batch one by one, and notes each. A document at which the process dies
-twice is left out (`crashed`). `curation.careful` takes the documents.
+A task that has failed runs again with `Care`: before each batch of documents, it writes a note to the work folder. If its process
+dies, the next run processes the documents of the noted batch one by one, with a note before each. A document at which the process
+dies twice is left out (`crashed`). `curation.careful` processes the documents.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ CRASHED = "crashed"
 MEANING = "it ended its process, or a stage raised an error at it, each time"
 UNREAD = "unread"
 UNREAD_MEANING = "the rest of a file, or of a range of it: reading fails there each time; how many documents it holds isn't known"
-MOST, SHARE = 20, 1000  # crashed documents: a run ends at more than MOST, and more than one in SHARE
-BLAMED = 2  # times that a process must die at a document
+MOST, SHARE = 20, 1000  # a run fails if more than MOST documents crash, and more than one in SHARE
+BLAMED = 2  # deaths of the process at a document until the task leaves it out
 
 
 def most(documents: int) -> int:
-    """Returns how many of so many documents may crash."""
+    """Returns the maximum number of documents that may crash, out of this many."""
     return max(MOST, documents // SHARE)
 
 
 def too_many(crashed: int, what: str) -> HeliostatError:
-    """Makes the error of a run in which too many documents crash."""
+    """Builds the error of a run in which too many documents crash."""
     return HeliostatError(
         f"stages: {crashed:,} documents crashed, more than {MOST} and than one in {SHARE:,}: {what}. Correct the "
         "stage or the input, and start again. Finished tasks are kept"
@@ -37,7 +37,7 @@ def too_many(crashed: int, what: str) -> HeliostatError:
 
 
 def last_line(error: BaseException) -> str:
-    """Returns an error's kind and the last line of what it says."""
+    """Returns an error's class name and the last line of its message."""
     cause = getattr(error, "cause", None) or error
     lines = str(cause).strip().splitlines()
     return brief(f"{type(cause).__name__}: {lines[-1].strip()}" if lines else type(cause).__name__)
@@ -45,13 +45,13 @@ def last_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class TaskPlace:
-    """Describes what a task was about to do: read the next of a `part`, or take documents through stages (`part` -1)."""
+    """Describes a task's next action: to read the next documents of a `part`, or to pass documents through stages (`part` -1)."""
 
     number: int
-    """How many had been read, or taken, before."""
+    """Documents that the task had read, or passed through stages, before."""
     part: int = -1
     alone: bool = False
-    """Whether it was one document, and not a batch."""
+    """Whether the action is for one document, not for a batch."""
     id: str = ""
     stage: str = ""
 
@@ -69,7 +69,8 @@ class Crash:
 
 @dataclass(frozen=True)
 class Care:
-    """Tells a task how it is run again: where it notes what it does, what is taken one by one, and what is left out."""
+    """Holds the instructions for a task that runs again: the place for its notes, the batch to process one by one, and the
+    documents to leave out."""
 
     note: Location
     attempt: int
@@ -79,7 +80,7 @@ class Care:
 
 @dataclass
 class Trouble:
-    """Knows of a task how often it has failed since a document was found at which it does, and which documents it leaves out."""
+    """Counts a task's failures since it last left a document out, and lists the documents that it leaves out."""
 
     count: int = 0
     attempt: int = 0
@@ -88,12 +89,12 @@ class Trouble:
     crashed: list[Crash] = field(default_factory=list)
 
     def care(self, note: Location) -> Care:
-        """Returns how the task is run next."""
+        """Returns the instructions for the task's next run, and counts the attempt."""
         self.attempt += 1
         return Care(note, self.attempt, self.suspect, tuple(self.crashed))
 
     def learn(self, note: Location, error: BaseException) -> Crash | None:
-        """Learns from what a process that died had noted; returns the document that is left out from now on, if it was found."""
+        """Evaluates the note of a process that died. Returns the document to leave out from now on; None if it is unknown yet."""
         if (place := _noted(note, self.attempt)) is None:
             return None
         if not place.alone:

@@ -1,6 +1,6 @@
-"""Counts the processor time of a worker, with that of the processes in which it has parsers run (`isolated`).
+"""Measures the CPU time of a worker, including the processes that run parsers for it (`isolated`).
 
-What stages and tasks take is measured in this time, so that a busy machine predicts the same hours as an idle one.
+Stages and tasks are measured in CPU time, so that predictions from a busy machine equal those from an idle one.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ _elsewhere = 0.0
 
 
 def add(seconds: float) -> None:
-    """Counts seconds that another process took for this one."""
+    """Adds CPU seconds that another process spent for this one."""
     global _elsewhere
     _elsewhere += seconds
 
 
 def now() -> float:
-    """Returns the seconds of processor time so far; all threads count."""
+    """Returns the CPU seconds so far, of all threads and of the processes that `add` has counted."""
     return time.process_time() + _elsewhere

@@ -1,9 +1,9 @@
-"""Keeps the tasks of one kind under way on Ray: starts those again that fail, while the others continue.
+"""Runs the tasks of one kind on Ray, and retries failed tasks while the others continue.
 
-What a person must change (exit code 2) ends the run at once, and no error that heliostat raises on purpose is worth another run.
-A task that raises another error has `TRIES` runs. One whose process or node dies has `LOST`, counted from the last document that
-was found to be at fault (`care`). After `FAILED` tasks that used them up, or too many documents that crashed, no other task is
-started. Those that are under way end and are recorded, and the first error is raised.
+An error that a person must fix (exit code 2) ends the run at once. Other errors that heliostat raises on purpose aren't retried.
+A task that raises any other error runs up to `TRIES` times. A task whose process or node dies runs up to `LOST` times, counted
+from the last document that it left out (`care`). After `FAILED` failed tasks, or too many crashed documents, no further task
+starts. Tasks that have started still end and are recorded. Then the crew raises the first error.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from heliostat.text import printable
 log = logging.getLogger(__name__)
 
 TRIES, LOST, FAILED = 3, 8, 3
-PAUSE = Backoff(0.5, 10.0)  # before a task is run again whose process died: what is short of memory stays so for a while
-LOOK_S = 10.0  # between looks at the cluster's nodes
-AWAY_S = 0.5  # between looks at actors that are all lost, and at copies that tasks wait for
-ENDING_S = 2.0  # for tasks to end by themselves after the run is given up
-END_S = 60.0  # and when they are cancelled
+PAUSE = Backoff(0.5, 10.0)  # before a task runs again whose process died: a lack of memory lasts for a while
+LOOK_S = 10.0  # seconds between checks of the cluster's nodes
+AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
+ENDING_S = 2.0  # seconds for tasks to end by themselves after the run has failed
+END_S = 60.0  # seconds for tasks to end after they are canceled
 
 
 @dataclass(frozen=True)
 class Task:
-    """Describes a task: the key that its result follows from, and what its function is called with."""
+    """Describes a task: the key of its record, and the arguments of its function."""
 
     key: str
     arguments: dict[str, Any]
     shared: dict[str, object] = field(default_factory=dict)
-    """Further arguments, each from `Flow.share`: what is large and the same for many tasks travels to a node once."""
+    """Further arguments, each from `Flow.share`. A large value that many tasks share is sent to a node only once."""
     bytes: int = 0
-    """That it reads, about: for the progress."""
+    """Bytes that the task reads, approximately, for the progress line."""
     careful: bool = False
-    """Whether its function takes `care`, where it is run again."""
+    """Whether the function takes an argument `care` when the task runs again."""
     before: str = ""
-    """The key that earlier versions gave to the same task, whose record counts too."""
+    """Key of the same task in earlier versions. A record under this key counts, too."""
 
 
 class Flowing(Protocol):
-    """Lists what a crew reads of the flow that it works for (`flow.Flow`)."""
+    """Lists the members of `flow.Flow` that a crew uses."""
 
     work: Work
     labels: dict[str, str]
@@ -70,16 +70,16 @@ class Flowing(Protocol):
 
 @dataclass(eq=False)
 class Started:
-    """Describes a task that is under way: its number among those of its kind, its failures, and when it is started again."""
+    """Describes a task that has started: its number among the tasks of its kind, its failures, and the time to start it again."""
 
     number: int
     task: Task
     trouble: Trouble = field(default_factory=Trouble)
     due: float = 0.0
     offered: set[Shipment] = field(default_factory=set)
-    """What its node lacked, and the driver has copied to the work folder."""
+    """Shipments that the task's node lacked, and that the driver copied to the work folder."""
     copy: Future[None] | None = None
-    """Such a copy, which may be under way: the task is started again after it."""
+    """The last of these copies. The task starts again when it is complete."""
 
     @property
     def waits(self) -> bool:
@@ -87,12 +87,12 @@ class Started:
 
 
 class Crew:
-    """Keeps tasks under way, in a pool of `size` actors, if any, else as tasks of `cpus` CPUs each."""
+    """Runs tasks in a pool of `size` actors; if `size` is 0, as Ray tasks of `cpus` CPUs each."""
 
     def __init__(self, flow: Flowing, kind: str, execute: Any, function: TaskFunction, cpus: int, size: int,
                  gpus: float) -> None:  # fmt: skip
         self.flow, self.kind, self.execute, self.function, self.cpus = flow, kind, execute, function, cpus
-        self.work = Work(flow.work.location)  # without what was looked up
+        self.work = Work(flow.work.location)  # without the cached list of files
         selector = flow.labels or None
         self.pool = ActorPool(execute, size, num_cpus=cpus, num_gpus=gpus, label_selector=selector) if size else None
         self.remote: Any = self.pool or ray.remote(execute)
@@ -106,7 +106,7 @@ class Crew:
 
     @property
     def full(self) -> bool:
-        """Tells whether twice as many tasks are under way as have room; nodes that come and go are looked at now and then."""
+        """Returns whether the crew takes no more tasks: twice as many have started as can run at once, or all actors are lost."""
         self._look()
         if self.pool and not self.pool.ready:
             return True
@@ -117,7 +117,7 @@ class Crew:
         return bool(self.under_way or self.later)
 
     def start(self, started: Started) -> None:
-        """Starts a task; raises what went wrong with the copy that it waited for."""
+        """Starts a task; raises the error of the copy that it waited for, if the copy failed."""
         if started.copy:
             started.copy.result()
         task, trouble = started.task, started.trouble
@@ -133,7 +133,7 @@ class Crew:
         self.under_way[reference] = started
 
     def finished(self) -> Iterator[tuple[Started, dict[str, Any]]]:
-        """Waits for a task, and yields it with its record if it has finished."""
+        """Waits for a task to end; yields (the task, its record) if it succeeded, else decides whether it runs again."""
         self._check()
         self._look()
         wait = self._start_due()
@@ -160,7 +160,7 @@ class Crew:
             yield started, record
 
     def conclude(self) -> None:
-        """Raises the error of the first task that failed for good, if one did."""
+        """Raises the error of the first task that failed for good, if there is one."""
         self._check()
         if not self.failed:
             return
@@ -170,13 +170,13 @@ class Crew:
             raise self.failed[0]
 
     def end(self) -> None:
-        """Ends what is still under way."""
+        """Ends the pool, and cancels the tasks that are still running."""
         if self.pool:
             self.pool.end()
         _end(list(self.under_way))
 
     def _start_due(self) -> float:
-        """Starts the tasks whose pause or copy is over; returns the seconds until another one is looked at, or the nodes are."""
+        """Starts the tasks whose pause or copy has ended; returns the seconds until the next check of a task or of the nodes."""
         if self.pool and not self.pool.ready:
             return AWAY_S
         now, later = time.monotonic(), self.later
@@ -187,7 +187,7 @@ class Crew:
         return max(0.0, min([LOOK_S, *(AWAY_S if one.waits else one.due - now for one in self.later)]))
 
     def _copy(self, shipment: Shipment) -> Future[None]:
-        """Copies what a node lacks to the work folder, in a thread: other tasks end and start meanwhile."""
+        """Copies a shipment that a node lacks to the work folder, in a thread, so that other tasks end and start meanwhile."""
         if (known := self.copies.get(shipment)) and not known.done():
             return known
         copy = self.copies[shipment] = Future[None]()
@@ -204,7 +204,7 @@ class Crew:
         return copy
 
     def _judge(self, started: Started, error: Exception) -> None:
-        """Decides whether a task that failed is run again; raises what a person must change."""
+        """Decides whether a failed task runs again; raises an error that a person must fix."""
         cause, trouble, task = innermost(error), started.trouble, started.task
         if isinstance(cause, NotHereError) and not self.stopped and cause.shipment not in started.offered:
             started.copy = self._copy(cause.shipment)
@@ -225,7 +225,7 @@ class Crew:
                 crash.stage,
                 crash.detail,
             )
-            if self.pool:  # what waited after it in its actor has died with it each time
+            if self.pool:  # tasks that waited for the same actor died with it each time
                 for other in [*self.under_way.values(), *self.later]:
                     other.trouble.count = min(other.trouble.count, 1)
         if self.stopped or cause is not None or trouble.count >= (LOST if lost else TRIES):
@@ -237,7 +237,7 @@ class Crew:
         self.later.append(started)
 
     def _check(self) -> None:
-        """Stops if more documents have crashed than may."""
+        """Stops the crew if too many documents have crashed."""
         under_way = sum(len(one.trouble.crashed) for one in [*self.under_way.values(), *self.later])
         crashed = self.flow.crashed + under_way
         if crashed > care.most(self.flow.passed) and not self.stopped:
@@ -245,7 +245,7 @@ class Crew:
             self.failed.insert(0, care.too_many(crashed, f"for example {printable(self.last)!r}"))
 
     def _look(self) -> None:
-        """Looks at the nodes, now and then: how many tasks have room, and whether one has the CPUs that a task requests."""
+        """Checks the nodes every LOOK_S seconds: how many tasks fit, and whether any node has the CPUs that a task requests."""
         if time.monotonic() - self.looked < LOOK_S:
             return
         self.looked, nodes = time.monotonic(), self.flow.nodes()
@@ -266,7 +266,7 @@ class Crew:
         self.room = 2 * self.size if self.pool else max(2, 2 * sum(nodes) // self.cpus)
 
     def _request(self, cpus: int) -> None:
-        """Starts tasks again with fewer CPUs each, after the nodes have gone that had so many."""
+        """Restarts waiting tasks with fewer CPUs each, because no node has as many CPUs anymore."""
         self.cpus = cpus
         _, waiting = ray.wait(list(self.under_way), num_returns=len(self.under_way), timeout=0) if self.under_way else ([], [])
         for reference in waiting:
@@ -276,14 +276,14 @@ class Crew:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Tells whether a task failed because its process or node died, and not by an error of its own."""
+    """Returns whether a task failed because its process or node died, and not with an error of its own."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 
 def _end(references: list[Any]) -> None:
-    """Ends tasks that are at work, so that nothing is written after an error was reported.
+    """Cancels running tasks, so that they write nothing after an error was reported.
 
-    What is about to end is let end: Ray aborts this process if a task that it is just completing is cancelled.
+    First waits ENDING_S seconds for tasks to end, because Ray aborts this process if a task is canceled while it completes.
     """
     _, working = ray.wait(references, num_returns=len(references), timeout=ENDING_S) if references else ([], [])
     for reference in working:

@@ -1,6 +1,6 @@
-"""Reads the files that stages' keys name: lists of words and domains, evaluation sets; and their digests.
+"""Reads and hashes the files that a stage's keys name: lists of words and domains, and evaluation sets.
 
-A stage lists such keys, and those that name models, in `Stage.paths`: `shipping` takes what they name to the nodes that lack it.
+A stage lists these keys, and those that name models, in `Stage.paths`. `shipping` copies the files to nodes that lack them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from heliostat.errors import ConfigError
 
 Paths = str | list[str] | dict[str, str] | None
 
-_digests: dict[tuple[str, int, int, int, int], str] = {}  # of files, by their paths and states
+_digests: dict[tuple[str, int, int, int, int], str] = {}  # SHA-256 by a file's path, inode, size, and times
 
 
 def read(key: str, path: str) -> bytes:
-    """Reads a file that a key names; ConfigError that names the key if it cannot be."""
+    """Reads the file that a key names; ConfigError with the key if that fails."""
     try:
         return Path(path).read_bytes()
     except OSError as e:
@@ -26,7 +26,10 @@ def read(key: str, path: str) -> bytes:
 
 
 def entries(key: str, path: str) -> list[str]:
-    """Reads a list, one entry a line; empty lines and those that begin with # are comments."""
+    """Reads a list with one entry per line, without empty lines and lines that begin with #.
+
+    ConfigError if the file can't be read, isn't UTF-8, or has no entry.
+    """
     try:
         lines = read(key, path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as e:
@@ -38,7 +41,10 @@ def entries(key: str, path: str) -> list[str]:
 
 
 def digest(key: str, path: str) -> str:
-    """Returns the SHA-256 of a file that a key names, which each process reads once while the file stays as it is."""
+    """Returns the SHA-256 of the file that a key names. A process reads an unchanged file only once.
+
+    ConfigError if the file can't be read, or changes while it is read.
+    """
     try:
         state = _state(path)
         if state not in _digests:
@@ -53,12 +59,12 @@ def digest(key: str, path: str) -> str:
 
 
 def digests(identity: Mapping[str, object], stage: object, *keys: str) -> dict[str, object]:
-    """Puts digests in place of the paths that the keys hold, for stages that don't list these keys in `Stage.paths`."""
+    """Replaces the paths in these keys with digests, for stages that don't list these keys in `Stage.paths`."""
     return {**identity, **{key: mapped(getattr(stage, key), partial(digest, key)) for key in keys}}
 
 
 def mapped(paths: Paths, change: Callable[[str], str]) -> Paths:
-    """Changes each path that a key holds: one, a list of them, or a mapping of names to them."""
+    """Applies `change` to each path of a key: one path, a list of paths, or a mapping of names to paths."""
     if isinstance(paths, dict):
         return {name: change(path) for name, path in paths.items()}
     return change(paths) if isinstance(paths, str) else paths and [change(path) for path in paths]

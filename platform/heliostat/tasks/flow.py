@@ -1,8 +1,8 @@
-"""Runs tasks on Ray, as many at a time as the cluster has room for, and skips those that an earlier run has finished.
+"""Runs tasks on Ray, as many at once as the cluster has room for, and skips those that an earlier run has finished.
 
-The driver holds a record for each task, and neither ids nor texts. Tasks that are started again, in this run or another, write
-the same files; one that this run has recorded, and whose answer was lost with its worker or node, is not done again. A task that
-fails is run again, and the others continue (`crew`).
+The driver holds one record per task, but no ids or texts. A task that starts again, in this run or another, writes the same
+files. If a task has recorded its result, but its answer was lost with its worker or node, the next start returns the record. A
+failed task runs again while the others continue (`crew`).
 """
 
 from __future__ import annotations
@@ -26,68 +26,71 @@ from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.progress import Progress, documents
 from heliostat.tasks.work import Work
 
-BATCH = 4096  # keys that are looked up together
+BATCH = 4096  # keys that are looked up at once
 MIB = 1 << 20
-LEAST_MEMORY = 64 * MIB  # of `memory_limit`
+LEAST_MEMORY = 64 * MIB  # minimum of `memory_limit`
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Flow:
-    """Runs a pipeline's tasks, on nodes that carry the labels; counts what was done and what had been done before."""
+    """Runs a pipeline's tasks on the nodes with the labels. Counts the tasks of each kind that this run has `done`, and those
+    `kept` from an earlier run."""
 
     work: Work
     labels: dict[str, str] = field(default_factory=dict)
     done: dict[str, int] = field(default_factory=dict)
     kept: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of processor time that the tasks of each kind took, also those that an earlier run has finished."""
+    """CPU seconds of the tasks of each kind, including those that an earlier run has finished."""
     walls: dict[str, float] = field(default_factory=dict)
-    """The same on the clock, with what they waited for: storage, GPUs, or a busy machine."""
+    """Wall-clock seconds of the same tasks, including waits for storage, GPUs, or a busy machine."""
     opening: dict[str, float] = field(default_factory=dict)
-    """Those of them in which stages were opened: once in each process, however much it does."""
+    """The part of `seconds` that opens stages: once per process, independent of the amount of data."""
 
     crashed: int = 0
     """Documents that tasks left out because they crashed (`care`)."""
     passed: int = 0
     """Documents that tasks passed on."""
     memory: int = 0
-    """Bytes that a task may take, which Ray is asked for: so many tasks run on a node as have room there. 0: not asked."""
+    """Bytes of memory that each task requests from Ray, so that only as many tasks run on a node as fit. 0: no request."""
     short: bool = False
-    """Whether it was logged that memory leaves CPUs idle."""
+    """Whether this run has already logged that a lack of memory leaves CPUs idle."""
     progress: Progress = field(default_factory=Progress)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Of this run, by which its tasks know what it has recorded."""
+    """Name of this run. Tasks compare it with the name in a record, to find out whether this run wrote the record."""
 
     def share(self, value: object) -> object:
-        """Returns what stands for the value in `Task.shared`."""
+        """Stores a value in Ray's object store; returns the reference for `Task.shared`."""
         return ray.put(value)
 
     def cpus(self) -> int:
-        """Returns how many CPUs the nodes have."""
+        """Returns the number of CPUs of all nodes, at least 1."""
         return max(1, sum(self.nodes()))
 
     def nodes(self, resource: str = "CPU") -> list[int]:
-        """Lists how many CPUs, or GPUs, or bytes of memory, each living node has that carries the labels."""
+        """Lists the CPUs, GPUs, or bytes of memory of each live node with the labels."""
         mine = [n for n in ray.nodes() if n["Alive"] and selects(self.labels, n.get("Labels") or {})]
         return [int(n["Resources"].get(resource, 0)) for n in mine]
 
     def cpus_each(self, tasks: int) -> int:
-        """Computes the most CPUs that each of some tasks can request so that all of them run at once; 1 if none."""
+        """Computes the maximum CPUs that each of some tasks can request so that all of them run at once; at least 1."""
         return most_each(self.nodes(), tasks)
 
     def devices(self) -> int:
-        """Returns how many GPUs the nodes have."""
+        """Returns the number of GPUs of all nodes."""
         return sum(self.nodes("GPU"))
 
     def memory_each(self, cpus: int = 1) -> int | None:
-        """Computes the bytes of memory that a task of so many CPUs requests: no more than a node has that has these CPUs, for
-        which it would wait forever."""
+        """Computes the bytes of memory that a task of so many CPUs requests; None for no request.
+
+        The result is at most the memory of the largest node with these CPUs, because the task would wait forever for more.
+        """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
 
     def log_short_memory(self, cpus: int) -> None:
-        """Logs, once, that tasks of so many CPUs each leave some of them idle, because nodes have too little memory for more."""
+        """Logs once if tasks of so many CPUs each leave CPUs idle, because the nodes have too little memory for more tasks."""
         nodes = [(have // cpus, memory) for have, memory in zip(self.nodes(), self.nodes("memory"), strict=True) if have >= cpus]
         need, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
 
@@ -106,11 +109,11 @@ class Flow:
     def run(self, kind: str, function: TaskFunction, tasks: Iterator[Task], cpus: int = 1,
             valid: Callable[[dict[str, Any]], bool] = lambda record: True,
             pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
-        """Yields (the task's number, its record) as tasks finish; a record that is not `valid` is made again.
+        """Yields (the task's number, its record) as tasks finish. A task with a record that isn't `valid` runs again.
 
-        The function is called with the work folder and the task's arguments; in its record, `files` names the spill files. Where
-        they are `pooled`, tasks run in actors, one for each GPU of the cluster, if it has any; else in so many `actors`, if any,
-        with so many `gpus` each.
+        The function gets the spill folder and the task's arguments. In its record, `files` names the spill files. If `actors`
+        isn't 0, tasks run in that many actors; else, if `pooled`, in one actor per GPU of the cluster. Each actor has `gpus`
+        GPUs. Without actors, tasks run as Ray tasks.
         """
         crew = Crew(self, kind, execute, function, cpus, actors or (self.devices() if pooled else 0), gpus)
         try:
@@ -138,7 +141,7 @@ class Flow:
         return [records[number] for number in range(len(records))]
 
     def forget(self, kind: str) -> None:
-        """Forgets the seconds of a kind of tasks, such as one that only a prediction needs."""
+        """Removes the seconds of a kind of tasks from the totals, for example a kind that only a prediction needs."""
         for counts in (self.seconds, self.walls, self.opening):
             counts.pop(kind, None)
 
@@ -177,18 +180,20 @@ class Flow:
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
-    """Computes the most CPUs that each of some tasks can have at the same time, on nodes of so many CPUs: each is on one node."""
+    """Computes the maximum CPUs that each of some tasks can have at the same time. `nodes`: CPUs of each node; a task runs on one
+    node."""
     return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
 
 
 def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],
             **shared: object) -> dict[str, Any]:  # fmt: skip
-    """Runs a task where it is called, and records it; returns the record that this run has of it already, if it has one."""
+    """Runs a task in this process, and writes and returns its record. If this run has recorded the task before, only returns that
+    record."""
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
         return known
     start, cpu = time.monotonic(), cpu_time.now()
-    pa.set_memory_pool(pa.system_memory_pool())  # others keep what is freed, several times what a task holds
+    pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory: several times a task's own
     result = function(work.spill, **arguments, **shared)
     record = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
     pa.default_memory_pool().release_unused()

@@ -1,4 +1,4 @@
-"""Reads the versions of the libraries that a task's result follows from: with another version, the task is done again."""
+"""Reads the versions of the libraries that a task's result depends on. With another version, the task runs again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MODELS = ("tokenizers", "torch", "transformers")
 
 
 def versions(names: Iterable[str] = ()) -> dict[str, str]:
-    """Returns the versions of some distributions and of Python's Unicode data; `none` of one that is not installed."""
+    """Returns the versions of Python's Unicode data and of some distributions; `none` for one that isn't installed."""
     return {UNICODE: unicodedata.unidata_version, **{name: _version(name) for name in sorted(names)}}
 
 
@@ -24,5 +24,5 @@ def _version(name: str) -> str:
 
 
 def changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Lists what has another version than before, as `ftfy 6.2 -> 6.3`."""
+    """Lists the libraries whose versions have changed, for example `ftfy 6.2 -> 6.3`."""
     return [f"{name} {before[name]} -> {now[name]}" for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]

@@ -1,16 +1,17 @@
-"""Merges what tasks have spilled, where later tasks would each read a little of very many files: what keeps the cost linear.
+"""Merges spill files before later tasks would each read a little of very many files, so that the cost stays linear.
 
-A later task reads its range of keys out of every file of the earlier ones. Both grow with the input. So their product, which is
-how often a file is opened for a few rows, grows with its square. Therefore ranges of many tasks are merged first, and a merge
-costs its bytes once. This is the external merge sort of Knuth (The Art of Computer Programming, volume 3, section 5.4), except
-that the tasks that follow sort.
+A later task reads its range of keys from every file of the earlier tasks. The number of later tasks and the number of files both
+grow with the input. Their product is the number of times that a task opens a file for a few rows, so it grows with the square of
+the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort of Knuth (The
+Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
 
-- Runs of documents, before shards (`merged`): where a shard's part of a run is below `LEAST`, a task takes a range of many shards
-  out of some runs and writes it as one, as large as a run may be. Afterwards a shard reads the runs of its own range alone, which
-  have fifty times more of it or so. If that is not enough, ranges are merged again.
-- Spills of what documents are compared by (`by_parts`): above `MANY_RANGES`, wider ranges are merged, as many as the root of the
-  number of ranges, each out of so many spills as have one task's rows in it. What is opened then grows with the power of 1.5, for
-  one more pass over the spills. No task holds more than without.
+- Runs of documents, before shards (`merged`): if a shard's part of a run is below `LEAST`, a task reads the range of many shards
+  from some runs. It writes this range as one run, as large as a run may be. Afterwards a shard reads only the runs of its own
+  range, each of which has about fifty times more of its rows. If that isn't enough, ranges are merged again.
+- Spills of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first.
+  Their number is the square root of the number of ranges. Each merge reads as many spills as hold one task's rows in its range.
+  The number of reads then grows with the power 1.5 of the input, for one more pass over the spills. No task holds more rows than
+  without a merge.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from heliostat.tasks.spill import SpilledRun, survivors
 from heliostat.tasks.work import key
 
 LEAST = spill.GROUP_BYTES // 4
-"""Bytes of a shard in a run, below which a merge is less work than the rest of reading."""
+"""Bytes of a shard in a run, below which a merge is less work than reading the rest of the row groups."""
 
-MANY = 4096  # parts of runs that shards read: of fewer a merge would save no more than seconds
-MANY_RANGES = 1 << 16  # ranges of spills: so many cost about a minute of a CPU, or 3 cents of a store's requests
+MANY = 4096  # parts of runs that shards read: with fewer, a merge would save only seconds
+MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
 Item = TypeVar("Item")
-Bounds = Callable[[int, int], tuple[int, int]]  # the range of keys of shards [first, stop)
+Bounds = Callable[[int, int], tuple[int, int]]  # maps shards [first, stop) to their range of keys
 
 
 @dataclass(frozen=True)
 class ShardRange:
-    """Holds the runs that have the documents of shards [first, stop)."""
+    """Holds the runs with the documents of shards [first, stop)."""
 
     first: int
     stop: int
@@ -50,12 +51,15 @@ class ShardRange:
 
     @property
     def part(self) -> float:
-        """Returns the bytes that a shard has in a run, on average."""
+        """Returns the mean bytes of a shard in a run."""
         return sum(run.bytes for run in self.runs) / max(1, len(self.runs)) / (self.stop - self.first)
 
 
 def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_bytes: int) -> list[ShardRange]:
-    """Divides shards into ranges, each with runs of at most about `run_bytes` from which its shards can be read in one go."""
+    """Divides shards into ranges, and merges each range's runs until its shards can be read efficiently (`thin`).
+
+    A merged run has at most about `run_bytes`. Returns the ranges in ascending order.
+    """
     ranges = [ShardRange(0, shards, runs)]
     while any(map(thin, ranges)):
         cut = [part for one in ranges if thin(one) for part in divided(one, run_bytes)]
@@ -70,7 +74,7 @@ def merged(flow: Flow, runs: list[SpilledRun], shards: int, bounds: Bounds, run_
 
 
 def thin(one: ShardRange) -> bool:
-    """Tells whether a shard has so little of each run that merging them is worth it."""
+    """Returns whether a shard has so few bytes in each run that a merge is worth its cost."""
     return _thin(len(one.runs), one.stop - one.first, one.part)
 
 
@@ -79,7 +83,7 @@ def _thin(runs: int, shards: int, part: float) -> bool:
 
 
 def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
-    """Yields smaller ranges of the same runs, of each of which a run has a row group or more, with how many runs to merge."""
+    """Yields (a smaller range of the same runs, the number of runs to merge). A run has at least about a row group per range."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
@@ -88,13 +92,13 @@ def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]
 
 
 def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
-    """Computes into how many ranges shards are divided whose runs have so many bytes on average, and how many runs to merge."""
+    """Computes (the number of ranges for the shards, the number of runs to merge). `mean`: mean bytes of a run."""
     parts = min(shards, max(2, int(mean // spill.GROUP_BYTES)))
     return parts, max(2, int(run_bytes * parts // max(1, mean)))
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
-    """Computes how often so many bytes in runs would be merged for so many shards, if all runs have the same size."""
+    """Computes the number of merge passes over `bytes` bytes in equal runs, for so many shards."""
     count = 0
     while _thin(runs, shards, bytes / runs / shards):
         parts, size = _divided(shards, bytes / runs, run_bytes)
@@ -108,7 +112,7 @@ def groups(items: list[Item], size: int) -> Iterator[list[Item]]:
 
 
 def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes: int) -> Task:
-    """Makes the task that merges the range of some runs."""
+    """Builds the task that merges one range of some runs."""
     low, high = bounds(one.first, one.stop)
     arguments = {"runs": runs, "low": low, "high": high, "run_bytes": run_bytes}
     bytes = int(one.part * (one.stop - one.first) * len(runs))
@@ -116,7 +120,7 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
-    """Writes the documents of a range of keys that some runs hold as one run, or as more where a key has very many."""
+    """Writes some runs' documents of a range of keys as one run; as several, if they exceed `run_bytes` by far."""
     files, tables, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
@@ -131,7 +135,7 @@ def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_byt
 
 
 def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
-    """Spills tables as one run, with rows of its own if they have any, and empties the list."""
+    """Spills tables as one run and empties the list. Numbers the rows again, if the tables have a column `row`."""
     table = pa.concat_tables(tables)
     tables.clear()
     bytes = int(table["bytes"].to_numpy().sum()) if "bytes" in table.column_names else table.nbytes
@@ -142,17 +146,19 @@ def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
-    """Yields for each of the ascending ranges of keys what its task is to read: what that follows from, and the spills' names,
-    shared."""
+    """Yields (a key of the spills' names, a reference to these names) for each range of keys: the spills that its task reads.
+
+    `ranges`: [low, high) of keys, ascending.
+    """
     for some, count in _merged(flow, kind, names, ranges):
         shared = key(some), flow.share(some)
         yield from (shared for _ in range(count))
 
 
-def by_parts(flow: Flow, kind: str, parts: int, names: list[str], beside: Mapping[str, list[str]] = MappingProxyType({}),
+def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mapping[str, list[str]] = MappingProxyType({}),
              **more: object) -> Iterator[Task]:  # fmt: skip
-    """Describes one task for each part of all keys, over spills; `beside`: other spills that it reads, by the argument's name."""
-    spills, ranges = {"names": names, **beside}, [spill.share(part, parts) for part in range(parts)]
+    """Yields one task for each part of all keys, over spills. `others`: further spills that it reads, by the argument's name."""
+    spills, ranges = {"names": names, **others}, [spill.share(part, parts) for part in range(parts)]
     exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
     for part, names_of_part in enumerate(zip(*exchanged_spills, strict=True)):
         shared = dict(zip(spills, (names for _, names in names_of_part), strict=True))
@@ -161,7 +167,7 @@ def by_parts(flow: Flow, kind: str, parts: int, names: list[str], beside: Mappin
 
 
 def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> list[tuple[list[str], int]]:
-    """Returns the spills of some ranges, and how many ranges these are, for all of them in turn."""
+    """Lists (spills, number of consecutive ranges that read them), in the ranges' order. Merges spills if there are many."""
     count, wide = len(ranges), isqrt(len(ranges))
     size = len(names) * wide // max(1, count)
     if len(names) * count <= MANY_RANGES or size < 2:
@@ -180,7 +186,7 @@ def _merged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int
 
 
 def merge_spills(folder: Location, names: list[str], low: int, high: int) -> dict[str, object]:
-    """Spills what some spills have of a range of keys as one, if they have anything."""
+    """Merges the rows of some spills in a range of keys into one spill, if there are any rows."""
     tables = [table for name in names for table in spill.read(folder, name, low, high)]
     if not tables:
         return {"merged": None, "files": []}

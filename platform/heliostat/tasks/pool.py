@@ -1,4 +1,4 @@
-"""Runs tasks in a pool of Ray actors, one a GPU, which keep the models that they have loaded from task to task."""
+"""Runs tasks in a pool of Ray actors, typically one per GPU. Actors keep their loaded models from task to task."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from heliostat.cluster import ray_internals
 from heliostat.errors import HeliostatError
 
 TaskFunction = Callable[..., Mapping[str, object]]
-"""What does a task's work, and returns its record."""
+"""Function that does a task's work and returns its record."""
 
 log = logging.getLogger(__name__)
 
-PLACE_S = 120.0  # for an actor to have a place, and its process to start
+PLACE_S = 120.0  # seconds for Ray to place an actor and start its process
 
 
 @dataclass
 class _Away:
-    """Describes an actor whose process or node was lost: since when, and the call that it is to answer once it is back."""
+    """Describes an actor whose process or node died: the time, and a pending call that it answers when it is back."""
 
     since: float
     call: Any
 
 
 class ActorPool:
-    """Gives each task to the actor that has the fewest; an actor that dies is started again, its tasks are not.
+    """Gives each task to the actor with the fewest tasks. Ray restarts an actor that dies, but not its tasks.
 
-    One that has no place again within PLACE_S, such as after its node was lost, is given up.
+    If Ray can't place an actor again within PLACE_S seconds, for example after its node died, the pool removes the actor.
     """
 
     def __init__(self, execute: TaskFunction, size: int, **options: object) -> None:
@@ -46,7 +46,7 @@ class ActorPool:
 
     @property
     def ready(self) -> bool:
-        """Tells whether an actor takes tasks; looks first which are back, and gives up those that are not in time."""
+        """Returns whether any actor takes tasks, after a check of the lost ones: they are back, still away, or removed."""
         for number, away in list(self.away.items()):
             self._look(number, away)
         return len(self.away) < len(self.actors)
@@ -60,33 +60,33 @@ class ActorPool:
         return reference
 
     def ended(self, reference: object) -> None:
-        """Takes note that a task has ended."""
+        """Removes a task that has ended."""
         self.under_way.pop(reference, None)
 
     def lost(self, reference: object) -> None:
-        """Takes note that a task has ended because its actor died."""
+        """Removes a task whose actor died, and marks the actor as lost."""
         number = self.under_way.pop(reference, None)
         if number in self.actors and number not in self.away:
             self.away[number] = _Away(time.monotonic(), self.actors[number].alive.remote())
 
     def end(self) -> None:
-        """Ends the actors, and what is under way with them."""
+        """Kills the actors, and the tasks that they run."""
         for actor in self.actors.values():
             ray.kill(actor)
 
     def _look(self, number: int, away: _Away) -> None:
-        """Takes an actor that answers back, and gives up one that has not answered in time; HeliostatError if it was the last."""
+        """Checks a lost actor: restores it if it answers, else removes it after PLACE_S; HeliostatError if it was the last."""
         if ray.wait([away.call], timeout=0)[0]:
             try:
                 ray.get(away.call)
-            except RayError:  # it is not back yet, and calls fail meanwhile
+            except RayError:  # it isn't back yet, so calls fail
                 away.call = self.actors[number].alive.remote()
             else:
                 del self.away[number]
                 return
         if time.monotonic() - away.since < PLACE_S:
             return
-        if _is_alive(self.actors[number]):  # and is busy with a task that came before the call
+        if _is_alive(self.actors[number]):  # alive, but busy with a task from before the call
             away.since = time.monotonic()
             return
         ray.kill(self.actors.pop(number))
@@ -100,12 +100,12 @@ class ActorPool:
 
 
 def _is_alive(actor: Any) -> bool:
-    """Tells whether Ray has a process for an actor."""
+    """Returns whether Ray has a live process for an actor."""
     return ray_internals.actor_lives(actor)
 
 
 def _placed(actors: list[Any]) -> list[Any]:
-    """Waits until the actors have a place; continues with fewer where others hold what they need, HeliostatError with none."""
+    """Waits up to PLACE_S seconds for Ray to place the actors; returns the placed ones. HeliostatError if there are none."""
     alive = {actor.alive.remote(): actor for actor in actors}
     ready, late = ray.wait(list(alive), num_returns=len(alive), timeout=PLACE_S)
     for reference in late:
@@ -122,13 +122,13 @@ def _placed(actors: list[Any]) -> list[Any]:
 
 
 class _Worker:
-    """Runs tasks one after another in a process that stays."""
+    """Runs tasks one after another in an actor's process."""
 
     def __init__(self, execute: TaskFunction) -> None:
         self.execute = execute
 
     def alive(self) -> None:
-        """Answers that the process is there."""
+        """Does nothing: an answer to the call shows that the process is alive."""
 
     def run(self, *arguments: object, **shared: object) -> Mapping[str, object]:
         return self.execute(*arguments, **shared)

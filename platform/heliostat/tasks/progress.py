@@ -1,4 +1,5 @@
-"""Tells how far the tasks of a pipeline are: done and total of each kind, documents, MB/s, and when the kind at work will end."""
+"""Reports a pipeline's progress: tasks of each kind (done and total), documents, MB/s, and the remaining time of the current
+kind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ Show = Callable[[str, str], None]  # takes the kind of tasks, and the line
 
 @dataclass
 class KindProgress:
-    """Counts the tasks of one kind; `kept` are those that an earlier run has finished."""
+    """Counts the tasks of one kind. `kept`: tasks that an earlier run has finished; `done`: by this run."""
 
     began: float
     total: int = 0
@@ -23,14 +24,14 @@ class KindProgress:
     kept: int = 0
     documents: int = 0
     bytes: int = 0
-    """That the tasks which were done now have read."""
+    """Bytes that the tasks of this run have read."""
     left_bytes: int = 0
-    """That those which are not done will read."""
+    """Bytes that the remaining tasks will read."""
     whole: bool = False
-    """Whether the total is known: tasks are counted as they are looked up."""
+    """Whether `total` counts all tasks. Tasks are counted while they are looked up."""
 
     def left(self, now: float) -> float | None:
-        """Estimates the seconds until the last task ends, by bytes where tasks have some; None if nothing tells."""
+        """Estimates the seconds until the last task ends, from bytes if tasks have any, else from counts; None if unknown."""
         if not self.done or not self.whole:
             return None
         share = self.left_bytes / self.bytes if self.bytes else (self.total - self.kept - self.done) / self.done
@@ -43,14 +44,14 @@ def silent(kind: str, line: str) -> None:
 
 @dataclass
 class Progress:
-    """Counts tasks as they are found and finished, and shows a line at each."""
+    """Counts tasks as they are looked up and finished, and shows a line at each."""
 
     show: Show = silent
     clock: Clock = time.monotonic
     kinds: dict[str, KindProgress] = field(default_factory=dict)
 
     def found(self, kind: str, kept: list[dict[str, Any]], todo: list[int], whole: bool) -> None:
-        """Takes more tasks of a kind: the records of those that were done before, and the bytes that the others will read."""
+        """Adds tasks of a kind. `kept`: records of those done before; `todo`: bytes that each of the others will read."""
         at = self.kinds.setdefault(kind, KindProgress(self.clock()))
         at.total += len(kept) + len(todo)
         at.kept += len(kept)
@@ -60,7 +61,7 @@ class Progress:
         self._show(kind, at)
 
     def done(self, kind: str, record: dict[str, Any], bytes: int) -> None:
-        """Takes a finished task that has read so many bytes."""
+        """Counts a finished task that has read so many bytes."""
         at = self.kinds[kind]
         at.done += 1
         at.documents += documents(record)
@@ -80,7 +81,7 @@ def documents(record: Mapping[str, Any]) -> int:
 
 
 def line(kind: str, at: KindProgress, now: float) -> str:
-    """Formats how far a kind of tasks is, as `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
+    """Formats the progress of a kind of tasks, for example `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
     seconds, left = now - at.began, at.left(now)
     parts = [
         f"{kind} {at.kept + at.done:,}/{at.total:,}{'' if at.whole else '+'} tasks",

@@ -1,15 +1,17 @@
-"""Shuts a process in. `shut_in`, `forbid` and `limit` are for any process that handles what it should not trust, such as the
-parsers of curation; run by its path, as `heliostat.evaluation.unit_tests` does, this file runs a program of Python shut in.
+"""Isolates processes that handle untrusted data or code.
 
-It needs Python's own library alone. As a program it reads what it is to do as JSON from standard input. What it runs has
+`shut_in`, `forbid`, and `limit` isolate the process that calls them, such as a parser of curation. Run by its path, as
+`heliostat.evaluation.unit_tests` does, this file runs a Python program in isolation. It needs only Python's standard library. It
+reads its request as JSON from standard input. The program that it runs has
 
-- namespaces of its own: user, mounts, network (without a device), processes, System V objects, host name;
-- a root folder in memory that holds Python's libraries, read-only, and an empty folder of bounded size that it may write to;
-- no capability, no way to get one, no socket but pairs of its own, no other process or thread, and limits of time, memory, files
-  and open files;
-- file descriptors 0 (empty), 1 and 2 (the output) and 3, on which it says that it has come to its end.
+- its own namespaces: user, mounts, network (without a device), processes, System V objects, host name;
+- a root folder in memory, with Python's libraries, read-only, and an empty folder of bounded size that it may write to;
+- no capability, no way to get one, no sockets except its own socket pairs, no other process or thread, and limits of time,
+  memory, files, and open files;
+- file descriptors 0 (empty), 1 and 2 (the output), and 3, on which it reports that it has reached its end.
 
-Exit code 125 with a reason on descriptor 3 if that cannot be had: then nothing was run; 124 if the processor's time was used up.
+If the machine doesn't allow this isolation, nothing runs: the exit code is 125, with a reason on descriptor 3. Exit code 124
+means that the CPU time is used up.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import Any
 RESULT = 3
 REFUSED, OVER_TIME = 125, 124  # exit codes
 NOBODY = 65534
-INNER = 1000  # the user's number within
+INNER = 1000  # the user's id inside the namespace
 
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x00020000, 0x04000000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
 APART = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
@@ -37,11 +39,11 @@ READ_ONLY, NO_SUID, NO_DEVICES = 1, 2, 4  # of mount_setattr
 AT_FDCWD, RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442
 DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, FILTER = 1, 4, 38, 22, 2
 
-# System calls that no small function needs, and by which much of the kernel would be reached, or memory be held that is mapped
-# nowhere and so counts for no limit, by architecture: (the number that the kernel gives the architecture, the calls, those that
-# an argument decides on, in the order of `BY_ARGUMENT`). Sockets, as some kinds of them belong to no network; tracing; keys;
-# namespaces, mounts; io_uring; BPF; performance counters; pages faulted by hand; another process's memory; files by handle; then
-# files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
+# Forbidden system calls by architecture: (the kernel's number of the architecture, the calls, the calls that depend on an
+# argument, in the order of `BY_ARGUMENT`). No small function needs them. The first ones reach much of the kernel: sockets (some
+# kinds belong to no network namespace), tracing, keys, namespaces, mounts, io_uring, BPF, performance counters, user-space page
+# faults, another process's memory, and files by handle. The last ones hold memory that is mapped nowhere, so that no limit counts
+# it: files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
 CALLS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
@@ -54,20 +56,20 @@ CALLS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
         (222, 167, 199),
     ),
 }
-# System calls of a process that is to become no other, start none, and reach none: by fork, exec, signals, or their descriptors
+# More forbidden calls, for a process that must not start, become, or reach another process: fork, exec, signals, descriptors
 ALONE = {
     "x86_64": (56, 57, 58, 435, 59, 322, 62, 200, 129, 297, 434, 424, 438, 440),
     "aarch64": (220, 435, 221, 281, 129, 130, 138, 240, 434, 424, 438, 440),
 }
-SIGNAL_A_THREAD = {"x86_64": 234, "aarch64": 131}  # tgkill, by which a process also ends itself
+SIGNAL_A_THREAD = {"x86_64": 234, "aarch64": 131}  # tgkill, with which a process also ends itself
 SHARED_OF_NO_FILE, ALL_BITS, AF_UNIX = 0x21, 0xFFFFFFFF, 1
-# (which argument, its bits that matter, their value, whether that value is the one that is refused or the only one allowed)
+# (index of the argument, mask of its bits, their value, True: only this value is forbidden, False: only this value is allowed)
 BY_ARGUMENT = (
-    (3, SHARED_OF_NO_FILE, SHARED_OF_NO_FILE, True),  # mmap: its pages are held as long as one of them is mapped
-    (0, ALL_BITS, DEATH_SIGNAL, True),  # prctl: it would outlive who has started it
+    (3, SHARED_OF_NO_FILE, SHARED_OF_NO_FILE, True),  # mmap: all its pages stay in memory while one of them is mapped
+    (0, ALL_BITS, DEATH_SIGNAL, True),  # prctl: without its death signal, the process would outlive its parent
     (0, ALL_BITS, AF_UNIX, False),  # socketpair: asyncio needs one
 )
-X32 = 0x40000000  # and above: calls of x86-64's other table
+X32 = 0x40000000  # numbers from here on are calls of x86-64's other table (x32)
 HARNESS = """
 import json, os, sys, types
 with open("program.json", "rb") as file:
@@ -94,16 +96,18 @@ def call(function: Any, *arguments: object) -> None:
 
 
 def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, bytes], same_user: bool = False) -> None:
-    """Moves this process and its children into namespaces (of processes: the children alone) and a root folder of their own.
+    """Moves this process and its children into new namespaces and a new root folder. Only the children are in the process
+    namespace.
 
-    It makes that folder at `root`, with these places, read-only, and an empty folder that holds the given files. A process of
-    root's becomes the user `nobody`'s, unless it is to stay the `same_user`, who then has no rights beyond the box either.
+    Creates the root folder at `root`, of at most `files` bytes, with `places`, read-only, and a folder `box` with `files_given`.
+    A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the box either.
+    OSError if a step fails.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:
         call(libc.unshare, NEWUSER | APART)
         _map_user(user, group)
-    else:  # mounts first: a user without rights may not be able to reach what they are of
+    else:  # mounts first: a user without rights may not reach the folders to mount
         call(libc.unshare, APART)
     _mount(root, places, files)
     box = root / "box"
@@ -116,7 +120,7 @@ def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, by
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        call(libc.prctl, DUMPABLE, 1, 0, 0, 0)  # else the files of /proc that map its user are root's
+        call(libc.prctl, DUMPABLE, 1, 0, 0, 0)  # otherwise root owns the files of /proc that map its user
         call(libc.unshare, NEWUSER)
         _map_user(NOBODY, NOBODY)
     os.chroot(".")
@@ -130,7 +134,7 @@ def _map_user(user: int, group: int) -> None:
 
 
 def _mount(root: Path, places: list[str], files: int) -> None:
-    """Makes the root folder: places of this machine, read-only, and the folder `box`, all of it of bounded size."""
+    """Creates the root folder in memory, of at most `files` bytes: this machine's `places`, read-only, and the folder `box`."""
     call(libc.mount, None, b"/", None, REC | PRIVATE, None)
     options = f"size={files},nr_inodes=1024,mode=755".encode()
     call(libc.mount, b"tmpfs", bytes(root), b"tmpfs", NOSUID | NODEV, options)
@@ -148,9 +152,9 @@ def _mount(root: Path, places: list[str], files: int) -> None:
 
 
 def rules(machine: str, alone: bool = False) -> list[bytes]:
-    """Returns the filter of system calls, in steps of classic BPF, by which those of `CALLS` fail with EPERM.
+    """Returns the filter of system calls, as instructions of classic BPF. The calls in `CALLS` fail with EPERM.
 
-    `alone`: also those of `ALONE`, and signals to a thread of another process than this one.
+    `alone`: the calls in `ALONE`, and signals to threads of other processes, fail, too.
     """
     numbers: tuple[int, ...]
     by_argument: tuple[int, ...]
@@ -170,14 +174,14 @@ def rules(machine: str, alone: bool = False) -> list[bytes]:
     for number in numbers:
         steps += [step(equal, number, 0, 1), step(give, refuse)]
     for number, (argument, bits, value, refused) in zip(by_argument, arguments, strict=True):
-        low = 16 + 8 * argument  # the lower half, which is all that the kernel looks at: these are of 32 bits
+        low = 16 + 8 * argument  # the lower half: the kernel reads only 32 bits of these arguments
         steps += [step(equal, number, 0, 5), step(load, low), step(mask, bits), step(equal, value, 0, 1)]
         steps += [step(give, refuse if refused else allow), step(give, allow if refused else refuse)]
     return [*steps, step(give, allow)]
 
 
 def forbid(alone: bool = False) -> None:
-    """Forbids this process, for good, new rights and the system calls that `rules` refuses."""
+    """Forbids this process permanently to get new rights, and to make the system calls that `rules` forbids."""
     steps = rules(platform.machine(), alone)
     filter_bytes = ctypes.create_string_buffer(b"".join(steps))
     program = ctypes.create_string_buffer(struct.pack("HQ", len(steps), ctypes.addressof(filter_bytes)))
@@ -186,7 +190,10 @@ def forbid(alone: bool = False) -> None:
 
 
 def limit(cpu_s: int, memory: int, files: int) -> None:
-    """Limits this process for good."""
+    """Limits this process permanently: CPU seconds, bytes of memory, and bytes per file.
+
+    Also limits it to one process, 32 open files, no core dumps, no locked memory, and no message queues.
+    """
     for kind, most in (
         (resource.RLIMIT_CPU, cpu_s), (resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, files), (resource.RLIMIT_NPROC, 1),
         (resource.RLIMIT_NOFILE, 32), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_MEMLOCK, 0), (resource.RLIMIT_MSGQUEUE, 0),
@@ -195,7 +202,7 @@ def limit(cpu_s: int, memory: int, files: int) -> None:
 
 
 def begin(limits: dict[str, Any]) -> None:
-    """Becomes the program; the first process of its namespace, with which all others there would end."""
+    """Replaces this process with the program. It is the first process of its namespace, so all others there end with it."""
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     limit(limits["cpu_s"], limits["memory"], limits["files"])
     forbid()
@@ -204,10 +211,11 @@ def begin(limits: dict[str, Any]) -> None:
 
 
 def over_time(status: int, used_s: float, cpu_s: int) -> bool:
-    """Says whether the kernel ended a program by its limit of `cpu_s`.
+    """Returns whether the kernel killed a program because of its limit of `cpu_s` CPU seconds.
 
-    It kills by ticks of its clock, and tells exact seconds, which are fewer where others had the processor. The program cannot
-    kill itself, as the first of its namespace: what else does is the machine's lack of memory.
+    The kernel applies the limit by clock ticks but reports exact seconds, which are fewer if other processes used the CPU. So
+    half of the limit suffices here. The program can't kill itself, because it is the first process of its namespace. The only
+    other cause of SIGKILL is a lack of memory on the machine.
     """
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and used_s >= cpu_s / 2
 
@@ -218,18 +226,18 @@ def main() -> int:
     os.umask(0o022)
     program = json.dumps({name: limits[name] for name in ("program", "tests", "token")}).encode()
     shut_in(Path(limits["root"]), [*limits["libraries"], limits["executable"]], limits["files"], {"program.json": program})
-    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would undo it
+    call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)  # after the last change of user, which would reset it
     if os.getppid() != limits["parent"]:
         raise OSError("the process that started this one has ended")
-    reading, writing = os.pipe()  # closed by becoming the program
+    reading, writing = os.pipe()  # exec closes both
     if (child := os.fork()) == 0:
         try:
             begin(limits)
-        except BaseException as e:  # noqa: BLE001 (the other process says it)
+        except BaseException as e:  # noqa: BLE001 (the parent process reports it)
             os.write(writing, f"{type(e).__name__}: {e}".encode())
         finally:
             os._exit(REFUSED)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # and it is waited for, which leaves no zombie
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))  # the wait below leaves no zombie
     os.close(writing)
     if fault := os.read(reading, 4096):
         raise OSError(fault.decode())
@@ -245,7 +253,7 @@ if __name__ == "__main__":
     os.set_inheritable(RESULT, True)
     try:
         code = main()
-    except Exception as e:  # noqa: BLE001 (who has started this says it)
+    except Exception as e:  # noqa: BLE001 (the process that started this one reports it)
         os.write(RESULT, f"{type(e).__name__}: {e}".encode()[:2000])
         code = REFUSED
     os._exit(code)

@@ -1,13 +1,14 @@
-"""Ships the files and folders that stages and commands name, such as models and word lists, to nodes that lack them.
+"""Copies the files and folders that stages and commands name, such as models and word lists, to nodes that lack them.
 
-The driver describes a path by the name, size, and SHA-256 of each file (`describe`). A task calls `here`: where the path holds
-these files on its node, it is used as it is. Otherwise the first process of the node copies them from the work folder, which
-every node reaches, to a cache on its disk (`heliostat-shipped-UID` in the folder for temporary files), and checks the digests.
-The driver copies to the work folder what a task has asked for (`NotHereError`), once and block by block (`offer`). So a cluster
-whose nodes hold the files copies nothing, and one that grows needs nothing of the driver's disk or memory for each node.
+The driver describes a path by the name, size, and SHA-256 of each file (`describe`). A task calls `here`. If the path holds the
+same files on the task's node, the task uses them. Otherwise the first process of the node copies the files from the work folder,
+which every node reaches, and checks their digests. The copies are in a cache on the node's disk: `heliostat-shipped-UID` in the
+folder for temporary files. If the work folder lacks a file, the task raises `NotHereError`, and the driver copies the file there,
+once and block by block (`offer`). So a cluster whose nodes hold the files copies nothing. More nodes don't need more of the
+driver's disk or memory.
 
-Pickles and code in a folder are neither compared nor copied, if the folder has safetensors. One without is compared with them,
-and isn't copied: heliostat doesn't hand a node what runs code when it is loaded.
+If a folder has safetensors, its pickles and code are neither compared nor copied. Without safetensors, they are compared, and a
+folder that has any isn't copied: heliostat doesn't send a node files that can run code when they are loaded.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from heliostat.tasks import files
 
 log = logging.getLogger(__name__)
 
-SHIPPED = "shipped"  # the folder of copies among the spills, and the kind of the cache
+SHIPPED = "shipped"  # the folder of copies in the spill folder, and the kind of the cache
 BLOCK = 16 << 20  # bytes that are copied at a time
-WAIT_S, BYTES_PER_S = 600.0, 10 << 20  # for a copy to begin, and the slowest that it may then be
+WAIT_S, BYTES_PER_S = 600.0, 10 << 20  # seconds for a copy to begin, and its minimum speed afterwards
 RUNS_CODE = {".bin", ".ckpt", ".h5", ".joblib", ".keras", ".pickle", ".pkl", ".pt", ".pth", ".py", ".pyc", ".so"}
 PLAIN = ".safetensors"
 
 
 @dataclass(frozen=True)
 class Item:
-    """Describes a file by its path below the shipment's, "" if that is the file itself."""
+    """Describes a file. `name`: its path in the shipment's folder, or "" if the shipment is a single file."""
 
     name: str
     bytes: int
@@ -51,13 +52,13 @@ class Item:
 
     @property
     def copy(self) -> str:
-        """Returns the name of its copy among the spills."""
+        """Returns the name of the file's copy in the spill folder."""
         return f"{SHIPPED}/{self.digest}-{self.bytes}"
 
 
 @dataclass(frozen=True)
 class Shipment:
-    """Describes what a path holds on the driver's node; of a folder `within` these parts, if any are given."""
+    """Describes the files that a path holds on the driver's node. `within`: the parts of a folder; empty for the whole folder."""
 
     path: str
     items: tuple[Item, ...]
@@ -65,13 +66,13 @@ class Shipment:
 
     @property
     def name(self) -> str:
-        """Returns the name of a copy in its folder of the cache: the path's, and "" (that folder itself) of `.` and `..`."""
+        """Returns a copy's name in its folder of the cache: the path's last part; "" (the folder itself) for `.` and `..`."""
         name = Path(self.path).name
         return "" if name == ".." else name
 
     @cached_property
     def digest(self) -> str:
-        """Returns the digest of the name and the files: files of another name have a folder of their own in the cache."""
+        """Returns the digest of the name and the files. So the same files under another name have another folder in the cache."""
         fields = [self.name, *(astuple(item) for item in self.items)]
         return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
 
@@ -81,8 +82,8 @@ class Shipment:
 
 
 class NotHereError(HeliostatError):
-    """Reports that a node lacks files of which the work folder has no copy yet: the driver copies them, and starts the task
-    again."""
+    """Reports that a node lacks files, and that the work folder has no copy of them yet. The driver copies them and starts the
+    task again."""
 
     def __init__(self, message: str, shipment: Shipment) -> None:
         super().__init__(message, shipment)
@@ -93,18 +94,19 @@ class NotHereError(HeliostatError):
 
 
 def describe(key: str, path: str, within: tuple[str, ...] = ()) -> Shipment:
-    """Describes what the path of a key holds here; ConfigError that names the key if that cannot be read."""
+    """Describes the files at a key's path on this node; ConfigError with the key if they can't be read."""
     listed = _listed(Path(path), within)
     items = (Item(name, size, files.digest(key, str(_place(path, name)))) for name, size in listed)
     if not listed:
-        files.digest(key, path)  # which raises the error
+        files.digest(key, path)  # raises the error
     return Shipment(path, tuple(items), within)
 
 
 def here(folder: Location, shipment: Shipment) -> str:
-    """Returns a path on this node that holds what a shipment describes; `folder`: that of the spills.
+    """Returns a path on this node with the shipment's files, and copies them to the cache if needed. `folder`: the spill folder.
 
-    NotHereError if the driver must copy it first, HeliostatError if it does not come in time.
+    NotHereError if the driver must copy the files first; ConfigError if the copy would include code; HeliostatError if the copy
+    takes too long or doesn't fit on the disk.
     """
     if _holds(shipment.path, shipment):
         return shipment.path
@@ -137,8 +139,10 @@ def here(folder: Location, shipment: Shipment) -> str:
 
 
 def offer(folder: Location, shipment: Shipment) -> None:
-    """Copies files of the driver's node to the folder of the spills, as far as they are not there; ConfigError if they have
-    changed since they were described, or a folder in theirs is a link: what it leads to isn't described."""
+    """Copies a shipment's files from the driver's node to the spill folder, except those that are there already.
+
+    ConfigError if a file has changed since `describe`, or if a folder in the shipment is a link, which `describe` doesn't follow.
+    """
     if linked := _linked(Path(shipment.path), shipment.within):
         raise ConfigError(
             f"{linked}: is a link to a folder, which heliostat doesn't copy. Put the folder there, or the model on every node"
@@ -155,7 +159,7 @@ def offer(folder: Location, shipment: Shipment) -> None:
 
 
 def withdraw(folder: Location) -> None:
-    """Deletes all copies from the folder of the spills."""
+    """Deletes all copies from the spill folder."""
     folder.join(SHIPPED).delete()
 
 
@@ -164,7 +168,7 @@ def _place(path: str, name: str) -> Path:
 
 
 def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Lists (name, bytes) of the files that a path holds and that are shipped, sorted."""
+    """Lists (name, bytes) of a path's files to ship, sorted by name."""
     if root.is_file():
         return [("", root.stat().st_size)]
     paths = [(p.relative_to(root), p) for part in within or ("",) for p in (root / part).rglob("*")]
@@ -174,7 +178,7 @@ def _listed(root: Path, within: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 def _linked(root: Path, within: tuple[str, ...]) -> Path | None:
-    """Returns a link to a folder, below those that are shipped, if there is one."""
+    """Returns a link to a folder among the folders to ship; None if there is none."""
     paths = (p for part in within or ("",) for p in (root / part).rglob("*"))
     return next((p for p in paths if p.is_symlink() and p.is_dir() and not _hidden(p.relative_to(root))), None)
 
@@ -184,28 +188,28 @@ def _hidden(name: Path) -> bool:
 
 
 def _holds(path: str, shipment: Shipment) -> bool:
-    """Tells whether a path holds exactly what a shipment describes; files are hashed only where names and sizes are right."""
+    """Returns whether a path holds exactly the shipment's files. Hashes files only if all names and sizes match."""
     try:
         if _listed(Path(path), shipment.within) != [(item.name, item.bytes) for item in shipment.items]:
             return False
         return all(files.digest("stages", str(_place(path, item.name))) == item.digest for item in shipment.items)
-    except (OSError, ConfigError):  # that cannot be read here
+    except (OSError, ConfigError):  # files that can't be read on this node
         return False
 
 
 def _cached(cached: Path, target: Path, shipment: Shipment) -> bool:
-    """Tells whether the cache holds a shipment, and notes that it is used."""
+    """Returns whether the cache holds a shipment; if so, updates the time of its last use."""
     try:
         if not local_files.is_ours(cached.parent) or not _holds(str(target), shipment):
             return False
         os.utime(cached)
-    except OSError:  # of no cache, or one that is just removed
+    except OSError:  # no cache, or another process just removed it
         return False
     return True
 
 
 def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> None:
-    """Copies a shipment from the folder of the spills to the cache, whole or not at all."""
+    """Copies a shipment from the spill folder to the cache: all files or none."""
     if missing := [item for item in shipment.items if _size(folder.join(item.copy)) != item.bytes]:
         raise NotHereError(
             (
@@ -214,7 +218,7 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
             ),
             shipment,
         )
-    for left in cached.parent.glob(f"{cached.name}.*.part"):  # by a process that was killed, as this one holds the lock
+    for left in cached.parent.glob(f"{cached.name}.*.part"):  # left by a killed process: this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
     if (free := shutil.disk_usage(cached.parent).free) < shipment.bytes:
         raise OSError(f"needs {shipment.bytes:,} bytes, and only {free:,} are free")
@@ -224,7 +228,7 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
             if item.name and not is_inside(item.name):
                 raise DataError(f"{shipment.path}: {item.name!r} is outside it")
             _write(folder.join(item.copy), _place(str(part / shipment.name), item.name), item, shipment, until)
-        if cached.exists():  # and is not what its name says
+        if cached.exists():  # its content doesn't match its name
             shutil.rmtree(cached)
         part.rename(cached)
     finally:
@@ -232,7 +236,8 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
 
 
 def _write(source: Location, target: Path, item: Item, shipment: Shipment, until: float) -> None:
-    """Copies a file to the disk; a copy whose digest is wrong is removed, and asked for again."""
+    """Copies a file from the spill folder to the disk. If its digest is wrong, deletes it there and raises NotHereError, so that
+    the driver copies it again."""
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     hasher = hashlib.sha256()
     with target.open("wb") as out:

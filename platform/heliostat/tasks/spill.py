@@ -1,9 +1,9 @@
-"""Spills tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back: the only shuffle there is.
+"""Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back. This is the only shuffle.
 
-A task writes what it made as a file named after its content and size, and on a disk waits until it is there; a later task reads
-its range of keys out of every such file. One that is not as its name says is removed, so that the next start makes it again. So
-nothing is sorted as a whole, a task holds its range alone, and a task that runs twice writes the same file twice. Row groups are
-small and carry the least and greatest key, so that a range costs its own bytes.
+A task writes its result as a file named after its content and size; on a local disk, it waits until the data is on the disk. A
+later task reads its range of keys from every such file. A file that doesn't match its name is removed, so that the next start
+writes it again. So no task sorts all data, a task holds only its own range, and a task that runs twice writes the same file.
+Row groups are small and record their minimum and maximum key, so that a range costs only its own bytes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
-GROUP_BYTES = 512 << 10  # of a row group, before compression
-TOGETHER = 4  # row groups that a store is asked for at once
-GROUPS = 64  # of a spill; a small one, of which later tasks read little each, has smaller groups, down to an eighth
+GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
+TOGETHER = 4  # row groups per read from an object store
+GROUPS = 64  # row groups of a spill: a small spill has smaller groups, down to an eighth, as later tasks read little of it
 ALL = 1 << 64
 NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
 NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
@@ -40,12 +40,12 @@ def write(folder: Location, table: pa.Table, order: tuple[str, ...] = ()) -> str
 
 
 def write_sorted(folder: Location, table: pa.Table) -> str:
-    """Writes a table that is sorted by `key` already, of which sorting would make a copy; returns the file's name."""
+    """Writes a table that is already sorted by `key`, without the copy that sorting would make; returns the file's name."""
     return put(folder, _encode(table, min(GROUP_BYTES, max(GROUP_BYTES // 8, table.nbytes // GROUPS))), ".parquet")
 
 
 def put(folder: Location, data: bytes, suffix: str) -> str:
-    """Writes a file under the name of its content and size, which it returns."""
+    """Writes a file named after its content and size; returns the name."""
     name = named(data, suffix)
     folder.join(name).write(data, synced=True)
     return name
@@ -58,14 +58,14 @@ def named(data: bytes, suffix: str) -> str:
 
 
 def size_of(name: str) -> int | None:
-    """Returns the size that a spill's name tells; None if the file is none."""
+    """Returns the bytes in a spill's name; None if it isn't the name of a spill."""
     match = NAMED.fullmatch(name)
     return int(match[2]) if match else None
 
 
 @contextmanager
 def whole(folder: Location, name: str) -> Iterator[None]:
-    """Removes a spill that cannot be read and is not what its name says, and raises DataError."""
+    """Removes a spill if reading it fails and its content doesn't match its name; raises DataError in this case."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -81,14 +81,14 @@ def whole(folder: Location, name: str) -> Iterator[None]:
 
 
 def narrowed(table: pa.Table) -> pa.Table:
-    """Returns a table as datasets hold it: strings have offsets of 32 bits, where these are enough."""
+    """Returns a table with the types of datasets: strings have 32-bit offsets if these are enough."""
     fields = [f.with_type(pa.string()) if pa.types.is_large_string(f.type) and table[f.name].nbytes < NARROW else f
               for f in table.schema]  # fmt: skip
     return table.cast(pa.schema(fields, table.schema.metadata))
 
 
 def encode(table: pa.Table, order: tuple[str, ...] = ()) -> bytes:
-    """Sorts a table by `key`, then by the columns of `order`, and returns it as a file whose ranges of keys can be read."""
+    """Sorts a table by `key`, then by the columns of `order`, and encodes it as a Parquet file with readable ranges of keys."""
     return _encode(narrowed(table.sort_by([(name, "ascending") for name in ("key", *order)])), GROUP_BYTES)
 
 
@@ -100,7 +100,10 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yields the rows with low <= key < high of a file, a row group at a time, or some where each costs a store's answer."""
+    """Yields a file's rows with low <= key < high, one row group at a time; several from S3, where each read costs a request.
+
+    DataError if the file was damaged.
+    """
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))
     with whole(folder, name), place.open() as source:
@@ -116,15 +119,15 @@ def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: li
 
 
 def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
-    """Returns a range of rows; a small one as a copy, because a slice holds all that it is cut from."""
+    """Returns a range of rows; a small range as a copy, because a slice keeps the whole table in memory."""
     if 2 * (stop - start) >= len(table):
         return table.slice(start, stop - start)
     return table.take(pa.array(np.arange(start, stop)))
 
 
 def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int]:
-    """Yields the row groups whose keys may lie in the range, by their statistics: the first is searched, as keys ascend."""
-    groups = metadata.num_row_groups if metadata.num_rows else 0  # of no rows there are no statistics
+    """Yields the row groups whose keys may be in the range, by their statistics. A binary search finds the first: keys ascend."""
+    groups = metadata.num_row_groups if metadata.num_rows else 0  # an empty file has no statistics
     place = metadata.schema.names.index("key") if groups else 0
 
     def seen(group: int) -> Any:
@@ -137,30 +140,30 @@ def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int
 
 
 def joined(folder: Location, names: Iterable[str], low: int, high: int, schema: pa.Schema) -> pa.Table:
-    """Reads a range of keys of several files of the same columns as one table, of no rows if they have none."""
+    """Reads a range of keys from several files of this schema as one table, which may be empty."""
     return pa.concat_tables([schema.empty_table(), *(t for name in names for t in read(folder, name, low, high))])
 
 
 def arrays(folder: Location, names: list[str], low: int, high: int, **columns: type[np.generic]) -> list[np.ndarray]:
-    """Reads columns of numbers of a range of keys of several files, each with its type; of length 0 if they have no rows."""
+    """Reads numeric columns of a range of keys from several files: an array [rows] per column, with its type."""
     tables = [table.select(list(columns)) for name in names for table in read(folder, name, low, high)]
     return [np.concatenate([np.zeros(0, kind), *(t[column].to_numpy() for t in tables)]) for column, kind in columns.items()]
 
 
 def starts(*columns: np.ndarray) -> np.ndarray:
-    """Tells of sorted rows, given by their columns, which are the first of equal ones."""
+    """Marks the first row of each group of equal rows, as bool [rows]. `columns`: the columns of the sorted rows."""
     first = np.ones(len(columns[0]), bool)
     first[1:] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
     return first
 
 
 def share(part: int, parts: int) -> tuple[int, int]:
-    """Computes the range of keys of one of several equal parts of all keys."""
+    """Computes the range of keys [low, high) of one of several equal parts of all keys."""
     return -(-part * ALL // parts), -(-(part + 1) * ALL // parts)
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """Mixes 64-bit numbers (splitmix64's finaliser), so that equal shares of the range hold about as many of them."""
+    """Mixes 64-bit numbers (splitmix64's finalizer), so that equal parts of the range hold about the same number of them."""
     z = values.astype(np.uint64)
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -169,7 +172,7 @@ def mixed(values: np.ndarray) -> np.ndarray:
 
 
 def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
-    """Removes the rows whose `row` is one of the dropped."""
+    """Removes the rows whose `row` is in `dropped`."""
     if not len(dropped):
         return table
     return table.filter(pc.invert(pc.is_in(table["row"], value_set=pa.array(dropped, table.schema.field("row").type))))
@@ -177,7 +180,7 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class SpilledRun:
-    """Describes a spilled run of documents, and the spills of those of its rows that were decided against since."""
+    """Describes a spilled run of documents. `decided`: the spills that list its rows dropped by later decisions."""
 
     name: str
     rows: int
@@ -188,7 +191,7 @@ class SpilledRun:
 def survivors(
     folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Yields the run's documents of a range of keys, without those that were decided against."""
+    """Yields the run's documents of a range of keys, without the dropped ones."""
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
     for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):

@@ -1,13 +1,13 @@
-"""Keeps what unfinished work has done: spill files, and a record of every finished task under the key of what it follows from.
+"""Keeps the results of unfinished work: spill files, and a record of each finished task under the task's key.
 
-    spill/3f/3f2a...-9810.parquet    what tasks hand to later tasks, named after its content and size
-    done/read/9c01....json      the record of a finished task, written last, by the task itself
-    notes/read-9c01....json     what a task that is run again is about to do (`care`)
-    work.json                   marks the folder; the size of the pieces that the input is cut into, which stays as it grows
+    spill/3f/3f2a...-9810.parquet   results for later tasks, named after content and size
+    done/read/9c01....json          the record of a finished task, which the task writes last
+    notes/read-9c01....json         the next action of a task that runs again (`care`)
+    work.json                       marks the folder, and holds the size of the input's pieces, which stays while the input grows
 
-A key is the SHA-256 of the task's inputs, configuration and the version of this code. So a run that was killed finds the records
-of all that was finished; a changed threshold has other keys from there on; new input has keys of its own. A record whose files
-are missing, or of another size, counts for nothing.
+A key is the SHA-256 of the task's inputs, its configuration, and the version of this code. So after a kill, the next run finds
+the records of all finished tasks. If a threshold changes, its stage and the later ones have other keys; new input has new keys. A
+record is ignored if one of its files is missing or has another size.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from heliostat.tasks import libraries, spill
 
 log = logging.getLogger(__name__)
 
-CODE = 9  # raised when the same inputs and configuration give other spill files
+CODE = 9  # increased if the same inputs and configuration give other spill files
 READERS = 32  # threads
 DONE, SPILL, NOTES, MARK = "done", "spill", "notes", "work.json"
-SIZES = 16  # times, by which an input may grow before its pieces become larger
+SIZES = 16  # factor by which the input may grow before its pieces become larger
 
 
 def key(*parts: object) -> str:
-    """Computes the key of a task: 32 hex digits of the SHA-256 of JSON values, and of the code's version."""
+    """Computes the key of a task: 32 hex digits of the SHA-256 of JSON values and of the code's version."""
     return hashlib.sha256(json.dumps([CODE, *parts], sort_keys=True).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Locates the work folder of a pipeline, and keeps its records."""
+    """Reads and writes the records in a pipeline's work folder."""
 
     location: Location
 
@@ -51,11 +51,11 @@ class Work:
         return self.location.join(SPILL)
 
     def note(self, kind: str, key: str) -> Location:
-        """Locates what a task that is run again notes."""
+        """Returns the location of the note of a task that runs again."""
         return self.location.join(NOTES, f"{kind}-{key}.json")
 
     def finish(self, kind: str, key: str, record: Mapping[str, object]) -> None:
-        """Records a finished task, whose files have been written."""
+        """Writes the record of a finished task. Its files must be complete before."""
         self.location.join(DONE, kind, f"{key}.json").write(json.dumps(record).encode())
 
     @cached_property
@@ -64,14 +64,14 @@ class Work:
         return dict(self.location.files())
 
     def found(self, kind: str, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Reads the records of those tasks that an earlier run has finished and whose files are there."""
+        """Reads the records of the tasks that an earlier run has finished and whose files exist, by key."""
         recorded = [k for k in keys if f"{DONE}/{kind}/{k}.json" in self._sizes]
         with ThreadPoolExecutor(READERS) as pool:
             records = dict(zip(recorded, pool.map(lambda k: self._whole(kind, k), recorded), strict=True))
         return {k: record for k, record in records.items() if record is not None}
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
-        """Reads the record of a task; None if there is none that can be read."""
+        """Reads the record of a task; None if it is missing or unreadable."""
         try:
             record = json.loads(self.location.join(DONE, kind, f"{key}.json").read())
         except (FileNotFoundError, ValueError):
@@ -84,7 +84,7 @@ class Work:
         return record if whole else None
 
     def made_with(self, versions: dict[str, str]) -> None:
-        """Records with which versions of libraries the work is done; logs what an earlier run had other versions of."""
+        """Records the versions of the libraries for this work; logs a warning if an earlier run had other versions."""
         place = self.location.join(NOTES, "libraries.json")
         try:
             before = json.loads(place.read())
@@ -96,9 +96,10 @@ class Work:
             place.write(json.dumps(before | versions).encode())
 
     def begin(self, piece: int) -> int:
-        """Claims the folder and returns the size of pieces: an earlier run's, unless that differs from `piece` by SIZES times.
+        """Claims the folder and returns the size of pieces: an earlier run's, or `piece` if they differ by a factor of SIZES or
+        more.
 
-        ConfigError if other things lie there.
+        ConfigError if the folder holds other files.
         """
         try:
             known = json.loads(self.location.join(MARK).read())["piece"]
@@ -118,7 +119,7 @@ class Work:
         """Deletes the work, and the folder if nothing else is in it."""
         if not self.location.join(MARK).exists():
             return
-        for name in (DONE, SPILL, NOTES, MARK):  # the mark last: what breaks off is done again
+        for name in (DONE, SPILL, NOTES, MARK):  # the mark last, so that an interrupted deletion can be repeated
             self.location.join(name).delete()
         if not self.location.is_s3:
             with contextlib.suppress(OSError):

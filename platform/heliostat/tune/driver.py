@@ -1,10 +1,10 @@
-"""Drives `heliostat sweep run`: a sweep from its file to its result, through Ray Tune.
+"""Runs a sweep from its file to its result, through Ray Tune (`heliostat sweep run`).
 
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
 
-The sweep's folder (`trial_record`) is all that a resume needs. Ray Tune's own state lies in `ray/` there while the sweep runs; it
-is never read, and goes at the end.
+A resume needs only the sweep's folder (`trial_record`). While the sweep runs, `ray/` in this folder holds Ray Tune's own state.
+heliostat never reads that state, and deletes it at the end.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIAL_CPUS = 0.1  # of Tune's actor for a trial
-DEATHS = 3  # of a trial's own process, or its node, that are survived; what its workers suffer the run itself survives
+TRIAL_CPUS = 0.1  # CPUs that Tune's actor for a trial requests
+DEATHS = 3  # deaths of a trial's own process or node that the trial survives; the run itself handles deaths of its workers
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results only say how far a trial is
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results hold only the trial's step
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # it prints whatever `verbose` says
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output ignores `verbose`
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",
 }
 
@@ -63,7 +63,7 @@ def tune(
     overwrite: bool = False,
     verbose: bool = False,
 ) -> SweepResult:
-    """Runs a sweep to its end, or continues with it; HeliostatError with one line for whatever stopped it."""
+    """Runs a sweep to its end, or resumes it; HeliostatError gives the cause in one line if it stops, fails, or has no result."""
     require_one_way(resume, overwrite)
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
@@ -90,10 +90,10 @@ def tune(
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
-    """Checks that a resumed sweep is the one that was begun; ConfigError if not. Its budget and concurrency may change.
+    """Checks that a resumed sweep equals the recorded one; ConfigError if not. Budget, concurrency, and registration may differ.
 
-    Returns its plan, in which the job leaves open (`spec.BEFORE_KEYS`) only what it left open then: trials that are compared
-    follow the same rules.
+    Returns the plan. Where its job doesn't set a key of `spec.BEFORE_KEYS`, the plan takes the recorded job's value, so that all
+    trials follow the same rules.
     """
     plan = replace(plan, base=pretrained.as_recorded(Job.model_validate(plan.base), before["job"]).dump())
     train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
@@ -168,7 +168,7 @@ class _Tuning:
         return result
 
     def _connect(self) -> int:
-        """Joins or starts Ray, and returns how many trials run side by side."""
+        """Joins or starts Ray; returns the number of trials that may run concurrently."""
         from heliostat.cluster import nodes, private_ray, ray_internals
         from heliostat.cluster.connect import connect
 
@@ -212,7 +212,7 @@ class _Tuning:
         trials = searchers.Trials(self.state, searchers.make(self.plan.sweep))
         ray_folder = self.plan.folder.join("ray")
         with self.signals, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing actors, whose run is over
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing actors of ended runs
             tuner = ray_tune.Tuner(
                 Trial,
                 tune_config=ray_tune.TuneConfig(search_alg=trials, scheduler=scheduler, num_samples=1),
@@ -265,12 +265,14 @@ def _best(plan: SweepPlan, best: TrialRecord | None) -> BestTrial | None:
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Counts the trials that can place all their workers at once, each with a data task on some node; half-placed trials would
-    wait for each other. `free`: resources by node."""
+    """Counts the trials that can run concurrently with all their workers placed; half-placed trials would wait for each other.
+
+    Each trial also needs a CPU for its data task, and its actor's CPU, on one node. `free`: free resources by node.
+    """
     nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
     aside, count = FETCHING + TRIAL_CPUS, 0
-    while beside := [n for n in nodes if n["CPU"] >= aside]:
-        node = min(beside, key=lambda n: fits(workers, n) - fits(workers, n, aside))
+    while roomy := [n for n in nodes if n["CPU"] >= aside]:
+        node = min(roomy, key=lambda n: fits(workers, n) - fits(workers, n, aside))
         node["CPU"] -= aside
         most = count + 1 if workers.placement == "strict_spread" else 1 << 30
         if sum(min(most, fits(workers, n)) for n in nodes) < (count + 1) * workers.most:
@@ -280,6 +282,8 @@ def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
 
 
 def here(workers: Workers, cores: int) -> int:
-    """Counts the trials that fit on this machine's cores, at least 1, where Ray is started for the sweep alone and data tasks
-    mostly wait."""
+    """Counts the trials that fit on this machine's `cores`, at least 1, if the sweep starts Ray itself; 1 if workers need GPUs.
+
+    Data tasks get no cores in this count, because they mostly wait.
+    """
     return 1 if workers.gpus else max(1, int(cores / (workers.most * workers.cpus) + 1e-6))

@@ -1,4 +1,4 @@
-"""Looks at sweeps in storage: lists them, reports their progress, requests a stop, and builds the job of the best trial."""
+"""Lists sweeps in storage, reports their progress, stops them, and builds the job of the best trial."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from heliostat.tune import trial_record as records
 from heliostat.tune.sweep import Sweep, SweepPlan, count, place
 from heliostat.tune.trial_record import BestTrial, KeptBest, KeptTrial, SweepProgress
 
-STOP_S = 600.0
-ASKED = 32  # sweeps at a time whose drivers' signs of life are waited for
+STOP_S = 600.0  # seconds to wait for a sweep to stop
+ASKED = 32  # threads, each of which waits for the sign of life of one sweep's driver
 
 
 class SweepRow(TypedDict):
@@ -40,7 +40,7 @@ def sweeps(storage: Location) -> list[SweepRow]:
     known = {
         name: kept for name, folder in folders.items() if (kept := records.read_json(folder.join("sweep.json"), records.KEPT))
     }
-    with ThreadPoolExecutor(ASKED) as pool:  # a driver that died on another machine takes seconds to know
+    with ThreadPoolExecutor(ASKED) as pool:  # finding out that a driver on another machine died takes seconds
         alive = dict(zip(known, pool.map(running, [folders[name] for name in known]), strict=True))
     rows = list[SweepRow]()
     for name, kept in known.items():
@@ -54,13 +54,13 @@ def sweeps(storage: Location) -> list[SweepRow]:
 
 
 def running(folder: Location) -> bool:
-    """Tells whether a driver holds the sweep's lease, and lives: waits for its sign of life if it is on another machine."""
+    """Returns whether a live driver holds the sweep's lease. For a driver on another machine, waits for its sign of life."""
     number = lease.newest_number(folder)
     return number > 0 and lease.holder(folder, number) is not None
 
 
 def find(sweep: str, storage: str) -> Location:
-    """Finds a sweep's folder, given the folder itself or the sweep's name."""
+    """Finds a sweep's folder, given the folder itself or the sweep's name; ConfigError if there is no such sweep."""
     named = [Location(storage).join(sweep)] if is_inside(sweep) else []
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
@@ -103,14 +103,17 @@ def show(folder: Location) -> SweepProgress:
 
 
 def progress(folder: Location) -> tuple[int, int]:
-    """Counts the trials that are over, and the trials that are planned, as far as that is known."""
+    """Returns (trials that have ended, trials planned). If the plan has no number, the second counts the recorded trials."""
     all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"), records.KEPT)
     planned = count(_sweep(folder, kept)) if kept else None
     return sum(r.over for r in all_records), max(planned or 0, len(all_records))
 
 
 def stop(folder: Location) -> None:
-    """Stops a sweep: requests it, and waits until the sweep has stopped."""
+    """Requests a stop and waits until the sweep has stopped.
+
+    ConfigError if the sweep isn't running; HeliostatError if it doesn't stop within STOP_S seconds.
+    """
     if not running(folder):
         raise ConfigError(f"{folder}: isn't running, so there is nothing to stop")
     folder.join("stop").write(b"asked to stop")
@@ -122,7 +125,10 @@ def stop(folder: Location) -> None:
 
 
 def best_job(folder: Location) -> dict[str, object]:
-    """Builds the job of the best trial, as plain data named after the sweep: the base job with the best parameters."""
+    """Builds the job of the best trial, named SWEEP-best: the base job with the best parameters, as plain data.
+
+    ConfigError if no trial has finished.
+    """
     plan, _ = read(folder)
     best = records.best(records.read(folder), plan.sweep.mode)
     if best is None:

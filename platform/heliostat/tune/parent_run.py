@@ -1,8 +1,8 @@
-"""Writes a sweep to MLflow, as the parent run of its trials' runs, from the driver's process.
+"""Writes the sweep's own MLflow run, which is the parent of its trials' runs, from the driver's process.
 
-Trials write their own runs; the parent has the sweep's file, the table of trials, the plots, PBT's lineage and the best model.
-Waits for an MLflow that is busy or away within AWAY_S; what is missing then is written by the next
-`heliostat sweep run --resume`.
+Each trial writes its own run. The parent run holds the sweep's file, the table of trials, the plots, PBT's lineage, and the best
+model. If MLflow is busy or unreachable, calls are retried for AWAY_S seconds. If it stays unreachable, the next
+`heliostat sweep run --resume` writes the missing parts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from heliostat.tune.trial_record import TrialRecord, best
 
 log = logging.getLogger(__name__)
 
-AWAY_S = 60.0
+AWAY_S = 60.0  # seconds to retry a call of MLflow
 BACKOFF = Backoff(0.2, 5.0)
 T = TypeVar("T")
-STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run; the others are KILLED
+STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run in MLflow; KILLED for other statuses
 
 
 class Parent:
-    """Holds the sweep's MLflow run: `Parent(plan, run_id)` creates one if there is none yet."""
+    """Holds the sweep's MLflow run. `Parent(plan, run_id)` creates a run if `run_id` is empty."""
 
     def __init__(self, plan: SweepPlan, run_id: str) -> None:
         mlflow_client.set_client()
@@ -47,12 +47,13 @@ class Parent:
         self._do(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def _do(self, action: Callable[[], T]) -> T:
-        """Retries an action while MLflow fails, since other processes write to the same store; TrackingError after AWAY_S."""
+        """Runs an action, and retries it while MLflow fails: other processes write to the same store. TrackingError after AWAY_S
+        seconds."""
 
         def give_up(failure: FailedAttempts) -> NoReturn:
             raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
 
-        return retry(action, AWAY_S, BACKOFF, lambda error: None, give_up)  # MLflow raises whatever its store does
+        return retry(action, AWAY_S, BACKOFF, lambda error: None, give_up)  # MLflow passes on any error of its store
 
     def _create(self) -> str:
         name, sweep = self.plan.base["mlflow"]["experiment"], self.plan.sweep
@@ -76,11 +77,14 @@ class Parent:
         return run_id
 
     def settle(self, records: list[TrialRecord]) -> None:
-        """Gives every trial's run the status that its record has: a trial whose process died could not. Notes the run ids."""
+        """Sets the MLflow status and tags of each trial's run by its record, because a trial whose process died couldn't do so.
+
+        Writes the run ids into the records.
+        """
         for trial in records:
             known = record(self.trial(trial))
             if "run_id" not in known:
-                continue  # it never came to a first step
+                continue  # the trial never reached its first step
             trial.run_id = known["run_id"]
             run = self._do(lambda known=known: self.client.get_run(known["run_id"]))  # type: ignore[misc]
             wanted = STATUS.get(trial.status, "KILLED")
@@ -119,7 +123,7 @@ class Parent:
         self._do(lambda: self.client.set_terminated(self.run_id, status))
 
     def mark_model(self, model_uri: str, number: int) -> None:
-        """Marks a registered model's version with the sweep, its MLflow run and the trial that trained the model."""
+        """Tags a registered model's version with the sweep, its MLflow run, and the trial that trained the model."""
         if not model_uri.startswith("models:/") or model_uri.count("/") != 2:
             return
         name, version = model_uri.removeprefix("models:/").split("/")

@@ -1,9 +1,9 @@
-"""Suggests PB2's next values, by the upper confidence bound of a Gaussian process over what the population's intervals have
-gained.
+"""Suggests PB2's next hyperparameters: those with the highest upper confidence bound of a Gaussian process.
 
-Parker-Holder et al. 2020, arXiv 2002.02518. The process, its kernel, which forgets with time, and the search for the bound's
-maximum are Ray Tune's. The intervals are read from the trials' records, so that a resumed sweep knows what it knew. Values are
-scaled to [0, 1] over their ranges, in logarithms where the range is.
+The process models the metric's gain per step over all intervals of the population (Parker-Holder et al. 2020, arXiv 2002.02518).
+Ray Tune supplies the process, its kernel, which gives old intervals less weight, and the search for the maximum. The intervals
+come from the trials' records, so a resumed sweep has the same data. Each value is scaled to [0, 1] over its range, in logarithms
+if the range is logarithmic.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from heliostat.tune.trial_record import TrialRecord
 
 
 class Interval(NamedTuple):
-    """Describes the interval between two reports of a trial, trained with the same values."""
+    """Describes the interval between two reports of a trial, which it trained with the same hyperparameters."""
 
-    number: int
-    step: int  # at its end
-    before: float  # the metric at its beginning
-    gain: float  # of the metric, per step
+    number: int  # of the trial
+    step: int  # at the interval's end
+    before: float  # the metric at the interval's beginning
+    gain: float  # change of the metric per step
     params: Params
 
 
 def intervals(records: list[TrialRecord]) -> list[Interval]:
-    """Lists the intervals of all trials, ordered by their ends. What a clone did before it became one is its own; from there on
-    it has begun with what its donor had reported."""
+    """Lists the intervals of all trials, ordered by their last steps. The first interval after a clone starts at the donor's last
+    report; the trial's earlier intervals stay as they were."""
     by_number = {r.number: r for r in records}
     return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
 
@@ -54,9 +54,9 @@ def _of(record: TrialRecord, by_number: dict[int, TrialRecord]) -> Iterator[Inte
 def suggest(
     records: list[TrialRecord], donor: int, step: int, space: Space, mode: str, rng: np.random.Generator
 ) -> Params | None:
-    """Suggests the values for a trial that clones `donor` at `step`; None while there are no two reports to learn from.
+    """Suggests hyperparameters for a trial that clones `donor` at `step`; None if the donor has fewer than two reports.
 
-    Trials that have cloned at this step already are taken into account, so that they are not all given the same.
+    Takes into account the trials that have already cloned at this step, so that they don't all get the same values.
     """
     from ray.tune.schedulers.pb2 import _select_config
 
@@ -68,12 +68,12 @@ def suggest(
     gains = np.array([sign * i.gain for i in known])
     cloned = [_units(space, r.params) for r in records if r.clones and r.clones[-1]["step"] == step]
     taken = np.array(cloned) if cloned else None
-    here = np.array([own[-1].step, sign * own[-1].before])  # the last interval's: what is to come lies outside of what is known
-    drawn = np.random.get_state()  # Tune's search takes its starting points from there
+    here = np.array([own[-1].step, sign * own[-1].before])  # of the last interval: the next one is outside the known range
+    drawn = np.random.get_state()  # Tune's search draws its starting points from this global generator
     np.random.seed(int(rng.integers(2**32)))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # scikit-learn, of kernel parameters at their bounds
+            warnings.simplefilter("ignore")  # scikit-learn warns about kernel parameters at their bounds
             units = _select_config(points, gains, taken, here, dict.fromkeys(space, (0.0, 1.0)), 2)  # type: ignore[arg-type]
     finally:
         np.random.set_state(drawn)

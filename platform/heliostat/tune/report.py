@@ -1,4 +1,4 @@
-"""Reports what a sweep found, for people: rows of plain data, a table, and two plots."""
+"""Formats a sweep's results for people: rows of plain data, a table, and two plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heliostat.tune.trial_record import TrialRecord, ranked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, object]  # of the table of trials
+Row = dict[str, object]  # of the table of trials: values by column
 COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 
 
@@ -40,12 +40,12 @@ def note(plan: SweepPlan) -> str:
 
 
 def columns(rows: list[Row]) -> list[str]:
-    """Lists the columns of all rows, in the order in which they come."""
+    """Lists the columns of all rows, in the order of their first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Formats the rows as text, the columns' names first: of a key its last part, if that distinguishes it from the others."""
+    """Formats the rows as text, after a row of column names. A key's name is only its last part if all last parts differ."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
     if len(set(short.values())) < len(names):
@@ -63,7 +63,10 @@ def _cell(row: Row, name: str) -> str:
 
 
 def figures(plan: SweepPlan, records: list[TrialRecord]) -> dict[str, Figure]:
-    """Plots every trial's curve, and the parameters next to the metric: the figures by file name, none without a report."""
+    """Plots each trial's curve, and parallel coordinates of the parameters and the metric.
+
+    Returns the figures by file name; none if no trial has reported.
+    """
     reported = [r for r in records if r.reports]
     if not reported:
         return {}
@@ -119,7 +122,7 @@ def _short(value: object) -> str:
 
 
 def position(plan: SweepPlan, key: str, value: object) -> float:
-    """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the key did not count."""
+    """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the trial has no value for the key."""
     domain = plan.sweep.space[key]
     if value is None:
         return -0.1

@@ -1,8 +1,8 @@
-"""Decides what becomes of a trial that waits behind a step, by Ray Tune's schedulers, which also learn of earlier commands'
-trials and start no more trials than there is room for.
+"""Extends Ray Tune's schedulers, which decide whether a paused trial continues, ends, or clones another trial.
 
-ASHA, HyperBand and median stopping remember over a resume: the records are replayed to them in the order in which they came. PBT
-and PB2 are synchronous: their trials stop behind the same step, and the worst clone the best from our own checkpoints.
+The extended schedulers also know the trials of earlier commands, and start only as many trials as there is room for. On resume,
+ASHA, HyperBand, and median stopping receive the recorded reports in their original order. PBT and PB2 are synchronous: all trials
+pause after the same step, and the worst trials clone the best ones from heliostat's own checkpoints.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0
-GONE_S = 300.0  # for the last trials' workers to go
-TRIES = 20  # at values near the donor's that make a valid job
+LOOK_S = 1.0  # seconds between checks of the budget, the lease, and requests to stop
+GONE_S = 300.0  # seconds to wait for the last trials' actors to end
+TRIES = 20  # attempts to find values near the donor's that make a valid job
 
 
 def make(state: SweepState) -> Within:
-    """Creates the sweep's scheduler; its `controller` becomes Tune's own when Tune starts its first trial."""
+    """Creates the sweep's scheduler. Its `controller` is None until Tune adds the first trial."""
     chosen, steps = state.plan.sweep.scheduler, state.plan.base["train"]["steps"]
     scheduler: Within
     if chosen.halves:
@@ -72,10 +72,10 @@ class Within(TrialScheduler):
     """Keeps paused trials waiting while there is no room for their workers."""
 
     watched: SweepState
-    controller: Any  # with private parts that `Watch` uses
+    controller: Any  # Tune's controller, of which `Watch` uses private attributes
 
     def replay(self, records: list[TrialRecord]) -> None:
-        """Replays to the scheduler what trials of earlier commands reported."""
+        """Passes the reports of earlier commands' trials to the scheduler."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         self.controller = tune_controller
@@ -92,27 +92,27 @@ class Fifo(Within, FIFOScheduler):
 
 
 class Halving(Within, AsyncHyperBandScheduler):
-    """Schedules by ASHA, or by HyperBand in its asynchronous form, which is ASHA on several brackets."""
+    """Implements ASHA, and asynchronous HyperBand, which is ASHA on several brackets."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         plan = self.watched.plan
         number = self.watched.of(trial.trial_id).number
-        self._trial_info[trial.trial_id] = self._brackets[bracket(plan.sweep, plan.base["train"]["steps"], number)]  # not by lot
+        self._trial_info[trial.trial_id] = self._brackets[bracket(plan.sweep, plan.base["train"]["steps"], number)]  # not random
 
     def replay(self, records: list[TrialRecord]) -> None:
-        """Restores the rungs from what trials of earlier commands reported."""
+        """Restores the rungs from the reports of earlier commands' trials."""
         trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records}
-        nobody = cast("TuneController", None)
+        no_controller = cast("TuneController", None)
         for trial in trials.values():
-            self.on_trial_add(nobody, trial)
+            self.on_trial_add(no_controller, trial)
         for step, value, record in _in_order(records):
-            self.on_trial_result(nobody, trials[record.number], {"step": step, "value": value})
+            self.on_trial_result(no_controller, trials[record.number], {"step": step, "value": value})
 
 
 class Median(Within, MedianStoppingRule):
     def replay(self, records: list[TrialRecord]) -> None:
-        """Replays the curves of trials that are over."""
+        """Restores the curves of trials that have ended."""
         trials = {r.number: cast(Trial, _StandIn(self.watched.plan.name(r.number))) for r in records if r.over}
         for step, value, record in _in_order(records):
             if record.number in trials:
@@ -120,7 +120,7 @@ class Median(Within, MedianStoppingRule):
 
 
 class _StandIn:
-    """Stands in for a trial of an earlier command."""
+    """Replaces Tune's trial object for a trial of an earlier command."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -132,7 +132,7 @@ def _in_order(records: list[TrialRecord]) -> list[tuple[int, float, TrialRecord]
 
 
 class Pbt(Within, PopulationBasedTraining):
-    """Schedules by Tune's PBT in its synchronous form: the whole population reports the same step before any exchange."""
+    """Implements PBT with Tune's synchronous scheduler: the whole population reports the same step before any exchange."""
 
     def __init__(self, state: SweepState) -> None:
         settings = state.plan.sweep.scheduler
@@ -140,7 +140,7 @@ class Pbt(Within, PopulationBasedTraining):
         super().__init__(
             time_attr="step",
             perturbation_interval=settings.interval,
-            hyperparam_mutations={"params": {key: [0] for key in state.plan.sweep.space}},  # how, is said in _get_new_config
+            hyperparam_mutations={"params": {key: [0] for key in state.plan.sweep.space}},  # `_get_new_config` chooses the values
             quantile_fraction=settings.quantile,
             log_config=False,
             require_attrs=False,
@@ -156,7 +156,7 @@ class Pbt(Within, PopulationBasedTraining):
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
         record = self.watched.of(trial.trial_id)
-        if record.reports:  # of an earlier command
+        if record.reports:  # from an earlier command
             step, value, _ = record.reports[-1]
             own = self._trial_state[trial]
             sign = 1.0 if self._mode == "max" else -1.0
@@ -164,10 +164,10 @@ class Pbt(Within, PopulationBasedTraining):
             own.last_perturbation_time = step
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
-        self.watched.told(trial.trial_id, result)  # Tune tells its callbacks later, when all may have been exchanged
+        self.watched.record_result(trial.trial_id, result)  # Tune calls its callbacks later, possibly after the exchange
         own = self._trial_state[trial]
         due = "value" in result and result["step"] - own.last_perturbation_time >= self._perturbation_interval
-        if due and len(self._trial_state) < self._population:  # the others have not begun: there was no room
+        if due and len(self._trial_state) < self._population:  # the other trials haven't started, for lack of room
             self._save_trial_state(own, result["step"], result, trial)
             return TrialScheduler.PAUSE
         return super().on_trial_result(tune_controller, trial, result)
@@ -176,7 +176,7 @@ class Pbt(Within, PopulationBasedTraining):
         chosen = super().choose_trial_to_run(tune_controller)
         trials = [t for t in tune_controller.get_trials() if not t.is_finished()]
         waits = len(self._trial_state) >= self._population and all(t.status == Trial.PAUSED for t in trials)
-        if chosen is None and trials and waits:  # for one that has failed, or for a sweep that is to stop
+        if chosen is None and trials and waits:  # they wait for a failed trial, or the sweep is stopping
             self._next_perturbation_sync += self._perturbation_interval
             return super().choose_trial_to_run(tune_controller)
         return chosen
@@ -197,7 +197,7 @@ class Pbt(Within, PopulationBasedTraining):
         return dict(self.watched.config(record)), {}
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
-        """Yields values for a trial that clones the donor at the step; the later ones are tried where the first make no valid
+        """Yields candidate values for a trial that clones the donor at the step; the caller takes the first that make a valid
         job."""
         sweep = self.watched.plan.sweep
         for _ in range(TRIES):
@@ -205,7 +205,7 @@ class Pbt(Within, PopulationBasedTraining):
 
 
 class Pb2(Pbt):
-    """Schedules by PB2: PBT whose next values come from a model of what the population has gained so far."""
+    """Implements PB2: PBT whose next values come from a model of the population's gains so far."""
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep
@@ -216,7 +216,7 @@ class Pb2(Pbt):
 
 
 class Watch(Callback):
-    """Connects Tune's callbacks to the sweep: keeps its state, stops it on request, and waits until the last workers are gone."""
+    """Handles Tune's callbacks: updates the sweep's state, stops the sweep on request, and waits until the last workers end."""
 
     def __init__(self, state: SweepState, scheduler: Within, signals: Signals, lease: Lease, base: Job) -> None:
         self.state, self.scheduler, self.signals, self.lease = state, scheduler, signals, lease
@@ -224,7 +224,7 @@ class Watch(Callback):
         self._base, self._idle = base, Shortage(base)
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-        return Callback, ()  # Tune pickles its callbacks into a state that is never read
+        return Callback, ()  # Tune pickles its callbacks into a state that heliostat never reads
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: object) -> None:
         self.state.trials = trials
@@ -233,7 +233,7 @@ class Watch(Callback):
         self.state.started(trial.trial_id)
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: Result, **info: object) -> None:
-        self.state.told(trial.trial_id, result)
+        self.state.record_result(trial.trial_id, result)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: object) -> None:
         if time.monotonic() >= self._look_at:
@@ -245,7 +245,7 @@ class Watch(Callback):
     def _look(self) -> None:
         self.state.tick()
         self._check_lease()
-        if any(t.status == "RUNNING" for t in self.state.trials):  # it says itself what it waits for
+        if any(t.status == "RUNNING" for t in self.state.trials):  # a running trial reports its own shortage
             self._idle = Shortage(self._base)
         elif self.state.live() and (missing := self._idle.told()):
             log.warning(missing)
@@ -258,8 +258,8 @@ class Watch(Callback):
             log.warning("can't check for a request to stop the sweep: %s", e)
 
     def _until_gone(self) -> None:
-        """Waits for the actors of the last trials to end: Tune itself would kill them after seconds, and their workers would
-        stay."""
+        """Waits until the actors of the last trials end. Tune would kill them after some seconds, and their workers would stay
+        alive."""
         manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
         while manager.num_total_actors and time.monotonic() < deadline:
             manager.next(timeout=0.5)

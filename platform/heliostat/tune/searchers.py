@@ -1,7 +1,8 @@
-"""Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats nothing and loses nothing.
+"""Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats no trial and loses none.
 
-Random trials follow from the seed and their number, a grid from its order; Optuna is informed of every trial that has ended, also
-of those that an earlier command ran. Not more trials are given to Tune than there is room for, so no workers wait half placed.
+A random trial depends only on the seed and its number, and a grid trial only on its number. Optuna gets the result of every trial
+that has ended, including those of earlier commands. Tune gets only as many trials as there is room for. So no trial waits with
+half of its workers placed.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Searcher(Protocol):
     def draw(self, number: int) -> Params | None:
         """Draws a value for every key of the space, for the trial of this number; None if there are no more trials."""
 
-    def told(self, record: TrialRecord) -> None:
-        """Takes note of a trial that has ended, in this command or in an earlier one."""
+    def observe(self, record: TrialRecord) -> None:
+        """Takes the result of a trial that has ended, in this command or in an earlier one."""
 
 
 def make(sweep: Sweep) -> Searcher:
@@ -48,7 +49,7 @@ class Random:
     def draw(self, number: int) -> Params | None:
         return spaces.draw(self.sweep.space, self.sweep.searcher.seed, number)
 
-    def told(self, record: TrialRecord) -> None:
+    def observe(self, record: TrialRecord) -> None:
         pass
 
 
@@ -59,12 +60,12 @@ class Grid:
     def draw(self, number: int) -> Params | None:
         return self.points[number] if number < len(self.points) else None
 
-    def told(self, record: TrialRecord) -> None:
+    def observe(self, record: TrialRecord) -> None:
         pass
 
 
 class Optuna:
-    """Searches by Tune's OptunaSearch (the TPE sampler). Trials follow from the seed and the results given to it, in order."""
+    """Searches with Tune's OptunaSearch (TPE sampler). A trial depends on the seed, and on the results so far in their order."""
 
     def __init__(self, sweep: Sweep) -> None:
         require_optuna()
@@ -80,7 +81,7 @@ class Optuna:
         self._suggested.add(number)
         return self.search.suggest(str(number))
 
-    def told(self, record: TrialRecord) -> None:
+    def observe(self, record: TrialRecord) -> None:
         failed = record.status == "failed" or record.value is None
         if record.number in self._suggested:
             self.search.on_trial_complete(str(record.number), None if failed else {"value": record.value}, error=failed)
@@ -106,7 +107,7 @@ def _distribution(domain: Domain) -> BaseDistribution:
 
 
 class Trials(SearchAlgorithm):
-    """Supplies trials to Tune: unfinished ones of earlier commands first, then the searcher's, within the room and the budget."""
+    """Supplies trials to Tune while room and budget allow it: unfinished ones of earlier commands first, then the searcher's."""
 
     def __init__(self, state: SweepState, searcher: Searcher) -> None:
         self.state, self.searcher = state, searcher
@@ -114,7 +115,7 @@ class Trials(SearchAlgorithm):
         self._waiting = [r.number for r in state.records.values() if not r.over]
         for record in state.records.values():
             if record.over:
-                searcher.told(record)
+                searcher.observe(record)
         self._next = max(state.records, default=-1) + 1
 
     def add_configurations(self, experiments: Any) -> None:
@@ -129,7 +130,7 @@ class Trials(SearchAlgorithm):
             return None
         record = None if self.state.stopping else self._record()
         if record is None:
-            self._finished = not self.state.live()  # a trial that ends early leaves some of a budget to others
+            self._finished = not self.state.live()  # a running trial that ends early frees budget for others
             return None
         spec = {**self._experiment.spec, "config": self.state.config(record)}
         name = self.state.plan.name(record.number)
@@ -149,10 +150,10 @@ class Trials(SearchAlgorithm):
             if not record.over:
                 return record
             log.warning("trial %d isn't a valid job (%s): %s", record.number, tell(record.params), record.reason)
-            self.searcher.told(record)
+            self.searcher.observe(record)
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, object] | None = None, error: bool = False) -> None:
         record = self.state.ended(trial_id, error)
         if record.over:
-            self.searcher.told(record)
+            self.searcher.observe(record)

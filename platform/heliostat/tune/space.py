@@ -1,11 +1,11 @@
-"""Defines the search space, the values that a sweep may set a job's keys to. Pure: parsing, drawing, grids, corners, perturbing.
+"""Defines the search space: the job keys that a sweep varies, and the values of each. All functions are pure.
 
     train.optimizer.lr: {loguniform: [1.0e-4, 1.0e-2]}
     train.optimizer.weight_decay: {choice: [0.0, 0.1]}
     train.schedule.decay_fraction: {uniform: [0.1, 0.4], when: {train.schedule.name: wsd}}
 
-What is drawn follows from the seed and the trial's number alone. Bounds are inclusive. A key whose `when` does not hold is left
-as the job has it; `when` may name keys that stand before it in the space.
+A trial's values depend only on the seed and the trial's number. Bounds are inclusive. A key whose `when` doesn't hold keeps the
+job's value. `when` may name only earlier keys of the space.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ WholeSteps = Annotated[list[int], Field(min_length=3, max_length=3)]
 Values = Annotated[list[object], Field(min_length=1)]
 Params = dict[str, object]
 
-ALL = 4096  # corners that are checked one by one; of a larger space every pair of keys is
+ALL = 4096  # maximum corners that are all checked; of a larger space, only the corners of each pair of keys
 
 
 class Domain(Strict):
-    """Describes the values of one key: exactly one of the distributions, and in `when` the condition under which it counts."""
+    """Describes the values of one key: exactly one distribution, and optionally a condition (`when`)."""
 
     uniform: Range | None = None
     """`[low, high]`: any number between them."""
@@ -49,7 +49,7 @@ class Domain(Strict):
     grid: Values | None = None
     """Values for `searcher: {name: grid}`: each combination of them is one trial."""
     when: Params = {}
-    """The key counts only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
+    """The key varies only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
 
     @property
     def kind(self) -> str:
@@ -57,12 +57,12 @@ class Domain(Strict):
 
     @property
     def values(self) -> list[object]:
-        """Returns the bounds, or the choices, as written."""
+        """Returns the bounds or the choices, as in the file."""
         return getattr(self, self.kind)
 
     @property
     def numbers(self) -> list[float]:
-        """Returns the bounds, and the step if there is one, of a distribution of numbers."""
+        """Returns a numeric distribution's bounds, and its step if it has one; empty for a list of values."""
         return [*(self.uniform or self.loguniform or self.quniform or self.qloguniform or self.randint or self.qrandint or ())]
 
     @property
@@ -94,7 +94,7 @@ Space = dict[str, Domain]
 
 
 def faults(space: Space) -> list[str]:
-    """Lists what is wrong with the space's conditions, one line each."""
+    """Lists the errors in the space's conditions, one line each."""
     lines, before = [], list[str]()
     for key, domain in space.items():
         for other, wanted in domain.when.items():
@@ -111,7 +111,7 @@ def _listed(value: object) -> list[object]:
 
 
 def holds(domain: Domain, params: Params) -> bool:
-    """Tells whether a key's condition holds, given the values chosen for the keys before it."""
+    """Returns whether a key's condition holds for the values of the earlier keys."""
     return all(other in params and params[other] in _listed(wanted) for other, wanted in domain.when.items())
 
 
@@ -119,10 +119,10 @@ def holds(domain: Domain, params: Params) -> bool:
 
 
 def draw(space: Space, seed: int, number: int) -> Params:
-    """Draws the parameters of a random trial: the same for the same seed and number, whatever else was drawn."""
+    """Draws the parameters of a random trial. They depend only on the space, the seed, and the trial's number."""
     rng, params = np.random.default_rng([seed, number]), Params()
     for key, domain in space.items():
-        value = sample(domain, rng)  # also where it does not count: a condition must not move what comes after
+        value = sample(domain, rng)  # drawn even if unused, so that a condition doesn't change later keys' values
         if holds(domain, params):
             params[key] = value
     return params
@@ -141,18 +141,18 @@ def sample(domain: Domain, rng: np.random.Generator) -> object:
 
 
 def fit(domain: Domain, value: float) -> float:
-    """Rounds a number to the nearest one that the domain holds."""
+    """Rounds a number to the nearest value of the domain."""
     low, high, *step = domain.numbers
     if step:
         count = math.floor((high - low) / step[0] + 1e-9)
         value = low + min(count, max(0, round((value - low) / step[0]))) * step[0]
-        value = float(f"{value:.12g}") if isinstance(value, float) else value  # 0.1 + 2 * 0.1 is to be 0.3
+        value = float(f"{value:.12g}") if isinstance(value, float) else value  # so that 0.1 + 2 * 0.1 is 0.3
     value = min(high, max(low, value))
     return round(value) if domain.kind in ("randint", "qrandint") else float(value)
 
 
 def number(value: object) -> float:
-    """Returns a parameter's value as the number that it is."""
+    """Returns a numeric parameter's value, and asserts that it is a number."""
     assert isinstance(value, int | float)
     return value
 
@@ -173,13 +173,13 @@ def _combinations(space: Space, values: dict[str, list[object]]) -> list[Params]
 
 
 def extremes(domain: Domain) -> list[object]:
-    """Lists the values at the domain's edges, or all values of a listed domain."""
+    """Lists the domain's two bounds, or all values of a listed domain."""
     return list(domain.values) if domain.listed else [fit(domain, bound) for bound in domain.numbers[:2]]
 
 
 def corners(space: Space) -> list[Params]:
-    """Lists the combinations of all domains' extremes; where those are too many, the combinations of each two keys' extremes, the
-    other keys at their first."""
+    """Lists the combinations of all domains' extremes. If there are more than ALL, only two keys at a time vary, and the other
+    keys have their first value."""
     edges = {key: extremes(domain) for key, domain in space.items()}
     if math.prod(len(e) for e in edges.values()) <= ALL:
         return _combinations(space, edges)
@@ -194,8 +194,8 @@ def corners(space: Space) -> list[Params]:
 
 
 def explore(space: Space, params: Params, rng: np.random.Generator, resample: float) -> Params:
-    """Perturbs `params`: draws each value again with probability `resample`, else multiplies it by 0.8 or 1.2, or takes the next
-    or previous one of a list."""
+    """Perturbs `params`. Each value is drawn again with probability `resample`. Otherwise a number is multiplied by 0.8 or 1.2,
+    and a listed value is replaced by its neighbor in the list."""
     new = dict(params)
     for key in params:
         domain = space[key]

@@ -1,6 +1,6 @@
-"""Holds a running sweep as its driver sees it: the trials' records, what was spent of the budget, and whether it is to stop.
+"""Holds the driver's state of a running sweep: the trials' records, the spent budget, and whether the sweep is stopping.
 
-Fed by Ray Tune's callbacks; every change of a record is written at once.
+Ray Tune's callbacks update the state. A change of a trial's status, reports, or clones is written to storage at once.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from heliostat.tune.trial_record import Config, TrialRecord
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
 
-Result = dict[str, Any]  # of a trial, with what Tune adds
+Result = dict[str, Any]  # a trial's result, with the keys that Tune adds
 log = logging.getLogger(__name__)
 
 
 class SweepState:
     def __init__(self, plan: SweepPlan, before: list[TrialRecord], concurrency: int, parent: str, spent_s: float) -> None:
-        """Takes the records of earlier commands, which took `spent_s` seconds, and in `parent` the sweep's MLflow run."""
+        """Starts from earlier commands' records (`before`) and seconds (`spent_s`). `parent`: id of the sweep's MLflow run."""
         self.plan, self.concurrency, self.parent = plan, concurrency, parent
         self.records = {r.number: r for r in before}
         self.trials: list[Trial] = []  # Tune's own list
-        self.stopping = ""  # why
-        self.used_up = False  # it stops because of its budget, which is an end as any other
+        self.stopping = ""  # the reason to stop; empty if the sweep isn't stopping
+        self.used_up = False  # whether the budget is the reason: such a sweep counts as finished
         self._spent_s, self._began, self._ticked = spent_s, time.monotonic(), time.monotonic()
-        self._ends: dict[int, Result] = {}  # what trials said of their ends
+        self._ends: dict[int, Result] = {}  # last results of trials that ended by themselves
 
     @property
     def folder(self) -> Location:
@@ -44,21 +44,21 @@ class SweepState:
 
     @property
     def seconds(self) -> float:
-        """Returns the seconds that the sweep has taken, over all its commands."""
+        """Returns the seconds that the sweep has run, over all its commands."""
         return self._spent_s + time.monotonic() - self._began
 
     def of(self, trial_id: str) -> TrialRecord:
         return self.records[int(trial_id.rpartition("-")[2])]
 
     def busy(self) -> int:
-        """Counts the trials that hold workers, or are about to."""
+        """Counts the trials that have workers, or will soon get them."""
         return sum(t.status in ("PENDING", "RUNNING") for t in self.trials)
 
     def live(self) -> bool:
         return any(not t.is_finished() for t in self.trials)
 
     def config(self, record: TrialRecord) -> Config:
-        """Builds the configuration that Ray Tune gives to the trial."""
+        """Builds the configuration that Ray Tune passes to the trial."""
         job = self.plan.job(record.number, record.params)
         last = record.clones[-1] if record.clones else None
         sweep = self.plan.sweep.name
@@ -79,7 +79,7 @@ class SweepState:
     # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, number: int, drawn: Params) -> TrialRecord:
-        """Adds a new trial, as failed if its parameters make no valid job."""
+        """Adds a new trial. Its status is failed if its parameters don't make a valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
@@ -98,8 +98,8 @@ class SweepState:
             record.status = "running"
             self._keep(record)
 
-    def told(self, trial_id: str, result: Result) -> None:
-        """Takes in a trial's result: its step, at some steps its scores, at its end how it ended."""
+    def record_result(self, trial_id: str, result: Result) -> None:
+        """Updates a trial's record from a result: its step, after an evaluation its scores, and at its end the outcome."""
         record = self.of(trial_id)
         step = int(result["step"])
         record.step = max(record.step, step)
@@ -107,7 +107,7 @@ class SweepState:
             self._ends[record.number] = result
         if "waits" in result:
             log.warning("trial %d  %s", record.number, result["waits"])
-        if scores := result.get("scores"):  # schedulers are given results without
+        if scores := result.get("scores"):  # schedulers get results without scores
             record.scores = {k: float(v) for k, v in scores.items()}
         if "value" in result and (not record.reports or record.reports[-1][0] != step):
             record.reports.append((step, float(result["value"]), time.time()))
@@ -126,7 +126,7 @@ class SweepState:
         return self._keep(record)
 
     def cloned(self, record: TrialRecord, donor: TrialRecord, step: int, params: Params) -> None:
-        """Notes in a trial's record that it continues from the donor's checkpoint of the step, with these parameters."""
+        """Records that a trial continues from the donor's checkpoint of this step, with these parameters."""
         folder = str(self.folder.join("trials", self.plan.name(donor.number)))
         record.clones.append({"from": donor.number, "step": step, "at_step": record.step, "folder": folder,
                               "old": record.params, "params": params, "at": time.time()})  # fmt: skip
@@ -135,7 +135,7 @@ class SweepState:
         self._keep(record)
 
     def tick(self) -> None:
-        """Counts the time that trials run, and stops the sweep when its budget is used up; to be called often."""
+        """Adds up the running time of trials, and stops the sweep if its budget is used up. Call it about once per second."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
@@ -152,7 +152,7 @@ class SweepState:
             self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
     def stop(self, why: str, used_up: bool = False) -> None:
-        """Requests every trial to stop behind a checkpoint."""
+        """Requests every trial to stop after a checkpoint."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
@@ -177,7 +177,7 @@ class SweepState:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Tells whether a new trial could run to its end, in parallel with those that run, within the budget of tokens."""
+        """Returns whether the token budget suffices for another whole trial, if all running trials also train to their end."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

@@ -1,7 +1,7 @@
-"""Reads the sweep file: a base job, a search space over its keys, a metric, a budget, a searcher and a scheduler. docs/tuning.md
+"""Reads the sweep file (docs/tuning.md): base job, search space over its keys, metric, budget, searcher, and scheduler.
 
-`load` reads it and finds whatever is wrong with it before anything starts: unknown keys, empty ranges, a metric that the job does
-not report, corners of the space that are no valid job, rungs that no evaluation meets, a budget below one trial.
+`load` also checks the sweep before anything starts. It rejects unknown keys, empty ranges, and a metric that the job doesn't
+report. It also rejects corners of the space that aren't valid jobs, rungs without an evaluation, and a budget below one trial.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from heliostat.validation import check
 if TYPE_CHECKING:
     from heliostat.cluster.cluster_file import ClusterFile
 
-# the sweep's own keys, and those that make trials comparable
+# keys that the sweep itself sets, or that must be equal for trials to be comparable
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate", "train.epochs", "train.tokens")
 FIXED_WHERE_COMPARED = ("train.steps",)
-# a checkpoint fits no job that differs in these
+# a checkpoint doesn't fit a job with other values of these keys
 DATA = ("data", "train.global_batch_size", "train.micro_batch_size", "model", "train.ema", "train.steps")
 
 
@@ -91,7 +91,7 @@ class Sweep(Strict):
 
 
 def renamed_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """Returns what a sweep's file or record holds with old names of the job's keys replaced; ValueError if one has both."""
+    """Replaces old names of job keys in a sweep's file or record; ValueError if a key is there by both names."""
     for key in (key for key in ("set", "space") if isinstance(raw.get(key), dict)):
         new = {renamed_path(Job, str(path)): part for path, part in raw[key].items()}
         if len(new) < len(raw[key]):
@@ -131,7 +131,7 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Holds a sweep that passed all checks: its file, the base job as plain data, and the number of trials, if that is known."""
+    """Holds a sweep's file, its base job as plain data, and the number of planned trials; None if that is unknown."""
 
     sweep: Sweep
     base: dict[str, Any]
@@ -145,33 +145,33 @@ class SweepPlan:
         return f"{self.sweep.name}-{number:04d}"
 
     def job(self, number: int, params: Params) -> Job:
-        """Builds a trial's job; ConfigError if its parameters make no valid job."""
+        """Builds a trial's job; ConfigError if its parameters don't make a valid job."""
         raw = place(self.base, params)
         raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
         if self.sweep.scheduler.exchanges:
-            raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # what may be cloned is kept until all have come so far
+            raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # trials clone these
             raw["checkpoint"]["keep"] = max(3, raw["checkpoint"]["keep"])
         return schema.validate(Job, raw, self.name(number))
 
     @property
     def tokens_per_trial(self) -> int:
-        """Returns the number of tokens, or samples, that a whole trial of the base job trains on."""
+        """Returns the number of tokens that a complete trial of the base job trains on; of samples, if the job has no tokens."""
         train = self.base["train"]
         return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
-    """Sets the parameters in the job."""
+    """Returns the job with the parameters as values of its keys."""
     return spec.apply(raw, settings(params))
 
 
 def settings(params: Params) -> list[str]:
-    """Writes the parameters as settings `key.path=value`."""
+    """Formats the parameters as settings `key.path=value`."""
     return [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in params.items()]
 
 
 def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
-    """Lists the steps behind which the trial of this number waits for the scheduler; its last step is none of them."""
+    """Lists the steps after which the trial of this number pauses for the scheduler. The trial's last step isn't among them."""
     scheduler, steps = sweep.scheduler, job.train.steps
     if scheduler.halves:
         assert scheduler.grace is not None
@@ -187,7 +187,7 @@ def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
 
 
 def brackets(sweep: Sweep, steps: int) -> int:
-    """Counts the sweep's brackets: HyperBand has one that begins at each rung and one that waits on none, all others have one."""
+    """Counts the sweep's brackets. HyperBand has one per rung, and one without rungs; other schedulers have one bracket."""
     scheduler = sweep.scheduler
     if scheduler.name != "hyperband":
         return 1
@@ -196,12 +196,12 @@ def brackets(sweep: Sweep, steps: int) -> int:
 
 
 def bracket(sweep: Sweep, steps: int, number: int) -> int:
-    """Returns the number of the bracket that the trial of this number is in."""
+    """Returns the number of the bracket of the trial with this number."""
     return bracket_of(number, brackets(sweep, steps), sweep.scheduler.reduction)
 
 
 def rungs(grace: int, reduction: int, steps: int) -> list[int]:
-    """Lists the rungs grace, grace x reduction, ... that lie below a trial's last step."""
+    """Lists the rungs below a trial's last step, in steps: grace, grace x reduction, and so on."""
     waits = []
     while grace < steps:
         waits.append(grace)
@@ -212,14 +212,14 @@ def rungs(grace: int, reduction: int, steps: int) -> list[int]:
 def shares(brackets: int, reduction: int) -> list[float]:
     """Computes the share of all trials that each bracket gets (Li et al. 2018, arXiv 1603.06560, algorithm 1).
 
-    Bracket 0 begins at the first rung, the next at the second; the last waits on none.
+    Bracket 0 begins at the first rung, bracket 1 at the second, and so on. The last bracket has no rungs.
     """
     counts = [math.ceil(brackets / (s + 1) * reduction**s) for s in reversed(range(brackets))]
     return [count / sum(counts) for count in counts]
 
 
 def bracket_of(number: int, brackets: int, reduction: int) -> int:
-    """Assigns the trial of this number to a bracket, so that whatever the budget is, each bracket has had about its share."""
+    """Assigns the trial of this number to a bracket. At any time, each bracket has about its share of the trials so far."""
     parts, counts = shares(brackets, reduction), [0] * brackets
     for i in range(number + 1):
         chosen = max(range(brackets), key=lambda b: parts[b] * (i + 1) - counts[b])
@@ -228,8 +228,10 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
 
 
 def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Loads the sweep in a YAML file, with `key.path=value` changes (of the sweep) applied, and checks it, without Ray or any
-    store. `cluster`: the file of the cluster that it is for, which decides on `workers.gpus: auto`."""
+    """Loads a sweep from a YAML file, applies `key.path=value` changes of its keys, and checks it, without Ray or any store.
+
+    `cluster`: the file of the target cluster, which decides `workers.gpus: auto`. ConfigError if the sweep is invalid.
+    """
     sweep = schema.load(Sweep, "sweep", path, changes)
     file = base_file(sweep)
     if not file.is_file():
@@ -243,7 +245,10 @@ def base_file(sweep: Sweep) -> Path:
 
 
 def make(sweep: Sweep, raw: dict[str, object], where: str, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Plans a sweep from its file and its base job, both already read, and checks it."""
+    """Plans and checks a sweep, given its file and its base job (`raw`), both already read; ConfigError if it is invalid.
+
+    `where`: the file's name, for error messages.
+    """
     base = check.make_job(raw, f"{where}: job {sweep.job} with set", cluster)
     plan = SweepPlan(sweep, base.dump(), count(sweep))
     faults = [*_base_faults(sweep, base), *_budget_faults(plan, base), *_hold_faults(sweep, base)]
@@ -255,7 +260,7 @@ def make(sweep: Sweep, raw: dict[str, object], where: str, cluster: ClusterFile 
 
 
 def count(sweep: Sweep) -> int | None:
-    """Returns the number of trials that are planned, if that is known."""
+    """Returns the number of planned trials; None if it is unknown."""
     return len(spaces.grid(sweep.space)) if sweep.searcher.name == "grid" else sweep.budget.trials
 
 
@@ -324,7 +329,7 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _check_corners(plan: SweepPlan, where: str) -> None:
-    """Checks that every corner of the space is a valid job that its recipe takes, and, where trials clone each other, that their
+    """Checks that every corner of the space is a valid job for its recipe. If trials clone each other, also checks that their
     checkpoints fit."""
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}
@@ -340,8 +345,7 @@ def _check_corners(plan: SweepPlan, where: str) -> None:
 
 
 def _check_drawn(plan: SweepPlan, where: str) -> None:
-    """Checks that each of the first thousands of trials that are known already is a valid job: there may be faults between the
-    corners."""
+    """Checks that each of the first ALL random trials is a valid job, because values between the corners may be invalid, too."""
     if plan.sweep.searcher.name == "random" and plan.trials:
         seen: set[str] = set()
         for number in range(min(plan.trials, spaces.ALL)):
@@ -361,6 +365,6 @@ def _check_point(plan: SweepPlan, params: Params, what: str, seen: set[str]) -> 
 
 
 def tell(params: Params) -> str:
-    """Writes the parameters in one line."""
+    """Formats the parameters in one line."""
     return ", ".join(f"{key.rpartition('.')[2]} {value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]} {value}"
                      for key, value in params.items())  # fmt: skip

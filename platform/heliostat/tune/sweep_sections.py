@@ -9,7 +9,7 @@ from pydantic import Field
 from heliostat.config.fields import Fraction, Positive, Seed
 from heliostat.schema import Float, Strict
 
-MOST = 100_000  # trials of a sweep
+MOST = 100_000  # maximum trials of a sweep
 Above0 = Annotated[Float, Field(gt=0)]
 
 
@@ -28,7 +28,7 @@ class SearcherSection(Strict):
     name: Literal["random", "grid", "optuna"] = "random"
     """Search algorithm, see docs/tuning.md#searchers"""
     seed: Seed = 0
-    """Random seed; the values of a trial follow from it and from the trial's number."""
+    """Random seed. A trial's values depend on it and on the trial's number."""
 
 
 class Scheduler(Strict):

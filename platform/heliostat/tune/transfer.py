@@ -1,10 +1,12 @@
-"""Carries a learning rate from small models to a big one, after muP: a sweep at some small widths, extrapolated along a line.
+"""Extrapolates a learning rate from small models to a big one, from a sweep over some small widths.
 
 G. Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer" (2022, arXiv 2203.03466),
-show that with Adam the best learning rate of hidden matrices falls as 1 / width (their table 8), while in the standard
-parametrization, which our models have, one rate for all parameters moves with the width by a power that depends on the model. So
-the power is measured: from each width's best rate (a parabola through the best three in log lr), a line in log-log. With one
-width only, muP's power, -1, is taken. It is an extrapolation: the report says from how far.
+show that with Adam the best learning rate of hidden matrices falls as 1 / width (table 8). heliostat's models have the standard
+parametrization, with one rate for all parameters. There the rate is a power of the width, and the exponent depends on the model.
+
+So heliostat measures the exponent. For each width, a parabola through three rates (in log lr) gives the best rate. A line through
+these best rates, in log-log, gives the exponent. With only one width, the exponent is muP's, -1. The report shows how far the
+extrapolation goes.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from heliostat.tune.trial_record import TrialRecord
 from heliostat.validation.check import load_job
 
 LR, WIDTH = "train.optimizer.lr", "hidden_size"
-MUP = -1.0  # Adam, hidden matrices
+MUP = -1.0  # muP's exponent of the width, for hidden matrices with Adam
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """Holds a transferred learning rate: `rates` are the best ones by width, `power` is the exponent of the width."""
+    """Holds the learning rate `rate` for `width`. `rates`: the best rate by width; `power`: the exponent of the width;
+    `measured`: whether the exponent was measured."""
 
     rates: dict[int, float]
     power: float
@@ -41,8 +44,8 @@ class Transfer:
 
 
 def optimum(points: dict[float, float], mode: str = "min") -> float:
-    """Estimates the best learning rate from (rate -> score): the vertex of the parabola through the best and its neighbours in
-    log rate; the best itself where it lies at the edge."""
+    """Estimates the best learning rate from the scores by rate: the vertex of a parabola, in log rate, through the best rate and
+    its two neighbors. If the best rate is the lowest or the highest, returns that rate."""
     sign = 1.0 if mode == "min" else -1.0
     rates = sorted(points)
     best = min(range(len(rates)), key=lambda i: sign * points[rates[i]])
@@ -55,7 +58,8 @@ def optimum(points: dict[float, float], mode: str = "min") -> float:
 
 
 def transfer(rates: dict[int, float], width: int) -> Transfer:
-    """Extrapolates the learning rate for a width, along the log-log line through the best rates of other widths."""
+    """Extrapolates the learning rate for a width along the log-log line through the best rates by width. From one width, uses
+    muP's exponent."""
     if len(rates) == 1:
         ((known, rate),) = rates.items()
         return Transfer(rates, MUP, False, width, rate * (width / known) ** MUP)
@@ -64,7 +68,7 @@ def transfer(rates: dict[int, float], width: int) -> Transfer:
 
 
 def check(plan: SweepPlan, big: Path) -> Job:
-    """Loads the big job; ConfigError if a learning rate cannot be carried to it from this sweep."""
+    """Loads the big job; ConfigError if this sweep can't give it a learning rate."""
     job = load_job(big)
     if LR not in plan.sweep.space:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
@@ -81,7 +85,10 @@ def _models(plan: SweepPlan) -> list[dict[str, Any]]:
 
 
 def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> tuple[Transfer, Path]:
-    """Writes the big job with the rate that the sweep's finished trials give it."""
+    """Writes the big job, with the extrapolated learning rate, to `STEM-transferred.yaml` next to `file`.
+
+    Returns the transfer and the path of the new file. ConfigError if no trial has finished.
+    """
     scores: dict[int, dict[float, float]] = {}
     for record in records:
         value = record.value
@@ -93,7 +100,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
     carried = transfer({w: optimum(points, plan.sweep.mode) for w, points in sorted(scores.items())}, big.model[WIDTH])
     written = schema.read_yaml(file)
     raw = schema.apply(written, [f"{LR}={carried.rate!r}"])
-    if "lr" not in (written["train"].get("optimizer") or {}):  # by rule, with a warm-up that a job with its own rate lacks
+    if "lr" not in (written["train"].get("optimizer") or {}):  # a rate by rule has a warm-up, a job with its own rate has none
         raw["train"]["schedule"] = big.train.schedule.model_dump()
     path = file.with_name(f"{file.stem}-transferred.yaml")
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
@@ -101,7 +108,7 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
 
 
 def tell(carried: Transfer) -> list[str]:
-    """Describes the transfer in lines for people."""
+    """Formats the transfer for people, as lines."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
     how = "measured" if carried.measured else "muP's rule, because there is only one width"
     far = carried.width / max(carried.rates)

@@ -1,9 +1,9 @@
-"""Runs a trial for Ray Tune: one of our own runs (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
+"""Runs a trial for Ray Tune: a heliostat run (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
 
-`step` returns when the run waits behind a step that the scheduler wants to see, when it has ended, or after a second with how far
-it is. Asked for another step, the run continues; stopped, it ends where it waits, or behind a checkpoint. `cleanup` returns when
-the run's workers, actors and placement group are gone. A trial always continues from what its run's folder holds: what Tune keeps
-as its checkpoint is empty.
+`step` returns when the run pauses for the scheduler or ends; otherwise it returns the current step after one second. The next
+`step` lets a paused run continue. `cleanup` ends a paused run where it is, and a running one after a checkpoint. It returns when
+the run's workers, actors, and placement group are gone. A trial always resumes from its run's folder. Tune's own checkpoint holds
+only the step, and heliostat doesn't load it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-BEAT_S = 1.0  # between two signs of progress
-ALONE_S = 60.0
-END_S = 240.0  # for a run that was asked to end
+BEAT_S = 1.0  # seconds until a result is returned without an event
+ALONE_S = 60.0  # seconds to wait for the lease of a dead driver
+END_S = 240.0  # seconds to wait for a run to end after a request
 
 
 @dataclass(kw_only=True)
 class Over(Event):
-    """Reports that the run has ended: finished, stopped or failed."""
+    """Reports that the run has ended. `ended`: finished, stopped, or failed."""
 
     ended: str
     reason: str = ""
@@ -54,7 +54,7 @@ class Over(Event):
 
 
 class Trial(tune.Trainable):
-    """Trains one trial of a sweep as Tune's trainable; `config` is what `SweepState.config` builds."""
+    """Trains one trial of a sweep, as a Tune trainable. `SweepState.config` builds its configuration."""
 
     def setup(self, config: dict[str, Any]) -> None:
         self.sent = cast(Config, config)
@@ -67,7 +67,7 @@ class Trial(tune.Trainable):
 
     def step(self) -> Result:
         if self._thread is None:
-            if self._told_to_stop():
+            if self._stop_requested():
                 return {"step": self._step, "ended": "stopped", "done": True}
             self._begin()
         elif self._paused_at is not None:
@@ -101,7 +101,7 @@ class Trial(tune.Trainable):
         from heliostat.training.driver.run import RunHooks
 
         os.chdir(self.sent["root"])
-        if self.sent["cluster"]:  # by this a run knows that Ray is not its own
+        if self.sent["cluster"]:  # shows the run that it didn't start Ray
             os.environ["RAY_ADDRESS"] = self.sent["cluster"]
         self._job = Job.model_validate(self.sent["job"])
         signals = Signals()
@@ -127,7 +127,7 @@ class Trial(tune.Trainable):
             self._events.put(Over(ended="failed", reason=f"{type(e).__name__}: {e}"))
 
     def _lease(self) -> Lease:
-        """Takes the run's lease, waiting for that of a driver that died: Ray ends its processes some seconds later."""
+        """Takes the run's lease. Waits up to ALONE_S for a dead driver's lease: Ray ends that driver's processes with a delay."""
         from heliostat.storage import lease
 
         deadline = time.monotonic() + ALONE_S
@@ -147,11 +147,11 @@ class Trial(tune.Trainable):
             self._events.put(event)
 
     def _next(self) -> Result:
-        """Builds the next result for Tune, from the run's next event or, after a second without one, from its step."""
+        """Builds the next result for Tune from the run's next event; without an event for BEAT_S, from the run's step."""
         try:
             event = self._events.get(timeout=BEAT_S)
         except queue.Empty:
-            if self._told_to_stop():
+            if self._stop_requested():
                 self._hooks.signals.name = "the sweep"
             return {"step": self._step}
         if isinstance(event, Waiting):
@@ -167,7 +167,7 @@ class Trial(tune.Trainable):
             self._thread.join()
         return result
 
-    def _told_to_stop(self) -> bool:
+    def _stop_requested(self) -> bool:
         try:
             return Location(self.sent["stop"]).exists()
         except (HeliostatError, OSError) as e:
@@ -176,10 +176,10 @@ class Trial(tune.Trainable):
 
 
 def clone(wanted: Clone, run: Location) -> bool:
-    """Clones a trial for PBT: makes the donor's checkpoint the newest of the run; returns False if that was done before.
+    """Clones a trial for PBT: copies the donor's checkpoint to the run, as its newest. Returns False if that was done before.
 
     A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
-    samples after the donor's, and the receipts up to there, which are copied, are its own: `heliostat run verify` holds.
+    samples after the donor's. The donor's receipts up to the step are copied, so `heliostat run verify` passes for the clone.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
@@ -188,7 +188,7 @@ def clone(wanted: Clone, run: Location) -> bool:
     for own in layout.steps(run):
         if own >= step:
             place = layout.folder(run, own)
-            place.join(layout.INDEX).delete()  # first, so that a half-deleted checkpoint does not exist
+            place.join(layout.INDEX).delete()  # first: without its index, a half-deleted checkpoint doesn't count
             place.delete()
     if cloned.frozen:
         place = run.join(run_folder.CHECKPOINTS, cloned.frozen.location.name)
@@ -210,7 +210,7 @@ def clone(wanted: Clone, run: Location) -> bool:
 
 
 def copy(source: Location, target: Location) -> None:
-    """Copies a file as a stream, so that it appears at the target only when it is whole."""
+    """Copies a file as a stream. The target appears only when it is complete."""
     with source.open() as file:
         size = file.size()
 

@@ -1,13 +1,13 @@
-"""Defines what a sweep leaves in storage, plain JSON below STORAGE/SWEEP: all that a resumed sweep, or a reader, needs.
+"""Defines a sweep's files in storage, as plain JSON in STORAGE/SWEEP. A resume and readers need only these files.
 
-    sweep.json            the sweep, its base job and its MLflow run
+    sweep.json                the sweep, its base job, and its MLflow run
     records/trial-0003.json   a trial: parameters, status, reports, clones
-    trials/SWEEP-0003/    the trial's run, as any other run's folder
-    lease/                which driver may drive it, and whether it lives
-    stop                  exists while the sweep is requested to stop
-    result.json           the outcome
+    trials/SWEEP-0003/        the trial's run folder
+    lease/                    the driver that runs the sweep, and whether it is alive
+    stop                      exists while a stop is requested
+    result.json               the outcome
 
-The driver alone writes records; Ray Tune's own state is never read.
+Only the driver writes records. heliostat never reads Ray Tune's own state.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from heliostat.tune.space import Params
 OVER = ("finished", "pruned", "failed")
 STATES = ("waiting", "running", "paused", "stopped", *OVER)
 T = TypeVar("T")
-Clone = TypedDict(  # what a trial took over from another; `id`, in its configuration: which of its clones this is
+Clone = TypedDict(  # a checkpoint and parameters that a trial took from another; `id`: the clone's number, only in `Config`
     "Clone", {"id": int, "from": int, "step": int, "at_step": int, "folder": str, "old": Params, "params": Params, "at": float},
     total=False,
 )  # fmt: skip
 
 
 def renamed_params(params: Params) -> Params:
-    """Returns parameters by today's names of the job's keys."""
+    """Replaces old names of job keys in parameters."""
     return {renamed_path(Job, key): value for key, value in params.items()}
 
 
 @closed
 @dataclass
 class TrialRecord:
-    """Describes one trial. `status`: waiting, running, paused, stopped (a resume continues it), finished, pruned or failed."""
+    """Describes one trial. `status`: waiting, running, paused, stopped (a resume continues it), finished, pruned, or failed."""
 
     number: int
     params: Params
-    drawn: Params = field(default_factory=dict)  # as the searcher gave them, with keys whose condition does not hold
+    drawn: Params = field(default_factory=dict)  # from the searcher, including keys whose condition doesn't hold
     status: str = "waiting"
     step: int = 0
     steps: int = 0
-    reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, the metric, wall clock
-    scores: dict[str, float] = field(default_factory=dict)  # the last
+    reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, metric, wall-clock time in seconds
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     clones: list[Clone] = field(default_factory=list)
-    seconds: float = 0.0  # that it ran
-    tokens: float = 0.0  # that it trained on
+    seconds: float = 0.0  # running time
+    tokens: float = 0.0  # trained on; samples if the job has no tokens
     run_id: str = ""
     reason: str = ""
 
     def __post_init__(self) -> None:
-        """Replaces old names of keys, which records of earlier versions have."""
+        """Replaces old names of job keys, for records of earlier versions."""
         self.params, self.drawn = renamed_params(self.params), renamed_params(self.drawn)
         for clone in self.clones:
             if "old" in clone:
@@ -92,7 +92,7 @@ def _fault(record: TrialRecord) -> str | None:
 
 
 class BestTrial(TypedDict):
-    """Describes the best trial in what a sweep reports."""
+    """Describes the best trial in a sweep's report."""
 
     trial: int
     value: float | None
@@ -103,7 +103,7 @@ class BestTrial(TypedDict):
 
 
 class SweepProgress(TypedDict):
-    """Describes how far a sweep has come: its totals, its best trial, and all trials, the best first."""
+    """Describes a sweep's progress: its totals, its best trial, and all trials, the best first."""
 
     sweep: str
     folder: str
@@ -117,7 +117,7 @@ class SweepProgress(TypedDict):
 
 
 class SweepResult(SweepProgress):
-    """Describes a sweep's outcome, as `result.json` holds it."""
+    """Describes a sweep's outcome, the content of `result.json`."""
 
     tokens: float
 
@@ -130,13 +130,13 @@ class KeptBest(TypedDict, total=False):
 
 @open_
 class KeptOutcome(TypedDict, total=False):
-    """Holds what is read of `result.json`."""
+    """Holds the part of `result.json` that heliostat reads."""
 
     best: KeptBest | None
 
 
 class Config(TypedDict):
-    """Describes the configuration that Ray Tune gives to a trial's process."""
+    """Describes the configuration that Ray Tune passes to a trial's process."""
 
     job: dict[str, object]
     pauses: list[int]
@@ -165,13 +165,13 @@ def write(folder: Location, record: TrialRecord) -> None:
 
 
 def read(folder: Location) -> list[TrialRecord]:
-    """Reads the records of all trials, by number."""
+    """Reads the records of all trials, sorted by number."""
     names = [n for n, _ in folder.join("records").files() if n.endswith(".json")]
     return sorted((TRIAL.read(folder.join("records", n)) for n in names), key=lambda r: r.number)
 
 
 def read_json(place: Location, format_: Format[T]) -> T | None:
-    """Reads one of the folder's other files; None if it does not exist."""
+    """Reads another file of the sweep's folder; None if it doesn't exist."""
     try:
         return format_.read(place)
     except FileNotFoundError:
@@ -179,7 +179,7 @@ def read_json(place: Location, format_: Format[T]) -> T | None:
 
 
 def ranked(records: list[TrialRecord], mode: str) -> list[TrialRecord]:
-    """Sorts trials, the best first: finished ones by their value, then the others by their step, then by value."""
+    """Sorts trials, the best first: finished before unfinished, then by step (most first), then by value."""
     sign = 1 if mode == "min" else -1
 
     def key(record: TrialRecord) -> tuple[bool, int, float]:
@@ -190,6 +190,6 @@ def ranked(records: list[TrialRecord], mode: str) -> list[TrialRecord]:
 
 
 def best(records: list[TrialRecord], mode: str) -> TrialRecord | None:
-    """Returns the best of the finished trials."""
+    """Returns the best finished trial; None if no trial has finished."""
     first = next(iter(ranked([r for r in records if r.value is not None], mode)), None)
     return first if first and first.status == "finished" else None

@@ -1,4 +1,4 @@
-"""Runs a command of recorded tasks in spite of faults, and keeps count of what was done again."""
+"""Runs a command of recorded tasks despite faults, and counts the tasks that run again."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ NO_TASK = ("IDLE", "RuntimeEnvAgent", "DashboardAgent")  # in the names of Ray's
 
 
 class Round:
-    """Runs one command, `heliostat WORDS --json`, again and again until it has a result.
+    """Runs one command, `heliostat WORDS --json`, repeatedly until it has a result.
 
-    `done`: where its tasks are recorded; `rng` draws when faults strike, among as many `tasks` as an unbroken run has; `removed`:
-    the kinds of tasks whose records a command that fails in good order removes, with their files.
+    `done`: the place of its records; `rng` draws the times of faults among `tasks`, the number of an unbroken run's tasks;
+    `removed`: the kinds of tasks whose records, and their files, an orderly failing command removes.
     """
 
     def __init__(self, folder: Path, words: Iterable[str], done: Location, rng: random.Random, tasks: int = 0,
@@ -53,8 +53,8 @@ class Round:
             return subprocess.Popen(command, stdout=said, stderr=log, env={**os.environ, **self.environment})
 
     def until(self, run: subprocess.Popen[bytes], target: int | None = None) -> bool:
-        """Waits for a moment behind so many tasks, a random number unless it is given; returns whether the run is still there
-        then, and counts what has been finished."""
+        """Waits until so many tasks are recorded, a random number unless it is given; returns whether the run is still alive
+        then, and counts the finished tasks."""
         if target is None:
             target = self.rng.randrange(self.count(), max(self.tasks, self.count()) + 1)
         end = time.monotonic() + self.limit_s
@@ -65,7 +65,7 @@ class Round:
         return run.poll() is None
 
     def end(self, run: subprocess.Popen[bytes], in_order: bool) -> None:
-        """Takes what a start has come to; one that does not end is killed."""
+        """Takes the result of a start; kills a start that doesn't end."""
         try:
             run.wait(self.limit_s)
         except subprocess.TimeoutExpired:
@@ -85,14 +85,14 @@ class Round:
         self.recorded = {name: at for name, at in self.recorded.items() if name.split("/")[0] not in self.removed}
 
     def look(self) -> None:
-        """Counts the tasks that are recorded now and were not before, and those whose records have become others."""
+        """Counts the tasks that are newly recorded, and those whose records have changed."""
         found = self._records()
         self.finished += len(found.keys() - self.recorded.keys())
         self.again += sum(name in found and found[name] != at for name, at in self.recorded.items())
         self.recorded.update(found)
 
     def _records(self) -> dict[str, object]:
-        """Maps every task that is recorded to when and what: seconds and the run are in it."""
+        """Maps every recorded task to its record's time and content, which includes the seconds and the run."""
         selector = pafs.FileSelector(self.done.path, recursive=True, allow_not_found=True)
         infos = self.done.attempt(lambda: self.done.fs.get_file_info(selector))
         files = {i.path[len(self.done.path) + 1 :]: i.mtime_ns for i in infos if i.path.endswith(".json")}
@@ -102,7 +102,7 @@ class Round:
         return sum(1 for _ in Path(self.done.path).rglob("*.json"))
 
     def kill(self, run: subprocess.Popen[bytes], left: list[psutil.Process], everything: bool = False) -> None:
-        """Kills the command, or all of its processes; waits until those that are `left` by it have gone."""
+        """Kills the command, or all of its processes; waits until the processes `left` by it have ended."""
         end_tree(run) if everything else run.kill()
         for process in psutil.wait_procs(left, timeout=END_S)[1]:
             print(f"{self.folder}: {process} outlived its driver by {END_S:.0f} s", flush=True)
@@ -122,7 +122,7 @@ class Round:
         return False
 
     def kill_node(self, nodes: LocalNodes) -> None:
-        """Kills all of a node, and lets another join."""
+        """Kills a whole node, and lets another join."""
         lost = self.rng.choice(nodes.nodes[1:])  # the first is the head
         lost.kill()
         nodes.nodes.remove(lost)
@@ -130,7 +130,7 @@ class Round:
 
 
 def at_work(roots: Iterable[int]) -> list[psutil.Process]:
-    """Lists the processes below some that run tasks at this moment."""
+    """Lists the descendants that run tasks at this moment."""
     return [process for root in roots for process in _at_work(root)]
 
 

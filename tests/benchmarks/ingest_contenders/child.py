@@ -30,7 +30,7 @@ def hear(expected: str) -> None:
 
 
 def consumer(text: str, rank: int, pipe: Connection) -> None:
-    """A consumer that is a plain process."""
+    """Runs a consumer as a plain process."""
     task = Task.parse(text)
     contender = CONTENDERS[task.contender]
     importlib.import_module(contender.needs)
@@ -94,7 +94,7 @@ def actors(task: Task) -> None:
 
 
 class Consumer:
-    """A consumer that is a Ray actor."""
+    """Runs a consumer as a Ray actor."""
 
     def __init__(self, text: str, rank: int) -> None:
         import ray.data  # noqa: F401 (before the start, as the plain processes do)

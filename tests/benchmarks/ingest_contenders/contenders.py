@@ -1,6 +1,6 @@
-"""What `ingest.py` compares, by the names of CONTENDERS.
+"""Defines the contenders of `ingest.py`, by the names of CONTENDERS.
 
-`batches(task, rank)` yields the batches of one consumer. Where the consumers are Ray actors, `split(task)` makes the dataset and
+`batches(task, rank)` yields the batches of one consumer. If the consumers are Ray actors, `split(task)` makes the dataset and
 returns each consumer's part, which `batches` takes as its third argument.
 """
 
@@ -27,7 +27,8 @@ class Contender:
 
 @lru_cache(maxsize=1)
 def planned(task: Task) -> tuple[Any, Any, Any, int]:
-    """(job, data plan, order, bytes of a sample) of a run that takes each sample once: no evaluation, a lane a consumer."""
+    """Returns (job, data plan, order, bytes of a sample) of a run that takes each sample once: without evaluation, with one
+    virtual rank per consumer."""
     from heliostat import schema
     from heliostat.config.spec import Job
     from heliostat.data import dataset, manifest
@@ -49,7 +50,7 @@ def planned(task: Task) -> tuple[Any, Any, Any, int]:
 
 
 def our_split(task: Task) -> list[Any]:
-    """The run's own plan, fetch tasks, split and worker-side stream, as `training/worker/build.py` puts them together."""
+    """Returns the run's own plan, fetch tasks, split, and worker-side stream, assembled like in `training/worker/build.py`."""
     from heliostat.data import stream
 
     job, plan, order, size = planned(task)
@@ -69,12 +70,12 @@ def ours(task: Task, rank: int, shard: Any) -> Iterator[Any]:
 
 
 def values(task: Task, column: Any) -> Any:
-    """The samples of an Arrow column."""
+    """Returns the samples of an Arrow column."""
     return column.combine_chunks().flatten().to_numpy().reshape(-1, task.length) if task.kind == "tokens" else column.to_pylist()
 
 
 def arrow_loop(task: Task, rank: int) -> Iterator[Any]:
-    """The yardstick: a plain loop over the Parquet files with pyarrow, in file order. It does not shuffle."""
+    """Yields the reference: a plain loop over the Parquet files with pyarrow, in file order, without a shuffle."""
     import pyarrow.parquet as pq
 
     fs = task.filesystem()
@@ -87,7 +88,8 @@ def arrow_loop(task: Task, rank: int) -> Iterator[Any]:
 
 
 def mosaic(task: Task, rank: int) -> Iterator[Any]:
-    """MDS shards, shuffle py1e over blocks of a window. From S3 each run downloads the shards into an empty cache."""
+    """Yields from MDS shards with shuffle py1e over blocks of a window. From S3, each run downloads the shards to an empty
+    cache."""
     world = {"WORLD_SIZE": str(task.consumers), "LOCAL_WORLD_SIZE": str(task.consumers), "MASTER_PORT": os.environ["INGEST_PORT"]}
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", **world)
     if task.endpoint:
@@ -106,7 +108,8 @@ def mosaic(task: Task, rank: int) -> Iterator[Any]:
 
 
 def tars(task: Task, rank: int) -> Iterator[Any]:
-    """Tar shards in random order, a shuffle buffer in each loader worker; from S3 by HTTP, as webdataset's guide does."""
+    """Yields from tar shards in random order, with a shuffle buffer in each loader worker; from S3 by HTTP, as in webdataset's
+    guide."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(task.consumers))
     import webdataset as wds
 
@@ -121,8 +124,11 @@ def tars(task: Task, rank: int) -> Iterator[Any]:
 
 
 def hugging(task: Task, rank: int, loader: bool) -> Iterator[Any]:
-    """`datasets` streaming the same Parquet files in Arrow format (the fastest that it has): in the consumer itself, or in the
-    worker processes of a DataLoader. Its pause of 5 seconds at the end of a shuffled epoch is off."""
+    """Streams the same Parquet files with `datasets` in Arrow format (its fastest): in the consumer itself, or in the worker
+    processes of a DataLoader.
+
+    Its pause of 5 seconds at the end of a shuffled epoch is off.
+    """
     import datasets
     from datasets.distributed import split_dataset_by_node
     from torch.utils.data import DataLoader
@@ -143,7 +149,7 @@ def hugging(task: Task, rank: int, loader: bool) -> Iterator[Any]:
 
 
 def ray_split(task: Task) -> list[Any]:
-    """Ray Data as it comes: read_parquet, files shuffled, streaming_split, a local shuffle buffer in each consumer."""
+    """Uses plain Ray Data: read_parquet, shuffled files, streaming_split, and a local shuffle buffer in each consumer."""
     import ray
 
     context = ray.data.DataContext.get_current()

@@ -1,7 +1,7 @@
-"""CPU seconds and memory of a child and all its descendants while it delivers, sampled with psutil.
+"""Measures CPU seconds and memory of a child and all its descendants during a delivery, sampled with psutil.
 
-CPU: what every process of the tree had used when it was last seen; a process that ends loses at most its last 0.2 s.
-Memory: the highest sum of PSS (shared pages counted once), looked at once a second.
+CPU: the time of every process of the tree at its last sample; a process that ends loses at most its last 0.2 s. Memory: the
+highest sum of PSS (shared pages counted once), sampled once per second.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Meter(threading.Thread):
         self._look()
 
     def used_since(self, moment: float) -> float:
-        """CPU seconds of the tree from a moment to the end, interpolated between two looks."""
+        """Returns the CPU seconds of the tree from a moment to the end, interpolated between two samples."""
         times, used = zip(*self.seen, strict=True)
         return used[-1] - float(np.interp(moment, times, used))
 

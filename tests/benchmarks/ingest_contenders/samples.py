@@ -1,7 +1,7 @@
-"""The data sets in every contender's format, with the same samples, uncompressed: Parquet with a manifest, MDS, tar.
+"""Writes the datasets in every contender's format, with the same samples, uncompressed: Parquet with a manifest, MDS, and tar.
 
-Tokens are random (so compression would gain nothing and cost everybody the same); images are 64 x 64 PNGs with a caption.
-`make` returns the number of samples and the sum over all values that a complete delivery must reach.
+Tokens are random, so compression would gain nothing and cost all contenders the same. Images are 64 x 64 PNGs with a caption.
+`make` returns the number of samples, and the sum over all values that a complete delivery must reach.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Sample = tuple[bytes, str]
 
 
 def make(kind: str, folder: Path, samples: int, length: int) -> int:
-    """Writes the data set unless it is there; the sum of all its values."""
+    """Writes the dataset unless it exists; returns the sum of all its values."""
     done = folder / "done.json"
     if not done.exists():
         total, rows = 0, []
@@ -56,7 +56,7 @@ def _tokens(number: int, count: int, length: int) -> np.ndarray:
 
 
 def _images(number: int, count: int) -> list[Sample]:
-    """Smooth colour fields with a little noise: PNGs of about 7 KB."""
+    """Returns smooth color fields with a little noise, as PNGs of about 7 KB."""
     random, out = np.random.default_rng(number), []
     for _ in range(count):
         coarse = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
@@ -99,7 +99,7 @@ def _tar(path: Path, part: Any) -> None:
 
 
 def _mds(folder: Path, kind: str, samples: int, length: int) -> None:
-    """MDS shards of about the Parquet files' size."""
+    """Writes MDS shards of about the Parquet files' size."""
     from streaming import MDSWriter
 
     columns = {"tokens": f"ndarray:int32:{length}"} if kind == "tokens" else {"image": "bytes", "caption": "str"}

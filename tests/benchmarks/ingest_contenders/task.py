@@ -1,4 +1,4 @@
-"""What a contender is asked to do, and what it means to consume a batch."""
+"""Defines a contender's task, and the consumption of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = 16  # a multiple of every number of consumers, so that nobody gets fewer
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement. `folder`: the data set's folder, on disk or `s3://bucket/...`; below it are parquet/, mds/ and tar/."""
+    """Describes one measurement. `folder`: the dataset's folder, on disk or `s3://bucket/...`, with parquet/, mds/, and tar/."""
 
     contender: str
     kind: str  # "tokens" or "images"
@@ -38,19 +38,19 @@ class Task:
 
     @property
     def loader_workers(self) -> int:
-        """Processes of a torch DataLoader: the machine's cores shared by the consumers, and one at least."""
+        """Returns the number of a torch DataLoader's processes: the machine's cores, shared by the consumers, at least one."""
         return max(1, (os.cpu_count() or 1) // self.consumers)
 
     @property
     def buffer(self) -> int:
-        """Samples in each loader worker's shuffle buffer, so that all buffers together hold a window."""
+        """Returns the samples in each loader worker's shuffle buffer, so that all buffers together hold a window."""
         return max(self.batch, self.window // (self.consumers * self.loader_workers))
 
     def files(self, form: str, suffix: str) -> list[str]:
         return [f"{self.folder}/{form}/{i:05d}.{suffix}" for i in range(FILES)]
 
     def http(self, path: str) -> str:
-        """The path as a plain HTTP address of the S3 server (it asks for no signature)."""
+        """Returns the path as a plain HTTP address of the S3 server (it needs no signature)."""
         return f"http://{self.endpoint}/{path.removeprefix('s3://')}" if self.endpoint else path
 
     def filesystem(self) -> Any:
@@ -62,17 +62,20 @@ class Task:
 
     @property
     def columns(self) -> list[str]:
-        """Those to read of the Parquet files, the samples' first."""
+        """Returns the columns to read from the Parquet files, the samples' first."""
         return ["tokens"] if self.kind == "tokens" else ["image", "caption"]
 
     def path(self, path: str) -> str:
-        """The path as `filesystem` takes it."""
+        """Returns the path in the form of `filesystem`."""
         return path.removeprefix("s3://")
 
 
 def consume(batches: Iterable[Any]) -> dict[str, Any]:
-    """Touches every value: count and sum prove that each sample came once. Times are of the monotonic clock: of the first
-    and last batch, and of those after which a quarter and three quarters of all samples were there."""
+    """Reads every value: count and sum prove that each sample came once.
+
+    Times are of the monotonic clock: of the first and last batch, and of those that complete a quarter and three quarters of all
+    samples.
+    """
     counts, total, times = [], 0, []
     for batch in batches:
         counts.append(len(batch))

@@ -1,8 +1,8 @@
-"""A plain training loop and a whole heliostat run, by turns on the same cores.
+"""Runs a plain training loop and a whole heliostat run, interleaved on the same cores.
 
-One stands still (SIGSTOP, with all that it has started) while the other runs. The speed of a shared machine changes by a
-tenth within a minute, so that runs one after the other differ by more than what is to be measured; turns of some seconds
-meet the same machine. The plain loop writes a line for every step (`Step.tell`); heliostat's steps are MLflow's.
+One is stopped (SIGSTOP, with all its processes) while the other runs. The speed of a shared machine changes by a tenth within a
+minute, so consecutive runs differ by more than the measured effect. Turns of some seconds meet the same machine. The plain loop
+writes a line for every step (`Step.tell`); heliostat's steps are in MLflow.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MARK = "step ended "
 
 
 class Step(NamedTuple):
-    """A training step: when it ended (Unix time), and how many seconds it took."""
+    """Describes a training step: its end (Unix time), and its seconds."""
 
     at: float
     seconds: float
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Contender:
-    """A command that trains. `begun` is given what it has written so far, and says whether its first steps are over."""
+    """Runs a command that trains. `begun` gets its output so far, and returns whether its first steps have ended."""
 
     def __init__(self, command: list[Any], output: Path, begun: Callable[[str], bool]) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(harness.ROOT)}
@@ -93,7 +93,7 @@ class Contender:
 
 
 class Outcome(NamedTuple):
-    """What trained per second, turn by turn; and heliostat's result."""
+    """Holds the training rates, turn by turn, and heliostat's result."""
 
     plain: list[float]
     ours: list[float]
@@ -101,7 +101,7 @@ class Outcome(NamedTuple):
 
     @property
     def cells(self) -> tuple[str, str, str, int]:
-        """Cells below HEADS."""
+        """Formats the cells below HEADS."""
         ratios = [a / b for a, b in zip(self.ours, self.plain, strict=True)]
         return f"{median(self.ours):,.4g}", f"{median(self.plain):,.4g}", harness.spread(ratios), len(ratios)
 
@@ -110,7 +110,8 @@ HEADS = ("ours", "plain", "ratio: median of the pairs of turns (least to most)",
 
 
 def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: float) -> Outcome:
-    """The plain loop of this name and heliostat train the job, on two workers, by turns until heliostat has ended."""
+    """Trains the job with the plain loop of this name and with heliostat, on two workers, interleaved until heliostat has
+    ended."""
     plain = [BIN / "torchrun", "--nproc-per-node", "2", "--module", f"tests.benchmarks.yardsticks.{yardstick}", job, *more]
     ours = [BIN / "heliostat", "train", job, "--set", f"train.zero.stage={stage}", "--overwrite", "--json"]
     raw = yaml.safe_load(job.read_text())
@@ -146,7 +147,7 @@ def _logged(run_id: str, uri: str, size: int) -> list[Step]:
 
 
 def paces(contender: Contender, steps: list[Step]) -> list[float | None]:
-    """For each turn the mean seconds of the steps that lay in it as a whole, or None where there were fewer than two."""
+    """Returns the mean seconds of the complete steps in each turn, or None if there were fewer than two."""
     out: list[float | None] = []
     for began, ended in contender.turns:
         inside = [s.seconds for s in steps if began <= s.at - s.seconds and s.at <= ended]

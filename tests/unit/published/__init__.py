@@ -1,4 +1,4 @@
-"""Published training runs, and the operations of their models as the plan counts them: real modules, on fake tensors."""
+"""Lists published training runs, and the operations of their models as the plan counts them: real modules on fake tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNTED = HERE / "operations.json"  # made by `python -m tests.benchmarks.plan_p
 
 
 class Denoiser:
-    """A diffusion model with its own loss, as a recipe that the plan can count."""
+    """Defines a diffusion model with its own loss as a recipe that the plan can count."""
 
     causal = False
 
@@ -58,7 +58,7 @@ class Denoiser:
 
 
 def count(name: str, length: int | None) -> dict[str, Any]:
-    """Counts a model of the table: its parameters, its FLOPs a sample as the plan says them, and its operations."""
+    """Counts a model of the table: its parameters, its FLOPs per sample by the plan, and its operations."""
     keys = TABLE["models"][name]
     if "diffusers" in keys:
         j, recipe = job(**{"workers.gpus": 1, "train.precision": "bf16"}), Denoiser(keys)
@@ -93,12 +93,12 @@ def _job() -> Job:
 
 
 def table() -> dict[str, Any]:
-    """The plan's price table, and what attention of other kernels than torch's newest reaches of it."""
+    """Returns the plan's price table, with the speed of other attention kernels than torch's newest."""
     return {**hardware.table(), "kernels": TABLE["kernels"]}
 
 
 def machine(run: dict[str, Any], prices: dict[str, Any]) -> hardware.Device:
-    """The device of a run: the table's, with what its source says of memory, network, and attention's kernel."""
+    """Returns the device of a run: the table's, with the memory, network, and attention kernel that the run's source names."""
     said = dict(TABLE["machines"].get(run["device"], {"device": run["device"]}))
     name = said.pop("device")
     prices = {**prices, "devices": {**prices["devices"], name: {**prices["devices"][name], **said}}}
@@ -113,9 +113,9 @@ def source(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
-    """What the plan says of a run: tokens or images a second and device.
+    """Returns the plan's tokens or images per second and device for a run.
 
-    Of matrices that workers divide, each has its part of all operations, as where samples are cut between them, too.
+    If workers shard matrices or samples, each worker has its part of all operations.
     """
     numel, work = counted()[key(run)]
     model, said, length = TABLE["models"][run["model"]], source(run), run.get("length", 1)
@@ -154,5 +154,5 @@ def planned(run: dict[str, Any], prices: dict[str, Any]) -> float:
 
 
 def error(run: dict[str, Any], prices: dict[str, Any]) -> float:
-    """How far the planned time is from the measured one, as a share: above 0 where the plan is too slow."""
+    """Returns the relative error of the planned time against the measured time; above 0 if the plan is too slow."""
     return run["measured"] / planned(run, prices) - 1

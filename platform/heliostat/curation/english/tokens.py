@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import regex
 
-LONGEST = 2000  # characters of a string that is split at all
+LONGEST = 2000  # maximum characters of a string that is split at all
 _QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
@@ -59,7 +59,7 @@ _ADDRESS = regex.compile(r"[1-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{2,5})?(?:
 # strings that are split otherwise than by the rules, as by spaCy: contractions, abbreviations, hours, emoticons
 _NOT = "ai are ca could dare did does do had has have is may might must need ought sha should was were wo would"
 _NOT_HAVE = "ca could did does do had may might must need ought sha should wo would"
-_ENDINGS = {  # of which word: what may follow
+_ENDINGS = {  # by word: the possible endings
     ("he", "she", "it"): ("d", "d ve", "ll", "ll ve", "s"),
     ("we", "you", "they"): ("d", "d ve", "ll", "ll ve", "re", "ve"),
     ("i",): ("d", "d ve", "ll", "ll ve", "m", "ve"),
@@ -69,7 +69,7 @@ _ENDINGS = {  # of which word: what may follow
     ("could", "might", "must", "should", "would", "not"): ("ve",),
     ("let",): ("s",),
 }
-_PLAIN = {"ill", "hell", "shell", "shed", "were", "well", "its", "lets", "whore"}  # words of their own without the apostrophe
+_PLAIN = {"ill", "hell", "shell", "shed", "were", "well", "its", "lets", "whore"}  # without the apostrophe, these are other words
 _ODD = {"c'mon": "c'm on", "y'all": "y' all", "i'ma": "i 'm a", "how'd'y": "how 'd 'y"}
 _ODD_PLAIN = {"cannot": "can not", "gonna": "gon na", "gotta": "got ta", "ima": "i m a", "yall": "y all"}
 _ABBREVIATIONS = """
@@ -105,7 +105,7 @@ def _contractions() -> Iterator[tuple[str, str]]:
 def _all() -> Iterator[tuple[str, str]]:
     for whole, split in _contractions():
         yield whole, split
-        if whole[0] != "y" or whole.startswith("you"):  # y'all is known in small letters only
+        if whole[0] != "y" or whole.startswith("you"):  # y'all is known in lower case only
             yield whole[0].upper() + whole[1:], split[0].upper() + split[1:]
     yield from ((word, word) for word in (_ABBREVIATIONS + _EMOTICONS).split())
     yield from ((f"{letter}.", f"{letter}.") for letter in "abcdefghijklmnopqrstuvwxyz")

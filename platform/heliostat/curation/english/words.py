@@ -18,8 +18,8 @@ import xxhash
 from heliostat.curation.english.tokens import tokens
 from heliostat.curation.slices import slices
 
-MOST_WORDS, MOST_CHARS = 1 << 18, 1 << 23  # that are remembered before a slice is begun
-RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # whose words the next stages are likely to ask for
+MOST_WORDS, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached words, and characters, before a new slice
+RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # texts whose words are cached for the next stages
 # what ends a sentence, in any script (Unicode's Sentence_Terminal)
 TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
 # What CCNet (Wenzek et al. 2019, arXiv 1911.00359) takes for punctuation; a word of nothing else is a symbol
@@ -102,14 +102,14 @@ def _arrays(spoken: Spoken) -> tuple[np.ndarray, ...]:
     return spoken.hash, spoken.length, spoken.symbol, spoken.alphabetic
 
 
-shared = Words()  # of a process: what one filter has split, the next need not
+shared = Words()  # one per process: a filter reuses the words that an earlier filter split
 
 
 # sentences: one begins at the first word after a terminal that is not punctuation itself
-MOST_PARTS, LONG_PART = 1 << 19, 64  # that are remembered, and the characters of one that is not
-_PLAIN = (0, False, 1, False)  # a word
+MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a part that isn't cached
+_PLAIN = (0, False, 1, False)  # the counts of a word
 _OTHER_SPACE = regex.compile(r"[^\S ]")
-_parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # between two spaces: what is no word, yet begins a sentence
+_parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn't a word may begin a sentence
 
 
 def sentences(text: str) -> int:
@@ -139,7 +139,10 @@ def sentences(text: str) -> int:
 
 
 def _effect(part: str) -> tuple[int, bool, int, bool]:
-    """Counts the sentences that begin in a part, and whether it ends one: both if none has ended before it, and if one has."""
+    """Counts the sentences that begin in a part, and whether the part ends a sentence.
+
+    Returns both values twice: for a part in the middle of a sentence, and for one after the end of a sentence.
+    """
     if part.isalnum() or part.isspace():
         return _PLAIN
     words = tokens(part)

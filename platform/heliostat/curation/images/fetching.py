@@ -27,7 +27,7 @@ REASONS = {
     "refused": "the server answered with another status than 200, or redirected without end",
     "unreachable": "no address, no connection, or no whole answer within fetch.seconds, after all retries",
 }
-VERSION = 2  # raised when the same keys fetch other images
+VERSION = 2  # increased when the same keys fetch other images
 
 
 class FetchSettings(Strict):

@@ -32,7 +32,7 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SHARD_SHARE = 4  # a shard's task holds its images, sorted, and its file
+SHARD_SHARE = 4  # a shard's task holds its images, the sorted images, and its file
 
 
 @dataclass
@@ -44,13 +44,13 @@ class ImageMaking(Making):
 
     source: ImageSource
     last: Stage | None
-    """Finds duplicates after the stages; what it leaves out is reported as reading's is."""
+    """Stage that finds duplicates after all others. Its dropped images are reported like those of reading."""
     shard_images: int
     chunk_images: int
     channels: int
     buckets: bool
     tokenizer: int | None
-    """The size of its vocabulary, None without one."""
+    """Size of the tokenizer's vocabulary; None without a tokenizer."""
     latents: Latents | None
 
     @property

@@ -179,7 +179,7 @@ class ImagePipeline(StagedPipeline):
         if self.stages:
             config["stages"] = [stage.identity() for stage in self.stages]
         if self.latents:
-            config["latents"] = self.latents.identity()  # what the models are, not where they lie
+            config["latents"] = self.latents.identity()  # the models' identity, without their location
         return config
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:

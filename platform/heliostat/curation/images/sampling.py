@@ -13,7 +13,7 @@ from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
 from heliostat.curation.stage import Dropped
 
-RATE = "rate"  # of a task: the share of its images that is taken
+RATE = "rate"  # key of a task: the share of its images that is taken
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: Sa
             yield from _files(task, sizes, sample)
         elif task["kind"] == "archives":
             archives += [FilePart(**fields) for fields in task["parts"]]
-        else:  # images that come with a library
+        else:  # images that a library ships
             whole = [f.part for f in inputs]
             sample.add(task["kind"], whole, whole, False, sample.fraction)
             yield {**task, RATE: sample.fraction}

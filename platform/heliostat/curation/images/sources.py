@@ -158,10 +158,10 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -
         columns_present = printable(", ".join(map(str, row)))
         raise ConfigError(f"input: {printable(path)}: no column 'file_name'. Its columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
-    lost = name.startswith("/") or not name  # what is joined to a folder would lie inside it
+    lost = name.startswith("/") or not name  # when joined to a folder, such a path would be inside it
     joined = f"{folder}/{name}" if folder and not lost else name
     return {
-        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # as it is listed
+        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # in the form of the listing
         "caption": caption if isinstance(caption, str) else None,
         "label": _label(row, columns),
         "columns": columns.kept(row),
@@ -200,7 +200,7 @@ def _files(
             continue
         if known and not base.is_s3:
             sources.require_unchanged(base, known)
-        elif known and data and len(data) != known.bytes:  # without a second request
+        elif known and data and len(data) != known.bytes:  # without another request
             raise sources.changed(base.join(path), known, len(data))
         yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
@@ -211,7 +211,7 @@ def _archive(base: Location, part: FilePart, columns: ImageColumns, limits: Imag
     try:
         opened = sources.blocks(base, part.path, limits.file, part)
     except sources.LeftOutError as e:
-        if part.start == 0:  # reported once
+        if part.start == 0:  # reported only once
             yield Dropped(path, e.reason, e.detail)
         return
     with opened as file:
@@ -282,7 +282,7 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # which it would keep, of any number
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members, of any number
                 if not member.isfile():
                     continue
                 folder, _, name = name_of(member.name.encode("utf-8", "surrogateescape")).rpartition("/")
@@ -303,7 +303,7 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
                 parts[part] = content = body.read()
                 if len(content) != member.size:
                     raise tarfile.ReadError("cut short")
-            file.seek(tar.offset)  # where it stopped: it passes over a head that is none
+            file.seek(tar.offset)  # the place where it stopped: it skips an invalid header
             end = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError):
         yield Dropped(path, "corrupt")

@@ -34,16 +34,16 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.shipping import Shipment
 
-# what becomes of a run: `key` is the number of the image's shard among all of them
+# the fates of a run: `key` is the number of the image's shard among all shards
 DEALT = pa.schema(
     [("key", pa.uint64()), ("hash", pa.binary(32)), *((name, pa.large_string()) for name in ("id", "caption", "label")),
      ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.large_string())]
 )  # fmt: skip
-STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # of a shard: those that there are
-LABEL = "label"  # the column that goes with an image
-CLASSES = 1000  # the most labels that the manifest lists
+STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embedding")  # columns of a shard, if they exist
+LABEL = "label"  # the column with an image's label
+CLASSES = 1000  # maximum labels in the manifest
 END = "<|endoftext|>"
-Shards = dict[str, tuple[int, int]]  # of each bucket: the number of its first shard among all, and how many it has
+Shards = dict[str, tuple[int, int]]  # by bucket: (number of its first shard among all shards, number of its shards)
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ImageSource:
     def finish(self, document: Document) -> Document | Dropped:
         assert document.picture is not None and isinstance(document.text, str)
         raw = Raw(document.id, document.picture.data, document.text)
-        if document.picture.hash:  # a stage may have changed its caption since
+        if document.picture.hash:  # a stage may have changed its caption
             caption = pictures.clean(raw, self.rules)
             return caption if isinstance(caption, Dropped) else Document(raw.id, caption, document.columns, document.picture)
         prepared = pictures.prepare(raw, self.rules)
@@ -165,7 +165,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
     """Writes the shard with this number, with the stages' columns that are `stored`; returns its counts and its part of the
     manifest."""
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
-    if not tables:  # few images, none of which has such a hash
+    if not tables:  # there are few images, and none of them has such a hash
         return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
     table = pa.concat_tables(tables)
     data = shard(_with(table, stored), chunk_images, (*STORED, *stored))

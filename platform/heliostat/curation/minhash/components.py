@@ -20,7 +20,7 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROUNDS = 100  # more than log^2 of the documents there are
+ROUNDS = 100  # more than log^2 of any number of documents
 Edges = tuple[np.ndarray, np.ndarray]
 
 
@@ -45,14 +45,14 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
         for table in spill.read(folder, name):
             node = (np.uint64(run) << np.uint64(32)) | table["row"].to_numpy().astype(np.uint64)
             tables.append(table.set_column(table.schema.get_field_index("row"), "node", pa.array(node)))
-    if not tables:  # no run has any
+    if not tables:  # no run has rows
         return {"gathered": None, "files": []}
     name = spill.write(folder, pa.concat_tables(tables), ("node",))
     return {"gathered": name, "files": [name]}
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills the edges between documents that share a key of this part, in both directions: each to the smallest with the key."""
+    """Spills edges, in both directions, from each document with a key of this part to the smallest document with that key."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]

@@ -31,8 +31,8 @@ BELONGING = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
-ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # of a cluster's documents: the first stays
-HELD = 1 << 16  # candidates, at least, that are held before those of a cluster are compared
+ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # documents of a cluster: the first stays
+HELD = 1 << 16  # minimum candidates in memory before those of a cluster are compared
 
 
 def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
@@ -79,7 +79,7 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
         if name:
             copied = pa.concat_tables(spill.read(folder, name))
             copy, of = copied["key"].to_numpy().astype(np.uint32), copied["first"].to_numpy()
-            alone = np.setdiff1d(of, rows)  # whom only copies of the same run are like
+            alone = np.setdiff1d(of, rows)  # documents that are similar only to copies in the same run
             rows = np.concatenate([rows, alone])
             roots = np.concatenate([roots, (np.uint64(number) << np.uint64(32)) | alone.astype(np.uint64)])
             order = np.argsort(rows)
@@ -91,7 +91,7 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields some columns of a run's documents with one of the ascending `rows`, and which of these they are."""
+    """Yields (some columns of a run's documents in `rows`, their indexes in `rows`). `rows`: ascending row numbers."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):
@@ -127,7 +127,7 @@ def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[st
     elif rule == "best":
         ranks = np.array([-_number(c.get(column)) for c in columns])
     elif rule == "oldest":
-        values = [str(c.get(column) or "\U0010ffff") for c in columns]  # those without a date come last
+        values = [str(c.get(column) or "\U0010ffff") for c in columns]  # documents without a date come last
     return ranks, values
 
 

@@ -19,7 +19,7 @@ from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
-VALUES = 1 << 18  # of signatures that are made together, each a Python integer for a moment
+VALUES = 1 << 18  # values of signatures computed at once, each a Python integer for a moment
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Parameters:
     ngram: int
     seed: int
     within: str = ""
-    """The column whose values are compared apart."""
+    """The column that separates documents: only those with the same value are compared."""
 
 
 def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
     """Computes (the keys of each text with words: texts x bands, uint64; which texts these are)."""
-    from rensa import RMinHash  # when a pipeline asks for it
+    from rensa import RMinHash  # imported when a pipeline needs it
 
     hashes, counts = words(texts).ngrams(parameters.ngram, short=True)
     which = np.flatnonzero(counts)

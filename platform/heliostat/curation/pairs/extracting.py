@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 from typing import NamedTuple
 
 SENTENCE = re.compile(r"(?<=[.!?])\s|\n\s*\n")
-FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # no others follow backticks: that is code in a line
+FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # a backtick after the opening backticks means code in a line
 TITLE = re.compile(r" {0,3}#{1,6}[ \t]+")
-VERSION = 2  # raised when the same files give other pairs
+VERSION = 2  # increased when the same files give other pairs
 HEADINGS = {f"h{level}" for level in range(1, 7)}
-UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements whose text is none of the page's
+UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements whose text isn't part of the page's text
 INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "font", "i", "kbd", "mark", "q", "s", "samp",
           "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"}  # fmt: skip
 
@@ -102,7 +102,7 @@ class _Sections(HTMLParser):
         self.line, self.unseen, self.inside = 0, list[str](), ""
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag == "body" or (tag in HEADINGS and set(self.unseen) == {"head"}):  # `</head>` may be left out
+        if tag == "body" or (tag in HEADINGS and set(self.unseen) == {"head"}):  # `</head>` may be missing
             self.unseen = [name for name in self.unseen if name != "head"]
         if tag in UNSEEN:
             self.unseen.append(tag)

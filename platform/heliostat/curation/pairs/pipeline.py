@@ -29,9 +29,9 @@ from heliostat.tasks.flow import Flow
 
 class PairColumns(Strict):
     query: str = "query"
-    """Holds the query."""
+    """Column with the query."""
     text: str = "text"
-    """Holds the text which the query is about."""
+    """Column with the text that the query is about."""
 
 
 class PairPipeline(StagedPipeline):
@@ -86,8 +86,8 @@ class PairPipeline(StagedPipeline):
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
         del config["columns"]
-        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # as it was when they were keys apart
-        if self.given_tokenizer is not None:  # what it says, not where it lies
+        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # when these were separate keys
+        if self.given_tokenizer is not None:  # the tokenizer's content, without its location
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config

@@ -13,7 +13,7 @@ from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text import documents, sources
 from heliostat.curation.text.tasks import TextSource
 
-QUERY, KIND = "query", "kind"  # columns of a pair in addition to its text
+QUERY, KIND = "query", "kind"  # columns of a pair, in addition to its text
 DOCSTRING, SECTION, RECORD = "docstring", "section", "record"  # kinds
 REASONS = {
     "unparsed": "code that this Python cannot parse, or a page that cannot be read",

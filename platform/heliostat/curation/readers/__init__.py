@@ -44,7 +44,7 @@ KINDS = {
     ".csv": Kind(partial(tables.separated, mark=","), "row"),
     ".tsv": Kind(partial(tables.separated, mark="\t"), "row"),
     **dict.fromkeys((".arrow", ".feather"), Kind(tables.arrow, "row")),
-    **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # .json as C4 and Dolma have it
+    **dict.fromkeys((".ndjson", ".json"), Kind(tables.jsonl, "line", ranged=True)),  # C4 and Dolma use .json for JSON lines
     ".wet": Kind(partial(warc.records, kind="conversion"), "byte"),
     ".wat": Kind(partial(warc.records, kind="metadata"), "byte"),
     ".warc": Kind(partial(warc.records, kind="response"), "byte", "extract"),

@@ -24,10 +24,10 @@ from heliostat.curation.readers.streams import CODECS, LeftOutError, ReadLimits,
 from heliostat.curation.stage import Document, Dropped
 
 RATIO, MUCH = 200, 64 << 20
-HEAD = 1 << 20  # bytes that may be read to find the next member of a .tar
-DIRECTORY = 64 << 20  # bytes of a .zip's directory, and the most that is read at a time
+HEAD = 1 << 20  # maximum bytes to read up to the next member of a .tar
+DIRECTORY = 64 << 20  # maximum bytes of a .zip's directory, and of one read
 BLOCK = 1 << 20
-PACKINGS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2}  # LZMA takes as much memory as the archive says
+PACKINGS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2}  # LZMA uses as much memory as the archive claims
 ENCRYPTED = 1
 _SUFFIX = re.compile(rf"\.(?:tar(?:{'|'.join(map(re.escape, CODECS))})?|tgz|zip)$", re.IGNORECASE)
 _BROKEN = (
@@ -71,7 +71,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     try:
         archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
         while (member := archive.next()) is not None:
-            archive.members = []  # it would hold all of them
+            archive.members = []  # tarfile would keep all of them
             name = name_of(member.name.encode("utf-8", "surrogateescape"))
             kind = "link" if member.issym() or member.islnk() else "file" if member.isfile() else "special"
             if not member.isdir():
@@ -83,7 +83,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
         raise LeftOutError("corrupt", "what follows a file is no file")
     if not plain.last:
         raise LeftOutError("truncated", "no mark at its end")
-    while plain.take(BLOCK):  # to the end, where broken packing may be found out
+    while plain.take(BLOCK):  # up to the end, where a fault of the compression may appear
         pass
 
 
@@ -184,7 +184,7 @@ def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator
     """Decompresses a member to its declared size only; zipfile decompresses everything that it has read."""
     packed = copy.copy(member)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
-    packed.CRC = None  # type: ignore[assignment]  # which is of what is unpacked
+    packed.CRC = None  # type: ignore[assignment]  # it covers the decompressed data
     decoder, left, crc = bz2.BZ2Decompressor(), member.file_size, 0
     for data in _blocks(archive, packed):
         while left and not decoder.eof and (data or not decoder.needs_input):

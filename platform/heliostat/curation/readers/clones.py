@@ -21,9 +21,9 @@ from heliostat.curation.readers.streams import LeftOutError, ReadLimits
 from heliostat.curation.stage import Document, Dropped
 
 SUFFIX = ".git"
-SILENCE_S = 120.0  # of git
+SILENCE_S = 120.0  # maximum seconds without output from git
 BLOCK = 1 << 16
-LINE = 1 << 20  # bytes of an entry of a tree
+LINE = 1 << 20  # maximum bytes of an entry of a tree
 ELSEWHERE = ("commondir", "objects/info/alternates", "objects/info/http-alternates")
 SETTINGS = (
     "safe.directory=*",

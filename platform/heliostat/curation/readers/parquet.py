@@ -13,7 +13,7 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, decoded, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
-BUFFER = 4 << 20  # bytes of a column that are read at a time: a row group may be larger than memory
+BUFFER = 4 << 20  # bytes of a column per read: a row group may be larger than memory
 
 
 def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
@@ -76,7 +76,7 @@ def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePa
                 yield Dropped(path, "no_text")
             return
         texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
-        texts = pc.cast(texts, pa.large_binary())  # bytes: Parquet does not check its UTF-8
+        texts = pc.cast(texts, pa.large_binary())  # as bytes, because Parquet doesn't check UTF-8
         chosen = values.indices if isinstance(values, pa.DictionaryArray) else range(len(texts))
         for number, place in enumerate(chosen):
             index = place if isinstance(place, int) else place.as_py()

@@ -10,8 +10,8 @@ from typing import BinaryIO
 from heliostat.curation.readers.streams import LeftOutError
 
 PIECE = 1 << 18
-HEAD = 1 << 20  # bytes that a record's head may have
-ROOM = 64 << 20  # bytes of the file after the start of a record that are held, to look for the next one in them
+HEAD = 1 << 20  # maximum bytes of a record's head
+ROOM = 64 << 20  # bytes of the file after a record's start that are kept, to find the next record in them
 GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
 
 
@@ -39,10 +39,10 @@ class Archive:
     def __init__(self, stream: BinaryIO, packed: bool) -> None:
         self._source, self._packed = _Source(stream), packed
         self._decoder: zlib._Decompress | None = None
-        self._plain, self._used = bytearray(), 0  # what is unpacked, and how much of it is read
-        self._member, self._inner = 0, 0  # where the member (or plain record) begins, and how much of it was read before
-        self._start = 0  # after which the next record is looked for
-        self._current = ""  # the place of the record that is being read
+        self._plain, self._used = bytearray(), 0  # decompressed data, and how much of it was read
+        self._member, self._inner = 0, 0  # start of the member (or uncompressed record), and bytes read before it
+        self._start = 0  # the search for the next record starts after it
+        self._current = ""  # the place of the current record
 
     def records(self, most: int) -> Iterator[WarcRecord]:
         """Yields records; raises Broken at a broken one, after which `resume` must be called."""
@@ -86,7 +86,7 @@ class Archive:
         while size < declared:
             ready = self._fill(1)
             if not ready or self._member != member:
-                self._start = self._member - (1 if ready and self._packed else 0)  # the next member is whole
+                self._start = self._member - (1 if ready and self._packed else 0)  # the next member is complete
                 raise Broken(place, "truncated", f"{size:,} bytes, and {declared:,} are said")
             count = min(declared - size, len(self._plain) - self._used)
             if declared <= most:
@@ -175,7 +175,7 @@ class _Source:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self._buffer, self._from, self.at = bytearray(), 0, 0  # bytes, the offset of their first, the offset that is read next
+        self._buffer, self._from, self.at = bytearray(), 0, 0  # bytes, offset of the first byte, offset of the next read
 
     def read(self, size: int) -> bytes:
         behind = self.at - self._from

@@ -17,9 +17,9 @@ from heliostat.curation.licenses import MOST, Licenses, is_license_file
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits
 from heliostat.curation.stage import Document, Dropped
 
-MEMBERS = 1_000_000  # of a repository
+MEMBERS = 1_000_000  # maximum members of a repository
 LICENSE_FILES = 10_000
-NAME = 4096  # characters
+NAME = 4096  # maximum characters of a name
 
 
 class MemberError(LeftOutError):
@@ -37,7 +37,7 @@ class RepositoryFile:
 
 
 Members = Callable[[], Iterator[RepositoryFile]]
-"""Yields a repository's files from the first on; LeftOutError where no more can be read."""
+"""Yields a repository's files from the first one; LeftOutError if the rest can't be read."""
 
 
 def name_of(raw: bytes) -> str:
@@ -71,7 +71,7 @@ def _licenses(members: Members) -> Licenses:
                 break
             if member.kind == "file" and _outside(member.name) is False and is_license_file(member.name):
                 count += 1
-                licenses.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "": not known
+                licenses.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "" means unknown
     except LeftOutError:
         pass
     return licenses

@@ -35,10 +35,10 @@ REASONS = {
     "unreadable": "a file that vanished, cannot be opened, or is not in its git clone",
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
-BLOCK = 1 << 20  # bytes that are unpacked at a time
-CHECKS = ("incorrect data check", "incorrect length check")  # as zlib reports a wrong checksum at a member's end
-ZST_BLOCK = 1 << 16  # the same of .zst, of which a break costs what was unpacked of a block before it
-XZ_MEMORY = 256 << 20  # that unpacking .xz may take; `xz -9` makes files that need 65 MiB
+BLOCK = 1 << 20  # bytes that are decompressed at once
+CHECKS = ("incorrect data check", "incorrect length check")  # zlib's messages for a wrong checksum at a member's end
+ZST_BLOCK = 1 << 16  # for .zst, where a fault loses the decompressed data of its block
+XZ_MEMORY = 256 << 20  # maximum memory to decompress .xz; `xz -9` makes files that need 65 MiB
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _zst(stream: BinaryIO) -> Iterator[bytes]:
     except pa.ArrowInvalid as e:
         raise LeftOutError("corrupt", str(e).partition("\n")[0]) from e
     except OSError as e:
-        if e.errno is not None:  # the stream's own
+        if e.errno is not None:  # an error of the stream itself
             raise
         raise LeftOutError("corrupt", str(e).partition("\n")[0]) from e
 

@@ -14,10 +14,10 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, lines, unpacked
 from heliostat.curation.stage import Document, Dropped
 
-ROWS = 1024  # of an Arrow batch that are made Python's at a time
+ROWS = 1024  # rows of an Arrow batch that become Python objects at once
 MOST_COLUMNS = 10_000
-CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # of Arrow's messages: their mark, and kinds of them
-PACKED_BEFORE = b"ARROW:experimental_compression"  # how Arrow 0.17 named what buffers are packed by
+CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # Arrow's messages: their mark, and two kinds
+PACKED_BEFORE = b"ARROW:experimental_compression"  # Arrow 0.17's name for the compression of buffers
 
 
 def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document | Dropped:
@@ -35,7 +35,7 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
     """Yields a document for each line in the part that is a JSON object."""
-    if part.start:  # what the line that begins before the range leaves in it belongs to the range before
+    if part.start:  # the rest of a line that begins before the range belongs to the earlier range
         stream.seek(part.start - 1)
     plain = unpacked(path, stream, limits)
     for number, line in enumerate(lines(plain, limits.max_document_bytes, part.start, part.stop), part.first):
@@ -66,7 +66,7 @@ def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Ite
             return
         except (csv.Error, LeftOutError) as e:
             yield Dropped(id, getattr(e, "reason", "corrupt"), f"line {source.line:,}: {e}")
-            rows, number = csv.reader(source, delimiter=mark), number + 1  # continues after what broke it
+            rows, number = csv.reader(source, delimiter=mark), number + 1  # continues after the faulty row
             continue
         except UnicodeDecodeError:
             yield Dropped(id, "not_utf8", f"line {source.line:,}")
@@ -118,7 +118,7 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
                     row += 1
                     yield record(f"{path}#{row}", values, limits)
     except (pa.ArrowException, ValueError, MemoryError, OSError) as e:
-        if isinstance(e, OSError) and e.errno is not None:  # the stream's own
+        if isinstance(e, OSError) and e.errno is not None:  # an error of the stream itself
             raise
         yield Dropped(path, "corrupt", f"after row {row:,}: {str(e).partition(chr(10))[0]}")
 
@@ -164,12 +164,12 @@ class _Bounded:
         head = self._exactly(4)
         length = head + (self._exactly(4) if head == CONTINUES else b"")
         if len(length) not in (4, 8) or not (size := int.from_bytes(length[-4:], "little", signed=True)):
-            return [head, length[4:]]  # the end
+            return [head, length[4:]]  # the end of the stream
         about = self._exactly(size)
         if len(about) < size:
             return [head, length[4:], about]
         try:
-            body = self._exactly(_value("<q", about, _field(about, _follow(about, 0), 3)))  # a flatbuffer, as of Message.fbs
+            body = self._exactly(_value("<q", about, _field(about, _follow(about, 0), 3)))  # a flatbuffer, by Message.fbs
             size, dictionary, more = _unpacked_bytes(about, body)
         except (struct.error, IndexError) as e:
             raise ValueError(f"a message that is none: {e}") from e

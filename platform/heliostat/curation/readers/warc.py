@@ -18,13 +18,13 @@ from heliostat.curation.readers.records import Archive, Broken
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
-MOST_BREAKS = 10_000  # places where reading begins again, in one file
+MOST_BREAKS = 10_000  # maximum places per file where reading starts again
 HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-record-id",
            "crawl_languages": "warc-identified-content-language"}  # fmt: skip
-COLUMNS = (*HEADERS, "content_type")  # of a document, where they are known
+COLUMNS = (*HEADERS, "content_type")  # columns of a document, if they are known
 PAGES = ("text/html", "application/xhtml+xml")
-HTTP_HEAD = 1 << 18  # bytes that the head of a response may have
-MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a member of gzip, and bytes that are unpacked at a time
+HTTP_HEAD = 1 << 18  # maximum bytes of a response's head
+MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a gzip member, and bytes that are decompressed at once
 
 
 def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
@@ -59,7 +59,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
     unchanged.
     """
     make = _response if kind == "response" else _text
-    packed = codec_of(path) == "gz"  # record by record
+    packed = codec_of(path) == "gz"  # compressed record by record
     archive, total = Archive(stream if packed else unpacked(path, stream, limits), packed), 0
     for _ in range(MOST_BREAKS):
         try:
@@ -135,7 +135,7 @@ def _decoded(body: bytes, packed: str, most: int) -> bytes:
         return body
     out, at = io.BytesIO(), 0
     try:
-        while not at or body.startswith(MEMBER, at):  # gzip may have several members; what else follows one is nothing
+        while not at or body.startswith(MEMBER, at):  # gzip may have several members; other data after a member is ignored
             decoder = zlib.decompressobj(-zlib.MAX_WBITS if raw else zlib.MAX_WBITS | 32)
             while at < len(body) and not decoder.eof:
                 piece = body[at : at + PIECE]

@@ -25,9 +25,9 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import shipping, spill
 from heliostat.tasks.shipping import Shipment
 
-TEXTS = 64  # that are embedded together
-OF_CELL = 256  # documents of the sample for each cell
-SAMPLE_NUMBERS = 1 << 26  # of the sample's vectors, about, whatever the number of cells
+TEXTS = 64  # texts that are embedded at once
+OF_CELL = 256  # documents of the sample per cell
+SAMPLE_NUMBERS = 1 << 26  # numbers in the sample's vectors, approximately, for any number of cells
 REASON = "near_duplicate"
 ABOUT = pa.schema(
     [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.large_string()), ("id", pa.large_string()), ("node", pa.uint64())]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LONGEST = 1040  # numbers of a vector, at most: LONGEST * 127 * 127 < 2**24
-TOGETHER = 512  # rows that are compared together
-ROUNDS = 10  # of k-means
-Vectors = Callable[[int, int], np.ndarray]  # the rows from a first to a last, in the order in which they are gone through
+LONGEST = 1040  # maximum numbers of a vector: LONGEST * 127 * 127 < 2**24
+TOGETHER = 512  # rows that are compared at once
+ROUNDS = 10  # rounds of k-means
+Vectors = Callable[[int, int], np.ndarray]  # returns the rows of a range [first, last), in the order of comparison
 
 
 def lengths(vectors: np.ndarray) -> np.ndarray:
@@ -94,11 +94,10 @@ class Rows:
 
 
 def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits `count` rows: one is dropped if its cosine similarity with an earlier one that stays is at least `least`, which
-    is above 0.
+    """Visits `count` rows in order. A row is dropped if its cosine similarity with an earlier kept row is at least `least` (> 0).
 
-    Returns for each (the place of the nearest earlier one that stays, or -1; the similarity, or 0): a row is dropped if it is
-    at least `least`. At most twice `capacity` rows are in memory.
+    Returns two arrays [count]: the place of the nearest earlier kept row (-1: none), and the similarity with it (0: none). So a
+    row is dropped if its similarity is at least `least`. At most 2 * `capacity` rows are in memory.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
     for start in range(0, count, capacity):
@@ -115,7 +114,7 @@ def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np
 
 
 def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> None:
-    """Records which of the others, which stay, are nearer to the rows."""
+    """Updates `near` and `best` of the rows where one of the `others`, which are kept, is nearer."""
     for some in others.blocks(16 * TOGETHER):
         for part in rows.blocks(TOGETHER):
             cosines = part.cosines(some)
@@ -126,7 +125,7 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
-    """Compares rows with the earlier ones that stay, one after another."""
+    """Compares each row of a part with the earlier kept rows of the part, one row after another."""
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

@@ -1,11 +1,16 @@
 """Drops source files that people didn't write: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et
 al. 2024).
 
-Dropped are files of more than 100,000 lines, with lines of more than 100 characters in the mean or one of more than 1,000 (not
-of HTML, JSON, Markdown and the like: there one of more than 100,000), with fewer than 25 % letters or digits, with encoded
-data (base64, hexadecimal, escapes) in a run of more than 1,024 characters or in half of them, XML, data files of 512 lines or
-more, HTML of which less than 20 % is visible; and, by name or first lines, generated, minified and vendored ones. `language`
-becomes a column.
+The stage drops a file if
+
+- it has more than 100,000 lines, lines of more than 100 characters on average, or a line of more than 1,000 characters (for
+  HTML, JSON, Markdown, and the like, a line of more than 100,000);
+- fewer than 25 % of its characters are letters or digits;
+- encoded data (base64, hexadecimal, escapes) fills more than 1,024 characters in a row, or half of the file;
+- it is XML, a data file of 512 lines or more, or HTML of which less than 20 % is visible;
+- its name or first lines mark it as generated, minified, or vendored.
+
+`language` becomes a column.
 """
 
 from __future__ import annotations

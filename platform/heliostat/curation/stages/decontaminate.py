@@ -21,7 +21,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
 from heliostat.tasks import files
 
 log = logging.getLogger(__name__)
-LISTED = 5  # hits that a document's detail names
+LISTED = 5  # hits in a document's detail
 
 
 class Decontaminate(Stage):

@@ -26,14 +26,14 @@ FORMS = [
     "SendGridDetector", "SlackDetector", "SoftlayerDetector", "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector",
     "TwilioKeyDetector",
 ]  # fmt: skip
-OWN = ["ServiceTokenDetector"]  # this module's: tokens of services that detect-secrets does not know
+OWN = ["ServiceTokenDetector"]  # this module's detector: tokens of services that detect-secrets doesn't know
 WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"]
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
-WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}  # whose group is a token's prefix; others' is the secret
-ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # whose keys also occur by chance inside of base64
-TAILS = {  # the rest of tokens that detect-secrets finds the beginning of
+WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}  # the group is a token's prefix; for others, the secret
+ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # detectors whose keys also occur by chance in base64
+TAILS = {  # by detector: the rest of tokens of which detect-secrets finds the beginning
     "JSON Web Token": re.compile(r"[\w=-]*(?:\.[\w=-]+)*"),
     **dict.fromkeys(("OpenAI Token", "Slack Token", "Discord Bot Token"), re.compile(r"[\w-]*")),
     **dict.fromkeys(("GitHub Token", "Stripe Access Key"), re.compile(r"\w*")),
@@ -51,13 +51,13 @@ _TOKENS = re.compile(
     r")(?![A-Za-z0-9])",
     re.ASCII,
 )
-KEYS, MOST_KEY = "PrivateKeyDetector", 1 << 15  # characters of a private key
+KEYS, MOST_KEY = "PrivateKeyDetector", 1 << 15  # maximum characters of a private key
 _KEY = re.compile(
     r"-{0,5} ?(?:(?P<begin>BEGIN)|END) "
     r"(?P<kind>PGP PRIVATE KEY BLOCK|(?:(?:DSA|EC|OPENSSH|RSA|SSH2 ENCRYPTED) )?PRIVATE KEY) ?-{0,5}"
     r"|(?P<putty>PuTTY-User-Key-File-2)|Private-MAC:[ \t]*[0-9A-Fa-f]*"
 )
-_GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # between a key's lines, which may be strings or comments of code
+_GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # between a key's lines, which may be strings or comments in code
 _HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
 _LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
 _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
@@ -234,7 +234,7 @@ def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator
                 start, end = match.span(0 if whole or not pattern.groups or match[1] is None else 1)
                 if alone and (line[:start][-1:].isalnum() or line[end:][:1].isalnum() or len({*line[start + 2 : end]}) == 1):
                     continue
-                secret = line[start:end].rstrip(' \t\r"')  # some patterns hold what stands next to it
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns include the next characters
                 yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 
 

@@ -1,10 +1,10 @@
 """Extracts the text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
 
-resiliparse is the default; `library: trafilatura` takes about twenty times as long, and finds the main text more exactly, as
-FineWeb and RefinedWeb have it. Encodings follow the HTML standard (`heliostat.curation.encodings`). A page is read within
-`max_seconds` and `max_memory` in a process of its own, so that what hangs or crashes a parser is dropped with a reason and
-stops nothing. `boilerplate` is the share of the page's visible text that is not in the result. `title` and `encoding` become
-columns. Documents that are text already pass, and PDFs, which are for `pdf`.
+resiliparse is the default. `library: trafilatura`, which FineWeb and RefinedWeb use, takes about twenty times as long, and finds
+the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`). A separate process reads each
+page, within `max_seconds` and `max_memory`. If a page hangs or crashes the parser, only this page is dropped, with a reason.
+`boilerplate` is the share of the page's visible text that isn't in the result. `title` and `encoding` become columns. Text
+documents pass unchanged, and so do PDFs, which the stage `pdf` reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Extract(Stage):
         "failed": "the parser refuses the page",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"undecodable": ("max_undecodable",)}
-    version: ClassVar[int] = 3  # texts are in NFC, as those of readers are
+    version: ClassVar[int] = 3  # texts are in NFC, like those of readers
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """Library that extracts the text of a page."""

@@ -17,7 +17,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 if TYPE_CHECKING:
     from ftfy import TextFixerConfig
 
-_ODD = re.compile(r"[^\t\n\r -%'-~]")  # what ftfy may change something at
+_ODD = re.compile(r"[^\t\n\r -%'-~]")  # characters at which ftfy may change something
 
 
 class FixText(Stage):

@@ -16,8 +16,8 @@ from pydantic import Field
 from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
-PIECES = 8  # of a document that are looked at
-CUT = 30  # characters at the beginning of a piece in which a cut word may end
+PIECES = 8  # pieces of a document that are read
+CUT = 30  # characters at a piece's start in which a truncated word may end
 
 
 def sample(text: str, chars: int) -> str:
@@ -39,7 +39,7 @@ class Language(Stage):
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",
-        "no_language": "no text that a language could be told from",  # as older versions have it: digests follow from it
+        "no_language": "no text that a language could be told from",  # older versions' words: digests depend on them
     }
     limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2

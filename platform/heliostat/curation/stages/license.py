@@ -1,8 +1,8 @@
 """Keeps documents by the SPDX expression in their column `license`: permissive licenses, like The Stack (Kocetkov et al. 2022,
 arXiv 2211.15533, section 3.1), unless `allow` names others.
 
-OR needs one of its sides to be allowed, AND both; an exception (WITH) only adds to what a licence allows. A list stands for AND.
-`NOASSERTION`, an empty column and what is no expression are unknown; `NONE` is a document that no licence was found for.
+OR needs one allowed side, AND needs both; an exception (WITH) only adds to the rights of a license. A list means AND.
+`NOASSERTION`, an empty column, and an invalid expression count as unknown. `NONE` marks a document without any license.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from heliostat.curation.licenses import NONE, UNKNOWN
 from heliostat.curation.stage import Document, Outcome, Stage
 
 _TOKEN = re.compile(r"\s*([()]|[A-Za-z0-9.+:-]+)")
-MOST, DEEP = 1000, 50  # characters and parentheses of an expression
+MOST, DEEP = 1000, 50  # maximum characters, and nested parentheses, of an expression
 PERMISSIVE = [
     "0BSD", "AFL-3.0", "Apache-2.0", "Artistic-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD-3-Clause-Clear", "BSL-1.0", "CC0-1.0",
     "ECL-2.0", "ISC", "MIT", "MIT-0", "NCSA", "PostgreSQL", "UPL-1.0", "Unlicense", "WTFPL", "Zlib",

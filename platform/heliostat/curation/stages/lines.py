@@ -20,7 +20,7 @@ from heliostat.schema import Float
 _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
 )
-LONG_COUNTER = 100  # characters, of which no counter has so many
+LONG_COUNTER = 100  # characters; no counter is this long
 _NUMBERS = re.compile(r"[\d\W_]+")
 
 

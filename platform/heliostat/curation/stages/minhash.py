@@ -28,11 +28,11 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROW_BYTES = 160  # of memory for each key, edge or member that a task holds, sorting included
+ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including the sort
 
 
 class MinHash(GlobalStage):
-    version: ClassVar = 2  # words are those of `comparable`, as FineWeb compares them: accents and numbers don't count
+    version: ClassVar = 2  # words are those of `comparable`, like FineWeb's: accents and numbers don't count
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "rensa")
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")

@@ -2,10 +2,10 @@
 
 Files that end in `.pdf` are read only if a pipeline has this stage. Hyphenated words at line ends are joined, and an empty
 line separates pages. There is no OCR: a scanned document without a text layer is dropped as `no_text`, and its pages without
-text are counted. Printed columns keep the order of the file, which is usually right; tables lose their form. A document is
-read within `max_seconds` and `max_memory` in a process of its own, so that what hangs or crashes the library, or unpacks to
-gigabytes, is dropped with a reason and stops nothing. Documents with a password are `encrypted`. `pages` and `title` become
-columns. Other documents pass unchanged.
+text are counted. Printed columns keep the order of the file, which is usually right; tables lose their form. A separate process
+reads each document, within `max_seconds` and `max_memory`. If a document hangs or crashes the library, or decompresses to
+gigabytes, only this document is dropped, with a reason. A document with a password is dropped as `encrypted`. `pages` and
+`title` become columns. Other documents pass unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pdf(Stage):
         "failed": "it is no PDF that can be read",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
-    version: ClassVar[int] = 2  # texts are in NFC, as those of readers are
+    version: ClassVar[int] = 2  # texts are in NFC, like those of readers
     needs: ClassVar = ("curation", "pypdfium2")
     libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 

@@ -2,11 +2,11 @@
 
 (CCNet: Wenzek et al. 2020, arXiv 1911.00359, sorts pages into head, middle and tail by the perplexity of a 5-gram model of
 Wikipedia. Here `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
-tokenizer.json; heliostat never runs its code.) Text like that of the model's training has a low perplexity; lists, noise and
-other languages have a high one, and text that repeats itself a very low one. It is exp of the mean negative logarithm of the
-probabilities of all tokens but the first, of the first `max_tokens`; a count reports longer documents. If the cluster has
-GPUs, each has an actor that keeps the model; otherwise CPUs compute. It doesn't depend on the batch, but differs in the last
-digits between devices.
+tokenizer.json; heliostat never runs its code.) Text like the model's training data has a low perplexity, and repetitive text a
+very low one. Lists, noise, and other languages have a high perplexity. The perplexity is exp of the mean negative log probability
+of the first `max_tokens` tokens, except the very first one. A count reports longer documents. If the cluster has GPUs, each has
+an actor that keeps the model; otherwise CPUs compute. The perplexity doesn't depend on the batch, but differs in the last digits
+between devices.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
 ROUNDS = 8
-ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # the first wins where two overlap
+ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # if two overlap, the first one wins
 
 
 class Pii(Stage):
@@ -73,7 +73,7 @@ class Pii(Stage):
 
         def outcome(document: Document) -> Outcome:
             masked, counts = text_of(document), Counter[str]()
-            for _ in range(ROUNDS):  # a mask may end a number that was part of a longer one before
+            for _ in range(ROUNDS):  # after a mask, a number that was part of a longer one may be found
                 masked, more = personal.replaced(masked, {kind: list(finders[kind](masked)) for kind in kinds}, masks)
                 counts.update(more)
                 if not more:

@@ -1,13 +1,15 @@
 """Removes lines, or paragraphs, that several documents share: one occurrence of each stays in the dataset.
 
-(Wenzek et al., CCNet, 2019, arXiv 1911.00359: paragraphs, which are lines there, compared without case, punctuation and the
-values of digits. Here the words are those of `heliostat.curation.comparable`, so that accents and the scripts of Asia are
-compared as `minhash` compares them, and lines of numbers alone as they are written. Raffel et al., 2019, arXiv 1910.10683, do
-so for spans of three sentences of C4.) This removes menus, licenses, and notices, which filters on single documents can't
-find. The first occurrence in the document whose id has the smallest hash stays, so the result doesn't depend on how the input
-is split. An empty document is dropped. Parts are compared by 64-bit hashes: among 10^10 different ones, about three collide.
-Memory is that of the different parts in a share of all hashes. Put this stage after `minhash`; otherwise near-duplicates keep
-the lines that differ.
+This removes menus, licenses, and notices, which filters on single documents can't find. The first occurrence in the document
+whose id has the smallest hash stays, so the result doesn't depend on how the input is split. An empty document is dropped. Put
+this stage after `minhash`; otherwise near-duplicates keep the lines that differ.
+
+CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are lines there, without case, punctuation, and the
+values of digits. This stage compares words like `minhash` (`heliostat.curation.comparable`), including accents and Asian scripts,
+and lines with only numbers as written. Raffel et al. 2019, arXiv 1910.10683, do the same for spans of three sentences of C4.
+
+Parts are compared by 64-bit hashes: among 10^10 different ones, about three collide. A task holds the different parts in a share
+of all hashes.
 """
 
 from __future__ import annotations

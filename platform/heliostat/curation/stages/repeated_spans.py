@@ -1,12 +1,13 @@
 """Removes spans of words that several documents share, wherever they begin: one occurrence of each stays in the dataset.
 
-(Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens by a
-suffix array, which must be in memory as a whole. Here windows of words are chosen by content, as winnowing does, Schleimer et
-al. 2003, and compared by hashes on disk: linear, and in bounded memory.) A span of `words` words that another document has as
-well is always found, in pieces of half of it; shorter ones sometimes, none of less than half. All of it goes but less than half
-of `words` at either end. What stays is in the document whose id has the least hash, and there the first. Words are compared as
-`minhash` compares them, spans of numbers alone as they are written. Where a span was, a line ends. Put it last of what compares
-documents.
+The stage always finds a shared span of `words` words or more, sometimes a shorter one, and never one of less than half of
+`words`. It removes the span, except for less than half of `words` at either end, and ends the line there. The first occurrence in
+the document whose id has the smallest hash stays. Words are compared like in `minhash`, and spans of only numbers as written. Put
+this stage after all others that compare documents.
+
+Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens with a
+suffix array, which must be in memory as a whole. This stage chooses windows of half of `words` by content (winnowing, Schleimer
+et al. 2003), and compares their hashes on disk. So it takes linear time and bounded memory.
 """
 
 from __future__ import annotations

@@ -29,9 +29,9 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROW_BYTES = 400  # of memory for each document of a cell, next to its vector
-VECTORS = 16  # a file of vectors is one so many-th of `memory_limit`: it is sorted, encoded and read again
-NUMBER_BYTES = 16  # of memory for each number of a vector that is compared, with copies
+ROW_BYTES = 400  # bytes of memory per document of a cell, in addition to its vector
+VECTORS = 16  # a file of vectors is 1 / VECTORS of `memory_limit`: it is sorted, encoded, and read again
+NUMBER_BYTES = 16  # bytes of memory per number of a compared vector, with copies
 
 
 class Semantic(scoring.NamesModel, GlobalStage):

@@ -24,8 +24,8 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-IMAGE_BYTES, KEY_BYTES = 500, 160  # of memory for each image, and each key or pair, that a task holds, sorting included
-ROUNDS = 200  # far more than images that each wait for the next can make
+IMAGE_BYTES, KEY_BYTES = 500, 160  # bytes of memory per image, and per key or pair, in a task, including the sort
+ROUNDS = 200  # far more than the longest chain of images that wait for each other
 
 
 class SimilarImages(GlobalStage):

@@ -37,7 +37,7 @@ def clean(id: str, raw: bytes | str, rules: TextRules, columns: dict[str, Any] |
     """Normalizes a document, or returns the reason to drop it; removes a byte-order mark, and keeps line ends."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
-        text.encode()  # JSON can spell lone surrogates, which no UTF-8 can
+        text.encode()  # JSON can contain lone surrogates, which UTF-8 can't encode
     except UnicodeError:
         return Dropped(id, "not_utf8")
     if "\0" in text:

@@ -41,9 +41,9 @@ class Together(Strict):
         return {"column": value} if isinstance(value, str) else value
 
 
-ENDS = 10_000  # documents whose ends are Python objects at a time
+ENDS = 10_000  # documents whose fates are Python objects at once
 ENDS_ORDER = ("id", "stage", "reason", "detail")
-HELD_BYTES = 1 << 24  # that are held, at least, before equal texts are looked for, and before exact duplicates are spilled
+HELD_BYTES = 1 << 24  # minimum bytes in memory before equal texts are searched, and before exact duplicates are spilled
 SHOWN = 200  # characters of a value in an error
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
@@ -163,16 +163,16 @@ class Duplicates:
                 self.rows = []
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields them in tables that fit in memory."""
+        """Yields the rows, in tables that fit in memory."""
         yield from self.rows
         for name in self.spilled:
             yield from spill.read(self.folder, name)
 
 
 def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
-    """Reads the documents of a range of keys, keeps the smallest id of equal texts, and returns the others without texts.
+    """Reads the documents of a range of keys; returns (those with the smallest id of equal texts, the others without texts).
 
-    It holds at most twice the kept texts, with their columns if `columns`, and then also those of the others.
+    It holds at most twice the kept texts. With `columns`, it also holds the columns of all documents.
     """
     waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     wanted = ["hash", "id", *(["columns"] if columns else [])]

@@ -21,7 +21,7 @@ from heliostat.data.infilling import FACT, Markers
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 
-WORD = 1 << 64  # of which a draw is a part
+WORD = 1 << 64  # the range of a draw
 
 
 class FillInTheMiddle(Strict):
@@ -74,7 +74,7 @@ def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arrange
 
 
 def draws(name: str) -> list[int]:
-    """Draws four integers below 2**64 that depend on a name."""
+    """Draws four integers below 2**64, which depend only on a name."""
     raw = hashlib.sha256(name.encode()).digest()
     return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
 

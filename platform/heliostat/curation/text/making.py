@@ -32,9 +32,9 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SAMPLERS = 64  # tasks, at most, that measure and select what trains the tokenizer
-SHARD_SHARE = 6  # a shard's task holds its texts, its tokens and its file
-ALONE = 256  # shards, up to which each has a task of its own
+SAMPLERS = 64  # maximum tasks that measure and select the tokenizer's training text
+SHARD_SHARE = 6  # a shard's task holds its texts, its tokens, and its file
+ALONE = 256  # maximum number of shards with a task each
 
 
 @dataclass
@@ -100,7 +100,7 @@ class TextMaking(Reading):
         definition = infilling.marking(definition, infill["names"]) if infill else definition
         facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
         totals, ends = Totals(facts["vocab_size"]), list[str]()
-        if self.together is not None:  # which leaves out exact duplicates
+        if self.together is not None:  # it drops exact duplicates
             ends += self._regrouped(curated, self.together, totals)
         for record in self._shards(curated, definition, facts["end_of_document"], infill):
             ends += record["ends"]
@@ -211,7 +211,7 @@ class TextMaking(Reading):
         """Adds the time for merging the whole input's runs to the seconds, estimated from some of the sample's runs; returns
         notes."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
-        factor = report.factors[0]["" if self.together else SHARD]  # exact duplicates are left out with the shards, or regrouping
+        factor = report.factors[0]["" if self.together else SHARD]  # exact duplicates are dropped here
         whole = left * report.sample.of_bytes * factor
         least = 1 if self.together else pieces.number(report.sample.input_bytes, report.sample.files)
         many, shards = max(least, round(whole / most)), max(1, round(whole / self.shard_bytes))

@@ -38,7 +38,7 @@ from heliostat.tasks.flow import Flow
 
 log = logging.getLogger(__name__)
 
-LEAST = 257  # tokens of a tokenizer that is trained: the bytes, and the end of a document
+LEAST = 257  # minimum tokens of a trained tokenizer: the bytes, and the end of a document
 
 
 class TokenizerConfig(Strict):
@@ -197,10 +197,10 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
-        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # as it was when they were keys apart
+        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # when these were separate keys
         if not self.columns.others:
             del config["columns"]
-        if self.given_tokenizer is not None:  # what it says, not where it lies
+        if self.given_tokenizer is not None:  # the tokenizer's content, without its location
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:
             config["stages"] = [stage.identity() for stage in self.stages]

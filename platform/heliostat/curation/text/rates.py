@@ -16,9 +16,9 @@ from heliostat.curation.text import tokens
 from heliostat.storage.locations import Location
 from heliostat.tasks import cpu_time, spill
 
-ENCODED = 16 << 20  # bytes of each half that are encoded, at most
-ENOUGH = 1.5  # times as much text, that tells how time grows
-SLOWEST = 0.5  # power, lest chance in small times says what it likes
+ENCODED = 16 << 20  # maximum bytes of each half that are encoded
+ENOUGH = 1.5  # factor between two texts that shows how the time grows
+SLOWEST = 0.5  # minimum exponent, because small times vary by chance
 
 
 def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from heliostat.curation.text import sources
 from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 
-COLUMNS = ("repository", "path", "commit", "language", "license")  # of a document, where they are known
-DIGITS = 15  # of a commit, which fit into an integer of 64 bits
+COLUMNS = ("repository", "path", "commit", "language", "license")  # columns of a document, if they are known
+DIGITS = 15  # hex digits of a commit that fit into an integer of 64 bits
 THREADS = 8
 
 

@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
 FIELD = 1 << 17  # characters of a value in a .csv that lists images or URLs; the limit is the process's, set before each is read
-BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # what each stage makes text of
-AHEAD = 4 << 20  # bytes of a file that are read at a time
+BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # the inputs that each stage turns into text
+AHEAD = 4 << 20  # bytes of a file per read
 # not the library itself: installed packages, tests (with data that is broken on purpose) and compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
@@ -48,7 +48,7 @@ STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 def split_glob(uri: str) -> tuple[str, str | None]:
     """Splits a URI into (root, pattern): `data/**/*.md` is (`data`, `**/*.md`); the pattern is None if there is no wildcard."""
     s3 = uri.startswith("s3://")
-    base, mark, query = uri.partition("?") if s3 else (uri, "", "")  # on s3:// a question mark starts the query
+    base, mark, query = uri.partition("?") if s3 else (uri, "", "")  # in an s3:// URI, a question mark starts the query
     parts = base.split("/")
     first = next((i for i, part in enumerate(parts) if re.search(r"[*\[]" if s3 else r"[*?\[]", part)), None)
     if first is None:

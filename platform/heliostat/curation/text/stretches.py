@@ -14,12 +14,12 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, as the pattern has it
-STRETCH = re.compile(f" [^{SPACE}]+|[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")  # one space is what there mostly is, and faster
-ASCII_STRETCH = re.compile(r" \S+|\s*\S+|\s+", re.ASCII)  # the same of such texts
+SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's White_Space, as in the pattern
+STRETCH = re.compile(f" [^{SPACE}]+|[{SPACE}]*[^{SPACE}]+|[{SPACE}]+")  # a single space is the most common case, and faster
+ASCII_STRETCH = re.compile(r" \S+|\s*\S+|\s+", re.ASCII)  # the same for ASCII texts
 BEGINS = re.compile(f"[^{SPACE}][{SPACE}]")
-REMEMBERED = 1 << 16  # stretches
-LONG = 32  # characters, of which longer stretches are forgotten: so all that is remembered takes 10 to 30 MB
+REMEMBERED = 1 << 16  # maximum cached stretches
+LONG = 32  # characters; longer stretches aren't cached, so the cache takes 10 to 30 MB
 
 
 def divisible(tokenizer: Tokenizer) -> bool:

@@ -34,8 +34,8 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
-PREFIXES = 1 << 16  # the hash's first 16 bits, in which the tokenizer's sample is measured
-SELECTED_BYTES = 8 << 20  # of the texts that train the tokenizer, that are held at a time
+PREFIXES = 1 << 16  # the hash's first 16 bits, by which the tokenizer's sample is measured
+SELECTED_BYTES = 8 << 20  # bytes of the tokenizer's training texts in memory at once
 LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
 
@@ -48,11 +48,11 @@ class TextSource:
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
         base = sources.root(self.input)
-        fixed = self.input != sources.STDLIB  # each node has its own
+        fixed = self.input != sources.STDLIB  # each node has its own standard library
         if fixed:
             sources.require_unchanged(base, part)
         yield from read_file(base, part.path, self.rules, part)
-        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # of a store, what takes several requests
+        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # from a store, files that take several requests
             sources.require_unchanged(base, part)
 
     def finish(self, document: Document) -> Document | Dropped:
@@ -135,7 +135,7 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
     """Trains a tokenizer on the selected documents, with hash prefixes up to `limit`, up to `train_bytes`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # nothing else runs meanwhile
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other work runs meanwhile
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
@@ -167,9 +167,9 @@ class TextSharding:
     definition: str
     end: int
     chunk_tokens: int
-    explained: bool  # whether each document's end is recorded
+    explained: bool  # whether the fate of each document is recorded
     infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
-    together: bool | None = None  # whether the runs are those of documents that belong together
+    together: bool | None = None  # whether the runs hold related documents
 
 
 def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
@@ -192,7 +192,7 @@ def _write_shard(folder: Location, runs: list[SpilledRun], shard: int, plan: Tex
         return None
     tokenizer = tokens.load(plan.definition)
     encoded, rearranged = _encoded(tokenizer, table, plan)
-    table = table.drop_columns("text")  # whose memory the file takes
+    table = table.drop_columns("text")  # frees memory for the file
     ids = table["id"].to_pylist()
     places = np.array(
         [manifest.place(digest.hex()) for digest in table["group" if plan.together else "hash"].to_pylist()], np.int64

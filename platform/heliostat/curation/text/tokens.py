@@ -29,8 +29,8 @@ SCHEMA = pa.schema(
 FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["document"], "write_page_checksum": True}
 # parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
-TOGETHER = 1024  # documents whose tokens are counted together
-BATCH_CHARS = 1 << 16  # of text, per call of the tokenizer, whose encodings take thirty times as much memory
+TOGETHER = 1024  # documents whose tokens are counted at once
+BATCH_CHARS = 1 << 16  # characters per call of the tokenizer, whose encodings take thirty times as much memory
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
@@ -121,7 +121,7 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
     ends = np.cumsum(lengths)
     groups = max(1, round(int(ends[-1]) / target))
     aims = ends[-1] * np.arange(1, groups) / groups
-    after = np.searchsorted(ends, aims)  # the first document that reaches the aim; cut after it, or before if nearer
+    after = np.searchsorted(ends, aims)  # the first document that reaches the target; split after it, or before it if nearer
     before = np.where(after > 0, ends[after - 1], 0)
     cuts = after + np.where(ends[after] - aims <= aims - before, 1, 0)
     bounds = sorted({0, len(lengths), *cuts.tolist()})
@@ -136,7 +136,7 @@ def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[i
     for a, b in itertools.pairwise(bounds):
         if a == b:
             continue
-        firsts = np.flatnonzero(np.diff(places[a:b], prepend=-1))  # of each place
+        firsts = np.flatnonzero(np.diff(places[a:b], prepend=-1))  # the first document of each place
         edges = [*(a + firsts).tolist(), b]
         stretches += [(edges[start], edges[stop]) for start, stop in cut(np.add.reduceat(lengths[a:b], firsts), target)]
     return stretches
@@ -157,7 +157,7 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
     `piece(target)` tokens are split off while more than that remains.
     """
     out: list[list[int]] = []
-    rows, left = lengths[::-1], sum(lengths)  # the next document last
+    rows, left = lengths[::-1], sum(lengths)  # the next document is last
     while left > 2 * target:
         group, room = list[int](), piece(target)
         while room:

@@ -24,13 +24,13 @@ from heliostat.errors import ConfigError, HeliostatError
 from heliostat.tasks.care import CRASHED, UNREAD
 
 MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
-AFTER = (segment.FINISH, "exact", "shard", "forget")  # where documents end that all stages have kept
+AFTER = (segment.FINISH, "exact", "shard", "forget")  # fates of documents that passed all stages
 ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
-HOPS = 20  # from a duplicate to who stayed, who may be another's duplicate
+HOPS = 20  # maximum steps from a duplicate to the kept document, which may be another one's duplicate
 
 
 def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
-    """Finds documents by one of the three: the fate of each (`reasons.END`); ConfigError if there is none."""
+    """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if there is none."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
         what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file holds several documents"
@@ -125,7 +125,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
             notes.append(f"the changes by {again['stage']} depend on all documents: from there on, this shows the record")
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
-        if again["did"] == "cut":  # it ended before, and would not today
+        if again["did"] == "cut":  # the document was dropped earlier, and wouldn't be today
             break
         if again["did"] == "compared":
             gone = again["stage"] == end["stage"]
@@ -201,13 +201,13 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 
 
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
-    """Yields what each stage does to a document, and the document after it.
+    """Yields (a stage's action on a document, the document after it).
 
-    The last is the stage that drops it, or that removed text that is no longer known.
+    Ends at the stage that drops the document, or that removed text shared with other documents, which is no longer known.
 
-    Of each: `stage`, `did` (kept, changed, dropped; compared, where documents are compared with others; cut, where what they
-    have in common is removed), `reason`, `detail`, `measures`, `counts`, and `bytes` before and behind it. ConfigError if the
-    dataset was made by stages that this version does not have, or not so.
+    An action has `stage`, `did`, `reason`, `detail`, `measures`, `counts`, and `bytes` before and after the stage. `did` is kept,
+    changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). ConfigError if this version
+    doesn't have one of the dataset's stages, or has changed its keys.
     """
     for number, entry in enumerate(made_by["stages"]):
         try:

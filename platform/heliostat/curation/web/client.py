@@ -22,13 +22,13 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 REDIRECTS = 5
-HEADER = 1 << 16  # bytes that a header may have
+HEADER = 1 << 16  # maximum bytes of a header
 PORTS = {"http": 80, "https": 443}
 CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
-# as getaddrinfo has it
+# in the form of getaddrinfo
 Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]]
 
 
@@ -46,7 +46,7 @@ class Bounds:
 
     bytes: int
     seconds: float
-    private: bool = False  # whether addresses that are not public may be asked
+    private: bool = False  # whether requests to addresses that aren't public are allowed
     agent: str = "heliostat"
 
 
@@ -61,7 +61,7 @@ def split(url: str) -> tuple[str, str, int, str]:
         raise FetchError("bad_url", "no http or https, no host, or a user's name in it")
     path = parts.path or "/"
     try:
-        target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # what is quoted stays
+        target = quote(f"{path}?{parts.query}" if parts.query else path, safe=string.punctuation)  # quoted characters stay quoted
         host = host.encode("idna").decode() if not host.isascii() else host
     except UnicodeError as e:
         raise FetchError("bad_url", "a host's name that is none, or half a surrogate pair") from e

@@ -29,9 +29,9 @@ from heliostat.text import printable
 
 LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
-SPILLED = 200_000  # rows, at a time
+SPILLED = 200_000  # rows in memory at once
 GROUP = 48  # bits of a hash below its group
-URLS = 2000  # of a task, about
+URLS = 2000  # URLs per task, approximately
 
 
 def listing(uri: str) -> list[InputFile]:
@@ -45,7 +45,7 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list[str], limit: int) -> Iterator[dict[str, Any]]:
-    """Yields the fetching tasks; `of`: how many share a host's rate."""
+    """Yields the fetching tasks. `of`: the number of tasks that share a host's rate."""
     about = {"uri": uri, "column": column, "wanted": wanted, "limit": limit}
 
     def task(file: InputFile) -> Task:

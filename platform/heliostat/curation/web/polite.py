@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from heliostat.curation.web import robots
 from heliostat.curation.web.client import Bounds, FetchError, get, split
 
-ROBOTS_BYTES = 512 << 10  # RFC 9309 asks for 500 KiB
-LONGEST_S = 60.0  # that a host may ask for between two requests; what it wants more than that is not fetched from it
+ROBOTS_BYTES = 512 << 10  # RFC 9309 requires 500 KiB
+LONGEST_S = 60.0  # maximum seconds between two requests; a host that wants more isn't fetched from
 
 
 @dataclass

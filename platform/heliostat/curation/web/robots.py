@@ -16,8 +16,8 @@ from urllib.parse import quote
 TOKEN = re.compile(r"[^/\s]*")
 OCTET = re.compile("%([0-9A-Fa-f]{2})")
 UNRESERVED = string.ascii_letters + string.digits + "-._~"
-SAFE = "%:/?#[]@!&'()+,;="  # `*` and `$`, which are wild in a pattern, are quoted in what is compared
-MOST_S = 1e9  # of a delay
+SAFE = "%:/?#[]@!&'()+,;="  # `*` and `$`, which are wildcards in a pattern, are quoted in the compared text
+MOST_S = 1e9  # maximum seconds of a delay
 
 
 @dataclass(frozen=True, slots=True)
