@@ -201,9 +201,9 @@ WRONG = {  # what the task file has, the suite, and what is said
     "missing data": ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, {}, "t.yaml: data_files: .*gone.jsonl: no such file"),
     "missing split": ({"test_split": "tset"}, {}, "t.yaml: can't build the task: .*tset"),
     "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: can't build the task: .*contxt"),
-    "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
-    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice; did you mean"),
-    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter; did you mean"),
+    "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key. Did you mean 'doc_to_text'"),
+    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice. Did you mean"),
+    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter. Did you mean"),
     "code of a library": (
         {"generation_kwargs": {"custom_generate": "x/y"}},
         {},
