@@ -318,7 +318,7 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
         made = summary(first)
         assert scored == [10, 30] == [one["step"] for one in made["steps"]]
         assert made["removed"] == dict.fromkeys(("20", "25"), "retention removed its checkpoint before it was scored")
-        assert list(made["torn"]) == ["40"] and made["failed"] == {}
+        assert list(made["incomplete"]) == ["40"] and made["failed"] == {}
         curve = client.get_metric_history(run_id, "bench/held_out_choice")
         assert [(point.step, point.value) for point in curve] == [
             (s, made["steps"][0]["scores"]["held_out_choice"]) for s in (10, 30)

@@ -55,7 +55,7 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, an
 
 @dataclass
 class Followed:
-    """Follows a run. `show`: called with each result; `removed`, `torn`, `failed`: the steps without one, and why."""
+    """Follows a run. `show`: called with each result; `removed`, `incomplete`, `failed`: the steps without one, and why."""
 
     run: Location
     benchmark: Benchmark
@@ -63,7 +63,7 @@ class Followed:
     every: int = 1  # of the steps, and the last
     results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
-    torn: dict[int, str] = field(default_factory=dict)
+    incomplete: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     _again: float = 0.0  # when MLflow is asked again, after it did not answer
 
@@ -85,7 +85,7 @@ class Followed:
         left = layout.steps(self.run)
         for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
             if step in left or step > max(left, default=0):
-                self.torn[step] = "its checkpoint is incomplete, and its writer is gone"
+                self.incomplete[step] = "its checkpoint is incomplete, and its writer is gone"
             else:
                 self.removed[step] = REMOVED
 
@@ -215,7 +215,6 @@ def summary(followed: Followed) -> Result:
          "recorded": result["recorded"]}
         for step, result in sorted(followed.results.items())
     ]  # fmt: skip
-    missed = {
-        name: {str(step): why for step, why in sorted(getattr(followed, name).items())} for name in ("removed", "torn", "failed")
-    }
+    reasons = {"removed": followed.removed, "incomplete": followed.incomplete, "failed": followed.failed}
+    missed = {name: {str(step): why for step, why in sorted(steps.items())} for name, steps in reasons.items()}
     return {"run_folder": str(followed.run), "suite": followed.benchmark.suite.name, "steps": steps, **missed}

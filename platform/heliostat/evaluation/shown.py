@@ -95,7 +95,7 @@ def line(step: int, result: Result) -> str:
 def missed(summary: Result) -> list[str]:
     """Tells which steps of a run are not scored, those of one reason in a line."""
     steps: dict[str, list[int]] = {}
-    for what in ("removed", "torn", "failed"):
+    for what in ("removed", "incomplete", "failed"):
         for step, why in summary[what].items():
             steps.setdefault(why, []).append(int(step))
 
