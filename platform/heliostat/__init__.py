@@ -1,10 +1,10 @@
-"""Trains at scale, distributed, on Ray: heliostat as a Python library. `heliostat --help` shows the same as commands.
+"""Provides heliostat, distributed training on Ray, as a Python library. `heliostat --help` shows the same as commands.
 
     job = heliostat.load_job("jobs/quickstart.yaml", {"train.steps": 100})
     run = heliostat.train(job)
     print(run.losses()[100], run.verify()["ok"])
 
-docs/python-api.md describes every name. Importing heliostat imports nothing else: each name brings what it needs when it is used.
+docs/python-api.md describes every name. `import heliostat` is fast: each name imports its module at its first use.
 """
 
 import importlib
@@ -32,9 +32,9 @@ __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datase
 
 
 class _Earlier:
-    """Finds public modules under their earlier paths, so that the recipes and pipelines of users still import.
+    """Finds public modules under their earlier paths, so that existing recipes and pipelines still import.
 
-    It derives from no class of `importlib.abc`, which takes as long to import as all else here.
+    It doesn't subclass `importlib.abc.MetaPathFinder`, because importing that would double the import time of heliostat.
     """
 
     paths: ClassVar = {
@@ -53,7 +53,7 @@ class _Earlier:
     }
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if not fullname.startswith("heliostat."):  # most imports, and each comes by
+        if not fullname.startswith("heliostat."):  # a fast path, because every import calls this
             return None
         known = next((old for old in self.paths if fullname == old or fullname.startswith(f"{old}.")), None)
         if known is None:
@@ -68,17 +68,17 @@ class _Earlier:
         return module
 
     def get_code(self, fullname: str) -> NoReturn:
-        """Ends `python -m` of an earlier path, by a line that has the new one."""
+        """Raises ImportError for `python -m` of an earlier path. The message names the new path."""
         spec = self.find_spec(fullname)
         raise ImportError(f"{fullname} has moved. Run python -m {spec.origin if spec else fullname}.")
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._specs.pop(id(module))  # importing it had set the earlier path's
+        module.__spec__ = self._specs.pop(id(module))  # the import system set it to the earlier path
 
     _specs: ClassVar[dict[int, ModuleSpec | None]] = {}
 
 
-sys.meta_path.insert(0, _Earlier())  # first: an earlier folder with compiled files only is found as a namespace otherwise
+sys.meta_path.insert(0, _Earlier())  # first, because a leftover folder of an earlier path would import as a namespace package
 
 
 def __getattr__(name: str) -> Any:

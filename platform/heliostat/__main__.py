@@ -1,4 +1,4 @@
-"""Runs the command `heliostat` as `python -m heliostat`: what a job on a cluster starts, as the script may not be on the path."""
+"""Runs the command `heliostat` as `python -m heliostat`. Jobs on clusters start this, because the PATH may lack the script."""
 
 from heliostat.cli.main import main
 

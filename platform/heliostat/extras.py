@@ -1,8 +1,8 @@
-"""Maps optional modules to the extras that install them, and reports a missing one in one line with the command.
+"""Maps optional modules to the extras that install them. A missing module is one line with the command that installs it.
 
     require("images", "diffusers", what="recipe: TextToImage")     # before anything expensive starts
 
-pyproject.toml defines the extras. MODULES lists the modules of each that heliostat looks for.
+pyproject.toml defines the extras. MODULES lists the modules of each extra that heliostat imports.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODULES = {
 
 
 def require(extra: str, *modules: str, what: str = "this") -> None:
-    """Raises MissingExtraError, which says that `what` needs the extra, if one of its modules isn't installed."""
+    """Raises MissingExtraError if one of an extra's modules isn't installed. `what`: the part of heliostat that needs it."""
     unknown = set(modules) - set(MODULES[extra])
     assert modules and not unknown, f"the extra {extra!r} does not bring {unknown or 'nothing'}"
     for module in modules:
@@ -44,12 +44,12 @@ def require(extra: str, *modules: str, what: str = "this") -> None:
 
 
 def missing(what: str, extra: str, module: str) -> MissingExtraError:
-    """Returns the error for a missing module: what needs it, the extra that has it, and the command that installs it."""
+    """Makes the error for a missing module. It names `what` needs it, the extra, and the command that installs that."""
     return MissingExtraError(f"{what} needs the extra {extra!r} (no module {module!r}). Run: {command(extra)}")
 
 
 def command(extra: str) -> str:
-    """Returns the command that installs an extra into this process's environment, also where the PATH has another `pip`."""
+    """Returns the command that installs an extra into this process's environment, even if the PATH has another `pip`."""
     own = Path(sysconfig.get_path("scripts")) / "pip"
     if not own.exists():
         pip = f"uv pip install --python {_shown(Path(sys.executable))}"
@@ -63,7 +63,7 @@ def _shown(path: Path) -> str:
 
 
 def bringing(module: str) -> str | None:
-    """Finds the extra that installs a module (or its package); None if none does."""
+    """Finds the extra that installs a module or its package; None if no extra does."""
     return next((extra for extra, brought in _pairs() if module == brought or module.startswith(f"{brought}.")), None)
 
 
@@ -72,7 +72,7 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Builds a package's `__getattr__` and `__dir__`, which import a name at its first use. `homes`: the module of each name."""
+    """Makes a package's `__getattr__` and `__dir__`, which import a name at its first use. `homes`: the module of each name."""
 
     def get(name: str) -> object:
         if name not in homes:

@@ -1,7 +1,7 @@
 """Hides secrets in text: passwords and keys in URIs, and the values of keys whose names suggest a secret.
 
-Errors and logs pass through `redact`, so no URI shows its password there. `secret_lines` searches files before they travel or
-are stored. In doubt, heliostat hides a word rather than show a password.
+Errors and logs pass through `redact`, so no URI shows its password there. `secret_lines` searches files before heliostat sends or
+stores them. In doubt, heliostat hides a harmless word rather than show a password.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import traceback
 from types import TracebackType
 
 HIDDEN = "***"
-USERS = ("git", "mssql", "mysql", "postgres", "postgresql", "sftp", "ssh")  # schemes whose user's name is none
+USERS = ("git", "mssql", "mysql", "postgres", "postgresql", "sftp", "ssh")  # schemes whose user name isn't a secret
 URI = re.compile(r"""(?<![a-z0-9+.-])([a-z][a-z0-9+.-]*)://([^\s"<>]+)""", re.I)
-PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a host, with or without one
+PORT = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")  # a host, with or without a port
 NAME = (
     r"(?:(?:password|passwd|passphrase|pwd|secret|credential|(?:api|access|account|secret|private)[_-]?key(?:[_-]?id)?)s?|"
     r"(?<!bos_)(?<!cls_)(?<!eos_)(?<!pad_)(?<!sep_)(?<!unk_)(?<!mask_)token)"
@@ -25,7 +25,7 @@ ENDPOINT = re.compile(r"(endpoint_override=)[^\s&\"<>/]*@", re.I)
 
 KEY = re.compile(rf"""(?<![/\w.-])[\w.-]*{NAME}["']?\]?\s*(?::(?=\s|$)|=(?!=))\s*""", re.I)
 LITERAL = re.compile(rf"""((?<![\w.-])[\w.-]*{NAME}["']?\]?\s*(?::|=(?!=))\s*[a-z]?)((["']).{{4,}}?\3)""", re.I)
-# values that name a secret's place, or none
+# values that refer to a secret, or are empty
 REFERENCE = re.compile(
     r"""["']?(\$.*|\{\{.*|<[^>]*>|[*.]+|~/.*|null|none|~|true|false|os\.environ.*|)["']?[,}\])]*(\s+#.*)?""", re.I
 )
@@ -38,7 +38,7 @@ BEGIN, END = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY"), re.compile(r"-----END
 
 
 def redact(text: str) -> str:
-    """Replaces what is secret in the text's URIs by ***."""
+    """Replaces the secrets in a text's URIs by ***."""
     if "://" in text:
         text = URI.sub(_without_user, text)
     if "=" in text:
@@ -48,7 +48,7 @@ def redact(text: str) -> str:
 
 def carries_secret(uri: str) -> bool:
     """Checks whether a URI contains a password or a key anywhere."""
-    whole = re.sub(r"""[\s"<>]""", "_", uri)  # of one URI nothing ends it
+    whole = re.sub(r"""[\s"<>]""", "_", uri)  # characters that would end a URI inside a text
     return redact(whole) != whole
 
 
@@ -58,9 +58,9 @@ def _without_user(match: re.Match[str]) -> str:
     end = authority.rfind("@")
     named = ":" in authority[: end if end >= 0 else None]
     if end < 0 and (not named or (scheme.lower() in ("http", "https") and PORT.fullmatch(authority))):
-        return match[0]  # an @ further back is of the path
+        return match[0]  # a later @ belongs to the path
     if named:
-        end = rest.rfind("@")  # a password may hold all that ends an authority
+        end = rest.rfind("@")  # a password may contain / ? #, which otherwise end the authority
     if end < 0:
         return match[0]
     if scheme.lower().split("+")[0] in USERS:
@@ -87,14 +87,17 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 
 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
-    """Finds the lines, numbered from 0, that contain a secret. In a settings file (its suffix is in SETTINGS), any value of a
-    key with a secret-like name counts, and the lines that continue it. In code, only a literal counts."""
+    """Finds the numbers, from 0, of the lines that contain a secret.
+
+    `settings`: whether the file's suffix is in SETTINGS. Then any value of a key with a secret-like name counts, with its
+    continuation lines. In code only a literal counts.
+    """
     secret = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
     return secret | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
-    """Hides the secrets of a line, as far as one line shows them."""
+    """Hides the secrets of a line. It can't see secrets that continue from the lines before."""
     line = redact(line)
     if not settings:
         return LITERAL.sub(rf"\1{HIDDEN}", line)
@@ -105,7 +108,7 @@ def hide(line: str, settings: bool) -> str:
 
 
 def _values(line: str) -> list[int]:
-    """Finds where values begin that may be secrets. An empty value may continue on the next lines."""
+    """Finds the positions at which values begin that may be secrets. An empty value may continue on the next lines."""
     values = []
     for match in KEY.finditer(line):
         before, value = line[: match.start()], line[match.end() :].strip()
@@ -118,7 +121,7 @@ def _values(line: str) -> list[int]:
 
 
 def _keys(lines: list[str]) -> set[int]:
-    """Finds the lines of PEM blocks of private keys."""
+    """Finds the numbers of the lines in PEM blocks of private keys."""
     numbers, inside = set[int](), False
     for i, line in enumerate(lines):
         inside = inside or bool(BEGIN.search(line))
@@ -129,7 +132,7 @@ def _keys(lines: list[str]) -> set[int]:
 
 
 def _continued(lines: list[str]) -> set[int]:
-    """Finds the lines after a key that belong to its value: all that are indented further, or a list's plain items."""
+    """Finds the numbers of the lines that continue a key's value: lines with more indentation, and plain items of a list."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         values = _values(line)
@@ -147,7 +150,7 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` next to a `name` that suggests a secret, as Kubernetes writes environment variables."""
+    """Finds each `value` line next to a `name` that suggests a secret. Kubernetes writes environment variables so."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

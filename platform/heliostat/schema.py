@@ -1,7 +1,7 @@
-"""Validates YAML against pydantic models, with errors that name the key, the value and the nearest valid choice.
+"""Validates YAML against pydantic models. Each error names the key, the value, and the fix.
 
-`Strict` models refuse unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings and returns the model,
-or raises one ConfigError that lists everything wrong. A key that was renamed keeps its old name as an alias (`Was`).
+`Strict` models reject unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings, and validates it; one
+ConfigError has all faults. A renamed key keeps its old name as an alias (`Was`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Tag, ValidationError, model_validator
 
 from heliostat.errors import ConfigError
-from heliostat.text import brief
+from heliostat.text import UNKNOWN, brief, plural, value_problem
+from heliostat.text import absent as absent
+from heliostat.text import listed as listed
 from heliostat.text import nearest as nearest
 
 log = logging.getLogger(__name__)
@@ -26,18 +28,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Was:
-    """Keeps a field's key of earlier versions, which is still read: `rate: Annotated[float, Was("speed")]`."""
+    """Marks a field with its old key, which files may still have: `rate: Annotated[float, Was("speed")]`."""
 
     key: str
 
 
 class Strict(BaseModel):
-    """Refuses unknown keys and silent conversions (except of whole numbers to floats)."""
+    """Rejects unknown keys and values of another type. Only integers convert to floats."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
     synonyms: ClassVar[dict[str, str]] = {}
-    """Keys of other tools, and what to write here instead: the model that is a whole file has them."""
+    """Advice by unknown key, mostly keys of other tools. Only the model of a complete file has some."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +52,7 @@ class Strict(BaseModel):
         return {old.get(key, key): part for key, part in value.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """Reads a field by its old name: recipes of earlier versions name it so."""
+        """Reads a field by its old name, which recipes for earlier versions use."""
         if new := old_names(type(self)).get(name):
             return getattr(self, new)
         return super().__getattr__(name)  # type: ignore[misc]  # pydantic hides it from type checkers
@@ -58,13 +60,16 @@ class Strict(BaseModel):
 
 @cache
 def old_names(model: type[BaseModel]) -> dict[str, str]:
-    """Returns the model's keys by their old names."""
-    fields = model.model_fields.items()
-    return {mark.key: field.alias or name for name, field in fields for mark in field.metadata if isinstance(mark, Was)}
+    """Maps the old names of a model's keys to today's."""
+    pairs = ((field.alias or name, mark) for name, field in model.model_fields.items() for mark in field.metadata)
+    return {mark.key: key for key, mark in pairs if isinstance(mark, Was)}
 
 
 def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
-    """Returns what a file holds with old names of keys replaced, unless it has both; `into` gets each new path by the old one."""
+    """Replaces old names of keys in a file's content, unless it has both names.
+
+    `at`: the path of `raw` in the file, with a dot at its end; `into`: gets the new path of each replaced key, by its old path.
+    """
     if isinstance(raw, list):
         return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
     if not isinstance(raw, dict):
@@ -80,7 +85,7 @@ def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str]
 
 
 def renamed_path(model: type[BaseModel], path: str) -> str:
-    """Returns a path of keys (`train.steps`) with old names replaced."""
+    """Replaces old names in a path of keys, such as `train.steps`."""
     parts, inner = list[str](), model
     for part in path.split("."):
         parts.append(old_names(inner).get(part, part) if inner else part)
@@ -95,7 +100,7 @@ def _below(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
 
 
 def _number(value: object) -> object:
-    """Converts a string to a number where it is one: YAML 1.1 reads 1e-3 (no dot) as a string; a person means the number."""
+    """Converts a string that is a number. YAML 1.1 reads 1e-3, which has no dot, as a string."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -106,18 +111,14 @@ def _number(value: object) -> object:
 
 Float = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
 SHOWN = 200  # characters of a wrong value
-KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # what stands for a value in a fix
-UNKNOWN = "..."  # stands for a value whose kind isn't known
-WANTED = {  # what pydantic says of its own classes, in words of YAML
-    "dict_type": "a mapping", "model_type": "a mapping", "model_attributes_type": "a mapping", "list_type": "a list",
-    "int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "text",
-}  # fmt: skip
-NODES = 2_000_000  # values that a file may hold, those that it repeats by name counted each time
+KINDS: dict[object, str] = {str: "TEXT", int: "INTEGER", float: "NUMBER", bool: "true|false"}  # placeholders in a fix
+LINES = "Write lines of the form `key: value`"
+NODES = 2_000_000  # maximum number of values in a file; a value that an alias repeats counts each time
 M = TypeVar("M", bound=BaseModel)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loads YAML as safe_load does, but refuses a key given twice, where YAML would silently keep the last."""
+    """Loads YAML like `safe_load`, but rejects a repeated key. PyYAML would silently keep the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[object, object]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -127,46 +128,55 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-BROKEN = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)  # the last four of values: dates that are none
+BROKEN = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)  # the last four: values such as impossible dates
 
 
 def documents(path: Path) -> list[Any]:
-    """Reads the documents of a YAML file, empty ones left out; ConfigError that names the file and the line."""
+    """Reads the documents of a YAML file, except empty ones; ConfigError names the file and the line."""
     try:
         with path.open(encoding="utf-8") as f:
             sections = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
         others = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
-        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without their endings, by which all files are the same
-        near = f"; did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
-        raise ConfigError(f"{path}: no such file{near}") from e
+        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without suffixes, which are all the same
+        near = f". Did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
+        raise ConfigError(f"{path}: no such file{near or '. Check the path'}") from e
     except IsADirectoryError as e:
         raise ConfigError(f"{path}: is a folder. Name a YAML file in it") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: can't read it ({e})") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path}: isn't UTF-8 text (byte {e.start}). Name a YAML file") from e
+    except OSError as e:
+        raise ConfigError(f"{path}: can't read it ({e.strerror or e}). Check the path and its permissions") from e
     except BROKEN as e:
-        why = "it is nested too deeply" if isinstance(e, RecursionError) else brief(" ".join(str(e).split()))
-        fault = str(e) if isinstance(e, ConfigError) else f"not valid YAML: {why}"
-        raise ConfigError(f"{path}: {fault}") from e
+        raise ConfigError(f"{path}: {e if isinstance(e, ConfigError) else _broken(e)}") from e
     if bounded(sections) > NODES:
-        raise ConfigError(f"{path}: has more than {NODES:,} values, or repeats itself (with & and *) without end")
+        raise ConfigError(f"{path}: has more than {NODES:,} values, or a value that contains itself (& and *). Remove some")
     return sections
 
 
+def _broken(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "not valid YAML (nested too deeply). Use fewer levels"
+    mark = getattr(error, "problem_mark", None)
+    place = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    why = getattr(error, "problem", None) or error
+    return f"not valid YAML{place} ({brief(' '.join(str(why).split()))}). Correct it, or quote the value"
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a YAML file that holds a mapping; ConfigError if it holds anything else."""
+    """Reads a YAML file that contains one mapping; ConfigError for any other content."""
     sections = documents(path)
     if len(sections) > 1:
         raise ConfigError(f"{path}: contains {len(sections)} documents. Remove everything from the second `---`")
     if not sections:
-        raise ConfigError(f"{path}: is empty. Write a mapping of keys to values")
+        raise ConfigError(f"{path}: is empty. {LINES}")
     if not isinstance(sections[0], dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(sections[0]).__name__}")
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {_shown(sections[0])}. {LINES}")
     return sections[0]
 
 
 def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
-    """Counts the values of a tree, up to a little more than NODES; one that holds itself, or is nested too deep, has more."""
+    """Counts the values of a tree, at most a few more than NODES. A tree that contains itself or is too deep has NODES + 1."""
     if not isinstance(tree, dict | list):
         return 1
     if id(tree) in seen or len(seen) > 100:
@@ -180,22 +190,25 @@ def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
 
 
 def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """Applies every `key.path=value` to a copy of `raw` (values are YAML; list items by index). `model`: replaces old names."""
+    """Applies each `key.path=value` to a copy of `raw`. Values are YAML; list items are named by index.
+
+    `model`: its old names in the paths are replaced.
+    """
     raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
         if not mark or not path:
-            raise ConfigError(f"--set {setting!r}: expected key.path=value")
+            raise ConfigError(f"--set {setting!r}: expected KEY=VALUE. Write, for example, --set train.steps=100")
         if model and (new := renamed_path(model, path)) != path:
             _say_renamed("--set", path, new)
             path = new
         try:
             value = yaml.safe_load(text)
         except BROKEN as e:
-            raise ConfigError(f"--set {setting!r}: the value is not valid YAML") from e
+            raise ConfigError(f"--set {setting!r}: the value isn't valid YAML. Close its brackets, or quote it") from e
         *parents, last = path.split(".")
         target: Any = raw
-        for key in parents:
+        for depth, key in enumerate(parents, 1):
             if isinstance(target, list):
                 target = target[_index(setting, key, target)]
             else:
@@ -203,7 +216,8 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
                     target[key] = {}
                 target = target[key]
             if not isinstance(target, dict | list):
-                raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a mapping of keys")
+                whole = ".".join(parents[:depth])
+                raise ConfigError(f"--set {setting!r}: {key!r} is a value, not a mapping of keys. Write {whole}=VALUE")
         if isinstance(target, list):
             target[_index(setting, last, target)] = value
         else:
@@ -212,7 +226,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
 
 
 def _copied(tree: Any) -> Any:
-    """Copies a tree, with a copy of its own wherever it names one part twice (with & and *), so that a change is of one place."""
+    """Copies a tree. A part that YAML repeats (with & and *) is copied at each place, so a setting changes only one."""
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
@@ -220,16 +234,19 @@ def _copied(tree: Any) -> Any:
 
 def _index(setting: str, key: str, items: list[object]) -> int:
     if not key.isdecimal() or int(key) >= len(items):
-        raise ConfigError(f"--set {setting!r}: {key!r} isn't an index into a list of {len(items)}")
+        fix = f"Use {'0' if len(items) == 1 else f'0 to {len(items) - 1}'}" if items else "Set the whole list"
+        raise ConfigError(f"--set {setting!r}: {key!r} isn't an index into a list of {plural(len(items), 'item')}. {fix}")
     return int(key)
 
 
 def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
-    """Finds the model whose field the path's last part names, following nested models, lists, dictionaries and unions; and the
-    path as the file has it, without the tags of union members that pydantic puts between."""
+    """Finds the model that has the path's last part as a field, and the path as the file has it.
+
+    Follows nested models, lists, dictionaries, and unions. The file's path lacks the tags that pydantic inserts for unions.
+    """
     current: object = model
     owner, shown = None, list[int | str]()
-    named = False  # the next part is a key of a dictionary
+    named = False  # whether the next part is a key of a dictionary
     for part in path:
         if isinstance(current, dict):
             current = current.get(part)
@@ -245,7 +262,7 @@ def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Base
 
 
 def _inner(annotation: object) -> Any:
-    """Finds the model in an annotation; of a union with tags, all models by tag."""
+    """Finds the model in an annotation. A tagged union gives all its models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
             m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
@@ -257,43 +274,32 @@ def _inner(annotation: object) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
-    """Explains each fault in one line: the key's path (below the key `within`), what is wrong, and the nearest valid choice."""
+    """Explains each fault in one line: the key's path (below the key `within`), the problem, and the fix."""
     lines, advice = [], getattr(model, "synonyms", {})
     for fault in error.errors():
         owner, path = walk(model, fault["loc"])
+        name = str(path[-1]) if path else ""
         key = brief(".".join(str(p) for p in ((within, *path) if within else path)))
         if fault["type"] == "extra_forbidden":
-            known = [field.alias or name for name, field in owner.model_fields.items()] if owner else []
-            own = advice.get(str(path[-1]).lower().replace("-", "_"), "")
-            own = "" if own == f"Use {key}" else own
-            lines.append(f"{key}: unknown key{f'. {own}' if own else nearest(str(path[-1]), known)}")
+            known = [field.alias or known for known, field in owner.model_fields.items()] if owner else []
+            own = advice.get(name.lower().replace("-", "_"), f"Use {key}")
+            fix = f". {own}" if own != f"Use {key}" else nearest(name, known) or ". Remove it"
+            lines.append(f"{key}: unknown key{fix}")
         elif fault["type"] == "missing":
-            lines.append(advice.get(f"{key}?") or absent(key, _example(owner, str(path[-1]))))
-        elif fault["type"] == "union_tag_invalid":  # the name that says which keys there are
-            names = list(_inner(owner.model_fields[str(path[-1])].annotation)) if owner else []
-            lines.append(f"{key}.name: {_shown(fault['input']['name'])} is not a choice{nearest(fault['ctx']['tag'], names)}")
+            lines.append(advice.get(f"{key}?") or absent(key, _example(owner, name)))
+        elif fault["type"] == "union_tag_invalid":  # the field `name` chooses the model
+            names = list(_inner(owner.model_fields[name].annotation)) if owner else []
+            lines.append(f"{key}.name: {_shown(fault['input']['name'])} isn't a choice{nearest(fault['ctx']['tag'], names)}")
         elif fault["type"] == "literal_error":
-            choices = _literals(owner.model_fields[str(path[-1])].annotation) if owner else []
+            choices = _literals(owner.model_fields[name].annotation) if owner else []
             same = [c for c in choices if str(c) == str(fault["input"])]  # '2' where 2 is meant
-            near = f"; did you mean {same[0]!r}?" if same else nearest(str(fault["input"]), [str(c) for c in choices])
-            lines.append(f"{key}: {_shown(fault['input'])} is not a choice{near}")
+            near = f". Did you mean {same[0]!r}?" if same else nearest(str(fault["input"]), [str(c) for c in choices])
+            lines.append(f"{key}: {_shown(fault['input'])} isn't a choice{near}")
         else:
-            message, value = fault["msg"], _shown(fault["input"])
-            if wanted := WANTED.get(fault["type"]):
-                example = _example(owner, str(path[-1])) if path else UNKNOWN
-                fix = f". Write {key}: {example}" if example != UNKNOWN else ""
-                need = f"expected {wanted}, got {value}{fix}"
-            elif message.startswith("Input should be "):
-                need = f"{value} {message.removeprefix('Input ')}"
-            else:
-                need = message.removeprefix("Value error, ") if fault["type"] == "value_error" else f"{value}: {message}"
-            lines.append(f"{key}: {need}" if key else need)
+            value, limits = _shown(fault["input"]), fault.get("ctx", {})
+            problem = value_problem(fault["type"], fault["msg"], value, limits, key, _example(owner, name))
+            lines.append(f"{key}: {problem}" if key else problem)
     return lines
-
-
-def absent(key: str, example: str = UNKNOWN) -> str:
-    """Writes that a key is missing, and how to write it."""
-    return f"{key}: required key missing. Write {key}: {example}"
 
 
 def _example(owner: type[BaseModel] | None, key: str) -> str:
@@ -326,7 +332,7 @@ def _literals(annotation: object) -> list[object]:
 
 
 def require_whole(model: type, key: str) -> None:
-    """Raises ConfigError that names the key if a class, such as a user's, lacks methods that its base requires."""
+    """Checks that a class, such as a user's, has all methods that its base requires; else ConfigError that names the key."""
     if missing := sorted(getattr(model, "__abstractmethods__", ())):
         raise ConfigError(
             f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what its base requires"
@@ -334,7 +340,7 @@ def require_whole(model: type, key: str) -> None:
 
 
 def validate(model: type[M], raw: object, where: str, context: object = None) -> M:
-    """Validates plain data as the model; one ConfigError with every fault, each on its own line after `where`."""
+    """Validates plain data as the model. One ConfigError lists all faults after `where`, one per line."""
     require_whole(model, where)
     try:
         return model.model_validate(raw, context=context)
@@ -342,20 +348,15 @@ def validate(model: type[M], raw: object, where: str, context: object = None) ->
         raise ConfigError(listed(where, explain(e, model))) from e
 
 
-def listed(where: str, lines: list[str]) -> str:
-    """Writes faults as one message: in the line of `where`, or below it if there are several."""
-    return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])
-
-
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads a file of a kind (`KIND_KEYS`), with settings applied, and validates it; ConfigError if it is clearly of another."""
+    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied; ConfigError for a file of another kind."""
     return validate(model, read(model, kind, path, settings), str(path))
 
 
 def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind in the keys of its model, with settings applied; ConfigError if it is clearly of another kind.
+    """Reads a file of a kind, with settings applied and old names of keys replaced; ConfigError for a file of another kind.
 
-    Old names of keys are replaced, and a line in the log names each, once for a file.
+    Logs each old name once per file.
     """
     raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
@@ -370,9 +371,8 @@ def _say_renamed(where: str, old: str, new: str) -> None:
     log.warning("%s: %s is now %s", where, old, new)
 
 
-# A file is of a kind if it has one of the keys that only this kind has. One for another command gets an error that names that.
-
-KIND_KEYS = {  # in this order: a sweep may be written with keys of a job
+# The keys that only files of one kind have: a file with one of them is of that kind.
+KIND_KEYS = {  # in this order, because a sweep may have keys of a job
     "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
     "pipeline": ("pipeline",),
     "sweep": ("space", "searcher", "scheduler"),
@@ -390,13 +390,13 @@ KIND_COMMANDS = {
 
 
 def kind_of(raw: object) -> str | None:
-    """Detects the kind of a file's content; None if its keys do not show it."""
+    """Detects the kind of a file by its keys; None if they fit no kind."""
     keys = set(raw) if isinstance(raw, dict) else set()
     return next((kind for kind, own in KIND_KEYS.items() if keys & set(own)), None)
 
 
 def require_kind(wanted: str, path: Path, raw: object) -> None:
-    """Raises ConfigError if the file is clearly of another kind than `wanted`; it names the command that takes it."""
+    """Raises ConfigError if a file has the keys of another kind than `wanted`; it names that kind's command."""
     other = kind_of(raw)
     if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)

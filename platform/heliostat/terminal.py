@@ -17,8 +17,10 @@ def duration(seconds: float) -> str:
 
 
 def fit(parts: list[tuple[int, str]], width: int, gap: str = "  ") -> str:
-    """Joins texts to one line of at most `width` characters. Texts with the highest rank number are left out first, and the
-    rest keep their order. If only the first text remains, it is truncated."""
+    """Joins texts to one line of at most `width` characters. `parts`: pairs of a rank and a text.
+
+    If the line is too long, texts with the highest rank are omitted first; the first text always stays, and is cut if needed.
+    """
     kept = [(rank, text) for rank, text in parts if text]
     while len(kept) > 1 and len(gap.join(text for _, text in kept)) > width:
         kept.remove(max(kept[1:], key=lambda one: one[0]))

@@ -1,13 +1,32 @@
-"""Makes untrusted text safe for a terminal: file names, samples, captions, messages of a library or a server."""
+"""Writes text for messages: escapes untrusted text for a terminal, suggests near names, and explains wrong values."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from typing import Any
 
-# C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides and isolates of direction
+# C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides, isolates of direction
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 300
+UNKNOWN = "..."  # stands for a value whose kind isn't known
+MAPPING = ("a mapping", "{KEY: VALUE}")
+WANTED = {  # by pydantic's type of an error: the expected value in words of YAML, and an example of it
+    "dict_type": MAPPING, "model_type": MAPPING, "model_attributes_type": MAPPING, "list_type": ("a list", "[VALUE, ...]"),
+    "int_type": ("an integer", "INTEGER"), "float_type": ("a number", "NUMBER"), "bool_type": ("true or false", "true|false"),
+    "string_type": ("text", "TEXT"),
+}  # fmt: skip
+LIMITS = {  # by pydantic's type of an error: the problem and the fix, with the limits of its context
+    "greater_than": "is too small. Use a number above {gt}", "greater_than_equal": "is too small. Use {ge} or more",
+    "less_than": "is too large. Use a number below {lt}", "less_than_equal": "is too large. Use {le} or less",
+    "finite_number": "isn't finite. Use a finite number",
+    "too_short": "is too short. Write {min_length} or more items", "too_long": "is too long. Write {max_length} or fewer items",
+    "string_too_short": "is too short. Write {min_length} or more characters",
+    "string_too_long": "is too long. Write {max_length} or fewer characters",
+    "byte_size": "isn't a size. Write bytes, such as 512MiB", "byte_size_unit": "isn't a size. Write bytes, such as 512MiB",
+}  # fmt: skip
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+NAME_FAULT = "isn't a valid name. Use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
 
 
 def printable(text: str, lines: bool = False) -> str:
@@ -28,8 +47,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
-    """Cuts a text to its first line, printable, with at most `longest` characters: the part of a library's message for an
-    error."""
+    """Cuts a text, such as a library's message, to its first line, with at most `longest` printable characters."""
     said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
     line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])
@@ -37,11 +55,40 @@ def brief(text: object, longest: int = LONGEST) -> str:
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """Suggests the nearest choice as `; did you mean 'x'?`.
+    """Suggests the nearest choice as `. Did you mean 'x'?`.
 
-    Lists all choices if none is near, and returns nothing if there are none, or more than 30.
+    If no choice is near, lists all, up to 30; returns "" for more, and for none.
     """
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; valid: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""
+        return f". Did you mean {close[0]!r}?"
+    return f". Use one of: {', '.join(sorted(choices))}" if 0 < len(choices) <= 30 else ""
+
+
+def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], key: str, example: str = UNKNOWN) -> str:
+    """Explains what is wrong with a value, and what to write instead.
+
+    `kind`, `message`, `limits`: pydantic's type, message, and context of the error; `example`: a value of the key.
+    """
+    if kind == "value_error":
+        return message.removeprefix("Value error, ")
+    if kind in LIMITS:
+        return f"{value} {LIMITS[kind].format(**limits)}"
+    if kind == "string_pattern_mismatch":
+        pattern = limits["pattern"]
+        return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct it'}"
+    wanted, usual = WANTED.get(kind, ("", UNKNOWN))
+    example = usual if example == UNKNOWN else example
+    problem = f"expected {wanted}, got {value}" if wanted else f"{message.removeprefix('Input ')} ({value})"
+    fix = f". Write {key}: {example}" if key and example != UNKNOWN else "" if wanted else ". Correct it"
+    return f"{problem}{fix}"
+
+
+def absent(key: str, example: str = UNKNOWN) -> str:
+    """Writes the message for a missing key, with an example of its value."""
+    return f"{key}: required key missing. Write {key}: {example}"
+
+
+def listed(where: str, lines: list[str]) -> str:
+    """Joins faults to one message: one fault follows `where` in its line; several are in lines below it."""
+    return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])

@@ -202,9 +202,9 @@ WRONG = {  # what the task file has, the suite, and what is said
     "missing data": ({"dataset_kwargs": {"data_files": "gone.jsonl"}}, {}, "t.yaml: data_files: .*gone.jsonl: no such file"),
     "missing split": ({"test_split": "tset"}, {}, "t.yaml: can't build the task: .*tset"),
     "missing column": ({"doc_to_text": "{{contxt}}"}, {}, "t.yaml: can't build the task: .*contxt"),
-    "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key; did you mean 'doc_to_text'"),
-    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice; did you mean"),
-    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter; did you mean"),
+    "unknown key": ({"doc_to_txt": "x"}, {}, "t.yaml: doc_to_txt: unknown key. Did you mean 'doc_to_text'"),
+    "unknown kind": ({"output_type": "multiple_choices"}, {}, "output_type: 'multiple_choices' isn't a choice. Did you mean"),
+    "unknown filter": ({"filter_list": FILTER}, {}, "'take_frist' isn't a filter. Did you mean"),
     "code of a library": (
         {"generation_kwargs": {"custom_generate": "x/y"}},
         {},
@@ -320,7 +320,7 @@ def test_checkpoints_are_scored_as_they_appear_and_those_that_retention_removes_
         made = summary(first)
         assert scored == [10, 30] == [one["step"] for one in made["steps"]]
         assert made["removed"] == dict.fromkeys(("20", "25"), "retention removed its checkpoint before it was scored")
-        assert list(made["torn"]) == ["40"] and made["failed"] == {}
+        assert list(made["incomplete"]) == ["40"] and made["failed"] == {}
         curve = client.get_metric_history(run_id, "bench/held_out_choice")
         assert [(point.step, point.value) for point in curve] == [
             (s, made["steps"][0]["scores"]["held_out_choice"]) for s in (10, 30)

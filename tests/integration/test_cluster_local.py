@@ -219,7 +219,7 @@ def test_a_sweep_runs_on_the_cluster_and_is_found_again(work) -> None:
     (work.folder / "rates.yaml").write_text(yaml.safe_dump(sweep))
     wrong = "space={train.optimizer.rl: {grid: [1]}}"
     refused = work.heliostat("sweep", "run", "rates.yaml", "-c", "cluster.yaml", "--set", wrong, code=2)
-    assert "train.optimizer.rl: unknown key; valid: betas, eps, lr" in refused
+    assert "train.optimizer.rl: unknown key. Use one of: betas, eps, lr" in refused
     sent = work.json("sweep", "run", "rates.yaml", "-c", "cluster.yaml")
     folder = Location(sent["run_folder"])
     until(lambda: [r.status for r in trial_record.read(folder)][:1] == ["running"], "trial", LONG_S,
@@ -335,7 +335,7 @@ def test_an_endpoint_whose_command_was_killed_is_stopped_by_another(work, tmp_pa
         served.wait(60)
     assert requests.get(f"http://127.0.0.1:{port}/health", timeout=60).status_code == 200
     assert requests.get(f"http://127.0.0.1:{port}/-/routes", timeout=60).status_code == 404
-    for said in ("the endpoint is ended", "there is no endpoint on this cluster"):
+    for said in ("stopped the endpoint", "no endpoint on this cluster"):
         assert work.run(log, *stop) == 0 and log.read_text().rstrip().endswith(said), log.read_text()
     with pytest.raises(requests.ConnectionError):
         requests.get(f"http://127.0.0.1:{port}/health", timeout=60)

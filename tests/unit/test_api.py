@@ -149,7 +149,7 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
     ("call", "line"),
     [
         (lambda: heliostat.load_job("nowhere.yaml"), r"nowhere\.yaml: no such file"),
-        (lambda: heliostat.load_job(raw(**{"train.stepz": 1})), r"job: train\.stepz: unknown key; did you mean 'steps'\?"),
+        (lambda: heliostat.load_job(raw(**{"train.stepz": 1})), r"job: train\.stepz: unknown key. Did you mean 'steps'\?"),
         (
             lambda: checks.check_job(heliostat.load_job(raw(recipe="heliostat.recipes:Nothing"))),
             r"recipe: heliostat\.recipes has no 'Nothing'",
@@ -164,11 +164,11 @@ def test_overrides_are_keys_and_values_or_what_set_takes(tmp_path):
             lambda: heliostat.datasets(
                 {"sources": [{"path": "d"}], "virtual_ranks": 3}, steps=1, global_batch_size=8, folder="f"
             ),
-            r"heliostat\.datasets: data\.virtual_ranks: 3 doesn't divide train\.global_batch_size 8, .* Nearest: 2",
+            r"heliostat\.datasets: data\.virtual_ranks: 3 doesn't divide train\.global_batch_size 8, .* Use 2",
         ),
         (
             lambda: heliostat.datasets({"sources": [{"path": "d"}], "virtual_rank": 3}, steps=1, global_batch_size=8, folder="f"),
-            r"heliostat\.datasets: data\.virtual_rank: unknown key; did you mean 'virtual_ranks'\?",
+            r"heliostat\.datasets: data\.virtual_rank: unknown key. Did you mean 'virtual_ranks'\?",
         ),
         (
             lambda: heliostat.datasets(heliostat.load_job(raw()), steps=1, folder="f"),

@@ -237,7 +237,7 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"temperature": -1}, "options: temperature: -1 should be greater than or equal to 0"),
+        ({"temperature": -1}, "options: temperature: -1 is too small. Use 0 or more"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 32}, "max_tokens: 32 leaves no room for a prompt: prompt and answer have at most 32 tokens"),
     ],

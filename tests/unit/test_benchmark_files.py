@@ -34,13 +34,13 @@ def test_a_suite_names_its_tasks_alone_or_with_what_it_sets(tmp_path):
     [
         ({"tasks": []}, "tasks"),
         ({"tasks": ["a", "a"]}, "'a' is listed twice"),
-        ({"tasks": [{"task": "a", "few": 1}]}, r"tasks\.0\.few: unknown key; did you mean 'fewshot'"),
+        ({"tasks": [{"task": "a", "few": 1}]}, r"tasks\.0\.few: unknown key. Did you mean 'fewshot'"),
         ({"tasks": ["../a"]}, r"tasks\.0"),
-        ({"exampels": 3}, "exampels: unknown key; did you mean 'examples'"),
-        ({"dtype": "bf15"}, "did you mean 'bf16'"),
-        ({"examples": 0}, "examples: 0 should be greater than 0"),
+        ({"exampels": 3}, "exampels: unknown key. Did you mean 'examples'"),
+        ({"dtype": "bf15"}, "Did you mean 'bf16'"),
+        ({"examples": 0}, "examples: 0 is too small. Use a number above 0"),
         ({"name": None}, "name: required key missing. Write name: TEXT"),
-        ({"contamination": {"n": 1}}, r"contamination\.n: 1 should be"),
+        ({"contamination": {"n": 1}}, r"contamination\.n: 1 is too small"),
         ({"recipe": "x", "tasks": None}, r"suite\.yaml: is a job, not a suite\. Use `heliostat train .*suite\.yaml`$"),
     ],
 )

@@ -20,7 +20,7 @@ def test_a_checkpoint_that_came_and_went_between_two_looks_is_counted(tmp_path):
     followed = Followed(run, suite, lambda step, _: told.append(step), every=100)
     followed.follow(poll_s=0.01)
     made = summary(followed)
-    assert list(made["removed"]) == ["100", "200", "300"] and list(made["torn"]) == ["400", "500"] and not told
+    assert list(made["removed"]) == ["100", "200", "300"] and list(made["incomplete"]) == ["400", "500"] and not told
     assert shown.missed(made) == [
         "3 steps, from 100 to 300: not scored: retention removed its checkpoint before it was scored",
         "2 steps, from 400 to 500: not scored: its checkpoint is incomplete, and its writer is gone",

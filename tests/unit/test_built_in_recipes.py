@@ -45,4 +45,4 @@ def test_an_unknown_module_shows_each_name_of_today_once(field, package, tmp_pat
     for path in ("zzz.qqq:X", "qqq"):
         with pytest.raises(ConfigError) as raised:
             workspace.import_path(field, path)
-        assert str(raised.value).partition("; valid: ")[2].split(", ") == sorted(names)
+        assert str(raised.value).partition(". Use one of: ")[2].split(", ") == sorted(names)

@@ -57,7 +57,7 @@ def refusal(model: dict, length: int = 64) -> str:
 def test_an_unknown_architecture_suggests_the_nearest(arch, near):
     """The error has the given value and a suggestion."""
     assert refusal({**LLAMA, "arch": arch}) == (
-        f"model.arch: {arch!r} isn't a causal language model of transformers; did you mean {near}?"
+        f"model.arch: {arch!r} isn't a causal language model of transformers. Did you mean {near}?"
     )
 
 
@@ -77,7 +77,7 @@ def test_what_is_no_architecture_is_one_line(arch):
 )
 def test_an_unknown_model_key_suggests_the_nearest(arch, key, near):
     """transformers would silently keep it as an attribute and train another model."""
-    assert refusal({**SHAPES[arch], key: 1}) == f"model.{key}: unknown key for arch {arch!r}; did you mean {near}?"
+    assert refusal({**SHAPES[arch], key: 1}) == f"model.{key}: unknown key for arch {arch!r}. Did you mean {near}?"
 
 
 @pytest.mark.parametrize("arch", sorted(SHAPES))
@@ -267,7 +267,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
 
 
 @pytest.mark.parametrize(("key", "value", "says"), [
-    ("hidden_act", "siluu", "model.hidden_act: 'siluu' isn't an activation; did you mean 'silu'?"),
+    ("hidden_act", "siluu", "model.hidden_act: 'siluu' isn't an activation. Did you mean 'silu'?"),
     ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
 ])  # fmt: skip
 def test_values_that_only_building_would_find_are_found_before(key, value, says):

@@ -110,7 +110,7 @@ def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ("kill-wroker", r"unknown fault \(kill-wroker\); did you mean 'kill-worker'"),
+        ("kill-wroker", r"unknown fault \(kill-wroker\). Did you mean 'kill-worker'"),
         ("sigterm,hang,hang", r"^--faults: a fault is listed twice \(hang\)\. List each fault once"),
         ("", r"^--faults: the list is empty\. Use kill-worker, "),
     ],

@@ -185,7 +185,7 @@ def test_a_mistyped_name_of_a_cluster_is_no_address(monkeypatch):
     for name in ("locel", "my-cluster", "host.example.com", "a/b:80"):
         with pytest.raises(ConfigError, match=r"^--cluster: .* isn't a running local cluster"), reach.endpoint(name):
             pass
-    with pytest.raises(ConfigError, match="did you mean 'local'"), reach.endpoint("locel"):
+    with pytest.raises(ConfigError, match="Did you mean 'local'"), reach.endpoint("locel"):
         pass
 
 

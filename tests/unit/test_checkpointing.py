@@ -95,7 +95,7 @@ def test_what_cannot_hold_it_is_refused_by_name():
     ]
     for wrong in (0, "some", 1.5):
         assert faults(**{WHICH: wrong}) == [
-            f"{WHICH}: expected true, false, selective, or a number of layers (1 or more), got {wrong!r}"
+            f"{WHICH}: {wrong!r} isn't a choice. Use true, false, selective, or a number of layers (1 or more)"
         ]
     for changes, said in (
         ({WHICH: 2}, "checkpoints all layers or none"),

@@ -19,7 +19,7 @@ RUNNER = "import sys; from tests.unit.forked import command; sys.exit(command(sy
 
 
 BAD = {
-    "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key; did you mean 'steps'?"),
+    "unknown key": ({"train.stpes": 1}, "train.stpes: unknown key. Did you mean 'steps'?"),
     "wrong type": ({"train.steps": "many"}, "train.steps: expected an integer, got 'many'. Write train.steps: INTEGER"),
     "batch": (
         {"train.global_batch_size": 9},
@@ -46,9 +46,9 @@ def test_a_file_that_is_not_there_suggests_the_one_that_is(tmp_path):
     """This is the most common mistake. A setting that can't be applied is bad input, too."""
     write(tmp_path)
     code, _, lines, _ = run("check", str(tmp_path / "jop.yaml"))
-    assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file; did you mean 'job.yaml'?"]
+    assert code == 2 and lines == [f"error: {tmp_path / 'jop.yaml'}: no such file. Did you mean 'job.yaml'?"]
     code, _, lines, _ = run("check", str(tmp_path / "job.yaml"), "--set", "train.steps")
-    assert code == 2 and lines == ["error: --set 'train.steps': expected key.path=value"]
+    assert code == 2 and lines == ["error: --set 'train.steps': expected KEY=VALUE. Write, for example, --set train.steps=100"]
 
 
 def test_a_dataset_that_is_not_there_is_exit_code_2(tmp_path):

@@ -8,12 +8,12 @@ from tests.unit.build_job import ROOT
 from tests.unit.test_cluster_files import broken, needs_crds
 
 KUBE_FAULTS = {
-    "unknown key": (("replicas: 0", "replcas: 0"), "spec.workerGroupSpecs.0.replcas: unknown key; did you mean 'replicas'?"),
+    "unknown key": (("replicas: 0", "replcas: 0"), "spec.workerGroupSpecs.0.replcas: unknown key. Did you mean 'replicas'?"),
     "wrong type": (
         ("maxReplicas: 8", "maxReplicas: many"),
         'spec.workerGroupSpecs.0.maxReplicas: expected integer, got "many"',
     ),
-    "not a choice": (("mode: token", "mode: tokn"), 'spec.authOptions.mode: "tokn" isn\'t a choice; did you mean'),
+    "not a choice": (("mode: token", "mode: tokn"), 'spec.authOptions.mode: "tokn" isn\'t a choice. Did you mean'),
     "sizes": (("minReplicas: 0", "minReplicas: 9"), "pool gpu: minimum of 9 nodes is above the maximum of 8"),
     "secret": (
         (
@@ -83,12 +83,12 @@ def test_a_submitter_needs_no_policy_of_its_own_and_one_that_the_head_does_not_k
 
 
 LAUNCHER_FAULTS = {
-    "unknown key": (("max_workers: 24", "max_wrokers: 24"), "max_wrokers: unknown key; did you mean 'max_workers'?"),
+    "unknown key": (("max_workers: 24", "max_wrokers: 24"), "max_wrokers: unknown key. Did you mean 'max_workers'?"),
     "unknown key below": (
         ("    resources: {CPU: 64}", "    resorces: {CPU: 64}"),
         "available_node_types.data.resorces: unknown key",
     ),
-    "head": (("head_node_type: head", "head_node_type: haed"), "head_node_type: 'haed' isn't a node type; did you mean 'head'?"),
+    "head": (("head_node_type: head", "head_node_type: haed"), "head_node_type: 'haed' isn't a node type. Did you mean 'head'?"),
     "sizes": (("min_workers: 0 ", "min_workers: 30 "), "pool gpu: minimum of 30 nodes is above the maximum of 8"),
     "no CPU": (("{CPU: 192, GPU: 8}", "{GPU: 8}"), "pool gpu: 8 GPUs and no CPU"),
     "secret": (("  - ray stop\n", "  - export AWS_SECRET_ACCESS_KEY=abcdefghij0123456789\n"), "contains a secret's value"),

@@ -237,10 +237,10 @@ def test_two_digits(value, text):
 
 
 @pytest.mark.parametrize(("raw", "message"), [
-    ({"stage": "minhsh"}, "'minhsh' isn't a stage; did you mean 'minhash'"),
+    ({"stage": "minhsh"}, "'minhsh' isn't a stage. Did you mean 'minhash'"),
     ({"min_words": 3}, "stage: required key missing. Write stage: NAME"),
     (3, "Write {stage: NAME, KEY: VALUE}"),
-    ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key; did you mean 'min_words'"),
+    ({"stage": "longer", "min_word": 3}, "longer: min_word: unknown key. Did you mean 'min_words'"),
     ({"stage": "longer", "min_words": "x"}, "longer: min_words: expected an integer, got 'x'. Write min_words: INTEGER"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_stage_is_said(raw, message):

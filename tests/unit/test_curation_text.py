@@ -240,11 +240,11 @@ def test_few_public_addresses_look_like_versions():
 @pytest.mark.parametrize(
     ("region", "hint"),
     [
-        ("us", "did you mean 'US'"),
-        ("UK", "did you mean 'GB'"),
-        ("USA", "did you mean 'US'"),
-        ("", "leave it out"),
-        ("XX", "leave it out"),
+        ("us", "Did you mean 'US'"),
+        ("UK", "Did you mean 'GB'"),
+        ("USA", "Did you mean 'US'"),
+        ("", "Leave it out"),
+        ("XX", "Leave it out"),
     ],
 )
 def test_a_region_that_has_no_phone_numbers_is_refused(region, hint):

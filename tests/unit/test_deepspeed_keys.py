@@ -25,7 +25,7 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
     """The error has one line with the key and its replacement."""
     changes = {"train.precision": "fp16", "workers.gpus": 1} if key.startswith("fp16") else {}
     changes |= {"train.zero.stage": 3, "train.zero.offload.param": "cpu", "train.zero.offload.optimizer": "cpu"}
-    assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: not supported here: {INSTEAD[key]}"]
+    assert faults(nested(key, 2), **changes) == [f"train.deepspeed.{key}: not supported. {INSTEAD[key]}"]
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_a_key_that_would_be_a_second_word_on_the_job_is_refused_with_the_key_th
     [
         ({"sequence_paralel_size": 2}, "train.deepspeed.sequence_paralel_size: unknown key"),
         ({"zero_optimization": {"reduce_bucket": 5}},
-         "train.deepspeed.zero_optimization.reduce_bucket: unknown key; did you mean 'reduce_bucket_size'?"),
+         "train.deepspeed.zero_optimization.reduce_bucket: unknown key. Did you mean 'reduce_bucket_size'?"),
         ({"zero_optimization": {"reduce_bucket_size": 0}},
-         "train.deepspeed.zero_optimization.reduce_bucket_size: 0 should be greater than 0"),
+         "train.deepspeed.zero_optimization.reduce_bucket_size: 0 is too small. Use a number above 0"),
         ({"zero_optimization": {"overlap_comm": "yes"}},
          "train.deepspeed.zero_optimization.overlap_comm: expected true or false, got 'yes'"),
         ({"zero_optimization": 3}, "train.deepspeed.zero_optimization: expected a mapping, got 3"),
@@ -55,10 +55,8 @@ def test_the_check_refuses_them_before_anything_starts():
     with pytest.raises(ConfigError) as e:
         check.check_job(job(**{"train.deepspeed": {"gradient_accumulation_steps": 1, "tensor_parallel": {"autotp_size": 2}}}))
     first, second = str(e.value).splitlines()
-    assert first.startswith(
-        "train.deepspeed.gradient_accumulation_steps: not supported here: follows from train.global_batch_size"
-    )
-    assert second.strip().startswith("train.deepspeed.tensor_parallel: not supported here: use train.parallel.tensor")
+    assert first.startswith("train.deepspeed.gradient_accumulation_steps: not supported. It follows from train.global_batch_size")
+    assert second.strip().startswith("train.deepspeed.tensor_parallel: not supported. Use train.parallel.tensor")
 
 
 def test_what_is_allowed_reaches_deepspeed_as_given():

@@ -115,7 +115,7 @@ def test_f1_is_of_all_samples_together():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model.hiden_size": 3}, r"model\.hiden_size: unknown key of BertConfig; did you mean 'hidden_size'"),
+        ({"model.hiden_size": 3}, r"model\.hiden_size: unknown key of BertConfig. Did you mean 'hidden_size'"),
         ({"model.hidden_size": 33}, r"model\.num_attention_heads: 2 doesn't divide hidden_size 33"),
         ({"model.hidden_size": "x"}, r"^model: "),
         ({"model": {"pretrained": "nowhere"}}, r"model\.pretrained: 'nowhere' isn't a model folder"),

@@ -3,6 +3,7 @@ with a fix."""
 
 import logging
 import os
+import socket
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -163,7 +164,7 @@ def test_a_cache_without_a_list_is_used_with_a_warning_and_not_if_a_download_was
     assert {f.path for f in files.listing("k", name)} == {*ABOUT, "model.safetensors"}
     assert f"{name}: the cache has no list of the Hub's files. Using the 4 files that it has" in caplog.text
     (repository / "blobs" / "abc.incomplete").write_bytes(b"half")
-    with pytest.raises(ConfigError, match="lacks the files, or some of them, of org/m, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConfigError, match=r"lacks the files, or some of them, of org/m \(HF_HUB_OFFLINE is set\)"):
         files.listing("k", name)
 
 
@@ -188,12 +189,12 @@ def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, mo
     [
         (
             "absent",
-            "no folder 'org/absent' here; no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
+            "no folder 'org/absent' here, and no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
         ),
         ("m@v9", "org/m has no revision 'v9' (404). Name a branch, a tag, or a commit"),
         ("gated", "org/gated: the Hub denies access (401). Accept the terms at"),
         ("pickled", "org/pickled has no safetensors (pytorch_model.bin is a pickle, which can run code). Convert it at https://"),
-        ("limited", "the Hub limits requests (429) (waited 0 s). Wait some minutes, or log in for a higher limit: hf auth login"),
+        ("limited", "here, and the Hub limits requests (429). Wait some minutes, or log in for a higher limit: hf auth login"),
         ("failing", "the Hub fails (503)"),
     ],
 )
@@ -205,6 +206,29 @@ def test_each_refusal_is_one_line_that_says_what_to_do(hub, what, says):
     hub.limited, hub.failing = 9 * (what == "limited"), 9 * (what == "failing")
     message = refusal(f"org/{what}", weights=False)
     assert message.startswith("model.pretrained: ") and says in message
+
+
+def test_a_missing_path_whose_parent_is_here_is_an_error_without_a_wait(hub, tmp_path, monkeypatch, caplog):
+    """`org/absent` may be a path or a name of the Hub: the line names both, and nothing is tried again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "5")
+    (tmp_path / "org").mkdir()
+    hub.failing = 99
+    message = refusal("org/absent")
+    assert message.startswith("model.pretrained: no folder 'org/absent' here, and the Hub fails (503). Correct the path. ")
+    assert message.endswith("hf download org/absent") and "retrying" not in caplog.text
+
+
+def test_a_missing_path_without_a_network_is_an_error_without_a_wait(hub, monkeypatch, caplog):
+    monkeypatch.setenv("HELIOSTAT_RETRY_BUDGET_S", "5")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # and doesn't listen
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        message = refusal("org/absent")
+    assert message.startswith(f"model.pretrained: no folder 'org/absent' here, and no answer from {url} (")
+    assert ". Correct the path. For a model of the Hub, run on a machine with a network" in message
+    assert "retrying" not in caplog.text
 
 
 def test_a_token_opens_a_private_model_and_is_neither_logged_nor_sent_elsewhere(hub, monkeypatch, caplog):

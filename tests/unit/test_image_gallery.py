@@ -163,10 +163,12 @@ def test_options_of_the_other_kind_of_model_are_refused_by_name(dataset, tmp_pat
     exported.write(tmp_path, made, {"run_id": "f" * 32, "step": 1, "data_digest": "d"})
     assert exported.read(tmp_path).recipe is TextToImage
     with pytest.raises(
-        ConfigError, match="generate: temperature: unknown key; valid: grid, guidance, height, sampler, steps, width"
+        ConfigError, match=r"generate: temperature: unknown key\. Use one of: grid, guidance, height, sampler, steps, width"
     ):
         ImageGenerator(tmp_path, {"temperature": 0.5})
-    with pytest.raises(ConfigError, match="generate: guidance: unknown key; valid: max_tokens, suffix, temperature, top_p"):
+    with pytest.raises(
+        ConfigError, match=r"generate: guidance: unknown key\. Use one of: max_tokens, suffix, temperature, top_p"
+    ):
         CausalLM.generator(tmp_path, {"guidance": 4.0})
     with pytest.raises(ConfigError, match="'euler' doesn't support a model with prediction 'epsilon'"):
         ImageGenerator(tmp_path, {"sampler": "euler"})

@@ -359,7 +359,7 @@ def test_stages_that_cannot_be_are_refused(tmp_path):
         r"stages.0: minhash: within: 'crawls' isn't a column .* Correct it, or name it under `columns.others` too",
         stages=[within],
     )
-    refused(r"within: 'crawls' isn't a column .*did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
+    refused(r"within: 'crawls' isn't a column .*Did you mean 'crawl'\?", stages=[within], columns={"others": ["crawl"]})
     Here.model_validate(keys(tmp_path, stages=[within | {"within": "crawl"}], columns={"others": ["crawl"]})).check()
     refused("work: .* and the output .* overlap", work=str(tmp_path / "out" / "work"))
 

@@ -58,7 +58,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
 def test_what_is_there_is_never_overwritten_and_then_nothing_is_written(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "quickstart.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match=r": has jobs/quickstart\.yaml already; nothing was written; give another folder"):
+    with pytest.raises(ConfigError, match=r": already has jobs/quickstart\.yaml, so nothing was written\. Give another folder"):
         create(tmp_path)
     assert written(tmp_path) == {"jobs/quickstart.yaml": b"mine"}
 
@@ -79,7 +79,7 @@ def test_a_file_where_a_folder_must_be_is_one_line(tmp_path, block):
     else:
         folder.mkdir()
         (folder / "clusters").write_text("")
-    with pytest.raises(ConfigError, match=r"w: (is no folder|cannot become a workspace|has clusters)") as e:
+    with pytest.raises(ConfigError, match=r"w: (isn't a folder|can't become a workspace|already has clusters)") as e:
         create(folder)
     assert "\n" not in str(e.value)
     assert len(written(tmp_path)) == 1

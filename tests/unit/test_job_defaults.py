@@ -165,7 +165,7 @@ def test_epochs_are_steps_that_see_each_sample_so_often(seed):
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ({"steps": 5, "epochs": 2}, "train: steps and epochs are 2 ways to give the length of the run. Keep one"),
+        ({"steps": 5, "epochs": 2}, "train: steps and epochs each set the length of the run. Keep one"),
         ({"steps": 5, "epochs": 2, "tokens": 9}, "train: steps and epochs and tokens are 3 ways"),
         ({"seed": 1}, "train.steps: required key missing. Write train.steps: INTEGER, or train.epochs, or train.tokens"),
         ({"epochs": -1}, "train.epochs: expected a number above 0, got -1. Write train.epochs: 2"),
@@ -199,7 +199,7 @@ def test_a_resumed_run_whose_steps_would_change_says_so(caplog):
     recorded = job.dump()
     recorded["train"]["steps"] = 50
     spec.settle(job, recorded)
-    assert caplog.messages == ["train.steps: the run had 50, and has 98 now (tokens: 100000)"]
+    assert caplog.messages == ["train.steps: changed from 50 to 98 (tokens: 100000)"]
 
 
 # all faults in one round ---------------------------------------------------------------------------------------------
@@ -324,5 +324,5 @@ def test_a_key_of_another_tool_gets_one_line_that_names_heliostats(word):
     advice = SYNONYMS[word.lower().replace("-", "_")]
     assert str(e.value) in (
         f"job.yaml: train.{word}: unknown key. {advice}",
-        f"job.yaml: train: steps and {word} are 2 ways to give the length of the run. Keep one",
+        f"job.yaml: train: steps and {word} each set the length of the run. Keep one",
     )

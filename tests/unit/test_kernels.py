@@ -49,7 +49,7 @@ def refusals(**changes):
         (GPU | {FP8: True, "train.tiled_mlp": True}, "isn't supported with train.tiled_mlp"),
         (GPU | {COMPILE: "blocks", "train.tiled_loss": True}, "train.tiled_loss: true isn't supported with train.compile"),
         ({COMPILE: "blocks", "train.zero.stage": 3}, "train.compile: blocks isn't supported with train.zero.stage 3"),
-        ({COMPILE: "layers"}, "expected true, false, or blocks, got 'layers'"),
+        ({COMPILE: "layers"}, "'layers' isn't a choice. Use true, false, or blocks"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(changes, line):

@@ -26,7 +26,7 @@ GPUS = {**FOUR, "workers.gpus": 1}
          "train.zero.shard_group_size: 2 shards weights"),
         ({**FOUR, "train.zero.shard_group_size": 3}, "train.zero.shard_group_size: 3 doesn't divide workers.count 4. Use 3"),
         ({**FOUR, "train.zero.hpz_partition_size": 8}, "train.zero.hpz_partition_size: 8 doesn't divide workers.count 4. Use 8"),
-        ({**FOUR, "train.zero.hpz_partition_size": 0}, "train.zero.hpz_partition_size: 0 should be greater than or equal to 2"),
+        ({**FOUR, "train.zero.hpz_partition_size": 0}, "train.zero.hpz_partition_size: 0 is too small. Use 2 or more"),
         ({**FOUR, "train.zero.hpz_partition_size": 2, "train.zero.shard_group_size": 2},
          "train.zero.hpz_partition_size: no effect with train."),
         ({**FOUR, "train.zero.shard_group_size": 2, "train.zero.offload.optimizer": "cpu"},
@@ -44,7 +44,7 @@ GPUS = {**FOUR, "workers.gpus": 1}
         ({**GPUS, "train.zero.quantize_gradients": True}, "train.zero: quantize_gradients isn't supported: DeepSpeed's"),
         ({"train.compile": "deepcompile"}, "train.compile: deepcompile isn't supported: DeepSpeed's passes begin at"),
         ({"train.zero.shard_group_size": 4, "train.zero.stage": 3, "workers.count": [1, 3]},
-         "train.zero.shard_group_size: 4: workers.count 1 to 3 contains no multiple of it"),
+         "train.zero.shard_group_size: 4: workers.count 1 to 3 has no multiple of it"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_or_was_not_tried_is_one_line(changes, line):

@@ -256,7 +256,7 @@ def test_thousands_of_copies_are_a_row_of_each_run_to_the_tasks_that_compare(tmp
 
 
 @pytest.mark.parametrize(("keys", "message"), [({"keep": "oldest"}, "'oldest' needs a column"), ({"column": "x"}, "compares no"),
-                                               ({"band": 3}, "band: unknown key; did you mean 'bands'")])  # fmt: skip
+                                               ({"band": 3}, "band: unknown key. Did you mean 'bands'")])  # fmt: skip
 def test_what_is_wrong_is_said(keys, message):
     with pytest.raises(ValueError, match=message):
         parse({"stage": "minhash", **keys})

@@ -124,7 +124,7 @@ def test_times_cover_the_process_evenly():
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"prediction": "eps"}, "did you mean 'epsilon'?"),
+        ({"prediction": "eps"}, "Did you mean 'epsilon'?"),
         ({"zero_terminal_snr": True}, "zero_terminal_snr needs prediction 'v'"),
         ({"prediction": "flow", "min_snr": 5.0}, "Remove them"),
         ({"shift": 2.0}, "need prediction 'flow'. Remove them"),

@@ -117,7 +117,7 @@ def test_a_sweep_and_its_records_take_old_names():
 def test_the_api_takes_the_old_keyword(tmp_path):
     with pytest.raises(ConfigError, match="old name of global_batch_size, and both"):
         heliostat.datasets({"sources": []}, folder=str(tmp_path), steps=1, global_batch=8, global_batch_size=8)
-    with pytest.raises(ConfigError, match=r"data\.virtual_ranks: 3 doesn't divide train\.global_batch_size 8, .*Nearest: 2"):
+    with pytest.raises(ConfigError, match=r"data\.virtual_ranks: 3 doesn't divide train\.global_batch_size 8, .*Use 2"):
         heliostat.datasets({"sources": [{"path": "d"}], "lanes": 3}, folder=str(tmp_path), steps=1, global_batch=8)
 
 

@@ -212,26 +212,29 @@ def test_what_looks_at_whole_matrices_is_told_from_what_does_not():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"name": "adamW", "lr": LR}, "train.optimizer.name: 'adamW' is not a choice; did you mean 'adamw'?"),
+        ({"name": "adamW", "lr": LR}, "train.optimizer.name: 'adamW' isn't a choice. Did you mean 'adamw'?"),
         (
             {"name": "tiger", "lr": LR},
-            "train.optimizer.name: 'tiger' is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd",
+            "train.optimizer.name: 'tiger' isn't a choice. Use one of: adamw, lion, muon, rmsprop, schedule_free, sgd",
         ),
-        ({"name": 5, "lr": LR}, "train.optimizer.name: 5 is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd"),
+        (
+            {"name": 5, "lr": LR},
+            "train.optimizer.name: 5 isn't a choice. Use one of: adamw, lion, muon, rmsprop, schedule_free, sgd",
+        ),
         (
             {"name": None, "lr": LR},
-            "train.optimizer.name: None is not a choice; valid: adamw, lion, muon, rmsprop, schedule_free, sgd",
+            "train.optimizer.name: None isn't a choice. Use one of: adamw, lion, muon, rmsprop, schedule_free, sgd",
         ),
         ({"name": "sgd"}, "train.optimizer.lr: required key missing. Write train.optimizer.lr: NUMBER"),
-        ({"name": "sgd", "lr": LR, "betas": [0.9, 0.95]}, "train.optimizer.betas: unknown key; valid: lr, momentum, name, "),
-        ({"name": "sgd", "lr": LR, "momentun": 0.1}, "train.optimizer.momentun: unknown key; did you mean 'momentum'?"),
-        ({"name": "sgd", "lr": LR, "momentum": 1}, "train.optimizer.momentum: 1 should be less than 1"),
+        ({"name": "sgd", "lr": LR, "betas": [0.9, 0.95]}, "train.optimizer.betas: unknown key. Use one of: lr, momentum, name, "),
+        ({"name": "sgd", "lr": LR, "momentun": 0.1}, "train.optimizer.momentun: unknown key. Did you mean 'momentum'?"),
+        ({"name": "sgd", "lr": LR, "momentum": 1}, "train.optimizer.momentum: 1 is too large. Use a number below 1"),
         (
             {"name": "sgd", "lr": LR, "momentum": 0.0, "nesterov": True},
             "train.optimizer: nesterov: true needs momentum. Set momentum above 0, or nesterov to false",
         ),
-        ({"lr": LR, "momentum": 0.9}, "train.optimizer.momentum: unknown key; "),
-        ({"name": "rmsprop", "lr": LR, "eps": 0}, "train.optimizer.eps: 0 should be greater than 0"),
+        ({"lr": LR, "momentum": 0.9}, "train.optimizer.momentum: unknown key. Use one of: "),
+        ({"name": "rmsprop", "lr": LR, "eps": 0}, "train.optimizer.eps: 0 is too small. Use a number above 0"),
     ],
 )
 def test_keys_are_those_of_the_named_optimizer(keys, message):

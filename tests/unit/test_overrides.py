@@ -90,18 +90,18 @@ def test_the_lineage_says_what_was_changed(folder):
 @pytest.mark.parametrize(
     ("keys", "error"),
     [
-        ({"rope_scalin": YARN}, "rope_scalin: unknown key for the pretrained 'llama'; did you mean 'rope_scaling'?"),
+        ({"rope_scalin": YARN}, "rope_scalin: unknown key for the pretrained 'llama'. Did you mean 'rope_scaling'?"),
         (
             {"atention_dropout": 0.1},
-            "atention_dropout: unknown key for the pretrained 'llama'; did you mean 'attention_dropout'?",
+            "atention_dropout: unknown key for the pretrained 'llama'. Did you mean 'attention_dropout'?",
         ),
         (
             {"rope_scaling": {"rope_type": "yarn"}},
             "rope_scaling.factor: required key missing. Write model.rope_scaling.factor: NUMBER",
         ),
-        ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor: 0.5 should be greater than or equal to 1"),
-        ({"rope_scaling": {**YARN, "rope_type": "yarm"}}, "rope_scaling.rope_type: 'yarm' is not a choice; did you mean 'yarn'?"),
-        ({"rope_scaling": {**YARN, "beta_fas": 1}}, "rope_scaling.beta_fas: unknown key; did you mean 'beta_fast'?"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "rope_scaling.factor: 0.5 is too small. Use 1 or more"),
+        ({"rope_scaling": {**YARN, "rope_type": "yarm"}}, "rope_scaling.rope_type: 'yarm' isn't a choice. Did you mean 'yarn'?"),
+        ({"rope_scaling": {**YARN, "beta_fas": 1}}, "rope_scaling.beta_fas: unknown key. Did you mean 'beta_fast'?"),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2, "beta_fast": 1}},
             "rope_scaling: beta_fast: not supported for rope_type 'linear'. Remove it",

@@ -83,7 +83,7 @@ def test_a_machine_type_that_is_not_in_the_table_is_no_h100():
     """It was planned as an H100, regardless of its GPUs."""
     made, table = job(**{"workers.gpus": 1, "train.precision": "bf16"}), hardware.table()
     assert hardware.resolve(made, table, None, "p4de.24xlarge").name == "A100"
-    missing = r"machine type 'p4d\.24xlarge' .* isn't in the price table; did you mean 'p4de\.24xlarge'\? Pass --device NAME"
+    missing = r"machine type 'p4d\.24xlarge' .* isn't in the price table. Did you mean 'p4de\.24xlarge'\? Pass --device NAME"
     with pytest.raises(ConfigError, match=missing):
         hardware.resolve(made, table, None, "p4d.24xlarge")
     assert hardware.resolve(made, table, "H200", "p4d.24xlarge").name == "H200"

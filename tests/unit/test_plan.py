@@ -346,8 +346,8 @@ def test_the_plan_of_a_mixture_tells_what_is_active(name, active):
     multiplying = active - c.vocab_size * c.hidden_size
     assert p["flops"]["per_token"] == pytest.approx(6 * multiplying + 12 * heads, rel=1e-3)
     assert p["memory"]["total"] < 80 * GIB
-    assert f"{active:,} of them active for a token" in lines(p)[0]
-    assert p["memory"]["host"] > 0 and "on the host" not in lines(p)[1]  # batches of tokens: less than 0.05 GiB
+    assert f"({active:,} active per token)" in lines(p)[0]
+    assert p["memory"]["host"] > 0 and "host memory" not in lines(p)[1]  # batches of tokens: less than 0.05 GiB
     found = dry_run(path, ["data.path=nowhere"])
     assert found["shards"] == j.workers.most and found["checkpoint_bytes"] > 12 * p["parameters"]["total"]
 
@@ -372,10 +372,10 @@ def test_prices_are_overridden_key_by_key_and_typing_errors_are_found(tmp_path):
     assert hardware.resolve(gpu, table).hour == 2.5
     with pytest.raises(ConfigError, match=r"--prices: devices\.B300: lacks 'tflops'"):
         hardware.resolve(gpu, table, "B300")
-    with pytest.raises(ConfigError, match=r"device 'H10' isn't in the price table; did you mean 'H100'"):
+    with pytest.raises(ConfigError, match=r"device 'H10' isn't in the price table. Did you mean 'H100'"):
         hardware.resolve(gpu, table, "H10")
     file.write_text("{storage: {nodes: 1}}")
-    with pytest.raises(ConfigError, match=r"storage\.nodes: unknown key; did you mean 'node'"):
+    with pytest.raises(ConfigError, match=r"storage\.nodes: unknown key. Did you mean 'node'"):
         hardware.table(file)
 
 

@@ -176,7 +176,7 @@ def test_efficiencies_that_make_no_sense_are_refused(tmp_path):
     file = tmp_path / "prices.yaml"
     gpu = job(**{"workers.gpus": 1})
     for text, said in (("{matmul: 0}", r"efficiency\.H100\.matmul: expected a number above 0, got 0"),
-                       ("{matmull: 0.5}", r"efficiency\.H100\.matmull: unknown key; did you mean 'matmul'")):  # fmt: skip
+                       ("{matmull: 0.5}", r"efficiency\.H100\.matmull: unknown key. Did you mean 'matmul'")):  # fmt: skip
         file.write_text(f"efficiency: {{H100: {text}}}")
         with pytest.raises(ConfigError, match=said):
             hardware.resolve(gpu, hardware.table(file), "H100")

@@ -68,11 +68,11 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint.keep_every": 25}, "checkpoint.keep_every: 25 isn't a multiple of checkpoint.every 10. Nearest: 20"),
-        ({"checkpoint.keep_every": 4}, "checkpoint.keep_every: 4 isn't a multiple of checkpoint.every 10. Nearest: 10"),
+        ({"checkpoint.keep_every": 25}, "checkpoint.keep_every: 25 isn't a multiple of checkpoint.every 10. Use 20"),
+        ({"checkpoint.keep_every": 4}, "checkpoint.keep_every: 4 isn't a multiple of checkpoint.every 10. Use 10"),
         (
             {"evaluate.benchmarks": {"suite": "suite.yaml", "every": 14}},
-            "evaluate.benchmarks.every: 14 isn't a multiple of checkpoint.every 10. Nearest: 10",
+            "evaluate.benchmarks.every: 14 isn't a multiple of checkpoint.every 10. Use 10",
         ),
         ({"checkpoint.best": {}, "evaluate": None}, "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"),
         (

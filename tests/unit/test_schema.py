@@ -29,21 +29,21 @@ def keys(tree: object, prefix: str = "") -> list[str]:
 @pytest.mark.parametrize(
     ("key", "nearest"),
     [
-        ("workrs", "did you mean 'workers'?"),
-        ("train.stepss", "did you mean 'steps'?"),
-        ("train.optimizer.momentun", "valid: betas, eps, lr, name, weight_decay"),
-        ("train.zero.offload.optimiser", "did you mean 'optimizer'?"),
-        ("data.sources.0.wieght", "did you mean 'weight'?"),
-        ("data.sequence_lenght", "did you mean 'sequence_length'?"),
-        ("mlflow.registr", "did you mean 'register'?"),
-        ("mlflow.register_as", "did you mean 'register'?"),
-        ("evaluate.evry", "did you mean 'every'?"),
+        ("workrs", "Did you mean 'workers'?"),
+        ("train.stepss", "Did you mean 'steps'?"),
+        ("train.optimizer.momentun", "Use one of: betas, eps, lr, name, weight_decay"),
+        ("train.zero.offload.optimiser", "Did you mean 'optimizer'?"),
+        ("data.sources.0.wieght", "Did you mean 'weight'?"),
+        ("data.sequence_lenght", "Did you mean 'sequence_length'?"),
+        ("mlflow.registr", "Did you mean 'register'?"),
+        ("mlflow.register_as", "Did you mean 'register'?"),
+        ("evaluate.evry", "Did you mean 'every'?"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(tmp_path, key, nearest):
     """At the top level, nested, in a list, and next to an alias: the error has the key's path, and suggests a valid key."""
     message = fault(write(tmp_path, **{key: 1}))
-    assert message == f"{tmp_path / 'job.yaml'}: {key}: unknown key; {nearest}"
+    assert message == f"{tmp_path / 'job.yaml'}: {key}: unknown key. {nearest}"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -55,7 +55,7 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
     i = rng.randrange(len(last))
     typo = ".".join([*parents, last[:i] + "q" + last[i:]])
     message = fault(write(tmp_path, **{typo: 1}))
-    assert f"{typo}: unknown key; did you mean {last!r}?" in message
+    assert f"{typo}: unknown key. Did you mean {last!r}?" in message
 
 
 @pytest.mark.parametrize(
@@ -64,32 +64,32 @@ def test_a_misspelt_key_anywhere_is_refused_by_name(tmp_path, seed):
         ("train.steps", True, "expected an integer, got True. Write train.steps: INTEGER"),
         ("train.steps", 2.0, "expected an integer, got 2.0. Write train.steps: INTEGER"),
         ("train.steps", "ten", "expected an integer, got 'ten'. Write train.steps: INTEGER"),
-        ("train.steps", 0, "0 should be greater than 0"),
-        ("train.steps", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
-        ("data.shuffle_window", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
-        ("evaluate.samples", 10**22, "10000000000000000000000 should be less than or equal to 4294967296"),
+        ("train.steps", 0, "0 is too small. Use a number above 0"),
+        ("train.steps", 10**22, "10000000000000000000000 is too large. Use 4294967296 or less"),
+        ("data.shuffle_window", 10**22, "10000000000000000000000 is too large. Use 4294967296 or less"),
+        ("evaluate.samples", 10**22, "10000000000000000000000 is too large. Use 4294967296 or less"),
         ("train.steps", [1], "expected an integer, got [1]. Write train.steps: INTEGER"),
-        ("train.compile", 1, "expected true, false, or blocks, got 1"),
-        ("train.compile", "yes", "expected true, false, or blocks, got 'yes'"),
+        ("train.compile", 1, "1 isn't a choice. Use true, false, or blocks"),
+        ("train.compile", "yes", "'yes' isn't a choice. Use true, false, or blocks"),
         ("train.optimizer.lr", True, "expected a number, got True. Write train.optimizer.lr: NUMBER"),
         ("train.optimizer.lr", "fast", "expected a number, got 'fast'. Write train.optimizer.lr: NUMBER"),
-        ("train.optimizer.lr", float("inf"), "inf should be a finite number"),
-        ("train.optimizer.lr", float("nan"), "nan should be a finite number"),
-        ("train.optimizer.lr", -1.0, "-1.0 should be greater than 0"),
-        ("train.optimizer.betas", [0.9], "[0.9]: List should have at least 2 items"),
-        ("train.optimizer.betas.1", 1.0, "1.0 should be less than 1"),
-        ("data.sources.0.weight", float("inf"), "inf should be a finite number"),
-        ("data.sources.0.weight", -1, "-1 should be greater than or equal to 0"),
-        ("data.seed", -1, "-1 should be greater than or equal to 0"),
-        ("train.seed", 2**32, "4294967296 should be less than 4294967296"),
+        ("train.optimizer.lr", float("inf"), "inf isn't finite. Use a finite number"),
+        ("train.optimizer.lr", float("nan"), "nan isn't finite. Use a finite number"),
+        ("train.optimizer.lr", -1.0, "-1.0 is too small. Use a number above 0"),
+        ("train.optimizer.betas", [0.9], "[0.9] is too short. Write 2 or more items"),
+        ("train.optimizer.betas.1", 1.0, "1.0 is too large. Use a number below 1"),
+        ("data.sources.0.weight", float("inf"), "inf isn't finite. Use a finite number"),
+        ("data.sources.0.weight", -1, "-1 is too small. Use 0 or more"),
+        ("data.seed", -1, "-1 is too small. Use 0 or more"),
+        ("train.seed", 2**32, "4294967296 is too large. Use a number below 4294967296"),
         ("name", 5, "expected text, got 5. Write name: TEXT"),
-        ("name", "a/b", "'a/b': String should match pattern"),
-        ("name", "", "'': String should match pattern"),
-        ("model", "llama", "expected a mapping, got 'llama'"),
+        ("name", "a/b", "'a/b' isn't a valid name. Use up to 100 letters"),
+        ("name", "", "'' isn't a valid name. Use up to 100 letters"),
+        ("model", "llama", "expected a mapping, got 'llama'. Write model: {KEY: VALUE}"),
         ("train", 5, "expected a mapping, got 5"),
-        ("data.sources", [], "[]: List should have at least 1 item"),
-        ("evaluate.fraction", 1, "1 should be less than 1"),
-        ("workers.gpus", -1, "-1 should be greater than or equal to 0"),
+        ("data.sources", [], "[] is too short. Write 1 or more items"),
+        ("evaluate.fraction", 1, "1 is too large. Use a number below 1"),
+        ("workers.gpus", -1, "-1 is too small. Use 0 or more"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_key(tmp_path, key, value, message):
@@ -101,15 +101,15 @@ def test_a_wrong_value_is_named_with_its_key(tmp_path, key, value, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train.precision", "bf61", "'bf61' is not a choice; did you mean 'bf16'?"),
-        ("train.precision", "int8", "'int8' is not a choice; valid: bf16, fp16, fp32"),
-        ("train.zero.stage", 4, "4 is not a choice; valid: 0, 1, 2, 3"),
-        ("train.zero.stage", "2", "'2' is not a choice; did you mean 2?"),
-        ("train.zero.stage", True, "True is not a choice; valid: 0, 1, 2, 3"),
-        ("train.schedule.name", "cosin", "'cosin' is not a choice; did you mean 'cosine'?"),
-        ("train.zero.offload.param", "ram", "'ram' is not a choice; valid: cpu, nvme"),
-        ("train.zero.offload.optimizer", "gpu", "'gpu' is not a choice; did you mean 'cpu'?"),
-        ("train.optimizer.name", "adam", "'adam' is not a choice; did you mean 'adamw'?"),
+        ("train.precision", "bf61", "'bf61' isn't a choice. Did you mean 'bf16'?"),
+        ("train.precision", "int8", "'int8' isn't a choice. Use one of: bf16, fp16, fp32"),
+        ("train.zero.stage", 4, "4 isn't a choice. Use one of: 0, 1, 2, 3"),
+        ("train.zero.stage", "2", "'2' isn't a choice. Did you mean 2?"),
+        ("train.zero.stage", True, "True isn't a choice. Use one of: 0, 1, 2, 3"),
+        ("train.schedule.name", "cosin", "'cosin' isn't a choice. Did you mean 'cosine'?"),
+        ("train.zero.offload.param", "ram", "'ram' isn't a choice. Use one of: cpu, nvme"),
+        ("train.zero.offload.optimizer", "gpu", "'gpu' isn't a choice. Did you mean 'cpu'?"),
+        ("train.optimizer.name", "adam", "'adam' isn't a choice. Did you mean 'adamw'?"),
     ],
 )
 def test_a_choice_that_is_none_shows_the_choices(tmp_path, key, value, message):
@@ -163,12 +163,12 @@ def test_a_key_given_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "not valid YAML"),
+        ("a: [1", "not valid YAML in line 1, column 6 (expected ',' or ']', but got '<stream end>'). Correct it"),
         ("a: b: c", "not valid YAML"),
         ("\t", "not valid YAML"),
-        ("- 1", "expected a mapping of keys to values, got list"),
-        ("", "is empty. Write a mapping of keys to values"),
-        ("just words", "expected a mapping of keys to values, got str"),
+        ("- 1", "expected a mapping of keys to values, got [1]. Write lines"),
+        ("", "is empty. Write lines of the form `key: value`"),
+        ("just words", "expected a mapping of keys to values, got 'just words'. Write lines"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -183,9 +183,9 @@ def test_what_is_no_mapping_is_one_line(tmp_path, text, message):
 def test_a_file_that_is_not_there_or_not_text_is_one_line(tmp_path):
     """The error suggests a similar file name. A folder or a binary file can't be read."""
     write(tmp_path)
-    assert fault(tmp_path / "jobb.yaml") == f"{tmp_path / 'jobb.yaml'}: no such file; did you mean 'job.yaml'?"
-    assert fault(tmp_path / "nothere.yaml") == f"{tmp_path / 'nothere.yaml'}: no such file; valid: job.yaml"  # endings are alike
-    assert fault(tmp_path / "no" / "job.yaml") == f"{tmp_path / 'no' / 'job.yaml'}: no such file"
+    assert fault(tmp_path / "jobb.yaml") == f"{tmp_path / 'jobb.yaml'}: no such file. Did you mean 'job.yaml'?"
+    assert fault(tmp_path / "nothere.yaml") == f"{tmp_path / 'nothere.yaml'}: no such file. Use one of: job.yaml"
+    assert fault(tmp_path / "no" / "job.yaml") == f"{tmp_path / 'no' / 'job.yaml'}: no such file. Check the path"
     (tmp_path / "bin").write_bytes(b"\xff\xfe\x00\x80")
     for path in (tmp_path, tmp_path / "bin"):
         found = fault(path)
@@ -247,16 +247,16 @@ def test_settings_apply_in_order():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("train.steps", "expected key.path=value"),
-        ("=5", "expected key.path=value"),
-        ("", "expected key.path=value"),
-        ("train.steps=[", "the value is not valid YAML"),
-        ("data.sources.1.path=x", "'1' isn't an index into a list of 1"),
-        ("data.sources.path=x", "'path' isn't an index into a list of 1"),
-        ("data.sources.-1.path=x", "'-1' isn't an index into a list of 1"),
-        ("data.sources.²=x", "'²' isn't an index into a list of 1"),
-        ("name.first=x", "'name' is a value, not a mapping of keys"),
-        ("train.steps.a.b=x", "'steps' is a value, not a mapping of keys"),
+        ("train.steps", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
+        ("=5", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
+        ("", "expected KEY=VALUE. Write, for example, --set train.steps=100"),
+        ("train.steps=[", "the value isn't valid YAML. Close its brackets, or quote it"),
+        ("data.sources.1.path=x", "'1' isn't an index into a list of 1 item. Use 0"),
+        ("data.sources.path=x", "'path' isn't an index into a list of 1 item. Use 0"),
+        ("data.sources.-1.path=x", "'-1' isn't an index into a list of 1 item. Use 0"),
+        ("data.sources.²=x", "'²' isn't an index into a list of 1 item. Use 0"),
+        ("name.first=x", "'name' is a value, not a mapping of keys. Write name=VALUE"),
+        ("train.steps.a.b=x", "'steps' is a value, not a mapping of keys. Write train.steps=VALUE"),
     ],
 )
 def test_a_bad_setting_is_shown_back(setting, message):
@@ -268,13 +268,13 @@ def test_a_bad_setting_is_shown_back(setting, message):
 
 def test_a_setting_with_an_unknown_key_is_refused(tmp_path):
     """Settings are validated like the file."""
-    assert "train.stps: unknown key; did you mean 'steps'?" in fault(write(tmp_path), ["train.stps=5"])
+    assert "train.stps: unknown key. Did you mean 'steps'?" in fault(write(tmp_path), ["train.stps=5"])
 
 
 def test_nearest_says_nothing_rather_than_too_much():
     """The suggestion is a similar word, else up to 30 choices, else nothing."""
-    assert schema.nearest("stepp", ["step", "stop"]) == "; did you mean 'step'?"
-    assert schema.nearest("x", ["b", "a"]) == "; valid: a, b"
+    assert schema.nearest("stepp", ["step", "stop"]) == ". Did you mean 'step'?"
+    assert schema.nearest("x", ["b", "a"]) == ". Use one of: a, b"
     assert schema.nearest("x", []) == "" == schema.nearest("x", [f"key{i}" for i in range(31)])
 
 

@@ -29,7 +29,7 @@ def test_secrets():
     dropped = one(DetectSecrets(action="drop"), CODE)
     assert dropped.reason == "secrets" and "GitHub Token" in dropped.detail and KEY not in dropped.detail
     assert one(DetectSecrets(detectors=["KeywordDetector"]), 'password = "hunter2secret"').counts == {"masked_secrets": 1}
-    with pytest.raises(ValidationError, match="did you mean 'GitHubTokenDetector'"):
+    with pytest.raises(ValidationError, match="Did you mean 'GitHubTokenDetector'"):
         DetectSecrets(detectors=["GithubTokenDetector"])
 
 

@@ -62,7 +62,7 @@ def test_layouts_that_are_not_offered_are_refused_by_name(key):
 def test_an_elastic_run_has_multiples_of_those_that_share_a_sample():
     assert job(**{KEY: 2, "workers.count": [1, 8]}).worker_counts() == [2, 4, 8]
     (line,) = faults(**{KEY: 4, "workers.count": [1, 3]})
-    assert line == f"{KEY}: 4: workers.count 1 to 3 contains no multiple of it. Change one of them"
+    assert line == f"{KEY}: 4: workers.count 1 to 3 has no multiple of it. Change one of them"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_another_recipe_is_refused_and_told_what_it_lacks():
     ):
         require_abilities(job(**TWO, evaluate=None), Around(torch.nn.Module))
     (line,) = faults(**TWO, **{"data.sequence_length": None})
-    assert line == f"{KEY}: 2 splits samples of data.sequence_length tokens, and the job has none. Remove it"
+    assert line == f"{KEY}: 2 needs data.sequence_length, which the job doesn't set. Set it, or remove train.parallel.sequence"
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_lanes_divide_the_batch_and_are_divided_by_the_workers(seed):
     assert line.startswith(
         f"data.virtual_ranks: {lanes} doesn't divide train.global_batch_size {batch}, or isn't a multiple of workers"
     )
-    nearest = int(line.rpartition("Nearest: ")[2])
+    nearest = int(line.rpartition("Use ")[2])
     job(**{**changes, "data.virtual_ranks": nearest})
     valid = [c for c in range(1, batch + 1) if batch % c == 0 and c % count == 0]
     assert abs(nearest - lanes) == min(abs(c - lanes) for c in valid)
@@ -100,10 +100,13 @@ def test_a_huge_batch_is_checked_at_once(workspace):
             {"train.grad_accum_dtype": "fp32", "train.zero.offload.optimizer": "cpu", "train.zero.stage": 2},
             "train.grad_accum_dtype: fp32 isn't supported with train.zero.offload.optimizer at train.zero.stage 2",
         ),
-        ({"train.zero.offload.param": "cpu", "train.zero.stage": 2}, "train.zero.offload.param: needs train.zero.stage 3, not 2"),
+        (
+            {"train.zero.offload.param": "cpu", "train.zero.stage": 2},
+            "train.zero.offload.param: needs train.zero.stage 3, not 2. Set it",
+        ),
         (
             {"train.zero.offload.optimizer": "cpu", "train.zero.stage": 0, "train.precision": "fp32"},
-            "train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3",
+            "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set it",
         ),
         ({"train.zero.offload.param": "nvme", "train.zero.stage": 3}, "train.zero.offload.nvme_path: required with param"),
         ({"train.zero.offload.nvme_path": "/nvme"}, "train.zero.offload.nvme_path: required with param"),
@@ -248,7 +251,7 @@ def test_a_pretrained_folder_is_found_from_the_workspace(named, made, stays, wor
     ("changes", "line"),
     [
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0, 2.0]}]},
-         "data.mix_schedule.0.weights: expected one for each of the 1 sources, got 2"),
+         "data.mix_schedule.0.weights: expected one for each of the 1 sources, got 2. List one weight per source"),
         ({"data.mix_schedule": [{"step": 5, "weights": [1.0]}, {"step": 5, "weights": [2.0]}]},
          "data.mix_schedule.1.step: 5 isn't above 5. List the changes in the order of their steps"),
         ({"data.mix_schedule": [{"step": 5, "weights": [0.0]}]},

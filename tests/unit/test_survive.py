@@ -92,7 +92,7 @@ def test_a_count_is_a_number_or_a_range(count):
 
 
 def test_a_range_without_a_divisor_of_the_lanes_is_refused_with_the_nearest():
-    message = r"workers\.count: from 5 to 7 there is no number that divides the 4 lanes into whole micro-batches; nearest: 4"
+    message = r"workers\.count: no number from 5 to 7 divides the 4 virtual ranks into complete micro-batches\. Use 4"
     with pytest.raises(ConfigError, match=message):
         job(**{"train.global_batch_size": 8, "train.micro_batch_size": 2, "workers.count": [5, 7]})
 

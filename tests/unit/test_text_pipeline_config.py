@@ -22,14 +22,14 @@ tokenizer: {{vocab_size: 300}}
     ("settings", "message"),
     [
         (["pipeline=pipelines.text"], "must look like package.module:Class"),
-        (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "did you mean 'TextPipeline'"),
+        (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "Did you mean 'TextPipeline'"),
         (
             ["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"],
             "'heliostat.curation.text.pipeline:TokenizerConfig' must be a subclass of heliostat.curation.prepare.Pipeline",
         ),
         (["pipeline=null"], "isn't a class"),
-        (["chunk_token=5"], "chunk_token: unknown key; did you mean 'chunk_tokens'"),
-        (["normalise=NFD"], "normalise: 'NFD' is not a choice"),
+        (["chunk_token=5"], "chunk_token: unknown key. Did you mean 'chunk_tokens'"),
+        (["normalise=NFD"], "normalise: 'NFD' isn't a choice"),
         (["tokenizer.path=x"], "set either vocab_size"),
         (["tokenizer={path: nowhere}"], "tokenizer.path: 'nowhere': no such file"),
         (["tokenizer={path: TMP/bad.json}"], "tokenizer.path: the tokenizers library can't read it"),
@@ -46,11 +46,11 @@ tokenizer: {{vocab_size: 300}}
         (["stages=[{stage: minhash, within: dump}]"], "stages.0: minhash: within: 'dump' isn't a column of the documents"),
         (
             ["columns=[dump]", "stages=[{stage: minhash, within: dumps}]"],
-            "within: 'dumps' isn't a column of the documents; did you mean 'dump'",
+            "within: 'dumps' isn't a column of the documents. Did you mean 'dump'",
         ),
         (
             ["columns=[date]", "stages=[{stage: minhash, keep: oldest, column: dat}]"],
-            "stages.0: minhash: column: 'dat' isn't a column of the documents; did you mean 'date'? Correct it, or name",
+            "stages.0: minhash: column: 'dat' isn't a column of the documents. Did you mean 'date'? Correct it, or name",
         ),
         (
             ["stages=[{stage: c4}, {stage: minhash, keep: best, column: score}]"],

@@ -188,10 +188,10 @@ def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset)
 @pytest.mark.parametrize(
     ("model", "says"),
     [
-        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' isn't a backbone; did you mean 'unet'?"),
+        ({"backbone": {"arch": "unett"}}, "model.backbone.arch: 'unett' isn't a backbone. Did you mean 'unet'?"),
         (
             {"backbone": {**UNET, "layer_per_block": 1}},
-            "model.backbone.layer_per_block: unknown key for arch 'unet'; did you mean",
+            "model.backbone.layer_per_block: unknown key for arch 'unet'. Did you mean",
         ),
         ({"backbone": {**UNET, "norm_num_groups": 3}}, "model.backbone: "),
         ({"backbone": {**UNET, "in_channels": 4}}, "model.backbone.in_channels: 4 given, but the data has 1"),
@@ -200,7 +200,7 @@ def test_evaluation_is_on_fixed_noise_and_its_quarters_make_up_the_loss(dataset)
         ({"text": {"hidden_size": 30, "num_attention_heads": 4}}, "num_attention_heads: 4 doesn't divide hidden_size 30"),
         ({"autoencoder": {"pretrained": "/nowhere"}}, "model.autoencoder.pretrained: '/nowhere' isn't a model folder"),
         ({"objective": {"prediction": "flow"}, "samples": {"sampler": "ddim"}}, "Use euler"),
-        ({"objectives": {}}, "objectives: unknown key; did you mean 'objective'?"),
+        ({"objectives": {}}, "objectives: unknown key. Did you mean 'objective'?"),
     ],
 )
 def test_models_that_make_no_sense_are_one_line_that_names_the_key(model, says, dataset):

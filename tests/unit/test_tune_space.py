@@ -30,10 +30,10 @@ def made(**domains) -> Space:
         ({"loguniform": [0, 1]}, "must begin above 0"),
         ({"quniform": [0, 1, 2]}, "the step must be above 0, and fit between the bounds"),
         ({"qrandint": [0, 8, 0]}, "the step must be above 0"),
-        ({"choice": []}, "at least 1 item"),
+        ({"choice": []}, "[] is too short. Write 1 or more items"),
         ({"grid": [1, 2, 1]}, "grid [1, 2, 1] contains a value twice. Keep one"),
         ({"randint": [1.5, 3]}, "test: space.a.randint.0: expected an integer, got 1.5"),
-        ({"logunifrom": [1, 2]}, "did you mean 'loguniform'"),
+        ({"logunifrom": [1, 2]}, "Did you mean 'loguniform'"),
     ],
 )
 def test_a_bad_domain_is_one_clear_error(domain, needle):

@@ -317,7 +317,7 @@ def test_the_command_says_that_a_run_is_right(run, monkeypatch, capsys):
     """Exit code 0, one line, and nothing on standard error. --json prints the report."""
     code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location))
     assert (code, err) == (0, "") and out == (
-        "23 steps are as their receipts say: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
+        "23 steps match their receipts: 184 samples, 0 lost, 0 repeated, 0 bad ones replaced\n"
     )
     code, out, err = command(monkeypatch, capsys, "run", "verify", str(run.location), "--json")
     assert (code, err) == (0, "") and json.loads(out) == right(23)

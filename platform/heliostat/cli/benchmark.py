@@ -1,4 +1,4 @@
-"""Judges models by tasks: `heliostat model benchmark`, and `heliostat model make-suite`, which makes tasks of held-out text."""
+"""Scores models on tasks: `heliostat model benchmark`. Makes tasks from held-out text: `heliostat model make-suite`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from heliostat.cli.common import command, finish, model_folder, out, print_table
 from heliostat.cli.groups import MODEL
 from heliostat.cli.options import Model, TextDataset, TrackingUri, flag
 from heliostat.errors import ConfigError, TrackingError
+from heliostat.text import plural
 
 if TYPE_CHECKING:
     from heliostat.evaluation.run import Benchmark
@@ -57,13 +58,13 @@ def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
     run.write(result, Location(to))
     try:
         result["recorded"] = recording.record(store_uri(mlflow), result)
-    except TrackingError as e:  # the scores are kept all the same
+    except TrackingError as e:  # the scores stay in the file
         fault, result["recorded"] = e, recording.unrecorded(str(e))
     run.write(result, Location(to))
     print_table(shown.rows(result), left=(0, 1))
     for note in shown.notes(result):
         out.print(note)
-    out.print(f"all of it is in {to}")
+    out.print(f"wrote {to}")
     finish({**result, "file": to}, fault)
 
 
@@ -72,17 +73,18 @@ def _follow(tasks: Benchmark, model: str, every: int, to: str, mlflow: str | Non
     from heliostat.evaluation.follow import Followed, summary
     from heliostat.storage.locations import Location
 
-    def told(step: int, result: dict[str, object]) -> None:
+    def show(step: int, result: dict[str, object]) -> None:
         out.print(shown.line(step, result))
 
-    followed = Followed(run_folder(model, mlflow), tasks, told, every)
+    followed = Followed(run_folder(model, mlflow), tasks, show, every)
     followed.follow()
     totals = summary(followed)
     run.write(totals, Location(to))
     for line in shown.missed(totals):
         out.print(line)
     unknown = sum(one["recorded"]["run_id"] is None for one in totals["steps"])
-    out.print(f"{len(totals['steps']):,} checkpoints are scored" + (f", {unknown:,} of them not in MLflow" if unknown else ""))
+    lacking = f", {unknown:,} of them not in MLflow" if unknown else ""
+    out.print(f"scored {plural(len(totals['steps']), 'checkpoint')}{lacking}")
     finish({**totals, "file": to})
 
 
@@ -105,7 +107,8 @@ def make_suite(
         raise ConfigError(f"--out: {to} is not empty. Give another folder")
     result = make(dataset, to, examples, fraction, seed)
     for name, count in result["tasks"].items():
-        out.print(f"{name}: {count:,} examples" + ("" if count == examples else f" of {examples:,}: the text gives no more"))
-    out.print(f"{result['suite']}: of {result['documents']:,} held-out documents; "
-              f"heliostat model benchmark MODEL {result['suite']}")  # fmt: skip
+        fewer = "" if count == examples else f" instead of {examples:,}: the held-out text has no more"
+        out.print(f"{name}: {count:,} examples{fewer}")
+    out.print(f"{result['suite']}: made from {result['documents']:,} held-out documents")
+    out.print(f"Next:  heliostat model benchmark MODEL {result['suite']}")
     finish(result)

@@ -1,4 +1,4 @@
-"""Starts, checks and shows clusters: `heliostat cluster` check, up, down, status, list."""
+"""Starts, checks, and shows clusters: `heliostat cluster` check, up, down, status, list."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def check_(
     for pool in report.cluster.pools if not report.errors else ():
         size = "" if pool.least == pool.most else f"{pool.least} to "
         labels = ", ".join(f"{k}={v}" for k, v in pool.labels.items())
-        cpus = "CPUs as found" if pool.cpus is None else plural(pool.cpus, "CPU")
+        cpus = "automatic CPUs" if pool.cpus is None else plural(pool.cpus, "CPU")
         nodes = f"{size}{plural(pool.most, 'node')} of {cpus}, {plural(pool.gpus, 'GPU')}"
         out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
     result = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
-    finish(result, ConfigError(f"{file}: {count} error{'s' * (count > 1)}, see above") if count else None)
+    finish(result, ConfigError(f"{file}: has {plural(count, 'error')}. Correct those above") if count else None)
 
 
 @command(CLUSTER, example="clusters/local.yaml")
@@ -133,9 +133,9 @@ def list_() -> None:
     result = []
     for s in local.known():
         answers = private.ours(s.url) and dashboard.probe(s.url, s.token) == 200
-        what = plural(len(s.nodes), "node") if s.nodes else "joined"
-        out.print(f"{s.name}: {s.url}, {what}{'' if answers else ', does not answer'}")
+        what = (plural(len(s.nodes), "node") if s.nodes else "joined") + ("" if answers else ", doesn't answer")
+        out.print(f"{s.name}: {s.url}, {what}")
         result.append({"name": s.name, "url": s.url, "nodes": len(s.nodes), "answers": answers})
     if not result:
-        out.print("no local cluster; start one with `heliostat cluster up clusters/local.yaml`")
+        out.print("no local cluster. Start one: heliostat cluster up clusters/local.yaml")
     finish({"clusters": result})

@@ -1,7 +1,7 @@
-"""Defines what commands share: the application that they register with, standard output, and how a result is printed.
+"""Defines parts that commands share: the application that they register with, standard output, and the printing of results.
 
-A command that reports is registered by `command`, prints its result for people to `out`, and ends with `finish`. With `--json`
-`out` is quiet, and `finish` prints the result as one object.
+`command` registers a command. A command that reports prints its result for people to `out`, and ends with `finish`. With
+`--json`, `out` is quiet, and `finish` prints the result as one object.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from heliostat.storage.locations import Location
 
 GAP = "  "  # between the columns of a table
-INDENT = "    "  # of a row's further lines
-Report = dict[str, Any]  # what a command has found, as `--json` prints it
+INDENT = "    "  # of the continuation lines of a row
+Report = dict[str, Any]  # a command's result, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
 
@@ -43,7 +43,7 @@ for _name, _help in groups.GROUPS.items():
 
 
 class Printer(Console):
-    """Prints to standard output, so that what comes from data moves no cursor and marks up nothing."""
+    """Prints to standard output. Text from data can't move the cursor, and markup in it has no effect."""
 
     def print(self, *objects: object, **options: Any) -> None:
         if not self.quiet:
@@ -67,11 +67,11 @@ def _reporting(
         bool, flag("--json", help="Print one JSON object, on errors too (docs/cli.md)", callback=_be_quiet, expose_value=False)
     ] = False,
 ) -> None:
-    """Has the option of all commands that report."""
+    """Defines the option `--json` of all commands that report."""
 
 
 class Reporting(groups.RenamingCommand):
-    """Takes `--json`, with which nothing but the result's object is printed."""
+    """Adds the option `--json`, which prints only the result's object."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
         super().__init__(name, **options)
@@ -81,9 +81,10 @@ class Reporting(groups.RenamingCommand):
 def command(
     group: str, name: str | None = None, *, example: str, reports: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command in a group (`groups`), or without one. Its docstring is its help, with the first sentence in lists.
+    """Registers a command in a group of `groups`, or at the top. The docstring is the help; lists show its first sentence.
 
-    `name`: by default the function's. `example`: the words after the command, for its help. `reports`: whether it takes `--json`.
+    `name`: by default the function's name. `example`: the words after the command, for the help. `reports`: whether the command
+    has `--json`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -97,7 +98,7 @@ def command(
 
 
 def require_file(place: Location) -> None:
-    """Raises, before the work, if what it makes cannot be written to the file that `--out` names."""
+    """Raises an error, before the work starts, if the file that `--out` names can't be written."""
     try:
         place.require_file()
     except StorageError as e:
@@ -105,7 +106,7 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks a file of keys that is there, and returns what reads it; one that is not there is made only then."""
+    """Checks a file of API keys if it exists, and returns a function that reads it. The function makes a missing file."""
     from heliostat.web import keys
 
     def known() -> dict[str, str] | None:
@@ -121,7 +122,7 @@ def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
 
 
 def print_page(url: str, place: Path) -> None:
-    """Prints where a page is; on a terminal with the key, behind the #, which browsers send nowhere."""
+    """Prints the address of a page. On a terminal it contains the key after `#`, which browsers don't send."""
     from heliostat.web import keys
 
     if out.is_terminal:
@@ -131,8 +132,10 @@ def print_page(url: str, place: Path) -> None:
 
 
 def program(elsewhere: bool = False) -> str:
-    """Returns how to call this program in the person's shell: by its name, or as it was, as `.venv/bin/heliostat`, from another
-    folder by its whole path."""
+    """Returns the words that call this program in the user's shell: its name, or its path if it isn't on the PATH.
+
+    `elsewhere`: the absolute path, for another folder.
+    """
     called = sys.argv[0]
     if Path(called).name != "heliostat" or shutil.which("heliostat"):
         return "heliostat"
@@ -140,15 +143,15 @@ def program(elsewhere: bool = False) -> str:
 
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
-    """Prints rows of cells, the head first, none cut; what is piped on has one line a row."""
+    """Prints a table: the head first, no cell cut. Without a terminal, each row is one line."""
     for line in table_lines(rows, left, out.width if out.is_terminal else None):
         out.print(line)
 
 
 def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), width: int | None = None) -> list[str]:
-    """Aligns rows of cells, the head first; columns in `left` begin at the left, all others end at the right.
+    """Formats a table, the head first. Columns in `left` are aligned to the left, all others to the right.
 
-    `width`: of the terminal; without one every row is one line.
+    `width`: characters per line of the terminal; None: each row is one line.
     """
     if not rows:
         return []
@@ -163,7 +166,7 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
-    """Groups the columns into bands [begin, end) that stand side by side: as many as fit into `width`, at least one."""
+    """Groups the columns into bands [begin, end), one per line: as many columns as fit into `width`, at least one."""
     columns, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:
@@ -175,7 +178,7 @@ def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
 
 
 def store_uri(uri: str | None) -> str:
-    """Finds the MLflow store that a command is to ask: as given, of the environment, or the quickstart's."""
+    """Returns the URI of the MLflow store: the option's, the environment's, or the default. ConfigError if it isn't valid."""
     if uri and carries_secret(uri):
         raise ConfigError(
             "--mlflow: has a password, which every user of this machine can see. Set MLFLOW_TRACKING_URI instead, or "
@@ -191,20 +194,20 @@ def store_uri(uri: str | None) -> str:
     if uri.startswith("sqlite:///"):
         place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         if not place.exists():
-            raise ConfigError(f"--mlflow: no such file ({place}). Give the database of a store; `heliostat train` makes one")
+            raise ConfigError(f"--mlflow: no such file ({place}). Give the database of a store, which `heliostat train` makes")
         require_database("--mlflow", place)
     return uri
 
 
 def run_folder(run: str, mlflow: str | None) -> Location:
-    """Finds the folder of a run; ConfigError if there is no such run."""
+    """Finds the folder of a run by its id or path; ConfigError if the run doesn't exist."""
     from heliostat.tracking.models import find_run
 
     return find_run(run, store_uri(mlflow))
 
 
 def model_folder(model: str, mlflow: str | None) -> Path:
-    """Finds, or downloads, the folder of a model; ConfigError if there is no such model."""
+    """Finds or downloads the folder of a model; ConfigError if the model doesn't exist."""
     from heliostat.tracking.models import resolve
 
     return resolve(model, store_uri(mlflow))
@@ -212,7 +215,7 @@ def model_folder(model: str, mlflow: str | None) -> Path:
 
 @contextmanager
 def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
-    """Connects to the MLflow store: yields its client and its URI; TrackingError if it does not answer within the context."""
+    """Connects to the MLflow store; yields its client and its URI. TrackingError if the store doesn't answer in the context."""
     from heliostat.tracking import mlflow_client
 
     uri = store_uri(mlflow)
@@ -221,19 +224,19 @@ def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
 
 
 def write_page(to: Path, page: Callable[[], str]) -> None:
-    """Makes an HTML page and writes it to the file that `--out` names; ConfigError, before it is made, if there is no folder."""
+    """Writes an HTML page to the file that `--out` names; ConfigError, before `page` is called, if its folder doesn't exist."""
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out: no such folder ({to.parent}). Make it first, or give another path")
     text = page()
     try:
         to.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"--out: {to} cannot be written ({e.strerror}). Give another path") from e
+        raise ConfigError(f"--out: can't write {to} ({e.strerror}). Give another path") from e
     out.print(f"{to}: {to.stat().st_size:,} bytes")
 
 
 def finish(result: Mapping[str, object], fault: HeliostatError | None = None) -> None:
-    """Prints a command's result as one JSON object, if it is asked for; raises `fault`, which then carries the result."""
+    """Ends a command: with `--json` prints its result as one object. Raises `fault`, if any, with the result attached."""
     if fault:
         fault.found = result
         raise fault
@@ -242,7 +245,7 @@ def finish(result: Mapping[str, object], fault: HeliostatError | None = None) ->
 
 
 def write_json(result: Mapping[str, object]) -> None:
-    """Writes one object on one line; JSON has no NaN and no infinity, so they are null."""
+    """Writes an object on one line. NaN and infinity become null, because JSON has neither."""
     sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
 
 

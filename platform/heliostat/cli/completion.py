@@ -1,6 +1,6 @@
 """Completes words in a shell: files of the workspace, runs, models, datasets, sweeps, clusters, and jobs.
 
-A shell waits for it at each tab: only the standard library is imported, no network is asked, and what cannot be read is left out.
+A shell waits for it at each tab. So it imports only the standard library, uses no network, and skips files that it can't read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 RUNS, DATASETS, STORE = Path(".heliostat/runs"), Path(".heliostat/data"), Path(".heliostat/mlflow.db")
-MOST = 200  # suggestions
+MOST = 200  # maximum number of suggestions
 
 
 def job_files(incomplete: str) -> list[str]:
@@ -50,7 +50,7 @@ def models(incomplete: str) -> list[str]:
 
 
 def registered(incomplete: str) -> list[str]:
-    """Lists registered models as `model promote` takes them: NAME/VERSION."""
+    """Lists registered models as NAME/VERSION, for `model promote`."""
     return _matching(incomplete, _query("SELECT name || '/' || version FROM model_versions ORDER BY name, version DESC"))
 
 
@@ -69,7 +69,7 @@ def _run_ids() -> list[str]:
 
 
 def _query(statement: str) -> list[str]:
-    """Asks the local MLflow database, without waiting for its writers; no rows if there is none."""
+    """Queries the local MLflow database, and waits at most 0.2 s for its writers. No rows if there is no database."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     place = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else STORE
     if (uri and not uri.startswith("sqlite:///")) or not place.is_file():
@@ -90,7 +90,7 @@ def _names(parent: Path, file: str) -> list[str]:
 
 
 def _folders(parent: Path, file: str) -> list[Path]:
-    """Lists the folders that hold a file, the newest first."""
+    """Lists the folders that contain a file, the newest first."""
     marks = [p for p in parent.glob(f"*/{file}") if p.is_file()]
     return [p.parent for p in sorted(marks, key=lambda p: -p.stat().st_mtime)]
 

@@ -1,4 +1,4 @@
-"""Shows what curation did, and trains its classifiers: `heliostat data` trace, forget, report, train-classifier."""
+"""Shows the results of curation, and trains its classifiers: `heliostat data` trace, forget, report, train-classifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from heliostat.data.manifest import Manifest
     from heliostat.tracking.lineage_of_documents import Reached
 
-MOST = 20  # documents, samples and steps that are printed; --json has all
+MOST = 20  # maximum number of printed documents, samples, and steps; --json has all
 
 Dataset = Annotated[
     str,
@@ -42,11 +42,11 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
     from heliostat.storage.locations import Location
 
     if sum(x is not None for x in (url, id, text)) != 1:
-        raise ConfigError("DATASET: no single document is chosen. Give exactly one of --url URL, --id ID, --text FILE")
+        raise ConfigError("DATASET: the command needs one document. Give exactly one of --url URL, --id ID, --text FILE")
     try:
         raw = text.read_bytes() if text else None
     except OSError as e:
-        raise ConfigError(f"--text: {text} cannot be read ({e.strerror}). Give a text file") from e
+        raise ConfigError(f"--text: can't read {text} ({e.strerror}). Give a text file") from e
     dataset_ = manifest.read(Location(dataset))
     return dataset_, find(dataset_, id=id, url=url, text=raw)
 
@@ -71,7 +71,7 @@ def report(
 
 
 def _stages(facts: Report) -> Report:
-    """Sums up the funnel: of each stage what came, was kept and dropped, and its seconds."""
+    """Sums up the funnel: for each stage the documents that entered, were kept, and were dropped, and its seconds."""
     names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
     parts = {name: {k: part[k] for k in names if k in part} for name, part in facts["funnel"].items()}
     return {"stages": {n: p | {"seconds": facts["seconds"].get(n)} for n, p in parts.items()}}
@@ -149,11 +149,11 @@ def _print_forgotten(report: Report) -> None:
     if report["shard"]:
         out.print(f"  it was in shard {report['shard']['path']} of {report['previous'][:12]}")
     else:
-        out.print("  it was in no shard: what the dataset kept of it was its record")
+        out.print("  it was in no shard; the dataset had only its record")
     for hop in report["instead"]:
-        out.print(f"  a document much like it is in the dataset: {hop['id']}; forget that one by --id")
+        out.print(f"  a near duplicate is still in the dataset. Forget it too: --id {hop['id']}")
     _print_runs(report)
-    out.print("  the dataset that it was in, that one's earlier versions, the input and the runs' models still hold it")
+    out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain it")
 
 
 def _runs(dataset: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
@@ -182,13 +182,13 @@ def _print(traced: Report) -> None:
         out.print(f"  {end['stage']}: {end['reason']}" + (f" ({end['what']})" if end["what"] else "") + f", {end['detail']}")
     for hop in traced["instead"]:
         cluster = f", one of {hop['cluster']:,} in the cluster" if hop["cluster"] else ""
-        out.print(f"  in its place stayed {hop['id']} ({hop['by']}{cluster})")
+        out.print(f"  kept instead: {hop['id']} ({hop['by']}{cluster})")
     if traced["shard"]:
         place = "row {first:,}" if traced["images"] else "{tokens:,} tokens from {first:,}"
         pieces = [f"row group {p['row_group']}, {place.format(**p)}" for p in traced["shard"]["pieces"]]
         out.print(f"  in shard {traced['shard']['path']}: {'; '.join(pieces)}")
     else:
-        out.print("  in no shard" + ("" if traced["end"]["reason"] == "forgotten" else ": nothing has trained on it"))
+        out.print("  in no shard" + ("" if traced["end"]["reason"] == "forgotten" else ", so no run has trained on it"))
     for note in traced["notes"]:
         out.print(f"  note: {note}")
     _print_runs(traced)
@@ -210,18 +210,15 @@ def _did(stage: Report) -> str:
 def _print_runs(report: Report) -> None:
     for row in report["runs"]:
         steps = ", ".join(f"{step:,}" for step in row["steps"][:MOST]) + (" ..." if len(row["steps"]) > MOST else "")
-        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "none by itself"
+        how = f"{len(row['samples']):,} samples in steps {steps}" if row["samples"] else "no sample of its own"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
-        how += f"; what it took is not known: {row['fault']}" if row["fault"] else ""
+        how += f"; its samples are unknown: {row['fault']}" if row["fault"] else ""
         how += f"; {row['unsure']:,} replaced samples are not listed" if row["unsure"] else ""
         out.print(f"  run {row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
         for sample in row["samples"][:MOST]:
-            lane = (
-                "in place of a bad sample"
-                if sample["lane"] is None
-                else "lane {lane}, place {place}, epoch {epoch}".format(**sample)
-            )
-            out.print(f"    step {sample['step']:,}: {lane}; row group {sample['row_group']}, sample {sample['row']}")
+            where = "virtual rank {lane}, place {place}, epoch {epoch}".format(**sample)
+            where = "in place of a bad sample" if sample["lane"] is None else where
+            out.print(f"    step {sample['step']:,}: {where}; row group {sample['row_group']}, sample {sample['row']}")
     if report["shard"] and not report["runs"]:
         out.print("  no recorded run has trained on it")
 
@@ -240,10 +237,9 @@ def train_classifier(
     from heliostat.curation import training
 
     report = training.train(good, bad, to)
-    held_out = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones that were held out"
-    out.print(
-        f"classifier {to}: trained on {report['trained_good']:,} good and {report['trained_bad']:,} bad documents; of {held_out}:"
-    )
+    trained = f"{report['trained_good']:,} good and {report['trained_bad']:,} bad documents"
+    held_out = f"{report['held_out_good']:,} good and {report['held_out_bad']:,} bad ones"
+    out.print(f"classifier {to}: trained on {trained}. Scores on held-out documents ({held_out}):")
     cells = [["min_score", "precision", "recall"]]
     for threshold, at in report["held_out"].items():
         precision = "none chosen" if at["precision"] is None else f"{at['precision']:.1%}"
@@ -251,5 +247,5 @@ def train_classifier(
     print_table(cells)
     for reason, count in sorted(report["left_out"].items()):
         out.print(f"left out: {count:,} {reason}")
-    out.print(f"use it: {{stage: classifier, model: {to}, min_score: 0.5}}")
+    out.print(f"Next: add to the stages of a pipeline: {{stage: classifier, model: {to}, min_score: 0.5}}")
     finish({"folder": str(to), **report})

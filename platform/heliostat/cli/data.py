@@ -1,4 +1,4 @@
-"""Makes a workspace, and its datasets: `heliostat init`, `heliostat data prepare`, `heliostat data index`."""
+"""Makes workspaces and datasets: `heliostat init`, `heliostat data prepare`, `heliostat data index`."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def index(dataset: Dataset) -> None:
     report = run(Location(dataset))
     change = f"digest {report.digest[:12]}, was {report.previous[:12]}" if report.shards_added else "nothing new"
     out.print(f"dataset {report.dataset}: {report.shards_added:,} shards added, {change}; {report.rows:,} rows, "
-              f"{report.tokens:,} tokens in {report.chunks:,} chunks")  # fmt: skip
+              f"{report.tokens:,} tokens in {report.chunks:,} row groups")  # fmt: skip
     finish(asdict(report))

@@ -1,7 +1,7 @@
-"""Groups the commands, and translates the words of earlier versions into today's.
+"""Groups the commands, and translates the names of earlier versions into today's.
 
-`heliostat GROUP COMMAND` is the whole tree; five commands have no group. `RENAMED` and `OPTIONS` have the names of version 0.1:
-they work for one more version, and each prints one line on standard error.
+The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` have the names of version
+0.1, which work for one more version; each use prints one line on standard error.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ RENAMED = {
     "runs": "run list", "jobs": "job list", "tune": "sweep run", "sweeps": "sweep list",
     "index-documents": "search index", "ask": "search ask",
 }  # fmt: skip
-OPTIONS = {  # of a command
+OPTIONS = {  # old and new names of options, by command
     "model export": {"--to": "--out"},
     "model evaluate": {"--data": "--dataset"},
     "plan": {"--write": "--out"},
 }
-SYNONYMS = {  # words of other tools
+SYNONYMS = {  # commands of other tools, and heliostat's
     **dict.fromkeys(("start", "fit", "finetune", "fine-tune", "launch"), "train"),
     **dict.fromkeys(("new", "create", "setup"), "init"),
     **dict.fromkeys(("validate", "lint", "doctor"), "check"),
@@ -67,7 +67,7 @@ UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 
 
 class RenamingCommand(typer.core.TyperCommand):
-    """Takes an option of an earlier version by today's name."""
+    """Replaces options of earlier versions by today's."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return without_types(super().get_params(ctx))
@@ -83,12 +83,12 @@ class RenamingCommand(typer.core.TyperCommand):
         try:
             return super().parse_args(ctx, [*words, *rest])
         except UsageError as e:
-            e.ctx = e.ctx or ctx  # typer leaves it out where an option has no value
+            e.ctx = e.ctx or ctx  # typer omits it if an option lacks its value
             raise
 
 
 class Root(typer.core.TyperGroup):
-    """Lists commands and groups in the order of their use, and takes a command of an earlier version by today's name."""
+    """Lists commands and groups in the order of their use, and replaces commands of earlier versions by today's."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = without_types(super().get_params(ctx))
@@ -117,7 +117,7 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def without_types(params: list[Any]) -> list[Any]:
-    """Removes the type from the help of typer's own flags, which take no value, and the check of it, which imports pydantic."""
+    """Removes the type from typer's own flags: it would show in their help, and its check would import pydantic."""
     for parameter in params:
         if parameter.name in ("help", "install_completion", "show_completion"):
             parameter.metavar, parameter.default = "", False
@@ -125,9 +125,9 @@ def without_types(params: list[Any]) -> list[Any]:
 
 
 def current(words: list[str]) -> tuple[str, str, list[str]]:
-    """Splits a command line into a command of an earlier version, its name today, and the other words.
+    """Splits a command line into an old command, its name today, and the other words.
 
-    Both names are empty if the words begin with a command of today.
+    Both names are empty if the words begin with a command of this version.
     """
     known = ("run", "list", "show", "stop", "--help", "-h")
     if len(words) > 1 and words[0] == SWEEP and words[1] not in known and f"sweep {words[1]}" not in SYNONYMS:
@@ -141,26 +141,26 @@ def current(words: list[str]) -> tuple[str, str, list[str]]:
 
 
 def notice(ctx: Any, old: str, new: str) -> None:
-    """Prints a new name on standard error, except while a shell completes the line."""
+    """Prints that a name has changed on standard error, except during shell completion."""
     if not ctx.resilient_parsing:
         sys.stderr.write(f"{old} is now {new}\n")
 
 
 def split(args: list[str]) -> tuple[list[str], list[str]]:
-    """Splits words at `--`: options are before it."""
+    """Splits words at `--`, because the words after it aren't options."""
     end = args.index("--") if "--" in args else len(args)
     return args[:end], args[end:]
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yields the words of every command below one, without the program's name."""
+    """Yields the words of every subcommand, without the program's name."""
     for name, below in getattr(command, "commands", {}).items():
         yield (*path, name)
         yield from leaves(below, (*path, name))
 
 
 def suggest(root: Any, within: tuple[str, ...], word: str) -> list[str]:
-    """Lists commands that a word, unknown in the group `within`, may mean; the likeliest first, at most three."""
+    """Lists up to three commands that an unknown word of the group `within` may mean, the likeliest first."""
     tree = [words for words in leaves(root) if len(words) > 1 or words[0] not in GROUPS]
     same = [" ".join(words) for words in tree if words[-1] == word]
     here = difflib.get_close_matches(word, [words[-1] for words in tree if words[:-1] == within], n=1)

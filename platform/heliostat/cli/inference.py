@@ -1,4 +1,4 @@
-"""Runs models: `heliostat model` generate, infer, evaluate, export."""
+"""Runs models on inputs, and exports them: `heliostat model` generate, infer, evaluate, export."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def generate(
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError(
-            "--prompt: no prompt is chosen, or two are. Give exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
+            "--prompt: the command needs one prompt. Give exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
             "--suffix"
         )
     if (prefix is None) != (suffix is None):
         missing = "--suffix" if suffix is None else "--prefix"
-        raise ConfigError(f"{missing}: is missing. Give both --prefix and --suffix; one may be empty")
+        raise ConfigError(f"{missing}: is missing. Give both --prefix and --suffix (one may be empty)")
     if prefix is not None and suffix is not None:
         prompt, options["suffix"] = generating.read_text("--prefix", prefix), generating.read_text("--suffix", suffix)
     if prompts is not None:
@@ -118,13 +118,13 @@ def infer(
     prices = hardware.table()
     run_ |= {"cost": hardware.cost(run_["devices"], prices), "currency": prices["currency"]}
     without = f", {run_['bad']:,} without one (bad.parquet)" if run_["bad"] else ""
-    cut = f", {run_['truncated']:,} of them of a text that was cut" if run_["truncated"] else ""
+    cut = f", {run_['truncated']:,} of them for inputs that were cut" if run_["truncated"] else ""
     many, what = (run_["answers"], "images") if task == "embed-images" else (run_["tokens"], "tokens")
-    pace = f"{many:,} {what}, {many / max(run_['seconds'], 0.1):,.0f} a second"
-    cost = "a GPU that is not in the plan's price table" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
+    pace = f"{many:,} {what}, {many / max(run_['seconds'], 0.1):,.0f} per second"
+    cost = "unknown (the price table lacks this GPU)" if run_["cost"] is None else f"{run_['cost']:,.2f} {run_['currency']}"
     out.print(f"{run_['answers']:,} answers are in {to}/answers{cut}{without}; {pace}; cost {cost}")
     if run_["deleted"]:
-        out.print(f"{run_['deleted']:,} answers are deleted: the input does not hold any more, as it was, what they are of")
+        out.print(f"{run_['deleted']:,} answers are deleted, because their inputs changed or are gone")
     finish(run_)
 
 

@@ -1,4 +1,4 @@
-"""Sends jobs to clusters and looks after them: `heliostat submit`, `heliostat job` list, status, logs, stop, resume.
+"""Submits and manages jobs on clusters: `heliostat submit`, `heliostat job` list, status, logs, stop, resume.
 
 Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
 """
@@ -36,7 +36,7 @@ Id = Annotated[
 
 
 def recorded(job_id: str) -> SubmissionRecord | None:
-    """Reads what this workspace recorded of a job that it sent; None if it sent none of this id."""
+    """Reads this workspace's record of a job that it submitted; None if it submitted no job with this id."""
     from heliostat.submit.submission import SubmissionRecord
 
     return SubmissionRecord.read(job_id)
@@ -44,7 +44,7 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 @contextmanager
 def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
-    """Connects to the jobs of a cluster: the one that `field` names, or else the one of the record."""
+    """Connects to the jobs of a cluster: `cluster`, or by default the record's. Errors name `field`."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
@@ -74,9 +74,9 @@ def submit(
 
 
 def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool = False) -> Job:
-    """Loads a job and checks everything that can be checked from here: its paths, its plan on the cluster, its services.
+    """Loads a job, and checks its paths, its plan on the cluster, and its services as far as this machine can.
 
-    It is then in the layout that it trains in.
+    The returned job has its final parallelism configuration.
     """
     from heliostat.plan import auto
     from heliostat.plan import planner as planning
@@ -94,7 +94,7 @@ def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool =
 
 
 def send(jobs: Jobs, wanted: SubmissionRecord, flags: tuple[str, ...], follow: bool) -> None:
-    """Submits a job, and with `follow` shows its log until it is over; the exit code is then the job's outcome."""
+    """Submits a job. With `follow`, shows its log until it ends, and exits with a code for the job's outcome."""
     from heliostat.submit.jobs import exit_code
 
     job_id = jobs.submit(wanted, flags)
@@ -152,7 +152,7 @@ def _progress(folder: str, steps: int, metadata: Mapping[str, str]) -> RunProgre
 
 
 def _look(job_id: str, cluster: str | None) -> dict[str, Any]:
-    """Looks up a job's state on its cluster; if the cluster is gone, in the job's local record."""
+    """Returns a job's state from its cluster, or from the local record if the cluster is gone."""
     record = recorded(job_id)
     try:
         with jobs_on(cluster, record) as known:
@@ -204,7 +204,7 @@ def stop(
 
     with jobs_on(cluster, recorded(id_)) as jobs:
         stopped = jobs.stop(id_, now)
-    if now:  # the store may be why
+    if now:  # a store that doesn't answer may be the reason for --now
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
     at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"
@@ -219,6 +219,6 @@ def resume(id_: Id, cluster: Target = None, follow: Follow = False, setting: Set
 
     record = recorded(id_)
     if record is None:
-        raise ConfigError(f"{id_}: was not submitted from this workspace. Run: heliostat submit JOB.yaml --resume")
+        raise ConfigError(f"{id_}: wasn't submitted from this workspace. Run: heliostat submit JOB.yaml --resume")
     with jobs_on(cluster, record) as jobs:
         send(jobs, changed(record, setting or [], cluster or record.cluster), ("--resume",), follow)

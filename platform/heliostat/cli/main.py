@@ -27,13 +27,13 @@ from heliostat.terminal import console
 from heliostat.text import printable
 
 # isort: off
-# They register their commands, in the order in which the help of a group lists them
+# Each module registers its commands; groups list them in this order
 from heliostat.cli import data, curation, train, plan, inference, benchmark  # noqa: F401
 from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs, next_steps  # noqa: F401
 # isort: on
 
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
-QUIET = {  # other libraries' progress bars and notices, so that ours can be read
+QUIET = {  # turns off progress bars and notices of libraries
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -52,7 +52,7 @@ def heliostat_(
     version: Annotated[bool, flag("--version", callback=_version, is_eager=True, help="Print the version")] = False,
     json_: Annotated[bool, flag("--json", help="Print one JSON object", hidden=True)] = False,
 ) -> None:
-    """Takes the options before a command; without a command, shows what to do next."""
+    """Handles options before the command. Without a command, shows what to do next."""
     out.quiet = json_
     if context.invoked_subcommand is None:
         status = next_steps.status(Path())
@@ -69,21 +69,21 @@ def main() -> None:
     sys.excepthook = excepthook
     try:
         code = _run(json_, verbose)
-    except Exception as e:  # a fault of heliostat's own: its traceback follows
+    except Exception as e:  # a bug: its traceback follows
         if json_:
             write_json({"error": described(e)})
         raise
     finally:
-        atexit.register(_nothing_more)  # now, so that it comes before the exit of what a command has imported
+        atexit.register(_nothing_more)  # registered last, so it runs before the exit functions of imported libraries
     sys.exit(code)
 
 
 def _run(json_: bool, verbose: bool) -> int:
-    """Runs the command that was typed, and reports what ended it; returns the exit code."""
+    """Runs the command, and reports its error; returns the exit code."""
     ended: BaseException = KeyboardInterrupt()
     try:
         if (code := app(prog_name="heliostat", standalone_mode=False) or 0) != 130:
-            return code  # typer makes 130 of Ctrl-C, and says nothing
+            return code  # typer returns 130 for Ctrl-C, and prints nothing
     except (HeliostatError, UsageError, KeyboardInterrupt, typer.Abort) as e:
         ended = e
     if type(ended).__name__ == "NoArgsIsHelpError":
@@ -106,7 +106,7 @@ class DescribedCommand(TypedDict):
 
 
 def described(error: BaseException) -> DescribedCommand:
-    """Describes an error as the `error` of a JSON answer."""
+    """Describes an error as the field `error` of a JSON result."""
     kind, message, code = type(error).__name__, str(error), getattr(error, "exit_code", 1)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         kind, message, code = "Interrupted", "interrupted", 130
@@ -116,20 +116,20 @@ def described(error: BaseException) -> DescribedCommand:
 
 
 def _nothing_more() -> None:
-    """Ensures that the result is the last line of standard output: Ray, as it ends, may have something to say after it."""
+    """Ensures that the result is the last line of standard output. Ray may print more when it ends; that goes to stderr."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
 
 
 class LogLines(Formatter):
-    """Formats log lines without secrets, and with whatever would move a terminal's cursor escaped."""
+    """Formats log lines without secrets, with characters that would move a terminal's cursor escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
 
 
 class Terminal(logging.Handler):
-    """Prints log lines above the live line, if there is one. A long message wraps to the right of its time."""
+    """Prints log lines above the live progress line. A long message wraps to the right of its time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,12 +142,12 @@ class Terminal(logging.Handler):
             row.add_column(overflow="fold")
             row.add_row(stamp(datetime.fromtimestamp(record.created), self.began), Text(self.format(record)))
             console.print(row)
-        except Exception:  # noqa: BLE001 (as logging's own handlers do: a log line ends no run)
+        except Exception:  # noqa: BLE001 (like logging's own handlers: a log line must not end a run)
             self.handleError(record)
 
 
 def start_logs(verbose: bool) -> None:
-    """Sends all logs to standard error: warnings of libraries, and heliostat's own from `info` on, or `debug`."""
+    """Sends logs to standard error: warnings of libraries; of heliostat `info` and above, with `verbose` also `debug`."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = Terminal()
@@ -160,5 +160,5 @@ def start_logs(verbose: bool) -> None:
 
 
 def stamp(at: datetime, began: date) -> str:
-    """Writes a moment as a terminal shows it: with its date when that is another than the command's first."""
+    """Formats a time for the terminal. It has a date only if that differs from `began`, the day when the command began."""
     return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

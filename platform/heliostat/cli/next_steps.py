@@ -1,6 +1,6 @@
 """Shows what to do next in a folder: `heliostat` without a command.
 
-It reads YAML files and the folders of datasets and runs, and no library that takes time. What is on S3 isn't asked.
+It reads YAML files and the folders of datasets and runs, imports no slow library, and never asks S3.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal, TypedDict
 from heliostat.cli.common import program
 from heliostat.text import plural
 
-STORAGE = ".heliostat/runs"  # of a job that names none
-FIRST = "quickstart"  # the file to begin with, if there is one
-LONGEST = 60  # characters of a name in a line
+STORAGE = ".heliostat/runs"  # default of a job's `storage`
+FIRST = "quickstart"  # name of the file to suggest first
+LONGEST = 60  # maximum number of characters of a name in a line
 
 
 class FolderRun(TypedDict):
-    """Describes a job's run. `step`: of its last checkpoint; `answers`: what `model generate` makes with the model."""
+    """Describes a job's run. `step`: step of the last checkpoint; `answers`: output of `model generate` with its model."""
 
     job: str
     name: str
@@ -34,14 +34,14 @@ class FolderRun(TypedDict):
 
 
 class NextCommand(TypedDict):
-    """Describes a command to type, and why."""
+    """Describes a command to type, and the reason."""
 
     command: str
     why: str
 
 
 class FolderStatus(TypedDict):
-    """Describes a folder: its files, its datasets, the run that was active last, and what to do next."""
+    """Describes a folder: its files, its datasets, the run that was active last, and the next commands."""
 
     folder: str
     jobs: list[str]
@@ -59,7 +59,7 @@ class FoundFile(TypedDict):
 
 
 def status(folder: Path) -> FolderStatus:
-    """Looks at a folder: which jobs, pipelines, datasets, and runs it has."""
+    """Reads a folder's jobs, pipelines, datasets, and runs, and suggests the next commands."""
     jobs, pipelines = _files(folder / "jobs"), _files(folder / "pipelines")
     prepared = [str(one["content"]["output"]) for one in pipelines if _has_dataset(folder, one["content"].get("output"))]
     runs = sorted((run for one in jobs if (run := _run(folder, one))), key=lambda run: _active(folder / run["folder"]))
@@ -74,15 +74,15 @@ def status(folder: Path) -> FolderStatus:
 
 
 def lines(status: FolderStatus) -> list[str]:
-    """Writes the status for a terminal: at most 8 lines."""
+    """Formats the status for a terminal, in at most 8 lines."""
     if not status["jobs"] and not status["pipelines"]:
         text = ["This folder isn't a heliostat workspace: it has no jobs/ and no pipelines/."]
     else:
         counts = {"job": status["jobs"], "pipeline": status["pipelines"], "prepared dataset": status["datasets"]}
         text = [", ".join(plural(len(items), what) for what, items in counts.items())]
     if run := status["run"]:
-        of = f" of {run['steps']:,}" if run["steps"] else ""  # not known of a job with epochs or tokens
-        model = f", model {run['model']}" if "/" in (run["model"] or "") else ""  # not an id
+        of = f" of {run['steps']:,}" if run["steps"] else ""  # 0: unknown, for a job with epochs or tokens
+        model = f", model {run['model']}" if "/" in (run["model"] or "") else ""  # a run id has no slash
         text.append(f"run {run['name'][:LONGEST]}: {run['state']}, step {run['step']:,}{of}{model}")
     width = 80 - len("Next:  ")
     for number, one in enumerate(status["next"]):
@@ -93,7 +93,7 @@ def lines(status: FolderStatus) -> list[str]:
 
 
 def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: list[FoundFile]) -> list[tuple[list[str], str]]:
-    """Lists the words to type after the program's name, each with its reason."""
+    """Lists the next commands as words after the program's name, each with its reason."""
     if not jobs and not pipelines:
         return [(["init"], "make a workspace here"), (["init", "my-workspace"], "or in a new folder")]
     if run := status["run"]:
@@ -105,7 +105,7 @@ def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: 
     if pipelines:
         pipeline = _first(pipelines)
         return [(["data", "prepare", pipeline], "make a dataset")] + ([(["train", _first(jobs)], "then train")] if jobs else [])
-    return [(["check", _first(jobs)], "shows what the job lacks")]
+    return [(["check", _first(jobs)], "find what the job lacks")]
 
 
 def _after(run: FolderRun) -> list[tuple[list[str], str]]:
@@ -123,7 +123,7 @@ def _after(run: FolderRun) -> list[tuple[list[str], str]]:
 
 
 def _files(parent: Path) -> list[FoundFile]:
-    """Reads the YAML files of a folder, by name; a file that isn't a mapping is left out: `check` explains it."""
+    """Reads the YAML files of a folder, sorted by name. Skips a file that isn't a mapping: `check` explains it."""
     import yaml
 
     files = list[FoundFile]()
@@ -161,7 +161,7 @@ def _run(folder: Path, job: FoundFile) -> FolderRun | None:
     if "://" in str(storage) or not (folder / place / "run.json").is_file():
         return None
     steps = train.get("steps") if isinstance(train, dict) else None
-    steps = steps if isinstance(steps, int) else 0  # else unset, or a mistake, which `check` explains
+    steps = steps if isinstance(steps, int) else 0  # 0: unset, or a mistake that `check` explains
     ending, step = _read(folder / place / "result.json"), _last_step(folder / place)
     ended, alive = isinstance(ending.get("steps"), int) and ending["steps"] >= step, _alive(folder / place / "lease")
     return {
@@ -174,13 +174,13 @@ def _run(folder: Path, job: FoundFile) -> FolderRun | None:
 
 
 def _model(ending: dict[str, Any]) -> str | None:
-    """Returns a name that every command takes: the registered model, or the run's id."""
+    """Returns a name that every command accepts: the registered model, or the run's id."""
     uri = ending.get("model_uri")
     return str(ending.get("run_id")) if uri and str(uri).startswith("models:/m-") else uri
 
 
 def _answers(ending: dict[str, Any]) -> Literal["text", "images"] | None:
-    if not ending.get("samples"):  # of a recipe that generates nothing, such as a classifier
+    if not ending.get("samples"):  # the recipe generates nothing, such as a classifier
         return None
     return "images" if ending.get("unit") == "samples" else "text"
 
@@ -191,12 +191,12 @@ def _last_step(run: Path) -> int:
 
 
 def _active(run: Path) -> float:
-    """Returns when a run last wrote to its ledger or its lease."""
+    """Returns the time of a run's last write to its folder, ledger, or lease, in seconds since the epoch."""
     return max((p.stat().st_mtime for p in (run, run / "ledger", run / "lease", run / "result.json") if p.exists()), default=0.0)
 
 
 def _alive(leases: Path) -> bool:
-    """Checks whether a process of this machine holds the newest lease; on another machine, whether it isn't released."""
+    """Returns whether the holder of the newest lease may be alive. On another machine that means: the lease isn't released."""
     newest = max(leases.glob("*.json"), default=None)
     holder = _read(newest) if newest else {}
     if not holder or holder.get("released"):

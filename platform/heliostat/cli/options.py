@@ -1,6 +1,6 @@
-"""Defines the options and arguments that mean the same in several commands, so that their help is written once.
+"""Defines options and arguments that several commands share, so their help is written once.
 
-Modules of commands add those that only they have.
+Each module of commands defines the options that only it has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from heliostat.cli import completion
 
 
 def flag(*names: str, help: str, **more: Any) -> Any:
-    """Makes an option without a value."""
+    """Defines an option without a value."""
     return typer.Option(*names, help=help, metavar="", **more)
 
 
@@ -95,7 +95,7 @@ TopP = Annotated[
     float | None,
     typer.Option("--top-p", help="Text: sample from the likeliest tokens of this total probability (top-p)"),
 ]
-Engine = Annotated[str, typer.Option("--engine", help="auto, transformers, or vllm; auto uses vllm where it can run the model")]
+Engine = Annotated[str, typer.Option("--engine", help="auto, transformers, or vllm; auto uses vllm if it can run the model")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same answers")]
 Embedder = Annotated[
     str | None, typer.Option("--embedder", metavar="MODEL", help="Folder of the index's embedder, if it has moved")

@@ -63,7 +63,7 @@ def plan(
 
 def show_ranking(p: Report) -> None:
     out.print(f"{p['name']}: {parameters(p)} on {p['workers']} workers of {p['device']['name']} (estimates)")
-    rows = [["stage", "parallel", "micro-batch", "checkpointing", "offload", "GiB", "s a step", "MFU", "why"]]
+    rows = [["stage", "parallel", "micro-batch", "checkpointing", "offload", "GiB", "s/step", "MFU", "why"]]
     for one in p["layouts"]:
         keys = one["layout"]
         offload = [k for k in ("optimizer", "param") if keys[f"train.zero.offload.{k}"]]
@@ -83,21 +83,21 @@ def show_ranking(p: Report) -> None:
 
 
 def degrees(parallel: dict[str, int]) -> str:
-    """Writes how many workers share a sample, or divide what of the model."""
+    """Formats the degrees of parallelism above 1, such as `tensor 2`."""
     return ", ".join(f"{name} {n}" for name, n in parallel.items() if n > 1)
 
 
 def replayed(which: bool | int | str) -> str:
-    """Writes which layers' activations are computed again."""
+    """Formats `train.activation_checkpointing`: yes, no, selective, or a number of layers."""
     if isinstance(which, bool):
         return "yes" if which else "no"
     return which if isinstance(which, str) else plural(which, "layer")
 
 
 def parameters(p: Report) -> str:
-    """Writes how many parameters a planned model has, and of a mixture of experts how many a token meets."""
+    """Formats the parameters of a planned model; for a mixture of experts also the active ones per token."""
     total, active = p["parameters"]["total"], p["parameters"]["active"]
-    return f"{total:,} parameters" + (f", {active:,} of them active for a token," if active < total else "")
+    return f"{total:,} parameters" + (f" ({active:,} active per token)" if active < total else "")
 
 
 def _checkpointing(which: bool | int | str) -> str:
@@ -117,27 +117,27 @@ def _length(days: float) -> str:
 
 
 def lines(p: Report) -> list[str]:
-    """Writes the plan as a person reads it."""
+    """Formats a plan for a terminal, one topic per line."""
     from heliostat.plan import memory
 
     m, s, r, c, link = p["memory"], p["speed"], p["run"], p["checkpoint"], p["communication"]
     name = p["device"]["name"]
     digits = 2 if m["total"] >= GIB else 4
     text = [
-        f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates, but for counts)",
-        f"memory     {m['total'] / GIB:.{digits}f} GiB a worker of {m['device'] / GIB:.0f}: {memory.parts(m, digits)}"
-        + (f"; on the host {m['host'] / GIB:.1f}" if m["host"] >= 0.05 * GIB else ""),
+        f"{p['name']}: {parameters(p)} on {p['workers']} workers of {name} (estimates; counts are exact)",
+        f"memory     {m['total'] / GIB:.{digits}f} of {m['device'] / GIB:.0f} GiB per worker: {memory.parts(m, digits)}"
+        + (f"; host memory {m['host'] / GIB:.1f}" if m["host"] >= 0.05 * GIB else ""),
         "compute    "
-        + (f"{p['flops']['per_token']:.3g} FLOPs a token, " if r["tokens"] else "")
-        + f"{p['flops']['per_sample']:.3g} a sample",
-        f"network    {_size(link['bytes_per_step'])} a step and worker, {link['seconds_per_step']:.2f} s, of which "
-        f"{link['exposed_s']:.2f} s do not hide"
-        + (f"; of weights and gradients {_size(link['between_nodes'])} leave each node" if link["between_nodes"] else ""),
-        f"speed      {s['step_s']:.2f} s a step, "
+        + (f"{p['flops']['per_token']:.3g} FLOPs per token, " if r["tokens"] else "")
+        + f"{p['flops']['per_sample']:.3g} per sample",
+        f"network    {_size(link['bytes_per_step'])} per step and worker, {link['seconds_per_step']:.2f} s, "
+        f"{link['exposed_s']:.2f} s of it not overlapped"
+        + (f"; {_size(link['between_nodes'])} of weights and gradients leave each node" if link["between_nodes"] else ""),
+        f"speed      {s['step_s']:.2f} s per step, "
         + (f"{s['tokens_per_second']:,.0f} tokens/s, " if r["tokens"] else "")
         + f"{s['samples_per_second']:,.2f} samples/s, MFU {s['mfu']:.1%}",
         f"run        {_length(r['days'])} at goodput {r['goodput']:.1%}, {r['failures']:.1f} failures expected, "
-        f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy alone "
+        f"{r['energy_kwh']:,.1f} kWh, cost {r['cost']:,.2f} (prices of {p['device']['prices']}; energy only "
         f"{r['energy_cost']:,.2f})",
         f"checkpoint {_size(c['bytes'])}, {c['upload_s']:.1f} s to storage, training waits {c['blocked_s']:.2f} s; every "
         f"{c['every']} steps, best every {c['recommended_every']:,} (one failure in {c['hours_between_failures']:,.0f} hours)",
@@ -146,7 +146,7 @@ def lines(p: Report) -> list[str]:
         text.append(
             f"best       ZeRO stage {best['stage']}, micro-batch {best['micro_batch_size']}"
             f"{_checkpointing(best['activation_checkpointing'])}"
-            f"{', optimizer on the host' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s a step, "
+            f"{', optimizer in host memory' if best['offload_optimizer'] else ''}: {best['speed']['step_s']:.2f} s per step, "
             f"MFU {best['speed']['mfu']:.1%}"
         )
     return text + [f"note       {note}" for note in p["notes"]]
@@ -158,17 +158,17 @@ def show_dry_run(job: Path, settings: list[str], workers: int | None) -> None:
     result = dry_run(job, settings, workers)
     data = result["data"]
     out.print(
-        f"{result['name']}: {result['parameters']:,} parameters at ZeRO stage {result['stage']} on {result['workers']} ranks: "
-        f"{result['largest_share'] / GIB:.2f} GiB of state on the largest, {result['smallest_share'] / GIB:.2f} on the smallest"
+        f"{result['name']}: {result['parameters']:,} parameters at ZeRO stage {result['stage']} on {result['workers']} ranks; "
+        f"state per rank {result['smallest_share'] / GIB:.2f} to {result['largest_share'] / GIB:.2f} GiB"
     )
     out.print(
-        f"a checkpoint: {result['shards']} shards, {result['tensors']:,} tensors, {result['chunks']:,} slices, "
-        f"{result['checkpoint_bytes']:,} bytes, {result['index_bytes']:,} of them the index"
+        f"checkpoint: {result['shards']} shards, {result['tensors']:,} tensors, {result['chunks']:,} slices, "
+        f"{result['checkpoint_bytes']:,} bytes, {result['index_bytes']:,} of them for the index"
     )
     out.print(
-        f"a step: {data['samples_per_rank']} samples a rank in {data['accumulation']} micro-batches of "
-        f"{data['micro_batch_size']}, {data['lanes']} lanes, {data['lanes_per_rank']} a rank"
+        f"step: {data['samples_per_rank']} samples per rank in {data['accumulation']} micro-batches of "
+        f"{data['micro_batch_size']}; {data['lanes']} virtual ranks, {data['lanes_per_rank']} per rank"
         + (f"; {result['note']}" if result["note"] else "")
     )
-    out.print(f"everything divides, fits and has a name; nothing was started ({result['seconds']:.1f} s)")
+    out.print(f"dry run passed in {result['seconds']:.1f} s; nothing was started")
     finish(result)

@@ -1,4 +1,4 @@
-"""Searches documents: `heliostat search` index, ask."""
+"""Indexes documents, and searches them: `heliostat search` index, ask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 if TYPE_CHECKING:
     from heliostat.apps.search.search import Passage, SearchIndex
 
-SHOWN = 600  # characters of a passage that are printed; --json has all
+SHOWN = 600  # maximum number of printed characters of a passage; --json has all
 
 
 @command(SEARCH, "index", example=".heliostat/data/quickstart --out .heliostat/index")
@@ -39,7 +39,7 @@ def index_documents(
     from heliostat.schema import validate
 
     build.require()
-    settings = validate(IndexSettings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "index-documents")
+    settings = validate(IndexSettings, {"chunk_tokens": chunk_tokens, "overlap": overlap}, "search index")
     model = model_folder(embedder, mlflow) if embedder else None
     result = build.index_documents(dataset, to, settings, model, batch, workers, out.quiet)
     _print_made(result, to)
@@ -51,12 +51,12 @@ def _print_made(result: Report, to: str) -> None:
     if not result["new"] and not result["added"] + result["deleted"]:
         out.print(f"{to} is up to date: {size} of {result['dataset']['digest'][:12]}")
         return
-    out.print(f"{to} holds {size} of {result['dataset']['digest'][:12]}: {result['added']:,} documents are new, "
-              f"{result['deleted']:,} are gone, {result['kept']:,} as before")  # fmt: skip
+    out.print(f"{to} has {size} of {result['dataset']['digest'][:12]}: {result['added']:,} documents added, "
+              f"{result['deleted']:,} deleted, {result['kept']:,} unchanged")  # fmt: skip
     for count, what in (
-        (result["empty"], "documents have no text, and so no passage"),
+        (result["empty"], "documents have no text, so no passage"),
         (result["unembedded"], "passages have no embedding: the model embeds none of their tokens, or failed"),
-        (result["truncated"], "passages are longer than the embedder takes: their embeddings are of their beginnings"),
+        (result["truncated"], "passages are too long for the embedder, which embeds only their beginnings"),
     ):
         if count:
             out.print(f"  {count:,} {what}")
@@ -98,7 +98,8 @@ def ask(
     build.require()
     if (question is None) == (questions is None):
         raise ConfigError(
-            "QUESTION: no question, or two. Give exactly one of a question and --questions FILE. Quote a question with spaces"
+            "QUESTION: the command needs one question. Give exactly one of a question and --questions FILE. "
+            "Quote a question with spaces"
         )
     if mode is not None and mode not in MODES:
         raise ConfigError(f"--mode: unknown mode ({mode}). Use {', '.join(MODES)}")
@@ -136,8 +137,9 @@ def _print_found(result: Report) -> None:
     if answer:
         out.print(answer["text"])
         if answer["passages_used"] < len(passages) or answer["cut"]:
-            part = ", the last in part" if answer["cut"] else ""
-            out.print(f"(from the first {answer['passages_used']} of {len(passages)} passages{part}: the model has no more room)")
+            part = ", the last one cut" if answer["cut"] else ""
+            used = f"the first {answer['passages_used']} of {len(passages)} passages{part}"
+            out.print(f"(from {used}: the model's context has no room for more)")
         out.print("")
     for number, passage in enumerate(passages, 1):
         url = f" {passage['columns']['url']}" if passage["columns"].get("url") else ""
@@ -152,7 +154,7 @@ def _print_found(result: Report) -> None:
 
 
 def _scores(passage: Report) -> str:
-    """Says what has scored a passage: first what its place in the list is by."""
+    """Formats the scores of a passage, the one that decides its place in the list first."""
     searched = f"{passage['scored_by']} score {passage['score']:.4g}"
     if "rerank_score" not in passage:
         return searched
@@ -170,10 +172,10 @@ def _judge(index: SearchIndex, file: Path, reranker: Path | None) -> None:
     for mode, over in result["over_bm25"].items():
         rows.append([f"{mode} over bm25", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
     for mode, over in result.get("reranked", {}).items():
-        if mode != "bm25":  # over which its own stands above
+        if mode != "bm25":  # the rows above already compare with bm25
             rows.append([f"{mode}+reranker over {mode}", *("{:+.3f} ± {:.3f}".format(*over[name]) for name in judging.MEASURES)])
     print_table(rows)
-    left = f"; {result['unknown']:,} more name documents that the index does not hold" if result["unknown"] else ""
-    left += f"; {result['too_long']:,} more are longer than the embedder takes" if result["too_long"] else ""
+    left = f"; {result['unknown']:,} more name documents that the index doesn't have" if result["unknown"] else ""
+    left += f"; {result['too_long']:,} more are too long for the embedder" if result["too_long"] else ""
     out.print(f"{result['questions']:,} questions{left}; ± is half of a 95 % interval of the difference")
     finish(result)

@@ -93,9 +93,7 @@ def lineage(
     from heliostat.tracking import lineage as tracing
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
-        raise ConfigError(
-            "MODEL: nothing is chosen, or two things are. Give exactly one of MODEL, --shard PATH, and --dataset DIGEST"
-        )
+        raise ConfigError("MODEL: the command needs one choice. Give exactly one of MODEL, --shard PATH, and --dataset DIGEST")
     if dataset is not None and len(dataset) < 6:
         raise ConfigError(f"--dataset: the digest is too short ({dataset}). Give at least its first 6 digits")
     with tracking(mlflow) as (client, uri):
@@ -113,7 +111,7 @@ def _backwards(client: MlflowClient, shard: str | None, dataset: str | None) -> 
 
     rows = Seen(client).answer(shard, dataset)
     for row in rows:
-        how = f"{row['samples']:,} samples" if row["samples"] else "none by itself"
+        how = f"{row['samples']:,} samples" if row["samples"] else "no sample of its own"
         how += f", inherited from {', '.join(row['inherited'])}" if row["inherited"] else ""
         out.print(f"{row['name']} ({row['run_id']}): {how}; {' '.join(row['models']) or 'no registered model'}")
     if not rows:
@@ -144,7 +142,7 @@ def promote(
     """Give a registered model an alias, unless it is worse than the alias's current model or fails a rule."""
     from heliostat.tracking import registry
 
-    registry.parse(model)  # before the store, which takes seconds
+    registry.parse(model)  # before connecting to the store, which takes seconds
     with tracking(mlflow) as (client, _):
         done = registry.promote(client, model, alias, require or [], metric, "max" if maximize else "min", force)
     instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
@@ -180,7 +178,7 @@ def profile(
     print_table(table.gap_rows(summary), left=(2, 3))
     out.print(f"{place}: {', '.join(answer['files'])}")
     if profiles.DRIVER not in answer["files"]:
-        out.print("no stacks of the driver: py-spy isn't installed where it runs, or may not read it (the driver's log says why)")
+        out.print("no driver stacks: py-spy isn't installed on the driver's machine, or lacks permission (see the driver's log)")
     finish({"rank": rank, "first": answer["first"], "steps": answer["steps"], "folder": str(place), "files": answer["files"],
             **summary})  # fmt: skip
 
@@ -202,9 +200,10 @@ def reproduce(
         result = again.reproduce(client, uri, run, steps, setting or [], overwrite)
     for note in result["notes"]:
         out.print(f"differs: {note}")
-    equal = "equal to the last bit"
+    equal = "bitwise equal"
     if not result["bitwise"]:
-        equal = f"equal up to step {result['first_difference'] - 1:,}, and within {result['largest_difference']:.3g} over all"
+        same = f"bitwise equal up to step {result['first_difference'] - 1:,}"
+        equal = f"{same}, and differ by at most {result['largest_difference']:.3g}"
     out.print(f"the losses of {result['steps']:,} steps are {equal}; the new run is {result['again']}")
     finish(result)
 
@@ -245,7 +244,7 @@ def _checkpoint_cells(rows: list[RetentionRow]) -> list[list[str]]:
             written = datetime.fromtimestamp(row["written"]).isoformat(sep=" ", timespec="seconds")
             scores = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row["metrics"].items() if v is not None)
             shape = (str(row["world_size"]), str(row["zero_stage"]))
-            facts = [facts[0], written, facts[2], *shape, ", ".join(row["kept"]) or "not kept on", scores]
+            facts = [facts[0], written, facts[2], *shape, ", ".join(row["kept"]) or "no rule", scores]
         table.append(facts)
     return table
 
@@ -257,7 +256,7 @@ def verify(run: Run, mlflow: TrackingUri = None) -> None:
 
     place = run_folder(run, mlflow)
     report = verifying.verify(place)
-    out.print(f"{report['steps']:,} steps are as their receipts say: {report['samples']:,} samples, {report['lost']:,} lost, "
+    out.print(f"{report['steps']:,} steps match their receipts: {report['samples']:,} samples, {report['lost']:,} lost, "
               f"{report['repeated']:,} repeated, {report['replaced']:,} bad ones replaced")  # fmt: skip
     finish(report, None if report["ok"] else VerifyError(f"{place}: {verifying.explain(report)}"))
 
@@ -292,7 +291,7 @@ def samples(
 
 
 def _print_sample(sample: Sample, full: bool) -> None:
-    where = "lane {lane}, place {place}: {source}/{shard}, row group {row_group}, row {row}, epoch {epoch}"
+    where = "virtual rank {lane}, place {place}: {source}/{shard}, row group {row_group}, row {row}, epoch {epoch}"
     out.print(where.format(**sample), style="bold")
     if bad := sample["replaces"]:
         out.print(f"  in place of {bad['shard']}, row group {bad['row_group']}, row {bad['row']}: {bad['reason']}")

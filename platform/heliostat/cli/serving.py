@@ -71,7 +71,7 @@ def serve(
 
     extras.require("serve", "watchfiles", what="heliostat model serve")
     if stop:
-        out.print("the endpoint is ended" if run.stop() else "there is no endpoint on this cluster")
+        out.print("stopped the endpoint" if run.stop() else "no endpoint on this cluster")
         return
     flags = {"port": port, "replicas": replica_range(replicas), "engine": engine, "batch": batch, "max_tokens": max_tokens,
              "poll_s": poll, "body_bytes": max_body, "at_once": concurrent, "a_minute": per_minute,

@@ -1,4 +1,4 @@
-"""Checks jobs, trains them, and breaks their runs on purpose: `heliostat check`, `train`, `debug chaos`."""
+"""Checks and trains jobs, and injects faults into runs: `heliostat check`, `train`, `debug chaos`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SHOWN = 8  # differences of `check --numerics`
+SHOWN = 8  # maximum number of differences that `check --numerics` prints
 HEADS = {
     "fault": "fault", "detected_s": "detected after", "recovered_s": "recovered after", "recomputed_steps": "steps recomputed",
     "lost": "samples lost", "repeated": "samples repeated", "loss_difference": "final loss difference", "goodput": "goodput",
@@ -61,7 +61,8 @@ def check(
         result |= {"samples": samples, "steps": steps, "epochs": epochs, "lanes": shape.lanes,
                   "steps_per_block": shape.steps_per_block, "window": shape.window}  # fmt: skip
         right = (f"right. {samples:,} training samples, {epochs:.2f} epochs in {steps:,} steps; "
-                f"{shape.lanes} lanes, blocks of {shape.steps_per_block} steps, windows of {shape.window:,} samples")  # fmt: skip
+                f"{shape.lanes} virtual ranks, blocks of {shape.steps_per_block} steps, "
+                f"shuffle windows of {shape.window:,} samples")  # fmt: skip
     if filled:
         out.print("defaults that follow from this job, this machine, or the dataset:")
         print_table([[d.key, _plain(d.value), d.why] for d in filled], left=range(3))
@@ -74,12 +75,12 @@ def check(
 
 
 def _plain(value: object) -> str:
-    """Writes a default as the job file would have it."""
+    """Formats a default as a job file would have it."""
     return json.dumps(value).replace('"', "") if isinstance(value, dict) else str(value)
 
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
-    """Checks the numerics and prints them; returns what was found, and the error to end with if they differ."""
+    """Compares the numerics with one plain process, and prints them; returns the report, and an error if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("running some steps on two workers, and in one plain process"):
@@ -88,9 +89,8 @@ def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError |
         out.print(line)
     print_table(_table(result["rows"]), left=(0, 4))
     if result["ok"]:
-        out.print(
-            f"{job}: the same numbers as one plain process of torch in fp32, within {result['trial']['precision']}'s limits"
-        )
+        limits = f"within the limits of {result['trial']['precision']}"
+        out.print(f"{job}: the same numbers as one plain process of torch in fp32, {limits}")
         return result, None
     return result, NumericsError(f"{job}: {explain(result['faults'])}")
 
@@ -155,7 +155,7 @@ def train(
     setting = [*(setting or []), *([f"mlflow.alias={alias}"] if alias else [])]
     if (job is None) == (from_sweep is None) or best != (from_sweep is not None):
         raise ConfigError(
-            "JOB: no job is chosen, or two are. Run: heliostat train jobs/quickstart.yaml, or "
+            "JOB: the command needs one job. Run: heliostat train jobs/quickstart.yaml, or "
             "heliostat train --from-sweep SWEEP --best"
         )
     if from_sweep is not None:
@@ -177,7 +177,7 @@ def train(
     from heliostat.validation.check import load_job
 
     wanted, began = auto.settled(load_job(job, setting, resume=resume), resume=resume), psutil.Process().create_time()
-    usual = store_uri(None)  # now: MLflow sets the variable to what the job names
+    usual = store_uri(None)  # before training, because MLflow sets the environment variable to the job's store
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     _print_result(result)
     out.print(
@@ -196,9 +196,9 @@ def _print_result(result: Ending) -> None:
         out.print(f"held-out: {scores}")
     for name, entropy in result["reference"].items():
         if entropy:
-            out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats a token")
+            out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats per token")
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
-    split = f" ({split})" if split else ""  # it went with a driver that died after the last step
+    split = f" ({split})" if split else ""  # empty: the driver that knew it died after the last step
     out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
     if "goodput" in result:  # a run of an older version has none
@@ -209,9 +209,9 @@ def _print_result(result: Ending) -> None:
 
 
 def next_commands(result: Ending, job: Job, usual: str) -> list[str]:
-    """Lists commands that work with what this run has made: its model, folder, and MLflow store if that is not the `usual`."""
+    """Lists the next commands for a run's model and folder. `usual`: the MLflow store that commands use without --mlflow."""
     store = [] if job.mlflow.uri == usual else ["--mlflow", job.mlflow.uri]
-    uri = result["model_uri"] or ""  # of a recipe that is not served: none
+    uri = result["model_uri"] or ""  # empty if the recipe logs no model
     model = result["run_id"] if uri.startswith("models:/m-") else uri
     commands = []
     if model and result["samples"]:
@@ -243,12 +243,12 @@ def chaos(
     names = [name.strip() for name in faults.split(",") if name.strip()]
     rows, wrong = run(job, names, setting, seed, rate, report=log.info)
     print_table(chaos_table(rows))
-    fault = VerifyError("\n  ".join(["not every run ended as the unbroken one did:", *wrong])) if wrong else None
+    fault = VerifyError("\n  ".join(["some runs ended differently from the run without faults:", *wrong])) if wrong else None
     finish({"faults": rows}, fault)
 
 
 def chaos_table(rows: list[Report]) -> list[list[str]]:
-    """Formats the rows as text, the columns' names first."""
+    """Formats the rows as cells, the column names first."""
     return [list(HEADS.values()), *(_chaos_cells(row) for row in rows)]
 
 

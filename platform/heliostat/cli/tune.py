@@ -93,7 +93,7 @@ def sweeps(storage: Storage = DEFAULT_STORAGE) -> None:
         states = ", ".join(f"{count} {status}" for status, count in s["states"].items()) or "no trials"
         out.print(f"{s['name']}: {'running, ' if s['running'] else ''}{states}; {best}")
     if not result:
-        out.print(f"no sweep in {storage}; start one with `heliostat sweep run SWEEP.yaml`")
+        out.print(f"no sweep in {storage}. Start one: heliostat sweep run SWEEP.yaml")
     finish({"sweeps": result})
 
 
@@ -124,14 +124,14 @@ def _show(folder: Location, top: int) -> None:
 
 
 def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, flags: tuple[str, ...], follow: bool) -> None:
-    """Sends the sweep to the cluster, as `heliostat submit` does a job; its id is the sweep's name."""
+    """Submits the sweep to a cluster as a job, whose id is the sweep's name."""
     from heliostat.submit.submission import SubmissionRecord
     from heliostat.tune import sweep as sweeps
 
     with jobs_on(cluster) as jobs:
         plan = sweeps.load(path, setting, jobs.there.file)
         job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), jobs.there)
-        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # which is in the job
+        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # the job has these settings already
         record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
         send(jobs, record, flags, follow)
 
@@ -165,7 +165,7 @@ def write_best(sweep: str) -> Path:
     try:
         path.write_text(yaml.safe_dump(job, sort_keys=False))
     except OSError as e:
-        raise ConfigError(f"{path}: the best trial's job cannot be written ({e.strerror})") from e
+        raise ConfigError(f"{path}: can't write the job of the best trial ({e.strerror}). Check the folder's permissions") from e
     logging.getLogger("heliostat").info("the job of the best trial is in %s", path)
     return path
 

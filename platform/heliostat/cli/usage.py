@@ -16,7 +16,7 @@ SUGGESTED = {  # options of other tools, and of other commands of heliostat
     **dict.fromkeys(("--continue", "--from-checkpoint", "--restart"), "--resume"),
     "--force": "--overwrite", "--model-name": "--model", "--temp": "--temperature", "--data": "--dataset", "--debug": "--verbose",
 }  # fmt: skip
-OF_JOB = {  # the key of a job that an option means
+OF_JOB = {  # the key of a job that an option of another tool means
     **dict.fromkeys(("--lr", "--learning-rate", "--learning_rate"), "train.optimizer.lr"),
     **dict.fromkeys(("--steps", "--max-steps", "--max_steps"), "train.steps"),
     **dict.fromkeys(("--epochs", "--num-epochs", "--num_train_epochs"), "train.epochs"),
@@ -36,7 +36,7 @@ OF_PIPELINE = {
 
 
 def explain(error: Any) -> str:
-    """Explains what is wrong with a command line: what was typed, what is wrong with it, and what to type."""
+    """Explains a wrong command line: the word at fault, the problem, and what to type instead."""
     context = error.ctx
     path = context.command_path if context else "heliostat"
     problem, fix = _problem(error, context, path)
@@ -93,21 +93,21 @@ def _unknown_command(word: str, context: Any, path: str) -> tuple[str, str]:
 
 
 def _field(parameter: Any) -> str:
-    """Returns a parameter's name as it is typed: JOB, or --out."""
+    """Returns a parameter's name on the command line, such as JOB or --out."""
     if parameter.param_type_name == "argument":
         return str(parameter.metavar or parameter.name.upper()).strip("[]")
     return max(parameter.opts, key=len)
 
 
 def _meaning(parameter: Any) -> str:
-    """Returns what a parameter takes, as its help says, with the words to type."""
+    """Returns how to give a parameter, with its help text."""
     field, help = _field(parameter), str(parameter.help or "").partition(";")[0]
     value = "" if parameter.param_type_name == "argument" else f" {parameter.metavar or 'VALUE'}"
     return f"Give {field}{value} ({help[:1].lower() + help[1:]})"
 
 
 def _plain(error: Any) -> str:
-    """Says what is wrong with a value; typer checks values with pydantic."""
+    """Explains what is wrong with a value. typer checks values with pydantic."""
     faults = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     if not faults:
         return str(error.message).strip().removesuffix(".")

@@ -1,6 +1,6 @@
-"""Creates a new workspace: the quickstart's jobs, pipelines and local cluster, as they come with heliostat.
+"""Creates a new workspace with the quickstart's jobs, pipelines, and local cluster.
 
-The files lie in `template/`, each the same as the one of its name in heliostat's own repository.
+The files come from `template/`. Each is the same as the file at its path in heliostat's repository.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from heliostat.errors import ConfigError
 
-IGNORED = ".gitignore"  # `gitignore` in the template: packages leave out what begins with a dot
+IGNORED = ".gitignore"  # `gitignore` in the template, because packages omit files that begin with a dot
 
 
 def create(folder: Path) -> list[str]:
-    """Writes the workspace's files; returns their paths in the folder. ConfigError, and nothing written, if one is there already.
+    """Writes the workspace's files, and returns their paths in the folder. ConfigError, before any write, if one exists.
 
-    A `.gitignore` that is there gets the lines that it lacks.
+    An existing `.gitignore` gets the lines that it lacks.
     """
     shipped = _files(files("heliostat.cli") / "template", "")
     template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}
@@ -32,19 +32,19 @@ def create(folder: Path) -> list[str]:
                 with place.open("x", encoding="utf-8") as out:
                     out.write(content)
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{folder}: cannot become a workspace ({e})") from e
+        raise ConfigError(f"{folder}: can't become a workspace ({e}). Give another folder") from e
     return sorted(template)
 
 
 def _refuse(folder: Path, paths: list[str]) -> None:
-    """Refuses, by a ConfigError, to write where a path, or a folder that it needs, is something else already."""
+    """Raises ConfigError if a file exists already, or if a file is in the place of a folder."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: is no folder; give another name")
+        raise ConfigError(f"{folder}: isn't a folder. Give another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}
     here = sorted(map(str, blocking)) + [path for path in paths if path != IGNORED and (folder / path).exists()]
     if here:
         more = f" and {len(here) - 1} more" if len(here) > 1 else ""
-        raise ConfigError(f"{folder}: has {here[0]}{more} already; nothing was written; give another folder, or move them away")
+        raise ConfigError(f"{folder}: already has {here[0]}{more}, so nothing was written. Give another folder, or move them")
 
 
 def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:
@@ -56,7 +56,7 @@ def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:
 
 
 def _with_lines(text: str, wanted: str) -> str:
-    """Appends to the text those of the wanted lines that it lacks."""
+    """Appends the wanted lines that the text lacks."""
     missing = [line for line in wanted.splitlines() if line not in text.splitlines()]
     ended = text if not text or text.endswith("\n") else f"{text}\n"
     return ended + "".join(f"{line}\n" for line in missing)

@@ -86,9 +86,10 @@ def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]
         url = target if target.startswith(("http://", "https://")) else f"http://{target}"
         if url != target and not _is_address(target):
             names = [s.name for s in local.known()]
+            fix = schema.nearest(target, names) or ". Start one: heliostat cluster up clusters/local.yaml"
             raise ConfigError(
-                f"{field}: {target!r} isn't a running local cluster{schema.nearest(target, names)}, a cluster "
-                "file (FILE.yaml), or an address (HOST:PORT or http://HOST:PORT)"
+                f"{field}: {target!r} isn't a running local cluster, a cluster file (FILE.yaml), or an address (HOST:PORT or "
+                f"http://HOST:PORT){fix}"
             )
         here = any(url.startswith(f"http://{host}") for host in ("127.", "localhost"))
         if state := next((s for s in local.known() if s.url == url.rstrip("/")), None):

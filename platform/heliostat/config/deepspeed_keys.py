@@ -1,8 +1,8 @@
-"""Checks the keys of `train.deepspeed`: those that change a step's speed or memory may be set, those that change its result not.
+"""Checks the keys of `train.deepspeed`. Keys that change a step's speed or memory are supported.
 
-Everything else is refused, with the key of the job file that does it: DeepSpeed would take a second word on the batch, the
-precision or the sharding, and heliostat's data order, loss and checkpoints would go by the first. Also refused are settings of
-what the job does not have, as of a loss scale in bf16. (Settings of another ZeRO stage are taken, so that a job can change it.)
+Keys that change a step's result are errors that name the job's own key. The data order, the loss, and checkpoints follow the
+job's batch sizes, precision, and sharding, so a second value would contradict them. Settings without effect, such as a loss scale
+in bf16, are errors too. Settings of another ZeRO stage are accepted, so a job can change its stage.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Aio(Strict):
 
 
 class Allowed(Strict):
-    """Lists the keys that are taken. Defaults are DeepSpeed's, for the reader; only what the job names is passed on."""
+    """Lists the supported keys. Defaults document DeepSpeed's own; only keys that the job sets reach DeepSpeed."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
     """Buckets, buffers and prefetching."""
@@ -119,83 +119,84 @@ class Allowed(Strict):
     """Precision in which gradients travel between workers. Unset: the training precision."""
 
 
-SET = "heliostat sets it"
-STAGES = "not supported: heliostat doesn't split models into pipeline stages. Use train.zero, or train.parallel"
-OFFLOAD = "use train.zero.offload"
-MLFLOW = "losses and rates are in MLflow (mlflow.uri)"
+SET = "heliostat sets it. Remove it"
+STAGES = "heliostat doesn't split models into pipeline stages. Use train.zero.stage 3 or train.parallel"
+OFFLOAD = "Use train.zero.offload"
+MLFLOW = "Losses and rates are in MLflow (mlflow.uri). Remove it"
+GOODPUT = "It waits for the GPU in every micro-batch. Use `heliostat run goodput`, which shows where the time goes"
 INSTEAD = {
-    "train_batch_size": "use train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "use train.micro_batch_size",
-    "gradient_accumulation_steps": "follows from train.global_batch_size, train.micro_batch_size and workers.count; change those",
+    "train_batch_size": "Use train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "Use train.micro_batch_size",
+    "gradient_accumulation_steps": "It follows from train.global_batch_size, train.micro_batch_size, workers.count. Remove it",
     "managed_gradient_accumulation": SET,
-    "gradient_clipping": "use train.grad_clip",
+    "gradient_clipping": "Use train.grad_clip",
     "prescale_gradients": SET,
     "gradient_predivide_factor": SET,
     "gradient_allreduce_op": SET,
-    "optimizer": "use train.optimizer",
-    "scheduler": "use train.schedule",
-    "bf16": "use train.precision",
-    "bfloat16": "use train.precision",
-    "torch_autocast": "use train.precision",
-    "amp": "use train.precision",
-    "fp16.enabled": "use train.precision",
-    "fp16.auto_cast": "use train.precision",
-    "fp16.fp16_master_weights_and_grads": "use train.precision; master weights are always fp32",
-    "data_types": "use train.grad_accum_dtype (fp32 or same) and train.precision",
-    "zero_optimization.stage": "use train.zero.stage",
-    "zero_optimization.offload_optimizer.device": "use train.zero.offload.optimizer",
+    "optimizer": "Use train.optimizer",
+    "scheduler": "Use train.schedule",
+    "bf16": "Use train.precision",
+    "bfloat16": "Use train.precision",
+    "torch_autocast": "Use train.precision",
+    "amp": "Use train.precision",
+    "fp16.enabled": "Use train.precision",
+    "fp16.auto_cast": "Use train.precision",
+    "fp16.fp16_master_weights_and_grads": "Master weights are always fp32. Use train.precision",
+    "data_types": "Use train.grad_accum_dtype (fp32 or same) and train.precision",
+    "zero_optimization.stage": "Use train.zero.stage",
+    "zero_optimization.offload_optimizer.device": "Use train.zero.offload.optimizer",
     "zero_optimization.offload_optimizer.nvme_path": OFFLOAD,
-    "zero_optimization.offload_param.device": "use train.zero.offload.param",
-    "zero_optimization.offload_param.nvme_path": "use train.zero.offload.nvme_path",
-    "zero_optimization.cpu_offload": "use train.zero.offload.optimizer",
-    "zero_optimization.cpu_offload_param": "use train.zero.offload.param",
+    "zero_optimization.offload_param.device": "Use train.zero.offload.param",
+    "zero_optimization.offload_param.nvme_path": "Use train.zero.offload.nvme_path",
+    "zero_optimization.cpu_offload": "Use train.zero.offload.optimizer",
+    "zero_optimization.cpu_offload_param": "Use train.zero.offload.param",
     "zero_optimization.cpu_offload_use_pin_memory": OFFLOAD,
-    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always hold fp32 master weights (checkpoint)",
-    "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers (checkpoint)",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "use `heliostat model export`",
-    "zero_optimization.zero_hpz_partition_size": "use train.zero.hpz_partition_size",
-    "zero_optimization.zero_quantized_weights": "use train.zero.quantize_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights": "it would round weights that a checkpoint holds",
-    "zero_optimization.zero_quantized_gradients": QUANTIZED_GRADIENTS,
-    "zero_optimization.mics_shard_size": "use train.zero.shard_group_size",
-    "zero_optimization.mics_hierarchical_params_gather": "use train.zero.shard_group_size",
-    "zero_optimization.zeropp_loco_param": "its state would be missing from checkpoints",
-    "activation_checkpointing": "use train.activation_checkpointing",
-    "compile": f"use train.compile (DeepCompile is not supported: {DEEPCOMPILE})",
-    "sequence_parallel_size": "use train.parallel.sequence",
-    "checkpoint": "use checkpoint",
-    "load_universal_checkpoint": "heliostat's checkpoints load at any stage (checkpoint)",
-    "seed": "use train.seed",
-    "elasticity": "use workers.count: [least, most]",
-    "data_efficiency": "use data.mix_schedule",
-    "curriculum_learning": "use data.mix_schedule",
-    "dataloader_drop_last": "use train.global_batch_size; every step has a full batch",
-    "steps_per_print": "use train.log_every",
-    "timers": "it would wait for the GPU in every micro-batch; the ledger shows the use of time (`heliostat run goodput`)",
-    "wall_clock_breakdown": "the ledger shows the use of time (`heliostat run goodput`)",
-    "memory_breakdown": "`heliostat plan` shows the memory that a job needs",
-    "dump_state": "`heliostat check` shows the errors of a job",
+    "zero_optimization.load_from_fp32_weights": "heliostat's checkpoints always contain fp32 master weights. Remove it",
+    "zero_optimization.elastic_checkpoint": "heliostat's checkpoints load on any number of workers. Remove it",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "Use `heliostat model export`",
+    "zero_optimization.zero_hpz_partition_size": "Use train.zero.hpz_partition_size",
+    "zero_optimization.zero_quantized_weights": "Use train.zero.quantize_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights": "It would round weights that checkpoints contain. Remove it",
+    "zero_optimization.zero_quantized_gradients": f"{QUANTIZED_GRADIENTS}. Remove it",
+    "zero_optimization.mics_shard_size": "Use train.zero.shard_group_size",
+    "zero_optimization.mics_hierarchical_params_gather": "Use train.zero.shard_group_size",
+    "zero_optimization.zeropp_loco_param": "Its state would be missing from checkpoints. Remove it",
+    "activation_checkpointing": "Use train.activation_checkpointing",
+    "compile": f"Use train.compile. DeepCompile isn't supported: {DEEPCOMPILE}",
+    "sequence_parallel_size": "Use train.parallel.sequence",
+    "checkpoint": "Use checkpoint",
+    "load_universal_checkpoint": "heliostat's checkpoints load at any stage. Remove it",
+    "seed": "Use train.seed",
+    "elasticity": "Use workers.count: [least, most]",
+    "data_efficiency": "Use data.mix_schedule",
+    "curriculum_learning": "Use data.mix_schedule",
+    "dataloader_drop_last": "Every step has a complete batch. Remove it",
+    "steps_per_print": "Use train.log_every",
+    "timers": GOODPUT,
+    "wall_clock_breakdown": GOODPUT,
+    "memory_breakdown": "Use `heliostat plan`, which shows the memory that a job needs",
+    "dump_state": "Use `heliostat check`, which shows the errors of a job",
     "flops_profiler": MLFLOW,
-    "comms_logger": "the ledger shows the use of time (`heliostat run goodput`)",
+    "comms_logger": "Use `heliostat run goodput` or `heliostat debug profile`",
     "tensorboard": MLFLOW,
     "wandb": MLFLOW,
     "csv_monitor": MLFLOW,
     "comet": MLFLOW,
     "zero_allow_untested_optimizer": SET,
     "zero_force_ds_cpu_optimizer": SET,
-    "tensor_parallel": "use train.parallel.tensor",
-    "autotp": "use train.parallel.tensor",
-    "autotp_size": "use train.parallel.tensor",
+    "tensor_parallel": "Use train.parallel.tensor",
+    "autotp": "Use train.parallel.tensor",
+    "autotp_size": "Use train.parallel.tensor",
     "pipeline": STAGES,
-    "expert_parallel": "use train.parallel.expert",
-    "data_parallel_size": "use workers.count",
+    "expert_parallel": "Use train.parallel.expert",
+    "data_parallel_size": "Use workers.count",
 }
 
 
 def faults(job: Job) -> list[str]:
-    """Lists one line for each key that `train.deepspeed` may not hold, or holds with a wrong value."""
+    """Lists the faults of `train.deepspeed`: keys that aren't supported, and wrong values. One line each."""
     section = job.train.deepspeed
-    lines = [f"train.deepspeed.{key}: not supported here: {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
+    lines = [f"train.deepspeed.{key}: not supported. {INSTEAD[key]}" for key in INSTEAD if _has(section, key)]
     try:
         Allowed.model_validate(_without(section, list(INSTEAD)))
     except ValidationError as e:
@@ -221,6 +222,6 @@ def _has(section: object, key: str) -> bool:
 
 
 def _without(section: dict[str, object], keys: list[str]) -> dict[str, object]:
-    """Copies the mapping without the keys that have an error line of their own."""
+    """Copies the section without keys in `keys`, which already have an error line."""
     below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in section}
     return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in section.items() if k not in keys}

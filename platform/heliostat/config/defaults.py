@@ -1,7 +1,7 @@
-"""Fills in what a job file leaves out and what follows from the rest of it. `heliostat check` shows each such default.
+"""Fills in keys that a job file lacks and that follow from other keys. `heliostat check` shows each such default.
 
 A job needs `name`, `model`, `data.path`, `data.sequence_length`, and `train.steps`. Defaults that are the same for every job are
-in the sections; those that depend on other keys, or on the machine, are here. docs/reference/yaml.md names their sources.
+in the sections. Defaults that depend on other keys or on the machine are here. docs/reference/yaml.md names their sources.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from heliostat.config.fields import LARGEST
 
 Raw = dict[str, Any]
-RECIPES = {"backbone": "TextToImage", "pooling": "Embedder"}  # the model's key that only this recipe has
+RECIPES = {"backbone": "TextToImage", "pooling": "Embedder"}  # by a key of `model` that only this recipe has
 LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 WIDTHS, DEPTHS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LENGTHS = ("steps", "epochs", "tokens")
@@ -24,7 +24,7 @@ STORE, RUNS = "sqlite:///.heliostat/mlflow.db", ".heliostat/runs"
 
 
 class Default(NamedTuple):
-    """Describes a key that the file leaves out: its value, and where the value comes from."""
+    """Describes a key that was filled in: its value, and the rule that gives it."""
 
     key: str
     value: object
@@ -32,14 +32,14 @@ class Default(NamedTuple):
 
 
 class Devices(NamedTuple):
-    """Describes whether workers get a GPU each: `gpus` is 1 or 0, for the reason `why`."""
+    """Describes the devices of the workers. `gpus`: GPUs per worker, 1 or 0; `why`: the reason."""
 
     gpus: int
     why: str
 
 
 def here() -> Devices:
-    """Looks for GPUs on this machine. Imports torch only if there is a device file of one."""
+    """Looks for GPUs on this machine. Imports torch only if a GPU's device file exists."""
     if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists():
         import torch
 
@@ -49,9 +49,9 @@ def here() -> Devices:
 
 
 def fill(raw: Raw, devices: Callable[[], Devices] = here) -> tuple[Raw, list[Default]]:
-    """Returns a copy of a job in which every key that a rule gives is set, and the list of those keys.
+    """Returns a copy of a job with all defaults filled in, and the list of those defaults.
 
-    Sections that have values of the wrong kind stay as they are, for the schema to report.
+    Sections with values of a wrong type stay as they are; the schema reports them.
     """
     job = _Filling(raw)
     job.give("", "recipe", *_recipe(job.part("model")))
@@ -71,30 +71,30 @@ def fill(raw: Raw, devices: Callable[[], Devices] = here) -> tuple[Raw, list[Def
 
 
 class _Filling:
-    """Sets keys that are missing, and remembers them."""
+    """Fills in missing keys of a job, and lists them in `filled`."""
 
     def __init__(self, raw: Raw) -> None:
         self.raw: Raw = {key: dict(part) if isinstance(part, dict) else part for key, part in raw.items()}
         self.filled: list[Default] = []
 
     def part(self, section: str) -> Raw:
-        """Returns a section, or nothing if the file has none or it is not a mapping."""
+        """Returns a section; an empty one if the file has none, or if it isn't a mapping."""
         part = self.raw.get(section)
         return part if isinstance(part, dict) else {}
 
     def number(self, path: str) -> int:
-        """Returns the whole number above 0 at `section.key`; 0 if there is none."""
+        """Returns the positive integer at `section.key`; 0 for any other value."""
         section, _, key = path.partition(".")
         value = self.part(section).get(key)
         return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST else 0
 
     @property
     def waits(self) -> bool:
-        """Tells whether the steps follow from epochs of a dataset, and so come later."""
+        """Returns whether the steps follow from epochs, so they are known only with the dataset."""
         return "epochs" in self.part("train") and not self.number("train.steps")
 
     def give(self, section: str, key: str, value: object, why: str) -> None:
-        """Sets a key that is missing, unless its section is something else than a mapping."""
+        """Sets a key that is missing, unless its section isn't a mapping."""
         part = self.raw.setdefault(section, {}) if section else self.raw
         if isinstance(part, dict) and key not in part:
             part[key] = value
@@ -116,7 +116,7 @@ def _fill_workers(job: _Filling, devices: Callable[[], Devices]) -> None:
 
 
 def _replicas(job: _Filling) -> int:
-    """Returns the number of groups of workers that have samples of their own; 1 if the file is not clear."""
+    """Returns the number of replicas; 1 if the file has wrong values."""
     count = job.part("workers").get("count", 1)
     most = count[-1] if isinstance(count, list) and count else count
     parallel = job.part("train").get("parallel")
@@ -147,7 +147,7 @@ def _fill_batches(job: _Filling) -> None:
 
 
 def _fill_tokens(job: _Filling) -> None:
-    """Replaces `train.tokens` by the steps that they take."""
+    """Replaces `train.tokens` by the number of steps."""
     train, tokens = job.part("train"), job.number("train.tokens")
     batch, length = job.number("train.global_batch_size"), job.number("data.sequence_length")
     if tokens and batch and length and not {"steps", "epochs"} & train.keys():
@@ -156,16 +156,16 @@ def _fill_tokens(job: _Filling) -> None:
 
 
 def set_steps(train: Raw, steps: int, origin: str) -> None:
-    """Sets the steps that follow from epochs or tokens, and records what they follow from."""
+    """Sets the steps that follow from epochs or tokens, and their origin."""
     for key in LENGTHS:
         train.pop(key, None)
     train |= {"steps": steps, "steps_from": origin}
 
 
 def _fill_optimizer(job: _Filling) -> None:
-    """Fills in AdamW's rate and a cosine after a warm-up, as LLaMA was trained (Touvron et al. 2023, arXiv 2302.13971).
+    """Fills in AdamW's learning rate, and a cosine schedule after a warm-up, like LLaMA (Touvron et al. 2023, arXiv 2302.13971).
 
-    A job with a rate of its own keeps the schedule that it has.
+    A job that sets its learning rate keeps its schedule.
     """
     train = job.part("train")
     optimizer = train.get("optimizer", {})
@@ -189,7 +189,7 @@ def _fill_optimizer(job: _Filling) -> None:
 
 
 def _rate(job: _Filling) -> tuple[float, str]:
-    """Returns a peak learning rate, and whose it is."""
+    """Returns a peak learning rate, and its source."""
     model = job.part("model")
     if "pretrained" in model:
         return 2e-5, "fine-tuning, as Llama 2 (arXiv 2307.09288)"

@@ -1,4 +1,4 @@
-"""Defines the types of fields that several sections of the job file have: numbers within bounds, and names."""
+"""Defines types of fields that several sections of the job file share: numbers within bounds, and names."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from heliostat.schema import Float
-from heliostat.text import printable
+from heliostat.text import NAME, printable
 
 
 @dataclass(frozen=True)
 class Filled:
-    """Marks a field that `defaults` fills in where a job file leaves it out, by a rule that this names."""
+    """Marks a field that `defaults` fills in if a job file lacks it. `rule`: the rule, for the reference page."""
 
     rule: str
 
 
-LARGEST = 2**32  # of what is counted by the step; what is beyond it is a slip of the finger
+LARGEST = 2**32  # maximum of counts such as steps; a larger one is a typing mistake
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[Float, Field(ge=0)]
 Fraction = Annotated[Float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random number generator takes
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that every random number generator accepts
+Name = Annotated[str, Field(pattern=NAME)]
 
 
 def _experiment(name: str) -> str:
-    """Validates an experiment's name: MLflow takes any; ours may become a folder, and stands in a terminal and a page."""
-    parts = name.removeprefix("/").split("/")  # Databricks' begin with one
+    """Validates an experiment's name more strictly than MLflow: it may become a folder, and terminals and pages show it."""
+    parts = name.removeprefix("/").split("/")  # names on Databricks begin with a slash
     if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
         raise ValueError(
             f"{printable(name[:60])!r} isn't a valid experiment name. Use up to 250 characters, without control "
@@ -43,7 +43,7 @@ Experiment = Annotated[str, AfterValidator(_experiment)]
 
 
 def divisors(number: int) -> list[int]:
-    """Lists a number's divisors, ascending; only 1 for a number beyond LARGEST, whose square root is too far to try."""
+    """Lists a number's divisors, ascending. For a number above LARGEST only 1, because trial division would take too long."""
     if number > LARGEST:
         return [1]
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]

@@ -1,7 +1,7 @@
-"""Finds the folders of the models that a job's keys name: every `pretrained: FOLDER` in `model`, or a model of the Hub.
+"""Finds the pretrained models of a job: each `pretrained: FOLDER` in `model`, or a model of the Hub.
 
-A folder that exists is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A job's record names
-its commit (`pinned`), and each node finds or downloads it in its own cache (`located`).
+An existing folder is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A job's record has its
+commit (`pinned`), and each node finds or downloads the model in its own cache (`located`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY = "pretrained"
 
 
 def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, str]]:
-    """Yields each key that names a pretrained model, however deep, and what it names."""
+    """Yields each key, at any depth, that names a pretrained model, and its value."""
     for name, value in model.items():
         if name == KEY and isinstance(value, str):
             yield f"{key}.{name}", value
@@ -27,22 +27,22 @@ def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, s
 
 
 def on_hub(job: Job) -> list[tuple[str, HubName]]:
-    """Lists the keys of a job that name models of the Hub."""
+    """Lists the keys of a job that name models of the Hub, each with the model's name."""
     return [(key, name) for key, value in named(job.model) if (name := hub_name(value))]
 
 
 def hub_name(value: str) -> HubName | None:
-    """Reads what a key names as a model of the Hub; None for a folder: one that exists, or whose path is absolute."""
+    """Reads a value as the name of a model of the Hub; None for a folder, which exists or has an absolute path."""
     return None if Path(value).exists() else names.model(value)
 
 
 def pinned(job: Job) -> Job:
-    """Returns the job with the commits of its models of the Hub; ConfigError for one that can't be had."""
+    """Returns the job with the commits of its Hub models; ConfigError if the Hub doesn't give one."""
     return _changed(job, lambda key, name: str(files.resolve(key, name)))
 
 
 def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
-    """Returns the job with the commits that the run which it resumes has recorded, where the job names none."""
+    """Returns the job with the commits that the resumed run recorded, for models that the job names without a revision."""
     before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
 
     def change(key: str, name: HubName) -> str:
@@ -53,7 +53,7 @@ def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
 
 
 def described(job: Job) -> list[str]:
-    """Describes each model of the Hub that a job names, in a line: its commit, and the size of its weights."""
+    """Describes each Hub model of a job in one line: its commit, and the size of its weights."""
     lines = []
     for key, name in on_hub(job):
         folder = files.model(key, files.resolve(key, name), weights=False)
@@ -62,13 +62,15 @@ def described(job: Job) -> list[str]:
 
 
 def located(job: Job, weights: bool = True) -> Job:
-    """Returns the job with this machine's folders in place of its models of the Hub, whose files it downloads; of each without
-    `weights` only the configuration and the tokenizer."""
+    """Downloads the Hub models of a job, and returns the job with their folders on this machine.
+
+    Without `weights`, downloads only configurations and tokenizers.
+    """
     return _changed(job, lambda key, name: str(files.model(key, files.resolve(key, name), weights)))
 
 
 def folder(value: str) -> Path:
-    """Returns the folder of what a `pretrained` key names, with the configuration of a model of the Hub."""
+    """Returns the folder that a `pretrained` key names. For a Hub model, downloads its configuration first."""
     name = hub_name(value)
     return files.model(f"model.{KEY}", files.resolve(f"model.{KEY}", name), weights=False) if name else Path(value)
 

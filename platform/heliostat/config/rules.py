@@ -1,5 +1,5 @@
-"""Checks what the sections of a job must be to each other: the batch divides, precision, ZeRO stage and hardware train correctly
-together, offload fits the stage.
+"""Checks rules between the sections of a job: batch sizes divide, and settings such as precision, ZeRO stage, offload, and
+hardware are supported together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from heliostat.redact import carries_secret
 
 
 class Ruled(Protocol):
-    """Lists what the rules read of a job (`spec.Job`)."""
+    """Lists the parts of a job (`spec.Job`) that the rules read."""
 
     @property
     def data(self) -> Data: ...
@@ -36,8 +36,9 @@ class Ruled(Protocol):
 
 
 def faults(job: Ruled) -> list[str]:
-    """Lists what is wrong, a line each that begins with the key."""
-    groups = (_sequence_faults, _expert_faults, _tensor_faults, _many_nodes_faults, _batch_faults)  # of these, the first fault's
+    """Lists the broken rules, one line each, which begins with the key."""
+    # only the first rule that is broken counts: the later ones assume that it holds
+    groups = (_sequence_faults, _expert_faults, _tensor_faults, _many_nodes_faults, _batch_faults)
     others = (_memory_faults, _precision_faults, _offload_faults, _checkpoint_faults, _attention_faults, _fp8_faults,
               _optimizer_faults, _mix_faults, _mlflow_faults, _step_faults)  # fmt: skip
     first = next((lines for rule in groups if (lines := list(rule(job)))), [])
@@ -47,7 +48,7 @@ def faults(job: Ruled) -> list[str]:
 def _step_faults(job: Ruled) -> Iterator[str]:
     paths, schedule = [s.path for s in job.data.sources], job.train.schedule
     if len(set(paths)) < len(paths):
-        yield "data.sources: a path is listed twice. Add up its weights"
+        yield "data.sources: a path is listed twice. List it once, with the sum of its weights"
     if schedule.warmup_steps >= job.train.steps:
         yield f"train.schedule.warmup_steps: {schedule.warmup_steps} isn't below train.steps {job.train.steps}. Lower it"
 
@@ -60,7 +61,7 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
     yield from _group_faults(key, each, job)
     length = job.data.sequence_length
     if not length:
-        yield f"{key} splits samples of data.sequence_length tokens, and the job has none. Remove it"
+        yield f"{key} needs data.sequence_length, which the job doesn't set. Set it, or remove train.parallel.sequence"
     elif length % each:
         near = " or ".join(map(str, _multiples(length, each)))
         yield f"{key} doesn't divide data.sequence_length {length}. Use a length of {near}"
@@ -71,23 +72,23 @@ def _sequence_faults(job: Ruled) -> Iterator[str]:
 
 
 def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
-    """Lists what keeps workers from being in groups of `each`."""
+    """Lists the reasons why the workers can't form groups of `each`."""
     workers = job.workers
     if isinstance(workers.count, int) and workers.count % each:
         near = " or ".join(map(str, _multiples(workers.count, each)))
         return [f"{key} doesn't divide workers.count {workers.count}. Use {near} workers"]
     if workers.most // each * each < workers.least:
-        return [f"{key}: workers.count {workers.least} to {workers.most} contains no multiple of it. Change one of them"]
+        return [f"{key}: workers.count {workers.least} to {workers.most} has no multiple of it. Change one of them"]
     return []
 
 
 def _multiples(number: int, of: int) -> list[int]:
-    """Lists the multiples of a number that are nearest to another: the one below it, unless that is 0, and the one above."""
+    """Lists the multiples of `of` that are nearest to a number: the one at or below it, unless that is 0, and the one above."""
     return [n for n in (number // of * of, (number // of + 1) * of) if n]
 
 
 def _untried(key: str, others: Mapping[str, object]) -> list[str]:
-    """Lists those of the other settings, by name, that are made, and were never tried with a key."""
+    """Lists the conflicts of a key with other settings. `others`: by name, whether the job has each."""
     return [f"{key} isn't supported with {other}. Remove one of them" for other, is_set in others.items() if is_set]
 
 
@@ -119,7 +120,7 @@ def _tensor_faults(job: Ruled) -> Iterator[str]:
 
 
 def _unshared(train: Train) -> dict[str, object]:
-    """Tells of the settings that were never tried where workers share experts or matrices, by name, whether they are made."""
+    """Maps each setting that isn't supported where workers share experts or matrices to whether the job has it."""
     return {
         "train.parallel.sequence": train.parallel.sequence > 1,
         "train.compile": train.compile,
@@ -130,7 +131,7 @@ def _unshared(train: Train) -> dict[str, object]:
 
 
 def _many_nodes_faults(job: Ruled) -> Iterator[str]:
-    """Lists what is wrong with the ways in which fewer bytes travel between nodes."""
+    """Lists the broken rules of the settings that reduce traffic between nodes."""
     train, zero = job.train, job.train.zero
     options = {
         "shard_group_size": zero.shard_group_size,
@@ -148,7 +149,7 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
         if not each:
             continue
         if zero.stage != 3:
-            yield f"{key} shards weights, so it needs train.zero.stage 3, not {zero.stage}"
+            yield f"{key} shards weights, so it needs train.zero.stage 3, not {zero.stage}. Set it"
         if not isinstance(each, bool):
             yield from _group_faults(key, each, job)
         yield from _untried(key, untried)
@@ -168,7 +169,7 @@ def _many_nodes_faults(job: Ruled) -> Iterator[str]:
 
 
 def _memory_faults(job: Ruled) -> Iterator[str]:
-    """Lists what is wrong with the ways to save memory that a job asks for."""
+    """Lists the broken rules of the settings that save memory."""
     train = job.train
     options = {"tiled_loss": train.tiled_loss, "tiled_mlp": train.tiled_mlp, "activation_offload": train.activation_offload}
     for key, on in options.items():
@@ -177,11 +178,11 @@ def _memory_faults(job: Ruled) -> Iterator[str]:
     if train.activation_checkpointing == SELECTIVE:
         yield from _untried(f"train.activation_checkpointing: {SELECTIVE}", untried_selective(job))
     if train.activation_offload and not train.activation_checkpointing:
-        yield ("train.activation_offload: needs train.activation_checkpointing, whose layer inputs it moves. Set that too")
+        yield "train.activation_offload: needs train.activation_checkpointing, whose layer inputs it moves. Set that too"
 
 
 def untried_selective(job: Ruled) -> dict[str, bool]:
-    """Tells of the settings that were never tried with selective checkpointing, by name, whether a job makes them."""
+    """Maps each setting that isn't supported with selective checkpointing to whether the job has it."""
     train = job.train
     return {
         "train.activation_offload": train.activation_offload,
@@ -210,26 +211,28 @@ def _batch_faults(job: Ruled) -> list[str]:
         return [
             (
                 f"data.virtual_ranks: {job.virtual_ranks} doesn't divide train.global_batch_size {batch}, or isn't a "
-                f"multiple of {named}. Nearest: {min(fits, key=lambda c: abs(c - job.virtual_ranks))}"
+                f"multiple of {named}. Use {min(fits, key=lambda c: abs(c - job.virtual_ranks))}"
             )
         ]
-    if (batch // count) % micro:
-        return [f"train.micro_batch_size: {micro} doesn't divide the {batch // count} samples of a worker per step"]
+    own = batch // count
+    if own % micro:
+        return [f"train.micro_batch_size: {micro} doesn't divide the {own} samples of a worker per step. Use a divisor of {own}"]
     return []
 
 
 def _elastic_faults(job: Ruled) -> list[str]:
-    batch, lanes, workers = job.train.global_batch_size, job.virtual_ranks, job.workers
-    if batch % lanes:
-        near = min(divisors(batch), key=lambda c: abs(c - lanes))
-        return [f"data.virtual_ranks: {lanes} doesn't divide train.global_batch_size {batch}. Nearest: {near}"]
+    batch, ranks, workers = job.train.global_batch_size, job.virtual_ranks, job.workers
+    if batch % ranks:
+        near = min(divisors(batch), key=lambda c: abs(c - ranks))
+        return [f"data.virtual_ranks: {ranks} doesn't divide train.global_batch_size {batch}. Use {near}"]
     if job.worker_counts():
         return []
-    most = lanes * job.train.parallel.sharing
-    nearest = min(job.train.worker_counts(lanes, 1, most), key=lambda n: abs(n - workers.least), default=None)
+    most = ranks * job.train.parallel.sharing
+    nearest = min(job.train.worker_counts(ranks, 1, most), key=lambda n: abs(n - workers.least), default=None)
+    fix = f"Use {nearest}" if nearest else "Use a train.micro_batch_size that divides train.global_batch_size"
     return [
-        f"workers.count: from {workers.least} to {workers.most} there is no number that divides the {lanes} lanes into whole "
-        f"micro-batches; {f'nearest: {nearest}' if nearest else 'train.micro_batch_size must divide train.global_batch_size'}"
+        f"workers.count: no number from {workers.least} to {workers.most} divides the {ranks} virtual ranks into complete "
+        f"micro-batches. {fix}"
     ]
 
 
@@ -238,7 +241,8 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     for i, change in enumerate(data.mix_schedule):
         key = f"data.mix_schedule.{i}"
         if len(change.weights) != len(data.sources):
-            yield f"{key}.weights: expected one for each of the {len(data.sources)} sources, got {len(change.weights)}"
+            problem = f"expected one for each of the {len(data.sources)} sources, got {len(change.weights)}"
+            yield f"{key}.weights: {problem}. List one weight per source"
         if change.step <= before:
             yield f"{key}.step: {change.step} isn't above {before}. List the changes in the order of their steps"
         before = change.step
@@ -325,11 +329,11 @@ def sums_on_host(job: Ruled) -> bool:
 def _offload_faults(job: Ruled) -> Iterator[str]:
     zero, offload = job.train.zero, job.train.zero.offload
     if offload.optimizer and zero.stage == 0:
-        yield "train.zero.offload.optimizer: needs train.zero.stage 1, 2 or 3"
+        yield "train.zero.offload.optimizer: needs train.zero.stage 1, 2, or 3. Set it"
     if offload.param and zero.stage != 3:
-        yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}"
+        yield f"train.zero.offload.param: needs train.zero.stage 3, not {zero.stage}. Set it"
     if (offload.param == "nvme") != bool(offload.nvme_path):
-        yield "train.zero.offload.nvme_path: required with param 'nvme', and only then"
+        yield "train.zero.offload.nvme_path: required with param 'nvme', and only then. Set both, or none"
 
 
 def _mlflow_faults(job: Ruled) -> Iterator[str]:
@@ -350,14 +354,14 @@ def _checkpoint_faults(job: Ruled) -> Iterator[str]:
     for key, every in rare.items():
         if every and every % policy.every:
             near = policy.every * max(1, round(every / policy.every))
-            yield f"{key}: {every} isn't a multiple of checkpoint.every {policy.every}. Nearest: {near}"
+            yield f"{key}: {every} isn't a multiple of checkpoint.every {policy.every}. Use {near}"
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
         yield "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"
-    elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a score must be of the very step
+    elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a checkpoint needs a score of its own step
         yield (
             f"checkpoint.best: evaluate.every {job.evaluate.every} doesn't divide checkpoint.every {policy.every}, "
             "so some checkpoints would have no score. Change one of them"
         )
     if policy.best and policy.best.metric == "train_loss":
-        yield ("checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss")
+        yield "checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss"

@@ -1,6 +1,6 @@
-"""Defines the learning-rate schedules that `train.schedule.name` may name: one function each, of what comes after the warm-up.
+"""Defines the learning-rate schedules of `train.schedule.name`. Each is a function that computes the factor after the warm-up.
 
-All share the keys of `Schedule`; each function's docstring names those that it reads. docs/guides/schedule.md adds a schedule.
+All share the keys of `Schedule`; each function's docstring names the keys that it reads. docs/guides/schedule.md adds a schedule.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def linear(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def wsd(schedule: Schedule, step: int, steps: int) -> float:
-    """Schedules by warm-up, stable, decay: stays at the peak and falls linearly over the last `decay_fraction` of the steps (Hu
-    et al. 2024, MiniCPM, arXiv 2404.06395)."""
+    """Stays at the peak, then falls linearly over the last `decay_fraction` of the steps (warm-up, stable, decay: Hu et al. 2024,
+    MiniCPM, arXiv 2404.06395)."""
     start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
     return 1.0 if step < start else _down_to(schedule.final_ratio, 1 - _progress(start, step, steps))
 
 
 def _progress(start: int, step: int, steps: int) -> float:
-    """Computes how far a step is between `start`, which is 0, and the last step, which is 1."""
+    """Computes the progress of a step: 0 at `start`, 1 at the last step."""
     return (step - start) / max(1, steps - 1 - start)
 
 
@@ -66,7 +66,7 @@ class Schedule(Strict):
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:
-    """Computes the factor of the peak learning rate at step 0, 1, ..., steps - 1. Warm-up is linear from 1/warmup to 1."""
+    """Computes the learning rate of step 0, 1, ..., steps - 1 as a factor of the peak. Warm-up is linear from 1/warmup to 1."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     return REGISTRY[schedule.name](schedule, step, steps)

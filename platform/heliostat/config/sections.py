@@ -28,7 +28,7 @@ class MixChange(Strict):
 
 class Data(Strict):
     path: Annotated[str | None, Field(exclude=True)] = None
-    """The one dataset that is trained on: short for `sources: [{path: ...}]`."""
+    """Dataset to train on. Short for `sources: [{path: ...}]`."""
     sources: Annotated[list[Source], Field(min_length=1), Filled("from `path`")]
     """Datasets to mix, each path once."""
     sequence_length: Annotated[int, Field(gt=1)] | None = None
@@ -59,7 +59,7 @@ class Data(Strict):
     @model_validator(mode="before")
     @classmethod
     def _take_path(cls, value: object) -> object:
-        """Replaces `path` by the source that it is short for."""
+        """Replaces `path` by a list of one source."""
         if not isinstance(value, dict) or not isinstance(value.get("path"), str):
             return value
         if "sources" in value:
@@ -67,7 +67,7 @@ class Data(Strict):
         return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
-BENCHMARK = "bench/"  # and a task's name: what its score is called
+BENCHMARK = "bench/"  # prefix of a benchmark score's name; the task's name follows
 
 
 class Benchmarks(Strict):
@@ -91,7 +91,7 @@ class Evaluate(Strict):
     """Scores checkpoints on benchmark tasks during training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
     def due(self, done: int) -> bool:
-        """Tells whether the model is scored after `done` steps."""
+        """Returns whether the model is evaluated after `done` steps."""
         return done % self.every == 0
 
 
@@ -105,7 +105,7 @@ class Best(Strict):
 
     @property
     def is_late(self) -> bool:
-        """Tells whether the score is a benchmark's, which comes after the save."""
+        """Returns whether the score comes from a benchmark, so after the checkpoint is saved."""
         return self.metric.startswith(BENCHMARK)
 
 
@@ -117,30 +117,30 @@ class Checkpoint(Strict):
     keep_every: Positive | None = None
     """Keeps checkpoints at multiples of this number of steps forever. Unset: none."""
     best: Best | None = None
-    """Also keeps the best by a score. Unset: none. See docs/checkpoints.md#what-is-kept"""
+    """Also keeps the best checkpoints by a score. Unset: none. See docs/checkpoints.md#what-is-kept"""
     grace: Annotated[Float, Field(gt=0)] = 60.0
     """Seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
     memory_every: Positive | None = None
-    """Steps between two in-memory checkpoints, on their node and another, from which a run resumes after a failure; it loses at
-    most this many steps. Unset: none. See docs/reliability/memory-checkpoints.md"""
+    """Steps between two in-memory checkpoints. Each is on its node and another node. After a failure the run resumes from it, and
+    loses at most this many steps. Unset: none. See docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, the run makes none, and reports it."""
 
     def due(self, done: int) -> bool:
-        """Tells whether the state is saved after `done` steps."""
+        """Returns whether a checkpoint is saved after `done` steps."""
         return done % self.every == 0
 
     def copy_due(self, done: int) -> bool:
-        """Tells whether the state is copied into memory after `done` steps."""
+        """Returns whether an in-memory checkpoint is made after `done` steps."""
         return self.memory_every is not None and done % self.memory_every == 0
 
 
 def _count(value: object) -> object:
-    """Validates a number of workers, or [least, most]."""
+    """Validates a number of workers, or a range [least, most]."""
     both = value if isinstance(value, list) else [value, value]
     counts = [n for n in both if isinstance(n, int) and not isinstance(n, bool)]
     if not len(both) == len(counts) == 2 or not 0 < counts[0] <= counts[1] <= LARGEST:
-        raise ValueError(f"expected a number of workers, or [least, most] such as [1, 4], got {value!r}")
+        raise ValueError(f"expected a number of workers, or [least, most], got {value!r}. Write 2 or [1, 4]")
     return value
 
 
@@ -186,7 +186,7 @@ class Watchdog(Strict):
     stall: Annotated[Float, Field(gt=0)] = 300.0
     """Seconds in which at least one worker must make progress: a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
-    """The same before the first step is done."""
+    """The same limit before the first step ends."""
 
 
 class Mlflow(Strict):
@@ -201,7 +201,7 @@ class Mlflow(Strict):
 
 
 class Card(Strict):
-    """Holds what people must know of the model, its model card, which travels with it."""
+    """Describes the model for its users: the model card, which exports and registered models contain."""
 
     license: Name | None = None
     """SPDX identifier, for example `Apache-2.0`. Unset: the parent model's, or `unknown`."""

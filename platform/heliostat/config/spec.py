@@ -1,6 +1,6 @@
-"""Defines the job file: one YAML is the whole job. `load` validates it; `docs/job.md` explains every key.
+"""Defines the job file: one YAML file describes one run. `load` validates it; `docs/job.md` explains every key.
 
-`sections` and `train_section` define its sections, and `rules` the rules between them: a Job that exists can be trained.
+`sections` and `train_section` define the sections, and `rules` checks them together. A `Job` object is always valid.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FindDevices = Callable[[], Devices]
 BEFORE_KEYS: dict[str, str | int] = {
     "grad_accum_dtype": "same",
     "recipe_version": 1,
-}  # what runs had before they recorded these keys
+}  # values of runs from before these keys existed
 
 
 class Job(Strict):
@@ -80,29 +80,29 @@ class Job(Strict):
 
     @property
     def last_step(self) -> int:
-        """Returns the step where the training ends."""
+        """Returns the step at which training ends: `train.steps`, or an earlier `train.stop_after`."""
         return min(self.train.steps, self.train.stop_after or self.train.steps)
 
     @property
     def accumulation(self) -> int:
-        """Returns the number of micro-batches of a worker in a step, for a job of a fixed number of workers."""
+        """Returns the micro-batches of a worker per step (gradient accumulation). The number of workers must be fixed."""
         return self.train.global_batch_size // (self.replicas * self.train.micro_batch_size)
 
     @property
     def replicas(self) -> int:
-        """Returns the number of groups of workers that have samples of their own, for a job of a fixed number of workers."""
+        """Returns the number of replicas: groups of workers with samples of their own. The number of workers must be fixed."""
         assert isinstance(self.workers.count, int)
         return self.workers.count // self.train.parallel.sharing
 
     def worker_counts(self, virtual_ranks: int | None = None) -> list[int]:
-        """Lists the numbers of workers, ascending, that the job allows and that can process its virtual ranks.
+        """Lists the numbers of workers, ascending, that the job allows and that can process the virtual ranks.
 
-        `virtual_ranks`: those of the run that is resumed.
+        `virtual_ranks`: the number of the resumed run; None for a new run.
         """
         return self.train.worker_counts(virtual_ranks or self.virtual_ranks, self.workers.least, self.workers.most)
 
     def on(self, workers: int) -> Job:
-        """Copies the job, with this fixed number of workers."""
+        """Copies the job with a fixed number of workers."""
         return self.model_copy(update={"workers": self.workers.model_copy(update={"count": workers})})
 
     @property
@@ -119,7 +119,7 @@ class Job(Strict):
         return [Location(s.path) for s in self.data.sources]
 
     def dump(self) -> dict[str, Any]:
-        """Dumps the resolved job as plain data, in the shape of the file."""
+        """Dumps the job as plain data, with the keys of the file."""
         return json.loads(self.model_dump_json(by_alias=True))
 
     @model_validator(mode="after")
@@ -136,19 +136,20 @@ Samples = Callable[[Job], int]
 
 
 def load(path: Path, settings: list[str] | None = None, samples: Samples | None = None, devices: FindDevices = here) -> Job:
-    """Loads the job in a YAML file, with `key.path=value` settings applied and relative paths taken from the workspace."""
+    """Loads the job in a YAML file, with `key.path=value` settings applied. Relative paths start at the workspace."""
     return make(read(path, settings), str(path), samples, devices)
 
 
 def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a job file in the keys of this version, with settings applied. Nothing is validated yet."""
+    """Reads a job file, with old names of keys replaced and settings applied. Validates nothing yet."""
     return apply(schema.read(Job, "job", path), settings or [])
 
 
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Applies `key.path=value` settings to a job. One of `train.steps`, `epochs`, and `tokens` takes the place of the others.
+    """Applies `key.path=value` settings to a job.
 
-    So does one of `data.path` and `data.sources`.
+    A setting of `train.steps`, `train.epochs`, or `train.tokens` replaces the other two. A setting of `data.path` replaces
+    `data.sources`, and the other way around.
     """
     data = raw.get("data")
     if isinstance(data, dict):
@@ -166,9 +167,9 @@ def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
 
 
 def make(raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here) -> Job:
-    """Makes the job that a file holds: fills in defaults, and makes paths absolute. ConfigError that lists everything wrong.
+    """Makes a job from a file's content: fills in defaults, and makes paths absolute. One ConfigError lists all faults.
 
-    `samples`: counts the training samples of a job's datasets, which `train.epochs` needs.
+    `samples`: counts the training samples of a job's datasets; needed for `train.epochs`.
     """
     return resolve(schema.validate(Job, complete(raw, where, samples, devices)[0], where))
 
@@ -176,7 +177,7 @@ def make(raw: dict[str, Any], where: str, samples: Samples | None = None, device
 def complete(
     raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here
 ) -> tuple[dict[str, Any], list[Default]]:
-    """Fills in what a job leaves out; returns the whole job and what was filled in."""
+    """Fills in the defaults of a job; returns the complete job, and the list of the defaults."""
     raw = schema.renamed(Job, raw)
     if isinstance(raw.get("train"), dict):
         for key in RETIRED & raw["train"].keys():
@@ -205,7 +206,7 @@ def complete(
 
 @dataclass(frozen=True)
 class Draft:
-    """Holds what can be made of a job file with faults: the job without the keys at fault, or None; the faults, a line each."""
+    """Describes a job file that may have faults. `job`: the job without the wrong keys, or None; `faults`: one line each."""
 
     job: Job | None
     faults: list[str]
@@ -213,7 +214,7 @@ class Draft:
 
 
 def draft(raw: dict[str, Any], devices: FindDevices = here) -> Draft:
-    """Makes a job of what is right in a file, and lists what is wrong, so that the rest can be checked in the same round."""
+    """Makes a job from the valid part of a file, and lists the faults, so that later checks run in the same round."""
     train, lines, filled = raw.get("train"), list[str](), list[Default]()
     if isinstance(train, dict) and [key for key in LENGTHS if key in train] == ["epochs"]:
         raw = raw | {"train": {k: v for k, v in train.items() if k != "epochs"} | {"steps": LARGEST}}
@@ -237,12 +238,15 @@ def draft(raw: dict[str, Any], devices: FindDevices = here) -> Draft:
     return Draft(None, list(dict.fromkeys(lines)), filled)
 
 
-ROUNDS = 5  # repairs of a draft
+ROUNDS = 5  # maximum number of repairs of a draft
 PLACEHOLDERS: dict[tuple[str, ...], object] = {("name",): "unnamed", ("train",): {"steps": LARGEST}, ("train", "steps"): LARGEST}
 
 
 def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | None:
-    """Returns a job without the values that an error names, and with placeholders for what is missing; None if there is none."""
+    """Returns a job without the values that an error names, and with placeholders for missing keys.
+
+    None if a missing key has no placeholder.
+    """
     raw = copy.deepcopy(raw)
     for fault in error.errors():
         *parents, last = schema.walk(Job, fault["loc"])[1] or [""]
@@ -259,14 +263,17 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
 
 
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
-    """Settles what the job leaves open in `train`: as the run that it resumes has it (`BEFORE_KEYS` if that is from before there
-    was the key), else the newest. ConfigError if the run cannot go on with the job's optimizer."""
+    """Fills in `train.grad_accum_dtype` and `train.recipe_version` if the job leaves them open.
+
+    A resumed run keeps its values, or those of `BEFORE_KEYS` if it is older than the keys. A new run gets the newest values.
+    ConfigError if the run can't resume with the job's optimizer.
+    """
     if recorded is not None:
         before = with_rules(recorded)["train"]
         optimizers.require_resumable(job.train.optimizer, before.get("optimizer", {}))
         values = {key: before.get(key) or first for key, first in BEFORE_KEYS.items()}
         if job.train.steps_from and (steps := before.get("steps")) and steps != job.train.steps:
-            log.warning("train.steps: the run had %s, and has %s now (%s)", steps, job.train.steps, job.train.steps_from)
+            log.warning("train.steps: changed from %s to %s (%s)", steps, job.train.steps, job.train.steps_from)
     else:
         values = {"grad_accum_dtype": "fp32", "recipe_version": NEWEST_RECIPES}
     if sums_on_host(job):
@@ -276,8 +283,10 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
 
 
 def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job in the keys of this version: without those that are gone, and with new ones as they were before they
-    were recorded (`BEFORE_KEYS`), or by default. A job that isn't valid in this version is returned as it is."""
+    """Returns a recorded job in the keys of this version. New keys get the values of `BEFORE_KEYS`, or their defaults.
+
+    A job that isn't valid in this version is returned unchanged.
+    """
     try:
         return Job.model_validate(with_rules(recorded)).dump()
     except ValidationError:
@@ -285,15 +294,17 @@ def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job in today's names of keys, and with what it had before the keys of `BEFORE_KEYS` were recorded."""
+    """Returns a recorded job with today's names of keys. Missing keys of `BEFORE_KEYS` get the values from there."""
     recorded = schema.renamed(Job, recorded)
     train = recorded.get("train")
     return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
 
 
 def changed_keys(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists the keys of a recorded job whose values are others now, or of its model there are only now; keys that came with a
-    newer version are none of them."""
+    """Lists the keys whose values differ between a recorded job and today's.
+
+    A key that only one of the two has counts only in the section `model`, so new keys of a newer version don't count.
+    """
     return _changed(schema.renamed(Job, recorded), now)
 
 
@@ -306,10 +317,10 @@ def _changed(recorded: object, now: object, key: str = "") -> list[str]:
 
 
 def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
-    """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't be trained.
+    """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't train.
 
-    `broken_rules`: gets the faults between sections, which are then no error.
-    What no job could be trained with is checked here, and not in `Job`, so that jobs recorded by older versions still open.
+    `broken_rules`: collects the broken rules between sections, instead of an error. Checks that newer versions added are here and
+    not in `Job`, so that recorded jobs of older versions still open.
     """
     if job.workers.gpus not in (0, 1):
         raise ConfigError(
@@ -328,17 +339,17 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     require_store("mlflow.uri", uri)
-    return schema.validate(Job, raw, job.name, broken_rules)  # again, because two ways to write a path are now one
+    return schema.validate(Job, raw, job.name, broken_rules)  # again, because two different paths may now be the same
 
 
 def require_store(key: str, uri: str) -> None:
-    """Raises ConfigError that names the key if a URI is not that of an MLflow store which heliostat uses."""
+    """Raises ConfigError that names the key if heliostat doesn't support the scheme of an MLflow store's URI."""
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ConfigError(f"{key}: {uri!r} isn't an MLflow store. Use sqlite:///FILE or http://HOST:PORT")
 
 
 def _pretrained(model: object, root: Path) -> object:
-    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, however deep; names of the Hub stay, where no such folder
+    """Makes every `pretrained: FOLDER` in the recipe's keys absolute, at any depth. A name of the Hub stays, unless such a folder
     exists."""
     if not isinstance(model, dict):
         return model

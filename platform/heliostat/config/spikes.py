@@ -1,8 +1,8 @@
 """Defines the section `spike` of the job file, and detects loss spikes by it.
 
-A loss spike is a step's loss far above the losses of the steps before it. Robust statistics, so that one spike does not hide the
-next: the median and the median absolute deviation of the window, scaled to a normal's standard deviation (Rousseeuw and Croux
-1993).
+A loss spike is a step's loss far above the losses of the steps before it. The statistics are robust, so one spike doesn't hide
+the next: the median and the median absolute deviation of the window, scaled to the standard deviation of a normal distribution
+(Rousseeuw and Croux 1993).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import Field
 from heliostat.schema import Float, Strict
 
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
-FLOOR = 0.01  # of the median: a window of all but equal losses must not make noise a spike
+FLOOR = 0.01  # minimum deviation as a fraction of the median: in a window of nearly equal losses, noise isn't a spike
 
 
 class Spike(Strict):
@@ -30,7 +30,7 @@ class Spike(Strict):
 
 
 class Excess(NamedTuple):
-    """Describes why a loss is a spike, and what follows: the usual loss, the limit that it is above, and the action."""
+    """Describes a spike: the usual loss (the median), the limit that the loss exceeds, and the job's action."""
 
     usual: float
     limit: float
@@ -38,7 +38,7 @@ class Excess(NamedTuple):
 
 
 class SpikeDetector:
-    """Detects spikes in the losses of successive steps; spikes do not enter the window.
+    """Detects spikes in the losses of successive steps. Spikes don't enter the window.
 
     The same losses give the same results on every worker.
     """
@@ -50,7 +50,7 @@ class SpikeDetector:
     def excess(self, loss: float) -> Excess | None:
         """Checks the loss of the next step; returns None unless it is a spike.
 
-        A finite loss can only be a spike once half a window is filled.
+        A finite loss can be a spike only after the window is half full.
         """
         if not math.isfinite(loss):
             return Excess(math.nan, math.inf, self.policy.action)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heliostat.schema import absent
 
-KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key, and what others call it
+KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key, and its names in other tools
     "name": ("run_name", "job_name", "experiment_name"),
     "recipe": ("task", "trainer", "model_type"),
     "model.pretrained": ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "base_model", "hf_model"),
@@ -69,7 +69,7 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key, and what others call it
     "limits.hours": ("max_hours", "max_time", "time_limit"),
     "retries.max": ("max_retries", "max_failures", "max_restarts"),
 }  # fmt: skip
-NOT_OFFERED = {  # keys that nothing here stands for, and what to do
+NOT_OFFERED = {  # keys of other tools that heliostat has no key for, and the advice
     **dict.fromkeys(("lora", "peft", "lora_r", "lora_alpha", "qlora", "adapter", "use_peft"),
                     "Adapters such as LoRA are not supported: heliostat trains all weights. Remove it"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
@@ -78,27 +78,27 @@ NOT_OFFERED = {  # keys that nothing here stands for, and what to do
                     "It follows from train.global_batch_size, train.micro_batch_size, and workers.count. Remove it"),
     **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Give the steps: train.schedule.warmup_steps"),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_path"),
-                    "The dataset has the tokenizer: set `tokenizer` in the pipeline's file. Remove it"),
-    **dict.fromkeys(("wandb", "report_to", "tensorboard", "logger"), "Runs are recorded in MLflow: use mlflow.uri. Remove it"),
+                    "The dataset has the tokenizer. Set `tokenizer` in the pipeline's file"),
+    **dict.fromkeys(("wandb", "report_to", "tensorboard", "logger"), "heliostat records runs in MLflow. Use mlflow.uri"),
     **dict.fromkeys(("pipeline_parallel", "pipeline_parallel_size", "pp", "pp_size"),
                     "Pipeline parallelism is not supported. Use train.zero.stage 3 or train.parallel"),
-    **dict.fromkeys(("fsdp_config", "strategy", "accelerator"), "heliostat shards with DeepSpeed ZeRO: use train.zero.stage"),
+    **dict.fromkeys(("fsdp_config", "strategy", "accelerator"), "heliostat shards with DeepSpeed ZeRO. Use train.zero.stage"),
     **dict.fromkeys(("resume", "resume_from_checkpoint", "load_path"), "Use `heliostat train JOB --resume`. Remove it"),
     **dict.fromkeys(("overwrite", "overwrite_output_dir", "save_overwrite"), "Use `heliostat train JOB --overwrite`. Remove it"),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), "Use `heliostat model export`. Remove it"),
     **dict.fromkeys(("num_proc", "dataloader_num_workers", "prefetch_factor", "pin_memory", "dataloader"),
-                    "Ray Data reads the samples and sizes itself. Remove it"),
-    **dict.fromkeys(("shuffle", "drop_last", "dataloader_drop_last"), "Samples are always shuffled, in whole batches. Remove it"),
-    **dict.fromkeys(("packing", "group_by_length", "padding"), "Documents are packed; see data.document_mask. Remove it"),
+                    "Ray Data reads the samples, and sets its own parallelism. Remove it"),
+    **dict.fromkeys(("shuffle", "drop_last", "dataloader_drop_last"), "Batches are always shuffled and complete. Remove it"),
+    **dict.fromkeys(("packing", "group_by_length", "padding"), "Documents are packed (see data.document_mask). Remove it"),
     **dict.fromkeys(("dropout", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "d_model", "n_layer"),
-                    "It is a key of the model: set it in the section model"),
+                    "It is a key of the model. Set it in the section model"),
     **dict.fromkeys(("dpo", "rlhf", "ppo", "grpo", "reward_model"), "Preference training is not supported. Remove it"),
 }  # fmt: skip
-MISSING = {  # what to write where a required key is missing, by its path and a question mark
+MISSING = {  # the message for a missing required key, by its path and a question mark
     "data?": absent("data", "{path: FOLDER, sequence_length: INTEGER}"),
     "data.sources?": absent("data.path", "FOLDER"),
     "train?": absent("train", "{steps: INTEGER}"),
     "train.steps?": absent("train.steps", "INTEGER, or train.epochs, or train.tokens"),
 }
 SYNONYMS = {word: f"Use {key}" for key, words in KEYS.items() for word in words} | NOT_OFFERED | MISSING
-"""Advice by the unknown key's last part, in lower case and with `_` for `-`, and by the path of a missing key with `?`."""
+"""Advice by the last part of an unknown key, in lower case and with `_` for `-`; and by the path of a missing key with `?`."""

@@ -47,7 +47,7 @@ class Zero(Strict):
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Refuses ways to send less that are known elsewhere, with the reason."""
+        """Rejects `quantize_gradients`, a setting of ZeRO++, with the reason."""
         if isinstance(value, dict) and "quantize_gradients" in value:
             raise ValueError(
                 f"quantize_gradients isn't supported: {QUANTIZED_GRADIENTS}. Remove it, and use shard_group_size, "
@@ -58,13 +58,13 @@ class Zero(Strict):
     @field_validator("stage", mode="before")
     @classmethod
     def _no_bool(cls, value: object) -> object:
-        if isinstance(value, bool):  # equal to 0 or 1, and so to a choice
-            raise ValueError(f"{value} is not a choice; valid: 0, 1, 2, 3")
+        if isinstance(value, bool):  # would pass as 0 or 1
+            raise ValueError(f"{value} isn't a choice. Use one of: 0, 1, 2, 3")
         return value
 
 
 NOT_OFFERED = {
-    "pipeline": "heliostat doesn't split models into stages; train.zero.stage 3 shards their layers over all workers",
+    "pipeline": "heliostat doesn't split models into stages, but train.zero.stage 3 shards their layers over all workers",
     "context": "use sequence, which splits samples over workers",
     "data": "it follows from workers.count and sequence or tensor",
 }
@@ -95,7 +95,7 @@ class Parallel(Strict):
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Takes `auto`; refuses degrees that are known elsewhere, with the reason and what to use."""
+        """Converts `auto`; rejects degrees of other tools, with the reason and the alternative."""
         if value == "auto":
             return {"auto": True}
         if isinstance(value, str):
@@ -118,7 +118,7 @@ class SdcCheck(Strict):
     """Steps between two corruption checks. The first step after every start is checked too."""
 
     def due(self, step: int, first: bool) -> bool:
-        """Tells whether a step, counted from 0, is looked at; `first`: none was since the start."""
+        """Returns whether a step, counted from 0, is checked. `first`: no step was checked since the start."""
         return first or (step + 1) % self.every == 0
 
 
@@ -134,22 +134,22 @@ SELECTIVE = "selective"
 
 
 def _layers(value: object) -> object:
-    """Validates what of which layers is meant, with one message for all kinds of answers."""
+    """Validates the choice of layers, with one message for all wrong values."""
     if isinstance(value, bool) or value == SELECTIVE or (isinstance(value, int) and 0 < value <= LARGEST):
         return value
-    raise ValueError(f"expected true, false, {SELECTIVE}, or a number of layers (1 or more), got {brief(repr(value))}")
+    raise ValueError(f"{brief(repr(value))} isn't a choice. Use true, false, {SELECTIVE}, or a number of layers (1 or more)")
 
 
-DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resumed run does not make"
+DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resumed run doesn't have"
 
 
 def _compiled(value: object) -> object:
-    """Validates what is compiled, with one message for both kinds of answers."""
+    """Validates the choice of compilation, with one message for all wrong values."""
     if isinstance(value, bool) or value == "blocks":
         return value
     if value == "deepcompile":
         raise ValueError(f"deepcompile isn't supported: {DEEPCOMPILE}. Use true or blocks")
-    raise ValueError(f"expected true, false, or blocks, got {brief(repr(value))}")
+    raise ValueError(f"{brief(repr(value))} isn't a choice. Use true, false, or blocks")
 
 
 class Train(Strict):
@@ -179,7 +179,7 @@ class Train(Strict):
     """Exponential moving average of the weights, which evaluation, generation, and export use instead of them. Unset: no
     average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Precision of weights and computation; fp32 master weights and optimizer state in all. `fp16` needs GPUs. See
+    """Precision of weights and computation. Master weights and optimizer state are always fp32. `fp16` needs GPUs. See
     docs/training/precision.md"""
     zero: Zero = Zero()
     """DeepSpeed ZeRO: how the workers shard the state."""
@@ -192,7 +192,7 @@ class Train(Strict):
     """Version of the rules by which an image recipe draws a sample's random numbers. Unset: 2, but a resumed run keeps its
     value. See docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
-    """DeepSpeed's settings of speed and memory, merged over those of the keys above. Supported:
+    """DeepSpeed's settings of speed and memory. They override those that heliostat derives from the other keys. Supported:
     docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
     """Recomputes activations in the backward pass, which trades time for memory. A number: for the first N layers. `selective`:
@@ -223,7 +223,7 @@ class Train(Strict):
 
     @property
     def rules(self) -> int:
-        """Returns the version of the rules by which a recipe computes a sample's numbers, for a job that is settled or new."""
+        """Returns the version of the rules by which a recipe draws a sample's random numbers."""
         return self.recipe_version or NEWEST_RECIPES
 
     def lr(self, step: int) -> float:
@@ -231,29 +231,30 @@ class Train(Strict):
         return self.optimizer.lr * schedules.factor(self.schedule, step, self.steps)
 
     def log_due(self, done: int) -> bool:
-        """Tells whether there is a line of progress after `done` steps."""
+        """Returns whether a progress line is logged after `done` steps."""
         return done % self.log_every == 0
 
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Drops keys of earlier versions. Refuses warm-ups that are known elsewhere, with the reason and what to use."""
+        """Drops keys of earlier versions. Rejects more than one length, and warm-ups of batch or sequence length."""
         if not isinstance(value, dict):
             return value
         if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:
-            raise ValueError(f"{' and '.join(lengths)} are {len(lengths)} ways to give the length of the run. Keep one")
+            raise ValueError(f"{' and '.join(lengths)} each set the length of the run. Keep one")
         for key in (key for key in GROWING if key in value):
-            why = f"{GROWING[key]}, which the data order, resuming and the schedule count on"
+            why = f"{GROWING[key]}; the data order, resuming, and the schedule need that"
             raise ValueError(f"{key} isn't supported: {why}. Remove it, and use train.schedule.warmup_steps")
         return {key: setting for key, setting in value.items() if key not in RETIRED}
 
-    def worker_counts(self, lanes: int, least: int, most: int) -> list[int]:
-        """Lists the numbers of workers in [least, most] that can play the lanes in whole micro-batches.
+    def worker_counts(self, virtual_ranks: int, least: int, most: int) -> list[int]:
+        """Lists the numbers of workers in [least, most] that can process the virtual ranks in complete micro-batches.
 
-        The lanes are dealt to replicas: as many workers as share a sample. Workers that divide experts or state are whole groups.
+        Each replica (the workers that share a sample) processes the same number of virtual ranks. Workers that shard experts or
+        state form complete groups.
         """
         batch, micro, each = self.global_batch_size, self.micro_batch_size, self.parallel.sharing
-        replicas = divisors(math.gcd(lanes, batch))
+        replicas = divisors(math.gcd(virtual_ranks, batch))
         counts = [n * each for n in replicas if least <= n * each <= most and batch // n % micro == 0]
         groups = self.parallel.expert, self.zero.shard_group_size or 1, self.zero.hpz_partition_size or 1
         return [n for n in counts if not any(n % each for each in groups)]

@@ -1,8 +1,8 @@
-"""Finds the workspace, the folder with jobs/, pipelines/ and clusters/ that a team edits, and imports code by name.
+"""Finds the workspace, and imports code by name. The workspace is the current folder, with jobs/, pipelines/, and clusters/.
 
-It is the current folder. A job or pipeline names its code by import path, `package.module:Class`: the package's own
-(`heliostat.recipes:CausalLM`), or the workspace's (`jobs.mine:Recipe`, found from here). What a model's or a run's own record
-names is only imported from installed packages and from the workspace's own folders: code that came with the model is never run.
+A job or pipeline names its code by import path, `package.module:Class`: code of the package (`heliostat.recipes:CausalLM`), or of
+the workspace (`jobs.mine:Recipe`). The record of a model or run names code too. It is imported only from installed packages
+and from the workspace's own folders. Code that came with a model never runs.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
-from heliostat import extras
+from heliostat import extras, text
 from heliostat.errors import ConfigError
 from heliostat.schema import nearest
-from heliostat.text import brief
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-BUILT_IN = {  # where the recipes and pipelines of the package are, by the modules that they had when they lay in the workspace
+NAME = re.compile(text.NAME)
+BUILT_IN = {  # modules of the package, by the modules of the workspace that had the same classes in earlier versions
     "jobs.causal_lm": "heliostat.recipes",
     "jobs.text_to_image": "heliostat.recipes",
     "jobs.autoencoder": "heliostat.recipes",
     "pipelines.text": "heliostat.pipelines",
     "pipelines.images": "heliostat.pipelines",
 }
-MODEL_FILES = ("heliostat.json", "model_index.json")  # one of them makes a folder a model's
+MODEL_FILES = ("heliostat.json", "model_index.json")  # a folder with one of them is a model's
 
 
 def root() -> Path:
@@ -36,22 +35,21 @@ def root() -> Path:
 
 
 def check_name(field: str, name: object) -> str:
-    """Checks that a name, as a part of a path, leads nowhere else, and returns it; ConfigError that names `field` if it could."""
+    """Returns a name that is safe as a part of a path; else ConfigError that names `field`."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{field}: {name!r} isn't a valid name. Use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
-        )
+        raise ConfigError(f"{field}: {name!r} {text.NAME_FAULT}")
     return name
 
 
 def import_path(field: str, path: str, record: Path | None = None) -> Any:
-    """Imports the object at `module.name:Object`; ConfigError that names `field` if it cannot be had.
+    """Imports the object at `module.name:Object`; ConfigError that names `field` if that fails.
 
-    `record`: the folder of the model or run whose record holds the path: nothing in a model's folder is then imported.
+    `record`: the folder of the model or run whose record has the path. Code in a model's folder is then an error.
     """
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):
-        raise ConfigError(f"{field}: {path!r} must look like package.module:Class{nearest(path, _built_in(field))}")
+        near = nearest(path, _built_in(field))
+        raise ConfigError(f"{field}: {path!r} must look like package.module:Class{near or '. Write it so'}")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
     if module_name in BUILT_IN and not _there(module_name):
@@ -60,7 +58,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         _refuse_foreign(field, module_name, record)
     try:
         module = importlib.import_module(module_name)
-        target = getattr(module, attribute, None)  # `heliostat.recipes` imports a name's module only now
+        target = getattr(module, attribute, None)  # `heliostat.recipes` imports the module of a name here
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
@@ -69,8 +67,9 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         if extra := extras.bringing(e.name or ""):
             raise extras.missing(f"{field}: {path}", extra, str(e.name)) from e
         raise ConfigError(f"{field}: {module_name} needs the module {e.name!r}, which isn't installed. Install it") from e
-    except Exception as e:  # whatever the module does as it is imported; --verbose shows where
-        raise ConfigError(f"{field}: can't import {module_name} ({type(e).__name__}: {brief(e)})") from e
+    except Exception as e:  # the module may raise anything
+        fault = f"{field}: can't import {module_name} ({type(e).__name__}: {text.brief(e)})"
+        raise ConfigError(f"{fault}. Use --verbose to see the line") from e
     if target is None:
         own = [n for n, o in vars(module).items() if isinstance(o, type) and o.__module__ == module_name]
         names = list(getattr(module, "__all__", own))
@@ -79,13 +78,13 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
 
 
 def _built_in(field: str) -> list[str]:
-    """Lists what the package has for a field that ends in `recipe` or `pipeline`, each by its import path of today."""
+    """Lists the import paths of the package's recipes or pipelines, for a field that ends in `recipe` or `pipeline`."""
     package = f"heliostat.{field.rpartition(' ')[2]}s"
     return [f"{package}:{name}" for name in importlib.import_module(package).__all__]
 
 
 def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
-    """Refuses, by a ConfigError, to import a module that would run code in the record's folder, or in any model's."""
+    """Raises ConfigError if importing a module would run code in the record's folder or in a model's folder."""
     for place in _places(module_name):
         for way in () if _installed(place.resolve()) else (place.absolute(), place.resolve()):
             if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
@@ -96,12 +95,12 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
 
 
 def _there(module_name: str) -> bool:
-    """Tells whether a module of a package can be found, without importing either."""
+    """Returns whether a module of a package exists, without importing the module or the package."""
     return len(_places(module_name)) > len(_places(module_name.rpartition(".")[0]))
 
 
 def _places(module_name: str) -> list[Path]:
-    """Lists the files and folders that a module and the packages around it may come from, found without importing any."""
+    """Lists the files and folders that a module and its parent packages may come from, without importing them."""
     top, *inner = module_name.split(".")
     spec = _find(top)
     if spec is None:
@@ -124,13 +123,13 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _installed(place: Path) -> bool:
-    """Tells whether a path lies where Python keeps the standard library and what pip has installed."""
+    """Returns whether a path is in the standard library or among installed packages."""
     roots = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(place.is_relative_to(root) for root in roots)
 
 
 def _in_model(place: Path) -> bool:
-    """Tells whether a folder around a path, up to the one that imports are found from, is a model's."""
+    """Returns whether a path is inside a model's folder. The search goes up to the entry of `sys.path`."""
     entries = {Path(entry).resolve() for entry in sys.path} | {Path(entry).absolute() for entry in sys.path}
     for folder in (place, *place.parents):
         if folder in entries:

@@ -167,8 +167,8 @@ def require_region(region: str) -> None:
     if region not in phonenumbers.SUPPORTED_REGIONS:
         meant = OTHER_NAMES.get(region.upper(), region.upper())
         known = meant in phonenumbers.SUPPORTED_REGIONS
-        hint = f"did you mean {meant!r}?" if known else "leave it out for numbers with + only"
-        raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code of two capitals, such as US; {hint}")
+        hint = f"Did you mean {meant!r}?" if known else "Leave it out for numbers with + only"
+        raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code of two capitals, such as US. {hint}")
 
 
 def phones(region: str | None) -> Callable[[str], Iterator[Span]]:

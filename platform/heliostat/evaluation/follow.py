@@ -59,8 +59,8 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, an
 class Followed:
     """Follows a run and scores its checkpoints.
 
-    `show`: called with each result. `every`: scores only steps that are multiples of it, and the last one. `removed`, `torn`,
-    `failed`: steps without a result, with the reasons.
+    `show`: called with each result. `every`: scores only steps that are multiples of it, and the last one. `removed`,
+    `incomplete`, `failed`: steps without a result, with the reasons.
     """
 
     run: Location
@@ -69,7 +69,7 @@ class Followed:
     every: int = 1
     results: dict[int, Result] = field(default_factory=dict)
     removed: dict[int, str] = field(default_factory=dict)
-    torn: dict[int, str] = field(default_factory=dict)
+    incomplete: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
     _again: float = 0.0  # time of the next attempt, after MLflow didn't answer
 
@@ -91,7 +91,7 @@ class Followed:
         left = layout.steps(self.run)
         for step in {*self._wanted(False), *self._saved()} - self.results.keys() - self.failed.keys() - self.removed.keys():
             if step in left or step > max(left, default=0):
-                self.torn[step] = "its checkpoint is incomplete, and its writer is gone"
+                self.incomplete[step] = "its checkpoint is incomplete, and its writer is gone"
             else:
                 self.removed[step] = REMOVED
 
@@ -222,7 +222,6 @@ def summary(followed: Followed) -> Result:
          "recorded": result["recorded"]}
         for step, result in sorted(followed.results.items())
     ]  # fmt: skip
-    missed = {
-        name: {str(step): why for step, why in sorted(getattr(followed, name).items())} for name in ("removed", "torn", "failed")
-    }
+    reasons = {"removed": followed.removed, "incomplete": followed.incomplete, "failed": followed.failed}
+    missed = {name: {str(step): why for step, why in sorted(steps.items())} for name, steps in reasons.items()}
     return {"run_folder": str(followed.run), "suite": followed.benchmark.suite.name, "steps": steps, **missed}

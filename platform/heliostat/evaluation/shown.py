@@ -95,7 +95,7 @@ def line(step: int, result: Result) -> str:
 def missed(summary: Result) -> list[str]:
     """Lists the steps of a run without a score: one line per reason."""
     steps: dict[str, list[int]] = {}
-    for what in ("removed", "torn", "failed"):
+    for what in ("removed", "incomplete", "failed"):
         for step, why in summary[what].items():
             steps.setdefault(why, []).append(int(step))
 

@@ -40,7 +40,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
     keys = {k: v for k, v in model.items() if k not in ("arch", initial.KEY, *expert_keys.KEYS)}
     arch = str(model.get("arch"))
     if arch not in wanted.archs:
-        near = nearest(arch, list(wanted.archs)) or f"; for example: {wanted.examples}"
+        near = nearest(arch, list(wanted.archs)) or f". Use, for example, {wanted.examples}"
         raise ConfigError(f"model.arch: {arch!r} isn't a {wanted.name} of transformers{near}")
     kind: type[PreTrainedConfig] = transformers.CONFIG_MAPPING[arch]
     act = keys.get("hidden_act", keys.get("activation_function"))

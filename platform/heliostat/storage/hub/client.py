@@ -77,12 +77,13 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
             raise ConfigError(f"{key}: {_rejected(name, status, error)}") from error
         if status is None and not _may_pass(error):
             raise _broken(key, name, error) from error
+        if _may_be_folder(name) and (_unconnected(error) or Path(name.repo).parent.is_dir()):
+            give_up(FailedAttempts(error, 1, 0.0))  # a retry would only delay the error of a wrong path
 
     def give_up(failure: FailedAttempts) -> NoReturn:
-        waited = f"{_reason(failure.error)} (waited {failure.seconds:.0f} s)"
-        raise HubAwayError(
-            f"{key}: {_unless_folder(name)}{name.repo}: {waited}. {_advice(name, failure.error)}"
-        ) from failure.error
+        waited = f" (waited {failure.seconds:.0f} s)" if failure.seconds >= 0.5 else ""
+        about = _unless_folder(name) or f"{name.repo}: "
+        raise HubAwayError(f"{key}: {about}{_reason(failure.error)}{waited}. {_advice(name, failure.error)}") from failure.error
 
     def report(failure: FailedAttempts, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", name.repo, _reason(failure.error), wait)
@@ -137,7 +138,7 @@ def kept(key: str, name: HubName) -> Iterator[None]:
 def missing(key: str, name: HubName, what: str) -> ConfigError:
     """Makes the error for files that the cache lacks while HF_HUB_OFFLINE is set."""
     fix = f"Unset it, or run on a machine with a network and copy the cache: {name.command}"
-    return ConfigError(f"{key}: {cache()} lacks {what} of {name.repo}, and HF_HUB_OFFLINE is set. {fix}")
+    return ConfigError(f"{key}: {_unless_folder(name)}{cache()} lacks {what} of {name.repo} (HF_HUB_OFFLINE is set). {fix}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -177,9 +178,20 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
     return f"{name.repo}: the Hub rejects the request ({status}). See {page}"
 
 
+def _may_be_folder(name: HubName) -> bool:
+    """Returns whether a name may be meant as a relative path, which doesn't exist here."""
+    return name.kind == "model" and not name.pinned
+
+
 def _unless_folder(name: HubName) -> str:
-    """Returns a message that no such folder exists, for a name that may have been meant as a folder."""
-    return "" if name.kind == "dataset" or name.pinned else f"no folder {str(name).partition('@')[0]!r} here; "
+    """Begins an error with the other reading of a name that may be meant as a path; "" for other names."""
+    return f"no folder {str(name).partition('@')[0]!r} here, and " if _may_be_folder(name) else ""
+
+
+def _unconnected(error: Exception) -> bool:
+    """Returns whether no connection was made: no network, no such host, or no server."""
+    kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
+    return bool(kinds & {"ConnectError", "ConnectionRefusedError", "gaierror"})  # the first is the HTTP library's
 
 
 def _may_pass(error: Exception) -> bool:
@@ -211,4 +223,6 @@ def _reason(error: Exception) -> str:
 def _advice(name: HubName, error: Exception) -> str:
     if _status(error) == 429:
         return "Wait some minutes, or log in for a higher limit: hf auth login"
+    if _may_be_folder(name):
+        return f"Correct the path. For a model of the Hub, run on a machine with a network and copy {cache()}: {name.command}"
     return f"Without a network, run on a machine with one and copy {cache()}: {name.command}"
