@@ -123,7 +123,6 @@ KEYS = [
     (key("train.steps=99999999999"), "train.steps", "99999999999 is too large. Use 4294967296 or less"),
     (key("train.optimizer.lr=.inf"), "train.optimizer.lr", "inf isn't finite. Use a finite number"),
     (key("train.optimizer.betas=[0.9]"), "train.optimizer.betas", "[0.9] is too short. Write 2 or more items"),
-    (key("data.sources=[]"), "data.sources", "[] is too short. Write 1 or more items"),
     (key("checkpoint.memory_limit=much"), "checkpoint.memory_limit", "'much' isn't a size. Write bytes, such as 512MiB"),
     (key("name=a/b"), "name", "'a/b' isn't a valid name. Use up to 100 letters"),
     (key("data.labels=3"), "data.labels", "expected a mapping, got 3. Write data.labels: {KEY: VALUE}"),

@@ -21,7 +21,7 @@ from tests.unit.command_line import FILES, ROOT, run
 
 FIX = re.compile(
     r"`heliostat|: heliostat |\b(Give|Use|Write|Set|Run|Add|Remove|Pass|Raise|See|Did you mean|Name|Quote|List|Lower)\b|"
-    r"\b(Change|Keep|Check|Correct|Start|Make)\b"
+    r"\b(Change|Close|Keep|Check|Correct|Start|Make)\b"
 )
 SILENT = ("serve", "ui", "logs")  # commands without --json
 

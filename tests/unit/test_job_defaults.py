@@ -166,7 +166,7 @@ def test_epochs_are_steps_that_see_each_sample_so_often(seed):
     ("length", "message"),
     [
         ({"steps": 5, "epochs": 2}, "train: steps and epochs each set the length of the run. Keep one"),
-        ({"steps": 5, "epochs": 2, "tokens": 9}, "train: steps and epochs and tokens are 3 ways"),
+        ({"steps": 5, "epochs": 2, "tokens": 9}, "train: steps and epochs and tokens each set the length of the run. Keep one"),
         ({"seed": 1}, "train.steps: required key missing. Write train.steps: INTEGER, or train.epochs, or train.tokens"),
         ({"epochs": -1}, "train.epochs: expected a number above 0, got -1. Write train.epochs: 2"),
         ({"epochs": "many"}, "train.epochs: expected a number above 0, got 'many'. Write train.epochs: 2"),

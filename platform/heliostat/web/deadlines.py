@@ -60,7 +60,7 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Checks whether the client may send a request: there is none, or it has been answered."""
+        """Checks whether the server waits for a request: it has none yet, or has answered the last one completely."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
