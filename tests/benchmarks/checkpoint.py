@@ -1,12 +1,13 @@
-"""Seconds to save, load and reshard a checkpoint, against DeepSpeed's own, in one run.
+"""Measures the seconds to save, load, and reshard a checkpoint, against DeepSpeed's own, in one run.
 
     python -m tests.benchmarks.checkpoint [--rounds 3] [--size 50 200]
 
-Llamas of 50M and 200M parameters, bf16 over fp32 masters, ZeRO-3 on 4 processes of one thread, gloo, local disk, warm page
-cache. Ours and DeepSpeed's alternate; each number is the median over the rounds of the slowest rank. "Blocked" is what
-training loses: for ours `Saver.blocked_s` after the save and the next whole step, for DeepSpeed all of `save_checkpoint`. Our
-save ends when `checkpoint.json` is on the disk (fsync); DeepSpeed's leaves its files in the page cache. For another number of
-workers, DeepSpeed converts (`ds_to_universal`, once) and then loads.
+Llamas of 50M and 200M parameters, bf16 over fp32 master weights, ZeRO-3 on 4 processes of one thread, gloo, local disk, and a
+warm page cache. The two alternate, and each number is the median over the rounds of the slowest rank.
+
+"Blocked" is the time that training loses: for heliostat, `Saver.blocked_s` after the save and the next whole step; for DeepSpeed,
+all of `save_checkpoint`. heliostat's save ends when `checkpoint.json` is on the disk (fsync); DeepSpeed leaves its files in the
+page cache. For another number of workers, DeepSpeed converts (`ds_to_universal`, once) and then loads.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Processor time of commands until they answer, and of `heliostat train` until its first attempt begins (docs/benchmarks/cli.md).
+"""Measures the CPU time of commands until they answer, and of `heliostat train` until its first attempt (docs/benchmarks/cli.md).
 
     python -m tests.benchmarks.cli [--rounds 5]
 
-Of the child process, in seconds, least of the rounds: the least disturbed. `check` and `train` want the dataset of
-`heliostat data prepare pipelines/quickstart.yaml`; without it they end with the error that names it.
+The time is that of the child process in seconds, in the least disturbed round. `check` and `train` need the dataset of `heliostat
+data prepare pipelines/quickstart.yaml`; without it, they end with the error that names it.
 """
 
 from __future__ import annotations

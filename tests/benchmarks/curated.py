@@ -1,12 +1,14 @@
-"""What curation is worth to a model: held-out loss of the quickstart's model, trained on raw and on curated text of equal tokens.
+"""Compares the held-out loss of the quickstart's model after training on raw and on curated text, with equal tokens.
 
     python -m tests.benchmarks.curated FOLDER [--apart SITE ...] [--steps 100] [--seeds 1 2 3] [--pages 3000]
 
-FOLDER holds pages of HTML, a folder for each site, of which `planted_web.py` makes a small web. Sides: `raw`, all text of the
-pages, as a WET file has it; `main text`, what `extract` takes for it; `curated`, the stages of `pipelines/fineweb.yaml`. One
-tokenizer, trained on the raw side, for all. Each run is one process of one thread: the job of `jobs/quickstart.yaml` on the same
-number of tokens, none twice if there are enough. Scored on clean text of pages that no side trains on, made by another library
-than the curated side's (trafilatura): pages of the same sites, and whole sites of which nothing is trained on (--apart).
+FOLDER holds pages of HTML, in a folder per site; `planted_web.py` makes a small web of this form. The sides are `raw`, all text
+of the pages, as in a WET file; `main text`, the result of `extract`; and `curated`, the stages of `pipelines/fineweb.yaml`. All
+use one tokenizer, trained on the raw side.
+
+Each run is one process of one thread: the job of `jobs/quickstart.yaml` on the same number of tokens, without repetition if there
+are enough. Scores are on clean text of pages that no side trains on, extracted by another library than the curated side's
+(trafilatura): pages of the same sites, and whole held-out sites (--apart).
 """
 
 from __future__ import annotations

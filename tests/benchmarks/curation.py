@@ -1,14 +1,16 @@
-"""What preparing text with stages costs by the size of the input: CPU seconds a GB and peak memory of each kind of task.
+"""Measures the cost of preparing text with stages, by the input's size: CPU seconds per GB and peak memory by kind of task.
 
     python -m tests.benchmarks.curation [--gb 1 4] [--memory-limit 268435456] [--folder FOLDER]
         [--no-shards]
 
-Writes JSON lines of English-like words, a seventh of them near duplicates and a twentieth exact ones, and makes a dataset of them
-in this process, one task after another, without Ray: so CPU seconds are the tasks' own, whatever else the machine does. Each size
-runs in a process of its own, behind a small run that is thrown away. A task's peak is the most memory that the process has had
-during it (the kernel's high-water mark, set back before each) above what it had behind the small run: what earlier tasks have
-left in it counts too. With a folder, input and work are kept in it, and a run that was ended goes on: seconds and peaks of
-finished tasks are in their records, those of the driver are the last start's.
+Writes JSON lines of English-like words: a seventh are near-duplicates, and a twentieth exact ones. Makes a dataset of them in
+this process, one task after another, without Ray, so CPU seconds don't depend on the machine's other work.
+
+Each size runs in a separate process, after a small discarded run. A task's peak is the process's highest memory during the task
+(the kernel's high-water mark, reset before each) above that after the small run. It includes memory that earlier tasks left.
+
+With a folder, input and work stay in it, and an interrupted run resumes: seconds and peaks of finished tasks are in their
+records, and those of the driver are from the last start.
 """
 
 from __future__ import annotations

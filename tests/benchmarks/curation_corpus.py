@@ -1,11 +1,10 @@
-"""Makes a JSONL of real documents for `curation_stages.py`, of what Debian's packages unpack to. By hand:
+"""Makes a JSONL of real documents for `curation_stages.py` from Debian packages. By hand:
 
     apt-get download python3.13-doc linux-doc-6.12 wordnet-base; dpkg-deb -x NAME.deb FOLDER
     python -m tests.benchmarks.curation_corpus FOLDER OUT.jsonl --megabytes 10
 
-Documents are the sources of documentation (.txt, .rst, plain or .gz), the main text of HTML pages, all text of HTML pages (with
-menus and footers), and glosses of WordNet, a hundred lines a document; files are taken in an order that their paths' hashes
-give.
+Documents are sources of documentation (.txt, .rst, plain or .gz), the main text of HTML pages, all text of HTML pages (with menus
+and footers), and glosses of WordNet, a hundred lines per document. Files are in the order of their paths' hashes.
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""A FineWeb-like pipeline as a whole, beside datatrove's: the same filters, MinHash 14 x 8, PII, tokens of the same tokenizer.
+"""Compares a FineWeb-like pipeline with datatrove's: the same filters, MinHash 14 x 8, PII, and tokens of the same tokenizer.
 
     python -m tests.benchmarks.curation_pipeline corpus.jsonl tokenizer.json --folder FOLDER [--datatrove VENV/bin/python]
         [--megabytes 5 50] [--sides heliostat datatrove]
 
-The corpus is what `curation_corpus.py` makes. Not in it: extraction, and language, whose model datatrove loads from elsewhere.
-datatrove runs as FineWeb's own script has it: filters and a compressed JSONL, signatures, buckets, clusters, and the rest with
-tokens; one process, one task a step and file of 50 MB, without its executors. Each side is a process of its own: CPU seconds are
-of all of it. What a side has made is saved in FOLDER as it ends, of datatrove's filters after each file: the same command goes on
-from there. Of each document both sides tell at which filter it ended, and why; what differs is written to `differences-*.json`.
+`curation_corpus.py` makes the corpus. Extraction and language are left out, because datatrove downloads the model for languages.
+datatrove runs as in FineWeb's own script: filters and a compressed JSONL, signatures, buckets, clusters, and the rest with
+tokens. It uses one process, one task per step and file of 50 MB, without its executors.
+
+Each side is a separate process, and CPU seconds are those of the whole process. Each side's result is saved in FOLDER when it
+ends, and datatrove's filters after each file, so the same command resumes. Both sides report the filter that dropped each
+document, and why. The differences are written to `differences-*.json`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Compares stages of curation with datatrove's: the same decisions, and MB/s a core, by turns. By hand:
+"""Compares stages of curation with datatrove's: their decisions, and MB/s per core, interleaved. By hand:
 
     python -m tests.benchmarks.curation_corpus FOLDER corpus.jsonl
     python -m tests.benchmarks.curation_stages corpus.jsonl --datatrove VENV/bin/python --stages gopher_quality c4
 
-The other Python has `datatrove[processing,io]` and spaCy. Each turn is a process of its own; CPU seconds are counted, not those
-of the wall. Numbers: docs/benchmarks/curation-stages.md.
+The other Python has `datatrove[processing,io]` and spaCy. Each turn is a separate process. CPU seconds count, not wall-clock
+time. Numbers: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations

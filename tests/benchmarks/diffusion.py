@@ -1,13 +1,14 @@
-"""Images/s of whole heliostat runs against a plain loop of diffusers and accelerate, and what precomputed latents save.
+"""Compares images/s of whole heliostat runs with a plain loop of diffusers and accelerate, and measures the gain of latents.
 
     python -m tests.benchmarks.diffusion [--steps 30] [--turn 14] [--stages 1 2 3] [--batch 64]
 
-Same U-Net (digits at 32 x 32, heads 32 wide), fp32, AdamW, clipping and EMA; 64 images a step in micro-batches of 16, as in the
-quickstart, or what --batch says in micro-batches of at most 16; 2 processes of 1 thread each.
-The plain loop has its images decoded and its captions as tokens in memory; the heliostat runs have everything on: Ray Data,
-receipts, MLflow, checkpoints and an evaluation. The two train by turns (see yardsticks/turns.py). Then a small latent model is
-trained with the frozen encoders in every step, and on latents and embeddings that the pipeline has computed, in whole runs one
-after the other, three times.
+Both have the same U-Net (digits at 32 x 32, heads 32 wide), fp32, AdamW, clipping, EMA, and 2 processes of 1 thread. A step has
+64 images in micro-batches of 16, as in the quickstart, or --batch images in micro-batches of at most 16.
+
+The plain loop has decoded images and tokenized captions in memory. The heliostat runs have everything on: Ray Data, receipts,
+MLflow, checkpoints, and an evaluation. The two are interleaved (see yardsticks/turns.py). Then a small latent model is trained
+with the frozen encoders in every step, and on latents and embeddings from the pipeline, in whole runs one after another, three
+times.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How near `prepare --sample` comes to the whole: a folder prepared once as a whole, and predicted from shares of it.
+"""Measures the errors of `prepare --sample`: prepares a folder completely once, and predicts the result from shares of it.
 
     python -m tests.benchmarks.dry_run PIPELINE.yaml [--share 0.01 0.03 0.1] [--here]
 
-Prints a row for each stage: documents that it leaves of the whole, and what each share predicts, with its error. Seconds are
-of processor time, so both are of the same machine: those of the stages, which the whole recorded, and, with --here, of all tasks.
-With --here tasks run one after another in this process, without Ray; a first prediction, thrown away, loads what is loaded once.
+Prints a row per stage: the documents that it keeps of the whole, and the prediction of each share, with its error. Seconds are
+CPU time on the same machine: those of the stages, recorded by the whole run, and with --here those of all tasks. With --here,
+tasks run one after another in this process, without Ray. A first prediction is discarded, because it includes one-time loading.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the executor of one stream costs: processor seconds of its process for each block, and the rate that follows.
+"""Measures the cost of one stream's executor: CPU seconds of its process per block, and the resulting rate.
 
     python -m tests.benchmarks.feed [--samples 262144] [--consumers 4] [--kind tokens images]
 
-Samples as in ingest.py. Images are rows of about 7.4 KB, as latents of 32 x 32 x 4 in fp16 are (8 KB). Processor time hardly
-depends on what else the machine does, so the rate is what one core of the driver's node allows, not what this machine delivers.
+Samples are those of ingest.py. Images are rows of about 7.4 KB, like latents of 32 x 32 x 4 in fp16 (8 KB). CPU time hardly
+depends on the machine's other work, so the rate is the limit of one core of the driver's node, not this machine's throughput.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where heliostat's fetch task and its consumer spend their CPU time, and what shuffling costs.
+"""Measures where heliostat's fetch task and its consumer spend their CPU time, and the cost of shuffling.
 
     python -m tests.benchmarks.fetch_costs [--rounds 5] [--samples 131072] [--data FOLDER]
 
-Fetches all windows of one epoch of `ingest.py`'s token rows from local disk, in this process and without Ray, each part
-of the task timed on its own (CPU seconds of all threads). Then the whole task with and without its permutations, which no
-option turns off: without them every window is its chunks in file order, so the difference is all that shuffling costs.
+Fetches all windows of one epoch of `ingest.py`'s token rows from local disk, in this process and without Ray. Each part of the
+task is timed alone (CPU seconds of all threads). Then the whole task runs with and without its permutations, which no option
+turns off. Without them, every window is its row groups in file order, so the difference is the whole cost of shuffling.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Held-out middles: a model trained to fill in the middle against one trained left to right, at equal tokens of the same files.
+"""Compares a model trained to fill in the middle with one trained left to right, on held-out middles, with equal training tokens.
 
     python -m tests.benchmarks.fim --models FOLDER [--steps 2000] [--seeds 1] [--train fim|plain] [--middles 250]
 
-Each model is trained once and kept in FOLDER, so judging again trains nothing; `--train` trains the models of one way and judges
-nothing. What follows was decided before any result was looked at.
+Each model is trained once and kept in FOLDER, so another evaluation trains nothing; `--train` trains the models of one way and
+evaluates nothing. The following was decided before any result was known.
 
 **Trained**: on the source code of Python's own library (without its tests; files held out by the hash of their path), with one
 byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of its layers and AdamW for the rest, batches
@@ -21,9 +21,9 @@ first two tokens and their last one, in which such cuts are felt.
 break between them). The token that ends documents stands first where the training rows have it: before a file's beginning for
 `plain`.
 
-**Nats** a token of the middle, for both; the end of the middle is not in that. It has a column of its own: for `fim` the token
-that ends the middle, which it must write; `plain` has none, and the nearest thing is the suffix's first token behind the middle.
-The two are different events.
+**Nats** per token of the middle, for both, without the end of the middle. That has its own column: for `fim`, the token that ends
+the middle, which it must write. `plain` has no such token; the nearest one is the suffix's first token after the middle. The two
+are different events.
 
 **Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat model benchmark` has them. `fim` ends its
 middle itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself:

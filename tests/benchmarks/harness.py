@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, turns, tables, and processes whose seconds are counted.
+"""Provides the common parts of the benchmarks: arguments, interleaved turns, tables, and processes with measured seconds.
 
 python -m tests.benchmarks.NAME --help     # from the repository's root
 """

@@ -1,11 +1,11 @@
-"""Held-out loss of small U-Nets and PixArts that begin as their authors have it, against torch's default weights.
+"""Compares the held-out loss of small U-Nets and PixArts with their authors' initial weights, and with torch's default ones.
 
     heliostat data prepare pipelines/quickstart-images.yaml && OMP_NUM_THREADS=1 python -m tests.benchmarks.image_init [--steps
     600]
 
-The model, the samples, the loss, the schedule and the average are those of `jobs/quickstart-diffusion.yaml`, in a plain loop of
-one process: no Ray, no ZeRO. PixArt takes the U-Net's place with a backbone of its own and a lower rate. The two starts of a seed
-differ in nothing but the backbone's first weights: text encoder, samples, noise and timesteps are the same.
+Model, samples, loss, schedule, and average are those of `jobs/quickstart-diffusion.yaml`, in a plain loop of one process, without
+Ray and ZeRO. PixArt replaces the U-Net with its own backbone and a lower rate. The two starts of a seed differ only in the
+backbone's first weights: text encoder, samples, noise, and timesteps are the same.
 """
 
 from __future__ import annotations

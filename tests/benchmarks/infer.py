@@ -1,9 +1,9 @@
-"""Tokens a second of `heliostat model infer` on one core against a plain loop of transformers over the same prompts, by turns.
+"""Compares tokens per second of `heliostat model infer` on one core with a plain loop of transformers, interleaved.
 
     python -m tests.benchmarks.infer MODEL [--prompts 64] [--tokens 32] [--rounds 5]
 
-MODEL is an exported folder, as `heliostat model export RUN OUT` writes. The prompts are 3 to 40 words; both sample at temperature
-0.8. The seconds are processor time, without loading the model. docs/benchmarks/batch-inference.md has the table.
+MODEL is an exported folder, as `heliostat model export RUN OUT` writes it. Both use the same prompts of 3 to 40 words, and sample
+at temperature 0.8. Seconds are CPU time, without loading the model. docs/benchmarks/batch-inference.md has the table.
 """
 
 from __future__ import annotations

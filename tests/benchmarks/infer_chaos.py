@@ -1,19 +1,19 @@
-"""Chaos for `heliostat model infer`: a worker, a node and the driver killed in one batch inference, against one that nobody
-disturbed.
+"""Kills a worker, a node, and the driver in one `heliostat model infer`, and compares it with an uninterrupted run.
 
     python -m tests.benchmarks.infer_chaos MODEL [--inputs 20000] [--tokens 4] [--batch 64] [--rounds 1] [--seed 0]
 
-MODEL is an exported folder, as `heliostat model export RUN OUT` writes. The inputs are short: 2 to 8 words in eight files, each
-with one line that is no JSON and one without a text. The unbroken run has a private Ray with two workers; the others a cluster of
-two nodes (raylets on loopback addresses, one CPU each). In a round each strikes once, in a random order, at random moments:
+MODEL is an exported folder, as `heliostat model export RUN OUT` writes it. The inputs are short: 2 to 8 words in eight files,
+each with one line that isn't JSON and one without a text. The unbroken run has a private Ray with two workers; the others have a
+cluster of two nodes (raylets on loopback addresses, one CPU each). In a round, each fault strikes once, in random order, at
+random moments:
 
     worker    SIGKILL to a process that answers a piece of the input
-    node      all of a node is killed, and another joins
+    node      a whole node is killed, and another joins
     driver    SIGKILL to the command, which is started again
 
-Prints what each kill met, and of the runs what their answers are: whether the numbers that the inputs have are all there, each
-once and in the input's order; whether the files of answers and the list of bad inputs are the unbroken run's, byte for byte; how
-many pieces of the input were answered, and how many of them again. Exit code 1 where a run lost, repeated or changed anything.
+Prints the effect of each kill, and checks the answers: whether each input's number appears once and in order; whether the files
+of answers and the list of bad inputs equal those of the unbroken run, byte for byte; and how many pieces were answered, and how
+many of them again. Exit code 1 if a run lost, repeated, or changed anything.
 """
 
 from __future__ import annotations

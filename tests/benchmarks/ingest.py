@@ -1,15 +1,15 @@
-"""Delivering a whole data set, shuffled, to 1, 2 and 4 consumers: heliostat's pipeline and six others.
+"""Measures the delivery of a whole dataset, shuffled, to 1, 2, and 4 consumers: heliostat's pipeline and six others.
 
     python -m tests.benchmarks.ingest [--rounds 3] [--kind tokens] [--store local] [--consumers 2] [--contender ours]
 
-Same samples, uncompressed, in each library's own format; same batch (32) and, as far as each has one, the same number of
-samples in its shuffle buffers as heliostat has in a window. A consumer sums every batch; counts and sums are checked, so
-nobody can skip or repeat samples. Contenders take turns within a round; the tables show medians of the rounds. What is
-measured starts when processes are up and libraries imported (for Ray: a started Ray and the consumer actors).
+All have the same samples, uncompressed, in each library's own format, and the same batch (32). If a library has shuffle buffers,
+they hold as many samples as a window of heliostat. A consumer sums every batch, and counts and sums are checked, so no contender
+can skip or repeat samples. Contenders take turns within a round, and the tables show medians of the rounds. The measurement
+starts when processes run and libraries are imported (for Ray: a started Ray and the consumer actors).
 
-webdataset and `datasets` come with `pip install -e '.[bench]'`. mosaicml-streaming wants transformers 4 and cannot be
-installed beside heliostat by the usual way: `pip install --no-deps mosaicml-streaming torchvision catalogue brotli
-python-snappy cramjam zstd xxhash`. Who is missing is left out.
+webdataset and `datasets` come with `pip install -e '.[bench]'`. mosaicml-streaming needs transformers 4, and can't be installed
+next to heliostat in the usual way: `pip install --no-deps mosaicml-streaming torchvision catalogue brotli python-snappy cramjam
+zstd xxhash`. A missing contender is left out.
 """
 
 from __future__ import annotations

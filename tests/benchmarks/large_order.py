@@ -1,11 +1,11 @@
-"""Memory and seconds of a process that opens a run's data of very many chunks, and of a mix of many sources with long weights.
+"""Measures memory and seconds of a process that opens a run's data with very many row groups, and a mix of many sources.
 
     python -m tests.benchmarks.large_order [--chunks 25000000] [--folder FOLDER]
 
-The manifest is synthetic (sizes, places and content digests of random numbers; there is no shard), written by
-`manifest.write_table` and opened by `open_dataset`, as workers and fetch tasks do. Each row is a process of its own. `own` is
-memory that it shares with nobody and that no file holds; `mapped` is of files, which all processes of the machine share, as far
-as this one has touched them; both without what the libraries take. The folder takes 200 bytes a chunk.
+The manifest is synthetic (random sizes, places, and content digests, without shards). `manifest.write_table` writes it, and
+`open_dataset` opens it, like workers and fetch tasks. Each row is a separate process. `own` is its private memory without files;
+`mapped` is memory of files, which all processes of the machine share, as far as this process has used it. Both exclude the
+libraries. The folder takes 200 bytes per row group.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What the goodput ledger costs: microseconds a step on the worker, and for each report on worker and driver.
+"""Measures the cost of the goodput ledger: microseconds per step on the worker, and per report on worker and driver.
 
     python -m tests.benchmarks.ledger [--steps 100000]
 
-The worker's part is what the loop does in every step (a switch to `data` and back, one booking of a wait for a checkpoint);
-at a report it adds up its totals, and the driver takes the event in. The goal is less than 0.5 % of a step, and a step of 10 ms
-is shorter than any that is worth several workers. Each is the median of five rounds.
+The worker's part is its work in every step (a switch to `data` and back, one booking of a wait for a checkpoint). At a report,
+the worker sums its totals, and the driver processes the event. The goal is less than 0.5 % of a step, and a step of 10 ms is
+shorter than any that is worth several workers. Each number is the median of five rounds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Listing an input on S3: many folders at a time (`Location.tree`) beside one stream (`Location.files`).
+"""Measures listing an input on S3: many folders at a time (`Location.tree`) against one stream (`Location.files`).
 
     python -m tests.benchmarks.listing [--objects 200000] [--folders 200 1] [--delay 0.05] [--times 3]
 
-The store is a process of this machine that only lists, a thousand names an answer, and takes `--delay` seconds for each, as a
-store some way off does (moto's takes seconds for ten thousand objects). Each listing is a process of its own. Prints of both
-ways, by turns, for objects in so many folders: seconds, requests, CPU seconds of the lister, and the most memory that it took
-above what it had before.
+The store is a process of this machine that only lists, a thousand names per answer. It takes `--delay` seconds for each, like a
+distant store (moto takes seconds for ten thousand objects). Each listing is a separate process. Prints of both ways, interleaved,
+for objects in so many folders: seconds, requests, CPU seconds of the lister, and the peak of its additional memory.
 """
 
 from __future__ import annotations

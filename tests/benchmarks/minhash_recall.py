@@ -1,11 +1,11 @@
-"""Recall and precision of `minhash` and of datatrove's MinHash on planted pairs: 14 x 8, 5-grams of words, on the same documents.
+"""Measures recall and precision of `minhash` and of datatrove's MinHash on planted pairs: 14 x 8, 5-grams, the same documents.
 
     python -m tests.benchmarks.minhash_recall corpus.jsonl [--datatrove VENV/bin/python] [--documents 4000] [--pairs 1000]
 
-The corpus is what `curation_corpus.py` makes. A pair is a document and a copy in which single words are replaced, so that the
-5-grams of both have a Jaccard similarity drawn from 0.5 to 0.97; what it came to is computed from the texts. Found is a pair of
-which both are in one cluster. Precision: of all pairs of documents in clusters, planted or not, those at 0.5 and above. Each
-side is a process of its own; CPU seconds are its own, with those of starting and reading.
+`curation_corpus.py` makes the corpus. A pair is a document and a copy with some replaced words. The Jaccard similarity of their
+5-grams is drawn from 0.5 to 0.97, and its real value is computed from the texts. A pair is found if both are in one cluster.
+Precision is the share of pairs at 0.5 or above among all pairs of documents in clusters, planted or not. Each side is a separate
+process, and CPU seconds include its start and its reading.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Held-out loss against CPU seconds, by optimizer: a small Llama on the source code of Python's own library, as bytes.
+"""Compares optimizers by held-out loss against CPU seconds: a small Llama on the source code of Python's own library, as bytes.
 
     python -m tests.benchmarks.optimizers [--steps 400] [--seeds 3] [--only muon lion] [--times 0.3 1 3]
 
 One process of one thread, ZeRO-1, fp32: heliostat's own engine and optimizers, each with the learning rate in `RATES`; `--times`
-tries multiples of it. Seconds are processor time of training steps alone. Every optimizer sees the same batches; files are held
-out by the hash of their path.
+tries multiples of it. Seconds are CPU time of training steps alone. Every optimizer gets the same batches, and files are held out
+by the hash of their path.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Holds the plan to published runs, by hand: prints the tables of docs/benchmarks/plan.md, counts models, fits constants.
+"""Compares the plan with published runs, by hand: prints the tables of docs/benchmarks/plan.md, counts models, fits constants.
 
 python -m tests.benchmarks.plan_published            # every run, measured and planned, and the errors
 python -m tests.benchmarks.plan_published --count    # counts the operations of the table's models again (two minutes)
-python -m tests.benchmarks.plan_published --fit      # fits the constants, and to all but each source in turn
+python -m tests.benchmarks.plan_published --fit      # fits the constants, and fits them to all sources except each one in turn
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
-"""Recall of `minhash` and `decontaminate`, and of datatrove's, on planted pairs of real text that differ in one way. By hand:
+"""Measures recall of `minhash` and `decontaminate`, and of datatrove's, on planted pairs with one difference each. By hand:
 
     apt-get download python3.13-doc debian-reference-fr debian-reference-zh-cn; dpkg-deb -x NAME.deb FOLDER
     python -m tests.benchmarks.planted_pairs FOLDER [--datatrove VENV/bin/python] [--pairs 50]
 
-A pair is a passage of documentation and a copy that is changed as its row says. Both are among passages that are no copies, and
-tables of random numbers. Near duplicates: a pair is found if both are in one cluster; of all other pairs in clusters, those are
-false that share less than a tenth of their 5-grams. Decontamination: the first words of the passage are an example of an
-evaluation set, and the copy is to be dropped; passages that share no 13 words with an example are not. `--speed` measures
-the signatures instead, of the passages: heliostat of this tree, and of another with `--before TREE/platform`, by turns.
+A pair is a passage of documentation and a copy with the row's change. Both are among passages without copies, and tables of
+random numbers. Near-duplicates: a pair is found if both are in one cluster. Other pairs in clusters are false if they share less
+than a tenth of their 5-grams. Decontamination: the first words of the passage are an example of an evaluation set, and the copy
+must be dropped. Passages that share no 13 words with an example must stay.
+
+`--speed` measures the signatures of the passages instead, for heliostat of this tree, and of another with `--before
+TREE/platform`, interleaved.
 """
 
 from __future__ import annotations

@@ -1,21 +1,20 @@
-"""Chaos for `prepare`: its driver, a worker, a node or all of it killed, its disk full, its S3 store failing, at random moments.
+"""Strikes `prepare` at random moments: kills its driver, a worker, a node, or all of it, fills its disk, or breaks its store.
 
     python -m tests.benchmarks.prepare_chaos [--kinds driver machine worker node disk s3] [--rounds 4] [--seed 0]
 
-A round prepares the same input, meets faults, and is started again until it ends:
+A round prepares the same input, meets faults, and is started again until it finishes:
 
     driver    SIGKILL to the command alone, up to three times
     machine   SIGKILL to the command and all its processes at once, up to three times
-    worker    SIGKILL to a process that runs a task, up to three times; the run goes on by itself
-    node      the cluster has two nodes (raylets on loopback addresses); all of one is killed, and another joins
-    disk      output and work lie on a disk that is full after a random share, and has half as much more at each start
-    s3        output and work lie on a store that refuses 2 to 30 % of all requests
+    worker    SIGKILL to a process that runs a task, up to three times; the run continues by itself
+    node      the cluster has two nodes (raylets on loopback addresses); a whole node is killed, and another joins
+    disk      output and work are on a disk that is full after a random share, and gets half as much more at each start
+    s3        output and work are on a store that rejects 2 to 30 % of all requests
 
-When a fault strikes is drawn from the tasks that an unbroken run has, and half a second behind one of them. Prints a row for each
-kind: rounds, those that ended with the digest of an unbroken run, faults that struck, starts, tasks that were recorded when a
-fault struck or a start ended, and how many of their records are others afterwards: tasks that were done again. Of a run that
-ended in good order (a full disk, a store that fails for long) the shards and what is written beside them do not count: it removes
-them. Disks need root.
+A fault strikes up to half a second after a task, drawn from an unbroken run's tasks. Prints a row per kind: rounds, those with
+the digest of an unbroken run, faults, starts, tasks recorded at a fault or at the end of a start, and the number of their records
+that changed later, because their tasks ran again. After an orderly end (a full disk, a store that fails for long), shards and the
+files next to them don't count, because the run removes them. Disks need root.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a small model learns in a given processor time, by what it is made of: held-out bits a byte, one choice at a time.
+"""Measures what a small model learns in a given CPU time, by its options: held-out bits per byte, one choice at a time.
 
-    python -m tests.benchmarks.quickstart_options [--seconds 20 60] [--seeds 1 2] [--only AdamW bf16] \\
+    python -m tests.benchmarks.quickstart_options [--seconds 20 60] [--seeds 1 2] [--only AdamW bf16] \
         [--also 'NAME: KEY=VALUE; KEY=VALUE']
 
-One process of one thread, and nothing of Ray: the job of `jobs/quickstart.yaml` with the settings of a row of OPTIONS, its
-recipe, its data order, and heliostat's engine of one worker. A row's schedule follows the processor time of its steps, so that
-every row ends at the same second, at the end of its schedule. Scored on all held-out samples; bits a byte are comparable across
-vocabularies. Datasets of other vocabularies are prepared first, beside the quickstart's.
+One process of one thread, without Ray: the job of `jobs/quickstart.yaml` with the settings of a row of OPTIONS, its recipe, its
+data order, and heliostat's engine of one worker. A row's schedule follows the CPU time of its steps, so every row ends at the
+same second with a complete schedule. Scores are on all held-out samples, and bits per byte are comparable across vocabularies.
+Datasets with other vocabularies are prepared first, next to the quickstart's.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""Recovery in place: seconds from a fault to the next new step, and where they go.
+"""Measures recovery in place: the seconds from a fault to the next new step, by part.
 
     python -m tests.benchmarks.recovery [--fault kill] [--job jobs/chaos.yaml] [--times 3] [--set train.zero.stage=3]
 
-One run, in which the fault strikes each time that some more steps are done:
+In one run, the fault strikes again after some more steps:
 
-    kill     SIGKILL to a worker; a new process takes its place
-    resize   three workers become two behind a checkpoint, two become three, and so on; from the last step of the one to the first
+    kill     SIGKILL to a worker; a new process replaces it
+    resize   three workers become two after a checkpoint, two become three, and so on; from the last step of the one to the first
              of the other, the checkpoint included
-    node     a cluster of local nodes, one worker on each: all processes of one are killed; the others go on without it. In
-             between a new node joins, and the run grows again
+    node     a cluster of local nodes, one worker on each: all processes of one are killed; the others continue without it. Then a
+             new node joins, and the run grows again
 
-The parts, in their order:
+The parts, in order:
 
-    ended        until the other workers have come back, and the driver has heard of it
-    pause        reading the newest checkpoint's index, and retries.backoff behind a first retry
+    ended        until the other workers have returned, and the driver knows it
+    pause        reading the newest checkpoint's index, and retries.backoff after a first retry
     processes    until the new workers' processes have answered, and rank 0's loop begins in the new process group
-    model        building it, and the engine
-    checkpoint   loading it
-    data         until the first batch is there
+    model        building the model and the engine
+    checkpoint   loading the checkpoint
+    data         until the first batch is available
     first step   until the first step is done
-    recomputed   until the first step that had not been made before
+    recomputed   until the first step that hadn't been made before
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""Judges retrieval by questions that are made from the corpus: recall, nDCG and MRR by words, embeddings, and both. By hand:
+"""Measures retrieval with questions from the corpus: recall, nDCG, and MRR by words, embeddings, and both. By hand:
 
     python -m tests.benchmarks.retrieval FOLDER [--embedder MODEL] [--questions 2000] [--kind functions]
 
 functions: each function of Python's standard library is a document, without its docstring, whose first sentence is the question.
 sections: each section of heliostat's own documentation is a document, without its title, which is the question.
 
-FOLDER keeps the corpus, the dataset and the index, so another embedder costs its embeddings only. FOLDER/pairs is a dataset of
-the other questions with their documents, none of which is asked: what jobs/embedder.yaml is trained on.
-The numbers are in docs/benchmarks/retrieval.md.
+FOLDER keeps the corpus, the dataset, and the index, so another embedder costs only its embeddings. FOLDER/pairs is a dataset of
+all other questions with their documents, on which jobs/embedder.yaml trains. docs/benchmarks/retrieval.md has the numbers.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""CPU seconds and MB of the control plane at 64, 1,024 and 16,384 ranks, simulated in one process.
+"""Measures CPU seconds and MB of the control plane at 64, 1,024, and 16,384 ranks, simulated in one process.
 
     python -m tests.benchmarks.scale [--ranks 64 1024 16384] [--stage 3]
 
-The functions are the real ones that ranks, mailbox and driver call, with as many ranks, heartbeats and files; what stands between
-them is pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes and no memory. The
-shards are files of the right size without content, so reading and writing their bytes is not in the figures. Each figure is the
-median of --rounds; `rank 0` is the rank with the most to do.
+The functions are the real ones of ranks, mailbox, and driver, with as many ranks, heartbeats, and files; messages between them
+are pickled as on the wire. Nothing trains: the tensors (Llama 3 8B with AdamW, 873 of them) have shapes but no memory. The shards
+are files of the right size without content, so the figures exclude reading and writing their bytes. Each figure is the median of
+--rounds; `rank 0` is the rank with the most work.
 
     python -m tests.benchmarks.scale --votes 16     # a vote by the tree, and by gloo's ring, among that many real processes
 """

@@ -1,10 +1,11 @@
-"""What `stage: semantic` costs beside its model, and which near pairs it finds: vectors of planted pairs, without Ray or a model.
+"""Measures the cost of `stage: semantic` without its model, and the planted near pairs that it finds, without Ray.
 
     python -m tests.benchmarks.semantic [--documents 20000] [--cells 1 5 20] [--dims 384]
 
-Vectors lie about 200 topics (cosines within one about 0.5); a tenth of the documents has a partner with a cosine of 0.96 to 0.99.
-Prints for each number of cells the pairs of which one goes, after one stage and after a second with another seed, CPU seconds of
-the first, and MiB above the process's peak before. Real embeddings have other neighbourhoods: a border cuts more or fewer pairs.
+Vectors are around 200 topics (cosines within one about 0.5), and a tenth of the documents have a partner with a cosine of 0.96 to
+0.99. Prints, for each number of cells, the pairs that lose a document after one stage and after a second with another seed, the
+CPU seconds of the first, and MiB above the process's earlier peak. Real embeddings have other neighborhoods, so a border splits
+more or fewer pairs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""The endpoint under load: 200 clients for a minute, a replica killed after a third of it, and the alias moved after another.
-They go on until the version that it moved to has answered.
+"""Loads the endpoint: 200 clients for a minute; a replica is killed after a third of it, and the alias moved after another.
 
     python -m tests.benchmarks.serve [--clients 200] [--seconds 60] [--replicas 2] [--stream 0.25]
 
-Each client asks again as soon as it is answered, some with streams. Prints the answers by status and version, what was lost (a
-connection that broke, an answer that is not whole), and how long answers took.
+The clients continue until the new version of the alias has answered. Each client sends its next request after an answer, some as
+streams. Prints the answers by status and version, the lost ones (a broken connection, an incomplete answer), and the latencies.
 """
 
 import asyncio

@@ -1,11 +1,11 @@
-"""How well an epoch is mixed: heliostat's order, mosaicml-streaming's py1e and py1br, a shuffle buffer, and a full shuffle.
+"""Compares the mixing of an epoch: heliostat's order, mosaicml-streaming's py1e and py1br, a shuffle buffer, and a full shuffle.
 
     python -m tests.benchmarks.shuffle_quality [--window 8192] [--figure docs/benchmarks/shuffle-quality.svg]
 
-One epoch of 64 shards of 1,024 samples, everybody mixing within as many samples as heliostat has in a window (py1e and py1br:
-their block size; the buffer: its size, shards in random order, as Ray's local shuffle and webdataset have it). Distance: how
-far apart in the training order two samples come that were neighbours in a shard; a full shuffle's median is 0.29 of the
-epoch. Diversity: from how many shards a batch of 256 comes. Orders are those of one worker and one epoch.
+One epoch of 64 shards with 1,024 samples. Each method mixes within as many samples as a window of heliostat: py1e and py1br in
+their block size; the buffer in its size, with shards in random order, like Ray's local shuffle and webdataset. Distance: the
+distance in the training order between two samples that were neighbors in a shard; a full shuffle's median is 0.29 of the epoch.
+Diversity: the number of shards in a batch of 256. Orders are those of one worker and one epoch.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What finding images that look alike costs by their number: CPU seconds a million, and peak memory.
+"""Measures the cost of finding similar images, by their number: CPU seconds per million, and peak memory.
 
     python -m tests.benchmarks.similar_images [--images 100000 400000] [--memory-limit 67108864]
 
-Spills rows as the image pipeline does, without images (a byte stands for each), with random perceptual hashes of which a seventh
-are near another and a twentieth have another's pixels, and takes them through `similar_images` in this process, one task after
-another and without Ray: so CPU seconds are the tasks' own. Each number runs in a process of its own.
+Spills rows like the image pipeline, without images (one byte for each), with random perceptual hashes. A seventh are near
+another, and a twentieth have another's pixels. Runs `similar_images` on them in this process, one task after another and without
+Ray, so CPU seconds are the tasks' own. Each number runs in a separate process.
 """
 
 from __future__ import annotations

@@ -1,12 +1,16 @@
-"""Seconds from a command to the first finished step of the quickstart: cold, beside a Ray that is kept, on a running cluster.
+"""Measures the seconds from a command to the quickstart's first finished step: cold, with a kept Ray, and on a running cluster.
 
     python -m tests.benchmarks.start [--rounds 5] [--job jobs/quickstart.yaml] [--kinds cold plain kept trial cluster]
 
-Wants the dataset of `heliostat data prepare pipelines/quickstart.yaml`. Cold: `heliostat train` as a process, by the clock of
-whoever started it. Plain: the same, where Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0). Kept: a second
-`heliostat.train` in a process whose first has left its private Ray there. Trial: each but the first of a sweep that runs one at a
-time, from the trial's own beginning. Cluster: `heliostat submit`, by the clock of whoever sends it.
-docs/benchmarks/start.md has the table, and what the parts are.
+Needs the dataset of `heliostat data prepare pipelines/quickstart.yaml`.
+
+    cold      `heliostat train` as a process, by the clock of its parent
+    plain     the same, if Ray starts the workers itself (HELIOSTAT_FORK_SERVER=0)
+    kept      a second `heliostat.train` in a process whose first one left its private Ray
+    trial     each trial except the first of a sweep that runs one at a time, from the trial's own beginning
+    cluster   `heliostat submit`, by the clock of the sender
+
+docs/benchmarks/start.md has the table, and describes the parts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Steps per second of one loop over the exact stream, against the same loop over a bare loader, by turns.
+"""Compares steps per second of one loop over the exact stream and over a bare loader, interleaved.
 
     python -m tests.benchmarks.stream_overhead [--pairs 40] [--turn 5]
 
-All processes of one contender stand still while the other trains (yardsticks/turns.py). A step has 1,024 tokens and takes a
-fifth of a second here, less than a step of a real model: what a batch costs is a larger share of it.
+All processes of one contender are stopped while the other trains (yardsticks/turns.py). A step has 1,024 tokens and takes a fifth
+of a second here, less than a step of a real model, so the cost of a batch is a larger share of it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What tracking costs a run, and what an outage of MLflow costs it.
+"""Measures what tracking costs a run, and what an outage of MLflow costs it.
 
     python -m tests.benchmarks.tracking [--seconds 30] [--steps 10000] [--away 10]
 
-1. A loop of 20 steps a second posts every step's loss, learning rate and gradient norm, as the driver does for `train.log_every:
-   1`: the time that `post` keeps it, per step (the goal is below 1 % of a step, 0.5 ms), and what the writing thread takes of the
-   process's processor time, which workers do not share.
-2. So many steps are posted to a server that is killed in their middle and starts again some seconds later: all of them must be in
+1. A loop of 20 steps per second posts every step's loss, learning rate, and gradient norm, like a driver with
+   `train.log_every: 1`. Measures the time of `post` per step (the goal is below 1 % of a step, 0.5 ms), and the writing thread's
+   share of the process's CPU time, which workers don't share.
+2. So many steps are posted to a server that is killed in the middle and restarts some seconds later. All of them must be in
    MLflow once, and in order.
 """
 

@@ -1,11 +1,11 @@
-"""Tokens/s of whole heliostat runs against plain torchrun DDP with the data already in memory.
+"""Compares tokens/s of whole heliostat runs with plain torchrun DDP with the data already in memory.
 
     python -m tests.benchmarks.train_overhead [--steps 60] [--turn 12] [--stages 1 2 3] [--precision bf16 fp32]
 
-Same model (17M parameters), batch (4,096 tokens a step), precision and thread count (2 processes of 1 thread). The heliostat
-runs have everything on: Ray Data, MLflow (a line every step), evaluation and checkpoints. The two train by turns of some
-seconds, all processes of the other stopped (see yardsticks/turns.py); each pair of turns gives a ratio, of the steps that lie
-in them. DDP's bf16 is autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 masters.
+Both have the same model (17M parameters), batch (4,096 tokens per step), precision, and thread count (2 processes of 1 thread).
+The heliostat runs have everything on: Ray Data, MLflow (a line per step), evaluation, and checkpoints. The two take turns of some
+seconds, while all processes of the other are stopped (see yardsticks/turns.py). Each pair of turns gives a ratio of the steps in
+them. DDP's bf16 is autocast over fp32 weights; DeepSpeed's is bf16 weights over fp32 master weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a sweep costs: ASHA against the grid on the quickstart, and a trial against the same job trained directly.
+"""Measures the cost of a sweep: ASHA against the grid on the quickstart, and a trial against the same job trained directly.
 
     python -m tests.benchmarks.tune [--steps 80] [--trials 8] [--rounds 3] [--only asha|overhead]
 
-ASHA and the grid get the same learning rates, evenly spaced in the logarithm; compared are the best held-out loss and the steps
-taken. A trial's overhead is its wall-clock from its start by the sweep to its end, less that of `heliostat train` for the job,
-which exports and registers a model besides; both start their workers anew. Runs are interleaved, medians are compared.
+ASHA and the grid get the same learning rates, evenly spaced in the logarithm. The comparison is by the best held-out loss and the
+number of steps. A trial's overhead is its wall-clock time from its start by the sweep to its end, minus that of `heliostat train`
+for the job, which also exports and registers a model. Both start new workers. Runs are interleaved, and medians are compared.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One measurement, in a process of its own: `python -m tests.benchmarks.ingest_contenders.child TASK`.
+"""Runs one measurement in a separate process: `python -m tests.benchmarks.ingest_contenders.child TASK`.
 
-It gets everything started that would run anyway (consumers with their imports done; Ray), says "ready", waits for "go",
-delivers the data set, says what each consumer saw, and lives until it is told to end, so that all its processes can be read.
+It starts everything that would run anyway (consumers with their imports, Ray), prints "ready", and waits for "go". Then it
+delivers the dataset and prints what each consumer saw. It runs until it is ended, so that all its processes can be measured.
 """
 
 from __future__ import annotations

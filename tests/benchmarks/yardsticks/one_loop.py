@@ -1,9 +1,9 @@
-"""The same loop of torch over the exact stream or over a bare loader. Started by stream_overhead.py.
+"""Runs the same loop of torch over the exact stream or over a bare loader. Started by stream_overhead.py.
 
     python -m tests.benchmarks.yardsticks.one_loop exact|bare DATASET FOLDER STEPS
 
-One process of one thread trains a Llama of 2.2M parameters. `bare`: torch's DataLoader with one process, over tokens that are
-in memory. `exact`: Ray, Ray Data, digests, and a receipt every 50 steps. Writes a line for every step.
+One process of one thread trains a Llama of 2.2M parameters. `bare`: torch's DataLoader with one process, over tokens in memory.
+`exact`: Ray, Ray Data, digests, and a receipt every 50 steps. Writes a line for every step.
 """
 
 import sys

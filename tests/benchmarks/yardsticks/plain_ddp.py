@@ -1,8 +1,8 @@
-"""The yardstick: plain PyTorch DDP with the data already in memory. Started by train_overhead.py through torchrun.
+"""Runs the reference: plain PyTorch DDP with the data already in memory. Started by train_overhead.py through torchrun.
 
     torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_ddp.py JOB.yaml STEPS
 
-Tells of every step when it ended and what it took. bf16 is torch's autocast.
+Prints the end and the seconds of every step. bf16 is torch's autocast.
 """
 
 import sys

@@ -1,9 +1,8 @@
-"""The yardstick: the training loop of diffusers' own examples, with accelerate's DDP and everything in memory.
+"""Runs the reference: the training loop of diffusers' own examples, with accelerate's DDP and everything in memory.
 
     torchrun --nproc-per-node 2 tests/benchmarks/yardsticks/plain_diffusers.py JOB.yaml
 
-The model and the samples are those of the job, over and over. Tells of every step when it ended and what it took; ends when
-it is killed.
+The model and the samples are those of the job, repeated. Prints the end and the seconds of every step, until it is killed.
 """
 
 import contextlib
