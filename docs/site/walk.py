@@ -39,7 +39,7 @@ ENDS_S = 120.0
 TOO_LONG = -1  # the exit code of a command that was ended for it
 HEAD, TAIL = 5, 9  # lines of a long output that the page shows
 COLUMNS = 80
-REST = "    "  # before the rest of a line that is longer
+REST, NARROWEST = "    ", 20  # before the rest of a longer line; the columns that a table leaves for it
 HOME = "/home/you/heliostat"  # stands for the folder in which the page was run
 ELLIPSIS = "..."
 ERROR, CTRL_C = "what an error looks like", "press Ctrl-C"
@@ -153,9 +153,11 @@ def abridged(text: str) -> str:
 
 
 def broken(line: str) -> list[str]:
-    """Breaks a line at words to what fits in the columns of a page; a word that is longer stays."""
+    """Breaks a line at words to what fits in the columns of a page, below its last column of a table; longer words stay."""
+    columns = [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line) if match.end() <= COLUMNS - NARROWEST]
+    indent = " " * max(len(REST), *columns[-1:], 0)
     words = textwrap.TextWrapper(
-        COLUMNS, subsequent_indent=REST, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+        COLUMNS, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
     )
     return words.wrap(line) or [""]
 
