@@ -192,16 +192,14 @@ def walk(page: str, folder: Path, already: set[str] | None = None) -> Walk:
     for step in steps(page):
         if step.file:
             (folder / step.file[0]).write_text(step.file[1])
-        printed = ""
-        for command in step.commands:
-            if already is not None:
-                if command.text in already:
-                    continue
-                already.add(command.text)
+        printed, due = "", [command for command in step.commands if already is None or command.text not in already]
+        for command in due:
             output, faults = run(command, folder)
             printed += output
             result.faults += faults
-        if step.place:
+        if already is not None:
+            already.update(command.text for command in due)
+        if step.place and due:
             result.outputs.append((step, printed))
             absent = [] if step.varies or step.shown is None else missing(step.shown, printed)
             result.faults += [f"{step.commands[-1].text}: shown, and not printed: {line}" for line in absent]

@@ -104,3 +104,9 @@ def test_a_command_that_does_not_end_is_a_fault_and_the_page_continues(tmp_path,
     monkeypatch.setattr(walk, "EACH_S", 0.2)
     result = walk.walk("```sh\nsleep 60\necho a\n```\n\n```text\na\n```\n", tmp_path)
     assert len(result.faults) == 1 and "sleep 60: exit -1" in result.faults[0]
+
+
+def test_commands_that_an_earlier_page_has_run_are_neither_run_nor_compared(tmp_path):
+    page = "```sh\ntouch here\n```\n\n```text\nmade\n```\n"
+    assert walk.walk(page, tmp_path, {"touch here"}).faults == [] and not (tmp_path / "here").exists()
+    assert len(walk.walk(page, tmp_path, set()).faults) == 1 and (tmp_path / "here").exists()
