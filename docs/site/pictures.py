@@ -50,6 +50,7 @@ RUNS = ROOT / ".heliostat" / "runs"
 STORE, HOST = f"sqlite:///{ROOT}/.heliostat/mlflow.db", "127.0.0.1"
 WAIT_S = 1800.0
 STEPS, KILLED = 120, 70  # of the two runs whose losses are compared; the step at which a worker dies
+FIRST, LAST = 8, 4  # lines of a terminal's picture: at the beginning, and before the generated text
 SHORT = {"train.steps": STEPS, "evaluate.every": 40, "checkpoint.every": 20, "train.log_every": 1, "mlflow.register": "null"}
 STYLE = """svg { --text: #1f2328; --faint: #656d76; --line: #d8dee4; --one: #1f77b4; --two: #d1495b; --three: #b3640b;
 font: 13px system-ui, "DejaVu Sans", sans-serif; }
@@ -191,10 +192,14 @@ def terminal() -> None:
 
 
 def draw_terminal(command: str, printed: str, name: str) -> None:
+    """Draws a command's first lines, its last steps, and what follows them, at 80 columns."""
     console = Console(record=True, width=walk.COLUMNS, file=Path(os.devnull).open("w"), highlight=True)  # noqa: SIM115
     console.print(Text(f"$ {command}", style="bold green"))
-    for line in walk.abridged(printed).splitlines():
-        console.print(line, markup=False)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).strip().splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("prompt: "))
+    for line in (*lines[:FIRST], walk.ELLIPSIS, *lines[max(FIRST, end - LAST) :]):
+        for part in walk.broken(line.replace(str(ROOT), walk.HOME)):
+            console.print(part, markup=False)
     look = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts of another server
     save(name, console.export_svg(title="heliostat", code_format=look, unique_id="terminal"))
 

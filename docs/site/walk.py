@@ -39,7 +39,7 @@ ENDS_S = 120.0
 TOO_LONG = -1  # the exit code of a command that was ended for it
 HEAD, TAIL = 5, 9  # lines of a long output that the page shows
 COLUMNS = 80
-REST, NARROWEST = "    ", 20  # before the rest of a longer line; the columns that a table leaves for it
+REST, NARROWEST = "    ", 30  # before the rest of a longer line; the columns that a table leaves for it
 HOME = "/home/you/heliostat"  # stands for the folder in which the page was run
 ELLIPSIS = "..."
 ERROR, CTRL_C = "what an error looks like", "press Ctrl-C"
@@ -116,8 +116,8 @@ def steps(page: str) -> Iterator[Step]:
 
 
 def commands(code: str) -> Iterator[Command]:
-    """Yields the commands of a shell block; `make test` is the suite itself."""
-    for line in code.replace("\\\n", " ").splitlines():
+    """Yields the commands of a shell block, each on one line; `make test` is the suite itself."""
+    for line in re.sub(r"\\\n\s*", "", code).splitlines():
         text, _, comment = line.partition("  # ")
         if text.strip() and not text.startswith(("make test", "#")):
             yield Command(text.strip(), comment.strip())
@@ -155,7 +155,7 @@ def abridged(text: str) -> str:
 def broken(line: str) -> list[str]:
     """Breaks a line at words to what fits in the columns of a page, below its last column of a table; longer words stay."""
     columns = [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line) if match.end() <= COLUMNS - NARROWEST]
-    indent = " " * max(len(REST), *columns[-1:], 0)
+    indent = " " * max(len(REST) + len(line) - len(line.lstrip()), 0, *columns)
     words = textwrap.TextWrapper(
         COLUMNS, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
     )

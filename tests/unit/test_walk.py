@@ -110,3 +110,8 @@ def test_commands_that_an_earlier_page_has_run_are_neither_run_nor_compared(tmp_
     page = "```sh\ntouch here\n```\n\n```text\nmade\n```\n"
     assert walk.walk(page, tmp_path, {"touch here"}).faults == [] and not (tmp_path / "here").exists()
     assert len(walk.walk(page, tmp_path, set()).faults) == 1 and (tmp_path / "here").exists()
+
+
+def test_a_command_on_several_lines_is_one():
+    code = "heliostat train job.yaml \\\n    --set a='b  c'  # for the reader\nmake test\n"
+    assert [*walk.commands(code)] == [walk.Command("heliostat train job.yaml --set a='b  c'", "for the reader")]
