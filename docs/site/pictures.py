@@ -269,7 +269,7 @@ def funnel() -> None:
         heliostat_("data", "prepare", pipeline.name)
     parts = reasons.funnel(manifest.read(Location(str(ROOT / ".heliostat/data/funnel"))))
     most = max(part["documents"] for part in parts.values())
-    left, width, row = 150, 300, 26
+    left, width, row = 120, 240, 26
     parts = {name.partition(" ")[2] or name: part for name, part in parts.items()}
     drawing = Drawing(700, 34 + row * len(parts), "Documents left after each stage: " + ", ".join(
         f"{name} {part['kept']:,} of {part['documents']:,}" for name, part in parts.items()))  # fmt: skip
@@ -280,8 +280,8 @@ def funnel() -> None:
         drawing.bar(left, y + 3, width, 16, "var(--line)")
         drawing.bar(left, y + 3, width * part["kept"] / most, 16, "var(--one)")
         dropped: list[tuple[int, str]] = sorted(((n, reason) for reason, n in part["dropped"].items()), reverse=True)
-        why = ", ".join(f"{reason} {n:,}" for n, reason in dropped[:2]) + (", ..." if len(dropped) > 2 else "")
-        drawing.text(left + width + 10, y + 15, f"{part['kept']:,}" + (f"  dropped: {why}" if why else ""))
+        why = ", ".join(f"{n:,} {reason}" for n, reason in dropped[:2]) + (", ..." if len(dropped) > 2 else "")
+        drawing.text(left + width + 10, y + 15, f"{part['kept']:,} kept" + (f"; dropped: {why}" if why else ""))
     drawing.write("funnel.svg")
 
 
