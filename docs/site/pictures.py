@@ -4,7 +4,7 @@
     goodput     where the seconds of that second run went
     terminal    the output of `make run`
     samples     what the image quickstart draws, from its last evaluation
-    mlflow      MLflow's page of the quickstart's run (needs chromium)
+    mlflow      MLflow's page of the quickstart's run (needs chromium and chromedriver)
     funnel      what each stage of curation leaves of Python's standard library
 
 They go to `docs/images/`. Runs that exist already are not trained again: delete `.heliostat/runs/NAME` for that.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,11 +28,12 @@ from typing import Any
 
 import heliostat
 from heliostat.chaos.process import Command, workers
-from heliostat.cluster import processes
+from heliostat.chaos.servers import ServerProcess
 from heliostat.curation import reasons
 from heliostat.data import manifest
 from heliostat.runs import goodput
 from heliostat.storage.locations import Location
+from heliostat.tracking import ui
 from heliostat.tracking.report import svg as charts
 from PIL import Image
 from rich._export_format import CONSOLE_SVG_FORMAT
@@ -40,12 +41,17 @@ from rich.console import Console
 from rich.text import Text
 
 from docs.site import walk
+from tests.integration import browser
+from tests.waiting import until
 
 ROOT = walk.ROOT
 IMAGES = ROOT / "docs" / "images"
 RUNS = ROOT / ".heliostat" / "runs"
+STORE, HOST = f"sqlite:///{ROOT}/.heliostat/mlflow.db", "127.0.0.1"
 WAIT_S = 1800.0
 STEPS, KILLED = 120, 70  # of the two runs whose losses are compared; the step at which a worker dies
+FIRST, LAST = 8, 4  # lines of a terminal's picture: at the beginning, and before the generated text
+ASSISTANT = "button[data-component-id='mlflow.assistant.chat_panel.close']"  # covers a part of the page
 SHORT = {"train.steps": STEPS, "evaluate.every": 40, "checkpoint.every": 20, "train.log_every": 1, "mlflow.register": "null"}
 STYLE = """svg { --text: #1f2328; --faint: #656d76; --line: #d8dee4; --one: #1f77b4; --two: #d1495b; --three: #b3640b;
 font: 13px system-ui, "DejaVu Sans", sans-serif; }
@@ -180,63 +186,74 @@ def goodput_() -> None:
 def terminal() -> None:
     """Runs `make run` in a clone of the last commit, and draws what it prints."""
     with tempfile.TemporaryDirectory() as base:
-        folder = walk.clone(Path(base) / "heliostat")
-        printed, faults = walk.run(walk.Command("make run", ""), folder)
-        shutil.copytree(folder / ".heliostat", ROOT / ".heliostat", dirs_exist_ok=True)
+        printed, faults = walk.run(walk.Command("make run", ""), walk.clone(Path(base) / "heliostat"))
     if faults:
         raise SystemExit("\n".join(faults))
     draw_terminal("make run", printed, "make-run.svg")
 
 
-def draw_terminal(command: str, printed: str, name: str, columns: int = 112) -> None:
-    console = Console(record=True, width=columns, file=Path(os.devnull).open("w"), highlight=True)  # noqa: SIM115
+def draw_terminal(command: str, printed: str, name: str) -> None:
+    """Draws a command's first lines, its last steps, and what follows them, at 80 columns."""
+    console = Console(record=True, width=walk.COLUMNS, file=Path(os.devnull).open("w"), highlight=True)  # noqa: SIM115
     console.print(Text(f"$ {command}", style="bold green"))
-    for line in walk.abridged(printed).splitlines():
-        console.print(line, markup=False)
+    lines = re.sub(r"\x1b\[[\d;]*m", "", printed).strip().splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("prompt: "))
+    for line in (*lines[:FIRST], walk.ELLIPSIS, *lines[max(FIRST, end - LAST) :]):
+        for part in walk.broken(line.replace(str(ROOT), walk.HOME)):
+            console.print(part, markup=False)
     look = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts of another server
     save(name, console.export_svg(title="heliostat", code_format=look, unique_id="terminal"))
+
+
+def quickstart_run(name: str, pipeline: str) -> str:
+    """Trains a quickstart's job if it has no finished run here; returns the MLflow run id."""
+    if not (RUNS / name / "result.json").exists():
+        heliostat_("data", "prepare", f"pipelines/{pipeline}.yaml")
+        heliostat_("train", f"jobs/{name}.yaml", "--resume")
+    return str(heliostat.Run(RUNS / name).run_id)
 
 
 def store() -> Any:
     from mlflow import MlflowClient  # takes seconds
 
-    return MlflowClient(f"sqlite:///{ROOT}/.heliostat/mlflow.db")
+    return MlflowClient(STORE)
 
 
 def samples() -> None:
-    """Takes the last grid that the image quickstart drew while it trained; trains it if there is none."""
-    if not (RUNS / "quickstart-diffusion" / "result.json").exists():
-        heliostat_("data", "prepare", "pipelines/quickstart-images.yaml")
-        heliostat_("train", "jobs/quickstart-diffusion.yaml", "--resume")
-    run_id = heliostat.Run(RUNS / "quickstart-diffusion").run_id
+    """Takes the last grid that the image quickstart drew while it trained."""
+    run_id = quickstart_run("quickstart-diffusion", "quickstart-images")
     last = max(artifact.path for artifact in store().list_artifacts(run_id, "images/samples"))
     with tempfile.TemporaryDirectory() as folder, Image.open(store().download_artifacts(run_id, last, folder)) as grid:
         grid.convert("L").quantize(16).save(IMAGES / "digits.png", optimize=True)
 
 
+def said(driver: Any) -> str:
+    return str(driver.execute_script("return document.body.innerText"))
+
+
 def mlflow() -> None:
-    """Photographs MLflow's page of the quickstart's run, by `heliostat run ui` and chromium."""
-    run_id = heliostat.Run(RUNS / "quickstart").run_id
-    port = processes.free_port()
-    command = [sys.executable, "-m", "heliostat", "run", "ui", "--port", str(port)]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
-        try:
-            address = ""
-            while not address:
-                said.seek(0)
-                address = next(iter(re.findall(r"http://\S+#key=\S+", said.read())), "")
-            experiment = store().get_run(str(run_id)).info.experiment_id
-            flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,860",
-                     f"--user-data-dir={folder}/profile", "--timeout=20000", "--virtual-time-budget=20000"]  # fmt: skip
-            page = f"{address.partition('#')[0]}#/experiments/{experiment}/runs/{run_id}"
-            shot = f"{folder}/shot.png"
-            for what in ([address], [page, f"--screenshot={shot}"]):
-                subprocess.run(["chromium", *flags, *what], check=True, capture_output=True)
-            with Image.open(shot) as image:
-                image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(IMAGES / "mlflow-run.png", optimize=True)
-        finally:
-            processes.end_tree(server)
+    """Photographs MLflow's page of the quickstart's run."""
+    run_id = quickstart_run("quickstart", "quickstart")
+    experiment, key = store().get_run(run_id).info.experiment_id, secrets.token_hex(20)
+    with tempfile.TemporaryDirectory() as base:
+        keys, shot = Path(base) / "keys", Path(base) / "shot.png"
+        keys.touch(mode=0o600)
+        keys.write_text(f"{key}\n")
+        own = ui.environment(STORE, HOST, keys)
+        with ServerProcess(ui.command(HOST, "PORT"), "/health", Path(base) / "log", own) as server:
+            driver = browser.chromium(1280, 1000)
+            try:
+                driver.get(f"http://{server.endpoint}/#key={key}")
+                until(lambda: "Model registry" in said(driver), "MLflow's first page")
+                driver.get(f"http://{server.endpoint}/#/experiments/{experiment}/runs/{run_id}")
+                until(lambda: "About this run" in said(driver) and "train/loss" in said(driver), "the run's page")
+                until(lambda: driver.find_elements("css selector", ASSISTANT), "MLflow's assistant")[0].click()
+                until(lambda: not driver.find_elements("css selector", ASSISTANT), "the page without it")
+                driver.save_screenshot(str(shot))
+            finally:
+                driver.quit()
+        with Image.open(shot) as image:
+            image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(IMAGES / "mlflow-run.png", optimize=True)
 
 
 FUNNEL = {
@@ -255,18 +272,19 @@ def funnel() -> None:
         heliostat_("data", "prepare", pipeline.name)
     parts = reasons.funnel(manifest.read(Location(str(ROOT / ".heliostat/data/funnel"))))
     most = max(part["documents"] for part in parts.values())
-    left, width, row = 150, 300, 26
+    left, width, row = 120, 240, 26
+    parts = {name.partition(" ")[2] or name: part for name, part in parts.items()}
     drawing = Drawing(700, 34 + row * len(parts), "Documents left after each stage: " + ", ".join(
         f"{name} {part['kept']:,} of {part['documents']:,}" for name, part in parts.items()))  # fmt: skip
     drawing.text(10, 16, "Files of Python's standard library that each stage keeps, and why it drops the others", "strong")
     for number, (name, part) in enumerate(parts.items()):
         y = 30 + row * number
-        drawing.text(left - 10, y + 15, name.partition(" ")[2] or name, "end")
+        drawing.text(left - 10, y + 15, name, "end")
         drawing.bar(left, y + 3, width, 16, "var(--line)")
         drawing.bar(left, y + 3, width * part["kept"] / most, 16, "var(--one)")
-        dropped: list[tuple[int, str]] = sorted(((n, why) for why, n in part["dropped"].items()), reverse=True)
-        told = ", ".join(f"{why} {n:,}" for n, why in dropped[:2]) + (", ..." if len(dropped) > 2 else "")
-        drawing.text(left + width + 10, y + 15, f"{part['kept']:,}" + (f"  (-{told})" if told else ""))
+        dropped: list[tuple[int, str]] = sorted(((n, reason) for reason, n in part["dropped"].items()), reverse=True)
+        why = ", ".join(f"{n:,} {reason}" for n, reason in dropped[:2]) + (", ..." if len(dropped) > 2 else "")
+        drawing.text(left + width + 10, y + 15, f"{part['kept']:,} kept" + (f"; dropped: {why}" if why else ""))
     drawing.write("funnel.svg")
 
 

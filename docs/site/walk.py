@@ -9,8 +9,9 @@ A page has three kinds of blocks for this:
     ```text, directly after ```sh                         what these commands print; a line `...` stands for any lines
     <!-- output -->, there                                the place of such a block, which a refresh writes
 
-Numbers, durations, sizes, and digests differ between runs, so the comparison masks them. `<!-- varies -->` above an output says
-that its words differ too, for example text that a model generates. Such a block is refreshed, and not compared.
+A page shows 80 columns: a longer line is broken at a word, and its rest is indented. Numbers, durations, sizes, and digests
+differ between runs, so the comparison masks them. `<!-- varies -->` above an output says that its words differ too, for example
+text that a model generates. Such a block is refreshed, and not compared.
 
 Comments with a meaning: "what an error looks like" (the command prints one line and ends with exit code 2), "press Ctrl-C" (it
 gets a SIGINT once it trains). A command that serves a page gets one once the page answers.
@@ -24,24 +25,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate, takewhile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 EACH_S = 1500.0  # of a command: a sweep or a diffusion model takes minutes on two cores
 ENDS_S = 120.0
+TOO_LONG = -1  # the exit code of a command that was ended for it
 HEAD, TAIL = 5, 9  # lines of a long output that the page shows
-COLUMNS = "100"
+COLUMNS = 80
+REST, NARROWEST = "    ", 30  # before the rest of a longer line; the columns that a table leaves for it
 HOME = "/home/you/heliostat"  # stands for the folder in which the page was run
 ELLIPSIS = "..."
 ERROR, CTRL_C = "what an error looks like", "press Ctrl-C"
 
-BLOCK = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```\n?", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(?P<fence>`{3,})(?P<language>\w*)\n(?P<code>.*?)^(?P=fence)\n?", re.MULTILINE | re.DOTALL)
 OUTPUT = re.compile(
-    r"\n*(?:<!-- (?P<mark>output|varies) -->\n)?(?P<block>(?:```text\n(?P<code>.*?)^```\n)?)", re.MULTILINE | re.DOTALL
+    r"\n*(?:<!-- (?P<mark>output|varies) -->\n)?(?P<block>(?:(?P<fence>`{3,})text\n(?P<code>.*?)^(?P=fence)\n)?)",
+    re.MULTILINE | re.DOTALL,
 )
 SERVES = re.compile(r"heliostat (run |model )?(ui|play)\b")
 MASKS = (
@@ -52,6 +58,10 @@ MASKS = (
     (re.compile(r"\bN ([KMG]i?)?B\b"), "N B"),
     (re.compile(r"[-─━]{3,}"), "-"),
     (re.compile(r"\s+"), " "),
+    (
+        re.compile(r"\((?:[a-z][a-z ]* N(?:, |(?=\))))+\)"),
+        "(parts)",
+    ),  # of a duration: those that took any time, the longest first
 )
 
 
@@ -98,16 +108,16 @@ def steps(page: str) -> Iterator[Step]:
             yield Step(file=(first[2:], code))
         elif block["language"] == "sh":
             output = OUTPUT.match(page, block.end())
-            found = tuple(commands(code))
+            typed = tuple(commands(code))
             if output and (output["mark"] or output["block"]):
-                yield Step(None, found, output["code"], output["mark"] == "varies", output.span("block"))
+                yield Step(None, typed, output["code"], output["mark"] == "varies", output.span("block"))
             else:
-                yield Step(None, found)
+                yield Step(None, typed)
 
 
 def commands(code: str) -> Iterator[Command]:
-    """Yields the commands of a shell block; `make test` is the suite itself."""
-    for line in code.replace("\\\n", " ").splitlines():
+    """Yields the commands of a shell block, each on one line; `make test` is the suite itself."""
+    for line in re.sub(r"\\\n\s*", "", code).splitlines():
         text, _, comment = line.partition("  # ")
         if text.strip() and not text.startswith(("make test", "#")):
             yield Command(text.strip(), comment.strip())
@@ -121,27 +131,43 @@ def masked(text: str) -> list[str]:
 
 
 def missing(shown: str, printed: str) -> list[str]:
-    """Lists the shown lines that a run did not print in this order."""
-    left, absent = iter(masked(printed)), []
-    for line, wanted in zip(shown.splitlines(), masked(shown), strict=True):
-        if wanted not in ("", ELLIPSIS) and not any(wanted == one for one in left):
-            absent.append(line)
+    """Lists the shown lines that a run did not print in this order. A line may continue in the indented ones below it."""
+    lines, left, absent = shown.splitlines(), iter(masked(printed)), []
+    while lines:
+        rest = takewhile(lambda line: line.startswith(REST), lines[1:])
+        wanted = {"".join(masked(line)): count for count, line in enumerate(accumulate([lines[0], *rest], "{} {}".format), 1)}
+        count = 1 if {"", ELLIPSIS} & wanted.keys() else next((wanted[line] for line in left if line in wanted), 0)
+        if not count:
+            absent.append(lines[0])
             left = iter(masked(printed))  # the following lines are searched from the start
+        del lines[: count or 1]
     return absent
 
 
 def abridged(text: str) -> str:
-    """Cuts a long output to its first and last lines."""
+    """Cuts a long output to its first and last lines, and breaks long lines."""
     lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", text).strip("\n").splitlines()]
     if len(lines) > HEAD + TAIL + 1:
         lines = [*lines[:HEAD], ELLIPSIS, *lines[-TAIL:]]
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{part}\n" for line in lines for part in broken(line))
+
+
+def broken(line: str) -> list[str]:
+    """Breaks a line at words to what fits in the columns of a page, below its last column of a table; longer words stay."""
+    columns = [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line) if match.end() <= COLUMNS - NARROWEST]
+    indent = " " * max(len(REST) + len(line) - len(line.lstrip()), 0, *columns)
+    words = textwrap.TextWrapper(
+        COLUMNS, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    )
+    return words.wrap(line) or [""]
 
 
 def refreshed(page: str, outputs: list[tuple[Step, str]]) -> str:
     """Writes outputs into a page, in the places that it has for them."""
     for (begin, end), printed in sorted(((step.place, printed) for step, printed in outputs if step.place), reverse=True):
-        page = page[:begin] + f"```text\n{abridged(printed)}```\n" + page[end:]
+        text = abridged(printed)
+        fence = "`" * max(3, 1 + max(map(len, re.findall(r"^ *(`+)", text, re.MULTILINE)), default=0))
+        page = page[:begin] + f"{fence}text\n{text}{fence}\n" + page[end:]
     return page
 
 
@@ -157,7 +183,7 @@ def clone(folder: Path) -> Path:
 def environment(folder: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "HELIOSTAT_"))}
     path = f"{folder}/.venv/bin:{kept['PATH']}"
-    return {**kept, "PATH": path, "PYTHONPATH": str(folder / "platform"), "OMP_NUM_THREADS": "1", "COLUMNS": COLUMNS}
+    return {**kept, "PATH": path, "PYTHONPATH": str(folder / "platform"), "OMP_NUM_THREADS": "1", "COLUMNS": str(COLUMNS)}
 
 
 def walk(page: str, folder: Path, already: set[str] | None = None) -> Walk:
@@ -166,16 +192,14 @@ def walk(page: str, folder: Path, already: set[str] | None = None) -> Walk:
     for step in steps(page):
         if step.file:
             (folder / step.file[0]).write_text(step.file[1])
-        printed = ""
-        for command in step.commands:
-            if already is not None:
-                if command.text in already:
-                    continue
-                already.add(command.text)
+        printed, due = "", [command for command in step.commands if already is None or command.text not in already]
+        for command in due:
             output, faults = run(command, folder)
             printed += output
             result.faults += faults
-        if step.place:
+        if already is not None:
+            already.update(command.text for command in due)
+        if step.place and due:
             result.outputs.append((step, printed))
             absent = [] if step.varies or step.shown is None else missing(step.shown, printed)
             result.faults += [f"{step.commands[-1].text}: shown, and not printed: {line}" for line in absent]
@@ -186,7 +210,10 @@ def run(command: Command, folder: Path) -> tuple[str, list[str]]:
     """Runs a command; returns what it prints, and what is wrong with it."""
     began = time.monotonic()
     with tempfile.NamedTemporaryFile("r", errors="replace") as log:
-        code = _run(command, folder, Path(log.name))
+        try:
+            code = _run(command, folder, Path(log.name))
+        except (TimeoutError, subprocess.TimeoutExpired):
+            code = TOO_LONG
         printed = log.read().replace(str(folder), HOME)
     print(f"{time.monotonic() - began:6.1f} s  exit {code}  {command.text}", file=sys.stderr, flush=True)  # noqa: T201
     lines, faults = printed.strip().splitlines() or [""], []
@@ -238,9 +265,9 @@ def trains(log: Path) -> bool:
 
 
 def answers(log: Path) -> bool:
-    found = re.search(r"http://[\d.]+:\d+", log.read_text(errors="replace"))
+    address = re.search(r"http://[\d.]+:\d+", log.read_text(errors="replace"))
     try:
-        return found is not None and urllib.request.urlopen(f"{found[0]}/health", timeout=5).status == 200
+        return address is not None and urllib.request.urlopen(f"{address[0]}/health", timeout=5).status == 200
     except OSError:
         return False
 
