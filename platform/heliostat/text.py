@@ -73,7 +73,8 @@ def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], k
     if kind == "value_error":
         return message.removeprefix("Value error, ")
     if kind in LIMITS:
-        return f"{value} {LIMITS[kind].format(**limits)}"
+        numbers = {name: f"{limit:g}" if isinstance(limit, float) else limit for name, limit in limits.items()}
+        return f"{value} {LIMITS[kind].format(**numbers)}"
     if kind == "string_pattern_mismatch":
         pattern = limits["pattern"]
         return f"{value} {NAME_FAULT if pattern == NAME else f'has other characters than {pattern} allows. Correct it'}"

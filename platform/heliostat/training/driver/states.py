@@ -189,7 +189,7 @@ class Restart:
 
 @dataclass(frozen=True)
 class GoBack:
-    """Returns to the checkpoint of `step`. `left_out`: the first and the last step whose samples are skipped, or None."""
+    """Returns to the checkpoint. `step`: its step. `left_out`: the first and the last step whose samples are skipped, or None."""
 
     step: int
     left_out: tuple[int, int] | None = None
