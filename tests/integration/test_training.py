@@ -49,7 +49,7 @@ def test_a_whole_run_gives_the_plain_loops_losses(finished, tracking) -> None:
 
 
 def _stopped_at_10(finished, folder: Path) -> list[str]:
-    """Returns the finished run as it was after step 10, in another storage, and the settings that continue it."""
+    """Copies the finished run, as it was after step 10, to another storage; returns the settings that continue it."""
     later = shutil.ignore_patterns("*00000020*", "result.json")
     shutil.copytree(finished[0] / "runs" / "whole", folder / "runs" / "whole", ignore=later)
     (folder / "runs" / "whole" / "run.json").unlink()  # another MLflow run, so that the two curves can be compared

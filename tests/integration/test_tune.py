@@ -60,7 +60,7 @@ def nested(tracking: str, result: dict[str, Any]) -> dict[int, Any]:
 
 
 def left() -> tuple[int, set[str]]:
-    """Returns the placement groups, and the classes of actors that belong to a run."""
+    """Returns the number of placement groups, and the classes of the actors of runs."""
     groups = sum(g["state"] != "REMOVED" for g in ray.util.placement_group_table().values())
     alive = {a["class_name"] for a in _actors() if a["state"] == "ALIVE"}
     return groups, {c for c in alive if not c.startswith("_") and c not in ("datasets_stats_actor", "AutoscalingRequester")}

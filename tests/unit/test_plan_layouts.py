@@ -25,7 +25,7 @@ def workspace(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def wide() -> dict:
-    """Returns a job of three wide layers on four GPUs: 12 billion parameters, which fit only in some configurations."""
+    """Returns the ranking of a job of three wide layers on four GPUs: 12 billion parameters, which fit only in some of them."""
     sizes = {"hidden_size": 16384, "intermediate_size": 65536, "vocab_size": 4096, "num_hidden_layers": 3}
     changes = {"workers.gpus": 1, "workers.count": 4, "train.global_batch_size": 64, "data.sequence_length": 512}
     j = job(**changes, **{f"model.{k}": v for k, v in sizes.items()})
