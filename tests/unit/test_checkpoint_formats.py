@@ -129,9 +129,9 @@ def _forge(run: Location, data: bytes) -> None:
     [
         (
             {"chunks": [{"shard": 0, "start": 0, "numel": 12, "offset": 1 << 40, "crc32": []}]},
-            "lists chunks, which formats 2 and 3 do",
+            "lists chunks, as only formats 2 and 3 do",
         ),
-        ({"columns": [2, -4]}, "it has no 2 blocks of columns in rows of -4 elements"),
+        ({"columns": [2, -4]}, "can't have 2 blocks of columns in rows of -4 elements"),
     ],
 )
 def test_a_tensor_that_cannot_be_is_refused(run: Location, change: dict[str, object], said: str) -> None:
@@ -150,7 +150,7 @@ def test_a_format_of_a_newer_version_is_named(run: Location) -> None:
     root = layout.decode((folder / "checkpoint.json").read_bytes())
     del root["crc32"]
     (folder / "checkpoint.json").write_bytes(layout.encode({**root, "format": 6}))
-    with pytest.raises(CheckpointError, match=r"format 6 isn't supported by this version .* \(2, 3, 4, 5\)\. Use a newer one"):
+    with pytest.raises(CheckpointError, match=r"format 6 isn't supported by this version .* \(2, 3, 4, 5\)\. Use a newer heliostat"):
         layout.open_checkpoint(run, 10)
 
 

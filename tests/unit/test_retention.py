@@ -241,8 +241,8 @@ def test_the_latest_is_passed_over_if_damaged_and_may_be_asked_for_before_a_step
     found = latest(run)
     assert found is not None and found.step == 20
     assert [r.message for r in caplog.records] == [
-        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing). Using the checkpoint before",
-        f"{file}: its bytes have changed since they were written (CRC-32). Using the checkpoint before",
+        f"{folder(run, 40)}: no complete checkpoint here (checkpoint.json is missing). Using the previous checkpoint",
+        f"{file}: its bytes have changed since they were written (CRC-32). Using the previous checkpoint",
     ]
     earlier = latest(run, before=20)
     assert earlier is not None and earlier.step == 10

@@ -1,11 +1,11 @@
-"""Makes all ranks agree: an error on one rank is raised on all of them, so that no rank waits for the others for ever.
+"""Makes all ranks agree: an error on one rank is raised on all ranks, so no rank waits for the others forever.
 
-All ranks of the group call each function, in the same order. `group`: a gloo process group, or one channel of it.
+All ranks of the group call each function, in the same order. `group`: a gloo process group, or one of its channels.
 
-Messages travel along a binomial tree of the ranks: up to rank 0, merged on the way, and down to all ranks. A rank exchanges
-messages with at most log2(P) others, and a value makes at most log2(P) hops each way. Ranks are numbered node by node. So with a
-power of two per node, the lower branches stay within a node. The upper ones join the first ranks of the nodes. Values are
-plain ones, as `wire` encodes them.
+Messages travel along a binomial tree of the ranks. They go up to rank 0 and are merged on the way. The result goes down to all
+ranks. A rank exchanges messages with at most log2(P) other ranks, and a value makes at most log2(P) hops each way. Ranks are
+numbered node by node. So if each node has a power of two of ranks, the lower branches stay within a node. The upper branches
+connect the first ranks of the nodes. Values have the plain types that `wire` can encode.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from heliostat.storage import wire
 
 T = TypeVar("T")
 
-HEAD = 1024  # bytes of a value's first message; most values need no second one
-SIZE = 8  # bytes at its start that hold the value's size
+HEAD = 1024  # bytes of a value's first message; most values fit into it
+SIZE = 8  # bytes at the start of the first message; they contain the value's size
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Describes a channel of a gloo group. Threads can use several channels of a group at once, if these have different tags.
+    """Describes a channel of a gloo group.
 
-    `timeout`: of one message; None: the group's timeout.
+    Threads can use several channels of a group at once, if the channels have different tags.
+
+    `timeout`: for one message; None means the group's timeout.
     """
 
     group: dist.ProcessGroup
@@ -44,7 +46,7 @@ Group: TypeAlias = "dist.ProcessGroup | Channel"
 
 
 def channel(group: Group) -> Channel:
-    """Returns a channel unchanged, and the first channel of a process group."""
+    """Returns the argument if it is a channel. For a process group, returns its first channel."""
     return group if isinstance(group, Channel) else Channel(group)
 
 
@@ -98,7 +100,7 @@ def _attempt(group: Group, work: Callable[[], T]) -> RankOutcome:
 
 
 def _share(group: Group, mine: RankOutcome, merge: Callable[[T, T], object], whole: bool) -> Any:
-    """Merges all ranks' outcomes onto rank 0, and sends the error to all ranks; with `whole`, also the merged value."""
+    """Merges all ranks' outcomes onto rank 0, and sends the error to all ranks; with `whole`, sends the merged value, too."""
 
     def join(one: RankOutcome, other: RankOutcome) -> RankOutcome:
         if one.error or other.error:
@@ -122,13 +124,19 @@ def parent(rank: int) -> int:
 
 
 def children(rank: int, world: int) -> list[int]:
-    """Lists a rank's children in the tree, ascending. The n-th child's branch contains the 2^n ranks from the child on."""
+    """Lists a rank's children in the tree in ascending order.
+
+    The branch of child n contains 2^n ranks, starting with the child.
+    """
     reach = rank & -rank or world
     return [rank + (1 << n) for n in range(world.bit_length()) if 1 << n < reach and rank + (1 << n) < world]
 
 
 def up(where: Channel, mine: T, merge: Callable[[T, T], T]) -> T:
-    """Merges the values of all ranks in rank order. Rank 0 returns the merged value, the others the one of their branch."""
+    """Merges the values of all ranks in rank order.
+
+    Rank 0 returns the value of all ranks. Other ranks return the merged value of their branch.
+    """
     rank, world = dist.get_rank(where.group), dist.get_world_size(where.group)
     for child in children(rank, world):
         mine = merge(mine, cast("T", _receive(where, child)))

@@ -1,7 +1,7 @@
-"""Checks checkpoint data by block: every chunk has a CRC-32 per MiB, and unchecked bytes are never used.
+"""Checks checkpoint data in blocks of 1 MiB. Every block of a chunk has a CRC-32, and unchecked bytes are never used.
 
-To read a part of a chunk, a reader reads the complete blocks that contain it. This adds less than two blocks per chunk, and
-nothing for a complete chunk. Adjacent blocks of a file are read together.
+To read a part of a chunk, a reader reads the complete blocks that contain this part. The overhead is less than two blocks per
+chunk, and zero for a complete chunk. Adjacent blocks of a file are read together.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-if TYPE_CHECKING:  # the driver searches for a run's checkpoints without torch
+if TYPE_CHECKING:  # the driver finds a run's checkpoints without importing torch
     import torch
 
 BLOCK = 1 << 20
-RUN_BLOCKS = 8  # blocks per request, at most
+RUN_BLOCKS = 8  # maximum number of blocks per request
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ def cut(data: torch.Tensor) -> Iterator[memoryview]:
 class Slice:
     """Describes a part of a chunk to read.
 
-    `offset`, `size`: bytes of the chunk in its file; `crc32`: of each block; `first`: first byte of the part in the chunk;
-    `target`: flat uint8 tensor for the part.
+    `offset`, `size`: the chunk's first byte and its number of bytes in the file; `crc32`: one checksum per block; `first`: the
+    part's first byte in the chunk; `target`: flat uint8 tensor that receives the part.
     """
 
     offset: int
@@ -52,7 +52,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Block:
-    """Describes a block in its file. `skip`: bytes before the part that `target` gets."""
+    """Describes a block in its file. `skip`: bytes of the block before the part that `target` receives."""
 
     offset: int
     size: int
@@ -72,7 +72,7 @@ def needed(part: Slice) -> Iterator[Block]:
 
 
 def runs(parts: list[Slice]) -> list[list[Block]]:
-    """Plans the reads for slices of one file: lists the blocks that they need, in file order, adjacent blocks in one read."""
+    """Plans the reads for slices of one file. Returns one list of adjacent blocks for each read, in file order."""
     out: list[list[Block]] = []
     for block in sorted((b for p in parts for b in needed(p)), key=lambda b: b.offset):
         last = out[-1][-1] if out else None

@@ -1,11 +1,11 @@
 """Describes the order of elements in a checkpoint for matrices that workers split by columns, and converts between orders.
 
-Tensors of a checkpoint are flat, and a worker's shard is a slice of the flat tensor. A worker with some columns of a matrix has
-them row after row. In the matrix's own order, that would be a piece of every row. So such a matrix is stored as one block of
-columns after another, each row after row. In this order, a worker's shard is one slice. With one block, it is the matrix's own
-order.
+Tensors of a checkpoint are flat, and a worker's shard is a slice of the flat tensor. A worker that has some columns of a matrix
+has a part of every row. In the matrix's own order (row after row), these parts aren't one slice. So the matrix is stored in
+blocks of columns, one block after another. Within a block, one row follows another. In this order, a worker's shard is one
+slice. With one block, this order is the matrix's own order.
 
-To read another order, each stored block contributes a rectangle. The arithmetic is pure.
+To read a matrix in another order, each stored block contributes a rectangle. The functions only compute; they do no I/O.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from heliostat.storage import wire
 
-if TYPE_CHECKING:  # the driver searches for a run's checkpoints without torch
+if TYPE_CHECKING:  # the driver finds a run's checkpoints without importing torch
     import torch
 
 
@@ -33,8 +33,8 @@ ROWS = Columns(1, 1)  # the tensor's own order, for any width
 class Rectangle(NamedTuple):
     """Describes the elements that some rows of a stored block contribute to a wanted block.
 
-    The rows start at element `start` of the stored order, and have `width` elements each. Of each row, `columns` elements after
-    the first `skip` go to column `into` of the wanted block.
+    The rows start at element `start` of the stored order, and have `width` elements each. In each row, the first `skip`
+    elements are skipped. The next `columns` elements go to the wanted block, from column `into` on.
     """
 
     start: int
@@ -45,7 +45,10 @@ class Rectangle(NamedTuple):
 
 
 class Move(NamedTuple):
-    """Describes `rows` rows of a wanted block, of `width` elements each. `first`: index of their first element in this order."""
+    """Describes `rows` rows of a wanted block, of `width` elements each.
+
+    `first`: index of the first row's first element in the wanted order.
+    """
 
     first: int
     rows: int
@@ -54,7 +57,8 @@ class Move(NamedTuple):
 
 
 def moves(have: Columns, want: Columns, numel: int, first: int, stop: int, most: int) -> Iterator[Move]:
-    """Plans reads of the elements [first, stop) of a matrix of `numel` elements in the wanted order, about `most` per move.
+    """Plans reads of the elements [first, stop) of a matrix of `numel` elements in the wanted order, about `most` elements per
+    move.
 
     The first and the last row of a move may contain more elements than are wanted.
     """
@@ -92,7 +96,8 @@ def collect(
 ) -> None:
     """Fills a contiguous target with the elements of the wanted order from `first` on.
 
-    `read(start, rows)`: fills `rows` with elements of the stored order from `start` on; `most`: elements per move, about.
+    `read(start, rows)`: fills `rows` with elements of the stored order from `start` on; `most`: approximate number of elements
+    per move.
     """
     import torch
 

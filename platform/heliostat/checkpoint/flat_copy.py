@@ -1,9 +1,8 @@
-"""Copies a rank's slices of the training state into a flat buffer in host memory, and finds in such buffers what other ranks
-need.
+"""Copies a rank's slices of the training state into a flat buffer in host memory, from which other ranks can get their slices.
 
-All slices are ranges of flat tensors (`flat_shard`). So a rank of any world size finds its slices in the copies of another world
-size. The copies of a save (`HostCopy`) are views of a buffer that is reused by every save, because allocating memory takes longer
-than the copy. For GPUs the buffer is pinned, and a separate stream fills it during training.
+All slices are ranges of flat tensors (`flat_shard`). So a rank finds its slices even in copies from a run with another world
+size. The copies of a save (`HostCopy`) are views of a buffer. Every save reuses this buffer, because allocating memory takes
+longer than copying. For GPUs the buffer is pinned, and a separate stream fills it during training.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class CopiedBytes:
 
 
 def layout(state: Mapping[str, torch.Tensor]) -> list[FlatRange]:
-    """Assigns each slice a place in a buffer, in the order of names."""
+    """Assigns each slice a place in a buffer. The slices are in the order of their names."""
     ranges, offset = list[FlatRange](), 0
     for name in sorted(state):
         local, start = _local(state[name])
@@ -71,10 +70,10 @@ def pack(
     buffer: torch.Tensor,
     copied: Callable[[], None] = lambda: None,
 ) -> None:
-    """Copies the slices to their places in a flat uint8 buffer on the CPU. Calls `copied` after each.
+    """Copies the slices to their places in a flat uint8 buffer on the CPU. Calls `copied` after each slice.
 
-    Copies from a GPU are only queued, on the current stream. They come first: the GPU copies them while the CPU copies the
-    others.
+    Copies from a GPU are only queued, on the current stream. They are queued first, so that the GPU copies its slices while the
+    CPU copies the other slices.
     """
     for r in sorted(ranges, key=lambda r: not state[r.name].is_cuda):
         local, _ = _local(state[r.name])
@@ -90,7 +89,7 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffe
 
 
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
-    """Finds every wanted byte once in the ranks' copies, adjacent bytes together; TrainingError if no copy has one."""
+    """Finds each wanted byte in one of the ranks' copies, and joins adjacent bytes. Raises TrainingError if no copy has a byte."""
     by_name: dict[str, list[tuple[int, int, int, FlatRange]]] = {}
     for rank, ranges in copies.items():
         for r in ranges:
@@ -142,7 +141,10 @@ class HostCopy(CopyStream):
         self._buffer = as_buffer(0, False)
 
     def copy(self, shards: Mapping[str, FlatShard], copied: Callable[[], None]) -> dict[str, FlatShard]:
-        """Copies the slices as of the last `mark`, and calls `copied` after each. On a GPU, only queues copies: call `wait`."""
+        """Copies the slices as they were at the last `mark`, and calls `copied` after each slice.
+
+        On a GPU, the copies are only queued: call `wait` before you use them.
+        """
         ranges = layout(shards)
         if ranges != self._ranges:
             self.views, self._buffer = {}, as_buffer(0, False)  # frees the old buffer before it allocates a new one

@@ -8,10 +8,10 @@ from heliostat.checkpoint.columns import ROWS, Columns
 
 
 class FlatShard(torch.Tensor):
-    """Represents the slice [start, start + n) of a flat tensor of `numel` elements, in the order of `columns`. `local` holds the
-    slice.
+    """Represents the slice [start, start + n) of a flat tensor of `numel` elements, in the order of `columns`.
 
-    Its shape is that of the complete flat tensor. It supports no operation.
+    `local` holds the slice. The shape of this object is the shape of the complete flat tensor. Operations on it aren't
+    supported.
     """
 
     local: torch.Tensor
@@ -25,7 +25,7 @@ class FlatShard(torch.Tensor):
         return shard
 
     def holding(self, local: torch.Tensor) -> FlatShard:
-        """Returns a shard for the same elements, with the values in `local`."""
+        """Returns a shard of the same elements, with the values in `local`."""
         return FlatShard(local, self.start, self.shape[0], self.columns)
 
     def cut(self, first: int, stop: int) -> FlatShard:

@@ -1,10 +1,12 @@
 """Defines and checks the contents of `checkpoint.json`, and of each shard's index, such as `shard-00000.json`.
 
-So readers get only known types, and places inside the shards. Since format 4, `checkpoint.json` records for every tensor which
-shards hold which elements (`placement`). A shard's index records the byte range of each chunk, and a CRC-32 for each of its
-blocks (`checksums`). The index is written before `checkpoint.json`, which records the index's size and CRC-32. Only readers of
-the shard read it. In format 5, tensors are in the order of their `columns`. In formats 2 and 3, `checkpoint.json` listed every
-chunk of every shard; `upgrade` converts them to the newest form.
+Thanks to these checks, readers get only known types, and only places inside the shards.
+
+Since format 4, `checkpoint.json` records for every tensor which shards hold which elements (`placement`). A shard's index
+records the byte range of each chunk, and a CRC-32 for each of the chunk's blocks (`checksums`). The index is written before
+`checkpoint.json`, which records the index's size and CRC-32. Only readers of the shard read its index. In format 5, tensors are
+in the order of their `columns`. In formats 2 and 3, `checkpoint.json` lists every chunk of every shard. `upgrade` converts
+these formats to the newest form.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from heliostat.storage import wire
 from heliostat.storage.records import Format, Hex, Number, Whole
 
 LISTED = (2, 3)  # formats in which `checkpoint.json` lists every chunk
-Places = dict[tuple[str, int], ChunkPlace]  # of chunks in a shard: by tensor and first element
+Places = dict[tuple[str, int], ChunkPlace]  # places of a shard's chunks, by (tensor, first element)
 
 
 @wire.travels
@@ -85,17 +87,20 @@ DECLARED = frozenset(f.name for f in fields(CheckpointIndex)) - {"resume"}
 
 
 def build(raw: object, step: int | None) -> TensorIndex:
-    """Builds the index of a step's checkpoint or, for None, of frozen parameters. DataError, with the fault, if it is invalid."""
+    """Builds the index of a step's checkpoint, or of frozen parameters if `step` is None.
+
+    Raises DataError, with the reason, if the index is invalid.
+    """
     if step is not None and isinstance(raw, dict):
         raw = {**raw, "resume": {key: value for key, value in raw.items() if key not in DECLARED}}
     index = (TENSORS if step is None else INDEX).build(raw, "it")
     if isinstance(index, CheckpointIndex):
         DataPlan.parse(index.data, "data")
         if index.step != step:
-            raise DataError(f"step: the index is of step {index.step}")
+            raise DataError(f"step: expected {step}, but the index is for step {index.step}")
     listed = index.format in LISTED
     if not listed and any(shard.index is None for shard in index.shards):
-        raise DataError("shards: one of them has no index")
+        raise DataError("shards: a shard has no index")
     for name, tensor in index.tensors.items():
         if fault := _fault(tensor, index.shards, listed):
             raise DataError(f"tensors: {name[:200]!r}: {fault}")
@@ -103,15 +108,15 @@ def build(raw: object, step: int | None) -> TensorIndex:
 
 
 def _fault(tensor: Tensor, shards: list[Shard], listed: bool) -> str:
-    """Describes what is wrong with a tensor; empty if nothing is."""
+    """Describes the fault in a tensor's entry; returns an empty string if the entry is valid."""
     if tensor.dtype not in BYTES:
         return f"unknown dtype {tensor.dtype[:20]!r}"
-    if listed != (tensor.chunks is not None):  # only chunks of a format that lists them are checked, and used
-        return "has no chunks" if listed else f"lists chunks, which formats {LISTED[0]} and {LISTED[1]} do"
+    if listed != (tensor.chunks is not None):  # chunks are checked and used only in formats that list them
+        return "has no chunks" if listed else f"lists chunks, as only formats {LISTED[0]} and {LISTED[1]} do"
     if tensor.columns != ROWS:
         parts, width = tensor.columns
         if parts < 2 or width < 1 or width % parts or math.prod(tensor.shape) % width:
-            return f"it has no {parts} blocks of columns in rows of {width} elements"
+            return f"can't have {parts} blocks of columns in rows of {width} elements"
     if fault := placement.fault(_in_runs(tensor), len(shards)):
         return fault
     places = tensor.chunks or [] if listed else []
@@ -127,7 +132,10 @@ def _in_runs(tensor: Tensor) -> Tensor:
 
 
 def upgrade(index: TensorIndex) -> tuple[TensorIndex, dict[int, Places]]:
-    """Returns an index of any format in the newest form, and the places of chunks by shard, as far as the index lists them."""
+    """Converts an index of any format to the newest form.
+
+    Also returns the places of chunks by shard, if the index lists chunks.
+    """
     places: dict[int, Places] = {}
     for name, tensor in index.tensors.items():
         for chunk in tensor.chunks or ():
@@ -136,7 +144,7 @@ def upgrade(index: TensorIndex) -> tuple[TensorIndex, dict[int, Places]]:
 
 
 def root(step: int | None, facts: Mapping[str, object], whole: placement.WrittenPart) -> dict[str, object]:
-    """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices leave elements out, or overlap."""
+    """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices overlap, or leave out elements."""
     for name, entry in whole.tensors.items():
         if fault := placement.fault(entry, len(whole.shards)):
             raise CheckpointError(f"can't save {name!r}: {fault}")
@@ -144,7 +152,7 @@ def root(step: int | None, facts: Mapping[str, object], whole: placement.Written
 
 
 def encode(contents: Mapping[str, object]) -> bytes:
-    """Encodes the contents of an index. Default values of records are left out."""
+    """Encodes the contents of an index. Fields of records that have their default value are left out."""
     return json.dumps(contents, default=_plain).encode()
 
 
@@ -163,12 +171,15 @@ def shard_name(shard: str) -> str:
 
 
 def seal(data: bytes) -> SealedIndex:
-    """Computes the size and CRC-32 that `checkpoint.json` records of a shard's index."""
+    """Computes the size and CRC-32 that `checkpoint.json` records for a shard's index."""
     return SealedIndex(len(data), zlib.crc32(data))
 
 
 def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
-    """Decodes a shard's index. ValueError if it differs from what `checkpoint.json` records, or doesn't fit the tensors."""
+    """Decodes a shard's index.
+
+    ValueError if the index differs from the size or CRC-32 in `checkpoint.json`, or doesn't fit the tensors.
+    """
     if seal(data) != shard.index:
         raise ValueError("its bytes have changed since they were written (CRC-32)")
     try:
@@ -184,7 +195,7 @@ def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Pl
 
 
 def _place_fault(place: ChunkPlace, itemsize: int, shard_bytes: int) -> str:
-    """Describes what is wrong with a chunk's place in its shard; empty if nothing is."""
+    """Describes the fault in a chunk's place in its shard; returns an empty string if the place is valid."""
     size = place.numel * itemsize
     if place.offset + size > shard_bytes:
         return "a chunk is outside its shard"

@@ -1,15 +1,15 @@
-"""Defines the layout of a checkpoint in storage: a folder `checkpoints/step-00000100`, valid once `checkpoint.json` is written.
+"""Defines the layout of a checkpoint in storage: a folder such as `checkpoints/step-00000100`.
 
-`checkpoint.json` is written last. It lists every shard and its index with their sizes, and which shards hold which elements of
-each tensor (`placement`). Its last entry is its own CRC-32. A shard's index (`index`) lists the place of the elements in the
-shard, and a CRC-32 for each block of them.
+`checkpoint.json` is written last, and makes the folder valid. It lists every shard and its index with their sizes, and which
+shards hold which elements of each tensor (`placement`). Its last entry is its own CRC-32. A shard's index (`index`) lists the
+place of each chunk of elements in the shard, and a CRC-32 for each block of a chunk.
 
-A checkpoint doesn't exist if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has another size.
-Damage in an index or a shard is found when it is read, always before it is used. All of these are a CorruptCheckpointError: use
-the previous checkpoint.
+A checkpoint is unusable if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has the wrong size.
+Damage inside an index or a shard is detected when it is read, always before its data is used. All of these raise
+CorruptCheckpointError: use the previous checkpoint.
 
-Parameters that are not trained have a folder of the same form, `checkpoints/frozen-<digest>`, which every checkpoint of the run
-names. If that folder is incomplete, no other checkpoint helps: a CheckpointError ends the run.
+Frozen parameters are in a folder of the same form, `checkpoints/frozen-<digest>`. Every checkpoint of the run refers to it. If
+this folder is incomplete, no other checkpoint helps, so a CheckpointError ends the run.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ log = logging.getLogger(__name__)
 
 INDEX = "checkpoint.json"
 FORMAT = 4
-IN_COLUMNS = 5  # like format 4, with tensors in the order of their columns, which readers of format 4 would misread
+IN_COLUMNS = 5  # like format 4, but tensors are in the order of their columns; readers of format 4 would misread them
 READABLE = (2, 3, 4, 5)  # 2 had no frozen parameters; 3 listed every chunk in `checkpoint.json`
 FROZEN: Final = "frozen"  # prefix of the names of frozen tensors
 EMA = "ema"  # prefix of the names of averaged weights
 READ_THREADS = 8
-PIECE = 64 * checksums.BLOCK  # bytes in memory of a tensor that is read as a stream
+PIECE = 64 * checksums.BLOCK  # maximum bytes in memory when a tensor is read as a stream
 
 
 def folder(run: Location, step: int) -> Location:
@@ -70,7 +70,7 @@ wire.travels(Location)
 class SavedCheckpoint:
     """Holds a complete checkpoint: its folder and its index (`checkpoint.json`). `frozen`: the folder of its frozen parameters.
 
-    `places`: the places of chunks, by shard, for the shards whose index is already read. The others are read when needed.
+    `places`: the places of chunks, by shard, for the shards whose index was already read. Other indexes are read when needed.
     """
 
     location: Location
@@ -114,7 +114,7 @@ class SavedCheckpoint:
         return self.holder(name).index.tensors[name].columns
 
     def holder(self, name: str) -> SavedCheckpoint:
-        """Returns the checkpoint whose shards hold a tensor: this one, or that of its frozen parameters."""
+        """Returns the checkpoint whose shards hold a tensor: this checkpoint, or its folder of frozen parameters."""
         return self.frozen if self.frozen and name in self.frozen.index.tensors else self
 
     def fault(self, what: str) -> CheckpointError:
@@ -122,7 +122,7 @@ class SavedCheckpoint:
         return _fault(what, getattr(self.index, "step", None))
 
     def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
-        """Locates a tensor's elements from `first` on, as many as `target` has; returns (shard, slice) for each chunk.
+        """Locates a tensor's elements for `target`, from element `first` on; returns (shard, slice) for each chunk.
 
         `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. CheckpointError if the target's
         dtype isn't the stored one.
@@ -144,7 +144,7 @@ class SavedCheckpoint:
         place = self.places[chunk.shard].get((name, chunk.start))
         if place is None or place.numel != chunk.numel:
             file = self.location.join(indexes.shard_name(self.index.shards[chunk.shard].file))
-            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} places there")
+            raise self.fault(f"{file}: lacks the elements of {name!r} that {INDEX} lists for it")
         return place
 
     def needed(self, name: str, first: int, numel: int) -> set[int]:
@@ -152,7 +152,10 @@ class SavedCheckpoint:
         return {c.shard for c in placement.chunks(self.index.tensors[name].runs, first, first + numel)}
 
     def fetch_places(self, shards: Iterable[int]) -> None:
-        """Reads the indexes of shards that are not read yet, several in parallel. CheckpointError if one is damaged."""
+        """Reads the indexes of these shards, several in parallel, unless they were already read.
+
+        CheckpointError if one is damaged.
+        """
         if not (missing := [shard for shard in shards if shard not in self.places]):
             return
         with device_threads.pool(min(READ_THREADS, len(missing))) as pool:
@@ -222,7 +225,9 @@ class SavedCheckpoint:
     def read_into(
         self, name: str, order: Columns, first: int, target: torch.Tensor, progressed: Callable[[], None] = lambda: None
     ) -> int:
-        """Reads a tensor's elements from `first` on, in the given order, into a contiguous target; returns the bytes read."""
+        """Reads a tensor's elements from `first` on, in the given order, into a contiguous target; returns the number of bytes
+        read.
+        """
         total, numel = 0, self._size(name)[0]
 
         def read(start: int, part: torch.Tensor) -> None:
@@ -261,7 +266,7 @@ def encode(index: Mapping[str, object]) -> bytes:
 
 
 def decode(data: bytes) -> object:
-    """Decodes the bytes of `checkpoint.json`; ValueError if they are not exactly as `encode` wrote them."""
+    """Decodes the bytes of `checkpoint.json`; ValueError if the bytes aren't exactly as `encode` wrote them."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
         raise ValueError("damaged")
@@ -293,11 +298,11 @@ def _open(location: Location, step: int | None) -> SavedCheckpoint:
         raise _fault(f"{location.join(INDEX)}: its bytes have changed since they were written (CRC-32)", step) from e
     if isinstance(raw, dict) and raw.get("format") not in READABLE:
         what = f"format {brief(raw.get('format'))} isn't supported by this version of heliostat"
-        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}). Use a newer one")
+        raise CheckpointError(f"{location}: {what} ({', '.join(map(str, READABLE))}). Use a newer heliostat")
     try:
         index, places = indexes.upgrade(indexes.build(raw, step))
-    except DataError as e:  # its checksum is right: it isn't damaged, but foreign, or of a newer heliostat
-        raise CheckpointError(f"{location.join(INDEX)}: isn't an index that this version of heliostat reads ({e})") from e
+    except DataError as e:  # the checksum is right: the file isn't damaged, but from another tool or a newer heliostat
+        raise CheckpointError(f"{location.join(INDEX)}: isn't an index that this version of heliostat can read ({e})") from e
     present = dict(location.files())
     for file, size in files(index):
         if present.get(file) != size:
@@ -314,11 +319,11 @@ def files(index: TensorIndex) -> Iterator[tuple[str, int]]:
 
 
 def latest(run: Location, before: int | None = None) -> SavedCheckpoint | None:
-    """Returns the newest complete checkpoint, or the newest before step `before`. Skips incomplete ones, with a warning."""
+    """Returns the newest complete checkpoint, or the newest one before step `before`. Logs a warning for each incomplete one."""
     for step in reversed(steps(run)):
         if before is None or step < before:
             try:
                 return open_checkpoint(run, step)
             except CorruptCheckpointError as e:
-                log.warning("%s. Using the checkpoint before", e)
+                log.warning("%s. Using the previous checkpoint", e)
     return None

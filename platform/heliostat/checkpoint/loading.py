@@ -1,7 +1,7 @@
-"""Loads a checkpoint into a worker's slices, at any ZeRO stage and world size. Arithmetic shows which shards hold them.
+"""Loads a checkpoint into a worker's slices, at any ZeRO stage and world size.
 
-A worker reads the indexes of those shards. Then it reads only the blocks that contain its slices, and checks each (`checksums`).
-Nothing is ever unpickled.
+A worker computes which shards hold its slices, and reads the indexes of these shards. Then it reads only the blocks that
+contain its slices, and checks each block (`checksums`). Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def load(
     """Loads a checkpoint into this rank's slices; returns the number of bytes read. Calls `progressed` after each request.
 
     `state`: from `ShardedState.tensors(whole=True)`, and from `ShardedState.frozen` if the checkpoint has frozen parameters.
-    Tensors are read in their stored dtype, then cast to the engine's (`casts` describes the rounding).
+    Tensors are read in their stored dtype, then cast to the engine's dtype (`casts` describes the rounding).
 
-    All ranks call it together. If one raises, all of them do: CorruptCheckpointError if the data is damaged. The state is then
-    useless.
+    All ranks call this function together. If one rank fails, all ranks raise its error: CorruptCheckpointError if the data is
+    damaged. After an error, the state is unusable.
     """
     _check(checkpoint, state)
     stored = {n: safetensors_file.DTYPES[checkpoint.tensors[n].dtype] for n in state}
@@ -89,7 +89,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _target(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the memory to read into: the tensor's own if it is contiguous and has the stored dtype, else new memory."""
+    """Returns the memory to read into: the tensor's own memory if it is contiguous and has the stored dtype, else new memory."""
     local = _local(tensor)
     own = local.dtype == dtype and local.is_contiguous()
     return local if own else torch.empty(local.shape, dtype=dtype, device=local.device)
@@ -107,14 +107,18 @@ def _read(
 
 
 def _shards(source: SavedCheckpoint, targets: dict[str, torch.Tensor], starts: dict[str, int], turned: set[str]) -> Iterable[int]:
-    """Lists the shards whose indexes are needed: for tensors that are stored in another order, all that hold any of them."""
+    """Lists the shards whose indexes are needed.
+
+    For a tensor that is stored in another order, these are all shards with elements of it.
+    """
     wanted = {n: (0, math.prod(source.tensors[n].shape)) if n in turned else (starts[n], t.numel()) for n, t in targets.items()}
     return sorted({shard for n, (first, numel) in wanted.items() for shard in source.needed(n, first, numel)})
 
 
 def casts(checkpoint: SavedCheckpoint, state: dict[str, torch.Tensor]) -> str | None:
-    """Describes, for the user, the tensors that `load` rounds because the engine has fewer bits than the checkpoint; None if
-    none.
+    """Describes, for the user, the tensors that `load` rounds; returns None if it rounds no tensor.
+
+    `load` rounds a tensor if the engine's dtype has fewer bits than the checkpoint's.
 
     At another ZeRO stage or precision, the same model has other dtypes. For example, its buffers have low precision under
     zero.Init.

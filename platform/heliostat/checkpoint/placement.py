@@ -1,9 +1,11 @@
-"""Records which shard holds which elements of a checkpoint. Each rank plans its own shard; all plans merge into one small table.
+"""Records which shard holds which elements of a checkpoint.
+
+Each rank plans its own shard; all plans are merged into one small table.
 
 A tensor's chunks are stored as runs. A run `[shard, shards, start, numel]` is `shards` consecutive shards with `numel` elements
-each; the first has those from element `start` on. ZeRO shards evenly, so a tensor has one or two runs on any number of ranks.
-With `train.zero.shard_group_size`, it has one run per worker. `fault` checks on the table that the chunks hold every element
-once.
+each. The first shard has the elements from `start` on. ZeRO shards evenly, so a tensor has one or two runs on any number of
+ranks. With `train.zero.shard_group_size`, it has one run per worker. `fault` checks the table: each element must be in exactly
+one chunk.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from heliostat.storage import wire
 from heliostat.storage.records import Whole
 
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}  # bytes per element
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # of a file in the checkpoint's own folder
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]  # name of a file in the checkpoint's own folder
 Run = list[int]  # first shard, number of shards, start, elements in each shard
 
 
@@ -90,12 +92,12 @@ class WrittenPart(NamedTuple):
 
 
 def owners(names: Iterable[str], world: int) -> dict[str, int]:
-    """Assigns each tensor that all ranks hold completely to the rank that writes it."""
+    """Chooses the rank that writes each tensor, for tensors that every rank holds completely."""
     return {name: number % world for number, name in enumerate(sorted(names))}
 
 
 def merge(one: WrittenPart, other: WrittenPart) -> WrittenPart:
-    """Appends the part of the following ranks to the first part, which it changes and returns."""
+    """Appends the part of the following ranks (`other`) to the part of the first ranks (`one`). Changes and returns `one`."""
     base = len(one.shards)
     one.shards.extend(other.shards)
     for name, entry in other.tensors.items():
@@ -128,7 +130,10 @@ def runs(chunks: Iterable[Chunk]) -> list[Run]:
 
 
 def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iterator[Chunk]:
-    """Yields the chunks that hold any of the elements [first, stop), or all chunks. It doesn't iterate over the others."""
+    """Yields the chunks that hold any of the elements [first, stop).
+
+    Without `stop`, yields all chunks. Doesn't iterate over other chunks.
+    """
     for shard, shards, start, numel in runs:
         low, high = 0, shards
         if stop is not None:
@@ -140,7 +145,10 @@ def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iter
 
 
 def fault(entry: Tensor, shards: int) -> str:
-    """Describes what is wrong with a tensor's runs: a missing or repeated element, or an unknown shard; empty if nothing is."""
+    """Describes the fault in a tensor's runs: a missing or repeated element, or an unknown shard.
+
+    Returns an empty string if the runs are valid.
+    """
     end = 0
     for shard, count, start, numel in sorted(entry.runs, key=lambda run: run[2]):
         if start != end:

@@ -1,8 +1,9 @@
-"""Decides which checkpoints to keep: the newest, one every so many steps for ever, and the best by a score of the evaluation.
+"""Decides which checkpoints to keep: the newest, the best by an evaluation score, and one every given number of steps.
 
-After a save, all others are deleted: complete checkpoints that no rule keeps, and remains of failed saves. Checkpoints of later
-steps are deleted, too; the run couldn't load them and returned to an earlier one. Frozen parameters stay if a checkpoint names
-them. A benchmark's score may come late. A checkpoint without a score yet isn't the best.
+After a save, all other checkpoints are deleted: complete checkpoints that no rule keeps, and remains of failed saves.
+Checkpoints of later steps are deleted, too, because the run couldn't load them and returned to an earlier checkpoint. Frozen
+parameters stay if a checkpoint refers to them. A benchmark's score may come late. Until then, its checkpoint isn't the best
+one.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def retained(whole: Iterable[int], policy: Policy, scores: Mapping[int, float] |
 class Pruner:
     """Applies a retention policy to a run's folder. Caches scores that it has read.
 
-    `fence`: the lease of the driver that prunes, if several could.
+    `fence`: the lease of the driver that prunes, if several drivers could prune.
     """
 
     def __init__(self, run: Location, policy: Policy, fence: Fence | None = None) -> None:
@@ -103,12 +104,15 @@ class Pruner:
             self.fence.check()
         for step in gone:
             location = folder(self.run, step)
-            location.join(INDEX).delete()  # first, so that a half-deleted checkpoint counts as missing
+            location.join(INDEX).delete()  # deleted first, so that a half-deleted checkpoint counts as missing
             location.delete()
         self._prune_frozen({path.split("/")[0] for path in files if path.startswith(f"{FROZEN}-")}, list(kept))
 
     def _prune_frozen(self, names: set[str], kept: list[int]) -> None:
-        """Deletes the folders of frozen parameters that no checkpoint names. If a checkpoint can't be read, all folders stay."""
+        """Deletes the folders of frozen parameters to which no checkpoint refers.
+
+        If a checkpoint can't be read, all folders stay.
+        """
         if len(names) < 2:
             return
         try:
@@ -141,7 +145,7 @@ def score(run: Location, checkpoint: SavedCheckpoint, policy: Policy) -> float:
 
 
 def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
-    """Reads a benchmark's score of the checkpoint of a step; nan if there is none. `written`: time at which it was written."""
+    """Reads a benchmark's score for a step's checkpoint; nan if there is none. `written`: when the checkpoint was written."""
     for suite in run.join(run_folder.BENCHMARKS).folders():
         try:
             result = RESULT.read(run_folder.benchmark(run, suite, step))
@@ -154,7 +158,7 @@ def _benchmark(run: Location, step: int, written: float, metric: str) -> float:
 
 
 def survey(run: Location) -> list[RetentionRow]:
-    """Describes each checkpoint folder, by ascending step. The newest complete checkpoint's job gives the retention rules."""
+    """Describes each checkpoint folder, by ascending step. The retention rules are from the newest complete checkpoint's job."""
     sizes: dict[str, int] = {}
     for path, size in run.join(run_folder.CHECKPOINTS).files():
         sizes[path.split("/")[0]] = sizes.get(path.split("/")[0], 0) + size

@@ -1,4 +1,4 @@
-"""Writes safetensors files as a stream, the header first, then one tensor after another. Never holds a complete file in memory.
+"""Writes safetensors files as a stream: first the header, then one tensor after another. Never holds a complete file in memory.
 
 The format is eight bytes with the header's length, a JSON header {name: dtype, shape, data_offsets}, and the data. Tensors with
 larger elements come first, as in files of the safetensors library, so that all tensors are aligned.

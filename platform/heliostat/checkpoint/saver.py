@@ -1,8 +1,8 @@
 """Saves checkpoints in parallel with training: `Saver.save` returns at once if the saver is attached to the optimizer.
 
 State is copied to host memory during the next forward and backward pass. Only the next optimizer step waits for the copy; on a
-GPU, only its kernels wait. The same background thread writes and uploads (`writing`). `failed` shows whether it has failed; the
-next call raises the error on all workers. At most one save is in flight: the next save waits for it.
+GPU, only its kernels wait. The background thread that copies also writes and uploads (`writing`). `failed` shows whether a save
+has failed; the next call raises its error on all workers. At most one save is in flight: the next save waits for it.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from heliostat.storage.locations import Location
 __all__ = ["SavedCheckpoint", "Saver", "casts", "folder", "latest", "load", "open_checkpoint", "open_together", "steps"]
 
 PIECE = 64 * checksums.BLOCK  # bytes per copy from the device
-TOLERATED = 3  # failed saves in a row that don't end training
+TOLERATED = 3  # consecutive failed saves that don't end training
 PULSE_S = 1.0  # seconds between checks of a save while waiting for it
 TAG = 1  # of the savers' channel
-LONGEST = timedelta(hours=12)  # a worker's wait for another's part of a checkpoint; the watchdog detects a stall
+LONGEST = timedelta(hours=12)  # a worker's longest wait for another worker's part; the watchdog detects stalls
 
 
 class Saver:
@@ -60,9 +60,9 @@ class Saver:
     ) -> None:
         """Prepares a worker's saver.
 
-        `group`: a gloo process group. The saver uses a channel of its own, because saving runs in parallel with training.
-        `progressed`: called while the saver waits for a save that makes progress; `notice`: reports old checkpoints that can't be
-        removed.
+        `group`: a gloo process group. The saver uses its own channel, because saving runs in parallel with training.
+        `progressed`: called while the saver waits for a save that makes progress; `notice`: reports old checkpoints that can't
+        be removed.
         """
         self.run, self.policy, self.group, self.fence = run, policy, group, fence
         self.channel = Channel(group, TAG, LONGEST)
@@ -80,7 +80,10 @@ class Saver:
         self._follows = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes later saves copy in the thread. A step of `optimizer`, which changes the state, then waits for the copy."""
+        """Makes later saves copy in the background thread.
+
+        A step of `optimizer` then waits for the copy before it changes the state.
+        """
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
         self._follows = True
 
@@ -95,8 +98,8 @@ class Saver:
         """Saves the state of a step as a checkpoint.
 
         `state`: from `ShardedState.tensors`; `frozen`: from `ShardedState.frozen`; `facts`: entries of `checkpoint.json` from
-        rank 0. `seal`: runs in the thread on all workers; writes what must exist before the checkpoint, and returns more entries.
-        ConfigError if the best metric isn't one of the scores; the error of the previous save if it failed.
+        rank 0. `seal`: runs in the thread on all workers; writes what must exist before the checkpoint, and returns more
+        entries. Raises ConfigError if the best metric isn't one of the scores. If the previous save failed, raises its error.
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
@@ -125,7 +128,10 @@ class Saver:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> bool:
-        """Waits until the save in flight is complete; returns whether there was one. An error of one worker is raised on all."""
+        """Waits until the save in flight is complete; returns whether there was one.
+
+        An error on one worker is raised on all workers.
+        """
         if not self._pending:
             return False
         started = time.perf_counter()
@@ -172,7 +178,7 @@ class Saver:
         try:
             copied = self._copy(state)
             error = None
-        except Exception as e:  # noqa: BLE001 (raised below, on all workers, which would wait for this one)
+        except Exception as e:  # noqa: BLE001 (raised below on all workers; otherwise they would wait for this worker)
             copied, error = {}, e
         finally:
             self._copied.set()
@@ -210,10 +216,10 @@ class Saver:
 
 
 class Keeper:
-    """Saves one worker's parameters that are not trained, once per run. All workers make the same calls in the same order.
+    """Saves one worker's frozen parameters, once per run. All workers make the same calls in the same order.
 
     The folder `checkpoints/frozen-<digest>` is named after the content on all ranks, and checkpoints refer to it by name. Every
-    save checks the content again. If it has changed, it is written again under another name. A resumed run uses the folder of the
+    save checks the content again. Changed content is written again under another name. A resumed run uses the folder of the
     checkpoint that it loaded, with any number of workers and any precision, until the parameters change.
     """
 
@@ -223,7 +229,10 @@ class Keeper:
         self._loaded = self._folder = ""
 
     def loaded(self, checkpoint: SavedCheckpoint, slices: dict[str, FlatShard]) -> None:
-        """Notes that the slices were loaded from the checkpoint, perhaps cast. Until they change, its folder is used for them."""
+        """Records that the slices were loaded from the checkpoint, perhaps cast.
+
+        Until they change, later saves use the checkpoint's folder.
+        """
         if checkpoint.frozen:
             self._folder = checkpoint.frozen.location.name
             self._loaded = self._name(slices)

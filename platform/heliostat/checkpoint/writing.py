@@ -1,9 +1,8 @@
-"""Writes a folder of tensors from all ranks. Each plans and writes its own shard and the shard's index; `checkpoint.json` is
-last.
+"""Writes a folder of tensors from all ranks. Each rank writes its own shard and the shard's index; `checkpoint.json` is last.
 
-A rank knows without messages what it writes: its slices, and its share of the tensors that every rank holds completely. The
-ranks' tables of written chunks are merged on their way to rank 0 (`placement.merge`). If one rank fails, all ranks raise its
-error, and `checkpoint.json` isn't written. torch's own HuggingFaceStorageReader can read the shards, too.
+A rank knows without messages which tensors it writes: its slices, and its share of the tensors that every rank holds
+completely. The ranks' tables of written chunks are merged on their way to rank 0 (`placement.merge`). If one rank fails, all
+ranks raise its error, and `checkpoint.json` isn't written. torch's own HuggingFaceStorageReader can read the shards, too.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ def write(
 ) -> None:
     """Writes the tensors of all ranks as one folder. All ranks call it together.
 
-    `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called for every block written, and every window of an upload;
-    `fence`: the lease of the driver that saves, if several could. CheckpointError if a rank fails, or the slices leave elements
-    out.
+    `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called after every written block, and after every window of an
+    upload; `fence`: the lease of the driver that saves, if several drivers could save. Raises CheckpointError if a rank fails,
+    or if the slices leave out elements.
     """
     rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
     try:
@@ -71,7 +70,7 @@ def clear(target: Location, fence: Fence | None) -> None:
 def finish(
     target: Location, step: int | None, facts: Mapping[str, object], part: placement.WrittenPart | None, fence: Fence | None
 ) -> None:
-    """Makes the folder valid: checks that it has every element once, then writes `checkpoint.json`."""
+    """Makes the folder valid: checks that it has every element exactly once, then writes `checkpoint.json`."""
     written = part or placement.WrittenPart([], {})
     contents = index.root(step, {"format": layout.format_of(written.tensors), **facts}, written)
     if fence:
@@ -133,7 +132,7 @@ def _metadata(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
 
 @contextmanager
 def _local_folder(target: Location) -> Iterator[Path]:
-    """Provides the folder to which shards are written: the target on a disk, a temporary folder for S3."""
+    """Provides the folder to which shards are written: the target itself if it is on a disk; a temporary folder for S3."""
     if not target.is_s3:
         yield Path(target.path)
     else:
