@@ -150,7 +150,9 @@ def test_a_format_of_a_newer_version_is_named(run: Location) -> None:
     root = layout.decode((folder / "checkpoint.json").read_bytes())
     del root["crc32"]
     (folder / "checkpoint.json").write_bytes(layout.encode({**root, "format": 6}))
-    with pytest.raises(CheckpointError, match=r"format 6 isn't supported by this version .* \(2, 3, 4, 5\)\. Use a newer heliostat"):
+    with pytest.raises(
+        CheckpointError, match=r"format 6 isn't supported by this version .* \(2, 3, 4, 5\)\. Use a newer heliostat"
+    ):
         layout.open_checkpoint(run, 10)
 
 

@@ -153,7 +153,7 @@ BAD = {
     ),
     "negative ids": (pa.table({"tokens": pa.array([[-1, 7]], TOKENS)}), "tokens from -1 to 7"),
     "an empty document": (pa.table({"tokens": pa.array([[1], []], TOKENS)}), "1 empty documents or null tokens"),
-    "nothing": (pa.table({"tokens": pa.array([], TOKENS)}), "holds no row group"),
+    "nothing": (pa.table({"tokens": pa.array([], TOKENS)}), "has no row group"),
 }
 
 

@@ -133,7 +133,7 @@ def test_a_version_that_is_not_there_is_named_with_the_one_that_is(tmp_path):
     """DataError has both digests, also if the version's file holds another version, or is damaged."""
     place = Location(str(tmp_path))
     old, new = (manifest.write(place, some_rows(random.Random(i)), META) for i in range(2))
-    with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*didn't keep that version"):
+    with pytest.raises(DataError, match=f"digest {new.digest[:12]}, was 000000000000.*didn't keep the earlier version"):
         manifest.read(place, "0" * 64)
     kept = {v.digest: tmp_path / manifest.VERSIONS / f"{v.digest[:12]}.parquet" for v in (old, new)}
     kept[old.digest].write_bytes(kept[new.digest].read_bytes())

@@ -88,7 +88,7 @@ def test_a_part_that_is_not_the_one_that_its_collection_lists_is_refused(buckets
     """For example, while a `prepare` publishes the parts and then the collection: parts of two versions never mix."""
     place = Location(str(buckets / "8x16"))
     manifest.write(place, rows("shards/1.parquet", 3, 10), manifest.read(place).meta)
-    with pytest.raises(ConfigError, match=r"data.sources: .*set: its part 8x16 has digest .*: a prepare .* Run it again"):
+    with pytest.raises(ConfigError, match=r"data.sources: .*set: part 8x16 has digest .*\. A prepare .* Run it again"):
         collection.expand(job(**{"data.sequence_length": None, "data.sources": [{"path": str(buckets)}]}))
 
 
@@ -125,7 +125,7 @@ def test_a_job_gets_a_collections_parts_with_their_share_of_the_weight(buckets, 
     assert [(Path(s.path).name, s.weight, s.max_epochs) for s in made.data.sources] == [
         ("16x8", 0.5, None), ("8x16", 1.5, None), ("other", 1.0, 3.0)]  # fmt: skip
     assert made.data.mix_schedule[0].weights == [0.0, 0.0, 1.0] and made.data.one_source_batches
-    with pytest.raises(ConfigError, match=r"data\.sources: a collection holds images\. Remove data\.sequence_length"):
+    with pytest.raises(ConfigError, match=r"data\.sources: a collection contains images\. Remove data\.sequence_length"):
         collection.expand(job(**{"data.sources": sources}))
 
 

@@ -189,7 +189,7 @@ def test_a_run_keeps_the_version_that_it_reads_until_its_days_are_over(make, tmp
     assert numbers(again) == list(range(30)) and again.file("tokenizer.json").read() == b"0"
     report = make(first=7, keep_days=0)
     assert report["up_to_date"] and report["versions_kept"] == 0 and report["removed"]["files"] > 3
-    with pytest.raises(DataError, match="didn't keep that version"):
+    with pytest.raises(DataError, match="didn't keep the earlier version"):
         manifest.read(place, old.digest)
     newest = manifest.read(place)
     assert set(data(tmp_path / "out")) == {

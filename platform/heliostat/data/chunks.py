@@ -1,11 +1,11 @@
 """Reads samples from shards, each row group once and several in parallel. Distinguishes damage from storage failures.
 
-All samples of a damaged or replaced row group are bad. The footer, the bytes, the page checksums, the Parquet structure, or the
-number of tokens reveals it. A token outside the vocabulary makes only its own sample bad. Every read gives the same bad samples,
-and `Dataset.load` replaces them.
+All samples of a damaged or replaced row group are bad. heliostat detects the damage from the footer, the bytes, the page
+checksums, the Parquet structure, or the number of tokens. A token outside the vocabulary makes only its own sample bad. Every
+read gives the same bad samples, and `Dataset.load` replaces them.
 
-A missing shard, or a store that fails beyond its retry budget, is an error instead. It may work again later. If its samples were
-replaced, the run would depend on chance.
+If a shard is missing, or the store fails for longer than the retry budget, this is an error instead. The shard may be readable
+later. If its samples were replaced, the run would depend on chance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-READERS = 8  # threads: a window's row groups are read together, because object storage answers slowly but in parallel
+READERS = 8  # threads that read a window's row groups at the same time, because object storage answers slowly but in parallel
 
 
 class DamagedError(DataError):
@@ -92,7 +92,7 @@ class Chunks:
     def read(self, source: int, chunk: int) -> Content:
         """Reads all samples of a row group.
 
-        DamagedError with the reason if they are unusable; DataError if the shard is missing.
+        Raises DamagedError with the reason if the samples are unusable, and DataError if the shard is missing.
         """
         location, place, length = self.shard(source, chunk), self.place(source, chunk), self.length
         group, footer = int(self._groups[source][chunk]), self._footers[source][chunk].as_py()

@@ -1,11 +1,11 @@
 """Combines datasets whose samples must not share a batch into a collection, for example images of different sizes.
 
-`prepare` writes a collection. Each part is a complete dataset in its own folder, with its own manifest. The collection's manifest
-lists the row groups of all parts, so its digest identifies the whole collection.
+`prepare` writes a collection. Each part is a complete dataset in its own folder, with its own manifest. The collection's
+manifest lists the row groups of all parts, so its digest identifies the whole collection.
 
-A job gives the collection's path. `expand` replaces the collection by its parts, each with its share of the weight. So an epoch
-of the collection is an epoch of every part. All samples of a virtual rank in a step then come from one part (`Shape.unit`). The
-order stays exact and elastic.
+A job contains the collection's path. `expand` replaces the collection with its parts, and divides its weight among them. So an
+epoch of the collection is an epoch of every part. All samples of a virtual rank in a step then come from one part
+(`Shape.unit`). The order stays exact, and independent of the number of workers.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def write(location: Location, rows: Sequence[Mapping[str, Any]], meta: Mapping[s
 
 
 def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], bool]:
-    """Returns a dataset's metadata, and whether a run recorded this version; ({}, False) if there is no dataset.
+    """Returns a dataset's metadata, and whether the run recorded this version; ({}, False) if there is no dataset.
 
-    A `prepare` may have replaced a collection since the run began. So this returns the version whose parts the run trains on, or
-    the newest version if none matches.
+    A `prepare` may have replaced a collection since the run began. So this returns the version whose parts the run trains on,
+    or the newest version if none matches.
     """
     newest = manifest.read(place) if place.join(manifest.FILE).exists() else None
     if newest is None or newest.kind != KIND or recorded is None:
@@ -58,7 +58,7 @@ def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
 
 
 def expand(job: Job, recorded: DataPlan | None = None) -> Job:
-    """Replaces every source of the job that is a collection by its parts; returns the job itself if none is.
+    """Replaces each collection among the job's sources with its parts. Without a collection, returns the job unchanged.
 
     `recorded`: the data plan of a resumed run, which selects the version of each collection. ConfigError if a part's digest
     differs from the one that the collection lists, or if the job sets `data.sequence_length` with a collection.
@@ -73,15 +73,15 @@ def expand(job: Job, recorded: DataPlan | None = None) -> Job:
         for name, digest in meta.get("digests", {}).items():
             if not as_recorded and (now := manifest.read(place.join(name)).digest) != digest:
                 raise ConfigError(
-                    f"data.sources: {source.path}: its part {name} has digest {now[:12]}, but the list names "
-                    f"{digest[:12]}: a prepare is running, or was interrupted. Run it again"
+                    f"data.sources: {source.path}: part {name} has digest {now[:12]}, but the collection lists "
+                    f"{digest[:12]}. A prepare is running, or was interrupted. Run it again"
                 )
         total = sum(meta["parts"].values())
         expanded.append((source, [(place.join(name).uri, rows / total) for name, rows in sorted(meta["parts"].items())]))
     if all(parts == [(source.path, 1.0)] for source, parts in expanded):
         return job
     if job.data.sequence_length:
-        raise ConfigError("data.sources: a collection holds images. Remove data.sequence_length")
+        raise ConfigError("data.sources: a collection contains images. Remove data.sequence_length")
 
     def shares(weights: list[float]) -> list[float]:
         return [_round(w * share) for w, (_, parts) in zip(weights, expanded, strict=True) for _, share in parts]

@@ -1,7 +1,7 @@
 """Defines the contents of samples, and the operations on them that streaming needs.
 
 The content of n token samples is an int32 array [n, sequence_length]. The content of n rows is an Arrow table with the shards'
-columns. Nothing else in the engine looks inside.
+columns. No other code of the engine reads inside a sample.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def unpack(data: pa.Buffer, samples: int, tokens: bool) -> Content:
 
 
 def sample_bytes(content: Content) -> Iterator[bytes | memoryview | pa.Buffer]:
-    """Yields the bytes of each sample that its digest is computed from.
+    """Yields, for each sample, the bytes from which its digest is computed.
 
-    A token sample is its int32 values. A row is a hash of the columns' names and types, followed by its values. Each value comes
-    after its length. For a null, eight bytes 0xff, which are no valid length, take the place of length and value.
+    A token sample is its int32 values. A row is a hash of the columns' names and types, followed by its values. Before each
+    value comes its length. A null has eight bytes 0xff instead of a length and a value. These bytes aren't a valid length.
     """
     if isinstance(content, np.ndarray):
         yield from np.ascontiguousarray(content)

@@ -1,4 +1,6 @@
-"""Counts the samples of each row group that a run has trained on, and finds the steps that used them. It needs only data plans.
+"""Counts the samples of each row group that a run has trained on, and finds the steps that used them.
+
+Only data plans are needed.
 
 The counts are exact. The complete windows before a step contain a prefix of every source's stream, so whole row groups of each
 epoch are counted at once. Only the samples of the last window are located one by one.
@@ -109,7 +111,10 @@ def ranges(manifest: Manifest, seen: dict[str, int]) -> Iterator[tuple[str, str]
 
 @dataclass(frozen=True)
 class Visit:
-    """Describes one use of a sample in a run. `step` counts from 1; `place`: index among the lane's samples of the step."""
+    """Describes one use of a sample in a run.
+
+    `step` counts from 1; `place`: index among the virtual rank's samples of the step.
+    """
 
     step: int
     lane: int
@@ -119,7 +124,10 @@ class Visit:
 
 
 def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit]:
-    """Finds the steps of a segment that used some rows of a source's row group, in order. Bad samples count as themselves."""
+    """Finds the steps of a segment that used some rows of a source's row group, in order.
+
+    Finds a bad sample, not its replacement.
+    """
     order, taken = open_dataset(segment.plan).order, list[Visit]()
     train = order.splits[source].train
     begin = order.window_at(order.round_of(segment.first).begin)[1]

@@ -70,13 +70,13 @@ class DataPlan:
 
     @staticmethod
     def parse(raw: object, where: object = "the data plan") -> DataPlan:
-        """Builds the plan from the output of `dump`; DataError that names `where` if it isn't a valid plan."""
+        """Builds the plan from the output of `dump`; DataError, which begins with `where`, if `raw` isn't a valid plan."""
         if isinstance(raw, dict):
-            raw = {"version": 1, **raw}  # plans of the first runs have no version
+            raw = {"version": 1, **raw}  # plans of the oldest runs have no version
             version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
-            if isinstance(version, int) and version > NEWEST:  # before its keys, which may differ in a newer version
+            if isinstance(version, int) and version > NEWEST:  # checked before the keys, which may differ in a newer version
                 raise DataError(
-                    f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer one"
+                    f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer heliostat"
                 )
             if others:
                 raise DataError(f"{where}: written by another version of heliostat ({printable(others[0])[:100]!r})")
@@ -91,7 +91,7 @@ class DataPlan:
     def digest(self) -> str:
         """Computes the digest of the global sequence: 32 hex digits. It stays the same if a dataset moves to another place."""
         fixed = {k: v for k, v in self.dump().items() if k != "uris"}
-        for key, was in (("skips", []), ("version", 1)):  # so that plans from before these keys keep their digests
+        for key, was in (("skips", []), ("version", 1)):  # so that plans that are older than these keys keep their digests
             if fixed[key] == was:
                 del fixed[key]
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
@@ -121,13 +121,13 @@ def _fault(plan: DataPlan) -> str | None:
     if not sources or {len(plan.digests), len(plan.max_epochs), *(len(weights) for _, weights in plan.mix)} != {sources}:
         return "uris, digests, max_epochs, and weights don't all have one entry per source"
     if not steps or any(a >= b for a, b in itertools.pairwise(steps)):
-        return "mix: its steps don't ascend"
+        return "mix: the steps aren't in ascending order"
     if any(min(weights) < 0 or not 0 < math.fsum(weights) < 1e18 for _, weights in plan.mix):
         return "mix: weights must not be negative, and at least one must be above 0"
     if any(limit is not None and not 0 < limit < 1e12 for limit in plan.max_epochs):
         return "max_epochs: must be above 0"
     if rest or per_lane % shape.unit or shape.window % (shape.steps_per_block * per_lane):
-        return "shape: lanes must divide the batch, the unit a lane's samples, and a block the window"
+        return "shape: lanes must divide batch, unit must divide the samples per lane, and a block must divide window"
     return None
 
 
@@ -135,11 +135,15 @@ RAW, PLAN = Format(dict[str, object], "data plan"), Format(DataPlan, "data plan"
 
 
 def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, first_step: int | None = None) -> DataPlan:
-    """Makes the data plan of a job. A resumed run takes what the job leaves open (virtual ranks, window) from `recorded`.
+    """Makes the data plan of a job.
 
-    `first_step`: step at which the sequence starts; default: the recorded plan's, or 0. Weight changes before it have taken
-    effect. ConfigError if the worker count doesn't divide the virtual ranks. ConfigError also if a virtual rank's samples come
-    from one source, and `train.micro_batch_size` doesn't divide them.
+    For a resumed run, values that the job doesn't set (virtual ranks, window) come from `recorded`.
+
+    `first_step`: step at which the sequence starts; default: the recorded plan's first step, or 0. Weight changes before this
+    step have already taken effect.
+
+    Raises ConfigError if the worker count doesn't divide the virtual ranks. Also raises it if a virtual rank's samples come
+    from one source, and `train.micro_batch_size` doesn't divide their number.
     """
     length = job.data.sequence_length
     lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
@@ -234,10 +238,10 @@ class Dataset:
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
         """Loads the samples at positions of the global sequence, and replaces bad ones.
 
-        The replacement is the next good sample of the same source in the window; after the window's last sample comes its first.
-        If the source has no good sample there, the next good sample of any source is used. So the choice depends only on the
-        window's content: not on the reader, nor on the step at which a run resumes. DataError for a bad sample if `replace` is
-        false, or if its window has no good sample.
+        The replacement is the next good sample of the same source in the window; after the window's last sample comes its
+        first. If the source has no good sample there, the next good sample of any source is used. So the choice depends only on
+        the window's content. It doesn't depend on the process that reads, or on the step at which a run resumes. Raises
+        DataError for a bad sample if `replace` is false, or if its window has no good sample.
         """
         samples = self.order.locate(positions)
         gathered = self.gather(samples)
@@ -272,10 +276,10 @@ def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> 
     for j in (*same, *turn):
         if int(j) not in read.faults:
             return int(j)
-    raise DataError(f"{reason}; the samples near it are bad too")
+    raise DataError(f"{reason}; all samples of its shuffle window are bad")
 
 
 @lru_cache(maxsize=2)
 def open_dataset(plan: DataPlan) -> Dataset:
-    """Opens the dataset of a plan. The process caches it, because it runs many fetch tasks."""
+    """Opens the dataset of a plan. The process caches the dataset, because it runs many fetch tasks."""
     return Dataset(plan)

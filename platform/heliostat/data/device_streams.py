@@ -5,8 +5,8 @@
     with HostTensors(): loss = model(x)                     # autograd's saved tensors stay on the host until their use
     copies.mark(state); with copies.queue(): ...            # another thread copies state to the host (`CopyStream`)
 
-On a CPU, nothing can overlap: each makes a plain copy, or none. Copies without a wait use pinned host memory, because CUDA waits
-for copies from other memory.
+On a CPU, nothing can overlap, so each of these makes a plain copy, or no copy. Copies without a wait use pinned host memory,
+because CUDA waits for copies from pageable memory.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class HostTensors(saved_tensors_hooks):
 class _Saved:
     """Holds a tensor in host memory.
 
-    `before`: the tensor that was saved before it, while that is needed; `restored`: whether it was copied back to the device,
-    which happens once in most cases.
+    `before`: the tensor that autograd saved before this one, while it is needed; `restored`: whether this tensor was already
+    copied back to the device. Most tensors are copied back once.
     """
 
     def __init__(self, tensor: torch.Tensor, before: weakref.ref[_Saved] | None) -> None:
@@ -179,7 +179,7 @@ class CopyStream:
         self._done: torch.cuda.Event | None = None
 
     def mark(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Marks the state to copy: the one after all work that is queued now. Call it in the training thread."""
+        """Marks the state to copy: the state after all work that is queued now. Call it in the training thread."""
         device = next((t.device for t in tensors.values() if t.is_cuda), None)
         if device is None:
             return
@@ -188,7 +188,7 @@ class CopyStream:
 
     @contextmanager
     def queue(self) -> Iterator[None]:
-        """Queues the copies that are made within the context, of the state at the last `mark`. `wait` waits for them."""
+        """Queues the copies that are made within the context. They copy the state at the last `mark`. `wait` waits for them."""
         if self._stream is None or self._ready is None:
             yield
             return

@@ -1,4 +1,4 @@
-"""Finds the row groups and the samples that contain a given document. An image is one row and one sample."""
+"""Finds the row groups and the samples that contain a given document. An image is a document of one row and one sample."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
 
 
 def current(dataset: Manifest, path: str) -> str | None:
-    """Returns the path of the shard in `dataset` that has the same number as `path`, a shard of an earlier version; else None."""
+    """Returns the path of the shard in `dataset` with the same number as `path`, a shard of an earlier version; None if there
+    is none.
+    """
     folder = path.rpartition("/")[0] + "/"
     return next((p for p in dataset.paths if p.startswith(folder)), None)

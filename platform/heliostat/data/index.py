@@ -35,7 +35,10 @@ NOT_IN_FOOTERS = (
 
 @dataclass(frozen=True)
 class IndexReport:
-    """Reports the result of indexing. `previous`: the digest before; `chunks`, `tokens`, `rows`: of the complete dataset."""
+    """Reports the result of indexing.
+
+    `previous`: the digest before indexing; `chunks`, `tokens`, `rows`: of the complete dataset.
+    """
 
     dataset: str
     digest: str
@@ -99,7 +102,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
         tables = list(pool.map(read, paths))
     for path, rows in zip(paths, tables, strict=True):
         if not rows:
-            raise DataError(f"{before.location.join(path)}: holds no row group. Remove it")
+            raise DataError(f"{before.location.join(path)}: has no row group. Remove the file")
     # this reads no data, so `content` stays unknown
     added = pa.Table.from_pylist([{**manifest.LATER, **row} for rows in tables for row in rows], schema=manifest.SCHEMA)
     manifest.keep(before)
@@ -108,7 +111,7 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
 
 
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
-    """Updates the metadata by the counts in the footers, and removes the entries that footers can't update."""
+    """Updates the metadata with the counts in the footers, and removes the entries that footers can't update."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
     if "documents" in meta:  # one row each
         meta["documents"] += int(added["rows"].to_numpy().sum())

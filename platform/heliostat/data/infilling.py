@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FACT = "fill_in_the_middle"  # key in a dataset's metadata: the pipeline's keys, and the ids of `markers`
 COUNTS = "rearranged"  # key in the metadata: the counts of rearranged documents and texts
-OWN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of tokenizers that heliostat trains; also of Qwen and CodeGemma
+OWN = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")  # of tokenizers that heliostat trains, and of Qwen and CodeGemma
 KNOWN = (
     OWN,
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
@@ -31,7 +31,7 @@ KNOWN = (
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
 ENDS = ("▁<EOT>",)  # tokens that end a middle in place of the end of the document: Code Llama
-ANCHOR = "☺"  # encoded before a text: takes the space that some tokenizers put first, so the text itself gets none
+ANCHOR = "☺"  # encoded before a text; some tokenizers put a space first, which then isn't part of the text
 PROBE = "def x"
 
 
@@ -88,7 +88,7 @@ def _parts(tokens: np.ndarray, end: int | None) -> list[np.ndarray]:
 
 
 def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Markers) -> str:
-    """Returns the original text of a document. Its spans, each with its `end`, may be rearranged.
+    """Returns the original text of a document. Its spans, which each end with the token `end`, may be rearranged.
 
     Exception: if the tokenizer puts a space before each text, the space before a span that isn't rearranged may differ.
     """
@@ -104,7 +104,7 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
-    """Returns the tokenizer's marker names if it has those of a known model, else None."""
+    """Returns the marker names of the known model whose markers the tokenizer has; None if it has none."""
     return next((known for known in KNOWN if all(tokenizer.token_to_id(name) is not None for name in known)), None)
 
 

@@ -7,7 +7,7 @@ holds one JSON object under `heliostat`. Its keys: `kind` ("tokens": rows are do
 is a sample), `digest`, `files` (plain name -> this version's own copy), `also` (paths of its other files), and the pipeline's
 values (tokenizer digest, vocabulary size, counts). A manifest with a path outside its folder is rejected.
 
-The digest is SHA-256 over the chunk table and the metadata without `hub`. So files from the Hub and from a folder give the same.
+The digest is SHA-256 over the chunk table and the metadata without `hub`. So files from the Hub and a folder give the same one.
 It changes with any shard's bytes: `footer` hashes the Parquet footer (sizes, offsets, statistics, the writer's content hash).
 """
 
@@ -48,22 +48,22 @@ SCHEMA = pa.schema(
         ("bytes", pa.int64()),  # compressed bytes of the row group
         ("file_bytes", pa.int64()),
         ("footer", pa.string()),  # hex digest of the file's Parquet footer
-        ("place", pa.int64()),  # the greatest place of its documents, in 1/PLACES; -1: unknown
+        ("place", pa.int64()),  # the maximum of its documents' places, in 1/PLACES; -1: unknown
         ("content", pa.string()),  # hex digest of the row group's stored bytes; "": unknown
     ]
 )
 # columns of later versions, with the value for unknown: a column with only that value isn't part of the digest
 LATER: dict[str, int | str] = {"place": -1, "content": ""}
-PLACES = 1 << 52  # a document's place is its text's hash, counted from the end: the split holds out places below a fraction
+PLACES = 1 << 52  # number of places; a document's place follows from its text's hash. The split holds out places below a fraction
 PLACES_KEY = b"heliostat.places"  # in a shard's footer: the place of each row group
 SLICE = 1 << 16  # rows that are processed together, because all at once could take much memory
-LARGEST = 2**48  # limit of rows, tokens or bytes of a row group or its file; sums of all stay within 64 bits
+LARGEST = 2**48  # maximum rows, tokens, or bytes of a row group or its file, so that all sums stay within 64 bits
 COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 
 @open_
 class Curation(TypedDict):
-    """Describes the record of each document's outcome: `funnel`, its path; `ends`, for each file its first key (hex) and path."""
+    """Describes the record of each document's outcome. `funnel`: its path; `ends`: each file's first key (hex) and path."""
 
     funnel: NotRequired[str]
     ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
@@ -173,8 +173,8 @@ def place(hash: str) -> int:
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
     """Reads the manifest rows of one shard from its footer. It reads no data page.
 
-    DataError if the shard is missing or isn't Parquet. With `token_column`, also if the footer shows that this column doesn't
-    hold lists of token ids below `vocab_size`.
+    DataError if the shard is missing or isn't Parquet. With `token_column`, DataError also if the footer shows that this column
+    doesn't hold lists of token ids below `vocab_size`.
     """
     place = location.join(path)
 
@@ -224,7 +224,7 @@ def _places(parquet: pq.FileMetaData) -> list[int]:
 
 
 def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int], name: str, vocab_size: int | None) -> None:
-    """Raises DataError unless the column holds lists of integers; by its statistics also none empty, all in the vocabulary."""
+    """Raises DataError unless the column holds lists of integers and, by its statistics, no empty list or unknown token."""
     if not columns:
         raise DataError(f"{place}: has no column {name!r}")
     leaf = parquet.schema.column(columns[0])
@@ -239,7 +239,7 @@ def _check_tokens(place: Location, parquet: pq.FileMetaData, columns: list[int],
         if vocab_size and bounds.has_min_max and not 0 <= bounds.min <= bounds.max < vocab_size:
             raise DataError(
                 f"{place}: row group {group} has tokens from {bounds.min} to {bounds.max}, but the dataset's "
-                f"vocabulary has {vocab_size}. Use its tokenizer.json"
+                f"vocabulary has {vocab_size}. Use the dataset's tokenizer.json"
             )
 
 
@@ -317,7 +317,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
     try:
         manifest = _read(location, VERSIONS, version_name(digest))
     except FileNotFoundError as e:
-        raise DataError(f"{changed}, and heliostat didn't keep that version") from e
+        raise DataError(f"{changed}, and heliostat didn't keep the earlier version") from e
     if manifest.digest != digest:
         raise DataError(f"{changed}, and {VERSIONS}/{version_name(digest)} is {manifest.digest}, not {digest}")
     return manifest
@@ -332,9 +332,9 @@ def read_shared(location: Location, digest: str) -> Manifest:
 
 
 def share(get: Callable[[], Manifest]) -> Manifest:
-    """Gets a manifest. If its table is large, moves the table to where all processes of this machine share it."""
+    """Gets a manifest. If its table is large, moves the table to a file that all processes of this machine share."""
     version = _moved(get())
-    pa.default_memory_pool().release_unused()  # else Arrow keeps the memory of the table, which is freed by now
+    pa.default_memory_pool().release_unused()  # otherwise Arrow keeps the memory of the freed table
     return version
 
 

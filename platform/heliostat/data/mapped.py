@@ -1,10 +1,11 @@
-"""Shares large tables between the processes of a machine through memory-mapped files, whose pages the kernel may drop and reread.
+"""Shares large tables between the processes of a machine through memory-mapped files, whose pages the kernel may drop and
+reread.
 
 Callers keep tables of fewer than LARGE rows in the process's own memory.
 
 The files are in a folder that only this user can write: `heliostat-tables-UID` in the folder for temporary files. One process
-makes a table while the others wait. If the file can't be written, each process keeps its own table. Writing a file deletes those
-that were not opened for a day.
+makes a table while the others wait. If the file can't be written, each process keeps its own table. A process that writes a
+file also deletes the files that were not opened for a day.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def table(key: object, build: Callable[[], pa.Table]) -> pa.Table:
             _write(file, built)
             return _open(file) or built
     except (OSError, pa.ArrowException) as e:
-        log.warning("%s: can't share a table there (%s), so this process keeps its own", file.parent, e)
+        log.warning("%s: can't share a table there (%s), so this process keeps its own copy", file.parent, e)
         return build()
 
 

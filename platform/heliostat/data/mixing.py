@@ -1,11 +1,12 @@
 """Interleaves sources by weight (`Mixture`), and cuts the global sequence into sections, windows, and blocks. Pure functions.
 
-Weights may change at given steps (a curriculum), and a source may be used up (`max_epochs`). A section ends at either.
+Weights may change at given steps (a curriculum), and a source may be used up (`max_epochs`). A section ends at each of these
+changes.
 
-Sources are scheduled by stride (Waldspurger and Weihl 1995), by arithmetic without tables. Source s has the share c_s of P. Its
-sample j is due at time (j + 1/2 - d_s) * P / c_s, in positions. d_s is the number of samples owed to the source when the mixture
-begins. Positions take samples in the order of these times; at equal times, the source with the lower index comes first. So every
-prefix has each source's share to within about one sample. Times are compared as whole numbers, so every machine computes the same
+Sources are scheduled by stride (Waldspurger and Weihl 1995), without tables. Source s has the share c_s of P. Its sample j is
+due at time (j + 1/2 - d_s) * P / c_s, in positions. d_s is the number of samples owed to the source when the mixture begins.
+Positions take samples in the order of these times; at equal times, the source with the lower index comes first. So every prefix
+has each source's share to within about one sample. Times are compared as whole numbers, so every machine computes the same
 order.
 """
 
@@ -81,9 +82,9 @@ def proportions(weights: Sequence[float]) -> list[int]:
 
 
 class Mixture:
-    """Mixes sources without end.
+    """Mixes the samples of sources into an endless sequence.
 
-    `unit`: consecutive samples of one source; `owed`: what each source is owed at the start, in units, times OWED.
+    `unit`: number of consecutive samples of one source; `owed`: number of units owed to each source at the start, times OWED.
     """
 
     def __init__(self, weights: Sequence[float], unit: int = 1, owed: Sequence[int] | None = None) -> None:
@@ -93,7 +94,7 @@ class Mixture:
         self._owed = list(owed or [0] * len(self.parts))
         self._part = np.array(self.parts, dtype=np.int64)
         self._debt = np.array([round(d * 2 * HALVES / OWED) for d in self._owed], dtype=np.int64)
-        self._parts_of = 2 * HALVES * self.period  # one unit of a source, in the numbers that `_by` divides
+        self._parts_of = 2 * HALVES * self.period  # one unit of a source, in the scale of `_by`
         self._begun = np.where(self._part > 0, (self._debt - HALVES) * self.period + self._parts_of - 1, 0)
 
     @property
@@ -125,7 +126,7 @@ class Mixture:
         return source, item
 
     def owed(self, position: int) -> list[int]:
-        """Computes what each source is owed at the start of a unit, in units times OWED: its share minus the units taken."""
+        """Computes the units owed to each source at the start of a unit, times OWED: its share minus the units taken."""
         units = position // self.unit
         taken = (self.counts(position) // self.unit).tolist()
         due = [(c * units * OWED + self.period // 2) // self.period for c in self.parts]
@@ -195,8 +196,9 @@ def sections(
     the first step that would exceed its cap, and the others share its weight. If a section's steps aren't a multiple of the
     round, the remaining steps form a section with one shorter round. So a change takes effect exactly at its step.
 
-    `carry`: what a source is owed is carried over every change. So its samples are the sum of its shares to within a few, however
-    often the weights change. Without `carry`, each section begins from scratch, as in version 1 of the data plan.
+    `carry`: the samples owed to a source are carried over every change. So a source's number of samples is the sum of its
+    shares to within a few samples, for any number of changes. Without `carry`, each section begins from scratch, as in version
+    1 of the data plan.
     """
     out: list[Section] = []
     origin, base, owed = mix[0][0], np.zeros(len(caps), dtype=np.int64), None
@@ -233,7 +235,9 @@ def sections(
 
 
 def _affordable(mixture: Mixture, left: np.ndarray, batch: int, most: int | None) -> int | None:
-    """Computes how many whole steps the sources' remaining samples (`left`) last, at most `most`; None if they never run out."""
+    """Computes for how many complete steps the sources' remaining samples (`left`) last, at most `most`; None if they never run
+    out.
+    """
 
     def fits(steps: int) -> bool:
         return bool((mixture.counts(steps * batch) <= left).all())

@@ -1,8 +1,10 @@
-"""Runs the streams of one attempt: one stream for a small run; one per node, or per few nodes, for a run with many ranks.
+"""Runs the streams of one attempt.
 
-The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets 0.4 to 0.8
-GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves at
-least as many ranks as a window has blocks. Then no other stream reads these windows, unless the ranks of a node don't fill
+A small run has one stream. A run with many ranks has one stream per node, or per group of nodes.
+
+The executor of a Ray Dataset is one thread, which takes 10 to 20 ms per block of 8 MB. So a run with one stream gets only 0.4 to
+0.8 GB/s on any number of nodes. Consecutive blocks belong to consecutive ranks. So a stream reads complete windows if it serves
+at least as many ranks as a window has blocks. Then no other stream reads these windows, unless the ranks of a node don't fill
 windows exactly. The samples, their order, and their digests don't depend on the number of streams.
 """
 
@@ -52,7 +54,10 @@ class NodeStreams:
     """Owns the streams of an attempt. `end` ends them."""
 
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
-        """Starts the stream now if one is enough wherever the ranks are placed. Then it starts while the workers start."""
+        """Starts the stream now if one stream is enough for every placement of the ranks.
+
+        It then starts while the workers start.
+        """
         self._task, self._limits = task, limits
         self._keepers: list[ActorHandle[StreamKeeper]] = []
         self._streams: list[list[DataIterator]] = []
@@ -60,7 +65,7 @@ class NodeStreams:
             self._streams.append(limits.split(task, ranks))
 
     def parts(self, nodes: Sequence[str]) -> list[DataIterator]:
-        """Returns the part of each rank, and starts the streams that don't run yet. `nodes`: the node of each rank."""
+        """Returns each rank's part of its stream, and starts the streams that don't run yet. `nodes`: the node of each rank."""
         if self._streams:
             return self._streams[0]
         grouped = groups(nodes, per_window(self._task.plan.shape))

@@ -32,7 +32,7 @@ from heliostat.data.mixing import Section, Shape, sections
 from heliostat.data.split import NEWEST, Split
 from heliostat.errors import ConfigError, DataError
 
-CHUNKS, WINDOW = 1, 2  # purposes of a permutation, so that equal numbers don't give equal orders
+CHUNKS, WINDOW = 1, 2  # purposes of a permutation: part of its key, so that an epoch and a window get different permutations
 RUN = 256  # chunks of an epoch whose samples are summed together
 SLICE = 1 << 20  # chunks that are processed together, because all at once could take much memory
 
@@ -205,10 +205,10 @@ class Order:
     # the samples -----------------------------------------------------------------------------------------------------
 
     def epoch(self, source: int, number: int) -> Epoch:
-        """Returns the order of a source's chunks in an epoch. Caches the newest epochs of all sources: two times their number."""
+        """Returns the order of a source's chunks in an epoch. Caches the newest epochs, twice as many as there are sources."""
         key = (source, number)
         known = self._epochs.get(key)
-        if known is None:  # two threads may compute it, but neither may find it removed
+        if known is None:  # two threads may compute the same epoch; neither may fail because the other removes it
             known = self._epochs[key] = Epoch(self.splits[source], (*self.key, CHUNKS, source, number))
             while len(self._epochs) > 2 * len(self.splits):
                 self._epochs.pop(next(iter(self._epochs)), None)

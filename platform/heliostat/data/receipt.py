@@ -1,14 +1,15 @@
-"""Computes receipts: a hash chain over the samples of every step. Anyone can recompute it from the shards.
+"""Computes receipts: a hash chain over the samples of every step. Anyone can recompute the chain from the shards.
 
 - A sample's digest is BLAKE2b-64 over its place (source, epoch, chunk, row) and its content.
 - A virtual rank's digest is BLAKE2b-64 over its samples' digests. So each worker hashes only its own samples.
 - A step's digest is BLAKE2b-128 over the digests of the virtual ranks, in ascending order.
 - The chain is h(t) = BLAKE2b-128(h(t-1) + step digest), from h(-1) = "".
 
-None of them depends on the number of workers.
+None of these digests depends on the number of workers.
 
-Receipts record the version of this scheme, except those of version 1. Each receipt is checked by its own version. Version 2 also
-hashes the names, types, and nulls of rows; for tokens it equals version 1. A resumed run continues with the newest version.
+A receipt records its version of this scheme; receipts of version 1 record none. Each receipt is checked by the rules of its
+version. Version 2 also hashes the names, types, and nulls of rows; for tokens it equals version 1. A resumed run continues with
+the newest version.
 """
 
 from __future__ import annotations

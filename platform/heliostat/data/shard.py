@@ -1,9 +1,10 @@
 """Reads Parquet shards: footers, byte ranges of row groups, and digests that detect a replaced file.
 
-The manifest holds the digest of every shard's footer. Each read of a row group compares it, so a replaced shard is detected. For
-shards that `prepare` wrote, the manifest also holds XXH3-128 of each row group's stored bytes. So changed bytes are detected even
-if the footer is the same and the page checksums are right. XXH3 detects accidents and replaced files at memory speed. It doesn't
-protect against an attacker who can also write the manifest; the manifest's SHA-256 names the dataset.
+The manifest holds the digest of every shard's footer. Each read of a row group compares this digest, so a replaced shard is
+detected. For shards that `prepare` wrote, the manifest also holds XXH3-128 of each row group's stored bytes. So changed bytes
+are detected even if the footer is the same and the page checksums are right. XXH3 detects accidents and replaced files at
+memory speed. It doesn't protect against an attacker who can also write the manifest; the manifest's SHA-256 identifies the
+dataset.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def read_footer(file: pa.NativeFile) -> Footer:
 
 
 def extent(parquet: pq.FileMetaData, group: int, column: str | None) -> tuple[int, int]:
-    """Computes the byte range (begin, end) of a row group in the file; with `column`, that of this column only."""
+    """Computes the byte range (begin, end) of a row group in the file; with `column`, the range of this column only."""
     info = parquet.row_group(group)
     every = [info.column(i) for i in range(info.num_columns)]
     ranges = [
@@ -69,7 +70,7 @@ def content_digests(data: bytes, column: str | None) -> list[str]:
 
 
 class ExchangedError(ValueError):
-    """Reports that a shard, or a row group of it, differs from the one in the manifest."""
+    """Reports that a shard or a row group isn't the one that the manifest lists."""
 
 
 def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:

@@ -4,12 +4,13 @@ Each row group has a *place* between 0 and 1, and is held out if its place is be
 includes the samples of a smaller one, at any sequence length. A document is in one row group, or in several row groups with the
 same place. So complete row groups hold out complete documents.
 
-If the manifest knows the places of the documents (a hash of the text), the greatest is the row group's place. `prepare` ends row
+If the manifest has the documents' places (hashes of their texts), a row group's place is their maximum. `prepare` ends row
 groups at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the documents below the fraction are held out.
 Otherwise, the place is a hash of the shard's footer digest and the row group's number.
 
-For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Then a run of
-rows is held out. It starts at a hashed row, grows with the fraction, and wraps from the last row to the first.
+For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Instead, some
+consecutive rows of it are held out. They start at a hashed row. Their number grows with the fraction. After the last row comes
+the first.
 """
 
 from __future__ import annotations
@@ -54,13 +55,19 @@ class Split:
         return int(self.samples.sum()) - int(self.held.sum())
 
     def train_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Converts training samples to rows. `chunk`: their row groups; `number`: their indices among its training samples."""
+        """Converts training samples to rows.
+
+        `chunk`: their row groups; `number`: their indices among the row group's training samples.
+        """
         samples, held_rows, start = self.samples[chunk], self.held[chunk], self.start[chunk]
         row = number + np.maximum(start + held_rows - samples, 0)
         return np.where(row >= start, row + held_rows, row)
 
     def held_rows(self, chunk: np.ndarray, number: np.ndarray) -> np.ndarray:
-        """Converts held-out samples to rows. `chunk`: their row groups; `number`: their indices among its held-out samples."""
+        """Converts held-out samples to rows.
+
+        `chunk`: their row groups; `number`: their indices among the row group's held-out samples.
+        """
         return (self.start[chunk] + number) % self.samples[chunk]
 
 
@@ -123,7 +130,7 @@ def growing_runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> 
 def runs(samples: np.ndarray, identity: np.ndarray, fraction: float) -> Split:
     """Holds out floor(samples * fraction + u) rows of each row group by the rules of version 1 of the data plan.
 
-    The held-out rows end within the row group, so their start depends on the fraction. In `growing_runs` it doesn't.
+    The held-out rows end within the row group, so their start depends on the fraction. In `growing_runs`, it doesn't.
     """
     first, second = _hashes(identity)
     held_out = np.minimum(np.floor(samples * fraction + first / 2.0**64).astype(np.int64), samples)

@@ -1,9 +1,9 @@
 """Streams the run's samples from storage through Ray Data to the workers, in exactly the order that `order` defines.
 
 `dataset` makes a Ray Dataset with the order's blocks, in order. A task (`Fetch`) fetches a window and yields its blocks one by
-one. So each window is read once, and its first block leaves before the last is cut. `split` gives block b to rank b mod N.
-`LaneStream` runs in the worker. It checks that every block is the expected one, and cuts steps from blocks. A run that resumes at
-step t starts at the round that contains t; nothing before it is read.
+one. So each window is read once, and its first block is sent before its last block is cut. `split` gives block b to rank b mod
+N. `LaneStream` runs in the worker. It checks that every block is the expected one, and cuts steps from blocks. A run that
+resumes at step t starts at the round that contains t; nothing before it is read.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ ENVELOPE = pa.schema(
     [("block", pa.int64()), ("digests", pa.large_binary()), ("content", pa.large_binary()), ("bad", pa.string())]
 )
 BAD = Format(list[Bad], "list of samples that were replaced")
-AHEAD = 64  # numbered windows that wait to be fetched; when it starts, Ray takes up to some hundred more at once
-COPIES = 4  # of a window during its fetch: its chunks, its samples, its blocks in transit, and the blocks just before them
+AHEAD = 64  # maximum number of windows that wait for a fetch; when the stream starts, Ray takes up to some hundred more
+COPIES = 4  # copies of a window during its fetch: its chunks, its samples, its blocks in transit, and the blocks before them
 
 
 @dataclass(frozen=True)
 class Fetch:
     """Fetches windows, as a Ray Data map task: takes the index of a window, and yields its blocks in the `wanted` ranges.
 
-    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (some ranks, the number of all ranks): only the
-    blocks of these ranks; None: of all ranks.
+    `windows`, `wanted`: ranges [begin, end) of windows and of blocks; `ranks`: (some ranks, the number of all ranks), to yield
+    only the blocks of these ranks; None: all blocks.
     """
 
     plan: DataPlan
@@ -112,7 +112,7 @@ def _one(data: pa.Buffer) -> pa.Array:
 
 
 def fetch(plan: DataPlan, order: Order, start_step: int, steps: int, replace: bool) -> Fetch:
-    """Makes the task that fetches the blocks of steps [start_step, steps). Blocks of skipped steps only are left out."""
+    """Makes the task that fetches the blocks of steps [start_step, steps). Leaves out blocks that only skipped steps use."""
     edges = [start_step, *sorted(at for at, _ in order.skips if start_step < at < steps), steps]
     wanted, windows = list[tuple[int, int]](), list[tuple[int, int]]()
     for begin, end in pairwise(edges):
@@ -135,8 +135,8 @@ class Windows(Datasource):
     `numbers` lists the indices, at most `count`.
 
     `ray.data.range` would make a task and a pickled description of every window when the stream starts. At 1.4 ms and 8 KB per
-    window, that is minutes and gigabytes for a run that reads terabytes. One task takes the same time for any number of windows.
-    Ray Data then fetches with few processes, each for many windows.
+    window, this takes minutes and gigabytes for a run that reads terabytes. One task takes the same time for any number of
+    windows. Ray Data then fetches with few processes, each for many windows.
     """
 
     def __init__(self, count: int, numbers: Callable[[], Iterable[int]]) -> None:
@@ -182,18 +182,18 @@ def dataset(
     labels: dict[str, str] | None = None,
     own_cpu: bool = True,
 ) -> ray.data.Dataset:
-    """Makes the Ray Dataset of the task's blocks, one Ray block for each.
+    """Makes the Ray Dataset of the task's blocks, with one Ray block for each.
 
     At most `concurrency` windows are in flight, fewer if `memory_limit` (bytes) doesn't allow that many. `sample_bytes`: mean
     size of a sample; `labels`: only nodes with these Ray labels fetch; `own_cpu`: each fetch task reserves one of Ray's CPUs.
-    Without it, the tasks share the CPUs of others.
+    If it is false, the fetch tasks share the CPUs of other tasks.
     """
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = 1  # one block per yielded row
     context.execution_options.preserve_order = True
     context.execution_options.label_selector = labels or None
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=memory_limit)
-    # blocks that a fetch task may yield before one is taken: a complete window. At Ray's default, 2, it would pause within one
+    # a fetch task may yield a complete window before a block is taken; at Ray's default, 2 blocks, it would pause in between
     context._max_num_blocks_in_streaming_gen_buffer = task.plan.shape.window // task.plan.shape.block
     context.enable_progress_bars = False
     context.print_on_execution_start = False

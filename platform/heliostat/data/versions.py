@@ -5,8 +5,8 @@ after their content, too: `files/tokenizer-9c01....json`. So a new version never
 files, and equal input gives equal names. Guarantees:
 
 - Only two kinds of files are removed: those that a replaced version's manifest lists, and files with names of these two forms
-  that no version lists. A killed `prepare` leaves the latter. They are removed at the age of a day, because another `prepare` may
-  be writing them.
+  that no version lists. A killed `prepare` leaves the latter. Files of this kind are removed when they are a day old, because
+  another `prepare` may be writing younger ones.
 - A replaced version stays for `keep_s` seconds, for the runs that read it. A later `prepare` removes it.
 - `prepared.json` is the folder's record. A folder that has other files, but neither record nor manifest, isn't a dataset of
   heliostat.
@@ -94,7 +94,7 @@ def read_record(location: Location) -> dict[str, Any]:
         first = min(i.base_name for i in files)
         raise ConfigError(
             f"output: {location}: not empty, and not a heliostat dataset ({RECORD} is missing, {first!r} is "
-            "there). Name another folder, or empty this one"
+            "there). Use another folder, or empty this one"
         ) from e
     return {}
 
@@ -143,7 +143,7 @@ def _alive(pid: object, started: object) -> bool:
 
 
 def listing(location: Location) -> dict[str, pafs.FileInfo]:
-    """Lists the files in the dataset's folder whose names have the forms of `prepare`, by relative path."""
+    """Lists the files in the dataset's folder whose names have the forms that `prepare` uses, by relative path."""
     selector = pafs.FileSelector(location.path, recursive=True, allow_not_found=True)
     files = location.attempt(lambda: location.fs.get_file_info(selector))
     paths = ((i.path[len(location.path) + 1 :], i) for i in files if i.type == pafs.FileType.File)
@@ -238,7 +238,7 @@ def publish(location: Location, dataset: Manifest) -> None:
 def save_beside(location: Location) -> None:
     """Copies files with plain names, such as `tokenizer.json`, before a new version overwrites them.
 
-    Only versions without `files` in their metadata need it: the others have copies of their own.
+    Only versions without `files` in their metadata need these copies. Other versions have their own.
     """
     try:
         newest = manifest.read(location)
