@@ -204,7 +204,7 @@ def test_a_dataset_that_is_missing_says_so_and_leaves_no_folder(tmp_path, monkey
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="Linux has it")
 def test_a_folder_that_takes_no_receipts_is_refused_before_training(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AccessError, match=r"^folder: /proc/x: can't write to the folder /proc\. Name another place$"):
+    with pytest.raises(AccessError, match=r"^folder: /proc/x: can't write to the folder /proc\. Use another location$"):
         heliostat.datasets({"sources": [{"path": "d"}], "sequence_length": 8}, steps=1, global_batch_size=8, folder="/proc/x")
 
 

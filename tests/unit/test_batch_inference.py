@@ -287,7 +287,7 @@ def test_drawing_into_a_folder_that_cannot_be_is_refused_before_ray_starts(model
 def test_a_place_that_takes_no_answer_is_refused_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(exported, "generator", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").write_text("")
-    for out, why in ((tmp_path, "is a folder. Name a file in it"), (tmp_path / "file" / "a.txt", "can't write to the folder")):
+    for out, why in ((tmp_path, "is a folder. Use a file in it"), (tmp_path / "file" / "a.txt", "can't write to the folder")):
         with pytest.raises(AccessError, match=why):
             generate.generate(model, "a", {}, 0, str(out))
 

@@ -132,12 +132,12 @@ def test_what_is_not_what_the_hub_lists_is_refused_and_removed(hub):
     hub.push("org/m", MODEL)
     hub.changed["model.safetensors"] = WEIGHTS[:-1] + b"?"
     message = refusal("org/m")
-    assert "model.safetensors isn't what the Hub lists" in message and "Start again" in message
+    assert "model.safetensors isn't the file that the Hub lists" in message and "Start again" in message
     hub.changed.clear()
     folder = files.model("k", resolved("org/m"))
     damaged = (folder / "model.safetensors").resolve()
     damaged.write_bytes(b"!" + WEIGHTS[1:])
-    with pytest.raises(DataError, match="isn't what the Hub lists"):
+    with pytest.raises(DataError, match="isn't the file that the Hub lists"):
         files.model("k", resolved("org/m"))
     assert not damaged.exists()
     assert (files.model("k", resolved("org/m")) / "model.safetensors").read_bytes() == WEIGHTS
@@ -191,7 +191,7 @@ def test_a_lock_that_another_process_keeps_is_waited_for_with_a_deadline(hub, mo
             "absent",
             "no folder 'org/absent' here, and no model 'org/absent' on the Hub (401). Check the name; if it is private, log in",
         ),
-        ("m@v9", "org/m has no revision 'v9' (404). Name a branch, a tag, or a commit"),
+        ("m@v9", "org/m has no revision 'v9' (404). Use a branch, a tag, or a commit"),
         ("gated", "org/gated: the Hub denies access (401). Accept the terms at"),
         ("pickled", "org/pickled has no safetensors (pytorch_model.bin is a pickle, which can run code). Convert it at https://"),
         ("limited", "here, and the Hub limits requests (429). Wait some minutes, or log in for a higher limit: hf auth login"),
@@ -255,7 +255,7 @@ def test_without_a_network_the_cache_is_used(hub, monkeypatch, caplog):
     assert refusal("org/other").endswith("Unset it, or run on a machine with a network and copy the cache: hf download org/other")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     hub.failing = 9
-    assert resolved("org/m") == name and f"using {name.revision} of the cache" in caplog.text
+    assert resolved("org/m") == name and f"using {name.revision} from the cache" in caplog.text
 
 
 def test_a_cache_that_hugging_face_filled_is_taken_and_checked(hub, tmp_path, monkeypatch):
@@ -268,14 +268,14 @@ def test_a_cache_that_hugging_face_filled_is_taken_and_checked(hub, tmp_path, mo
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert here(files.model("k", resolved("org/m"))) >= {*ABOUT, "model.safetensors"}
     (folder / "config.json").resolve().write_bytes(b"{'model_type': 'other'}")
-    with pytest.raises(DataError, match=r"config.json isn't what the Hub lists"):
+    with pytest.raises(DataError, match=r"config.json isn't the file that the Hub lists"):
         files.model("k", resolved("org/m"))
 
 
 @pytest.mark.parametrize("path", ["../../outside.json", "/outside.json", "a//b.json"])
 def test_a_list_that_leads_out_of_the_cache_is_refused(hub, path):
     hub.push("org/m", {**MODEL, path: b"{}"})
-    assert "isn't a place inside it" in refusal("org/m")
+    assert "is outside the repository" in refusal("org/m")
 
 
 # datasets ------------------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_a_disk_that_takes_no_writes_is_no_store_that_may_come_back(tmp_path):
     (tmp_path / "gone").symlink_to(tmp_path / "unmounted")
     (tmp_path / "file").touch()
     for name in ("gone", "file"):
-        with pytest.raises(AccessError, match=rf"can't write to the folder .*/{name}\. Name another place$"):
+        with pytest.raises(AccessError, match=rf"can't write to the folder .*/{name}\. Use another location$"):
             Location(str(tmp_path / name / "runs")).require_writable()
     Location("s3://bucket/runs").require_writable()  # whether a bucket takes writes is found out by a write
 
@@ -231,10 +231,10 @@ def test_a_probe_reports_a_store_that_is_away_once(monkeypatch, caplog):
 @pytest.mark.parametrize("place", ["/proc/of-heliostat", "/proc/of-heliostat/runs"])
 def test_a_folder_of_the_kernels_takes_no_output(place):
     """Its owner, root, may write to /proc, but can't create a file there. The error is one line, not FileNotFoundError."""
-    with pytest.raises(AccessError, match=r"can't write to the folder .*\. Name another place$"):
+    with pytest.raises(AccessError, match=r"can't write to the folder .*\. Use another location$"):
         Location(place).require_writable()
     for write in (lambda: Location(place).write(b"x"), lambda: Location(place).create(b"x")):
-        with pytest.raises(AccessError, match=rf"^{place}: can't create a file here\. Name another place$"):
+        with pytest.raises(AccessError, match=rf"^{place}: can't create a file here\. Use another location$"):
             write()
 
 

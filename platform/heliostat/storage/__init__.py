@@ -6,5 +6,5 @@ May import: no other room.
 
 from heliostat import extras
 
-# pipelines of users import `Location` from here, because this package was a module
+# users' pipelines import `Location` from here, because this package was once a module
 __getattr__, __dir__ = extras.lazy_names(__name__, {"Location": "heliostat.storage.locations"})

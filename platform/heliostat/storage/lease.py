@@ -5,13 +5,13 @@
         held.fence.check()  # before writing a file that others build on, and before removing anything
 
 `lease/00000007.json` is the seventh lease of the folder. The lease with the highest number is valid. A driver takes a lease by
-creating its file, which fails if the number is taken. So of drivers that start together, one gets it. The holder rewrites the
-file every RENEW_S, and marks it as released at the end. A driver may take the next number if the lease is released, or its holder
-is dead. A holder is dead if its process is gone or, on another machine, if it was silent for SILENCE_S. Clocks of two machines
-are never compared.
+creating its file, which fails if the number is taken. So if several drivers start together, only one gets the lease. The holder
+rewrites the file every RENEW_S, and marks the lease as released at the end. A driver may take the next number if the lease is
+released, or its holder is dead. A holder is dead if its process is gone or, on another machine, if it was silent for SILENCE_S.
+Clocks of two machines are never compared.
 
-The number is the fencing token. A live holder that was taken for dead finds a higher number, and stops without writing. It checks
-the number before it writes each `checkpoint.json`, and before it prunes anything.
+The number is the fencing token. If a live holder was taken for dead, it finds a higher number, and stops without writing. It
+checks for a higher number before it writes each `checkpoint.json`, and before it prunes anything.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def take(
 ) -> Lease:
     """Takes the folder's lease; ConfigError if another driver has it.
 
-    Waits up to SILENCE_S seconds if only time shows whether that driver is alive. For the error: `doing` is what it does to the
-    folder, `instead` is what a person can do, and `field` is the field that chose the folder.
+    Waits up to SILENCE_S seconds if only time shows whether that driver is alive. The other arguments are for the error. `doing`:
+    the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose the folder.
     """
     for _ in range(TRIES):
         number = newest_number(folder)
@@ -147,7 +147,7 @@ def take(
         place = _place(folder, number + 1)
         if not place.create(mine.dump()):
             newer = _read(folder, number + 1)
-            if newer is None or newer.id != mine.id:  # else it is ours, and the answer was lost
+            if newer is None or newer.id != mine.id:  # otherwise this lease is ours, and the answer was lost
                 continue
         if newest_number(folder) == number + 1:
             return Lease(folder, number + 1, mine)
@@ -194,7 +194,7 @@ def _place(folder: Location, number: int) -> Location:
 
 
 def _read(folder: Location, number: int) -> Holder | None:
-    """Reads the holder of a lease; None if the file is missing or damaged, because then there is no process to check."""
+    """Reads the holder of a lease; None if the file is missing or damaged, because then no process can be checked."""
     for wait in (0.1, 1.0, 0.0):  # without hard links, a new file is empty for a moment
         try:
             return Holder(**json.loads(_place(folder, number).read()))
@@ -207,7 +207,9 @@ def _read(folder: Location, number: int) -> Holder | None:
 
 
 def _machine() -> str:
-    """Identifies this boot of this host, this process namespace, and this user. Process ids are meaningful only within them.
+    """Identifies this boot of this host, this process namespace, and this user.
+
+    Process ids are meaningful only within this combination.
 
     The user counts because some users can't see the processes of others.
     """

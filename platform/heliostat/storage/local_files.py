@@ -1,6 +1,6 @@
 """Makes temporary folders, shares a cache between the processes of a machine, and creates files without overwriting others.
 
-`tempfile` removes a temporary folder only if its process ends normally. So `temporary_folder` also removes those of killed
+`tempfile` removes a temporary folder only if its process ends normally. So `temporary_folder` also removes the folders of killed
 processes. A cache is in a folder of this user only. One process makes an entry while the others wait for its lock. An entry that
 no process used for a day is deleted.
 """
@@ -28,7 +28,10 @@ NEW_S = 60.0  # seconds: a younger folder may not be locked yet
 
 @contextmanager
 def temporary_folder(prefix: str) -> Iterator[Path]:
-    """Makes a temporary folder and locks it. First removes this machine's unlocked ones: their processes were killed."""
+    """Makes a temporary folder and locks it.
+
+    First removes this machine's unlocked folders, because their processes were killed.
+    """
     prefix = f"{prefix}{socket.gethostname()}-"  # the lock of a folder on a shared file system is valid on one machine only
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with suppress(OSError), _locked(left, fcntl.LOCK_NB) as status:
@@ -44,8 +47,8 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
     """Locks a folder against other processes, and yields its status.
 
-    OSError if it is a link or not a folder. If another process has the lock: waits, or with LOCK_NB, OSError. A process that only
-    checks the age of a new folder releases it at once.
+    Raises OSError if the path is a link or isn't a folder. If another process has the lock, waits; with LOCK_NB, raises OSError
+    instead. A process that only checks the age of a new folder releases the lock at once.
     """
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -70,7 +73,7 @@ def is_ours(place: Path) -> bool:
 def alone(file: Path, wait_s: float) -> Iterator[None]:
     """Holds the lock of a file or folder in a cache. The lock ends with the process.
 
-    OSError if it can't be acquired within `wait_s` seconds, or if other users have access to the cache.
+    OSError if the lock can't be acquired within `wait_s` seconds, or if other users have access to the cache.
     """
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not is_ours(file.parent):
@@ -97,7 +100,7 @@ def remove_unused(file: Path) -> None:
 
 
 def put_new(path: str, data: bytes) -> bool:
-    """Writes a file if none has this name; returns False, and changes nothing, if one exists.
+    """Creates a file. If the file exists, changes nothing and returns False.
 
     The file appears complete, because it is a hard link to a complete file. On a file system without links, it is opened as a new
     file.
@@ -139,6 +142,6 @@ def require_database(key: str, place: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise ConfigError(f"{key}: can't read {place} ({e.strerror}). Name the file of an SQLite database") from e
+        raise ConfigError(f"{key}: can't read {place} ({e.strerror}). Use the file of an SQLite database") from e
     if begin and begin != SQLITE:
-        raise ConfigError(f"{key}: {place} isn't an SQLite database. Name another file")
+        raise ConfigError(f"{key}: {place} isn't an SQLite database. Use another file")

@@ -2,10 +2,10 @@
 
 - A write is atomic: a reader sees the old bytes or the new ones. Exception: if the local file of an S3 upload can't be read to
   its end, pyarrow completes the upload anyway. So readers of uploads compare sizes.
-- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. StorageError if it
-  doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
+- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. StorageError if the
+  store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
 - Rejected credentials, and requests that can't succeed, fail at once. The next request reads the credentials again.
-- A missing object is FileNotFoundError. Damaged content is never reported as a fault of the store.
+- A missing object raises FileNotFoundError. Damaged content is never reported as a fault of the store.
 
 Credentials come from the environment only (`AWS_*`, instance roles). `s3_client` describes the query of a URI. A Location pickles
 as its URI.
@@ -39,19 +39,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKOFF = Backoff(0.2, 8.0, jitter=0.5)
-PROBE_S = 3.0  # seconds in which a busy store that rejects one request accepts another
-AWAY_S = 1800.0  # seconds to wait for an unreachable store that would end running work
+PROBE_S = 3.0  # seconds to repeat a request; a busy store may reject one request and accept the next
+AWAY_S = 1800.0  # seconds to wait for an unreachable store, because its error would end running work
 PATIENT = Backoff(1.0, 60.0, jitter=0.2)
 LISTINGS = 20  # attempts to list a folder on disk that other processes change meanwhile
 UPLOAD_BLOCK = 16 << 20  # bytes per read of a file
 UPLOAD_WINDOW = 64 << 20  # bytes that may be in transit to the store before waiting for their arrival
-UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by 1 s for so many bytes; else a long upload could never restart
+UPLOAD_BYTES_PER_S = 10 << 20  # an upload's budget grows by 1 s per this many bytes; otherwise a long upload could never restart
 # a path that a record must not contain: absolute, with an empty part, `.` or `..`, split by / or \, or with a control character
 LEAVES = r"(^|[/\\])\.{0,2}([/\\]|$)|[\x00-\x1f\x7f]"
 
 
 def is_inside(path: str) -> bool:
-    """Returns whether a path in a record is inside the folder that it is relative to, judging by its text."""
+    """Returns whether a relative path in a record stays inside its folder, judging by its text."""
     return re.search(LEAVES, path) is None
 
 
@@ -168,7 +168,7 @@ class Location:
         self.send(lambda out: out.write(data), len(data), synced)
 
     def create(self, data: bytes) -> bool:
-        """Writes only if nothing exists here; returns False if something does. Of several concurrent calls, one succeeds.
+        """Writes the file if nothing exists here; otherwise returns False. Of several concurrent calls, only one succeeds.
 
         If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
         """
@@ -194,7 +194,7 @@ class Location:
         self.send(copy, local.stat().st_size)
 
     def send(self, fill: Callable[[pa.NativeFile], object], size: int, synced: bool = False) -> None:
-        """Writes the bytes that `fill` puts into the stream, about `size`. After a fault, `fill` may be called again."""
+        """Writes the bytes that `fill` puts into the stream, about `size` bytes. After a fault, `fill` may be called again."""
         self.attempt(lambda: self._put(fill, synced), retry_budget() + size / UPLOAD_BYTES_PER_S)
 
     def _put(self, fill: Callable[[pa.NativeFile], object], synced: bool = False) -> None:
@@ -224,7 +224,7 @@ class Location:
         try:
             yield
         except FileNotFoundError as e:
-            raise AccessError(f"{self.uri}: can't create a file here. Name another place", self.uri) from e
+            raise AccessError(f"{self.uri}: can't create a file here. Use another location", self.uri) from e
 
     def files(self) -> list[tuple[str, int]]:
         """Lists all files below this folder as (relative path, bytes), sorted; empty if the folder is missing."""
@@ -287,7 +287,7 @@ class Location:
     def probe(self) -> None:
         """Checks within seconds that the store answers. StorageError if it is unreachable; AccessError if it rejects the request.
 
-        Also AccessError if it lacks the bucket. A failed request is repeated for up to PROBE_S.
+        Also raises AccessError if the store lacks the bucket. A failed request is repeated for up to PROBE_S.
         """
         if not self.is_s3:
             self.attempt(lambda: self.fs.get_file_info(self.path), budget_s=0)
@@ -303,9 +303,9 @@ class Location:
             raise self._no_bucket()
 
     def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
-        """Waits until the store answers, for at most AWAY_S; then StorageError. AccessError at once.
+        """Waits until the store answers; StorageError after AWAY_S seconds. An AccessError is raised at once.
 
-        Use it for running work, such as a resumed run: ending it would cost more than waiting.
+        Use it for running work, such as a resumed run, because ending the work would cost more than waiting.
         """
 
         def judge(error: Exception) -> None:
@@ -327,13 +327,13 @@ class Location:
         while not self.is_s3 and not os.path.lexists(nearest):
             nearest = nearest.parent
         if not self.is_s3 and not (nearest.is_dir() and os.access(nearest, os.W_OK) and local_files.takes_files(nearest)):
-            raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Name another place")
+            raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Use another location")
 
     def require_file(self) -> None:
         """Raises AccessError if no file can be written here, or if this is a folder; StorageError if the store is unreachable."""
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
-            raise AccessError(f"{self.uri}: is a folder. Name a file in it")
+            raise AccessError(f"{self.uri}: is a folder. Use a file in it")
         if not self.is_s3:
             Location(str(Path(self.path).parent)).require_writable()
 
@@ -348,14 +348,14 @@ class Location:
     def attempt(self, operation: Callable[[], T], budget_s: float | None = None) -> T:
         """Runs an operation on this place, such as reading a row group, and repeats it while the store fails.
 
-        It must be possible to repeat the operation from its start. FileNotFoundError, and errors about the content, pass through
-        at once. An attempt begins only if it ends within the budget (seconds), assuming that it takes as long as the last one.
+        The operation must be repeatable from its start. FileNotFoundError, and errors about the content, pass through at once. An
+        attempt begins only if it ends within the budget (seconds), assuming that it takes as long as the last one.
         """
         budget_s = retry_budget() if budget_s is None else budget_s
         return retries.retry(operation, budget_s, BACKOFF, self._judge, self._give_up, self._tell)
 
     def _judge(self, error: Exception) -> None:
-        """Raises the error that an operation's error means here; returns if it is a fault of the store, which may pass."""
+        """Raises heliostat's error for an operation's error. Returns if the store has a fault that may be temporary."""
         if isinstance(error, (FileExistsError, NotADirectoryError, IsADirectoryError)):
             raise AccessError(
                 f"{self.uri}: a file is where a folder is needed, or a folder where a file is needed", self.uri

@@ -1,7 +1,7 @@
-"""Reads the JSON records in the folders of runs, sweeps, and models. An invalid record is an error of one line.
+"""Reads the JSON records in the folders of runs, sweeps, and models. An invalid record raises a one-line error.
 
-A `Format` defines one kind of record, and every reader uses it. So a truncated, edited, or foreign file gives one error that
-names the file and its first fault. The code after it gets only the values that it expects.
+A `Format` defines one kind of record, and every reader uses it. So a truncated, edited, or foreign file raises one error, with
+the file's name and its first fault. Code that uses a record gets only values that it expects.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | int | float | boo
 Whole = Annotated[int, Field(ge=0, lt=2**53)]  # a count or a position: arithmetic on a few of them stays within 64 bits
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
-Inside = Annotated[str, AfterValidator(lambda path: _inside(path))]  # a path that stays in the folder that it is relative to
+Inside = Annotated[str, AfterValidator(lambda path: _inside(path))]  # a relative path that stays inside its folder
 AGAIN = 5  # maximum number of further reads of a file that keeps changing
 closed = with_config(ConfigDict(extra="forbid"))  # for a dataclass whose records have its fields and no others
 open_ = with_config(ConfigDict(extra="allow"))  # for a TypedDict whose records may have more keys
@@ -33,7 +33,7 @@ class Format(Generic[T]):
     """Defines one kind of record.
 
     `kind`: a dataclass, or any type that pydantic supports; `what`: its name in errors; `error`: the class of errors; `check`:
-    describes what is wrong with a value of that type, or returns None; `fix`: what a person can do.
+    describes the fault in a value of that type, or returns None; `fix`: advice for the user.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Format(Generic[T]):
     def read(self, place: Location | Path) -> T:
         """Reads the record in a file; FileNotFoundError if the file is missing, `error` if the record is invalid.
 
-        If another process replaces the file meanwhile, reads it again: the length of an object is requested before its bytes. So
-        these may be truncated, or followed by other bytes.
+        An object's length is requested before its bytes. So if another process replaces the file meanwhile, the bytes may be
+        truncated, or followed by other bytes. In this case, the file is read again.
         """
         data = _bytes(place)
         for _ in range(AGAIN):

@@ -1,4 +1,4 @@
-"""Retries actions that fail temporarily, within a budget in seconds. Each wait is twice as long as the one before.
+"""Retries actions that fail temporarily, within a budget in seconds. Each wait is twice as long as the previous wait.
 
 `diagnose` decides from an error of the store or the operating system whether another attempt can help.
 """
@@ -34,11 +34,11 @@ FINAL = {
 
 @dataclass(frozen=True)
 class Backoff:
-    """Describes the waits between attempts, in seconds. Each is twice the one before, from `first` to `longest`."""
+    """Describes the waits between attempts, in seconds. Each wait is twice the previous one, from `first` to `longest`."""
 
     first: float
     longest: float
-    jitter: float = 0.0  # share by which waits vary at random, so that clients that fail together don't retry together
+    jitter: float = 0.0  # fraction by which waits vary at random, so that clients that fail together don't retry together
 
     @property
     def shortest(self) -> float:
@@ -53,7 +53,7 @@ class Backoff:
 
 @dataclass(frozen=True)
 class FailedAttempts:
-    """Describes the failed attempts so far, for the decision on another one."""
+    """Describes the failed attempts so far, for the decision whether to try again."""
 
     error: Exception
     count: int
@@ -69,14 +69,14 @@ def retry(
     report: Callable[[FailedAttempts, float], None] = lambda failure, wait: None,
     sleep: Callable[[float], object] | None = None,
 ) -> T:
-    """Runs an action until it succeeds. It must be possible to repeat the action from its start.
+    """Runs an action until it succeeds. The action must be repeatable from its start.
 
     - `judge` raises for an error that another attempt can't fix.
     - `give_up` raises once the budget, in seconds, is used up.
     - `report` gets each failure and the wait after it. `sleep` waits instead of `time.sleep`.
 
-    An attempt begins only if it would end within the budget, taking as long as the last one. The last wait is
-    shortened, so that the budget is used to its end.
+    An attempt begins only if it would end within the budget, assuming that it takes as long as the last attempt. The last wait is
+    shortened, so that the complete budget is used.
     """
     start, count = time.monotonic(), 0
     while True:
@@ -96,7 +96,7 @@ def retry(
 
 
 def retry_budget() -> float:
-    """Reads the seconds for which a failing store is retried from the environment; ConfigError for an invalid number."""
+    """Reads the retry budget for a failing store, in seconds, from the environment; ConfigError for an invalid number."""
     raw = os.environ.get(BUDGET, "60")
     try:
         budget_s = float(raw)
@@ -119,8 +119,8 @@ def patience(budget_s: float) -> tuple[int, float]:
 def diagnose(error: OSError) -> str:
     """Classifies an error: `refused`, `missing`, `hopeless`, `fault` (of the store, so a retry can help) or `content`.
 
-    pyarrow has one class for all of them. Errors of its S3 client contain AWS or S3, and errors of the operating system have a
-    number. An OSError without either comes from a Parquet or codec library, and is about the bytes.
+    pyarrow has one class for all these errors. Errors of its S3 client contain AWS or S3, and errors of the operating system have
+    a number. An OSError without either comes from a Parquet or codec library, and is about the bytes.
     """
     _, mark, answer = str(error).rpartition("AWS Error")  # the text before it contains names of key and bucket
     words = re.sub(r"[^a-z0-9]", "", answer.lower())

@@ -1,6 +1,7 @@
 """Sends S3 requests that pyarrow's client doesn't support: conditional reads and puts, parallel listings, requester-pays buckets.
 
-It uses boto3 with the same credentials and endpoints. Faults become OSErrors in the words of pyarrow, for `retries.diagnose`.
+It uses boto3 with the same credentials and endpoints. Its errors become OSErrors with pyarrow's wording, so that
+`retries.diagnose` can classify them.
 
 The query of an `s3://` URI describes its store: `?endpoint_override=HOST:PORT&scheme=http&region=R&anonymous=true`.
 
@@ -76,7 +77,7 @@ def given(query: str) -> dict[str, str]:
         if value not in VALUES.get(key, (value,)):
             raise ConfigError(f"s3://...?{key}={value}: must be {' or '.join(VALUES[key])}")
     if options.get("anonymous") == "true" and "request_payer" in options:
-        raise ConfigError("s3://...?anonymous=true&request_payer: an anonymous caller can't pay. Remove one of the two")
+        raise ConfigError("s3://...?anonymous=true&request_payer: an anonymous caller can't pay. Remove one of these options")
     return options
 
 
@@ -95,7 +96,7 @@ def resolve(query: str) -> S3Options:
 
 
 class RewrittenError(Exception):
-    """Reports that an object isn't the expected one, because it was written since."""
+    """Reports that an object isn't the expected one, because it was overwritten."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str, begin: int, end: int, etag: str = "") -> bytes:
-        """Reads bytes [begin, end) of an object; RewrittenError if `etag` is given and the object has another."""
+        """Reads bytes [begin, end) of an object; RewrittenError if `etag` is given and the object has another ETag."""
         bucket, _, key = path.partition("/")
         ask = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
         try:
@@ -175,9 +176,9 @@ class Store:
         return data
 
     def create(self, path: str, data: bytes) -> bool:
-        """Puts an object only if none exists; returns whether it did.
+        """Writes an object only if no object exists; returns whether it wrote one.
 
-        If the answer to a successful put is lost, the repeated put returns False. So the data must show who wrote it.
+        If the answer to a successful write is lost, the repeated write returns False. So the data must show who wrote it.
         """
         if self.payer:
             raise PermissionError(ONLY_READ)
@@ -192,7 +193,7 @@ class Store:
 
 def _listed(path: str, size: int, answer: dict[str, Any]) -> Listed:
     modified, etag = answer["LastModified"], answer.get("ETag", "").strip('"')
-    etag = "" if etag.startswith("W/") else etag  # a weak one: no conditional read matches it
+    etag = "" if etag.startswith("W/") else etag  # a weak ETag: no conditional read matches it
     return Listed(path, pafs.FileType.File, size, round(modified.timestamp() * 1000) * 1_000_000, etag)
 
 
@@ -221,7 +222,7 @@ def client(query: str, attempts: int, silence_s: float) -> BaseClient:
 
 
 def _time(written: str) -> datetime:
-    """Parses a time. Times in listings are parsed fast, because they would take most of a listing's time."""
+    """Parses a time. Times in listings have a fast parser, because parsing would otherwise take most of a listing's time."""
     from botocore.utils import parse_timestamp
 
     with suppress(TypeError, ValueError):
@@ -257,9 +258,9 @@ def files_below(path: str, listed: Callable[[str, bool], list[Listed]]) -> list[
 
     `listed`: lists the entries directly in a folder or, with True, everything below it.
 
-    A store lists page by page, and each page names the next: a million objects take a thousand answers, one after another. So the
-    search for folders continues until there are ENOUGH. Then each folder is listed separately. One stream lists everything if
-    there are no folders, or if they are so small that separate requests would be more work.
+    A store lists page by page, and each page contains the start of the next page. So a million objects take a thousand answers,
+    one after another. To list in parallel, this function first searches for ENOUGH folders. Then it lists each folder separately.
+    If there are no folders, or if they are so small that separate requests would be more work, one stream lists everything.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         direct, folders = _split(listed(path, False))
@@ -296,7 +297,7 @@ def _sorted(infos: list[Listed]) -> list[Listed]:
 def file_system(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
     """Makes a pyarrow file system for a requester-pays bucket, which pyarrow's own client doesn't support.
 
-    Every request carries `x-amz-request-payer`. Such a bucket belongs to somebody else, so it is read-only.
+    Every request carries `x-amz-request-payer`. A requester-pays bucket belongs to another account, so it is read-only.
     """
     return pafs.PyFileSystem(_Handler(Store(query, attempts, silence_s)))
 

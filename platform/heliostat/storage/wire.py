@@ -3,7 +3,7 @@
     data = wire.pack({"step": 7, "digests": array})
     wire.unpack(data)
 
-Unlike pickle, decoding never runs code that the bytes choose. Values are numbers, text, bytes, None, lists, tuples, ranges, and
+Unlike with pickle, decoding never runs code from the bytes. Values are numbers, text, bytes, None, lists, tuples, ranges, and
 dictionaries of them. NumPy arrays, CPU tensors, Arrow tables, and the errors of `heliostat.errors` are supported, too. So are
 instances of dataclasses and named tuples that `@wire.travels` registers.
 """
@@ -133,7 +133,7 @@ def _unpack_table(data: bytes) -> pa.Table:
 
 
 def _pack_error(value: HeliostatError) -> bytes:
-    """Encodes an error: its class in `heliostat.errors`, or the one that it derives from, its arguments, and its attributes."""
+    """Encodes an error: its class in `heliostat.errors` (or its base class there), its arguments, and its attributes."""
     value = innermost(value) or value
     kind = next(c for c in type(value).__mro__ if c.__module__ == errors.__name__)
     args = value.args if type(value) is kind else (str(value),)
@@ -150,7 +150,7 @@ def _unpack_error(data: bytes) -> HeliostatError:
         raise ValueError(f"{name!r} isn't a heliostat error")
     try:
         error = kind(*args)
-    except TypeError:  # a subclass with other arguments
+    except TypeError:  # the subclass takes other arguments
         error = WorkerError(text)
     vars(error).update(attributes)
     return error
@@ -167,7 +167,7 @@ def _unpack_record(data: bytes) -> object:
 
 
 _PLAIN: tuple[Any, ...] = (dict, list, str, bytes, int, float)  # subclasses of these are sent as plain values
-# by the code of a MessagePack extension type: the class of its values (None: recognized otherwise), encoder, decoder
+# by the code of a MessagePack extension type: (class of its values, or None if it is recognized otherwise; encoder; decoder)
 _CODES: dict[int, tuple[type | None, Callable[[Any], bytes], Callable[[bytes], object]]] = {
     TUPLE: (tuple, lambda value: pack(list(value)), lambda data: tuple(unpack(data))),
     RANGE: (range, lambda value: pack([value.start, value.stop, value.step]), lambda data: range(*unpack(data))),

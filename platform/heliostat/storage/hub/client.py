@@ -1,8 +1,8 @@
 """Sends requests to the Hugging Face Hub, and explains failures in one line each: 401, 403, 404, 429, and no answer.
 
-Temporary failures (429, 5xx, broken connections) are retried for HELIOSTAT_RETRY_BUDGET_S seconds. Settings are those of Hugging
-Face: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, and the token of `hf auth login`. All messages are heliostat's
-own text. So no token, signed URL, or request header reaches a log.
+Temporary failures (429, 5xx, broken connections) are retried for HELIOSTAT_RETRY_BUDGET_S seconds. The settings are Hugging
+Face's: HF_ENDPOINT, HF_HOME, HF_HUB_CACHE, HF_HUB_OFFLINE, HF_TOKEN, and the token of `hf auth login`. heliostat writes all
+messages itself. So no token, signed URL, or request header reaches a log.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BACKOFF = Backoff(0.5, 15.0, jitter=0.3)
-AWAY_S = 5.0  # seconds to resolve a name; then the cache is used
-ASK_S = 10.0  # seconds without a byte of an answer
+AWAY_S = 5.0  # seconds to resolve a name to a commit; after that, the cache is used
+ASK_S = 10.0  # seconds to wait for a byte of an answer
 RECEIVED = 1 << 20  # bytes per write
-PASSES = {408, 425, 429}  # statuses that may pass, in addition to 500 and above
+PASSES = {408, 425, 429}  # HTTP statuses that may be temporary, in addition to 500 and above
 NO_ROOM = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
@@ -65,8 +65,8 @@ def api() -> HfApi:
 def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None = None) -> T:
     """Runs a request about a model or dataset, and repeats it while the Hub fails.
 
-    `key`: the field that errors begin with; `budget_s`: seconds. ConfigError if the Hub rejects the request; HubAwayError if it
-    doesn't answer within the budget.
+    `key`: the field that errors begin with; `budget_s`: seconds. ConfigError if the Hub rejects the request; HubAwayError if the
+    Hub doesn't answer within the budget.
     """
 
     def judge(error: Exception) -> None:
@@ -93,7 +93,7 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
 
 def information(name: HubName) -> ModelInfo | DatasetInfo:
-    """Requests the Hub's description of a name's revision, as it is now."""
+    """Requests the Hub's current description of a name's revision."""
     if name.kind == "dataset":
         return api().dataset_info(name.repo, revision=name.revision, timeout=ASK_S)
     return api().model_info(name.repo, revision=name.revision, timeout=ASK_S)
@@ -108,7 +108,7 @@ def receive(name: HubName, path: str, size: int, partial: Path) -> None:
     headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
     place = get_hf_file_metadata(url, timeout=ASK_S, endpoint=endpoint()).location
     if urlsplit(place).netloc != urlsplit(endpoint()).netloc:
-        headers.pop("authorization", None)  # on another host, such as the store of large files
+        headers.pop("authorization", None)  # not for another host, such as the store of large files
     with partial.open("ab") as out:
         if out.tell() > size:
             out.truncate(0)
@@ -169,9 +169,9 @@ def _rejected(name: HubName, status: int, error: Exception) -> str:
     if status == 401 and code != "RepoNotFound":
         return f"{name.repo}: the Hub doesn't accept the token (401). Log in again: hf auth login, or set HF_TOKEN"
     if code == "RevisionNotFound":
-        return f"{name.repo} has no revision {name.revision!r} (404). Name a branch, a tag, or a commit of {page}/commits/main"
+        return f"{name.repo} has no revision {name.revision!r} (404). Use a branch, a tag, or a commit of {page}/commits/main"
     if code == "EntryNotFound":
-        return f"{name.repo}@{name.revision} lacks a file that it lists (404). Try again, or name another revision"
+        return f"{name.repo}@{name.revision} lacks a file that the Hub lists (404). Try again, or use another revision"
     if status in (401, 404):
         absent = f"{_unless_folder(name)}no {name.kind} {name.repo!r} on the Hub ({status})"
         return f"{absent}. Check the name; if it is private, log in: hf auth login"
@@ -184,14 +184,14 @@ def _may_be_folder(name: HubName) -> bool:
 
 
 def _unless_folder(name: HubName) -> str:
-    """Begins an error with the other reading of a name that may be meant as a path; "" for other names."""
+    """Returns the start of an error for a name that may be meant as a path; "" for other names."""
     return f"no folder {str(name).partition('@')[0]!r} here, and " if _may_be_folder(name) else ""
 
 
 def _unconnected(error: Exception) -> bool:
-    """Returns whether no connection was made: no network, no such host, or no server."""
+    """Returns whether the connection failed: no network, no such host, or no server."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
-    return bool(kinds & {"ConnectError", "ConnectionRefusedError", "gaierror"})  # the first is the HTTP library's
+    return bool(kinds & {"ConnectError", "ConnectionRefusedError", "gaierror"})  # the HTTP library has the first class
 
 
 def _may_pass(error: Exception) -> bool:
@@ -202,8 +202,8 @@ def _may_pass(error: Exception) -> bool:
 
 def _broken(key: str, name: HubName, error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
-        why = error.strerror or "no room"
-        return AccessError(f"{key}: {name.repo} can't be kept in {cache()} ({why}). Make room there, or set HF_HOME")
+        why = error.strerror or "no space"
+        return AccessError(f"{key}: {name.repo} can't be kept in {cache()} ({why}). Free some space there, or set HF_HOME")
     return ConfigError(f"{key}: {name.repo}: {_reason(error)}")
 
 

@@ -1,11 +1,11 @@
-"""Downloads files of the Hub to Hugging Face's cache on this machine, each once, and checks their hashes.
+"""Downloads each file from the Hub once, to Hugging Face's cache on this machine, and checks its hash.
 
     name = files.resolve("model.pretrained", names.model("Qwen/Qwen3-0.6B"))   # pinned to a commit
     folder = files.model("model.pretrained", name)                             # for `from_pretrained`
 
-A commit never changes, so the cache keeps its list of files (`heliostat/COMMIT.json` in the repository's folder). The Hub
-identifies each file by its content: a large file by its SHA-256, a small one by git's SHA-1. An interrupted download resumes.
-Pickles and code are never downloaded.
+A commit never changes, so the cache keeps the commit's list of files (`heliostat/COMMIT.json` in the repository's folder). The
+Hub identifies each file by its content: a large file by its SHA-256, and a small file by git's SHA-1. An interrupted download
+resumes. Pickles and code are never downloaded.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def resolve(key: str, name: HubName) -> HubName:
     except client.HubAwayError as e:
         if not COMMIT.fullmatch(known):
             raise
-        log.warning("%s; using %s of the cache", e, known)
+        log.warning("%s; using %s from the cache", e, known)
         return name.at(known)
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit):
-        raise DataError(f"{key}: {client.endpoint()} gives no commit for {name}. Is it a server of the Hub's protocol?")
+        raise DataError(f"{key}: {client.endpoint()} returns no commit for {name}. Check that it supports the Hub's protocol")
     if commit != known:
         with suppress(OSError):  # the cache can't be written
             _write(reference, commit)
@@ -107,7 +107,7 @@ def listing(key: str, name: HubName) -> list[HubFile]:
         return cached
     if wrong := next((f for f in listed_files if not is_inside(f.path) or not HASH.fullmatch(f.hash)), None):
         raise DataError(
-            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which isn't a place inside it, or has no hash"
+            f"{key}: {name}: the Hub lists {printable(wrong.path)[:200]!r}, which is outside the repository, or has no hash"
         )
     with suppress(OSError):
         _write(kept, json.dumps([astuple(f) for f in listed_files]))
@@ -173,7 +173,7 @@ def _one(key: str, name: HubName, file: HubFile) -> None:
 
 
 def _fetch(key: str, name: HubName, file: HubFile) -> None:
-    """Downloads a file to the cache, and resumes an interrupted download. The file appears there once its hash is right.
+    """Downloads a file to the cache, and resumes an interrupted download. The file appears in the cache once its hash is right.
 
     Gives up when no byte arrives for the retry budget.
     """
@@ -228,8 +228,8 @@ def _size(place: Path) -> int:
 
 def _changed(key: str, name: HubName, file: HubFile) -> DataError:
     return DataError(
-        f"{key}: {name}: {file.path} isn't what the Hub lists (its hash isn't {file.hash[:12]}...). "
-        "It is removed from the cache. Start again to download it"
+        f"{key}: {name}: {file.path} isn't the file that the Hub lists (its hash isn't {file.hash[:12]}...). "
+        "heliostat removed it from the cache. Start again to download it"
     )
 
 
@@ -271,7 +271,8 @@ def _snapshot(name: HubName) -> Path:
 def _downloaded(name: HubName) -> list[HubFile]:
     """Lists a commit's files in the cache. Where the cache has links, a file's hash is the name of the link's target.
 
-    Empty if there are none. Also empty if a download in the repository was interrupted, because some files may be missing.
+    The list is empty if there are no such files. It is also empty if a download in the repository was interrupted, because some
+    files may be missing.
     """
     if any((_repository(name) / "blobs").glob("*.incomplete")):
         return []
@@ -310,8 +311,8 @@ def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False
     chosen = weight_files(own)
     if not chosen and not tokenizer:
         pickles = [f.path for f in own if f.path.endswith(PICKLES)]
-        fix = f"Convert it at {CONVERT}, and name the revision that it makes: {name.repo}@refs/pr/NUMBER"
-        fault = f"{pickles[0]} is a pickle, which can run code). {fix}" if pickles else "no weights). Name a model that has them"
+        fix = f"Convert it at {CONVERT}, and use the new revision: {name.repo}@refs/pr/NUMBER"
+        fault = f"{pickles[0]} is a pickle, which can run code). {fix}" if pickles else "no weights). Use a model with weights"
         raise ConfigError(f"{key}: {name.repo} has no safetensors ({fault}")
     beside = f"{name.inside.rpartition('/')[0]}/tokenizer/".removeprefix("/")  # diffusers' folder for an encoder's tokenizer
     listed = [f for f in listed if f.path.startswith((inside, beside))]
@@ -340,7 +341,7 @@ def _usual(files: list[HubFile]) -> list[HubFile]:
 
 
 def weight_bytes(path: Path) -> int:
-    """Counts the bytes of a model's weights in its folder; for a model of the Hub, by the Hub's list of files."""
+    """Counts the bytes of a model's weights in its folder; for a model of the Hub, from the Hub's list of files."""
     if (name := of_folder(path)) is None:
         return sum(p.stat().st_size for p in path.rglob(f"*{WEIGHTS}"))
     prefix = f"{name.inside}/" if name.inside else ""
@@ -358,12 +359,12 @@ def absent_weights(path: Path) -> dict[str, str]:
 
 
 def shown(path: Path) -> str:
-    """Returns the name of a folder for people: for a model of the Hub, its name there."""
+    """Returns a folder's name for messages. For a model of the Hub, this is its name on the Hub."""
     return str(of_folder(path) or path)
 
 
 def readable(size: int) -> str:
-    """Formats a number of bytes for people: `1.2 GB`."""
+    """Formats a number of bytes for messages, such as `1.2 GB`."""
     value, unit = float(size), "B"
     for larger in ("KB", "MB", "GB", "TB"):
         if value < 1000:
