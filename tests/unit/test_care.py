@@ -163,7 +163,7 @@ def test_a_document_at_which_a_process_was_killed_by_chance_is_kept(tmp_path, fo
 def test_a_stage_that_crashes_at_every_document_ends_the_run_soon_with_one_error(tmp_path, forked, always):
     start = time.monotonic()
     with pytest.raises(
-        HeliostatError, match=r"^stages: 2\d documents crashed, more than 20 and than one in 1,000: for example 'd"
+        HeliostatError, match=r"^stages: 2\d documents crashed, more than 20 and more than one in 1,000: for example 'd"
     ) as e:
         curate(tmp_path, texts(1500), [{"stage": "fragile", "always": always}], pieces=30)
     assert e.value.exit_code == 1 and "\n" not in str(e.value)

@@ -24,14 +24,14 @@ BLAMED = 2  # deaths of the process at a document until the task leaves it out
 
 
 def most(documents: int) -> int:
-    """Returns the maximum number of documents that may crash, out of this many."""
+    """Returns how many of `documents` documents may crash at most."""
     return max(MOST, documents // SHARE)
 
 
 def too_many(crashed: int, what: str) -> HeliostatError:
     """Builds the error of a run in which too many documents crash."""
     return HeliostatError(
-        f"stages: {crashed:,} documents crashed, more than {MOST} and than one in {SHARE:,}: {what}. Correct the "
+        f"stages: {crashed:,} documents crashed, more than {MOST} and more than one in {SHARE:,}: {what}. Correct the "
         "stage or the input, and start again. Finished tasks are kept"
     )
 

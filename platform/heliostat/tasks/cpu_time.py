@@ -1,6 +1,6 @@
 """Measures the CPU time of a worker, including the processes that run parsers for it (`isolated`).
 
-Stages and tasks are measured in CPU time, so that predictions from a busy machine equal those from an idle one.
+Stages and tasks are measured in CPU time, so that predictions are the same on a busy machine and on an idle machine.
 """
 
 from __future__ import annotations
@@ -17,5 +17,5 @@ def add(seconds: float) -> None:
 
 
 def now() -> float:
-    """Returns the CPU seconds so far, of all threads and of the processes that `add` has counted."""
+    """Returns the CPU seconds so far: of all threads, and of the processes that were counted with `add`."""
     return time.process_time() + _elsewhere

@@ -31,7 +31,7 @@ from heliostat.text import printable
 log = logging.getLogger(__name__)
 
 TRIES, LOST, FAILED = 3, 8, 3
-PAUSE = Backoff(0.5, 10.0)  # before a task runs again whose process died: a lack of memory lasts for a while
+PAUSE = Backoff(0.5, 10.0)  # pause before a task runs again after its process died, because a lack of memory lasts for a while
 LOOK_S = 10.0  # seconds between checks of the cluster's nodes
 AWAY_S = 0.5  # seconds between checks for a live actor if all are lost, and of copies that tasks wait for
 ENDING_S = 2.0  # seconds for tasks to end by themselves after the run has failed
@@ -117,7 +117,7 @@ class Crew:
         return bool(self.under_way or self.later)
 
     def start(self, started: Started) -> None:
-        """Starts a task; raises the error of the copy that it waited for, if the copy failed."""
+        """Starts a task. If the task waited for a copy that failed, raises the copy's error."""
         if started.copy:
             started.copy.result()
         task, trouble = started.task, started.trouble
@@ -160,11 +160,11 @@ class Crew:
             yield started, record
 
     def conclude(self) -> None:
-        """Raises the error of the first task that failed for good, if there is one."""
+        """Raises the error of the first task that failed permanently, if there is one."""
         self._check()
         if not self.failed:
             return
-        log.warning("%s: %d tasks failed. The work of the others is recorded, and the next start resumes there",
+        log.warning("%s: %d tasks failed. The work of the other tasks is recorded, and the next start continues from it",
                     self.kind, len(self.failed))  # fmt: skip
         with unwrapped():
             raise self.failed[0]
@@ -276,7 +276,7 @@ class Crew:
 
 
 def _is_lost(error: Exception) -> bool:
-    """Returns whether a task failed because its process or node died, and not with an error of its own."""
+    """Returns whether a task failed because its process or node died, not because it raised an error."""
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
 
 

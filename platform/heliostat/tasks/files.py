@@ -1,6 +1,6 @@
-"""Reads and hashes the files that a stage's keys name: lists of words and domains, and evaluation sets.
+"""Reads and hashes the files in a stage's keys: lists of words and domains, and evaluation sets.
 
-A stage lists these keys, and those that name models, in `Stage.paths`. `shipping` copies the files to nodes that lack them.
+A stage lists these keys, and its keys for models, in `Stage.paths`. `shipping` copies the files to nodes that lack them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _digests: dict[tuple[str, int, int, int, int], str] = {}  # SHA-256 by a file's 
 
 
 def read(key: str, path: str) -> bytes:
-    """Reads the file that a key names; ConfigError with the key if that fails."""
+    """Reads the file at the path in a key. Raises ConfigError, which begins with the key, if that fails."""
     try:
         return Path(path).read_bytes()
     except OSError as e:
@@ -41,9 +41,9 @@ def entries(key: str, path: str) -> list[str]:
 
 
 def digest(key: str, path: str) -> str:
-    """Returns the SHA-256 of the file that a key names. A process reads an unchanged file only once.
+    """Returns the SHA-256 of the file at the path in a key. A process reads an unchanged file only once.
 
-    ConfigError if the file can't be read, or changes while it is read.
+    Raises ConfigError if the file can't be read, or changes while heliostat reads it.
     """
     try:
         state = _state(path)
@@ -76,4 +76,4 @@ def _state(path: str) -> tuple[str, int, int, int, int]:
 
 
 def _unreadable(key: str, path: str, error: OSError) -> ConfigError:
-    return ConfigError(f"{key}: can't read {path!r} ({error.strerror}). Name a file that exists")
+    return ConfigError(f"{key}: can't read {path!r} ({error.strerror}). Use a file that exists")

@@ -1,7 +1,7 @@
-"""Runs tasks on Ray, as many at once as the cluster has room for, and skips those that an earlier run has finished.
+"""Runs tasks on Ray, as many at once as the cluster has room for, and skips tasks that an earlier run has finished.
 
 The driver holds one record per task, but no ids or texts. A task that starts again, in this run or another, writes the same
-files. If a task has recorded its result, but its answer was lost with its worker or node, the next start returns the record. A
+files. If a task has recorded its result, but its worker or node died before it answered, the next start returns the record. A
 failed task runs again while the others continue (`crew`).
 """
 
@@ -46,7 +46,7 @@ class Flow:
     walls: dict[str, float] = field(default_factory=dict)
     """Wall-clock seconds of the same tasks, including waits for storage, GPUs, or a busy machine."""
     opening: dict[str, float] = field(default_factory=dict)
-    """The part of `seconds` that opens stages: once per process, independent of the amount of data."""
+    """The part of `seconds` in which processes open stages. Each process opens a stage once, for any amount of data."""
 
     crashed: int = 0
     """Documents that tasks left out because they crashed (`care`)."""
@@ -74,7 +74,7 @@ class Flow:
         return [int(n["Resources"].get(resource, 0)) for n in mine]
 
     def cpus_each(self, tasks: int) -> int:
-        """Computes the maximum CPUs that each of some tasks can request so that all of them run at once; at least 1."""
+        """Computes the maximum CPUs that each of `tasks` tasks can request so that all tasks run at once; at least 1."""
         return most_each(self.nodes(), tasks)
 
     def devices(self) -> int:
@@ -82,15 +82,15 @@ class Flow:
         return sum(self.nodes("GPU"))
 
     def memory_each(self, cpus: int = 1) -> int | None:
-        """Computes the bytes of memory that a task of so many CPUs requests; None for no request.
+        """Computes the bytes of memory that a task with `cpus` CPUs requests; None for no request.
 
-        The result is at most the memory of the largest node with these CPUs, because the task would wait forever for more.
+        The result is at most the memory of the largest node with `cpus` CPUs. For more memory, the task would wait forever.
         """
         nodes = zip(self.nodes(), self.nodes("memory"), strict=True)
         return min(self.memory, max((memory for have, memory in nodes if have >= cpus), default=0)) or None
 
     def log_short_memory(self, cpus: int) -> None:
-        """Logs once if tasks of so many CPUs each leave CPUs idle, because the nodes have too little memory for more tasks."""
+        """Logs once if tasks with `cpus` CPUs each leave CPUs idle, because the nodes have too little memory for more tasks."""
         nodes = [(have // cpus, memory) for have, memory in zip(self.nodes(), self.nodes("memory"), strict=True) if have >= cpus]
         need, room = self.memory_each(cpus), sum(tasks for tasks, _ in nodes)
 
@@ -111,7 +111,7 @@ class Flow:
             pooled: bool = False, actors: int = 0, gpus: float = 1.0) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
         """Yields (the task's number, its record) as tasks finish. A task with a record that isn't `valid` runs again.
 
-        The function gets the spill folder and the task's arguments. In its record, `files` names the spill files. If `actors`
+        The function gets the spill folder and the task's arguments. In its record, `files` lists the spill files. If `actors`
         isn't 0, tasks run in that many actors; else, if `pooled`, in one actor per GPU of the cluster. Each actor has `gpus`
         GPUs. Without actors, tasks run as Ray tasks.
         """
@@ -180,8 +180,10 @@ class Flow:
 
 
 def most_each(nodes: list[int], tasks: int) -> int:
-    """Computes the maximum CPUs that each of some tasks can have at the same time. `nodes`: CPUs of each node; a task runs on one
-    node."""
+    """Computes the maximum CPUs that each of `tasks` tasks can have at the same time.
+
+    `nodes`: CPUs of each node; a task runs on one node.
+    """
     return next((each for each in range(max(nodes, default=1), 1, -1) if sum(n // each for n in nodes) >= tasks), 1)
 
 
@@ -193,7 +195,7 @@ def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, a
     if known is not None and known.get("run") == run:
         return known
     start, cpu = time.monotonic(), cpu_time.now()
-    pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory: several times a task's own
+    pa.set_memory_pool(pa.system_memory_pool())  # other pools keep freed memory, several times as much as a task needs
     result = function(work.spill, **arguments, **shared)
     record = {**result, "seconds": round(cpu_time.now() - cpu, 3), "wall": round(time.monotonic() - start, 3), "run": run}
     pa.default_memory_pool().release_unused()

@@ -1,4 +1,4 @@
-"""Merges spill files before later tasks would each read a little of very many files, so that the cost stays linear.
+"""Merges spill files if later tasks would otherwise each read few rows of very many files. So the cost stays linear.
 
 A later task reads its range of keys from every file of the earlier tasks. The number of later tasks and the number of files both
 grow with the input. Their product is the number of times that a task opens a file for a few rows, so it grows with the square of
@@ -7,11 +7,11 @@ Art of Computer Programming, volume 3, section 5.4), except that the later tasks
 
 - Runs of documents, before shards (`merged`): if a shard's part of a run is below `LEAST`, a task reads the range of many shards
   from some runs. It writes this range as one run, as large as a run may be. Afterwards a shard reads only the runs of its own
-  range, each of which has about fifty times more of its rows. If that isn't enough, ranges are merged again.
-- Spills of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first.
-  Their number is the square root of the number of ranges. Each merge reads as many spills as hold one task's rows in its range.
-  The number of reads then grows with the power 1.5 of the input, for one more pass over the spills. No task holds more rows than
-  without a merge.
+  range. Each of these runs has about fifty times more of the shard's rows. If that isn't enough, ranges are merged again.
+- Spills of the values by which documents are compared (`by_parts`): above `MANY_RANGES` reads, wider ranges are merged first. The
+  number of wider ranges is the square root of the number of ranges. Each merge reads so many spills that its range has as many
+  rows as one task may hold. This takes one more pass over the spills. The number of reads then grows only with the power 1.5 of
+  the input. No task holds more rows than without a merge.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from heliostat.tasks.work import key
 LEAST = spill.GROUP_BYTES // 4
 """Bytes of a shard in a run, below which a merge is less work than reading the rest of the row groups."""
 
-MANY = 4096  # parts of runs that shards read: with fewer, a merge would save only seconds
+MANY = 4096  # number of parts of runs that shards read; if there are fewer, a merge would save only seconds
 MANY_RANGES = 1 << 16  # reads of a range from a spill: this many cost about a CPU minute, or 3 cents for a store's requests
 Item = TypeVar("Item")
 Bounds = Callable[[int, int], tuple[int, int]]  # maps shards [first, stop) to their range of keys
@@ -98,7 +98,7 @@ def _divided(shards: int, mean: float, run_bytes: int) -> tuple[int, int]:
 
 
 def passes(runs: int, bytes: float, shards: int, run_bytes: int) -> int:
-    """Computes the number of merge passes over `bytes` bytes in equal runs, for so many shards."""
+    """Computes the number of merge passes over `bytes` bytes in equal runs, for `shards` shards."""
     count = 0
     while _thin(runs, shards, bytes / runs / shards):
         parts, size = _divided(shards, bytes / runs, run_bytes)
@@ -120,7 +120,7 @@ def merge_of(one: ShardRange, runs: list[SpilledRun], bounds: Bounds, run_bytes:
 
 
 def merge(folder: Location, runs: list[SpilledRun], low: int, high: int, run_bytes: int) -> dict[str, object]:
-    """Writes some runs' documents of a range of keys as one run; as several, if they exceed `run_bytes` by far."""
+    """Writes the documents of some runs in a range of keys as one run, or as several runs if they exceed `run_bytes` by far."""
     files, tables, size = list[tuple[str, int, int]](), list[pa.Table](), 0
     for run in runs:
         for table in survivors(folder, run, low, high):
@@ -157,7 +157,10 @@ def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, i
 
 def by_parts(flow: Flow, kind: str, parts: int, names: list[str], others: Mapping[str, list[str]] = MappingProxyType({}),
              **more: object) -> Iterator[Task]:  # fmt: skip
-    """Yields one task for each part of all keys, over spills. `others`: further spills that it reads, by the argument's name."""
+    """Yields one task for each part of the keys; a task reads its part of the spills.
+
+    `others`: further spills that a task reads, by the name of the task's argument.
+    """
     spills, ranges = {"names": names, **others}, [spill.share(part, parts) for part in range(parts)]
     exchanged_spills = [exchanged(flow, kind, some, ranges) for some in spills.values()]
     for part, names_of_part in enumerate(zip(*exchanged_spills, strict=True)):

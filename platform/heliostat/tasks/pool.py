@@ -46,7 +46,7 @@ class ActorPool:
 
     @property
     def ready(self) -> bool:
-        """Returns whether any actor takes tasks, after a check of the lost ones: they are back, still away, or removed."""
+        """Checks the lost actors, then returns whether any actor takes tasks. A lost actor is back, still away, or removed."""
         for number, away in list(self.away.items()):
             self._look(number, away)
         return len(self.away) < len(self.actors)
@@ -93,7 +93,7 @@ class ActorPool:
         del self.away[number]
         if not self.actors:
             raise HeliostatError(
-                f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or others use its "
+                f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or other programs use its "
                 "resources. Wait for a node, and start again. Finished tasks are kept"
             )
         log.warning("can't restart an actor within %.0f s. Continuing with %d", PLACE_S, len(self.actors))
@@ -112,11 +112,14 @@ def _placed(actors: list[Any]) -> list[Any]:
         ray.kill(alive[reference])
     if not ready:
         raise HeliostatError(
-            f"none of {len(actors)} actors could start within {PLACE_S:.0f} s, because others use the resources. Wait for them"
+            f"none of {len(actors)} actors could start within {PLACE_S:.0f} s: other programs use the "
+            "resources. Wait until these programs end"
         )
     if late:
         log.warning(
-            "started %d of %d actors, because others use the remaining resources. Continuing with these", len(ready), len(actors)
+            "started %d of %d actors, because other programs use the other resources. Continuing with these",
+            len(ready),
+            len(actors),
         )
     return [alive[reference] for reference in ready]
 

@@ -51,7 +51,10 @@ class Progress:
     kinds: dict[str, KindProgress] = field(default_factory=dict)
 
     def found(self, kind: str, kept: list[dict[str, Any]], todo: list[int], whole: bool) -> None:
-        """Adds tasks of a kind. `kept`: records of those done before; `todo`: bytes that each of the others will read."""
+        """Adds tasks of a kind.
+
+        `kept`: records of tasks that an earlier run has finished; `todo`: bytes that each of the other tasks will read.
+        """
         at = self.kinds.setdefault(kind, KindProgress(self.clock()))
         at.total += len(kept) + len(todo)
         at.kept += len(kept)
@@ -81,7 +84,7 @@ def documents(record: Mapping[str, Any]) -> int:
 
 
 def line(kind: str, at: KindProgress, now: float) -> str:
-    """Formats the progress of a kind of tasks, for example `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
+    """Formats the progress of one kind of tasks, for example `read 12/40 tasks  10,000 documents  31.5 MB/s  ETA 2 min 10 s`."""
     seconds, left = now - at.began, at.left(now)
     parts = [
         f"{kind} {at.kept + at.done:,}/{at.total:,}{'' if at.whole else '+'} tasks",

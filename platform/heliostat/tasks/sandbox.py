@@ -1,8 +1,8 @@
 """Isolates processes that handle untrusted data or code.
 
-`shut_in`, `forbid`, and `limit` isolate the process that calls them, such as a parser of curation. Run by its path, as
-`heliostat.evaluation.unit_tests` does, this file runs a Python program in isolation. It needs only Python's standard library. It
-reads its request as JSON from standard input. The program that it runs has
+`shut_in`, `forbid`, and `limit` isolate the process that calls them, such as a parser of curation. As a script, this file runs a
+Python program in isolation; `heliostat.evaluation.unit_tests` starts it by its path. The script needs only Python's standard
+library. It reads its request as JSON from standard input. The program that it runs has
 
 - its own namespaces: user, mounts, network (without a device), processes, System V objects, host name;
 - a root folder in memory, with Python's libraries, read-only, and an empty folder of bounded size that it may write to;
@@ -96,12 +96,13 @@ def call(function: Any, *arguments: object) -> None:
 
 
 def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, bytes], same_user: bool = False) -> None:
-    """Moves this process and its children into new namespaces and a new root folder. Only the children are in the process
-    namespace.
+    """Moves this process and its children into new namespaces and a new root folder.
 
-    Creates the root folder at `root`, of at most `files` bytes, with `places`, read-only, and a folder `box` with `files_given`.
-    A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the box either.
-    OSError if a step fails.
+    Only the children are in the process namespace.
+
+    Creates the root folder at `root`, with at most `files` bytes. It contains `places` (read-only) and a folder `box` with
+    `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the
+    box either. OSError if a step fails.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:
@@ -202,7 +203,10 @@ def limit(cpu_s: int, memory: int, files: int) -> None:
 
 
 def begin(limits: dict[str, Any]) -> None:
-    """Replaces this process with the program. It is the first process of its namespace, so all others there end with it."""
+    """Replaces this process with the program.
+
+    It is the first process of its namespace, so all other processes there end with it.
+    """
     call(libc.prctl, DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     limit(limits["cpu_s"], limits["memory"], limits["files"])
     forbid()

@@ -1,14 +1,14 @@
-"""Copies the files and folders that stages and commands name, such as models and word lists, to nodes that lack them.
+"""Copies the files and folders that stages and commands use, such as models and word lists, to nodes that lack them.
 
 The driver describes a path by the name, size, and SHA-256 of each file (`describe`). A task calls `here`. If the path holds the
 same files on the task's node, the task uses them. Otherwise the first process of the node copies the files from the work folder,
 which every node reaches, and checks their digests. The copies are in a cache on the node's disk: `heliostat-shipped-UID` in the
 folder for temporary files. If the work folder lacks a file, the task raises `NotHereError`, and the driver copies the file there,
-once and block by block (`offer`). So a cluster whose nodes hold the files copies nothing. More nodes don't need more of the
-driver's disk or memory.
+once and block by block (`offer`). So if all nodes have the files, nothing is copied. With more nodes, the driver needs no more
+disk or memory.
 
-If a folder has safetensors, its pickles and code are neither compared nor copied. Without safetensors, they are compared, and a
-folder that has any isn't copied: heliostat doesn't send a node files that can run code when they are loaded.
+If a folder has safetensors, its pickles and code are neither compared nor copied. Without safetensors, pickles and code are
+compared, too. A folder that has pickles or code isn't copied, because loading them on another node can run code.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Shipment:
 
     @property
     def name(self) -> str:
-        """Returns a copy's name in its folder of the cache: the path's last part; "" (the folder itself) for `.` and `..`."""
+        """Returns a copy's name in its cache folder: the last part of the path; "" (the folder itself) for `.` and `..`."""
         name = Path(self.path).name
         return "" if name == ".." else name
 
@@ -145,7 +145,8 @@ def offer(folder: Location, shipment: Shipment) -> None:
     """
     if linked := _linked(Path(shipment.path), shipment.within):
         raise ConfigError(
-            f"{linked}: is a link to a folder, which heliostat doesn't copy. Put the folder there, or the model on every node"
+            f"{linked}: is a link to a folder, which heliostat doesn't copy. Replace the link with the "
+            "folder, or put the model on every node"
         )
     for item in shipment.items:
         place, source = folder.join(item.copy), _place(shipment.path, item.name)
@@ -159,7 +160,7 @@ def offer(folder: Location, shipment: Shipment) -> None:
 
 
 def withdraw(folder: Location) -> None:
-    """Deletes all copies from the spill folder."""
+    """Deletes all copied files from the spill folder."""
     folder.join(SHIPPED).delete()
 
 
@@ -226,7 +227,7 @@ def _fetch(folder: Location, shipment: Shipment, cached: Path, until: float) -> 
     try:
         for item in shipment.items:
             if item.name and not is_inside(item.name):
-                raise DataError(f"{shipment.path}: {item.name!r} is outside it")
+                raise DataError(f"{shipment.path}: {item.name!r} is outside this path")
             _write(folder.join(item.copy), _place(str(part / shipment.name), item.name), item, shipment, until)
         if cached.exists():  # its content doesn't match its name
             shutil.rmtree(cached)

@@ -1,9 +1,9 @@
 """Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back. This is the only shuffle.
 
 A task writes its result as a file named after its content and size; on a local disk, it waits until the data is on the disk. A
-later task reads its range of keys from every such file. A file that doesn't match its name is removed, so that the next start
-writes it again. So no task sorts all data, a task holds only its own range, and a task that runs twice writes the same file.
-Row groups are small and record their minimum and maximum key, so that a range costs only its own bytes.
+later task reads its range of keys from every one of these files. A file that doesn't match its name is removed, so that the next
+start writes it again. So no task sorts all data, a task holds only its own range, and a task that runs twice writes the same
+file. Row groups are small and record their minimum and maximum key, so that a range costs only its own bytes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from heliostat.storage.locations import Location
 
 GROUP_BYTES = 512 << 10  # bytes of a row group, before compression
 TOGETHER = 4  # row groups per read from an object store
-GROUPS = 64  # row groups of a spill: a small spill has smaller groups, down to an eighth, as later tasks read little of it
+GROUPS = 64  # row groups of a spill: a small spill has smaller groups (down to an eighth), because tasks read little of it
 ALL = 1 << 64
 NARROW = 1 << 31  # bytes of a column, above which its offsets have 64 bits
 NAMED = re.compile(r"[0-9a-f]{2}/([0-9a-f]{32})-(\d+)\.\w+")
@@ -126,7 +126,10 @@ def _part(table: pa.Table, start: int, stop: int) -> pa.Table:
 
 
 def _overlapping(metadata: pq.FileMetaData, low: int, high: int) -> Iterator[int]:
-    """Yields the row groups whose keys may be in the range, by their statistics. A binary search finds the first: keys ascend."""
+    """Yields the row groups whose keys may be in the range, by their statistics.
+
+    A binary search finds the first one, because keys ascend.
+    """
     groups = metadata.num_row_groups if metadata.num_rows else 0  # an empty file has no statistics
     place = metadata.schema.names.index("key") if groups else 0
 
@@ -180,7 +183,7 @@ def without(table: pa.Table, dropped: np.ndarray) -> pa.Table:
 
 @dataclass(frozen=True)
 class SpilledRun:
-    """Describes a spilled run of documents. `decided`: the spills that list its rows dropped by later decisions."""
+    """Describes a spilled run of documents. `decided`: the spills that list the run's rows that later decisions dropped."""
 
     name: str
     rows: int

@@ -3,11 +3,11 @@
     spill/3f/3f2a...-9810.parquet   results for later tasks, named after content and size
     done/read/9c01....json          the record of a finished task, which the task writes last
     notes/read-9c01....json         the next action of a task that runs again (`care`)
-    work.json                       marks the folder, and holds the size of the input's pieces, which stays while the input grows
+    work.json                       marks the folder, and has the size of the input's pieces, constant while the input grows
 
 A key is the SHA-256 of the task's inputs, its configuration, and the version of this code. So after a kill, the next run finds
-the records of all finished tasks. If a threshold changes, its stage and the later ones have other keys; new input has new keys. A
-record is ignored if one of its files is missing or has another size.
+the records of all finished tasks. If a threshold changes, its stage and later stages have new keys. New input also has new keys.
+A record is ignored if one of its files is missing or has another size.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Work:
             place.write(json.dumps(before | versions).encode())
 
     def begin(self, piece: int) -> int:
-        """Claims the folder and returns the size of pieces: an earlier run's, or `piece` if they differ by a factor of SIZES or
-        more.
+        """Claims the folder and returns the size of pieces: an earlier run's size, or `piece` if the two sizes differ by a factor
+        of SIZES or more.
 
         ConfigError if the folder holds other files.
         """
@@ -105,7 +105,7 @@ class Work:
             known = json.loads(self.location.join(MARK).read())["piece"]
         except FileNotFoundError:
             if self._sizes:
-                fault = "is not empty, and isn't unfinished work. Name another folder"
+                fault = "isn't empty, and has no unfinished work. Use another folder"
                 raise ConfigError(f"work: {self.location}: {fault}") from None
             known = 0
         except (ValueError, TypeError, KeyError):
