@@ -62,7 +62,7 @@ def test_a_limit_that_is_too_small_is_said_and_nothing_is_kept(job_file, caplog)
     assert result["steps"] == 6
     text = next(r.getMessage() for r in caplog.records if "memory_every" in r.getMessage())
     need = re.search(
-        r"in-memory checkpoints are off: they need (\d+\.\d) MiB on a node, and .*memory_limit is 0.1 MiB\. Raise", text
+        r"in-memory checkpoints are off: copies need (\d+\.\d) MiB on a node, and .*memory_limit is 0.1 MiB\. Raise", text
     )
     assert need, text
     assert 3 < float(need[1]) < 10, "two generations of 3 x 4 bytes for each of some 170,000 parameters"

@@ -159,7 +159,7 @@ def test_groups_frozen_modules_parts_and_a_merged_export_are_autograds_at_every_
         for step, (ours, theirs) in enumerate(zip(row["told"], parts, strict=True)):
             assert ours == pytest.approx(theirs, rel=2e-4), (row["stage"], row["workers"], step)
     errors = [row["error"] for row in rows if "error" in row]
-    assert len(errors) == 4 * (2 + 3) and all("names different parts on other workers" in e for e in errors)
+    assert len(errors) == 4 * (2 + 3) and all("returns different parts on other workers" in e for e in errors)
 
 
 def test_what_an_export_leaves_out_is_said_and_what_cannot_be_made_is_refused(

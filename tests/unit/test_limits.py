@@ -175,7 +175,7 @@ def test_a_limit_that_is_reached_without_the_ledger_says_so(tmp_path, monkeypatc
     Away(monkeypatch, StorageError("away"))
     watched = Spending(job(limits={"hours": 1.0}), ledger(tmp_path, started=2 * HOUR))
     assert watched.check() == (
-        "limits.hours: the limit of 1 h is reached (2.00 h in this command; can't read the ledger of earlier ones)"
+        "limits.hours: the limit of 1 h is reached (2.00 h in this command; can't read the ledger of earlier commands)"
     )
 
 

@@ -283,7 +283,7 @@ def test_parts_are_added_by_their_weight_and_logged_by_their_name():
 def test_a_part_that_would_hide_another_curve_is_refused(name):
     recipe = Parts(job())
     recipe.given = {name: 1.0}
-    with pytest.raises(ConfigError, match=rf"loss names a part '{name}', which can't be logged as train/"):
+    with pytest.raises(ConfigError, match=rf"loss returns a part '{name}', which can't be logged as train/"):
         Objective(recipe).part(recipe.build(), recipe.batch(ROWS, KEYS), 1, 1)
 
 
@@ -292,7 +292,7 @@ def test_parts_that_come_and_go_and_a_loss_of_the_first_form_are_refused():
     model, batch, objective = recipe.build(), recipe.batch(ROWS, KEYS), Objective(recipe)
     objective.part(model, batch, 1, 1)
     recipe.given = {"distance": 1.0}
-    with pytest.raises(ConfigError, match=r"loss named the parts \['distance', 'accuracy'\] before, and \['distance'\] now"):
+    with pytest.raises(ConfigError, match=r"loss returned the parts \['distance', 'accuracy'\] before, and \['distance'\] now"):
         objective.part(model, batch, 1, 1)
     recipe.loss = lambda model, batch: torch.zeros(())  # type: ignore[assignment]
     with pytest.raises(ConfigError, match=r"loss returned a Tensor, expected a Loss \(docs/guides/recipe\.md\)"):

@@ -10,7 +10,7 @@ from typing import Literal
 
 from heliostat.text import brief
 
-LONGEST = 500  # characters of an error
+LONGEST = 500  # maximum number of characters of an error
 ADVICE = (  # lines that torch adds to every CUDA error; they don't describe the error itself
     "CUDA kernel errors might be", "For debugging consider", "Compile with `TORCH_USE_CUDA_DSA`", "Search for `cudaError",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 """Connects workers and driver through a mailbox: a small Ray actor on the driver's node. Training steps never wait for it.
 
-Rank 0 posts events (`runs.events`). Every worker sends heartbeats, which report that it is alive and its progress. The answer to
-a heartbeat is the driver's orders:
+Rank 0 posts events (`runs.events`). Every worker sends heartbeats, which show that the worker is alive, and report its progress.
+The answer to a heartbeat is the driver's orders:
 
 - `stop`: stop with a code of `stops`
 - `dump`: post the stacks of all threads
@@ -9,7 +9,8 @@ a heartbeat is the driver's orders:
 - `abort`: leave NCCL's collectives, because a worker has failed
 
 A run has one mailbox. Every message carries the number of an attempt. The driver receives events of an earlier attempt, and drops
-them. Other messages of an earlier attempt change nothing, and a worker that still sends its heartbeats is ordered to abort.
+them. Other messages of an earlier attempt change nothing, and a worker of an earlier attempt that still sends heartbeats is
+ordered to abort.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ import xxhash
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-KEPT = 2  # generations
-THREADS = 4  # of a keeper, so it copies and checksums this many pieces at the same time
+KEPT = 2  # generations in a keeper
+THREADS = 4  # threads of a keeper, so it copies and checksums this many pieces at the same time
 
 Layout = list[tuple[str, int, int, int, int]]  # the fields of each `checkpoint.flat_copy.FlatRange`
 
@@ -108,7 +108,7 @@ class MemoryKeeper:
         self._attempt, self._refused = attempt, 0
         self._reserved: dict[int, int] = {}
         self._copies: dict[tuple[str, int], Copy] = {}  # by id and rank, oldest first
-        self._unused: list[np.ndarray] = []  # reused, because fresh memory costs more time than the copy
+        self._unused: list[np.ndarray] = []  # reused, because allocating memory takes more time than the copy
         self._changing = threading.Lock()
 
     def admit(self, attempt: int) -> None:

@@ -46,8 +46,9 @@ class RecordedRun:
 
 
 def reproduce(client: Any, uri: str, run: str, steps: int | None, settings: list[str], overwrite: bool) -> dict[str, Any]:
-    """Trains the run's first `steps` steps again, and reports the differences. Trains its complete first segment if `steps` is
-    None.
+    """Trains the run's first `steps` steps again, and reports the differences.
+
+    Trains the run's complete first segment if `steps` is None.
 
     Returns both run ids, the `notes` about differing code and packages, and the result of `compare`. Raises ConfigError if
     `steps` is after the end of the segment.

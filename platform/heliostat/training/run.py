@@ -173,7 +173,7 @@ def train_with_hooks(job: Job, hooks: RunHooks) -> dict[str, Any]:
     _require_settled(job)
     job, recipe = check.check_job(job)
     if job.evaluate and job.evaluate.benchmarks:
-        log.warning("evaluate.benchmarks: not supported in trials. Score the best one: heliostat model benchmark")
+        log.warning("evaluate.benchmarks: not supported in trials. Score the best trial: heliostat model benchmark")
     with lease.take(job.run_folder) as taken:
         checkpoint = layout.latest(job.run_folder)
         job = spec.settle(job, checkpoint.index.job if checkpoint else None)

@@ -1,8 +1,8 @@
 """Runs one attempt at a training run: starts the pool's workers, and watches them from the driver until they end.
 
 The driver's thread never waits for long. It drains the mailbox. It orders the workers to stop after a checkpoint in three cases:
-a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. It ends them if no worker makes
-progress any more.
+a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes progress any
+more, it ends the workers.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 POLL_S = 0.5
-HELD_POLL_S = 0.05  # while the workers wait at a pause point
-LOOK_S = 1.0  # between two checks of the nodes and the workers' heartbeats
-GROW_S = 5.0  # between two checks for more room
-END_S = 120.0  # for killed workers to end
-SETTLE_S = 10.0  # for the other workers to return once one has failed; then the driver ends them
+HELD_POLL_S = 0.05  # seconds between two polls while the workers wait at a pause point
+LOOK_S = 1.0  # seconds between two checks of the nodes and the workers' heartbeats
+GROW_S = 5.0  # seconds between two checks for more room
+END_S = 120.0  # seconds for killed workers to end
+SETTLE_S = 10.0  # seconds for the other workers to return after a worker has failed; then the driver ends them
 
 
 @dataclass(frozen=True)
 class Start:
     """Holds the inputs of an attempt.
 
-    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the worker counts that the run may change
-    to.
+    `mailbox`: carries the attempt's number. `job`: has a fixed worker count. `counts`: the worker counts to which the run may
+    change.
     """
 
     mailbox: AttemptMailbox
@@ -235,11 +235,11 @@ class Attempt:
                 self._mailbox.order({"stop": action.code})
             case orders.OrderAbort():
                 self._mailbox.order({"abort": True})
-                self._streams.end()  # the workers may be waiting for it
+                self._streams.end()  # the workers may be waiting for the stream
         return action
 
     def _too_little_to_read(self, beating: Mapping[str, int]) -> str | None:
-        limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for one"
+        limit = f"waiting {self.job.watchdog.start:g} s (watchdog.start) for a CPU"
         if nodes.starved_now(self.job, beating):
             short = f"workers.cpus: {self.job.workers.cpus:g} per worker leaves no node a CPU to read the data"
             return f"{short}; {limit}. Lower workers.cpus, or add a node"
@@ -286,7 +286,7 @@ class Attempt:
     def _end_workers(self, thread: threading.Thread) -> None:
         if not self._heartbeats:  # the workers have not begun
             self.pool.close()
-            self._streams.end()  # the thread may be opening it
+            self._streams.end()  # the thread may be opening the stream
             thread.join(END_S)
             self.pool.reopen()
             return
@@ -337,9 +337,9 @@ class Attempt:
     def _gather(self, working: dict[ray.ObjectRef[WorkerSummary], Member]) -> Ended:
         """Waits for all workers, which are given in rank order.
 
-        Once one worker has ended, the others end, too: all at the same step, or because they are ordered to abort. The order
-        follows as soon as a worker reports its error, because the worker may never end. Workers that haven't ended SETTLE_S
-        seconds later are ended.
+        Once one worker has ended, the others end, too: all at the same step, or because the driver orders them to abort. The
+        driver sends this order as soon as a worker reports its error, because that worker may never end. SETTLE_S seconds later,
+        the driver ends the workers that are still running.
         """
         ended, ranks, waiting = Ended(), {one: rank for rank, one in enumerate(working)}, list(working)
         while waiting:
@@ -349,7 +349,7 @@ class Attempt:
             if done or self._reported:
                 self._decide(orders.WorkerEnded(bool(ended.failures or self._reported), time.monotonic()))
             if not done and isinstance(self._decide(orders.Clock(time.monotonic())), orders.EndLate):
-                log.warning("ended %d workers that didn't end within %.0f s of another", len(waiting), SETTLE_S)
+                log.warning("ended %d workers that didn't end within %.0f s after another worker", len(waiting), SETTLE_S)
                 ended.failures += [Failure.of(ranks[one], working[one], None) for one in waiting]
                 break
         return ended

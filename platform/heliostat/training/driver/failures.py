@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Kind = Literal["device", "known", "raised", "unclear", "died", "peer", "late"]
 LIKELY: dict[Kind, int] = {"device": 0, "known": 1, "raised": 2, "unclear": 2, "died": 2, "peer": 3, "late": 4}
 FAILED = "the workers failed: "
-EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memory")  # deaths that a broken device doesn't cause
+EXPLAINED = ("node has died", "node was terminated", "outofmemory", "out of memory")  # signs that a device isn't the cause
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,10 @@ class Ended:
 
 
 def explain(failures: Sequence[Failure]) -> HeliostatError:
-    """Combines the workers' failures, in order of arrival, into one error with a message of one line. Ray's error is chained to
-    it."""
+    """Combines the workers' failures, in order of arrival, into one error with a message of one line.
+
+    Ray's error is chained to this error.
+    """
     cause = min(failures, key=lambda f: LIKELY[f.kind])
     same_kind = [f for f in failures if f.kind == cause.kind]
     lost = [f for f in failures if f.kind == "died" or (f.kind == "late" and f.own is None)]
@@ -113,7 +115,7 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
     match cause.kind:
         case "known" if isinstance(cause.own, HeliostatError):
             fault = cause.own
-            fault.args = (str(fault).partition("\nFailed to apply UDF")[0], *fault.args[1:])  # Ray Data's addition
+            fault.args = (str(fault).partition("\nFailed to apply UDF")[0], *fault.args[1:])  # Ray Data adds the rest
             return fault
         case "device":
             fault = _suspecting(DeviceError(f"{_at_fault(cause, failures).place}: {cause.text}"), same_kind, failures)
@@ -138,14 +140,14 @@ def explain(failures: Sequence[Failure]) -> HeliostatError:
 
 
 def survived(failure: Failure) -> bool:
-    """Reports whether a worker's process can be used again: it lives, and raised an error of heliostat or lost a peer."""
+    """Returns whether a worker's process can be used again: it lives, and raised an error of heliostat or lost a peer."""
     if not _alive(failure.error) or failure.kind in ("device", "unclear"):
         return False
     return isinstance(failure.own, HeliostatError) or failure.kind == "peer"
 
 
 def _suspecting(fault: TrainingError, culprits: Sequence[Failure], failures: Sequence[Failure]) -> TrainingError:
-    """Adds the node that may be the cause. If several nodes have the fault at once, no node is suspected."""
+    """Adds the node that may be the cause to the error. If several nodes have the fault at once, no node is suspected."""
     nodes = {_at_fault(f, failures).node for f in culprits}
     fault.suspects = tuple(nodes) if len(nodes) == 1 else ()
     return fault
@@ -161,7 +163,7 @@ def _named(lost: Sequence[Failure]) -> str:
 
 
 def _alive(error: Exception | None) -> bool:
-    """Reports whether the process survived: its task raised the error, not Ray on its behalf."""
+    """Returns whether the process survived: its task raised the error, not Ray because of a dead process."""
     return isinstance(error, ray.exceptions.RayTaskError)
 
 

@@ -1,8 +1,8 @@
 """Finalizes a run whose steps are done: exports its model, logs and registers it, and writes the run's result.
 
-Two things happen earlier, while workers still train. `WarmUp` imports the modules for this. `Beside` scores the run's checkpoints
-on tasks (`evaluate.benchmarks`): it runs `heliostat model benchmark RUN SUITE --follow` in a separate process, on the driver's
-CPUs, at low priority. No worker waits for it, and its failure doesn't fail the run.
+Two parts run earlier, while workers still train. `WarmUp` imports the modules that finalizing needs. `Beside` scores the run's
+checkpoints on tasks (`evaluate.benchmarks`): it runs `heliostat model benchmark RUN SUITE --follow` in a separate process, on the
+driver's CPUs, at low priority. No worker waits for it, and its failure doesn't fail the run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from heliostat.validation.check import Checked
 
 log = logging.getLogger(__name__)
 
-END_S = 10.0  # for the process that scores checkpoints to end
-WAIT_S = 120.0  # the end of a run waits this long for the imports of WarmUp; after that it imports the modules itself
+END_S = 10.0  # seconds for the process that scores checkpoints to end
+WAIT_S = 120.0  # seconds that a run's end waits for WarmUp's imports; after that it imports the modules itself
 NICE = 10
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # the workers use the GPUs
 LEFT = {  # why a run's model isn't logged, by whether its recipe exports
     True: "isn't a kind of model that MLflow serves. Write the model to a folder: heliostat model export",
-    False: "doesn't support export. The run leaves its checkpoints",
+    False: "doesn't support export. The run's checkpoints remain",
 }
 
 
@@ -47,7 +47,7 @@ def finalize(
 ) -> Ending:
     """Exports the last checkpoint, logs and registers the model, and records sample outputs. Returns the run's result.
 
-    Idempotent: after an interruption it can run again, and reuses existing parts. It writes `result.json` last.
+    Idempotent: after an interruption, it can run again, and reuses the parts that exist. It writes `result.json` last.
     """
     from heliostat.inference.export import export
     from heliostat.tracking import card
@@ -155,7 +155,7 @@ class Beside:
             log.warning("evaluate.benchmarks: scoring ended with exit code %d. Continue with: %s", code, again)
 
     def end(self) -> None:
-        """Ends the process. Its scores so far stay."""
+        """Ends the process. The scores so far are kept."""
         if self._process and self._process.poll() is None:
             processes.stop([psutil.Process(self._process.pid)], END_S)
             self._process.wait(END_S)

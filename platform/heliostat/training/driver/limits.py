@@ -1,8 +1,8 @@
 """Measures a run's time and cost, and detects when it reaches one of the job's `limits`.
 
-Both are totals of the whole run: the ledger has those of earlier commands, a monotonic clock measures this command. The time
-between commands doesn't count. While the ledger can't be read, only this command counts. The cost is the price of the devices
-that workers hold, from the price table of `heliostat plan`.
+Time and cost are totals of the whole run: the ledger has the totals of earlier commands, and a monotonic clock measures this
+command. The time between commands doesn't count. While the ledger can't be read, only this command counts. The cost is the price
+of the devices that workers hold, from the price table of `heliostat plan`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 from heliostat.runs.time_ledger import LedgerRecorder
 
-EVERY_S = 5.0  # between two checks
+EVERY_S = 5.0  # seconds between two checks
 RAYS, ACCELERATOR = "ray.io/", "ray.io/accelerator-type"  # labels that Ray gives nodes
 
 
@@ -34,7 +34,10 @@ class Spending:
 
     @property
     def lacks_price(self) -> bool:
-        """Tells whether the cost is limited and the price of a worker isn't known yet. Then `look` needs the nodes."""
+        """Returns whether the cost is limited and the price of a worker isn't known yet.
+
+        In this case, call `look` with the nodes.
+        """
         return bool(self.limits.cost) and self._rate is None
 
     def look(self, nodes: Iterable[LivingNode]) -> None:
@@ -44,7 +47,7 @@ class Spending:
             self._rate = hourly(self.workers, nodes)
 
     def due(self) -> bool:
-        """Tells whether to check the limits now: every EVERY_S seconds, if a limit is set and none is reached."""
+        """Returns whether to check the limits now: every EVERY_S seconds, if a limit is set and none is reached."""
         if self.reached or not (self.limits.hours or self.limits.cost) or time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + EVERY_S
@@ -54,7 +57,7 @@ class Spending:
         """Returns a description of the limit that is reached and of the time or cost so far. Empty if no limit is reached."""
         hours, worker_hours = self._ledger.spent()
         spent = worker_hours * (self._rate or 0.0)
-        scope = "over all commands" if self._ledger.complete else "in this command; can't read the ledger of earlier ones"
+        scope = "over all commands" if self._ledger.complete else "in this command; can't read the ledger of earlier commands"
         if self.limits.hours and hours >= self.limits.hours:
             self.reached = f"limits.hours: the limit of {self.limits.hours:g} h is reached ({hours:.2f} h {scope})"
         elif self.limits.cost and spent >= self.limits.cost:
@@ -80,7 +83,8 @@ def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:
     devices = _table()["devices"]
     if not workers.gpus:
         return workers.cpus * devices["cpu"]["hour"]
-    wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}  # the nodes don't list Ray's
+    # the nodes don't list Ray's labels
+    wanted = {name: value for name, value in workers.labels.items() if not name.startswith(RAYS)}
     fitting = [n for n in nodes if n["gpus"] and selects(wanted, n["labels"])]
     if kind := workers.labels.get(ACCELERATOR):
         fitting = [n for n in fitting if any(selects({ACCELERATOR: kind}, {ACCELERATOR: one}) for one in n["accelerators"])]

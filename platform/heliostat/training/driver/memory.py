@@ -1,7 +1,7 @@
 """Manages in-memory checkpoints: creates a keeper on each node, and finds the newest complete generation of copies.
 
 A generation is used only if it is complete: it has a sealed copy of every worker's part. All copies must be of the same attempt,
-step, and world size, and share the same facts. Each must still have the checksums that it was sealed with. Otherwise the run
+step, and world size, and share the same facts. Each copy must still have the checksums that it was sealed with. Otherwise the run
 resumes from storage.
 """
 
@@ -23,7 +23,7 @@ from heliostat.training.memory_keeper import CopyFacts, CopySource, MemoryKeeper
 log = logging.getLogger(__name__)
 
 ANSWER_S = 10.0
-CHECK_S = 120.0  # for the checksums of a node's copies
+CHECK_S = 120.0  # seconds for the checksums of a node's copies
 
 T = TypeVar("T")
 Held = tuple[str, int, CopyFacts]  # id, rank, and the facts that the generation shares
@@ -49,7 +49,7 @@ class Memory:
         self._keepers = {}
 
     def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
-        """Finds the newest complete generation of a step that isn't before `at_least`. Skips generations with a damaged copy.
+        """Finds the newest complete generation of step `at_least` or a later step. Skips generations with a damaged copy.
 
         `attempt`: the attempt that begins; copies of earlier attempts can't arrive any more. `data`: the digest of the data plan
         that the generation must have.

@@ -28,8 +28,8 @@ class WorkerWatch:
     - `hear`: seconds until all workers have received an order
     - `phase`: the workers' current phase (`runs.events.Phase`)
     - `ordered`: the highest stop code that was ordered
-    - `asked_by`: the signal or limit that stops them
-    - `stop_by`, `back_by`: when they must have stopped, and when they must have ended
+    - `asked_by`: the signal or limit that stops the workers
+    - `stop_by`, `back_by`: when the workers must have stopped, and when they must have ended
     - `aborted`: whether they were ordered to abort
     - `fault`: the first reason why the driver has given them up
     """
@@ -137,14 +137,14 @@ Decision = tuple[WorkerWatch, AttemptAction | None]
 
 
 def decide(watch: WorkerWatch, event: AttemptEvent) -> Decision:
-    """Computes the new watch, and the driver's action, if any, after an event. Pure."""
+    """Computes the new watch, and the driver's action, if any, after an event. It is a pure function."""
     match event:
         case _ if watch.fault and not isinstance(event, WorkerEnded | Clock):
             return watch, None  # the first reason counts
         case PhaseBegun(phase=phase):
             return replace(watch, phase=phase), None
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase in STEPPING:
-            why = f"{by}: stopping after a checkpoint. Repeat it to stop at once"
+            why = f"{by}: stopping after a checkpoint. Repeat the signal to stop at once"
             return _order(replace(watch, asked_by=by), INTERRUPTED, why, event.now + watch.grace)
         case StopAsked(by=by) if watch.ordered < INTERRUPTED and watch.phase != "ended":
             return _give_up(watch, StoppedError(f"stopped by {by} before the first step. No progress was lost"))

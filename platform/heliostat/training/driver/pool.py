@@ -7,8 +7,8 @@
         members = pool.take(3)      # the two survivors, and a new process in place of the dead one
         members = pool.take(2)      # two of them; the pool releases the resources of the third
 
-The pool reserves resources for exactly as many workers as the last `take` asked for. It releases those on nodes that have left or
-are about to leave. The other processes stay.
+The pool reserves resources for exactly as many workers as the last `take` asked for. It releases the resources on nodes that have
+left or are about to leave. The other processes stay.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from heliostat.training.worker.process import TrainWorker, WorkerFacts
 
 log = logging.getLogger(__name__)
 
-START_S = 120.0  # for the processes to start and answer
-ANSWER_S = 10.0  # for a running process to answer
-PORT_S = 30.0  # for a process to find a free port
+START_S = 120.0  # seconds for the processes to start and answer
+ANSWER_S = 10.0  # seconds for a running process to answer
+PORT_S = 30.0  # seconds for a process to find a free port
 POLL_S = 0.05
 
 
@@ -73,7 +73,7 @@ class WorkerPool:
 
     @property
     def waiting(self) -> bool:
-        """Tells whether a `take` is waiting for resources."""
+        """Returns whether a `take` is waiting for resources."""
         return self._slots.waiting.is_set()
 
     def held(self) -> Counter[str]:
@@ -81,15 +81,17 @@ class WorkerPool:
         return Counter(slot.node for slot in self._slots.staying())
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Treats nodes as lost for some time, before Ray knows that they are. `for_good`: excludes them permanently, although
-        they live."""
+        """Treats nodes as lost for some time, before Ray knows that they are lost.
+
+        `for_good`: excludes them permanently, although they live.
+        """
         self._slots.avoid(out, for_good)
 
     def avoided(self) -> set[str]:
         return self._slots.avoided()
 
     def trim(self, count: int) -> list[Member]:
-        """Releases slots beyond `count`, and slots on nodes that don't stay. Returns the processes that live on."""
+        """Releases slots beyond `count`, and slots on nodes that don't stay. Returns the processes that stay."""
         staying = {slot.number for slot in self._slots.staying()}
         self._give_back(self._slots.held.keys() - staying)
         self._check()
@@ -99,7 +101,8 @@ class WorkerPool:
     def take(self, count: int, patient: bool = True) -> list[Member]:
         """Returns `count` live processes, ordered by node and GPU. Raises TrainingError if they don't start.
 
-        Waits for their resources. If not `patient`, raises PlacementError after 30 s: there may be room for fewer workers.
+        Waits for their resources. If not `patient`, raises PlacementError after 30 s, because there may be room for fewer
+        workers.
         """
         try:
             self.trim(count)
@@ -118,8 +121,10 @@ class WorkerPool:
         return sorted(self._members.values(), key=lambda m: (m.address, m.node, [gpu.zfill(4) for gpu in m.gpus], m.slot))
 
     def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
-        """Records the GPUs that a process will see. Returns whether it can see them: once CUDA is initialized, they can't
-        change."""
+        """Records the GPUs that a process will see.
+
+        Returns whether it can see them: once CUDA is initialized, a process can't see other GPUs.
+        """
         return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
@@ -210,7 +215,7 @@ class WorkerPool:
 
 
 def places(members: Sequence[Member]) -> list[WorkerPlace]:
-    """Assigns each member its rank and its rendezvous, in order. Ranks count up within a node, then continue on the next."""
+    """Assigns each member its rank and its rendezvous, in order. Ranks count up within a node, then continue on the next node."""
     return places_at(members, meeting(members[0]))
 
 
@@ -234,7 +239,7 @@ def places_at(members: Sequence[Member], rendezvous: str) -> list[WorkerPlace]:
 
 
 def meeting(first: Member) -> str:
-    """Creates a new rendezvous address, so that a process group can't connect to an earlier group's.
+    """Creates a new rendezvous address, so that a process group can't connect to the address of an earlier group.
 
     The rendezvous is a file in the session's folder on a private Ray, and a TCP port of the first worker on other clusters. A TCP
     port needs no token: any process that reaches it can write what the workers read, and pose as one of them. On a machine with

@@ -21,7 +21,7 @@ from heliostat.text import brief
 log = logging.getLogger(__name__)
 
 EVERY_S = 5.0
-STACKS_S = 30.0  # for py-spy to read the stacks of the driver's threads
+STACKS_S = 30.0  # seconds for py-spy to read the stacks of the driver's threads
 
 
 class ProfileRequests:
@@ -58,7 +58,7 @@ class ProfileRequests:
         self._last = request.id
 
     def _keep_stacks(self, request: ProfileRequest) -> None:
-        """Adds the stacks of this process's threads to a profile. If that fails, logs the reason in one line."""
+        """Adds the stacks of this process's threads to a profile. If this fails, logs the reason in one line."""
         try:
             profile.place(self._run, request).join(profile.DRIVER).write(_stacks())
         except (HeliostatError, OSError) as e:

@@ -23,7 +23,7 @@ PHASES = {
     "data": "opening the data stream",
     "step": "first step",
 }
-BAR = 24  # characters
+BAR = 24  # width in characters
 
 
 class StartUp(TypedDict):

@@ -1,13 +1,13 @@
 """Decides how a run continues when an attempt ends. The decisions are pure functions; `run` carries them out.
 
-- Final: errors that would recur, such as a faulty job, damaged data, or a non-finite loss. Also a store that rejects workers and
-  driver (`suspects`). If it rejects only workers, that is a failure.
-- Corrupt checkpoint: the run resumes from the checkpoint before it.
+- Final: errors that would recur, such as a faulty job, damaged data, or a non-finite loss. A store that rejects both workers and
+  driver is final, too (`suspects`). If it rejects only workers, this is a failure.
+- Corrupt checkpoint: the run resumes from the previous checkpoint.
 - Loss spike: the run resumes from before the spike.
-- Failure: any cause that may be a machine's, such as a dead worker or node, memory, a store's outage, or a stall.
+- Failure: any other error that a machine may have caused: a dead worker or node, a lack of memory, a store's outage, or a stall.
 
-The last three kinds use retries. Between two new checkpoints only a limited number may follow each other, each after a longer
-pause. Preemptions, resizes, and waiting for resources aren't failures, and have no limit.
+The last three kinds use retries. The number of retries without a new checkpoint is limited, and each retry waits longer than the
+previous one. Preemptions, resizes, and waiting for resources aren't failures, and have no limit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Budget:
 
     retries: Retries
     used: int = 0
-    checkpoint: int = -1  # the newest one at the last failure
+    checkpoint: int = -1  # step of the newest checkpoint at the last failure
     last: tuple[str, int] = ("", -1)
 
     def spend(self, error: HeliostatError, checkpoint: int) -> float:

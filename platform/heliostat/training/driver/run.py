@@ -35,7 +35,7 @@ from heliostat.training.driver.states import Course, RunState
 from heliostat.training.stops import PausePoints
 from heliostat.validation.check import Checked
 
-if TYPE_CHECKING:  # Ray takes a second
+if TYPE_CHECKING:  # importing Ray takes a second
     from heliostat.training.driver.memory import Memory
     from heliostat.training.driver.pool import WorkerPool
     from heliostat.training.driver.progress import ProgressReporter
@@ -61,7 +61,7 @@ class RunHooks:
     pauses: PausePoints
     hear: Callable[[Event], None]  # gets every event of the workers
     tags: dict[str, str]  # tags of the MLflow run
-    closing: dict[str, str] = field(default_factory=dict)  # tags that it gets at its end
+    closing: dict[str, str] = field(default_factory=dict)  # tags that the MLflow run gets at its end
 
 
 class DrivenRun:
@@ -105,7 +105,7 @@ class DrivenRun:
 
         try:
             result = self._with_mlflow_run(work)
-            self.beside.wait()  # it ends once it sees that this run has ended
+            self.beside.wait()  # the process ends once it sees that this run has ended
             return result
         finally:
             self.beside.end()
@@ -115,7 +115,7 @@ class DrivenRun:
         return self._with_mlflow_run(self._train)
 
     def finalize(self, last: SavedCheckpoint) -> endings.Ending:
-        """Finalizes from the last checkpoint, without training, if an earlier command didn't complete this."""
+        """Finalizes from the last checkpoint, without training, if an earlier command didn't complete this work."""
         summary = endings.read(self.job.run_folder, last, self.job)
         self._follow(states.AllDone())
         return self._with_mlflow_run(lambda: self._finalize(last, summary))
@@ -129,7 +129,7 @@ class DrivenRun:
     def _with_mlflow_run(self, work: Callable[[], endings.Ending]) -> endings.Ending:
         """Runs `work` while this process owns the MLflow run, and sets the correct final status even if `work` raises."""
         self.owner = RunOwner(self.job, self.checked.manifests, self.tags, self.plan.version)
-        self.ledger.beat(force=True)  # from here on the run has a driver
+        self.ledger.beat(force=True)  # from now on, the ledger shows that the run has a driver
         try:
             result = work()
         except LeaseError as e:  # another driver owns the MLflow run now
@@ -314,7 +314,7 @@ class DrivenRun:
         self._follow(states.Failed(attempt, error, refused, self.spending.reached))
 
     def _find_checkpoint(self, error: HeliostatError) -> None:
-        """Chooses the checkpoint from which to recover, and excludes the nodes that the failure shows to be bad."""
+        """Chooses the checkpoint from which to recover, and excludes nodes if the failure shows that they are bad."""
         try:
             newest = suspects.trusted(self.job.run_folder, error)
             step = newest.step if newest else 0
@@ -335,8 +335,10 @@ class DrivenRun:
             self.order = make_order(self.plan, self.checked.manifests)
 
     def _exclude(self, error: HeliostatError, step: int) -> list[str]:
-        """Excludes the nodes that a failure shows to be bad. Returns a description of the action, if any. `step`: of the
-        checkpoint."""
+        """Excludes nodes if a failure shows that they are bad.
+
+        Returns a description of the action, if any. `step`: the checkpoint's step.
+        """
         if isinstance(error, AccessError):
             suspects.avoid_refused(error.node, self.job, min(self.counts), self.pool)
         if isinstance(error, CorruptionError):

@@ -31,10 +31,10 @@ from heliostat.errors import PlacementError
 
 log = logging.getLogger(__name__)
 
-PLACE_S = 30.0  # to wait for resources; after that there may be room for fewer workers
-AT_ONCE_S = 2.0  # to wait for resources that are free
+PLACE_S = 30.0  # seconds to wait for resources; after that there may be room for fewer workers
+AT_ONCE_S = 2.0  # seconds to wait for resources that are free
 AGAIN_S = 3.0  # longest pause before queuing again, after another run took the resources
-AVOID_S = 60.0  # to avoid a node that doesn't answer; after that Ray knows whether it lives
+AVOID_S = 60.0  # seconds to avoid a node that doesn't answer; after that Ray knows whether it lives
 POLL_S, FAST_POLL_S = 0.05, 0.005
 
 
@@ -58,8 +58,10 @@ class Slots:
         self._open: list[PlacementGroup] = []  # requested, but not in a slot yet
 
     def avoid(self, out: Iterable[str], for_good: bool = False) -> None:
-        """Treats nodes as lost for some time, before Ray knows that they are. `for_good`: excludes them permanently, although
-        they live."""
+        """Treats nodes as lost for some time, before Ray knows that they are lost.
+
+        `for_good`: excludes them permanently, although they live.
+        """
         until = math.inf if for_good else time.monotonic() + AVOID_S
         for node in out:
             self._avoided[node] = max(until, self._avoided.get(node, 0.0))
@@ -84,8 +86,8 @@ class Slots:
     def surplus(self, count: int, used: Collection[int]) -> list[int]:
         """Chooses the slots to release so that `count` remain: first those without a process, then by placement.
 
-        With placement `pack`, the nodes with the fewest workers lose them first; otherwise the nodes with the most. `used`: the
-        numbers of slots with a process.
+        With placement `pack`, the nodes with the fewest workers lose their slots first; otherwise the nodes with the most
+        workers. `used`: the numbers of slots with a process.
         """
         left, over = list(self.held.values()), list[int]()
         while len(left) > count:
@@ -106,15 +108,17 @@ class Slots:
             self.waiting.clear()
 
     def _take_free(self, missing: int) -> bool:
-        """Takes free resources if they cover all missing slots. Returns whether it did."""
+        """Takes free resources if they are enough for all missing slots. Returns whether it took them."""
         per_node = Counter(s.node for s in self.held.values())
         free, leaving = nodes.free(self.workers.labels), nodes.draining() | self.avoided()
         spots_found = spots(self.workers, {n: r for n, r in free.items() if n not in leaving}, per_node, missing)
         return spots_found is not None and self._pin(spots_found)
 
     def _pin(self, nodes: list[str]) -> bool:
-        """Takes a slot on each of the nodes, or on none if not all are available within AT_ONCE_S seconds. Returns whether it
-        did."""
+        """Takes a slot on each of the nodes if all are available within AT_ONCE_S seconds.
+
+        Otherwise takes no slot. Returns whether it took the slots.
+        """
         groups = self._open = [self._ask([node], 1) for node in nodes]
         until = time.monotonic() + AT_ONCE_S
         while not all(map(placed, groups)):
@@ -129,7 +133,7 @@ class Slots:
         return True
 
     def _queue(self, count: int, patient: bool) -> None:
-        """Waits in Ray's queue for all missing slots, after earlier requests, without holding a part of them."""
+        """Waits in Ray's queue for all missing slots, after earlier requests. It takes all of them or none."""
         until = time.monotonic() + PLACE_S
         while True:
             ticket, whole = self._ask(None, count - len(self.held)), not self.held
@@ -141,7 +145,7 @@ class Slots:
                     self.give_all_back()
                     if not patient:
                         raise PlacementError(f"can't place the workers: the cluster has room for {have} after {PLACE_S:.0f} s")
-                    log.warning("the cluster has room for %s. Releasing it until there is room for all", have)
+                    log.warning("the cluster has room for %s. Releasing these resources until there is room for all", have)
                     break
                 time.sleep(POLL_S)
             self._drop_open()

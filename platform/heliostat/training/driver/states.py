@@ -1,7 +1,8 @@
 """Decides what a run's driver does next. `follow(course, event)` is a pure function; `run` carries out its actions.
 
-Every attempt has a number. A message with the number of another attempt, or of one that has ended, is dropped and counted.
-Results, errors, and events of that attempt's workers no longer count. docs/reliability/driver-states.md has the table of states.
+Every attempt has a number. A message with the number of another attempt, or of an attempt that has ended, is dropped and counted.
+Results, errors, and events of such an attempt's workers no longer count. docs/reliability/driver-states.md has the table of
+states.
 
 starting -> running -> finalizing -> finished
 
@@ -24,7 +25,7 @@ class RunState(StrEnum):
     STARTING = "starting"  # no worker has completed a step yet
     RUNNING = "running"  # workers complete steps
     RECOVERING = "recovering"  # an attempt has failed, and the next one has completed no step yet
-    RESIZING = "resizing"  # workers have stopped for a new worker count, or because a node leaves; no step since
+    RESIZING = "resizing"  # workers have stopped for a new worker count, or because a node leaves; no step is complete since then
     FINALIZING = "finalizing"  # all steps are done: the model is exported and registered
     FINISHED = "finished"
     STOPPED = "stopped"  # by a signal, a limit, or a sweep; `--resume` continues
@@ -45,7 +46,7 @@ class Course:
     - `saved`: the step of the newest checkpoint in storage
     - `done`: the last step that workers have reported
     - `attempt`: the number of the newest attempt, from 1
-    - `under_way`: whether that attempt hasn't ended
+    - `under_way`: whether the newest attempt is still running
     - `trust_memory`: whether in-memory checkpoints may be used
     - `failure`: the error of a failed attempt, until a checkpoint is chosen
     - `restarts`: the number of restarts so far
@@ -215,7 +216,7 @@ Next = tuple[Course, tuple[Action, ...]]
 
 
 def follow(course: Course, event: RunEvent) -> Next:
-    """Computes the new course, and the driver's actions, in order, after an event. Pure.
+    """Computes the new course, and the driver's actions, in order, after an event. It is a pure function.
 
     Raises RuntimeError for an event that can't happen in this state. An event of another attempt can always happen, and is
     dropped.
@@ -238,7 +239,7 @@ def follow(course: Course, event: RunEvent) -> Next:
             following = replace(course, attempt=course.attempt + 1, under_way=True, start=course.saved, done=course.saved)
             return following, (StartWorkers(following.attempt),)
         case CopiesFound(step=step) if course.trust_memory and step >= course.saved and course.state in BEFORE_STEPS:
-            return replace(course, start=step, done=step, trust_memory=False), ()  # False until they have completed a step
+            return replace(course, start=step, done=step, trust_memory=False), ()  # False until workers have completed a step
         case WorkerMessage(done=None):
             return course, (Take(),)
         case WorkerMessage(done=int(done)):

@@ -1,9 +1,9 @@
 """Decides which nodes and checkpoints a failure calls into question.
 
-A node is excluded until the command ends after two faults of its devices, or after two unexplained failures with no new
-checkpoint between them. A node is avoided for some time if a store rejects its requests but not the driver's. Its credentials may
-have expired, its clock may be wrong, or a file system may not be mounted there. A node is excluded or avoided only if other nodes
-have room for the run.
+After two faults of its devices, or two unexplained failures with no new checkpoint between them, a node is excluded until the
+command ends. A node is avoided for some time if a store rejects the node's requests but not the driver's. The node's credentials
+may have expired, its clock may be wrong, or a file system may not be mounted on the node. A node is excluded or avoided only if
+other nodes have room for the run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from heliostat.errors import AccessError, CorruptCheckpointError, CorruptionErro
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
-if TYPE_CHECKING:  # Ray takes a second
+if TYPE_CHECKING:  # importing Ray takes a second
     from heliostat.training.driver.pool import WorkerPool
 
 log = logging.getLogger(__name__)

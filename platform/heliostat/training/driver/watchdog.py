@@ -1,4 +1,4 @@
-"""Watches the workers of an attempt: detects a stall, collects all stack traces then, and finds the worker that delays the
+"""Watches the workers of an attempt: detects a stall, then collects all stack traces, and finds the worker that delays the
 others.
 
 `heartbeats`: each worker's last heartbeat, by rank, from the mailbox. Times are of this process's clock: `at` is when the
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from heliostat.runs.events import Event, Stack
 from heliostat.training.mailbox import Pulse, interval
 
-ANSWER_S = 5.0  # for a worker to read its stacks and answer, once it has the order
+ANSWER_S = 5.0  # seconds for a worker to read its stacks and answer, once it has the order
 POLL_S = 0.5
 FRAME = re.compile(r'  File "(?:.*/)?([^"/]+)", line (\d+), in (\S+)')
 
@@ -52,8 +52,10 @@ def collect(
 
 
 def call(stack: str) -> str:
-    """Finds the innermost call of the main thread in a worker's stack traces. Returns an empty string if the thread isn't in
-    them."""
+    """Finds the innermost call of the main thread in a worker's stack traces.
+
+    Returns an empty string if the traces lack the main thread.
+    """
     main = next((part for part in re.split(r"^thread ", stack, flags=re.M) if part.startswith("MainThread:")), "")
     frames = FRAME.findall(main)
     return "{2} ({0}:{1})".format(*frames[-1]) if frames else ""

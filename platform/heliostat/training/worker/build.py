@@ -1,4 +1,4 @@
-"""Builds a worker's parts for one attempt, around a DeepSpeed engine, and runs the loop of steps (`step`) with its hooks."""
+"""Builds a worker's components for one attempt around a DeepSpeed engine, and runs the loop of steps (`step`) with its hooks."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from heliostat.training.worker.unsealed import Unsealed
 class WorkerConfig(TypedDict):
     """Describes a worker's inputs for an attempt.
 
-    `job`, `plan`: plain data. `pauses`: steps. `fence`: that of the driver's lease. `part`: this worker's part of the stream, or
-    None if another worker reads for it. `queued_s`: seconds that the run waited for the workers' resources. `memory`: the plan of
-    in-memory checkpoints, or None if the job wants none.
+    `job`, `plan`: plain data. `pauses`: steps. `fence`: the fence of the driver's lease. `part`: this worker's part of the
+    stream, or None if another worker reads for it. `queued_s`: seconds that the run waited for the workers' resources. `memory`:
+    the plan of in-memory checkpoints, or None if the job wants none.
     """
 
     job: dict[str, object]
@@ -90,7 +90,7 @@ class Worker:
     def _build(self, config: WorkerConfig) -> None:
         job, posts, ledger, copies = self.job, self.posts, self.ledger, config["memory"]
         plan, world, folder = DataPlan.parse(config["plan"]), dist.get_world_size(), Location(config["run_folder"])
-        # DeepSpeed uses the training group; the loop, the saver, and the stop consensus have a channel each in this one
+        # DeepSpeed uses the training group; in this group, the loop, the saver, and the stop consensus have one channel each
         control, start_step = dist.new_group(backend="gloo"), config["start_step"]
         if copies:
             self.memory = MemoryCopies(copies, job.checkpoint.memory_limit, self.rank, world, posts.notice_of_any)
@@ -136,7 +136,7 @@ class Worker:
             self.context.phase("data")
             done, stop = self.loop.run()
             self.profiler.finish()
-            # here, while the other workers wait for the last save; later they would wait only for this
+            # here, because the other workers wait for the last save anyway; later, they would wait only for the profiler
             self.profiler.wait(progressed=self._progressed)
             with self.ledger("checkpoint"):
                 self.state.wait()
@@ -150,8 +150,10 @@ class Worker:
             }
 
     def end(self) -> None:
-        """Ends the threads that send heartbeats and metrics, make batches, and copy into memory. On a broken device the last may
-        not end."""
+        """Ends the threads that send heartbeats and metrics, make batches, and copy into memory.
+
+        On a broken device, the thread that copies may not end.
+        """
         self.heartbeat.end()
         self.profiler.end()
         if self.ahead:
@@ -163,7 +165,7 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Tells whether a save or the making of batches still runs in its thread."""
+        """Returns whether a thread is still saving, or making batches."""
         return self.state.saver.busy or (self.ahead is not None and self.ahead.busy)
 
     def _progressed(self) -> None:
@@ -178,5 +180,5 @@ class Worker:
 
 
 def _nodes() -> int:
-    """Computes the number of the workers' nodes, assuming that all have as many workers as this one."""
+    """Computes the number of the workers' nodes, assuming that all nodes have as many workers as this worker's node."""
     return max(1, round(int(os.environ["WORLD_SIZE"]) / int(os.environ["LOCAL_WORLD_SIZE"])))

@@ -1,8 +1,8 @@
 """Keeps Python's garbage collector off the step path.
 
-By default it runs after some number of new objects: on each worker within another step, and all others wait for that worker in
-the next collective. Here it runs between steps, after the same steps on all workers. After every EVERY-th step it collects young
-objects; after evaluations and saves it collects all objects.
+By default, the collector runs after some number of new objects, so in a different step on each worker. All other workers then
+wait for this worker in the next collective. Here, the collector runs between steps, after the same steps on all workers. It
+collects young objects after every EVERY-th step, and all objects after evaluations and saves.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ EVERY = 10  # steps; garbage in reference cycles can hold a step's tensors, so i
 
 
 def spare_imports() -> None:
-    """Excludes all objects that exist so far, such as imported modules, from later collections. Processes that the fork server
-    forks inherit this."""
+    """Excludes all objects that exist so far, such as imported modules, from later garbage collections.
+
+    Processes that the fork server forks inherit this.
+    """
     if not gc.get_freeze_count():
         gc.freeze()
 

@@ -39,8 +39,8 @@ for kind in (Steps, LossSpike, Evaluation):
 class Posts:
     """Posts rank 0's events, which are the same on all workers.
 
-    `mailbox`: the driver's; None without a driver. `unsaved`: events since the last checkpoint, which must survive the driver's
-    death. `dropped`: the number of events after the order to abort, which weren't posted.
+    `mailbox`: the driver's mailbox; None without a driver. `unsaved`: events since the last checkpoint, which must survive the
+    driver's death. `dropped`: the number of events after the order to abort, which weren't posted.
     """
 
     def __init__(self, mailbox: AttemptMailbox | None, rank: int) -> None:
@@ -77,8 +77,9 @@ class Posts:
 
 @dataclass
 class Latest:
-    """Holds the latest results, for checkpoints and the summary: the loss last reported, the held-out scores, and the step at
-    which they were computed."""
+    """Holds the latest results, for checkpoints and the summary: the last reported loss, the held-out scores, and the step at
+    which the scores were computed.
+    """
 
     loss: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
@@ -89,8 +90,8 @@ class Latest:
 class Context:
     """Holds the attempt's job, data, and first step, and this worker's position in it.
 
-    `control`: a gloo group of all workers. `fence`: that of the driver's lease. `progressed`: reports progress to the watchdog;
-    raises PeerLostError once the workers are ordered to abort.
+    `control`: a gloo group of all workers. `fence`: the fence of the driver's lease. `progressed`: reports progress to the
+    watchdog; raises PeerLostError once the workers are ordered to abort.
     """
 
     job: Job
@@ -115,7 +116,7 @@ class Due(NamedTuple):
     """Describes the work that is due after a step. It is the same on every worker.
 
     - `last`: the step is the run's last
-    - `reports`: its numbers are posted
+    - `reports`: the step's results are posted
     - `evaluates`: the model is scored
     - `saves`: the state is saved to storage
     - `keeps`: the state is copied into memory
@@ -133,7 +134,7 @@ class Due(NamedTuple):
 class Hook:
     """Adds work around the steps. Every worker calls all hooks at the same points, in the same order."""
 
-    copies = False  # whether it copies the training state into memory when `Due.keeps`
+    copies = False  # whether the hook copies the training state into memory when `Due.keeps` is set
 
     @property
     def blocked_s(self) -> float:
@@ -142,16 +143,21 @@ class Hook:
 
     @property
     def unsettled(self) -> bool:
-        """Tells whether work in the hook's threads has failed on this worker. Then all workers call `settle`."""
+        """Returns whether work in the hook's threads has failed on this worker. Then all workers call `settle`."""
         return False
 
     def settle(self) -> bool:
-        """Waits for work in the hook's threads. Collective. Returns whether it succeeded. Raises a fatal error on all workers."""
+        """Waits for work in the hook's threads.
+
+        All workers call this method together. Returns whether the work succeeded. Raises a fatal error on all workers.
+        """
         return True
 
     def looks(self, step: int) -> bool:
-        """Tells whether `before_step` reads the results of earlier steps. If so, the loop has the hooks judge their norms
-        first."""
+        """Returns whether `before_step` reads the results of earlier steps.
+
+        If so, the loop first passes the gradient norms of these steps to the hooks.
+        """
         return False
 
     def before_step(self, step: int) -> None:
@@ -165,14 +171,14 @@ class Hook:
         """
 
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
-        """Returns the error of an earlier step that explains the current step's error, if the norms of earlier steps show it.
+        """Returns the error of an earlier step that explains the current step's error, if the norms show such an error.
 
         `norms`: pairs of a step, counted from 0, and its norm. Must not wait for other workers, because they may not have failed.
         """
         return None
 
     def after_step(self, done: int, due: Due) -> None:
-        """Acts after `done` completed steps, before the last of them is reported."""
+        """Acts after `done` completed steps, before the last step is reported."""
 
     def on_report(self, first: int, losses: list[float]) -> None:
         """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""

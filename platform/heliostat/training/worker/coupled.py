@@ -2,15 +2,17 @@
 2101.06983).
 
 First, every worker represents its micro-batches without gradients. An all-gather gives all workers the representations of all the
-step's samples, in sample order. Each worker computes the loss of all of them, and its gradients with respect to the
+step's samples, in sample order. Each worker computes the loss of all these samples, and the loss's gradients with respect to the
 representations.
 
-Second, each micro-batch is represented again, with the same random numbers. The inner product of its representations with those
-gradients goes backward: that is the micro-batch's part of the loss's gradient. So the loss doesn't depend on how samples are
-divided into micro-batches and workers. The model's activations take the memory of one micro-batch.
+Second, each worker represents each micro-batch again, with the same random numbers. It computes the inner product of these
+representations with the gradients from the first pass. The backward pass of this product gives the micro-batch's contribution to
+the gradient of the loss. So the loss doesn't depend on how samples are divided into micro-batches and workers. The model's
+activations take the memory of one micro-batch.
 
 The cost of coupling grows with the square of the number of samples. In a step of more than SHARED_FROM samples, each worker
-computes the contribution of its share of them (`couple_some`), one block at a time. The workers then sum losses and gradients.
+computes the contribution of its share of the samples (`couple_some`), one block at a time. The workers then sum losses and
+gradients.
 """
 
 from __future__ import annotations
@@ -34,15 +36,17 @@ Tensors = dict[str, torch.Tensor]
 Terms = int | torch.Tensor  # the number of a step's loss terms over all workers
 Checked = Callable[[object, str], Loss]  # (result of a recipe's method, name of the method) -> the result, if it is a valid Loss
 
-SHARED_FROM = 1024  # samples of a step, and of a block. Each worker couples up to as many itself: one matrix of 4 MiB
+SHARED_FROM = 1024  # samples of a step, and of a block. Up to this number, each worker couples all samples: one matrix of 4 MiB
 
 
 class CouplesSome(Protocol):
     """Describes a recipe with a shareable loss: workers compute parts of it in steps of more than SHARED_FROM samples."""
 
     def couple_some(self, vectors: Tensors, some: slice) -> Loss:
-        """Computes the contribution of `some` of a step's samples to the loss of all, and to its parts. Contributions add up to
-        the result of `couple`."""
+        """Computes the contribution of `some` of a step's samples to the loss of all samples, and to the loss's parts.
+
+        The contributions add up to the result of `couple`.
+        """
 
 
 class CoupledStep(NamedTuple):
@@ -86,7 +90,8 @@ def first_pass(
     """Represents this worker's micro-batches without gradients, and computes the loss over all workers' samples with its
     gradients.
 
-    Collective. `terms`: the step's number of loss terms. `progressed`: called after each micro-batch.
+    All workers call this function together. `terms`: the step's number of loss terms. `progressed`: called after each
+    micro-batch.
     """
     with torch.no_grad():
         mine = [represented(recipe, engine, micro, batch) for micro, batch in seeded(micros, engine.device, recipe, progressed)]
@@ -109,8 +114,10 @@ def _gradients(recipe: CouplesSamples, leaves: Tensors, loss: Loss, terms: Terms
 
 
 def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Terms) -> tuple[Loss, Tensors]:
-    """Computes the loss and its gradients together with the other workers. Collective. Each worker has a slice of the samples, in
-    sample order."""
+    """Computes the loss and its gradients together with the other workers, which all call this function.
+
+    Each worker has a slice of the samples, in sample order.
+    """
     number, rank, world = len(next(iter(leaves.values()))), dist.get_rank(), dist.get_world_size()
     begin, end = number * rank // world, number * (rank + 1) // world
     totals = {name: torch.zeros_like(tensor) for name, tensor in leaves.items() if tensor.requires_grad}
@@ -128,7 +135,9 @@ def _shared(recipe: CouplesSamples, leaves: Tensors, checked: Checked, terms: Te
 
 
 def objective(loss: Loss, terms: Terms) -> torch.Tensor:
-    """Computes the objective to minimize for a complete step: the sum of its terms over their number, plus the weighted parts."""
+    """Computes the objective to minimize for a complete step: the sum of its terms divided by their number, plus the weighted
+    parts.
+    """
     return sum((part.value.float() * part.weight for part in loss.parts.values() if part.weight), loss.sum / terms)
 
 

@@ -49,7 +49,7 @@ class Evaluations(Hook):
         self.gallery = recipe.gallery() if isinstance(recipe, Draws) else None
 
     def on_save(self, done: int, due: Due) -> None:
-        """Evaluates the model if that is due, and stores the scores as the latest ones."""
+        """Evaluates the model if an evaluation is due, and stores the scores as the latest ones."""
         if not due.evaluates:
             return
         context, engine, device = self.context, self.engine, self.engine.device
@@ -131,7 +131,10 @@ class HeldOut:
 
 
 def _added(totals: torch.Tensor, unread: deque[tuple[LateRead, torch.Tensor]], but: int = 0) -> torch.Tensor:
-    """Adds unread batches to the totals, float64 [names], except the last `but`, which the device may still be computing."""
+    """Adds unread batches to the totals, float64 [names].
+
+    Leaves out the last `but` batches, which the device may still compute.
+    """
     while len(unread) > but:
         scores, counted = unread.popleft()
         sums = torch.stack([(values * counted).sum() for values in scores.values()])
@@ -166,9 +169,9 @@ def _good(gathered: Gathered) -> np.ndarray:
 
 
 def dealt(samples: np.ndarray, rank: int, world: int, micro: int) -> tuple[np.ndarray, np.ndarray]:
-    """Selects this worker's part of the samples, in full micro-batches, as many as every other worker has.
+    """Selects this worker's part of the samples, in full micro-batches. Every worker has the same number of micro-batches.
 
-    Returns the samples, and a mask of the samples that count; the others are padding.
+    Returns the samples, and a mask of the samples that count; the other samples are padding.
     """
     mine = samples[rank::world]
     size = -(-len(samples) // (world * micro)) * micro
@@ -194,8 +197,8 @@ def show(
 ) -> tuple[dict[str, float], dict[str, bytes]]:
     """Draws the gallery. Returns the scores, on every rank, and the PNG images by name, on rank 0.
 
-    Collective: every rank draws the same number of pictures, because ZeRO-3's all-gathers need that. Calls `progressed`
-    regularly.
+    All ranks call this function together. Every rank draws the same number of pictures, because ZeRO-3's all-gathers need that.
+    Calls `progressed` regularly.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     each = -(-gallery.count // world)

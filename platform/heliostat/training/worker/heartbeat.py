@@ -1,8 +1,8 @@
 """Sends a worker's heartbeat: a thread reports its progress to the mailbox and follows the driver's orders.
 
 The loop only counts (`heartbeat.progress += 1`) and asks (`heartbeat.stop`). Workers stop together: at every step, each worker
-contributes the highest stop code that it knows. `StopConsensus` gives all of them the highest of all, while the step's own work
-runs.
+contributes the highest stop code that it knows. `StopConsensus` gives all workers the highest of these codes, while the step's
+work runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 EVERY_S = 1.0
 ANSWER_S = 30.0
-VOTES = 2  # tag of the channel
+VOTES = 2  # tag of the channel for stop codes
 
 
 class Heartbeat:

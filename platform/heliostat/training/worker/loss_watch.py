@@ -1,4 +1,4 @@
-"""Ends an attempt if a loss or a gradient isn't finite, or at a loss spike that the job wants undone.
+"""Ends an attempt if a loss or a gradient isn't finite, or after a loss spike if the job sets `spike.action: rollback`.
 
 `config.spikes` defines which losses are spikes. The run then returns to a checkpoint and skips the samples; PaLM's training did
 this by hand (Chowdhery et al. 2022, arXiv 2204.02311, section 5.1).
@@ -30,8 +30,10 @@ class LossWatch(Hook):
         self.detector = SpikeDetector(self.job.spike) if self.job.spike else None
 
     def on_report(self, first: int, losses: list[float]) -> None:
-        """Checks the losses of steps. Raises LossSpikeError for a spike to undo, and NonFiniteError for a loss that isn't
-        finite."""
+        """Checks the losses of steps.
+
+        Raises LossSpikeError for a spike that the job rolls back, and NonFiniteError for a non-finite loss.
+        """
         for step, loss in enumerate(losses, first):
             excess = self.detector.excess(loss) if self.detector else None
             if not math.isfinite(loss):

@@ -2,11 +2,11 @@
 
 First the state is copied into this process's memory. As with a save, this happens during the next forward and backward pass, so
 only the next optimizer step waits for it. On a GPU, the copy is queued on a separate stream, into pinned memory. The optimizer's
-kernels wait for it, not the host.
+kernels wait for the copy; the host doesn't.
 
 Then a separate thread sends the copy to the keepers (`training.memory_keeper`) in pieces, several at a time. A worker that dies
 or is late leaves a generation incomplete, and an incomplete generation isn't used. If a worker's copy fails, or training waits
-too long for one, all workers agree to make no more copies: generations without that worker's part would be useless.
+too long for it, all workers agree to make no more copies, because generations without that worker's part would be useless.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 PIECE = 32 << 20  # bytes per piece
 IN_FLIGHT = 4  # pieces that are sent at the same time
-ANSWER_S = 60.0  # for a keeper to answer
+ANSWER_S = 60.0  # seconds for a keeper to answer
 WAIT_S = 60.0  # longest time that training waits for one copy
 POLL_S = 0.2
 T = TypeVar("T")
@@ -68,12 +68,15 @@ class MemoryCopies:
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
 
     def before_change(self) -> None:
-        """Waits until the state that is being copied may change. On a GPU, kernels that are queued later wait, not the host."""
+        """Waits until the state that is being copied may change.
+
+        On a GPU, only kernels that are queued later wait; the host doesn't.
+        """
         self._until(lambda: self._copied.wait(POLL_S))
         self._stream.hold_back()
 
     def keep(self, facts: CopyFacts, own: object, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps. Collective.
+        """Copies the state after a step. All workers call this, and `wait` before it, at the same steps.
 
         `facts`: the same on all workers. `own`: the rest of this worker's state, which the thread encodes.
         """
@@ -89,8 +92,10 @@ class MemoryCopies:
         self._pending = self._thread.submit(self._copy, facts, own, state, ranges)
 
     def wait(self) -> None:
-        """Waits until the copy in flight has arrived. If it fails, records why; at the next `keep` the workers agree to make no
-        more."""
+        """Waits until the copy in flight has arrived.
+
+        If it fails, records why; at the next `keep`, the workers agree to make no more copies.
+        """
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -107,14 +112,14 @@ class MemoryCopies:
             log.warning("worker %d: an in-memory checkpoint failed: %s", self._rank, self._failed)
 
     def _agree_off(self, group: dist.ProcessGroup) -> bool:
-        """Tells whether any worker's copy has failed, and reports that once. Collective."""
+        """Returns whether any worker's copy has failed, and reports this once. All workers call it together."""
         failed = [(rank, why) for rank, why in enumerate(together(group, lambda: self._failed)) if why]
         if not failed:
             return False
         self._off = True
         if self._rank == 0:
             (rank, why), more = failed[0], f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-            self._notice(f"{OFF} until the workers start again, after {self._kept} of them: worker {rank}{more}: {why}")
+            self._notice(f"{OFF} until the workers start again, after {self._kept} copies: worker {rank}{more}: {why}")
         return True
 
     def end(self) -> None:
@@ -124,8 +129,10 @@ class MemoryCopies:
         self._thread.shutdown(wait=True)
 
     def _begin(self, size: int, state: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> bool:
-        """Prepares for copies of `size` bytes. Returns whether the copies of all workers fit within the limit on every node.
-        Collective."""
+        """Prepares for copies of `size` bytes.
+
+        Returns whether the copies of all workers fit within the limit on every node. All workers call this method together.
+        """
         keepers = self._plan.keepers[self._rank]
         agreed(group, lambda: _need([k.reserve.remote(self._rank, size) for k in keepers]))
         needs = together(group, lambda: _need([k.need.remote() for k in keepers]))
@@ -133,7 +140,7 @@ class MemoryCopies:
         why = "a node's keeper doesn't answer" if None in needs else ""
         if need > self._limit:
             limit = f"checkpoint.memory_limit is {self._limit / 2**20:,.1f} MiB"
-            why = f"they need {need / 2**20:,.1f} MiB on a node, and {limit}. Raise it, or train on more workers"
+            why = f"copies need {need / 2**20:,.1f} MiB on a node, and {limit}. Raise this limit, or train on more workers"
         if why:
             self._off = True
             if self._rank == 0:

@@ -1,7 +1,7 @@
 """Makes a step's micro-batches: derives their samples' keys and their random seeds, and moves them to the device.
 
 Keys and seeds depend only on the step and on a sample's position in the global batch, not on the worker that computes it.
-Recomputing a step gives the same ones.
+Recomputing a step gives the same keys and seeds.
 
 While a step computes, a thread reads the next step's samples and makes its batches (`BatchesAhead`):
 
@@ -40,7 +40,7 @@ from heliostat.data.device_streams import on_device
 from heliostat.data.stream import StepSamples
 from heliostat.recipes.protocol import Batch, Recipe
 
-DEADLINE_S = 5.0  # for the thread to end, because it may wait for samples; the driver waits for workers twice as long
+DEADLINE_S = 5.0  # seconds for the thread to end, because it may wait for samples; the driver waits for workers twice as long
 DRAWS = (
     "recipe: `batch` uses a process-wide random generator, so heliostat can't make batches while a step "
     "computes. Derive random numbers from `keys` (docs/guides/recipe.md)"
@@ -93,10 +93,11 @@ class StepBatches(NamedTuple):
 def seeded(
     micros: Sequence[Micro], device: torch.device, recipe: Recipe, progressed: Callable[[], None]
 ) -> Iterator[tuple[Micro, Batch]]:
-    """Yields each micro-batch with its completed batch on the device, after setting its random seed. Calls `progressed` after
-    each one.
+    """Yields each micro-batch with its completed batch on the device, after setting its random seed.
 
-    By then the host has handed the micro-batch to the device. The device's queue is short, so the host needs no extra wait.
+    Calls `progressed` after each micro-batch.
+
+    By then, the host has handed the micro-batch to the device. The device's queue is short, so the host needs no extra wait.
     """
     for micro, batch in zip(micros, on_device([micro.batch for micro in micros], device, recipe.complete), strict=True):
         torch.manual_seed(micro.seed)
@@ -128,7 +129,7 @@ class BatchesAhead:
         `notice`: reports to the user that batches can't be made ahead."""
         self._read, self._prepare, self._notice = read, prepare, notice
         self._begun: Begun | None = None
-        self._inline = self._reported = False  # whether `take` makes the batches, and has reported that
+        self._inline = self._reported = False  # whether `take` makes the batches, and whether this was reported
         self._compared = False  # whether the first batches were checked for changing the generators' states
         self._ended = threading.Event()
         self._steps: SimpleQueue[Begun | None] = SimpleQueue()
@@ -165,7 +166,7 @@ class BatchesAhead:
 
     @property
     def busy(self) -> bool:
-        """Tells whether the thread is still running."""
+        """Returns whether the thread is still running."""
         return self._thread.is_alive()
 
     def _work(self) -> None:
@@ -190,7 +191,7 @@ class BatchesAhead:
         except _SharedNumbers:
             self._inline = True
             return samples
-        if not self._compared:  # nothing else draws random numbers during the first batches
+        if not self._compared:  # no other code draws random numbers during the first batches
             self._compared, self._inline = True, before != _states()
         return batches
 
@@ -240,7 +241,7 @@ def _drawing(operation: Any) -> tuple[str, ...]:
 
 
 def _in_others(function: Callable[..., Any], thread: int) -> Callable[..., Any]:
-    """Wraps the function so that it raises _SharedNumbers in the given thread, and works in all others."""
+    """Wraps the function so that it raises _SharedNumbers in the given thread, and works in all other threads."""
     return lambda *args, **named: _stop() if threading.get_ident() == thread else function(*args, **named)
 
 

@@ -26,7 +26,7 @@ from heliostat.training.mailbox import AttemptMailbox
 MB = 1e6
 INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 EVERY_S = 10.0
-POINTS_PER_S = 10.0  # 0.9 million per day: for example, two 8-GPU nodes every 10 s, or 64 every 4 min
+POINTS_PER_S = 10.0  # 0.9 million per day: for example, two 8-GPU nodes every 10 s, or 64 nodes every 4 min
 
 
 def interval(nodes: int, points: int) -> float:
@@ -95,7 +95,7 @@ def gpus() -> tuple[dict[str, float], dict[int, str]]:
             continue
         values[f"gpu_{i}_memory_usage_megabytes"] = memory.used / MB
         values[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
-        with suppress(nvml.NVMLError):  # not every GPU measures these
+        with suppress(nvml.NVMLError):  # not every GPU measures these values
             values[f"gpu_{i}_utilization_percentage"] = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
             values[f"gpu_{i}_power_usage_watts"] = nvml.nvmlDeviceGetPowerUsage(handle) / 1000
     return values, faults

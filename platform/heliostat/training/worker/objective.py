@@ -1,10 +1,10 @@
 """Computes a micro-batch's share of the objective: its loss terms, and the other parts that the recipe's loss returns.
 
-The objective of a step is its loss plus its weighted parts. The loss is the sum of all its terms over their number. Each part
-with a weight adds the weight times the mean over the step's micro-batches. DeepSpeed averages over micro-batches and workers,
-which is exactly right for the parts. The sum of terms is scaled so that it stays a sum.
+The objective of a step is its loss plus its weighted parts. The loss is the sum of all its terms, divided by their number. Each
+part with a weight adds this weight times the part's mean over the step's micro-batches. DeepSpeed averages over micro-batches and
+workers, which is exactly right for the parts. The sum of terms is scaled so that it stays a sum.
 
-A loss that couples the samples of a step is computed once for all of them (`coupled`). A micro-batch's share is then the
+A loss that couples the samples of a step is computed once for all samples (`coupled`). A micro-batch's share is then the
 contribution of its samples to the gradient.
 """
 
@@ -74,8 +74,10 @@ class Objective:
     def _coupled(
         self, recipe: CouplesSamples, engine: DeepSpeedEngine, micros: Sequence[Micro], terms: Terms, number: int
     ) -> Iterator[LossShare]:
-        """Yields the shares of micro-batches for a loss over all samples. The loss itself is divided evenly among the
-        micro-batches."""
+        """Yields each micro-batch's share of a loss over all samples of the step.
+
+        In the logged loss, all micro-batches have equal shares.
+        """
         with device_ranges.named("forward"):
             step = coupled.first_pass(recipe, engine, micros, self._checked, terms, self._progressed)
         loss, added = step.loss.sum.detach() / number, _added(step.loss, number)
@@ -85,8 +87,10 @@ class Objective:
             yield LossShare(product * number, loss, added, None)
 
     def _checked(self, loss: object, name: str) -> Loss:
-        """Returns the result of the recipe's method `name`. Raises ConfigError if it isn't a Loss, or its parts have other names
-        than before."""
+        """Returns the result of the recipe's method `name`.
+
+        Raises ConfigError if it isn't a Loss, or if the names of its parts have changed.
+        """
         if not isinstance(loss, Loss):
             raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}, expected a Loss ({GUIDE})")
         if self.names is None:
@@ -94,17 +98,20 @@ class Objective:
             self.names = names
         if list(loss.parts) != self.names:
             raise ConfigError(
-                f"recipe: {self._whose}.loss named the parts {self.names} before, and {list(loss.parts)} now. "
-                "Always name all, in the same order"
+                f"recipe: {self._whose}.loss returned the parts {self.names} before, and {list(loss.parts)} now. "
+                "Always return all parts, in the same order"
             )
         return loss
 
     def agree(self, group: dist.ProcessGroup) -> None:
-        """Checks that all ranks have the same names of parts. Otherwise raises ConfigError on every rank. Collective."""
+        """Checks that all ranks have the same names of parts.
+
+        Otherwise raises ConfigError on every rank. All ranks call this method together.
+        """
         everyones = together(group, lambda: self.names)
         if any(names != everyones[0] for names in everyones):
             raise ConfigError(
-                f"recipe: {self._whose}.loss names different parts on other workers: {everyones}. Always name all of them"
+                f"recipe: {self._whose}.loss returns different parts on other workers: {everyones}. Always return all of them"
             )
 
     @property
@@ -115,7 +122,7 @@ class Objective:
         for name in names:
             if name in RESERVED or not name.isidentifier():
                 raise ConfigError(
-                    f"recipe: {self._whose}.loss names a part {name!r}, which can't be logged as train/{name}. "
+                    f"recipe: {self._whose}.loss returns a part {name!r}, which can't be logged as train/{name}. "
                     f"Choose another name; reserved: {', '.join(RESERVED)}"
                 )
 
@@ -131,13 +138,13 @@ class ExpertLoad:
     """Sums the tokens per expert over a step's micro-batches and workers, and lets the recipe balance the experts by these sums.
 
     The sums are integers, so they are bitwise equal for any micro-batches and number of workers. They stay on the device until a
-    report. If the recipe balances by them, workers sum them after every step.
+    report. If the recipe balances experts by these sums, workers sum them after every step.
     """
 
     def __init__(self, recipe: Recipe, engine: DeepSpeedEngine) -> None:
         self.recipe, self.engine = recipe, engine
         self._micro: list[torch.Tensor] = []  # tokens by expert of each micro-batch of the current step
-        self._steps: list[torch.Tensor] = []  # by step, since the last report; summed over workers if the recipe balances
+        self._steps: list[torch.Tensor] = []  # by step, since the last report; summed over workers if the recipe balances experts
 
     def add(self, routed: torch.Tensor | None) -> None:
         """Adds a micro-batch's tokens by expert."""
@@ -145,7 +152,7 @@ class ExpertLoad:
             self._micro.append(routed)
 
     def end_step(self) -> None:
-        """Ends a step. If its weights changed and the recipe balances, balances the experts; then it is collective."""
+        """Ends a step. If the step changed weights and the recipe balances experts, balances them, together with all workers."""
         if not self._micro:
             return
         routed, self._micro = torch.stack(self._micro).sum(0), []
@@ -156,7 +163,7 @@ class ExpertLoad:
         self._steps.append(routed)
 
     def report(self) -> dict[str, list[float]]:
-        """Computes the load of the steps since the last report: by name, one value per step. Collective."""
+        """Computes the load of the steps since the last report: by name, one value per step. All workers call it together."""
         if not self._steps:
             return {}
         steps, self._steps = torch.stack(self._steps), []
@@ -166,11 +173,13 @@ class ExpertLoad:
 
 
 def load(routed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Computes statistics of the experts' load per step. `routed`: tokens, int64 [steps, layers, experts + 1]; the last column
-    counts assignments that no expert accepted.
+    """Computes statistics of the experts' load per step.
 
-    - `imbalance`: the tokens of a layer's busiest expert over the mean of all experts, averaged over layers; 1 if they are even
-    - `imbalance_worst`: the same, of the layer where it is largest
+    `routed`: tokens, int64 [steps, layers, experts + 1]; the last column counts assignments that no expert accepted.
+
+    - `imbalance`: the tokens of a layer's busiest expert divided by the mean of all experts, averaged over layers; 1 if all
+      experts have equally many tokens
+    - `imbalance_worst`: this ratio for the layer where it is largest
     - `unused`: the share of experts without a token
     - `dropped`: the share of assignments that no expert accepted
     """

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 
 class WorkerFacts(TypedDict):
-    """Describes a worker's process: its id, its node's id and address, its GPUs' ids. `spent`: it must not be used again."""
+    """Describes a worker's process: its id, its node's id and address, its GPUs' ids.
+
+    `spent`: whether the process must not be used again.
+    """
 
     pid: int
     node: str
@@ -90,7 +93,7 @@ class TrainWorker:
             self._leave()
 
     def _leave(self) -> None:
-        """Leaves the process group. If that fails, the process isn't used again; the attempt's own result stays."""
+        """Leaves the process group. If this fails, the process isn't used again; the attempt's result doesn't change."""
         try:
             process_group.leave()
         except Exception as e:  # noqa: BLE001 (raised by a library or a broken device)
@@ -102,7 +105,7 @@ def _raised(error: BaseException) -> BaseException:
     """Returns the error for the driver: a PeerLostError after the order to abort, otherwise `error`, in a form that reaches the
     driver.
 
-    A device's error is returned even after that order, because an abort doesn't break devices.
+    A device's error is returned even after the order to abort, because an abort doesn't break devices.
     """
     said = faults.describe(error)
     if process_group.ordered() and faults.classify(said) != "device":
@@ -117,7 +120,7 @@ def _own(error: BaseException) -> HeliostatError:
 
 
 def _arrives(error: BaseException) -> bool:
-    """Tells whether the error would reach the driver unchanged. An error whose class doesn't accept its own `args` would not."""
+    """Returns whether the error would reach the driver unchanged. An error whose class doesn't accept its own `args` wouldn't."""
     if isinstance(error, ray.exceptions.RayError):  # from the data stream; the driver reads its cause
         return True
     try:

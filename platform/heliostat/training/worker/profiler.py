@@ -1,5 +1,6 @@
-"""Profiles a worker's steps with `torch.profiler` when the driver orders it (`runs.profile`). Otherwise it costs one check per
-step.
+"""Profiles a worker's steps with `torch.profiler` when the driver orders it (`runs.profile`).
+
+Without an order, it costs one check per step.
 
 A profile never ends a run: an error becomes the answer's `problem`. A thread writes the files while training continues.
 """
@@ -31,10 +32,10 @@ from heliostat.training.worker.heartbeat import Heartbeat
 
 log = logging.getLogger(__name__)
 
-MEMORY_EVENTS = 100_000  # allocations in a memory snapshot
-PULSE_S = 1.0  # between two calls of `progressed`
-WRITE_S = 60.0  # to write the files, after a worker's last step
-END_S = 5.0  # to write the files, when a worker ends; the driver waits for workers twice as long
+MEMORY_EVENTS = 100_000  # maximum number of allocations in a memory snapshot
+PULSE_S = 1.0  # seconds between two calls of `progressed`
+WRITE_S = 60.0  # seconds to write the files, after a worker's last step
+END_S = 5.0  # seconds to write the files, when a worker ends; the driver waits for workers twice as long
 
 
 @dataclass
@@ -114,13 +115,13 @@ class StepProfiler(Hook):
         self.wait(END_S)
 
     def _is_writing(self) -> bool:
-        """Tells whether files of an earlier profile are being written. The next profile then starts at a later step."""
+        """Returns whether files of an earlier profile are being written. The next profile then starts at a later step."""
         return self._writing is not None and self._writing.is_alive()
 
     def _begin(self, request: ProfileRequest, step: int) -> None:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if _on_gpu() else [])]
         try:
-            with ExitStack() as started:  # on an error, turns everything off, which would slow all later steps
+            with ExitStack() as started:  # on an error, turns everything off; otherwise all later steps would be slower
                 profiler = torch.profiler.profile(activities=activities)
                 _finish_queued()
                 profiler.start()

@@ -1,20 +1,20 @@
-"""Detects silent data corruption: every so many steps, all workers compute the same micro-batch and compare the results bit for
-bit.
+"""Detects silent data corruption: every so many steps, all workers compute the same micro-batch and compare the bits of the
+results.
 
-The micro-batch is one of the step's, drawn by the step number. Its samples, its random numbers, and the weights follow from the
-step. So each worker reads the samples itself, and must compute the same bits. The check compares:
+The micro-batch is one of the step's micro-batches, chosen by the step number. Its samples, its random numbers, and the weights
+follow from the step. So each worker reads the samples itself, and must compute the same bits. The check compares:
 
 - the weights, if each worker has all of them (ZeRO 0 to 2)
 - the loss
-- the gradients of parameters that are drawn by the step number, up to ELEMENTS elements
+- the gradients of some parameters, chosen by the step number, up to ELEMENTS elements
 
 Training waits for one extra micro-batch per check. Other steps have no extra cost. Gradients are computed outside the engine,
 which never sees them.
 
-The bits of most workers count as right. Without a majority, all workers on that kind of device are named. Only workers on the
-same kind of device are compared. Unlike training, the check asks for deterministic kernels (`kernels`). If bits differ, all
-workers compute again. A worker whose own two results differ is at fault. If most workers are in that case, their kernels aren't
-deterministic, so the check proves nothing and turns itself off.
+The bits of most workers count as right. Without a majority, the error lists all workers on that kind of device. Only workers on
+the same kind of device are compared. Unlike training, the check asks for deterministic kernels (`kernels`). If bits differ, all
+workers compute again. A worker whose own two results differ is at fault. If this is so for most workers, their kernels aren't
+deterministic. Then the check proves nothing, and turns itself off.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class CorruptionCheck(Hook):
             self.context.progressed()
 
     def due(self, step: int) -> bool:
-        """Tells whether a check is due before the step."""
+        """Returns whether a check is due before the step."""
         return not self.off and dist.get_world_size() > 1 and self.keys.due(step, first=self.agreed < 0)
 
     def look(self, step: int) -> str | None:
@@ -128,7 +128,7 @@ class CorruptionCheck(Hook):
         what = [name for i, name in enumerate(names) if any(one[i] != right[i] for one in mine)]
         who = ", ".join(f"worker {r} on {results[r].address} (node {results[r].node[:12]})" for r in odd)
         more = f" and {len(what) - 1} more" if len(what) > 1 else ""
-        unsure = "" if len(odd) < len(results) else "; it isn't known which of them is right"
+        unsure = "" if len(odd) < len(results) else "; heliostat doesn't know which of them is right"
         return (
             f"step {step + 1}: silent data corruption: {who} computed different bits from the same samples and "
             f"weights: {what[0] if what else 'its own results differ'}{more}{unsure}. All workers agreed up to "
@@ -161,7 +161,7 @@ class CorruptionCheck(Hook):
         return [trained[i] for i in sorted(order[: max(1, int((sizes <= ELEMENTS).sum()))])]
 
     def _all(self, batch: Batch, seed: int, drawn: list[tuple[str, torch.nn.Parameter]]) -> list[WorkerDigests]:
-        """Computes the digests on every worker. Collective."""
+        """Computes the digests on every worker. All workers call this method together."""
         mine = WorkerDigests(*self.where, self.kind, tuple(self._digests(batch, seed, [p for _, p in drawn])))
         process_group.check()  # before the comparison: digests after an aborted collective are garbage
         return together(self.group, lambda: mine)
@@ -237,13 +237,14 @@ def _kind(device: torch.device) -> str:
 
 @contextmanager
 def kernels(compiled: bool) -> Iterator[None]:
-    """Makes forward and backward passes inside the context deterministic, as far as deterministic kernels exist. `compiled`:
-    whether the model, a part of it, or its attention is compiled.
+    """Makes forward and backward passes inside the context deterministic, as far as deterministic kernels exist.
 
-    The request for torch's deterministic algorithms has `warn_only`, because an operation without one would raise. Fused
-    attention ignores such a request: its backward pass sums in any order. So the request is strict around each attention kernel;
-    all of these have a deterministic form. Compiled models ignore such modes, so the request isn't strict for them. flash-attn's
-    own kernels read an environment variable.
+    `compiled`: whether the model, a part of it, or its attention is compiled.
+
+    The request for torch's deterministic algorithms has `warn_only`. Otherwise an operation without a deterministic kernel would
+    raise an error. Fused attention ignores such a request: its backward pass sums in any order. So the request is strict around
+    each attention kernel; all of these have a deterministic form. Compiled models ignore such modes, so the request isn't strict
+    for compiled models. flash-attn's own kernels read an environment variable.
     """
     uninitialized: Any = torch.utils.deterministic  # Any, because type checkers don't know this module's properties
     cudnn = torch.backends.cudnn

@@ -2,8 +2,8 @@
 
 A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
 needs only the checkpoint. With the default virtual ranks (one per micro-batch), any number of workers computes the same
-micro-batches. The loss of a step is the sum of all its loss terms over their number, however micro-batches divide them
-(`objective`).
+micro-batches. The loss of a step is the sum of all its loss terms, divided by their number. It doesn't depend on the division
+into micro-batches (`objective`).
 
 Hooks do all other work around the steps (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
@@ -86,7 +86,7 @@ class Stepper:
         return self._norms
 
     def read_norms(self, but: int = 0) -> list[tuple[int, float]]:
-        """Waits for the unread norms, except those of the last `but` steps. Returns (step, norm) pairs."""
+        """Waits for the unread norms, except for the last `but` steps. Returns (step, norm) pairs."""
         steps = [self._unread.popleft() for _ in range(len(self._unread) - but)]
         norms = [(step, float(norm.values())) for step, norm in steps]
         self._norms += [norm for _, norm in norms]
@@ -148,7 +148,7 @@ class Stepper:
         return values if self.sharing.counts else torch.zeros_like(values)
 
     def report(self, group: dist.ProcessGroup, replaced: int) -> StepResults:
-        """Sums the results of the steps since the last report over the workers. Collective.
+        """Sums the results of the steps since the last report over all workers, which call this method together.
 
         `group`: a CPU group of all workers. `replaced`: the number of samples that this worker has replaced.
         """

@@ -77,7 +77,7 @@ class StepReports:
         self._since += time.perf_counter() - begun
 
     def report(self, done: int) -> None:
-        """Posts the results of the steps up to `done`, over all workers. Collective."""
+        """Combines the results of the steps up to `done` from all workers, and posts them. All workers call it together."""
         now, first = time.perf_counter(), self._reported
         waited = self.ledger.totals().get("data", 0.0)
         seconds, wait = now - self._since, waited - self._waited

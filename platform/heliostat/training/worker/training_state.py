@@ -1,4 +1,4 @@
-"""Saves a worker's training state, keeps copies of it in memory, and restores it from either.
+"""Saves a worker's training state to storage, keeps copies of it in memory, and restores it from storage or memory.
 
     state.save(done)                # writes a checkpoint and its receipt to storage: collective
     state.keep(done)                # copies the same state into the memory of two nodes
@@ -118,10 +118,12 @@ class TrainingState(Hook):
                 self.save(done)
 
     def settle(self) -> bool:
-        """Waits for the save in flight. If the store failed, training continues without that checkpoint, at most TOLERATED times
-        in a row.
+        """Waits for the save in flight.
 
-        Collective. Returns whether no save has failed. Raises StorageError after too many failures, and AccessError at once.
+        If the store failed, training continues without that checkpoint, at most TOLERATED times in a row.
+
+        All workers call this method together. Returns whether no save has failed. Raises StorageError after too many failures,
+        and AccessError at once.
         """
         try:
             if self._saved():
@@ -159,8 +161,8 @@ class TrainingState(Hook):
     def averaged(self) -> Iterator[None]:
         """Computes with the averaged weights inside the context, if the job keeps an average.
 
-        Waits for saves and copies in flight. There may have been no optimizer step since a save, for example after an overflow,
-        and so no earlier wait.
+        Waits for saves and copies in flight. This is needed because there may have been no optimizer step since the save, for
+        example after an overflow. Then nothing has waited for the save yet.
         """
         if self.average is None:
             yield
@@ -176,7 +178,10 @@ class TrainingState(Hook):
     # saving ----------------------------------------------------------------------------------------------------------
 
     def save(self, done: int) -> None:
-        """Begins to save the state after step `done`. The saver's thread first seals the samples up to that step. Collective."""
+        """Begins to save the state after step `done`.
+
+        The saver's thread first seals the samples up to that step. All workers call this method together.
+        """
         context, posts = self.context, self.context.posts
         context.progressed()
         self.settle()

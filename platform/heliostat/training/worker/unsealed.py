@@ -90,7 +90,7 @@ class Unsealed:
         return UnsealedPart(done, self.chain, list(self._digests), len(self._lanes), self._own(), list(self._bad), self.replaced)
 
     def write(self, part: UnsealedPart, group: Group, first: Callable[[], None] = lambda: None) -> SealedSteps:
-        """Writes the receipt of a part, and the list of replaced samples. Collective; any thread may call it.
+        """Writes the receipt of a part, and the list of replaced samples. All workers call this method together, in any thread.
 
         Rank 0 calls `first` before it writes. If `first` raises, nothing is written, and all workers raise.
         """
@@ -116,8 +116,10 @@ class Unsealed:
             del self._digests[: len(part.digests)], self._lanes[: part.steps], self._bad[: len(part.bad)]
 
     def seal(self, done: int) -> int:
-        """Writes the receipt of the steps up to `done`, and waits for it. Returns the number of samples replaced in the run.
-        Collective."""
+        """Writes the receipt of the steps up to `done`, and waits for it.
+
+        Returns the number of samples replaced in the run. All workers call this method together.
+        """
         part = self.part(done)
         sealed = self.write(part, self.group)
         self.drop(part)
@@ -148,8 +150,8 @@ def _join(one: Share, other: Share) -> Share:
 def check_budget(bad: int, steps: int, job: Job, order: Order) -> None:
     """Checks the number of replaced samples against the job's budget.
 
-    Raises DataError if `bad` is more than `data.max_bad_fraction` of an epoch's samples or of all trained samples, whichever are
-    more.
+    Raises DataError if `bad` is more than `data.max_bad_fraction` of an epoch's samples or of all trained samples, whichever
+    number is larger.
     """
     base = max(int(order.epoch_samples.sum()), steps * job.train.global_batch_size)
     allowed = job.data.max_bad_fraction * base
