@@ -89,7 +89,10 @@ def unpack(state: Mapping[str, torch.Tensor], ranges: Iterable[FlatRange], buffe
 
 
 def pieces(copies: Mapping[int, list[FlatRange]], wanted: list[FlatRange]) -> list[CopiedBytes]:
-    """Finds each wanted byte in one of the ranks' copies, and joins adjacent bytes. TrainingError if no copy has a byte."""
+    """Finds each wanted byte in one of the ranks' copies, and joins adjacent bytes.
+
+    Raises TrainingError if no copy has a byte.
+    """
     by_name: dict[str, list[tuple[int, int, int, FlatRange]]] = {}
     for rank, ranges in copies.items():
         for r in ranges:

@@ -144,7 +144,7 @@ def upgrade(index: TensorIndex) -> tuple[TensorIndex, dict[int, Places]]:
 
 
 def root(step: int | None, facts: Mapping[str, object], whole: placement.WrittenPart) -> dict[str, object]:
-    """Builds the contents of `checkpoint.json`; CheckpointError if the ranks' slices overlap, or leave out elements."""
+    """Builds the contents of `checkpoint.json`. Raises CheckpointError if the ranks' slices overlap, or leave out elements."""
     for name, entry in whole.tensors.items():
         if fault := placement.fault(entry, len(whole.shards)):
             raise CheckpointError(f"can't save {name!r}: {fault}")
@@ -178,7 +178,7 @@ def seal(data: bytes) -> SealedIndex:
 def decode_shard(data: bytes, shard: Shard, tensors: Mapping[str, Tensor]) -> Places:
     """Decodes a shard's index.
 
-    ValueError if the index differs from the size or CRC-32 in `checkpoint.json`, or doesn't fit the tensors.
+    Raises ValueError if the index differs from the size or CRC-32 in `checkpoint.json`, or doesn't fit the tensors.
     """
     if seal(data) != shard.index:
         raise ValueError("its bytes have changed since they were written (CRC-32)")

@@ -80,7 +80,7 @@ class SavedCheckpoint:
 
     @property
     def job(self) -> Job:
-        """Returns the job that wrote the checkpoint; CheckpointError if this version of heliostat can't read the job."""
+        """Returns the job that wrote the checkpoint. Raises CheckpointError if this version of heliostat can't read the job."""
         try:
             return validate(Job, self.index.job, f"{self.location.join(INDEX)}: job")
         except ConfigError as e:
@@ -124,8 +124,8 @@ class SavedCheckpoint:
     def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
         """Locates a tensor's elements for `target`, from element `first` on; returns (shard, slice) for each chunk.
 
-        `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. CheckpointError if the target's
-        dtype isn't the stored one.
+        `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. Raises CheckpointError if the
+        target's dtype isn't the stored one.
         """
         dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another dtype would be misread as numbers
@@ -154,7 +154,7 @@ class SavedCheckpoint:
     def fetch_places(self, shards: Iterable[int]) -> None:
         """Reads the indexes of these shards, several in parallel, unless they were already read.
 
-        CheckpointError if one is damaged.
+        Raises CheckpointError if one is damaged.
         """
         if not (missing := [shard for shard in shards if shard not in self.places]):
             return
@@ -266,7 +266,7 @@ def encode(index: Mapping[str, object]) -> bytes:
 
 
 def decode(data: bytes) -> object:
-    """Decodes the bytes of `checkpoint.json`; ValueError if the bytes aren't exactly as `encode` wrote them."""
+    """Decodes the bytes of `checkpoint.json`. Raises ValueError if the bytes aren't exactly as `encode` wrote them."""
     body, mark, rest = data.rpartition(b', "crc32": "')
     if not mark or rest != b'%08x"}' % zlib.crc32(body):
         raise ValueError("damaged")
@@ -280,7 +280,7 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
-    """Opens the checkpoint of a step; CorruptCheckpointError with the reason if it is incomplete or damaged."""
+    """Opens the checkpoint of a step. Raises CorruptCheckpointError with the reason if it is incomplete or damaged."""
     checkpoint = _open(folder(run, step), step)
     if name := checkpoint.index.frozen:
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)

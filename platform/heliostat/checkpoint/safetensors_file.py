@@ -37,7 +37,10 @@ class Entry:
 
 
 def write(path: Path, entries: list[Entry], metadata: dict[str, str]) -> dict[str, int]:
-    """Writes the file and syncs it to disk; returns the byte at which each tensor starts. StorageError if the disk is full."""
+    """Writes the file and syncs it to disk; returns the byte at which each tensor starts.
+
+    Raises StorageError if the disk is full.
+    """
     ordered = sorted(entries, key=lambda e: -e.dtype.itemsize)
     header: dict[str, object] = {"__metadata__": metadata}
     offsets, end = {}, 0

@@ -53,7 +53,7 @@ class Chunks:
     def gather(self, samples: SamplePlaces) -> Gathered:
         """Reads the contents of samples, in their order.
 
-        DataError if a shard is missing; StorageError if the store fails.
+        Raises DataError if a shard is missing. Raises StorageError if the store fails.
         """
         faults: dict[int, str] = {}
         members = _by_chunk(samples)

@@ -60,8 +60,8 @@ def _meta(place: Location, recorded: DataPlan | None) -> tuple[dict[str, Any], b
 def expand(job: Job, recorded: DataPlan | None = None) -> Job:
     """Replaces each collection among the job's sources with its parts. Without a collection, returns the job unchanged.
 
-    `recorded`: the data plan of a resumed run, which selects the version of each collection. ConfigError if a part's digest
-    differs from the one that the collection lists, or if the job sets `data.sequence_length` with a collection.
+    `recorded`: the data plan of a resumed run, which selects the version of each collection. Raises ConfigError if a part's
+    digest differs from the one that the collection lists, or if the job sets `data.sequence_length` with a collection.
     """
     expanded: list[tuple[Source, list[tuple[str, float]]]] = []
     for source in job.data.sources:

@@ -84,7 +84,7 @@ class DataPlan:
 
     @staticmethod
     def read(place: Location) -> DataPlan:
-        """Reads the plan in a file; FileNotFoundError if the file is missing."""
+        """Reads the plan in a file. Raises FileNotFoundError if the file is missing."""
         return DataPlan.parse(RAW.read(place), place)
 
     @property
@@ -229,7 +229,7 @@ class Dataset:
         return self._chunks.gather(samples)
 
     def read(self, samples: SamplePlaces) -> Content:
-        """Reads the contents of samples in order; DataError if one is bad."""
+        """Reads the contents of samples in order. Raises DataError if one is bad."""
         gathered = self.gather(samples)
         if gathered.faults:
             raise DataError(next(iter(gathered.faults.values())))
@@ -238,9 +238,9 @@ class Dataset:
     def load(self, positions: np.ndarray, replace: bool = True) -> Loaded:
         """Loads the samples at positions of the global sequence, and replaces bad ones.
 
-        The replacement is the next good sample of the same source in the window; after the window's last sample comes its
-        first. If the source has no good sample there, the next good sample of any source is used. So the choice depends only on
-        the window's content. It doesn't depend on the process that reads, or on the step at which a run resumes. Raises
+        The replacement is the next good sample of the same source in the window; after the window's last sample comes its first.
+        If the source has no good sample there, the next good sample of any source is used. So the choice depends only on the
+        window's content. It doesn't depend on the process that reads, or on the step at which a run resumes. Raises
         DataError for a bad sample if `replace` is false, or if its window has no good sample.
         """
         samples = self.order.locate(positions)
@@ -270,7 +270,10 @@ class Dataset:
 
 
 def _replacement(at: int, window: SamplePlaces, read: Gathered, reason: str) -> int:
-    """Finds the replacement of the sample at index `at` of a window, as an index; DataError if the window has no good sample."""
+    """Finds the replacement of the sample at index `at` of a window, as an index.
+
+    Raises DataError if the window has no good sample.
+    """
     turn = np.roll(np.arange(len(window)), -at)
     same = turn[window.source[turn] == window.source[at]]
     for j in (*same, *turn):

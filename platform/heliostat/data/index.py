@@ -53,7 +53,7 @@ class IndexReport:
 def index(location: Location) -> IndexReport:
     """Indexes the new shards of a dataset.
 
-    DataError if a listed shard is missing or has another size, or if a new one doesn't fit the dataset.
+    Raises DataError if a listed shard is missing or has another size, or if a new one doesn't fit the dataset.
     """
     start = time.monotonic()
     before = manifest.read(location)

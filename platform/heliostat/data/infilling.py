@@ -109,7 +109,7 @@ def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
 
 
 def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
-    """Returns the markers with these names; ConfigError if the tokenizer lacks one."""
+    """Returns the markers with these names. Raises ConfigError if the tokenizer lacks one."""
     ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
     if len(ids) != 3:
         raise ConfigError(f"{FACT}: {list(named)} aren't three tokens of the tokenizer")
@@ -119,7 +119,7 @@ def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
 def encode(tokenizer: Tokenizer, pieces: list[str]) -> list[list[int]]:
     """Encodes the pieces of a text so that their tokens, joined, decode to the text.
 
-    Some tokenizers put a space before each text; the pieces get none. ConfigError if the tokenizer can't avoid it.
+    Some tokenizers put a space before each text; the pieces get none. Raises ConfigError if the tokenizer can't avoid it.
     """
     before, alone, behind = (tokenizer.encode(text, add_special_tokens=False).ids for text in (ANCHOR, PROBE, ANCHOR + PROBE))
     anchor = "" if behind == before + alone else ANCHOR

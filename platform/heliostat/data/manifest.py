@@ -100,7 +100,7 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str) -> Any:
-        """Returns a value from the metadata that the caller needs; DataError if it is missing."""
+        """Returns a value from the metadata that the caller needs. Raises DataError if it is missing."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
@@ -173,8 +173,8 @@ def place(hash: str) -> int:
 def read_footer(location: Location, path: str, token_column: str | None, vocab_size: int | None = None) -> list[dict[str, Any]]:
     """Reads the manifest rows of one shard from its footer. It reads no data page.
 
-    DataError if the shard is missing or isn't Parquet. With `token_column`, DataError also if the footer shows that this column
-    doesn't hold lists of token ids below `vocab_size`.
+    Raises DataError if the shard is missing or isn't Parquet. With `token_column`, DataError also if the footer shows that this
+    column doesn't hold lists of token ids below `vocab_size`.
     """
     place = location.join(path)
 
@@ -291,7 +291,7 @@ def kept_path(digest: str, name: str) -> str:
 
 
 def read_version(location: Location, name: str) -> Manifest:
-    """Reads the version in a file of `manifests/`; DataError if it can't be read."""
+    """Reads the version in a file of `manifests/`. Raises DataError if it can't be read."""
     return _read(location, VERSIONS, name)
 
 
@@ -305,7 +305,7 @@ def _encode(manifest: Manifest) -> bytes:
 def read(location: Location, digest: str | None = None) -> Manifest:
     """Reads the newest manifest, or the version with a given digest.
 
-    MissingDataError if the folder has no finished dataset; DataError if that version is missing or damaged.
+    Raises MissingDataError if the folder has no finished dataset. Raises DataError if that version is missing or damaged.
     """
     try:
         newest = _read(location, FILE)

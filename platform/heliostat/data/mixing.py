@@ -68,7 +68,9 @@ def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None =
 
 
 def proportions(weights: Sequence[float]) -> list[int]:
-    """Reduces weights to the smallest whole numbers in the same proportions; ConfigError if they add up to more than MAX_PERIOD.
+    """Reduces weights to the smallest whole numbers in the same proportions.
+
+    Raises ConfigError if they add up to more than MAX_PERIOD.
 
     The limit keeps every product within 64 bits. It also keeps different due times different in double precision.
     """

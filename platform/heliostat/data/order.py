@@ -82,7 +82,7 @@ class Order:
 
         `mix`: (step, weights from this step on), from the sequence's first step; `max_epochs`: per source, None for no limit;
         `skips`: (step, count): from this step of the run on, the sequence is `count` steps ahead; `version`: of the data plan.
-        ConfigError if a source has no training sample, or `max_epochs` leaves less than one step.
+        Raises ConfigError if a source has no training sample, or `max_epochs` leaves less than one step.
         """
         for i, split in enumerate(splits):
             if not split.trained:
@@ -121,7 +121,7 @@ class Order:
         return step + sum(count for at, count in self.skips if at <= step)
 
     def round_of(self, step: int) -> Round:
-        """Finds the round of the sequence that contains a step of the run; DataError if the data ends before this step."""
+        """Finds the round of the sequence that contains a step of the run. Raises DataError if the data ends before this step."""
         step = self.data_step(step)
         number = self._section(self._steps, step)
         section = self.sections[number]

@@ -32,7 +32,7 @@ class Footer:
 def read_footer(file: pa.NativeFile) -> Footer:
     """Reads the footer of an open Parquet file in one or two small reads.
 
-    pa.ArrowException, OSError, or ValueError if the file has no valid footer.
+    Raises pa.ArrowException, OSError, or ValueError if the file has no valid footer.
     """
     size = file.size()
     tail = file.read_at(min(size, TAIL), max(0, size - TAIL))
@@ -76,8 +76,8 @@ class ExchangedError(ValueError):
 def read_group(file: pa.NativeFile, group: int, column: str | None, footer: str, content: str) -> pa.Table:
     """Reads a row group of an open file, or one of its columns, after comparing the digests of footer and content.
 
-    `content`: "" if the manifest doesn't record it. ExchangedError if a digest differs; pa.ArrowException, OSError, or ValueError
-    if the file is damaged.
+    `content`: "" if the manifest doesn't record it. Raises ExchangedError if a digest differs; pa.ArrowException, OSError, or
+    ValueError if the file is damaged.
     """
     read = read_footer(file)
     if read.digest != footer:

@@ -72,7 +72,7 @@ def store(location: Location, prefix: str, data: bytes, suffix: str) -> str:
 def read_record(location: Location) -> dict[str, Any]:
     """Reads the folder's record; {} if it is missing or damaged.
 
-    ConfigError if the folder has files, but neither a record nor a readable manifest.
+    Raises ConfigError if the folder has files, but neither a record nor a readable manifest.
     """
     try:
         record = json.loads(location.join(RECORD).read())
@@ -111,7 +111,7 @@ def write_record(location: Location, record: Mapping[str, object]) -> None:
 def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
     """Adds this process to the record as the one that prepares the dataset, writes the record, and returns it.
 
-    ConfigError if another process of this machine is preparing the dataset.
+    Raises ConfigError if another process of this machine is preparing the dataset.
     """
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
@@ -151,7 +151,7 @@ def listing(location: Location) -> dict[str, pafs.FileInfo]:
 
 
 def all_versions(location: Location) -> dict[str, Manifest]:
-    """Reads every kept version, by the name of its file; DataError if one can't be read."""
+    """Reads every kept version, by the name of its file. Raises DataError if one can't be read."""
     return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
 
 

@@ -80,7 +80,7 @@ class Fence:
     number: int
 
     def check(self) -> None:
-        """Checks that this lease is still the newest; LeaseError if another driver has taken over."""
+        """Checks that this lease is still the newest. Raises LeaseError if another driver has taken over."""
         newest = newest_number(self.folder)
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
@@ -134,7 +134,7 @@ def take(
     instead: str = "Wait for it, stop it, or use another name",
     field: str = "name",
 ) -> Lease:
-    """Takes the folder's lease; ConfigError if another driver has it.
+    """Takes the folder's lease. Raises ConfigError if another driver has it.
 
     Waits up to SILENCE_S seconds if only time shows whether that driver is alive. The other arguments are for the error. `doing`:
     the driver's action on the folder; `instead`: advice for the user; `field`: the field that chose the folder.

@@ -64,7 +64,7 @@ def cache(kind: str) -> Path:
 
 
 def is_ours(place: Path) -> bool:
-    """Returns whether only this user has access to a folder; OSError if it is missing."""
+    """Returns whether only this user has access to a folder. Raises OSError if it is missing."""
     status = os.lstat(place)
     return status.st_uid == os.getuid() and not status.st_mode & 0o077
 
@@ -73,7 +73,7 @@ def is_ours(place: Path) -> bool:
 def alone(file: Path, wait_s: float) -> Iterator[None]:
     """Holds the lock of a file or folder in a cache. The lock ends with the process.
 
-    OSError if the lock can't be acquired within `wait_s` seconds, or if other users have access to the cache.
+    Raises OSError if the lock can't be acquired within `wait_s` seconds, or if other users have access to the cache.
     """
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if not is_ours(file.parent):

@@ -2,8 +2,8 @@
 
 - A write is atomic: a reader sees the old bytes or the new ones. Exception: if the local file of an S3 upload can't be read to
   its end, pyarrow completes the upload anyway. So readers of uploads compare sizes.
-- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. StorageError if the
-  store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
+- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. Raises StorageError
+  if the store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
 - Rejected credentials, and requests that can't succeed, fail at once. The next request reads the credentials again.
 - A missing object raises FileNotFoundError. Damaged content is never reported as a fault of the store.
 
@@ -126,7 +126,7 @@ class Location:
         return self.path.rsplit("/", 1)[-1]
 
     def join(self, *parts: str) -> Location:
-        """Returns the location of a path inside this folder; DataError for a part that is absolute or contains `..`.
+        """Returns the location of a path inside this folder. Raises DataError for a part that is absolute or contains `..`.
 
         Names come from listings and records, which other people may have written. Percent signs and backslashes are characters of
         a name: neither disks nor stores resolve them.
@@ -148,7 +148,7 @@ class Location:
         return self if urlsplit(self.uri).scheme else Location(str(root / self.uri))
 
     def open(self) -> pa.NativeFile:
-        """Opens the file for random reads; FileNotFoundError if it is missing."""
+        """Opens the file for random reads. Raises FileNotFoundError if it is missing."""
         return self.attempt(lambda: self.fs.open_input_file(self.path))
 
     def exists(self) -> bool:
@@ -252,7 +252,7 @@ class Location:
         return None if info.type == pafs.FileType.NotFound else _listed(info)
 
     def read_object(self, begin: int, end: int, etag: str) -> bytes:
-        """Reads bytes [begin, end) of the object with this `etag`; RewrittenError if the object was written since."""
+        """Reads bytes [begin, end) of the object with this `etag`. Raises RewrittenError if the object was written since."""
         return self.attempt(lambda: self._objects.read(self.path, begin, end, etag))
 
     @property
@@ -285,7 +285,9 @@ class Location:
         self.attempt(remove)
 
     def probe(self) -> None:
-        """Checks within seconds that the store answers. StorageError if it is unreachable; AccessError if it rejects the request.
+        """Checks within seconds that the store answers.
+
+        Raises StorageError if it is unreachable. Raises AccessError if it rejects the request.
 
         Also raises AccessError if the store lacks the bucket. A failed request is repeated for up to PROBE_S.
         """
@@ -303,7 +305,7 @@ class Location:
             raise self._no_bucket()
 
     def wait_for_store(self, sleep: Callable[[float], object] | None = None) -> None:
-        """Waits until the store answers; StorageError after AWAY_S seconds. An AccessError is raised at once.
+        """Waits until the store answers. Raises StorageError after AWAY_S seconds. An AccessError is raised at once.
 
         Use it for running work, such as a resumed run, because ending the work would cost more than waiting.
         """
@@ -330,7 +332,10 @@ class Location:
             raise AccessError(f"{self.uri}: can't write to the folder {nearest}. Use another location")
 
     def require_file(self) -> None:
-        """Raises AccessError if no file can be written here, or if this is a folder; StorageError if the store is unreachable."""
+        """Raises AccessError if no file can be written here, or if this is a folder.
+
+        Raises StorageError if the store is unreachable.
+        """
         self.probe()
         if not self.is_s3 and Path(self.path).is_dir():
             raise AccessError(f"{self.uri}: is a folder. Use a file in it")

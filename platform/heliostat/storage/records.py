@@ -51,7 +51,7 @@ class Format(Generic[T]):
         return TypeAdapter(self.kind)
 
     def read(self, place: Location | Path) -> T:
-        """Reads the record in a file; FileNotFoundError if the file is missing, `error` if the record is invalid.
+        """Reads the record in a file. Raises FileNotFoundError if the file is missing, `error` if the record is invalid.
 
         An object's length is requested before its bytes. So if another process replaces the file meanwhile, the bytes may be
         truncated, or followed by other bytes. In this case, the file is read again.

@@ -96,7 +96,7 @@ def retry(
 
 
 def retry_budget() -> float:
-    """Reads the retry budget for a failing store, in seconds, from the environment; ConfigError for an invalid number."""
+    """Reads the retry budget for a failing store, in seconds, from the environment. Raises ConfigError for an invalid number."""
     raw = os.environ.get(BUDGET, "60")
     try:
         budget_s = float(raw)

@@ -67,7 +67,7 @@ class S3Options:
 
 @lru_cache(maxsize=256)
 def given(query: str) -> dict[str, str]:
-    """Parses a query; ConfigError for an unknown key, or for a value that its key doesn't allow."""
+    """Parses a query. Raises ConfigError for an unknown key, or for a value that its key doesn't allow."""
     options = {key: values[-1] for key, values in parse_qs(query, keep_blank_values=True).items()}
     for key, value in options.items():
         if key not in KEYS:
@@ -130,7 +130,7 @@ class Store:
         return PAYER if resolve(self.query).requester_pays else {}
 
     def head(self, path: str) -> Listed:
-        """Describes an object; FileNotFoundError if it is missing."""
+        """Describes an object. Raises FileNotFoundError if it is missing."""
         bucket, _, key = path.partition("/")
         with worded():
             answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)
@@ -161,7 +161,7 @@ class Store:
             request["ContinuationToken"] = page["NextContinuationToken"]
 
     def read(self, path: str, begin: int, end: int, etag: str = "") -> bytes:
-        """Reads bytes [begin, end) of an object; RewrittenError if `etag` is given and the object has another ETag."""
+        """Reads bytes [begin, end) of an object. Raises RewrittenError if `etag` is given and the object has another ETag."""
         bucket, _, key = path.partition("/")
         ask = {"Bucket": bucket, "Key": key, "Range": f"bytes={begin}-{end - 1}", **({"IfMatch": f'"{etag}"'} if etag else {})}
         try:

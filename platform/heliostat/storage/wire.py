@@ -40,7 +40,7 @@ def travels(cls: C) -> C:
 
 
 def pack(value: object) -> bytes:
-    """Encodes a value; TypeError if it isn't plain, ValueError if it takes more than MOST bytes."""
+    """Encodes a value. Raises TypeError if it isn't plain, ValueError if it takes more than MOST bytes."""
     data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
         raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")
@@ -48,7 +48,7 @@ def pack(value: object) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Decodes a value; ValueError if the bytes are not an encoded value."""
+    """Decodes a value. Raises ValueError if the bytes are not an encoded value."""
     return msgpack.unpackb(data, ext_hook=_decode, strict_map_key=False, unicode_errors=NAMES)
 
 

@@ -28,7 +28,7 @@ def read(key: str, path: str) -> bytes:
 def entries(key: str, path: str) -> list[str]:
     """Reads a list with one entry per line, without empty lines and lines that begin with #.
 
-    ConfigError if the file can't be read, isn't UTF-8, or has no entry.
+    Raises ConfigError if the file can't be read, isn't UTF-8, or has no entry.
     """
     try:
         lines = read(key, path).decode("utf-8-sig").splitlines()

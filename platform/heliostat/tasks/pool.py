@@ -75,7 +75,10 @@ class ActorPool:
             ray.kill(actor)
 
     def _look(self, number: int, away: _Away) -> None:
-        """Checks a lost actor: restores it if it answers, else removes it after PLACE_S; HeliostatError if it was the last."""
+        """Checks a lost actor: restores it if it answers, else removes it after PLACE_S.
+
+        Raises HeliostatError if it was the last.
+        """
         if ray.wait([away.call], timeout=0)[0]:
             try:
                 ray.get(away.call)
@@ -105,7 +108,10 @@ def _is_alive(actor: Any) -> bool:
 
 
 def _placed(actors: list[Any]) -> list[Any]:
-    """Waits up to PLACE_S seconds for Ray to place the actors; returns the placed ones. HeliostatError if there are none."""
+    """Waits up to PLACE_S seconds for Ray to place the actors; returns the placed ones.
+
+    Raises HeliostatError if there are none.
+    """
     alive = {actor.alive.remote(): actor for actor in actors}
     ready, late = ray.wait(list(alive), num_returns=len(alive), timeout=PLACE_S)
     for reference in late:

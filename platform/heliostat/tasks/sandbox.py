@@ -89,7 +89,7 @@ libc.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_
 
 
 def call(function: Any, *arguments: object) -> None:
-    """Calls a function of libc; OSError if it fails."""
+    """Calls a function of libc. Raises OSError if it fails."""
     if function(*arguments) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{getattr(function, '__name__', 'a system call')}: {os.strerror(code)}")
@@ -102,7 +102,7 @@ def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, by
 
     Creates the root folder at `root`, with at most `files` bytes. It contains `places` (read-only) and a folder `box` with
     `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the
-    box either. OSError if a step fails.
+    box either. Raises OSError if a step fails.
     """
     user, group = os.geteuid(), os.getegid()
     if user or same_user:

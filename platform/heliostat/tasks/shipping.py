@@ -94,7 +94,7 @@ class NotHereError(HeliostatError):
 
 
 def describe(key: str, path: str, within: tuple[str, ...] = ()) -> Shipment:
-    """Describes the files at a key's path on this node; ConfigError with the key if they can't be read."""
+    """Describes the files at a key's path on this node. Raises ConfigError with the key if they can't be read."""
     listed = _listed(Path(path), within)
     items = (Item(name, size, files.digest(key, str(_place(path, name)))) for name, size in listed)
     if not listed:
@@ -105,8 +105,8 @@ def describe(key: str, path: str, within: tuple[str, ...] = ()) -> Shipment:
 def here(folder: Location, shipment: Shipment) -> str:
     """Returns a path on this node with the shipment's files, and copies them to the cache if needed. `folder`: the spill folder.
 
-    NotHereError if the driver must copy the files first; ConfigError if the copy would include code; HeliostatError if the copy
-    takes too long or doesn't fit on the disk.
+    Raises NotHereError if the driver must copy the files first. Raises ConfigError if the copy would include code. Raises
+    HeliostatError if the copy takes too long or doesn't fit on the disk.
     """
     if _holds(shipment.path, shipment):
         return shipment.path
@@ -141,7 +141,8 @@ def here(folder: Location, shipment: Shipment) -> str:
 def offer(folder: Location, shipment: Shipment) -> None:
     """Copies a shipment's files from the driver's node to the spill folder, except those that are there already.
 
-    ConfigError if a file has changed since `describe`, or if a folder in the shipment is a link, which `describe` doesn't follow.
+    Raises ConfigError if a file has changed since `describe`, or if a folder in the shipment is a link, which `describe` doesn't
+    follow.
     """
     if linked := _linked(Path(shipment.path), shipment.within):
         raise ConfigError(

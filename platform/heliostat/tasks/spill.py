@@ -102,7 +102,7 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """Yields a file's rows with low <= key < high, one row group at a time; several from S3, where each read costs a request.
 
-    DataError if the file was damaged.
+    Raises DataError if the file was damaged.
     """
     place = folder.join(name)
     wanted = None if columns is None else list(dict.fromkeys(["key", *columns]))

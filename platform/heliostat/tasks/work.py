@@ -99,7 +99,7 @@ class Work:
         """Claims the folder and returns the size of pieces: an earlier run's size, or `piece` if the two sizes differ by a factor
         of SIZES or more.
 
-        ConfigError if the folder holds other files.
+        Raises ConfigError if the folder holds other files.
         """
         try:
             known = json.loads(self.location.join(MARK).read())["piece"]

@@ -137,7 +137,7 @@ def of_folder(path: Path) -> HubName | None:
 def download(key: str, name: HubName, wanted: Iterable[HubFile]) -> None:
     """Downloads the files of a pinned name that the cache lacks, and checks the hash of each once.
 
-    DataError if a file differs from the Hub's list. The file is removed, so the next command downloads it again.
+    Raises DataError if a file differs from the Hub's list. The file is removed, so the next command downloads it again.
     """
     lacking = [f for f in wanted if not _is_checked(name, f)]
     absent = [f for f in lacking if not (_snapshot(name) / f.path).is_file()]
@@ -301,7 +301,7 @@ def _write(place: Path, text: str) -> None:
 def model(key: str, name: HubName, weights: bool = True, tokenizer: bool = False) -> Path:
     """Downloads a pinned model and returns its folder; without `weights`, only its configuration and tokenizer.
 
-    ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: loading a pickle can run code.
+    Raises ConfigError for a model without safetensors, unless only its `tokenizer` is wanted: loading a pickle can run code.
     """
     listed = [f for f in listing(key, name) if not f.path.startswith(ELSEWHERE)]
     inside = f"{name.inside}/" if name.inside else ""

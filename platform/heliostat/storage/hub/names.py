@@ -69,7 +69,7 @@ def is_dataset(uri: str) -> bool:
 
 
 def dataset(key: str, uri: str) -> HubName:
-    """Parses the URI of a dataset, with its revision after the name or at the end; ConfigError if it isn't one."""
+    """Parses the URI of a dataset, with its revision after the name or at the end. Raises ConfigError if it isn't one."""
     expected = f"{DATASETS}ORG/NAME[/PATH][@REVISION]"
     org, _, rest = uri.removeprefix(DATASETS).partition("/")
     name, mark, inside = rest.partition("/")
