@@ -2,7 +2,7 @@
 
 All ranks of the group call each function, in the same order. `group`: a gloo process group, or one of its channels.
 
-Messages travel along a binomial tree of the ranks. They go up to rank 0 and are merged on the way. The result goes down to all
+Messages travel along a binomial tree of the ranks. Values go up to rank 0 and are merged on the way. The result goes down to all
 ranks. A rank exchanges messages with at most log2(P) other ranks, and a value makes at most log2(P) hops each way. Ranks are
 numbered node by node. So if each node has a power of two of ranks, the lower branches stay within a node. The upper branches
 connect the first ranks of the nodes. Values have the plain types that `wire` can encode.

@@ -72,8 +72,8 @@ def pack(
 ) -> None:
     """Copies the slices to their places in a flat uint8 buffer on the CPU. Calls `copied` after each slice.
 
-    Copies from a GPU are only queued, on the current stream. They are queued first, so that the GPU copies its slices while the
-    CPU copies the other slices.
+    Copies from a GPU are only queued, on the current stream. GPU copies are queued first, so that the GPU copies its slices while
+    the CPU copies the other slices.
     """
     for r in sorted(ranges, key=lambda r: not state[r.name].is_cuda):
         local, _ = _local(state[r.name])

@@ -8,8 +8,8 @@ A checkpoint is unusable if `checkpoint.json` is missing or damaged, or if a sha
 Damage inside an index or a shard is detected when it is read, always before its data is used. All of these raise
 CorruptCheckpointError: use the previous checkpoint.
 
-Frozen parameters are in a folder of the same form, `checkpoints/frozen-<digest>`. Every checkpoint of the run refers to it. If
-this folder is incomplete, no other checkpoint helps, so a CheckpointError ends the run.
+Frozen parameters are in a folder of the same form, `checkpoints/frozen-<digest>`. Every checkpoint of the run refers to this
+folder. If the folder is incomplete, no other checkpoint helps, so a CheckpointError ends the run.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class SavedCheckpoint:
         return _fault(what, getattr(self.index, "step", None))
 
     def slices(self, name: str, first: int, target: torch.Tensor) -> list[tuple[int, checksums.Slice]]:
-        """Locates a tensor's elements for `target`, from element `first` on; returns (shard, slice) for each chunk.
+        """Locates the elements of a tensor that belong into `target`, from element `first` on; returns (shard, slice) for each
+        chunk.
 
         `target`: a contiguous tensor. Reads the indexes of the shards that hold the elements. Raises CheckpointError if the
         target's dtype isn't the stored one.
@@ -152,9 +153,9 @@ class SavedCheckpoint:
         return {c.shard for c in placement.chunks(self.index.tensors[name].runs, first, first + numel)}
 
     def fetch_places(self, shards: Iterable[int]) -> None:
-        """Reads the indexes of these shards, several in parallel, unless they were already read.
+        """Reads the indexes of shards that weren't read yet, several in parallel.
 
-        Raises CheckpointError if one is damaged.
+        Raises CheckpointError if an index is damaged.
         """
         if not (missing := [shard for shard in shards if shard not in self.places]):
             return
@@ -280,7 +281,10 @@ def _fault(what: str, step: int | None) -> CheckpointError:
 
 
 def open_checkpoint(run: Location, step: int) -> SavedCheckpoint:
-    """Opens the checkpoint of a step. Raises CorruptCheckpointError with the reason if it is incomplete or damaged."""
+    """Opens the checkpoint of a step.
+
+    Raises CorruptCheckpointError with the reason if the checkpoint is incomplete or damaged.
+    """
     checkpoint = _open(folder(run, step), step)
     if name := checkpoint.index.frozen:
         frozen = _open(run.join(run_folder.CHECKPOINTS, name), None)

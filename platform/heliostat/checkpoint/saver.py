@@ -98,8 +98,9 @@ class Saver:
         """Saves the state of a step as a checkpoint.
 
         `state`: from `ShardedState.tensors`; `frozen`: from `ShardedState.frozen`; `facts`: entries of `checkpoint.json` from
-        rank 0. `seal`: runs in the thread on all workers; writes what must exist before the checkpoint, and returns more
-        entries. Raises ConfigError if the best metric isn't one of the scores. If the previous save failed, raises its error.
+        rank 0. `seal`: runs in the thread on all workers; writes the files that must exist before the checkpoint, and returns
+        more entries of `checkpoint.json`. Raises ConfigError if the best metric isn't one of the scores. If the previous save
+        failed, raises its error.
         """
         best, scores = self.policy.best, cast("Mapping[str, float]", facts["metrics"]).keys() - {"train_loss"}
         if best and scores and best.metric not in scores and not best.is_late:
@@ -148,7 +149,10 @@ class Saver:
         pending.result()
 
     def before_change(self) -> None:
-        """Waits until the state that is being saved may change. On a GPU, work that is queued next waits instead."""
+        """Waits until the state that is being saved may change.
+
+        On a GPU, only work that is queued next waits; the host doesn't.
+        """
         self._until_copied()
         self._host.hold_back()
 

@@ -1,7 +1,7 @@
 """Provides the run's data: the job's prepared datasets, their split and order, and the samples in their shards.
 
-`DataPlan` is a small record that determines every sample of the run. Each checkpoint stores it. Fetch tasks receive it, and build
-a `Dataset` from it and the manifests.
+`DataPlan` is a small record that determines every sample of the run. Each checkpoint stores the plan. Fetch tasks receive the
+plan, and build a `Dataset` from the plan and the manifests.
 """
 
 from __future__ import annotations
@@ -89,7 +89,10 @@ class DataPlan:
 
     @property
     def digest(self) -> str:
-        """Computes the digest of the global sequence: 32 hex digits. It stays the same if a dataset moves to another place."""
+        """Computes the digest of the global sequence: 32 hex digits.
+
+        The digest stays the same if a dataset moves to another place.
+        """
         fixed = {k: v for k, v in self.dump().items() if k != "uris"}
         for key, was in (("skips", []), ("version", 1)):  # so that plans that are older than these keys keep their digests
             if fixed[key] == was:
@@ -225,11 +228,11 @@ class Dataset:
         self._chunks = Chunks(self.sources, plan.sequence_length)
 
     def gather(self, samples: SamplePlaces) -> Gathered:
-        """Reads the contents of samples, and reports which of them are bad."""
+        """Reads the contents of samples, and reports which samples are bad."""
         return self._chunks.gather(samples)
 
     def read(self, samples: SamplePlaces) -> Content:
-        """Reads the contents of samples in order. Raises DataError if one is bad."""
+        """Reads the contents of samples in order. Raises DataError if a sample is bad."""
         gathered = self.gather(samples)
         if gathered.faults:
             raise DataError(next(iter(gathered.faults.values())))

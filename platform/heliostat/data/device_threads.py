@@ -34,7 +34,7 @@ def thread(target: Callable[[], None], name: str) -> threading.Thread:
 
 
 def pool(threads: int, name: str = "") -> ThreadPoolExecutor:
-    """Makes a pool of threads on the process's GPU. They start with the first tasks."""
+    """Makes a pool of threads on the process's GPU. The threads start with the first tasks."""
     return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=_enter)
 
 

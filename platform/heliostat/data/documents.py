@@ -31,7 +31,7 @@ class Piece:
 
 
 def pieces(dataset: Manifest, path: str, id: str) -> list[Piece]:
-    """Finds a document in a shard: one piece for each row group that contains some of it.
+    """Finds a document in a shard. Returns one piece for each row group that contains a part of the document.
 
     `path`: the shard's path in the dataset; `id`: the document's id. An image's row counts as one token.
     """

@@ -2,7 +2,7 @@
 
 - It reads only the footers of the new shards, several in parallel, and no data.
 - The shards in the manifest must exist with their recorded sizes.
-- The previous version stays readable by its digest. So the sample order of the runs that began with it stays the same.
+- The previous version stays readable by its digest. So runs that began with the previous version keep their sample order.
 - Indexing shards together or one after another gives the same digest. Without new shards, nothing is written.
 """
 

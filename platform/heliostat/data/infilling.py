@@ -4,7 +4,7 @@
     PREFIX SUFFIX suffix MIDDLE prefix middle       (suffix, prefix, middle: SPM)
 
 Both are formats of Bavarian et al. 2022, with the three pieces tokenized separately. In both, the original text is the tokens
-after PREFIX, then those after MIDDLE, then those after SUFFIX.
+after PREFIX, then the tokens after MIDDLE, then the tokens after SUFFIX.
 """
 
 from __future__ import annotations
@@ -104,12 +104,12 @@ def text(tokenizer: Tokenizer, tokens: np.ndarray, end: int | None, markers: Mar
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
-    """Returns the marker names of the known model whose markers the tokenizer has; None if it has none."""
+    """Returns the marker names of the known model whose markers the tokenizer has; None if the tokenizer has no such markers."""
     return next((known for known in KNOWN if all(tokenizer.token_to_id(name) is not None for name in known)), None)
 
 
 def find(tokenizer: Tokenizer, named: Sequence[str]) -> Markers:
-    """Returns the markers with these names. Raises ConfigError if the tokenizer lacks one."""
+    """Returns the markers with these names. Raises ConfigError if the tokenizer lacks a marker."""
     ids = [token for name in named if (token := tokenizer.token_to_id(name)) is not None]
     if len(ids) != 3:
         raise ConfigError(f"{FACT}: {list(named)} aren't three tokens of the tokenizer")

@@ -100,7 +100,7 @@ class Manifest:
     meta: dict[str, Any] = field(default_factory=dict)
 
     def fact(self, name: str) -> Any:
-        """Returns a value from the metadata that the caller needs. Raises DataError if it is missing."""
+        """Returns a value from the metadata that the caller needs. Raises DataError if the value is missing."""
         if self.meta.get(name) is None:
             raise DataError(f"{self.location}: its manifest lacks {name!r}. Prepare the dataset again")
         return self.meta[name]
@@ -291,7 +291,7 @@ def kept_path(digest: str, name: str) -> str:
 
 
 def read_version(location: Location, name: str) -> Manifest:
-    """Reads the version in a file of `manifests/`. Raises DataError if it can't be read."""
+    """Reads the version in a file of `manifests/`. Raises DataError if the file can't be read."""
     return _read(location, VERSIONS, name)
 
 

@@ -70,9 +70,9 @@ def choose_shape(batch: int, lanes: int, sample_bytes: int, window: int | None =
 def proportions(weights: Sequence[float]) -> list[int]:
     """Reduces weights to the smallest whole numbers in the same proportions.
 
-    Raises ConfigError if they add up to more than MAX_PERIOD.
+    Raises ConfigError if the numbers add up to more than MAX_PERIOD.
 
-    The limit keeps every product within 64 bits. It also keeps different due times different in double precision.
+    The limit keeps every product within 64 bits. The limit also keeps different due times different in double precision.
     """
     shares = [Fraction(repr(w)) for w in weights]
     scale = math.lcm(*(s.denominator for s in shares))

@@ -56,7 +56,7 @@ class NodeStreams:
     def __init__(self, task: Fetch, ranks: int, limits: StreamLimits) -> None:
         """Starts the stream now if one stream is enough for every placement of the ranks.
 
-        It then starts while the workers start.
+        The stream then starts at the same time as the workers.
         """
         self._task, self._limits = task, limits
         self._keepers: list[ActorHandle[StreamKeeper]] = []

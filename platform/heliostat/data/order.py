@@ -38,7 +38,10 @@ SLICE = 1 << 20  # chunks that are processed together, because all at once could
 
 
 def permutation(size: int, *key: int) -> np.ndarray:
-    """Computes a permutation of range(size), int64. It depends only on the key, not on the machine or NumPy's version."""
+    """Computes a permutation of range(size), int64.
+
+    The permutation depends only on the key, not on the machine or NumPy's version.
+    """
     return np.argsort(np.random.Philox(np.random.SeedSequence(key)).random_raw(size))
 
 
@@ -66,7 +69,7 @@ class Round:
 
 
 class Order:
-    """Computes the run's global sequence in O(chunks) per source and epoch. It never reads samples to skip them."""
+    """Computes the run's global sequence in O(chunks) per source and epoch. This class never reads samples to skip them."""
 
     def __init__(
         self,
@@ -81,8 +84,8 @@ class Order:
         """Builds the sequence from the sources' splits.
 
         `mix`: (step, weights from this step on), from the sequence's first step; `max_epochs`: per source, None for no limit;
-        `skips`: (step, count): from this step of the run on, the sequence is `count` steps ahead; `version`: of the data plan.
-        Raises ConfigError if a source has no training sample, or `max_epochs` leaves less than one step.
+        `skips`: pairs (step, count); from this step of the run on, the sequence is `count` steps ahead; `version`: version of the
+        data plan. Raises ConfigError if a source has no training sample, or if `max_epochs` leaves too few samples for one step.
         """
         for i, split in enumerate(splits):
             if not split.trained:
@@ -281,7 +284,10 @@ def shuffled(chunks: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 class Epoch:
-    """Holds a source's chunks in the order of an epoch. It keeps sums of their sizes over runs of chunks, not every size."""
+    """Holds a source's chunks in the order of an epoch.
+
+    It keeps the sums of sizes over runs of chunks, not the size of every chunk.
+    """
 
     def __init__(self, split: Split, key: tuple[int, ...]) -> None:
         self.split, self.chunks = split, shuffled(len(split.samples), key)

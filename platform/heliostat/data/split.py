@@ -4,13 +4,13 @@ Each row group has a *place* between 0 and 1, and is held out if its place is be
 includes the samples of a smaller one, at any sequence length. A document is in one row group, or in several row groups with the
 same place. So complete row groups hold out complete documents.
 
-If the manifest has the documents' places (hashes of their texts), a row group's place is their maximum. `prepare` ends row
-groups at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the documents below the fraction are held out.
+If the manifest has the documents' places (hashes of their texts), a row group's place is their maximum. `prepare` ends row groups
+at 1, 2, and 5 tenths, hundredths, and so on. At these fractions, exactly the documents below the fraction are held out.
 Otherwise, the place is a hash of the shard's footer digest and the row group's number.
 
 For datasets of rows, a row is a sample. If their places are unknown, a row group needn't be held out completely. Instead, some
-consecutive rows of it are held out. They start at a hashed row. Their number grows with the fraction. After the last row comes
-the first.
+consecutive rows of the row group are held out, beginning at a hashed row. Their number grows with the fraction. The first row
+follows the last row.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Streams the run's samples from storage through Ray Data to the workers, in exactly the order that `order` defines.
 
 `dataset` makes a Ray Dataset with the order's blocks, in order. A task (`Fetch`) fetches a window and yields its blocks one by
-one. So each window is read once, and its first block is sent before its last block is cut. `split` gives block b to rank b mod
-N. `LaneStream` runs in the worker. It checks that every block is the expected one, and cuts steps from blocks. A run that
+one. So each window is read once, and its first block is sent before its last block is cut. `split` gives block b to rank b mod N.
+`LaneStream` runs in the worker. It checks that every block has the expected number, and cuts steps from blocks. A run that
 resumes at step t starts at the round that contains t; nothing before it is read.
 """
 
@@ -165,7 +165,9 @@ class Ahead(BackpressurePolicy):
 
 
 def numbered(count: int, numbers: Callable[[], Iterable[int]], context: ray.data.DataContext) -> ray.data.Dataset:
-    """Makes the Ray Dataset of rows {id: number}, at most `count`. It produces them as fast as the next stage takes them.
+    """Makes the Ray Dataset of rows {id: number}, at most `count`.
+
+    The dataset produces rows as fast as the next stage takes them.
 
     With `target_max_block_size` 1 in the context, each block has one row. The task requests no CPU, so that Ray doesn't fuse it
     with the next stage. One fused task would do all work of that stage.
@@ -275,7 +277,7 @@ class LaneStream:
 
 
 def iterate(part: DataIterator, plan: DataPlan, order: Order, rank: int, workers: int, start_step: int) -> LaneStream:
-    """Starts a worker's stream over its part of the data. It prefetches one round ahead from now on."""
+    """Starts a worker's stream over its part of the data. The stream prefetches one round ahead from now on."""
     lanes = plan.shape.lanes // workers
     batches = part.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2 * lanes)
     return LaneStream(begun(iter(batches)), plan, order, rank, workers, start_step)

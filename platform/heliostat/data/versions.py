@@ -4,9 +4,9 @@ A shard's name has its number and the digest of its bytes: `shards/00017/3f2a...
 after their content, too: `files/tokenizer-9c01....json`. So a new version never overwrites an old one, versions share equal
 files, and equal input gives equal names. Guarantees:
 
-- Only two kinds of files are removed: those that a replaced version's manifest lists, and files with names of these two forms
-  that no version lists. A killed `prepare` leaves the latter. Files of this kind are removed when they are a day old, because
-  another `prepare` may be writing younger ones.
+- Only two kinds of files are removed: files in a replaced version's manifest, and files with names of these two forms that no
+  version lists. A killed `prepare` leaves files of the second kind. They are removed when they are a day old, because another
+  `prepare` may be writing younger ones.
 - A replaced version stays for `keep_s` seconds, for the runs that read it. A later `prepare` removes it.
 - `prepared.json` is the folder's record. A folder that has other files, but neither record nor manifest, isn't a dataset of
   heliostat.
@@ -47,7 +47,8 @@ OURS = re.compile(rf"(?:[^/]+/)?(?:{SHARDS}/\d+|{FILES})/(?:[a-z_]+-)?[0-9a-f]{{
 class Pruned:
     """Reports the removed files and bytes.
 
-    `kept`: replaced versions that remain; `until`: when the last of them expires (seconds since 1970), None if none remains.
+    `kept`: replaced versions that remain; `until`: when the last remaining version expires (seconds since 1970); None if no
+    version remains.
     """
 
     files: int
@@ -151,7 +152,7 @@ def listing(location: Location) -> dict[str, pafs.FileInfo]:
 
 
 def all_versions(location: Location) -> dict[str, Manifest]:
-    """Reads every kept version, by the name of its file. Raises DataError if one can't be read."""
+    """Reads every kept version, by the name of its file. Raises DataError if a version can't be read."""
     return {name: manifest.read_version(location, name) for name, _ in location.join(manifest.VERSIONS).files()}
 
 

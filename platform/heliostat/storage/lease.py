@@ -74,7 +74,7 @@ class Holder:
 
 @dataclass(frozen=True)
 class Fence:
-    """Holds the fencing token. The holder of the lease hands it to the processes that write for it."""
+    """Holds the fencing token. The holder of the lease hands the token to the processes that write for the holder."""
 
     folder: Location
     number: int
@@ -184,7 +184,7 @@ def clear(folder: Location) -> None:
 
 
 def newest_number(folder: Location) -> int:
-    """Returns the number of the folder's newest lease; 0 if it never had one."""
+    """Returns the number of the folder's newest lease; 0 if the folder never had a lease."""
     names = (name.removesuffix(".json") for name, _ in folder.join(LEASE).files())
     return max((int(name) for name in names if name.isdigit()), default=0)
 

@@ -59,12 +59,12 @@ def _locked(place: Path, how: int = 0) -> Iterator[os.stat_result]:
 
 
 def cache(kind: str) -> Path:
-    """Returns the folder for one kind of shared files. It may not exist yet."""
+    """Returns the folder for one kind of shared files. The folder may not exist yet."""
     return Path(tempfile.gettempdir()) / f"heliostat-{kind}-{os.getuid()}"
 
 
 def is_ours(place: Path) -> bool:
-    """Returns whether only this user has access to a folder. Raises OSError if it is missing."""
+    """Returns whether only this user has access to a folder. Raises OSError if the folder is missing."""
     status = os.lstat(place)
     return status.st_uid == os.getuid() and not status.st_mode & 0o077
 

@@ -73,7 +73,7 @@ def _s3(query: str, attempts: int, silence_s: float) -> pafs.FileSystem:
 
 
 def _forget_clients() -> None:
-    """Drops the clients of all stores, so that the next request reads the credentials again. They may have expired."""
+    """Drops the clients of all stores, so that the next request reads the credentials again. The old ones may have expired."""
     _s3.cache_clear()
     s3_client.client.cache_clear()
 
@@ -148,7 +148,7 @@ class Location:
         return self if urlsplit(self.uri).scheme else Location(str(root / self.uri))
 
     def open(self) -> pa.NativeFile:
-        """Opens the file for random reads. Raises FileNotFoundError if it is missing."""
+        """Opens the file for random reads. Raises FileNotFoundError if the file is missing."""
         return self.attempt(lambda: self.fs.open_input_file(self.path))
 
     def exists(self) -> bool:
@@ -287,7 +287,7 @@ class Location:
     def probe(self) -> None:
         """Checks within seconds that the store answers.
 
-        Raises StorageError if it is unreachable. Raises AccessError if it rejects the request.
+        Raises StorageError if the store is unreachable, and AccessError if the store rejects the request.
 
         Also raises AccessError if the store lacks the bucket. A failed request is repeated for up to PROBE_S.
         """

@@ -110,7 +110,7 @@ def retry_budget() -> float:
 def patience(budget_s: float) -> tuple[int, float]:
     """Splits the retry budget into attempts per request, and seconds of silence per attempt: together less than half the budget.
 
-    The SDK repeats single requests, so that one fault doesn't undo a large upload. It pauses up to 1 s, then up to 2 s.
+    The SDK repeats single requests, so that one fault doesn't undo a large upload. The SDK pauses up to 1 s, then up to 2 s.
     `Location.attempt` repeats complete operations.
     """
     return (3 if budget_s >= 24 else 2 if budget_s >= 6 else 1), max(1.0, budget_s / 8)
@@ -135,5 +135,5 @@ def diagnose(error: OSError) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Returns the first line of an error, or the name of its class if it has none."""
+    """Returns the first line of an error, or the name of its class if the error has no message."""
     return brief(error) or type(error).__name__

@@ -1,6 +1,6 @@
 """Sends S3 requests that pyarrow's client doesn't support: conditional reads and puts, parallel listings, requester-pays buckets.
 
-It uses boto3 with the same credentials and endpoints. Its errors become OSErrors with pyarrow's wording, so that
+The module uses boto3 with the same credentials and endpoints. boto3's errors become OSErrors with pyarrow's wording, so that
 `retries.diagnose` can classify them.
 
 The query of an `s3://` URI describes its store: `?endpoint_override=HOST:PORT&scheme=http&region=R&anonymous=true`.
@@ -82,7 +82,7 @@ def given(query: str) -> dict[str, str]:
 
 
 def resolve(query: str) -> S3Options:
-    """Completes the options in a query with those in the environment."""
+    """Completes the options in a query with options from the environment."""
     options = dict(given(query))
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if endpoint and "endpoint_override" not in options:
@@ -130,7 +130,7 @@ class Store:
         return PAYER if resolve(self.query).requester_pays else {}
 
     def head(self, path: str) -> Listed:
-        """Describes an object. Raises FileNotFoundError if it is missing."""
+        """Describes an object. Raises FileNotFoundError if the object is missing."""
         bucket, _, key = path.partition("/")
         with worded():
             answer = self.client.head_object(Bucket=bucket, Key=key, **self.payer)

@@ -40,7 +40,7 @@ def travels(cls: C) -> C:
 
 
 def pack(value: object) -> bytes:
-    """Encodes a value. Raises TypeError if it isn't plain, ValueError if it takes more than MOST bytes."""
+    """Encodes a value. Raises TypeError if the value isn't plain, and ValueError if it takes more than MOST bytes."""
     data = msgpack.packb(value, default=_encode, strict_types=True, unicode_errors=NAMES)
     if len(data) > MOST:
         raise ValueError(f"a message of {len(data):,} bytes is larger than {MOST:,}")

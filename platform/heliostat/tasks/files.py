@@ -18,7 +18,7 @@ _digests: dict[tuple[str, int, int, int, int], str] = {}  # SHA-256 by a file's 
 
 
 def read(key: str, path: str) -> bytes:
-    """Reads the file at the path in a key. Raises ConfigError, which begins with the key, if that fails."""
+    """Reads the file at the path in a key. Raises ConfigError, which begins with the key, if the file can't be read."""
     try:
         return Path(path).read_bytes()
     except OSError as e:

@@ -1,9 +1,9 @@
 """Merges spill files if later tasks would otherwise each read few rows of very many files. So the cost stays linear.
 
 A later task reads its range of keys from every file of the earlier tasks. The number of later tasks and the number of files both
-grow with the input. Their product is the number of times that a task opens a file for a few rows, so it grows with the square of
-the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort of Knuth (The
-Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
+grow with the input. The number of times that a task opens a file for a few rows is the product of both numbers. So it grows with
+the square of the input. Merging the ranges of many tasks first costs one more pass over the data. This is the external merge sort
+of Knuth (The Art of Computer Programming, volume 3, section 5.4), except that the later tasks sort.
 
 - Runs of documents, before shards (`merged`): if a shard's part of a run is below `LEAST`, a task reads the range of many shards
   from some runs. It writes this range as one run, as large as a run may be. Afterwards a shard reads only the runs of its own

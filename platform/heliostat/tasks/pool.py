@@ -77,7 +77,7 @@ class ActorPool:
     def _look(self, number: int, away: _Away) -> None:
         """Checks a lost actor: restores it if it answers, else removes it after PLACE_S.
 
-        Raises HeliostatError if it was the last.
+        Raises HeliostatError if it was the last actor.
         """
         if ray.wait([away.call], timeout=0)[0]:
             try:
@@ -108,9 +108,9 @@ def _is_alive(actor: Any) -> bool:
 
 
 def _placed(actors: list[Any]) -> list[Any]:
-    """Waits up to PLACE_S seconds for Ray to place the actors; returns the placed ones.
+    """Waits up to PLACE_S seconds for Ray to place the actors; returns the placed actors.
 
-    Raises HeliostatError if there are none.
+    Raises HeliostatError if no actor was placed.
     """
     alive = {actor.alive.remote(): actor for actor in actors}
     ready, late = ray.wait(list(alive), num_returns=len(alive), timeout=PLACE_S)

@@ -64,7 +64,7 @@ class Progress:
         self._show(kind, at)
 
     def done(self, kind: str, record: dict[str, Any], bytes: int) -> None:
-        """Counts a finished task that has read so many bytes."""
+        """Counts a finished task that has read `bytes` bytes."""
         at = self.kinds[kind]
         at.done += 1
         at.documents += documents(record)

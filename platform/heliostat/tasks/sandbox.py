@@ -89,7 +89,7 @@ libc.syscall.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_char_p, ctypes.c_
 
 
 def call(function: Any, *arguments: object) -> None:
-    """Calls a function of libc. Raises OSError if it fails."""
+    """Calls a function of libc. Raises OSError if the function fails."""
     if function(*arguments) < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{getattr(function, '__name__', 'a system call')}: {os.strerror(code)}")
@@ -98,7 +98,7 @@ def call(function: Any, *arguments: object) -> None:
 def shut_in(root: Path, places: list[str], files: int, files_given: dict[str, bytes], same_user: bool = False) -> None:
     """Moves this process and its children into new namespaces and a new root folder.
 
-    Only the children are in the process namespace.
+    Only the children are in the new process namespace.
 
     Creates the root folder at `root`, with at most `files` bytes. It contains `places` (read-only) and a folder `box` with
     `files_given`. A process of root changes to the user `nobody`, unless `same_user` is set. That user has no rights outside the

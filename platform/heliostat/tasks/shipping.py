@@ -94,7 +94,7 @@ class NotHereError(HeliostatError):
 
 
 def describe(key: str, path: str, within: tuple[str, ...] = ()) -> Shipment:
-    """Describes the files at a key's path on this node. Raises ConfigError with the key if they can't be read."""
+    """Describes the files at a key's path on this node. Raises ConfigError with the key if the files can't be read."""
     listed = _listed(Path(path), within)
     items = (Item(name, size, files.digest(key, str(_place(path, name)))) for name, size in listed)
     if not listed:
@@ -139,7 +139,7 @@ def here(folder: Location, shipment: Shipment) -> str:
 
 
 def offer(folder: Location, shipment: Shipment) -> None:
-    """Copies a shipment's files from the driver's node to the spill folder, except those that are there already.
+    """Copies a shipment's files from the driver's node to the spill folder, except files that are already there.
 
     Raises ConfigError if a file has changed since `describe`, or if a folder in the shipment is a link, which `describe` doesn't
     follow.

@@ -1,4 +1,6 @@
-"""Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back. This is the only shuffle.
+"""Writes tables to the work folder, sorted by a 64-bit key, and reads ranges of keys back.
+
+No other module shuffles data between tasks.
 
 A task writes its result as a file named after its content and size; on a local disk, it waits until the data is on the disk. A
 later task reads its range of keys from every one of these files. A file that doesn't match its name is removed, so that the next

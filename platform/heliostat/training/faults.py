@@ -1,6 +1,6 @@
 """Classifies a worker's error by its text: a broken device, a fault of either a device or a program, or a lost peer.
 
-The texts are those of the CUDA runtime, cuBLAS, cuDNN, NCCL, gloo, and torch. They are compared in lower case.
+The texts come from the CUDA runtime, cuBLAS, cuDNN, NCCL, gloo, and torch. heliostat compares them in lower case.
 """
 
 from __future__ import annotations

@@ -48,7 +48,10 @@ class Facts(TypedDict):
 
 
 class Pulse(Facts):
-    """Describes a worker's last heartbeat. `at`: when it arrived. `moved`: when `progress` last changed. Both in seconds."""
+    """Describes a worker's last heartbeat.
+
+    `at`: when the heartbeat arrived. `moved`: when `progress` last changed. Both times are in seconds.
+    """
 
     progress: int
     moved: float

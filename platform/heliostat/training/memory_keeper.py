@@ -1,11 +1,12 @@
-"""Keeps in-memory checkpoints: copies of the training state in the memory of a node. Each node of a run has one keeper, an actor
-that outlives the workers.
+"""Keeps in-memory checkpoints: copies of the training state in the memory of a node.
 
-A copy is the part of the state that one worker has after one step, as bytes. It arrives in pieces, several at a time, and the
+Each node of a run has one keeper, an actor that outlives the workers.
+
+A copy is the part of the state that one worker has after one step, as bytes. A copy arrives in pieces, several at a time, and the
 keeper checksums each piece on arrival. A copy is valid once it is sealed: complete, and with the checksums that its worker
 computed. Copies with the same id form a *generation*: one copy per worker of an attempt, after the same step. A keeper keeps two
-generations, because the newest may be incomplete. It accepts only copies of the current attempt, and counts the copies that it
-rejects.
+generations, because the newest may be incomplete. A keeper accepts only copies of the current attempt, and counts rejected
+copies.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ class MemoryKeeper:
             self._attempt = attempt
 
     def begin(self, attempt: int, id: str | None) -> int:
-        """Begins an attempt: drops all copies except those of generation `id`, from which it starts.
+        """Begins an attempt: drops all copies except the copies of generation `id`, from which the attempt starts.
 
         Returns the number of copies of earlier attempts that were rejected since the last call.
         """
@@ -158,8 +159,10 @@ class MemoryKeeper:
         copy.arrived.append(summed(place, start))
 
     def seal(self, id: str, rank: int, sums: list[Sum], facts: CopyFacts, layout: Layout, own: bytes) -> None:
-        """Completes a copy. Raises ValueError if the checksums of its pieces differ from those of its worker, or its attempt has
-        ended."""
+        """Completes a copy.
+
+        Raises ValueError if the checksums of its pieces differ from its worker's checksums, or if its attempt has ended.
+        """
         with self._changing:
             self._require_present(id)
             copy = self._copies[id, rank]

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def train(path: Path, settings: list[str] | None = None, *options: Any, **named: Any) -> dict[str, Any]:
-    """Loads a job file, applies `key.path=value` settings, and trains the job. The other options are those of `train_job`.
+    """Loads a job file, applies `key.path=value` settings, and trains the job. For the other options, see `train_job`.
 
     Raises a HeliostatError that explains in one line why the run stopped.
     """

@@ -83,7 +83,7 @@ def resolve(key: str, name: HubName) -> HubName:
 
 
 def listing(key: str, name: HubName) -> list[HubFile]:
-    """Lists all files in the repository of a pinned name, sorted by path; without a network, those in the cache."""
+    """Lists all files in the repository of a pinned name, sorted by path; without a network, the files in the cache."""
     kept = _repository(name) / "heliostat" / f"{name.revision}.json"
     with suppress(OSError, ValueError, TypeError):
         return _kept(kept)

@@ -69,7 +69,10 @@ def is_dataset(uri: str) -> bool:
 
 
 def dataset(key: str, uri: str) -> HubName:
-    """Parses the URI of a dataset, with its revision after the name or at the end. Raises ConfigError if it isn't one."""
+    """Parses the URI of a dataset, with its revision after the name or at the end.
+
+    Raises ConfigError if the URI isn't a dataset's.
+    """
     expected = f"{DATASETS}ORG/NAME[/PATH][@REVISION]"
     org, _, rest = uri.removeprefix(DATASETS).partition("/")
     name, mark, inside = rest.partition("/")

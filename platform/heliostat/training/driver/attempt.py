@@ -1,8 +1,8 @@
 """Runs one attempt at a training run: starts the pool's workers, and watches them from the driver until they end.
 
-The driver's thread never waits for long. It drains the mailbox. It orders the workers to stop after a checkpoint in three cases:
-a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes progress any
-more, it ends the workers.
+The driver's thread never waits for long. The thread drains the mailbox. It orders the workers to stop after a checkpoint in three
+cases: a user asks for it, a node's provider takes a node away, or the cluster has room for more workers. If no worker makes
+progress any more, it ends the workers.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Attempt:
         self._placing, self._reading = nodes.Shortage(self.job), 0.0  # `_reading`: when opening the stream began
 
     def run(self) -> WorkerSummary:
-        """Runs the workers until they end. Returns rank 0's summary, with the stop code if they were ordered to stop.
+        """Runs the workers until they end. Returns rank 0's summary, with the stop code if the workers were ordered to stop.
 
         Raises a HeliostatError if the attempt fails.
         """

@@ -94,7 +94,7 @@ class WarmUp:
         self._thread = threading.Thread(target=self._import, name="warm-up", daemon=True)
 
     def begin(self) -> None:
-        """Begins the imports in a thread. Does nothing if they have begun, or if the recipe exports nothing."""
+        """Begins the imports in a thread. Does nothing if the imports have begun, or if the recipe exports nothing."""
         if isinstance(self.recipe, Exports) and not self._thread.ident:
             self._thread.start()
 
@@ -138,8 +138,10 @@ class Beside:
         )  # fmt: skip
 
     def wait(self) -> None:
-        """Waits for the last scores, at most `evaluate.benchmarks.wait` seconds. Logs a warning if they aren't complete by
-        then."""
+        """Waits for the last scores, at most `evaluate.benchmarks.wait` seconds.
+
+        Logs a warning if the scores aren't complete by then.
+        """
         if self.asked is None or self._process is None:
             return
         again = f"heliostat model benchmark {self.job.run_folder} {self.asked.suite} --follow"

@@ -1,8 +1,8 @@
 """Manages in-memory checkpoints: creates a keeper on each node, and finds the newest complete generation of copies.
 
-A generation is used only if it is complete: it has a sealed copy of every worker's part. All copies must be of the same attempt,
-step, and world size, and share the same facts. Each copy must still have the checksums that it was sealed with. Otherwise the run
-resumes from storage.
+A generation is used only if it is complete, so if it has a sealed copy of every worker's part. All copies must be of the same
+attempt, step, and world size, and share the same facts. Each copy must still have the checksums that it was sealed with.
+Otherwise the run resumes from storage.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class WorkerPool:
         return list(self._members.values())
 
     def take(self, count: int, patient: bool = True) -> list[Member]:
-        """Returns `count` live processes, ordered by node and GPU. Raises TrainingError if they don't start.
+        """Returns `count` live processes, ordered by node and GPU. Raises TrainingError if the processes don't start.
 
         Waits for their resources. If not `patient`, raises PlacementError after 30 s, because there may be room for fewer
         workers.
@@ -128,7 +128,7 @@ class WorkerPool:
         return self._seen.setdefault(member, gpus) == gpus
 
     def drop(self, member: Member) -> None:
-        """Ends a process, if it lives. The pool keeps its resources."""
+        """Ends a process, if it lives. The pool keeps the process's resources."""
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
         self._seen.pop(member, None)

@@ -73,7 +73,7 @@ class ProfileRequests:
 
 
 def _stacks() -> bytes:
-    """Reads the stacks of this process's threads with py-spy, without stopping them. Raises HeliostatError if that fails."""
+    """Reads the stacks of this process's threads with py-spy, without stopping them. Raises HeliostatError if py-spy fails."""
     program = shutil.which("py-spy") or shutil.which("py-spy", path=str(Path(sys.executable).parent))
     if program is None:
         raise HeliostatError("py-spy isn't installed where the driver runs. Run: pip install py-spy")

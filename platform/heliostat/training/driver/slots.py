@@ -4,9 +4,9 @@
     slots.fill(3)            # waits for three slots, all or none
     slots.give_back([2])     # the other slots stay
 
-Missing slots are taken together or not at all. If they don't fit now, one placement group for all of them waits in Ray's queue.
-It reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the missing slots don't come
-within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for long.
+Missing slots are taken together or not at all. If the slots don't fit now, one placement group for all missing slots waits in
+Ray's queue. The group reserves nothing until Ray can place it completely; then groups of one bundle replace it. If the missing
+slots don't come within 30 seconds, the run releases the slots that it holds. So no half-placed run holds resources for long.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Begin:
 
 @dataclass(frozen=True)
 class CopiesFound:
-    """Reports intact in-memory checkpoints of `step`, which isn't before the newest checkpoint in storage."""
+    """Reports intact in-memory checkpoints of `step`: the step of the newest checkpoint in storage, or a later step."""
 
     attempt: int
     step: int
@@ -182,7 +182,7 @@ class FindCheckpoint:
 
 @dataclass(frozen=True)
 class Restart:
-    """Records a restart in the ledger. `outcome`, `reason`: those of the attempt that has ended."""
+    """Records a restart in the ledger. `outcome`, `reason`: of the attempt that has ended."""
 
     outcome: str
     reason: str = ""

@@ -37,7 +37,7 @@ def collect(
 ) -> dict[int, str]:
     """Collects the stack traces that arrive within `wait_s` seconds after the order. Returns them by rank.
 
-    `drain` returns new events. `take` gets those that aren't stack traces.
+    `drain` returns new events. `take` gets the events that aren't stack traces.
     """
     stacks: dict[int, str] = {}
     deadline = clock() + wait_s(workers)
@@ -69,7 +69,7 @@ def text(stacks: dict[int, str], workers: int) -> str:
 
 
 def stalled(heartbeats: Mapping[int, Pulse], workers: int, now: float, limit: float, since: float) -> str | None:
-    """Explains why the workers count as stalled. Returns None if they don't.
+    """Explains why the workers count as stalled. Returns None if the workers aren't stalled.
 
     `limit`: seconds. `since`: when the watch began. The progress of one worker is enough, because the others may wait for it. A
     worker that sends no heartbeat for `limit` seconds is stalled itself.

@@ -181,8 +181,10 @@ class MemoryCopies:
         self._answers([keeper.seal.remote(id, self._rank, sums, facts, layout, wire.pack(own)) for keeper in keepers])
 
     def _answers(self, calls: list[ray.ObjectRef[None]]) -> None:
-        """Waits for the keepers. Raises TimeoutError if one doesn't answer within ANSWER_S seconds, or if the attempt has
-        ended."""
+        """Waits for the keepers.
+
+        Raises TimeoutError if a keeper doesn't answer within ANSWER_S seconds, or if the attempt has ended.
+        """
         until = time.monotonic() + ANSWER_S
         while ray.wait(calls, num_returns=len(calls), timeout=POLL_S)[1]:
             if self._ended.is_set() or self._late.is_set() or time.monotonic() > until:

@@ -62,8 +62,11 @@ class BatchPlan:
         return (step * self.batch + np.array(lanes)[:, None] * self.per_lane + np.arange(self.per_lane)).ravel()
 
     def seed(self, step: int, lanes: range, micro: int, part: int = 0) -> int:
-        """Computes the seed of this worker's micro-batch. It depends on the step, on the position of the micro-batch's first
-        sample in the global batch, and on `part`: the part of each sample that this worker computes."""
+        """Computes the seed of this worker's micro-batch.
+
+        The seed depends on the step, on the position of the micro-batch's first sample in the global batch, and on `part`: the
+        part of each sample that this worker computes.
+        """
         lane, inside = divmod(micro * self.micro, self.per_lane)
         place = lanes[lane] * self.per_lane + inside
         entropy = [self.seed_base, step, place] + ([part] if part else [])
@@ -204,8 +207,8 @@ class _SharedNumbers(BaseException):
 class _OwnNumbers(TorchDispatchMode):
     """Raises _SharedNumbers if this thread, inside the context, would draw from a process-wide generator or set its state.
 
-    It can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches detects
-    these.
+    This class can't intercept functions of `random` and NumPy that a recipe has imported by name. The check of the first batches
+    detects these.
 
     The mode is on this thread's stack only. `TorchDispatchMode.__enter__` would also set process-wide flags. With these flags,
     `torch.compile` of older torch versions leaves a step uncompiled in another thread.

@@ -89,7 +89,7 @@ class Objective:
     def _checked(self, loss: object, name: str) -> Loss:
         """Returns the result of the recipe's method `name`.
 
-        Raises ConfigError if it isn't a Loss, or if the names of its parts have changed.
+        Raises ConfigError if the result isn't a Loss, or if the names of its parts have changed.
         """
         if not isinstance(loss, Loss):
             raise ConfigError(f"recipe: {self._whose}.{name} returned a {type(loss).__name__}, expected a Loss ({GUIDE})")
@@ -137,8 +137,8 @@ def _added(loss: Loss, micros: int) -> torch.Tensor | None:
 class ExpertLoad:
     """Sums the tokens per expert over a step's micro-batches and workers, and lets the recipe balance the experts by these sums.
 
-    The sums are integers, so they are bitwise equal for any micro-batches and number of workers. They stay on the device until a
-    report. If the recipe balances experts by these sums, workers sum them after every step.
+    The sums are integers, so they are bitwise equal for any micro-batches and number of workers. The sums stay on the device
+    until a report. If the recipe balances experts by these sums, workers sum them after every step.
     """
 
     def __init__(self, recipe: Recipe, engine: DeepSpeedEngine) -> None:

@@ -1,5 +1,5 @@
-"""Detects silent data corruption: every so many steps, all workers compute the same micro-batch and compare the bits of the
-results.
+"""Detects silent data corruption: every `train.sdc_check.every` steps, all workers compute the same micro-batch and compare the
+bits of the results.
 
 The micro-batch is one of the step's micro-batches, chosen by the step number. Its samples, its random numbers, and the weights
 follow from the step. So each worker reads the samples itself, and must compute the same bits. The check compares:
@@ -12,7 +12,7 @@ Training waits for one extra micro-batch per check. Other steps have no extra co
 which never sees them.
 
 The bits of most workers count as right. Without a majority, the error lists all workers on that kind of device. Only workers on
-the same kind of device are compared. Unlike training, the check asks for deterministic kernels (`kernels`). If bits differ, all
+the same kind of device are compared. Unlike training, the check requests deterministic kernels (`kernels`). If bits differ, all
 workers compute again. A worker whose own two results differ is at fault. If this is so for most workers, their kernels aren't
 deterministic. Then the check proves nothing, and turns itself off.
 """

@@ -2,8 +2,8 @@
 
 A step follows from its number alone: its samples, its micro-batches (`micro_batches`), and its learning rate. So a resumed run
 needs only the checkpoint. With the default virtual ranks (one per micro-batch), any number of workers computes the same
-micro-batches. The loss of a step is the sum of all its loss terms, divided by their number. It doesn't depend on the division
-into micro-batches (`objective`).
+micro-batches. The loss of a step is the sum of all its loss terms, divided by their number. The loss doesn't depend on the
+division into micro-batches (`objective`).
 
 Hooks do all other work around the steps (`context`). The workers agree at every step whether to stop after it (`heartbeat`).
 
@@ -234,7 +234,7 @@ class Loop:
         return stop
 
     def _agreed(self, step: int) -> int:
-        """Returns the stop code on which the workers agree. It takes effect after this step."""
+        """Returns the stop code on which the workers agree. The code takes effect after this step."""
         stop = self.consensus.result()
         if stop == FAILED:
             for hook in self.hooks:

@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 
 class StepResults(NamedTuple):
-    """Holds the results of steps over all workers, one value per step: losses, gradient norms before clipping, and by name the
-    parts of the objective and the experts' load. `replaced`: the number of samples replaced in the run so far."""
+    """Holds the results of steps over all workers, one value per step: losses, and gradient norms before clipping.
+
+    `added`: values of each part of the objective, by name. `experts`: values of the experts' load, by name. `replaced`: the
+    number of samples replaced in the run so far.
+    """
 
     losses: list[float]
     norms: list[float]

@@ -6,7 +6,7 @@
     state.restore(source)           # at an attempt's start; `source`: in-memory checkpoints; None: storage
 
 Saves and copies run while training continues. Two operations change the state: the optimizer's step, and the exchange of the
-weights with their average. They wait until the state is copied.
+weights with their average. Both wait until the state is copied.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ RESUME = Format(ResumeFacts, "index that this version of heliostat resumes from"
 
 
 class TrainingState(Hook):
-    """Holds the parts of this worker's checkpoint: the engine, the averaged weights, and the samples that no receipt covers
-    yet."""
+    """Holds the parts of this worker's checkpoint: the engine, the averaged weights, and the samples since the last receipt."""
 
     def __init__(self, context: Context, engine: DeepSpeedEngine, unsealed: Unsealed, memory: MemoryCopies | None = None) -> None:
         self.context, self.engine, self.unsealed, self.memory = context, engine, unsealed, memory
@@ -105,8 +104,10 @@ class TrainingState(Hook):
                 self.memory.wait()
 
     def on_save(self, done: int, due: Due) -> None:
-        """Saves a checkpoint and copies the state into memory, if they are due. Before a pause point, waits until the save is
-        complete."""
+        """Saves a checkpoint if a save is due, and copies the state into memory if a copy is due.
+
+        Before a pause point, waits until the save is complete.
+        """
         if not (due.saves or due.keeps or due.holds):
             return
         with self.context.ledger("checkpoint"), device_ranges.named("save"):

@@ -67,7 +67,7 @@ class UnsealedPart:
 class Unsealed:
     """Holds the chain up to the last receipt, and the digests and replaced samples of the steps since then.
 
-    `replaced`: the number of samples that this worker has replaced in the run; rank 0 includes those of earlier attempts.
+    `replaced`: the number of samples that this worker has replaced in the run; on rank 0, the number includes earlier attempts.
     `group`: a CPU group of all workers. `reads`: false if another worker reads this worker's samples and shares them.
     """
 
@@ -133,8 +133,9 @@ class Unsealed:
         self.replaced = sum(part.replaced for part in parts)
 
     def _own(self) -> list[np.ndarray]:
-        """Returns this worker's digests, int64 [steps, virtual ranks], in a list of one; an empty list if it doesn't read
-        samples."""
+        """Returns this worker's digests, int64 [steps, virtual ranks], in a list of one; an empty list if this worker doesn't
+        read samples.
+        """
         return [np.array(self._lanes, dtype=np.int64)] if self.reads else []
 
 
