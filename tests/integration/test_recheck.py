@@ -178,7 +178,7 @@ def test_a_run_goes_back_to_before_a_flipped_bit_and_says_what_it_found(corpus, 
     found = next(line for line in said if "silent data corruption" in line)
     assert "step 16: silent data corruption: worker 0 on" in found and "All workers agreed up to step 7" in found
     assert "Resuming from step 4" in found  # of the checkpoints at 4, 8 and 12 the one that is in no doubt
-    assert any("No other nodes have room for 2 workers, so these stay in use" in line for line in said)
+    assert any("No other nodes have room for 2 workers, so heliostat continues to use node" in line for line in said)
     run = mlflow.MlflowClient(tracking_uri=tracking).get_run(result["run_id"])
     assert "silent data corruption" in run.data.tags["heliostat.corruption"]
     unflipped = plain_losses(path, [*settings, "recipe=heliostat.recipes:CausalLM"])

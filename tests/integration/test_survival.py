@@ -141,7 +141,7 @@ def test_a_broken_device_is_named_though_its_worker_hangs_and_its_node_is_suspec
     first, second, last = goodput.read_report(run_folder(path))["attempts"]
     named = r"worker 1 on [\d.]+ \(node \w{12}\): RuntimeError: CUDA error: uncorrectable ECC error encountered"
     assert re.fullmatch(named, first["reason"])
-    assert re.match(named + r"\. No other nodes have room for 2 workers, so these stay in use: node", second["reason"])
+    assert re.match(named + r"\. No other nodes have room for 2 workers, so heliostat continues to use node", second["reason"])
     assert last["outcome"] == "finished"
     tags = MlflowClient(tracking_uri=tracking).get_run(result["run_id"]).data.tags
     assert tags["heliostat.bad_nodes"] == second["reason"]
@@ -177,7 +177,7 @@ def test_a_loss_spike_is_undone_and_its_samples_are_left_out(job_file, tracking,
 
 
 def test_a_bug_in_a_recipe_ends_the_run_after_one_more_try_with_its_own_message(job_file):
-    with pytest.raises(WorkerError, match=r"the workers failed: TypeError: .*It happened twice at the same checkpoint"):
+    with pytest.raises(WorkerError, match=r"the workers failed: TypeError: .*This error occurred twice at the same checkpoint"):
         train(job_file("buggy"), settings(recipe="tests.integration.test_survival:Broken"))
 
 
@@ -211,7 +211,7 @@ def test_a_limit_stops_a_run_behind_a_checkpoint_and_a_higher_one_continues_it(j
     stopped, ended = saver.latest(run), liveness.last(run)
     assert stopped and 3 <= stopped.step < STEPS
     assert ended and ended.outcome == "interrupted" and ended.reason.startswith("limits.hours: the limit of 0.5 h")
-    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 0\.5 h is reached .*\. Raise it to continue"):
+    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 0\.5 h is reached .*\. Raise the limit to continue"):
         train(path, [*settings(), "limits.hours=0.5"], resume=True)
     train(path, [*settings(), "limits.hours=2"], resume=True)
     assert verify(run)["ok"]

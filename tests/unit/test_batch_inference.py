@@ -198,7 +198,7 @@ def test_a_command_that_was_taken_for_dead_deletes_no_answer_of_the_next(echo, t
     was = answers(tmp_path / "out")
     place.join(run_folder.LEASE, "00000002.json").write(lease.Holder.me().dump())
     lines(tmp_path / "in", "a.jsonl", range(3))
-    with pytest.raises(LeaseError, match="has taken it over"):
+    with pytest.raises(LeaseError, match="has taken over the lease"):
         infer(tmp_path / "in", tmp_path / "out", before_commit=first.fence.check)
     assert json.loads((tmp_path / "out" / run.RECORD).read_text())["answers"] == len(was) == 100
     first.release()

@@ -208,11 +208,11 @@ def test_a_task_asks_ray_for_its_memory_and_for_no_more_than_a_node_has(tmp_path
 
 
 @pytest.mark.parametrize(("memory", "nodes", "cpus", "told"), [
-    (2 * GB, [(8, 5 * GB)], 1, "2048 MiB per task leaves room for 2 tasks at once, and the CPUs could run 8. "
+    (2 * GB, [(8, 5 * GB)], 1, "2048 MiB per task leaves room for 2 tasks at once, but the CPUs could run 8. "
                                "Set memory_limit: 640MiB to run 8 at once, or give the nodes more memory"),
-    (2 * GB, [(4, 1 * GB)], 1, "2048 MiB per task leaves room for 1 tasks at once, and the CPUs could run 4. "
+    (2 * GB, [(4, 1 * GB)], 1, "2048 MiB per task leaves room for 1 tasks at once, but the CPUs could run 4. "
                                "Set memory_limit: 256MiB to run 4 at once, or give the nodes more memory"),
-    (1 << 26, [(4, 1 << 27)], 1, "64 MiB per task leaves room for 2 tasks at once, and the CPUs could run 4. "
+    (1 << 26, [(4, 1 << 27)], 1, "64 MiB per task leaves room for 2 tasks at once, but the CPUs could run 4. "
                                  "To run more, give the nodes more memory"),
     (2 * GB, [(4, 8 * GB)], 1, None),
     (2 * GB, [(8, 5 * GB)], 4, None),

@@ -59,7 +59,7 @@ def test_a_failed_save_is_passed_over_counted_and_shown():
         state.settle()
     assert state.failed == 2 and state._in_a_row == 1
     tolerated = f"(1 in a row; up to {TOLERATED} are allowed)"
-    assert notices == [f"can't save a checkpoint {tolerated}. Training continues without it: {AWAY}"] * 2
+    assert notices == [f"can't save a checkpoint {tolerated}. Training continues without this checkpoint: {AWAY}"] * 2
     logged = {point.key: point.value for point in points(Saved(step=5, blocked_s=1.0, failed=2))}
     assert logged == {"train/checkpoint/blocked_s": 1.0, "train/checkpoint/failed": 2}
 
@@ -132,7 +132,7 @@ def test_old_checkpoints_that_cannot_be_removed_cost_warnings_and_never_a_save()
     saver, notices = pruning(prune)
     for step in range(TOLERATED + 5):
         saver._prune(step)
-    later = "They use space until the store deletes again"
+    later = "They use space until heliostat can delete them"
     assert notices[0] == f"step 0: can't remove old checkpoints. {later}: delete: denied"
     assert notices[1].startswith("step 2: can't remove old checkpoints. ")
     assert notices[-1] == f"step 7: can't remove old checkpoints, 6 times in a row. {later}: {AWAY}"

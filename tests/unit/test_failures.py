@@ -40,7 +40,9 @@ NCCL = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.hpp:268, remote process exited or there was a network error, "
     "NCCL version 2.21.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
 )
-LATE = PeerLostError("this worker ended because another one failed: ValueError: Default process group has not been initialized")
+LATE = PeerLostError(
+    "this worker ended because another worker failed: ValueError: Default process group has not been initialized"
+)
 
 
 def raised(error: Exception) -> Exception:

@@ -91,7 +91,9 @@ def test_no_recipe_meets_a_bad_held_out_row():
     assert evaluation.whole(found, 2, pytest.fail)["image"].to_pylist() == [b"a", b"a", b"c", b"c", b"a", b"a"]
     mine = Gathered(pa.table({"image": pa.array([None, None], pa.binary())}), dict.fromkeys((0, 1), why))
     assert evaluation.whole(mine, 2, lambda: found)["image"].to_pylist() == [b"a", b"a"]
-    with pytest.raises(DataError, match=r"^shards/0: row group 0: cannot be read\. Without it, no held-out sample can be scored"):
+    with pytest.raises(
+        DataError, match=r"^shards/0: row group 0: cannot be read\. All held-out samples are bad, so none can be scored"
+    ):
         evaluation.whole(mine, 2, lambda: mine)
     tokens = np.zeros((2, 4), np.int32)
     assert evaluation.whole(Gathered(tokens, {0: "x"}), 2, pytest.fail) is tokens

@@ -129,7 +129,7 @@ def test_a_lease_is_renewed_and_its_loss_is_noticed(tmp_path, monkeypatch):
     assert held.lost is None
     run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7, host="elsewhere").dump())
     until(lambda: held.lost, "loss")
-    assert "process 7 on elsewhere has taken it over" in str(held.lost)
+    assert "process 7 on elsewhere has taken over the lease" in str(held.lost)
     held.release()
     assert not json.loads(file.read())["released"]
 
@@ -144,7 +144,7 @@ def test_who_was_taken_for_dead_prunes_nothing(tmp_path):
         layout.folder(run, step).join(layout.INDEX).write(b"{}")
     fence = lease.take(run).fence
     run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
-    with pytest.raises(LeaseError, match=r"has taken it over\. This driver stops, and writes nothing more"):
+    with pytest.raises(LeaseError, match=r"has taken over the lease\. This driver stops, and writes nothing more"):
         Pruner(run, Checkpoint(every=10, keep=1), fence).prune(30)
     assert layout.steps(run) == [10, 20, 30]
     Pruner(run, Checkpoint(every=10, keep=1), Fence(run, 2)).prune(30)
@@ -196,7 +196,7 @@ def test_who_was_taken_for_dead_makes_no_checkpoint_valid(tmp_path):
         run.join(run_folder.LEASE, "00000002.json").write(replace(Holder.me(), pid=7).dump())
         late, before = layout.folder(run, 20), layout.folder(run, 10)
         for act in (lambda: writing.finish(late, 20, {}, None, held.fence), lambda: writing.clear(before, held.fence)):
-            with pytest.raises(LeaseError, match="has taken it over"):
+            with pytest.raises(LeaseError, match="has taken over the lease"):
                 act()
     assert layout.open_checkpoint(run, 10).step == 10 and not layout.folder(run, 20).join(layout.INDEX).exists()
 

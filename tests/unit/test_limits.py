@@ -87,7 +87,7 @@ def test_a_price_that_is_not_known_is_an_error_and_only_of_nodes_that_may_hold_w
 
 
 def test_a_command_whose_run_has_used_up_its_limit_does_not_begin(tmp_path):
-    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 4 h is reached .*\. Raise it to continue"):
+    with pytest.raises(ConfigError, match=r"limits\.hours: the limit of 4 h is reached .*\. Raise the limit to continue"):
         spending(tmp_path, {"hours": 4.0}, (5.0, 4, 0.0)).require_left()
     with pytest.raises(ConfigError, match=r"limits\.cost: the limit of 0\.5 USD is reached"):
         spending(tmp_path, {"cost": 0.5}, (5.0, 4, 0.0), cpus=1).require_left()

@@ -128,7 +128,7 @@ def test_a_plan_without_a_version_is_of_version_1_and_keeps_its_digest():
     for newer in ({"version": 3}, {"version": 3, "stride": 7, "skips": "none"}):  # whatever keys it has
         with pytest.raises(DataError, match=r"x: version 3 isn't supported; this heliostat reads 1 to 2\. Use a newer heliostat"):
             DataPlan.parse(raw | newer, "x")
-    with pytest.raises(DataError, match=r"x: written by another version of heliostat \('stride'\)"):
+    with pytest.raises(DataError, match=r"x: written by another version of heliostat \(unknown key 'stride'\)"):
         DataPlan.parse({**raw, "stride": 7}, "x")
     with pytest.raises(DataError, match=r"x: isn't a valid data plan \(version: 0"):
         DataPlan.parse({**raw, "version": 0}, "x")

@@ -60,7 +60,7 @@ def test_the_same_error_of_a_workers_own_code_is_tried_once_more_only():
     """A bug in a recipe fails at the same place each time. A worker may die there by chance."""
     budget = Budget(spec.Retries(max=10))
     budget.spend(WorkerError("TypeError: 'int'"), 40)
-    with pytest.raises(WorkerError, match=r"TypeError: 'int'\. It happened twice"):
+    with pytest.raises(WorkerError, match=r"TypeError: 'int'\. This error occurred twice"):
         budget.spend(WorkerError("TypeError: 'int'"), 40)
     for _ in range(3):
         budget.spend(TrainingError("worker died"), 40)

@@ -130,7 +130,7 @@ class SavedCheckpoint:
         """
         dtype, stop = self._size(name)[1], first + target.numel()
         if target.dtype != dtype:  # bytes of another dtype would be misread as numbers
-            raise CheckpointError(f"{self.location}: holds {name!r} as {dtype}, which can't be read as {target.dtype}")
+            raise CheckpointError(f"{self.location}: {name!r} has dtype {dtype}, so it can't be read as {target.dtype}")
         flat, size, out = target.reshape(-1), dtype.itemsize, []
         for chunk in placement.chunks(self.index.tensors[name].runs, first, stop):
             low, high = max(first, chunk.start), min(stop, chunk.start + chunk.numel)

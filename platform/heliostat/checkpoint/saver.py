@@ -42,7 +42,7 @@ __all__ = ["SavedCheckpoint", "Saver", "casts", "folder", "latest", "load", "ope
 PIECE = 64 * checksums.BLOCK  # bytes per copy from the device
 TOLERATED = 3  # consecutive failed saves that don't end training
 PULSE_S = 1.0  # seconds between checks of a save while waiting for it
-TAG = 1  # of the savers' channel
+TAG = 1  # tag of the savers' channel
 LONGEST = timedelta(hours=12)  # a worker's longest wait for another worker's part; the watchdog detects stalls
 
 
@@ -202,7 +202,7 @@ class Saver:
         except StorageError as e:
             self._unpruned += 1
             again = f", {self._unpruned} times in a row" if self._unpruned > 1 else ""
-            self._notice(f"step {step}: can't remove old checkpoints{again}. They use space until the store deletes again: {e}")
+            self._notice(f"step {step}: can't remove old checkpoints{again}. They use space until heliostat can delete them: {e}")
 
     def _copy(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         slices = {n: t for n, t in state.items() if isinstance(t, FlatShard)}
@@ -255,7 +255,7 @@ class Keeper:
         return name
 
     def _name(self, slices: dict[str, FlatShard]) -> str:
-        parts = merged(self.group, lambda: [slices_digest(slices)], operator.add)  # rank 0 only
+        parts = merged(self.group, lambda: [slices_digest(slices)], operator.add)  # only rank 0 gets the digests
         return first(self.group, lambda: f"{FROZEN}-{hashlib.sha256(' '.join(parts or []).encode()).hexdigest()[:16]}")
 
 

@@ -79,7 +79,7 @@ class DataPlan:
                     f"{where}: version {version} isn't supported; this heliostat reads 1 to {NEWEST}. Use a newer heliostat"
                 )
             if others:
-                raise DataError(f"{where}: written by another version of heliostat ({printable(others[0])[:100]!r})")
+                raise DataError(f"{where}: written by another version of heliostat (unknown key {printable(others[0])[:100]!r})")
         return PLAN.build(raw, where)
 
     @staticmethod

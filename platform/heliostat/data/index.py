@@ -113,6 +113,6 @@ def _extend(before: Manifest, paths: list[str]) -> Manifest:
 def _meta(before: dict[str, Any], added: pa.Table) -> dict[str, Any]:
     """Updates the metadata with the counts in the footers, and removes the entries that footers can't update."""
     meta = {k: v for k, v in before.items() if k not in NOT_IN_FOOTERS}
-    if "documents" in meta:  # one row each
+    if "documents" in meta:  # each document is one row
         meta["documents"] += int(added["rows"].to_numpy().sum())
     return meta

@@ -230,7 +230,7 @@ def sections(
             if not steps and not any(w and stop for w, stop in zip(left, over, strict=True)):
                 raise DataError(
                     f"data.sources: after step {step}, version 1 of the data plan exceeds a source's max_epochs "
-                    "and can't continue. Train under another name, which makes a new data plan"
+                    "and can't continue. Train under another name, so that the run gets a new data plan"
                 )
             left = [0.0 if stop else w for w, stop in zip(left, over, strict=True)]
     raise AssertionError("the last section is endless, or runs out of data")

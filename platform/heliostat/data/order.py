@@ -100,7 +100,7 @@ class Order:
         caps = [None if e is None else int(e * n) for e, n in zip(limits, self.epoch_samples, strict=True)]
         self.sections, self.runs_out = sections(mix, caps, shape, carry=version > 1)
         if not self.sections:
-            raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch_size. Raise it")
+            raise ConfigError("data.sources: max_epochs leaves fewer samples than one train.global_batch_size. Raise max_epochs")
         counts = [0 if s.steps is None else s.steps // s.steps_per_block * shape.lanes for s in self.sections]
         self._blocks = np.concatenate([[0], np.cumsum(counts)[:-1]])  # number of each section's first block
         self._windows = np.concatenate([[0], np.cumsum([-(-c // self.per_window) for c in counts])[:-1]])

@@ -117,7 +117,7 @@ def claim(location: Location, record: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(other := record.get("building"), dict):
         host, pid = other.get("host"), other.get("pid")
         if host != socket.gethostname():
-            log.warning("%s: a prepare on %r didn't finish, or is still running. Two at once would damage each other's files",
+            log.warning("%s: a prepare on %r didn't finish, or is still running. Two prepares would damage each other's files",
                         location, host)  # fmt: skip
         elif pid != os.getpid() and _alive(pid, other.get("started")):
             raise ConfigError(f"output: {location}: process {pid} is preparing it. Wait for it, or stop it first")

@@ -84,7 +84,7 @@ class Fence:
         newest = newest_number(self.folder)
         if newest != self.number:
             by = _read(self.folder, newest) if newest else None
-            who = f"process {by.pid} on {by.host} has taken it over" if by else "its lease is gone"
+            who = f"process {by.pid} on {by.host} has taken over the lease" if by else "its lease is gone"
             raise LeaseError(f"{self.folder}: {who}. This driver stops, and writes nothing more")
 
 

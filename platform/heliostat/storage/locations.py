@@ -132,7 +132,9 @@ class Location:
         a name: neither disks nor stores resolve them.
         """
         if leaving := next((p for p in parts if p.startswith("/") or ".." in p.split("/")), None):
-            raise DataError(f"{self.uri}: {printable(leaving)[:200]!r} is outside this folder. Don't use the file that names it")
+            raise DataError(
+                f"{self.uri}: {printable(leaving)[:200]!r} is outside this folder. Don't use the file that contains this path"
+            )
         if not self.is_s3:
             return Location("/".join([self.uri.rstrip("/"), *parts]))
         base, mark, query = self.uri.partition("?")  # a key may contain a question mark: escaped, it doesn't start the query

@@ -20,7 +20,7 @@ MEANING = "it ended its process, or a stage raised an error at it, each time"
 UNREAD = "unread"
 UNREAD_MEANING = "the rest of a file, or of a range of it: reading fails there each time; how many documents it holds isn't known"
 MOST, SHARE = 20, 1000  # a run fails if more than MOST documents crash, and more than one in SHARE
-BLAMED = 2  # deaths of the process at a document until the task leaves it out
+BLAMED = 2  # deaths of the process at a document, after which the task leaves the document out
 
 
 def most(documents: int) -> int:

@@ -254,7 +254,7 @@ class Crew:
             label = f" with the labels {self.flow.labels}" if self.flow.labels else ""
             log.log(
                 logging.DEBUG if self.alone else logging.WARNING,
-                "%s: no node has CPUs%s, so tasks wait for one",
+                "%s: no node has CPUs%s, so tasks wait for such a node",
                 self.kind,
                 label,
             )

@@ -102,7 +102,7 @@ class Flow:
         self.short, better = True, max(LEAST_MEMORY, min(memory // tasks for tasks, memory in nodes) // MIB * MIB)
         fix = f"Set memory_limit: {better // MIB}MiB to run {at_once(better)} at once, or" if better < need else "To run more,"
         log.warning(
-            ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, and the CPUs could run %d. %s "
+            ("memory_limit: %.0f MiB per task leaves room for %d tasks at once, but the CPUs could run %d. %s "
                 "give the nodes more memory"), self.memory / MIB, at_once(need), room, fix,
         )  # fmt: skip
 

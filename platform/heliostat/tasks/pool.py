@@ -99,7 +99,7 @@ class ActorPool:
                 f"can't restart the last actor within {PLACE_S:.0f} s: its node is gone, or other programs use its "
                 "resources. Wait for a node, and start again. Finished tasks are kept"
             )
-        log.warning("can't restart an actor within %.0f s. Continuing with %d", PLACE_S, len(self.actors))
+        log.warning("can't restart an actor within %.0f s. Continuing with %d actors", PLACE_S, len(self.actors))
 
 
 def _is_alive(actor: Any) -> bool:

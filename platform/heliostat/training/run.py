@@ -132,11 +132,11 @@ def _plan(job: Job, recipe: Any, checkpoint: SavedCheckpoint | None, recorded: D
     if not changes:
         return checked
     if checkpoint is None:
-        raise ConfigError("the data differs from that of the recorded run:\n  " + "\n  ".join(changes))
+        raise ConfigError("the data differs from the recorded run's data:\n  " + "\n  ".join(changes))
     if not allow_change:
         raise ConfigError(
             (
-                "the run's samples would change on resume. Undo this, use another name, or start a new segment of "
+                "the run's samples would change on resume. Undo the changes, use another name, or start a new segment of "
                 "the run with --allow-data-change:\n  "
             )
             + "\n  ".join(changes)

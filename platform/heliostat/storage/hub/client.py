@@ -225,4 +225,4 @@ def _advice(name: HubName, error: Exception) -> str:
         return "Wait some minutes, or log in for a higher limit: hf auth login"
     if _may_be_folder(name):
         return f"Correct the path. For a model of the Hub, run on a machine with a network and copy {cache()}: {name.command}"
-    return f"Without a network, run on a machine with one and copy {cache()}: {name.command}"
+    return f"Without a network, run this on a machine with a network, and copy {cache()}: {name.command}"

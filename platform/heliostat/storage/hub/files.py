@@ -190,7 +190,7 @@ def _fetch(key: str, name: HubName, file: HubFile) -> None:
             except TimeoutError as e:  # filelock.Timeout
                 raise StorageError(
                     f"{key}: {name}: another process has the lock {lock / file.hash}.lock for {LOCK_S / 60:.0f} minutes. "
-                    "Delete it if no process downloads"
+                    "Delete this lock if no process is downloading"
                 ) from e
             if not blob.exists():
                 resumed = _size(partial)

@@ -71,7 +71,7 @@ class Spending:
         self.look([])
         if reached := self.check():
             self.reached = ""
-            raise ConfigError(f"{reached}. Raise it to continue")
+            raise ConfigError(f"{reached}. Raise the limit to continue")
 
 
 def hourly(workers: Workers, nodes: Iterable[LivingNode]) -> float | None:

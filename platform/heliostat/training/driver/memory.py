@@ -87,7 +87,7 @@ class Memory:
             {n: k.begin.remote(attempt, source and source.id) for n, k in self._keepers.items()}, ANSWER_S
         )
         if refused := sum(living.values()):
-            log.debug("rejected %d in-memory checkpoints that came after their attempt had ended", refused)
+            log.debug("rejected %d in-memory checkpoints that arrived after their attempt had ended", refused)
         for node in nodes:
             if node not in living:
                 self._keepers[node] = memory_keeper.make(node, attempt, environment)

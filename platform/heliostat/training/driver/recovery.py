@@ -68,7 +68,7 @@ class Budget:
         same, self.last = self.last == (str(error), checkpoint), (str(error), checkpoint)
         self.checkpoint = max(self.checkpoint, checkpoint)
         if same and isinstance(error, WorkerError):
-            raise WorkerError(f"{error}. It happened twice at the same checkpoint, so heliostat doesn't retry") from error
+            raise WorkerError(f"{error}. This error occurred twice at the same checkpoint, so heliostat doesn't retry") from error
         if self.used > self.retries.max:
             text = f"{error}. Giving up after {self.retries.max} retries without a new checkpoint"
             raise type(error)(text, *error.args[1:]) from error

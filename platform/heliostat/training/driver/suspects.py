@@ -57,7 +57,7 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
         pool.avoid(bad, for_good=True)
         text = f"Excluded until this command ends: node {names}. Check its devices"
     else:
-        text = f"No other nodes have room for {count} workers, so these stay in use: node {names}. Check its devices"
+        text = f"No other nodes have room for {count} workers, so heliostat continues to use node {names}. Check its devices"
     log.warning(text)
     return text
 
@@ -102,7 +102,7 @@ def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
         return checkpoint
     if checkpoint := layout.latest(run):
         log.warning(
-            ("no checkpoint up to step %d is left, so the run resumes from a newer one that may be corrupt. Raise "
+            ("no checkpoint up to step %d is left, so the run resumes from a newer checkpoint that may be corrupt. Raise "
                 "checkpoint.keep, or lower train.sdc_check.every"), error.agreed,
         )  # fmt: skip
     return checkpoint

@@ -156,7 +156,7 @@ def whole(gathered: Gathered, micro: int, everything: Callable[[], Gathered]) ->
     if not len(good):
         gathered, reason = everything(), next(iter(gathered.faults.values()))
         if not len(good := _good(gathered)):
-            raise DataError(f"{reason}. Without it, no held-out sample can be scored. Prepare the dataset again")
+            raise DataError(f"{reason}. All held-out samples are bad, so none can be scored. Prepare the dataset again")
         return content.take(gathered.content, np.full(len(index), good[0]))
     for i in gathered.faults:
         near = good[good // micro == i // micro]

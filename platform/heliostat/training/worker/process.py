@@ -109,7 +109,7 @@ def _raised(error: BaseException) -> BaseException:
     """
     said = faults.describe(error)
     if process_group.ordered() and faults.classify(said) != "device":
-        return PeerLostError(f"this worker ended because another one failed: {said}")
+        return PeerLostError(f"this worker ended because another worker failed: {said}")
     return error if _arrives(error) else _own(error)
 
 

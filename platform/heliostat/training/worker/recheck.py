@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 ELEMENTS = 64_000_000  # gradient elements per check, because each worker holds them in full
 FLASH = "FLASH_ATTENTION_DETERMINISTIC"  # transformers reads this variable at each call of flash-attn
 BLOCK = 1 << 24  # elements that a digest processes at a time
-SPREAD = -7046029254386353131  # 2^64 over the golden ratio, odd, as a signed number
+SPREAD = -7046029254386353131  # 2^64 divided by the golden ratio, odd, as a signed number
 
 
 @wire.travels
@@ -182,7 +182,7 @@ class CorruptionCheck(Hook):
             if "heckpoint" not in str(e):
                 raise
             raise ConfigError(
-                f"train.sdc_check: not supported for activation checkpointing with use_reentrant=True ({e}). Set it to false"
+                f"train.sdc_check: not supported for activation checkpointing with use_reentrant=True ({e}). Set it to False"
             ) from e
         finally:
             self._rest(buffers)

@@ -137,7 +137,7 @@ class TrainingState(Hook):
             again = f"{self._in_a_row} in a row; up to {checkpoint.TOLERATED} are allowed"
             if self._in_a_row > checkpoint.TOLERATED:
                 raise
-            self.context.posts.notice(f"can't save a checkpoint ({again}). Training continues without it: {e}")
+            self.context.posts.notice(f"can't save a checkpoint ({again}). Training continues without this checkpoint: {e}")
             return False
 
     def wait(self) -> None:
@@ -267,7 +267,9 @@ class TrainingState(Hook):
         if saved.frozen:
             state |= frozen
         elif frozen:
-            notice(f"{saved.location}: has no frozen parameters, so {len(frozen)} of them keep the values of the model's `build`")
+            notice(
+                f"{saved.location}: has no frozen parameters, so {len(frozen)} of these keep the values of the model's `build`"
+            )
         checkpoint.load(saved, state, context.control, context.progressed)
         notice(checkpoint.casts(saved, state))
         self.saver.frozen.loaded(saved, self.sharded.frozen())
