@@ -4,8 +4,8 @@ All ranks of the group call each function, in the same order. `group`: a gloo pr
 
 Messages travel along a binomial tree of the ranks. Values go up to rank 0 and are merged on the way. The result goes down to all
 ranks. A rank exchanges messages with at most log2(P) other ranks, and a value makes at most log2(P) hops each way. Ranks are
-numbered node by node. So if each node has a power of two of ranks, the lower branches stay within a node. The upper branches
-connect the first ranks of the nodes. Values have the plain types that `wire` can encode.
+numbered node by node. So if the number of ranks per node is a power of two, the lower branches stay within a node. The upper
+branches connect the first ranks of the nodes. Values have the plain types that `wire` can encode.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def merged(group: Group, work: Callable[[], T], merge: Callable[[T, T], T]) -> T
 
 
 def first(group: Group, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 only and returns its result on every rank. If it fails, every rank raises its error."""
+    """Runs `work` on rank 0 only and returns the result on every rank. If `work` fails, every rank raises its error."""
     where = channel(group)
     mine = _attempt(group, work) if dist.get_rank(where.group) == 0 else RankOutcome()
     return _result(mine, down(where, mine))

@@ -92,7 +92,7 @@ def read(
 ) -> tuple[int, Block | None]:
     """Reads blocks, checks them, and fills the targets. Calls `progressed` after each request.
 
-    Returns the number of bytes read, and the first block with a wrong checksum; None if all are intact.
+    Returns the number of bytes read, and the first block with a wrong checksum; None if all blocks are intact.
     """
     import torch
 

@@ -60,7 +60,7 @@ def moves(have: Columns, want: Columns, numel: int, first: int, stop: int, most:
     """Plans reads of the elements [first, stop) of a matrix of `numel` elements in the wanted order, about `most` elements per
     move.
 
-    The first and the last row of a move may contain more elements than are wanted.
+    The first and the last row of a move may contain elements that aren't wanted.
     """
     if stop <= first:
         return

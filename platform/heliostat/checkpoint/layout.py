@@ -5,8 +5,8 @@ shards hold which elements of each tensor (`placement`). Its last entry is its o
 place of each chunk of elements in the shard, and a CRC-32 for each block of a chunk.
 
 A checkpoint is unusable if `checkpoint.json` is missing or damaged, or if a shard or an index is missing or has the wrong size.
-Damage inside an index or a shard is detected when it is read, always before its data is used. All of these raise
-CorruptCheckpointError: use the previous checkpoint.
+Damage inside an index or a shard is detected when it is read, always before its data is used. All these faults raise
+CorruptCheckpointError; use the previous checkpoint then.
 
 Frozen parameters are in a folder of the same form, `checkpoints/frozen-<digest>`. Every checkpoint of the run refers to this
 folder. If the folder is incomplete, no other checkpoint helps, so a CheckpointError ends the run.

@@ -23,7 +23,7 @@ from heliostat.storage.locations import Location
 def open_together(run: Location, step: int, group: Group) -> SavedCheckpoint:
     """Opens the checkpoint of a step on all ranks. Only rank 0 reads `checkpoint.json` and lists the shards.
 
-    CorruptCheckpointError on all ranks if the checkpoint is incomplete.
+    Raises CorruptCheckpointError on all ranks if the checkpoint is incomplete.
     """
     return first(group, lambda: open_checkpoint(run, step))
 

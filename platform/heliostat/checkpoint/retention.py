@@ -1,9 +1,8 @@
 """Decides which checkpoints to keep: the newest, the best by an evaluation score, and one every given number of steps.
 
-After a save, all other checkpoints are deleted: complete checkpoints that no rule keeps, and remains of failed saves.
-Checkpoints of later steps are deleted, too, because the run couldn't load them and returned to an earlier checkpoint. Frozen
-parameters stay if a checkpoint refers to them. A benchmark's score may come late. Until then, its checkpoint isn't the best
-one.
+After a save, all other checkpoints are deleted: complete checkpoints that no rule keeps, and remains of failed saves. Checkpoints
+of later steps are deleted, too, because the run couldn't load them and returned to an earlier checkpoint. Frozen parameters stay
+if a checkpoint refers to them. A benchmark's score may come late. A checkpoint without a score isn't the best one.
 """
 
 from __future__ import annotations

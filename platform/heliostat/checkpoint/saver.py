@@ -125,7 +125,10 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Returns whether the save in flight has failed on this worker. Then all workers should `wait`, which raises it."""
+        """Returns whether the save in flight has failed on this worker.
+
+        Then all workers should call `wait`, which raises the error.
+        """
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> bool:

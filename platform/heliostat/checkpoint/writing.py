@@ -60,7 +60,7 @@ def mine(tensors: Mapping[str, torch.Tensor], rank: int, world: int) -> dict[str
 
 
 def clear(target: Location, fence: Fence | None) -> None:
-    """Removes an earlier save of this step, or the remains of a failed one."""
+    """Removes an earlier save of this step, or the remains of a failed save."""
     if fence:
         fence.check()
     target.join(INDEX).delete()

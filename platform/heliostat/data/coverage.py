@@ -126,7 +126,7 @@ class Visit:
 def visits(segment: Segment, source: int, chunk: int, rows: range) -> list[Visit]:
     """Finds the steps of a segment that used some rows of a source's row group, in order.
 
-    Finds a bad sample, not its replacement.
+    For a bad sample, returns the step of the sample itself, not of its replacement.
     """
     order, taken = open_dataset(segment.plan).order, list[Visit]()
     train = order.splits[source].train

@@ -70,7 +70,7 @@ class DataPlan:
 
     @staticmethod
     def parse(raw: object, where: object = "the data plan") -> DataPlan:
-        """Builds the plan from the output of `dump`; DataError, which begins with `where`, if `raw` isn't a valid plan."""
+        """Builds the plan from the output of `dump`. Raises DataError, which begins with `where`, if `raw` isn't a valid plan."""
         if isinstance(raw, dict):
             raw = {"version": 1, **raw}  # plans of the oldest runs have no version
             version, others = raw["version"], sorted(raw.keys() - {f.name for f in dataclasses.fields(DataPlan)})
@@ -100,7 +100,7 @@ class DataPlan:
         return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:32]
 
     def differences(self, other: DataPlan) -> list[str]:
-        """Lists what changed from this plan to `other`, one line each, in the job file's terms."""
+        """Lists the changes from this plan to `other`, one line each, in terms of the job file."""
         names = {"version": "the version of the data plan", "digests": "the datasets' content",
                  "mix": "data.sources weights and data.mix_schedule, as [step, weights]",
                  "max_epochs": "data.sources max_epochs", "sequence_length": "data.sequence_length", "seed": "data.seed",

@@ -104,10 +104,10 @@ class LateRead:
 
 
 class HostTensors(saved_tensors_hooks):
-    """Keeps tensors that autograd saves within the context in host memory. Copies each back to the device before its use.
+    """Keeps tensors that autograd saves within the context in host memory. Copies each tensor back to the device before its use.
 
-    Copies run on separate streams. The backward pass uses tensors in reverse order. So when it takes a tensor, the copy of the
-    tensor saved before that one begins.
+    Copies run on separate streams. The backward pass uses tensors in reverse order. So when the backward pass takes a tensor, the
+    copy of the tensor that was saved before it begins.
     """
 
     def __init__(self) -> None:

@@ -147,7 +147,7 @@ class Manifest:
 
 
 def digest(chunks: pa.Table, meta: Mapping[str, object]) -> str:
-    """Computes the digest of the chunk table and of `meta` without its own digest: 64 hex digits, for any Parquet encoding."""
+    """Computes the digest of the chunk table and of `meta` without `digest`: 64 hex digits, the same for any Parquet encoding."""
     h = hashlib.sha256(json.dumps({k: v for k, v in meta.items() if k not in ("digest", HUB)}, sort_keys=True).encode())
     for column in SCHEMA:
         values = chunks[column.name]

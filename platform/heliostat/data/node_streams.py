@@ -39,7 +39,7 @@ class StreamLimits:
     labels: dict[str, str]
 
     def split(self, task: Fetch, ranks: int) -> list[DataIterator]:
-        """Starts a stream for `ranks` ranks, and returns the part of each."""
+        """Starts a stream for `ranks` ranks, and returns each rank's part."""
         return stream.split(stream.dataset(task, max(2, ranks), self.memory, self.sample_bytes, self.labels), ranks)
 
 

@@ -102,8 +102,8 @@ def remove_unused(file: Path) -> None:
 def put_new(path: str, data: bytes) -> bool:
     """Creates a file. If the file exists, changes nothing and returns False.
 
-    The file appears complete, because it is a hard link to a complete file. On a file system without links, it is opened as a new
-    file.
+    The file appears complete, because it is a hard link to a complete file. On a file system without links, the file is opened
+    with the flag for new files.
     """
     target, partial = Path(path), Path(f"{path}.{uuid.uuid4().hex[:8]}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 - A write is atomic: a reader sees the old bytes or the new ones. Exception: if the local file of an S3 upload can't be read to
   its end, pyarrow completes the upload anyway. So readers of uploads compare sizes.
-- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. Raises StorageError
-  if the store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
+- A store that throttles, fails, hangs, or breaks connections is retried with exponential backoff and jitter. A StorageError is
+  raised if the store doesn't answer within HELIOSTAT_RETRY_BUDGET_S seconds (60, read at every call).
 - Rejected credentials, and requests that can't succeed, fail at once. The next request reads the credentials again.
 - A missing object raises FileNotFoundError. Damaged content is never reported as a fault of the store.
 
@@ -137,7 +137,7 @@ class Location:
             )
         if not self.is_s3:
             return Location("/".join([self.uri.rstrip("/"), *parts]))
-        base, mark, query = self.uri.partition("?")  # a key may contain a question mark: escaped, it doesn't start the query
+        base, mark, query = self.uri.partition("?")  # a question mark in a key is escaped, so that it doesn't start the query
         return Location("/".join([base.rstrip("/"), *(p.replace("%", "%25").replace("?", "%3F") for p in parts)]) + mark + query)
 
     def ending(self, suffix: str) -> Location:
@@ -244,7 +244,7 @@ class Location:
         return sorted((_listed(i) for i in infos if i.type == pafs.FileType.File), key=lambda i: i.path)
 
     def info(self) -> Listed | None:
-        """Describes the file here, or a folder on a disk; None if it is missing."""
+        """Describes the file here, or a folder on a disk; None if nothing exists here."""
         if self.is_s3:
             try:
                 return self.attempt(lambda: self._objects.head(self.path))
@@ -254,7 +254,7 @@ class Location:
         return None if info.type == pafs.FileType.NotFound else _listed(info)
 
     def read_object(self, begin: int, end: int, etag: str) -> bytes:
-        """Reads bytes [begin, end) of the object with this `etag`. Raises RewrittenError if the object was written since."""
+        """Reads bytes [begin, end) of the object with this `etag`. Raises RewrittenError if the object was overwritten."""
         return self.attempt(lambda: self._objects.read(self.path, begin, end, etag))
 
     @property

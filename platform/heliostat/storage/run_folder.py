@@ -1,18 +1,23 @@
 """Defines the layout of a run's folder. All code that reads or writes there takes its paths from this module.
 
-checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`) checkpoints/frozen-DIGEST/   frozen
-parameters receipts/step-00000100.json  digests of the samples of the steps up to 100 (`data.receipt`) segments/step-00000000.json
-the data plan that the run uses from this step on (`runs.segments`) quarantine/step-*.jsonl      samples that were replaced
-(`training.worker.unsealed`) curves/step-*.json           losses and scores, until MLflow certainly has them
-(`tracking.local_curves`) benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`) ledger/ATTEMPT.json
-how each attempt spent its time (`runs.goodput`) lease/00000001.json          the driver that may write here (`lease`)
-logs/ATTEMPT.000000.log      logs of a submitted job (`submit.logs`) stacks/TIME.txt              the stacks of the workers when
-they stalled profiles/ID/                 traces of a worker's steps; `profiles/request.json` requests one (`runs.profile`)
-run.json                     the id of the MLflow run (`runs.mlflow_id`) attempts.json                each start of the workers:
-code, machines (`tracking.run_facts`) unlogged.jsonl               points that MLflow has not accepted yet (`tracking.outbox`)
-clone.json                   the last checkpoint that population based training copied here (`tune.trial`) summary.json,
-result.json    the results of training, and of the complete run (`runs.summary`) probe                        empty; the driver
-writes it to test write access (`training.driver.suspects`)
+checkpoints/step-00000100/   shards, and `checkpoint.json`, written last (`checkpoint.layout`)
+checkpoints/frozen-DIGEST/   frozen parameters
+receipts/step-00000100.json  digests of the samples of the steps up to 100 (`data.receipt`)
+segments/step-00000000.json  the data plan that the run uses from this step on (`runs.segments`)
+quarantine/step-*.jsonl      samples that were replaced (`training.worker.unsealed`)
+curves/step-*.json           losses and scores, until MLflow certainly has them (`tracking.local_curves`)
+benchmarks/SUITE/step-*.json scores of checkpoints on a suite (`evaluation.follow`)
+ledger/ATTEMPT.json          how each attempt spent its time (`runs.goodput`)
+lease/00000001.json          the driver that may write here (`lease`)
+logs/ATTEMPT.000000.log      logs of a submitted job (`submit.logs`)
+stacks/TIME.txt              the stacks of the workers when they stalled
+profiles/ID/                 traces of a worker's steps; `profiles/request.json` requests one (`runs.profile`)
+run.json                     the id of the MLflow run (`runs.mlflow_id`)
+attempts.json                each start of the workers: code, machines (`tracking.run_facts`)
+unlogged.jsonl               points that MLflow has not accepted yet (`tracking.outbox`)
+clone.json                   the last checkpoint that population based training copied here (`tune.trial`)
+summary.json, result.json    the results of training, and of the complete run (`runs.summary`)
+probe                        empty; the driver writes it to test write access (`training.driver.suspects`)
 """
 
 from __future__ import annotations

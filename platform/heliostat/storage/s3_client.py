@@ -114,7 +114,7 @@ class Listed:
 class Store:
     """Reads and creates objects in the store that a query describes. Paths are BUCKET/KEY.
 
-    `attempts`: per request; `silence_s`: seconds to wait for a byte.
+    `attempts`: number of attempts per request; `silence_s`: seconds to wait for a byte.
     """
 
     query: str

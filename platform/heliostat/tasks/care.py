@@ -1,8 +1,8 @@
 """Tracks the failures of a task, and finds the documents that crash its process.
 
-A task that has failed runs again with `Care`: before each batch of documents, it writes a note to the work folder. If its process
-dies, the next run processes the documents of the noted batch one by one, with a note before each. A document at which the process
-dies twice is left out (`crashed`). `curation.careful` processes the documents.
+A task that has failed runs again with `Care`. Before each batch of documents, the task writes a note to the work folder. If the
+task's process dies, the next run processes the documents of the noted batch one by one, with a note before each. A document at
+which the process dies twice is left out (`crashed`). `curation.careful` processes the documents.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ class Trouble:
         return Care(note, self.attempt, self.suspect, tuple(self.crashed))
 
     def learn(self, note: Location, error: BaseException) -> Crash | None:
-        """Evaluates the note of a process that died. Returns the document to leave out from now on; None if it is unknown yet."""
+        """Evaluates the note of a process that died.
+
+        Returns the document to leave out from now on; None if this document isn't known yet.
+        """
         if (place := _noted(note, self.attempt)) is None:
             return None
         if not place.alone:

@@ -26,7 +26,7 @@ def read(key: str, path: str) -> bytes:
 
 
 def entries(key: str, path: str) -> list[str]:
-    """Reads a list with one entry per line, without empty lines and lines that begin with #.
+    """Reads a list with one entry per line, without empty lines, and without lines that begin with #.
 
     Raises ConfigError if the file can't be read, isn't UTF-8, or has no entry.
     """

@@ -34,8 +34,10 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Flow:
-    """Runs a pipeline's tasks on the nodes with the labels. Counts the tasks of each kind that this run has `done`, and those
-    `kept` from an earlier run."""
+    """Runs a pipeline's tasks on the nodes with the labels.
+
+    Counts the tasks of each kind: those that this run has `done`, and those `kept` from an earlier run.
+    """
 
     work: Work
     labels: dict[str, str] = field(default_factory=dict)
@@ -189,8 +191,10 @@ def most_each(nodes: list[int], tasks: int) -> int:
 
 def execute(work: Work, run: str, kind: str, key: str, function: TaskFunction, arguments: dict[str, Any],
             **shared: object) -> dict[str, Any]:  # fmt: skip
-    """Runs a task in this process, and writes and returns its record. If this run has recorded the task before, only returns that
-    record."""
+    """Runs a task in this process, and writes and returns its record.
+
+    If this run has already recorded the task, only returns its record.
+    """
     known = work.read(kind, key)
     if known is not None and known.get("run") == run:
         return known

@@ -83,7 +83,7 @@ def _thin(runs: int, shards: int, part: float) -> bool:
 
 
 def divided(one: ShardRange, run_bytes: int) -> Iterator[tuple[ShardRange, int]]:
-    """Yields (a smaller range of the same runs, the number of runs to merge). A run has at least about a row group per range."""
+    """Yields (a smaller range of the same runs, the number of runs to merge). A run has about one row group or more per range."""
     shards = one.stop - one.first
     parts, size = _divided(shards, one.part * shards, run_bytes)
     for part in range(parts):
@@ -146,7 +146,9 @@ def _written(folder: Location, tables: list[pa.Table]) -> tuple[str, int, int]:
 
 
 def exchanged(flow: Flow, kind: str, names: list[str], ranges: list[tuple[int, int]]) -> Iterator[tuple[str, object]]:
-    """Yields (a key of the spills' names, a reference to these names) for each range of keys: the spills that its task reads.
+    """Yields (a key of the spills' names, a reference to these names) for each range of keys.
+
+    These are the spills that the range's task reads.
 
     `ranges`: [low, high) of keys, ascending.
     """

@@ -16,7 +16,7 @@ Show = Callable[[str, str], None]  # takes the kind of tasks, and the line
 
 @dataclass
 class KindProgress:
-    """Counts the tasks of one kind. `kept`: tasks that an earlier run has finished; `done`: by this run."""
+    """Counts the tasks of one kind. `kept`: tasks that an earlier run has finished; `done`: tasks that this run has finished."""
 
     began: float
     total: int = 0
@@ -44,7 +44,7 @@ def silent(kind: str, line: str) -> None:
 
 @dataclass
 class Progress:
-    """Counts tasks as they are looked up and finished, and shows a line at each."""
+    """Counts tasks when they are looked up and when they finish, and shows a line each time."""
 
     show: Show = silent
     clock: Clock = time.monotonic

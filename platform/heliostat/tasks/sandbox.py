@@ -40,10 +40,10 @@ AT_FDCWD, RECURSIVE, MOUNT_SETATTR = -100, 0x8000, 442
 DEATH_SIGNAL, DUMPABLE, NO_NEW_PRIVILEGES, SECCOMP, FILTER = 1, 4, 38, 22, 2
 
 # Forbidden system calls by architecture: (the kernel's number of the architecture, the calls, the calls that depend on an
-# argument, in the order of `BY_ARGUMENT`). No small function needs them. The first ones reach much of the kernel: sockets (some
+# argument, in the order of `BY_ARGUMENT`). No small function needs them. The first calls reach much of the kernel: sockets (some
 # kinds belong to no network namespace), tracing, keys, namespaces, mounts, io_uring, BPF, performance counters, user-space page
-# faults, another process's memory, and files by handle. The last ones hold memory that is mapped nowhere, so that no limit counts
-# it: files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
+# faults, another process's memory, and files by handle. The last calls hold memory that is mapped nowhere, so that no limit
+# counts it: files in memory, System V objects, asynchronous input and output, and pages given to a pipe.
 CALLS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     "x86_64": (
         0xC000003E,
@@ -155,7 +155,7 @@ def _mount(root: Path, places: list[str], files: int) -> None:
 def rules(machine: str, alone: bool = False) -> list[bytes]:
     """Returns the filter of system calls, as instructions of classic BPF. The calls in `CALLS` fail with EPERM.
 
-    `alone`: the calls in `ALONE`, and signals to threads of other processes, fail, too.
+    With `alone`, the calls in `ALONE` and signals to threads of other processes also fail.
     """
     numbers: tuple[int, ...]
     by_argument: tuple[int, ...]

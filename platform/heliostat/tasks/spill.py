@@ -67,7 +67,7 @@ def size_of(name: str) -> int | None:
 
 @contextmanager
 def whole(folder: Location, name: str) -> Iterator[None]:
-    """Removes a spill if reading it fails and its content doesn't match its name; raises DataError in this case."""
+    """Removes a spill, and raises DataError, if reading the spill fails and its content doesn't match its name."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as e:
@@ -83,7 +83,7 @@ def whole(folder: Location, name: str) -> Iterator[None]:
 
 
 def narrowed(table: pa.Table) -> pa.Table:
-    """Returns a table with the types of datasets: strings have 32-bit offsets if these are enough."""
+    """Returns a table with the types that datasets use: strings have 32-bit offsets if 32 bits are enough."""
     fields = [f.with_type(pa.string()) if pa.types.is_large_string(f.type) and table[f.name].nbytes < NARROW else f
               for f in table.schema]  # fmt: skip
     return table.cast(pa.schema(fields, table.schema.metadata))
@@ -102,7 +102,8 @@ def _encode(table: pa.Table, group_bytes: int) -> bytes:
 
 
 def read(folder: Location, name: str, low: int = 0, high: int = ALL, columns: list[str] | None = None) -> Iterator[pa.Table]:
-    """Yields a file's rows with low <= key < high, one row group at a time; several from S3, where each read costs a request.
+    """Yields a file's rows with low <= key < high, one row group at a time; from S3, several at a time, because each read costs a
+    request.
 
     Raises DataError if the file was damaged.
     """
@@ -196,7 +197,7 @@ class SpilledRun:
 def survivors(
     folder: Location, run: SpilledRun, low: int = 0, high: int = ALL, columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Yields the run's documents of a range of keys, without the dropped ones."""
+    """Yields the run's documents in a range of keys, without the dropped documents."""
     decided = [t["row"].to_numpy() for name in run.decided for t in read(folder, name, low, high)]
     gone = np.unique(np.concatenate(decided)) if decided else np.zeros(0, np.uint32)
     for table in read(folder, run.name, low, high, None if columns is None else ["row", *columns]):

@@ -55,7 +55,7 @@ class Work:
         return self.location.join(NOTES, f"{kind}-{key}.json")
 
     def finish(self, kind: str, key: str, record: Mapping[str, object]) -> None:
-        """Writes the record of a finished task. The task's files must be complete before."""
+        """Writes the record of a finished task. The task's files must already be complete."""
         self.location.join(DONE, kind, f"{key}.json").write(json.dumps(record).encode())
 
     @cached_property

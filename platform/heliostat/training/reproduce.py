@@ -1,8 +1,8 @@
 """Reproduces a recorded run from its MLflow record, and compares the two loss curves step by step.
 
 The job, its seeds, and the dataset versions come from the record. The code is the workspace's current code; heliostat compares it
-with the code of the recorded run. The curves are bitwise equal if the machine, packages, code, and worker counts are the same, in
-fp32. The new run, NAME-again, is separate from the first and registers no model.
+with the code of the recorded run. In fp32, the curves are bitwise equal if the machine, packages, code, and worker counts are the
+same. The new run, NAME-again, is separate from the recorded run, and registers no model.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _one(key: str, name: HubName, file: HubFile) -> None:
 def _fetch(key: str, name: HubName, file: HubFile) -> None:
     """Downloads a file to the cache, and resumes an interrupted download. The file appears in the cache once its hash is right.
 
-    Gives up when no byte arrives for the retry budget.
+    Gives up if no byte arrives within the retry budget.
     """
     from huggingface_hub.utils import WeakFileLock
 
@@ -330,7 +330,7 @@ def weight_files(listed: list[HubFile]) -> list[HubFile]:
 
 
 def _usual(files: list[HubFile]) -> list[HubFile]:
-    """Chooses a folder's weights: one file, or the files of an index. Without either, all safetensors."""
+    """Chooses a folder's weights: one file, or the files of an index. Without either of these, chooses all safetensors."""
     named = {PurePosixPath(f.path).name: f for f in files if f.path.endswith((WEIGHTS, INDEX))}
     for stem in STEMS:
         if whole := named.get(f"{stem}{WEIGHTS}"):

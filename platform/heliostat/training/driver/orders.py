@@ -30,8 +30,8 @@ class WorkerWatch:
     - `ordered`: the highest stop code that was ordered
     - `asked_by`: the signal or limit that stops the workers
     - `stop_by`, `back_by`: when the workers must have stopped, and when they must have ended
-    - `aborted`: whether they were ordered to abort
-    - `fault`: the first reason why the driver has given them up
+    - `aborted`: whether the workers were ordered to abort
+    - `fault`: the first reason why the driver has given up the workers
     """
 
     grace: float

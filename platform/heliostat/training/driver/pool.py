@@ -123,7 +123,7 @@ class WorkerPool:
     def sees(self, member: Member, gpus: tuple[str, ...]) -> bool:
         """Records the GPUs that a process will see.
 
-        Returns whether it can see them: once CUDA is initialized, a process can't see other GPUs.
+        Returns whether the process can see these GPUs. Once CUDA is initialized, a process can't see other GPUs.
         """
         return self._seen.setdefault(member, gpus) == gpus
 

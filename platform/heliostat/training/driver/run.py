@@ -54,7 +54,7 @@ ENDS = {  # MLflow's status and the ledger's outcome, by the state in which a co
 
 @dataclass
 class RunHooks:
-    """Embeds a run in something larger, such as a sweep: `hear` gets its events, `signals` and `pauses` can stop it."""
+    """Embeds a run in a larger task, such as a sweep. `hear` gets the run's events; `signals` and `pauses` can stop the run."""
 
     started: float  # Unix time in seconds
     signals: Signals
@@ -285,8 +285,10 @@ class DrivenRun:
             self.hooks.hear(event)
 
     def _from_memory(self, attempt: int) -> CopySource | None:
-        """Looks for in-memory checkpoints that aren't older than the newest checkpoint. If it finds them, the attempt starts from
-        them."""
+        """Looks for in-memory checkpoints of the newest checkpoint's step or a later step.
+
+        The attempt starts from them if they exist.
+        """
         if not self.course.trust_memory:
             return None
         source = self.memory.newest(attempt, self.course.saved, self.plan.digest, self.pool.avoided())
@@ -324,7 +326,7 @@ class DrivenRun:
         self._follow(states.CheckpointFound(step, tuple(self._exclude(error, step))))
 
     def _go_back(self, step: int, left_out: tuple[int, int] | None) -> None:
-        """Changes the data plan for a return to a checkpoint: forgets the skips after `step`, and adds `left_out` to them."""
+        """Changes the data plan for a return to a checkpoint: removes the skips after `step`, and adds `left_out` as a skip."""
         skips = tuple(skip for skip in self.plan.skips if skip[0] <= step)
         if left_out:
             first, last = left_out

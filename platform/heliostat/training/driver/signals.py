@@ -1,4 +1,4 @@
-"""Handles SIGINT and SIGTERM in the driver as requests to stop. Records the first signal; a second one interrupts at once."""
+"""Handles SIGINT and SIGTERM in the driver as requests to stop. Records the first signal; a second signal interrupts at once."""
 
 from __future__ import annotations
 

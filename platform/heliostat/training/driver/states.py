@@ -116,8 +116,10 @@ class Failed:
 
 @dataclass(frozen=True)
 class CheckpointFound:
-    """Reports the step of the newest checkpoint that the failure doesn't call into question, or 0. `notes`: the actions taken
-    about bad nodes."""
+    """Reports the step of the newest checkpoint that the failure doesn't call into question, or 0.
+
+    `notes`: the actions on bad nodes.
+    """
 
     step: int
     notes: tuple[str, ...] = ()
@@ -190,7 +192,10 @@ class Restart:
 
 @dataclass(frozen=True)
 class GoBack:
-    """Returns to the checkpoint. `step`: its step. `left_out`: the first and the last step whose samples are skipped, or None."""
+    """Returns to the checkpoint.
+
+    `step`: the checkpoint's step. `left_out`: the first and the last step whose samples are skipped, or None.
+    """
 
     step: int
     left_out: tuple[int, int] | None = None

@@ -92,8 +92,10 @@ def refuses_driver(error: AccessError, job: Job) -> bool:
 
 
 def trusted(run: Location, error: HeliostatError) -> SavedCheckpoint | None:
-    """Finds the newest checkpoint that the error doesn't call into question. If a CorruptionError leaves none, returns the newest
-    one with a warning."""
+    """Finds the newest checkpoint that the error doesn't call into question.
+
+    If a CorruptionError leaves no checkpoint, returns the newest one, and logs a warning.
+    """
     if isinstance(error, CorruptCheckpointError):
         return layout.latest(run, error.step)
     if not isinstance(error, CorruptionError):

@@ -173,7 +173,8 @@ class Hook:
     def cause(self, norms: list[tuple[int, float]]) -> HeliostatError | None:
         """Returns the error of an earlier step that explains the current step's error, if the norms show such an error.
 
-        `norms`: pairs of a step, counted from 0, and its norm. Must not wait for other workers, because they may not have failed.
+        `norms`: pairs of a step, counted from 0, and its norm. This method must not wait for other workers, because the other
+        workers may not have failed.
         """
         return None
 
@@ -184,5 +185,7 @@ class Hook:
         """Acts on the losses of steps `first`, `first` + 1, ..., counted from 0, before they are posted."""
 
     def on_save(self, done: int, due: Due) -> None:
-        """Acts after `done` steps are completed and reported. For work that reads or saves the weights. The steps' clock is
-        stopped."""
+        """Acts after `done` steps are completed and reported.
+
+        Use it for work that reads or saves the weights. Meanwhile, the clock of the steps is stopped.
+        """

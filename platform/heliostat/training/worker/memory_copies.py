@@ -64,7 +64,7 @@ class MemoryCopies:
         self._failed = ""  # why this worker's last copy failed
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes each optimizer step, which changes the state, wait until the copy in flight has read it."""
+        """Makes each optimizer step wait until the copy in flight has read the state, because the step changes the state."""
         optimizer.register_step_pre_hook(lambda *_: self.before_change())
 
     def before_change(self) -> None:
@@ -123,8 +123,10 @@ class MemoryCopies:
         return True
 
     def end(self) -> None:
-        """Abandons the copy in flight, and waits for the thread to end. Otherwise it would write into the next attempt's
-        generations."""
+        """Abandons the copy in flight, and waits for the thread to end.
+
+        Otherwise the thread would write into the next attempt's generations.
+        """
         self._ended.set()
         self._thread.shutdown(wait=True)
 

@@ -1,6 +1,6 @@
-"""Profiles a worker's steps with `torch.profiler` when the driver orders it (`runs.profile`).
+"""Profiles a worker's steps with `torch.profiler` when the driver orders a profile (`runs.profile`).
 
-Without an order, it costs one check per step.
+Without an order, this costs one check per step.
 
 A profile never ends a run: an error becomes the answer's `problem`. A thread writes the files while training continues.
 """

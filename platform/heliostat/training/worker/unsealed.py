@@ -51,8 +51,10 @@ class SealedSteps(NamedTuple):
 @wire.travels
 @dataclass
 class UnsealedPart:
-    """Holds this worker's share of one receipt: the steps since the last receipt, up to step `done`. `sealed`: set once the
-    receipt is written, the same on all workers."""
+    """Holds this worker's share of one receipt: the steps since the last receipt, up to step `done`.
+
+    `sealed`: set once the receipt is written; all workers have the same value.
+    """
 
     done: int
     chain: str
