@@ -142,14 +142,14 @@ def test_a_fault_is_found_by_all_and_its_worker_named(fault, stages, what, told)
     for row in rows:
         assert "step 2: silent data corruption: worker" in row["error"] and what in row["error"]
         assert row["nodes"] == (["node-1"] if row["workers"] == 3 else ["node-0", "node-1"])
-        assert ("isn't known" in row["error"]) == (row["workers"] == 2)
+        assert ("doesn't know" in row["error"]) == (row["workers"] == 2)
         assert row["agreed"] == 0
 
 
 @pytest.mark.ci
 def test_a_worker_that_errs_once_differs_from_itself_and_is_named_even_among_two(told) -> None:
     rows = [row for row in told if row.get("fault") == "errs once"]
-    assert len(rows) == 5 and all(row["nodes"] == ["node-1"] and "isn't known" not in row["error"] for row in rows)
+    assert len(rows) == 5 and all(row["nodes"] == ["node-1"] and "doesn't know" not in row["error"] for row in rows)
 
 
 @pytest.mark.ci

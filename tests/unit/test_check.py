@@ -68,7 +68,7 @@ def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named
 
 def test_a_storage_that_cannot_be_made_is_told_by_its_key(tmp_path):
     (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
-    with pytest.raises(AccessError, match=r"^storage: .*/runs: can't write to the folder .*/runs\. Name another"):
+    with pytest.raises(AccessError, match=r"^storage: .*/runs: can't write to the folder .*/runs\. Use another"):
         check.check_services(job(storage=str(tmp_path / "runs")))
 
 

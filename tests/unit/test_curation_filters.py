@@ -207,7 +207,7 @@ def test_bad_words_are_whole_words_and_phrases_whatever_the_case(tmp_path):
     before = stage.identity()
     path.write_text("other\n")
     assert stage.identity() != before
-    with pytest.raises(ConfigError, match=r"lists: can't read '/none' \(No such file or directory\)\. Name a file"):
+    with pytest.raises(ConfigError, match=r"lists: can't read '/none' \(No such file or directory\)\. Use a file"):
         BadWords(lists=["/none"]).check()
 
 

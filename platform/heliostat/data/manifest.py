@@ -326,7 +326,7 @@ def read(location: Location, digest: str | None = None) -> Manifest:
 def read_shared(location: Location, digest: str) -> Manifest:
     """Reads the version with a given digest. All processes of this machine share one copy of a large table."""
     file = location.join(FILE)
-    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # each row group takes more than a byte
+    if file.attempt(lambda: file.fs.get_file_info(file.path).size or 0) < mapped.LARGE:  # a small file has few row groups
         return read(location, digest)
     return _shared(location, digest, lambda: read(location, digest))
 

@@ -144,7 +144,7 @@ class ExpertLoad:
     def __init__(self, recipe: Recipe, engine: DeepSpeedEngine) -> None:
         self.recipe, self.engine = recipe, engine
         self._micro: list[torch.Tensor] = []  # tokens by expert of each micro-batch of the current step
-        self._steps: list[torch.Tensor] = []  # by step, since the last report; summed over workers if the recipe balances experts
+        self._steps: list[torch.Tensor] = []  # tokens by step, since the last report; summed over workers if experts are balanced
 
     def add(self, routed: torch.Tensor | None) -> None:
         """Adds a micro-batch's tokens by expert."""
