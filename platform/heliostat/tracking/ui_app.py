@@ -4,7 +4,8 @@ model training.
 The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, no one gets in.
 
 MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
-kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not.
+kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not. MLflow's assistant opens by
+itself in such a browser, and covers a part of the table of runs. Here it stays closed until a person opens it.
 
 The browser also keeps the columns of an experiment's table of runs. MLflow begins with source, models, datasets, and no metric.
 Here the table begins with `COLUMNS`, which fit in 1280 pixels with the runs' names. What a person chooses replaces them.
@@ -26,14 +27,18 @@ from heliostat.web.gate import Gate
 
 __all__ = ["app"]
 
-CHOICE = "mlflow.workflowType_v1"  # where the browser keeps it
+CHOICES = {  # by the names under which the browser keeps them
+    "mlflow.workflowType_v1": '"machine_learning"',
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+}
 BEFORE = {"attributes.`Run Name`": 175, "runDateAndNestInfo": 140, "duration": 80}  # MLflow's own columns, which stay first
 KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # begins the names under which the browser keeps the columns
 _METRICS = {f"metrics.`{name}`": width for name, width in COLUMNS.items()}
 _WIDTHS = BEFORE | _METRICS
 _TABLE = {"selectedColumns": [*_METRICS], "columnOrder": [*_WIDTHS], "columnWidths": _WIDTHS}
 SCRIPT = f"""<script>
-if (localStorage.getItem("{CHOICE}") === null) localStorage.setItem("{CHOICE}", '"machine_learning"');
+for (const [name, value] of Object.entries({json.dumps(CHOICES)}))
+  if (localStorage.getItem(name) === null) localStorage.setItem(name, value);
 const kept = Storage.prototype.getItem;
 Storage.prototype.getItem = function (name) {{
   const value = kept.call(this, name);
