@@ -154,7 +154,8 @@ def abridged(text: str) -> str:
 
 def broken(line: str) -> list[str]:
     """Breaks a line at words to what fits in the columns of a page, below its last column of a table; longer words stay."""
-    columns = [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line) if match.end() <= COLUMNS - NARROWEST]
+    gaps = () if line.lstrip().startswith('"') else re.finditer(r"\S {2,}(?=\S)", line)  # a quoted text is no table
+    columns = [gap.end() for gap in gaps if gap.end() <= COLUMNS - NARROWEST]
     indent = " " * max(len(REST) + len(line) - len(line.lstrip()), 0, *columns)
     words = textwrap.TextWrapper(
         COLUMNS, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
