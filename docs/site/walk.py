@@ -52,6 +52,7 @@ OUTPUT = re.compile(
 SERVES = re.compile(r"heliostat (run |model )?(ui|play)\b")
 MASKS = (
     (re.compile(r"\x1b\[[\d;]*m"), ""),
+    (re.compile(r"--prompt ('[^']*'|\S+)"), "--prompt P"),  # of a run's next command: a held-out text's first words
     (re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b"), "H"),
     (re.compile(r"[\d][\d,]*(\.\d+)?(e[-+]?\d+)?"), "N"),
     (re.compile(r"\bN (ms|s|min|h)( N (s|min))?\b"), "N s"),
