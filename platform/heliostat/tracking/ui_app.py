@@ -1,14 +1,13 @@
-"""Wraps MLflow's server: `mlflow server --app-name heliostat`, run by `heliostat run ui`. It asks for a key, and its UI opens as
-model training.
+"""Wraps MLflow's server for `heliostat run ui` (`mlflow server --app-name heliostat`).
 
-The keys are those of the file that HELIOSTAT_UI_KEYS names; without one, no one gets in.
+The server requires a key, and its UI opens in model-training mode. HELIOSTAT_UI_KEYS names the file with the keys. Without that
+file, the server rejects all clients.
 
-MLflow's UI has two modes, and a browser that has chosen neither opens every experiment as one of GenAI, whatever the experiment's
-kind (3.17). The browser keeps the choice; here the page makes it, once, in a browser that has not. MLflow's assistant opens by
-itself in such a browser, and covers a part of the table of runs. Here it stays closed until a person opens it.
+MLflow's UI has two modes. A browser that has chosen neither opens every experiment in GenAI mode, whatever the experiment's kind
+(MLflow 3.17). The browser stores the choice. In a browser without a choice, the page chooses model training once.
 
-The browser also keeps the columns of an experiment's table of runs. MLflow begins with source, models, datasets, and no metric.
-Here the table begins with `COLUMNS`, which fit in 1280 pixels with the runs' names. What a person chooses replaces them.
+The browser also stores the columns of an experiment's table of runs. MLflow's default has source, models, and datasets, but no
+metric. Here the default is `COLUMNS`, which fit in 1280 pixels with the runs' names. The user's choice replaces it.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from heliostat.web.gate import Gate
 
 __all__ = ["app"]
 
-CHOICES = {  # by the names under which the browser keeps them
+CHOICES = {  # by the browser's names for them
     "mlflow.workflowType_v1": '"machine_learning"',
-    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",  # otherwise it opens, and covers a part of the table of runs
 }
 BEFORE = {"attributes.`Run Name`": 175, "runDateAndNestInfo": 140, "duration": 80}  # MLflow's own columns, which stay first
-KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # begins the names under which the browser keeps the columns
+KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # prefix of the browser's names for the columns
 _METRICS = {f"metrics.`{name}`": width for name, width in COLUMNS.items()}
 _WIDTHS = BEFORE | _METRICS
 _TABLE = {"selectedColumns": [*_METRICS], "columnOrder": [*_WIDTHS], "columnWidths": _WIDTHS}
@@ -48,7 +47,7 @@ Storage.prototype.getItem = function (name) {{
 
 
 def index() -> Response:
-    """Serves MLflow's one page, with the choice of mode made before its own scripts run."""
+    """Serves MLflow's one page, with a script that sets the mode and the columns before MLflow's own scripts run."""
     text = (Path(str(flask_app.static_folder)) / "index.html").read_text(encoding="utf-8")
     return Response(text.replace("<head>", f"<head>{SCRIPT}", 1), mimetype="text/html", headers={"Cache-Control": "no-cache"})
 
