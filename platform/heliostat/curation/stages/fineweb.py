@@ -1,9 +1,14 @@
-"""Drops documents that look like lists: FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
+"""Drops documents that look like lists, with FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
 
-A document is dropped if fewer than 12 % of its lines end with a terminal mark; if more than 67 % of its lines have at most 30
-characters; if more than 1 % of its characters are in duplicate lines (the paper and its code count lines after deduplication
-across documents); or if it has more than 0.3 line ends per word. Lines of only white space don't count. Decisions agree with
-datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+A document is dropped if one of these is true:
+
+- Fewer than 12 % of its lines end with a terminal mark.
+- More than 67 % of its lines have at most 30 characters.
+- More than 1 % of its characters are in duplicate lines. (The paper and its code count lines after deduplication across
+  documents.)
+- It has more than 0.3 line ends per word.
+
+Lines of only white space don't count. Decisions agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
-"""Drops documents that don't look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
+"""Drops documents that don't look like prose, with Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
 
-A document is kept if it has 50 to 100,000 words, with a mean of 3 to 10 characters, at most 0.1 hash signs or ellipses per
-word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter
-in them, and at least two of eight stop words. Words are English words, split like in spaCy (marks are separate words). Words
-of only marks don't count for number and length. Decisions agree with datatrove's filter of this name:
-docs/benchmarks/curation-stages.md.
+A document is kept if all of these are true:
+
+- It has 50 to 100,000 words, with a mean length of 3 to 10 characters.
+- It has at most 0.1 hash signs per word, and at most 0.1 ellipses per word.
+- At most 90 % of its lines begin with a bullet, and at most 30 % end with an ellipsis.
+- At least 80 % of its words contain a letter.
+- It contains at least two of eight stop words.
+
+Words are English words, split as in spaCy: punctuation marks are separate words. Words of only marks don't count for the number
+and the length of words. Decisions agree with datatrove's filter of the same name: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -55,8 +60,8 @@ class GopherQuality(Stage):
     min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
     """Minimum share of words with a letter (`few_letters`)."""
     marks_are_words: bool = True
-    """Counts punctuation marks as words for that share, like datatrove; a text with many commas then has few letters. False
-    counts words only, like the paper."""
+    """Counts punctuation marks as words for `min_alphabetic_words`, like datatrove. A text with many commas then has a smaller
+    share of words with a letter. False: counts only words, like the paper."""
     min_stop_words: int = Field(2, ge=0)
     """Minimum number of different stop words in a document (`few_stop_words`)."""
     stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]

@@ -1,7 +1,7 @@
-"""Drops documents that are too short or too long, by characters, UTF-8 bytes, words or lines.
+"""Drops documents that are too short or too long, by characters, UTF-8 bytes, words, or lines.
 
-Words are separated by white space. By default, the stage drops nothing. CCNet keeps 300 to 1,000,000 characters (Wenzek et al.
-2019, arXiv 1911.00359). The stage `gopher_quality` has Gopher's limits of 50 to 100,000 words.
+Words are separated by white space. No limit is set by default, so set at least one. CCNet keeps 300 to 1,000,000 characters
+(Wenzek et al. 2019, arXiv 1911.00359). The stage `gopher_quality` has Gopher's limits of 50 to 100,000 words.
 """
 
 from __future__ import annotations
