@@ -39,7 +39,7 @@ class FetchSettings(Strict):
     """Maximum requests per second to one host, from the whole cluster. A `Crawl-delay` in the host's robots.txt
     lowers this rate."""
     seconds: Float = Field(30.0, gt=0)
-    """Timeout of a request in seconds, redirects included."""
+    """Timeout of a request and its redirects together, in seconds."""
     retries: int = Field(2, ge=0, le=10)
     """Retries of a URL after a temporary failure (timeouts, 429, 5xx), each after a longer pause."""
     robots: bool = True

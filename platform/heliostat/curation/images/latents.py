@@ -51,7 +51,7 @@ class Latents(Strict):
             if size[0] % factor or size[1] % factor:
                 raise ConfigError(f"latents.autoencoder: the image sides must be multiples of {factor}, not {size[0]}x{size[1]}")
         if config["in_channels"] != channels:
-            raise ConfigError(f"channels: is {channels}, but the autoencoder takes {config['in_channels']}")
+            raise ConfigError(f"channels: is {channels}, but the autoencoder takes {config['in_channels']}. Change channels")
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)

@@ -84,7 +84,7 @@ class ImagePipeline(StagedPipeline):
     columns: ColumnNames = ColumnNames()
     """Names of the columns in tables, and of the keys in WebDataset's JSON."""
     resolution: int = Field(gt=0)
-    """Side of a square image in pixels; with buckets, the square root of their area."""
+    """Side of a square image in pixels; with `buckets`, the square root of a bucket's area."""
     channels: Literal[1, 3] = 3
     """Number of channels: 3 for color, 1 for grayscale."""
     buckets: Buckets | None = None
@@ -97,7 +97,7 @@ class ImagePipeline(StagedPipeline):
     min_side: int = Field(1, ge=1)
     """Minimum side of an image in pixels; smaller images are dropped (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
-    """Maximum ratio of an image's longer side to its shorter side; others are dropped (`aspect`). Unset: no limit."""
+    """Maximum ratio of an image's longer side to its shorter side; other images are dropped (`aspect`). Unset: no limit."""
     max_file_bytes: int = Field(ImageLimits.file, ge=1)
     """Maximum bytes of an input file; larger files are dropped (`too_large`)."""
     max_image_bytes: int = Field(ImageLimits.image, ge=1)

@@ -138,7 +138,7 @@ def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) ->
 
 
 def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a read task in the form of versions before ETags."""
+    """Returns a read task in the form of older versions, which had no ETags."""
     if "parts" in task:
         return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
     return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
@@ -158,7 +158,7 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -
         raise ConfigError(f"input: {printable(path)}: expected one object with a 'file_name' per line, got {str(row)[:40]!r}")
     if "file_name" not in row:
         columns_present = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. Its columns: {columns_present}")
+        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. The file's columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
     lost = name.startswith("/") or not name  # joining would move such a path into the folder
     joined = f"{folder}/{name}" if folder and not lost else name

@@ -24,7 +24,7 @@ NAME = 4096  # maximum characters of a name
 
 
 class MemberError(LeftOutError):
-    """Reports that a member can't be read, but the next one can."""
+    """Reports that a member can't be read, but the next member can."""
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document |
 
 
 def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
-    """Makes a document from UTF-8, without its byte-order mark."""
+    """Makes a document from UTF-8 bytes, without a byte-order mark."""
     try:
         return Document(id, data.decode("utf-8-sig"), columns or {})
     except UnicodeDecodeError:

@@ -29,7 +29,7 @@ class Classifier(Stage):
     model: str = Field(min_length=1)
     """Folder of the classifier, from `heliostat data train-classifier`."""
     min_score: Float = Field(0.5, ge=0, le=1)
-    """Minimum score to keep a document (`low_score`)."""
+    """Minimum score; documents with a lower score are dropped (`low_score`)."""
     column: str = Field("quality", min_length=1)
     """Column for the score."""
 

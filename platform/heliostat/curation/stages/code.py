@@ -69,22 +69,22 @@ class Code(Stage):
     max_lines: int = Field(100_000, ge=1)
     """Maximum lines of a file; longer files are dropped (`many_lines`)."""
     max_mean_line: Float = Field(100.0, gt=0)
-    """Maximum mean characters per line (`long_lines`)."""
+    """Maximum mean characters per line; files with more are dropped (`long_lines`)."""
     max_line: int = Field(1000, ge=1)
-    """Maximum characters of one line (`long_line`)."""
+    """Maximum characters of one line; files with a longer line are dropped (`long_line`)."""
     max_text_line: int = Field(100_000, ge=1)
     """Maximum characters of one line in HTML, JSON, Markdown, Roff, SMT, TeX, text, and XML. `max_mean_line`
     doesn't apply to these formats."""
     min_alphanumeric: Float = Field(0.25, ge=0, le=1)
-    """Minimum share of letters and digits (`few_letters`); not used for assembly."""
+    """Minimum share of letters and digits; files with less are dropped (`few_letters`). Not used for assembly."""
     max_encoded: Float = Field(0.5, ge=0, le=1)
-    """Maximum share of characters in runs of encoded data (`encoded`)."""
+    """Maximum share of characters in runs of encoded data; files with more are dropped (`encoded`)."""
     max_encoded_run: int = Field(1024, ge=64)
-    """Maximum characters of one run of encoded data (`encoded`)."""
+    """Maximum characters of one run of encoded data; files with a longer run are dropped (`encoded`)."""
     max_data_lines: int = Field(512, ge=1)
     """Maximum lines of text, JSON, YAML, OWL, and DOT; longer files are dropped (`data`)."""
     min_visible: Float = Field(0.2, ge=0, le=1)
-    """Minimum share of visible text in HTML (`invisible`)."""
+    """Minimum share of visible text in HTML; files with less are dropped (`invisible`)."""
     vendored: bool = True
     """Drops vendored files."""
     generated: bool = True

@@ -32,11 +32,8 @@ WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "I
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
-WHOLE = {
-    "GitHubTokenDetector",
-    "GitLabTokenDetector",
-    *OWN,
-}  # their patterns' group is a token's prefix; other patterns' group is the secret
+# detectors whose patterns have the token's prefix as their group; the group of other patterns is the secret
+WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}
 ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # detectors whose keys also occur by chance in base64
 TAILS = {  # secret type -> the rest of a token; detect-secrets finds only the beginning of these tokens
     "JSON Web Token": re.compile(r"[\w=-]*(?:\.[\w=-]+)*"),

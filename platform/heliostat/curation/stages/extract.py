@@ -45,11 +45,12 @@ class Extract(Stage):
     max_bytes: int = Field(16 << 20, gt=0)
     """Maximum bytes of a page; larger pages are dropped (`too_large`)."""
     max_undecodable: Float = Field(0.05, ge=0, le=1)
-    """Maximum share of characters that are invalid in the page's encoding (`undecodable`)."""
+    """Maximum share of characters that are invalid in the page's encoding; pages with more are dropped (`undecodable`)."""
     max_seconds: Float = Field(10.0, gt=0)
-    """Maximum CPU seconds per page (`timeout`)."""
+    """Maximum CPU seconds per page; pages that need more are dropped (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """Maximum address space of the parser's process, in MiB (`memory`, `crashed`)."""
+    """Maximum address space of the parser's process, in MiB; pages that need more are dropped (`memory`,
+    `crashed`)."""
 
     def check(self) -> None:
         needed = {"resiliparse", self.library}

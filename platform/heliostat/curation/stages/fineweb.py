@@ -38,15 +38,16 @@ class FineWeb(Stage):
     }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)
-    """Minimum share of lines that end with a terminal punctuation mark, of any script (`few_terminal_marks`)."""
+    """Minimum share of lines that end with a terminal punctuation mark, of any script; documents with less are dropped
+    (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """Maximum share of short lines (`short_lines`)."""
+    """Maximum share of short lines; documents with more are dropped (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
     """Maximum characters of a short line."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
-    """Maximum share of characters in duplicate lines (`duplicate_chars`)."""
+    """Maximum share of characters in duplicate lines; documents with more are dropped (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)
-    """Maximum line ends per word (`line_ends`)."""
+    """Maximum line ends per word; documents with more are dropped (`line_ends`)."""
 
     def open(self) -> Work:
         return by_text(self.judge)

@@ -25,7 +25,7 @@ class FixText(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     uncurl_quotes: bool = False
-    """Replaces curly quotes with straight ones."""
+    """Replaces curly quotes with straight quotes."""
     fix_latin_ligatures: bool = False
     """Replaces ligatures such as ﬁ with two letters."""
     fix_character_width: bool = False

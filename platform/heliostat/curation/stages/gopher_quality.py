@@ -48,22 +48,22 @@ class GopherQuality(Stage):
     max_words: int = Field(100_000, ge=0)
     """Maximum words of a document; longer documents are dropped (`many_words`)."""
     min_word_length: Float = Field(3.0, ge=0)
-    """Minimum mean characters per word (`short_words`)."""
+    """Minimum mean characters per word; documents with shorter words are dropped (`short_words`)."""
     max_word_length: Float = Field(10.0, ge=0)
-    """Maximum mean characters per word (`long_words`)."""
+    """Maximum mean characters per word; documents with longer words are dropped (`long_words`)."""
     max_symbols: Float = Field(0.1, ge=0)
-    """Maximum hash signs, and maximum ellipses, per word (`hashes`, `ellipses`)."""
+    """Maximum hash signs, and maximum ellipses, per word; documents with more are dropped (`hashes`, `ellipses`)."""
     max_bullet_lines: Float = Field(0.9, ge=0, le=1)
-    """Maximum share of lines that begin with a bullet (`bullets`)."""
+    """Maximum share of lines that begin with a bullet; documents with more are dropped (`bullets`)."""
     max_ellipsis_lines: Float = Field(0.3, ge=0, le=1)
-    """Maximum share of lines that end with an ellipsis (`ellipsis_lines`)."""
+    """Maximum share of lines that end with an ellipsis; documents with more are dropped (`ellipsis_lines`)."""
     min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
-    """Minimum share of words with a letter (`few_letters`)."""
+    """Minimum share of words with a letter; documents with less are dropped (`few_letters`)."""
     marks_are_words: bool = True
     """Counts punctuation marks as words for `min_alphabetic_words`, like datatrove. A text with many commas then has a smaller
     share of words with a letter. False: counts only words, like the paper."""
     min_stop_words: int = Field(2, ge=0)
-    """Minimum number of different stop words in a document (`few_stop_words`)."""
+    """Minimum number of different stop words in a document; documents with fewer are dropped (`few_stop_words`)."""
     stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
     """Stop words, in lower case."""
 

@@ -43,13 +43,13 @@ class GopherRepetition(Stage):
     }  # fmt: skip
 
     max_duplicate_lines: Share = 0.3
-    """Maximum share of duplicate lines (`lines`)."""
+    """Maximum share of duplicate lines; documents with more are dropped (`lines`)."""
     max_duplicate_paragraphs: Share = 0.3
-    """Maximum share of duplicate paragraphs (`paragraphs`)."""
+    """Maximum share of duplicate paragraphs; documents with more are dropped (`paragraphs`)."""
     max_duplicate_line_chars: Share = 0.2
-    """Maximum share of characters in duplicate lines (`line_chars`)."""
+    """Maximum share of characters in duplicate lines; documents with more are dropped (`line_chars`)."""
     max_duplicate_paragraph_chars: Share = 0.2
-    """Maximum share of characters in duplicate paragraphs (`paragraph_chars`)."""
+    """Maximum share of characters in duplicate paragraphs; documents with more are dropped (`paragraph_chars`)."""
     max_top_2_grams: Share = 0.2
     """Maximum share of characters in the most frequent 2-gram of words."""
     max_top_3_grams: Share = 0.18

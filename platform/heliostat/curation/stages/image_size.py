@@ -29,11 +29,11 @@ class ImageSize(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow",)
 
     min_side: int = Field(200, ge=1)
-    """Minimum pixels of the shorter side (`small`)."""
+    """Minimum pixels of the shorter side; images with fewer are dropped (`small`)."""
     max_pixels: int | None = Field(None, ge=1)
-    """Maximum pixels, width times height (`large`). Unset: Pillow's limit of 89,478,485."""
+    """Maximum pixels, width times height; images with more are dropped (`large`). Unset: Pillow's limit of 89,478,485."""
     max_aspect: Float = Field(3.0, ge=1)
-    """Maximum ratio of the longer side to the shorter side (`aspect`)."""
+    """Maximum ratio of the longer side to the shorter side; images with a larger ratio are dropped (`aspect`)."""
 
     def decide(self, document: Document) -> Outcome:
         picture = picture_of(document)

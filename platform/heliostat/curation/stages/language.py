@@ -52,7 +52,7 @@ class Language(Stage):
     languages: list[str] = []
     """Languages to keep, such as `en`. Empty: all languages."""
     min_score: Float = Field(0.65, ge=0, le=1)
-    """Minimum score of a document's language (`uncertain`)."""
+    """Minimum score of a document's language; documents with a lower score are dropped (`uncertain`)."""
     chars: int = Field(1000, ge=50)
     """Maximum characters of a document that the model reads."""
 

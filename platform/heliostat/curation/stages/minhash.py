@@ -50,11 +50,11 @@ class MinHash(GlobalStage):
     """Document of a cluster to keep: `longest`, `first` (by id), `oldest` (by the date in `column`), or `best` (the largest
     number in `column`). In a tie, the first by id stays."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    """Column that `oldest` and `best` compare. The column must be one of the pipeline's `columns.others`, or come from an earlier
     stage."""
     within: str = ""
-    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. It must be
-    one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
+    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. The
+    column must be one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:

@@ -42,9 +42,10 @@ class Pdf(Stage):
     max_pages: int = Field(5000, ge=1)
     """Maximum pages of a document; longer documents are dropped (`too_many_pages`)."""
     max_seconds: Float = Field(60.0, gt=0)
-    """Maximum CPU seconds per document (`timeout`)."""
+    """Maximum CPU seconds per document; documents that need more are dropped (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """Maximum address space of the library's process, in MiB (`memory`, `crashed`)."""
+    """Maximum address space of the library's process, in MiB; documents that need more are dropped (`memory`,
+    `crashed`)."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

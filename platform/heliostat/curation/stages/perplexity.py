@@ -35,9 +35,9 @@ class Perplexity(scoring.ModelStage):
     }
 
     min_perplexity: Float | None = Field(None, ge=1)
-    """Minimum perplexity to keep a document (`low_perplexity`)."""
+    """Minimum perplexity; documents with a lower perplexity are dropped (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
-    """Maximum perplexity to keep a document (`high_perplexity`)."""
+    """Maximum perplexity; documents with a higher perplexity are dropped (`high_perplexity`)."""
     buckets: list[Float] = []
     """Upper bounds of the buckets, ascending, such as [340, 900]: the column `bucket` is 0 below the first bound, 1 below
     the second bound, and so on."""

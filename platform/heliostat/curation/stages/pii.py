@@ -35,13 +35,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
 ROUNDS = 8
-ORDER: tuple[Kind, ...] = (
-    "iban",
-    "credit_card",
-    "email",
-    "ip",
-    "phone",
-)  # if two matches overlap, the kind that is first here wins
+ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # if matches overlap, the first kind here wins
 
 
 class Pii(Stage):

@@ -30,7 +30,7 @@ class RepeatedLines(RepeatingStage):
     unit: Unit = "line"
     """Unit to compare: `line`, or `paragraph` (which ends at an empty line)."""
     min_words: int = Field(3, ge=1)
-    """Minimum words of a line or paragraph; shorter ones always stay."""
+    """Minimum words of a line or paragraph to compare; shorter lines and paragraphs always stay."""
     normalise: bool = True
     """Compares words as in `minhash`: ignores case, accents, punctuation, and the values of numbers."""
 

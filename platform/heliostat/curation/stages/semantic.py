@@ -5,7 +5,8 @@ The method is SemDeDup (Abbas et al. 2023, arXiv 2303.09540). `model` is a local
 sentence-transformers writes it. heliostat never runs code from this folder. Spherical k-means assigns documents to cells. In each
 cell, the stage visits documents in the order of `keep`. It drops a document if its cosine similarity with an earlier document
 that stays is `min_similarity` or more. So the documents that stay in a cell are less similar to each other than
-`min_similarity`. Each dropped document is that similar to a document that stays, without chains.
+`min_similarity`. Each dropped document is at least as similar as `min_similarity` to a document that stays, without
+chains.
 
 The stage finds all pairs within a cell. Datasets of up to `cell_documents` documents are one cell. If two similar documents are
 in different cells, both stay. A second stage with another `seed` has different cells. Vectors are rounded to 8 bits, so the
@@ -52,12 +53,12 @@ class Semantic(scoring.NamesModel, GlobalStage):
     batch: int = Field(8, ge=1, le=1024)
     """Batch size: documents of similar length that the model reads together."""
     seed: int = Field(1, ge=0)
-    """Random seed of the cells."""
+    """Random seed for the assignment of documents to cells."""
     keep: Rule = "longest"
     """Order of comparison, which decides which document stays: `longest`, `first` (by id), `oldest` (by the date in `column`), or
     `best` (the largest number in `column`). In a tie, the first by id stays."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    """Column that `oldest` and `best` compare. The column must be one of the pipeline's `columns.others`, or come from an earlier
     stage."""
 
     @model_validator(mode="after")

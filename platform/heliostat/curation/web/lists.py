@@ -41,7 +41,7 @@ def listing(uri: str) -> list[InputFile]:
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
         seen = f"none of {len(listed)} files is supported" if listed else "no such file"
-        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs: {', '.join(LISTS)}")
+        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs in these formats: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -65,7 +65,7 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
 
 
 def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
-    """Yields ranges of groups (first, after the last), and the number of tasks for each."""
+    """Yields ranges of groups (first group, group after the last), and the number of tasks for each range."""
     first, size, last = 0, 0, 0
     for group in sorted(counts):
         if counts[group] > URLS:
@@ -98,7 +98,7 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
         row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "none, because the row isn't an object"
-        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). Its columns: {row_text}")
+        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). The row's columns: {row_text}")
     url = _whole(row[column]) if isinstance(row[column], str) else ""
     kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
@@ -123,7 +123,7 @@ def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[d
 
 
 def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
-    """Yields the rows of one task: each `of`-th row of its range of groups, in the order of the files."""
+    """Yields the rows of one task: every `of`-th row in the task's range of groups, in the order of the files."""
     seen = 0
     for name in names:
         for table in spill.read(folder, name, task["low"], task["high"]):

@@ -1,4 +1,4 @@
-"""Fetches URLs by their hosts' rules: only URLs that robots.txt allows, at a limited rate, and later if a host requests a delay.
+"""Fetches URLs by their hosts' rules: only what robots.txt allows, at a limited rate, and after a delay if a host requests one.
 
 Each task has its own fetcher. Tasks with URLs of the same host share the host's rate, so nodes need no coordination. A fetcher
 reads robots.txt once per origin (RFC 9309: a missing robots.txt allows all URLs, and an unreachable one allows no URLs). Redirect
