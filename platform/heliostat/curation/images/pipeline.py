@@ -46,7 +46,7 @@ class Buckets(Strict):
     """Defines image sizes with the same area and different aspect ratios. Their sides are multiples of `step`."""
 
     step: int = Field(64, gt=0)
-    """Number of pixels of which all bucket sides are multiples. At most `resolution`."""
+    """Bucket sides are multiples of this number of pixels, which is at most `resolution`."""
     max_aspect: Float = Field(2.0, ge=1)
     """Maximum ratio of a bucket's longer side to its shorter side."""
 

@@ -190,7 +190,7 @@ def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
 
 
 def _ends(folder: Location, path: str, table: pa.Table) -> str:
-    """Spills a record for each image, which reports that the image is in this shard."""
+    """Spills a record for each image, with the path of its shard."""
     rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
              "hash": row["hash"].hex(), "columns": row["columns"]}
             for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip

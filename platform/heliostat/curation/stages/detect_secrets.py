@@ -32,7 +32,7 @@ WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "I
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
-# detectors whose patterns have the token's prefix as their group; the group of other patterns is the secret
+# In the patterns of these detectors, the group is the prefix of a token. In other patterns, the group is the secret.
 WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}
 ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # detectors whose keys also occur by chance in base64
 TAILS = {  # secret type -> the rest of a token; detect-secrets finds only the beginning of these tokens

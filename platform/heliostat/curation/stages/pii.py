@@ -5,7 +5,7 @@ Card numbers must pass Luhn's checksum. Account numbers (IBAN) must pass the che
 Google's libphonenumber. IP addresses must be public. By default, the stage masks e-mail and IP addresses, like FineWeb (Penedo et
 al. 2024, arXiv 2406.17557); `kinds` adds other data. The stage doesn't find names and street addresses, because it has no model
 for them. A mask never looks like personal data, so it isn't masked again. Phone numbers without + and a country code are found
-only for `region`.
+only if `region` is set.
 
 Much code looks like personal data, so the format alone isn't enough:
 
