@@ -51,7 +51,6 @@ STORE, HOST = f"sqlite:///{ROOT}/.heliostat/mlflow.db", "127.0.0.1"
 WAIT_S = 1800.0
 STEPS, KILLED = 120, 70  # of the two runs whose losses are compared; the step at which a worker dies
 FIRST, LAST = 8, 4  # lines of a terminal's picture: at the beginning, and before the generated text
-ASSISTANT = "button[data-component-id='mlflow.assistant.chat_panel.close']"  # covers a part of the page
 SHORT = {"train.steps": STEPS, "evaluate.every": 40, "checkpoint.every": 20, "train.log_every": 1, "mlflow.register": "null"}
 STYLE = """svg { --text: #1f2328; --faint: #656d76; --line: #d8dee4; --one: #1f77b4; --two: #d1495b; --three: #b3640b;
 font: 13px system-ui, "DejaVu Sans", sans-serif; }
@@ -247,8 +246,6 @@ def mlflow() -> None:
                 until(lambda: "Model registry" in said(driver), "MLflow's first page")
                 driver.get(f"http://{server.endpoint}/#/experiments/{experiment}/runs/{run_id}")
                 until(lambda: "About this run" in said(driver) and "train/loss" in said(driver), "the run's page")
-                until(lambda: driver.find_elements("css selector", ASSISTANT), "MLflow's assistant")[0].click()
-                until(lambda: not driver.find_elements("css selector", ASSISTANT), "the page without it")
                 driver.save_screenshot(str(shot))
             finally:
                 driver.quit()

@@ -52,6 +52,7 @@ OUTPUT = re.compile(
 SERVES = re.compile(r"heliostat (run |model )?(ui|play)\b")
 MASKS = (
     (re.compile(r"\x1b\[[\d;]*m"), ""),
+    (re.compile(r"--prompt ('[^']*'|\S+)"), "--prompt P"),  # of a run's next command: a held-out text's first words
     (re.compile(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}\b"), "H"),
     (re.compile(r"[\d][\d,]*(\.\d+)?(e[-+]?\d+)?"), "N"),
     (re.compile(r"\bN (ms|s|min|h)( N (s|min))?\b"), "N s"),
@@ -154,7 +155,8 @@ def abridged(text: str) -> str:
 
 def broken(line: str) -> list[str]:
     """Breaks a line at words to what fits in the columns of a page, below its last column of a table; longer words stay."""
-    columns = [match.end() for match in re.finditer(r"\S {2,}(?=\S)", line) if match.end() <= COLUMNS - NARROWEST]
+    gaps = () if line.lstrip().startswith('"') else re.finditer(r"\S {2,}(?=\S)", line)  # a quoted text is no table
+    columns = [gap.end() for gap in gaps if gap.end() <= COLUMNS - NARROWEST]
     indent = " " * max(len(REST) + len(line) - len(line.lstrip()), 0, *columns)
     words = textwrap.TextWrapper(
         COLUMNS, subsequent_indent=indent, replace_whitespace=False, break_long_words=False, break_on_hyphens=False

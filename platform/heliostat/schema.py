@@ -192,7 +192,7 @@ def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
 def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
     """Applies each `key.path=value` to a copy of `raw`. Values are YAML; list items are named by index.
 
-    `model`: its old names in the paths are replaced.
+    With a `model`, old names in the paths become today's.
     """
     raw = _copied(raw)
     for setting in settings:

@@ -5,29 +5,30 @@
 Each model is trained once and kept in FOLDER, so another evaluation trains nothing; `--train` trains the models of one way and
 evaluates nothing. The following was decided before any result was known.
 
-**Trained**: on the source code of Python's own library (without its tests; files held out by the hash of their path), with one
-byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of its layers and AdamW for the rest, batches
-of the same size. `fim`: the pipeline's own, 9 in 10 spans rearranged, half of those suffix first, cut anywhere; a row begins at
-a span's beginning, so that a window holds a whole span. `plain`: files as they are, rows from anywhere.
+**Trained**: on the source code of Python's own library (without its tests; files are held out by the hash of their path). Both
+have one byte-level BPE, one Llama of 1.4M parameters, bf16 autocast, Muon for the matrices of the layers and AdamW for the rest,
+and batches of the same size. `fim` uses the pipeline's own form: 9 in 10 spans are rearranged, half of those suffix first, cut
+anywhere. A row begins at the beginning of a span, so that a window holds a whole span. `plain` uses files unchanged, with rows
+from anywhere.
 
-**Judged**: on middles of spans of held-out files, so that both models see a context as long as the training rows. Four cuts:
-"rest of a line" (from within a line to its end), "words" (1 to 4 within a line, of which something remains behind them),
-"line" (a whole one), "anywhere" (the pipeline's own random cut). The first three lie at bounds of the tokens of the uncut span,
-so no model reads tokens that it would not see in plain text; "anywhere" does not, which is against left to right. As many of
-each; then by how many tokens the middle has. Added when the first results had been seen: middles of "anywhere" without their
-first two tokens and their last one, in which such cuts are felt.
+**Evaluated**: on middles of spans of held-out files, so that both models see a context as long as the training rows. There are
+four cuts: "rest of a line" (from within a line to its end), "words" (1 to 4 within a line, with text after them), "line" (a whole
+one), and "anywhere" (the pipeline's own random cut). The first three are at token bounds of the uncut span, so no model reads
+tokens that it wouldn't see in plain text. "anywhere" isn't, which is a disadvantage for left to right. All cuts have the same
+number of middles, which are also grouped by their number of tokens. Added after the first results were known: middles of
+"anywhere" without their first two tokens and their last one, where such cuts have their effect.
 
-**Given**: `fim` the prefix and the suffix, in both orders. `plain` the prefix alone, and the suffix before the prefix (a line
-break between them). The token that ends documents stands first where the training rows have it: before a file's beginning for
-`plain`.
+**Context**: `fim` gets the prefix and the suffix, in both orders. `plain` gets the prefix alone, or the suffix before the prefix
+(with a line break between them). The token that ends documents comes first where the training rows have it: before the beginning
+of a file for `plain`.
 
 **Nats** per token of the middle, for both, without the end of the middle. That has its own column: for `fim`, the token that ends
 the middle, which it must write. `plain` has no such token; the nearest one is the suffix's first token after the middle. The two
 are different events.
 
-**Greedy** middles of up to 32 tokens: exact match and edit similarity, as `heliostat model benchmark` has them. `fim` ends its
-middle itself. `plain` is judged twice: *told* how many characters the true middle has, more than any editor knows, and by itself:
-cut as an editor can, where it goes on with the suffix's first 8 characters (behind its spaces), else behind its line.
+**Greedy** middles of up to 32 tokens: exact match and edit similarity, as in `heliostat model benchmark`. `fim` ends its middle
+itself. `plain` is evaluated twice: *told* the number of characters of the true middle, which is more than any editor knows; and
+alone, cut like in an editor: where it repeats the suffix's first 8 characters (after its spaces), else after its line.
 """
 
 from __future__ import annotations

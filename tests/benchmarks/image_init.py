@@ -102,7 +102,7 @@ def main() -> None:
             harness.row(arch, "mean", start, *(f"{mean(c):.4f}" for c in zip(*curves, strict=True)), "")
         ratios = [[math.log(a / b) for a, b in zip(*pair, strict=True)] for pair in zip(*found.values(), strict=True)]
         cells = (f"{math.exp(mean(r)):.3f} ({math.exp(min(r)):.3f} to {math.exp(max(r)):.3f})" for r in zip(*ratios, strict=True))
-        harness.row(arch, "ratio (least to most)", "authors' / default", *cells, "")
+        harness.row(arch, "ratio (minimum to maximum)", "authors' / default", *cells, "")
 
 
 if __name__ == "__main__":

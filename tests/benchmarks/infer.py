@@ -33,7 +33,7 @@ def main() -> None:
     ways = {LOOP: paced(lambda: loop(engines[1], prompts, given.tokens))}
     ways |= {f"batches of {batch}": paced(lambda engine=engine: batched(engine, prompts)) for batch, engine in engines.items()}
     paces = harness.by_turns(ways, given.rounds)
-    harness.head("way", "tokens/s a core: median (least to most)", "times the loop")
+    harness.head("way", "tokens/s a core: median (minimum to maximum)", "times the loop")
     for name, rates in paces.items():
         harness.row(name, harness.spread(rates, ".0f"), f"{median(rates) / median(paces[LOOP]):.2f}")
 

@@ -1,1 +1,1 @@
-"""Loss curves that the code is held to, to the last bit; see `curves`."""
+"""Holds the loss curves that the code must reproduce to the last bit; see `curves`."""

@@ -1,16 +1,16 @@
-"""The golden loss curves: losses and gradient norms of small jobs, in every precision and ZeRO stage, on 1 and 2 workers.
+"""Defines the golden loss curves: losses and gradient norms of small jobs, in every precision and ZeRO stage, on 1 and 2 workers.
 
-A curve is played by the worker's own steps, engine, recipe, data order and cutting of batches; of a run only Ray, checkpoints and
-evaluations are left out. `FOLDER` holds one file for each recipe and precision, with every number as Python's `repr`, which is
-exact. They are written by `python -m tests.golden.write --overwrite`, and by nothing else; a commit that changes them says why.
+A curve runs the worker's own steps, engine, recipe, data order, and split of batches. Of a run, only Ray, checkpoints, and
+evaluations are left out. `FOLDER` has one file for each recipe and precision, with every number as Python's `repr`, which is
+exact. Only `python -m tests.golden.write --overwrite` writes them, and a commit that changes them gives the reason.
 
-Numbers are the same to the last bit only where the same kernels compute them, so each file names the `environment` it was made
-in. Elsewhere curves are near (`TOLERANCE`).
+Numbers are the same to the last bit only if the same kernels compute them, so each file names the `environment` in which it was
+made. Elsewhere, curves are near (`TOLERANCE`).
 
-What else decides about the last bits is what the process has done before. DeepSpeed's stage 3 replaces torch's `linear` by one of
-its own, and leaves it there: gradients of stages 0 to 2 in the same process are then rounded in another way. The files were
-written by processes that play all cases in the order of `CASES`, so `play` gives each case the `linear` that it had there. Then a
-process that plays some of the files gets the same bits. Placement in memory, as of the heap before a case, changes none.
+The last bits also depend on the process's earlier work. DeepSpeed's stage 3 replaces torch's `linear` with its own, permanently:
+gradients of stages 0 to 2 in the same process are then rounded differently. The files were written by processes that ran all
+cases in the order of `CASES`, so `play` gives each case the same `linear` as there. So a process that runs some of the files gets
+the same bits. Placement in memory, such as the heap before a case, changes no bit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ ALIKE = {"fp32": 1e-5, "bf16": 2e-2}  # relative, between stages and worker coun
 
 @dataclass(frozen=True)
 class Case:
-    """A curve: `file` is the recipe and precision, and the name of its file."""
+    """Describes a curve. `file`: the recipe and precision, which name its file."""
 
     recipe: str
     precision: str
@@ -84,7 +84,8 @@ FILES = tuple(dict.fromkeys(case.file for case in CASES))
 
 
 def job_of(case: Case, folder: Path) -> Job:
-    """8 samples a step: of text in micro-batches of 2 (4 or 2 a worker), of images in micro-batches of 4 (2 or 1 a worker)."""
+    """Returns a job with 8 samples per step: text in micro-batches of 2 (4 or 2 per worker), images in micro-batches of 4 (2 or 1
+    per worker)."""
     changes: dict[str, Any] = {"train.precision": case.precision, "train.zero.stage": case.stage, "workers.count": case.workers}
     changes |= {"train.steps": TRAINED, "train.schedule": {"name": "cosine", "warmup_steps": 4}, "data.seed": 5, "train.seed": 11}
     changes |= {
@@ -101,7 +102,7 @@ def job_of(case: Case, folder: Path) -> Job:
 
 
 class Steps(Stepper):
-    """Steps of a job, with the data for them, and without a run around them."""
+    """Runs steps of a job, with their data, without a run around them."""
 
     def __init__(self, made: Job, data_plan: DataPlan) -> None:
         self.plan, self.rank, self.world = data_plan, dist.get_rank(), dist.get_world_size()
@@ -111,7 +112,7 @@ class Steps(Stepper):
         super().__init__(made, engine, recipe, BatchPlan(made, data_plan), SampleGroup(), Ledger("computing"))
 
     def curve(self) -> tuple[list[float], list[float]]:
-        """Losses and gradient norms of all steps."""
+        """Returns the losses and gradient norms of all steps."""
         samples = self.dealt()
         for step in range(STEPS):
             self.step(step, self.prepare(step, samples.next_step()))
@@ -124,7 +125,7 @@ class Steps(Stepper):
         return stream.LaneStream(self._mine(task), self.plan, self.dataset.order, self.rank, self.world, 0)
 
     def _mine(self, task: stream.Fetch) -> Iterator[Any]:
-        """This worker's blocks, as the stream deals them."""
+        """Yields this worker's blocks, as the stream assigns them."""
         for window in range(task.count):
             for table in task({"id": np.array([window])}):
                 if table["block"][0].as_py() % self.world == self.rank:
@@ -132,7 +133,7 @@ class Steps(Stepper):
 
 
 def _set_linear(case: Case) -> None:
-    """Sets the `linear` that the case had when all cases were played: torch's, or after the first of stage 3 DeepSpeed's."""
+    """Sets the `linear` that the case had when all cases ran: torch's, or DeepSpeed's after the first case of stage 3."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     first = next(number for number, one in enumerate(CASES) if one.stage == 3)
@@ -140,7 +141,7 @@ def _set_linear(case: Case) -> None:
 
 
 def play(group: Any, everyone: Any, folder: str, *files: str) -> Iterator[dict[str, Any]]:
-    """In every rank: these files' curves of this number of workers."""
+    """In every rank, yields the curves of these files with this number of workers."""
     for i, case in enumerate(CASES):
         if case.file not in files or case.workers != dist.get_world_size():
             continue
@@ -156,19 +157,19 @@ Curves = dict[Case, list[tuple[float, float]]]  # (loss, gradient norm) of each 
 
 
 def collect(told: list[dict[str, Any]]) -> Curves:
-    """What `play` yielded on all ranks."""
+    """Collects the curves that `play` yielded on all ranks."""
     found = {CASES[row["case"]]: list(zip(row["losses"], row["norms"], strict=True)) for row in told}
     return {case: found[case] for case in CASES if case in found}
 
 
 def play_all(folder: Path, files: Iterable[str] = FILES) -> Curves:
-    """All curves of these files as they are now; one process group for each number of workers, and the data below `folder`."""
+    """Computes all curves of these files; uses one process group for each number of workers, and the data below `folder`."""
     data.build(folder)
     return collect(ranks.run(f"{__name__}:play", WORKERS, str(folder), *files, deadline_s=DEADLINE_S))
 
 
 def environment() -> dict[str, str]:
-    """What decides which kernels compute: libraries and the CPU."""
+    """Returns the facts that decide which kernels compute: libraries and the CPU."""
     cpu = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         key, _, value = line.partition(":")
@@ -179,7 +180,7 @@ def environment() -> dict[str, str]:
 
 
 def differences(made_in: dict[str, str]) -> list[str]:
-    """What is other here than where a file was made, one line each."""
+    """Lists the differences between this environment and that of a file, one line each."""
     here = environment()
     return [f"{key}: {made_in.get(key)} -> {here[key]}" for key in here if made_in.get(key) != here[key]]
 
@@ -200,7 +201,7 @@ def write(curves: Curves, folder: Path = FOLDER) -> None:
 
 
 def read(folder: Path = FOLDER) -> tuple[Curves, dict[str, dict[str, str]]]:
-    """The curves in all files, and by file's name the environment that it was made in."""
+    """Reads the curves in all files, and each file's environment by its name."""
     curves: Curves = {}
     environments: dict[str, dict[str, str]] = {}
     cases = {(case.file, case.name): case for case in CASES}

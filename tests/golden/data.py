@@ -1,4 +1,4 @@
-"""The two small datasets that the golden curves are of: the same samples, in the same order, whatever libraries made them."""
+"""Makes the two small datasets of the golden curves: the same samples in the same order, with any versions of libraries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build(folder: Path) -> None:
 
 
 def tokens(folder: Path, documents: int = 120) -> Path:
-    """Prepared documents in which mostly each token follows from the last, so that there is something to learn."""
+    """Returns prepared documents in which a token mostly follows from the one before, so that there is something to learn."""
     made = []
     for number in range(documents):
         raw = np.random.Philox(key=[7, number]).random_raw(96)  # which NumPy promises on every machine and version

@@ -1,5 +1,5 @@
-"""Writes the golden curves anew: `python -m tests.golden.write --overwrite`. Plays all of them twice, and writes nothing if two
-plays differ in one bit. Without `--overwrite` it says which curves would change, and writes nothing."""
+"""Writes new golden curves: `python -m tests.golden.write --overwrite`. Computes all of them twice, and writes nothing if the two
+differ in a bit. Without `--overwrite`, it lists the curves that would change, and writes nothing."""
 
 from __future__ import annotations
 

@@ -242,6 +242,14 @@ def test_a_length_that_only_stands_in_for_epochs_is_no_fault(workspace, monkeypa
     assert [line.partition(":")[0] for line in faults(workspace, raw)] == ["lora"]
 
 
+def test_a_batch_that_workers_cannot_share_is_one_fault(workspace, monkeypatch):
+    """The data plan doesn't add a second line about virtual ranks, which follow from the batch."""
+    monkeypatch.setattr("heliostat.recipes.CausalLM.bind", lambda *_: None)  # the dataset has no tokenizer
+    make_dataset(workspace / "data", 1)
+    said = faults(workspace, five(steps=10, global_batch_size=7, micro_batch_size=2))
+    assert [line.partition(":")[0] for line in said] == ["train.global_batch_size"]
+
+
 def test_every_source_and_every_store_is_reported(workspace):
     (workspace / "file").write_text("")
     raw = five() | {"storage": str(workspace / "file" / "runs")}

@@ -207,7 +207,7 @@ def test_a_metadata_file_that_cannot_be_read_is_one_error(tmp_path):
     with pytest.raises(ConfigError, match=r"input: metadata.jsonl: can't read it"):
         read(str(tmp_path))
     (tmp_path / "metadata.jsonl").write_text('{"name": "a"}')
-    with pytest.raises(ConfigError, match=r"metadata\.jsonl: no column 'file_name'\. Its columns: name"):
+    with pytest.raises(ConfigError, match=r"metadata\.jsonl: no column 'file_name'\. The file's columns: name"):
         read(str(tmp_path))
 
 

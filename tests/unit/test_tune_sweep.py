@@ -189,6 +189,13 @@ def test_the_best_is_a_finished_trial_and_not_one_that_was_luckier_early():
     assert best(trials[1:2], "min") is None
 
 
+def test_the_best_of_trials_with_different_numbers_of_steps_has_the_best_value():
+    """Steps differ where the space contains `train.steps`, or a batch size with `train.epochs`."""
+    long = TrialRecord(0, {}, status="finished", step=40, reports=[(40, 3.0, 0.0)])
+    short = TrialRecord(1, {}, status="finished", step=20, reports=[(20, 2.0, 0.0)])
+    assert best([long, short], "min") is short and best([long, short], "max") is long
+
+
 def test_the_table_names_keys_by_their_last_part_unless_two_share_it(tmp_path):
     made = plan(tmp_path)
     record = TrialRecord(0, {"train.optimizer.lr": 1e-3}, status="finished", step=20, steps=20, reports=[(20, 2.0, 0.0)])

@@ -1,5 +1,6 @@
 """Tests that `heliostat run ui` ends its server with it, for any end of the command."""
 
+import json
 import signal
 import socket
 import subprocess
@@ -61,8 +62,9 @@ def test_mlflows_page_is_served_and_opens_as_model_training_where_the_browser_ha
     assert answer.text.replace(ui_app.SCRIPT, "") == plain != answer.text
     assert answer.text.index(ui_app.SCRIPT) < answer.text.index("<script", answer.text.index(ui_app.SCRIPT) + 1)
     built = Path(str(app.static_folder)) / "static" / "js"
-    assert any("mlflow.workflowType" in file.read_text() for file in built.glob("main.*.js"))  # what the choice is kept under
-    assert "mlflow.workflowType_v1" in ui_app.SCRIPT and '"machine_learning"' in ui_app.SCRIPT
+    scripts = "".join(file.read_text() for file in built.glob("main.*.js"))
+    assert [name for name in ui_app.CHOICES if name.removesuffix("_v1") not in scripts] == []  # what each choice is kept under
+    assert set(ui_app.CHOICES.values()) == {'"machine_learning"', "true"} and json.dumps(ui_app.CHOICES) in ui_app.SCRIPT
 
 
 def test_an_app_without_a_file_of_keys_lets_nobody_in():

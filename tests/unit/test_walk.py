@@ -115,3 +115,8 @@ def test_commands_that_an_earlier_page_has_run_are_neither_run_nor_compared(tmp_
 def test_a_command_on_several_lines_is_one():
     code = "heliostat train job.yaml \\\n    --set a='b  c'  # for the reader\nmake test\n"
     assert [*walk.commands(code)] == [walk.Command("heliostat train job.yaml --set a='b  c'", "for the reader")]
+
+
+def test_the_prompt_of_a_next_command_may_be_another():
+    shown = "Next:  heliostat model generate models:/a/1 --prompt '# A\n       page' --mlflow uri\n"
+    assert walk.missing(shown, "Next:  heliostat model generate models:/a/2 --prompt word --mlflow uri\n") == []

@@ -215,7 +215,7 @@ def model_folder(model: str, mlflow: str | None) -> Path:
 
 @contextmanager
 def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
-    """Connects to the MLflow store; yields its client and its URI. TrackingError if the store doesn't answer in the context."""
+    """Connects to the MLflow store; yields its client and its URI. TrackingError if a call in the `with` block fails."""
     from heliostat.tracking import mlflow_client
 
     uri = store_uri(mlflow)

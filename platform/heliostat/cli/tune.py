@@ -33,7 +33,7 @@ SweepName = Annotated[
 Top = Annotated[int, typer.Option(min=1, help="Number of best trials to show")]
 
 
-@command(SWEEP, "run", example="jobs/sweeps/quickstart.yaml --set trials=8")
+@command(SWEEP, "run", example="jobs/sweeps/quickstart.yaml --set budget.trials=8")
 def tune(
     sweep: Annotated[
         Path,

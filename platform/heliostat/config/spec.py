@@ -294,7 +294,7 @@ def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job with today's names of keys. Missing keys of `BEFORE_KEYS` get the values from there."""
+    """Returns a recorded job with today's names of keys. A key of `BEFORE_KEYS` that it lacks gets its value there."""
     recorded = schema.renamed(Job, recorded)
     train = recorded.get("train")
     return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
@@ -343,7 +343,7 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
 
 
 def require_store(key: str, uri: str) -> None:
-    """Raises ConfigError that names the key if heliostat doesn't support the scheme of an MLflow store's URI."""
+    """Checks that heliostat supports the scheme of an MLflow store's URI; else ConfigError that names the key."""
     if not uri.startswith(("sqlite:", "http://", "https://", "postgresql", "mysql", "mssql", "databricks")):
         raise ConfigError(f"{key}: {uri!r} isn't an MLflow store. Use sqlite:///FILE or http://HOST:PORT")
 

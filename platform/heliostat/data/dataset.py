@@ -145,8 +145,8 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
     `first_step`: step at which the sequence starts; default: the recorded plan's first step, or 0. Weight changes before this
     step have already taken effect.
 
-    Raises ConfigError if the worker count doesn't divide the virtual ranks. Also raises it if a virtual rank's samples come
-    from one source, and `train.micro_batch_size` doesn't divide their number.
+    Raises ConfigError if the worker count doesn't divide the recorded run's virtual ranks. Also raises it if a virtual rank's
+    samples come from one source, and `train.micro_batch_size` doesn't divide their number.
     """
     length = job.data.sequence_length
     lanes = job.virtual_ranks if job.data.virtual_ranks or recorded is None else recorded.shape.lanes
@@ -166,7 +166,7 @@ def plan(job: Job, manifests: list[Manifest], recorded: DataPlan | None = None, 
             f"train.micro_batch_size: {job.train.micro_batch_size} doesn't divide the {shape.per_lane} samples of a virtual "
             f"rank, which come from one source. Use {shape.per_lane}, or change data.virtual_ranks"
         )
-    if not job.worker_counts(lanes):
+    if recorded is not None and not job.worker_counts(lanes):  # for a new run, the job's own rules say it
         raise ConfigError(f"workers.count: {job.workers.count} doesn't divide the run's {lanes} virtual ranks")
     start = first_step if first_step is not None else recorded.first_step if recorded else 0
     changes = [(0, [s.weight for s in job.data.sources]), *((c.step, c.weights) for c in job.data.mix_schedule)]

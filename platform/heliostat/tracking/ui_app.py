@@ -26,14 +26,18 @@ from heliostat.web.gate import Gate
 
 __all__ = ["app"]
 
-CHOICE = "mlflow.workflowType_v1"  # the browser's name for the mode
+CHOICES = {  # by the browser's names for them
+    "mlflow.workflowType_v1": '"machine_learning"',
+    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",  # otherwise it opens, and covers a part of the table of runs
+}
 BEFORE = {"attributes.`Run Name`": 175, "runDateAndNestInfo": 140, "duration": 80}  # MLflow's own columns, which stay first
 KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # prefix of the browser's names for the columns
 _METRICS = {f"metrics.`{name}`": width for name, width in COLUMNS.items()}
 _WIDTHS = BEFORE | _METRICS
 _TABLE = {"selectedColumns": [*_METRICS], "columnOrder": [*_WIDTHS], "columnWidths": _WIDTHS}
 SCRIPT = f"""<script>
-if (localStorage.getItem("{CHOICE}") === null) localStorage.setItem("{CHOICE}", '"machine_learning"');
+for (const [name, value] of Object.entries({json.dumps(CHOICES)}))
+  if (localStorage.getItem(name) === null) localStorage.setItem(name, value);
 const kept = Storage.prototype.getItem;
 Storage.prototype.getItem = function (name) {{
   const value = kept.call(this, name);

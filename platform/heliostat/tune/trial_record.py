@@ -179,12 +179,13 @@ def read_json(place: Location, format_: Format[T]) -> T | None:
 
 
 def ranked(records: list[TrialRecord], mode: str) -> list[TrialRecord]:
-    """Sorts trials, the best first: finished before unfinished, then by step (most first), then by value."""
+    """Sorts trials, the best first: finished trials by value, then the others by step (most first) and value."""
     sign = 1 if mode == "min" else -1
 
     def key(record: TrialRecord) -> tuple[bool, int, float]:
-        value = record.value
-        return record.status != "finished", -record.step, float("inf") if value is None or value != value else sign * value
+        value, finished = record.value, record.status == "finished"
+        order = float("inf") if value is None or value != value else sign * value
+        return not finished, 0 if finished else -record.step, order  # finished trials may have trained for different steps
 
     return sorted(records, key=key)
 

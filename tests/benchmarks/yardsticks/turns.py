@@ -106,7 +106,7 @@ class Outcome(NamedTuple):
         return f"{median(self.ours):,.4g}", f"{median(self.plain):,.4g}", harness.spread(ratios), len(ratios)
 
 
-HEADS = ("ours", "plain", "ratio: median of the pairs of turns (least to most)", "pairs")
+HEADS = ("ours", "plain", "ratio: median of the pairs of turns (minimum to maximum)", "pairs")
 
 
 def compare(yardstick: str, more: list[Any], job: Path, stage: int, seconds: float) -> Outcome:

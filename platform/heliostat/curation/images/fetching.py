@@ -27,45 +27,46 @@ REASONS = {
     "refused": "the server answered with another status than 200, or redirected without end",
     "unreachable": "no address, no connection, or no whole answer within fetch.seconds, after all retries",
 }
-VERSION = 2  # increased when the same keys fetch other images
+VERSION = 2  # increased when the same keys fetch different images
 
 
 class FetchSettings(Strict):
     """Configures the fetching of images from lists of URLs."""
 
     column: str = Field("url", min_length=1)
-    """Column with the URLs in the lists: `.jsonl`, `.csv` or `.parquet`."""
+    """Column with the URLs. The lists are `.jsonl`, `.csv`, or `.parquet` files."""
     per_second: Float = Field(1.0, gt=0)
-    """Maximum requests per second to one host, from the whole cluster. A `Crawl-delay` in its robots.txt lowers it."""
+    """Maximum requests per second to one host, from the whole cluster. A `Crawl-delay` in the host's robots.txt
+    lowers this rate."""
     seconds: Float = Field(30.0, gt=0)
-    """Timeout of a request in seconds, redirects included."""
+    """Timeout of a request and its redirects together, in seconds."""
     retries: int = Field(2, ge=0, le=10)
     """Retries of a URL after a temporary failure (timeouts, 429, 5xx), each after a longer pause."""
     robots: bool = True
-    """Fetches robots.txt from each host, and obeys it."""
+    """Fetches robots.txt from each host, and obeys its rules."""
     private: bool = False
-    """Allows requests to hosts in private networks. Leave it off for lists from others: they can name hosts that only you
-    reach."""
+    """Allows requests to hosts in private networks. Leave this off for lists from other people: such lists may contain
+    hosts that only your machines reach."""
     agent: str = Field("heliostat", min_length=1, pattern=r"^[ -~]+$")
-    """User agent of requests; heliostat matches robots.txt against its name, which ends at a slash or a blank. Name your own,
-    with a contact address."""
+    """User agent of requests. robots.txt is matched against the agent's name, which ends at the first slash or space. Set your
+    own agent, with a contact address."""
     threads: int = Field(8, ge=1, le=256)
-    """Concurrent requests of a task."""
+    """Number of concurrent requests per task."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns the settings that decide which images are fetched, VERSION included; the rate and retries don't."""
+        """Returns VERSION, and the settings that decide which images are fetched. The rate and the retries aren't included."""
         return {"version": VERSION, **self.model_dump(mode="json", include={"column", "robots", "private", "agent"})}
 
 
 @dataclass(frozen=True)
 class Fetching:
-    """Fetches the URLs of a task of `lists`; `bytes` bounds the fetched data."""
+    """Fetches the URLs of a task of `lists`. `bytes`: maximum bytes of an image."""
 
     config: FetchSettings
     bytes: int
 
     def read(self, folder: Location, task: dict[str, Any], names: list[str], columns: ImageColumns) -> Iterator[Raw | Dropped]:
-        """Yields the images of a task's URLs, or the reasons for missing ones."""
+        """Yields the image of each URL of a task, or the reason why the image is missing."""
         config = self.config
         bounds = Bounds(self.bytes, config.seconds, config.private, config.agent)
         fetcher = Fetcher(bounds, 1 / config.per_second, config.retries, config.robots, of=task["of"])

@@ -1,9 +1,9 @@
 """Computes latents and text embeddings once, before training, in a pool of actors, so that ZeRO never shards frozen encoders.
 
-Each actor loads the encoders once, on a GPU if it has one. The dataset stores the distribution of an image's latents (mean and
-log variance, float16), from which training samples in every epoch, and the text encoder's last layer for its caption.
-`empty_caption.bin` holds the encoding of the empty caption. The digest of such a dataset depends on arithmetic whose last bits
-differ by machine and batch, so other hardware may give another digest.
+Each actor loads the encoders once, on a GPU if the actor has one. For each image, the dataset stores the distribution of the
+latents (mean and log variance, float16), from which training samples in every epoch. For each caption, the dataset stores the
+last layer of the text encoder. `empty_caption.bin` contains the encoding of the empty caption. The last bits of latents and
+embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Latents(Strict):
     gpus: Float = Field(0.0, ge=0)
     """GPUs per actor; 0 encodes on CPUs."""
     batch: int = Field(16, gt=0)
-    """Images that an actor encodes in one batch."""
+    """Batch size of an actor, in images."""
 
     def check(self, sizes: tuple[Size, ...], channels: int) -> None:
         from heliostat.recipes.images import config as diffusion_config
@@ -51,21 +51,23 @@ class Latents(Strict):
             if size[0] % factor or size[1] % factor:
                 raise ConfigError(f"latents.autoencoder: the image sides must be multiples of {factor}, not {size[0]}x{size[1]}")
         if config["in_channels"] != channels:
-            raise ConfigError(f"channels: {channels} given, but the autoencoder takes {config['in_channels']}")
+            raise ConfigError(f"channels: is {channels}, but the autoencoder takes {config['in_channels']}. Change channels")
         if self.text_encoder:
             diffusion_config.folder_config("latents.text_encoder", self.text_encoder)
             diffusion_config.require_weights("latents.text_encoder", self.text_encoder)
 
     def identity(self) -> dict[str, Any]:
-        """Returns everything that latents and embeddings depend on, with the tokenizer's files if the models' digests don't
-        cover them."""
+        """Returns everything that latents and embeddings depend on.
+
+        This includes the tokenizer's digest if the models' digests don't cover the tokenizer's files.
+        """
         from heliostat.recipes.images import config as diffusion_config
 
         tokenizer = diffusion_config.tokenizer_digest(self.text_encoder) if self.text_encoder else None
         return {"models": self.models(), "length": self.length, **({"tokenizer": tokenizer} if tokenizer else {})}
 
     def shipments(self) -> list[Shipment]:
-        """Describes the models' files to tasks, with the text encoder's tokenizer."""
+        """Describes the files that tasks need: the models, and the text encoder's tokenizer."""
         from heliostat.recipes.images import config as diffusion_config
 
         described = [shipping.describe("latents.autoencoder", self.autoencoder)]
@@ -77,7 +79,7 @@ class Latents(Strict):
         return described
 
     def located(self, folder: Location, shipments: list[Shipment]) -> Latents:
-        """Returns the keys with this node's paths for `shipments`."""
+        """Returns a copy of the settings, with this node's paths of `shipments`."""
         autoencoder, *text = [shipping.here(folder, one) for one in shipments]
         parts = [Path(self.text_encoder or "").name] if text and shipments[1].within else []
         return self.model_copy(update={"autoencoder": autoencoder, "text_encoder": str(Path(text[0], *parts)) if text else None})
@@ -90,7 +92,7 @@ class Latents(Strict):
 
 
 class Encoder:
-    """Encodes images and captions in an actor: from tables with images to tables with latents and embeddings."""
+    """Encodes images and captions in an actor. Input: tables with images; output: tables with latents and embeddings."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""Makes an image dataset: trains the tokenizer, distributes images to shards, and sums the facts for the manifest."""
+"""Makes an image dataset: trains the tokenizer, distributes images to shards, and collects the facts for the manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from heliostat.tasks.work import key
 
 log = logging.getLogger(__name__)
 
-SHARD_SHARE = 4  # a shard's task holds its images, the sorted images, and its file
+SHARD_SHARE = 4  # memory of a shard's task / bytes of the shard: images, sorted images, and the file
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ImageMaking(Making):
 
     source: ImageSource
     last: Stage | None
-    """Stage that finds duplicates after all others. Its dropped images are reported like those of reading."""
+    """Stage that finds duplicates, after all other stages. Its dropped images are reported like images that reading drops."""
     shard_images: int
     chunk_images: int
     channels: int
@@ -94,7 +94,7 @@ class ImageMaking(Making):
         return WrittenShards(chunks, facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Spills the read tasks one by one, so that the driver never holds the lists of metadata files."""
+        """Spills the read tasks one by one, so that the driver never has the complete lists of metadata files in memory."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:
@@ -108,7 +108,7 @@ class ImageMaking(Making):
         return lists.plan(self.flow, read.input, inputs, read.fetching.config.column, wanted, read.limits.file)
 
     def _counted(self, runs: list[SpilledRun]) -> tuple[dict[str, int], list[str]]:
-        """Counts the images of each bucket, and lists the labels, up to a limit for the manifest."""
+        """Counts the images of each bucket, and lists the labels, up to the manifest's limit."""
         work = (Task(key("count", run.name, run.decided), {"run": run}) for run in runs)
         counts, labels = Counter[str](), set[str]()
         for _, record in self.flow.run("count", tasks.count, work):

@@ -1,7 +1,7 @@
-"""Processes one image with its caption: decoding, filters, resizing, buckets, hashes, encoding; pure functions on bytes.
+"""Processes one image with its caption: decodes, filters, resizes, hashes, and encodes the image. All functions are pure.
 
-Every fault of an image becomes a `Dropped` with one of `REASONS`; bad data raises nothing. An image is scaled to cover its
-bucket and cropped at its center; transparent pixels become white.
+Bad data raises no error: an image with a fault becomes a `Dropped` with one of `REASONS`. An image is scaled to cover its bucket,
+and cropped at its center. Transparent pixels become white.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ImageRules:
     sizes: tuple[Size, ...]  # the buckets
     channels: int = 3
     encoding: Encoding = "png"
-    quality: int = 95  # of jpeg and webp
+    quality: int = 95  # for jpeg and webp
     min_side: int = 1
     max_aspect: float | None = None
     min_caption: int = 1
@@ -68,7 +68,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class StoredPicture:
-    """Holds a stored image; `hash` covers the decoded pixels; `looks` is the perceptual hash."""
+    """Holds a stored image. `hash`: SHA-256 of the decoded pixels; `looks`: the perceptual hash."""
 
     id: str
     hash: str
@@ -80,10 +80,10 @@ class StoredPicture:
 
 
 def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
-    """Lists bucket sizes of at most resolution x resolution pixels whose sides are multiples of `step`, one per width,
-    ascending.
+    """Lists bucket sizes, one per width, in ascending order. Sides are multiples of `step`.
 
-    The area bounds the memory of a step. Each width gets the largest height that the area allows.
+    A bucket has at most resolution x resolution pixels, which limits the memory of a training step. Each width gets the largest
+    height that this area allows.
     """
     out = []
     for width in range(step, int(resolution * max_aspect) + step, step):
@@ -94,7 +94,7 @@ def buckets(resolution: int, max_aspect: float, step: int) -> tuple[Size, ...]:
 
 
 def nearest(size: Size, sizes: tuple[Size, ...]) -> Size:
-    """Chooses the bucket whose aspect ratio is nearest (as a ratio), the first of equals."""
+    """Chooses the bucket with the nearest aspect ratio, by the logarithm; in a tie, the narrowest bucket."""
     aspect = math.log(size[0] / size[1])
     return min(sizes, key=lambda s: (abs(math.log(s[0] / s[1]) - aspect), s))
 
@@ -120,7 +120,7 @@ def prepare(raw: Raw, rules: ImageRules) -> StoredPicture | Dropped:
 
 
 def clean(raw: Raw, rules: ImageRules) -> str | Dropped:
-    """Returns the caption with single spaces, or the reason to drop the image, without decoding it."""
+    """Returns the caption with single spaces, or the reason to drop the image. Doesn't decode the image."""
     caption = " ".join((raw.caption or "").split())
     if raw.image is None:
         return Dropped(raw.id, "no_image")
@@ -158,7 +158,10 @@ def pixel_hash(image: Image.Image) -> str:
 
 
 def looks(image: Image.Image) -> int:
-    """Computes the difference hash (dHash, signed 64-bit integer): which of 8 x 8 places is brighter than its right neighbor."""
+    """Computes the difference hash (dHash), a signed 64-bit integer.
+
+    Each bit shows whether one of 8 x 8 areas is brighter than the area to its right.
+    """
     small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = np.packbits(small[:, :-1] > small[:, 1:])
     return int.from_bytes(bits.tobytes(), "big", signed=True)

@@ -1,11 +1,16 @@
 """Turns images with captions into shards, on Ray. Run: `heliostat data prepare pipelines/quickstart-images.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of an
-image's pixels selects its shard; within a shard, images are sorted by hash, so scheduling can't change the order. Of equal
-images, and of near-duplicates with `duplicates: perceptual`, the one with the smallest hash and id stays. Dropped images are
-listed in `quarantine.parquet` (id, reason, detail), and never stop the job. With `buckets`, the dataset is a collection: one
-part per size, and every batch comes from one part. Images and ids never pass through the driver, which holds the input's list
-of files and a record of each task. A task holds a share of `memory_limit`; a shard's task holds its shard.
+Guarantees:
+
+- The dataset is a pure function of the configuration, and of the relative paths and bytes of the input files.
+- The SHA-256 of an image's pixels selects its shard. Within a shard, images are sorted by this hash, so scheduling can't change
+  the order.
+- Of equal images, and of near-duplicates with `duplicates: perceptual`, the image with the smallest hash stays. For equal hashes,
+  the image with the smallest id stays.
+- Dropped images are listed in `quarantine.parquet` (id, reason, detail). They never stop the job.
+- With `buckets`, the dataset is a collection with one part per size. Every batch comes from one part.
+- Images and ids never pass through the driver. The driver has only the list of input files, and a record of each task.
+- Each task uses a share of `memory_limit`. A task that writes a shard has the complete shard in memory.
 """
 
 from __future__ import annotations
@@ -38,10 +43,10 @@ from heliostat.tasks.flow import Flow
 
 
 class Buckets(Strict):
-    """Defines sizes of the same area and different aspect ratios, with sides that are multiples of `step`."""
+    """Defines image sizes with the same area and different aspect ratios. Their sides are multiples of `step`."""
 
     step: int = Field(64, gt=0)
-    """Bucket sides are multiples of this number of pixels; at most `resolution`."""
+    """Bucket sides are multiples of this number of pixels, which is at most `resolution`."""
     max_aspect: Float = Field(2.0, ge=1)
     """Maximum ratio of a bucket's longer side to its shorter side."""
 
@@ -52,16 +57,16 @@ class ColumnNames(Strict):
     caption: str = "caption"
     """Column with the caption."""
     label: str | None = None
-    """Column with the class name, which `samples.judge` compares with. Unset: no labels."""
+    """Column with the class name. `samples.judge` compares generated images with this class. Unset: no labels."""
     others: list[str] = []
-    """Further columns (`url`, `license`) that accompany each image through the stages. The record of each image keeps them."""
+    """Further columns, such as `url` and `license`. Stages can read these columns, and the record of each image contains them."""
 
 
 class Tokenizer(Strict):
-    """Configures a byte-level BPE trained on the captions, for text encoders that train with the model."""
+    """Configures a byte-level BPE tokenizer trained on the captions, for text encoders that train with the model."""
 
     vocab_size: int = Field(1024, ge=257)
-    """Vocabulary size: 256 bytes, the end of a document, and merges."""
+    """Vocabulary size: 256 bytes, the end-of-document token, and merges."""
 
 
 class ImagePipeline(StagedPipeline):
@@ -74,16 +79,17 @@ class ImagePipeline(StagedPipeline):
     """Input: `sklearn:digits`, a folder with a metadata file, `*.parquet` or `*.tar` (WebDataset), or a dataset of the Hugging
     Face Hub (`hf://datasets/ORG/NAME`, docs/guides/hub.md). See docs/data/images.md"""
     fetch: FetchSettings | None = None
-    """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input holds images."""
+    """Fetches images by URL: the input is lists of URLs (`.jsonl`, `.csv`, `.parquet`). Unset: the input contains
+    images."""
     columns: ColumnNames = ColumnNames()
     """Names of the columns in tables, and of the keys in WebDataset's JSON."""
     resolution: int = Field(gt=0)
-    """Side of a square image in pixels; with buckets, the square root of their area."""
+    """Side of a square image in pixels; with `buckets`, the square root of a bucket's area."""
     channels: Literal[1, 3] = 3
     """Number of channels: 3 for color, 1 for grayscale."""
     buckets: Buckets | None = None
-    """Image sizes of the same area and different aspect ratios, which make the dataset a collection. Unset: every image becomes
-    a square."""
+    """Image sizes with the same area and different aspect ratios. The dataset is then a collection. Unset: every image becomes a
+    square."""
     encoding: pictures.Encoding = "png"
     """Format of stored images; `webp` doesn't support grayscale (`channels: 1`)."""
     quality: int = Field(95, ge=1, le=100)
@@ -91,18 +97,18 @@ class ImagePipeline(StagedPipeline):
     min_side: int = Field(1, ge=1)
     """Minimum side of an image in pixels; smaller images are dropped (`too_small`)."""
     max_aspect: Float | None = Field(None, ge=1)
-    """Maximum ratio of an image's longer side to its shorter side; others are dropped (`aspect`). Unset: no limit."""
+    """Maximum ratio of an image's longer side to its shorter side; other images are dropped (`aspect`). Unset: no limit."""
     max_file_bytes: int = Field(ImageLimits.file, ge=1)
     """Maximum bytes of an input file; larger files are dropped (`too_large`)."""
     max_image_bytes: int = Field(ImageLimits.image, ge=1)
-    """Maximum bytes of a stored image; larger images are dropped (`too_large`), in a tar with the other parts of their
-    sample."""
+    """Maximum bytes of an image in the input; larger images are dropped (`too_large`). In a tar, this is the limit of all parts
+    of a sample together."""
     min_caption: int = Field(1, ge=1)
     """Minimum characters of a caption; images with shorter captions are dropped (`caption_short`)."""
     max_caption: int | None = Field(None, ge=1)
     """Maximum characters of a caption; images with longer captions are dropped (`caption_long`). Unset: no limit."""
     duplicates: Literal["keep", "exact", "perceptual"] = "exact"
-    """Duplicate removal: `keep` keeps all; `exact` keeps one of the images with equal pixels; `perceptual` also removes
+    """Duplicate removal: `keep` keeps all images; `exact` keeps one of the images with equal pixels; `perceptual` also removes
     near-duplicates."""
     distance: int = Field(3, ge=0, le=16)
     """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates."""
@@ -133,7 +139,7 @@ class ImagePipeline(StagedPipeline):
             )
         if self.buckets and self.buckets.step > self.resolution:
             raise ConfigError(
-                f"buckets.step: {self.buckets.step} is above resolution {self.resolution}, so no size is a multiple of it"
+                f"buckets.step: {self.buckets.step} is above resolution {self.resolution}, so no size is possible. Lower step"
             )
         if self.buckets and not self.sizes:
             raise ConfigError(f"buckets.max_aspect: {self.buckets.max_aspect:g} allows no size of resolution {self.resolution} "
@@ -143,7 +149,7 @@ class ImagePipeline(StagedPipeline):
         if self.latents:
             self.latents.check(self.sizes, self.channels)
         if LABEL in self.columns.others:
-            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label column. Name that column in columns.label")
+            raise ConfigError(f"columns.others: {LABEL!r} is the name of the label column. Set columns.label instead")
         self._check_stages()
         self.check_columns({LABEL, *self.columns.others}, "columns.others")
         digits = self.input == image_sources.DIGITS
@@ -155,8 +161,8 @@ class ImagePipeline(StagedPipeline):
         stored, known = "", {LABEL, *STORED, *self.columns.others}
         for stage in self.stages:
             if stored and isinstance(stage, ImageSize):
-                raise ConfigError(f"stages: image_size comes after {stored}, where all images have "
-                                  "their stored size. Move it before")  # fmt: skip
+                raise ConfigError(f"stages: image_size comes after {stored}, after which all images have "
+                                  f"their stored size. Move image_size before {stored}")  # fmt: skip
             stored = stored or (stage.named() if stage.gpu or isinstance(stage, GlobalStage) else "")
             for name in stage.stored():
                 if name in known:
@@ -205,7 +211,7 @@ class ImagePipeline(StagedPipeline):
 
     @property
     def last(self) -> Stage | None:
-        """Returns the stage after all others, which finds duplicates."""
+        """Returns the stage that finds duplicates, after all other stages; None if duplicates stay."""
         if self.duplicates == "keep":
             return None
         return SimilarImages(distance=self.distance if self.duplicates == "perceptual" else None)

@@ -1,4 +1,4 @@
-"""Chooses a sample of an image input: single files by their hashes, and some archives, with a share of the images in them."""
+"""Chooses a sample of an image input: some single files by their hashes, and a share of the images in some archives."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from heliostat.curation.prepare import InputFile
 from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen, evenly
 from heliostat.curation.stage import Dropped
 
-RATE = "rate"  # key of a task: the share of its images that is taken
+RATE = "rate"  # key of a task: the share of its images that the sample takes
 
 
 @dataclass(frozen=True)
 class SampledImages(ImageSource):
-    """Reads a sample of an image input: of each task, the images whose ids are chosen."""
+    """Reads a sample of an image input: from each task, only the images with chosen ids."""
 
     def _raw(self, task: dict[str, Any]) -> Iterator[Raw | Dropped]:
         return (raw for raw in super()._raw(task) if task[RATE] >= 1 or chosen(raw.id, task[RATE], OF_RECORDS))
 
 
 def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
-    """Yields the read tasks of a sample, and counts in it what is read.
+    """Yields the read tasks of a sample, and counts in `sample` what these tasks read.
 
-    It chooses some single images, and some archives (at least PLACES, if there are as many) with a share of their images.
+    It chooses some of the single images. It also chooses some archives, and a share of the images in each archive. It chooses at
+    least PLACES archives, or all archives if the input has fewer.
     """
     sizes = {f.path: f for f in inputs}
     archives = list[FilePart]()

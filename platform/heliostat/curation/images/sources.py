@@ -1,12 +1,13 @@
 """Reads images and captions from scikit-learn's digits, folders with a metadata file, Parquet, or WebDataset tars.
 
-    sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, on every machine: the default that downloads nothing
-    FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files it names
+    sklearn:digits      1,797 handwritten digits of 8 x 8 pixels, which every machine has without a download: the default
+    FOLDER              metadata.jsonl, metadata.csv or metadata.parquet with a column `file_name`, and the files in this column
     FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
-    FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or KEY.json that has the columns
+    FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or with KEY.json for the columns
 
-Ids are places (`a.tar/KEY`, `b.parquet#7`), so they stay valid. A digit's caption is one of TEMPLATES, chosen by its number.
-Ten of the 60 pairs of digit and template are never used, so that some prompts are new to every model.
+An id is the place of an image in the input (`a.tar/KEY`, `b.parquet#7`), so ids stay valid. A digit's caption is one of
+TEMPLATES; the number of the image selects the template. Ten of the 60 pairs of digit and template are never used, so that some
+prompts are new to every model.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ DIGITS = "sklearn:digits"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 ARCHIVES = (".tar", ".parquet")
-PARTS = ("txt", "json", "cls", *(suffix.removeprefix(".") for suffix in IMAGES))  # of a WebDataset's sample
+PARTS = ("txt", "json", "cls", *(suffix.removeprefix(".") for suffix in IMAGES))  # suffixes of the parts of a WebDataset sample
 FILES_PER_TASK = 512
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
@@ -48,7 +49,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Holds the maximum bytes of an input file, and of a stored image in it."""
+    """Holds the maximum bytes of an input file, and of an image in the file."""
 
     file: int = 1 << 33
     image: int = 1 << 26
@@ -62,7 +63,7 @@ class ImageColumns:
     others: tuple[str, ...] = ()
 
     def kept(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Returns the values of a row that stay with its image."""
+        """Returns the values of a row that are kept with the row's image."""
         return {name: row[name] for name in self.others if row.get(name) is not None}
 
 
@@ -72,7 +73,7 @@ def held_back(digit: int) -> str:
 
 
 def digit_caption(number: int, digit: int) -> str:
-    """Returns the caption of the image of this number."""
+    """Returns the caption of the image with this number."""
     used = [t for i, t in enumerate(TEMPLATES) if i != digit % len(TEMPLATES)]
     return used[number % len(used)].format(WORDS[digit])
 
@@ -81,9 +82,10 @@ def digit_caption(number: int, digit: int) -> str:
 
 
 def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
-    """Lists every file that belongs to the input, sorted by path; ConfigError if there are none.
+    """Lists every file that belongs to the input, sorted by path; ConfigError if the input has no files.
 
-    The list includes images by suffix, and files with any name that metadata files (of at most `limit` bytes) list.
+    The list includes files with an image suffix, and all files in a metadata file, with any name. `limit`: maximum bytes of a
+    metadata file.
     """
     if uri == DIGITS:
         return [InputFile("digits", 1797 * 64, 0)]
@@ -106,10 +108,10 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
 def tasks(
     uri: str, files: list[InputFile], columns: ImageColumns, limit: int = ImageLimits.file, target: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Plans the read tasks: each reads an archive, a part of a table, or some hundred files from a metadata file.
+    """Plans the read tasks: each task reads an archive, a part of a table, or some hundred files from a metadata file.
 
-    For the latter, `state` holds the size and modification time of each file, on which the result also depends. `target`:
-    bytes of a piece; by default, it depends on the total.
+    For files from a metadata file, `state` contains the size and modification time of each file, because the result depends on
+    them, too. `target`: bytes of a piece; the default depends on the total size.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
@@ -136,7 +138,7 @@ def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) ->
 
 
 def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a read task in the form of versions before ETags."""
+    """Returns a read task in the form of older versions, which had no ETags."""
     if "parts" in task:
         return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
     return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
@@ -147,7 +149,7 @@ def _ranged(path: str) -> bool:
 
 
 def _entries(base: Location, path: str, columns: ImageColumns, limit: int) -> list[dict[str, Any]]:
-    """Reads the entries of a metadata file; ConfigError if that fails."""
+    """Reads the entries of a metadata file; ConfigError if the file is invalid."""
     return [_entry(row, path.rpartition("/")[0], path, columns) for row in sources.rows(base, path, limit)]
 
 
@@ -156,12 +158,12 @@ def _entry(row: dict[str, Any], folder: str, path: str, columns: ImageColumns) -
         raise ConfigError(f"input: {printable(path)}: expected one object with a 'file_name' per line, got {str(row)[:40]!r}")
     if "file_name" not in row:
         columns_present = printable(", ".join(map(str, row)))
-        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. Its columns: {columns_present}")
+        raise ConfigError(f"input: {printable(path)}: no column 'file_name'. The file's columns: {columns_present}")
     name, caption = str(row["file_name"]), row.get(columns.caption)
-    lost = name.startswith("/") or not name  # when joined to a folder, such a path would be inside it
+    lost = name.startswith("/") or not name  # joining would move such a path into the folder
     joined = f"{folder}/{name}" if folder and not lost else name
     return {
-        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # in the form of the listing
+        "path": joined if lost or ".." in joined.split("/") else posixpath.normpath(joined),  # in the same form as in the listing
         "caption": caption if isinstance(caption, str) else None,
         "label": _label(row, columns),
         "columns": columns.kept(row),
@@ -200,7 +202,7 @@ def _files(
             continue
         if known and not base.is_s3:
             sources.require_unchanged(base, known)
-        elif known and data and len(data) != known.bytes:  # without another request
+        elif known and data and len(data) != known.bytes:  # compares the sizes, without another request
             raise sources.changed(base.join(path), known, len(data))
         yield Raw(id, data, entry["caption"], entry["label"], entry["columns"]) if data else Dropped(id, "unreadable")
 
@@ -234,7 +236,8 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer once, and broken row groups by part."""
+    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer only once, and broken row groups
+    for each part."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)
@@ -274,15 +277,16 @@ def _rows(file: pq.ParquetFile, wanted: tuple[str, ...], limit: int, part: FileP
 
 
 def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimits.image) -> Iterator[Raw | Dropped]:
-    """Yields the samples of a tar: consecutive members with the same name up to the first point of their last part.
+    """Yields the samples of a tar. A sample is consecutive members in one folder whose file names are equal up to the first dot.
 
-    Only PARTS are read. A sample of more than `limit` bytes is dropped, even if a sparse member only claims that size.
+    Only members with a suffix in PARTS are read. A sample of more than `limit` bytes is dropped, even if a sparse member only
+    claims that size.
     """
     key, parts = "", dict[str, bytes | None]()
     try:
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all members, of any number
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise, tarfile keeps all members
                 if not member.isfile():
                     continue
                 folder, _, name = name_of(member.name.encode("utf-8", "surrogateescape")).rpartition("/")
@@ -303,7 +307,7 @@ def read_tar(path: str, file: Any, columns: ImageColumns, limit: int = ImageLimi
                 parts[part] = content = body.read()
                 if len(content) != member.size:
                     raise tarfile.ReadError("cut short")
-            file.seek(tar.offset)  # the place where it stopped: it skips an invalid header
+            file.seek(tar.offset)  # the offset where tarfile stopped: tarfile skips an invalid header
             end = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError, EOFError):
         yield Dropped(path, "corrupt")

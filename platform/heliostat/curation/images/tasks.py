@@ -1,5 +1,6 @@
-"""Runs the image pipeline's tasks in Ray's workers: reading, counting, the tokenizer, distributing images to shards, and
-shards."""
+"""Runs the image pipeline's tasks in Ray's workers: reading, counting, training the tokenizer, distributing images to shards, and
+writing shards.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 from heliostat.tasks.shipping import Shipment
 
-# the fates of a run: `key` is the number of the image's shard among all shards
+# images of a run, distributed to shards: `key` is the number of the image's shard among all shards
 DEALT = pa.schema(
     [("key", pa.uint64()), ("hash", pa.binary(32)), *((name, pa.large_string()) for name in ("id", "caption", "label")),
      ("width", pa.int32()), ("height", pa.int32()), ("image", pa.large_binary()), ("columns", pa.large_string())]
@@ -43,12 +44,12 @@ STORED = ("id", "caption", "label", "width", "height", "image", "latent", "embed
 LABEL = "label"  # the column with an image's label
 CLASSES = 1000  # maximum labels in the manifest
 END = "<|endoftext|>"
-Shards = dict[str, tuple[int, int]]  # by bucket: (number of its first shard among all shards, number of its shards)
+Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard among all shards, count of its shards)
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Reads an image input's tasks, which are in the spill folder: a part's path names one."""
+    """Reads the images of an input's read tasks. A part's path is the name of its task in the spill folder."""
 
     input: str
     columns: ImageColumns
@@ -75,7 +76,7 @@ class ImageSource:
     def finish(self, document: Document) -> Document | Dropped:
         assert document.picture is not None and isinstance(document.text, str)
         raw = Raw(document.id, document.picture.data, document.text)
-        if document.picture.hash:  # a stage may have changed its caption
+        if document.picture.hash:  # a stage may have changed the caption
             caption = pictures.clean(raw, self.rules)
             return caption if isinstance(caption, Dropped) else Document(raw.id, caption, document.columns, document.picture)
         prepared = pictures.prepare(raw, self.rules)
@@ -86,7 +87,7 @@ class ImageSource:
 
 
 def count(folder: Location, run: SpilledRun) -> dict[str, object]:
-    """Counts a run's images by bucket, and lists their labels, up to a limit for the manifest."""
+    """Counts a run's images by bucket, and lists their labels, up to the manifest's limit."""
     buckets, labels = Counter[str](), set[str]()
     for table in survivors(folder, run, columns=["width", "height", "columns"]):
         sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
@@ -101,7 +102,7 @@ def _label(columns: str | None) -> str:
 
 
 def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str, object]:
-    """Trains a tokenizer on all captions, in any order."""
+    """Trains a tokenizer on all captions. The order of the captions doesn't matter."""
     tables = (table for run in runs for table in survivors(folder, run, columns=["text"]))
     texts = (text for table in tables for text in table["text"].to_pylist())
     name = segment.store(folder, tokens.train(texts, vocab_size, END))
@@ -114,7 +115,7 @@ def train(folder: Location, vocab_size: int, runs: list[SpilledRun]) -> dict[str
 def deal(
     folder: Location, run: SpilledRun, shards: Shards, latents: dict[str, Any] | None, shipments: list[Shipment]
 ) -> dict[str, object]:
-    """Spills a run's images by the shards that their pixel hashes select, within their buckets.
+    """Spills a run's images by shard. An image's pixel hash selects one of the shards of the image's bucket.
 
     `shipments`: the model files for latents.
     """
@@ -129,7 +130,7 @@ def deal(
 def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
     sizes = zip(table["width"].to_pylist(), table["height"].to_pylist(), strict=True)
     first, number = np.array([shards[f"{width}x{height}"] for width, height in sizes], np.uint64).reshape(-1, 2).T
-    place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # by 60 bits of the hash
+    place = first + (table["key"].to_numpy() >> np.uint64(4)) % number  # 60 bits of the hash select the shard
     labels = [_label(packed_columns) for packed_columns in table["columns"].to_pylist()]
     columns = [pa.array(place), table["hash"], table["id"], table["text"], pa.array(labels, pa.large_string()),
                *(table[c] for c in ("width", "height", "image", "columns"))]  # fmt: skip
@@ -137,7 +138,7 @@ def _dealt(table: pa.Table, shards: Shards) -> pa.Table:
 
 
 def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment]) -> str:
-    """Returns the keys of latents with this node's paths to the models, as JSON."""
+    """Returns the settings of latents as JSON, with this node's paths to the models."""
     from heliostat.curation.images.latents import Latents
 
     return Latents(**latents).located(folder, shipments).model_dump_json()
@@ -145,8 +146,10 @@ def _located(folder: Location, latents: dict[str, Any], shipments: list[Shipment
 
 @lru_cache(maxsize=2)
 def _encoder(config: str, shipments: tuple[Shipment, ...]) -> Any:
-    """Loads the frozen encoders once per process, for later tasks with the same ones; `shipments`: their files, which may
-    change at the same path."""
+    """Loads the frozen encoders once per process; later tasks with the same encoders reuse them.
+
+    `shipments`: the encoders' files. They are part of the cache key, because files may change at the same path.
+    """
     from heliostat.curation.images.latents import Encoder
 
     return Encoder(json.loads(config))
@@ -162,10 +165,12 @@ def encode_nothing(folder: Location, latents: dict[str, Any], shipments: list[Sh
 
 def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, output: str, explained: bool,
                 names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
-    """Writes the shard with this number, with the stages' columns that are `stored`; returns its counts and its part of the
-    manifest."""
+    """Writes the shard with this number; returns the shard's counts, and its part of the manifest.
+
+    `stored`: columns of stages that the shard also contains.
+    """
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
-    if not tables:  # there are few images, and none of them has such a hash
+    if not tables:  # the dataset has few images, and no image has a hash that selects this shard
         return {"path": "", "file_bytes": 0, "images": 0, "ends": [], "chunks": []}
     table = pa.concat_tables(tables)
     data = shard(_with(table, stored), chunk_images, (*STORED, *stored))
@@ -185,7 +190,7 @@ def _with(table: pa.Table, stored: tuple[str, ...]) -> pa.Table:
 
 
 def _ends(folder: Location, path: str, table: pa.Table) -> str:
-    """Spills that these images are in a shard."""
+    """Spills a record for each image, with the path of its shard."""
     rows = [{"key": segment.key_of(row["id"]), "id": row["id"], "stage": "shard", "reason": "kept", "detail": path,
              "hash": row["hash"].hex(), "columns": row["columns"]}
             for row in table.select(["id", "hash", "columns"]).to_pylist()]  # fmt: skip
@@ -193,12 +198,12 @@ def _ends(folder: Location, path: str, table: pa.Table) -> str:
 
 
 def folder_of(bucket: str, number: int, parts: bool) -> str:
-    """Returns the folder of a shard, and its number in its bucket."""
+    """Returns the folder of the shard with this number in its bucket, as a prefix of paths."""
     return f"{bucket}/{SHARDS}/{number:05d}/" if parts else f"{SHARDS}/{number:05d}/"
 
 
 def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED) -> bytes:
-    """Writes a shard as the bytes of a Parquet file; the order of its images doesn't change the bytes."""
+    """Returns a shard as the bytes of a Parquet file. The order of the images in `table` doesn't change the bytes."""
     table = table.sort_by([("hash", "ascending"), ("id", "ascending")]).select([c for c in columns if c in table.column_names])
     table = spill.narrowed(table)
     groups = max(1, round(len(table) / chunk_images))
@@ -207,9 +212,10 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 
 
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
-    """Rewrites an open shard without an image, and returns it with the image's and its caption's bytes; None if it is empty.
+    """Rewrites an open shard without an image.
 
-    Row groups keep their other images. For latents, the image's bytes aren't known.
+    Returns the new file, or None if no image is left, and the number of bytes of the removed image and its caption. With latents,
+    the image's bytes aren't known, and don't count. Each row group keeps its other images.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):
@@ -234,6 +240,6 @@ def _parquet(groups: list[pa.Table]) -> bytes:
                     part = value if isinstance(value, bytes) else str(value).encode()
                     content.update(len(part).to_bytes(8, "little") + part)
             writer.write_table(table.combine_chunks().cast(schema), row_group_size=max(1, len(table)))
-        # in the footer, which the manifest hashes: the dataset's digest then changes with any pixel
+        # the manifest hashes the footer, so the dataset's digest changes with any pixel
         writer.add_key_value_metadata({"content": content.hexdigest()})
     return sink.getvalue()

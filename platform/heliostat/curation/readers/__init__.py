@@ -1,10 +1,10 @@
-"""Reads files of documents as streams: pure functions from a path (for the ids) and an open binary stream to documents.
+"""Reads documents from files as streams: pure functions from a path (for the ids) and an open binary stream to documents.
 
     for item in read("crawl/CC-MAIN-1.warc.gz", stream, Limits()): ...   # Document, or Dropped with a reason and its place
 
-KINDS is the one list of kinds of files, and `streams.CODECS` that of compressions; every pipeline reads by them. Only one
-document is in memory at a time, for files of any size. Bad data raises nothing: a broken part is a `Dropped`, and reading
-continues after it if possible. Errors of the stream itself (a store that fails) pass through.
+KINDS is the only list of file types, and `streams.CODECS` the only list of compressions; every pipeline uses both. Only one
+document is in memory at a time, for files of any size. Bad data raises no error: a broken part becomes a `Dropped`, and reading
+continues after this part if possible. Errors of the stream itself, such as a failed store, are raised.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from heliostat.curation.stage import Document, Dropped
 
 @dataclass(frozen=True)
 class Kind:
-    """Describes a kind of files.
+    """Describes a file type.
 
-    `number`: what the number after `#` in an id counts; "" if a file is one document. `stage`: the stage that extracts text
-    from its documents, which are bytes until then. `ranged`: `read` also accepts a `FilePart`, and yields the documents that
-    begin in it.
+    - `number`: what the number after `#` in an id counts; "" if a file is one document.
+    - `stage`: the stage that extracts the text; before this stage, documents are bytes. "" if documents are text.
+    - `ranged`: whether `read` also accepts a `FilePart`, and then yields only the documents that begin in this part.
     """
 
     read: Callable[..., Iterator[Document | Dropped]]
@@ -54,7 +54,7 @@ KINDS = {
 
 
 def suffix_of(path: str) -> str | None:
-    """Returns the entry of KINDS for a path's suffix, with or without a compression suffix after it; None if there is none."""
+    """Returns the suffix in KINDS that a path ends with, before any compression suffix; None for an unknown file type."""
     lower = path.lower()
     if codec_of(lower):
         lower = lower.rpartition(".")[0]
@@ -66,19 +66,22 @@ def kind_of(path: str) -> Kind | None:
 
 
 def numbered(path: str) -> Literal["", "line", "row", "byte"] | None:
-    """Returns what the number after `#` in a file's id counts (`Kind.number`); None for an unknown kind."""
+    """Returns what the number after `#` in an id of this file counts (`Kind.number`); None for an unknown file type."""
     kind = kind_of(path)
     return kind.number if kind else None
 
 
 def ranged(path: str) -> bool:
-    """Checks whether such a file can be read from the middle: uncompressed lines, and row groups."""
+    """Checks whether a file with this path can be read from the middle, like uncompressed lines and Parquet row groups."""
     kind = kind_of(path)
     return kind is not None and kind.ranged and codec_of(path) is None
 
 
 def read(path: str, stream: BinaryIO, limits: Limits, part: FilePart | None = None) -> Iterator[Document | Dropped]:
-    """Yields the documents of a file, by its suffix, and the dropped parts; only those of `part`, if the file is ranged."""
+    """Yields the documents and the dropped parts of a file; the suffix selects the reader.
+
+    If the file type is ranged, yields only the documents that begin in `part`.
+    """
     kind = kind_of(path)
     if kind is None:
         yield Dropped(path, "unknown_kind", f"its name ends in none of {', '.join(KINDS)}")

@@ -1,6 +1,7 @@
-"""Reads archives of code: .tar, with any compression, and .zip. Writes nothing to disk, and holds only one file in memory.
+"""Reads archives of code: .tar, with any compression, and .zip. Writes nothing to disk, and has only one file in memory.
 
-An archive that decompresses to more than RATIO times its size, and MUCH, is a bomb: reading stops there and reports it.
+An archive is a bomb if it decompresses to more than RATIO times its size plus MUCH bytes. Reading stops there, and reports the
+bomb.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _BROKEN = (
     RuntimeError,
     KeyError,
     IndexError,
-)  # fmt: skip (and an OSError without a number: bz2's)
+)  # fmt: skip (bz2 raises an OSError without an errno)
 
 
 def is_archive(path: str) -> bool:
@@ -50,7 +51,7 @@ def is_archive(path: str) -> bool:
 
 
 def read(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields the files of an archive; ids are the archive's path, `#`, and the file's path."""
+    """Yields the files of an archive. An id is the archive's path, `#`, and the file's path."""
     end = _SUFFIX.search(path)
     assert end, path
     members = _zip if end[0].lower() == ".zip" else _tar
@@ -71,7 +72,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
     try:
         archive: Any = tarfile.TarFile(fileobj=plain, errors="surrogateescape", encoding="utf-8")
         while (member := archive.next()) is not None:
-            archive.members = []  # tarfile would keep all of them
+            archive.members = []  # otherwise, tarfile keeps all members
             name = name_of(member.name.encode("utf-8", "surrogateescape"))
             kind = "link" if member.issym() or member.islnk() else "file" if member.isfile() else "special"
             if not member.isdir():
@@ -83,7 +84,7 @@ def _members(plain: _Forward) -> Iterator[RepositoryFile]:
         raise LeftOutError("corrupt", "what follows a file is no file")
     if not plain.last:
         raise LeftOutError("truncated", "no mark at its end")
-    while plain.take(BLOCK):  # up to the end, where a fault of the compression may appear
+    while plain.take(BLOCK):  # reads to the end, where compression faults may appear
         pass
 
 
@@ -131,7 +132,7 @@ class _Forward(io.RawIOBase):
         return self.last
 
     def take(self, size: int) -> bytes:
-        """Reads so many bytes, regardless of the limit."""
+        """Reads `size` bytes, regardless of the limit; fewer at the end of the stream."""
         try:
             data = self._stream.read(size)
         except LeftOutError as e:
@@ -181,7 +182,7 @@ def _blocks(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes
 
 
 def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator[bytes]:
-    """Decompresses a member to its declared size only; zipfile decompresses everything that it has read."""
+    """Decompresses a member, but no more than the declared size. zipfile decompresses everything that it has read."""
     packed = copy.copy(member)
     packed.compress_type, packed.file_size = zipfile.ZIP_STORED, member.compress_size
     packed.CRC = None  # type: ignore[assignment]  # it covers the decompressed data
@@ -198,7 +199,7 @@ def _unpacked_bz2(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Iterator
 
 
 class _Reads:
-    """Passes a stream on without closing it, and rejects larger reads than a .zip's directory may need."""
+    """Wraps a stream: never closes it, and rejects a read of more bytes than the directory of a .zip may have."""
 
     closed = False
 
@@ -213,11 +214,11 @@ class _Reads:
         try:
             return self._stream.read(DIRECTORY if size < 0 else size)
         except OSError as e:
-            self.error = e  # zipfile takes it for a fault of the archive
+            self.error = e  # zipfile reports this error as a fault of the archive
             raise
 
     def close(self) -> None:
-        """Leaves the stream open, because it is read again."""
+        """Leaves the stream open, because the stream is read again."""
 
 
 def _most(stream: BinaryIO, limits: ReadLimits) -> int:
@@ -229,7 +230,7 @@ def _bomb(most: int) -> LeftOutError:
 
 
 def _unreadable(error: Exception) -> LeftOutError:
-    """Explains the fault of an archive; raises an error of the stream itself, which has an errno."""
+    """Returns an archive's fault as a LeftOutError. An error with an errno is raised: it is a fault of the stream itself."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
     return LeftOutError("corrupt", f"{type(error).__name__}: {str(error)[:200]}")

@@ -1,7 +1,7 @@
-"""Reads git clones, bare or with a working tree, with the program `git`: the committed files of one commit.
+"""Reads the committed files of one commit from git clones, bare or with a working tree, with the program `git`.
 
-A clone is untrusted: git ignores the machine's settings, runs no hook or monitor, asks no remote, and shows no replaced
-objects. A clone that takes its objects from elsewhere is rejected. Files in the working tree don't count.
+A clone is untrusted, so git ignores the machine's settings, runs no hook or monitor, contacts no remote, and uses no
+replacement objects. A clone whose objects are outside the clone is rejected. Uncommitted files in the working tree aren't read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from heliostat.curation.stage import Document, Dropped
 SUFFIX = ".git"
 SILENCE_S = 120.0  # maximum seconds without output from git
 BLOCK = 1 << 16
-LINE = 1 << 20  # maximum bytes of an entry of a tree
+LINE = 1 << 20  # maximum bytes of an entry of a git tree
 ELSEWHERE = ("commondir", "objects/info/alternates", "objects/info/http-alternates")
 SETTINGS = (
     "safe.directory=*",
@@ -39,7 +39,7 @@ ENVIRONMENT = {
 
 
 def is_clone(path: str) -> bool:
-    """Checks by its name whether a folder is a git repository."""
+    """Checks, by the folder's name, whether a folder is a git repository."""
     return path.rpartition("/")[2].endswith(SUFFIX)
 
 
@@ -48,13 +48,13 @@ def there_is_git() -> bool:
 
 
 def facts(folder: Path) -> tuple[str, int]:
-    """Returns the commit of HEAD, and the bytes of its files; LeftOutError if there is none, or it can't be read."""
+    """Returns the commit of HEAD, and the number of bytes of its files; LeftOutError if the clone has no readable commit."""
     commit = _commit(folder, "HEAD")
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
 
 def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> Iterator[Document | Dropped]:
-    """Yields the files of a clone's commit; ids are the clone's path, `#`, and the file's path."""
+    """Yields the files of a clone's commit. An id is the clone's path, `#`, and the file's path."""
     try:
         commit = _commit(folder, commit)
         with _git(folder, "cat-file", "--batch", talks=True) as objects:
@@ -65,7 +65,7 @@ def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> I
 
 
 def _commit(folder: Path, name: str) -> str:
-    """Returns the commit of a name; LeftOutError if there is none, or the clone is rejected."""
+    """Returns the commit that `name` refers to; LeftOutError if `name` has no commit, or the clone is rejected."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / "objects").resolve().is_relative_to(folder.resolve()):
         raise LeftOutError("outside", "no folder of its own")
     for place in ELSEWHERE:
@@ -82,7 +82,7 @@ def _members(folder: Path, commit: str, objects: _Output) -> Iterator[Repository
 
 
 def _tree(folder: Path, commit: str) -> Iterator[tuple[bytes, bytes, int | None, bytes]]:
-    """Yields (mode, object, bytes, path) of each file of a commit, in git's order."""
+    """Yields (mode, object id, size in bytes, path) of each file of a commit, in git's order."""
     with _git(folder, "ls-tree", "-r", "-z", "--long", "--full-tree", commit) as out:
         while entry := out.line(b"\0"):
             about, _, name = entry.partition(b"\t")
@@ -138,7 +138,7 @@ class _Output:
             raise self._failed() from None
 
     def line(self, end: bytes) -> bytes:
-        """Reads up to a mark, without it; b"" at the end."""
+        """Reads up to the mark `end`, and returns the bytes before the mark; b"" at the end of the output."""
         at = -1
         while (at := self._buffer.find(end, max(0, at))) < 0:
             at = len(self._buffer)
@@ -159,7 +159,7 @@ class _Output:
         return content
 
     def _more(self) -> bool:
-        """Reads more output; False at the end, if git succeeded."""
+        """Reads more output; False at the end. LeftOutError if git failed."""
         data = self._read()
         while data is None:
             data = self._read()
@@ -169,7 +169,7 @@ class _Output:
         return bool(data)
 
     def _read(self) -> bytes | None:
-        """Reads some output; None if git has reported an error meanwhile."""
+        """Reads some output; None if git wrote to its error output instead."""
         ready = select.select([self._out, *([self._error] if self._error is not None else [])], [], [], SILENCE_S)[0]
         if not ready:
             raise LeftOutError("corrupt", f"git said nothing for {SILENCE_S:.0f} s")

@@ -13,11 +13,12 @@ from heliostat.curation.pieces import FilePart
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, decoded, unpacked, whole
 from heliostat.curation.stage import Document, Dropped
 
-BUFFER = 4 << 20  # bytes of a column per read: a row group may be larger than memory
+BUFFER = 4 << 20  # bytes of a column per read, because a row group may be larger than memory
 
 
 def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
-    """Opens a Parquet file; `large`: the column with large values, whose dictionary stays in memory once."""
+    """Opens a Parquet file. `large`: the column with large values, which is read as a dictionary: equal values are in
+    memory only once."""
     footer = pq.read_metadata(source)
     paths = [footer.schema.column(i).path for i in range(len(footer.schema))]
     return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, pre_buffer=False, buffer_size=BUFFER,
@@ -27,10 +28,10 @@ def opened(source: pa.NativeFile, large: str) -> pq.ParquetFile:
 def batches(
     file: pq.ParquetFile, columns: tuple[str, ...], limit: int, part: FilePart, rows: int
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Yields (the first row's number from 1, the values of the existing columns) for some rows at a time.
+    """Yields batches of at most `rows` rows: the number of the first row, from 1, and the values of the columns that exist.
 
-    For a part of the file, it reads the row groups that begin in it. LeftOutError before a row group with more than `limit`
-    bytes in its footer is decompressed.
+    For a part of the file, it reads the row groups that begin in this part. It raises LeftOutError if a row group has more than
+    `limit` decompressed bytes by the footer, before it decompresses the row group.
     """
     present = [name for name in dict.fromkeys(columns) if name in file.schema_arrow.names]
     roots = [file.metadata.schema.column(i).path.split(".")[0] for i in range(file.metadata.num_columns)]
@@ -53,7 +54,7 @@ def _begins(info: pq.RowGroupMetaData) -> int:
 
 
 def documents(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each row; ids count rows from 1."""
+    """Yields a document for each row. Ids count rows from 1."""
     packed = codec_of(path) is not None
     file = (pa.BufferReader(whole(unpacked(path, stream, limits), limits.max_file_bytes)) if packed
             else pa.PythonFile(stream, "r"))  # fmt: skip
@@ -76,7 +77,7 @@ def _documents(path: str, file: pq.ParquetFile, limits: ReadLimits, part: FilePa
                 yield Dropped(path, "no_text")
             return
         texts = values.dictionary if isinstance(values, pa.DictionaryArray) else values
-        texts = pc.cast(texts, pa.large_binary())  # as bytes, because Parquet doesn't check UTF-8
+        texts = pc.cast(texts, pa.large_binary())  # as bytes, because Parquet readers don't check UTF-8
         chosen = values.indices if isinstance(values, pa.DictionaryArray) else range(len(texts))
         for number, place in enumerate(chosen):
             index = place if isinstance(place, int) else place.as_py()

@@ -1,4 +1,4 @@
-"""Finds the records of a web archive, one after another, and the next valid record after a broken one."""
+"""Finds the records of a web archive, one after another. After a broken record, finds the next valid record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from heliostat.curation.readers.streams import LeftOutError
 
 PIECE = 1 << 18
 HEAD = 1 << 20  # maximum bytes of a record's head
-ROOM = 64 << 20  # bytes of the file after a record's start that are kept, to find the next record in them
+ROOM = 64 << 20  # bytes after a record's start that stay in memory, to find the next record if this one is broken
 GZIP, START, BLANK = b"\x1f\x8b\x08", b"WARC/1.", b"\r\n\r\n"
 
 
@@ -25,7 +25,7 @@ class Broken(LeftOutError):
 
 @dataclass(frozen=True)
 class WarcRecord:
-    """Holds a record: its place, its headers by lower-case names, its block (None if it is too large), and its size."""
+    """Holds a record: its place, its headers by lower-case name, its block (None if it is too large), and its size."""
 
     place: str
     headers: dict[str, str]
@@ -34,18 +34,18 @@ class WarcRecord:
 
 
 class Archive:
-    """Reads records from a stream; with `packed`, from gzip members, which usually hold one record each."""
+    """Reads records from a stream. With `packed`, the stream has gzip members, which usually contain one record each."""
 
     def __init__(self, stream: BinaryIO, packed: bool) -> None:
         self._source, self._packed = _Source(stream), packed
         self._decoder: zlib._Decompress | None = None
-        self._plain, self._used = bytearray(), 0  # decompressed data, and how much of it was read
-        self._member, self._inner = 0, 0  # start of the member (or uncompressed record), and bytes read before it
-        self._start = 0  # the search for the next record starts after it
+        self._plain, self._used = bytearray(), 0  # decompressed data, and the number of its bytes that were read
+        self._member, self._inner = 0, 0  # start of the member (or uncompressed record), and bytes read since
+        self._start = 0  # the search for the next record starts after this offset
         self._current = ""  # the place of the current record
 
     def records(self, most: int) -> Iterator[WarcRecord]:
-        """Yields records; raises Broken at a broken one, after which `resume` must be called."""
+        """Yields records; raises Broken at a broken record. To continue, call `resume`."""
         while True:
             while self._fill(1) and self._plain[self._used] in b"\r\n":
                 self._take(1)
@@ -96,7 +96,7 @@ class Archive:
         return bytes(pieces) if declared <= most else None, size
 
     def _ends(self) -> bool:
-        """Checks that a record is complete: line ends, or the end of its member."""
+        """Checks that a record is complete: line ends, or the end of the gzip member, must follow."""
         if self._packed and self._decoder is None and len(self._plain) == self._used:
             return True
         if self._packed:
@@ -115,7 +115,10 @@ class Archive:
             self._used = 0
 
     def _fill(self, count: int) -> bool:
-        """Buffers at least so many decompressed bytes of one member, of a new one if it starts here; False if there are fewer."""
+        """Buffers at least `count` decompressed bytes of one member; False if fewer bytes are left.
+
+        If no bytes of the current member are left, the next member is used.
+        """
         while len(self._plain) - self._used < count:
             if not self._packed:
                 data = self._source.read(PIECE)
@@ -127,7 +130,10 @@ class Archive:
         return True
 
     def _unpack(self) -> bool:
-        """Decompresses more of a member; the next one only after the current one is used up."""
+        """Decompresses more bytes of a member; False if no more are available.
+
+        The next member is opened only after all bytes of the current member were read.
+        """
         if self._decoder is None:
             if len(self._plain) > self._used:
                 return False
@@ -156,12 +162,15 @@ class Archive:
         return True
 
     def _broken(self, reason: str, detail: str) -> Broken:
-        """Returns the broken record, or the data after the last one, and searches for the next record after this member."""
+        """Returns an error for the current record, or for the data after the last record.
+
+        The search for the next record then starts after the beginning of this member.
+        """
         self._start = self._member
         return Broken(self._current or self._place(), reason, detail)
 
     def resume(self) -> bool:
-        """Goes to the next place after the broken record's start where a record may begin; False if there is none."""
+        """Moves to the next offset after the broken record's start where a record may begin; False if there is no such offset."""
         place = self._source.find(GZIP if self._packed else START, self._start + 1)
         if place is None:
             return False
@@ -171,7 +180,7 @@ class Archive:
 
 
 class _Source:
-    """Passes a stream on, and keeps the data since an offset, to read it again."""
+    """Wraps a stream, and keeps the data after an offset, so that the data can be read again."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -192,14 +201,14 @@ class _Source:
         self.at -= size
 
     def forget(self, before: int) -> None:
-        """Drops the data before an offset, once it is large."""
+        """Drops the data before an offset, once it has more than 4 PIECEs."""
         size = min(before, self.at) - self._from
         if size > 4 * PIECE:
             del self._buffer[:size]
             self._from += size
 
     def find(self, what: bytes, offset: int) -> int | None:
-        """Goes to the first place at or after an offset with this beginning, and returns it; None if there is none."""
+        """Searches for `what` at or after an offset. Moves to the first match and returns its offset; None without a match."""
         self.at = max(offset, self._from)
         while (place := self._buffer.find(what, self.at - self._from)) < 0:
             self.at = max(self.at, self._from + len(self._buffer) - len(what) + 1)

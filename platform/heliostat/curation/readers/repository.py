@@ -1,7 +1,8 @@
-"""Makes documents from a repository's files: one per file, with `path`, `repository`, `language`, and `license`.
+"""Makes documents from a repository's files: one document per file, with `path`, `repository`, `language`, and `license`.
 
-Archives and clones yield their files as members, twice: once for the license files, once for all. Members are untrusted:
-nothing is written, so their names have no effect; links aren't followed; sizes are checked before decompression.
+Archives and clones yield their files as members. All members are read twice: first for the license files, then for all files.
+Members are untrusted. Nothing is written to disk, so the names of members have no effect. Links aren't followed. Sizes are
+checked before decompression.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ NAME = 4096  # maximum characters of a name
 
 
 class MemberError(LeftOutError):
-    """Reports that a member can't be read, but the next one can."""
+    """Reports that a member can't be read, but the next member can."""
 
 
 @dataclass(frozen=True)
 class RepositoryFile:
-    """Describes a file of a repository; call `read` before the next member."""
+    """Describes a file of a repository. Call `read` before you request the next member."""
 
     name: str
     size: int
@@ -37,16 +38,17 @@ class RepositoryFile:
 
 
 Members = Callable[[], Iterator[RepositoryFile]]
-"""Yields a repository's files from the first one; LeftOutError if the rest can't be read."""
+"""Yields a repository's files from the beginning; LeftOutError if the remaining files can't be read."""
 
 
 def name_of(raw: bytes) -> str:
-    """Decodes a file's name, so that any bytes can be stored."""
+    """Decodes a file's name. Invalid bytes become escapes, so that every name can be stored."""
     return raw.decode("utf-8", "backslashreplace")
 
 
 def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, str]) -> Iterator[Document | Dropped]:
-    """Yields the documents of the repository at `path`, and the dropped files; `about`: columns for each."""
+    """Yields the documents of the repository at `path`, and the dropped files. `about`: columns of every
+    document."""
     licenses, seen = _licenses(members), set[int]()
     try:
         for number, member in enumerate(members(), 1):
@@ -63,7 +65,7 @@ def documents(path: str, members: Members, limits: ReadLimits, about: dict[str, 
 
 
 def _licenses(members: Members) -> Licenses:
-    """Reads the license files; the second pass reports those that can't be read."""
+    """Reads the license files. Unreadable files are ignored here, because the second pass reports them."""
     licenses, count = Licenses(), 0
     try:
         for number, member in enumerate(members(), 1):
@@ -71,7 +73,7 @@ def _licenses(members: Members) -> Licenses:
                 break
             if member.kind == "file" and _outside(member.name) is False and is_license_file(member.name):
                 count += 1
-                licenses.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "" means unknown
+                licenses.add(member.name, _text(member) if count <= LICENSE_FILES else "")  # "" means that the license is unknown
     except LeftOutError:
         pass
     return licenses

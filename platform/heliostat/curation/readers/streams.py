@@ -1,4 +1,4 @@
-"""Opens compressed streams, splits lines, and reads files that are one document, within limits, for any data."""
+"""Opens compressed streams, splits lines, and reads files that are one document, within limits, even if the data is broken."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ import pyarrow as pa
 from heliostat.curation.stage import Document, Dropped
 
 REASONS = {
-    "unknown_kind": "a suffix that nothing reads",
-    "corrupt": "broken packing, records or tables; what came before is kept, and what can be read after it",
-    "truncated": "a record that ends before its length says",
-    "too_large": "beyond max_document_bytes or max_file_bytes, unpacked; what came before is kept",
-    "invalid_json": "a line that is not a JSON object",
-    "no_text": "no text column, or no string in it",
-    "not_utf8": "bytes that are not UTF-8",
-    "not_html": "a response that is no page",
-    "http_status": "a response with another status than 200",
-    "empty": "nothing but white space",
-    "binary": "a NUL character",
-    "link": "a link of an archive, or a link or submodule of a git clone, which is not followed",
-    "special": "a device or the like in an archive",
-    "outside": "a link, a clone, or a name in an archive, that leads out of the input or the archive",
-    "repeated": "a second file of the same name in an archive; the first is kept",
-    "packing": "a file of a .zip that is encrypted, or packed as none is read",
-    "bomb": "an archive that unpacks to 200 times its size, and 64 MiB, or more; what came before is kept",
-    "unreadable": "a file that vanished, cannot be opened, or is not in its git clone",
+    "unknown_kind": "a suffix that isn't supported",
+    "corrupt": "broken compression, records, or tables; the readable data before and after the fault is kept",
+    "truncated": "a record that is shorter than its declared length",
+    "too_large": "more bytes than max_document_bytes or max_file_bytes, decompressed; the data before the limit is kept",
+    "invalid_json": "a line that isn't a JSON object",
+    "no_text": "no text column, or no string in the text column",
+    "not_utf8": "bytes that aren't UTF-8",
+    "not_html": "a response that isn't an HTML page",
+    "http_status": "a response with a status other than 200",
+    "empty": "only white space",
+    "binary": "a file with a NUL character",
+    "link": "a link in an archive, or a link or submodule in a git clone; heliostat doesn't follow links",
+    "special": "a device or another special file in an archive",
+    "outside": "a link, a clone, or a name in an archive that leads out of the input or the archive",
+    "repeated": "a second file with the same name in an archive; the first file is kept",
+    "packing": "an encrypted file in a .zip, or a file in a .zip with an unsupported compression",
+    "bomb": "an archive that decompresses to more than 200 times its size plus 64 MiB; the data before the limit is kept",
+    "unreadable": "a file that vanished, can't be opened, or isn't in its git clone",
 }
 CODECS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 BLOCK = 1 << 20  # bytes that are decompressed at once
 CHECKS = ("incorrect data check", "incorrect length check")  # zlib's messages for a wrong checksum at a member's end
-ZST_BLOCK = 1 << 16  # for .zst, where a fault loses the decompressed data of its block
+ZST_BLOCK = 1 << 16  # smaller for .zst, because a fault loses the decompressed data of its block
 XZ_MEMORY = 256 << 20  # maximum memory to decompress .xz; `xz -9` makes files that need 65 MiB
 
 
@@ -45,7 +45,7 @@ XZ_MEMORY = 256 << 20  # maximum memory to decompress .xz; `xz -9` makes files t
 class ReadLimits:
     """Defines the maximum size of a document and of a decompressed file, and the text column of records.
 
-    `columns` of records that accompany it; None: all, and the record's `id` as `source_id`.
+    `columns`: columns of records to keep with the text. None: all columns, with the record's `id` as `source_id`.
     """
 
     max_document_bytes: int = 1 << 26
@@ -54,11 +54,11 @@ class ReadLimits:
     columns: tuple[str, ...] | None = None
 
     def text_of(self, value: object) -> str | None:
-        """Returns a record value's text; None if it isn't text."""
+        """Returns a record value as text; None if the value isn't text."""
         return value if isinstance(value, str) else None
 
     def texts_of(self, values: pa.Array) -> pa.Array | None:
-        """Returns a column's texts, as strings or a dictionary; None if it has none."""
+        """Returns a column's texts, as strings or a dictionary; None if the column has no texts."""
         value_type = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
         return values if pa.types.is_string(value_type) or pa.types.is_large_string(value_type) else None
 
@@ -66,7 +66,7 @@ class ReadLimits:
 class LeftOutError(Exception):
     """Reports that the rest of a file can't be read; `reason` is one of REASONS.
 
-    `complete`: nothing before it is missing; only a checksum is wrong.
+    `complete`: the data before the error is complete; only a checksum is wrong.
     """
 
     def __init__(self, reason: str, detail: str = "", complete: bool = False) -> None:
@@ -75,7 +75,7 @@ class LeftOutError(Exception):
 
 
 def codec_of(path: str) -> str | None:
-    """Returns the compression of a path's last suffix; None if it isn't one of CODECS."""
+    """Returns the compression of a path's last suffix; None if the suffix isn't in CODECS."""
     return next((codec for suffix, codec in CODECS.items() if path.lower().endswith(suffix)), None)
 
 
@@ -107,9 +107,9 @@ def _new(codec: str) -> Any:
 
 
 def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
-    """Yields the decompressed bytes of all members, a block at a time, even if a block of input decompresses to many.
+    """Yields the decompressed bytes of all members, one block at a time. A block of input may decompress to many blocks.
 
-    Zeros after a member are padding. For gzip, the data before a broken place is kept.
+    Zeros after a member are padding. For gzip, the data before a fault is kept.
     """
     decoder, begun, ended = _new(codec), False, False
     while data := stream.read(BLOCK):
@@ -133,7 +133,7 @@ def _unpack(stream: BinaryIO, codec: str) -> Iterator[bytes]:
 
 
 def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
-    """Decompresses the bytes before a broken place in a block of input, one by one."""
+    """Decompresses a block of input byte by byte, up to the fault."""
     out = bytearray()
     for at in range(len(data)):
         try:
@@ -144,7 +144,7 @@ def _before_break(decoder: zlib._Decompress, data: bytes) -> bytes:
 
 
 class _Blocks(io.RawIOBase):
-    """Makes a raw stream from an iterator of blocks; LeftOutError after `most` bytes."""
+    """Makes a raw stream from an iterator of blocks. LeftOutError after `most` bytes."""
 
     def __init__(self, blocks: Iterator[bytes], most: int) -> None:
         self._blocks, self._left, self._most, self._total = blocks, memoryview(b""), most, 0
@@ -170,10 +170,10 @@ class _Blocks(io.RawIOBase):
 
 
 def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) -> Iterator[bytes | None]:
-    """Yields lines with their ends; None for a line of more than `most` bytes, which isn't kept in memory.
+    """Yields lines with their line ends. A line of more than `most` bytes becomes None, and isn't kept in memory.
 
-    If a file is read in ranges, yields the lines that begin in the range from `first` to `stop`; the stream begins one byte
-    before. So only the range in which it begins reads a line that spans many ranges.
+    If a file is read in ranges, yields the lines that begin between the offsets `first` and `stop`. The stream must begin one
+    byte before `first`. So a line that spans many ranges is read only in the range where the line begins.
     """
     buffer, skipping, at = bytearray(), first > 0, max(0, first - 1)
     read: Callable[[int], bytes] = getattr(stream, "read1", stream.read)
@@ -203,7 +203,7 @@ def lines(stream: BinaryIO, most: int, first: int = 0, stop: int | None = None) 
 
 
 def _line(buffer: bytearray, end: bytes, most: int) -> bytes | None:
-    """Joins a line; None if it is too long, without its end."""
+    """Joins the parts of a line; None if the line is too long. The line end doesn't count."""
     return (bytes(buffer) + end if buffer else end) if len(buffer) + len(end) <= most + 1 else None
 
 
@@ -228,7 +228,7 @@ def text(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document |
 
 
 def decoded(id: str, data: bytes, columns: dict[str, object] | None = None) -> Document | Dropped:
-    """Makes a document from UTF-8, without its byte-order mark."""
+    """Makes a document from UTF-8 bytes, without a byte-order mark."""
     try:
         return Document(id, data.decode("utf-8-sig"), columns or {})
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Reads files of records: JSON lines, CSV, Arrow. The other fields become the document's columns."""
+"""Reads files of records: JSON lines, CSV, or Arrow. All fields except the text become the document's columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.curation.stage import Document, Dropped
 
 ROWS = 1024  # rows of an Arrow batch that become Python objects at once
 MOST_COLUMNS = 10_000
-CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # Arrow's messages: their mark, and two kinds
+CONTINUES, DICTIONARY, BATCH = b"\xff\xff\xff\xff", 2, 3  # Arrow messages: their first bytes, and two message types
 PACKED_BEFORE = b"ARROW:experimental_compression"  # Arrow 0.17's name for the compression of buffers
 
 
@@ -34,7 +34,7 @@ def record(id: str, values: dict[str, object], limits: ReadLimits) -> Document |
 
 
 def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> Iterator[Document | Dropped]:
-    """Yields a document for each line in the part that is a JSON object."""
+    """Yields a document for each line of the part. Ids count lines. A line that isn't a JSON object is dropped."""
     if part.start:  # the rest of a line that begins before the range belongs to the earlier range
         stream.seek(part.start - 1)
     plain = unpacked(path, stream, limits)
@@ -54,7 +54,7 @@ def jsonl(path: str, stream: BinaryIO, limits: ReadLimits, part: FilePart) -> It
 
 
 def separated(path: str, stream: BinaryIO, limits: ReadLimits, mark: str) -> Iterator[Document | Dropped]:
-    """Yields a document for each row after the header, with fields split at a separator; ids count rows."""
+    """Yields a document for each row after the header. Ids count rows. `mark`: the separator of fields."""
     csv.field_size_limit(limits.max_document_bytes)
     source = _Text(unpacked(path, stream, limits), limits.max_document_bytes)
     rows, header, number = csv.reader(source, delimiter=mark), None, 0
@@ -102,7 +102,7 @@ class _Text:
 
 
 def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document | Dropped]:
-    """Yields a document for each row of an Arrow IPC stream or file, batch by batch; ids count rows from 1."""
+    """Yields a document for each row of an Arrow IPC stream or file, batch by batch. Ids count rows from 1."""
     row, bounded = 0, _Bounded(unpacked(path, stream, limits), 16 * limits.max_document_bytes)
     try:
         bounded.skip_magic()
@@ -132,15 +132,14 @@ def _shares(kind: pa.DataType) -> bool:
 
 
 class _Bounded:
-    """Passes a stream on, message by message, and rejects a message with more bytes than a batch may have, stored or
-    decompressed."""
+    """Wraps a stream of messages. Rejects a message with more bytes than a batch may have, as stored or decompressed."""
 
     def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream, self._most, self._buffer, self.closed = stream, most, b"", False
         self._pieces, self._dictionaries = list[bytes](), dict[int, int]()
 
     def skip_magic(self) -> None:
-        """Skips the prefix of an Arrow file before its stream."""
+        """Skips the magic bytes before the stream in an Arrow file."""
         self._buffer = self._stream.read(8)
         if self._buffer.startswith(b"ARROW1"):
             self._buffer = b""
@@ -169,7 +168,7 @@ class _Bounded:
         if len(about) < size:
             return [head, length[4:], about]
         try:
-            body = self._exactly(_value("<q", about, _field(about, _follow(about, 0), 3)))  # a flatbuffer, by Message.fbs
+            body = self._exactly(_value("<q", about, _field(about, _follow(about, 0), 3)))  # a flatbuffer of Message.fbs
             size, dictionary, more = _unpacked_bytes(about, body)
         except (struct.error, IndexError) as e:
             raise ValueError(f"a message that is none: {e}") from e
@@ -181,7 +180,7 @@ class _Bounded:
         return [head, length[4:], about, body]
 
     def _exactly(self, size: int) -> bytes:
-        """Reads exactly so many bytes, or fewer at the stream's end."""
+        """Reads exactly `size` bytes, or fewer at the stream's end."""
         if not 0 <= size <= self._most:
             raise LeftOutError("too_large", f"a batch of more than {self._most:,} bytes")
         out, self._buffer = self._buffer[:size], self._buffer[size:]
@@ -197,9 +196,10 @@ class _Bounded:
 
 
 def _unpacked_bytes(about: bytes, body: bytes) -> tuple[int, int | None, bool]:
-    """Returns the decompressed bytes of a message's body; for a dictionary, its number, and whether it extends an earlier one.
+    """Returns the decompressed size of a message's body, in bytes.
 
-    A compressed buffer begins with its decompressed length; -1 if it is stored uncompressed.
+    For a dictionary, also returns the dictionary's number, and whether the message extends an earlier dictionary. A compressed
+    buffer begins with its decompressed length; a length of -1 means that the buffer is stored uncompressed.
     """
     message = _follow(about, 0)
     kind, head = _value("<B", about, _field(about, message, 1)), _field(about, message, 2)

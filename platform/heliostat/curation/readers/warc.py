@@ -1,8 +1,9 @@
-"""Reads web archives: pages of .warc, texts of .wet, metadata of .wat, compressed per record (.gz), as a whole, or not.
+"""Reads web archives: pages from .warc, texts from .wet, and metadata from .wat, with any compression or none.
 
-A record's id is `path#offset`: the offset of its compressed record in the file (for compressions other than .gz, in the
-decompressed data). A record that is broken, doesn't end at its declared length, or is too large for a document is dropped.
-Reading continues at the next record that can be found after its start. Other libraries skip unreadable records silently.
+Archives may be compressed record by record (.gz) or as a whole. A record's id is `path#offset`. For .gz, this is the offset of
+the compressed record in the file; for other compressions, the offset in the decompressed data. A record is dropped if it is
+broken, doesn't end at its declared length, or is too large for a document. After a broken record, reading continues at the next
+record that begins after the broken record's start. Other libraries skip unreadable records silently.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from heliostat.curation.readers.records import Archive, Broken
 from heliostat.curation.readers.streams import LeftOutError, ReadLimits, codec_of, unpacked
 from heliostat.curation.stage import Document, Dropped
 
-MOST_BREAKS = 10_000  # maximum places per file where reading starts again
+MOST_BREAKS = 10_000  # maximum faults per file after which reading continues
 HEADERS = {"url": "warc-target-uri", "date": "warc-date", "record_id": "warc-record-id",
            "crawl_languages": "warc-identified-content-language"}  # fmt: skip
-COLUMNS = (*HEADERS, "content_type")  # columns of a document, if they are known
+COLUMNS = (*HEADERS, "content_type")  # columns of a document, if their values are known
 PAGES = ("text/html", "application/xhtml+xml")
 HTTP_HEAD = 1 << 18  # maximum bytes of a response's head
-MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the mark of a gzip member, and bytes that are decompressed at once
+MEMBER, PIECE = b"\x1f\x8b", 1 << 14  # the first bytes of a gzip member, and the bytes that are decompressed at once
 
 
 def _response(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits) -> Document | Dropped:
@@ -53,9 +54,9 @@ def _text(id: str, columns: dict[str, object], block: bytes, limits: ReadLimits)
 
 
 def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Iterator[Document | Dropped]:
-    """Yields the content of a kind's records, and a Dropped for each broken place.
+    """Yields the content of the records of one kind, and a Dropped for each fault.
 
-    A `response` is a page, as bytes, or plain text; a `conversion` (WET) is the text of one; `metadata` (WAT) is JSON,
+    Kinds: `response` is a page as bytes, or plain text; `conversion` (WET) is the text of a page; `metadata` (WAT) is JSON,
     unchanged.
     """
     make = _response if kind == "response" else _text
@@ -87,7 +88,7 @@ def records(path: str, stream: BinaryIO, limits: ReadLimits, kind: str) -> Itera
 
 @dataclass(frozen=True)
 class Response:
-    """Holds the headers of a response, and its body, decompressed."""
+    """Holds a response's status, content type, and decompressed body."""
 
     status: int
     content_type: str
@@ -95,7 +96,7 @@ class Response:
 
 
 def parse(block: bytes, most: int) -> Response:
-    """Parses a response; LeftOutError if it is invalid, or has more than `most` bytes when decompressed."""
+    """Parses a response; LeftOutError if the response is invalid, or has more than `most` decompressed bytes."""
     ends = [(at, len(mark)) for mark in (b"\r\n\r\n", b"\n\n") if (at := block.find(mark, 0, HTTP_HEAD)) >= 0]
     if not block.startswith(b"HTTP/") or not ends:
         raise LeftOutError("corrupt", "no HTTP response")
@@ -114,7 +115,7 @@ def parse(block: bytes, most: int) -> Response:
 
 
 def _joined(body: bytes) -> bytes:
-    """Joins chunks; an unchunked body, which some archives keep, stays unchanged."""
+    """Joins the chunks of a body. Some archives store bodies without chunks; such bodies stay unchanged."""
     out, at = list[bytes](), 0
     while True:
         end = body.find(b"\r\n", at, at + 64)
@@ -129,7 +130,7 @@ def _joined(body: bytes) -> bytes:
 
 
 def _decoded(body: bytes, packed: str, most: int) -> bytes:
-    """Decompresses a body; an uncompressed one, which some archives keep, stays unchanged."""
+    """Decompresses a body. Some archives store bodies uncompressed; such bodies stay unchanged."""
     raw = packed == "deflate" and body[:1] != b"\x78"
     if packed != "deflate" and not body.startswith(MEMBER):
         return body

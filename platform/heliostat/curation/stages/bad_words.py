@@ -1,8 +1,8 @@
 """Drops documents with words from a list, like C4 (Raffel et al. 2020, arXiv 1910.10683, section 2.2).
 
-The lists are files with one word or phrase per line; heliostat has none of its own. Matching ignores case and finds whole
-words: the characters before and after aren't letters, digits, or underscores. For languages without spaces, `whole_words:
-false` matches anywhere. A document with more than `max_found` matches, repetitions included, is dropped.
+The lists are files with one word or phrase per line; heliostat doesn't include any list. Matching ignores case. It finds only
+complete words: no letter, digit, or underscore may be directly before or after a match. For languages without spaces,
+`whole_words: false` matches anywhere. A document with more than `max_found` matches is dropped; repeated words count each time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BadWords(Stage):
     lists: list[str] = Field(min_length=1)
     """Files of words and phrases, one per line."""
     whole_words: bool = True
-    """Matches whole words only; set it to false for languages without spaces between words."""
+    """Matches complete words only. Set `whole_words` to false for languages without spaces between words."""
     max_found: int = Field(0, ge=0)
     """Maximum matches in a document; documents with more are dropped (`bad_word`)."""
 
@@ -51,7 +51,10 @@ class BadWords(Stage):
 
 
 def _whole_words(entries: list[str]) -> Callable[[str], list[str]]:
-    """Returns a function that finds entries as whole words: it looks up their words, and compares the text around them."""
+    """Returns a function that finds the entries in a text as complete words.
+
+    It looks up single words in a set. It searches for a phrase only if the phrase's first word is in the text.
+    """
     single = {e for e in entries if _WORD.fullmatch(e)}
     phrases = defaultdict[str, list[str]](list)
     for entry in entries:

@@ -1,11 +1,15 @@
-"""Removes lines that aren't sentences, and drops documents with too few left: C4 (Raffel et al. 2020, arXiv 1910.10683,
-section 2.2).
+"""Removes lines that aren't sentences, and drops documents with too few sentences left: C4 (Raffel et al. 2020, arXiv
+1910.10683, section 2.2).
 
-A line stays if it ends with a terminal mark (. ! ? or a quote; not an ellipsis), has at least three words, none of more than
-1,000 characters, and mentions neither JavaScript nor a privacy or cookie policy; citation marks ([1], [edit]) are removed. A
-document is dropped if one of its lines has a curly bracket or "lorem ipsum", or if fewer than five sentences are left.
-Decisions agree with datatrove's C4QualityFilter: docs/benchmarks/curation-stages.md. The paper's list of bad words is the
-stage `bad_words`.
+A line stays if all of these are true:
+
+- It ends with a terminal mark (. ! ? or a quote; not an ellipsis).
+- It has at least three words, and no word has more than 1,000 characters.
+- It doesn't mention JavaScript, terms of use, a privacy policy, or a cookie policy.
+
+Citation marks ([1], [edit]) are removed from lines. A document is dropped if one of its lines has a curly bracket or "lorem
+ipsum", or if fewer than five sentences are left. Decisions agree with datatrove's C4QualityFilter:
+docs/benchmarks/curation-stages.md. The paper's filter by a list of bad words is a separate stage, `bad_words`.
 """
 
 from __future__ import annotations
@@ -69,7 +73,7 @@ class C4(Stage):
         return self.judged(document, {"sentences": sentences_kept}, dict(removed))
 
     def _line(self, line: str) -> tuple[str, str]:
-        """Returns the reason to remove a line, or to drop its document ("" if it stays), and the line."""
+        """Returns the reason to remove the line or to drop its document, and the line. The reason is "" if the line stays."""
         if len(line) > self.max_word_chars and max(map(len, line.split())) > self.max_word_chars:
             return "lines_of_long_words", line
         short = _CITATION.sub("", line) if self.citations and "[" in line else line

@@ -1,9 +1,10 @@
-"""Drops documents that your own classifier finds unlike its good examples: linear, on hashed word n-grams.
+"""Drops documents with a low score by your own quality classifier: a linear model on hashed word n-grams.
 
-GPT-3, CCNet's followers and DCLM (Li et al. 2024, arXiv 2406.11794) select pages this way, with fastText on examples of good
-and other documents. Train one with `heliostat data train-classifier GOOD BAD --out FOLDER`, which reports precision and
-recall on held-out documents; its folder holds safetensors and JSON. `score` (by `column`) becomes a column. The right
-threshold depends on the data: see the report in the folder's classifier.json.
+GPT-3, successors of CCNet, and DCLM (Li et al. 2024, arXiv 2406.11794) select pages with such a classifier, for example with
+fastText. It is trained on examples of good documents and of other documents. `heliostat data train-classifier GOOD BAD --out
+FOLDER` trains a classifier, and prints its precision and recall on held-out documents. FOLDER then contains safetensors and
+JSON files. The stage stores the score in the column that `column` names. The right threshold depends on the data: see the
+report in FOLDER/classifier.json.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class Classifier(Stage):
     paths: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str = Field(min_length=1)
-    """Folder of the classifier."""
+    """Folder of the classifier, from `heliostat data train-classifier`."""
     min_score: Float = Field(0.5, ge=0, le=1)
-    """Minimum score to keep a document (`low_score`)."""
+    """Minimum score; documents with a lower score are dropped (`low_score`)."""
     column: str = Field("quality", min_length=1)
     """Column for the score."""
 

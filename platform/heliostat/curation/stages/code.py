@@ -1,16 +1,17 @@
-"""Drops source files that people didn't write: StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov et
-al. 2024).
+"""Drops source files that people didn't write, with StarCoder's filters (Li et al. 2023, arXiv 2305.06161, section 3.1; Lozhkov
+et al. 2024).
 
-The stage drops a file if
+The stage drops a file if one of these is true:
 
-- it has more than 100,000 lines, lines of more than 100 characters on average, or a line of more than 1,000 characters (for
-  HTML, JSON, Markdown, and the like, a line of more than 100,000);
-- fewer than 25 % of its characters are letters or digits;
-- encoded data (base64, hexadecimal, escapes) fills more than 1,024 characters in a row, or half of the file;
-- it is XML, a data file of 512 lines or more, or HTML of which less than 20 % is visible;
-- its name or first lines mark it as generated, minified, or vendored.
+- It has more than 100,000 lines, more than 100 characters per line on average, or a line of more than 1,000 characters. For
+  HTML, JSON, Markdown, and similar formats, the average has no limit, and a line may have up to 100,000 characters.
+- Fewer than 25 % of its characters are letters or digits.
+- Encoded data (base64, hexadecimal, escape sequences) makes up more than half of the file, or a run of it has more than 1,024
+  characters.
+- It is XML, a data file of more than 512 lines, or HTML with less than 20 % visible text.
+- Its path or its first lines show that it is generated, minified, or vendored.
 
-`language` becomes a column.
+The stage stores the language of each file in the column `language`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from heliostat.curation.slices import LINE_END, slices
 from heliostat.curation.stage import Document, Outcome, Stage, first_failed, text_of
 from heliostat.schema import Float
 
-LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # may have long lines
+LONG_LINES = {"HTML", "JSON", "Markdown", "Roff", "SMT", "TeX", "Text", "XML"}  # formats that may have long lines
 FEW_LETTERS = {"Assembly", "WebAssembly"}
 DATA = {"Text", "JSON", "YAML", "Web Ontology Language", "Graphviz (DOT)"}
 _ENCODED = re.compile(
@@ -64,25 +65,26 @@ class Code(Stage):
     }
 
     languages: list[str] = []
-    """Languages to keep, by GitHub's names; empty: all."""
+    """Languages to keep, by GitHub's names. Empty: all languages."""
     max_lines: int = Field(100_000, ge=1)
     """Maximum lines of a file; longer files are dropped (`many_lines`)."""
     max_mean_line: Float = Field(100.0, gt=0)
-    """Maximum mean characters per line (`long_lines`)."""
+    """Maximum mean characters per line; files with more are dropped (`long_lines`)."""
     max_line: int = Field(1000, ge=1)
-    """Maximum characters of one line (`long_line`)."""
+    """Maximum characters of one line; files with a longer line are dropped (`long_line`)."""
     max_text_line: int = Field(100_000, ge=1)
-    """Maximum characters of one line in HTML, JSON, Markdown, Roff, SMT, TeX, text, and XML, whose mean doesn't count."""
+    """Maximum characters of one line in HTML, JSON, Markdown, Roff, SMT, TeX, text, and XML. `max_mean_line`
+    doesn't apply to these formats."""
     min_alphanumeric: Float = Field(0.25, ge=0, le=1)
-    """Minimum share of letters and digits (`few_letters`); not used for assembly."""
+    """Minimum share of letters and digits; files with less are dropped (`few_letters`). Not used for assembly."""
     max_encoded: Float = Field(0.5, ge=0, le=1)
-    """Maximum share of characters in runs of encoded data (`encoded`)."""
+    """Maximum share of characters in runs of encoded data; files with more are dropped (`encoded`)."""
     max_encoded_run: int = Field(1024, ge=64)
-    """Maximum characters of one such run."""
+    """Maximum characters of one run of encoded data; files with a longer run are dropped (`encoded`)."""
     max_data_lines: int = Field(512, ge=1)
     """Maximum lines of text, JSON, YAML, OWL, and DOT; longer files are dropped (`data`)."""
     min_visible: Float = Field(0.2, ge=0, le=1)
-    """Minimum share of visible text in HTML (`invisible`)."""
+    """Minimum share of visible text in HTML; files with less are dropped (`invisible`)."""
     vendored: bool = True
     """Drops vendored files."""
     generated: bool = True
@@ -91,7 +93,7 @@ class Code(Stage):
     """Drops minified files."""
 
     def decide(self, document: Document) -> Outcome:
-        """Measures a file, and keeps it with its language as a column, or drops it."""
+        """Measures a file. Keeps the file, with its language in a column, or drops it."""
         text, path = text_of(document), str(document.columns.get("path", document.id))
         if not text:
             return Outcome(None, "empty")

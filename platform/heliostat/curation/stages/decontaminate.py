@@ -1,11 +1,12 @@
-"""Drops documents that contain text of evaluation sets: shared n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165,
+"""Drops documents that contain text from evaluation sets: they share n-grams of 13 words (Brown et al. 2020, arXiv 2005.14165,
 appendix C).
 
-Words are compared like in `minhash` (`heliostat.curation.comparable`), so differences in case, accents, punctuation, numbers,
-and Unicode form don't matter, and each Chinese character is a word. The sets are files: JSON lines (all strings of an example,
-or `fields`), or text whose paragraphs are examples. Examples of fewer words than `n` can't match; the check counts them. A
-document with at least `min_hits` shared n-grams is dropped; its detail lists the first hits: the set, its example, and the
-word of the document. GPT-3 instead removed the matches, and dropped documents that fell into ten pieces.
+Words are compared as in `minhash` (`heliostat.curation.comparable`): differences in case, accents, punctuation, numbers, and
+Unicode form don't matter, and each Chinese character is a word. An evaluation set is a file: JSON lines (all strings of an
+example, or only `fields`), or text in which each paragraph is an example. Examples with fewer than `n` words can't match; the
+check reports how many there are. A document with at least `min_hits` shared n-grams is dropped. Its detail lists the first
+hits: the evaluation set, the example, and the number of the word in the document. GPT-3 instead removed the matching text, and
+dropped only documents that this removal split into ten pieces.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from heliostat.curation.stage import Document, Outcome, Stage, Work, text_of
 from heliostat.tasks import files
 
 log = logging.getLogger(__name__)
-LISTED = 5  # hits in a document's detail
+LISTED = 5  # maximum hits in a document's detail
 
 
 class Decontaminate(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
     reasons: ClassVar[dict[str, str]] = {"contaminated": "at least min_hits n-grams of an evaluation set"}
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"hits": ("min_hits",)}
-    version: ClassVar[int] = 2  # words are those of `comparable`: accents and numbers don't count, Chinese has words
+    version: ClassVar[int] = 2  # words from `comparable`: accents and numbers don't count; Chinese has words
     paths: ClassVar[tuple[str, ...]] = ("sets",)
 
     sets: dict[str, str] = Field(min_length=1)
-    """Evaluation sets: a name for each, and its file."""
+    """Evaluation sets: maps the name of each set to its file."""
     fields: list[str] = []
-    """Fields of JSON lines to compare; empty: all strings."""
+    """Fields of JSON lines to compare. Empty: all strings."""
     n: int = Field(13, ge=2, le=100)
     """Words per n-gram."""
     min_hits: int = Field(1, ge=1)
-    """Number of shared n-grams from which a document is dropped (`contaminated`)."""
+    """Minimum number of shared n-grams to drop a document (`contaminated`)."""
 
     def check(self) -> None:
         for name, count in self._index()[1].items():

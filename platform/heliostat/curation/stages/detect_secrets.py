@@ -1,11 +1,12 @@
-"""Masks secrets in code, or drops files with secrets, like StarCoder (Li et al. 2023, arXiv 2305.06161): detect-secrets'
-detectors.
+"""Masks secrets in code, or drops files with secrets, like StarCoder (Li et al. 2023, arXiv 2305.06161), with the detectors of
+detect-secrets.
 
-Tokens of clouds and services, private keys, passwords in URLs and JSON web tokens are found by their format. By default, all
-format detectors are used. Detectors of high entropy and of words such as "password" have many false positives, and must be
-named (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is checked if it has a run of 16
-characters that may be a secret, or a mark of shorter secrets. Lines of more than 4,096 characters are checked in pieces. A
-private key is one secret from its BEGIN to its END, over lines; without an END, to the end of its base64.
+The default detectors find secrets by their format: tokens of cloud providers and services, private keys, passwords in URLs, and
+JSON web tokens. Detectors of high entropy and of words such as "password" have many false positives, so you must list them in
+`detectors` (`HexHighEntropyString`, `Base64HighEntropyString`, `KeywordDetector`). A line is checked if it has a run of 16
+characters that may be a secret, or a mark of a shorter secret. Lines of more than 4,096 characters are checked in pieces. A
+private key counts as one secret from its BEGIN to its END, even over several lines. Without an END, it ends where the base64
+ends.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ WIDE = ["Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "I
 _NEAR = re.compile(r"[A-Za-z0-9+/_=.-]{16}|://[^\s@]{1,200}@|PRIVATE KEY|PuTTY|AKC|AP[\dA-F]|xox|_authToken")
 _ANY = re.compile(r"\S")
 LONG_LINE, PIECE, OVERLAP = 4096, 2048, 512
-WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}  # the group is a token's prefix; for others, the secret
+# In the patterns of these detectors, the group is the prefix of a token. In other patterns, the group is the secret.
+WHOLE = {"GitHubTokenDetector", "GitLabTokenDetector", *OWN}
 ALONE = {"AWSKeyDetector", "TwilioKeyDetector"}  # detectors whose keys also occur by chance in base64
-TAILS = {  # by detector: the rest of tokens of which detect-secrets finds the beginning
+TAILS = {  # secret type -> the rest of a token; detect-secrets finds only the beginning of these tokens
     "JSON Web Token": re.compile(r"[\w=-]*(?:\.[\w=-]+)*"),
     **dict.fromkeys(("OpenAI Token", "Slack Token", "Discord Bot Token"), re.compile(r"[\w-]*")),
     **dict.fromkeys(("GitHub Token", "Stripe Access Key"), re.compile(r"\w*")),
@@ -57,7 +59,7 @@ _KEY = re.compile(
     r"(?P<kind>PGP PRIVATE KEY BLOCK|(?:(?:DSA|EC|OPENSSH|RSA|SSH2 ENCRYPTED) )?PRIVATE KEY) ?-{0,5}"
     r"|(?P<putty>PuTTY-User-Key-File-2)|Private-MAC:[ \t]*[0-9A-Fa-f]*"
 )
-_GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # between a key's lines, which may be strings or comments in code
+_GAP = r"(?:\\[nr]?|[\s\"'#*>|,;+.]){1,48}+"  # text between a key's lines, which may be strings or comments in code
 _HEADER = rf"{_GAP}[A-Za-z-]{{2,30}}+: [^\n]{{0,200}}+"
 _LAST = rf"{_GAP}(?:[A-Za-z0-9+/=]{{4}}){{1,9}}+(?![\w+/=])"
 _BODY = re.compile(rf"(?:{_HEADER}){{0,4}}+(?:{_GAP}[A-Za-z0-9+/=]{{40,}}+)++(?:{_LAST})?")
@@ -65,7 +67,7 @@ Span = tuple[int, int]
 
 
 class SecretDetector(Protocol):
-    """Finds secrets in a line, with the interface of detect-secrets' detectors; those with patterns have a `denylist`."""
+    """Finds secrets in a line, with the interface of detect-secrets' detectors. Detectors with patterns have a `denylist`."""
 
     secret_type: str
 
@@ -73,7 +75,7 @@ class SecretDetector(Protocol):
 
 
 class ServiceTokenDetector:
-    """Finds tokens by the prefixes that services give them, like a detector of detect-secrets."""
+    """Finds services' tokens by their prefixes, with the interface of detect-secrets' detectors."""
 
     secret_type = "Service Token"
     denylist = (_TOKENS,)
@@ -90,8 +92,8 @@ class DetectSecrets(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("detect-secrets",)
 
     detectors: list[str] = Field(FORMS + OWN, min_length=1)
-    """Detectors to use, by detect-secrets' names. `ServiceTokenDetector` is heliostat's: tokens of GitHub (fine-grained),
-    Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm and other services."""
+    """Detectors to use, by detect-secrets' names. heliostat adds `ServiceTokenDetector`, which finds tokens of GitHub
+    (fine-grained), Anthropic, OpenAI, Hugging Face, Google, DigitalOcean, npm, and other services."""
     action: Literal["mask", "drop"] = "mask"
     """Replaces secrets with a mask, or drops the document."""
     mask: str = "<secret>"
@@ -128,7 +130,10 @@ class DetectSecrets(Stage):
 
 
 def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Pattern[str]) -> tuple[str, int, set[str]]:
-    """Masks private keys, and the secrets of each line that may have one; returns the text, their number, and their kinds."""
+    """Masks private keys, and the secrets in lines that may have any.
+
+    Returns the masked text, the number of secrets, and the kinds of secrets.
+    """
     out, at, count, kinds = list[str](), 0, 0, set[str]()
     for kind in (d.secret_type for d in detectors if type(d).__name__ == KEYS):
         if keys := list(_keys(text)):
@@ -155,15 +160,15 @@ def _masked(text: str, detectors: list[SecretDetector], mask: str, near: re.Patt
 
 
 class Tails:
-    """Finds the ends of a line's secrets. Each tail is read once, even if many secrets begin in it, because it may have
-    megabytes."""
+    """Finds the ends of a line's secrets. Each tail is read only once, even if many secrets begin in it, because a tail may
+    have megabytes."""
 
     def __init__(self, line: str) -> None:
         self._line = line
         self._read = dict[str, Span]()  # the last tail of each kind
 
     def end(self, end: int, kind: str) -> int:
-        """Returns the end of a secret that was found up to `end`."""
+        """Returns the end of a secret whose beginning, up to `end`, was found."""
         first, last = self._read.get(kind, (0, -1))
         if not first <= end <= last:
             tail = TAILS[kind].match(self._line, end) if kind in TAILS else None
@@ -173,7 +178,8 @@ class Tails:
 
 
 def _keys(text: str) -> Iterator[Span]:
-    """Finds private keys: from BEGIN to the next END, if it is of the same kind and near, else to the end of the base64."""
+    """Finds private keys. A key ends at the next END, if this END has the same kind and is near; otherwise where the base64
+    ends."""
     if "PRIVATE KEY" not in text and "PuTTY" not in text:
         return
     marks = list(_KEY.finditer(text))
@@ -190,7 +196,7 @@ def _keys(text: str) -> Iterator[Span]:
 
 
 def _merged(spans: list[Span]) -> list[Span]:
-    """Merges overlapping spans: the same secret, found twice."""
+    """Merges overlapping spans, which are one secret that was found twice."""
     out = list[Span]()
     for start, end in spans:
         if out and start < out[-1][1]:
@@ -217,7 +223,7 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
 
 
 def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
-    """Finds the places of a line's secrets, and their kinds: for patterns, the match, or its group with the secret."""
+    """Yields the span and the kind of each secret in a line. A pattern's span is its match, or its group with the secret."""
     for detector in detectors:
         secrets = set(detector.analyze_string(line))
         if not secrets:
@@ -234,12 +240,12 @@ def _matched(line: str, detector: SecretDetector, secrets: set[str]) -> Iterator
                 start, end = match.span(0 if whole or not pattern.groups or match[1] is None else 1)
                 if alone and (line[:start][-1:].isalnum() or line[end:][:1].isalnum() or len({*line[start + 2 : end]}) == 1):
                     continue
-                secret = line[start:end].rstrip(' \t\r"')  # some patterns include the next characters
+                secret = line[start:end].rstrip(' \t\r"')  # some patterns include the characters around a secret
                 yield end - len(line[start:end].lstrip(' \t\r"=:')), start + len(secret)
 
 
 def _quoted(line: str, secrets: set[str]) -> Iterator[Span]:
-    """Finds the place of a secret that a detector reports without one: it is in quotes."""
+    """Yields the spans of secrets whose detector doesn't report positions. Such secrets are in quotes."""
     for secret in filter(None, secrets):
         for match in re.finditer(rf"(?<=[\"'`]){re.escape(secret)}(?=[\"'`])", line):
             yield match.span()

@@ -1,10 +1,11 @@
-"""Extracts the text of HTML pages: the main content by resiliparse (Bevendorff et al. 2018), or trafilatura (Barbaresi 2021).
+"""Extracts the text of HTML pages, by default only the main content, with resiliparse (Bevendorff et al. 2018) or trafilatura
+(Barbaresi 2021).
 
-resiliparse is the default. `library: trafilatura`, which FineWeb and RefinedWeb use, takes about twenty times as long, and finds
-the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`). A separate process reads each
-page, within `max_seconds` and `max_memory`. If a page hangs or crashes the parser, only this page is dropped, with a reason.
-`boilerplate` is the share of the page's visible text that isn't in the result. `title` and `encoding` become columns. Text
-documents pass unchanged, and so do PDFs, which the stage `pdf` reads.
+resiliparse is the default. FineWeb and RefinedWeb use trafilatura (`library: trafilatura`), which takes about twenty times as
+long, and finds the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`). A separate
+process parses each page, within the limits `max_seconds` and `max_memory`. If a page makes the parser hang or crash, only this
+page is dropped, with a reason. The measure `boilerplate` is the share of the page's visible text that isn't in the result.
+`title` and `encoding` become columns. Text documents pass through unchanged. So do PDFs, which the stage `pdf` reads.
 """
 
 from __future__ import annotations
@@ -35,20 +36,21 @@ class Extract(Stage):
         "failed": "the parser refuses the page",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"undecodable": ("max_undecodable",)}
-    version: ClassVar[int] = 3  # texts are in NFC, like those of readers
+    version: ClassVar[int] = 3  # texts are in NFC, like texts from readers
 
     library: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """Library that extracts the text of a page."""
     main_content: bool = True
-    """Removes navigation, headers, footers, and the like."""
+    """Removes navigation, headers, footers, and similar content."""
     max_bytes: int = Field(16 << 20, gt=0)
     """Maximum bytes of a page; larger pages are dropped (`too_large`)."""
     max_undecodable: Float = Field(0.05, ge=0, le=1)
-    """Maximum share of characters that are invalid in the page's encoding (`undecodable`)."""
+    """Maximum share of characters that are invalid in the page's encoding; pages with more are dropped (`undecodable`)."""
     max_seconds: Float = Field(10.0, gt=0)
-    """Maximum processor seconds per page (`timeout`)."""
+    """Maximum CPU seconds per page; pages that need more are dropped (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """Maximum MiB of address space of the parser's process (`memory`, `crashed`)."""
+    """Maximum address space of the parser's process, in MiB; pages that need more are dropped (`memory`,
+    `crashed`)."""
 
     def check(self) -> None:
         needed = {"resiliparse", self.library}

@@ -1,9 +1,14 @@
-"""Drops documents that look like lists: FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
+"""Drops documents that look like lists, with FineWeb's own quality filter (Penedo et al. 2024, arXiv 2406.17557, section 3.6).
 
-A document is dropped if fewer than 12 % of its lines end with a terminal mark; if more than 67 % of its lines have at most 30
-characters; if more than 1 % of its characters are in duplicate lines (the paper and its code count lines after deduplication
-across documents); or if it has more than 0.3 line ends per word. Lines of only white space don't count. Decisions agree with
-datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
+A document is dropped if one of these is true:
+
+- Fewer than 12 % of its lines end with a terminal mark.
+- More than 67 % of its lines have at most 30 characters.
+- More than 1 % of its characters are in duplicate lines. (The paper and its code count lines after deduplication across
+  documents.)
+- It has more than 0.3 line ends per word.
+
+Lines of only white space don't count. Decisions agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -33,15 +38,16 @@ class FineWeb(Stage):
     }  # fmt: skip
 
     min_terminal_lines: Float = Field(0.12, ge=0, le=1)
-    """Minimum share of lines that end with a terminal punctuation mark, of any script (`few_terminal_marks`)."""
+    """Minimum share of lines that end with a terminal punctuation mark, of any script; documents with less are dropped
+    (`few_terminal_marks`)."""
     max_short_lines: Float = Field(0.67, ge=0, le=1)
-    """Maximum share of short lines (`short_lines`)."""
+    """Maximum share of short lines; documents with more are dropped (`short_lines`)."""
     short_line_chars: int = Field(30, ge=0)
     """Maximum characters of a short line."""
     max_duplicate_chars: Float = Field(0.01, ge=0, le=1)
-    """Maximum share of characters in duplicate lines (`duplicate_chars`)."""
+    """Maximum share of characters in duplicate lines; documents with more are dropped (`duplicate_chars`)."""
     max_line_ends: Float = Field(0.3, ge=0)
-    """Maximum line ends per word (`line_ends`)."""
+    """Maximum line ends per word; documents with more are dropped (`line_ends`)."""
 
     def open(self) -> Work:
         return by_text(self.judge)

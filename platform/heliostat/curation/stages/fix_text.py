@@ -1,9 +1,9 @@
 """Repairs wrongly decoded text ("âœ” No problems"), with ftfy (Speer 2019), like FineWeb.
 
-Mojibake, C1 control characters, surrogates, terminal escapes and other control characters are repaired or removed, and HTML
-entities resolved in lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures, and full-width
-characters stay. Lines of plain ASCII without an entity or a control character are skipped, which saves most of the time and
-changes nothing. The stage counts the repaired lines.
+The stage repairs or removes mojibake, C1 control characters, surrogates, terminal escapes, and other control characters. It
+replaces HTML entities in the lines before the first `<`. Style rules are off, as in FineWeb: curly quotes, ligatures, and
+full-width characters stay. Plain ASCII lines without an entity or a control character are skipped. This saves most of the
+time, and doesn't change the result. The stage counts the repaired lines.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 if TYPE_CHECKING:
     from ftfy import TextFixerConfig
 
-_ODD = re.compile(r"[^\t\n\r -%'-~]")  # characters at which ftfy may change something
+_ODD = re.compile(r"[^\t\n\r -%'-~]")  # characters that ftfy may change, and the & of entities
 
 
 class FixText(Stage):
@@ -25,11 +25,11 @@ class FixText(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("ftfy",)
 
     uncurl_quotes: bool = False
-    """Replaces curly quotes with straight ones."""
+    """Replaces curly quotes with straight quotes."""
     fix_latin_ligatures: bool = False
     """Replaces ligatures such as ﬁ with two letters."""
     fix_character_width: bool = False
-    """Replaces full-width and half-width characters with those of normal width."""
+    """Replaces full-width and half-width characters with characters of normal width."""
     unescape_html: bool = True
     """Replaces HTML entities, in lines before the first `<`."""
 
@@ -53,7 +53,10 @@ class FixText(Stage):
 
 
 def _fixed(text: str, config: TextFixerConfig, fix: Callable[[str, TextFixerConfig], str]) -> tuple[str, int]:
-    """Fixes the lines with an unusual character; entities only before the first `<`, as in the complete text."""
+    """Fixes the lines with an unusual character; returns the text, and the number of changed lines.
+
+    Entities are replaced only before the first `<`, as if ftfy read the complete text.
+    """
     out, at, count, angle = list[str](), 0, 0, text.find("<")
     while odd := _ODD.search(text, at):
         start = text.rfind("\n", at, odd.start()) + 1 or at

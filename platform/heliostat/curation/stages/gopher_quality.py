@@ -1,10 +1,15 @@
-"""Drops documents that don't look like prose: Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
+"""Drops documents that don't look like prose, with Gopher's quality filter (Rae et al. 2021, arXiv 2112.11446, appendix A.1.1).
 
-A document is kept if it has 50 to 100,000 words, with a mean of 3 to 10 characters, at most 0.1 hash signs or ellipses per
-word, at most 90 % of lines that begin with a bullet and 30 % that end with an ellipsis, at least 80 % of words with a letter
-in them, and at least two of eight stop words. Words are English words, split like in spaCy (marks are separate words). Words
-of only marks don't count for number and length. Decisions agree with datatrove's filter of this name:
-docs/benchmarks/curation-stages.md.
+A document is kept if all of these are true:
+
+- It has 50 to 100,000 words, with a mean length of 3 to 10 characters.
+- It has at most 0.1 hash signs per word, and at most 0.1 ellipses per word.
+- At most 90 % of its lines begin with a bullet, and at most 30 % end with an ellipsis.
+- At least 80 % of its words contain a letter.
+- It contains at least two of eight stop words.
+
+Words are English words, split as in spaCy: punctuation marks are separate words. Words of only marks don't count for the number
+and the length of words. Decisions agree with datatrove's filter of the same name: docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations
@@ -43,22 +48,22 @@ class GopherQuality(Stage):
     max_words: int = Field(100_000, ge=0)
     """Maximum words of a document; longer documents are dropped (`many_words`)."""
     min_word_length: Float = Field(3.0, ge=0)
-    """Minimum mean characters per word (`short_words`)."""
+    """Minimum mean characters per word; documents with shorter words are dropped (`short_words`)."""
     max_word_length: Float = Field(10.0, ge=0)
-    """Maximum mean characters per word (`long_words`)."""
+    """Maximum mean characters per word; documents with longer words are dropped (`long_words`)."""
     max_symbols: Float = Field(0.1, ge=0)
-    """Maximum hash signs, and maximum ellipses, per word (`hashes`, `ellipses`)."""
+    """Maximum hash signs, and maximum ellipses, per word; documents with more are dropped (`hashes`, `ellipses`)."""
     max_bullet_lines: Float = Field(0.9, ge=0, le=1)
-    """Maximum share of lines that begin with a bullet (`bullets`)."""
+    """Maximum share of lines that begin with a bullet; documents with more are dropped (`bullets`)."""
     max_ellipsis_lines: Float = Field(0.3, ge=0, le=1)
-    """Maximum share of lines that end with an ellipsis (`ellipsis_lines`)."""
+    """Maximum share of lines that end with an ellipsis; documents with more are dropped (`ellipsis_lines`)."""
     min_alphabetic_words: Float = Field(0.8, ge=0, le=1)
-    """Minimum share of words with a letter (`few_letters`)."""
+    """Minimum share of words with a letter; documents with less are dropped (`few_letters`)."""
     marks_are_words: bool = True
-    """Counts punctuation marks as words for that share, like datatrove; a text with many commas then has few letters. False
-    counts words only, like the paper."""
+    """Counts punctuation marks as words for `min_alphabetic_words`, like datatrove. A text with many commas then has a smaller
+    share of words with a letter. False: counts only words, like the paper."""
     min_stop_words: int = Field(2, ge=0)
-    """Minimum number of different stop words in a document (`few_stop_words`)."""
+    """Minimum number of different stop words in a document; documents with fewer are dropped (`few_stop_words`)."""
     stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
     """Stop words, in lower case."""
 

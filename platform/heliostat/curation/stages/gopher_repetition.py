@@ -1,8 +1,12 @@
-"""Drops documents that repeat themselves: Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
+"""Drops documents that repeat themselves, with Gopher's repetition filter (Rae et al. 2021, arXiv 2112.11446, table A1).
 
-A document is dropped if too much of it is duplicate lines or paragraphs (30 % of their number, 20 % of the characters), the
-most frequent n-gram of 2, 3, or 4 words (20, 18, 16 % of the characters), or repeated n-grams of 5 to 10 words (15 to 10 %).
-Words are English words, split like in spaCy. Decisions agree with datatrove's filter of this name:
+A document is dropped if one of these is true:
+
+- Duplicate lines, or duplicate paragraphs, are more than 30 % of their number, or have more than 20 % of the characters.
+- The most frequent n-gram of 2, 3, or 4 words has more than 20, 18, or 16 % of the characters.
+- Duplicate n-grams of 5 to 10 words have more than 15 to 10 % of the characters.
+
+Words are English words, split as in spaCy. Decisions agree with datatrove's filter of the same name:
 docs/benchmarks/curation-stages.md.
 """
 
@@ -39,13 +43,13 @@ class GopherRepetition(Stage):
     }  # fmt: skip
 
     max_duplicate_lines: Share = 0.3
-    """Maximum share of duplicate lines (`lines`)."""
+    """Maximum share of duplicate lines; documents with more are dropped (`lines`)."""
     max_duplicate_paragraphs: Share = 0.3
-    """Maximum share of duplicate paragraphs (`paragraphs`)."""
+    """Maximum share of duplicate paragraphs; documents with more are dropped (`paragraphs`)."""
     max_duplicate_line_chars: Share = 0.2
-    """Maximum share of characters in duplicate lines (`line_chars`)."""
+    """Maximum share of characters in duplicate lines; documents with more are dropped (`line_chars`)."""
     max_duplicate_paragraph_chars: Share = 0.2
-    """Maximum share of characters in duplicate paragraphs (`paragraph_chars`)."""
+    """Maximum share of characters in duplicate paragraphs; documents with more are dropped (`paragraph_chars`)."""
     max_top_2_grams: Share = 0.2
     """Maximum share of characters in the most frequent 2-gram of words."""
     max_top_3_grams: Share = 0.18
@@ -87,7 +91,7 @@ class GopherRepetition(Stage):
 
 
 def _parts(text: str, ends: re.Pattern[str]) -> Iterator[str]:
-    """Yields the items of `ends.split(text)`, without making the list."""
+    """Yields the items of `ends.split(text)`, without building the list."""
     at = 0
     for end in ends.finditer(text):
         yield text[at : end.start()]

@@ -1,12 +1,12 @@
-"""Drops documents by the score of a Hugging Face sequence classifier, for example for quality, education, toxicity, or a
+"""Drops documents by the score of a Hugging Face sequence classifier, for example of quality, educational value, toxicity, or
 domain.
 
-(FineWeb-Edu: Penedo et al. 2024, arXiv 2406.17557, keeps what a small BERT grades 3 of 5 or more; DCLM and Nemotron-CC have
-their own.) `model` is a local folder in the form of save_pretrained, with safetensors and tokenizer.json; heliostat never runs
-its code. The score is the label's probability (softmax, or sigmoid for independent labels), or the output of a model with one
-label. The model reads only the first `max_tokens` of a document; a count reports longer ones. If the cluster has GPUs, each
-has an actor that keeps the model; otherwise CPUs compute. Scores don't depend on the batch, but differ in the last digits
-between devices.
+FineWeb-Edu (Penedo et al. 2024, arXiv 2406.17557) keeps documents that a small BERT grades with at least 3 of 5. DCLM and
+Nemotron-CC have their own classifiers. `model` is a local folder as `save_pretrained` writes it, with safetensors and
+tokenizer.json. heliostat never runs code from this folder. The score is the label's probability (softmax, or sigmoid for
+independent labels). If a model has only one label, the score is the model's output. The model reads only the first `max_tokens`
+tokens of a document; a count reports longer documents. If the cluster has GPUs, each GPU has an actor with the model; otherwise
+the stage runs on CPUs. Scores don't depend on the batch, but their last digits differ between devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heliostat.curation.stage import Document, text_of
 
 class HfClassifier(scoring.ScoringStage):
     label: str = Field(min_length=1)
-    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none)."""
+    """Label whose score is used, by its name in config.json (`LABEL_0` if config.json has no names)."""
     max_tokens: int = Field(512, ge=8)
     """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)

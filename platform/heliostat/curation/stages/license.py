@@ -1,8 +1,9 @@
-"""Keeps documents by the SPDX expression in their column `license`: permissive licenses, like The Stack (Kocetkov et al. 2022,
-arXiv 2211.15533, section 3.1), unless `allow` names others.
+"""Keeps documents with permissive licenses, by the SPDX expression in their column `license`, like The Stack (Kocetkov et al.
+2022, arXiv 2211.15533, section 3.1).
 
-OR needs one allowed side, AND needs both; an exception (WITH) only adds to the rights of a license. A list means AND.
-`NOASSERTION`, an empty column, and an invalid expression count as unknown. `NONE` marks a document without any license.
+`allow` changes the licenses to keep. OR needs an allowed license on one side, and AND on both sides. An exception (WITH) is
+ignored, because it only adds rights. A list of expressions means AND. `NOASSERTION`, an empty column, and an invalid expression
+count as unknown. `NONE` marks a document without any license.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def expression(value: object) -> str:
 
 
 def allows(said: str, allowed: set[str]) -> bool | None:
-    """Evaluates an SPDX expression; None if it is invalid."""
+    """Checks whether an SPDX expression is allowed; None if the expression is invalid."""
     tokens, at = list[str](), 0
     while at < len(said) <= MOST and (match := _TOKEN.match(said, at)):
         tokens.append(match[1])

@@ -1,8 +1,13 @@
-"""Removes lines that aren't text: RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
+"""Removes lines that aren't text, with RefinedWeb's line-wise filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.2).
 
-It removes lines that are mainly capitals, only numbers, a counter ("3 likes"), or one word; and lines of at most ten words
-that begin with, end with, or contain one of the phrases ("sign in", "read more...", "items in cart"). A document that loses
-more than 5 % of its words is dropped. The paper removes only the phrase; removing the line is simpler to trace.
+The stage removes these lines:
+
+- lines with mainly capitals, with only numbers, or with only one word
+- counters ("3 likes")
+- lines of at most ten words that begin with, end with, or contain a listed phrase ("sign in", "read more...", "items in cart")
+
+A document that loses more than 5 % of its words is dropped. The paper removes only the phrase. This stage removes the line,
+which is easier to trace.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ from heliostat.schema import Float
 _COUNTER = re.compile(
     r"\W*[\d.,]+[KMkm]?\s+(?:likes?|shares?|comments?|retweets?|reposts?|quotes?|bookmarks?|upvotes?|downvotes?|downloads?|views?|followers?)\W*"
 )
-LONG_COUNTER = 100  # characters; no counter is this long
+LONG_COUNTER = 100  # characters; every counter is shorter
 _NUMBERS = re.compile(r"[\d\W_]+")
 
 
@@ -32,10 +37,10 @@ class Lines(Stage):
     version: ClassVar[int] = 2
 
     max_capitals: Float = Field(0.5, ge=0, le=1)
-    """Maximum share of capitals among the letters of a line; lines with more are removed, if they have at least
+    """Maximum share of capitals among the letters of a line. Lines with a larger share are removed, if they have at least
     `capital_letters` letters."""
     capital_letters: int = Field(5, ge=1)
-    """Minimum letters of a line for that rule."""
+    """Minimum letters of a line to which `max_capitals` applies."""
     numbers: bool = True
     """Removes lines of numbers and punctuation only."""
     counters: bool = True
@@ -43,15 +48,16 @@ class Lines(Stage):
     single_words: bool = True
     """Removes lines of one word."""
     begins: list[str] = ["sign in", "sign-in", "sign up", "log in", "skip to content", "subscribe to"]
-    """Removes short lines that begin with one of these, in any case."""
+    """Removes short lines that begin with one of these phrases. Case doesn't matter."""
     ends: list[str] = ["read more...", "read more…", "read more", "show more", "load more", "learn more"]
-    """Removes short lines that end with one of these, in any case."""
+    """Removes short lines that end with one of these phrases. Case doesn't matter."""
     holds: list[str] = ["items in cart", "all rights reserved", "accept cookies", "accept all cookies"]
-    """Removes short lines that contain one of these, in any case."""
+    """Removes short lines that contain one of these phrases. Case doesn't matter."""
     short_words: int = Field(10, ge=0)
     """Maximum words of a short line."""
     max_removed_words: Float = Field(0.05, ge=0, le=1)
-    """Maximum share of a document's words in removed lines; documents above it are dropped (`removed_words`); 1 drops none."""
+    """Maximum share of a document's words in removed lines; documents with a larger share are dropped
+    (`removed_words`). 1 drops none."""
 
     def decide(self, document: Document) -> Outcome:
         kept, removed, words, lost = list[str](), Counter[str](), 0, 0

@@ -1,11 +1,11 @@
 """Drops near-duplicates: documents with very similar sets of word n-grams, found by MinHash and locality-sensitive hashing.
 
-(Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's: Penedo et al., The FineWeb
-Datasets, 2024: 14 bands of 8 rows over 5-grams of words.) Documents that share a band are candidates, and connected candidates
-form one cluster; one document of each cluster stays. It finds a pair with Jaccard similarity 0.7 with probability 0.56, 0.8
-with 0.92, 0.9 with 0.9996, and 0.5 with 0.05. Exact duplicates are near-duplicates too. Words are compared like in FineWeb
-(`heliostat.curation.comparable`). The clusters are exact for these candidates, and don't depend on how the input is split.
-Memory is that of a part of the keys or edges, for any number of documents.
+The method is from Broder, On the resemblance and containment of documents, 1997. The defaults are FineWeb's (Penedo et al., The
+FineWeb Datasets, 2024): 14 bands of 8 rows over 5-grams of words. Documents with an equal band are candidates. Connected
+candidates form a cluster, and one document of each cluster stays. The probability of finding a pair depends on its Jaccard
+similarity: 0.05 for a similarity of 0.5, 0.56 for 0.7, 0.92 for 0.8, and 0.9996 for 0.9. Exact duplicates are near-duplicates
+too. Words are compared as in FineWeb (`heliostat.curation.comparable`). The clusters are exact for the candidates, and don't
+depend on how the input is split. A task has only a part of the keys or edges in memory, for any number of documents.
 """
 
 from __future__ import annotations
@@ -32,34 +32,36 @@ ROW_BYTES = 160  # bytes of memory per key, edge, or member in a task, including
 
 
 class MinHash(GlobalStage):
-    version: ClassVar = 2  # words are those of `comparable`, like FineWeb's: accents and numbers don't count
+    version: ClassVar = 2  # words from `comparable`, as in FineWeb: accents and numbers don't count
     compares: ClassVar = ("column", "within")
     needs: ClassVar = ("curation", "rensa")
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
     reasons: ClassVar = {"near_duplicate": "much like another document, which stays"}
 
     bands: int = Field(14, ge=1, le=1000)
-    """Bands of a signature; two documents that agree in one of them are candidates."""
+    """Number of bands of a signature. Two documents with an equal band are candidates."""
     rows: int = Field(8, ge=1, le=100)
-    """Permutations per band."""
+    """Number of permutations per band."""
     ngram: int = Field(5, ge=1, le=100)
-    """Words per shingle."""
+    """Words per n-gram."""
     seed: int = Field(1, ge=0)
     """Random seed of the permutations."""
     keep: Rule = "longest"
-    """Document of a cluster to keep: the `longest`, the `first` by id, the `oldest` by the date in `column`, or the `best`, with
-    the largest number in `column`. Ties keep the first by id."""
+    """Document of a cluster to keep: `longest`, `first` (by id), `oldest` (by the date in `column`), or `best` (the largest
+    number in `column`). In a tie, the first by id stays."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    """Column that `oldest` and `best` compare. The column must be one of the pipeline's `columns.others`, or come from an earlier
     stage."""
     within: str = ""
-    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. It must be
-    one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
+    """Compares only documents with the same value in this column, like FineWeb, which compares pages of one crawl. The
+    column must be one of the pipeline's `columns.others`, or come from an earlier stage. Unset: compares all documents."""
 
     @model_validator(mode="after")
     def _column(self) -> MinHash:
         if (self.keep in ("oldest", "best")) != bool(self.column):
-            raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
+            raise ValueError(
+                f"keep: {self.keep!r} {'needs a column. Set column' if not self.column else 'compares no column. Remove column'}"
+            )
         return self
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:

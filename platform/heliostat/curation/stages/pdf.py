@@ -1,11 +1,11 @@
 """Extracts the text of PDFs, in drawing order, with PDFium (the library of Chromium).
 
-Files that end in `.pdf` are read only if a pipeline has this stage. Hyphenated words at line ends are joined, and an empty
-line separates pages. There is no OCR: a scanned document without a text layer is dropped as `no_text`, and its pages without
-text are counted. Printed columns keep the order of the file, which is usually right; tables lose their form. A separate process
-reads each document, within `max_seconds` and `max_memory`. If a document hangs or crashes the library, or decompresses to
-gigabytes, only this document is dropped, with a reason. A document with a password is dropped as `encrypted`. `pages` and
-`title` become columns. Other documents pass unchanged.
+Files that end in `.pdf` are read only if a pipeline has this stage. Words that are hyphenated at line ends are joined, and an
+empty line separates pages. There is no OCR: a scanned document without a text layer is dropped as `no_text`. A count reports
+pages without text. Columns on a page keep the order of the file, which is usually right. Tables lose their form. A separate
+process reads each document, within the limits `max_seconds` and `max_memory`. If a document makes the library hang or crash, or
+decompresses to gigabytes, only this document is dropped, with a reason. A document with a password is dropped as `encrypted`.
+`pages` and `title` become columns. Other documents pass through unchanged.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ class Pdf(Stage):
         "failed": "it is no PDF that can be read",
     }
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {"pages": ("max_pages",)}
-    version: ClassVar[int] = 2  # texts are in NFC, like those of readers
+    version: ClassVar[int] = 2  # texts are in NFC, like texts from readers
     needs: ClassVar = ("curation", "pypdfium2")
     libraries: ClassVar[tuple[str, ...]] = ("pypdfium2",)
 
     max_pages: int = Field(5000, ge=1)
     """Maximum pages of a document; longer documents are dropped (`too_many_pages`)."""
     max_seconds: Float = Field(60.0, gt=0)
-    """Maximum processor seconds per document (`timeout`)."""
+    """Maximum CPU seconds per document; documents that need more are dropped (`timeout`)."""
     max_memory: int = Field(2048, ge=256)
-    """Maximum MiB of address space of the library's process (`memory`, `crashed`)."""
+    """Maximum address space of the library's process, in MiB; documents that need more are dropped (`memory`,
+    `crashed`)."""
 
     def loaded(self) -> Callable[[Document], Outcome]:
         self.check()

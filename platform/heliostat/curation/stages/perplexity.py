@@ -1,12 +1,13 @@
-"""Drops documents by their perplexity under a language model, and sorts the others into buckets by it.
+"""Drops documents by their perplexity under a language model, and assigns the other documents to buckets by perplexity.
 
-(CCNet: Wenzek et al. 2020, arXiv 1911.00359, sorts pages into head, middle and tail by the perplexity of a 5-gram model of
-Wikipedia. Here `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
-tokenizer.json; heliostat never runs its code.) Text like the model's training data has a low perplexity, and repetitive text a
-very low one. Lists, noise, and other languages have a high perplexity. The perplexity is exp of the mean negative log probability
-of the first `max_tokens` tokens, except the very first one. A count reports longer documents. If the cluster has GPUs, each has
-an actor that keeps the model; otherwise CPUs compute. The perplexity doesn't depend on the batch, but differs in the last digits
-between devices.
+CCNet (Wenzek et al. 2020, arXiv 1911.00359) sorts pages into head, middle, and tail by their perplexity under a 5-gram model of
+Wikipedia. Here, `model` is a local folder of a causal language model, for example a heliostat export, with safetensors and
+tokenizer.json. heliostat never runs code from this folder. Text like the model's training data has a low perplexity, and
+repetitive text has a very low perplexity. Lists, noise, and other languages have a high perplexity.
+
+The perplexity is exp of the mean negative log probability of the first `max_tokens` tokens, except the very first token. A count
+reports longer documents. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs on CPUs. The
+perplexity doesn't depend on the batch, but its last digits differ between devices.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ class Perplexity(scoring.ModelStage):
     }
 
     min_perplexity: Float | None = Field(None, ge=1)
-    """Minimum perplexity to keep a document (`low_perplexity`)."""
+    """Minimum perplexity; documents with a lower perplexity are dropped (`low_perplexity`)."""
     max_perplexity: Float | None = Field(None, ge=1)
-    """Maximum perplexity to keep a document (`high_perplexity`)."""
+    """Maximum perplexity; documents with a higher perplexity are dropped (`high_perplexity`)."""
     buckets: list[Float] = []
-    """Upper bounds of the buckets, ascending, such as [340, 900]: the column `bucket` is 0 below the first, 1 below the second,
-    and so on."""
+    """Upper bounds of the buckets, ascending, such as [340, 900]: the column `bucket` is 0 below the first bound, 1 below
+    the second bound, and so on."""
     max_tokens: int = Field(512, ge=8)
     """Maximum tokens of a document that the model reads."""
     batch: int = Field(4, ge=1, le=1024)
-    """Batch size: documents of similar length that the model reads together; each token takes as many numbers as the vocabulary
-    has tokens."""
+    """Batch size: documents of similar length that the model reads together. Each token of the batch needs memory for one number
+    per token of the vocabulary."""
     column: str = Field("perplexity", min_length=1)
     """Column for the perplexity."""
     bucket_column: str = Field("bucket", min_length=1)
@@ -55,9 +56,9 @@ class Perplexity(scoring.ModelStage):
         if self.min_perplexity is None and self.max_perplexity is None and not self.buckets:
             raise ValueError("set min_perplexity, max_perplexity, or buckets")
         if any(low >= high for low, high in pairwise(self.buckets)):
-            raise ValueError(f"buckets: {self.buckets} must ascend")
+            raise ValueError(f"buckets: {self.buckets} must ascend, without repeated values")
         if self.column == self.bucket_column:
-            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another name")
+            raise ValueError(f"bucket_column: {self.column!r} is the column of the perplexity. Choose another column")
         return self
 
     def check(self) -> None:
@@ -65,7 +66,7 @@ class Perplexity(scoring.ModelStage):
         named = config.get("architectures") or ["none"]
         if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in named):
             raise ConfigError(
-                f"model: {self.model!r} is a {', '.join(named)}, not a causal language model. Name a causal language model"
+                f"model: {self.model!r} is a {', '.join(named)}, not a causal language model. Use a causal language model"
             )
         scoring.check_length(config, self.max_tokens)
 

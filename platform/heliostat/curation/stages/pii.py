@@ -1,18 +1,24 @@
-"""Masks personal data, or drops documents with personal data: e-mail, public IP addresses, phone, card and account numbers.
+"""Masks personal data, or drops documents with personal data: e-mail addresses, public IP addresses, and phone, card, and account
+numbers.
 
-Card numbers must pass Luhn's checksum, account numbers (IBAN) ISO 7064's, phone numbers Google's libphonenumber; IP addresses
-must be public. FineWeb (Penedo et al. 2024, arXiv 2406.17557) masks e-mail and public IP addresses, which is the default;
-`kinds` adds others. The stage doesn't find names and street addresses, because it has no model for them. A mask contains
-nothing that would be masked again. Phone numbers without + and country are found only for `region`.
+Card numbers must pass Luhn's checksum. Account numbers (IBAN) must pass the checksum of ISO 7064. Phone numbers must be valid by
+Google's libphonenumber. IP addresses must be public. By default, the stage masks e-mail and IP addresses, like FineWeb (Penedo et
+al. 2024, arXiv 2406.17557); `kinds` adds other data. The stage doesn't find names and street addresses, because it has no model
+for them. A mask never looks like personal data, so it isn't masked again. Phone numbers without + and a country code are found
+only if `region` is set.
 
-Much code looks like personal data, so the format alone isn't enough. A slice (`x[1::2]`), a scope (`A::B`), a section number,
-or an object identifier isn't an address; `x@self.weight` and `git@github.com:a/b` aren't e-mail; a date or a long integer
-isn't a phone number. An address of IPv6 needs four written groups, a domain must be one that IANA has delegated, a card's
-digits stand in the groups of cards, and an area code stands by itself, unless a word such as `call` comes before the number.
+Much code looks like personal data, so the format alone isn't enough:
 
-An address of IPv4 needs two groups of two digits or more: `3.3.3.3` and `3.4.1.1` are section and version numbers. The rule
-leaves 0.03 % of random public addresses unmasked, 263 of 1,000,000. Google's and Quad9's resolvers (`8.8.8.8`) are masked
-anyway; Cloudflare's `1.1.1.1` isn't. A network (`64.252.64.0/18`) isn't masked either.
+- A slice (`x[1::2]`), a scope (`A::B`), a section number, or an object identifier isn't an IP address. An IPv6 address needs four
+  written groups.
+- `x@self.weight` and `git@github.com:a/b` aren't e-mail addresses. The top-level domain must be one that IANA has delegated.
+- A date or a long integer isn't a phone number. The area code must be separate from the other digits, unless a word such as
+  `call` comes before the number.
+- The digits of a card number must be grouped as on cards.
+
+An IPv4 address needs at least two groups of two or more digits: `3.3.3.3` and `3.4.1.1` are section or version numbers. This rule
+leaves 0.03 % of random public addresses unmasked, 263 of 1,000,000. The resolvers of Google (`8.8.8.8`) and Quad9 are masked
+nevertheless; Cloudflare's `1.1.1.1` isn't. A network (`64.252.64.0/18`) isn't masked either.
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from heliostat.curation.stage import Document, Outcome, Stage, text_of
 
 Kind = Literal["iban", "credit_card", "email", "ip", "phone"]
 ROUNDS = 8
-ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # if two overlap, the first one wins
+ORDER: tuple[Kind, ...] = ("iban", "credit_card", "email", "ip", "phone")  # if matches overlap, the first kind here wins
 
 
 class Pii(Stage):
@@ -39,20 +45,20 @@ class Pii(Stage):
     version: ClassVar[int] = 4
 
     kinds: list[Kind] = Field(["email", "ip"], min_length=1)
-    """Kinds to find: `email`, `ip`, `phone`, `credit_card`, `iban`."""
+    """Kinds of personal data to find: `email`, `ip`, `phone`, `credit_card`, `iban`."""
     action: Literal["mask", "drop"] = "mask"
     """Replaces personal data with a mask, or drops the document."""
     mask: str = "<{kind}>"
     """Mask; `{kind}` becomes `email`, `ip`, and so on."""
     region: str | None = None
-    """Country whose local form of phone numbers is found too, such as `US`; unset: only numbers with +."""
+    """Country whose local phone numbers are also found, such as `US`. Unset: only numbers with +."""
     max_found: int = Field(0, ge=0)
     """Maximum matches in a document if `action` is `drop`; documents with more are dropped (`pii`)."""
 
     @model_validator(mode="after")
     def _mask(self) -> Pii:
         if any(c.isdigit() or c == "@" for c in self.mask):
-            raise ValueError(f"mask: {self.mask!r} contains a digit or @, which look like personal data. Remove them")
+            raise ValueError(f"mask: {self.mask!r} contains a digit or @, so it may look like personal data. Remove digits and @")
         return self
 
     def check(self) -> None:
@@ -73,7 +79,7 @@ class Pii(Stage):
 
         def outcome(document: Document) -> Outcome:
             masked, counts = text_of(document), Counter[str]()
-            for _ in range(ROUNDS):  # after a mask, a number that was part of a longer one may be found
+            for _ in range(ROUNDS):  # masking may expose a number that was part of a longer number
                 masked, more = personal.replaced(masked, {kind: list(finders[kind](masked)) for kind in kinds}, masks)
                 counts.update(more)
                 if not more:

@@ -1,11 +1,11 @@
-"""Replaces captions with those of a Hugging Face captioner; the old ones stay, in a separate column.
+"""Replaces captions with the output of a Hugging Face captioning model; a separate column keeps the old captions.
 
 Generated captions describe images better than most alt texts on the web (BLIP: Li et al. 2022, arXiv 2201.12086; Nguyen et al.
-2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder in the form of save_pretrained (BLIP, GIT, or a
-vision encoder with a text decoder), with safetensors, the image processor, and tokenizer.json; heliostat never runs its code.
-The model reads images in their stored form. Decoding is greedy. Captions don't depend on the batch, but may differ between
-devices if two words are about equally likely. If the cluster has GPUs, each has an actor that keeps the model; otherwise CPUs
-compute. Later stages read the new captions: put a CLIP's `hf_image` there.
+2023, arXiv 2307.10350; Li et al. 2024, arXiv 2406.08478). `model` is a folder as `save_pretrained` writes it (BLIP, GIT, or a
+vision encoder with a text decoder), with safetensors, the image processor, and tokenizer.json. heliostat never runs code from
+this folder. The model reads images in their stored form. Decoding is greedy. Captions don't depend on the batch, but may differ
+between devices if two words are about equally likely. If the cluster has GPUs, each GPU has an actor with the model; otherwise
+the stage runs on CPUs. Later stages read the new captions: to score these with a CLIP, put `hf_image` after this stage.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Recaption(ModelStage):
     libraries: ClassVar[tuple[str, ...]] = ("pillow", *ModelStage.libraries)
 
     max_tokens: int = Field(64, ge=1)
-    """Maximum tokens of a caption; a count reports the truncated ones."""
+    """Maximum tokens of a caption; a count reports truncated captions."""
     batch: int = Field(16, ge=1, le=1024)
     """Batch size in images."""
     original: str = Field("original_caption", min_length=1)
-    """Column of the shards that keeps the input's caption."""
+    """Column of the shards with the original caption from the input."""
 
     def digests(self) -> dict[str, object]:
         return {"model": image_models.digests(self.model)}

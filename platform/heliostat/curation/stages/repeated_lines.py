@@ -1,15 +1,17 @@
-"""Removes lines, or paragraphs, that several documents share: one occurrence of each stays in the dataset.
+"""Removes lines or paragraphs that several documents share; one occurrence of each stays in the dataset.
 
-This removes menus, licenses, and notices, which filters on single documents can't find. The first occurrence in the document
-whose id has the smallest hash stays, so the result doesn't depend on how the input is split. An empty document is dropped. Put
-this stage after `minhash`; otherwise near-duplicates keep the lines that differ.
+The stage removes menus, licenses, and notices, which filters on single documents can't find. The first occurrence in the
+document whose id has the smallest hash stays, so the result doesn't depend on how the input is split. A document without any
+text left is dropped. Put this stage after `minhash`. Otherwise, near-duplicates lose their common lines, and only the lines that
+differ stay.
 
-CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are lines there, without case, punctuation, and the
-values of digits. This stage compares words like `minhash` (`heliostat.curation.comparable`), including accents and Asian scripts,
-and lines with only numbers as written. Raffel et al. 2019, arXiv 1910.10683, do the same for spans of three sentences of C4.
+CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are single lines there, and ignores case, punctuation, and
+the values of digits. This stage compares words as in `minhash` (`heliostat.curation.comparable`), which also covers accents and
+Asian scripts. Lines with only numbers are compared as written. In C4, Raffel et al. 2019, arXiv 1910.10683, remove repeated spans
+of three sentences.
 
-Parts are compared by 64-bit hashes: among 10^10 different ones, about three collide. A task holds the different parts in a share
-of all hashes.
+The stage compares lines or paragraphs by 64-bit hashes. Among 10^10 different hashed texts, about three pairs collide. A task has
+the different hashes of only one range in memory.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ class RepeatedLines(RepeatingStage):
     libraries: ClassVar[tuple[str, ...]] = ("regex",)
 
     unit: Unit = "line"
-    """Unit to compare: every `line`, or every `paragraph`, which ends at an empty line."""
+    """Unit to compare: `line`, or `paragraph` (which ends at an empty line)."""
     min_words: int = Field(3, ge=1)
-    """Minimum words of a line or paragraph; shorter ones always stay."""
+    """Minimum words of a line or paragraph to compare; shorter lines and paragraphs always stay."""
     normalise: bool = True
-    """Compares words like `minhash`: without case, accents, punctuation, and the values of numbers."""
+    """Compares words as in `minhash`: ignores case, accents, punctuation, and the values of numbers."""
 
     def signing(self) -> ComparedParts:
         return ComparedParts(self.unit, self.min_words, self.normalise)

@@ -1,13 +1,13 @@
-"""Removes spans of words that several documents share, wherever they begin: one occurrence of each stays in the dataset.
+"""Removes spans of words that several documents share, wherever they begin; one occurrence of each stays in the dataset.
 
-The stage always finds a shared span of `words` words or more, sometimes a shorter one, and never one of less than half of
-`words`. It removes the span, except for less than half of `words` at either end, and ends the line there. The first occurrence in
-the document whose id has the smallest hash stays. Words are compared like in `minhash`, and spans of only numbers as written. Put
-this stage after all others that compare documents.
+The stage finds every shared span of at least `words` words. It may also find shorter spans, but none with less than half of
+`words` words. It removes a span, but may leave less than half of `words` words at each end of the span. The line is broken where
+the span was. The first occurrence in the document whose id has the smallest hash stays. Words are compared as in `minhash`. Spans
+with only numbers are compared as written. Put this stage after all other stages that compare documents.
 
 Lee et al. 2021, Deduplicating Training Data Makes Language Models Better, arXiv 2107.06499, remove spans of 50 tokens with a
-suffix array, which must be in memory as a whole. This stage chooses windows of half of `words` by content (winnowing, Schleimer
-et al. 2003), and compares their hashes on disk. So it takes linear time and bounded memory.
+suffix array, which must fit in memory. This stage chooses windows of half of `words` words by their content (winnowing, Schleimer
+et al. 2003), and compares the windows' hashes on disk. So the stage takes linear time and bounded memory.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from heliostat.curation.repeated import Cut, RepeatingStage, WordWindows, spans
 
 
 class RepeatedSpans(RepeatingStage):
-    """Removes spans of words that are in another document, or earlier in the same one."""
+    """Removes spans of words that are in another document, or earlier in the same document."""
 
     libraries: ClassVar[tuple[str, ...]] = ("regex", "rensa")
 
     words: int = Field(100, ge=10)
-    """Minimum words of a span that is always found."""
+    """Number of words from which a shared span is always found."""
 
     def signing(self) -> WordWindows:
         return WordWindows((self.words + 1) // 2)
 
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes windows by the numbers of their first words."""
+        """Removes windows. `lost`: the number of each window's first word."""
         places = edges(text)
         kept, at, removed, gone = list[str](), 0, 0, spans(lost, self.signing().size)
         for first, stop in gone:

@@ -1,13 +1,17 @@
-"""Drops documents with nearly the same meaning as another, by the cosine similarities of their vectors, over the complete
+"""Drops documents with nearly the same meaning as another document, by the cosine similarity of their vectors, over the complete
 dataset.
 
-(SemDeDup: Abbas et al. 2023, arXiv 2303.09540.) `model` is a local folder of a text encoder, in the form of save_pretrained or
-sentence-transformers; heliostat never runs its code. Spherical k-means assigns documents to cells, and the stage visits each
-cell in the order of `keep`. A document is dropped if its cosine similarity with an earlier one that stays is `min_similarity`
-or more. So two that stay in a cell are never that near, and each dropped document is near one that stays, without chains. It
-finds all pairs within a cell; datasets of up to `cell_documents` are one cell. A pair across a border stays; a second stage
-with another `seed` has other borders. Vectors are rounded to 8 bits, so the results are the same on every machine. The model
-reads only the first `max_tokens` of a document. Put this stage after `minhash`.
+The method is SemDeDup (Abbas et al. 2023, arXiv 2303.09540). `model` is a local folder of a text encoder, as `save_pretrained` or
+sentence-transformers writes it. heliostat never runs code from this folder. Spherical k-means assigns documents to cells. In each
+cell, the stage visits documents in the order of `keep`. It drops a document if its cosine similarity with an earlier document
+that stays is `min_similarity` or more. So the documents that stay in a cell are less similar to each other than
+`min_similarity`. Each dropped document is at least as similar as `min_similarity` to a document that stays, without
+chains.
+
+The stage finds all pairs within a cell. Datasets of up to `cell_documents` documents are one cell. If two similar documents are
+in different cells, both stay. A second stage with another `seed` has different cells. Vectors are rounded to 8 bits, so the
+results are the same on every machine. The model reads only the first `max_tokens` tokens of a document. Put this stage after
+`minhash`.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
 ROW_BYTES = 400  # bytes of memory per document of a cell, in addition to its vector
-VECTORS = 16  # a file of vectors is 1 / VECTORS of `memory_limit`: it is sorted, encoded, and read again
+VECTORS = 16  # a file of vectors has up to `memory_limit` / VECTORS bytes: it is sorted, encoded, and read again
 NUMBER_BYTES = 16  # bytes of memory per number of a compared vector, with copies
 
 
@@ -40,27 +44,29 @@ class Semantic(scoring.NamesModel, GlobalStage):
     thresholds: ClassVar = {"similarity": ("min_similarity",)}
 
     min_similarity: Float = Field(0.95, gt=0, lt=1)
-    """Minimum cosine similarity of duplicates. The right value depends on the model: look at the histogram of
-    `heliostat data report`."""
+    """Minimum cosine similarity of duplicates. The right value depends on the model: see the histogram that
+    `heliostat data report` shows."""
     cell_documents: int = Field(65_536, ge=1)
-    """Documents per cell, approximately; the stage compares all documents within a cell with those that stay."""
+    """Documents per cell, approximately. The stage compares each document with all documents of its cell that stay."""
     max_tokens: int = Field(512, ge=8)
     """Maximum tokens of a document that the model reads."""
     batch: int = Field(8, ge=1, le=1024)
     """Batch size: documents of similar length that the model reads together."""
     seed: int = Field(1, ge=0)
-    """Random seed of the cells."""
+    """Random seed for the assignment of documents to cells."""
     keep: Rule = "longest"
-    """Order of comparison, which decides what stays: the `longest`, the `first` by id, the `oldest` by the date in `column`, or
-    the `best`, with the largest number in `column`. Ties keep the first by id."""
+    """Order of comparison, which decides which document stays: `longest`, `first` (by id), `oldest` (by the date in `column`), or
+    `best` (the largest number in `column`). In a tie, the first by id stays."""
     column: str = ""
-    """Column that `oldest` and `best` compare. It must be one of the pipeline's `columns.others`, or come from an earlier
+    """Column that `oldest` and `best` compare. The column must be one of the pipeline's `columns.others`, or come from an earlier
     stage."""
 
     @model_validator(mode="after")
     def _column(self) -> Semantic:
         if (self.keep in ("oldest", "best")) != bool(self.column):
-            raise ValueError(f"keep: {self.keep!r} {'needs a column' if not self.column else 'compares no column'}")
+            raise ValueError(
+                f"keep: {self.keep!r} {'needs a column. Set column' if not self.column else 'compares no column. Remove column'}"
+            )
         return self
 
     def digests(self) -> dict[str, object]:
@@ -83,7 +89,7 @@ class Semantic(scoring.NamesModel, GlobalStage):
     def decided(
         self, flow: Flow, curated: Curated, number: int, memory_limit: int, embedded: list[dict[str, Any]]
     ) -> list[SpilledRun]:
-        """Embeds the runs' documents and compares their vectors; returns the remaining runs."""
+        """Compares the vectors of the runs' documents; returns the remaining runs. `embedded`: records of the embedding tasks."""
         kind, runs = f"semantic-{number}", curated.runs
         files = [(i, name) for i, r in enumerate(embedded) for name in r["vectors"]]
         rows, size = sum(r["rows"] for r in embedded), max((r["size"] for r in embedded), default=0)

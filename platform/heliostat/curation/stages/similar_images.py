@@ -1,10 +1,10 @@
-"""Drops images that look like another, by 64-bit perceptual hashes that differ in few bits, over the complete dataset.
+"""Drops images that look like another image, over the complete dataset: their 64-bit perceptual hashes differ in few bits.
 
-The hash is dHash (Krawetz, Kind of Like That, 2013): which of 8 x 8 places of the image, reduced to grayscale, is brighter
-than its right neighbor. It survives scaling, compression, and slight changes of color, but not crops, rotations, or mirroring.
-The stage finds all pairs within `distance`, exactly, and keeps one image of each: it visits images in the order of their pixel
-hashes, and drops one that is near an earlier one that stays. So two that stay are never near, and every dropped image is near
-one that stays. Memory is that of a part of the hashes, for any number of images.
+The hash is dHash (Krawetz, Kind of Like That, 2013). Each bit shows whether one of 8 x 8 areas of the grayscale image is brighter
+than the area to its right. The hash survives scaling, compression, and slight changes of color, but not crops, rotations, or
+mirroring. The stage finds all pairs within `distance`, and keeps one image of each pair. It visits images in the order of their
+pixel hashes, and drops an image that is near an earlier image that stays. So two images that stay are never near each other, and
+every dropped image is near an image that stays. A task has only a part of the hashes in memory, for any number of images.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class SimilarImages(GlobalStage):
     reasons: ClassVar = {"duplicate": "the pixels of another image", "near_duplicate": "almost the pixels of another image"}
 
     distance: int | None = Field(3, ge=0, le=16)
-    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates; null: only equal pixels count. Values above 8
-    take long on large sets."""
+    """Maximum Hamming distance of the 64-bit perceptual hashes of near-duplicates. Null: drops only images with equal pixels.
+    Values above 8 take long on large datasets."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs = f"alike-{number}", curated.runs
@@ -49,7 +49,7 @@ class SimilarImages(GlobalStage):
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs that look the same, and the images that stay; returns the spills that name them."""
+        """Finds the pairs of similar images, and the images that stay; returns the names of the spill files with them."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (

@@ -1,9 +1,13 @@
-"""Drops documents by their URL: RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
+"""Drops documents by their URL, with RefinedWeb's URL filter (Penedo et al. 2023, arXiv 2306.01116, appendix G.1).
 
-The lists are files with one entry per line; heliostat has none of its own. `domains` are blocked with all subdomains, `urls`
-exactly (except scheme, `www.`, a final slash, and case). A URL with one of `words` in it as a whole word is dropped, one with
-more than `max_soft_words` of `soft_words` too, and one with any of `parts` anywhere in it. The URL is read from the column
-`url`.
+The lists are files with one entry per line; heliostat doesn't include any list. The URL is read from the column `url`. A document
+is dropped if one of these is true:
+
+- The host, or one of its parent domains, is in `domains`.
+- The URL is in `urls`. The scheme, `www.`, a final slash, and case don't matter.
+- The URL contains one of `words` as a complete word.
+- The URL contains more than `max_soft_words` of `soft_words`.
+- The URL contains one of `parts` anywhere.
 """
 
 from __future__ import annotations
@@ -35,15 +39,15 @@ class Urls(Stage):
     paths: ClassVar[tuple[str, ...]] = _LISTS
 
     domains: list[str] = []
-    """Files of hosts, one per line; a host also blocks its subdomains."""
+    """Files of hosts, one per line. URLs of these hosts and of their subdomains are dropped (`domain`)."""
     urls: list[str] = []
-    """Files of URLs, one per line."""
+    """Files of URLs, one per line. Documents with one of these URLs are dropped (`url`)."""
     words: list[str] = []
-    """Files of words, one per line; any of them drops a URL."""
+    """Files of words, one per line. URLs with one of these words are dropped (`word`)."""
     soft_words: list[str] = []
-    """Files of words, one per line; more than `max_soft_words` of them drop a URL."""
+    """Files of words, one per line. URLs with more than `max_soft_words` of these words are dropped (`soft_words`)."""
     parts: list[str] = []
-    """Files of strings, one per line; any of them drops a URL, wherever it is in it."""
+    """Files of strings, one per line. URLs that contain one of these strings anywhere are dropped (`part`)."""
     max_soft_words: int = Field(1, ge=0)
     """Maximum number of different soft words in a URL; URLs with more are dropped (`soft_words`)."""
     required: bool = False
@@ -93,7 +97,7 @@ def _bare(url: str) -> str:
 
 
 def _hosts(url: str) -> list[str]:
-    """Returns a URL's host, and its parent domains; empty if it can't be parsed."""
+    """Returns a URL's host and the host's parent domains; an empty list if the URL can't be parsed."""
     try:
         host = urlsplit(url if "://" in url else f"//{url}").hostname or ""
     except ValueError:

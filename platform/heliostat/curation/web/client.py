@@ -1,7 +1,8 @@
 """Gets one URL over HTTP, within limits of bytes and seconds, and only from a public address, even after redirects.
 
-It resolves a name once, checks its addresses, and connects to one of them, so a later DNS answer can't redirect it. It ignores
-proxies in the environment. It doesn't request compression, so bodies arrive unchanged.
+The client resolves a host's name once, checks the addresses, and connects to one of the checked addresses. So a later DNS answer
+can't redirect the request. The client ignores proxies in the environment. It doesn't request compression, so bodies arrive
+unchanged.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ CONTROL = re.compile(r"[\x00-\x20\x7f]")
 TEMPORARY = (408, 425, 429, 500, 502, 503, 504)
 
 
-# in the form of getaddrinfo
+# an address as `getaddrinfo` returns it
 Address = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]]
 
 
 class FetchError(Exception):
-    """Reports why a URL returned nothing; `again`: whether a retry may succeed, after at least `wait` seconds."""
+    """Reports why a URL returned no body. `again`: whether a retry may succeed, after at least `wait` seconds."""
 
     def __init__(self, reason: str, detail: str = "", again: bool = False, wait: float = 0.0) -> None:
         super().__init__(reason, detail)
@@ -42,7 +43,7 @@ class FetchError(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Holds the limits of a request, its redirects included."""
+    """Holds the limits of a request and of its redirects together."""
 
     bytes: int
     seconds: float
@@ -71,9 +72,9 @@ def split(url: str) -> tuple[str, str, int, str]:
 
 
 def get(url: str, bounds: Bounds, before: Callable[[str], object] = lambda _: None) -> bytes:
-    """Returns the body of a URL, after at most REDIRECTS redirects; FetchError if there is none.
+    """Returns the body of a URL, after at most REDIRECTS redirects; FetchError if the URL has no body.
 
-    `before` is called with each URL before its request, and may wait; that time doesn't count.
+    `get` calls `before` with each URL before the request. `before` may wait; this time doesn't count as time of the request.
     """
     left = bounds.seconds
     for _ in range(REDIRECTS + 1):
@@ -102,7 +103,7 @@ def _once(url: str, bounds: Bounds, end: float) -> bytes | str:
 
 
 async def _requested(url: URL, resolved: list[Address], bounds: Bounds, seconds: float) -> bytes | str:
-    """Sends a request to one of the checked addresses; the session ends within its seconds in any case."""
+    """Sends a request to one of the checked addresses; the session always ends within `seconds`."""
     if seconds <= 0:
         raise TimeoutError("no more time")
     secure = ssl.create_default_context() if url.scheme == "https" else False
@@ -140,7 +141,10 @@ async def _body(answer: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def addresses(host: str, port: int, private: bool) -> list[Address]:
-    """Resolves a host; FetchError if it has no address, or one that isn't public unless `private` ones are allowed."""
+    """Resolves a host's addresses; FetchError if the host has no address.
+
+    Unless `private` is true, it also raises FetchError if an address isn't public.
+    """
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as e:
@@ -152,7 +156,7 @@ def addresses(host: str, port: int, private: bool) -> list[Address]:
 
 
 def public(address: str) -> bool:
-    """Checks whether an address is on the public internet, and of a single host."""
+    """Checks whether an address is on the public internet, and belongs to a single host."""
     parsed = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(parsed, ipaddress.IPv6Address):
         inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo[1] if parsed.teredo else None)
@@ -176,4 +180,4 @@ class _Checked(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """Does nothing: there is nothing to close."""
+        """Does nothing, because the resolver has nothing open."""

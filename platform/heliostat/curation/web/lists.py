@@ -1,7 +1,8 @@
-"""Splits lists of URLs into tasks by host: a host's URLs are in one task, or in several that share the host's rate.
+"""Splits lists of URLs into tasks by host: a host's URLs are in one task, or in several tasks that share the host's rate.
 
-A task of a list spills its rows by the hash of the host (16 bits of it are its group) and counts them by group; the driver
-holds the counts of the groups. Neighboring groups with few URLs share a task; one with many is split over several.
+One task per list spills the list's rows by the hash of the host, and counts the rows by group. A group is 16 bits of the hash.
+The driver has only the counts of the groups in memory. Neighboring groups with few URLs share a task. A group with many URLs is
+split into several tasks.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from heliostat.text import printable
 LISTS = (".jsonl", ".csv", ".parquet")
 ROWS = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("id", "url", "row"))])
 SPILLED = 200_000  # rows in memory at once
-GROUP = 48  # bits of a hash below its group
+GROUP = 48  # number of low bits of a hash; the bits above them are the group
 URLS = 2000  # URLs per task, approximately
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Lists the lists of URLs, sorted by path; ConfigError if there are none."""
+    """Returns the files with lists of URLs, sorted by path; ConfigError if the input has no such files."""
     base, listed = sources.find(uri)
     files = [InputFile(p, i.size, i.mtime_ns, i.etag) for p, i in listed if (p or base.path).lower().endswith(LISTS)]
     if not files:
         seen = f"none of {len(listed)} files is supported" if listed else "no such file"
-        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs: {', '.join(LISTS)}")
+        raise ConfigError(f"input: {uri!r}: {seen}. fetch reads lists of URLs in these formats: {', '.join(LISTS)}")
     return sorted(files, key=lambda f: f.path)
 
 
@@ -64,7 +65,7 @@ def plan(flow: Flow, uri: str, files: list[InputFile], column: str, wanted: list
 
 
 def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
-    """Yields ranges of groups (first, after the last), and the number of tasks for each."""
+    """Yields ranges of groups (first group, group after the last), and the number of tasks for each range."""
     first, size, last = 0, 0, 0
     for group in sorted(counts):
         if counts[group] > URLS:
@@ -83,7 +84,7 @@ def cut(counts: Counter[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list[str], limit: int) -> dict[str, object]:
-    """Spills the rows of a list by host; in the record, `groups` counts them."""
+    """Spills the rows of a list by host. In the returned record, `groups` is the number of rows of each group."""
     base, name, files, groups = sources.root(uri), part.path, list[str](), Counter[int]()
     sources.require_unchanged(base, part)
     numbered = enumerate(sources.rows(base, part.path, limit, part), 1)
@@ -96,8 +97,8 @@ def listed(folder: Location, part: FilePart, uri: str, column: str, wanted: list
 
 def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dict[str, object]:
     if not isinstance(row, dict) or column not in row:
-        row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "it is no object"
-        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). Its columns: {row_text}")
+        row_text = printable(", ".join(map(str, row))) if isinstance(row, dict) else "none, because the row isn't an object"
+        raise ConfigError(f"input: {printable(path)}: no column {column!r} of URLs (fetch.column). The row's columns: {row_text}")
     url = _whole(row[column]) if isinstance(row[column], str) else ""
     kept = {name: row[name] for name in wanted if row.get(name) is not None}
     return {"key": xxhash.xxh64_intdigest(host_of(url).encode("utf-8", "surrogatepass")), "id": id, "url": url,
@@ -105,7 +106,7 @@ def _row(id: str, row: object, column: str, wanted: list[str], path: str) -> dic
 
 
 def _whole(url: str) -> str:
-    """Returns a URL; if JSON spelled it with half a surrogate pair, which no file can store, an escaped form."""
+    """Returns a URL; an escaped form if the URL has half a surrogate pair, which JSON allows but no file can store."""
     try:
         url.encode()
     except UnicodeError:
@@ -122,7 +123,7 @@ def rows(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[d
 
 
 def _dealt(folder: Location, task: dict[str, Any], names: list[str]) -> Iterator[pa.Table]:
-    """Yields the rows of one task: each `of`-th row of its range of groups, in the order of the files."""
+    """Yields the rows of one task: every `of`-th row in the task's range of groups, in the order of the files."""
     seen = 0
     for name in names:
         for table in spill.read(folder, name, task["low"], task["high"]):

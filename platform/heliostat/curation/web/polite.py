@@ -1,8 +1,8 @@
-"""Fetches URLs by their hosts' rules: what robots.txt allows, at a limited rate, and later if a host asks for it.
+"""Fetches URLs by their hosts' rules: only what robots.txt allows, at a limited rate, and after a delay if a host requests one.
 
-A fetcher belongs to one task, and a host's URLs to tasks that share its rate, so nodes need no coordination. It reads
-robots.txt once per origin and task (RFC 9309: a missing one allows all, an unreachable one nothing). Redirect targets follow
-the same rules.
+Each task has its own fetcher. Tasks with URLs of the same host share the host's rate, so nodes need no coordination. A fetcher
+reads robots.txt once per origin (RFC 9309: a missing robots.txt allows all URLs, and an unreachable one allows no URLs). Redirect
+targets follow the same rules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class OriginRules:
 class Fetcher:
     """Fetches URLs from any number of threads, with at least `pause` seconds between two requests to one host.
 
-    `of` fetchers share that rate, and the one in a host's robots.txt: each waits as many times longer.
+    `of`: the number of fetchers that share this rate, and the rate in a host's robots.txt. Each fetcher waits `of` times as long.
     """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,
@@ -51,7 +51,7 @@ class Fetcher:
         self.lock = threading.Lock()
 
     def __call__(self, url: str) -> bytes:
-        """Returns the body of a URL; FetchError, after so many retries, if it has none."""
+        """Returns the body of a URL; FetchError if the request fails after all retries."""
         hosts = list[Host]()
         for attempt in range(self.retries + 1):
             try:
@@ -64,7 +64,7 @@ class Fetcher:
         raise AssertionError("a loop that returns or raises")
 
     def _admitted(self, url: str) -> Host:
-        """Waits until a URL may be requested and returns its host; FetchError if it isn't allowed."""
+        """Waits until a URL may be requested, and returns the URL's host; FetchError if the URL isn't allowed."""
         scheme, name, port, target = split(url)
         if self.robots:
             base = f"{scheme}://{f'[{name}]' if ':' in name else name}:{port}"
@@ -93,7 +93,8 @@ class Fetcher:
             return self.hosts.setdefault(name, Host(self.pause))
 
     def _learn(self, origin: OriginRules, base: str) -> None:
-        """Reads the origin's robots.txt, once; its redirect targets wait for their turn, and need no robots.txt of their own."""
+        """Reads the origin's robots.txt once. If this file redirects, the request waits for its turn at the target's host.
+        No robots.txt is read for the target."""
         with origin.lock:
             if origin.rules or origin.closed:
                 return

@@ -1,6 +1,6 @@
 """Reads robots.txt by RFC 9309: groups of one agent are joined, the longest matching rule wins, and `*` and `$` are wildcards.
 
-`Crawl-delay` isn't in the RFC: here it is a rule of its group, so agents named after one begin another group.
+`Crawl-delay` isn't in the RFC. Here, it is a rule of its group, so a `user-agent` line after it begins a new group.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MOST_S = 1e9  # maximum seconds of a delay
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Holds a pattern as the pieces between its `*`: a target begins with the first and ends with the last."""
+    """Holds a pattern as the pieces between its `*`. A target must begin with the first piece, and end with the last piece."""
 
     pieces: tuple[str, ...]
     length: int
     allow: bool
 
     def matches(self, target: str) -> bool:
-        """Checks whether a normalized target has the pieces in order: each is searched once, after the previous one."""
+        """Checks whether a normalized target has the pieces in order. It searches each piece once, after the previous piece."""
         first, last, at = self.pieces[0], self.pieces[-1], len(self.pieces[0])
         if len(self.pieces) == 1:
             return target == first
@@ -45,7 +45,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class RobotsRules:
-    """Holds the rules of a robots.txt for one agent, in order of precedence, and the seconds between two requests."""
+    """Holds the rules of a robots.txt for one agent, in order of precedence, and the minimum seconds between two requests."""
 
     rules: tuple[Rule, ...] = ()
     delay: float = 0.0
@@ -56,7 +56,7 @@ class RobotsRules:
 
 
 def parse(data: bytes, agent: str) -> RobotsRules:
-    """Parses a robots.txt for an agent: the groups that name it, or else those of `*`."""
+    """Parses the rules of a robots.txt for an agent: the groups that list the agent, or otherwise the groups for `*`."""
     own, groups = token(agent), dict[str, list[tuple[str, str]]]()
     named, naming = set[str](), False
     for field, value in _lines(data):
@@ -80,7 +80,7 @@ def token(agent: str) -> str:
 
 
 def normal(text: str) -> str:
-    """Quotes the characters of a URL that need quoting, and no others."""
+    """Quotes only the characters of a URL that need quoting."""
     return OCTET.sub(_octet, quote(text, safe=SAFE, errors="surrogateescape"))
 
 
@@ -96,7 +96,7 @@ def _lines(data: bytes) -> Iterable[tuple[str, str]]:
 
 
 def _rule(pattern: str, allow: bool) -> Rule:
-    """Parses a pattern; one that doesn't end in `$` matches any continuation."""
+    """Parses a pattern. A pattern without a final `$` matches any continuation."""
     ends = pattern.endswith("$")
     parts = [normal(part) for part in pattern.removesuffix("$").split("*")]
     length = len("*".join(parts)) + ends
@@ -105,7 +105,7 @@ def _rule(pattern: str, allow: bool) -> Rule:
 
 
 def _seconds(value: str) -> float:
-    """Parses a delay, rounded up to seconds; 0 if it is invalid."""
+    """Parses a delay, rounded up to full seconds; 0 if the value is invalid."""
     try:
         number = float(value)
     except ValueError:
