@@ -127,7 +127,7 @@ def workspace(tmp_path, monkeypatch):
         ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
         ("Mute", r"is served through its `generator`, but defines none\. Derive it from heliostat\.recipe[\w.]*\.Generates"),
-        ("Unasked", "defines no `prompts`, and MLflow logs one with the model"),
+        ("Unasked", "defines no `prompts`, and MLflow logs a prompt with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
     ],
 )
