@@ -1,4 +1,5 @@
-"""Serves the exported autoencoder with MLflow, which copies this file: base64 PNG files in, their reconstructions out."""
+"""Serves the exported autoencoder with MLflow, which copies this file into the model. Requests contain PNG files in base64, and
+responses contain their reconstructions in the same form."""
 
 from __future__ import annotations
 
