@@ -268,7 +268,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
 
 @pytest.mark.parametrize(("key", "value", "says"), [
     ("hidden_act", "siluu", "model.hidden_act: 'siluu' isn't an activation. Did you mean 'silu'?"),
-    ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
+    ("num_hidden_layers", -1, "model.num_hidden_layers: expected at least 1, got -1"),
 ])  # fmt: skip
 def test_values_that_only_building_would_find_are_found_before(key, value, says):
     assert says in refusal({**LLAMA, key: value})

@@ -26,7 +26,7 @@ def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those in the model's generation config."""
+    """Returns the tokens that end an answer: those of the tokenizer, and those in the model's generation config."""
     named = getattr(config, "eos_token_id", None)
     tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({token for token in tokens if token is not None})
@@ -47,7 +47,7 @@ class Sampling(Strict):
 
 
 class Writing(Sampling):
-    """Describes the text to generate: with a suffix, the text between the prompt and it."""
+    """Describes the text to generate. With a suffix, it is the text between the prompt and the suffix."""
 
     suffix: str | None = None
 
@@ -72,7 +72,7 @@ class TextGenerator:
         return [self._answered(one) for one in requests]
 
     def _answered(self, request: Request) -> Generated:
-        """Generates the text after a prompt or, with a suffix, the text between the two."""
+        """Generates the text after a prompt. With a suffix, generates the text between the prompt and the suffix."""
         from heliostat.recipes.text.server import continue_tokens  # with mlflow
 
         if self.infilling is not None and self.suffix is not None:

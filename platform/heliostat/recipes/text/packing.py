@@ -1,5 +1,6 @@
-"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not
-change the logits after it. Each architecture's code decides that, and a list of names would become outdated."""
+"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not change
+the logits after the boundary. heliostat tests this, because it depends on each architecture's code, and a list of architectures
+would become outdated."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from heliostat.parallel.language_model import LanguageModel
 from heliostat.parallel.tiny import LENGTH
 
 END = 1
-LAST = LENGTH // 6  # tokens of the document that is looked at
+LAST = LENGTH // 6  # tokens of the last document, whose logits are compared
 BOUNDARY = LENGTH - LAST
-TOLERANCE = 1e-3  # of the logits' own difference before the boundary: rounding is some 1e-6 of it
+TOLERANCE = 1e-3  # as a share of the logits' difference before the boundary; rounding is about 1e-6
 
 
 _known: dict[str, float] = {}  # leaks that were measured in this process
@@ -37,7 +38,8 @@ def require_apart(recipe: LanguageModel) -> None:
 
 
 def packings() -> list[np.ndarray]:
-    """Makes samples [1, tokens] with the same last document: after one long document, a different one, and many short ones."""
+    """Makes three samples [1, tokens] with the same last document. It comes after one long document, after a different long
+    document, and after many short documents."""
     draw = np.random.default_rng(0)
     last = draw.integers(6, 90, LAST)
     before = [draw.integers(6, 90, BOUNDARY) for _ in range(2)]
@@ -49,7 +51,8 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Divides the difference of the logits [1, tokens, vocabulary] of `packings` after the boundary by that before it."""
+    """Compares the logits [1, tokens, vocabulary] of `packings`. Returns their difference after the boundary, divided by their
+    difference before the boundary."""
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
     behind = max((o[:, BOUNDARY:] - first[:, BOUNDARY:]).abs().max().item() for o in others)
