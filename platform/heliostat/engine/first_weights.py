@@ -55,7 +55,7 @@ def build(job: Job, recipe: Recipe) -> torch.nn.Module:
 
 
 def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
-    """Builds the model with weights on the other workers, one worker per node at a time. The workers discard these weights."""
+    """Builds the model with weights on the other workers, one worker per node at a time. These workers discard the weights."""
     mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
@@ -74,8 +74,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
 
 
 class _Making:
-    """Builds this worker's model. `values`: on the first worker, functions that return the values of the model's tensors, by the
-    `id` of the tensor."""
+    """Builds this worker's model. `values`: only on the first worker, functions that return the values of the model's tensors.
+    The keys are the `id`s of the tensors."""
 
     model: torch.nn.Module
 
@@ -88,8 +88,10 @@ class _Making:
         return 4 * sum(p.numel() for p in self.model.parameters()) / 1e9  # in fp32
 
     def as_first(self) -> str:
-        """Builds the first worker's model. Returns the reason why the others can't build it without weights, or "". In a run of
-        one worker, the model stays as built, unless the weights are read from a folder."""
+        """Builds the first worker's model. Returns the reason why other workers can't build the model without weights, or "".
+
+        In a run of one worker, the model stays as built, unless the weights are read from a folder.
+        """
         ours, alone = type(self.recipe).build.__module__.startswith("heliostat."), dist.get_world_size() == 1
         if ours and self._is_read():
             return ""
@@ -104,7 +106,8 @@ class _Making:
         return why
 
     def _is_read(self) -> bool:
-        """Builds the model without weights and locates them in the job's folder. Returns False if they can't be read singly."""
+        """Builds the model without weights, and locates the weights in the job's folder. Returns False if they can't be read one
+        by one."""
         with weightless.building() as noted:
             self.model = building.build(self.recipe)
         try:
@@ -129,14 +132,14 @@ class _Making:
             self.model = building.build(self.recipe)
 
     def with_weights(self) -> None:
-        """Builds the model as the first worker does and discards its weights. Everything else that `build` makes stays."""
+        """Builds the model as the first worker does, and discards its weights. All other results of `build` stay."""
         torch.manual_seed(self.seed)
         self.model = building.build(self.recipe)
         for _ in weightless.empty_all(self.model):
             pass  # this discards each weight
 
     def send(self) -> None:
-        """Gives all tensors of the model the first worker's values; parameters get the precision of training. Collective."""
+        """Sets all tensors of the model to the first worker's values. Parameters get the precision of training. Collective."""
         for p in self.model.parameters():
             weightless.put(p, of(p).cut(self._sent(p, building.shape(p), self._type(p))))
         sent: dict[int, torch.Tensor] = {}  # a buffer that several modules share stays shared
@@ -149,7 +152,7 @@ class _Making:
         return self.dtype if parameter.is_floating_point() else parameter.dtype
 
     def _sent(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Sends the first worker's values of a tensor to the devices of all workers; returns the values."""
+        """Sends the first worker's values of a tensor to the devices of all workers. Returns the values."""
         if dist.get_rank() == 0:
             values = self.values.pop(id(tensor), partial(_same, tensor))().to(self.device, dtype).contiguous()
         else:

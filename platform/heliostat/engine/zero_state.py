@@ -1,10 +1,10 @@
 """Locates the state that DeepSpeed's ZeRO shards (`sharded_state`), with one class for each of DeepSpeed's optimizers.
 
-Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the version that it was written
-for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
+Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the DeepSpeed version that it was
+written for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, they return copies on the GPU.
 
-The dynamic loss scale of fp16 is state, too. Gradients are computed from the loss times a scale. When they overflow, the scale
+The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
 halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
 1710.03740, section 3.2). A resumed run without the old scale would skip steps until it has found the scale again.
 """
@@ -30,7 +30,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # at
 @patches.guard
 def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], replica: Replica | None) -> ShardedState:
     """Makes the adapter of an engine that was just initialized. `replica`: the index of this worker's group, and the number of
-    groups that each hold all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
+    groups that each have all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]
     for name in kind.parts:
@@ -44,7 +44,7 @@ def shape(parameter: Any) -> tuple[int, ...]:
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views this worker's part of a parameter; all of it until ZeRO-3 partitions it."""
+    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, this is all of it."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
@@ -239,7 +239,7 @@ class Divided(ZeroState):
 
 
 def _own(p: Any) -> tuple[int, int]:
-    """Returns the start of this worker's slice within its part of a parameter, and the number of elements. With expert
+    """Returns the start of this worker's slice within its part of a parameter, and the slice's number of elements. With expert
     parallelism, ZeRO shards each part over the workers that have it."""
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)
