@@ -138,7 +138,7 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
         kind().save_pretrained(tmp_path)
         found = kind.model_type
         if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            assert refusal({"pretrained": str(tmp_path)}).endswith(f"holds a {found!r}, which isn't a causal language model")
+            assert refusal({"pretrained": str(tmp_path)}).endswith(f"contains a {found!r}, which isn't a causal language model")
     LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
     assert "is above the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"

@@ -215,7 +215,7 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
 def test_a_model_folder_without_a_tokenizer_is_refused_before_training(tmp_path):
     """The export would need it, after the whole training."""
     source = dataset(tmp_path / "data", trained("byte-level"))
-    with pytest.raises(ConfigError, match=r"model\.pretrained: .* holds no readable tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .* contains no readable tokenizer"):
         model_folder(tmp_path / "model", None).bind([source])
     with pytest.raises(ConfigError, match=r"model\.pretrained: .*can't read its tokenizer\.json"):
         model_folder(tmp_path / "model", "{}").bind([source])

@@ -142,8 +142,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     for block in building.sparse_blocks(model):
         if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
             raise ConfigError(
-                f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of separate expert modules, "
-                "of which workers use different ones. Set it to 3"
+                f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of expert modules that only "
+                "some workers use. Set train.zero.stage to 3"
             )
         set_z3_leaf_module(
             block, True

@@ -43,7 +43,9 @@ def engine_config(job: Job) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
         "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
-        "timers": {"throughput": {"enabled": False}},  # waits for the device twice per micro-batch; the ledger measures instead
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # the timer waits for the device twice per micro-batch; the ledger measures instead
     }
     if train.precision != "fp32":
         config[train.precision] = {"enabled": True}

@@ -114,7 +114,11 @@ class _Making:
             self.values = {key: stored.read for key, stored in folder_weights.find(self.model, noted).items()}
         except folder_weights.UnreadableError as e:
             if noted:
-                log.warning("model: the first worker loads all weights at once, %.1f GB of host memory (%s)", self.gigabytes, e)
+                log.warning(
+                    "model: the first worker loads all weights at once, which needs %.1f GB of host memory (%s)",
+                    self.gigabytes,
+                    e,
+                )
             return False
         return True
 

@@ -213,7 +213,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
         counts[name] = len(written)
     if not any(counts.values()):
         raise ConfigError(
-            f"{dataset}: its held-out documents are too short to ask about. Give a larger --fraction, or another dataset"
+            f"{dataset}: its held-out documents are too short for questions. Pass a larger --fraction, or another dataset"
         )
     facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
              "tasks": counts}  # fmt: skip

@@ -48,7 +48,7 @@ def notes(result: Result) -> list[str]:
         lines.append(
             f"mean of the centered scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
         )
-    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1 means that all are right)"
+    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1 means that all answers are right)"
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
     lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     lines += _of_contamination(result, seen)

@@ -218,5 +218,5 @@ def _entries(listed: object, key: str, name: str, where: object) -> list[dict[st
     if listed is None:
         return []
     if not isinstance(listed, list) or not all(isinstance(one, dict) and isinstance(one.get(name), str) for one in listed):
-        raise ConfigError(f"{where}: {key}: expected a list of mappings, each with {name!r}, a text")
+        raise ConfigError(f"{where}: {key}: expected a list of mappings, each with the text {name!r}")
     return listed

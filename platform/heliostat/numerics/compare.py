@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
-EXPLAINED = 0.1  # share of a difference that its cause may leave unexplained
+EXPLAINED = 0.1  # a cause explains a difference if at most this share is left
 
 
 def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:

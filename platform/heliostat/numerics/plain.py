@@ -23,7 +23,7 @@ from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
 from heliostat.training.worker.coupled import objective
 from heliostat.training.worker.micro_batches import BatchPlan
 
-WAIT_S = 300.0  # for the workers' next step
+WAIT_S = 300.0  # maximum wait for the workers' next step
 
 
 class PlainLoop:

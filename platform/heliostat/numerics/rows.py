@@ -62,7 +62,7 @@ class Thresholds:
     """Tolerance of each parameter's gradient."""
     floor: float
     """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size. Some
-    gradients are zero except for rounding. An example are the gradients of key biases, which attention cancels."""
+    gradients are zero except for rounding. For example, attention cancels the gradients of key biases."""
     update: float
     """Tolerance of each parameter's update, compared with torch's optimizer on the engine's gradient. Updates are fp32 at every
     precision, like the master weights and optimizer state."""

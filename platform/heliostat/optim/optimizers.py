@@ -190,8 +190,8 @@ class Muon(Optimizer):
     nesterov: bool = True
     """Nesterov momentum."""
     scale: Literal["adamw", "spectral"] = "adamw"
-    """Scale of the learning rate for a matrix. `adamw`: updates as large as AdamW's, so AdamW's learning rates fit. `spectral`:
-    as in Muon's publication, the square root of rows over columns, at least 1; fits learning rates of about 0.02."""
+    """Scale of the learning rate for a matrix. `adamw`: updates are as large as AdamW's updates, so AdamW's learning rates fit.
+    `spectral`: the square root of rows over columns, at least 1, as in Muon's publication; learning rates of about 0.02 fit."""
     newton_schulz: Literal["fp32", "bf16"] = "fp32"
     """Precision of the orthogonalization. `bf16` is faster on GPUs, but then updates differ slightly between worker counts."""
     adamw_lr: Annotated[Float, Field(gt=0)] | None = None
@@ -201,7 +201,7 @@ class Muon(Optimizer):
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     """AdamW's eps: added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay of all matrices: hidden ones, embeddings, and heads."""
+    """Decoupled weight decay of all matrices: hidden matrices, embeddings, and heads."""
     orthogonalizes: ClassVar[bool] = True
 
     @property
@@ -232,11 +232,12 @@ KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, M
 REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in KINDS}
 REFUSED = {
     **dict.fromkeys(
-        ("adafactor", "shampoo", "soap", "lamb", "lars"), "isn't supported: it needs whole tensors, and ZeRO gives workers slices"
+        ("adafactor", "shampoo", "soap", "lamb", "lars"),
+        "isn't supported: it needs complete tensors, but ZeRO gives workers slices",
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and a resume on other workers would change it",
+        "isn't supported: ZeRO would split the blocks of its state, and resuming with other workers would change this state",
     ),
     "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
     "lbfgs": "isn't supported: it needs several losses per step",

@@ -15,7 +15,7 @@ import torch
 PIECE = 1 << 24  # elements per piece
 ITERATE, AVERAGE = "z", "ema"
 
-State = dict[str, torch.Tensor]  # of one parameter, by name
+State = dict[str, torch.Tensor]  # state tensors of one parameter, by name
 
 
 class Hyperparameters(TypedDict):

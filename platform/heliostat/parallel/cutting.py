@@ -58,8 +58,8 @@ def _require_heads(recipe: LanguageModel, parts: int) -> None:
     if parts not in fits:
         what = f"{heads} attention heads" + (f" and {shared} key/value heads" if shared < heads else "")
         raise ConfigError(
-            f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (it "
-            "must divide the heads, and be a divisor or a multiple of the key/value heads)"
+            f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (the "
+            "number must divide the heads, and be a divisor or a multiple of the key/value heads)"
         )
 
 

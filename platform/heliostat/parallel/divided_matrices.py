@@ -28,7 +28,7 @@ PARTS = 2
 WAIT_S = 60.0
 TOLERANCE = 1e-3  # in standard deviations of the logits; faults are larger, and rounding in fp64 is about 1e-9
 Kind = Literal["column", "row", "summed"]
-Shapes = list[tuple[int, ...]]  # of the tensors that enter a module in one call
+Shapes = list[tuple[int, ...]]  # shapes of the tensors that enter a module in one call
 KINDS: dict[str, Kind] = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "summed"}
 WHOLE = ("embedding_rowwise",)  # styles that transformers shards, but heliostat replicates
 FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -115,7 +115,9 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     threads = [device_threads.thread(partial(compute, number), f"part-{number}") for number in range(PARTS)]
     for thread in threads:
         thread.join()
-    for one in sorted(results, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before broken barriers
+    for one in sorted(
+        results, key=lambda f: isinstance(f, threading.BrokenBarrierError)
+    ):  # the cause first, then broken barriers
         if isinstance(one, Exception):
             raise one
     off = max(float((one - whole).abs().max() / whole.std()) for one in results if isinstance(one, torch.Tensor))

@@ -114,6 +114,6 @@ def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
     """Raises the bias of each expert with fewer tokens than its layer's mean, and lowers the bias of each with more, by `rate`
     (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     chosen = routed[:, :-1]
-    lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # integers: exact
+    lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # exact, because these are integers
     for (_, bias), one in zip(biases(model), lacks, strict=True):
         bias.add_(one.to(bias.dtype).view_as(bias), alpha=rate)

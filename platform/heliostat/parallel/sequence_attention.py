@@ -65,7 +65,7 @@ def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int,
         dist.all_gather(parts, positions, group=group)
         return torch.cat(parts, dim=1)
 
-    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch_size}{'-documents' if documents else ''}"  # per settings
+    name = f"{NAME}-{dist.get_world_size(group)}-{micro_batch_size}{'-documents' if documents else ''}"  # by settings
     install(model, name, Attention(attention, gathered if documents else None))
 
 

@@ -70,7 +70,7 @@ def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: in
     Every `build` builds the small model again, with kernels that a CPU supports. `heads`: the maximum number of heads. `largest`:
     the maximum number of parameters, by default LARGEST.
     """
-    reason, most = "no small model of it can be built", LARGEST if largest is None else largest
+    reason, most = "no small model of the architecture can be built", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
         small = recipe.small(config, LENGTH, END)
         try:

@@ -120,5 +120,5 @@ def grouped(
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. It must be at least 0")
+                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return at least 0")
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

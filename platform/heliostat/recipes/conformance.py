@@ -75,7 +75,7 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         )
     if issubclass(target, Serves) and target.serving is Serves.serving and not issubclass(target, Generates):
         raise ConfigError(
-            f"{field}: {path!r} is served through its `generator`, but defines none. Derive it from "
+            f"{field}: {path!r} is served through its `generator`, but doesn't define it. Derive the recipe from "
             f"{_named(Generates)}, or define `serving` ({GUIDE})"
         )
     return target

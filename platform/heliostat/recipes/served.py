@@ -10,7 +10,7 @@ from typing import Any
 
 import mlflow
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request

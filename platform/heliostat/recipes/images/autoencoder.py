@@ -96,7 +96,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources, self.facts = sources, rows.facts(sources, True)
         if self.facts.content != "images":
-            raise ConfigError("data.sources: an autoencoder needs images, and these datasets hold latents")
+            raise ConfigError("data.sources: an autoencoder needs images, but these datasets contain latents")
         channels = self.facts.channels
         if self.pretrained:
             if self.config["in_channels"] != channels:
@@ -111,7 +111,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
                 blocks = len(self.config["block_out_channels"])
                 raise ConfigError(
                     f"model.block_out_channels: {blocks} blocks need image sides that are multiples of "
-                    f"{self.factor}, and the images have {side}"
+                    f"{self.factor}, but the images have a side of {side}"
                 )
         with torch.device("meta"):
             self.build()  # fails if the keys don't fit together

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 from PIL import Image
 
 

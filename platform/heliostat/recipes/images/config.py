@@ -86,7 +86,7 @@ class Folder(Strict):
 
 class Features(Folder):
     images: int = Field(default=5000, gt=1)
-    """Maximum number of real images that generated ones are compared with."""
+    """Maximum number of real images to compare generated images with."""
 
 
 class Prompt(Strict):
@@ -146,7 +146,9 @@ def backbone_class(keys: Keys) -> tuple[str, Any]:
         for name, cls in BACKBONES.items():
             if cls.__name__ == kind:
                 return name, cls
-        raise ConfigError(f"model.backbone.pretrained: {keys['pretrained']!r} holds a {kind!r}, which isn't a supported backbone")
+        raise ConfigError(
+            f"model.backbone.pretrained: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone"
+        )
     name = str(keys.get("arch"))
     if name not in BACKBONES:
         raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")

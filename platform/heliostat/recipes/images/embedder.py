@@ -115,7 +115,7 @@ class ImageEmbedder(EmbedsPairs):
         self.sources = sources
         facts = rows.facts(sources, True)
         if facts.content != "images":
-            raise ConfigError("data.sources: an embedder needs images, and these datasets hold latents")
+            raise ConfigError("data.sources: an embedder needs images, but these datasets contain latents")
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))

@@ -59,7 +59,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     embedder = time.emb.timestep_embedder
     small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
     nothing = {block.attn2.to_out[0] for block in backbone.transformer_blocks} | {backbone.proj_out}
-    fused = dict[nn.Module, int]()  # number of diffusers' matrices that are one in the original
+    fused = dict[nn.Module, int]()  # number of diffusers' matrices that form one original matrix
     for block in backbone.transformer_blocks:
         fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
     for module in backbone.modules():

@@ -78,7 +78,7 @@ def real_images(
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets hold no images. Remove judge and features")
+                raise ConfigError("model.samples: the datasets contain no images. Remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

@@ -59,7 +59,7 @@ class Parts:
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
             raise ConfigError(
-                "model.autoencoder: required, because the datasets hold latents. Set it to the autoencoder that computed them"
+                "model.autoencoder: required, because the datasets contain latents. Set it to the autoencoder that computed them"
             )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():

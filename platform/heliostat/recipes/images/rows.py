@@ -32,7 +32,7 @@ class DatasetFacts:
     """Contains the common properties of a job's datasets. `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
-    channels: int  # of an image
+    channels: int  # channels of an image
     size: tuple[int, int]  # width, height in pixels
     tokenizer: str | None
     vocabulary: int
@@ -44,7 +44,7 @@ class DatasetFacts:
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
     """Finds the common properties of the datasets. Raises ConfigError if a job can't train on them together."""
     each = [_facts(m) for m in sources]
-    names = {"content": "hold different kinds of content", "channels": "have different numbers of channels",
+    names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
@@ -52,14 +52,14 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError(
-            "data.one_source_batches: required, because the datasets hold images of different sizes. Set it to true"
+            "data.one_source_batches: required, because the datasets contain images of different sizes. Set it to true"
         )
     return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(f"data.sources: {m.location} holds no images. Make it with heliostat.pipelines:ImagePipeline")
+        raise ConfigError(f"data.sources: {m.location} contains no images. Make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 
 
 class ImageServer(PythonModel):

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
-GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
+GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
 class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):

@@ -173,8 +173,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             return ""
         return (
-            f"heliostat counts the model with {self.config.vocab_size:,} tokens, its default vocabulary, until "
-            "the dataset is prepared. Set model.vocab_size to change it"
+            f"until the dataset is prepared, heliostat assumes the model's default vocabulary of {self.config.vocab_size:,} "
+            "tokens. Set model.vocab_size to change it"
         )
 
     def _bind(self, **values: int | None) -> None:

@@ -20,7 +20,7 @@ from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
 
 KEY = "train.fp8"
-CAPABILITY = (8, 9)  # minimum of GPUs that multiply in float8: Ada, Hopper, and later
+CAPABILITY = (8, 9)  # lowest compute capability with float8 (Ada); later GPUs have it too
 MULTIPLE = 16  # GPUs need matrices whose sides are multiples of this
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
 SMALLEST = 1e-12  # lower limit of a tensor's largest number, so that a tensor of zeros has a scale

@@ -62,7 +62,7 @@ class TextGenerator:
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
             raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
-        from heliostat.recipes.text.server import take_sampling  # with mlflow
+        from heliostat.recipes.text.server import take_sampling  # imports mlflow
 
         model = whole("model", folder)
         self.ends = take_sampling(model)
@@ -73,7 +73,7 @@ class TextGenerator:
 
     def _answered(self, request: Request) -> Generated:
         """Generates the text after a prompt. With a suffix, generates the text between the prompt and the suffix."""
-        from heliostat.recipes.text.server import continue_tokens  # with mlflow
+        from heliostat.recipes.text.server import continue_tokens  # imports mlflow
 
         if self.infilling is not None and self.suffix is not None:
             tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]

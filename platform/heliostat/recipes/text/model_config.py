@@ -121,7 +121,7 @@ def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrain
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in wanted.archs:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which isn't a {wanted.name}")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} contains a {config.model_type!r}, which isn't a {wanted.name}")
     return config
 
 
@@ -130,7 +130,7 @@ def _routing(config: PreTrainedConfig, model: Mapping[str, object]) -> PreTraine
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
             raise ConfigError(
-                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router. Remove this key"
+                f"model.{ROUTER}: {model['pretrained']!r} contains a {config.model_type!r}, which has no router. Remove this key"
             )
         setattr(inner, ROUTER, bool(model[ROUTER]))
     return config

@@ -33,7 +33,7 @@ def require_apart(recipe: LanguageModel) -> None:
     if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: {kind!r} attends across packed documents: text before a boundary changes the "
-            f"logits after it (by {leaked:.1%} of the change before it). Set it to false"
+            f"logits after it (by {leaked:.1%} of the change of the logits before it). Set it to false"
         )
 
 
@@ -67,6 +67,6 @@ def logits(small: LanguageModel) -> list[torch.Tensor]:
     tiny.stir(model)
     parts = []
     for tokens in packings():
-        torch.manual_seed(1)  # the same dropout
+        torch.manual_seed(1)  # so that dropout is the same
         parts.append(model(**{k: v for k, v in small.batch(tokens).items() if k != "labels"}).logits)
     return parts

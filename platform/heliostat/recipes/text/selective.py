@@ -37,7 +37,7 @@ def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[s
     random numbers of later operations."""
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
-    assert isinstance(operation, torch._ops.OpOverload)  # every operation with a kind is one
+    assert isinstance(operation, torch._ops.OpOverload)  # all operations with a kind are
     arguments = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
     return not arguments.get("dropout_p")
 
@@ -169,9 +169,7 @@ def _detached(value: object) -> object:
     """Detaches a tensor, such that in-place changes of the original still increase its version."""
     if not isinstance(value, torch.Tensor):
         return value
-    with torch._C._SetExcludeDispatchKeyGuard(
-        torch._C.DispatchKey.ADInplaceOrView, False
-    ):  # below autograd, they wouldn't otherwise
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # otherwise not, below autograd
         return value.detach()
 
 

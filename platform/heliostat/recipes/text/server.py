@@ -12,7 +12,7 @@ from typing import Any
 import mlflow
 import torch
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 

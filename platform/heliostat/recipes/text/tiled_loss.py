@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     pass
 
 KEY = "train.tiled_loss"
-TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
+TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
 Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 

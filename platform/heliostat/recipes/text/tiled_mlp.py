@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 KEY = "train.tiled_mlp"
 NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them
-TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
+TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
 TRIED = 7  # tokens per tile in trials, whose samples have more tokens
 
 Compute = Callable[[torch.Tensor], torch.Tensor]

@@ -30,7 +30,9 @@ def of_folder(folder: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds no readable tokenizer. Copy its tokenizer.json there") from e
+        raise ConfigError(
+            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy its tokenizer.json there"
+        ) from e
 
 
 def load(definition: bytes, owner: str) -> Tokenizer:
