@@ -214,7 +214,7 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Removes DeepSpeed's process groups and restarts its counters. All ranks of a new group must have the same counts."""
+    """Removes DeepSpeed's process groups and restarts its counters. In a new group, the counters of all ranks must be equal."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()

@@ -123,7 +123,8 @@ class _Making:
         return True
 
     def _difference(self, twin: Recipe) -> str:
-        """Describes the first difference between a `build` with weights and one without; "" if there is none."""
+        """Describes the first difference between a `build` with weights and a `build` without them; "" if there is no
+        difference."""
         try:
             with weightless.building():
                 model = building.build(twin)

@@ -41,8 +41,8 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
-    """Builds regular expressions for the modules' weights, by kind of parallelism; one expression covers all layers. Of modules
-    whose gradients are summed, they include the biases. AutoTP handles other biases itself."""
+    """Builds regular expressions for the modules' weights, by kind of parallelism. One expression covers all layers. For modules
+    whose gradients are summed, it also matches the biases. AutoTP handles other biases itself."""
     by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))

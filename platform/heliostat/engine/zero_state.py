@@ -133,7 +133,7 @@ class Replicated(ZeroState):
 
 
 class Partitioned(ZeroState):
-    """Adapts stages 1 and 2: each worker has a part of every parameter group's flat fp32 tensor."""
+    """Adapts stages 1 and 2, where each worker has a part of every parameter group's flat fp32 tensor."""
 
     parts: ClassVar[tuple[str, ...]] = (
         "bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "real_dp_process_group",
@@ -187,7 +187,7 @@ class SummedApart(Partitioned):
 
 
 class Divided(ZeroState):
-    """Adapts stage 3: each worker has a part of every parameter."""
+    """Adapts stage 3, where each worker has a part of every parameter."""
 
     parts = (
         "fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_position", "get_param_id",

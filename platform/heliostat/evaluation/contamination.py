@@ -103,8 +103,8 @@ class Examples:
 def summary(shares: Sequence[float | None], values: Sequence[float], score: float) -> dict[str, object]:
     """Summarizes a task: the share of contaminated examples, and the score of the clean examples.
 
-    A contaminated example has at least one n-gram in the training data. Examples that are too short to compare count as neither.
-    `values`: each example's own score. `clean_score` is None if `score` isn't the mean of `values`.
+    A contaminated example has at least one n-gram in the training data. Examples that are too short to compare are neither
+    contaminated nor clean. `values`: each example's own score. `clean_score` is None if `score` isn't the mean of `values`.
     """
     known = [share for share in shares if share is not None]
     clean = [value for share, value in zip(shares, values, strict=True) if share == 0]

@@ -99,8 +99,8 @@ def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocum
 
 
 def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the next two words of a passage. Earlier in the passage, the same two words followed the same word. The model must
-    generate them. Returns None if there are no such words."""
+    """Asks for the next two words of a passage, which the model must generate. Earlier in the passage, the same two words
+    followed the same word. Returns None if there are no such words."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])

@@ -37,8 +37,8 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def record(uri: str, result: Result) -> dict[str, object]:
-    """Records a result. Returns the run, the step, and the model versions that got the result. If it isn't recorded, returns the
-    reason.
+    """Records a result. Returns the run, the step, and the model versions that got the scores. If the result isn't recorded,
+    returns the reason.
 
     Raises TrackingError if MLflow doesn't answer.
     """
@@ -58,7 +58,8 @@ def record(uri: str, result: Result) -> dict[str, object]:
 
 
 def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[str]]:
-    """Adds a run's recorded scores to its registered versions. Returns the versions' names by step. `results`: by step.
+    """Adds a run's recorded scores to its registered versions. Returns the versions' names by step. `results`: the recorded
+    results by step.
 
     Raises TrackingError if MLflow doesn't answer.
     """

@@ -82,7 +82,7 @@ class Suite(Strict):
 
 
 def same(kept: object, suite: Suite) -> bool:
-    """Returns whether a stored suite equals this suite. If it lacks keys, because it is from an earlier version, they have their
+    """Returns whether a stored suite equals this suite. A suite of an earlier version may lack keys; these have their
     defaults."""
     try:
         return Suite.model_validate(kept) == suite

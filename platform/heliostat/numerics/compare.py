@@ -11,8 +11,8 @@ EXPLAINED = 0.1  # a cause explains a difference if at most this share is left
 
 
 def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
-    """Computes the norm of the difference, divided by the norm of `right`, or by `floor` if it is larger. Returns infinity for
-    NaN."""
+    """Computes the norm of the difference, divided by the norm of `right` or by `floor`, whichever is larger. Returns infinity
+    for NaN."""
     difference, base = float((value - right).norm()), max(float(right.norm()), floor)
     if difference == 0.0:
         return 0.0

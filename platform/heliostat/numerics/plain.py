@@ -121,7 +121,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Runs all steps while the workers run theirs, and writes the rows of the comparison."""
+    """Runs all steps while the workers run the same steps, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),

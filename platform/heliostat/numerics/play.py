@@ -75,13 +75,14 @@ class Player:
             self.state.restore()
 
     def load(self, run_folder: Location, step: int) -> None:
-        """Loads the checkpoint of a step from a run with any parallelism configuration. The next steps continue from it."""
+        """Loads the checkpoint of a step from a run with any parallelism configuration. The next steps continue from this
+        checkpoint."""
         self.state.context = replace(self.state.context, run_folder=run_folder, start_step=step)
         self.state.restore()
         self.samples = self._dealt(step)
 
     def losses(self, first: int, last: int) -> list[float]:
-        """Computes the steps [first, last). Returns their losses over the global batch."""
+        """Computes the steps [first, last). Returns the losses of these steps over the global batch."""
         begun = len(self.stepper.losses)
         for step in range(first, last):
             mine = self.sharing.share(self._read)
@@ -194,8 +195,7 @@ def _full(sharded: ShardedState, p: torch.nn.Parameter, key: str | None) -> torc
 
 
 def weigh(engine: DeepSpeedEngine, job: Job, step: int, row: DifferenceRow) -> None:
-    """Compares the weights that this worker's forward pass uses with the fp32 master weights, after rounding these.
-    Collective."""
+    """Compares the weights that this worker's forward pass uses with the rounded fp32 master weights. Collective."""
     sharded = sharded_state.of(engine)
     for name, p in sharded.trained():
         right = _full(sharded, p, None).to(TYPES[job.train.precision])

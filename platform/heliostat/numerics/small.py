@@ -62,8 +62,8 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
 
 
 def left_out(job: Job) -> str:
-    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if there
-    are none."""
+    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if it
+    leaves out no settings."""
     keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
@@ -81,8 +81,8 @@ def unaided(recipe: Recipe) -> Recipe:
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
-    """Makes the small job, at the full learning rate. `folder`: the parent of its run's folder. `longest`: the most tokens per
-    sample."""
+    """Makes the small job, at the full learning rate. `folder`: the parent of the job's run folder. `longest`: the maximum number
+    of tokens per sample."""
     micro, batch = job.train.micro_batch_size, job.train.global_batch_size
     if batch > BATCH or batch % (WORKERS * micro):
         sums = 2 if job.train.global_batch_size > job.workers.most * micro else 1
@@ -123,7 +123,8 @@ def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
 
 
 def elsewhere(job: Job) -> Job:
-    """Returns the job with another parallelism configuration: one worker, which has complete samples, and another ZeRO stage."""
+    """Returns the job with another parallelism configuration. It has another ZeRO stage, and only one worker, which has complete
+    samples."""
     stage = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
     zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()

@@ -18,7 +18,7 @@ from heliostat.parallel.experts import ExpertLayer
 
 
 def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes a transformers model, whose modules hold only this worker's experts, compute with the experts of its group."""
+    """Makes a transformers model compute with all experts of its group. Its modules contain only this worker's experts."""
     workers = dist.get_world_size(group)
     for module in experts.layers(model):
         module.all_experts = module.num_experts

@@ -47,7 +47,7 @@ def of(parameter: torch.Tensor) -> Division:
 
 
 def note(parameter: torch.Tensor, shape: tuple[int, ...], division: Division = WHOLE) -> None:
-    """Records on a parameter the complete shape, and this worker's part of it."""
+    """Records on a parameter its complete shape, and this worker's part of the parameter."""
     noted: Any = parameter
     noted.division, noted.whole_shape = division, shape
 

@@ -107,7 +107,7 @@ def _random(tensor: torch.Tensor) -> Drawn:
 
 @contextmanager
 def _drawn_again(random: Drawn | None, tensor: torch.Tensor) -> Iterator[None]:
-    """Draws the random numbers of the forward pass again inside the context, if it drew any."""
+    """Draws the random numbers of the forward pass again inside the context, if the forward pass drew any."""
     if random is None:
         yield
         return

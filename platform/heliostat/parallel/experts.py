@@ -40,7 +40,7 @@ def number(layer: ExpertLayer) -> int:
 
 
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Lists the routers in the model's order. Each comes with the index of the logits in its output."""
+    """Lists the routers in the model's order. Each router comes with the index of the logits in its output."""
     outputs = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
     logits = [one["router_logits"] for one in outputs if "router_logits" in one]
     kinds = {one.target_class: one.index for one in logits if getattr(one, "target_class", None)}
@@ -111,8 +111,8 @@ class RoutingWatch:
 
 @torch.no_grad()
 def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
-    """Raises the bias of each expert with fewer tokens than its layer's mean, and lowers the bias of each with more, by `rate`
-    (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    """Raises the bias of each expert that has fewer tokens than the mean of its layer by `rate`. Lowers the bias of each expert
+    that has more tokens by `rate` (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     chosen = routed[:, :-1]
     lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # exact, because these are integers
     for (_, bias), one in zip(biases(model), lacks, strict=True):

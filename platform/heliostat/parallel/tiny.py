@@ -221,7 +221,8 @@ class _Small:
             self._set(name, 1)
 
     def _reach(self, part: dict[str, object]) -> None:
-        """Scales windows and position ranges. Those longer than a sample stay longer, and shorter ones stay shorter."""
+        """Scales windows and position ranges. Ranges that are longer than a sample stay longer, and shorter ranges stay
+        shorter."""
         for name, value in part.items():
             if isinstance(value, dict) and "model_type" not in value:
                 self._reach(value)

@@ -15,7 +15,7 @@ from heliostat.recipes.protocol import GUIDE, Group, Recipe
 
 def build(recipe: Recipe) -> torch.nn.Module:
     """Builds the recipe's model on the default device, and freezes the submodules in `recipe.frozen`. Raises ConfigError if one
-    of them doesn't exist."""
+    of these submodules doesn't exist."""
     model = recipe.build()
     for module in frozen_modules(recipe, model):
         module.requires_grad_(False)

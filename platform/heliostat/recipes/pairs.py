@@ -36,7 +36,7 @@ SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
 class PairKeys(Strict):
-    """Defines the keys of `model` that every embedder has in addition to those of its architecture."""
+    """Defines the keys of `model` that every embedder has, and that don't belong to the architecture."""
 
     temperature: Float
     """Temperature: divides the cosine similarities in the loss."""
@@ -75,7 +75,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
     @property
     @abstractmethod
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
+        """Makes the model's configuration, which needs transformers. Raises ConfigError for invalid keys."""
 
     @property
     @abstractmethod
@@ -166,7 +166,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
 
 def _own_keys(kind: type[K], model: dict[str, object]) -> K:
-    """Reads the keys of a job's `model` that don't belong to the architecture; ConfigError for invalid values."""
+    """Reads the keys of a job's `model` that don't belong to the architecture. Raises ConfigError for invalid values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
     except ValidationError as e:

@@ -126,7 +126,7 @@ class Recipe(ABC):
         return len(next(iter(batch.values())))
 
     def group(self, name: str, shape: tuple[int, ...]) -> Group:
-        """Decides how a parameter is trained: by default, matrices get weight decay, and vectors (norms, biases) don't."""
+        """Decides how a parameter is trained. By default, matrices get weight decay, and vectors (norms, biases) don't."""
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
@@ -145,11 +145,11 @@ class Recipe(ABC):
         return []
 
     def active_parameters(self, model: torch.nn.Module) -> int | None:
-        """Counts the parameters that one token uses, in a model with experts; None means all."""
+        """Counts the parameters that one token uses, in a model with experts. None means all parameters."""
         return None
 
     def flops_per_sample(self, model: torch.nn.Module) -> float | None:
-        """Counts the forward and backward FLOPs of one sample, for MFU. None if the number is unknown: MFU isn't reported."""
+        """Counts the forward and backward FLOPs of one sample, for MFU. If it returns None, heliostat doesn't report MFU."""
         return None
 
     def describe(self, content: Content) -> str:
@@ -172,11 +172,11 @@ class CouplesSamples(Recipe):
 
     @abstractmethod
     def couple(self, vectors: dict[str, torch.Tensor]) -> Loss:
-        """Computes a step's loss from the vectors of all its samples, in order. `couple_some` can share this among workers."""
+        """Computes a step's loss from the vectors of all its samples, in order. `couple_some` can divide this among workers."""
 
     @classmethod
     def shares_coupling(cls) -> bool:
-        """Checks whether `couple_some` computes the same loss as `couple`. If a class overrides only `couple`, it doesn't."""
+        """Checks whether `couple_some` and `couple` compute the same loss. They don't if a class overrides only `couple`."""
         some, every = (next((c for c in cls.__mro__ if name in vars(c)), None) for name in ("couple_some", "couple"))
         return some is not None and every is not None and issubclass(some, every)
 
@@ -186,7 +186,7 @@ class CouplesSamples(Recipe):
 
 
 class Evaluates(ABC):
-    """Evaluates its model on the held-out samples; required for a job's `evaluate`."""
+    """Evaluates its model on the held-out samples. Required for a job's `evaluate`."""
 
     scores: tuple[str, ...] = ("loss",)  # names that `metrics`, `measure`, and a gallery's `judge` report
     gathered: tuple[str, ...] = ()  # results of `evaluate` that are kept for every sample, for `measure`
@@ -196,7 +196,8 @@ class Evaluates(ABC):
         """Computes scores by name: float [batch], which are summed over samples, or [batch, ...] for names in `gathered`."""
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Computes the metrics, with `loss`, from the sums of `evaluate`. By default, divides each sum by the sum of `terms`."""
+        """Computes the metrics, among them `loss`, from the sums of `evaluate`: by default, each sum divided by that of
+        `terms`."""
         if "terms" not in sums:
             raise ConfigError(f"recipe: {type(self).__name__}.evaluate returns no `terms` to divide by. Add it ({GUIDE})")
         return {name: total / max(1.0, sums["terms"]) for name, total in sums.items() if name != "terms"}
@@ -221,7 +222,7 @@ class Exports(ABC):
 
     @abstractmethod
     def save_config(self, folder: Path) -> None:
-        """Writes all files of an export for from_pretrained except the weights (config.json, tokenizer). Runs on the driver."""
+        """Writes the files that from_pretrained needs (config.json, tokenizer), except the weights. Runs on the driver."""
 
     @abstractmethod
     def load(self, folder: Path) -> torch.nn.Module:
@@ -297,7 +298,7 @@ class DividesMatrices(ABC):
 
     @abstractmethod
     def divided_matrices(self, model: torch.nn.Module) -> Mapping[str, str]:
-        """Returns how each module is sharded, by name. `column`: weight and bias, by outputs. `row`: the weight, by inputs;
+        """Returns, by name, how each module is sharded. `column`: weight and bias, by outputs. `row`: the weight, by inputs;
         workers add up the outputs. `summed`: not sharded, but used on only a part of the data; workers add up its gradients."""
 
 
@@ -319,7 +320,7 @@ class Generates(Exports):
 
 
 class Paints(Generates):
-    """Generates images for prompts with its exports. Each call may have other options. For `model serve` and `model play`."""
+    """Generates images for prompts with its exports. Options may differ per call. For `model serve` and `model play`."""
 
     @staticmethod
     @abstractmethod
@@ -356,7 +357,7 @@ class Draws(ABC):
 
     @abstractmethod
     def gallery(self) -> Gallery | None:
-        """Returns the gallery to generate; None if the job asks for none."""
+        """Returns the gallery to generate. Returns None if the job asks for no gallery."""
 
 
 class Gallery(Protocol):
@@ -383,7 +384,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Request:
-    """Contains a prompt to answer. `out`: where to write an answer that is a file; the answer's `file` fact is this path."""
+    """Contains a prompt to answer. `out`: the path to write to, if the answer is a file (its `file` fact is this path)."""
 
     prompt: str
     seed: int

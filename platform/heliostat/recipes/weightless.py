@@ -18,8 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Describes the folder that contains the values of a module's tensors. `tensors`: the tensors by their names in the
-    module."""
+    """Describes a folder that contains the values of a module's tensors. `tensors`: the module's tensors, by name."""
 
     module: torch.nn.Module
     folder: Path

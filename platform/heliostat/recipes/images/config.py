@@ -53,8 +53,8 @@ Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder. It is either a CLIP text encoder with these keys, which is trained with the model, or a frozen
-    CLIP or T5 text encoder from the folder `pretrained`."""
+    """Describes the text encoder. With `pretrained`, it is a frozen CLIP or T5 text encoder from a folder. Without it, it is a
+    CLIP text encoder with these keys, which is trained with the model."""
 
     pretrained: str | None = None
     """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine it only with `length`. Unset: a CLIP text

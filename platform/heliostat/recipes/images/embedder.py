@@ -63,8 +63,8 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Returns False, so that transformers initializes the weights as it does for CLIPModel. For a class that it doesn't know,
-        it skips some modules."""
+        """Returns False, so that transformers initializes the weights as it does for CLIPModel. For an unknown class,
+        transformers skips some modules."""
         return False
 
 
@@ -89,7 +89,7 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration; ConfigError for invalid keys."""
+        """Makes the model's configuration. Raises ConfigError for invalid keys."""
         keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
             if extra := sorted(keys.keys() - {"pretrained"}):

@@ -25,7 +25,7 @@ HELD = 5
 
 class Judge:
     def __init__(self, images: list[np.ndarray], labels: list[str]) -> None:
-        """Trains the classifier on the labeled images; ConfigError if they don't have at least two labels."""
+        """Trains the classifier on the labeled images. Raises ConfigError if the images have fewer than two labels."""
         from sklearn.svm import SVC
 
         self.labels = sorted(set(labels) - {""})
@@ -46,8 +46,8 @@ class Judge:
 
 
 def features(pictures: list[np.ndarray]) -> np.ndarray:
-    """Flattens images to [n, pixels], with the same scale for all pixels. The reason: pixels that are white in every real image
-    are never exactly white in a generated image."""
+    """Flattens images to [n, pixels], with the same scale for all pixels. A scale per pixel doesn't work: pixels that are white
+    in every real image are never exactly white in a generated image."""
     return np.stack([_small(p).ravel() for p in pictures]).astype(np.float32) / 255
 
 
@@ -59,8 +59,8 @@ def _small(picture: np.ndarray) -> np.ndarray:
 def real_images(
     sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Reads at most `limit` images of the datasets, with their labels. They are in the order of the shards, which is by hash.
-    Calls `progressed` for every row group that it reads."""
+    """Reads at most `limit` images of the datasets, with their labels. The images are in the order of the shards, which is by
+    hash. Calls `progressed` for every row group that it reads."""
     from heliostat.recipes.images.rows import decode
 
     images: list[np.ndarray] = []

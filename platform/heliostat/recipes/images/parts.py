@@ -26,8 +26,8 @@ from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
-    """Contains all models that are trained: the backbone and, unless it is frozen, the text encoder. They have the names that a
-    diffusers pipeline uses."""
+    """Contains all models that are trained: the backbone and, unless it is frozen, the text encoder. The models have the names
+    that a diffusers pipeline uses."""
 
     def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
         super().__init__()
@@ -99,8 +99,8 @@ class Parts:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
 
     def presume(self, count: int) -> pa.Table | None:
-        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. They are latents and
-        embeddings if the job has models for these.
+        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents and
+        embeddings, if the job has models that make these.
 
         Returns None if the job doesn't set sizes, or if it trains its own text encoder, because then the vocabulary comes from
         the dataset.
@@ -128,8 +128,8 @@ class Parts:
         return config.text_width(self.model.text)
 
     def text_width(self) -> int:
-        """Returns the width of the text embeddings. Without datasets, it uses the backbone's value if it is set, because the
-        encoder's folder may be missing."""
+        """Returns the width of the text embeddings. Without datasets, uses the backbone's key for this width if it is set,
+        because the encoder's folder may be missing."""
         width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return width if self.facts is None and width else self.width
 
@@ -240,7 +240,8 @@ class Parts:
         return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
-        """Moves encoders off the device whose outputs the datasets contain, because only image generation needs them."""
+        """Moves an encoder off the device if the datasets contain its outputs, because then only image generation needs the
+        encoder."""
         assert self.facts
         idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
         resting = [name for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]

@@ -18,7 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Computes the backbone's prediction; `t` [n], `text` [n, tokens, width]; TypeError for a class that isn't a backbone."""
+    """Computes the backbone's prediction. `t`: [n]. `text`: [n, tokens, width]. Raises TypeError for a class that isn't a
+    backbone."""
     kind = type(backbone).__name__
     if kind == "UNet2DConditionModel":
         return backbone(noisy, t, encoder_hidden_states=text).sample
@@ -37,7 +38,7 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
 
 
 def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. T5 masks padding; CLIP attends to it, as in its training."""
+    """Embeds token ids as [n, tokens, width]. T5 masks padding. CLIP attends to padding, as in CLIP's training."""
     if "t5" in text_encoder.config.model_type:
         return text_encoder(input_ids=ids, attention_mask=mask)[0]
     return text_encoder(input_ids=ids)[0]

@@ -66,7 +66,7 @@ def shares(rows: list[int], limit: int) -> list[int]:
 
 
 class Reference:
-    """Contains the features of at most `limit` real images, from every dataset. They are the same in every evaluation."""
+    """Contains the features of at most `limit` real images, from every dataset. The features are the same in every evaluation."""
 
     def __init__(self, folder: str, sources: list[Manifest], limit: int, progressed: Callable[[], None] = lambda: None) -> None:
         """Extracts the features. Calls `progressed` for every row group, and for every 32 images that go through the model."""

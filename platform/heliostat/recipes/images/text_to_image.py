@@ -120,7 +120,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
 
     def complete(self, batch: Batch) -> Batch:
-        """Draws random numbers, encodes images and captions, and drops some captions; returns `noise`, `image`, and `caption`."""
+        """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
         return self._completed(batch, dropping=True)
 
     @torch.no_grad()

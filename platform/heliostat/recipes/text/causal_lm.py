@@ -94,7 +94,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
+        """Makes the model's configuration, which needs transformers. Raises ConfigError for invalid keys."""
         from heliostat.recipes.text import model_config
 
         config = model_config.from_folder(self.job.model) if self.pretrained else model_config.from_keys(self.job.model)
@@ -125,7 +125,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy with another configuration, initial weights, and samples of `length` tokens."""
+        """Returns a plain copy for a trial: with another configuration, initial weights, and samples of `length` tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -178,7 +178,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         )
 
     def _bind(self, **values: int | None) -> None:
-        """Sets keys of the configuration: now if it exists, else when it is made."""
+        """Sets keys of the configuration: now if it already exists, otherwise as soon as it is made."""
         self._bound |= values
         if "config" in vars(self):
             for name, value in values.items():

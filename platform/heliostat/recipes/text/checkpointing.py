@@ -59,7 +59,7 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 class OnHost:
     """Checkpoints a layer like `checkpoint`, but keeps the layer's input in host memory. A checkpointed layer keeps nothing else,
-    so only the input is copied. On a CPU, the copy is next to the original."""
+    so only the input is copied. On a CPU, the copy is in the same memory as the original."""
 
     def __init__(self, checkpoint: Callable[..., object], host: HostTensors) -> None:
         """Prepares the checkpointing. `host`: shared by all layers of a model. Inputs are copied in the order of the layers."""

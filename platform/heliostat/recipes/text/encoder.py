@@ -42,7 +42,7 @@ def load(
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler of some architectures, because nothing here would train it."""
+    """Leaves out the pooler of some architectures, because the training wouldn't train it."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 
@@ -64,7 +64,7 @@ def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> in
 
 
 def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Embeds texts, fp32 [texts, width], with length 1. `mask`: true for tokens."""
+    """Embeds texts as vectors of length 1, fp32 [texts, width]. `mask`: true for tokens."""
     with masks.unread(whole=True):
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     return F.normalize(pool(states.float(), mask, pooling), dim=-1)
@@ -72,7 +72,7 @@ def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Pools each text's states into one vector: the mean over its tokens (`mean`), the last token's state (`last`), or the first
-    token's (`cls`). A text without tokens gets zeros."""
+    token's state (`cls`). A text without tokens gets zeros."""
     count = mask.sum(1, keepdim=True)
     if pooling == "mean":
         return states.masked_fill(mask[..., None] == 0, 0).sum(1) / count.clamp(min=1)

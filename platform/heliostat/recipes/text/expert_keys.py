@@ -124,7 +124,7 @@ def _small(recipe: LanguageModel) -> PreTrainedModel | None:
 
 
 def router_loss_weight(config: PreTrainedConfig) -> float | None:
-    """Returns the weight of the router's loss in the objective; None for a model without one."""
+    """Returns the weight of the router's loss in the objective. Returns None for a model without a router's loss."""
     parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
     return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
 

@@ -78,7 +78,8 @@ def _samples(job: Job, data: Dataset) -> np.ndarray:
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Returns the first tokens of the document that begins in a sample, or of the sample if that document is too short."""
+    """Returns the first tokens of the document that begins in a sample. If that document is too short, returns the first tokens
+    of the sample."""
     ends = np.flatnonzero(tokens == end)
     begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
     return tokens[begin : begin + TOKENS]

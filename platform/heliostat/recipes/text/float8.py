@@ -66,7 +66,7 @@ def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
 
 
 def multiplied(a: Scaled, b: Scaled, dtype: torch.dtype) -> torch.Tensor:
-    """Multiplies a [rows, inner] by b [columns, inner], both in the memory layout that GPUs need."""
+    """Multiplies a [rows, inner] by b [columns, inner]. Both have the memory layout that GPUs need."""
     if a[0].is_cuda:
         return torch._scaled_mm(a[0], b[0].t(), a[1], b[1], out_dtype=dtype)
     return ((a[0].float() * a[1]) @ (b[0].float() * b[1]).t()).to(dtype)
@@ -77,14 +77,14 @@ def _turned(scaled: Scaled) -> Scaled:
 
 
 def use(model: torch.nn.Module) -> None:
-    """Makes the linear layers inside a model's layers multiply in float8; the parameters stay the same."""
+    """Makes the linear layers inside a model's layers multiply in float8. The parameters stay the same."""
     require_device()
     for m in linears(model):
         m.__class__ = Float8Linear
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Lists the supported linear layers: those inside the model's layers, with sides that GPUs can multiply."""
+    """Lists the supported linear layers. They are inside the model's layers, and have sides that GPUs can multiply."""
     return [
         m
         for layer in checkpointing.layers(model)

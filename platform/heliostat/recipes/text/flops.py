@@ -47,7 +47,7 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
 
 
 def active(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Counts the parameters that a token uses: all, except routed experts that it isn't sent to."""
+    """Counts the parameters that a token uses. These are all parameters, except routed experts to which the token isn't sent."""
     config = config.get_text_config(decoder=True)
     matrices = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
     return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in matrices))

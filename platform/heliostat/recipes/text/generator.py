@@ -21,7 +21,7 @@ EMPTY = "is empty, and the tokenizer has no beginning-of-document token"
 
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
-    """Loads the language model in a folder; ConfigError if a weight is missing."""
+    """Loads the language model in a folder. Raises ConfigError if a weight is missing."""
     return pretrained.whole(key, transformers.AutoModelForCausalLM, folder, **options)
 
 
@@ -39,7 +39,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class Sampling(Strict):
-    """Describes the sampling options; temperature 0 always takes the most likely token."""
+    """Describes the sampling options. Temperature 0 always takes the most likely token."""
 
     max_tokens: int = Field(100, ge=1)
     temperature: Float = Field(0.8, ge=0)

@@ -51,7 +51,7 @@ class Infilling:
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> Infilling | None:
         """Finds the form of a model's prompts for a middle, from its transformers tokenizer. Returns None if the tokenizer has no
-        tokens for that."""
+        fill-in-the-middle tokens."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None

@@ -117,13 +117,13 @@ def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary], and the targets with them. Doesn't slice the logits, which would copy them in
-    both passes."""
+    """Flattens logits to [tokens, vocabulary], and the targets in the same way. It doesn't slice the logits, because a slice
+    would copy them in both passes."""
     return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:
-    """Chooses how many rows of logits the loss computes at once: enough to fit a CPU's caches, or to keep a GPU busy."""
+    """Chooses how many rows of logits the loss computes at once. The block should fit into a CPU's caches, or keep a GPU busy."""
     return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
 
 

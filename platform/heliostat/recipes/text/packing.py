@@ -38,8 +38,8 @@ def require_apart(recipe: LanguageModel) -> None:
 
 
 def packings() -> list[np.ndarray]:
-    """Makes three samples [1, tokens] with the same last document. It comes after one long document, after a different long
-    document, and after many short documents."""
+    """Makes three samples [1, tokens] with the same last document. Before this document, the samples have one long document, a
+    different long document, and many short documents."""
     draw = np.random.default_rng(0)
     last = draw.integers(6, 90, LAST)
     before = [draw.integers(6, 90, BOUNDARY) for _ in range(2)]
@@ -61,7 +61,7 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(small: LanguageModel) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model, in which every part has an effect."""
+    """Computes the logits of `packings` with a small model in which every part affects the logits."""
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)

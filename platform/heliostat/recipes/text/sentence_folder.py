@@ -28,14 +28,14 @@ SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)
 
 @dataclass(frozen=True)
 class Embedding:
-    """Describes how a text is embedded: the pooling, and the maximum number of tokens (None: the model's)."""
+    """Describes how a text is embedded: the pooling, and the maximum number of tokens. None means the model's maximum."""
 
     pooling: str
     max_tokens: int | None
 
 
 def write(folder: Path, how: Embedding, width: int) -> None:
-    """Writes the files into a model's folder; its embeddings have `width` numbers."""
+    """Writes the files into a model's folder. `width`: the size of the model's embeddings."""
     paths = ("", POOLING, "2_Normalize")
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -56,8 +56,8 @@ def _write(path: Path, value: object) -> None:
 
 
 def read(folder: Path) -> Embedding | None:
-    """Reads how the folder's model embeds texts. Returns None if the folder doesn't record it. Raises ConfigError if it isn't
-    supported.
+    """Reads how the folder's model embeds texts. Returns None if the folder doesn't record it. Raises ConfigError if the pooling
+    or a module isn't supported.
 
     A folder without a list of modules may have only the pooling.
     """

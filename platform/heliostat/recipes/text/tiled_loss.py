@@ -28,7 +28,7 @@ Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tenso
 
 
 def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
-    """Chooses the number of tokens per tile: enough logits to keep a GPU busy, fewer on a CPU."""
+    """Chooses the number of tokens per tile, such that a tile's logits keep a GPU busy. On a CPU, tiles are smaller."""
     return max(1, (1 << 22 if hidden.device.type == "cpu" else 1 << 28) // vocabulary)
 
 

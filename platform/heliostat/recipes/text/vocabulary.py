@@ -22,7 +22,8 @@ STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
 
 
 def of_folder(folder: Path) -> bytes:
-    """Reads a model folder's tokenizer.json, or makes it from the other files; ConfigError if nothing is readable."""
+    """Reads a model folder's tokenizer.json, or makes it from other files. Raises ConfigError if the folder has no readable
+    tokenizer."""
     file = folder / "tokenizer.json"
     if file.is_file():
         return file.read_bytes()
@@ -127,7 +128,7 @@ def _writes_a_space(tokenizer: Tokenizer) -> bool:
 
 
 def _between(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Counts the bytes that each token adds between two others: decoders write spaces before, after, or within words."""
+    """Counts the bytes that each token adds between two other tokens. Decoders write spaces before, after, or within words."""
     anchor = next((i for i in tokens if re.fullmatch("[A-Za-z]+", tokenizer.decode([i]).strip())), None)
     around = [] if anchor is None else [anchor]
     without = len(tokenizer.decode([*around, *around]).encode())
