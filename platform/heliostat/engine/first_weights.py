@@ -1,15 +1,17 @@
-"""Gives a model its initial weights below ZeRO stage 3, where every worker has all weights. Only the first worker makes them.
+"""Gives a model its initial weights below ZeRO stage 3, where every worker has all weights. Only the first worker makes these
+weights.
 
 The first worker sends the weights to the others one tensor at a time, from device to device, in the precision of training. With
 tensor parallelism (`train.parallel.tensor`), each worker then keeps only its part. The first worker's weights come from one of
 these:
 
-- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never holds more than one.
-- The recipe's `build`: its host memory holds one copy in fp32 until each tensor is sent.
+- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never contains more than one
+  tensor.
+- The recipe's `build`: its host memory contains one copy in fp32 until each tensor is sent.
 
 All other workers build the model without weights (`recipes.weightless`). A custom recipe may read weights in its `build`, so the
 first worker runs such a `build` with and without weights. If the results differ (`recipes.build_difference`), the workers of each
-node build the model with weights in turns. They keep everything except the weights, and log the cost.
+node build the model with weights in turns. These workers keep everything except the weights, and log the cost.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def shape(parameter: Any) -> tuple[int, ...]:
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, this is all of it."""
+    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete parameter."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 

@@ -2,7 +2,7 @@
 
 Training doesn't wait for this process. Each checkpoint is first exported to a local folder, and from then on retention may delete
 the checkpoint. Checkpoints that retention deletes earlier are counted as removed. Some checkpoints exist only while another
-checkpoint is scored. The run's receipts also list these.
+checkpoint is scored. The run's receipts also list these checkpoints.
 
 Each result is a file in the run's folder. The file is written before the result is sent to MLflow. If you run the command again,
 it continues after the last result, and sends the results that MLflow lacks.

@@ -88,7 +88,7 @@ def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the word after a passage in which that word already occurs (like LAMBADA, Paperno et al. 2016). Returns None if
+    """Asks for the next word of a passage that already contains this word (like LAMBADA, Paperno et al. 2016). Returns None if
     there is no such word."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]

@@ -1,8 +1,8 @@
 """Shrinks a model's configuration, so that a test of its architecture's code takes a second for a model of any size.
 
 The small configuration keeps every switch, the kinds of layers and their order, the width of heads, and how queries share keys.
-Windows and position ranges that are shorter than a sample stay shorter. It has fewer layers, heads, and experts, smaller widths,
-and a smaller vocabulary.
+Windows and position ranges that are shorter than a sample stay shorter. The small configuration has fewer layers, heads, and
+experts, smaller widths, and a smaller vocabulary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Defines what a recipe is (`protocol`), and holds the built-in recipes: text and images.
+"""Defines the protocol of recipes (`protocol`), and contains the built-in recipes for text and images.
 
 Start at `protocol`.
 May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.

@@ -1,8 +1,8 @@
 """Initializes the weights of a backbone as its authors did. diffusers keeps torch's default initialization.
 
 - U-Net: the last layer of every residual branch is zero, so that the branch begins as the identity. The last layer of the network
-  is zero too, so that it outputs nothing. (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021,
-  arXiv 2105.05233: `zero_module` in openai/guided-diffusion; latent diffusion also uses it, Rombach et al. 2022, arXiv
+  is zero too, so that the network outputs zeros. (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol
+  2021, arXiv 2105.05233: `zero_module` in openai/guided-diffusion; latent diffusion also uses it, Rombach et al. 2022, arXiv
   2112.10752.)
 - PixArt: `initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426). It is DiT's initialization
   (Peebles and Xie 2022, arXiv 2212.09748), with cross-attention that begins as zero.

@@ -1,4 +1,5 @@
-"""Builds the trained models and loads the frozen models of a text-to-image job. Checks that they fit the data and each other.
+"""Builds the trained models and loads the frozen models of a text-to-image job. Checks that the models fit the data and each
+other.
 
 Frozen encoders are loaded when they are first needed, so ZeRO never shards them.
 """
@@ -289,7 +290,8 @@ class Parts:
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """Returns the tensor to noise: pixels, or latents drawn from their distribution (stored, or computed from pixels)."""
+        """Returns the tensor to which noise is added: pixels, or latents drawn from their distribution (stored, or computed from
+        pixels)."""
         if self.vae_config is None:
             return content
         if self.facts and self.facts.content == "images":

@@ -1,4 +1,4 @@
-"""Generates images from prompts as a diffusers pipeline, in pixels or latents. It needs only diffusers and transformers.
+"""Generates images from prompts as a diffusers pipeline, in pixels or latents. This file needs only diffusers and transformers.
 
 An export contains a copy of this file, so that plain diffusers can load it: DiffusionPipeline.from_pretrained(FOLDER,
 trust_remote_code=True).

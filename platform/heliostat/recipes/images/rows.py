@@ -1,7 +1,8 @@
 """Converts rows of a prepared image dataset to tensors, and draws the random numbers of each row.
 
-The random numbers of a sample (noise, timestep, caption dropout) depend only on train.seed and the sample's key. They come from
-Philox, a counter-based generator without state. They don't depend on the worker, the micro-batch, or earlier draws.
+The random numbers of a sample (noise, timestep, caption dropout) depend only on train.seed and the sample's key. These numbers
+come from Philox, a counter-based generator without state. The numbers don't depend on the worker, the micro-batch, or earlier
+draws.
 
 The engine gives every position of every step its own key, so a sample gets different noise in every epoch. `draw` draws on the
 device (`train.recipe_version: 2`), and `draw_on_host` in NumPy (`train.recipe_version: 1`).
