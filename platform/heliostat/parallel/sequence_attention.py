@@ -1,8 +1,8 @@
 """Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
 2309.14509).
 
-Before attention, a worker has all heads of some tokens. The workers of a group exchange these for some heads of all tokens. After
-attention, they exchange them back. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. This package
+Before attention, a worker has all heads of some tokens. The workers of a group exchange them for some heads of all tokens. After
+attention, they reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. This package
 can't import the engine, so the engine passes the class in (`exchanging`). Nothing else in a model may mix tokens, which `cutting`
 tests.
 """
