@@ -192,7 +192,7 @@ METRIC, FILTER = {"task": "t", "metric": "accuracy"}, [{"name": "x", "filter": [
 CLASSES = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
 WRONG = {  # what the task file has, the suite, and what is said
     "no such task": ({}, {"tasks": ["held_out_choic"]}, "held_out_choic' isn't a task of .*Did you mean 'held_out_choice'"),
-    "a group": ({}, {"tasks": ["mmlu"]}, "'mmlu' is a group of tasks in lm-eval. Name its tasks"),
+    "a group": ({}, {"tasks": ["mmlu"]}, "'mmlu' is a group of tasks in lm-eval. List the group's tasks"),
     "not its metric": ({}, {"tasks": [METRIC]}, "metric: 'accuracy' isn't a metric of the task. Metrics: acc, acc_norm"),
     "unknown metric": (
         {"metric_list": [{"metric": "acurracy"}]},

@@ -163,7 +163,7 @@ def named(found: dict[str, Any], what: str) -> list[dict[str, Any]]:
     ("name", "cause", "first"),
     [
         ("wrong-scale", "is 1.02 times the right one: a wrong scale", 1),
-        ("stale-gradient", "is that of the previous step: a stale buffer", 2),
+        ("stale-gradient", "is the gradient of the previous step: a stale buffer", 2),
     ],
 )
 def test_a_wrong_gradient_is_found_and_its_cause_and_parameter_are_named(name, cause, first, faulty) -> None:
@@ -181,7 +181,7 @@ def test_gradients_that_were_not_reduced_are_told_from_others(faulty) -> None:
         len({fault["name"] for fault in gradients})
         == next(r for r in faulty["not-reduced"]["rows"] if r["what"] == "updates")["count"] / 4
     )
-    assert all("one worker's share: not reduced over the workers" in fault["text"] for fault in gradients)
+    assert all("one worker's share: it wasn't reduced over the workers" in fault["text"] for fault in gradients)
 
 
 @pytest.mark.ci

@@ -93,7 +93,7 @@ def test_text_that_is_too_little_or_none_is_refused(pages, tmp_path):
     with pytest.raises(ConfigError, match=r"holds out only 0 documents of text\. Pass a larger fraction"):
         held_out.make(str(short.location), tmp_path / "out", 10, 0.5, 0)
     plain = build_pages.make(tmp_path / "plain", tuple(" ".join(f"{c}{i}" for i in range(30)) for c in "abcdefghij"))
-    with pytest.raises(ConfigError, match="too short to ask about"):
+    with pytest.raises(ConfigError, match="too short for questions"):
         held_out.make(str(plain.location), tmp_path / "out", 10, 0.9, 0)
 
 
@@ -134,6 +134,6 @@ def test_what_a_folder_does_not_say_is_not_known_and_what_the_suite_names_must_b
     examples = contamination.Examples(13)
     examples.add("a", ["x"])
     told = contamination.measured(examples, tmp_path, [], lambda done, all_: None)
-    assert "doesn't record its training data. Name it in contamination.data" in told["unknown"]
+    assert "doesn't record its training data. Set contamination.data" in told["unknown"]
     with pytest.raises(MissingDataError, match="no dataset here"):
         contamination.measured(examples, tmp_path, [str(tmp_path)], lambda done, all_: None)

@@ -138,7 +138,7 @@ def test_a_pretrained_model_is_a_folder_with_a_configuration(tmp_path):
         kind().save_pretrained(tmp_path)
         found = kind.model_type
         if found not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            assert refusal({"pretrained": str(tmp_path)}).endswith(f"holds a {found!r}, which isn't a causal language model")
+            assert refusal({"pretrained": str(tmp_path)}).endswith(f"contains a {found!r}, which isn't a causal language model")
     LlamaConfig(max_position_embeddings=32).save_pretrained(tmp_path)
     assert "is above the model's max_position_embeddings 32" in refusal({"pretrained": str(tmp_path)})
     assert recipe({"pretrained": str(tmp_path)}, 32).config.model_type == "llama"
@@ -268,7 +268,7 @@ def test_a_batchs_loss_is_the_sum_of_its_samples(arch):
 
 @pytest.mark.parametrize(("key", "value", "says"), [
     ("hidden_act", "siluu", "model.hidden_act: 'siluu' isn't an activation. Did you mean 'silu'?"),
-    ("num_hidden_layers", -1, "model.num_hidden_layers: -1 must be at least 1"),
+    ("num_hidden_layers", -1, "model.num_hidden_layers: expected at least 1, got -1"),
 ])  # fmt: skip
 def test_values_that_only_building_would_find_are_found_before(key, value, says):
     assert says in refusal({**LLAMA, key: value})

@@ -64,7 +64,7 @@ def test_experts_of_an_architecture_can_be_divided_where_they_are_stacked(arch):
 def test_a_recipe_that_divides_no_experts_is_refused():
     made = job(**TWO, **{"evaluate": None})
     with pytest.raises(
-        ConfigError, match=rf"^{KEY}: .* expert parallelism.*or derive it from heliostat.recipes.protocol.Divides"
+        ConfigError, match=rf"^{KEY}: .* expert parallelism.*or derive the recipe from heliostat.recipes.protocol.Divides"
     ):
         require_abilities(made, Around(lambda: None))
 

@@ -113,7 +113,7 @@ def test_a_part_that_would_compute_something_else_is_found(monkeypatch):
 def test_a_norm_of_each_workers_own_heads_is_found():
     """The logits of each part are right, but the gradient would cover only some of the heads."""
     phi = {**{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, "arch": "phi", "qk_layernorm": True}
-    with pytest.raises(ConfigError, match=r"not supported for 'phi': every worker would hold all of '.*q_layernorm'"):
+    with pytest.raises(ConfigError, match=r"not supported for 'phi': every worker would have all of '.*q_layernorm'"):
         recipe(phi, **TWO).probe()
     recipe({**phi, "qk_layernorm": False}, **TWO).probe()
 

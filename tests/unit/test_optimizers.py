@@ -261,13 +261,13 @@ def test_a_run_goes_on_with_an_optimizer_that_keeps_what_its_checkpoints_hold(ke
         assert spec.settle(made, raw(**changed(recorded))).train.optimizer == made.train.optimizer
         return
     name, before = keys["name"], recorded["name"]
-    holds = rf"the run's checkpoints \({before!r}\) hold {', '.join(held) or 'nothing'}\. Keep {before!r}"
+    holds = rf"the run's checkpoints \({before!r}\) contain {', '.join(held) or 'nothing'}\. Keep {before!r}"
     with pytest.raises(ConfigError, match=rf"^train\.optimizer: {name!r} keeps .* per parameter, but {holds}"):
         spec.settle(made, raw(**changed(recorded)))
 
 
 def test_a_run_of_an_optimizer_from_later_versions_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"\('adam9'\) hold state that this version of heliostat doesn't know\. "):
+    with pytest.raises(ConfigError, match=r"\('adam9'\) contain state that this version of heliostat doesn't know\. "):
         spec.settle(job(), raw(**{"train.optimizer": {"name": "adam9", "lr": 1}}))
 
 

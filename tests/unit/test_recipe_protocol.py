@@ -126,8 +126,8 @@ def workspace(tmp_path, monkeypatch):
         ("Added", "defines `added`, which heliostat no longer uses: `loss` returns named parts"),
         ("Silent", r"defines `evaluate`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe\S*\.Evaluates"),
         ("Unserved", r"defines `serving`, but heliostat never calls it\. Derive the recipe from heliostat\.recipe[\w.]*\.Serves"),
-        ("Mute", r"is served through its `generator`, but defines none\. Derive it from heliostat\.recipe[\w.]*\.Generates"),
-        ("Unasked", "defines no `prompts`, and MLflow logs one with the model"),
+        ("Mute", r"through its `generator`, but doesn't define it\. Derive the recipe from heliostat\.recipe[\w.]*\.Generates"),
+        ("Unasked", "defines no `prompts`, and MLflow logs a prompt with the model"),
         ("Unmeasured", "gathers embedding, but has no `measure` that uses them"),
     ],
 )
@@ -244,7 +244,7 @@ def test_the_plan_knows_groups_frozen_modules_and_models_beside():
     ("changes", "says"),
     [
         ({"frozen": ("encoder",)}, "frozen names 'encoder', which isn't a submodule of its model"),
-        ({"group": lambda self, name, shape: Group(lr=-1.0)}, r"group returns lr -1\.0\. It must be at least 0"),
+        ({"group": lambda self, name, shape: Group(lr=-1.0)}, r"group returns lr -1\.0\. Return at least 0"),
         ({"group": lambda self, name, shape: Group(weight_decay=float("nan"))}, "group returns weight_decay nan"),
     ],
 )

@@ -576,6 +576,6 @@ def test_datasets_that_do_not_belong_together_are_refused(dataset, tmp_path):
     assert image_rows.facts([whole, other], True).size == (8, 8)
     with pytest.raises(ConfigError, match="have different numbers of channels"):
         image_rows.facts([whole, manifest.Manifest(whole.location, whole.chunks, {**whole.meta, "channels": 3})], True)
-    with pytest.raises(ConfigError, match="holds no images"):
+    with pytest.raises(ConfigError, match="contains no images"):
         image_rows.facts([manifest.Manifest(whole.location, whole.chunks, {"kind": "rows"})], True)
     assert TEXT["length"] == 8

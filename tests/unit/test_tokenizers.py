@@ -165,7 +165,7 @@ def test_a_model_with_another_tokenizer_is_refused_by_name_with_the_fix(tmp_path
     message = str(e.value)
     assert message.startswith(f"model.pretrained: '{tmp_path / 'model'}': its tokenizer differs from that of data.sources.0.path")
     assert f"'{tmp_path / 'data'}'" in message and f"`tokenizer: {{path: {tmp_path / 'model'}}}`" in message
-    assert "in the dataset's and" in message and "\n" not in message
+    assert "in the dataset's tokenizer and" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("change", ["merges", "normalizer", "pre_tokenizer", "byte_fallback", "end", "kind", "added"])
@@ -215,7 +215,7 @@ def test_the_same_tokenizer_is_taken_however_it_is_written(tmp_path):
 def test_a_model_folder_without_a_tokenizer_is_refused_before_training(tmp_path):
     """The export would need it, after the whole training."""
     source = dataset(tmp_path / "data", trained("byte-level"))
-    with pytest.raises(ConfigError, match=r"model\.pretrained: .* holds no readable tokenizer"):
+    with pytest.raises(ConfigError, match=r"model\.pretrained: .* contains no readable tokenizer"):
         model_folder(tmp_path / "model", None).bind([source])
     with pytest.raises(ConfigError, match=r"model\.pretrained: .*can't read its tokenizer\.json"):
         model_folder(tmp_path / "model", "{}").bind([source])

@@ -112,7 +112,7 @@ def test_a_folder_that_transformers_converts_is_loaded_by_it_and_says_so(worker,
     model = first_weights.build(made, CausalLM(made))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), right.parameters(), strict=True))
     assert (
-        "the first worker loads all weights at once, 0.0 GB of host memory" in caplog.text
+        "the first worker loads all weights at once, which needs 0.0 GB of host memory" in caplog.text
         and "expected one tensor for" in caplog.text
     )
 

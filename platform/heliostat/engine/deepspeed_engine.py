@@ -1,7 +1,7 @@
 """Builds the DeepSpeed engine of a job.
 
 ZeRO shards optimizer state (stage 1), gradients (stage 2), and parameters (stage 3) over the workers (Rajbhandari et al. 2020,
-arXiv 1910.02054). Import this module only in a worker: `prepare_environment` must run before DeepSpeed is first imported.
+arXiv 1910.02054). Import this module only in a worker, because `prepare_environment` must run before DeepSpeed is first imported.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def require_config(job: Job) -> None:
 
 
 def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGroup | None = None) -> torch.nn.Module:
-    """Builds the model with its initial weights, equal on every worker. At stage 3, no worker ever holds all weights."""
+    """Builds the model with its initial weights, which are equal on every worker. At stage 3, no worker ever has all weights."""
     if job.train.zero.stage < 3:
         model = first_weights.build(job, recipe)
         _require_dimensions(model)
@@ -76,7 +76,7 @@ def build_model(job: Job, recipe: Recipe, config: dict[str, Any], group: StateGr
 
 
 def _require_dimensions(model: torch.nn.Module) -> None:
-    """Raises ConfigError for a parameter without dimensions (a scalar): DeepSpeed doesn't send it to other workers."""
+    """Raises ConfigError for a parameter without dimensions (a scalar), because DeepSpeed doesn't send it to other workers."""
     if single := [name for name, p in model.named_parameters() if p.dim() == 0]:
         raise ConfigError(
             f"recipe: the model's parameter {single[0]!r} has no dimension, and DeepSpeed can't send it to "
@@ -119,8 +119,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     """Builds a DeepSpeedEngine on the process group of the attempt.
 
     With sequence parallelism (`sharing`), the engine shards state and averages gradients over all workers. With tensor
-    parallelism, it does both over the workers with the same part of each matrix. Raises ConfigError if DeepSpeed can't train the
-    model in this parallelism configuration.
+    parallelism, it does this over the workers that have the same part of each matrix. Raises ConfigError if DeepSpeed can't train
+    the model in this parallelism configuration.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
@@ -142,10 +142,12 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
     for block in building.sparse_blocks(model):
         if train.zero.stage in (1, 2) and dist.get_world_size() > 1:
             raise ConfigError(
-                f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of separate expert modules, "
-                "of which workers use different ones. Set it to 3"
+                f"train.zero.stage: {train.zero.stage} doesn't reduce the gradients of expert modules that only "
+                "some workers use. Set train.zero.stage to 3"
             )
-        set_z3_leaf_module(block, True)  # gathered as one unit: else workers with other experts would wait for each other
+        set_z3_leaf_module(
+            block, True
+        )  # gathered as one unit: otherwise, workers that use different experts would wait for each other
     for block in building.gathered_whole(model):
         set_z3_leaf_module(block, True)
     exact = {name: model.get_buffer(name).float() for name in recipe.exact(model)}
@@ -183,8 +185,8 @@ def build_engine(job: Job, recipe: Recipe, sharing: SampleGroup | None = None) -
 
 
 def _require_eighths(model: torch.nn.Module) -> None:
-    """Raises ConfigError unless the workers' shards of every weight are equal and have a multiple of 8 elements. DeepSpeed's
-    kernel needs that: it would use wrong scales for padded shards."""
+    """Raises ConfigError unless the workers' shards of every weight are equal, and have a multiple of 8 elements. DeepSpeed's
+    kernel would use wrong scales for padded shards."""
     workers = dist.get_world_size()
     for name, p in model.named_parameters():
         numel = division.numel(p)
@@ -212,7 +214,7 @@ def destroy_engines() -> None:
 
 
 def forget_groups() -> None:
-    """Removes DeepSpeed's process groups and restarts its counters, because all ranks of a new group must count equally."""
+    """Removes DeepSpeed's process groups and restarts its counters. In a new group, the counters of all ranks must be equal."""
     if "deepspeed" not in sys.modules:
         return
     patches.forget_groups()
@@ -227,13 +229,13 @@ def set_lr(engine: DeepSpeedEngine, lr: float) -> None:
 
 def gradient_norm(engine: DeepSpeedEngine, clip: float) -> torch.Tensor:
     """Computes the global gradient norm before clipping, without waiting for the device. Returns a tensor without dimensions on
-    the device; infinite if a gradient isn't finite.
+    the device. The norm is infinite if a gradient isn't finite.
 
-    At stages 1 to 3, it is the norm of the step just made. At stage 0, call it before the step, because it also clips.
+    At stages 1 to 3, it is the norm of the last step. At stage 0, call this function before the step, because it also clips.
     """
     if engine.zero_optimization_stage():
         norm = torch.as_tensor(engine.get_global_grad_norm())
-        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed marks such a norm by -1
+        return torch.where(norm < 0, torch.inf, norm)  # DeepSpeed replaces a norm that isn't finite with -1
     if engine.autotp_size() > 1:
         return tensor_group.clipped_norm(engine, clip)
     return torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or float("inf"))

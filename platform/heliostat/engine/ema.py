@@ -1,8 +1,10 @@
 """Keeps an exponential moving average (EMA) of the weights. Each rank averages its own fp32 slices, as ZeRO shards them.
 
 After step t, counted from 1, the average moves toward the weights by 1 - min(decay, (1 + t) / (10 + t)). So the initial weights
-lose their influence quickly. Checkpoints hold the average as `ema.<parameter>`, and reshard it like the fp32 master weights.
-`applied` swaps the average with the weights for an evaluation and back again, bit by bit. Exports use the average.
+lose their influence quickly. Checkpoints contain the average as `ema.<parameter>`, and reshard it like the fp32 master weights.
+Exports use the average.
+
+`applied` swaps the average with the weights for an evaluation, and swaps them back afterwards. Both stay bitwise the same.
 """
 
 from __future__ import annotations
@@ -34,15 +36,15 @@ class AveragedWeights:
         torch._foreach_lerp_(list(self._averages.values()), [s.local for s in self._masters.values()], rate)
 
     def state(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns views of this rank's slices of the averages, to save with the rest of the training state. `whole`: complete
-        slices, to load into; otherwise, only the part that this rank saves."""
+        """Returns views of this rank's slices of the averages, to save with the other training state. `whole`: returns the
+        complete slices, to load into. Otherwise, returns only the part that this rank saves."""
         parameters = dict(self.sharded.trained())
         shards = {n: s.holding(self._averages[n]) for n, s in self._masters.items()}
         return {f"{EMA}.{n}": s if whole else self.sharded.share(parameters[n], s) for n, s in shards.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Swaps the averages with the weights inside the context. Save no checkpoint and make no step inside."""
+        """Swaps the averages with the weights inside the context. Inside it, don't save a checkpoint, and don't make a step."""
         self._exchange()
         try:
             yield
@@ -58,7 +60,7 @@ class AveragedWeights:
 
 
 class OptimizerAverage(AveragedWeights):
-    """Gives access to the average that the optimizer keeps in its own state `ema`."""
+    """Gives access to the average that the optimizer keeps in its state `ema`."""
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
         self.sharded = sharded_state.of(engine)
@@ -74,8 +76,8 @@ class OptimizerAverage(AveragedWeights):
 
 
 def of(job: Job, engine: DeepSpeedEngine) -> AveragedWeights | None:
-    """Makes the job's average of the weights: the optimizer's own, or a separate one; None if the job has none. The optimizer's
-    state must exist."""
+    """Makes the job's average of the weights: the optimizer's average, or a separate one. Returns None if the job has no average.
+    The optimizer's state must exist."""
     if job.train.optimizer.averages:
         return OptimizerAverage(engine)
     return AveragedWeights(engine, job.train.ema.decay) if job.train.ema else None

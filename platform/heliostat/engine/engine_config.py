@@ -1,4 +1,4 @@
-"""Builds the DeepSpeed config of a job. It imports neither torch nor DeepSpeed, so a plan can use it."""
+"""Builds the DeepSpeed config of a job. This module imports neither torch nor DeepSpeed, so a plan can use it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from heliostat.config import spec
 from heliostat.config.spec import Job
 
-CPU_BUCKET = 32_000_000  # elements; the workers wait for one another at every bucket
+CPU_BUCKET = 32_000_000  # elements; at every bucket, the workers wait for each other
 
 
 def engine_config(job: Job) -> dict[str, Any]:
-    """Builds the DeepSpeed config of a job. The keys of `train.deepspeed` override it one by one."""
+    """Builds the DeepSpeed config of a job. The keys of `train.deepspeed` override single keys of the config."""
     train, offload = job.train, job.train.zero.offload
     zero: dict[str, Any] = {"stage": train.zero.stage}
     if not job.workers.gpus:
@@ -43,11 +43,13 @@ def engine_config(job: Job) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast and needs no compiler
         "wall_clock_breakdown": False,
         "steps_per_print": 2**62,
-        "timers": {"throughput": {"enabled": False}},  # waits for the device twice per micro-batch; the ledger measures instead
+        "timers": {
+            "throughput": {"enabled": False}
+        },  # the timer waits for the device twice per micro-batch; the ledger measures instead
     }
     if train.precision != "fp32":
         config[train.precision] = {"enabled": True}
-        if train.precision == "bf16":  # it makes every step wait for the device; the loop checks the norm one step later
+        if train.precision == "bf16":  # the check makes every step wait for the device; the loop checks the norm one step later
             config["bf16"]["check_grad_overflow"] = False
         if spec.settle(job, None).train.grad_accum_dtype == "fp32" and job.accumulation > 1:
             config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -1,9 +1,11 @@
 """Shards the experts of each layer over the workers of a group (`train.parallel.expert`), at ZeRO stage 3.
 
 Ranks [0, n) are the first group, [n, 2n) the second, and so on. One tensor stacks all experts of a layer, so a worker with some
-complete experts holds one slice of the flattened tensor. ZeRO shards that slice over the workers with the same experts, one per
-group. So a worker's part of a parameter is a slice of the flattened parameter in every parallelism configuration, and checkpoints
-load in any other.
+complete experts has one slice of the flattened tensor. ZeRO shards that slice over the workers with the same experts, one per
+group.
+
+So in every parallelism configuration, a worker's part of a parameter is a slice of the flattened parameter. Checkpoints therefore
+load in any other configuration.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from heliostat.recipes.protocol import DividesExperts, Recipe
 
 
 def divide(recipe: Recipe, model: torch.nn.Module, workers: int) -> None:
-    """Keeps only this worker's experts of a model that was built at stage 3, and makes the model send tokens to other workers'
-    experts. Collective. Raises ConfigError if `workers` doesn't divide the number of experts."""
+    """Keeps only this worker's experts of a model that was built at stage 3. Makes the model send tokens to the experts of other
+    workers. Collective. Raises ConfigError if `workers` doesn't divide the number of experts."""
     if workers == 1:
         return
     assert isinstance(recipe, DividesExperts)

@@ -1,15 +1,17 @@
-"""Gives a model its initial weights below ZeRO stage 3, where every worker has all weights. Only the first worker makes them.
+"""Gives a model its initial weights below ZeRO stage 3, where every worker has all weights. Only the first worker makes these
+weights.
 
 The first worker sends the weights to the others one tensor at a time, from device to device, in the precision of training. With
 tensor parallelism (`train.parallel.tensor`), each worker then keeps only its part. The first worker's weights come from one of
 these:
 
-- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never holds more than one.
-- The recipe's `build`: its host memory holds one copy in fp32 until each tensor is sent.
+- A pretrained folder: it reads one tensor at a time (`recipes.folder_weights`), so host memory never contains more than one
+  tensor.
+- The recipe's `build`: its host memory contains one copy in fp32 until each tensor is sent.
 
 All other workers build the model without weights (`recipes.weightless`). A custom recipe may read weights in its `build`, so the
 first worker runs such a `build` with and without weights. If the results differ (`recipes.build_difference`), the workers of each
-node build the model with weights in turns. They keep everything except the weights, and log the cost.
+node build the model with weights in turns. These workers keep everything except the weights, and log the cost.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def build(job: Job, recipe: Recipe) -> torch.nn.Module:
 
 
 def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
-    """Builds the model with weights on the other workers, one worker per node at a time. The workers discard these weights."""
+    """Builds the model with weights on the other workers, one worker per node at a time. These workers discard the weights."""
     mine = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     turns = max(together(group, lambda: mine)) + 1
     if dist.get_rank() == 0:
@@ -74,8 +76,8 @@ def _in_turns(making: _Making, group: dist.ProcessGroup, why: str) -> None:
 
 
 class _Making:
-    """Builds this worker's model. `values`: on the first worker, functions that return the values of the model's tensors, by the
-    `id` of the tensor."""
+    """Builds this worker's model. `values`: only on the first worker, functions that return the values of the model's tensors.
+    The keys are the `id`s of the tensors."""
 
     model: torch.nn.Module
 
@@ -88,8 +90,10 @@ class _Making:
         return 4 * sum(p.numel() for p in self.model.parameters()) / 1e9  # in fp32
 
     def as_first(self) -> str:
-        """Builds the first worker's model. Returns the reason why the others can't build it without weights, or "". In a run of
-        one worker, the model stays as built, unless the weights are read from a folder."""
+        """Builds the first worker's model. Returns the reason why other workers can't build the model without weights, or "".
+
+        In a run of one worker, the model stays as built, unless the weights are read from a folder.
+        """
         ours, alone = type(self.recipe).build.__module__.startswith("heliostat."), dist.get_world_size() == 1
         if ours and self._is_read():
             return ""
@@ -104,19 +108,25 @@ class _Making:
         return why
 
     def _is_read(self) -> bool:
-        """Builds the model without weights and locates them in the job's folder. Returns False if they can't be read singly."""
+        """Builds the model without weights, and locates the weights in the job's folder. Returns False if they can't be read one
+        by one."""
         with weightless.building() as noted:
             self.model = building.build(self.recipe)
         try:
             self.values = {key: stored.read for key, stored in folder_weights.find(self.model, noted).items()}
         except folder_weights.UnreadableError as e:
             if noted:
-                log.warning("model: the first worker loads all weights at once, %.1f GB of host memory (%s)", self.gigabytes, e)
+                log.warning(
+                    "model: the first worker loads all weights at once, which needs %.1f GB of host memory (%s)",
+                    self.gigabytes,
+                    e,
+                )
             return False
         return True
 
     def _difference(self, twin: Recipe) -> str:
-        """Describes the first difference between a `build` with weights and one without; "" if there is none."""
+        """Describes the first difference between a `build` with weights and a `build` without them; "" if there is no
+        difference."""
         try:
             with weightless.building():
                 model = building.build(twin)
@@ -129,14 +139,14 @@ class _Making:
             self.model = building.build(self.recipe)
 
     def with_weights(self) -> None:
-        """Builds the model as the first worker does and discards its weights. Everything else that `build` makes stays."""
+        """Builds the model as the first worker does, and discards its weights. All other results of `build` stay."""
         torch.manual_seed(self.seed)
         self.model = building.build(self.recipe)
         for _ in weightless.empty_all(self.model):
             pass  # this discards each weight
 
     def send(self) -> None:
-        """Gives all tensors of the model the first worker's values; parameters get the precision of training. Collective."""
+        """Sets all tensors of the model to the first worker's values. Parameters get the precision of training. Collective."""
         for p in self.model.parameters():
             weightless.put(p, of(p).cut(self._sent(p, building.shape(p), self._type(p))))
         sent: dict[int, torch.Tensor] = {}  # a buffer that several modules share stays shared
@@ -149,7 +159,7 @@ class _Making:
         return self.dtype if parameter.is_floating_point() else parameter.dtype
 
     def _sent(self, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Sends the first worker's values of a tensor to the devices of all workers; returns the values."""
+        """Sends the first worker's values of a tensor to the devices of all workers. Returns the values."""
         if dist.get_rank() == 0:
             values = self.values.pop(id(tensor), partial(_same, tensor))().to(self.device, dtype).contiguous()
         else:

@@ -1,4 +1,4 @@
-"""Passes each worker's slices of matrices to an optimizer that orthogonalizes whole matrices, such as Muon."""
+"""Passes each worker's slices of matrices to an optimizer that orthogonalizes complete matrices, such as Muon."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ Slice = tuple[tuple[int, int], int]  # ((start in the parameter, elements), offs
 
 
 def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: torch.device) -> None:
-    """Passes all workers' slices of the `hidden` matrices to the optimizer, whose state must exist. Collective."""
+    """Passes the slices of the `hidden` matrices on all workers to the optimizer. The optimizer's state must exist.
+    Collective."""
     optimizer: Any = sharded.optimizer
     flats = [(flat, group) for flat, group in sharded.groups() if group[0] in hidden]
     ours = [[_slice(sharded.place(p)) for p in group] for _, group in flats]
@@ -34,7 +35,7 @@ def announce(sharded: ShardedState, hidden: set[torch.nn.Parameter], device: tor
 
 
 def _slice(place: SlicePlace | None) -> Slice:
-    """Describes this worker's slice of a parameter; an empty slice if the worker has none."""
+    """Describes this worker's slice of a parameter. The slice is empty if the worker has no part of the parameter."""
     return ((place.start, place.numel), place.offset) if place and place.numel else ((0, 0), 0)
 
 
@@ -51,6 +52,6 @@ def _matrices(group: list[torch.nn.Parameter], slices: list[Slice], everyones: l
 
 
 def _within(span: tuple[int, int], first: int, size: int) -> tuple[int, int]:
-    """Computes the part of a slice inside [first, first + size): its start, counted from `first`, and its length."""
+    """Computes which part of a slice is inside [first, first + size). Returns its start, counted from `first`, and its length."""
     start, stop = max(span[0], first), min(span[0] + span[1], first + size)
     return (start - first, stop - start) if stop > start else (0, 0)

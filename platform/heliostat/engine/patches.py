@@ -1,4 +1,4 @@
-"""Changes DeepSpeed's behavior: each patch is a function that names the DeepSpeed version it was written for.
+"""Changes DeepSpeed's behavior. Each patch is a function whose docstring names the DeepSpeed version that it was written for.
 
 `zero_state` reads DeepSpeed's state. `pip` may install a version with other private parts, so each function requires a version of
 the series that heliostat pins. It raises ConfigError for any other version, and if a part that it needs is missing. Import
@@ -34,7 +34,7 @@ PATCHES: list[Callable[..., Any]] = []
 
 @functools.cache
 def installed() -> str | None:
-    """Reads the version of the installed DeepSpeed without importing it; None if no such package is installed."""
+    """Reads the version of the installed DeepSpeed without importing it. Returns None if no such package is installed."""
     try:
         return importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
@@ -81,7 +81,7 @@ def _patch(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _replace(owner: object, name: str, value: object) -> None:
-    """Replaces an attribute of DeepSpeed; AttributeError if it doesn't exist, because a new attribute would change nothing."""
+    """Replaces an attribute of DeepSpeed. AttributeError if it doesn't exist, because a new attribute would have no effect."""
     getattr(owner, name)
     setattr(owner, name, value)
 
@@ -179,7 +179,7 @@ def share_second_copies() -> None:
 
 @_patch
 def set_model_parallel_unit(unit: object) -> None:
-    """Sets the object that DeepSpeed asks for its process groups, or removes it (None).
+    """Sets the object that DeepSpeed asks for its process groups. None removes it.
 
     DeepSpeed 0.19.8. Without it an engine uses the groups of the previous engine in the same process.
     """
@@ -190,7 +190,7 @@ def set_model_parallel_unit(unit: object) -> None:
 @_patch
 def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
     """Forms groups of `workers` workers that shard experts. Returns this worker's group, and the group of the workers with the
-    same experts. `name`: DeepSpeed's name for both. Collective.
+    same experts. `name`: DeepSpeed's name for both groups. Collective.
 
     DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which no model here has.
     """
@@ -203,7 +203,7 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
 def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.ProcessGroup) -> None:
     """Partitions a parameter as ZeRO-3 has partitioned `whole`, but only over the workers that have the same experts.
 
-    DeepSpeed 0.19.8. Without it ZeRO-3 partitions it over all workers, and so mixes different experts.
+    DeepSpeed 0.19.8. Without it ZeRO-3 partitions the parameter over all workers, and so mixes different experts.
     """
     parameter.ds_zero_placement_family = "autoep_expert"  # DeepSpeed's name for parameters that a group has completely
     parameter.ds_zero_partition_group_name, parameter.ds_zero_partition_process_group = name, same_experts
@@ -213,7 +213,7 @@ def place_expert(parameter: Any, whole: Any, name: str, same_experts: dist.Proce
 @_patch
 @contextmanager
 def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
-    """Makes `deepspeed.zero.Init` partition over the workers of a group inside the context, also where transformers opens it.
+    """Makes `deepspeed.zero.Init` partition over the workers of a group inside the context, even where transformers opens it.
 
     DeepSpeed 0.19.8. Without it a model is partitioned over all workers during construction: transformers passes no group.
     """
@@ -227,7 +227,7 @@ def partition_within(group: dist.ProcessGroup) -> Iterator[None]:
 
 
 class MatrixPart(NamedTuple):
-    """Describes how AutoTP shards a matrix: complete `shape`, split dimension (`by`), and size of each worker's part."""
+    """Describes how AutoTP shards a matrix: complete `shape`, split dimension (`by`), and the `sizes` of the workers' parts."""
 
     shape: tuple[int, ...]
     by: int
@@ -236,7 +236,7 @@ class MatrixPart(NamedTuple):
 
 @_patch
 def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> tuple[dist.ProcessGroup, Callable[[], None]]:
-    """Replaces a model's linear layers and embeddings by AutoTP's, which hold this worker's part of each matrix. Returns the
+    """Replaces a model's linear layers and embeddings with AutoTP's, which contain this worker's part of each matrix. Returns the
     group of the workers that share the matrices, and a function to call after the parameters have their values. Collective.
 
     DeepSpeed 0.19.8. Without it AutoTP shards a model during engine construction, after every worker has built it completely.
@@ -263,14 +263,14 @@ def divide_matrices(model: torch.nn.Module, settings: object, workers: int) -> t
 
     def complete() -> None:
         autotp.register_replicated_grad_hooks(model)
-        model.ds_autotp_parsed = True  # type: ignore[assignment]  # so the engine doesn't shard it again
+        model.ds_autotp_parsed = True  # type: ignore[assignment]  # so that the engine doesn't shard the model again
 
     return group, complete
 
 
 @_patch
 def matrix_part(parameter: Any) -> MatrixPart | None:
-    """Reads how AutoTP has sharded a parameter; None if it hasn't.
+    """Reads how AutoTP has sharded a parameter. Returns None if AutoTP hasn't sharded it.
 
     DeepSpeed 0.19.8. Without it only AutoTP's own checkpoints can read its marks.
     """
@@ -325,8 +325,8 @@ def forget_groups() -> None:
 def restart_numbering() -> None:
     """Makes DeepSpeed number parameters and modules from 0 again. (The counter of modules is in a default argument.)
 
-    DeepSpeed 0.19.8. Without it a worker that survived an attempt and a new worker have different numbers for the same parameter,
-    and gather different parameters together.
+    DeepSpeed 0.19.8. Without it a worker that survived an attempt and a new worker number the same parameter differently. So they
+    gather different parameters together.
     """
     init: Any = importlib.import_module("deepspeed.runtime.zero.partition_parameters").Init
     offload: Any = importlib.import_module("deepspeed.runtime.zero.parameter_offload").DeepSpeedZeRoOffload
@@ -345,8 +345,9 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
     """Makes a ZeRO-3 optimizer average its gradients over the groups of workers before each step.
 
     All three functions change a tensor in place, over the groups. `average` averages the gradients, `equalize` sets a norm to the
-    first group's, and `agree` sets a flag to the largest. DeepSpeed 0.19.8. Without it there is no place for this: DeepSpeed
-    reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers of one group.
+    first group's norm, and `agree` sets a flag to the largest. DeepSpeed 0.19.8. Without it gradients can't be averaged over
+    groups: DeepSpeed reduces after every micro-batch, clips and checks for overflow in one call, and knows only the workers of
+    one group.
     """
     step, norms, within = zero.step, zero._get_norm_groups, zero.has_overflow
 
@@ -358,7 +359,7 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
 
     def averaged(*args: object, **named: object) -> object:
         average(zero.grad_partitions_flat_buffer)
-        if (reducing := zero.reduce_and_partition_stream) is not None:  # DeepSpeed checks for overflow on it
+        if (reducing := zero.reduce_and_partition_stream) is not None:  # the stream on which DeepSpeed checks for overflow
             reducing.wait_stream(torch.cuda.current_stream())
         return step(*args, **named)
 
@@ -372,8 +373,8 @@ def before_step(zero: Any, average: InPlace, equalize: InPlace, agree: InPlace) 
 
 @_patch
 def read_norms(at_once: bool) -> None:
-    """Makes ZeRO's optimizers check the gradient norm before every step (`at_once`), which fp16's loss scale needs, or never.
-    Then the training loop checks it one step later, and ends the attempt if it isn't finite.
+    """Makes ZeRO's optimizers check the gradient norm before every step (`at_once`), as fp16's loss scale needs, or never. If
+    never, the training loop checks the norm one step later, and ends the attempt if it isn't finite.
 
     DeepSpeed 0.19.8. Without it stages 1 to 3 wait for the device before every step, and with clipping once more.
     """
@@ -388,12 +389,12 @@ def read_norms(at_once: bool) -> None:
 
 
 def _mark(norm: torch.Tensor, device: object = None) -> None:
-    """Replaces a norm that isn't finite by -1, as DeepSpeed does with a number that it uploads."""
+    """Replaces a norm that isn't finite with -1, as DeepSpeed does with a number that it uploads."""
     norm.masked_fill_(~norm.isfinite(), -1.0)
 
 
 def _clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object = None) -> None:
-    """Clips gradients on the device by the factor that DeepSpeed would read on the host, at most 1."""
+    """Clips gradients on the device by a factor of at most 1. DeepSpeed would read this factor on the host."""
     factor = (max_norm / (global_norm + 1e-6)).clamp(max=1)
     for tensor in input_tensors:
         tensor.detach().mul_(factor)

@@ -1,7 +1,7 @@
 """Joins, aborts, and leaves the process group of an attempt, in a process that outlives the attempt.
 
 An aborted NCCL collective returns buffers that it hasn't written, without an error. So `obey` records the order to abort before
-it aborts the group, and `check` raises from then on. Numbers that reached the host before `check` returned are valid.
+it aborts the group, and `check` raises an error from then on. Numbers that reached the host before `check` returned are valid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _order = threading.Event()  # set when the driver orders this attempt's workers 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """Holds a worker's position in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
+    """Describes a worker's position in an attempt: its ranks, the rendezvous, and the GPUs that the workers on its node share."""
 
     rank: int
     world: int
@@ -41,7 +41,8 @@ class WorkerPlace:
 
 
 def join(place: WorkerPlace) -> None:
-    """Joins the process group of an attempt. Before that, sets environment variables, and with GPUs the device and CPU cores."""
+    """Joins the process group of an attempt. Before that, sets environment variables. With GPUs, also sets the device and the CPU
+    cores."""
     global _order
     import torch
     import torch.distributed as dist
@@ -85,12 +86,13 @@ def leave() -> None:
 
 
 def reforms() -> bool:
-    """Checks whether this process can form another NCCL group after an abort. It can't if NCCL's watchdog would end it first."""
+    """Checks whether this process can form another NCCL group after an abort. It can't if NCCL's watchdog would end the process
+    first."""
     return all(os.environ.get(name, value) == value for name, value in HELD_BACK.items())
 
 
 def order() -> threading.Event:
-    """Returns the current attempt's order to abort, an event for `obey`."""
+    """Returns the event that is set when the driver orders the current attempt to abort. Pass it to `obey`."""
     return _order
 
 
@@ -100,7 +102,8 @@ def ordered() -> bool:
 
 
 def check() -> None:
-    """Raises PeerLostError if the workers were ordered to abort: this worker's results since then may be wrong."""
+    """Raises PeerLostError if the driver has ordered the workers to abort, because this worker's results since then may be
+    wrong."""
     if ordered():
         raise PeerLostError("this worker aborted because another worker failed")
 
@@ -115,7 +118,7 @@ def abort() -> None:
     """Aborts NCCL's part of all process groups, from any thread. A worker that waits in a collective for a dead peer then
     returns.
 
-    Gloo needs no abort: it fails when the connection does.
+    Gloo needs no abort: it fails when the connection fails.
     """
     _abort(_order)
 
@@ -130,10 +133,10 @@ def _abort(abort: threading.Event) -> None:
 
 
 def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
-    """Binds this thread, and all threads that it starts later, to the CPU cores near a GPU (Linux only). Returns these cores;
-    empty if they aren't known, or if this process may use none of them.
+    """Binds this thread, and all threads that it starts later, to the CPU cores near a GPU (Linux only). Returns these cores.
+    Returns an empty set if the cores aren't known, or if this process may use none of them.
 
-    Otherwise, on machines with two processors, copies between host and device and kernel launches cross the link between the
+    Without this, on machines with two processors, kernel launches and copies between host and device cross the link between the
     processors. Earlier limits of the worker's cores stay in force.
     """
     cores = near(domain, bus, device, devices) & _allowed() if hasattr(os, "sched_setaffinity") else set()
@@ -143,7 +146,8 @@ def bind_near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> se
 
 
 def near(domain: int, bus: int, device: int, devices: Path = DEVICES) -> set[int]:
-    """Reads the CPU cores near a GPU on the PCI bus, from Linux's list (`0-3,8-11`); empty if Linux has no list."""
+    """Reads the CPU cores near a GPU on the PCI bus, from Linux's list (`0-3,8-11`). Returns an empty set if Linux has no
+    list."""
     place = f"{domain:04x}:{bus:02x}:{device:02x}.0"  # Linux's name for its folder
     try:
         ranges = (devices / place / "local_cpulist").read_text()

@@ -1,8 +1,8 @@
 """Forms groups of workers that compute each sample together. With `train.parallel.sequence`, each worker has a stretch of the
 sample's tokens. With `train.parallel.tensor`, each worker has all tokens and a part of each matrix.
 
-Ranks [0, n) are the first replica, [n, 2n) the second, and so on. Replicas share out the virtual ranks, and a replica's first
-worker reads the samples for the whole replica. With one worker per replica, this module has no effect.
+Ranks [0, n) are the first replica, [n, 2n) the second, and so on. The virtual ranks are divided among the replicas. A replica's
+first worker reads the samples for the complete replica. With one worker per replica, this module has no effect.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ ALONE = Parallel()
 
 
 class SampleGroup:
-    """Holds a worker's position in its replica. `counts`: whether the worker's sums over samples are part of the global sums.
-    `averaged`: the number of workers that gradients are averaged over."""
+    """Describes a worker's position in its replica. `counts`: whether the worker's sums over samples are part of the global sums.
+    `averaged`: the number of workers over which gradients are averaged."""
 
     def __init__(self, parallel: Parallel = ALONE) -> None:
         """Forms the process groups of the replicas. Collective."""
@@ -41,20 +41,20 @@ class SampleGroup:
         if self.workers > 1:
             ranks = [list(range(start, start + self.workers)) for start in range(0, world, self.workers)]
             if self.cuts:
-                self.group = [dist.new_group(some) for some in ranks][self.replica]  # with training's backend
+                self.group = [dist.new_group(some) for some in ranks][self.replica]  # with the backend of the training
             self._control = [dist.new_group(some, backend="gloo") for some in ranks][self.replica]
 
     @property
     def reads(self) -> bool:
-        """Returns whether this worker reads its replica's samples, and accounts for them."""
+        """Returns whether this worker reads its replica's samples, and accounts for these samples."""
         return self.member == 0
 
     def share(self, work: Callable[[], T]) -> T:
-        """Runs `work` on the replica's first worker. Returns its result, or raises its error, on all workers of the replica."""
+        """Runs `work` on the replica's first worker. On all workers of the replica, returns its result, or raises its error."""
         return first(self._control, work) if self._control else work()
 
     def cut(self, recipe: Recipe, batch: Batch) -> Batch:
-        """Cuts this worker's stretch out of a batch; returns the batch itself without sequence parallelism."""
+        """Cuts this worker's stretch out of a batch. Returns the batch itself without sequence parallelism."""
         if not self.cuts:
             return batch
         assert isinstance(recipe, CutsSamples)
@@ -71,7 +71,7 @@ class SampleGroup:
 def exchange_heads(
     attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
 ) -> Core:
-    """Wraps an attention with DeepSpeed's Ulysses: the wrapper takes some tokens of all heads, and gives `attention` all tokens
+    """Wraps an attention with DeepSpeed's Ulysses. The wrapper takes some tokens of all heads, and gives `attention` all tokens
     of some heads. `sizes`: from `sequence_attention.sizes`."""
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 

@@ -7,7 +7,7 @@
 
 At every stage, a worker has one slice [start, start + n) of each flattened parameter: of its fp32 master weight, and of its
 moments (the optimizer's state). If workers split the parameter (`division`), it is a slice of this worker's part. A `FlatShard`
-holds one such slice, so a checkpoint loads in any parallelism configuration. The names of tensors are:
+contains one slice, so a checkpoint loads in any parallelism configuration. The names of tensors are:
 
 - `master.<parameter>`: fp32 master weights;
 - `exp_avg.<parameter>`, `exp_avg_sq.<parameter>`, ...: moments, as the optimizer's class in `heliostat.optim.optimizers` names
@@ -23,7 +23,7 @@ holds one such slice, so a checkpoint loads in any parallelism configuration. Th
 - workers with the same state: `replicas`, `weight_replicas`, `matrix_part`;
 - counts: `steps`, `loss_scale`, `read_loss_scale`, `write_loss_scale`.
 
-Gradients have no slices here: a backend moves them from buffer to buffer until its step, and no caller needs a part of one.
+Gradients have no slices here. A backend moves gradients from buffer to buffer until its step, and no caller needs a part of one.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Replica = tuple[int, int]  # (index of this worker, number of workers)
 
 class SlicePlace(NamedTuple):
     """Locates this worker's slice of a parameter in the optimizer's memory: `numel` elements of `flat`, from `offset` on. `flat`:
-    a tensor that the optimizer steps. `start`: where the slice begins in this worker's part of the parameter."""
+    a tensor that the optimizer steps. `start`: the position in this worker's part of the parameter where the slice begins."""
 
     flat: torch.Tensor
     offset: int
@@ -69,8 +69,8 @@ class ShardedState(ABC):
     - `moments`: the keys of the optimizer state, by trained parameter. Moments in `copies` begin as the master weight, others as
       0.
     - `replicas`: this worker's index among the workers with the same slices, and the number of these workers.
-    - `weight_replicas`: the same for the parts of parameters that aren't trained.
-    - `matrix_part`: the same for the workers that shard matrices.
+    - `weight_replicas`: as `replicas`, but for the parts of parameters that aren't trained.
+    - `matrix_part`: as `replicas`, but for the workers that shard matrices.
     """
 
     optimizer: torch.optim.Optimizer
@@ -89,17 +89,18 @@ class ShardedState(ABC):
 
     @abstractmethod
     def place(self, p: torch.nn.Parameter) -> SlicePlace | None:
-        """Locates this worker's slice of a trained parameter in the optimizer's own memory; None if it has none."""
+        """Locates this worker's slice of a trained parameter in the optimizer's own memory. Returns None if the worker has no
+        slice."""
 
     @abstractmethod
     def original(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-        """Returns the flat tensor that the backend itself reads for a parameter's slice, located without `place`. It holds the
+        """Returns the flat tensor that the backend itself reads for a parameter's slice, without using `place`. It contains the
         moment `key`, or the master weight (None), and may end with padding."""
 
     @abstractmethod
     def weights(self, p: torch.nn.Parameter) -> tuple[torch.Tensor, int] | None:
-        """Views this worker's part of a weight as the forward pass uses it. Returns the flat view and its start in the parameter;
-        None if the part is in a file."""
+        """Views this worker's part of a weight as the forward pass uses it. Returns the flat view and its start in the parameter.
+        Returns None if the part is in a file."""
 
     @abstractmethod
     def refresh(self) -> None:
@@ -107,11 +108,13 @@ class ShardedState(ABC):
 
     @abstractmethod
     def full(self, p: torch.nn.Parameter, key: str | None) -> torch.Tensor:
-        """Assembles the moment `key` of this worker's part of a parameter, or its fp32 master weight (None). Collective."""
+        """Assembles the moment `key` of this worker's part of a parameter. If `key` is None, assembles its fp32 master weight.
+        Collective."""
 
     @abstractmethod
     def full_gradient(self, p: torch.nn.Parameter) -> torch.Tensor | None:
-        """Assembles the gradient of the backward passes since the last step, times `loss_scale`; None without one. Collective."""
+        """Assembles the gradient of the backward passes since the last step, times `loss_scale`. Returns None if there is none.
+        Collective."""
 
     @property
     @abstractmethod
@@ -121,21 +124,22 @@ class ShardedState(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """Returns the factor that scales gradients until the step: 1 except in fp16."""
+        """Returns the factor that scales gradients until the step. It is 1 except in fp16."""
 
     @abstractmethod
     def read_loss_scale(self) -> dict[str, float] | None:
-        """Reads the state of the dynamic loss scale for a checkpoint; None if the loss scale is fixed, or if there is none."""
+        """Reads the state of the dynamic loss scale for a checkpoint. Returns None if the loss scale is fixed, or if there is no
+        loss scale."""
 
     @abstractmethod
     def write_loss_scale(self, values: dict[str, float] | None) -> str | None:
-        """Restores the dynamic loss scale from a checkpoint. Returns a notice if the checkpoint lacks one that the engine
-        needs."""
+        """Restores the dynamic loss scale from a checkpoint. Returns a message if the engine needs a loss scale that the
+        checkpoint lacks."""
 
     # implemented by backends that shard the weights, or that link moments to parameters
 
     def gathered(self, p: torch.nn.Parameter) -> AbstractContextManager[object]:
-        """Opens the context in which a parameter holds its complete weight, as the forward pass uses it. Collective."""
+        """Opens a context in which a parameter has its complete weight, as the forward pass uses it. Collective."""
         return nullcontext()
 
     def release(self) -> None:  # noqa: B027
@@ -147,10 +151,10 @@ class ShardedState(ABC):
     # named views -----------------------------------------------------------------------------------------------------
 
     def tensors(self, whole: bool = False) -> dict[str, torch.Tensor]:
-        """Returns views of this worker's slices of all training state. Loading into them changes the engine.
+        """Returns views of this worker's slices of all training state. Loading into these views changes the engine.
 
-        If several workers have the same slice, each saves a part of it, and loads the `whole`. State that all workers of a
-        tensor-parallel group have is saved by the first of them.
+        If several workers have the same slice, each worker saves a part of it. `whole`: returns complete slices, to load into. If
+        all workers of a tensor-parallel group have the same state, only the first worker saves it.
         """
         persistent = self.module.state_dict().keys()
         buffers = {f"buffer.{name}": b for name, b in self.module.named_buffers() if name in persistent}
@@ -161,10 +165,10 @@ class ShardedState(ABC):
         return {name: shard for name, _, key, shard in self._views() if key == kind}
 
     def frozen(self, whole: bool = False) -> dict[str, FlatShard]:
-        """Returns views of this worker's slices of the parameters that aren't trained, by name. Raises ConfigError if one is in a
-        file.
+        """Returns views of this worker's slices of the parameters that aren't trained, by name. Raises ConfigError if such a
+        parameter is in a file.
 
-        If several workers have the same slice, each saves a part of it, and loads the `whole`.
+        If several workers have the same slice, each worker saves a part of it. `whole`: returns complete slices, to load into.
         """
         out: dict[str, FlatShard] = {}
         for name, p in self.module.named_parameters():
@@ -176,11 +180,11 @@ class ShardedState(ABC):
         return out
 
     def share(self, p: torch.nn.Parameter, shard: FlatShard) -> FlatShard:
-        """Cuts the part of a trained parameter's slice that this worker saves, if other workers have the same slice."""
+        """Returns the part of a trained parameter's slice that this worker saves, if other workers have the same slice."""
         return self._part(p, shard, self.replicas)
 
     def saves_all(self) -> bool:
-        """Returns whether each worker saves all the state that it holds."""
+        """Returns whether each worker saves all of its state."""
         return self.replicas[1] == self.matrix_part[1] == 1
 
     def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -196,8 +200,8 @@ class ShardedState(ABC):
                     yield name, p, key, division.placed(p, place.of(tensor), place.start)
 
     def _part(self, p: torch.nn.Parameter, shard: FlatShard, replica: Replica) -> FlatShard:
-        """Cuts a slice into equal parts, one per worker that has it, and returns this worker's. Of tensor-parallel workers, only
-        the first saves a parameter that they all have."""
+        """Cuts a slice into equal parts, one for each worker that has the slice, and returns this worker's part. If all
+        tensor-parallel workers have a parameter, only the first worker saves it."""
         (number, count), numel = replica, shard.local.numel()
         if self.matrix_part[0] > 0 and division.of(p).parts == 1:
             return shard.cut(0, 0)
@@ -210,8 +214,8 @@ class ShardedState(ABC):
         """Creates the optimizer state before the first step, so that checkpoints can be loaded into it. Raises TrainingError if
         values that are written into its slices don't reach the backend.
 
-        New runs need it too: DeepSpeed links parameters to their moments after the first parameter group's first step, when the
-        other groups have no moments yet.
+        New runs also need this. DeepSpeed links parameters to their moments after the first parameter group's first step, when
+        the other groups have no moments yet.
         """
         states, fused = self.optimizer.state, self.optimizer.defaults.get("fused")
         for tensor, group in self.groups():
@@ -225,8 +229,9 @@ class ShardedState(ABC):
     def prove(self) -> None:
         """Raises TrainingError unless the backend reads the values that are written into the slices.
 
-        Restores and the EMA write there. If a slice were a copy, training would continue with other weights, without an error. So
-        this writes a number into both ends of each slice, looks for it in the backend's own tensor, and restores the values.
+        Restores and the EMA write into the slices. If a slice were a copy, training would continue with other weights, without an
+        error. So this method writes a number into both ends of each slice, looks for it in the backend's own tensor, and restores
+        the values.
         """
         ends = []
         for name, p, key, shard in self._views():
@@ -248,7 +253,8 @@ class ShardedState(ABC):
             )
 
     def after_load(self, steps: int) -> None:
-        """Completes the engine after its slices were loaded: sets the step count, and the weights that the forward pass uses."""
+        """Completes the engine after its slices were loaded: sets the step count, and updates the weights that the forward pass
+        uses."""
         for values in self.optimizer.state.values():
             values["step"].fill_(float(steps))
         self.refresh()

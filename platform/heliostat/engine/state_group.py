@@ -2,8 +2,9 @@
 state.
 
 Ranks [0, n) are the first group, [n, 2n) the second, and so on. DeepSpeed sees only one group: it gathers and reduces within the
-group, after every micro-batch. Before each optimizer step, the workers with the same part of the state average its gradients over
-all groups. So all groups make the same step. Other names: hybrid sharding, HSDP (Zhang et al. 2022, arXiv 2205.00119).
+group, after every micro-batch. Before each optimizer step, the workers with the same part of the state average the gradients of
+that part over all groups. So all groups make the same step. Other names are hybrid sharding and HSDP (Zhang et al. 2022, arXiv
+2205.00119).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class StateGroup:
-    """Holds the groups of a worker. DeepSpeed calls the `get_...` methods to find its workers."""
+    """Contains the groups of a worker. DeepSpeed calls the `get_...` methods to find its workers."""
 
     def __init__(self, workers: int) -> None:
         """Forms the groups of `workers` workers each, and the groups of workers with the same part of the state. Collective."""
@@ -54,7 +55,8 @@ class StateGroup:
         return patches.partition_within(self.within)
 
     def equalize(self, model: torch.nn.Module) -> None:
-        """Gives all groups the first group's weights, because in each group one worker may have drawn or read some values."""
+        """Gives all groups the first group's weights, because a worker may have drawn or read some values only for its own
+        group."""
         from deepspeed.accelerator import get_accelerator
 
         first, device = dist.get_global_rank(self.across, 0), get_accelerator().current_device_name()

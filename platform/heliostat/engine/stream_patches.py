@@ -1,9 +1,9 @@
 """Orders DeepSpeed's CUDA streams on the GPU, and names its gradient reduction for profilers.
 
-DeepSpeed makes the host wait for one stream, and leaves the other without an order.
+DeepSpeed makes the host wait for one stream, and leaves another stream without an order.
 
-CUDA streams run concurrently: one stream sees another's writes only if it waits for them. `tests/twin` is a device that raises an
-error if an operation uses memory that its stream hasn't waited for. So it shows which streams must wait.
+CUDA streams run concurrently: one stream sees another stream's writes only if it waits for them. `tests/twin` is a simulated
+device that raises an error if an operation uses memory for which its stream hasn't waited. So it shows which streams must wait.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def order_reductions(zero: Any) -> None:
 
 
 def _order_epilogue(zero: Any) -> None:
-    """Makes ZeRO-1 and ZeRO-2 end a backward pass as without `overlap_comm`, after they have queued the last reductions."""
+    """Makes ZeRO-1 and ZeRO-2 end a backward pass as they do without `overlap_comm`, after they have queued the last
+    reductions."""
     reduce, epilogue = zero.reduce_ipg_grads, zero.independent_gradient_partition_epilogue
 
     def ordered() -> None:
@@ -67,7 +68,7 @@ def order_gathers(zero: Any) -> None:
 
 @_patch
 def gathers_wait(zero: Any) -> None:
-    """Makes ZeRO-3's next gathers wait for the work that is queued on the current stream; does nothing on a CPU.
+    """Makes ZeRO-3's next gathers wait for the work that is queued on the current stream. Does nothing on a CPU.
 
     DeepSpeed 0.19.8. Without it a forward pass after a restore can gather weights that are only partly written.
     """
@@ -78,7 +79,7 @@ def gathers_wait(zero: Any) -> None:
 
 @_patch
 def name_reduction() -> None:
-    """Marks the gradient reduction for profilers, except the part of it inside the backward pass.
+    """Marks the gradient reduction for profilers, except its part inside the backward pass.
 
     DeepSpeed 0.19.8. Without it a trace doesn't show where the backward pass ends and the reduction begins.
     """

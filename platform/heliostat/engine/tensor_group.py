@@ -1,9 +1,10 @@
 """Shards the matrices of each layer over the workers of a group (`train.parallel.tensor`), with DeepSpeed's AutoTP.
 
-Ranks [0, n) are the first group, [n, 2n) the second, and so on. Each worker has an equal part of every weight that is cut by rows
-(column-parallel: by outputs) or by columns (row-parallel: by inputs), and all of every other weight. ZeRO shards a worker's
-weights over the workers with the same part, one per group. heliostat names every module for AutoTP, whose own search by name
-patterns is off.
+Ranks [0, n) are the first group, [n, 2n) the second, and so on. Some weights are cut by rows (column-parallel: by outputs) or by
+columns (row-parallel: by inputs). Each worker has an equal part of these weights, and all of every other weight. ZeRO shards a
+worker's weights over the workers with the same part, one per group.
+
+heliostat passes the name of every module to AutoTP, and turns off AutoTP's own search by name patterns.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ KINDS: dict[str, dict[str, str | bool]] = {"column": {"partition_type": "column"
 
 
 def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, object]:
-    """Builds the section of DeepSpeed's config that shards the model's matrices; empty for one worker."""
+    """Builds the section of DeepSpeed's config that shards the model's matrices. It is empty for one worker."""
     if workers == 1:
         return {}
     assert isinstance(recipe, DividesMatrices)
@@ -40,8 +41,8 @@ def settings(recipe: Recipe, model: torch.nn.Module, workers: int) -> dict[str, 
 
 
 def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
-    """Builds regular expressions for the modules' weights, by kind of parallelism; one expression covers all layers. Of modules
-    whose gradients are summed, they include the biases. AutoTP handles other biases itself."""
+    """Builds regular expressions for the modules' weights, by kind of parallelism. One expression covers all layers. For modules
+    whose gradients are summed, it also matches the biases. AutoTP handles other biases itself."""
     by_layout: dict[str, set[str]] = {}
     for name, kind in modules.items():
         layers = re.sub(r"\\\.\d+(?=\\\.)", r"\\.\\d+", re.escape(name))
@@ -51,9 +52,11 @@ def _patterns(modules: Mapping[str, str]) -> dict[str, list[str]]:
 
 @contextmanager
 def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[None]:
-    """Shards the matrices of a model whose parameters have shapes but no values yet, as DeepSpeed does when it makes an engine.
-    Records on each parameter which part this worker has. Set the parameters' values inside the context, because hooks on
-    gradients are added when it ends. Collective."""
+    """Shards the matrices of a model as DeepSpeed does when it makes an engine. The model's parameters have shapes, but no values
+    yet. Records on each parameter which part this worker has.
+
+    Set the parameters' values inside the context, because hooks on gradients are added when it ends. Collective.
+    """
     if workers == 1:
         yield
         return
@@ -64,8 +67,8 @@ def dividing(recipe: Recipe, model: torch.nn.Module, workers: int) -> Iterator[N
 
 
 def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
-    """Records on each parameter its complete shape and this worker's part. Raises TrainingError if parts are unequal, or if
-    DeepSpeed already has groups of another size."""
+    """Records on each parameter its complete shape, and this worker's part. Raises TrainingError if the parts are unequal, or if
+    DeepSpeed already has groups of a different size."""
     if dist.get_world_size(group) != parts:  # DeepSpeed keeps its groups for later engines
         raise TrainingError(
             f"train.parallel.tensor: this process already has DeepSpeed groups of {dist.get_world_size(group)} workers"
@@ -80,7 +83,7 @@ def _mark(model: torch.nn.Module, group: dist.ProcessGroup, parts: int) -> None:
 
 
 def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
-    """Raises TrainingError unless AutoTP has sharded exactly the matrices that the recipe names."""
+    """Raises TrainingError unless AutoTP has sharded exactly the matrices that the recipe lists."""
     if engine.autotp_size() <= 1:
         return
     patches.stop_input_check(engine)
@@ -91,7 +94,9 @@ def check(recipe: Recipe, engine: DeepSpeedEngine) -> None:
     divided = {(name, "row" if how.width else "column") for name, how in cut.items() if how.parts > 1}
     if wanted != divided:
         some = ", ".join(f"{name} ({kind})" for name, kind in sorted(wanted ^ divided)[:3])
-        raise TrainingError(f"train.parallel.tensor: DeepSpeed sharded other matrices than the recipe names: {some}")
+        raise TrainingError(
+            f"train.parallel.tensor: DeepSpeed didn't shard exactly the matrices that the recipe lists. Different: {some}"
+        )
 
 
 def clipped_norm(engine: DeepSpeedEngine, limit: float) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """Locates the state that DeepSpeed's ZeRO shards (`sharded_state`), with one class for each of DeepSpeed's optimizers.
 
-Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the version that it was written
-for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
+Only this module, `patches`, and `stream_patches` use DeepSpeed's internals. `adapter` requires the DeepSpeed version that it was
+written for, and an optimizer with all `parts` that its class names. DeepSpeed's public accessors can't locate the slices: if the
 optimizer's memory is on the host, they return copies on the GPU.
 
-The dynamic loss scale of fp16 is state, too. Gradients are computed from the loss times a scale. When they overflow, the scale
+The dynamic loss scale of fp16 is also state. Gradients are computed from the loss times a scale. When they overflow, the scale
 halves, and the step is skipped and counted. After a while without overflow, the scale doubles (Micikevicius et al. 2018, arXiv
 1710.03740, section 3.2). A resumed run without the old scale would skip steps until it has found the scale again.
 """
@@ -30,7 +30,7 @@ SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # at
 @patches.guard
 def adapter(engine: DeepSpeedEngine, moments: Moments, copies: Collection[str], replica: Replica | None) -> ShardedState:
     """Makes the adapter of an engine that was just initialized. `replica`: the index of this worker's group, and the number of
-    groups that each hold all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
+    groups that each have all state (`StateGroup`). Raises ConfigError if this version of DeepSpeed keeps its state elsewhere."""
     shared = SummedApart if hasattr(engine.optimizer, "bf16_groups") else Partitioned
     kind: type[ZeroState] = (Replicated, shared, shared, Divided)[engine.zero_optimization_stage()]
     for name in kind.parts:
@@ -44,7 +44,7 @@ def shape(parameter: Any) -> tuple[int, ...]:
 
 
 def part(parameter: Any) -> torch.Tensor:
-    """Views this worker's part of a parameter; all of it until ZeRO-3 partitions it."""
+    """Views this worker's part of a parameter. Until ZeRO-3 partitions the parameter, the part is the complete parameter."""
     return getattr(parameter, "ds_tensor", parameter).data
 
 
@@ -133,7 +133,7 @@ class Replicated(ZeroState):
 
 
 class Partitioned(ZeroState):
-    """Adapts stages 1 and 2: each worker has a part of every parameter group's flat fp32 tensor."""
+    """Adapts stages 1 and 2, where each worker has a part of every parameter group's flat fp32 tensor."""
 
     parts: ClassVar[tuple[str, ...]] = (
         "bit16_groups", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups", "real_dp_process_group",
@@ -187,7 +187,7 @@ class SummedApart(Partitioned):
 
 
 class Divided(ZeroState):
-    """Adapts stage 3: each worker has a part of every parameter."""
+    """Adapts stage 3, where each worker has a part of every parameter."""
 
     parts = (
         "fp16_groups", "fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "grad_position", "get_param_id",
@@ -239,7 +239,7 @@ class Divided(ZeroState):
 
 
 def _own(p: Any) -> tuple[int, int]:
-    """Returns the start of this worker's slice within its part of a parameter, and the number of elements. With expert
+    """Returns the start of this worker's slice within its part of a parameter, and the slice's number of elements. With expert
     parallelism, ZeRO shards each part over the workers that have it."""
     per = p.ds_tensor.ds_numel
     start = min(dist.get_rank(p.ds_process_group) * per, p.ds_numel)

@@ -1,8 +1,8 @@
-"""Measures the share of each task's examples that is in the training data, by shared n-grams (Brown et al. 2020, appendix C).
+"""Measures which share of each task's examples is in the training data, by shared n-grams (Brown et al. 2020, appendix C).
 
-An n-gram has 13 words by default. The n-grams of all examples are in memory. The shards are read once, for all tasks together.
-An example's text is its question and its right answer. A document in several chunks is compared chunk by chunk, so n-grams
-across a chunk boundary are missed.
+By default, an n-gram has 13 words. The n-grams of all examples are in memory. The shards are read once, for all tasks together.
+An example's text is its question and its right answer. A document in several chunks is compared chunk by chunk, so n-grams across
+a chunk boundary are missed.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from heliostat.recipes import exported
 from heliostat.storage.locations import Location
 from heliostat.text import brief
 
-Shown = Callable[[int, int], None]  # (chunks that were read, all chunks)
+Shown = Callable[[int, int], None]  # (number of chunks that were read, number of all chunks)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Holds the datasets that a model was trained on, each with the numbers of the chunks to compare."""
+    """Contains the datasets that a model was trained on, each with the numbers of the chunks to compare."""
 
     sources: list[tuple[Manifest, np.ndarray]]
 
     @property
     def facts(self) -> list[dict[str, object]]:
-        """Describes each dataset: its location, its digest, and how many of its chunks are compared."""
+        """Describes each dataset: its location, its digest, and the number of its chunks that are compared."""
         return [{"data": str(m.location), "digest": m.digest, "chunks": len(c), "of": len(m.chunks)} for m, c in self.sources]
 
 
 def of_model(folder: Path) -> Training:
     """Opens the datasets that an exported model was trained on, without held-out chunks.
 
-    ConfigError if the model's folder doesn't record them.
+    Raises ConfigError if the model's folder doesn't record the datasets.
     """
     export = exported.read(folder)
     if export.job is None:
-        raise ConfigError(f"{folder}: doesn't record its training data. Name it in contamination.data")
+        raise ConfigError(f"{folder}: doesn't record its training data. Set contamination.data")
     data, evaluated = export.job["data"], export.job.get("evaluate")
     held_out = evaluated.get("fraction", 0.01) if evaluated else 0.0
     version = {"version": export.data_version} if export.data_version else {}
@@ -65,7 +65,7 @@ def of_datasets(paths: Sequence[str]) -> Training:
 
 @dataclass
 class Examples:
-    """Holds the n-grams (uint64 hashes) of all tasks' examples. `seen`: n-grams that the training data contains."""
+    """Contains the n-grams (uint64 hashes) of all tasks' examples. `seen`: the n-grams that are also in the training data."""
 
     n: int
     grams: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Examples:
         self.grams[task] = decontamination.grams(list(texts), self.n)
 
     def look_through(self, training: Training, shown: Shown = lambda done, all_: None) -> list[str]:
-        """Searches the training data for the n-grams, and stores those that it contains in `seen`.
+        """Searches the training data for the n-grams of the examples, and stores those that it finds in `seen`.
 
         Returns the errors of chunks that can't be read.
         """
@@ -95,16 +95,16 @@ class Examples:
         return damaged
 
     def shares(self, task: str) -> list[float | None]:
-        """Returns the share of each example's n-grams that the training data contains; None for an example with fewer than `n`
-        words."""
+        """Returns, for each example, the share of its n-grams that are in the training data. Returns None for an example with
+        fewer than `n` words."""
         return [float(np.isin(grams, self.seen).mean()) if len(grams) else None for grams in self.grams[task]]
 
 
 def summary(shares: Sequence[float | None], values: Sequence[float], score: float) -> dict[str, object]:
-    """Summarizes a task: the share of contaminated examples, and the score of the clean ones.
+    """Summarizes a task: the share of contaminated examples, and the score of the clean examples.
 
-    A contaminated example has at least one n-gram in the training data. Examples that are too short to compare count as
-    neither. `values`: each example's own score. `clean_score` is None if `score` isn't the mean of `values`.
+    A contaminated example has at least one n-gram in the training data. Examples that are too short to compare are neither
+    contaminated nor clean. `values`: each example's own score. `clean_score` is None if `score` isn't the mean of `values`.
     """
     known = [share for share in shares if share is not None]
     clean = [value for share, value in zip(shares, values, strict=True) if share == 0]
@@ -120,10 +120,11 @@ def summary(shares: Sequence[float | None], values: Sequence[float], score: floa
 
 
 def measured(examples: Examples, folder: Path, data: Sequence[str], shown: Shown) -> dict[str, object]:
-    """Searches the training data for the examples' n-grams. Returns the compared datasets, or why there are none (`unknown`).
+    """Searches the training data for the examples' n-grams. Returns the compared datasets. If there are none, `unknown` is the
+    reason.
 
-    `data`: paths of datasets; by default those that the model was trained on. HeliostatError if a dataset in `data` can't be
-    opened.
+    `data`: paths of datasets. By default, these are the datasets that the model was trained on. Raises HeliostatError if a
+    dataset in `data` can't be opened.
     """
     try:
         training = of_datasets(data) if data else of_model(folder)

@@ -1,4 +1,5 @@
-"""Reads the documents of a prepared text dataset from its shards, chunk by chunk: the trained or the held-out ones."""
+"""Reads the documents of a prepared text dataset from its shards, chunk by chunk. These are the trained or the held-out
+documents."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from heliostat.storage.locations import Location
 
 
 def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset; ConfigError if it contains no text."""
+    """Opens a prepared dataset. Raises ConfigError if the dataset contains no text."""
     dataset = manifest.read(place)
     if dataset.kind != "tokens":
-        raise ConfigError(f"{place}: holds {dataset.kind!r}. Only text datasets can be compared or searched")
+        raise ConfigError(f"{place}: contains {dataset.kind!r}. Only text datasets can be compared or searched")
     return dataset
 
 
 def trained(dataset: Manifest, length: int, fraction: float, version: int = NEWEST) -> np.ndarray:
     """Returns the numbers of the chunks that training uses, for a sequence length and a held-out fraction.
 
-    `version`: version of the rules of the split.
+    `version`: the version of the rules that split the dataset.
     """
     return np.flatnonzero(split(dataset, length, fraction, version).train > 0)
 
@@ -37,7 +38,8 @@ def held_out(dataset: Manifest, fraction: float) -> np.ndarray:
 
 
 class Documents:
-    """Reads the texts of a dataset's documents. `damaged`: errors of the chunks that couldn't be read, which are left out."""
+    """Reads the texts of a dataset's documents. `damaged`: the errors of chunks that couldn't be read, whose texts are left
+    out."""
 
     def __init__(self, dataset: Manifest) -> None:
         self._chunks, self._end = Chunks([dataset], 1), dataset.meta.get("end_of_document")
@@ -52,8 +54,8 @@ class Documents:
     def texts(self, chunks: Iterable[int]) -> Iterator[list[str]]:
         """Yields the texts of each chunk's documents.
 
-        A document in several chunks yields a text for each chunk. A document that was rearranged for filling in the middle
-        yields one for each span.
+        A document in several chunks yields a text for each chunk. A document that was rearranged for filling in the middle yields
+        a text for each span.
         """
         for chunk in chunks:
             try:

@@ -1,11 +1,11 @@
 """Scores a run's checkpoints as they appear, in a separate process: `heliostat model benchmark RUN SUITE --follow`.
 
-Training doesn't wait for it. Each checkpoint is first exported to a local folder; retention may delete it from then on.
-Checkpoints that retention deletes earlier are counted as removed. The run's receipts also list those that existed only while
-another one was scored.
+Training doesn't wait for this process. Each checkpoint is first exported to a local folder, and from then on retention may delete
+the checkpoint. Checkpoints that retention deletes earlier are counted as removed. Some checkpoints exist only while another
+checkpoint is scored. The run's receipts also list these checkpoints.
 
-Each result is a file in the run's folder, written before it is sent to MLflow. If you run the command again, it continues after
-the last result, and sends the results that MLflow lacks.
+Each result is a file in the run's folder. The file is written before the result is sent to MLflow. If you run the command again,
+it continues after the last result, and sends the results that MLflow lacks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ REMOVED = "retention removed its checkpoint before it was scored"
 
 @open_
 class KeptResult(TypedDict):
-    """Describes the parts of a stored result that are read again. `written`: time when its checkpoint was written."""
+    """Describes the parts of a stored result that are read again. `written`: the time when its checkpoint was written."""
 
     suite: dict[str, object]
     written: float
@@ -59,7 +59,7 @@ KEPT = Format(KeptResult, "result of a benchmark", DataError, fix="Delete it, an
 class Followed:
     """Follows a run and scores its checkpoints.
 
-    `show`: called with each result. `every`: scores only steps that are multiples of it, and the last one. `removed`,
+    `show`: called with each result. `every`: scores only steps that are multiples of this number, and the last step. `removed`,
     `incomplete`, `failed`: steps without a result, with the reasons.
     """
 
@@ -71,13 +71,14 @@ class Followed:
     removed: dict[int, str] = field(default_factory=dict)
     incomplete: dict[int, str] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)
-    _again: float = 0.0  # time of the next attempt, after MLflow didn't answer
+    _again: float = 0.0  # time of the next attempt to send, if MLflow didn't answer
 
     def follow(self, poll_s: float = POLL_S) -> None:
-        """Scores checkpoints until the run's driver has ended and all checkpoints are scored. Checks every `poll_s` seconds."""
+        """Scores checkpoints until the run's driver has ended and all checkpoints are scored. Looks for new checkpoints every
+        `poll_s` seconds."""
         self._read()
         while True:
-            lives = alive(self.run)  # read before the checkpoints are listed: once the driver has ended, the list is complete
+            lives = alive(self.run)  # checked before listing checkpoints: if the driver has ended, the list is complete
             pending = [step for step in self._wanted(lives) if self._open(step)]
             for step in pending:  # oldest first, because retention removes it first
                 self._score(step)
@@ -101,12 +102,13 @@ class Followed:
         return [step for step in steps if step % self.every == 0 or (not lives and step == steps[-1])]
 
     def _saved(self) -> list[int]:
-        """Lists the steps to score that the run began to save, from its receipts, which are never deleted."""
+        """Lists the steps to score for which the run began to save a checkpoint. The run's receipts, which are never deleted,
+        contain these steps."""
         every = (run_folder.step_of(name) for name, _ in self.run.join(run_folder.RECEIPTS).files())
         return [step for step in every if step % self.every == 0]
 
     def _read(self) -> None:
-        """Reads the results of an earlier command; ConfigError if they are from a different suite with the same name."""
+        """Reads the results of an earlier command. Raises ConfigError if they are from a different suite with the same name."""
         suite = self.benchmark.suite
         for name, _ in self.run.join(run_folder.BENCHMARKS, suite.name).files():
             step = run_folder.step_of(name)
@@ -119,8 +121,8 @@ class Followed:
             self.results[step] = kept
 
     def _open(self, step: int) -> SavedCheckpoint | None:
-        """Opens a checkpoint that is complete and not scored yet; None for any other. A rewritten checkpoint counts as not
-        scored."""
+        """Opens a checkpoint that is complete and not scored yet. Returns None for any other checkpoint. A rewritten checkpoint
+        counts as not scored."""
         if step in self.failed:
             return None
         try:
@@ -156,7 +158,7 @@ class Followed:
         self.show(step, self.results[step])
 
     def _lost(self, step: int) -> bool:
-        """Returns whether a checkpoint no longer exists. If so, records it in `removed`."""
+        """Returns whether a checkpoint no longer exists. If it doesn't, records its step in `removed`."""
         if step in layout.steps(self.run):
             return False
         self.removed[step] = REMOVED
@@ -172,7 +174,7 @@ class Followed:
         place.write((json.dumps(self.results[step], indent=1) + "\n").encode())
 
     def _send(self) -> None:
-        """Sends MLflow the results that it lacks; TrackingError if it doesn't answer."""
+        """Sends MLflow the results that it lacks. Raises TrackingError if MLflow doesn't answer."""
         mlflow = mlflow_id.record(self.run)
         for step, result in sorted(self.results.items()):
             if "run_id" not in mlflow or result["recorded"]["run_id"] is not None:
@@ -183,7 +185,8 @@ class Followed:
             self._keep(step)
 
     def _tag_later_versions(self) -> None:
-        """Adds the scores to model versions that were registered after MLflow received them, such as the last step's."""
+        """Adds the scores to model versions that were registered after MLflow received the scores, such as the version of the
+        last step."""
         mlflow = mlflow_id.record(self.run)
         sent = {step: one for step, one in self.results.items() if one["recorded"]["run_id"] is not None}
         if "run_id" not in mlflow or not sent:

@@ -5,10 +5,10 @@
     FOLDER/data/*.jsonl          the questions
     FOLDER/made.json             the dataset and settings that they were generated from
 
-A model whose job holds out at least the same fraction of the dataset wasn't trained on any of this text.
+If a model's job holds out at least the same fraction of the dataset, the model wasn't trained on any of this text.
 
-A word is a sequence of characters without white space. White space is kept unchanged, because it has a meaning in code. All
-choices come from the given random generator, so the same seed generates the same questions.
+A word is a sequence of characters without white space. White space stays unchanged, because it has a meaning in code. All choices
+come from the given random generator, so the same seed generates the same questions.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from heliostat.evaluation.suite import Result
 from heliostat.storage.locations import Location
 
 WORD = re.compile(r"\S+")
-BEFORE, LEAST = 64, 24  # words before the answer: maximum and minimum
+BEFORE, LEAST = 64, 24  # maximum and minimum number of words before the answer
 GOES_ON, CHOICES = 12, 4  # words of a continuation; number of continuations to choose from
 LETTERS = re.compile(r"[^\W\d_]{4,}")  # an answer contains at least four letters in a row
-AROUND, MIDDLE = 32, 4  # maximum words before and after a middle; words of a middle
+AROUND, MIDDLE = 32, 4  # maximum number of words before and after a middle; number of words in a middle
 TRIES = 3  # maximum attempts per document
 
 
 @dataclass(frozen=True)
 class WordedDocument:
-    """Holds a document and the positions (begin, end) of its words, in characters."""
+    """Contains a document, and the positions (begin, end) of its words, in characters."""
 
     text: str
     words: list[tuple[int, int]]
@@ -67,9 +67,9 @@ Ask = Callable[[WordedDocument, random.Random, Sequence[WordedDocument]], Questi
 
 
 def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the right one of four continuations of a passage; None if the document is too short.
+    """Asks for the right continuation of a passage among four continuations. Returns None if the document is too short.
 
-    The wrong ones are continuations from other documents, after the same white space.
+    The wrong continuations are from other documents, after the same white space.
     """
     long = [one for one in others if one is not text and len(one.words) >= LEAST + GOES_ON]
     if len(text.words) < LEAST + GOES_ON or len(long) < CHOICES - 1:
@@ -88,8 +88,8 @@ def choice(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 
 
 def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for the word after a passage in which that word already occurs (like LAMBADA, Paperno et al. 2016); None if there is
-    none."""
+    """Asks for the next word of a passage that already contains this word (like LAMBADA, Paperno et al. 2016). Returns None if
+    there is no such word."""
     begins = [letters[0] if (letters := LETTERS.match(text.text, begin)) else "" for begin, _ in text.words]
     places = [(at, word) for at, word in enumerate(begins) if at >= LEAST and word and word in begins[max(0, at - BEFORE) : at]]
     if not places:
@@ -99,12 +99,12 @@ def cloze(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocum
 
 
 def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocument]) -> Question | None:
-    """Asks for two words that followed the same word earlier in the passage. The model must generate them; None if there are
-    none."""
+    """Asks for the next two words of a passage, which the model must generate. Earlier in the passage, the same two words
+    followed the same word. Returns None if there are no such words."""
     words, last, places = [text.text[a:b] for a, b in text.words], dict[tuple[str, ...], int](), list[int]()
     for at in range(1, len(words) - 1):
         said = (words[at - 1], words[at], words[at + 1])
-        before = last.get(said, -BEFORE) - 1  # position of the first of its three words
+        before = last.get(said, -BEFORE) - 1  # position of the first of the three words
         if (
             at >= LEAST
             and at - BEFORE <= before < at - 3
@@ -122,7 +122,7 @@ def recall(text: WordedDocument, rng: random.Random, others: Sequence[WordedDocu
 def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
     """Returns an Ask for the text between a prefix and a suffix. `markers`: the tokens before prefix, suffix, and middle.
 
-    `suffix_first`: puts the suffix before the prefix (SPM).
+    `suffix_first`: whether the suffix comes before the prefix (SPM).
     """
 
     before, behind, middle = markers
@@ -143,7 +143,8 @@ def asking_for_middles(markers: Sequence[str], suffix_first: bool) -> Ask:
 
 
 def questions(ask: Ask, texts: Sequence[WordedDocument], count: int, seed: int) -> Iterator[Question]:
-    """Yields up to `count` questions: at most TRIES per document, and one per document in each round."""
+    """Yields up to `count` questions. There are several rounds: in each, every document gets one attempt. A document has at most
+    TRIES attempts."""
     rng, count_asked, known = random.Random(f"{ask.__name__} {seed}"), 0, set[object]()
     for _ in range(TRIES):
         for number in rng.sample(range(len(texts)), len(texts)):
@@ -166,7 +167,7 @@ TWO_WORDS: dict[str, object] = {"name": "two_words", "filter": [FIRST_TWO, {"fun
 
 
 class TaskShape(TypedDict):
-    """Holds keys of a task file. `metric_list`: name of a metric -> its aggregation over the examples."""
+    """Describes some keys of a task file. `metric_list`: name of a metric -> its aggregation over the examples."""
 
     output_type: str
     metric_list: dict[str, str]
@@ -193,10 +194,10 @@ TASKS: dict[str, tuple[Ask, TaskShape]] = {
 
 
 def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Result:
-    """Writes the suite to the folder `to`, with up to `count` questions per task. Returns the facts of `made.json`, and the
+    """Writes the suite to the folder `to`, with up to `count` questions per task. Returns the content of `made.json`, and the
     suite's path.
 
-    ConfigError if too little text is held out.
+    Raises ConfigError if too little text is held out.
     """
     prepared = documents.open_text(Location(dataset))
     texts = _texts(prepared, fraction, DOCUMENTS * count, seed)
@@ -212,7 +213,7 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
         counts[name] = len(written)
     if not any(counts.values()):
         raise ConfigError(
-            f"{dataset}: its held-out documents are too short to ask about. Give a larger --fraction, or another dataset"
+            f"{dataset}: its held-out documents are too short for questions. Pass a larger --fraction, or another dataset"
         )
     facts = {"dataset": dataset, "digest": prepared.digest, "fraction": fraction, "seed": seed, "documents": len(texts),
              "tasks": counts}  # fmt: skip
@@ -223,8 +224,8 @@ def make(dataset: str, to: Path, count: int, fraction: float, seed: int) -> Resu
 
 
 def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
-    """Returns the task for a dataset that is rearranged for filling in the middle. The model generates the middle, up to an end
-    token."""
+    """Returns the task for a dataset that is rearranged for filling in the middle. In this task, the model generates the middle,
+    up to an end token."""
     if FACT not in prepared.meta:
         return {}
     end = documents.Documents(prepared).token(prepared.fact("end_of_document"))
@@ -235,7 +236,7 @@ def _of_middles(prepared: Manifest) -> dict[str, tuple[Ask, TaskShape]]:
 
 
 def _texts(prepared: Manifest, fraction: float, most: int, seed: int) -> list[WordedDocument]:
-    """Reads up to `most` held-out documents, from chunks in random order; DataError if a chunk is damaged."""
+    """Reads up to `most` held-out documents, from chunks in random order. Raises DataError if a chunk is damaged."""
     chunks, reader, kept = documents.held_out(prepared, fraction).tolist(), documents.Documents(prepared), list[WordedDocument]()
     random.Random(seed).shuffle(chunks)
     for texts in reader.texts(chunks):

@@ -32,7 +32,8 @@ SETTINGS = Format(dict[str, object], "tokenizer's configuration", ConfigError)
 def evaluate(folder: Path, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> dict[str, float]:
     """Computes the recipe's metrics over at most `samples` held-out samples.
 
-    None for `sequence_length` and `fraction` means training's values: then the samples are those that training evaluates on.
+    If `sequence_length` and `fraction` are None, uses the values of the training. The samples are then those on which training
+    evaluates.
     """
     with exports.using(folder):
         return _evaluate(exports.read(folder), data, samples, sequence_length, fraction)
@@ -45,9 +46,9 @@ def _evaluate(
     manifests = [read(location) for location in job.sources]
     recipe: Recipe = export.recipe(job)
     if not isinstance(recipe, Evaluates) or not isinstance(recipe, Exports):
-        raise ConfigError(f"{export.folder}: a model of {job.recipe}, which doesn't derive from Evaluates and Exports ({GUIDE})")
+        raise ConfigError(f"{export.folder}: can't evaluate it: {job.recipe} doesn't derive from Evaluates and Exports ({GUIDE})")
     if manifests[0].kind != recipe.kind:
-        raise ConfigError(f"--dataset: {data} holds {manifests[0].kind!r}, but the model needs {recipe.kind!r}")
+        raise ConfigError(f"--dataset: {data} contains {manifests[0].kind!r}, but the model needs {recipe.kind!r}")
     recipe.bind(manifests)
     planned = plan(job, manifests)
     dataset = open_dataset(dataclasses.replace(planned, version=export.data_version) if export.data_version else planned)
@@ -85,7 +86,8 @@ def _batches(source: np.ndarray) -> list[slice]:
 
 
 def _job(export: exports.Export, data: str, samples: int, sequence_length: int | None, fraction: float | None) -> Job:
-    """Returns the job that trained the model, with this dataset. For a language model without a record, returns a minimal job."""
+    """Returns the job that trained the model, but with this dataset. For a language model without a record, returns a minimal
+    job."""
     before: exports.TrainedFacts = export.job or {"name": "", "model": {}, "data": {}, "train": {}}
     length = sequence_length or before["data"].get("sequence_length")
     if export.job is None and not (length := length or _trained_length(export.folder)):
@@ -119,7 +121,7 @@ def _job(export: exports.Export, data: str, samples: int, sequence_length: int |
 
 
 def _trained_length(folder: Path) -> int | None:
-    """Returns the sequence length of training, from the export's tokenizer settings; None if they don't record it."""
+    """Returns the sequence length of training, from the export's tokenizer settings. Returns None if they don't record it."""
     settings = folder / "tokenizer_config.json"
     length = SETTINGS.read(settings).get("model_max_length") if settings.is_file() else None
     return (

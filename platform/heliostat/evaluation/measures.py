@@ -1,4 +1,4 @@
-"""Computes values that are reported with a score: its confidence interval, the score of guessing, and the centered score."""
+"""Computes values that are reported with a score: its confidence interval, the score of guessing, and its centered score."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Z = 1.959964  # standard errors in half of a 95 % interval
+Z = 1.959964  # half of a 95 % interval, in standard errors
 ACCURACIES = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")
-BY_GUESSING_NONE = ("acc", "exact_match")  # metrics of tasks without choices
+BY_GUESSING_NONE = ("acc", "exact_match")  # metrics of tasks without choices: guessing scores 0
 
 
 def wilson(score: float, count: int) -> tuple[float, float]:
-    """Computes the 95 % interval of a share of `count` examples (Wilson 1927), which is also valid near 0 and 1."""
+    """Computes the 95 % interval of a share of `count` examples (Wilson 1927). This interval is also valid near 0 and 1."""
     share = Z * Z / count
     middle = (score + share / 2) / (1 + share)
     half = Z / (1 + share) * math.sqrt(score * (1 - score) / count + share / (4 * count))
@@ -21,9 +21,10 @@ def wilson(score: float, count: int) -> tuple[float, float]:
 
 
 def interval(score: float, stderr: float | None, values: Sequence[object]) -> tuple[float, float] | None:
-    """Computes the 95 % interval of a score: from the number of examples if each value is 0 or 1, else from the standard error.
+    """Computes the 95 % interval of a score. If each value is 0 or 1, computes it from the number of examples, else from the
+    standard error.
 
-    None if there is no standard error.
+    Returns None if there is no standard error.
     """
     if values and all(isinstance(v, int | float) and v in (0, 1) for v in values):
         return wilson(score, len(values))
@@ -31,9 +32,9 @@ def interval(score: float, stderr: float | None, values: Sequence[object]) -> tu
 
 
 def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float | None:
-    """Computes the score of guessing; None if the metric has no such score.
+    """Computes the score of guessing. Returns None if the metric has no such score.
 
-    `choices`: (right choices, all choices) of each example.
+    `choices`: (number of right choices, number of all choices) of each example.
     """
     if kind == "multiple_choice":
         known = choices and metric in ACCURACIES
@@ -42,7 +43,7 @@ def chance(kind: str, metric: str, choices: Sequence[tuple[int, int]]) -> float 
 
 
 def edit_similarity(one: str, other: str) -> float:
-    """Computes 1 - d / n of two texts; 1 if both are empty.
+    """Computes 1 - d / n of two texts. Returns 1 if both texts are empty.
 
     d is their edit distance in characters (Levenshtein 1965), and n is the length of the longer text.
     """
@@ -53,20 +54,21 @@ def edit_similarity(one: str, other: str) -> float:
     row = places.copy()
     for count, letter in enumerate(one, 1):
         reached = np.concatenate([[count], np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))])
-        row = np.minimum.accumulate(reached - places) + places  # and insertions after each position
+        row = np.minimum.accumulate(reached - places) + places  # then insertions after each position
     return 1 - int(row[-1]) / longest
 
 
 def centred(score: float, guessing: float | None) -> float | None:
-    """Computes (score - chance) / (1 - chance): 0 is guessing, 1 is perfect (Li et al. 2024, DataComp-LM).
+    """Computes (score - chance) / (1 - chance). 0 means guessing, and 1 is a perfect score (Li et al. 2024, DataComp-LM).
 
-    None if the score of guessing is unknown, or 1.
+    Returns None if the score of guessing is unknown or 1.
     """
     return None if guessing is None or guessing >= 1 else (score - guessing) / (1 - guessing)
 
 
 def average(parts: Sequence[tuple[float, float | None, float]]) -> tuple[float, float | None] | None:
-    """Returns the mean of the centered scores, and its standard error (None if a task has none); None without tasks.
+    """Returns the mean of the centered scores, and its standard error. The error is None if a task has no standard error. Without
+    tasks, returns None.
 
     `parts`: (centered score, standard error of the score, chance) of each task.
     """

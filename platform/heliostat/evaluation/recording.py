@@ -1,7 +1,7 @@
 """Records a result in MLflow, on the run that trained the model.
 
-Metrics are recorded at the model's step, and the complete result as an artifact. Registered versions from that step also get
-the scores, for `heliostat model promote --require 'bench/TASK>0.4'`.
+Metrics are recorded at the model's step, and the complete result is recorded as an artifact. Registered versions from that step
+also get the scores, for `heliostat model promote --require 'bench/TASK>0.4'`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ARTIFACTS = "benchmarks"
 
 
 def metrics(result: Result) -> dict[str, float]:
-    """Returns a result's metrics by name: each task's score, standard error, and edit similarity, and the mean centered score."""
+    """Returns a result's metrics by name. These are each task's score, standard error, and edit similarity, and the mean centered
+    score."""
     scores = {f"{BENCHMARK}{row['task']}": row["score"] for row in result["tasks"]}
     scores |= {f"{BENCHMARK}{row['task']}_stderr": row["stderr"] for row in result["tasks"] if row["stderr"] is not None}
     similar = {f"{BENCHMARK}{row['task']}_edit_similarity": row.get("edit_similarity") for row in result["tasks"]}
@@ -36,9 +37,10 @@ def metrics(result: Result) -> dict[str, float]:
 
 
 def record(uri: str, result: Result) -> dict[str, object]:
-    """Records a result. Returns the run, the step, and the versions that got it, or the reason why it isn't recorded.
+    """Records a result. Returns the run, the step, and the model versions that got the scores. If the result isn't recorded,
+    returns the reason.
 
-    TrackingError if MLflow doesn't answer.
+    Raises TrackingError if MLflow doesn't answer.
     """
     run_id, step = result["model"]["run_id"], result["model"]["step"]
     if run_id is None or step is None:
@@ -56,9 +58,10 @@ def record(uri: str, result: Result) -> dict[str, object]:
 
 
 def tag(uri: str, run_id: str, results: Mapping[int, Result]) -> dict[int, list[str]]:
-    """Adds a run's recorded scores, by step, to its registered versions; returns the versions' names by step.
+    """Adds a run's recorded scores to its registered versions. Returns the versions' names by step. `results`: the recorded
+    results by step.
 
-    TrackingError if MLflow doesn't answer.
+    Raises TrackingError if MLflow doesn't answer.
     """
     with mlflow_client.asking(uri):
         return _versions(mlflow_client.connect(uri), run_id, {step: metrics(result) for step, result in results.items()})
@@ -70,7 +73,7 @@ def unrecorded(why: str) -> dict[str, object]:
 
 
 def _unknown(client: MlflowClient, run_id: str) -> str | None:
-    """Returns MLflow's message if it doesn't know the run; None if it does."""
+    """Returns MLflow's message if MLflow doesn't know the run. Returns None if MLflow knows it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -83,7 +86,7 @@ def _unknown(client: MlflowClient, run_id: str) -> str | None:
 
 
 def _versions(client: MlflowClient, run_id: str, scores: Mapping[int, dict[str, float]]) -> dict[int, list[str]]:
-    """Adds the scores to the versions that the run registered at these steps; returns the versions' names by step."""
+    """Adds the scores to the versions that the run registered at these steps. Returns the versions' names by step."""
     names: dict[int, list[str]] = {step: [] for step in scores}
     by_tag = {str(step): step for step in scores}
     for version in client.search_model_versions(f"run_id = '{run_id}'"):

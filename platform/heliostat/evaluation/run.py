@@ -30,10 +30,11 @@ PACKAGES = ("lm_eval", "transformers", "torch")
 
 
 class Benchmark:
-    """Holds a suite's tasks, which are built once, and their contamination by the training data, which is measured once."""
+    """Contains a suite's tasks, and their contamination by the training data. The tasks are built once, and the contamination is
+    measured once."""
 
     def __init__(self, suite: Suite, folder: Location, quiet: bool = False) -> None:
-        """Builds the tasks; ConfigError if one is invalid. `quiet`: shows no progress."""
+        """Builds the tasks. Raises ConfigError if a task is invalid. `quiet`: shows no progress."""
         extras.require("benchmark", "lm_eval", what="heliostat model benchmark")
         self.suite, self.quiet = suite, quiet
         self._cache = tempfile.TemporaryDirectory(prefix="heliostat-benchmark-")
@@ -47,7 +48,7 @@ class Benchmark:
         self._cache.cleanup()
 
     def score(self, folder: Path) -> Result:
-        """Scores the model in a folder on all tasks; returns the values of the result file."""
+        """Scores the model in a folder on all tasks. Returns the values for the result file."""
         scoring.require_language_model(folder)
         began, rows = time.time(), list[Row]()
         with PipelineWatch(console, f"scoring {folder.name}", self.quiet) as watch:
@@ -71,7 +72,7 @@ class Benchmark:
         return row | {"contamination": contamination.summary(self._examples.shares(task.name), values, row["score"])}
 
     def _contamination(self, folder: Path, watch: PipelineWatch) -> dict[str, object] | None:
-        """Searches the first model's training data for the examples. None if the suite turns this off."""
+        """Searches the first model's training data for the examples. Returns None if the suite turns this search off."""
         settings = self.suite.contamination
         if not settings.measure or self._seen:
             return self._seen or None
@@ -89,7 +90,7 @@ class Benchmark:
 
 
 def _origin(folder: Path) -> dict[str, object]:
-    """Returns the MLflow run and the step of the model, or None for both if its folder doesn't record them."""
+    """Returns the MLflow run and the step of the model. Both are None if the model's folder doesn't record them."""
     if not (folder / exported.RECORD).is_file():
         return {"run_id": None, "step": None}
     origin = dict(exported.record(folder).get("origin", {}))
@@ -97,7 +98,7 @@ def _origin(folder: Path) -> dict[str, object]:
 
 
 def _average(rows: list[Row]) -> dict[str, object]:
-    """Averages the centered scores of the tasks that have one."""
+    """Averages the centered scores of the tasks that have a centered score."""
     known = [row for row in rows if row["centred"] is not None]
     average = measures.average([(row["centred"], row["stderr"], row["chance"]) for row in known])
     return {"centred": average and average[0], "stderr": average and average[1], "tasks": len(known), "of": len(rows)}

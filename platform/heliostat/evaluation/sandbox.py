@@ -1,4 +1,5 @@
-"""Restricts lm-eval while it runs: templates in a sandbox, and no progress bars, output, or processes.
+"""Restricts lm-eval while it runs: templates run in a sandbox, and lm-eval shows no progress bars or output, and starts no
+processes.
 
 A task file's Jinja templates can reach any Python object, and so run any code, unless they are sandboxed.
 """
@@ -22,7 +23,7 @@ LOGGERS = ("lm_eval", "datasets", "evaluate", "transformers")
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Restricts lm-eval within the context."""
+    """Restricts lm-eval inside the context."""
     from lm_eval import utils
     from tqdm import tqdm
 
@@ -37,14 +38,16 @@ def held() -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
         stack.enter_context(patch.object(tqdm, "__init__", without_bar))
         stack.enter_context(patch.object(utils, "env", _environment(utils.env)))
-        stack.enter_context(patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}))  # otherwise its bootstrap forks a process pool
+        stack.enter_context(
+            patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"})
+        )  # otherwise, lm-eval's bootstrap forks a process pool
         stack.enter_context(_quiet())
         yield
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Restricts the libraries' logs to errors within the context."""
+    """Limits the libraries' logs to errors inside the context."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Scores a model on tasks with lm-eval's requests, batches, and metrics, so the scores equal those of its command."""
+"""Scores a model on tasks with lm-eval's requests, batches, and metrics. So the scores equal those of lm-eval's own command."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 DTYPES = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Sample = dict[str, Any]  # lm-eval's record of an example and the model's answer
-RESAMPLES = 1000  # bootstrap samples for standard errors without a formula: those of perplexity, BLEU
+RESAMPLES = 1000  # bootstrap samples, for metrics whose standard error has no formula (perplexity, BLEU)
 
 
 def require_language_model(folder: Path) -> None:
     """Raises ConfigError unless the folder contains a language model."""
     if getattr(exported.read(folder).recipe, "kind", None) != "tokens":
         raise ConfigError(
-            f"{folder}: isn't a language model, and benchmarks are text. Score it on its dataset: heliostat model evaluate"
+            f"{folder}: isn't a language model, but benchmarks are text. Score the model on its dataset: heliostat model evaluate"
         )
 
 
 def load(folder: Path, suite: Suite) -> HFLM:
-    """Loads a model as lm-eval's class; ConfigError if a weight is missing, or it needs code from its folder."""
+    """Loads a model as lm-eval's class. Raises ConfigError if a weight is missing, or if the model needs code from its folder."""
     from lm_eval.models.huggingface import HFLM
 
     with exported.using(folder):
@@ -48,9 +48,9 @@ def load(folder: Path, suite: Suite) -> HFLM:
 
 
 def score(model: HFLM, task: EvalTask, suite: Suite) -> tuple[Row, Sequence[float]]:
-    """Scores a model on a task; returns the task's row in the result, and each example's own value.
+    """Scores a model on a task. Returns the task's row in the result, and each example's own value.
 
-    HeliostatError if lm-eval fails.
+    Raises HeliostatError if lm-eval fails.
     """
     from lm_eval.evaluator import evaluate
 
@@ -97,7 +97,7 @@ def _row(task: EvalTask, evaluated: Sample, samples: list[Sample], cut: int) -> 
 
 
 def similarity(samples: list[Sample]) -> float | None:
-    """Computes the mean edit similarity of the model's answers to the right ones; None if they aren't texts."""
+    """Computes the mean edit similarity of the model's answers to the right answers. Returns None if the answers aren't texts."""
     pairs = [(one["filtered_resps"][0], one["target"]) for one in samples]
     if not pairs or not all(isinstance(text, str) for pair in pairs for text in pair):
         return None
@@ -114,7 +114,7 @@ def choices(task: EvalTask, samples: list[Sample]) -> Iterator[tuple[int, int]]:
 
 
 def truncated(model: HFLM, task: EvalTask) -> int:
-    """Counts the examples of which the model read only the end, because they exceed its maximum length."""
+    """Counts the examples of which the model read only the end, because they are longer than the model's maximum length."""
     return len({one.doc_id for one in task.task.instances if _cut(model, one.request_type, one.args)})
 
 
@@ -127,11 +127,11 @@ def _cut(model: HFLM, kind: str, args: tuple[object, ...]) -> bool:
 
         room = model.max_length - normalize_gen_kwargs(args[1], model.max_gen_toks)["max_gen_toks"]
         return len(model.tok_encode(args[0])) > room
-    return False  # in loglikelihood_rolling, all tokens are scored, in windows
+    return False  # loglikelihood_rolling scores all tokens, in windows
 
 
 def texts(task: EvalTask, suite: Suite) -> Iterator[str]:
-    """Yields the text of each example: its question and its right answer, without solved examples before it."""
+    """Yields the text of each example: its question and its right answer. Solved examples before the question aren't included."""
     for doc in itertools.islice(task.task.eval_docs, suite.examples):
         question, target = task.task.doc_to_text(doc), task.task.doc_to_target(doc)
         known = task.task.doc_to_choice(doc) if task.task.config.doc_to_choice is not None else None

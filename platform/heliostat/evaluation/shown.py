@@ -5,11 +5,11 @@ from __future__ import annotations
 from heliostat.evaluation.suite import Result, Row
 
 HEAD = ["task", "metric", "score", "95 %", "chance", "centred", "n", "seen"]
-NAME, METRIC = 17, 9  # maximum characters, so that a row has 80; the file has the full names
+NAME, METRIC = 17, 9  # maximum characters, so that a row has 80; the result file has the full names
 
 
 def rows(result: Result) -> list[list[str]]:
-    """Returns the rows of the table, the header first."""
+    """Returns the rows of the table. The first row is the header."""
     return [HEAD, *(_row(row) for row in result["tasks"])]
 
 
@@ -48,11 +48,11 @@ def notes(result: Result) -> list[str]:
         lines.append(
             f"mean of the centered scores: {average['centred']:+.3f}{error} ({average['tasks']} of {average['of']} tasks)"
         )
-    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1 means that all are right)"
+    lines += [f"{row['task']}: edit similarity of the answers {row['edit_similarity']:.3f} (1 means that all answers are right)"
               for row in result["tasks"] if row.get("edit_similarity") is not None]  # fmt: skip
     lines += [_of_programs(row) for row in result["tasks"] if row.get("programs")]
     lines += _of_contamination(result, seen)
-    lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so it saw only their end"
+    lines += [f"{row['task']}: {row['truncated']:,} examples are longer than the model's context, so the model saw only their end"
               for row in result["tasks"] if row["truncated"]]  # fmt: skip
     if recorded["why_not"]:
         lines.append(f"not in MLflow: {recorded['why_not']}")
@@ -93,7 +93,7 @@ def line(step: int, result: Result) -> str:
 
 
 def missed(summary: Result) -> list[str]:
-    """Lists the steps of a run without a score: one line per reason."""
+    """Lists the steps of a run without a score, with one line per reason."""
     steps: dict[str, list[int]] = {}
     for what in ("removed", "incomplete", "failed"):
         for step, why in summary[what].items():

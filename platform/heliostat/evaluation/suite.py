@@ -17,15 +17,16 @@ Row = dict[str, Any]  # scores of one task in a result
 
 
 class SuiteEntry(Strict):
-    """Describes a task of the suite, and the settings that override the task's own. A name alone overrides nothing."""
+    """Describes a task of the suite, and the settings that override the task's own settings. An entry that is only a name
+    overrides nothing."""
 
     task: Name
-    """Name of the task: of a task file below `folder` (`task: NAME` in it), or of a task in lm-eval."""
+    """Name of the task: in a task file below `folder` (its line `task: NAME`), or in lm-eval."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Solved examples before each question. Unset: the value in the task file."""
+    """Number of solved examples before each question. Unset: the value in the task file."""
     metric: str | None = Field(None, min_length=1)
-    """Metric that is the task's score, for example `acc_norm`, or with its filter `exact_match,strict-match`. Unset: the first
-    of the task's `metric_list`."""
+    """Metric that is the task's score, for example `acc_norm`. You can add a filter: `exact_match,strict-match`. Unset: the first
+    metric in the task's `metric_list`."""
     chance: Float | None = Field(None, ge=0, lt=1)
     """Score of random guessing. Unset: one divided by the number of choices for accuracies of multiple choice, and 0 for exact
     match and cloze."""
@@ -42,8 +43,8 @@ class Contamination(Strict):
     measure: bool = True
     """Checks the examples against the training data; each run reads that data once."""
     data: list[str] = []
-    """Prepared datasets to check, as folders or `s3://` URIs. Unset: those that the model trained on, without their held-out
-    samples."""
+    """Prepared datasets to check, as folders or `s3://` URIs. Unset: the datasets that the model was trained on, without their
+    held-out samples."""
     n: int = Field(default=13, ge=2, le=100)
     """Words per n-gram."""
 
@@ -52,19 +53,19 @@ class Suite(Strict):
     """Describes a suite of benchmarks."""
 
     name: Name
-    """Name of the suite; its results are stored under it."""
+    """Name of the suite. Its results are stored under this name."""
     folder: str = Field(".", min_length=1)
     """Folder or `s3://` prefix of the task files and their data sets, relative to the suite's file."""
     tasks: list[SuiteEntry] = Field(min_length=1)
-    """Tasks: names, or mappings with the keys below."""
+    """Tasks of the suite: names, or mappings with the keys below."""
     examples: Positive | None = None
-    """Maximum examples of each task, from the start. Unset: all."""
+    """Maximum number of examples per task, from the start of the task. Unset: all examples."""
     fewshot: int | None = Field(None, ge=0, le=1000)
-    """Solved examples before each question, for tasks that don't set 0 themselves. Unset: the task's value, or 0."""
+    """Number of solved examples before each question, for tasks that don't set 0 themselves. Unset: the task's value, or 0."""
     seed: Seed = 1234
     """Random seed for the choice of solved examples. Unset: lm-eval's seed."""
     batch: int = Field(16, ge=1, le=4096)
-    """Questions that the model answers in one batch."""
+    """Number of questions that the model answers in one batch."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the weights; `auto` uses the precision of the model's files."""
     contamination: Contamination = Contamination()
@@ -81,7 +82,8 @@ class Suite(Strict):
 
 
 def same(kept: object, suite: Suite) -> bool:
-    """Returns whether a stored suite equals this one. Keys that it lacks, from earlier versions, have their defaults."""
+    """Returns whether a stored suite equals this suite. A suite of an earlier version may lack keys; these have their
+    defaults."""
     try:
         return Suite.model_validate(kept) == suite
     except ValidationError:
@@ -89,6 +91,7 @@ def same(kept: object, suite: Suite) -> bool:
 
 
 def load(path: Path) -> tuple[Suite, Location]:
-    """Loads a suite from its file; returns it with the location of its task files. ConfigError names what is wrong."""
+    """Loads a suite from its file. Returns the suite, and the location of its task files. Raises ConfigError, which names the
+    problem."""
     suite = schema.load(Suite, "suite", path)
     return suite, Location(suite.folder).absolute(path.absolute().parent)

@@ -1,6 +1,6 @@
-"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data. It runs no code from them.
+"""Reads lm-eval's task files (YAML) and their data sets from a folder or S3, as plain data. It runs no code from these files.
 
-lm-eval itself calls functions that a task file names with `!function`, and loads any metric or class that it names. From a
+lm-eval itself calls functions that a task file names with `!function`, and loads any metric or class that the file names. From a
 folder or a store, that would be foreign code. So heliostat rejects all such files, even your own.
 """
 
@@ -20,18 +20,19 @@ SUFFIXES = (".yaml", ".yml")
 FUNCTION = re.compile(r"^[^#\n]*?:\s*!function\b", re.MULTILINE)
 MOST_BYTES = 4 << 20  # maximum size of a task file
 READERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-BUILDERS = sorted(set(READERS.values()))  # of the library `datasets`: others may run code, or read pickles
+BUILDERS = sorted(set(READERS.values()))  # readers of the library `datasets`; other readers may run code, or read pickles
 KWARGS = ("data_files", "field", "sep", "delimiter", "column_names", "trust_remote_code")
 
 
 def download(folder: Location, to: Path) -> Path:
-    """Returns the folder of the task files. If it is in S3, first copies its YAML files to `to`, at the same relative paths.
+    """Returns the folder of the task files. If the folder is in S3, first copies its YAML files to `to`, at the same relative
+    paths.
 
-    ConfigError if a local folder doesn't exist.
+    Raises ConfigError if a local folder doesn't exist.
     """
     if not folder.is_s3:
         if not Path(folder.path).is_dir():
-            raise ConfigError(f"folder: {folder}: no such folder. Name the folder with the task files")
+            raise ConfigError(f"folder: {folder}: no such folder. Set folder to the folder with the task files")
         return Path(folder.path)
     names = [name for name, size in folder.files() if name.endswith(SUFFIXES) and size <= MOST_BYTES and is_inside(name)]
     for name in names:
@@ -42,7 +43,8 @@ def download(folder: Location, to: Path) -> Path:
 
 
 def find(root: Path, name: str) -> Path | None:
-    """Returns the file of a task below a folder, without hidden folders; None if there is none, ConfigError if there are two."""
+    """Returns the file of a task below a folder, without hidden folders. Returns None if there is no such file. Raises
+    ConfigError if there are two."""
     files = naming(root, "task", name)
     if len(files) > 1:
         raise ConfigError(f"tasks: {name!r} is in two files, {files[0]} and {files[1]}. Rename one")
@@ -69,9 +71,9 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, object]:
-    """Reads a task file. Its own keys override those of the files that it includes, as in lm-eval.
+    """Reads a task file. Its own keys override the keys of the files that it includes, as in lm-eval.
 
-    ConfigError if a file is invalid, includes itself or a file outside `root`, or contains a `!function`.
+    Raises ConfigError if a file is invalid, includes itself or a file outside `root`, or contains a `!function`.
     """
     path = path.resolve()
     if path in seen:
@@ -88,21 +90,21 @@ def read(root: Path, path: Path, seen: tuple[Path, ...] = ()) -> dict[str, objec
     merged: dict[str, object] = {}
     for other in included if isinstance(included, list) else [included]:
         if not isinstance(other, str):
-            raise ConfigError(f"{path}: include: {other!r} isn't a path. Name a file in the same folder")
+            raise ConfigError(f"{path}: include: {other!r} isn't a path. Use the name of a file in the same folder")
         inherited = read(root, path.parent / other, (*seen, path))
         merged |= {key: value for key, value in inherited.items() if key not in ("task_list",)}
     return merged | own
 
 
 def placed(config: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Returns a task's configuration with the local paths of its data set's files; ConfigError if one is missing.
+    """Returns a task's configuration with the local paths of its data set's files. Raises ConfigError if a file is missing.
 
     A relative path starts at the folder of the task files, as for `lm_eval` in that folder. Files in S3 are copied to `cache`.
     Any other name is a data set of the Hugging Face Hub, which needs a network.
     """
     path, kwargs = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     if not isinstance(path, str) or not isinstance(kwargs, dict):
-        raise ConfigError(f"{where}: dataset_path: {path!r} isn't a data set. Name a reader ({', '.join(BUILDERS)}), or a folder")
+        raise ConfigError(f"{where}: dataset_path: {path!r} isn't a data set. Use a reader ({', '.join(BUILDERS)}), or a folder")
     if path in BUILDERS:
         options = _of_files(kwargs, folder, cache, where)
     elif (place := _folder(path, folder, where)) is not None:
@@ -117,12 +119,13 @@ def placed(config: dict[str, object], folder: Location, cache: Path, where: obje
 
 
 def _of_files(kwargs: dict[str, object], folder: Location, cache: Path, where: object) -> dict[str, object]:
-    """Replaces the paths in `data_files` with local ones: a path, a list of paths, or one of these for each split."""
+    """Replaces the paths in `data_files` with local paths. The value is a path, a list of paths, or one of these for each
+    split."""
     if unknown := [key for key in kwargs if key not in KWARGS]:
         raise ConfigError(f"{where}: dataset_kwargs: {unknown[0]!r} isn't supported. Use {', '.join(KWARGS[:-1])}")
     files = kwargs.get("data_files")
     if not files:
-        raise ConfigError(f"{where}: dataset_kwargs: data_files is required. Name a file, or one for each split")
+        raise ConfigError(f"{where}: dataset_kwargs: data_files is required. Set it to a file, or to one file for each split")
 
     def local(value: object) -> object:
         if isinstance(value, dict):
@@ -147,9 +150,9 @@ def _place(value: str, folder: Location, where: object) -> Location:
 
 
 def _fetched(place: Location, cache: Path, where: object) -> Path:
-    """Returns a file's local path, after copying it from a store if necessary; ConfigError if it doesn't exist."""
+    """Returns a file's local path. Copies the file first if it is in a store. Raises ConfigError if the file doesn't exist."""
     if not place.exists():
-        raise ConfigError(f"{where}: data_files: {place}: no such file. Put it there, or name another")
+        raise ConfigError(f"{where}: data_files: {place}: no such file. Put the file there, or use another file")
     if not place.is_s3:
         return Path(place.path)
     copy = cache / "data" / hashlib.sha256(place.uri.encode()).hexdigest()[:16] / place.name
@@ -164,10 +167,10 @@ def _folder(path: str, folder: Location, where: object) -> Location | None:
 
 
 def _of_folder(place: Location, cache: Path, where: object) -> tuple[str, dict[str, object]]:
-    """Returns (reader, options) for a folder's splits, found by file name, for example `test.jsonl` or
+    """Returns (reader, options) for a folder's splits, which are recognized by file name, for example `test.jsonl` or
     `test-00000-of-00002.parquet`.
 
-    ConfigError unless all its files have the same format.
+    Raises ConfigError unless all files have the same format.
     """
     named = [name for name, _ in place.files() if Path(name).suffix in READERS and not Path(name).name.startswith(".")]
     readers = {READERS[Path(name).suffix] for name in named}

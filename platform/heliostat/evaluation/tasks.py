@@ -1,4 +1,4 @@
-"""Builds a suite's tasks with lm-eval's classes, from checked task files in a folder, or else from lm-eval's own."""
+"""Builds a suite's tasks with lm-eval's classes: from checked task files in a folder, or else from lm-eval's own task files."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ STRUCTURE = ("tag", "group", "task_list", "task")
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Holds a task of lm-eval, and its entry in the suite. `metric`, `filter`: those of its score.
+    """Contains a task of lm-eval, and the task's entry in the suite. `metric`, `filter`: those of the task's score.
 
-    `runs_code`: unit tests of the generated code compute the score.
+    `runs_code`: whether the score comes from unit tests of the generated code.
     """
 
     entry: SuiteEntry
     task: ConfigurableTask
     metric: str
     filter: str
-    source: str  # its file, relative to the folder, or "lm-eval"
+    source: str  # the task's file, relative to the folder, or "lm-eval"
     runs_code: bool = False
 
     @property
@@ -53,8 +53,8 @@ class EvalTask:
 
 
 def build(suite: Suite, folder: Location, cache: Path) -> list[EvalTask]:
-    """Builds all tasks of a suite, and reads their data sets. `cache`: folder for copies. ConfigError for the first invalid
-    task."""
+    """Builds all tasks of a suite, and reads their data sets. `cache`: the folder for copies. Raises ConfigError for the first
+    invalid task."""
     root = task_files.download(folder, cache / "tasks")
     return [_build(suite, entry, folder, root, cache) for entry in suite.tasks]
 
@@ -95,7 +95,8 @@ def _made(config: dict[str, object], where: Location, folder: Location, cache: P
 
 
 def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
-    """Builds a task of lm-eval's own; ConfigError if there is none of that name, or its data set isn't available."""
+    """Builds one of lm-eval's own tasks. Raises ConfigError if lm-eval has no task with that name, or if the task's data set
+    isn't available."""
     from lm_eval import tasks
     from lm_eval.api.task import ConfigurableTask
 
@@ -103,7 +104,7 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
     files = task_files.naming(brought, "task", name)
     if not files:
         raise ConfigError(f"tasks: {name!r} {_unknown(name, root, folder, brought)}")
-    try:  # loads its file only: indexing all tasks of lm-eval takes a minute
+    try:  # loads only this task's file: indexing all tasks of lm-eval takes a minute
         task = tasks.TaskManager(include_defaults=False).load([str(files[0])])["tasks"][name]
     except Exception as e:
         raise ConfigError(f"tasks: {name!r}: can't build this task of lm-eval: {_said(e, {})}") from e
@@ -113,15 +114,15 @@ def _own(name: str, root: Path, folder: Location) -> ConfigurableTask:
 
 
 def _unknown(name: str, root: Path, folder: Location, brought: Path) -> str:
-    """Returns a message that no task has this name, with the most similar name."""
+    """Returns the message for a name that no task has. The message suggests the most similar name."""
     if task_files.naming(brought, "group", name):
-        return "is a group of tasks in lm-eval. Name its tasks"
+        return "is a group of tasks in lm-eval. List the group's tasks instead"
     near = difflib.get_close_matches(name, [*task_files.names(root), *task_files.names(brought)], n=1)
     return f"isn't a task of {folder} or of lm-eval" + (f". Did you mean {near[0]!r}?" if near else "")
 
 
 def _said(error: Exception, config: dict[str, object]) -> str:
-    """Returns a message that says why a task couldn't be built."""
+    """Returns a message with the reason why a task couldn't be built."""
     kind = type(error).__name__
     if kind in ("ConnectionError", "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectTimeout"):
         return f"its data set {config.get('dataset_path', '')!r} is on the Hugging Face Hub, which doesn't answer ({kind})"
@@ -129,7 +130,7 @@ def _said(error: Exception, config: dict[str, object]) -> str:
 
 
 def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
-    """Sets the number of solved examples and the random seed of their choice, by lm-eval's rules."""
+    """Sets the number of solved examples, and the random seed that chooses them, by lm-eval's rules."""
     own = task.get_config("num_fewshot")
     if entry.fewshot is not None:
         own = entry.fewshot
@@ -140,7 +141,8 @@ def _settle(task: ConfigurableTask, suite: Suite, entry: SuiteEntry) -> None:
 
 
 def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
-    """Returns the metric and the filter of a task's score; ConfigError if the suite names one that the task lacks."""
+    """Returns the metric and the filter of a task's score. Raises ConfigError if the suite names a metric or filter that the task
+    lacks."""
     metrics = list(task.aggregation())
     filters = [ensemble.name for ensemble in task._filters]
     metric, _, filter_ = (entry.metric or metrics[0]).partition(",")
@@ -152,7 +154,8 @@ def _score(task: ConfigurableTask, entry: SuiteEntry) -> tuple[str, str]:
 
 
 def check(config: dict[str, object], where: object) -> None:
-    """Raises ConfigError, with the key, the value, and the fix, if lm-eval would reject the task, or run code for it."""
+    """Raises ConfigError if lm-eval would reject the task, or run code for it. The error names the key, the value, and the
+    fix."""
     from lm_eval.config.task import TaskConfig
 
     known = [field.name for field in dataclasses.fields(TaskConfig)]
@@ -160,14 +163,14 @@ def check(config: dict[str, object], where: object) -> None:
         if config.get(key):
             raise ConfigError(f"{where}: {key}: {why}")
     if isinstance(config.get("group"), str) or not isinstance(config.get("task"), str):
-        raise ConfigError(f"{where}: is a group of tasks. Name its tasks in the suite")
+        raise ConfigError(f"{where}: is a group of tasks. List the group's tasks in the suite")
     if unknown := [key for key in config if key not in known and key not in STRUCTURE]:
         raise ConfigError(f"{where}: {unknown[0]}: unknown key{nearest(str(unknown[0]), known)}")
     kind = config.get("output_type", "generate_until")
     if kind not in KINDS:
         raise ConfigError(f"{where}: output_type: {kind!r} isn't a choice{nearest(str(kind), list(KINDS))}")
     if not (config.get("test_split") or config.get("validation_split")):
-        raise ConfigError(f"{where}: test_split: required. Name the split of the data set to score")
+        raise ConfigError(f"{where}: test_split: required. Set it to the split of the data set to score")
     _metrics(config.get("metric_list"), where)
     _filters(config.get("filter_list"), where)
     _generation(config.get("generation_kwargs"), where)
@@ -205,7 +208,7 @@ def _generation(options: object, where: object) -> None:
         return
     if not isinstance(options, dict):
         raise ConfigError(f"{where}: generation_kwargs: expected a mapping, got {options!r}")
-    if unknown := [key for key in options if key not in GENERATION]:  # transformers has one that fetches code
+    if unknown := [key for key in options if key not in GENERATION]:  # transformers has an option that downloads code
         raise ConfigError(
             f"{where}: generation_kwargs: {unknown[0]!r} isn't supported{nearest(str(unknown[0]), list(GENERATION))}"
         )
@@ -215,5 +218,5 @@ def _entries(listed: object, key: str, name: str, where: object) -> list[dict[st
     if listed is None:
         return []
     if not isinstance(listed, list) or not all(isinstance(one, dict) and isinstance(one.get(name), str) for one in listed):
-        raise ConfigError(f"{where}: {key}: expected a list of mappings, each with {name!r}, a text")
+        raise ConfigError(f"{where}: {key}: expected a list of mappings, each with the text {name!r}")
     return listed

@@ -9,7 +9,7 @@ lm-eval sends the questions to the model, and each answer runs in a sandbox (`ru
 answers that pass.
 
 The sandbox uses Linux namespaces, resource limits, and a filter of system calls (`heliostat.tasks.sandbox`). It isn't a virtual
-machine: a program that exploits a kernel bug can escape. The limits hold for each program, not for all together.
+machine: a program that exploits a kernel bug can escape. The limits apply to each program, not to all programs together.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from heliostat.text import brief
 KEY, KIND, METRIC = "unit_tests", "unit_tests", "pass@1"
 LAST = "take_first"  # the filter that takes one answer from a list
 ITS_OWN = ("output_type", "metric_list", "doc_to_target", "doc_to_choice", "num_fewshot")
-SIDE_BY_SIDE = 4  # maximum programs in parallel: each may use memory up to its limit
+SIDE_BY_SIDE = 4  # maximum number of programs in parallel; each may use memory up to its limit
 
 
 def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[str, object]:
     """Returns the task that lm-eval runs for a task file with unit tests.
 
-    ConfigError if the suite doesn't allow code, this machine can't isolate programs, or the file has keys that unit tests don't
-    support.
+    Raises ConfigError if the suite doesn't allow code, if this machine can't isolate programs, or if the file has keys that unit
+    tests don't support.
     """
     template = config[KEY]
     if not isinstance(template, str) or not template.strip():
@@ -74,7 +74,7 @@ def arranged(config: dict[str, object], allowed: bool, where: object) -> dict[st
 
 
 def require_one_answer(config: dict[str, Any], where: object) -> None:
-    """Raises ConfigError if a chain of filters returns several answers to a question, because only one can run."""
+    """Raises ConfigError if a chain of filters returns several answers to a question, because only one answer can run."""
     for chain in config.get("filter_list") or []:
         if [step["function"] for step in chain["filter"] or []][-1:] != [LAST]:
             raise ConfigError(
@@ -83,13 +83,13 @@ def require_one_answer(config: dict[str, Any], where: object) -> None:
 
 
 def verdicts(programs: Sequence[tuple[str, str]]) -> list[str]:
-    """Runs programs, each with its tests, up to SIDE_BY_SIDE in parallel; returns the verdict of each."""
+    """Runs programs, each with its tests, up to SIDE_BY_SIDE in parallel. Returns the verdict of each program."""
     with ThreadPoolExecutor(min(SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
         return [outcome.verdict for outcome in pool.map(lambda one: run_program(*one), programs)]
 
 
 def row(facts: Row, ended: Sequence[str]) -> Row:
-    """Adds the score of the unit tests to a task's row. `programs`: number of programs by verdict."""
+    """Adds the score of the unit tests to a task's row. `programs`: the number of programs by verdict."""
     values, counts = passed(ended), Counter(ended)
     score = sum(values) / len(values)
     low, high = measures.wilson(score, len(values))
@@ -115,7 +115,7 @@ KILLING_S = 5.0
 
 @dataclass(frozen=True)
 class ProgramLimits:
-    """Holds a program's limits: elapsed seconds, processor seconds, and bytes of memory, files, and output."""
+    """Contains a program's limits: elapsed seconds, processor seconds, and bytes of memory, files, and output."""
 
     seconds: float = 10.0
     cpu_s: int = 5
@@ -126,7 +126,7 @@ class ProgramLimits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """Holds a program's verdict, and the beginning of its output."""
+    """Contains a program's verdict, and the beginning of its output."""
 
     verdict: str
     output: str
@@ -134,7 +134,7 @@ class ProgramResult:
 
 @cache
 def require_sandbox() -> None:
-    """Raises ConfigError if this machine can't isolate programs. Runs one program to find out, once per process."""
+    """Raises ConfigError if this machine can't isolate programs. To test this, it runs one program, once per process."""
     if not sys.platform.startswith("linux") or platform.machine() not in sandbox.CALLS:
         known = ", ".join(sandbox.CALLS)
         raise ConfigError(f"the sandbox needs Linux on {known}, and this is {sys.platform} on {platform.machine()}")
@@ -147,9 +147,9 @@ def require_sandbox() -> None:
 
 
 def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits()) -> ProgramResult:
-    """Runs a program and then its tests, in one isolated process; HeliostatError if it can't be isolated.
+    """Runs a program and then its tests, in one isolated process. Raises HeliostatError if the program can't be isolated.
 
-    It passes if it reaches the end of its tests.
+    The program passes if it reaches the end of its tests.
     """
     token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="heliostat-program-") as root:
@@ -163,14 +163,14 @@ def run_program(program: str, tests: str, limits: ProgramLimits = ProgramLimits(
 
 
 def _python() -> dict[str, object]:
-    """Lists the files that Python needs to run, without those of a virtual environment and without installed packages."""
+    """Lists the files that Python needs to run. Leaves out files of a virtual environment, and installed packages."""
     own = (str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix))
     libraries = [place for place in dict.fromkeys((*LIBRARIES, *own)) if Path(place).is_dir()]
     return {"libraries": libraries, "executable": os.path.realpath(sys.executable)}
 
 
 def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
-    """Returns the program's output, its result, its exit code, and why it was stopped ("" if it wasn't)."""
+    """Returns the program's output, its result, its exit code, and the reason why it was stopped ("" if it wasn't stopped)."""
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as result:
         try:
@@ -194,7 +194,8 @@ def _ran(task: bytes, limits: ProgramLimits) -> tuple[bytes, str, int, str]:
 
 
 def _read(output: IO[bytes], end: float, most: int) -> tuple[bytes, str]:
-    """Reads up to `most` bytes, until no process can write any more; returns also why it stopped earlier ("" if it didn't)."""
+    """Reads up to `most` bytes, until no process can write any more. Also returns the reason why it stopped earlier ("" if it
+    didn't)."""
     written = bytearray()
     with selectors.DefaultSelector() as selector:
         selector.register(output, selectors.EVENT_READ)
@@ -218,7 +219,7 @@ def _waited(process: subprocess.Popen[bytes], end: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program. When its first process ends, all processes of its namespace end too."""
+    """Ends a program. When its first process ends, all processes of its namespace also end."""
     process.terminate()
     if not _waited(process, time.monotonic() + KILLING_S):
         with contextlib.suppress(ProcessLookupError):

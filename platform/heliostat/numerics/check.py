@@ -8,7 +8,7 @@ Each comparison has a limit, which depends on the job's precision (`rows.LIMITS`
 - the weights in use against the fp32 master weights
 - each step's loss, and every parameter's gradient and update
 - the state that another parallelism configuration loads from a checkpoint, and its next losses
-- the receipts
+- the receipts of both configurations
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _rows(files: dict[str, Any], limits: Thresholds) -> list[DifferenceRow]:
 
 
 def _together(parts: list[dict[str, object]]) -> DifferenceRow:
-    """Joins the rows of all workers: the row with the worst difference, and the faults of all."""
+    """Joins the rows of all workers. The result has the worst difference of all rows, and the faults of all rows."""
     rows = [DifferenceRow.parse(part) for part in parts]
     worst = max(rows, key=lambda row: row.worst)
     worst.count, worst.faults = sum(r.count for r in rows), [fault for r in rows for fault in r.faults]
@@ -74,7 +74,7 @@ def _apart(own: float, right: float) -> float:
 
 
 def _receipts(run: Location) -> DifferenceRow:
-    """Verifies the receipts of both configurations: each sample was used once, and it was the right one."""
+    """Verifies the receipts of both configurations: each sample must be the right one, and must be used once."""
     row, report = DifferenceRow("receipts", 0.0), verify.verify(run)
     wrong = report["lost"] + report["repeated"] + (0 if report["ok"] else 1)
     row.add(report["steps"], "", float(wrong), lambda: verify.explain(report))
@@ -83,7 +83,7 @@ def _receipts(run: Location) -> DifferenceRow:
 
 
 def _gpus(job: Job) -> bool:
-    """Tells whether the job uses GPUs and this machine has one for each worker of the trial."""
+    """Checks whether the job uses GPUs, and this machine has a GPU for each worker of the trial."""
     if not job.workers.gpus:
         return False
     import torch

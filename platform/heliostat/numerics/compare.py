@@ -1,4 +1,4 @@
-"""Compares the engine's results with those of one plain process. Pure functions on tensors."""
+"""Compares the engine's results with those of one plain process. All functions on tensors are pure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
-EXPLAINED = 0.1  # largest share of a difference that may remain unexplained by its cause
+EXPLAINED = 0.1  # a cause explains a difference if at most this share is left
 
 
 def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> float:
-    """Computes the norm of the difference, divided by the norm of `right` or by `floor` if that is larger. NaN gives infinity."""
+    """Computes the norm of the difference, divided by the norm of `right` or by `floor`, whichever is larger. Returns infinity
+    for NaN."""
     difference, base = float((value - right).norm()), max(float(right.norm()), floor)
     if difference == 0.0:
         return 0.0
@@ -19,10 +20,10 @@ def relative(value: torch.Tensor, right: torch.Tensor, floor: float = 0.0) -> fl
 
 
 def floors(gradients: Tensors, share: float) -> dict[str, float]:
-    """Computes, by parameter, the smallest norm by which its gradient's difference is divided.
+    """Computes, by parameter, a lower limit of the norm by which the gradient's difference is divided.
 
-    It is `share` of the norm that the parameter's gradient would have if all elements of the complete gradient were equally
-    large.
+    The limit is `share` of the norm that the parameter's gradient would have if all elements of the complete gradient were
+    equally large.
     """
     size = sum(g.numel() for g in gradients.values())
     mean = (sum(float(g.square().sum()) for g in gradients.values()) / max(1, size)) ** 0.5
@@ -32,7 +33,7 @@ def floors(gradients: Tensors, share: float) -> dict[str, float]:
 def explain_gradient(
     value: torch.Tensor, right: torch.Tensor, parts: Sequence[torch.Tensor], before: torch.Tensor | None, limit: float
 ) -> str:
-    """Finds the cause of a wrong gradient. Returns an empty string if it is unknown.
+    """Finds the cause of a wrong gradient. Returns an empty string if the cause is unknown.
 
     `parts`: each worker's share of the right gradient. `before`: the right gradient of the previous step. `limit`: the relative
     difference that rounding explains.
@@ -47,18 +48,18 @@ def explain_gradient(
     for scale in (1.0, float(len(parts))):
         apart = torch.stack([(value - scale * part).abs() for part in parts]).amin(0)
         if float(apart.norm()) <= tolerance:
-            return "is one worker's share: not reduced over the workers"
+            return "is one worker's share: it wasn't reduced over the workers"
     if before is not None:
         if float((value - _ratio(value, before) * before).norm()) <= tolerance:
-            return "is that of the previous step: a stale buffer"
+            return "is the gradient of the previous step: a stale buffer"
         rest = value - right
         if float((rest - _ratio(rest, before) * before).norm()) <= tolerance:
-            return "includes that of the previous step: a stale buffer, not cleared"
+            return "includes the gradient of the previous step: a stale buffer, not cleared"
     return ""
 
 
 def explain_update(value: torch.Tensor, right: torch.Tensor, limit: float) -> str:
-    """Finds the cause of a wrong update. Returns an empty string if it is unknown."""
+    """Finds the cause of a wrong update. Returns an empty string if the cause is unknown."""
     size = float(value.norm())
     if not size:
         return "the weights didn't change"

@@ -1,7 +1,7 @@
 """Runs the same steps in one plain torch process, in fp32: autograd, a plain loss, torch's own clipping and optimizer.
 
-Each step begins from the engine's weights, rounded as in its forward pass. So only that step's own difference shows. The
-optimizer gets the engine's gradient, so its update doesn't depend on the precision.
+Each step begins from the engine's weights, rounded as in the engine's forward pass. So a comparison shows only the difference of
+that step. The optimizer gets the engine's gradient, so its update doesn't depend on the precision.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from heliostat.recipes.protocol import Batch, CouplesSamples, Recipe
 from heliostat.training.worker.coupled import objective
 from heliostat.training.worker.micro_batches import BatchPlan
 
-WAIT_S = 300.0  # for the workers' next step
+WAIT_S = 300.0  # maximum wait for the workers' next step
 
 
 class PlainLoop:
@@ -42,7 +42,7 @@ class PlainLoop:
         return {name: p.detach().clone() for name, p in self.trained.items()}
 
     def put(self, weights: compare.Tensors, rounded: bool = True) -> None:
-        """Writes weights into the model. `rounded`: to the precision of the engine's forward pass."""
+        """Writes weights into the model. `rounded`: rounds them to the precision of the engine's forward pass."""
         with torch.no_grad():
             for name, p in self.trained.items():
                 p.copy_(weights[name].to(self.type) if rounded else weights[name])
@@ -55,8 +55,8 @@ class PlainLoop:
         return [(self.batch_plan.seed(step, mine.lanes, i), self.recipe.batch(*part)) for i, part in enumerate(parts)]
 
     def gradients(self, micros: list[tuple[int, Batch]]) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Computes the loss, and the gradient of the objective by replica. A replica is a worker, or a group of workers that
-        share samples."""
+        """Computes the loss, and the gradient of the objective for each replica. A replica is a worker, or a group of workers
+        that share samples."""
         terms = sum(self.terms(micro) for _, micro in micros)
         if isinstance(self.recipe, CouplesSamples):
             return self._coupled(self.recipe, micros, terms)
@@ -81,8 +81,8 @@ class PlainLoop:
     def _coupled(
         self, recipe: CouplesSamples, micros: list[tuple[int, Batch]], terms: int
     ) -> tuple[float, list[dict[str, torch.Tensor]]]:
-        """Computes the same for a loss that couples all samples of the step. A replica's share is the contribution of its
-        samples."""
+        """Does the same as `gradients`, for a loss that couples all samples of the step. A replica's gradient is the contribution
+        of its samples."""
         represented = []
         for seed, micro in micros:
             with torch.no_grad():
@@ -108,7 +108,7 @@ class PlainLoop:
         return (self.recipe.terms_per_sample or 0) * self.job.train.micro_batch_size or self.recipe.terms(micro)
 
     def step(self, weights: compare.Tensors, gradients: compare.Tensors) -> dict[str, torch.Tensor]:
-        """Runs the optimizer from these weights with this gradient. Returns each parameter's update."""
+        """Runs the optimizer from these weights with these gradients. Returns each parameter's update."""
         self.put(weights, rounded=False)
         for name, p in self.trained.items():
             p.grad = gradients[name].clone()
@@ -121,7 +121,7 @@ class PlainLoop:
 
 
 def play_plain(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
-    """Runs all steps while the workers run theirs, and writes the rows of the comparison."""
+    """Runs all steps while the workers run the same steps, and writes the rows of the comparison."""
     limits, plain = LIMITS[job.train.precision], PlainLoop(job, plan, recipe)
     begun, grads, updates = (
         DifferenceRow("initial weights", 0.0),

@@ -1,7 +1,8 @@
 """Runs the small job on a worker: the training loop's own step, engine, data path, checkpoints, and receipts, without Ray.
 
-`play` runs on every worker of the job's parallelism configuration, `resume` on the one worker of another. They write their
-results to a folder: tensors before and after each step (`weights-STEP`, `gradients-STEP`), and the rest as JSON.
+`play` runs on every worker of the job's parallelism configuration. `resume` runs on the single worker of another configuration.
+Both write their results to a folder: the tensors before and after each step (`weights-STEP`, `gradients-STEP`), and everything
+else as JSON.
 """
 
 from __future__ import annotations
@@ -74,13 +75,14 @@ class Player:
             self.state.restore()
 
     def load(self, run_folder: Location, step: int) -> None:
-        """Loads the checkpoint of a step from a run with any parallelism configuration. The next steps continue from it."""
+        """Loads the checkpoint of a step from a run with any parallelism configuration. The next steps continue from this
+        checkpoint."""
         self.state.context = replace(self.state.context, run_folder=run_folder, start_step=step)
         self.state.restore()
         self.samples = self._dealt(step)
 
     def losses(self, first: int, last: int) -> list[float]:
-        """Computes the steps [first, last). Returns their losses over the global batch."""
+        """Computes the steps [first, last). Returns the losses of these steps over the global batch."""
         begun = len(self.stepper.losses)
         for step in range(first, last):
             mine = self.sharing.share(self._read)
@@ -104,7 +106,7 @@ class Player:
 
 
 def dealt(plan: DataPlan, rank: int, world: int, start_step: int) -> stream.LaneStream:
-    """Gives a worker its blocks of the trial's steps, as the stream does."""
+    """Streams a worker's blocks of the trial's steps, with the same division of blocks as in training."""
     order = open_dataset(plan).order
     task = stream.fetch(plan, order, start_step, STEPS, replace=True)
 
@@ -150,7 +152,7 @@ def resume(job: Job, plan: DataPlan, recipe: Recipe, folder: Path) -> None:
 
 
 def _watch(player: Player, folder: Path) -> None:
-    """Writes each step's gradient to the folder after its last backward pass: reduced and summed, before clipping."""
+    """Writes the gradient of each step to the folder after the step's last backward pass: reduced and summed, before clipping."""
     engine, backward = player.engine, player.engine.backward
 
     def kept(*args: object, **named: object) -> object:
@@ -208,14 +210,14 @@ def _keep(place: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def write(place: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes tensors to a file for another process of the trial. The file is complete once it has its name."""
+    """Writes tensors to a file for another process of the trial. A file with the name `place` is always complete."""
     part = place.with_name(f"{place.name}.part.npz")
     np.savez(part, **{name: tensor.numpy() for name, tensor in tensors.items()})  # type: ignore[arg-type]
     part.rename(place)
 
 
 def read(place: Path, seconds: float) -> dict[str, torch.Tensor]:
-    """Reads the tensors of a file, for which it waits at most `seconds`. Raises TimeoutError if the file doesn't appear."""
+    """Reads the tensors of a file. Waits for the file at most `seconds`, and then raises TimeoutError."""
     until = time.monotonic() + seconds
     while not place.exists():
         if time.monotonic() > until:

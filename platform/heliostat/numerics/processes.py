@@ -1,7 +1,8 @@
 """Runs the trial in separate processes: one plain process, two workers, and the worker that resumes with another configuration.
 
-`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. They meet
-by a file and communicate over loopback only. They end when the process that called `run` ends for any reason, or at a deadline.
+`run` starts `python -m heliostat.numerics.processes`, which imports the libraries once and forks the other processes. These find
+each other through a file, and communicate only over loopback. They end when the process that called `run` ends for any reason, or
+at a deadline.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _environment(gpus: bool) -> dict[str, str]:
 
 
 def _end(host: subprocess.Popen[bytes]) -> None:
-    """Ends the host and all processes that it has forked, which share its session."""
+    """Ends the host and all processes that the host has forked, which are in its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(host.pid, signal.SIGKILL)
     host.wait(END_S)
@@ -158,7 +159,7 @@ def _describe(trial: SmallTrial) -> dict[str, object]:
 
 
 def _ended(processes: list[ForkProcess], beside: ForkProcess | None = None) -> bool:
-    """Waits until all have ended. Returns False as soon as one of them, or `beside`, has failed."""
+    """Waits until all processes have ended. Returns False as soon as one of them, or `beside`, has failed."""
     watched = [*processes, *([beside] if beside else [])]
     while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in watched):
         time.sleep(POLL_S)
@@ -190,7 +191,7 @@ def _in_group(rank: int, world: int, play_it: Callable[..., None], job: Job, *ar
 
 
 def _tell(folder: Path, who: str, error: BaseException) -> None:
-    """Writes the first error to the folder. Later errors follow from it, so they are dropped."""
+    """Writes the first error to the folder. Drops later errors, because they follow from the first one."""
     known = innermost(error) or error
     lines = str(known).strip().splitlines() or [""]
     own = known if isinstance(known, HeliostatError) else None

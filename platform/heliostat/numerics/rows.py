@@ -1,8 +1,8 @@
 """Collects differences, one row per kind, and defines their limits with the reasons.
 
 Differences are relative norms: the norm of the difference, divided by the norm of the result of one plain process in fp32. Each
-step begins from the engine's own weights. So nothing accumulates over steps, and a limit covers one step's rounding. Limits are
-some ten times above the differences of healthy jobs, and below any fault that would affect training.
+step begins from the engine's own weights. So nothing accumulates over steps, and a limit covers one step's rounding. The limits
+are about ten times the differences of healthy jobs, and below any fault that would affect training.
 """
 
 from __future__ import annotations
@@ -61,22 +61,22 @@ class Thresholds:
     gradient: float
     """Tolerance of each parameter's gradient."""
     floor: float
-    """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size.
-    Some gradients are zero except for rounding, such as those of key biases, which attention cancels."""
+    """Smallest norm by which a gradient's difference is divided, as a share of the norm expected from the parameter's size. Some
+    gradients are zero except for rounding. For example, attention cancels the gradients of key biases."""
     update: float
     """Tolerance of each parameter's update, compared with torch's optimizer on the engine's gradient. Updates are fp32 at every
     precision, like the master weights and optimizer state."""
     resumed: float
-    """Tolerance of the losses that another configuration computes after the checkpoint, compared with those of the workers that
-    saved it."""
+    """Tolerance of the losses that another configuration computes after the checkpoint. They are compared with the losses of the
+    workers that saved it."""
 
 
-UPDATE = 1e-3  # clipping divides by a norm that was summed in another order; small updates round in the last bits of the weight
+UPDATE = 1e-3  # clipping divides by a norm that was summed in another order; small updates change only the last bits of weights
 LIMITS = {
-    # sums in another order: about 1e-7 per sum, and some hundred sums deep
+    # another order of sums: about 1e-7 per sum, over some hundred sums
     "fp32": Thresholds(loss=1e-5, gradient=1e-3, floor=1e-2, update=UPDATE, resumed=1e-5),
-    # 8 bits of mantissa: each product is off by up to 4e-3; a router may choose another expert
+    # 8 bits of mantissa: an error of up to 4e-3 per product; a router may choose another expert
     "bf16": Thresholds(loss=2e-2, gradient=2.5e-1, floor=1e-1, update=UPDATE, resumed=2e-2),
-    # 11 bits of mantissa: 5e-4 per product; scaled gradients below 6e-8 become zero
+    # 11 bits of mantissa: an error of 5e-4 per product; scaled gradients below 6e-8 become zero
     "fp16": Thresholds(loss=5e-3, gradient=1e-1, floor=1e-1, update=UPDATE, resumed=5e-3),
 }

@@ -1,8 +1,8 @@
-"""Makes the small job that `heliostat check --numerics` runs: the job's own parallelism, precision, and optimizer, reduced to
-seconds.
+"""Makes the small job that `heliostat check --numerics` runs. It has the job's own parallelism, precision, and optimizer, but
+takes only seconds.
 
-A model that is small enough stays as it is. A larger transformers model is reduced in depth, width, and vocabulary. Its samples
-are shortened, and their tokens mapped into the smaller vocabulary. Other large models are rejected.
+A model that is small enough stays unchanged. A larger transformers model is reduced in depth, width, and vocabulary. Its samples
+are shortened, and their tokens are mapped into the smaller vocabulary. Other large models are rejected.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ELSEWHERE: dict[int, Literal[1, 3]] = {0: 1, 1: 3, 2: 3, 3: 1}  # by ZeRO stage,
 
 @dataclass(frozen=True)
 class SmallTrial:
-    """Holds the small job, its recipe, and a description of the model for the user."""
+    """Contains the small job, its recipe, and a description of the model for the user."""
 
     job: Job
     recipe: Recipe
@@ -56,14 +56,14 @@ def trial(job: Job, sources: list[Manifest], folder: Path, gpus: bool) -> SmallT
     if not isinstance(recipe, CausalLM):
         raise ConfigError(
             f"recipe: --numerics runs models of up to {LARGEST:,} parameters, and this one has {size:,}. It "
-            "shrinks only models of CausalLM by itself. Make this one smaller with --set model.KEY=VALUE"
+            "shrinks only models of CausalLM by itself. Make this model smaller with --set model.KEY=VALUE"
         )
     return SmallTrial(small, recipe, f"the model cut from {size:,} to {_cut(recipe, job):,} parameters{left_out(job)}")
 
 
 def left_out(job: Job) -> str:
-    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if there
-    are none."""
+    """Lists the job's settings that the trial leaves out, because it compares two workers with a plain process. Empty if it
+    leaves out no settings."""
     keys = {"train.ema": job.train.ema, "train.zero.shard_group_size": job.train.zero.shard_group_size,
             "train.zero.quantize_weights": job.train.zero.quantize_weights}  # fmt: skip
     named = ", ".join(key for key, value in keys.items() if value)
@@ -71,8 +71,8 @@ def left_out(job: Job) -> str:
 
 
 def unaided(recipe: Recipe) -> Recipe:
-    """Returns the recipe without optimizations for memory or speed: keeps all activations, computes full logits and MLPs, and
-    uses reference implementations instead of kernels."""
+    """Returns the recipe without optimizations for memory or speed. It keeps all activations, computes complete logits and MLPs,
+    and uses reference implementations instead of kernels."""
     if not isinstance(recipe, CausalLM):
         return recipe
     plain = recipe.plainly()
@@ -81,8 +81,8 @@ def unaided(recipe: Recipe) -> Recipe:
 
 
 def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
-    """Makes the small job, at the full learning rate. `folder`: the parent of its run's folder. `longest`: the most tokens per
-    sample."""
+    """Makes the small job, at the full learning rate. `folder`: the parent of the job's run folder. `longest`: the maximum number
+    of tokens per sample."""
     micro, batch = job.train.micro_batch_size, job.train.global_batch_size
     if batch > BATCH or batch % (WORKERS * micro):
         sums = 2 if job.train.global_batch_size > job.workers.most * micro else 1
@@ -115,7 +115,7 @@ def small_job(job: Job, folder: Path, gpus: bool, longest: int) -> Job:
 
 
 def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
-    """Loads the recipe of a trial, with MLP tiles so small that each sample has several."""
+    """Loads the recipe of a trial. Its MLP tiles are so small that each sample has several tiles."""
     recipe = loading.load(job, sources)
     if isinstance(recipe, CausalLM):
         recipe.tile = TILE
@@ -123,7 +123,8 @@ def _loaded(job: Job, sources: list[Manifest]) -> Recipe:
 
 
 def elsewhere(job: Job) -> Job:
-    """Returns the job with another parallelism configuration: one worker, which has complete samples, and another ZeRO stage."""
+    """Returns the job with another parallelism configuration. It has another ZeRO stage, and only one worker, which has complete
+    samples."""
     stage = ELSEWHERE[job.train.zero.stage]
     optimizer = job.train.zero.offload.optimizer if stage == 3 else None
     zero, parallel = Zero(stage=stage, offload=Offload(optimizer=optimizer)), Parallel()
@@ -132,10 +133,10 @@ def elsewhere(job: Job) -> Job:
 
 
 def _cut(recipe: CausalLM, job: Job) -> int:
-    """Gives the recipe the largest model of its architecture that is small enough. Returns its number of parameters. Raises
-    ConfigError if none can be built."""
+    """Sets the recipe's configuration to the largest model of its architecture that is small enough. Returns the model's number
+    of parameters. Raises ConfigError if no such model can be built."""
     whole, recipe.pretrained = recipe.config, None
-    heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has some heads, also of keys and values
+    heads = 2 * WORKERS if job.train.parallel.tensor > 1 else 2  # so that each worker has query heads and key/value heads
     for config in tiny.shrunk(whole, job.data.sequence_length or tiny.LENGTH, heads):
         recipe.config = config
         try:

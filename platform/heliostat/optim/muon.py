@@ -1,7 +1,7 @@
 """Implements Muon: moves hidden matrices along their orthogonalized momentum (Jordan et al. 2024). AdamW updates everything else.
 
-The momentum is elementwise, so each worker keeps that of its own ZeRO slices. Orthogonalization needs complete matrices: they are
-assembled for it (`whole_matrices`) once per step, after clipping. DeepSpeed's own Muon orthogonalizes before it clips.
+The momentum is elementwise, so each worker keeps the momentum of its own ZeRO slices. Orthogonalization needs complete matrices.
+They are assembled once per step, after clipping (`whole_matrices`). DeepSpeed's own Muon orthogonalizes before it clips.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from heliostat.optim.whole_matrices import Matrix, on_whole
 
 
 class AdamWKeys(TypedDict):
-    """Holds the hyperparameters of the parameters that AdamW updates."""
+    """Contains the hyperparameters for the parameters that AdamW updates."""
 
     lr: float
     betas: tuple[float, float]
@@ -24,7 +24,7 @@ class AdamWKeys(TypedDict):
 
 
 class MuonKeys(TypedDict):
-    """Holds the hyperparameters of hidden matrices. A parameter group also has its `weight_decay`."""
+    """Contains the hyperparameters for hidden matrices. A parameter group also has its `weight_decay`."""
 
     lr: float
     momentum: float
@@ -35,7 +35,8 @@ class MuonKeys(TypedDict):
 
 
 class WithAdamW(torch.optim.Optimizer):
-    """Keeps `momentum_buffer` for the groups that are `orthogonal`; `exp_avg` and `exp_avg_sq` for the others.
+    """Updates `orthogonal` groups by Muon, with the state `momentum_buffer`. Updates the other groups by AdamW, with the states
+    `exp_avg` and `exp_avg_sq`.
 
     The class name avoids "Muon", because DeepSpeed treats optimizers with Muon in their name differently.
     """
@@ -51,7 +52,7 @@ class WithAdamW(torch.optim.Optimizer):
         self.device = torch.device("cpu")
 
     def cut_as(self, cut: dict[torch.Tensor, list[Matrix]], device: torch.device) -> None:
-        """Sets the matrix slices that each flat tensor holds, and the device on which the workers compute."""
+        """Sets the matrix slices in each flat tensor, and the device on which the workers compute."""
         self.cut, self.device = cut, device
 
     @torch.no_grad()
@@ -90,8 +91,8 @@ SMALLEST = 1e-7
 
 
 def newton_schulz(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Orthogonalizes a matrix [rows, columns] by Newton-Schulz iterations in `dtype` (Jordan et al. 2024, Muon). Returns it in
-    `dtype`."""
+    """Orthogonalizes a matrix [rows, columns] by Newton-Schulz iterations in `dtype` (Jordan et al. 2024, Muon). Returns the
+    result in `dtype`."""
     a, b, c = QUINTIC
     wide = matrix.to(dtype)
     tall = matrix.shape[0] > matrix.shape[1]
@@ -106,7 +107,7 @@ def newton_schulz(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def rate_scale(rows: int, columns: int, like_adamw: bool) -> float:
     """Computes the factor of the learning rate for a matrix of this shape.
 
-    `like_adamw`: the update gets the root mean square of AdamW's updates (Liu et al. 2025, arXiv 2502.16982). Otherwise it gets a
-    spectral norm that suits the shape, as in Muon's publication.
+    `like_adamw`: the update gets the root mean square of AdamW's updates (Liu et al. 2025, arXiv 2502.16982). Otherwise, the
+    update gets a spectral norm that suits the shape, as in Muon's publication.
     """
     return 0.2 * math.sqrt(max(rows, columns)) if like_adamw else math.sqrt(max(1.0, rows / columns))

@@ -1,11 +1,11 @@
-"""Defines the optimizers that `train.optimizer.name` accepts. Each class holds an optimizer's keys in the job, the names of its
-state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these; docs/guides/optimizer.md shows how
-to add one.
+"""Defines the optimizers that `train.optimizer.name` accepts. Each class defines an optimizer's keys in the job, the names of its
+state, and the code that builds it in torch. Checkpoints, the plan, and the checks use these classes. docs/guides/optimizer.md
+shows how to add an optimizer.
 
-Importing this module doesn't import torch; building an optimizer does. An optimizer belongs here if its state is elementwise:
-ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately. A checkpoint of one
-partition is loaded into another. An optimizer that needs complete tensors must assemble them in its step, as Muon does. `REFUSED`
-lists some optimizers that don't meet this.
+Importing this module doesn't import torch, but building an optimizer does. An optimizer belongs here if its state is elementwise.
+ZeRO flattens parameters and cuts them into slices at any element, and workers update the slices separately. Checkpoints of one
+partition are loaded into another. An optimizer that needs complete tensors must assemble them in its step, as Muon does.
+`REFUSED` lists some optimizers that don't meet this requirement.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 NonNegative = Annotated[Float, Field(ge=0)]
 Rate = Annotated[Float, Field(ge=0, lt=1)]
-DEFAULT = "adamw"  # the optimizer of old recorded jobs, which name none
+DEFAULT = "adamw"  # optimizer of old recorded jobs, which don't name an optimizer
 STATE_BYTES = 4  # per element of each state tensor: fp32, like the master weights
 
 
@@ -36,9 +36,10 @@ class Optimizer(Strict):
     weight_decay: NonNegative
 
     copies: ClassVar[frozenset[str]] = frozenset()
-    """Names of the state tensors that begin as a copy of the parameter; the others begin as zeros."""
+    """Names of the state tensors that begin as a copy of the parameter. The other state tensors begin as zeros."""
     averages: ClassVar[bool] = False
-    """Whether the optimizer averages the weights in its state `ema`, which is evaluated and exported instead of them."""
+    """Whether the optimizer averages the weights in its state `ema`. Evaluations and exports then use the average instead of the
+    weights."""
     orthogonalizes: ClassVar[bool] = False
     """Whether hidden matrices have their own update rule, in separate parameter groups (`orthogonal`)."""
 
@@ -49,7 +50,7 @@ class Optimizer(Strict):
         Checkpoints use these names."""
 
     def kept(self, hidden_matrix: bool) -> tuple[str, ...]:
-        """Returns the names of the state that one parameter has. `hidden_matrix`: whether it is a hidden matrix."""
+        """Returns the names of a parameter's state tensors. `hidden_matrix`: whether the parameter is a hidden matrix."""
         return self.state
 
     @abstractmethod
@@ -159,8 +160,8 @@ class ScheduleFree(Optimizer):
     name: Literal["schedule_free"] = "schedule_free"
     """Algorithm of the optimizer."""
     betas: Annotated[list[Rate], Field(min_length=2, max_length=2)] = [0.9, 0.95]
-    """First: weight of the average where gradients are computed; the iterate has the rest. Second: decay rate of the second
-    moment."""
+    """First: gradients are computed between the iterate and the average; this is the weight of the average. Second: decay rate of
+    the second moment."""
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     """Added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
@@ -189,8 +190,8 @@ class Muon(Optimizer):
     nesterov: bool = True
     """Nesterov momentum."""
     scale: Literal["adamw", "spectral"] = "adamw"
-    """Scale of the learning rate for a matrix. `adamw`: updates as large as AdamW's, so AdamW's learning rates fit. `spectral`:
-    as in Muon's publication, the square root of rows over columns, at least 1; fits learning rates of about 0.02."""
+    """Scale of the learning rate for a matrix. `adamw`: updates are as large as AdamW's updates, so AdamW's learning rates fit.
+    `spectral`: the square root of rows over columns, at least 1, as in Muon's publication; learning rates of about 0.02 fit."""
     newton_schulz: Literal["fp32", "bf16"] = "fp32"
     """Precision of the orthogonalization. `bf16` is faster on GPUs, but then updates differ slightly between worker counts."""
     adamw_lr: Annotated[Float, Field(gt=0)] | None = None
@@ -200,7 +201,7 @@ class Muon(Optimizer):
     eps: Annotated[Float, Field(gt=0)] = 1e-8
     """AdamW's eps: added to the square root of the second moment."""
     weight_decay: NonNegative = 0.1
-    """Decoupled weight decay of all matrices: hidden ones, embeddings, and heads."""
+    """Decoupled weight decay of all matrices: hidden matrices, embeddings, and heads."""
     orthogonalizes: ClassVar[bool] = True
 
     @property
@@ -231,11 +232,12 @@ KINDS: tuple[type[Optimizer], ...] = (AdamW, Sgd, RmsProp, Lion, ScheduleFree, M
 REGISTRY: dict[str, type[Optimizer]] = {kind.model_fields["name"].default: kind for kind in KINDS}
 REFUSED = {
     **dict.fromkeys(
-        ("adafactor", "shampoo", "soap", "lamb", "lars"), "isn't supported: it needs whole tensors, and ZeRO gives workers slices"
+        ("adafactor", "shampoo", "soap", "lamb", "lars"),
+        "isn't supported: it needs complete tensors, but ZeRO gives workers slices",
     ),
     **dict.fromkeys(
         ("adamw_8bit", "adamw8bit", "adamw_bnb_8bit"),
-        "isn't supported: ZeRO would split the blocks of its state, and a resume on other workers would change it",
+        "isn't supported: ZeRO would split the blocks of its state, and resuming with other workers would change this state",
     ),
     "adagrad": "isn't supported: DeepSpeed replaces it, and then steps only one parameter group",
     "lbfgs": "isn't supported: it needs several losses per step",
@@ -251,8 +253,8 @@ def _refuse(value: object) -> object:
 
 
 def _name(value: object) -> str:
-    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default's name; its model reports the
-    error."""
+    """Returns the optimizer's name in the value. If the value isn't a mapping, returns the default name, and that optimizer's
+    model reports the error."""
     return str(value.get("name", DEFAULT) if isinstance(value, dict) else getattr(value, "name", DEFAULT))
 
 
@@ -266,7 +268,7 @@ else:
 def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None:
     """Checks that a run whose checkpoints were saved with the `recorded` keys can continue with this optimizer.
 
-    Raises ConfigError if the checkpoints don't hold the optimizer's state. Other keys may change.
+    Raises ConfigError if the checkpoints don't contain the optimizer's state. Other keys may change.
     """
     kind = REGISTRY.get(name := str(recorded.get("name", DEFAULT)))
     recorded_state = kind.model_validate(recorded).state if kind else None
@@ -278,5 +280,5 @@ def require_resumable(optimizer: Optimizer, recorded: dict[str, object]) -> None
     )
     raise ConfigError(
         f"train.optimizer: {optimizer.name!r} keeps {keeps} per parameter, but the run's checkpoints ({name!r}) "
-        f"hold {holds}. Keep {name!r}, or start another run"
+        f"contain {holds}. Keep {name!r}, or start another run"
     )

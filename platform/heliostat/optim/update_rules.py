@@ -1,6 +1,7 @@
 """Implements the elementwise update rules that torch lacks, on one base class: Lion, and schedule-free AdamW.
 
-ZeRO gives each worker its complete share as one tensor. A rule processes it piece by piece, so that temporary tensors stay small.
+ZeRO gives each worker its complete share as one tensor. A rule processes this tensor in pieces, so that temporary tensors stay
+small.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import TypedDict, cast
 
 import torch
 
-PIECE = 1 << 24  # elements
+PIECE = 1 << 24  # elements per piece
 ITERATE, AVERAGE = "z", "ema"
 
-State = dict[str, torch.Tensor]  # of one parameter, by name
+State = dict[str, torch.Tensor]  # state tensors of one parameter, by name
 
 
 class Hyperparameters(TypedDict):
@@ -28,7 +29,8 @@ class Hyperparameters(TypedDict):
 
 
 class UpdateRule(torch.optim.Optimizer):
-    """Updates each parameter separately. Its state is created at its first step, and counts its steps as `step`."""
+    """Updates each parameter separately. A parameter's state is created at its first step. The entry `step` of the state counts
+    the parameter's steps."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -76,9 +78,9 @@ class ScheduleFreeStep(UpdateRule):
     """Updates by schedule-free AdamW: an average of the iterates replaces a decaying rate (Defazio et al. 2024, arXiv
     2405.15682).
 
-    The parameters are y = (1 - beta1) z + beta1 x, where gradients are computed. z is the iterate, which AdamW without a first
+    The parameters are y = (1 - beta1) z + beta1 x. Gradients are computed at y. z is the iterate, which AdamW without a first
     moment updates. x is the average, which is evaluated and exported. Both begin as the parameter. x is stored, not recomputed
-    from y and z, so that checkpoints hold it like other averages of weights.
+    from y and z, so that checkpoints contain it like other averages of weights.
     """
 
     def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float) -> None:
@@ -99,8 +101,8 @@ class ScheduleFreeStep(UpdateRule):
 
 
 def average_weight(step: int, warmup: int) -> float:
-    """Computes the weight of step `step`, from 1, in the average of all steps so far. Weights are proportional to squared
-    learning rates."""
+    """Computes the weight of step number `step`, from 1, in the average of all steps up to it. Weights are proportional to
+    squared learning rates."""
     if step <= warmup:
         return 6 * step / ((step + 1) * (2 * step + 1))
     return 1 / ((warmup + 1) * (2 * warmup + 1) / (6 * warmup) + step - warmup if warmup else step)

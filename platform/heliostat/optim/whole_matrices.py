@@ -1,8 +1,9 @@
-"""Assembles matrices that ZeRO has cut into slices over the workers, each on one worker, and returns slices of the results.
+"""Assembles matrices that ZeRO has cut into slices over the workers. Each matrix is assembled on one worker, its owner.
 
 ZeRO gives each worker flat slices of parameters, cut at any element. The workers exchange the slice boundaries once
-(`Matrix.spans`), so each knows what it sends and receives. One all-to-all sends a batch of matrices, each to its owner. Another
-one returns the results. So a worker holds its slices, and the complete matrices of a batch that it owns.
+(`Matrix.spans`), so each worker knows what it sends and receives. One all-to-all sends the slices of a batch of matrices to the
+owners. Another all-to-all returns slices of the results. So a worker has in memory only its slices, and the complete matrices of
+a batch that it owns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Work = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describes a matrix and the slice [start, start + numel) of its flat elements that each worker holds."""
+    """Describes a matrix, and the slice [start, start + numel) of its flat elements that each worker has."""
 
     rows: int
     columns: int
@@ -33,7 +34,7 @@ class Matrix:
 
 
 def batches(matrices: list[Matrix], workers: int) -> Iterator[list[tuple[Matrix, int]]]:
-    """Divides matrices into batches for one exchange each. Each matrix comes with its owner, the least loaded worker."""
+    """Divides matrices into batches, one per exchange. Yields each matrix with its owner, which is the least loaded worker."""
     batch, load = list[tuple[Matrix, int]](), [0] * workers
     for matrix in matrices:
         if batch and sum(load) + matrix.numel > BATCH * workers:

@@ -1,10 +1,10 @@
 """Tests whether a model supports samples that are cut over several workers (sequence parallelism).
 
-It does if only attention mixes tokens, if all attention uses transformers' interface, and if its only masks are those of
-causality and of documents. The code of each architecture decides that.
+A model supports this under three conditions: only attention mixes tokens, all attention uses transformers' interface, and there
+are only masks for causality and documents. The code of each architecture decides that.
 
-The test needs one process. A small model of the architecture computes the stretches of a sample as rows of a batch, with an
-attention that joins the rows. Its logits must match those of the uncut sample.
+The test needs one process. Each row of a batch is a stretch of one sample, and the attention of a small model joins the rows. The
+model's logits must match those of the uncut sample.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def require(recipe: LanguageModel, parts: int) -> None:
 
 
 def _require_heads(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless every worker gets equally many attention heads. Key/value heads may be fewer than workers."""
+    """Raises ConfigError unless every worker gets the same number of attention heads. There may be fewer key/value heads than
+    workers."""
     if not isinstance(getattr(recipe.config.get_text_config(decoder=True), "num_attention_heads", None), int):
         raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}, which has no attention heads. Set it to 1")
     heads, shared, _ = sequence_attention.sizes(recipe.config)
@@ -57,8 +58,8 @@ def _require_heads(recipe: LanguageModel, parts: int) -> None:
     if parts not in fits:
         what = f"{heads} attention heads" + (f" and {shared} key/value heads" if shared < heads else "")
         raise ConfigError(
-            f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (it "
-            "must divide the heads, and be a divisor or a multiple of the key/value heads)"
+            f"{KEY}: {parts} workers can't share the model's {what} evenly. Use {' or '.join(map(str, fits))} (the "
+            "number must divide the heads, and be a divisor or a multiple of the key/value heads)"
         )
 
 
@@ -77,8 +78,8 @@ def _fault(small: LanguageModel) -> str:
 
 @torch.no_grad()
 def difference(recipe: LanguageModel) -> float:
-    """Computes the largest difference between the logits of a cut sample and of the uncut one, in a small model. The unit is the
-    standard deviation of the logits."""
+    """Computes the largest difference between the logits of a cut sample and of the uncut sample, in a small model. The unit is
+    the standard deviation of the logits."""
     torch.manual_seed(0)
     model = recipe.build().eval()
     tiny.stir(model)

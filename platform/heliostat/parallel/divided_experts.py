@@ -18,7 +18,7 @@ from heliostat.parallel.experts import ExpertLayer
 
 
 def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
-    """Makes a transformers model, whose modules hold only this worker's experts, compute with the experts of its group."""
+    """Makes a transformers model compute with all experts of its group. Its modules contain only this worker's experts."""
     workers = dist.get_world_size(group)
     for module in experts.layers(model):
         module.all_experts = module.num_experts
@@ -27,7 +27,8 @@ def use(model: torch.nn.Module, group: dist.ProcessGroup) -> None:
 
 
 class Exchange(torch.autograd.Function):
-    """Sends rows to the workers of a group, a given number to each. The backward pass sends gradients the opposite way."""
+    """Sends rows to the workers of a group, a given number to each worker. The backward pass sends gradients in the opposite
+    direction."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, sent: list[int], got: list[int], group: dist.ProcessGroup) -> torch.Tensor:
@@ -54,8 +55,8 @@ def _forward(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """Computes a layer's experts for the tokens of all workers of its group. `top_k_index` numbers the experts of all these
-    workers; larger numbers mean no expert."""
-    each, count = top_k_index.shape[-1], module.num_experts  # `count`: of this worker
+    workers. Larger numbers mean that a token has no expert."""
+    each, count = top_k_index.shape[-1], module.num_experts  # `count`: this worker's experts
     flat = top_k_index.reshape(-1)
     tokens = torch.zeros(module.all_experts + 1, dtype=torch.int64, device=flat.device)
     tokens.scatter_add_(0, flat.clamp(max=module.all_experts), torch.ones_like(flat))
@@ -72,8 +73,8 @@ def _forward(
 
 
 def _computed(module: ExpertLayer, rows: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Computes each row with its expert. One row of zeros is added, so that weights have a gradient even if no row arrived, and
-    no worker waits for it."""
+    """Computes each row with its expert. It adds one row of zeros, so that weights have a gradient even if no row arrived.
+    Otherwise, other workers would wait for this gradient."""
     from transformers.integrations.moe import grouped_mm_experts_forward
 
     rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])

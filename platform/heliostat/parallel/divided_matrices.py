@@ -1,5 +1,4 @@
-"""Reads from transformers how an architecture's matrices are sharded over workers (tensor parallelism), and tests whether it
-works.
+"""Reads from transformers how an architecture's matrices are sharded over workers (tensor parallelism). Tests whether this works.
 
 The test needs one process. Small models of the architecture, each with its part of every matrix, compute one sample in parallel
 threads. The threads add up the outputs of row-parallel matrices. Each model's logits must match those of the complete model.
@@ -29,7 +28,7 @@ PARTS = 2
 WAIT_S = 60.0
 TOLERANCE = 1e-3  # in standard deviations of the logits; faults are larger, and rounding in fp64 is about 1e-9
 Kind = Literal["column", "row", "summed"]
-Shapes = list[tuple[int, ...]]  # of the tensors that enter a module in one call
+Shapes = list[tuple[int, ...]]  # shapes of the tensors that enter a module in one call
 KINDS: dict[str, Kind] = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "summed"}
 WHOLE = ("embedding_rowwise",)  # styles that transformers shards, but heliostat replicates
 FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
@@ -38,7 +37,7 @@ _known: dict[str, str] = {}  # faults of the models that this process has tested
 
 
 def of(model: PreTrainedModel) -> dict[str, Kind]:
-    """Returns how each module's weight is sharded, without the modules that every worker has completely. Empty if transformers
+    """Returns how each module's weight is sharded. Leaves out the modules that every worker has completely. Empty if transformers
     shards a weight in a way that heliostat doesn't support."""
     base, plan = model.base_model_prefix, dict(_plan(model.config))
     if not KINDS.keys() >= set(plan.values()):
@@ -82,14 +81,17 @@ def _number(config: PreTrainedConfig, field: str) -> int:
 def _fault(small: LanguageModel) -> str:
     off, narrowed = played(small)
     if narrowed:
-        return f"every worker would hold all of {narrowed[0]!r}, but see only a part of its input"
+        return f"every worker would have all of {narrowed[0]!r}, but only a part of its input"
     return "" if off <= TOLERANCE else f"the shards don't compute the same as the whole model (its logits differ by {off:.1%})"
 
 
 def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     """Computes the largest difference between the logits of a small model's parts and of the complete model, in standard
-    deviations of the logits. Also lists the modules that each part has completely, but with only a part of their input. Each
-    worker would have a different gradient for these."""
+    deviations of the logits.
+
+    Also lists the modules that each part has completely, but with only a part of their input. The workers would have different
+    gradients for these modules.
+    """
     torch.manual_seed(0)
     model = recipe.build().eval().double()  # random weights saturate the softmax, which amplifies fp32 rounding to 1e-3
     tiny.stir(model)
@@ -113,7 +115,9 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
     threads = [device_threads.thread(partial(compute, number), f"part-{number}") for number in range(PARTS)]
     for thread in threads:
         thread.join()
-    for one in sorted(results, key=lambda f: isinstance(f, threading.BrokenBarrierError)):  # the cause before broken barriers
+    for one in sorted(
+        results, key=lambda f: isinstance(f, threading.BrokenBarrierError)
+    ):  # the cause first, then broken barriers
         if isinstance(one, Exception):
             raise one
     off = max(float((one - whole).abs().max() / whole.std()) for one in results if isinstance(one, torch.Tensor))
@@ -121,7 +125,7 @@ def played(recipe: LanguageModel) -> tuple[float, list[str]]:
 
 
 def _inputs(model: PreTrainedModel, listed: dict[str, Kind]) -> dict[str, list[Shapes]]:
-    """Records from now on the input shapes of each module that has parameters and isn't `listed`."""
+    """Records, from now on, the input shapes of each module that has parameters and isn't `listed`."""
     seen = dict[str, list[Shapes]]()
 
     def note(name: str, args: tuple[object, ...], named: dict[str, object]) -> None:

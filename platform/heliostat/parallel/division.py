@@ -1,8 +1,8 @@
 """Describes which part of a parameter a worker has, if the workers of a group split the parameter.
 
-The engine records this on each parameter that is split. At ZeRO-3 it also records the shape, which DeepSpeed removes. A worker's
-part is one slice of the flattened parameter, in the order of the division's `columns`, in every parallelism configuration. So
-checkpoints load in any other.
+The engine records the part on each parameter that is split. At ZeRO-3, it also records the shape, which DeepSpeed removes. In
+every parallelism configuration, a worker's part is one slice of the flattened parameter, in the order of the division's
+`columns`. So checkpoints load in any other configuration.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from heliostat.checkpoint.flat_shard import FlatShard
 
 
 class Division(NamedTuple):
-    """Describes this worker's part of a parameter: number `part` of `parts` equal parts. The workers of the group have all parts,
-    in rank order.
+    """Describes this worker's part of a parameter: part number `part` of `parts` equal parts. The workers of the group have all
+    parts, in rank order.
 
     `width`: the number of columns, if a matrix is split by columns; 0 if a parameter is split in its first dimension.
     """
@@ -30,7 +30,7 @@ class Division(NamedTuple):
     width: int = 0
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
-        """Copies this worker's part of a parameter; returns the tensor itself if it isn't split."""
+        """Copies this worker's part of a parameter. Returns the tensor itself if the parameter isn't split."""
         return whole.chunk(self.parts, 1 if self.width else 0)[self.part].clone() if self.parts > 1 else whole
 
     @property
@@ -47,7 +47,7 @@ def of(parameter: torch.Tensor) -> Division:
 
 
 def note(parameter: torch.Tensor, shape: tuple[int, ...], division: Division = WHOLE) -> None:
-    """Records on a parameter the complete shape, and this worker's part of it."""
+    """Records on a parameter its complete shape, and this worker's part of the parameter."""
     noted: Any = parameter
     noted.division, noted.whole_shape = division, shape
 
@@ -63,13 +63,14 @@ def numel(parameter: torch.Tensor) -> int:
 
 
 def placed(parameter: torch.Tensor, local: torch.Tensor, start: int) -> FlatShard:
-    """Describes `local` as a slice of the complete parameter. It begins at element `start` of this worker's part."""
+    """Describes `local` as a slice of the complete parameter. The slice begins at element `start` of this worker's part."""
     mine, own = of(parameter), numel(parameter)
     return FlatShard(local, mine.part * own + start, mine.parts * own, mine.columns)
 
 
 def assembled(parameter: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Joins the parts of a parameter from all workers of a group, in its shape; returns `values` without parts. Collective."""
+    """Joins the parts of a parameter from all workers of a group, in the parameter's shape. Returns `values` if the parameter
+    isn't split. Collective."""
     mine = of(parameter)
     if mine.parts == 1:
         return values

@@ -1,8 +1,8 @@
 """Computes attention over long samples of several documents without a mask of all pairs of tokens.
 
 A mask of all pairs grows with the square of the sample's length: 16 GiB at 131,072 tokens. Here, queries attend in blocks of
-`ROWS`. Each block has its own mask, against the keys up to its last query. The backward pass recomputes each block, so only one
-mask is in memory at a time. Pairs in which the key comes after the whole block are never computed.
+`ROWS`. Each block has its own mask, against the keys up to the block's last query. The backward pass recomputes each block, so
+only one mask is in memory at a time. Pairs in which the key comes after the complete block are never computed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def mask(documents: torch.Tensor, first: int, end: int) -> torch.Tensor:
 
 
 def mask_bytes(length: int, itemsize: int) -> int:
-    """Counts the bytes of a sample's largest mask: one byte per pair, and the bias that fused kernels derive from it, with
-    `itemsize` bytes per pair."""
+    """Counts the bytes of a sample's largest mask. Each pair has one byte, and `itemsize` bytes for the bias that fused kernels
+    derive from the mask."""
     return min(ROWS, length) * length * (1 + itemsize)
 
 
 def in_blocks(core: Core) -> Core:
-    """Wraps the attention `core`: the result takes document numbers instead of a mask, and computes in blocks. Without numbers,
-    it is the same as `core`."""
+    """Wraps the attention `core`. The returned function takes document numbers instead of a mask, and computes in blocks. Without
+    document numbers, it does the same as `core`."""
 
     def attend(
         module: torch.nn.Module,
@@ -107,7 +107,7 @@ def _random(tensor: torch.Tensor) -> Drawn:
 
 @contextmanager
 def _drawn_again(random: Drawn | None, tensor: torch.Tensor) -> Iterator[None]:
-    """Draws the random numbers of the forward pass again inside the context, if it drew any."""
+    """Draws the random numbers of the forward pass again inside the context, if the forward pass drew any."""
     if random is None:
         yield
         return

@@ -1,8 +1,8 @@
 """Records the routing of a transformers model with experts: the tokens per expert, and the logits of the routers. Balances the
-experts with the bias that a router adds when it chooses them.
+experts with the bias that a router adds when it chooses experts.
 
-This works for all architectures whose experts use transformers' interface (`use_experts_implementation`). There, one module holds
-all experts of a layer, and gets the chosen experts of every token as an input.
+This works for all architectures whose experts use transformers' interface (`use_experts_implementation`). In these architectures,
+one module contains all experts of a layer, and gets the chosen experts of every token as an input.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from typing import cast
 
 import torch
 
-BIASES = ("e_score_correction_bias", "expert_bias")  # routers add them to scores, only to choose experts
+BIASES = ("e_score_correction_bias", "expert_bias")  # routers add these biases to scores only to choose experts
 
 _watches: weakref.WeakKeyDictionary[torch.nn.Module, RoutingWatch] = weakref.WeakKeyDictionary()
 
 
 class ExpertLayer(torch.nn.Module):
-    """Describes the transformers modules that hold all experts of a layer."""
+    """Describes the transformers modules that contain all experts of a layer."""
 
     num_experts: int
-    all_experts: int  # of the layer, if the module holds only a part of them
+    all_experts: int  # all experts of the layer, if the module contains only some of them
     has_post_expert_norm: bool
 
 
 def layers(model: torch.nn.Module) -> list[ExpertLayer]:
-    """Lists the modules that hold the experts of a layer, in the model's order."""
+    """Lists the modules that contain the experts of a layer, in the model's order."""
     modules = (m for m in model.modules() if hasattr(m, "_is_expert_parallel"))
     return [cast(ExpertLayer, m) for m in modules if isinstance(getattr(m, "num_experts", None), int)]
 
 
 def number(layer: ExpertLayer) -> int:
-    """Returns the number of a layer's experts, also if the module holds only a part of them (`divided_experts`)."""
+    """Returns the number of all experts of a layer, even if the module contains only some of them (`divided_experts`)."""
     return int(getattr(layer, "all_experts", layer.num_experts))
 
 
 def routers(model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Lists the routers in the model's order, each with the index of the logits in its output."""
+    """Lists the routers in the model's order. Each router comes with the index of the logits in its output."""
     outputs = [getattr(m, "_can_record_outputs", None) or {} for m in model.modules()]
     logits = [one["router_logits"] for one in outputs if "router_logits" in one]
     kinds = {one.target_class: one.index for one in logits if getattr(one, "target_class", None)}
@@ -68,8 +68,8 @@ def watched(model: torch.nn.Module) -> Iterator[RoutingWatch]:
 
 
 class RoutingWatch:
-    """Holds the recorded routing. `routed`: int64 [layers, experts + 1], tokens per expert; the last column counts tokens without
-    an expert; None for a model without experts. `logits`: one tensor per router."""
+    """Contains the recorded routing. `routed`: int64 [layers, experts + 1], tokens per expert; the last column counts tokens
+    without an expert; None for a model without experts. `logits`: one tensor per router."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         experts = layers(model)
@@ -111,9 +111,9 @@ class RoutingWatch:
 
 @torch.no_grad()
 def balance(model: torch.nn.Module, routed: torch.Tensor, rate: float) -> None:
-    """Raises the bias of each expert with fewer tokens than its layer's mean, and lowers the bias of each with more, by `rate`
-    (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    """Raises the bias of each expert that has fewer tokens than the mean of its layer by `rate`. Lowers the bias of each expert
+    that has more tokens by `rate` (Wang et al. 2024, arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     chosen = routed[:, :-1]
-    lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # integers: exact
+    lacks = (chosen.sum(1, keepdim=True) - chosen * chosen.shape[1]).sign()  # exact, because these are integers
     for (_, bias), one in zip(biases(model), lacks, strict=True):
         bias.add_(one.to(bias.dtype).view_as(bias), alpha=rate)

@@ -1,6 +1,6 @@
-"""Defines the parts of a language model's recipe that this room uses, and reads the numbers of experts from a configuration.
+"""Defines the parts of a language model's recipe that this package uses. Reads the numbers of experts from a configuration.
 
-Importing this module imports neither torch nor transformers: most jobs are checked without them.
+Importing this module imports neither torch nor transformers, because most jobs are checked without them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _first(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
 
 
 class SummedLoss(Protocol):
-    """Holds the sum of a batch's loss terms."""
+    """Contains the sum of a batch's loss terms."""
 
     @property
     def sum(self) -> torch.Tensor: ...

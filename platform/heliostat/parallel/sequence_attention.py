@@ -1,9 +1,10 @@
 """Computes the attention of samples whose tokens are cut into stretches, one per worker (Ulysses; Jacobs et al. 2023, arXiv
 2309.14509).
 
-Before attention, the workers of a group exchange all heads of some tokens for some heads of all tokens. After attention, they
-exchange them back. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. The engine is above this room,
-so it passes this class in (`exchanging`). Nothing else in a model may mix tokens, which `cutting` tests.
+Before attention, a worker has all heads of some tokens. The workers of a group exchange them for some heads of all tokens. After
+attention, they reverse the exchange. DeepSpeed's `UlyssesSPAttentionHF` does that around the model's own attention. This package
+can't import the engine, so the engine passes the class in (`exchanging`). Nothing else in a model may mix tokens, which `cutting`
+tests.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ NAME = "cut"
 
 
 class HeadExchange(Protocol):
-    """Wraps an attention: the wrapper takes some tokens of all heads, and gives `attention` all tokens of some heads. `sizes`:
-    from this module's `sizes`."""
+    """Wraps an attention. The wrapper takes some tokens of all heads, and gives `attention` all tokens of some heads. `sizes`:
+    the result of this module's `sizes`."""
 
     def __call__(
         self, attention: Core, group: dist.ProcessGroup, micro_batch_size: int, sizes: tuple[int, int, int], layers: int
@@ -49,7 +50,10 @@ def exchanging(exchange: HeadExchange) -> Iterator[None]:
 
 def use(model: PreTrainedModel, group: dist.ProcessGroup, micro_batch_size: int, documents: bool) -> None:
     """Makes a transformers model exchange heads within the group from now on. `documents`: each position 0 begins a document, and
-    documents don't attend to each other. RuntimeError outside `exchanging`, in which the engine calls a recipe's `exchange`."""
+    documents don't attend to each other.
+
+    Raises RuntimeError outside `exchanging`, in which the engine calls a recipe's `exchange`.
+    """
     exchange = _exchange.get()
     if exchange is None:
         raise RuntimeError("sequence_attention.use: no engine exchanges heads here. Call it in a recipe's exchange(model, group)")
@@ -71,7 +75,7 @@ class Attention:
 
     def __init__(self, exchanged: Core, gathered: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         self.exchanged, self.gathered = exchanged, gathered
-        self._positions: torch.Tensor | None = None  # of `_documents`; all layers of a forward pass have the same
+        self._positions: torch.Tensor | None = None  # positions of `_documents`; all layers of a forward pass get the same tensor
         self._documents: torch.Tensor | None = None
 
     def __call__(
@@ -115,7 +119,7 @@ def sizes(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def exchanged(config: PreTrainedConfig, length: int, parts: int) -> int:
-    """Counts the elements that each worker sends in a forward pass over a sample: queries, keys, values, and attention outputs.
+    """Counts the elements that each worker sends in the forward pass of a sample: queries, keys, values, and attention outputs.
     Every worker gets each key/value head at least once."""
     heads, shared, width = sizes(config)
     layers = config.get_text_config(decoder=True).num_hidden_layers

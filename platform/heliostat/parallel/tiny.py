@@ -1,8 +1,8 @@
 """Shrinks a model's configuration, so that a test of its architecture's code takes a second for a model of any size.
 
-It keeps every switch, the kinds of layers and their order, the width of heads, and how queries share keys. Windows and position
-ranges that are shorter than a sample stay shorter. It reduces the number of layers, heads, and experts, the widths, and the
-vocabulary.
+The small configuration keeps every switch, the kinds of layers and their order, the width of heads, and how queries share keys.
+Windows and position ranges that are shorter than a sample stay shorter. The small configuration has fewer layers, heads, and
+experts, smaller widths, and a smaller vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ INNER = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermedia
          "moe_shared_expert_intermediate_size", "shared_intermediate_size", "intermediate_size_mlp", "block_ff_dim")  # fmt: skip
 RANKS = ("q_lora_rank", "kv_lora_rank", "o_lora_rank")
 REACHES = ("sliding_window", "attention_chunk_size", "original_max_position_embeddings", "attention_window_size", "window_size")
-POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")  # architectures reject fewer than a sample's
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+)  # architectures reject fewer positions than a sample has tokens
 
 
 class UntriedError(Exception):
@@ -44,25 +49,28 @@ class UntriedError(Exception):
 
 
 def shrunk(config: PreTrainedConfig, length: int, heads: int = 2) -> Iterator[PreTrainedConfig]:
-    """Yields smaller configurations of a model, with at most `heads` heads. The most likely to be valid comes first. `length`:
-    tokens per sample of the model."""
+    """Yields smaller configurations of a model, with at most `heads` heads. The configuration that is most likely to be valid
+    comes first. `length`: tokens per sample of the model."""
     keys = config.to_dict()
     names = config.attribute_map
     for most, layers in ((heads, LAYERS), (heads, None), (None, None)):
         smaller = _Small(keys, names, length, most, layers).made
         try:
             small = type(config).from_dict(smaller)
-        except Exception:  # noqa: BLE001  this breaks a rule of the architecture; the next may not
+        except Exception:  # noqa: BLE001  breaks a rule of the architecture; the next configuration may be valid
             continue
         small.use_cache = small.get_text_config(decoder=True).use_cache = False
         yield small
 
 
 def attempt(recipe: LanguageModel, what: Callable[[LanguageModel], T], heads: int = 2, largest: float | None = None) -> T:
-    """Returns the result of `what` for the first small version of the recipe that can be computed; UntriedError if none can.
-    Every `build` builds the small model again, with kernels that a CPU supports. `heads`: the most heads. `largest`: the most
-    parameters, by default LARGEST."""
-    reason, most = "no small model of it can be built", LARGEST if largest is None else largest
+    """Returns the result of `what` for the first small version of the recipe that can be computed. Raises UntriedError if there
+    is no such version.
+
+    Every `build` builds the small model again, with kernels that a CPU supports. `heads`: the maximum number of heads. `largest`:
+    the maximum number of parameters, by default LARGEST.
+    """
+    reason, most = "no small model of the architecture can be built", LARGEST if largest is None else largest
     for config in shrunk(recipe.config, recipe.length, heads):
         small = recipe.small(config, LENGTH, END)
         try:
@@ -88,7 +96,8 @@ def one_thread() -> Iterator[None]:
 
 
 def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: int = 2) -> str:
-    """Returns the fault of a small version of the recipe; "" if it has none. If no version can be tested, that is the fault."""
+    """Returns the fault of a small version of the recipe, or "" if there is no fault. If no version can be tested, the result
+    says so."""
     try:
         return attempt(recipe, fault, heads)
     except UntriedError as e:
@@ -96,7 +105,8 @@ def tried(recipe: LanguageModel, fault: Callable[[LanguageModel], str], heads: i
 
 
 def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object], find: Callable[[], T]) -> T:
-    """Returns the earlier result for the same configuration and `how` in this process; else computes it with `find`."""
+    """Returns the earlier result for the same configuration and `how` in this process. If there is no earlier result, computes it
+    with `find`."""
     key = json.dumps([recipe.config.to_dict(), *how], default=str, sort_keys=True)
     if key not in known:
         known[key] = find()
@@ -104,7 +114,7 @@ def remembered(known: dict[str, T], recipe: LanguageModel, how: Sequence[object]
 
 
 def tokens(small: LanguageModel) -> np.ndarray:
-    """Draws the tokens of two samples, int32 [2, length]. None of them ends a document."""
+    """Draws the tokens of two samples, int32 [2, length]. No token ends a document."""
     return np.random.default_rng(0).integers(6, 90, (2, small.length)).astype(np.int32)
 
 
@@ -135,7 +145,7 @@ def same(right: torch.Tensor, mine: torch.Tensor, tolerance: float) -> bool:
 
 
 def parameters(build: Callable[[], torch.nn.Module]) -> int:
-    """Counts the parameters of the model that `build` makes, without memory for them."""
+    """Counts the parameters of the model that `build` makes. Needs no memory for them."""
     with torch.device("meta"):
         return sum(p.numel() for p in build().parameters())
 
@@ -211,7 +221,8 @@ class _Small:
             self._set(name, 1)
 
     def _reach(self, part: dict[str, object]) -> None:
-        """Scales windows and position ranges. Those longer than a sample stay longer, and shorter ones stay shorter."""
+        """Scales windows and position ranges. Ranges that are longer than a sample stay longer, and shorter ranges stay
+        shorter."""
         for name, value in part.items():
             if isinstance(value, dict) and "model_type" not in value:
                 self._reach(value)

@@ -1,9 +1,9 @@
-"""Defines what a recipe is (`protocol`), and holds the built-in recipes: text and images.
+"""Defines the protocol of recipes (`protocol`), and contains the built-in recipes for text and images.
 
 Start at `protocol`.
 May import: `checkpoint`, `config`, `data`, `parallel`, `storage`.
 
-A job file names a recipe as `recipe: heliostat.recipes:NAME`. `built_in` finds the names; each recipe is one file.
+A job file selects a recipe with `recipe: heliostat.recipes:NAME`. `built_in` finds the names. Each recipe is one file.
 """
 
 from importlib import import_module
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from heliostat.recipes import built_in
 
-if TYPE_CHECKING:  # so that editors and type checkers know what a name is
+if TYPE_CHECKING:  # so that editors and type checkers know the type of each name
     from heliostat.recipes.images.autoencoder import Autoencoder as Autoencoder
     from heliostat.recipes.images.embedder import ImageEmbedder as ImageEmbedder
     from heliostat.recipes.images.text_to_image import TextToImage as TextToImage

@@ -11,8 +11,8 @@ import torch
 
 
 class Padded(NamedTuple):
-    """Holds rows padded to one length: `values` int64 [rows, length]; `mask` bool, true for real values; `cut`: the number of
-    values beyond `longest`, which were left out."""
+    """Contains rows that are padded to the same length. `values`: int64 [rows, length]. `mask`: bool, true for real values.
+    `cut`: the number of values that were left out because their row is longer than `longest`."""
 
     values: torch.Tensor
     mask: torch.Tensor
@@ -25,8 +25,11 @@ class Padded(NamedTuple):
 
 
 def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int | None = None, multiple: int = 8) -> Padded:
-    """Pads rows of varying length to one tensor. Its length is that of the longest row, at most `longest`, rounded up to a
-    multiple of `multiple`, which limits the number of shapes."""
+    """Pads rows of different lengths with `fill`, and returns them as one tensor.
+
+    The tensor is as long as the longest row, rounded up to a multiple of `multiple`, but at most `longest`. Rounding limits the
+    number of different shapes.
+    """
     whole = [len(row) for row in rows]
     lengths = np.array([min(n, longest) if longest else n for n in whole], dtype=np.int64)
     width = max(multiple, -(-int(lengths.max(initial=0)) // multiple) * multiple)
@@ -39,8 +42,11 @@ def pad(rows: Sequence[Sequence[int] | np.ndarray], fill: int = 0, longest: int 
 
 
 class Segments(NamedTuple):
-    """Holds the documents of packed samples, all [rows, length]: where documents start (never at a sample's first token), each
-    token's document number in its sample, and its position in that document."""
+    """Describes the documents of packed samples. Each tensor is [rows, length].
+
+    `starts`: whether a token starts a document; never true at a sample's first token. `ids`: each token's document number in its
+    sample. `positions`: each token's position in its document.
+    """
 
     starts: torch.Tensor
     ids: torch.Tensor
@@ -48,7 +54,7 @@ class Segments(NamedTuple):
 
 
 def segments(tokens: torch.Tensor, end: int) -> Segments:
-    """Finds the documents of packed samples, which follow each other; each starts after an `end` token."""
+    """Finds the documents in packed samples. A document starts after each `end` token."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == end
     place = torch.arange(tokens.shape[1])
@@ -56,14 +62,14 @@ def segments(tokens: torch.Tensor, end: int) -> Segments:
 
 
 def taken(scores: dict[str, torch.Tensor], names: tuple[str, ...], counted: np.ndarray) -> dict[str, np.ndarray]:
-    """Selects the gathered scores of one batch, without the samples that don't count. Converts bf16, which NumPy lacks, to
-    fp32."""
+    """Selects the scores `names` of one batch, for the samples where `counted` is true. Converts bf16 to fp32, because NumPy has
+    no bf16."""
     tensors = {n: scores[n].detach().cpu() for n in names}
     return {n: (t.float() if t.dtype == torch.bfloat16 else t).numpy()[counted] for n, t in tensors.items()}
 
 
 def in_order(parts: list[list[tuple[np.ndarray, dict[str, np.ndarray]]]]) -> dict[str, np.ndarray]:
-    """Concatenates the scores of all workers to one array per name, ordered by the samples' numbers."""
+    """Concatenates the scores of all workers into one array per name, ordered by the samples' numbers."""
     batches = [batch for part in parts for batch in part]
     order = np.argsort(np.concatenate([numbers for numbers, _ in batches]))
     return {name: np.concatenate([arrays[name] for _, arrays in batches])[order] for name in batches[0][1]}

@@ -1,7 +1,7 @@
-"""Finds differences in what a recipe's `build` makes with and without weights, beyond the weights themselves.
+"""Compares the results of a recipe's `build` with and without weights. Finds differences other than the weights themselves.
 
-A custom recipe may read the new weights, copy them, or draw further random numbers. The results in an attribute of the model
-or the recipe, in a list, or in a closure would then differ between workers.
+The `build` of a custom recipe may read the new weights, copy them, or draw more random numbers. It may store the results in an
+attribute of the model or the recipe, in a list, or in a closure. Such results would differ between workers.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ HOOKS = re.compile(r"_hooks(_with_kwargs|_always_called)?$")
 
 
 def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Module]) -> str:
-    """Finds the first difference between two recipes and the models that they built; "" if there is none. The values of
-    parameters and registered buffers don't count."""
+    """Returns the first difference between two recipes and their models, or "" if there is none. The values of parameters and
+    registered buffers aren't compared."""
     if _parameters(right[1]) != _parameters(other[1]):
         return "its parameters"
     if _buffers(right[1]) != _buffers(other[1]):
@@ -32,7 +32,7 @@ def find(right: tuple[Recipe, torch.nn.Module], other: tuple[Recipe, torch.nn.Mo
 
 
 def _parameters(model: torch.nn.Module) -> list[tuple[object, ...]]:
-    """Describes the parameters, tied ones under each of their names."""
+    """Describes the parameters of a model. Tied parameters appear under each of their names."""
     first = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
     named = model.named_parameters(remove_duplicate=False)
     return [(name, first[id(p)], tuple(p.shape), p.dtype, p.requires_grad) for name, p in named]
@@ -46,10 +46,10 @@ class _Comparison:
     def __init__(self, right: torch.nn.Module, other: torch.nn.Module) -> None:
         self.names = [{id(t): name for name, t in [*m.named_parameters(), *m.named_buffers()]} for m in (right, other)]
         self.seen = set[tuple[int, int]]()
-        self.kept = list[object]()  # what was compared: Python gives the id of an object that is gone to another
+        self.kept = list[object]()  # compared objects stay alive: Python may reuse the id of a freed object
 
     def of(self, right: Any, other: Any, where: str = "") -> str:
-        """Compares two objects; names the place of the first difference."""
+        """Compares two objects. Returns the path to the first difference, or "" if there is none."""
         if right is other or (id(right), id(other)) in self.seen:
             return ""
         if type(right) is not type(other):
@@ -71,7 +71,7 @@ class _Comparison:
 
 
 def _parts(thing: object) -> dict[str, object]:
-    """Lists the parts of an object, by the path to each."""
+    """Returns the parts of an object. Each key is the path to a part, such as `.name` or `[0]`."""
     if isinstance(thing, dict):
         return {f"[{key!r}]": value for key, value in thing.items()}
     if isinstance(thing, set | frozenset):
@@ -87,7 +87,7 @@ def _parts(thing: object) -> dict[str, object]:
     if isinstance(thing, ModuleType):
         return {}
     attributes = {f".{name}": value for name, value in getattr(thing, "__dict__", {}).items()}
-    if isinstance(thing, torch.nn.Module):  # keys of hooks are numbers that count all hooks of a process
+    if isinstance(thing, torch.nn.Module):  # the keys of hooks differ: torch counts all hooks of a process
         hooks = {way: list(value.values()) for way, value in attributes.items() if HOOKS.search(way) and isinstance(value, dict)}
         return attributes | hooks
     return attributes

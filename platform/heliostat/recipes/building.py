@@ -14,7 +14,8 @@ from heliostat.recipes.protocol import GUIDE, Group, Recipe
 
 
 def build(recipe: Recipe) -> torch.nn.Module:
-    """Builds the recipe's model on the default device, its `frozen` submodules frozen; ConfigError if one does not exist."""
+    """Builds the recipe's model on the default device, and freezes the submodules in `recipe.frozen`. Raises ConfigError if one
+    of these submodules doesn't exist."""
     model = recipe.build()
     for module in frozen_modules(recipe, model):
         module.requires_grad_(False)
@@ -33,23 +34,25 @@ def frozen_modules(recipe: Recipe, model: torch.nn.Module) -> list[torch.nn.Modu
 
 
 def rest(recipe: Recipe, model: torch.nn.Module) -> None:
-    """Puts frozen submodules into evaluation mode, which `train()` switches off: no dropout, no running statistics."""
+    """Puts frozen submodules back into evaluation mode after `train()`. In this mode, they use no dropout, and don't update
+    running statistics."""
     for module in frozen_modules(recipe, model):
         module.eval()
 
 
 def sparse_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that hold a list of expert modules, of which a token uses a few."""
+    """Lists the modules that have a list of expert modules (`experts`). Each token uses only a few of these experts."""
     return [m for m in model.modules() if isinstance(getattr(m, "experts", None), torch.nn.ModuleList)]
 
 
 def gathered_whole(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that compute directly with their submodules' parameters. ZeRO-3 gathers those together."""
+    """Lists the modules that compute directly with their submodules' parameters. ZeRO-3 gathers all parameters of such a module
+    together."""
     return [m for m in model.modules() if getattr(m, "gathered_whole", False)]
 
 
 def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
-    """Replaces a buffer of the model by another tensor."""
+    """Replaces a buffer of the model with a new tensor."""
     owner, _, own = name.rpartition(".")
     model.get_submodule(owner)._buffers[own] = values
 
@@ -57,9 +60,12 @@ def put_buffer(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
 def parameter_groups(
     model: torch.nn.Module, weight_decay: float, recipe: Recipe, orthogonalizes: bool = False
 ) -> list[dict[str, Any]]:
-    """Makes the optimizer's parameter groups from the recipe's, with `weight_decay` and `lr_scale`. Groups with the job's
-    weight decay come first, then the model's order. An optimizer that `orthogonalizes` gets hidden matrices in separate groups
-    (`orthogonal`)."""
+    """Makes the optimizer's parameter groups from the recipe's groups. Each parameter group has a `weight_decay` and an
+    `lr_scale`.
+
+    Groups with the job's weight decay come first. Otherwise, groups are in the order of the model. If the optimizer
+    `orthogonalizes`, hidden matrices are in separate groups, in which `orthogonal` is true.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = hidden_matrices(recipe, model) if orthogonalizes else frozenset[str]()
     return [
@@ -74,9 +80,12 @@ def parameter_groups(
 
 
 def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
-    """Lists the names of trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts, but no
-    embeddings, output heads, or convolutions. A recipe's `Group.hidden` overrides this; ConfigError if that parameter isn't a
-    matrix."""
+    """Lists the names of the trained matrices between hidden layers: 2-D parameters, and the stacked matrices of experts.
+    Embeddings, output heads, and convolutions aren't included.
+
+    A recipe can override this choice with `Group.hidden`. Raises ConfigError if the recipe marks a parameter as hidden that isn't
+    a matrix.
+    """
     apart = {id(p) for m in _apart(model) for p in m.parameters(recurse=False)}
     names = set()
     for name, p in model.named_parameters():
@@ -93,7 +102,7 @@ def hidden_matrices(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
 
 
 def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Yields the modules whose matrices aren't between hidden layers."""
+    """Yields the modules whose matrices aren't between hidden layers: embeddings, convolutions, and the output head."""
     yield from (m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.modules.conv._ConvNd))
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
@@ -103,13 +112,13 @@ def _apart(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 def grouped(
     recipe: Recipe, shapes: Mapping[str, tuple[int, ...]], hidden: frozenset[str] = frozenset()
 ) -> list[tuple[Group, list[str]]]:
-    """Groups the names of trained parameters, in order, by the result of the recipe's `group`, with `hidden` ones in separate
-    groups. ConfigError for a weight decay or learning rate that is negative or not finite."""
+    """Groups the names of trained parameters by the result of the recipe's `group`, and keeps their order. Parameters in `hidden`
+    are in separate groups. Raises ConfigError if a weight decay or learning rate is negative or not finite."""
     groups: dict[tuple[Group, bool], list[str]] = {}
     for name, size in shapes.items():
         groups.setdefault((recipe.group(name, size), name in hidden), []).append(name)
     for group, _ in groups:
         for what, value in (("weight_decay", group.weight_decay), ("lr", group.lr)):
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. It must be at least 0")
+                raise ConfigError(f"recipe: {type(recipe).__name__}.group returns {what} {value!r}. Return at least 0")
     return sorted(((group, names) for (group, _), names in groups.items()), key=lambda item: item[0].weight_decay is not None)

@@ -1,7 +1,8 @@
-"""Finds the recipes of the package by reading their files. Importing a recipe would import torch.
+"""Finds the package's built-in recipes by reading their source files. It doesn't import the recipes, because that would import
+torch.
 
-A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`: the name of the class, with
-the modules and libraries that it imports lazily.
+A module of `text` or `images` declares its recipe as `BUILT_IN = {"CausalLM": ("transformers",)}`. The key is the name of the
+class. The value lists the modules and libraries that the recipe imports lazily.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 PACKAGE = "heliostat.recipes"
 FOLDERS = ("text", "images")
 MARK = re.compile(r"^BUILT_IN = (\{.*?\})$", re.M | re.S)
-LIBRARIES = {  # the modules that a recipe with such a library imports when it builds its model
+LIBRARIES = {  # by library: the modules that a recipe imports when it builds a model with the library
     "transformers": (
         "transformers.modeling_utils",
         "transformers.models.{arch}.modeling_{arch}",
@@ -27,7 +28,7 @@ LIBRARIES = {  # the modules that a recipe with such a library imports when it b
 
 
 class BuiltIn(NamedTuple):
-    """Holds a recipe's module, and the modules and libraries that it imports lazily."""
+    """Describes a built-in recipe: its module, and the modules and libraries that it imports lazily (`late`)."""
 
     module: str
     late: tuple[str, ...]
@@ -35,7 +36,7 @@ class BuiltIn(NamedTuple):
 
 @cache
 def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
-    """Finds the recipes in the subfolders of a folder; returns each by its name, in alphabetical order."""
+    """Returns the recipes in the subfolders of a folder, by name in alphabetical order."""
     recipes = dict[str, BuiltIn]()
     for file in (file for kind in FOLDERS for file in (folder / kind).glob("*.py")):
         if declared := MARK.search(file.read_text("utf-8")):
@@ -45,12 +46,12 @@ def find(folder: Path = Path(__file__).parent) -> dict[str, BuiltIn]:
 
 
 def modules(recipe: str, model: Mapping[str, object]) -> list[str]:
-    """Returns the modules that workers import for a job's `recipe` and `model`, so that a fork server can import them ahead.
+    """Lists the modules that workers import for a job's `recipe` and `model`. A fork server can import these modules in advance.
 
-    The list is empty for a custom recipe, whose import may have any effect. The fork server skips modules that it can't
+    The list is empty for a custom recipe, because its import may have side effects. The fork server skips modules that it can't
     import.
     """
-    from heliostat.config import workspace  # whose import takes longer than that of all recipes' names
+    from heliostat.config import workspace  # imported here, because the import takes longer than finding all recipes
 
     module, _, name = recipe.partition(":")
     if workspace.BUILT_IN.get(module, module) != PACKAGE or name not in find():

@@ -1,6 +1,6 @@
-"""Checks, before anything starts, whether a class is a recipe, and whether it can do what a job asks.
+"""Checks, before a run starts, whether a class is a recipe, and whether the recipe supports everything that a job needs.
 
-A recipe of the first protocol, which had no base classes, gets a separate error that points to the guide.
+The first recipe protocol had no base classes. A recipe that still uses it gets a separate error with a link to the guide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from heliostat.recipes.protocol import (
 from heliostat.schema import nearest
 
 KINDS = ("tokens", "rows")
-MARKS = {  # the method that an ability is known by
+MARKS = {  # the method by which each ability is recognized
     "evaluate": Evaluates,
     "save_config": Exports,
     "generator": Generates,
@@ -36,11 +36,16 @@ MARKS = {  # the method that an ability is known by
     "exchange_tokens": DividesExperts,
     "divided_matrices": DividesMatrices,
 }
-GONE = {"losses": "`loss` returns named parts", "added": "`loss` returns named parts", "frozen_bytes": "`companions` tells them"}
+GONE = {
+    "losses": "`loss` returns named parts",
+    "added": "`loss` returns named parts",
+    "frozen_bytes": "`companions` returns them",
+}
 
 
 def require_class(field: str, path: str, target: object) -> type[Recipe]:
-    """Returns the class if it is a complete recipe, else raises ConfigError. `path`: its import path, for the message."""
+    """Returns `target` if it is a complete recipe class. Otherwise raises ConfigError. `path`: the import path of the class, for
+    the message."""
     if not isinstance(target, type):
         raise ConfigError(f"{field}: {path!r} is not a class")
     if not issubclass(target, Recipe):
@@ -70,14 +75,14 @@ def require_class(field: str, path: str, target: object) -> type[Recipe]:
         )
     if issubclass(target, Serves) and target.serving is Serves.serving and not issubclass(target, Generates):
         raise ConfigError(
-            f"{field}: {path!r} is served through its `generator`, but defines none. Derive it from "
+            f"{field}: {path!r} is served through its `generator`, but doesn't define it. Derive the recipe from "
             f"{_named(Generates)}, or define `serving` ({GUIDE})"
         )
     return target
 
 
 def _refuse_gone(field: str, path: str, target: object) -> None:
-    """Raises ConfigError for names of the first protocol, in a class or set by its `__init__`."""
+    """Raises ConfigError if a recipe defines names of the first protocol, in its class or in its `__init__`."""
     for name, instead in GONE.items():
         if hasattr(target, name):
             raise ConfigError(f"{field}: {path!r} defines `{name}`, which heliostat no longer uses: {instead} ({GUIDE})")
@@ -93,7 +98,10 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
         if not isinstance(recipe, CutsSamples):
             raise _lacks("train.parallel.sequence", job, "doesn't support sequence parallelism", CutsSamples, "Set it to 1")
         if isinstance(recipe, Draws) or (isinstance(recipe, Evaluates) and recipe.gathered):
-            raise ConfigError(f"train.parallel.sequence: {job.recipe} generates or measures whole samples. Set it to 1")
+            raise ConfigError(
+                f"train.parallel.sequence: {job.recipe} needs whole samples to generate or measure, so it can't split them. "
+                "Set train.parallel.sequence to 1"
+            )
     if job.train.parallel.expert > 1 and not isinstance(recipe, DividesExperts):
         raise _lacks("train.parallel.expert", job, "doesn't support expert parallelism", DividesExperts, "Set it to 1")
     if job.train.parallel.tensor > 1:
@@ -108,7 +116,9 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
         raise _lacks("mlflow.register", job, "can't be served, so there is no model to register", Serves, "Remove it")
     as_answers = isinstance(recipe, Serves) and type(recipe).serving is Serves.serving
     if as_answers and isinstance(recipe, Generates) and not recipe.prompts:
-        raise ConfigError(f"recipe: {job.recipe!r} defines no `prompts`, and MLflow logs one with the model. Add some ({GUIDE})")
+        raise ConfigError(
+            f"recipe: {job.recipe!r} defines no `prompts`, and MLflow logs a prompt with the model. Add prompts ({GUIDE})"
+        )
     best = job.checkpoint.best
     if best and isinstance(recipe, Evaluates) and best.metric not in recipe.scores:
         raise ConfigError(
@@ -117,7 +127,7 @@ def require_abilities(job: Job, recipe: Recipe) -> None:
 
 
 def _require_room_makers(job: Job, recipe: Recipe) -> None:
-    """Raises ConfigError if the job asks for a way to save memory that the recipe doesn't support."""
+    """Raises ConfigError if the job asks for a memory optimization that the recipe doesn't support."""
     train = job.train
     if train.tiled_loss and not recipe.tiles:
         raise ConfigError(f"train.tiled_loss: {job.recipe} doesn't support a tiled loss. Set it to false")
@@ -128,7 +138,7 @@ def _require_room_makers(job: Job, recipe: Recipe) -> None:
             f"train.{'attention' if train.attention else 'fp8'}: {job.recipe} doesn't let you choose kernels. Remove it"
         )
     if train.compile == "blocks" and type(recipe).blocks is Recipe.blocks:
-        raise ConfigError(f"train.compile: {job.recipe} doesn't list its `blocks` ({GUIDE}). Set it to true")
+        raise ConfigError(f"train.compile: 'blocks' isn't supported: {job.recipe} doesn't list its `blocks` ({GUIDE}). Use true")
     if train.activation_offload and not recipe.selects:
         raise ConfigError(f"train.activation_offload: {job.recipe} doesn't support activation offload. Set it to false")
     if not isinstance(train.activation_checkpointing, bool) and not recipe.selects:
@@ -136,7 +146,7 @@ def _require_room_makers(job: Job, recipe: Recipe) -> None:
 
 
 def _lacks(key: str, job: Job, what: str, ability: type, way: str) -> ConfigError:
-    return ConfigError(f"{key}: {job.recipe} {what}. {way}, or derive it from {_named(ability)} ({GUIDE})")
+    return ConfigError(f"{key}: {job.recipe} {what}. {way}, or derive the recipe from {_named(ability)} ({GUIDE})")
 
 
 def _named(kind: type) -> str:

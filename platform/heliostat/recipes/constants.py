@@ -8,9 +8,9 @@ from heliostat.data.device_streams import Arrival
 
 
 class Constant:
-    """Holds a CPU tensor that never changes, and one copy on each device that asks for it.
+    """Keeps a CPU tensor that never changes, and a copy on each device that needs it.
 
-    A copy in every micro-batch would come from memory that is not pinned, so the host would wait for the device.
+    Copying the tensor in every micro-batch would make the host wait for the device, because its memory isn't pinned.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -18,7 +18,7 @@ class Constant:
         self._copies: dict[torch.device, tuple[torch.Tensor, Arrival]] = {}
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """Returns the values on a device: the same tensor at every call, on any stream."""
+        """Returns the values on a device. Every call returns the same tensor, and any stream may use it."""
         if device not in self._copies:
             with torch.inference_mode(False):
                 self._copies[device] = self.values.to(device), Arrival(device)

@@ -1,7 +1,7 @@
-"""Computes the contrastive loss of pairs of embeddings, and retrieval scores. Pure functions.
+"""Computes the contrastive loss of pairs of embeddings, and retrieval scores. All functions are pure.
 
-The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: each query against all texts, each text
-against all queries. Pairs with the same query or text aren't negatives of each other, and are left out.
+The loss is InfoNCE (van den Oord et al. 2018, arXiv 1807.03748) in both directions: each query against all texts, and each text
+against all queries. Pairs with the same query or text aren't negatives of each other, so the loss leaves them out.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-BLOCK = 1024  # queries that are compared with all texts together; fewer pairs are one matrix
+BLOCK = 1024  # queries per block; each block is compared with all texts
 CUTS = (1, 5, 10)
 
 
 class Contrast(NamedTuple):
-    """Holds the sum of the loss over the pairs in nats, the number of matrix entries that were left out, and the number of
-    queries whose nearest text is their own."""
+    """Contains the results for some pairs. `loss`: the sum of the pairs' losses, in nats. `masked`: the number of matrix entries
+    that were left out. `right`: the number of queries whose nearest text is their own."""
 
     loss: torch.Tensor
     masked: torch.Tensor
@@ -28,11 +28,11 @@ class Contrast(NamedTuple):
 def contrast(
     query: torch.Tensor, text: torch.Tensor, names: torch.Tensor, temperature: float, some: slice | None = None
 ) -> Contrast:
-    """Computes the contrastive loss of pairs of embeddings of length 1, [pairs, width] each. `names`, int64 [pairs, 2]: ids of
-    the query and the text of each pair.
+    """Computes the contrastive loss of pairs of embeddings, which have length 1. `query`, `text`: [pairs, width]. `names`: int64
+    [pairs, 2], the ids of the query and the text of each pair.
 
-    `some`: computes only what these pairs add: their queries against all texts and their texts against all queries. The matrix
-    of all pairs is never in memory.
+    `some`: computes only the contribution of these pairs. It compares their queries with all texts, and their texts with all
+    queries. Then the matrix of all pairs is never in memory.
     """
     own = torch.arange(len(query), device=query.device)[some or slice(None)]
     mine = names if some is None else names[some]
@@ -46,19 +46,20 @@ def contrast(
 
 
 def blocks(pairs: int, rows: int = BLOCK) -> list[slice | None]:
-    """Splits so many pairs into slices of at most `rows`; [None], which means all, if they fit in one."""
+    """Splits the range of all pairs into slices of at most `rows` pairs. Returns [None], which means all pairs, if they fit into
+    one slice."""
     if pairs <= rows:
         return [None]
     return [slice(start, min(start + rows, pairs)) for start in range(0, pairs, rows)]
 
 
 def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
-    """Returns for each pair the rank, from 1, of the nearest correct text among all different texts. Correct are the texts of
-    all pairs with the same query. Among equal distances, wrong texts come first."""
+    """Computes each pair's rank: the position, from 1, of the nearest correct text among all distinct texts. The texts of all
+    pairs with the same query are correct. At equal distances, wrong texts come first."""
     _, first, number = np.unique(names[:, 1], return_index=True, return_inverse=True)
     _, query_of = np.unique(names[:, 0], return_inverse=True)
     order, texts = np.argsort(query_of, kind="stable"), text[first]
-    begins = np.searchsorted(query_of[order], np.arange(query_of.max() + 2))  # of each query's pairs, in that order
+    begins = np.searchsorted(query_of[order], np.arange(query_of.max() + 2))  # where each query's pairs begin in `order`
     positions = []
     for start in range(0, len(query), BLOCK):
         scores = query[start : start + BLOCK] @ texts.T
@@ -71,5 +72,5 @@ def ranks(query: np.ndarray, text: np.ndarray, names: np.ndarray) -> np.ndarray:
 
 
 def recall(ranks: np.ndarray) -> dict[str, float]:
-    """Computes recall (the fraction of queries whose text is among the nearest), and the mean reciprocal rank."""
+    """Computes recall at 1, 5, and 10, and the mean reciprocal rank. Recall at k is the fraction of ranks that are at most k."""
     return {**{f"recall_at_{k}": float(np.mean(ranks <= k)) for k in CUTS}, "mrr": float(np.mean(1 / ranks))}

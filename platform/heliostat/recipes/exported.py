@@ -1,5 +1,6 @@
-"""Writes and reads `heliostat.json`, the record in an exported folder. It names the recipe and the job that made the model, so
-every command uses a model through its recipe. A folder without a record counts as a language model of `transformers`."""
+"""Writes and reads `heliostat.json`, the record in an exported folder. The record contains the recipe and the job that trained
+the model, so every command can use the model through its recipe. heliostat treats a folder without a record as a language model
+of `transformers`."""
 
 from __future__ import annotations
 
@@ -55,11 +56,11 @@ EXPORTED = Format(Exported, "record of an exported model", ConfigError, fix="Exp
 
 @dataclass(frozen=True)
 class Export:
-    """Holds an exported folder's recipe and record. `job`: the job that trained the model; None for a folder from elsewhere.
-    `data_version`: the version of its data plan, which decides the held-out samples; None if it isn't known."""
+    """Describes an exported folder. `job`: the job that trained the model; None for a folder without a record. `data_version`:
+    the version of the run's data plan, which determines the held-out samples; None if it isn't known."""
 
     folder: Path
-    recipe: Any  # the class: a Recipe that Exports
+    recipe: Any  # a class derived from Recipe and Exports
     job: TrainedFacts | None
     data_version: int | None = None
 
@@ -74,7 +75,8 @@ def is_model(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Export:
-    """Reads an exported folder; ConfigError if its record is damaged, or its recipe is not in this workspace or installed."""
+    """Reads an exported folder. Raises ConfigError if its record is damaged, or if its recipe is neither in this workspace nor
+    installed."""
     place = folder / RECORD
     if not place.is_file():
         return Export(folder, workspace.import_path("recipe", LANGUAGE_MODEL, folder), None)
@@ -86,12 +88,12 @@ def read(folder: Path) -> Export:
 
 
 def record(folder: Path) -> Exported:
-    """Reads the record of an exported folder, `heliostat.json`; FileNotFoundError if there is none."""
+    """Reads the record of an exported folder, `heliostat.json`. Raises FileNotFoundError if the folder has no record."""
     return EXPORTED.read(folder / RECORD)
 
 
 def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Request]], list[Generated]]:
-    """Loads the generator of an exported model; ConfigError if its recipe doesn't answer prompts."""
+    """Loads the generator of an exported model. Raises ConfigError if the model's recipe doesn't answer prompts."""
     recipe = read(folder).recipe
     if not issubclass(recipe, Generates):
         raise ConfigError(f"{folder}: a model of {recipe.__name__} doesn't answer prompts")
@@ -100,7 +102,8 @@ def generator(folder: Path, options: dict[str, object]) -> Callable[[list[Reques
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Turns a library's error about a model's folder into a ConfigError of one line that names the folder."""
+    """Converts an error that a library raises inside the context into a ConfigError. The error has one line, and names the
+    model's folder."""
     try:
         yield
     except HeliostatError:

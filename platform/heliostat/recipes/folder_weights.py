@@ -1,7 +1,8 @@
-"""Reads a pretrained model's weights from safetensors files, one tensor at a time, if they match the model's tensors.
+"""Reads a pretrained model's weights from safetensors files, one tensor at a time. The tensors in the files must match the
+model's tensors.
 
-transformers renames and converts the tensors of some architectures, and diffusers those of old folders. `find` then reports
-the reason, and the library itself must load the folder.
+transformers renames and converts the tensors of some architectures, and diffusers the tensors of old folders. For these, `find`
+raises UnreadableError with the reason, and the library itself must load the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from heliostat.checkpoint.safetensors_file import DTYPES
 from heliostat.recipes.weightless import Pretrained
 
-NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # of transformers, and of diffusers
+NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # file names of transformers and of diffusers
 LONGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 
 
@@ -27,7 +28,7 @@ class UnreadableError(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """Locates a tensor in a file."""
+    """Describes the location of a tensor in a file. `offset`: the tensor's first byte."""
 
     file: Path
     dtype: torch.dtype
@@ -35,7 +36,8 @@ class Stored:
     offset: int
 
     def read(self) -> torch.Tensor:
-        """Reads the tensor into its own host memory. A mapped file would count as the process's memory."""
+        """Reads the tensor into new host memory. It doesn't map the file, because the mapped pages would count as memory of the
+        process."""
         values = torch.empty(self.shape, dtype=self.dtype)
         left = memoryview(values.reshape(-1).view(torch.uint8).numpy().data) if values.numel() else memoryview(b"")
         with self.file.open("rb", buffering=0) as f:
@@ -48,8 +50,8 @@ class Stored:
 
 
 def find(model: torch.nn.Module, noted: list[Pretrained]) -> dict[int, Stored]:
-    """Locates the values of all parameters of the model, and of buffers that are in the folder, by the tensors' ids;
-    UnreadableError if a parameter has none."""
+    """Locates the stored values of all parameters, and of the buffers that the folders contain. The keys are the `id`s of the
+    model's tensors. Raises UnreadableError if a parameter has no stored values."""
     if not noted:
         raise UnreadableError("its weights are drawn at random")
     stored: dict[int, Stored] = {}
@@ -93,7 +95,7 @@ def _of_folder(pretrained: Pretrained) -> dict[int, Stored]:
 
 
 def _spellings(name: str, prefix: str) -> list[str]:
-    """Lists the names that a tensor may have in the folder of a model with a head, or without one."""
+    """Lists the names that a tensor may have in a folder. The model in the folder may have a head or not."""
     return [name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")] if prefix else [name]
 
 
@@ -105,7 +107,8 @@ def _conversions(module: torch.nn.Module) -> list[Any]:
 
 
 def _listed(folder: Path) -> dict[str, Stored]:
-    """Lists the tensors of a folder; UnreadableError unless it has exactly one set of safetensors with a standard name."""
+    """Lists the tensors of a folder. Raises UnreadableError unless the folder has exactly one set of safetensors files with a
+    standard name."""
     files = [file for name in NAMES for file in (folder / name, folder / f"{name}.index.json") if file.is_file()]
     if len(files) != 1:
         raise UnreadableError(f"{folder}: expected one set of safetensors files, found {len(files) or 'none'}")

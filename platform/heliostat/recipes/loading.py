@@ -1,4 +1,5 @@
-"""Loads the recipe that a job names, bound to its datasets: the only way from `recipe: package.module:Class` to an object."""
+"""Loads the recipe that a job names, and binds it to the job's datasets. Only this module converts `recipe: package.module:Class`
+to an object."""
 
 from __future__ import annotations
 
@@ -12,18 +13,19 @@ from heliostat.recipes.protocol import Recipe
 
 
 def recipe_class(job: Job, record: Path | None = None) -> type[Recipe]:
-    """Imports a job's recipe class; ConfigError if there is none. `record`: the run's folder, if the job comes from its
-    record."""
+    """Imports a job's recipe class. Raises ConfigError if it doesn't exist or isn't a recipe. `record`: the run's folder, if the
+    job comes from the record of a run."""
     return require_class("recipe", job.recipe, workspace.import_path("recipe", job.recipe, record))
 
 
 def make(cls: type[Recipe], job: Job, weights: bool = False) -> Recipe:
-    """Makes a job's recipe. Its models of the Hub are then in this machine's cache, with or without their weights."""
+    """Makes a job's recipe. Before that, downloads the job's Hub models to this machine. Without `weights`, downloads only
+    configurations and tokenizers."""
     return cls(pretrained.located(job, weights))
 
 
 def load(job: Job, sources: list[Manifest], record: Path | None = None, weights: bool = True) -> Recipe:
-    """Makes a job's recipe and binds it to its datasets; ConfigError if they do not fit the model."""
+    """Makes a job's recipe and binds it to the job's datasets. Raises ConfigError if the datasets don't fit the model."""
     recipe = make(recipe_class(job, record), job, weights)
     recipe.bind(sources)
     return recipe

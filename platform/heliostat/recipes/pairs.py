@@ -1,9 +1,9 @@
-"""Trains embedders contrastively on matching pairs: the common part of the text and image embedders.
+"""Trains embedders contrastively on matching pairs. The text embedder and the image embedder share this code.
 
-All other pairs of a step are a pair's negatives, on any worker (`CouplesSamples`), except pairs that share one of its sides
-(`contrastive`).
+The negatives of a pair are all other pairs of the step, on all workers (`CouplesSamples`). Pairs with the same query or the same
+match are excluded (`contrastive`).
 
-Held-out scores: the loss of all held-out pairs against each other, recall at 1, 5, and 10, and the mean reciprocal rank.
+Held-out scores: the loss over all held-out pairs together, recall at 1, 5, and 10, and the mean reciprocal rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SCORES = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
 
 
 class PairKeys(Strict):
-    """Defines the keys of `model` that every embedder has in addition to those of its architecture."""
+    """Defines the keys of `model` that every embedder has, and that don't belong to the architecture."""
 
     temperature: Float
     """Temperature: divides the cosine similarities in the loss."""
@@ -46,17 +46,18 @@ K = TypeVar("K", bound=PairKeys)
 
 
 class EmbedsPairs(CouplesSamples, Evaluates, Exports):
-    """Represents each sample as two embeddings of length 1, named by `sides`: the query and its match.
+    """Represents each sample as two embeddings of length 1: the query and its match. `sides` contains the names of the two
+    embeddings.
 
-    `represent` also returns `names`, int64 [batch, 2], by which equal sides are recognized, and `cut`: whether a text was
-    truncated.
+    `represent` also returns `names` and `cut`. `names`: int64 [batch, 2], ids of the query and the match; equal texts or images
+    have equal ids. `cut`: whether a text was truncated.
     """
 
     kind = "rows"
     sides: tuple[str, str]
     sources: list[Manifest]
     keys: PairKeys
-    own: type[PairKeys]  # defines the keys of `model` in addition to those of its architecture
+    own: type[PairKeys]  # the keys of `model` that don't belong to the architecture
     scores: tuple[str, ...] = ("loss", *SCORES)
 
     def __init__(self, job: Job) -> None:
@@ -68,13 +69,13 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
         if "init" in job.model:
             raise ConfigError("model.init: only for language models. Remove it")
         self.keys = _own_keys(self.own, job.model)
-        self.temperature: float = self.keys.temperature  # divides the cosines of the pairs in the loss
+        self.temperature: float = self.keys.temperature  # divides the cosine similarities in the loss
         self.pretrained: str | None = job.model.get("pretrained")
 
     @property
     @abstractmethod
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
+        """Makes the model's configuration, which needs transformers. Raises ConfigError for invalid keys."""
 
     @property
     @abstractmethod
@@ -111,7 +112,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loads the pretrained model's tokenizer, or that of the datasets."""
+        """Loads the pretrained model's tokenizer, or the datasets' tokenizer."""
         if self.pretrained:
             return tokenizing.of_folder(self.pretrained)
         return tokenizing.of_datasets(self.sources, self.max_tokens)
@@ -165,7 +166,7 @@ class EmbedsPairs(CouplesSamples, Evaluates, Exports):
 
 
 def _own_keys(kind: type[K], model: dict[str, object]) -> K:
-    """Reads the keys of a job's `model` that don't belong to the architecture; ConfigError for invalid values."""
+    """Reads the keys of a job's `model` that don't belong to the architecture. Raises ConfigError for invalid values."""
     try:
         return kind.model_validate({k: v for k, v in model.items() if k in kind.model_fields})
     except ValidationError as e:
@@ -173,14 +174,14 @@ def _own_keys(kind: type[K], model: dict[str, object]) -> K:
 
 
 def present(content: pa.Table, column: str) -> list[Any]:
-    """Returns a column's values; DataError if a row has none."""
+    """Returns a column's values. Raises DataError if a value is missing."""
     if nulls := content[column].null_count:
         raise DataError(f"{nulls} of {len(content)} rows of a batch have no {column!r}. Leave such rows out of the dataset")
     return content[column].to_pylist()
 
 
 def named(sides: Sequence[Sequence[str | bytes]]) -> torch.Tensor:
-    """Makes the `names` of samples from their two sides, texts or bytes: numbers by which equal ones are recognized."""
+    """Makes the `names` of samples from their sides, which are texts or bytes. Equal texts or bytes have equal numbers."""
     import torch
 
     return torch.tensor([[_number(value) for value in side] for side in sides]).T.contiguous()

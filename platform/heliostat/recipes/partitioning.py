@@ -1,7 +1,7 @@
 """Lets recipes build models that the engine partitions among workers during construction (ZeRO stage 3).
 
-The engine is above this room. It sets a `Partitioner` while it builds a model, and recipes ask here for it. Without one, for
-example below stage 3 or on the driver, models are built as usual.
+Recipes can't import the engine. Instead, the engine sets a `Partitioner` here while it builds a model, and recipes call the
+functions of this module. Without a `Partitioner`, for example below stage 3 or on the driver, models are built as usual.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ class Partitioner(Protocol):
     """Partitions a model's parameters while the model is built."""
 
     def constructing(self) -> AbstractContextManager[object]:
-        """Opens the context in which constructors keep only this worker's part of each parameter."""
+        """Opens a context in which constructors keep only this worker's part of each parameter."""
 
     def whole(self, parameter: torch.Tensor) -> AbstractContextManager[object]:
-        """Opens the context in which a parameter is complete. Afterwards, all workers have the first one's values; collective."""
+        """Opens a context in which a parameter is complete. When it ends, all workers get the first worker's values.
+        Collective."""
 
     def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
-        """Returns the shape of the parameter that this worker has a part of."""
+        """Returns the complete shape of a parameter, of which this worker has a part."""
 
 
 _partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default=None)
@@ -35,7 +36,7 @@ _partitioner: ContextVar[Partitioner | None] = ContextVar("partitioner", default
 
 @contextmanager
 def by(partitioner: Partitioner) -> Iterator[None]:
-    """Partitions models that are built inside."""
+    """Partitions the models that are built inside the context."""
     token = _partitioner.set(partitioner)
     try:
         yield
@@ -49,13 +50,13 @@ def wanted() -> bool:
 
 
 def constructing() -> AbstractContextManager[object]:
-    """Opens the context for a model's constructor, if the library of the constructor doesn't support ZeRO."""
+    """Opens a context for the constructor of a model whose library doesn't support ZeRO."""
     partitioner = _partitioner.get()
     return partitioner.constructing() if partitioner else nullcontext()
 
 
 def whole(parameter: torch.Tensor) -> AbstractContextManager[object]:
-    """Opens the context to set a parameter's values in."""
+    """Opens a context in which a parameter is complete, so that you can set its values."""
     partitioner = _partitioner.get()
     return partitioner.whole(parameter) if partitioner else nullcontext()
 
@@ -68,6 +69,6 @@ def shape(parameter: torch.Tensor) -> tuple[int, ...]:
 
 @torch.no_grad()
 def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
-    """Copies a value into a parameter, also into one that ZeRO-3 has partitioned."""
+    """Copies a value into a parameter, even if ZeRO-3 has partitioned the parameter."""
     with partitioning.whole(parameter):
         parameter.copy_(value)

@@ -13,7 +13,7 @@ from heliostat.recipes import partitioning
 
 
 def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Calls `auto.from_pretrained(folder)`; ConfigError that begins with `key` if that needs code from the folder."""
+    """Calls `auto.from_pretrained(folder)`. Raises ConfigError, with `key` at its beginning, if the folder needs its own code."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -28,7 +28,7 @@ def from_folder(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
-    """Loads a folder's model; ConfigError if a weight is missing, because transformers would initialize it at random."""
+    """Loads a folder's model. Raises ConfigError if a weight is missing, because transformers would initialize it at random."""
     model, loading = from_folder(key, auto, folder, output_loading_info=True, **options)
     tied = getattr(model, "all_tied_weights_keys", {})
     if absent := sorted(set(loading["missing_keys"]) - set(tied)):
@@ -39,14 +39,14 @@ def whole(key: str, auto: Any, folder: str | Path, **options: Any) -> Any:
 
 
 def from_config(auto: Any, config: Any, **options: Any) -> Any:
-    """Builds a model of an Auto class, or of a class of models itself, in fp32."""
+    """Builds a model in fp32. `auto`: an Auto class, or a model class."""
     import torch
     from transformers.initialization import no_init_weights
 
     make = getattr(auto, "from_config", None) or auto._from_config
     if partitioning.wanted():
         return make(config, dtype=torch.float32, **options)
-    with no_init_weights():  # as at ZeRO-3: constructors draw no random numbers
+    with no_init_weights():  # so that constructors draw no random numbers, as at ZeRO-3
         model = make(config, dtype=torch.float32, **options)
     model.init_weights()
     return model

@@ -1,4 +1,4 @@
-"""Serves an exported model as an MLflow pyfunc that answers with its recipe's `generator`, the default of `Serves`.
+"""Serves an exported model as an MLflow pyfunc. It answers with the recipe's `generator`, which is the default of `Serves`.
 
 MLflow copies this file into the model. The server needs heliostat and the recipe's package.
 """
@@ -10,21 +10,21 @@ from typing import Any
 
 import mlflow
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 
 from heliostat.recipes import exported
 from heliostat.recipes.protocol import Request
 
 
 class Served(PythonModel):
-    """Answers prompts; params: seed, and those options of `heliostat model generate` that the signature names."""
+    """Answers prompts. Parameters: `seed`, and the options of `heliostat model generate` that the signature lists."""
 
     def load_context(self, context: Any) -> None:
         self.folder = Path(context.artifacts["model"])
         self.generators: dict[str, Any] = {}
 
     def predict(self, context: Any, model_input: TypeFromExample, params: dict[str, Any] | None = None) -> list[str]:
-        """Answers each prompt; a model is loaded once for each set of options."""
+        """Answers each prompt. Loads a model once for each set of options."""
         prompts: Any = model_input
         options = dict(params or {})
         seed = options.pop("seed", 0)

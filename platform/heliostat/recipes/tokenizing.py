@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBase:
-    """Loads the datasets' tokenizer, which appends the end of a document to each text; ConfigError if they don't share one."""
+    """Loads the datasets' tokenizer, which appends the end-of-document token to each text. Raises ConfigError if the datasets
+    have different tokenizers."""
     from tokenizers import Tokenizer, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +31,8 @@ def of_datasets(sources: list[Manifest], longest: int) -> PreTrainedTokenizerBas
 
 
 def definition(sources: list[Manifest]) -> bytes:
-    """Reads the datasets' `tokenizer.json`; ConfigError if they don't share one, DataError if the file is missing."""
+    """Reads the datasets' `tokenizer.json`. Raises ConfigError if the datasets have different tokenizers, and DataError if the
+    file is missing."""
     if len({source.meta.get("tokenizer") for source in sources}) > 1:
         raise ConfigError("data.sources: the datasets have different tokenizers. Prepare them with one")
     if "tokenizer" not in sources[0].meta:
@@ -47,7 +49,7 @@ def definition(sources: list[Manifest]) -> bytes:
 
 
 def of_folder(folder: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a pretrained model; it pads with its end token if it has no padding token."""
+    """Loads the tokenizer of a pretrained model. If the tokenizer has no padding token, it pads with its end token."""
     from transformers import AutoTokenizer
 
     from heliostat.recipes.pretrained import from_folder
@@ -59,18 +61,18 @@ def of_folder(folder: str) -> PreTrainedTokenizerBase:
 
 
 def fit_vocabulary(config: PreTrainedConfig, key: str, wanted: int | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the tokenizer's size and special tokens in a text configuration; ConfigError if `wanted`, from the job's `key`, is
-    too small."""
+    """Sets the vocabulary size and the special tokens of a text configuration. Raises ConfigError if `wanted`, the value of the
+    job's `key`, is below the tokenizer's size."""
     size = len(tokenizer)
     if wanted is not None and wanted < size:
         raise ConfigError(f"{key}: {wanted} is below the tokenizer's size {size}")
-    config.vocab_size = wanted or -(-size // 64) * 64  # a multiple that matrix units like
+    config.vocab_size = wanted or -(-size // 64) * 64  # matrix units are fast with multiples of 64
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
 
 
 class Tokens(NamedTuple):
-    """Holds texts as tokens, both int64 [texts, length], and whether a text was truncated (bool [texts])."""
+    """Contains tokenized texts. `ids` and `mask`: int64 [texts, length]. `cut`: bool [texts], whether a text was truncated."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -78,7 +80,7 @@ class Tokens(NamedTuple):
 
 
 def tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> Tokens:
-    """Tokenizes texts with padding; a text that is too long keeps its first tokens and the end token."""
+    """Tokenizes texts with padding. A text that is too long keeps its first tokens and the end token."""
     from heliostat.recipes.batches import pad
 
     whole, fill = tokenizer(texts, verbose=False)["input_ids"], tokenizer.pad_token_id

@@ -1,7 +1,7 @@
-"""Builds a model without memory for its weights, which another worker or a folder fills later.
+"""Builds a model without memory for its weights. Another worker or a folder provides the weights later.
 
-During construction, parameters have only shapes (torch's meta device); buffers are real. `put` then sets a parameter's values
-on the training device, in the training precision. A parameter stays the same object, so references to it (tied weights,
+During construction, parameters have only shapes (torch's meta device), while buffers have values. Later, `put` sets a parameter's
+values on the training device, in the training precision. A parameter stays the same object, so references to it (tied weights,
 optimizers) stay valid.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Locates the folder with the values of a module's tensors, by their names in the module."""
+    """Describes a folder that contains the values of a module's tensors. `tensors`: the module's tensors, by name."""
 
     module: torch.nn.Module
     folder: Path
@@ -29,19 +29,21 @@ _building = ContextVar[list[Pretrained] | None]("weightless", default=None)
 
 
 def wanted() -> bool:
-    """Checks whether models are built without weights now; a recipe then loads none."""
+    """Checks whether models are built without weights now. If so, a recipe must not load weights."""
     return _building.get() is not None
 
 
 def comes_from(module: torch.nn.Module, folder: str | Path) -> None:
-    """Records that a module's weights, as they are now, come from a folder. Does nothing if the module was built with weights."""
+    """Records that a module's current weights come from a folder. Does nothing outside `building`, where modules are built with
+    weights."""
     if (noted := _building.get()) is not None:
         noted.append(Pretrained(module, Path(folder), dict(module.state_dict(keep_vars=True))))
 
 
 @contextmanager
 def building() -> Iterator[list[Pretrained]]:
-    """Makes modules that are built inside register parameters without memory; yields the list of folders that recipes record."""
+    """Makes modules that are built inside the context register parameters without memory. Yields a list, to which recipes add the
+    folders of their weights."""
     register = torch.nn.Module.register_parameter
 
     def without(module: torch.nn.Module, name: str, param: torch.nn.Parameter | None) -> None:
@@ -60,18 +62,18 @@ def building() -> Iterator[list[Pretrained]]:
 
 
 def empty(param: torch.nn.Parameter) -> None:
-    """Removes a parameter's values; its shape and attributes stay."""
+    """Removes a parameter's values. The parameter keeps its shape and attributes."""
     put(param, torch.empty_like(param, device="meta"))
 
 
 def empty_all(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """Removes the values of all parameters; yields each parameter that the model then has, and its values."""
+    """Removes the values of all parameters. Yields each parameter of the model with its former values."""
     for param in list(model.parameters()):
         values = param.detach()
         try:
             empty(param)
             yield param, values
-        except RuntimeError:  # a graph of autograd refers to it
+        except RuntimeError:  # an autograd graph refers to the parameter
             placeholder = torch.nn.Parameter(values.to("meta"), requires_grad=param.requires_grad)
             placeholder.__dict__.update(param.__dict__)
             for module in model.modules():
@@ -80,7 +82,8 @@ def empty_all(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, torc
 
 
 def put(param: torch.nn.Parameter, values: torch.Tensor) -> None:
-    """Gives a parameter values on any device, of any type and shape; hooks on its gradient are lost."""
+    """Sets a parameter's values. The new values may have another device, dtype, and shape. The hooks on the parameter's gradient
+    are lost."""
     replacement = torch.nn.Parameter(values.detach(), requires_grad=param.requires_grad)
     replacement.__dict__.update(param.__dict__)
     torch.utils.swap_tensors(param, replacement)

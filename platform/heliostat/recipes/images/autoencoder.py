@@ -1,13 +1,15 @@
-"""Trains an AutoencoderKL of `diffusers` on text-to-image datasets: latent diffusion from scratch, without downloads.
+"""Trains an AutoencoderKL of `diffusers` on text-to-image datasets, so that latent diffusion starts from scratch, without
+downloads.
 
     recipe: heliostat.recipes:Autoencoder
     model: {block_out_channels: [32, 64], latent_channels: 4, kl_weight: 1.0e-6, ...}      # any key of AutoencoderKL; or
     model: {pretrained: FOLDER, kl_weight: 1.0e-6}
 
-A sample's loss is the mean absolute error of its reconstruction plus `kl_weight` times the mean divergence of its latents from a
-standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114). The export is a plain diffusers folder whose
-`scaling_factor` gives latents of the training images a standard deviation of one; `model.autoencoder: {pretrained: FOLDER}` of a
-text-to-image job takes it, and so does `latents:` of an image pipeline.
+A sample's loss has two terms. The first is the mean absolute error of its reconstruction. The second is `kl_weight` times the
+mean divergence of its latents from a standard normal distribution (Kingma and Welling 2013, arXiv 1312.6114).
+
+The export is a plain diffusers folder. Its `scaling_factor` gives latents of the training images a standard deviation of one.
+Text-to-image jobs use the folder in `model.autoencoder: {pretrained: FOLDER}`, and image pipelines in `latents:`.
 """
 
 from __future__ import annotations
@@ -40,12 +42,12 @@ from heliostat.text import brief
 
 BUILT_IN = {"Autoencoder": ("diffusers",)}
 SHOWN = 8  # images in the grid, each next to its reconstruction
-SCALED = 256  # images that the scaling factor is measured on
+SCALED = 256  # images to measure the scaling factor
 
 
 class Coder(nn.Module):
-    """Encodes images, samples latents with the given noise, and decodes them, in one forward pass: returns the reconstructions
-    and the parameters of the latents' distribution."""
+    """Encodes images, samples latents with the given noise, and decodes the latents, in one forward pass. Returns the
+    reconstructions, and the parameters of the latents' distribution."""
 
     def __init__(self, vae: nn.Module) -> None:
         super().__init__()
@@ -94,7 +96,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def bind(self, sources: list[Manifest]) -> None:
         self.sources, self.facts = sources, rows.facts(sources, True)
         if self.facts.content != "images":
-            raise ConfigError("data.sources: an autoencoder needs images, and these datasets hold latents")
+            raise ConfigError("data.sources: an autoencoder needs images, but these datasets contain latents")
         channels = self.facts.channels
         if self.pretrained:
             if self.config["in_channels"] != channels:
@@ -109,10 +111,10 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
                 blocks = len(self.config["block_out_channels"])
                 raise ConfigError(
                     f"model.block_out_channels: {blocks} blocks need image sides that are multiples of "
-                    f"{self.factor}, and the images have {side}"
+                    f"{self.factor}, but the images have a side of {side}"
                 )
         with torch.device("meta"):
-            self.build()  # what makes no sense is found here
+            self.build()  # fails if the keys don't fit together
 
     @property
     def factor(self) -> int:
@@ -170,7 +172,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         n = sums["samples"]
         error, divergence = sums["error"] / n, sums["divergence"] / n
-        psnr = 10 * math.log10(4 / max(sums["squared"] / n, 1e-10))  # pixels span 2
+        psnr = 10 * math.log10(4 / max(sums["squared"] / n, 1e-10))  # pixel values have a range of 2
         return {"loss": error + self.kl_weight * divergence, "error": error, "divergence": divergence, "psnr": psnr}
 
     def flops_per_sample(self, model: nn.Module) -> float:
@@ -201,7 +203,7 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     @torch.no_grad()
     def _deviation(self, model: Any) -> float:
-        """Measures the standard deviation of the latents of some images."""
+        """Measures the standard deviation of the latents of some training images."""
         images = np.stack([i for i in real_images(self.sources, SCALED)[0] if i.shape[:2] == self.facts.size[::-1]])
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return float(torch.cat([model.vae.encode(part).latent_dist.mean for part in pixels.split(32)]).std())
@@ -211,7 +213,12 @@ class Autoencoder(Recipe, Evaluates, Serves, Draws):
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
         scale = folder_config("model", str(folder))["scaling_factor"]
-        return [("autoencoder", f"encodes squares of {self.factor} pixels as one latent each; scaling factor {scale:.4g}")]
+        return [
+            (
+                "autoencoder",
+                f"encodes each square of {self.factor} x {self.factor} pixels as one latent; scaling factor {scale:.4g}",
+            )
+        ]
 
     @staticmethod
     def exported(folder: Path, model: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,5 @@
-"""Serves the exported autoencoder with MLflow, which copies this file: base64 PNG files in, their reconstructions out."""
+"""Serves the exported autoencoder with MLflow, which copies this file into the model. Requests contain PNG files in base64, and
+responses contain their reconstructions in the same form."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 from PIL import Image
 
 

@@ -1,4 +1,4 @@
-"""Embeds texts and images with a CLIP's folder like its recipe: in one space, with length 1."""
+"""Embeds texts and images with the CLIP model in a folder, in the same way as its recipe: in one space, with length 1."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def is_one(folder: Path) -> bool:
-    """Tells whether a folder holds a CLIP."""
+    """Checks whether a folder contains a CLIP model."""
     try:
         settings = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):

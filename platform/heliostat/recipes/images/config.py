@@ -35,7 +35,7 @@ from heliostat.storage.hub import files
 from heliostat.storage.records import Format
 from heliostat.text import brief
 
-Keys = dict[str, Any]  # of a configuration of diffusers
+Keys = dict[str, Any]  # of a diffusers configuration
 CONFIG = Format(Keys, "model's configuration", ConfigError)
 BACKBONES: dict[str, Any] = {
     "unet": UNet2DConditionModel,
@@ -47,24 +47,24 @@ TEXT_WIDTHS = {
     "pixart": ("caption_channels",),
     "sd3": ("joint_attention_dim", "pooled_projection_dim"),
 }
-VOCABULARIES = (".txt", ".model", ".tiktoken")  # of tokenizers, in addition to JSON: merges.txt, vocab.txt, spiece.model
+VOCABULARIES = (".txt", ".model", ".tiktoken")  # suffixes of tokenizer files other than JSON: merges.txt, vocab.txt, spiece.model
 
 Sampler = Literal["ddpm", "ddim", "dpm++", "euler"]
 
 
 class Text(Strict):
-    """Describes the text encoder: a CLIP text encoder with these keys, trained with the model, or `pretrained`: a folder (CLIP
-    or T5), which stays frozen."""
+    """Describes the text encoder. With `pretrained`, it is a frozen CLIP or T5 text encoder from a folder. Without it, it is a
+    CLIP text encoder with these keys, which is trained with the model."""
 
     pretrained: str | None = None
-    """Folder with a CLIP or T5 text encoder, which stays frozen; only `length` may accompany it. Unset: a CLIP text encoder with
-    the keys below, trained with the model."""
+    """Folder with a CLIP or T5 text encoder, which stays frozen. You can combine it only with `length`. Unset: a CLIP text
+    encoder with the keys below, which is trained with the model."""
     length: int = Field(default=77, gt=1)
     """Maximum tokens of a caption; longer captions are truncated."""
     hidden_size: int = Field(default=256, gt=0)
-    """Width."""
+    """Width of the text encoder."""
     num_hidden_layers: int = Field(default=2, gt=0)
-    """Layers."""
+    """Number of layers."""
     num_attention_heads: int = Field(default=4, gt=0)
     """Number of attention heads; must divide hidden_size."""
     intermediate_size: int = Field(default=1024, gt=0)
@@ -86,41 +86,42 @@ class Folder(Strict):
 
 class Features(Folder):
     images: int = Field(default=5000, gt=1)
-    """Maximum number of real images that generated ones are compared with."""
+    """Maximum number of real images to compare generated images with."""
 
 
 class Prompt(Strict):
     text: str = Field(min_length=1)
-    """Images to generate after every evaluation."""
+    """Prompt to generate images for after every evaluation."""
     label: str | None = None
-    """Captions from the datasets whose images the classifier of `judge` scores. Unset: images are generated, but not scored."""
+    """Label that the classifier of `judge` should see in these images. Unset: images are generated, but not scored."""
 
 
 class Samples(Strict):
     """Describes the samples after every evaluation, and the defaults of `generate`."""
 
     prompts: list[Prompt] = []
-    """Samples to generate after every evaluation."""
+    """Prompts to generate images for after every evaluation."""
     seed: int = Field(default=0, ge=0)
     """Random seed of the first image; each further image uses the next seed."""
     steps: int = Field(default=30, gt=0)
-    """Sampling steps."""
+    """Number of sampling steps."""
     guidance: Float = Field(default=4.0, ge=0)
     """Classifier-free guidance scale: how strictly images follow the prompt; 1 turns guidance off."""
     sampler: Sampler | None = None
-    """Sampler; `euler` needs prediction `flow`, the others don't support it. Unset: `ddim`, or `euler` for flow."""
+    """Sampler. With prediction `flow`, only `euler` is supported. With other predictions, `euler` isn't supported. Unset: `euler`
+    for `flow`, else `ddim`."""
     per_prompt: int = Field(default=4, gt=0)
     """Images per prompt."""
     judge: bool = False
     """Scores samples of labeled prompts with a classifier trained on the real images, see docs/diffusion.md#scores-and-samples"""
     features: Features | None = None
-    """Folder of an image model of `transformers` whose features FID and KID use. Unset: neither is computed."""
+    """Folder of an image model of `transformers` whose features FID and KID use. Unset: FID and KID aren't computed."""
 
 
 class Model(Strict):
     backbone: Keys
-    """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If unset, channels,
-    sizes, and the text width follow from the data."""
+    """`arch: unet`, `pixart` or `sd3` with the keys of that class in diffusers, or `pretrained: FOLDER`. If you don't set
+    channels, sizes, and the text width, they follow from the data."""
     text: Text = Text()
     """The text encoder."""
     autoencoder: Folder | None = None
@@ -134,7 +135,8 @@ class Model(Strict):
 
 
 def backbone_class(keys: Keys) -> tuple[str, Any]:
-    """Finds the (name, class) of `model.backbone`; ConfigError for an unknown one, or for keys that the class doesn't have."""
+    """Returns the name and the class of `model.backbone`. Raises ConfigError for an unknown backbone, or for keys that the class
+    doesn't have."""
     if "pretrained" in keys:
         if extra := sorted(set(keys) - {"pretrained"}):
             raise ConfigError(
@@ -144,7 +146,9 @@ def backbone_class(keys: Keys) -> tuple[str, Any]:
         for name, cls in BACKBONES.items():
             if cls.__name__ == kind:
                 return name, cls
-        raise ConfigError(f"model.backbone.pretrained: {keys['pretrained']!r} holds a {kind!r}, which isn't a supported backbone")
+        raise ConfigError(
+            f"model.backbone.pretrained: {keys['pretrained']!r} contains a {kind!r}, which isn't a supported backbone"
+        )
     name = str(keys.get("arch"))
     if name not in BACKBONES:
         raise ConfigError(f"model.backbone.arch: {name!r} isn't a backbone{nearest(name, list(BACKBONES))}")
@@ -165,7 +169,7 @@ def folder_config(key: str, folder: str) -> Keys:
 
 
 def load_or_build(cls: Any, folder: str | Path) -> Any:
-    """Loads a diffusers model in fp32 from a folder, or builds it without weights if no weights are wanted."""
+    """Loads a diffusers model in fp32 from a folder. Inside `weightless.building`, builds it without weights instead."""
     if weightless.wanted():
         model = cls.from_config(cls.load_config(folder))
         weightless.comes_from(model, folder)
@@ -205,8 +209,8 @@ def build_text_encoder(text: Text, vocabulary: int, end: int) -> CLIPTextModel:
 
 
 def require_weights(key: str, folder: str) -> None:
-    """Checks that the weights of a frozen model are safetensors, because its digest doesn't cover `.bin` files; ConfigError if
-    not."""
+    """Raises ConfigError unless the weights of a frozen model are safetensors files, because the model's digest doesn't cover
+    `.bin` files."""
     if not any(Path(folder).glob("*.safetensors")) and not files.absent_weights(Path(folder)):
         raise ConfigError(f"{key}: {folder!r} has no safetensors weights. Save the model with save_pretrained")
 
@@ -218,7 +222,7 @@ def frozen_text_encoder(folder: str, dtype: torch.dtype = torch.float32) -> torc
 
 
 def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
-    """Counts the bytes of a frozen autoencoder from its configuration, or of a frozen text encoder from its folder; reads no
+    """Counts the bytes of a frozen autoencoder from its configuration, or of a frozen text encoder from its folder. Reads no
     weights."""
     with torch.device("meta"):
         if isinstance(config, dict):
@@ -231,7 +235,8 @@ def frozen_bytes(config: Keys | str, dtype: torch.dtype) -> int:
 
 
 def tokenizer_folder(folder: str) -> Path:
-    """Finds the tokenizer of a frozen text encoder: in its folder, or in `../tokenizer`, where diffusers' pipelines have it."""
+    """Finds the tokenizer of a frozen text encoder: in the encoder's folder, or in `../tokenizer`, as in the pipelines of
+    diffusers."""
     return Path(folder) if any(Path(folder).glob("tokenizer*")) else Path(folder).parent / "tokenizer"
 
 
@@ -262,10 +267,10 @@ def folder_digest(folder: str) -> str:
 
 
 def tokenizer_digest(folder: str) -> str | None:
-    """Computes a digest of the files of a frozen text encoder's tokenizer that the folder's digest doesn't cover; None if
-    there are none.
+    """Computes a digest of the tokenizer files of a frozen text encoder that the folder's digest doesn't cover. Returns None if
+    there are no such files.
 
-    Datasets' manifests record it next to the folder's digest.
+    The manifests of datasets record it next to the folder's digest.
     """
     place = tokenizer_folder(folder)
     suffixes = (*VOCABULARIES, *(() if place == Path(folder) else (".json",)))
@@ -279,7 +284,7 @@ def _sha256(path: Path) -> str:
 
 
 def _digest(listed: Mapping[str, str]) -> str:
-    """Computes the digest of files by their names and SHA-256."""
+    """Computes the digest of files from their names and SHA-256 digests."""
     digest = hashlib.sha256()
     for name, content in sorted(listed.items()):
         digest.update(name.encode())

@@ -1,7 +1,7 @@
-"""Loads an exported text-to-image model: the folder of a diffusers pipeline, with every part that it needs.
+"""Loads an exported text-to-image model from the folder of a diffusers pipeline, which contains all parts of the model.
 
-With a U-Net in the latents of an AutoencoderKL, conditioned by CLIP, it is a StableDiffusionPipeline; any other model is the
-TextToImagePipeline of `pipeline.py`, which is in the folder.
+A diffusion model with a U-Net, an AutoencoderKL, and a CLIP text encoder is a StableDiffusionPipeline. Any other model is the
+TextToImagePipeline of `pipeline.py`, and its folder contains a copy of that file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ REQUIREMENTS = ("mlflow", "torch", "transformers", "accelerate", "diffusers", "p
 
 
 def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFast:
-    """Adapts a dataset's tokenizer to a text encoder: the caption, then end tokens up to the length."""
+    """Adapts a dataset's tokenizer to a text encoder. It appends an end token to the caption, and pads with end tokens up to
+    `length`."""
     raw = Tokenizer.from_str(definition.decode())
     token = raw.id_to_token(end)
     raw.post_processor = TemplateProcessing(single=f"$A {token}", special_tokens=[(token, end)])
@@ -33,7 +34,7 @@ def tokenizer(definition: bytes, end: int, length: int) -> PreTrainedTokenizerFa
 
 
 def load(folder: Path) -> Any:
-    """Loads the exported pipeline in fp32, onto the GPU if there is one."""
+    """Loads the exported pipeline in fp32. Uses the GPU if there is one."""
     index = json.loads((folder / "model_index.json").read_text())
 
     def part(name: str) -> Any:

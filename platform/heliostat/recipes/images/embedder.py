@@ -4,9 +4,11 @@
     model: {arch: clip, projection_dim: 64, text_config: {...}, vision_config: {...}, temperature: 0.07}
     model: {pretrained: /models/clip-vit-base-patch32, ...}    # weights, tokenizer and image processor of a folder
 
-A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`): the caption is the query for its image. For
-the loss and the scores, see `heliostat.recipes.pairs`; scores of captions retrieved by their images have the prefix
-`caption_`. The temperature is a constant of the job; the export stores it as CLIP's `logit_scale`.
+A sample is a square image with a caption (`heliostat.pipelines:ImagePipeline`). The caption is the query for its image.
+`heliostat.recipes.pairs` describes the loss and the scores. Scores with the prefix `caption_` are for the opposite direction, in
+which images retrieve their captions.
+
+The temperature is a constant of the job. The export stores it as CLIP's `logit_scale`.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ from heliostat.text import brief
 BUILT_IN = {"ImageEmbedder": ("transformers",)}
 CLIP = ModelKind("model of images and texts", ("clip",), "clip")
 PARTS: dict[str, type[PreTrainedConfig]] = {"text_config": CLIPTextConfig, "vision_config": CLIPVisionConfig}
-OLD_END = 2  # the end of a text by which CLIP's class takes a folder for one of the first, whose end it did not know
-BACK = "caption_"  # before the names of scores of captions that are found by their images
+OLD_END = 2  # with this end token, CLIP's class assumes an early folder, whose end token is recorded wrongly
+BACK = "caption_"  # prefix of the scores for captions that images retrieve
 
 
 class Clip(CLIPModel):
@@ -61,13 +63,13 @@ class Clip(CLIPModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Tells transformers to initialize the weights as CLIPModel's. For a class that it doesn't know, it skips some
-        modules."""
+        """Returns False, so that transformers initializes the weights as it does for CLIPModel. For an unknown class,
+        transformers skips some modules."""
         return False
 
 
 class ImageEmbedderKeys(PairKeys):
-    """Defines the keys of `model` in addition to those of its architecture."""
+    """Defines the keys of `model` that don't belong to the architecture."""
 
     temperature: Float = Field(0.07, gt=0)
     """Temperature: divides the cosine similarities in the loss."""
@@ -87,7 +89,7 @@ class ImageEmbedder(EmbedsPairs):
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration; ConfigError for invalid keys."""
+        """Makes the model's configuration. Raises ConfigError for invalid keys."""
         keys = {k: v for k, v in self.job.model.items() if k not in OWN}
         if self.pretrained:
             if extra := sorted(keys.keys() - {"pretrained"}):
@@ -113,7 +115,7 @@ class ImageEmbedder(EmbedsPairs):
         self.sources = sources
         facts = rows.facts(sources, True)
         if facts.content != "images":
-            raise ConfigError("data.sources: an embedder needs images, and these datasets hold latents")
+            raise ConfigError("data.sources: an embedder needs images, but these datasets contain latents")
         sizes = {(m.meta["size"][0], m.meta["size"][1]) for m in sources}
         if len(sizes) > 1 or facts.size[0] != facts.size[1]:
             shown = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
@@ -127,10 +129,11 @@ class ImageEmbedder(EmbedsPairs):
                 raise ConfigError(f"data.sources: the tokenizer ends texts with token {OLD_END}, which CLIP doesn't recognize as "
                     "the end. Prepare the datasets with another tokenizer")  # fmt: skip
         with torch.device("meta"):
-            self.build()  # what makes no sense is found here
+            self.build()  # fails if the keys don't fit together
 
     def _fit(self, channels: int, side: int) -> None:
-        """Sets the image-dependent values of the configuration; ConfigError if the images contradict the job."""
+        """Sets the values of the configuration that depend on the images. Raises ConfigError if the job's keys don't fit the
+        images."""
         vision, keys = self.config.vision_config, self.job.model.get("vision_config", {})
         for key, value, what in (("num_channels", channels, "channels"), ("image_size", side, "pixels per side")):
             if self.pretrained and getattr(vision, key) != value:
@@ -163,7 +166,7 @@ class ImageEmbedder(EmbedsPairs):
     def build(self) -> PreTrainedModel:
         model = super().build()
         scale = torch.tensor(-math.log(self.temperature), dtype=torch.float32, device=model.get_buffer("logit_scale").device)
-        building.put_buffer(model, "logit_scale", scale)  # built divided, it would be of the run's precision
+        building.put_buffer(model, "logit_scale", scale)  # if ZeRO-3 partitions the model, the buffer has the run's precision
         return model
 
     def exact(self, model: torch.nn.Module) -> list[str]:
@@ -205,7 +208,7 @@ class ImageEmbedder(EmbedsPairs):
 
 
 def _check_parts(keys: dict[str, object]) -> None:
-    """Raises ConfigError for an unknown key in a part's configuration."""
+    """Raises ConfigError for an unknown key in `text_config` or `vision_config`."""
     for name, kind in PARTS.items():
         if not isinstance(part := keys.get(name, {}), dict):
             raise ConfigError(f"model.{name}: expected a mapping with keys of {kind.__name__}, got {brief(part)}")
@@ -216,13 +219,14 @@ def _check_parts(keys: dict[str, object]) -> None:
 
 
 def processor_of_size(side: int, channels: int) -> CLIPImageProcessorPil:
-    """Makes a processor for square images, which maps pixels to [-1, 1]."""
+    """Makes an image processor for square images, which maps pixels to [-1, 1]."""
     return CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False, do_convert_rgb=channels == 3,
                                  image_mean=[0.5] * channels, image_std=[0.5] * channels)  # fmt: skip
 
 
 def processor_of_folder(folder: str) -> CLIPImageProcessorPil:
-    """Loads the processor of a pretrained model; ConfigError unless it only normalizes pixels of the right size."""
+    """Loads the image processor of a pretrained model. Raises ConfigError unless it scales pixels from [0, 255] to [0, 1], and
+    normalizes them by mean and deviation."""
     with exported.using(Path(folder)):
         processor = from_folder("model.pretrained", AutoImageProcessor, folder, backend="pil")
     if not (processor.do_rescale and processor.do_normalize and abs(processor.rescale_factor * 255 - 1) < 1e-6):

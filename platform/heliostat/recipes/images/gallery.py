@@ -1,9 +1,9 @@
-"""Generates images that show the progress of a text-to-image run: fixed prompts and seeds, a grid, and a classifier's
-predictions.
+"""Generates images that show the progress of a text-to-image run, from fixed prompts and seeds. The results are a grid of images,
+and the predictions of a classifier.
 
-Conditional accuracy: a classifier trained on the real images predicts the label of each image. The score is the fraction of
-images with the label of their prompt. The report also shows the classifier's accuracy on held-out real images, and the chance
-level.
+Conditional accuracy: a classifier that was trained on the real images predicts the label of each image. The score is the fraction
+of images whose predicted label is the label of their prompt. The report also shows the classifier's accuracy on held-out real
+images, and the chance level.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from heliostat.recipes.images.pipeline import denoise, generators
 if TYPE_CHECKING:
     from heliostat.recipes.images.quality import Reference
 
-Say = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of what is noisy, at a time: the prediction
+Say = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (noisy tensors, times) -> predictions
 SHOWN_SIDE = 64  # pixels; smaller pictures are enlarged in the grid
-GAP = 4  # grey pixels after each
+GAP = 4  # gray pixels after each picture
 
 
 class DrawingRecipe(Protocol):
@@ -54,7 +54,7 @@ class PromptGallery:
         self.labels = [p.label for p in self.samples.prompts]
         self.count = len(self.prompts) * self.samples.per_prompt
         self._judge: Judge | None = None
-        self._reference: Reference | None = None  # of real images, for FID and KID
+        self._reference: Reference | None = None  # features of real images, for FID and KID
 
     def item(self, number: int) -> tuple[str, int]:
         """Returns an image's prompt and seed."""
@@ -105,7 +105,7 @@ class PromptGallery:
         return self._judge
 
     def demonstrate(self, folder: Path) -> list[tuple[str, str]]:
-        """Generates each prompt once with the exported model, and names the classifier's prediction."""
+        """Generates one image for each prompt with the exported model. Returns the classifier's prediction for each image."""
         pipeline = diffusers_folder.load(folder)
         draws = generators([self.samples.seed + i for i in range(len(self.prompts))])
         steps, guidance = self.samples.steps, self.samples.guidance
@@ -117,8 +117,8 @@ class PromptGallery:
 
 
 def grid(pictures: list[np.ndarray], columns: int) -> np.ndarray:
-    """Arranges all images, of one size, in rows, with small ones enlarged, to uint8 [height, width, channels]. Returns a
-    single image unchanged."""
+    """Arranges images of the same size in rows, with small images enlarged. Returns uint8 [height, width, channels]. A single
+    image stays unchanged."""
     pictures = [p if p.ndim == 3 else p[:, :, None] for p in pictures]
     if len(pictures) == 1:
         return pictures[0]

@@ -26,7 +26,7 @@ AT_ONCE = 16
 
 
 class PictureOptions(Strict):
-    """Describes the options of an image; missing ones come from the job's `samples`."""
+    """Describes the options of an image. Missing options come from the job's `samples`."""
 
     steps: int | None = Field(None, ge=1)
     guidance: Float | None = Field(None, ge=0)
@@ -42,8 +42,8 @@ class Drawing(PictureOptions):
 
 
 class ImageCanvas:
-    """Loads an exported model at its first image, and generates. `size`: the model's own image size; `defaults`: the job's
-    `samples`."""
+    """Generates images with an exported model, which it loads for the first image. `size`: the model's own image size.
+    `defaults`: from the job's `samples`."""
 
     def __init__(self, folder: Path) -> None:
         job: Any = exported.read(folder).job
@@ -69,7 +69,8 @@ class ImageCanvas:
         return side, side
 
     def scheduler(self, options: PictureOptions) -> Any:
-        """Makes the requested scheduler; None for the export's own. ConfigError if the model doesn't support it."""
+        """Makes the scheduler of the requested sampler. Returns None if no sampler is requested: then the export's own scheduler
+        is used. Raises ConfigError if the model doesn't support the options."""
         for side in ("width", "height"):
             if (value := getattr(options, side)) and value % self.factor:
                 raise ConfigError(f"generate: {side}: {value} isn't a multiple of {self.factor} pixels, the side of a latent")
@@ -101,7 +102,7 @@ class ImageGenerator:
         self.options = validate(Drawing, options, "generate")
         self.canvas = ImageCanvas(folder)
         self.canvas.scheduler(self.options)
-        self.canvas.pipeline  # noqa: B018 (loads the model: what is wrong with it is found now)
+        self.canvas.pipeline  # noqa: B018 (loads the model, so that its errors are raised now)
 
     def __call__(self, requests: list[Request]) -> list[Generated]:
         for request in requests:

@@ -1,13 +1,14 @@
-"""Initializes the weights of a backbone like the networks' authors, where diffusers keeps torch's default.
+"""Initializes the weights of a backbone as its authors did. diffusers keeps torch's default initialization.
 
-U-Net: the last layer of every residual branch, and of the network, is zero, so that it begins as the identity and outputs
-nothing (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol 2021, arXiv 2105.05233: `zero_module`
-in openai/guided-diffusion, which latent diffusion took over; Rombach et al. 2022, arXiv 2112.10752). PixArt:
-`initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426), which is DiT's (Peebles and Xie 2022,
-arXiv 2212.09748) with cross-attention that begins as zero. SD3's authors have published none, and it keeps diffusers'.
+- U-Net: the last layer of every residual branch is zero, so that the branch begins as the identity. The last layer of the network
+  is zero too, so that the network outputs zeros. (Ho et al. 2020: `init_scale=0.` in hojonathanho/diffusion; Dhariwal and Nichol
+  2021, arXiv 2105.05233: `zero_module` in openai/guided-diffusion; latent diffusion also uses it, Rombach et al. 2022, arXiv
+  2112.10752.)
+- PixArt: `initialize_weights` of PixArt-alpha/PixArt-alpha (Chen et al. 2023, arXiv 2310.00426). It is DiT's initialization
+  (Peebles and Xie 2022, arXiv 2212.09748), with cross-attention that begins as zero.
+- SD3: its authors have published no initialization, so it keeps diffusers' weights.
 
-Every rank draws the numbers on the CPU, in the order of the modules, so every ZeRO stage and device starts with the same
-weights.
+Every rank draws the numbers on the CPU, in the order of the modules. So every ZeRO stage and device starts with the same weights.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import nn
 
 from heliostat.recipes.partitioning import assign, shape
 
-EMBEDDING_STD = 0.02  # of PixArt's layers that take in the timestep and the caption
+EMBEDDING_STD = 0.02  # standard deviation in PixArt's timestep and caption layers
 
 
 def initialise(arch: str, backbone: Any) -> None:
-    """Initializes the weights of a new backbone; does nothing if it has no storage."""
+    """Initializes the weights of a new backbone. Does nothing if the backbone is on the meta device."""
     if next(backbone.parameters()).is_meta or arch == "sd3":
         return
     with torch.no_grad():
@@ -48,7 +49,7 @@ def _unet(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
             yield from _zero(module.conv2)
         elif isinstance(module, Transformer2DModel):
             yield from _zero(module.proj_out)
-        elif isinstance(module, Attention) and module.residual_connection:  # those in a Transformer2DModel have none of their own
+        elif isinstance(module, Attention) and module.residual_connection:  # not inside a Transformer2DModel
             yield from _zero(module.to_out[0])
     yield from _zero(backbone.conv_out)
 
@@ -58,7 +59,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
     embedder = time.emb.timestep_embedder
     small = {embedder.linear_1, embedder.linear_2, time.linear, caption.linear_1, caption.linear_2}
     nothing = {block.attn2.to_out[0] for block in backbone.transformer_blocks} | {backbone.proj_out}
-    fused = dict[nn.Module, int]()  # matrices that are one in the original, of which diffusers makes so many
+    fused = dict[nn.Module, int]()  # number of diffusers' matrices that form one original matrix
     for block in backbone.transformer_blocks:
         fused |= {block.attn1.to_q: 3, block.attn1.to_k: 3, block.attn1.to_v: 3, block.attn2.to_k: 2, block.attn2.to_v: 2}
     for module in backbone.modules():
@@ -75,7 +76,7 @@ def _pixart(backbone: Any) -> Iterator[tuple[Any, torch.Tensor]]:
 
 
 def _xavier(matrix: torch.Tensor, parts: int) -> torch.Tensor:
-    """Fills a matrix with Xavier-uniform numbers, bounded by the sum of inputs and outputs. `parts`: the number of such
-    matrices that are one in the original, so their outputs count together."""
+    """Fills a matrix with Xavier-uniform numbers. Their bound depends on the sum of inputs and outputs. `parts`: the number of
+    such matrices that form one matrix in the original; the outputs of all these matrices count."""
     bound = math.sqrt(6 / (matrix.shape[1] + parts * matrix.shape[0]))
     return matrix.uniform_(-bound, bound)

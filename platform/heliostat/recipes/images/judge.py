@@ -1,7 +1,7 @@
-"""Classifies images with a classifier trained on the real images, and measures its accuracy on held-out real ones.
+"""Classifies images with a classifier that is trained on the real images, and measures its accuracy on held-out real images.
 
-The classifier is a support vector machine on the pixels, at most 16 x 16 of them: it trains in seconds, is deterministic, and
-is good enough for small images. Every fifth image measures its accuracy and isn't used in training.
+The classifier is a support vector machine on at most 16 x 16 pixels. It trains in seconds, is deterministic, and is good enough
+for small images. Every fifth image is held out to measure the accuracy.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from heliostat.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SIDE = 16
-LIMIT = 5000  # images; a machine of more takes minutes to train
+LIMIT = 5000  # images; with more, training takes minutes
 HELD = 5
 
 
 class Judge:
     def __init__(self, images: list[np.ndarray], labels: list[str]) -> None:
-        """Trains the classifier on the labeled images; ConfigError if they don't have at least two labels."""
+        """Trains the classifier on the labeled images. Raises ConfigError if the images have fewer than two labels."""
         from sklearn.svm import SVC
 
         self.labels = sorted(set(labels) - {""})
@@ -46,8 +46,8 @@ class Judge:
 
 
 def features(pictures: list[np.ndarray]) -> np.ndarray:
-    """Flattens images to [n, pixels], on one scale. Pixels that are white in every real image are never exactly white in a
-    generated one."""
+    """Flattens images to [n, pixels], with the same scale for all pixels. A scale per pixel doesn't work: pixels that are white
+    in every real image are never exactly white in a generated image."""
     return np.stack([_small(p).ravel() for p in pictures]).astype(np.float32) / 255
 
 
@@ -59,8 +59,8 @@ def _small(picture: np.ndarray) -> np.ndarray:
 def real_images(
     sources: list[Manifest], limit: int = LIMIT, progressed: Callable[[], None] = lambda: None
 ) -> tuple[list[np.ndarray], list[str]]:
-    """Reads at most `limit` images of the datasets with their labels, in the shards' order, which is by hash. Calls back for
-    every row group that it reads."""
+    """Reads at most `limit` images of the datasets, with their labels. The images are in the order of the shards, which is by
+    hash. Calls `progressed` for every row group that it reads."""
     from heliostat.recipes.images.rows import decode
 
     images: list[np.ndarray] = []
@@ -78,7 +78,7 @@ def real_images(
             finally:
                 progressed()
             if isinstance(table, np.ndarray) or "image" not in table.column_names:
-                raise ConfigError("model.samples: the datasets hold no images. Remove judge and features")
+                raise ConfigError("model.samples: the datasets contain no images. Remove judge and features")
             images += [decode(data) for data in table["image"].to_pylist()]
             labels += table["label"].to_pylist()
     return images[:limit], labels[:limit]

@@ -1,11 +1,15 @@
-"""Computes the forward process, which adds noise to images, and the network's target. Pure functions of tensors.
+"""Computes the forward process, which adds noise to images, and the network's target. All functions on tensors are pure.
 
-Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean sqrt(a_t) x_0 and variance 1 - a_t, where a_t is
+Diffusion (Ho et al. 2020, arXiv 2006.11239): q(x_t | x_0) is normal with mean sqrt(a_t) x_0 and variance 1 - a_t. Here, a_t is
 the product of 1 - beta up to t. The network predicts the noise (`epsilon`) or v = sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans
-and Ho 2022, arXiv 2202.00512). Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, s in [0,
-1], and the network predicts noise - x_0. `zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise;
-`min_snr` weights the loss (Hang et al. 2023, arXiv 2303.09556). There the last step would weigh nothing, and never be learnt, so
-with both of them the weight is floored as Salimans and Ho's "truncated SNR" is: as if the ratio were at least one.
+and Ho 2022, arXiv 2202.00512).
+
+Flow matching (`flow`; Liu et al. 2022, arXiv 2209.03003): x_s = (1 - s) x_0 + s noise, with s in [0, 1]. The network predicts
+noise - x_0.
+
+`zero_terminal_snr` (Lin et al. 2023, arXiv 2305.08891) makes the last step pure noise. `min_snr` weights the loss (Hang et al.
+2023, arXiv 2303.09556). With both, the last step would have the weight 0, and the network would never learn it. Then the weight
+is computed as if the signal-to-noise ratio were at least one, like Salimans and Ho's "truncated SNR".
 """
 
 from __future__ import annotations
@@ -22,12 +26,12 @@ from heliostat.recipes.constants import Constant
 from heliostat.schema import Float, Strict
 
 SAMPLERS = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": DPMSolverMultistepScheduler}
-FLOW_STEPS = 1000  # what the network gets of s: s x 1000
+FLOW_STEPS = 1000  # the network gets s x 1000 as its timestep
 
 
 class NoiseObjective(Strict):
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
-    """What the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
+    """Target that the network predicts: the noise, the velocity, or the flow from image to noise (rectified flow)."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
     """How the noise grows over the steps. Not used with flow."""
     beta_start: Float = Field(default=1e-4, gt=0, lt=1)
@@ -69,7 +73,8 @@ class Process:
         self._alphas = None if self.flow else Constant(self.scheduler("ddpm").alphas_cumprod.double())
 
     def scheduler(self, name: str, clip: bool = False) -> Any:
-        """Makes diffusers' scheduler for a sampler; ConfigError if it does not fit. `clip`: x_0 is known to lie in [-1, 1]."""
+        """Makes diffusers' scheduler for a sampler. Raises ConfigError if the sampler doesn't support the prediction. `clip`:
+        clips x_0 to [-1, 1]."""
         valid = ("euler",) if self.flow else ("ddpm", "ddim", "dpm++")
         if name not in valid:
             what = f"a model with prediction {self.objective.prediction!r}"
@@ -84,7 +89,7 @@ class Process:
             "beta_end": o.beta_end,
             "prediction_type": "v_prediction" if o.prediction == "v" else "epsilon",
             "rescale_betas_zero_snr": o.zero_terminal_snr,
-            "timestep_spacing": "trailing",  # from the last step, whatever the number of steps
+            "timestep_spacing": "trailing",  # begins at the last step, for any number of steps
         }
         if name in ("ddpm", "ddim"):
             settings["clip_sample"] = clip
@@ -106,7 +111,7 @@ class Process:
         return t * FLOW_STEPS if self.flow else t
 
     def coefficients(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Computes the factors (of the image, of the noise) in the noisy image, fp32 [n]."""
+        """Computes the image's factor and the noise's factor in the noisy image, each fp32 [n]."""
         if self.flow:
             return (1 - t).float(), t.float()
         assert self._alphas is not None
@@ -118,7 +123,7 @@ class Process:
         return image * clean + part * noise
 
     def target(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Computes the network's target: the noise, v or, for flow matching, noise - image."""
+        """Computes the network's target: the noise, v, or, for flow matching, noise - image."""
         if self.flow:
             return noise - clean
         if self.objective.prediction == "epsilon":

@@ -1,4 +1,5 @@
-"""Holds the trained and frozen models of a text-to-image job, and checks that they fit the data and each other.
+"""Builds the trained models and loads the frozen models of a text-to-image job. Checks that the models fit the data and each
+other.
 
 Frozen encoders are loaded when they are first needed, so ZeRO never shards them.
 """
@@ -26,7 +27,8 @@ from heliostat.recipes.text import masks
 
 
 class Denoiser(nn.Module):
-    """Holds everything that is trained, by a pipeline's names: the backbone and, unless frozen, the text encoder."""
+    """Contains all models that are trained: the backbone and, unless it is frozen, the text encoder. The models have the names
+    that a diffusers pipeline uses."""
 
     def __init__(self, part: str, backbone: nn.Module, text_encoder: nn.Module | None) -> None:
         super().__init__()
@@ -36,7 +38,7 @@ class Denoiser(nn.Module):
             self.text_encoder = text_encoder
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """Runs the backbone. `text`: token ids if the text encoder trains too, else embeddings."""
+        """Runs the backbone. `text`: token ids if the text encoder is also trained, else embeddings."""
         if not text.is_floating_point():
             text = self.text_encoder(input_ids=text)[0]
         return predict(getattr(self, self.part), noisy, t, text.to(noisy.dtype))
@@ -46,31 +48,35 @@ class Parts:
     def __init__(self, model: Model, checkpointing: bool, frozen_type: torch.dtype = torch.float32) -> None:
         """Prepares the models without weights. `frozen_type`: the dtype of the frozen encoders."""
         self.model, self.checkpointing, self.frozen_type = model, checkpointing, frozen_type
-        self._places: dict[str, tuple[torch.device, Arrival]] = {}  # of the frozen encoders
+        self._places: dict[str, tuple[torch.device, Arrival]] = {}  # devices of the frozen encoders
         self.arch, _ = config.backbone_class(model.backbone)
         self.name = "unet" if self.arch == "unet" else "transformer"  # a pipeline's name for the backbone
         self.facts: rows.DatasetFacts | None = None
 
     def bind(self, sources: list[Manifest], one_source: bool) -> None:
-        """Takes the values that the datasets determine; ConfigError if the datasets don't fit the models, or the models don't
-        fit each other."""
+        """Takes values from the datasets. Raises ConfigError if the datasets don't fit the models, or if the models don't fit
+        each other."""
         self.sources, self.facts = sources, rows.facts(sources, one_source)
         f = self.facts
         if f.content == "latents" and self.vae_config is None:
             raise ConfigError(
-                "model.autoencoder: required, because the datasets hold latents. Set it to the autoencoder that computed them"
+                "model.autoencoder: required, because the datasets contain latents. Set it to the autoencoder that computed them"
             )
         folders = {"autoencoder": self.model.autoencoder, "text": self.model.text if self.model.text.pretrained else None}
         for name, digest in f.models.items():
             folder = folders[name]
             if folder is None or config.folder_digest(str(folder.pretrained)) != digest:
-                raise ConfigError(f"model.{name}.pretrained: this model didn't compute the datasets. Set it to the one that did")
+                raise ConfigError(
+                    f"model.{name}.pretrained: this model didn't compute the datasets. Set it to the model that did"
+                )
         if f.text and f.text != (self.model.text.length, self.width):
             raise ConfigError(
-                f"model.text.length: {self.model.text.length} given, but the datasets hold {f.text[0]}. Set it to that"
+                f"model.text.length: {self.model.text.length} given, but the datasets contain {f.text[0]}. Set it to {f.text[0]}"
             )
         if not self.model.text.pretrained and f.tokenizer is None:
-            raise ConfigError("model.text: the datasets have no tokenizer. Prepare them with one, or set model.text.pretrained")
+            raise ConfigError(
+                "model.text: the datasets have no tokenizer. Prepare them with a tokenizer, or set model.text.pretrained"
+            )
         keys, channels = self._given(), self.shape()[0]
         if keys.get("in_channels", channels) != channels:
             raise ConfigError(f"model.backbone.in_channels: {keys['in_channels']} given, but the data has {channels}")
@@ -89,14 +95,17 @@ class Parts:
             if weights:
                 config.require_weights(f"model.{name}.pretrained", str(weights.pretrained))
         with torch.device("meta"):
-            self.build()  # what makes no sense is found here
+            self.build()  # fails if the keys don't fit together
             if "pretrained" in self.model.backbone:
                 self._try(config.BACKBONES[self.arch].from_config(keys))
 
     def presume(self, count: int) -> pa.Table | None:
-        """Derives sizes from the backbone for datasets that don't exist yet, and returns samples of them: latents and
-        embeddings if the job has models for them. None if the job doesn't state sizes, or trains its own text encoder, whose
-        vocabulary comes from the dataset."""
+        """Returns placeholder samples for datasets that don't exist yet, in sizes from the backbone. The samples are latents and
+        embeddings, if the job has models that make these.
+
+        Returns None if the job doesn't set sizes, or if it trains its own text encoder, because then the vocabulary comes from
+        the dataset.
+        """
         if not self.model.text.pretrained or "sample_size" not in self._given():
             return None
         if self.facts is None:
@@ -116,12 +125,12 @@ class Parts:
 
     @cached_property
     def width(self) -> int:
-        """Returns the width of the text's embeddings."""
+        """Returns the width of the text embeddings."""
         return config.text_width(self.model.text)
 
     def text_width(self) -> int:
-        """Returns the width of the text's embeddings. Without datasets, the backbone's value counts, if given, because the
-        encoder's folder may be missing."""
+        """Returns the width of the text embeddings. Without datasets, uses the backbone's key for this width if it is set,
+        because the encoder's folder may be missing."""
         width = self._given().get(config.TEXT_WIDTHS[self.arch][0])
         return width if self.facts is None and width else self.width
 
@@ -133,20 +142,21 @@ class Parts:
     def _answers(self, keys: config.Keys) -> int:
         """Returns the number of channels of the backbone's output."""
         written = "pretrained" in self.model.backbone or "out_channels" in keys
-        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # of the classes; None there means as many as go in
+        default = {"unet": 4, "pixart": 8, "sd3": 16}[self.arch]  # the classes' defaults; None means the number of input channels
         said = keys.get("out_channels", default) if written else None
         return self.shape()[0] if said is None else said
 
     def _conditioned(self, keys: config.Keys) -> bool:
-        """Checks whether a PixArt needs resolutions and aspect ratios: as its key says or, if that is None, if its side is 128
-        latents, like its class."""
+        """Checks whether a PixArt model needs resolutions and aspect ratios. Its key `use_additional_conditions` decides this. If
+        the key is None, a model with a side of 128 latents needs them, as in diffusers' class."""
         said = keys.get("use_additional_conditions")
         known = "pretrained" in self.model.backbone or "use_additional_conditions" in keys
         return self.arch == "pixart" and known and bool(keys.get("sample_size", 128) == 128 if said is None else said)
 
     @torch.no_grad()
     def _try(self, backbone: nn.Module) -> None:
-        """Runs the backbone, without storage, on one sample; ConfigError if it fails or its output has another shape."""
+        """Runs the backbone on one sample, on the meta device. Raises ConfigError if it fails, or if its output has a different
+        shape."""
         shape = (1, *self.shape())
         try:
             said = predict(backbone, torch.zeros(shape), torch.zeros(1), torch.zeros((1, self.model.text.length, self.width)))
@@ -159,8 +169,8 @@ class Parts:
             )
 
     def shape(self, size: tuple[int, int] | None = None) -> tuple[int, int, int]:
-        """Returns the channels, height, and width of the noised tensor, for a `size` (width and height in pixels). Without
-        datasets, the backbone's."""
+        """Returns the channels, height, and width of the noised tensor. `size`: width and height in pixels. Without datasets,
+        returns the backbone's values."""
         if self.facts is None:
             keys = self._given()
             return keys.get("in_channels", 4), keys.get("sample_size", 64), keys.get("sample_size", 64)
@@ -210,7 +220,7 @@ class Parts:
         return config.frozen_text_encoder(str(self.model.text.pretrained), self.frozen_type)
 
     def frozen_on(self, name: str, device: torch.device) -> Any:
-        """Returns a frozen encoder, `vae` or `text_encoder`, on a device, for any stream."""
+        """Returns a frozen encoder (`vae` or `text_encoder`) on a device. Any stream may use it."""
         model = getattr(self, name)
         if name not in self._places or self._places[name][0] != device:
             model.to(device)
@@ -219,8 +229,8 @@ class Parts:
         return model
 
     def companions(self) -> dict[str, Companion]:
-        """Lists the frozen encoders. They are on the device in every step or, if datasets hold their outputs, only while
-        images are generated."""
+        """Lists the frozen encoders. They are on the device in every step. If the datasets contain their outputs, they are on the
+        device only while images are generated."""
         assert self.facts
         parts = {}
         if self.model.text.pretrained:
@@ -231,7 +241,8 @@ class Parts:
         return {name: c for name, c in parts.items() if c.every_step or self.model.samples.prompts}
 
     def rest(self) -> None:
-        """Moves encoders off the device that only image generation needed, because the datasets hold their outputs."""
+        """Moves an encoder off the device if the datasets contain its outputs, because then only image generation needs the
+        encoder."""
         assert self.facts
         idle = {"text_encoder": self.facts.text is not None, "vae": self.facts.content == "latents"}
         resting = [name for name, is_idle in idle.items() if is_idle and self.__dict__.get(name) is not None]
@@ -239,7 +250,7 @@ class Parts:
         for name in resting:
             self.frozen_on(name, torch.device("cpu"))
         if on_gpu:
-            torch.cuda.empty_cache()  # other allocations than the allocator's must find room, too
+            torch.cuda.empty_cache()  # leaves memory for allocations outside torch's allocator
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -269,7 +280,8 @@ class Parts:
 
     @torch.no_grad()
     def conditioning(self, text: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Prepares captions for the model: token ids for the text encoder inside it, embeddings by the frozen one."""
+        """Prepares captions for the model. Returns token ids if the model contains the text encoder, else the embeddings of the
+        frozen encoder."""
         if text.is_floating_point() or not self.model.text.pretrained:
             return text
         assert mask is not None
@@ -278,7 +290,8 @@ class Parts:
 
     @torch.no_grad()
     def clean(self, content: torch.Tensor, posterior: torch.Tensor | None) -> torch.Tensor:
-        """Returns the tensor to noise: pixels, or latents drawn from their distribution (stored, or computed from pixels)."""
+        """Returns the tensor to which noise is added: pixels, or latents drawn from their distribution (stored, or computed from
+        pixels)."""
         if self.vae_config is None:
             return content
         if self.facts and self.facts.content == "images":

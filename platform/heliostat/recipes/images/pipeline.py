@@ -1,8 +1,9 @@
-"""Generates images from prompts as a diffusers pipeline, in pixels or latents. An export holds a copy of this file, so that plain
-diffusers loads it: DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True). It needs nothing but diffusers and
-transformers.
+"""Generates images from prompts as a diffusers pipeline, in pixels or latents. This file needs only diffusers and transformers.
 
-Image i of a call is drawn from its own generator: the same seed gives the same image alone or in a batch.
+An export contains a copy of this file, so that plain diffusers can load it: DiffusionPipeline.from_pretrained(FOLDER,
+trust_remote_code=True).
+
+Each image of a call is drawn from its own generator, so a seed gives the same image alone or in a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 def predict(backbone: Any, noisy: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """Computes the backbone's prediction; `t` [n], `text` [n, tokens, width]; TypeError for a class that isn't a backbone."""
+    """Computes the backbone's prediction. `t`: [n]. `text`: [n, tokens, width]. Raises TypeError for a class that isn't a
+    backbone."""
     kind = type(backbone).__name__
     if kind == "UNet2DConditionModel":
         return backbone(noisy, t, encoder_hidden_states=text).sample
@@ -36,14 +38,14 @@ def tokenize(tokenizer: Any, prompts: list[str]) -> Any:
 
 
 def embed(text_encoder: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Embeds token ids as [n, tokens, width]. T5 masks padding; CLIP attends to it, as in its training."""
+    """Embeds token ids as [n, tokens, width]. T5 masks padding. CLIP attends to padding, as in CLIP's training."""
     if "t5" in text_encoder.config.model_type:
         return text_encoder(input_ids=ids, attention_mask=mask)[0]
     return text_encoder(input_ids=ids)[0]
 
 
 def generators(seeds: list[int]) -> list[torch.Generator]:
-    """Makes a random generator for each seed, on the CPU, so that every device draws the same."""
+    """Makes a random generator for each seed, on the CPU, so that every device draws the same numbers."""
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
@@ -56,9 +58,10 @@ def denoise(
     draws: list[torch.Generator],
     device: Any,
 ) -> torch.Tensor:
-    """Denoises random samples of the shape, fp32. `say(noisy, t)` predicts for [without text; with text], 2n samples.
+    """Denoises random samples of the given shape, in fp32. `say(noisy, t)` returns predictions for 2n samples: n without text,
+    then n with text.
 
-    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598); 1 turns it off.
+    Guidance is classifier-free (Ho and Salimans 2022, arXiv 2207.12598). A guidance of 1 turns it off.
     """
     scheduler.set_timesteps(steps, device=device)
     x = randn_tensor(shape, generator=draws, device=torch.device(device), dtype=torch.float32)
@@ -113,8 +116,8 @@ class TextToImagePipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Generates an image for each prompt. `generator`: one for all, or one per prompt. Sizes are in pixels; the default is
-        training's."""
+        """Generates an image for each prompt. `generator`: one for all prompts, or one per prompt. `height`, `width`: in pixels;
+        by default, the size in training."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         device, backbone = self._execution_device, self.backbone
         dtype = next(backbone.parameters()).dtype

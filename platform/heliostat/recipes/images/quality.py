@@ -1,9 +1,11 @@
 """Measures the distance between generated and real images, in the features of an image model on disk.
 
 FID: the Frechet distance between normal distributions fitted to the features (Heusel et al. 2017, arXiv 1706.08500). KID: the
-unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), which is
-unbiased for few images; FID isn't. Compare only values with the same extractor and the same numbers of images. The real ones
-go through the model once (`Reference`).
+unbiased squared maximum mean discrepancy with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401). For few
+images, KID is unbiased, but FID isn't.
+
+Compare only values with the same extractor and the same numbers of images. The real images go through the model once
+(`Reference`).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from heliostat.data.manifest import Manifest
 from heliostat.recipes.images.judge import real_images
 from heliostat.recipes.pretrained import from_folder
 
-ROWS = 1024  # of a kernel's matrix at a time
+ROWS = 1024  # rows of the kernel matrix that are computed at a time
 
 
 def fid(a: np.ndarray, b: np.ndarray) -> float:
@@ -40,7 +42,7 @@ def kid(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _alike(a: np.ndarray, b: np.ndarray, same: bool = False) -> float:
-    """Averages the kernel over all pairs; with `same`, without the pairs of an image with itself."""
+    """Averages the kernel over all pairs. `same`: leaves out the pairs of an image with itself."""
     total = sum(float(_kernel(a[i : i + ROWS], b).sum()) for i in range(0, len(a), ROWS))
     return (total - float(_kernel_of_itself(a).sum())) / (len(a) * (len(a) - 1)) if same else total / (len(a) * len(b))
 
@@ -54,7 +56,8 @@ def _kernel_of_itself(a: np.ndarray) -> np.ndarray:
 
 
 def shares(rows: list[int], limit: int) -> list[int]:
-    """Divides `limit` images, or all of them, among the datasets in proportion; the remainder comes from the first."""
+    """Divides `limit` images, or all if there are fewer, among the datasets in proportion to their sizes. The remainder comes
+    from the first datasets."""
     total = max(1, sum(rows))
     taken = [n * min(limit, total) // total for n in rows]
     for i, n in enumerate(rows):
@@ -63,10 +66,10 @@ def shares(rows: list[int], limit: int) -> list[int]:
 
 
 class Reference:
-    """Holds the features of at most `limit` real images, a share from every dataset: the same in every evaluation."""
+    """Contains the features of at most `limit` real images, from every dataset. The features are the same in every evaluation."""
 
     def __init__(self, folder: str, sources: list[Manifest], limit: int, progressed: Callable[[], None] = lambda: None) -> None:
-        """Extracts the features; calls back for every row group, and for every 32 images that go through the model."""
+        """Extracts the features. Calls `progressed` for every row group, and for every 32 images that go through the model."""
         parts = zip(sources, shares([source.rows for source in sources], limit), strict=True)
         self.folder = folder
         self.known = extract(folder, [image for source, count in parts for image in real_images([source], count, progressed)[0]],
@@ -74,7 +77,7 @@ class Reference:
         self._within = _alike(self.known, self.known, same=True)
 
     def distances(self, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """Measures the FID and KID of generated images to the real ones, and counts the real ones."""
+        """Computes the FID and the KID between generated and real images, and the number of real images."""
         drawn = extract(self.folder, pictures, progressed)
         near = _alike(drawn, drawn, same=True) + self._within - 2 * _alike(drawn, self.known)
         return {"fid": fid(drawn, self.known), "kid": near, "real_images": float(len(self.known))}
@@ -82,7 +85,7 @@ class Reference:
 
 @torch.no_grad()
 def extract(folder: str, pictures: list[np.ndarray], progressed: Callable[[], None] = lambda: None) -> np.ndarray:
-    """Extracts features [n, d], the pooled output of the folder's image model; calls back for every 32 images."""
+    """Extracts features [n, d]: the pooled output of the folder's image model. Calls `progressed` for every 32 images."""
     from transformers import AutoImageProcessor, AutoModel
 
     processor = from_folder("model.samples.features.pretrained", AutoImageProcessor, folder)

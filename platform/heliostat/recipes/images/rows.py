@@ -1,9 +1,11 @@
-"""Converts rows of a prepared image dataset to tensors, and makes the random draws that belong to each of them.
+"""Converts rows of a prepared image dataset to tensors, and draws the random numbers of each row.
 
-A sample's draws (noise, timestep, caption dropout) depend only on train.seed and the sample's key, through Philox, a
-counter-based generator without state. They don't depend on the worker, the micro-batch, or earlier draws. The engine gives
-every position of every step its own key, so a sample gets different noise in every epoch. `draw` draws on the device
-(`train.recipe_version: 2`), `draw_on_host` in NumPy (1).
+The random numbers of a sample (noise, timestep, caption dropout) depend only on train.seed and the sample's key. These numbers
+come from Philox, a counter-based generator without state. The numbers don't depend on the worker, the micro-batch, or earlier
+draws.
+
+The engine gives every position of every step its own key, so a sample gets different noise in every epoch. `draw` draws on the
+device (`train.recipe_version: 2`), and `draw_on_host` in NumPy (`train.recipe_version: 1`).
 """
 
 from __future__ import annotations
@@ -23,15 +25,15 @@ from heliostat.errors import ConfigError
 from heliostat.recipes.counter_random import WORD, normals, uniform, words
 
 SCALARS, NOISE, OFFSET, POSTERIOR = range(4)  # streams of a sample's random numbers
-DECODERS = device_threads.pool(4, "decode")  # Pillow lets go of the interpreter while it decodes
+DECODERS = device_threads.pool(4, "decode")  # Pillow releases the GIL while it decodes
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """Holds the common properties of a job's datasets; `size` is the first dataset's."""
+    """Contains the common properties of a job's datasets. `size` is the first dataset's."""
 
     content: str  # "images" or "latents"
-    channels: int  # of an image
+    channels: int  # channels of an image
     size: tuple[int, int]  # width, height in pixels
     tokenizer: str | None
     vocabulary: int
@@ -41,9 +43,9 @@ class DatasetFacts:
 
 
 def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
-    """Finds the common properties of the datasets; ConfigError if a job can't train on them together."""
+    """Finds the common properties of the datasets. Raises ConfigError if a job can't train on them together."""
     each = [_facts(m) for m in sources]
-    names = {"content": "hold different kinds of content", "channels": "have different numbers of channels",
+    names = {"content": "contain different kinds of content", "channels": "have different numbers of channels",
              "tokenizer": "have different tokenizers",
              "models": "were computed by different encoders"}  # fmt: skip
     for key, what in names.items():
@@ -51,14 +53,14 @@ def facts(sources: list[Manifest], one_source: bool) -> DatasetFacts:
             raise ConfigError(f"data.sources: the datasets {what}. Prepare all of them with one pipeline")
     if len({f.size for f in each}) > 1 and not one_source:
         raise ConfigError(
-            "data.one_source_batches: required, because the datasets hold images of different sizes. Set it to true"
+            "data.one_source_batches: required, because the datasets contain images of different sizes. Set it to true"
         )
     return each[0]
 
 
 def _facts(m: Manifest) -> DatasetFacts:
     if m.meta.get("content") not in ("images", "latents"):
-        raise ConfigError(f"data.sources: {m.location} holds no images. Make it with heliostat.pipelines:ImagePipeline")
+        raise ConfigError(f"data.sources: {m.location} contains no images. Make it with heliostat.pipelines:ImagePipeline")
     text = m.meta.get("text")
     return DatasetFacts(
         m.meta["content"], m.meta["channels"], (m.meta["size"][0], m.meta["size"][1]), m.meta.get("tokenizer"),
@@ -91,11 +93,12 @@ def halves(content: pa.Table, column: str, shape: tuple[int, ...]) -> torch.Tens
 
 
 def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Table:
-    """Makes rows of a dataset: black images, or zero latents [channels, height, width]; with zero embeddings."""
+    """Makes placeholder rows of a dataset: black images, or zero latents of `shape` [channels, height, width]. Embeddings, if the
+    dataset has them, are zero."""
     width, height = facts.size
     columns: dict[str, list[object]] = {"width": [width] * count, "height": [height] * count}
     if facts.content == "latents":
-        columns["latent"] = [bytes(2 * 2 * math.prod(shape))] * count  # of each the mean and the variance, in float16
+        columns["latent"] = [bytes(2 * 2 * math.prod(shape))] * count  # mean and variance of each latent, in float16
     else:
         file = io.BytesIO()
         Image.new("L" if facts.channels == 1 else "RGB", (width, height)).save(file, "png")
@@ -107,23 +110,23 @@ def blank(facts: DatasetFacts, shape: tuple[int, int, int], count: int) -> pa.Ta
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """Holds the random numbers of a batch's samples."""
+    """Contains the random numbers of a batch's samples."""
 
     time: torch.Tensor  # [n], uniform in [0, 1)
-    dropped: torch.Tensor  # [n], bool: without its caption
+    dropped: torch.Tensor  # [n], bool: whether the caption is dropped
     noise: torch.Tensor  # [n, *shape]
     posterior: torch.Tensor | None  # [n, *shape], for sampling latents from their distribution
 
     def named(self) -> dict[str, torch.Tensor]:
-        """Returns the numbers by name, without those that aren't drawn."""
+        """Returns the numbers by name, without fields that are None."""
         return {name: values for name, values in vars(self).items() if values is not None}
 
 
 def draw(seed: int, keys: torch.Tensor, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool) -> SampleDraws:
-    """Draws the samples' random numbers on the keys' device, with the same bits on each. `keys`: int64 [n]; `shape`: of a
-    sample.
+    """Draws the samples' random numbers on the keys' device, with the same bits on every device. `keys`: int64 [n]. `shape`: the
+    shape of one sample's noise.
 
-    `dropout`: the fraction of captions to drop; `offset`: the fraction of noise that is constant over each channel.
+    `dropout`: the fraction of captions to drop. `offset`: the fraction of noise that is constant over each channel.
     """
     each = words(seed, keys, SCALARS, 2)
     noise = _normal(seed, keys, NOISE, shape)
@@ -140,7 +143,7 @@ def _normal(seed: int, keys: torch.Tensor, stream: int, shape: tuple[int, ...]) 
 def draw_on_host(
     seed: int, keys: np.ndarray, shape: tuple[int, ...], dropout: float, offset: float, posterior: bool
 ) -> SampleDraws:
-    """Draws the samples' random numbers by version 1 of the rules; for the arguments, see `draw`."""
+    """Draws the samples' random numbers by version 1 of the rules. For the arguments, see `draw`."""
     rows = []
     for key in keys.tolist():
         rng = np.random.Generator(np.random.Philox(key=np.array([seed, key], np.uint64)))

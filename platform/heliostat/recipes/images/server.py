@@ -1,6 +1,7 @@
-"""Serves the exported text-to-image model with MLflow, which copies this file into the model; so it needs only diffusers.
+"""Serves the exported text-to-image model with MLflow. MLflow copies this file into the model, so the server needs only
+diffusers.
 
-mlflow.pyfunc.load_model("models:/NAME/1").predict(["a handwritten seven"], params={"steps": 20}) gives base64 of PNG files.
+mlflow.pyfunc.load_model("models:/NAME/1").predict(["a handwritten seven"], params={"steps": 20}) returns PNG files in base64.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 
 
 class ImageServer(PythonModel):
-    """Generates an image for each prompt; params: steps, guidance, seed (of the first image; the i-th uses seed + i)."""
+    """Generates an image for each prompt. Parameters: steps, guidance, and seed. Image i, counted from 0, uses seed + i."""
 
     def load_context(self, context: Any) -> None:
         diffusers_logging.disable_progress_bar()
-        # the folder's own pipeline.py, which this model was logged with
+        # runs the folder's own pipeline.py, which was logged with this model
         pipeline = DiffusionPipeline.from_pretrained(os.fspath(context.artifacts["model"]), trust_remote_code=True)
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline: Any = pipeline.to("cuda" if torch.cuda.is_available() else "cpu")

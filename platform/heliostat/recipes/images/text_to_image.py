@@ -9,8 +9,10 @@
       samples: {prompts: [...]}                                       # drawn after every evaluation
 
 A sample's loss is the mean squared error of the network's prediction, weighted by the objective. Its noise, timestep and
-caption dropout belong to the sample and the step (`rows`), so they are the same on any number of workers. Held-out scores use
-fixed noise and timesteps: `loss`, and `loss_t0` to `loss_t3` by quarter of the noise's strength.
+caption dropout depend only on the sample and the step (`rows`), so they are the same on any number of workers.
+
+Held-out scores use fixed noise and timesteps. They are `loss`, and `loss_t0` to `loss_t3`: the loss by quarter of the noise
+strength.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"TextToImage": ("diffusers",)}
 QUARTERS = 4
-GOLDEN = 0.6180339887498949  # multiples of it fill [0, 1) evenly
+GOLDEN = 0.6180339887498949  # the fractional parts of its multiples fill [0, 1) evenly
 
 
 class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
@@ -108,8 +110,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return out
 
     def _drawn(self, clean: torch.Tensor) -> tuple[tuple[int, ...], float, float, bool]:
-        """Returns the random draws that images or stored latents need: the noise's shape, caption dropout, noise offset, and
-        whether to sample latents from their distribution."""
+        """Returns the arguments of `rows.draw` for images or stored latents: the shape of the noise, caption dropout, noise
+        offset, and whether to sample latents from their distribution."""
         assert self.parts.facts
         height, width = clean.shape[2:]
         shape = (
@@ -118,7 +120,7 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return shape, self.model.caption_dropout, self.model.objective.noise_offset, self.parts.vae_config is not None
 
     def complete(self, batch: Batch) -> Batch:
-        """Draws random numbers, encodes images and captions, and drops some captions; returns `noise`, `image`, and `caption`."""
+        """Draws random numbers, encodes images and captions, and drops some captions. Returns `noise`, `image`, and `caption`."""
         return self._completed(batch, dropping=True)
 
     @torch.no_grad()
@@ -162,7 +164,8 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return {n: sums[n] / max(1.0, sums[n.replace("loss", "samples")]) for n in names}
 
     def flops_per_sample(self, model: nn.Module) -> float:
-        """Counts the FLOPs of one sample: the forward pass on a model without storage, operator by operator, times three."""
+        """Counts the FLOPs of one sample: three times those of the forward pass, which are counted operator by operator on the
+        meta device."""
         return self._flops
 
     @cached_property
@@ -188,11 +191,12 @@ class TextToImage(Recipe, Evaluates, Paints, Serves, Draws):
         return f"{row['caption']} ({row['id']}{', label ' + row['label'] if row.get('label') else ''})"
 
     def gallery(self) -> PromptGallery | None:
-        """Returns the gallery to generate after every evaluation; None without prompts."""
+        """Returns the gallery to generate after every evaluation; None if the job has no prompts."""
         return PromptGallery(self) if self.model.samples.prompts else None
 
     def sampler_of(self, model: nn.Module, device: torch.device | str) -> Callable[[list[str]], Say]:
-        """Makes a function from prompts to the `say(noisy, t)` of `pipeline.denoise`, with the model in training."""
+        """Returns a function that makes the `say(noisy, t)` of `pipeline.denoise` for given prompts, with the model that is being
+        trained."""
         dtype = next(model.parameters()).dtype
 
         def of(prompts: list[str]) -> Say:

@@ -1,7 +1,7 @@
 """Chooses the attention implementation of a language model: `train.attention`.
 
-GPU kernels have a CPU reference implementation with the same results. Trials on a small model and the plan use it. A job that
-trains on CPUs can't ask for a GPU kernel.
+Each GPU kernel has a CPU reference implementation with the same results. Trials on a small model, and the plan, use the
+reference. A job that trains on CPUs can't use a GPU kernel.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def twin(name: str | None) -> str | None:
 
 
 def chosen(config: PreTrainedConfig, name: str | None, shapes_only: bool) -> PreTrainedConfig:
-    """Returns the configuration of a model with this attention, or with its CPU reference if the model has only shapes."""
+    """Returns the configuration of a model with this attention. If the model has only shapes, the attention is the CPU
+    reference."""
     if name is None:
         return config
     name = (twin(name) if shapes_only else name) or name
@@ -54,7 +55,7 @@ def require(recipe: LanguageModel) -> None:
 
 
 def require_installed(name: str) -> None:
-    """Raises MissingExtraError if a kernel's package is missing, because transformers would download another from its hub."""
+    """Raises MissingExtraError if a kernel's package is missing. Otherwise, transformers would download a kernel from its hub."""
     module, package = PACKAGES.get(name, ("", ""))
     if module and find_spec(module) is None:
         raise MissingExtraError(

@@ -5,9 +5,10 @@
     model: {..., init: {zero_output_projections: true}}   # other initial weights than the architecture's
     model: {pretrained: /models/llama-3-8b}            # from a folder in Hugging Face's format: weights and tokenizer must match
 
-A sample is `data.sequence_length` consecutive tokens of a row group, with documents packed end to end. The model predicts
-every token except the first of a sample. With `data.document_mask`, attention and positions restart at each document, and no
-document's first token is predicted. Architectures whose packed documents attend to each other anyway are rejected (`packing`).
+A sample is `data.sequence_length` consecutive tokens of a row group, with documents packed end to end. The model predicts every
+token except the first of a sample. With `data.document_mask`, attention and positions restart at each document, and no document's
+first token is predicted. heliostat rejects architectures whose packed documents attend to each other in spite of that
+(`packing`).
 
 Held-out scores: loss (nats per token), perplexity, and bits per byte of the tokens' text.
 """
@@ -45,7 +46,7 @@ from heliostat.recipes.protocol import (
 from heliostat.recipes.text import expert_keys, initial, plain_keys
 from heliostat.storage.hub import files
 
-if TYPE_CHECKING:  # torch and transformers take three seconds, and most jobs are checked without them
+if TYPE_CHECKING:  # importing torch and transformers takes three seconds, and most jobs are checked without them
     import torch
     import torch.distributed as dist
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -56,7 +57,7 @@ BUILT_IN = {"CausalLM": ("transformers",)}
 SHOWN: dict[str, object] = {
     "max_tokens": 96,
     "temperature": 0.5,
-}  # of a finished run: a small model needs likely tokens
+}  # to show a finished run: a small model needs likely tokens
 
 
 class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, Generates, Serves):
@@ -72,11 +73,11 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         self.document_mask, self.tiled, self.tiled_mlp = job.data.document_mask, job.train.tiled_loss, job.train.tiled_mlp
         self.attention: str | None = job.train.attention
         self.fp8 = job.train.fp8
-        self.end = -1  # the datasets' end of a document, once they are known; before that no token is one
-        self.tile: int | None = None  # tokens of an MLP's tile, where trials want small ones
+        self.end = -1  # the token that ends documents; -1 until the datasets are known
+        self.tile: int | None = None  # tokens per tile of an MLP, for trials that need small tiles
         self.terms_per_sample = None if self.document_mask else self.length - 1
         self.pretrained = job.model.get("pretrained")
-        self.unbalanced = job.model.get("output_router_logits") is False  # and said so
+        self.unbalanced = job.model.get("output_router_logits") is False  # the job turns off the router's loss explicitly
         self.vocabulary_given = bool(self.pretrained) or "vocab_size" in job.model
         self.init = initial.read(job.model)
         self._bound: dict[str, object] = {}  # keys of the configuration that the datasets determine
@@ -93,7 +94,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def config(self) -> PreTrainedConfig:
-        """Makes the model's configuration, which needs transformers; ConfigError for invalid keys."""
+        """Makes the model's configuration, which needs transformers. Raises ConfigError for invalid keys."""
         from heliostat.recipes.text import model_config
 
         config = model_config.from_folder(self.job.model) if self.pretrained else model_config.from_keys(self.job.model)
@@ -115,7 +116,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             raise ConfigError(f"data.sequence_length: {self.length} is above the model's max_position_embeddings {longest}")
 
     def plainly(self) -> CausalLM:
-        """Returns a copy that uses only CPU reference implementations: trials and the plain process use it."""
+        """Returns a copy that uses only CPU reference implementations. Trials and the plain process of `numerics` use this
+        copy."""
         from heliostat.recipes.text import attention
 
         plain_recipe = copy.copy(self)
@@ -123,7 +125,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         return plain_recipe
 
     def small(self, config: PreTrainedConfig, length: int, end: int) -> CausalLM:
-        """Returns a plain copy with the initial weights of another configuration, for samples of so many tokens."""
+        """Returns a plain copy for a trial: with another configuration, initial weights, and samples of `length` tokens."""
         small_recipe = self.plainly()
         small_recipe.config, small_recipe.length, small_recipe.pretrained, small_recipe.end = config, length, None, end
         return small_recipe
@@ -163,7 +165,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
             if vocab_size < size:
                 raise ConfigError(f"model.vocab_size: {vocab_size} is below the tokenizer's size {size}")
         else:
-            self._bind(vocab_size=-(-size // 64) * 64)  # a multiple that matrix units like
+            self._bind(vocab_size=-(-size // 64) * 64)  # matrix units are fast with multiples of 64
         if not self.pretrained:
             self._bind(bos_token_id=self.end, eos_token_id=self.end, pad_token_id=None)
 
@@ -171,19 +173,19 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
         if self.vocabulary_given:
             return ""
         return (
-            f"heliostat counts the model with {self.config.vocab_size:,} tokens, its default vocabulary, until "
-            "the dataset is prepared. Set model.vocab_size to change it"
+            f"until the dataset is prepared, heliostat assumes the model's default vocabulary of {self.config.vocab_size:,} "
+            "tokens. Set model.vocab_size to change it"
         )
 
     def _bind(self, **values: int | None) -> None:
-        """Sets keys of the configuration, now or when it is made."""
+        """Sets keys of the configuration: now if it already exists, otherwise as soon as it is made."""
         self._bound |= values
         if "config" in vars(self):
             for name, value in values.items():
                 setattr(self.config, name, value)
 
     def _check_tokenizer(self, folder: Path, source: Manifest) -> None:
-        """Raises ConfigError if the model's tokens have other meanings than the dataset's."""
+        """Raises ConfigError if the model's tokenizer and the dataset's tokenizer give tokens different meanings."""
         from heliostat.recipes.text import vocabulary
 
         its = vocabulary.of_folder(folder)
@@ -241,7 +243,7 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
     def loss(self, model: torch.nn.Module, batch: Batch) -> Loss:
         from heliostat.recipes.text import next_token
 
-        counted = self.routes and not self.job.train.compile  # hooks would be traced
+        counted = self.routes and not self.job.train.compile  # torch.compile would trace the hooks
         routing = next_token.Routing(self.router_weight, self.experts.router_z_loss_coef, counted)
         return next_token.loss(model, batch, routing, self.tiled)
 
@@ -322,7 +324,8 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
     @cached_property
     def _token_bytes(self) -> torch.Tensor:
-        """Counts the bytes of text of each token, int64 [2, vocabulary]: inside a document, and as its first token."""
+        """Counts the bytes of each token's text, int64 [2, vocabulary]: for a token inside a document, and for a document's first
+        token."""
         import torch
 
         from heliostat.recipes.text import vocabulary
@@ -378,6 +381,6 @@ class CausalLM(Recipe, Evaluates, CutsSamples, DividesExperts, DividesMatrices, 
 
 
 def _use_no_cache(config: PreTrainedConfig) -> None:
-    """Switches off the key-value cache that `generate` and an export's configuration ask for: with it, packed documents would
-    attend to each other."""
+    """Switches off the key-value cache, because it would let packed documents attend to each other. `generate`, and the
+    configuration of an export, turn it on."""
     config.use_cache = config.get_text_config(decoder=True).use_cache = False

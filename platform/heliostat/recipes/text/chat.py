@@ -21,14 +21,14 @@ Parts = BeforeValidator(lambda value: [{"type": "text", "text": value}] if isins
 
 
 class TextPart(Strict):
-    """Holds a part of a message; only text is supported."""
+    """Describes a part of a message. Only text is supported."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
-    """Holds a message of a chat."""
+    """Describes a message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], Parts]
@@ -45,7 +45,7 @@ MESSAGES = TypeAdapter(Annotated[list[Message], Field(min_length=1)])
 
 
 def read(text: str) -> list[dict[str, str]]:
-    """Reads messages from JSON, in the form of chat templates; ConfigError that names the problem."""
+    """Reads messages from JSON, in the form of chat templates. Raises ConfigError, which names the problem."""
     try:
         messages = _filled(json.loads(text))  # a table's rows have all columns, many of them empty
     except (ValueError, RecursionError) as e:
@@ -59,17 +59,17 @@ def read(text: str) -> list[dict[str, str]]:
 
 
 def _filled(value: object) -> object:
-    """Removes the keys that are null, in parts of messages too."""
+    """Removes keys with the value null, also inside the parts of messages."""
     if isinstance(value, dict):
         return {k: _filled(v) for k, v in value.items() if v is not None}
     return [_filled(one) for one in value] if isinstance(value, list) else value
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Returns the tokens of a chat, up to the start of the answer; ConfigError if the template or the tokenizer rejects the
-    messages."""
+    """Returns the tokens of a chat, up to the start of the answer. Raises ConfigError if the template or the tokenizer rejects
+    the messages."""
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except Exception as e:  # whatever the template raises, and the tokenizer of half a character (a lone surrogate)
-        raise ConfigError(f"the model's chat template or tokenizer rejects them: {brief(e, 200)}") from e
+    except Exception as e:  # templates raise any error; the tokenizer fails for half a character (a lone surrogate)
+        raise ConfigError(f"the model's chat template or tokenizer rejects the messages: {brief(e, 200)}") from e

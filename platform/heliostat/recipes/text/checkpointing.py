@@ -1,9 +1,11 @@
 """Checkpoints activations: keeps only the input of a layer, and recomputes the layer in the backward pass.
 
-`train.activation_checkpointing` selects the layers: all, or the first N. The layers after those keep everything that autograd
-keeps, and have released it when the first of the others is recomputed. So they use memory that one recomputed layer needs
-anyway. With `train.activation_offload`, the inputs are in host memory meanwhile. `selective` keeps the expensive outputs of
-all layers (`selective`).
+`train.activation_checkpointing` selects all layers, or the first N. The layers after the first N keep all their activations. The
+backward pass has released these activations when it recomputes the first of the N layers. So they use only memory that one
+recomputed layer needs anyway.
+
+With `train.activation_offload`, the layers' inputs are in host memory until the backward pass. With `selective`, all layers keep
+their expensive outputs (`recipes.text.selective`).
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ Which = bool | int | Literal["selective"]
 
 
 def use(model: PreTrainedModel, which: Which, offload: bool) -> None:
-    """Makes a model of transformers checkpoint all its layers, completely or selectively, or the first N."""
+    """Makes a transformers model checkpoint its layers: all of them, the first N, or all selectively."""
     how = {"context_fn": selective.contexts} if which == SELECTIVE else {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of its name; the other one is newer than transformers 5.20
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # about the method's name; its new name needs a version after transformers 5.20
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, **how})
     if (which is True and not offload) or isinstance(which, str):
         return
@@ -54,11 +58,11 @@ def layers(model: torch.nn.Module) -> list[Any]:
 
 
 class OnHost:
-    """Checkpoints like `checkpoint`, with the layer's input in host memory. The layer keeps nothing inside, so only the input
-    is copied. On a CPU it does the same, with a copy next to the original."""
+    """Checkpoints a layer like `checkpoint`, but keeps the layer's input in host memory. A checkpointed layer keeps nothing else,
+    so only the input is copied. On a CPU, the copy is in the same memory as the original."""
 
     def __init__(self, checkpoint: Callable[..., object], host: HostTensors) -> None:
-        """Prepares the checkpointing. `host`: shared by all layers of a model, in whose order their inputs are copied."""
+        """Prepares the checkpointing. `host`: shared by all layers of a model. Inputs are copied in the order of the layers."""
         self.checkpoint, self.host = checkpoint, host
         self.copied = 0
 
@@ -68,7 +72,7 @@ class OnHost:
             return self.checkpoint(layer, *args)
 
 
-# can it be done in this architecture? ---------------------------------------------------------------------------------
+# checks of an architecture --------------------------------------------------------------------------------------------
 
 
 def require(recipe: LanguageModel) -> None:
@@ -78,7 +82,7 @@ def require(recipe: LanguageModel) -> None:
     if which is True and not recipe.offload:
         return
     whole = copy.copy(recipe)
-    whole.checkpointing = False  # which transformers refuses of some
+    whole.checkpointing = False  # transformers rejects checkpointing for some architectures
     with torch.device("meta"):
         count = len(layers(whole.build()))
     key = OFFLOAD if which is True else SOME
@@ -100,7 +104,8 @@ def _plainly(key: str) -> str:
 
 
 def _differs(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model with those of the model without checkpointing, bit by bit."""
+    """Compares the loss and the gradient of a small model with and without selective checkpointing. They must be bitwise
+    equal."""
     wrong = []
     ways: tuple[Which, ...] = (False, "selective")
     for small.checkpointing in ways:
@@ -113,7 +118,7 @@ def _differs(small: LanguageModel) -> str:
 
 
 def _fault(small: LanguageModel) -> str:
-    """Runs a small model and checks whether each layer handed over its input."""
+    """Runs a small model, and checks whether the input of each layer was copied to host memory."""
     small.checkpointing = True
     model = small.build()
     small.loss(model, small.batch(tiny.tokens(small))).sum.backward()

@@ -4,8 +4,8 @@
     model: {arch: bert, hidden_size: 256, ..., pooling: mean, temperature: 0.05, max_tokens: 256}
     model: {pretrained: /models/bge-small, ...}        # weights and tokenizer of a folder in Hugging Face's format
 
-A sample is a row with a `query` and a `text` (`heliostat.pipelines:PairPipeline`); what it is trained on and scored by:
-`heliostat.recipes.pairs`.
+A sample is a row with a `query` and a `text` (`heliostat.pipelines:PairPipeline`). `heliostat.recipes.pairs` describes the loss
+and the scores.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ BUILT_IN = {"Embedder": ("heliostat.recipes.text.encoder", "transformers")}
 
 
 class EmbedderKeys(PairKeys):
-    """Defines the keys of `model` in addition to those of its architecture."""
+    """Defines the keys of `model` that don't belong to the architecture."""
 
     pooling: Literal["mean", "last", "cls"] = "mean"
-    """How the model pools the token states of a text into one vector: their mean, the last token's, or the first's."""
+    """How the model pools the token states of a text into one vector: `mean` of all states, `last` state, or first state
+    (`cls`)."""
     temperature: Float = Field(0.05, gt=0)
     """Temperature: divides the cosine similarities in the loss."""
     max_tokens: int = Field(256, ge=2)

@@ -32,8 +32,8 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 def load(
     key: str, folder: str | Path, kind: Any = transformers.AutoModel, config: PreTrainedConfig | None = None, **options: object
 ) -> PreTrainedModel:
-    """Loads the model in a folder without its head; ConfigError if a weight is missing, which transformers would initialize at
-    random.
+    """Loads the model in a folder without its head. Raises ConfigError if a weight is missing, because transformers would
+    initialize it at random.
 
     `kind`: an Auto class, or a model class.
     """
@@ -42,34 +42,37 @@ def load(
 
 
 def _options(config: PreTrainedConfig) -> dict[str, bool]:
-    """Leaves out the pooler of some architectures, because nothing here would train it."""
+    """Leaves out the pooler of some architectures, because the training wouldn't train it."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model_class(config)).parameters else {}
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Returns the class of a configuration's model without a head; the first, if there are several."""
+    """Returns the class of a configuration's model without a head. If there are several classes, returns the first."""
     mapped: Any = transformers.MODEL_MAPPING[type(config)]
     return mapped[0] if isinstance(mapped, tuple) else mapped
 
 
 def places(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> int | None:
-    """Returns a model's number of positions in tokens; None if it isn't known. `model`: the loaded model, if it is loaded."""
+    """Returns the maximum number of tokens for which a model has positions; None if it isn't known. `model`: the loaded model, if
+    there is one."""
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     tables = [m for name, m in (model.named_modules() if model is not None else ()) if name.endswith("position_embeddings")]
-    first = max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)  # of RoBERTa's
-    return most - first if most and most > 0 else None  # -1 is XLNet's for any number
+    first = max(
+        (m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0
+    )  # positions that RoBERTa doesn't use
+    return most - first if most and most > 0 else None  # -1 in XLNet means no limit
 
 
 def embed(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Embeds texts, fp32 [texts, width], with length 1. `mask`: true for tokens."""
+    """Embeds texts as vectors of length 1, fp32 [texts, width]. `mask`: true for tokens."""
     with masks.unread(whole=True):
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
     return F.normalize(pool(states.float(), mask, pooling), dim=-1)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Pools each text's states into one vector: the mean over its tokens, the last token's, or the first's (cls); zeros for a
-    text without tokens."""
+    """Pools each text's states into one vector: the mean over its tokens (`mean`), the last token's state (`last`), or the first
+    token's state (`cls`). A text without tokens gets zeros."""
     count = mask.sum(1, keepdim=True)
     if pooling == "mean":
         return states.masked_fill(mask[..., None] == 0, 0).sum(1) / count.clamp(min=1)

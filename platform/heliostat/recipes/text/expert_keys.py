@@ -1,8 +1,8 @@
-"""Defines the keys of `model` for training a mixture of experts, in any architecture and with `pretrained`, and checks that
-the model supports them.
+"""Defines the keys of `model` for the training of experts, in all architectures and with `pretrained`. Checks that the model
+supports them.
 
-With `output_router_logits: true`, as in transformers, the objective includes the loss that balances experts: Switch
-Transformer's (Fedus et al. 2021, arXiv 2101.03961), as the model's code computes it over a micro-batch.
+With `output_router_logits: true`, as in transformers, the objective includes the router's loss, which balances experts. It is the
+loss of Switch Transformer (Fedus et al. 2021, arXiv 2101.03961). The model's code computes it over a micro-batch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ log = logging.getLogger(__name__)
 
 class ExpertKeys(Strict):
     experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] | None = None
-    """How transformers multiplies by the experts' matrices. Unset: grouped_mm, where the architecture supports it."""
+    """Implementation of the experts' matrix multiplications in transformers. Unset: grouped_mm, where the architecture supports
+    it."""
     router_z_loss_coef: NonNegative = 0.0
     """Weight of the routers' z-loss in the objective."""
     router_bias_update_rate: NonNegative = 0.0
-    """Change of a router's biases after every step."""
+    """Amount by which the biases of a router change after every step."""
 
 
 KEYS = tuple(ExpertKeys.model_fields)
@@ -42,7 +43,7 @@ COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 
 
 class MixtureModel(LanguageModel, Protocol):
-    """Lists the further attributes of a recipe whose model may have experts."""
+    """Lists the additional attributes of a recipe whose model may have experts."""
 
     experts: ExpertKeys
     balances: bool
@@ -50,7 +51,7 @@ class MixtureModel(LanguageModel, Protocol):
 
 
 def read(model: Mapping[str, object]) -> ExpertKeys:
-    """Reads the keys among a job's `model`; ConfigError for wrong values."""
+    """Reads the experts' keys in a job's `model`. Raises ConfigError for invalid values."""
     try:
         return ExpertKeys.model_validate({k: model[k] for k in KEYS if k in model})
     except ValidationError as e:
@@ -58,7 +59,8 @@ def read(model: Mapping[str, object]) -> ExpertKeys:
 
 
 def require(recipe: MixtureModel) -> None:
-    """Raises ConfigError if the job sets a key that the model doesn't use; warns of biases that never change."""
+    """Raises ConfigError if the job sets a key that the model doesn't use. Logs a warning if the model has biases that never
+    change."""
     from heliostat.parallel import experts
 
     keys, kind = recipe.experts, recipe.config.model_type
@@ -67,7 +69,7 @@ def require(recipe: MixtureModel) -> None:
         return
     model = _small(recipe)
     if model is None:
-        return  # of no size that can be tried: the first step will tell
+        return  # no small model can be tested; the first step will show a fault
     layers = experts.layers(model)
     if present and not layers:
         raise ConfigError(f"model.{present[0]}: {kind!r} has no experts. Remove this key")
@@ -90,7 +92,7 @@ def require(recipe: MixtureModel) -> None:
 
 
 def require_divided(recipe: LanguageModel, parts: int) -> None:
-    """Raises ConfigError unless the experts of the recipe's model can be partitioned into so many parts."""
+    """Raises ConfigError unless the experts of the recipe's model can be partitioned into `parts` parts."""
     from heliostat.parallel import experts
 
     key, kind, count = "train.parallel.expert", recipe.config.model_type, language_model.number(recipe.config)
@@ -109,7 +111,7 @@ def require_divided(recipe: LanguageModel, parts: int) -> None:
 
 
 def _small(recipe: LanguageModel) -> PreTrainedModel | None:
-    """Builds a small model of the recipe's architecture, without memory; None if none can be built."""
+    """Builds a small model of the recipe's architecture, without memory. Returns None if no such model can be built."""
     import torch
 
     from heliostat.parallel import tiny
@@ -122,7 +124,7 @@ def _small(recipe: LanguageModel) -> PreTrainedModel | None:
 
 
 def router_loss_weight(config: PreTrainedConfig) -> float | None:
-    """Returns the weight of the router's loss in the objective; None for a model without one."""
+    """Returns the weight of the router's loss in the objective. Returns None for a model without a router's loss."""
     parts = (config.get_text_config(decoder=True), getattr(config, "ffn_config", None))
     return next((float(c) for part in parts for name in COEFFICIENTS if (c := getattr(part, name, None)) is not None), None)
 
@@ -132,8 +134,8 @@ def asks_router_loss(config: PreTrainedConfig) -> bool:
 
 
 def require_router_loss(recipe: MixtureModel, refused: bool) -> None:
-    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute; warns if the job doesn't set it
-    and the model has one. `refused`: the job sets it to false."""
+    """Raises ConfigError if the job asks for a router's loss that the model doesn't compute. Logs a warning if the model has a
+    router's loss, and the job doesn't say whether to use it. `refused`: the job says not to use it."""
     config = recipe.config
     weight = router_loss_weight(config)
     if not asks_router_loss(config):
@@ -165,4 +167,4 @@ def _computes_router_loss(recipe: LanguageModel) -> bool:
     try:
         return tiny.attempt(recipe, computed)
     except tiny.UntriedError:
-        return True  # the first step will tell
+        return True  # can't be tested; the first step will show a fault

@@ -27,7 +27,8 @@ def write(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     sources: list[Manifest],
 ) -> None:
-    """Writes the files into the model's folder. A pretrained model's are copied; otherwise `tokenizer` builds the tokenizer."""
+    """Writes the files into the model's folder. Copies the tokenizer of a pretrained model; otherwise, `tokenizer` builds the
+    tokenizer."""
     config = type(as_pretrained).from_dict(as_pretrained.to_dict())
     config.use_cache = True
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
@@ -35,7 +36,7 @@ def write(
     _generation(pretrained, config).save_pretrained(folder)
     if pretrained:
         from_folder("model.pretrained", AutoTokenizer, pretrained).save_pretrained(folder)
-        (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(pretrained)))  # as it is, not as it is read
+        (folder / "tokenizer.json").write_bytes(vocabulary.of_folder(Path(pretrained)))  # the original file, unchanged
     else:
         tokenizer().save_pretrained(folder)
     infilling.write(folder, sources)
@@ -50,8 +51,8 @@ def _generation(pretrained: str | None, config: PreTrainedConfig) -> GenerationC
 
 log = logging.getLogger("heliostat")
 
-LOOKED_AT = 32  # samples
-TOKENS = 24  # of a document's beginning
+LOOKED_AT = 32  # samples to choose prompts from
+TOKENS = 24  # tokens of a document's beginning
 WORDS, LETTERS = 4, 40
 PLAIN = "The"
 
@@ -68,7 +69,7 @@ def of_held_out(job: Job, sources: list[Manifest], tokenizer: Tokenizer, end: in
 
 
 def _samples(job: Job, data: Dataset) -> np.ndarray:
-    """Reads some held-out samples, int32 [n, sequence length], without the damaged ones."""
+    """Reads some held-out samples, int32 [n, sequence length], and leaves out damaged samples."""
     taken = data.order.held_out(LOOKED_AT) if job.evaluate else None
     if taken is None or not len(taken):
         taken = data.order.locate(data.order.step(0).ravel()[:LOOKED_AT])
@@ -77,14 +78,16 @@ def _samples(job: Job, data: Dataset) -> np.ndarray:
 
 
 def _beginning(tokens: np.ndarray, end: int) -> np.ndarray:
-    """Takes the first tokens of the document that begins in a sample, or of the sample if that document is too short."""
+    """Returns the first tokens of the document that begins in a sample. If that document is too short, returns the first tokens
+    of the sample."""
     ends = np.flatnonzero(tokens == end)
     begin = int(ends[0]) + 1 if len(ends) and int(ends[0]) + TOKENS < len(tokens) else 0
     return tokens[begin : begin + TOKENS]
 
 
 def opening(text: str) -> str:
-    """Takes the first words of the first line that has any. The last word of the text is left out, because it may be cut."""
+    """Returns the first words of the first line that has letters or digits. Leaves out the last word of the text, because it may
+    be incomplete."""
     lines = text.replace("\ufffd", "").splitlines()
     number = next((i for i, line in enumerate(lines) if any(map(str.isalnum, line))), None)
     if number is None:

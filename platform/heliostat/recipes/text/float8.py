@@ -1,10 +1,10 @@
 """Multiplies the linear layers of a language model in float8: `train.fp8` (Micikevicius et al. 2022, arXiv 2209.05433).
 
-Each product scales each input tensor by its largest number and rounds it: to E4M3 in the forward pass, gradients to E5M2.
-Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass needs the rounded
-input, half the size of bf16, and the weight, which ZeRO-3 may release meanwhile.
+Each matrix multiplication scales each input tensor by its largest number, and rounds it: to E4M3 in the forward pass, and
+gradients to E5M2. Weights keep their precision, so optimizers, checkpoints, and exports are unaffected. The backward pass needs
+the rounded input, half the size of bf16, and the weight, which ZeRO-3 may release between the passes.
 
-A CPU computes the same from the same rounded numbers, with fp32 products.
+A CPU uses the same rounded numbers, but multiplies them in fp32.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from heliostat.parallel.language_model import LanguageModel
 from heliostat.recipes.text import checkpointing
 
 KEY = "train.fp8"
-CAPABILITY = (8, 9)  # of GPUs that multiply in float8: Ada, Hopper, and what came after them
-MULTIPLE = 16  # of all sides of the matrices that GPUs multiply so
+CAPABILITY = (8, 9)  # lowest compute capability with float8 (Ada); later GPUs have it too
+MULTIPLE = 16  # GPUs need matrices whose sides are multiples of this
 FORWARD, BACKWARD = torch.float8_e4m3fn, torch.float8_e5m2
-SMALLEST = 1e-12  # of a tensor's largest number: one of zeros has a scale, too
+SMALLEST = 1e-12  # lower limit of a tensor's largest number, so that a tensor of zeros has a scale
 
-Scaled = tuple[torch.Tensor, torch.Tensor]  # rounded numbers, and by what they are to be multiplied
+Scaled = tuple[torch.Tensor, torch.Tensor]  # rounded numbers, and the factor that restores their scale
 
 
 class Float8Linear(torch.nn.Linear):
-    """Multiplies in float8, as a linear layer."""
+    """Computes a linear layer in float8."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
@@ -40,7 +40,7 @@ class Float8Linear(torch.nn.Linear):
 
 
 class Float8Product(torch.autograd.Function):
-    """Multiplies rows [rows, in] by a weight [out, in]."""
+    """Multiplies rows [rows, in] by a weight [out, in] in float8."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -59,13 +59,14 @@ class Float8Product(torch.autograd.Function):
 
 
 def rounded(values: torch.Tensor, kind: torch.dtype) -> Scaled:
-    """Rounds a tensor to float8, with its largest number at the largest float8 value."""
+    """Scales a tensor so that its largest number becomes the largest float8 number, and rounds it to float8. Returns the result
+    and the scale."""
     scale = values.detach().abs().amax().float().clamp(min=SMALLEST) / torch.finfo(kind).max
     return (values.float() / scale).to(kind), scale
 
 
 def multiplied(a: Scaled, b: Scaled, dtype: torch.dtype) -> torch.Tensor:
-    """Multiplies a [rows, inner] by b [columns, inner], both in the memory layout that GPUs need."""
+    """Multiplies a [rows, inner] by b [columns, inner]. Both have the memory layout that GPUs need."""
     if a[0].is_cuda:
         return torch._scaled_mm(a[0], b[0].t(), a[1], b[1], out_dtype=dtype)
     return ((a[0].float() * a[1]) @ (b[0].float() * b[1]).t()).to(dtype)
@@ -76,14 +77,14 @@ def _turned(scaled: Scaled) -> Scaled:
 
 
 def use(model: torch.nn.Module) -> None:
-    """Makes the linear layers inside a model's layers multiply in float8; the parameters stay the same."""
+    """Makes the linear layers inside a model's layers multiply in float8. The parameters stay the same."""
     require_device()
     for m in linears(model):
         m.__class__ = Float8Linear
 
 
 def linears(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Lists the supported linear layers: those inside the model's layers, with sides that GPUs can multiply."""
+    """Lists the supported linear layers. They are inside the model's layers, and have sides that GPUs can multiply."""
     return [
         m
         for layer in checkpointing.layers(model)

@@ -1,9 +1,11 @@
 """Counts the FLOPs of a language model's training step from the shapes of its modules' weights.
 
-6 for every weight that multiplies a token: 2 forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361). Embeddings (lookups),
-vectors (norms, biases), and experts that a token isn't routed to don't count. Attention multiplies queries with keys, and
-weights with values: 6 x length x heads x (key width + value width) per token, for the full square as is customary, without
-subtracting windows or the causal half. Only shapes are read, so it works for parameters that ZeRO-3 has partitioned.
+Each weight that multiplies a token counts 6 FLOPs: 2 in the forward pass, and 4 in the backward pass (Kaplan et al. 2020, arXiv
+2001.08361). Embeddings (lookups), vectors (norms, biases), and experts that a token isn't routed to don't count.
+
+Attention multiplies queries with keys, and weights with values: 6 x length x heads x (key width + value width) per token. As is
+customary, this counts the full square: windows and the causal mask don't reduce it. The module reads only shapes, so it works for
+parameters that ZeRO-3 has partitioned.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
-NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of layers that attend to nothing
+NO_SQUARE = ("linear", "mamba", "conv", "recurrent", "mlp", "moe")  # kinds of layers without attention
 
 
 def per_sample(model: torch.nn.Module, config: PreTrainedConfig, length: int) -> float:
@@ -45,7 +47,7 @@ def multiplied(model: torch.nn.Module, config: PreTrainedConfig) -> float:
 
 
 def active(model: torch.nn.Module, config: PreTrainedConfig) -> int:
-    """Counts the parameters that a token uses: all, except routed experts that it isn't sent to."""
+    """Counts the parameters that a token uses. These are all parameters, except routed experts to which the token isn't sent."""
     config = config.get_text_config(decoder=True)
     matrices = ((name.rpartition(".")[0], math.prod(shape), shape) for name, shape in _shapes(model))
     return round(sum(n * (_routed_share(config) if _routed(name, shape, config) else 1) for name, n, shape in matrices))
@@ -62,9 +64,9 @@ def _routed_share(config: PreTrainedConfig) -> float:
 
 
 def _routed(module: str, shape: tuple[int, ...], config: PreTrainedConfig) -> bool:
-    """Checks whether a parameter belongs to one routed expert, or holds a part of each."""
+    """Checks whether a parameter belongs to one routed expert, or contains a part of each routed expert."""
     experts = language_model.number(config)
-    stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices; their biases
+    stacked = len(shape) == 3 or (len(shape) == 2 and module.rpartition(".")[2] == "experts")  # matrices, or their biases
     return bool(EXPERT.search(module)) or (stacked and shape[0] == experts)
 
 

@@ -21,12 +21,12 @@ EMPTY = "is empty, and the tokenizer has no beginning-of-document token"
 
 
 def whole(key: str, folder: str | Path, **options: object) -> PreTrainedModel:
-    """Loads the language model in a folder; ConfigError if a weight is missing."""
+    """Loads the language model in a folder. Raises ConfigError if a weight is missing."""
     return pretrained.whole(key, transformers.AutoModelForCausalLM, folder, **options)
 
 
 def ends(tokenizer: PreTrainedTokenizerBase, config: object) -> list[int]:
-    """Returns the tokens that end an answer: the tokenizer's, and those in the model's generation config."""
+    """Returns the tokens that end an answer: those of the tokenizer, and those in the model's generation config."""
     named = getattr(config, "eos_token_id", None)
     tokens = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({token for token in tokens if token is not None})
@@ -39,7 +39,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 class Sampling(Strict):
-    """Describes the sampling options; temperature 0 always takes the most likely token."""
+    """Describes the sampling options. Temperature 0 always takes the most likely token."""
 
     max_tokens: int = Field(100, ge=1)
     temperature: Float = Field(0.8, ge=0)
@@ -47,7 +47,7 @@ class Sampling(Strict):
 
 
 class Writing(Sampling):
-    """Describes the text to generate: with a suffix, the text between the prompt and it."""
+    """Describes the text to generate. With a suffix, it is the text between the prompt and the suffix."""
 
     suffix: str | None = None
 
@@ -62,7 +62,7 @@ class TextGenerator:
         self.infilling = Infilling.of(self.tokenizer) if self.suffix is not None else None
         if self.suffix is not None and self.infilling is None:
             raise ConfigError(f"suffix: {infilling.NONE} ({folder})")
-        from heliostat.recipes.text.server import take_sampling  # with mlflow
+        from heliostat.recipes.text.server import take_sampling  # imports mlflow
 
         model = whole("model", folder)
         self.ends = take_sampling(model)
@@ -72,8 +72,8 @@ class TextGenerator:
         return [self._answered(one) for one in requests]
 
     def _answered(self, request: Request) -> Generated:
-        """Generates the text after a prompt or, with a suffix, the text between the two."""
-        from heliostat.recipes.text.server import continue_tokens  # with mlflow
+        """Generates the text after a prompt. With a suffix, generates the text between the prompt and the suffix."""
+        from heliostat.recipes.text.server import continue_tokens  # imports mlflow
 
         if self.infilling is not None and self.suffix is not None:
             tokens, ends = self.infilling.prompt(request.prompt, self.suffix), [*self.ends, *self.infilling.ends]

@@ -1,9 +1,10 @@
 """Prompts a language model for a middle, with the tokenizer's fill-in-the-middle tokens, in the form of its training data.
 
-An export records them in its `tokenizer_config.json`, and whether all its data had the suffix first:
+An export records these tokens in its `tokenizer_config.json`. It also records whether the suffix came first in all its training
+data:
 
-`"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. In other folders, heliostat finds them by
-name.
+`"fill_in_the_middle": {"tokens": [PREFIX, SUFFIX, MIDDLE], "suffix_first": false}`. In folders without this record, heliostat
+finds the tokens by name.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ NONE = "the model's tokenizer has no prefix, suffix, and middle tokens, so it ca
 
 
 def write(folder: Path, sources: list[Manifest]) -> None:
-    """Writes the rearrangement of the training data, if any, into an export's tokenizer configuration."""
+    """Writes the fill-in-the-middle form of the training data, if it has one, into an export's tokenizer configuration."""
     facts = [source.meta[FACT] for source in sources if FACT in source.meta]
     if not facts:
         return
@@ -39,7 +40,7 @@ def write(folder: Path, sources: list[Manifest]) -> None:
 
 @dataclass(frozen=True)
 class Infilling:
-    """Makes prompts for middles. `ends`: tokens that end a middle, in addition to those that end a document."""
+    """Makes prompts for middles. `ends`: tokens that end a middle, in addition to the tokens that end a document."""
 
     tokenizer: Tokenizer
     markers: Markers
@@ -49,15 +50,15 @@ class Infilling:
 
     @staticmethod
     def of(tokenizer: PreTrainedTokenizerBase) -> Infilling | None:
-        """Finds the form of a model's prompts for a middle, from its transformers tokenizer; None if it has no tokens for
-        that."""
+        """Finds the form of a model's prompts for a middle, from its transformers tokenizer. Returns None if the tokenizer has no
+        fill-in-the-middle tokens."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return None
         raw = Tokenizer.from_str(backend.to_str())
         raw.no_truncation()
         raw.no_padding()
-        raw.encode_special_tokens = True  # a text that spells a marker is text
+        raw.encode_special_tokens = True  # a marker that is written in a text stays text
         said = tokenizer.init_kwargs.get(FACT) or {}
         names = said.get("tokens") or infilling.names(raw)
         if names is None:
@@ -67,6 +68,6 @@ class Infilling:
         return Infilling(raw, infilling.find(raw, names), bool(said.get("suffix_first")), list(opening), ends)
 
     def prompt(self, prefix: str, suffix: str) -> list[int]:
-        """Encodes the prompt that the model continues with the middle."""
+        """Encodes the prompt that the model continues with the middle between `prefix` and `suffix`."""
         before, behind = infilling.encode(self.tokenizer, [prefix, suffix])
         return [*self.opening, *self.markers.prompt(before, behind, self.suffix_first)]

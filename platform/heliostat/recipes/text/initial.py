@@ -1,7 +1,7 @@
 """Changes the initial weights of a language model, as `model.init` of the job asks.
 
-Every residual branch of a layer (attention or its replacement, and the MLP) ends in a matrix that writes to the residual
-stream. With `zero_output_projections`, these matrices start as zeros, and each layer as the identity (Zhang et al. 2019, arXiv
+Every residual branch of a layer (attention or its replacement, and the MLP) ends in a matrix that writes to the residual stream.
+With `zero_output_projections`, these matrices start as zeros. So each layer starts as the identity (Zhang et al. 2019, arXiv
 1901.09321). All other weights keep the architecture's initialization.
 """
 
@@ -18,9 +18,9 @@ from heliostat.schema import Strict, validate
 if TYPE_CHECKING:  # jobs are checked without torch
     import torch
 
-KEY = "init"  # of the job's `model:`; no key of an architecture
+KEY = "init"  # of the job's `model:`; not a key of an architecture
 OUTPUTS = {"o_proj", "out_proj", "c_proj", "down_proj", "dense_4h_to_h", "fc2", "fc_out"}  # as transformers names them
-DENSE = {"attention", "self_attention", "self_attn", "output"}  # modules in which the matrix called `dense` is one
+DENSE = {"attention", "self_attention", "self_attn", "output"}  # modules in which `dense` is an output projection
 BRANCHES = 2
 
 
@@ -36,7 +36,7 @@ def read(model: Mapping[str, object]) -> Init:
 
 
 def output_projections(names: Iterable[str]) -> list[str]:
-    """Selects the parameters that are output projections; none if a layer lacks one for any branch."""
+    """Selects the parameters that are output projections. Selects none if a branch of a layer lacks an output projection."""
     branches, projections = defaultdict[str, set[str]](set), list[str]()
     for name in names:
         if inside := re.match(r"(.*?\.\d+)\.(.+)", name):
@@ -48,15 +48,16 @@ def output_projections(names: Iterable[str]) -> list[str]:
 
 
 def _writes(parts: list[str]) -> bool:
-    """Checks, by its name inside the layer, whether a parameter is the matrix at the end of a branch."""
+    """Checks whether a parameter is the matrix at the end of a branch. `parts`: the parts of its name inside the layer."""
     *modules, last = parts
-    if last != "weight":  # the stacked matrices of experts are parameters of that name
+    if last != "weight":  # stacked matrices of experts are parameters with that name
         return last in OUTPUTS
     return bool(modules) and (modules[-1] in OUTPUTS or (modules[-1] == "dense" and bool(DENSE & set(modules[-2:-1]))))
 
 
 def probe(init: Init, build: Callable[[], object]) -> None:
-    """Raises ConfigError if the model that `build` makes lacks what `model.init` changes; needs no memory for weights."""
+    """Raises ConfigError if the model that `build` makes lacks the matrices that `model.init` changes. Needs no memory for
+    weights."""
     if init.zero_output_projections:
         import torch
 
@@ -65,7 +66,7 @@ def probe(init: Init, build: Callable[[], object]) -> None:
 
 
 def apply(init: Init, model: torch.nn.Module, arch: str) -> None:
-    """Sets the weights of a new model; ConfigError if it lacks what `init` changes."""
+    """Sets the weights of a new model. Raises ConfigError if the model lacks the matrices that `init` changes."""
     if not init.zero_output_projections:
         return
     import torch

@@ -1,8 +1,9 @@
-"""Keeps transformers from reading masks on a GPU, which would make the host wait for all earlier work in every micro-batch.
+"""Keeps transformers from reading masks on a GPU. A read would make the host wait for all earlier work in every micro-batch.
 
-transformers reads two facts of a batch to skip a mask without effect: whether samples hold several documents, and whether
-there is padding. Recipes know the first. `unread` assumes padding, which costs a mask if a batch has none. On a CPU,
-transformers still reads both.
+transformers skips a mask that has no effect. To decide this, it reads two facts from a batch: whether samples contain several
+documents, and whether there is padding. Recipes know the first fact, and pass it to `unread`. Instead of reading the second fact,
+`unread` assumes padding. So a batch without padding gets a mask that it doesn't need. On a CPU, transformers still reads both
+facts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _whole: ContextVar[bool | None] = ContextVar("whole", default=None)  # None: out
 
 @contextmanager
 def unread(whole: bool) -> Iterator[None]:
-    """Computes a model's forward pass inside without such reads. `whole`: no sample holds several documents."""
+    """Runs a model's forward pass inside the context without reading masks. `whole`: no sample contains several documents."""
     _install()
     before = _whole.set(whole)
     try:

@@ -31,7 +31,7 @@ class ModelKind(NamedTuple):
     examples: str
 
 
-KEY = re.compile(r"Validation error for field '(\w+)'")  # as huggingface_hub begins what it says of a value
+KEY = re.compile(r"Validation error for field '(\w+)'")  # beginning of huggingface_hub's errors about values
 WRONG_TYPE = re.compile(r"^\s*TypeError: (Field '\w+' )?")
 CAUSAL_LM = ModelKind("causal language model", tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), "llama, gpt2, qwen3")
 
@@ -56,7 +56,7 @@ def from_keys(model: Mapping[str, Any], wanted: ModelKind = CAUSAL_LM) -> PreTra
         config = kind(**keys)
         for size in ("hidden_size", "num_hidden_layers"):
             if getattr(config, size, 1) < 1:
-                raise ConfigError(f"model.{size}: {getattr(config, size)} must be at least 1")
+                raise ConfigError(f"model.{size}: expected at least 1, got {getattr(config, size)}")
         heads, groups = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     except ConfigError:
         raise
@@ -83,8 +83,8 @@ def _check_activation(name: str) -> None:
 
 
 def _check_heads(kind: type[PreTrainedConfig], keys: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the heads must divide the width and don't. The rule doesn't apply with an explicit head size, or
-    in an architecture whose defaults break it."""
+    """Raises ConfigError if the heads must divide the width and don't. With an explicit head size, or in an architecture whose
+    defaults break this rule, the rule doesn't apply."""
     field, default = kind.__dataclass_fields__.get("head_dim"), kind()
     if "head_dim" in keys or isinstance(getattr(field, "default", None), int):
         return
@@ -99,7 +99,7 @@ def _divisor(number: int, near: int) -> str:
     return f"Nearest divisor: {min(divisors(number), key=lambda d: abs(d - near))}"
 
 
-ROUTER = "output_router_logits"  # which a job may give in addition to `pretrained`, as `expert_keys`: it is of the training
+ROUTER = "output_router_logits"  # allowed in addition to `pretrained`, like `expert_keys`: a setting of the training
 
 
 def changed(model: Mapping[str, object]) -> dict[str, object]:
@@ -108,7 +108,8 @@ def changed(model: Mapping[str, object]) -> dict[str, object]:
 
 
 def from_folder(model: Mapping[str, object]) -> PreTrainedConfig:
-    """Reads the configuration in a folder, and applies the job's keys; ConfigError if there is none, or they don't fit."""
+    """Reads the configuration in a folder, and applies the job's keys. Raises ConfigError if the folder has no configuration, or
+    if the keys don't fit it."""
     return _routing(applied(read(model), changed(model)), model)
 
 
@@ -120,7 +121,7 @@ def read(model: Mapping[str, object], wanted: ModelKind = CAUSAL_LM) -> PreTrain
     with exported.using(folder):
         config = pretrained.from_folder("model.pretrained", transformers.AutoConfig, folder)
     if config.model_type not in wanted.archs:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds a {config.model_type!r}, which isn't a {wanted.name}")
+        raise ConfigError(f"model.pretrained: {str(folder)!r} contains a {config.model_type!r}, which isn't a {wanted.name}")
     return config
 
 
@@ -129,7 +130,7 @@ def _routing(config: PreTrainedConfig, model: Mapping[str, object]) -> PreTraine
         inner = config.get_text_config(decoder=True)
         if not hasattr(inner, ROUTER):
             raise ConfigError(
-                f"model.{ROUTER}: {model['pretrained']!r} holds a {config.model_type!r}, which has no router. Remove this key"
+                f"model.{ROUTER}: {model['pretrained']!r} contains a {config.model_type!r}, which has no router. Remove this key"
             )
         setattr(inner, ROUTER, bool(model[ROUTER]))
     return config
@@ -164,7 +165,7 @@ class RopeScaling(Strict):
 
 
 def applied(config: PreTrainedConfig, keys: Mapping[str, object]) -> PreTrainedConfig:
-    """Returns a configuration with a job's keys applied; ConfigError for an unknown key, or an invalid value."""
+    """Returns a configuration with a job's keys applied. Raises ConfigError for an unknown key, or an invalid value."""
     if not keys:
         return config
     inner = config.get_text_config(decoder=True)
@@ -200,8 +201,8 @@ def _changes(config: PreTrainedConfig, keys: Mapping[str, object]) -> dict[str, 
 
 
 def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, object]) -> dict[str, object]:
-    """Returns the keys that scale a configuration's rotary embeddings, and the resulting maximum sample length unless it is
-    set."""
+    """Returns the keys that scale a configuration's rotary embeddings. They include the resulting maximum sample length, unless
+    the job sets it."""
     try:
         scaling = RopeScaling.model_validate(rope)
     except ValidationError as e:
@@ -227,8 +228,8 @@ def _extended(config: PreTrainedConfig, rope: object, changes: Mapping[str, obje
 def require_same_weights(
     config: PreTrainedConfig, keys: Mapping[str, object], build: Callable[[PreTrainedConfig], torch.nn.Module]
 ) -> None:
-    """Raises ConfigError, by key, if a job's keys change the shapes of the pretrained weights. `build(config)` returns a
-    model."""
+    """Raises ConfigError if a key of the job changes the shapes of the pretrained weights. The error names the key.
+    `build(config)` returns a model."""
     own = _shapes(build(config))
     if not keys or own == _shapes(build(applied(config, keys))):
         return

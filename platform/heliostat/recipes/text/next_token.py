@@ -24,7 +24,8 @@ class Outputs(Protocol):
 
 
 def batch(content: np.ndarray, end: int | None) -> Batch:
-    """Makes a batch of samples, int32 [batch, length]. `end`: the token that ends documents, if attention separates them."""
+    """Makes a batch of samples, int32 [batch, length]. `end`: the token that ends documents, if attention keeps documents apart;
+    else None."""
     tokens = torch.from_numpy(np.ascontiguousarray(content)).long()
     labels = tokens.clone()
     labels[:, 0] = IGNORED
@@ -37,7 +38,8 @@ def batch(content: np.ndarray, end: int | None) -> Batch:
 
 
 def cut(batch: Batch, part: int, parts: int) -> Batch:
-    """Cuts one of so many equal ranges out of a batch. Tokens keep their positions, and targets from the next range."""
+    """Cuts range `part` of `parts` equal ranges out of a batch. Tokens keep their positions. The target of a range's last token
+    comes from the next range."""
     tokens = batch["input_ids"]
     size = tokens.shape[1] // parts
     mine = slice(part * size, (part + 1) * size)
@@ -51,14 +53,14 @@ def terms(batch: Batch) -> int:
 
 
 def targets(batch: Batch) -> torch.Tensor:
-    """Pairs each token with the next; IGNORED at a sample's end."""
+    """Returns the target of each token, which is the label of the next token. At a sample's end, it is IGNORED."""
     return batch["targets"] if "targets" in batch else F.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:]
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Describes the extra computations of a mixture of experts: the weights of the router's loss and its z-loss (None for
-    none), and whether to count the tokens of each expert."""
+    """Describes the extra computations of a mixture of experts. `weight`, `z_weight`: weights of the router's loss and of its
+    z-loss (None or 0: not used). `counted`: whether to count the tokens of each expert."""
 
     weight: float | None = None
     z_weight: float = 0.0
@@ -66,7 +68,7 @@ class Routing:
 
 
 def loss(model: torch.nn.Module, batch: Batch, routing: Routing, tiled: bool = False) -> Loss:
-    """Sums the cross entropy of a batch's tokens, and adds the losses of experts. `tiled`: without materializing all logits."""
+    """Sums the cross entropy of a batch's tokens, and adds the losses of experts. `tiled`: doesn't materialize all logits."""
     if not routing.counted:
         summed, outputs = _summed(model, batch, tiled)
         return Loss(summed, _parts(outputs, routing, None))
@@ -94,8 +96,8 @@ def _parts(outputs: Outputs, routing: Routing, seen: experts.RoutingWatch | None
 def evaluate(
     model: torch.nn.Module, batch: Batch, end: int, token_bytes: torch.Tensor, tiled: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Scores each sample: nats, predicted tokens, and their bytes. `token_bytes`: int64 [2, vocabulary], for a token inside a
-    document, and as its first, on the batch's device. `tiled`: without materializing all logits."""
+    """Scores each sample: nats, predicted tokens, and their bytes. `token_bytes`: int64 [2, vocabulary], the bytes of a token
+    inside a document and as a document's first token, on the batch's device. `tiled`: doesn't materialize all logits."""
     goals = targets(batch)
     if tiled:
         with tiled_loss.each(model, goals):
@@ -104,7 +106,7 @@ def evaluate(
         logits, flat = _flat(_outputs(model, batch), batch)
         losses = F.cross_entropy(logits.float(), flat, ignore_index=IGNORED, reduction="none").view(goals.shape)
     predicted = goals != IGNORED
-    first = batch["input_ids"] == end  # the target opens a document
+    first = batch["input_ids"] == end  # the target is a document's first token
     size = token_bytes[first.long(), goals.clamp(min=0)]
     return {"nats": losses.sum(1), "tokens": predicted.sum(1).float(), "bytes": (size * predicted).sum(1).float()}
 
@@ -115,21 +117,21 @@ def _outputs(model: torch.nn.Module, batch: Batch) -> Outputs:
 
 
 def _flat(outputs: Outputs, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flattens logits to [tokens, vocabulary], and the targets with them. Doesn't slice the logits, which would copy them in
-    both passes."""
+    """Flattens logits to [tokens, vocabulary], and the targets in the same way. It doesn't slice the logits, because a slice
+    would copy them in both passes."""
     return outputs.logits.flatten(0, 1), targets(batch).flatten()
 
 
 def block_rows(logits: torch.Tensor) -> int:
-    """Chooses how many rows of logits the loss computes at once: enough to fit a CPU's caches, or to keep a GPU busy."""
+    """Chooses how many rows of logits the loss computes at once. The block should fit into a CPU's caches, or keep a GPU busy."""
     return max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.shape[1])
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Computes F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum") in much less memory.
 
-    The gradient is computed with the loss, a block of rows at a time, so no complete fp32 copy of the logits exists. At 8,192
-    tokens and a vocabulary of 128,256, that saves 8 GB. On a CPU it is as fast as torch's version.
+    It computes the gradient together with the loss, one block of rows after another, so no complete fp32 copy of the logits
+    exists. At 8,192 tokens and a vocabulary of 128,256, that saves 8 GB. On a CPU, it is as fast as torch's version.
     """
 
     @staticmethod

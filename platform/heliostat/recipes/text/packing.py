@@ -1,5 +1,6 @@
-"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not
-change the logits after it. Each architecture's code decides that, and a list of names would become outdated."""
+"""Tests whether packed documents attend to each other in a model. A change of the text before a document boundary must not change
+the logits after the boundary. heliostat tests this, because it depends on each architecture's code, and a list of architectures
+would become outdated."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from heliostat.parallel.language_model import LanguageModel
 from heliostat.parallel.tiny import LENGTH
 
 END = 1
-LAST = LENGTH // 6  # tokens of the document that is looked at
+LAST = LENGTH // 6  # tokens of the last document, whose logits are compared
 BOUNDARY = LENGTH - LAST
-TOLERANCE = 1e-3  # of the logits' own difference before the boundary: rounding is some 1e-6 of it
+TOLERANCE = 1e-3  # as a share of the logits' difference before the boundary; rounding is about 1e-6
 
 
 _known: dict[str, float] = {}  # leaks that were measured in this process
@@ -32,12 +33,13 @@ def require_apart(recipe: LanguageModel) -> None:
     if not leaked <= TOLERANCE:
         raise ConfigError(
             f"data.document_mask: {kind!r} attends across packed documents: text before a boundary changes the "
-            f"logits after it (by {leaked:.1%} of the change before it). Set it to false"
+            f"logits after it (by {leaked:.1%} of the change of the logits before it). Set it to false"
         )
 
 
 def packings() -> list[np.ndarray]:
-    """Makes samples [1, tokens] with the same last document: after one long document, a different one, and many short ones."""
+    """Makes three samples [1, tokens] with the same last document. Before this document, the samples have one long document, a
+    different long document, and many short documents."""
     draw = np.random.default_rng(0)
     last = draw.integers(6, 90, LAST)
     before = [draw.integers(6, 90, BOUNDARY) for _ in range(2)]
@@ -49,7 +51,8 @@ def packings() -> list[np.ndarray]:
 
 
 def leak(logits: list[torch.Tensor]) -> float:
-    """Divides the difference of the logits [1, tokens, vocabulary] of `packings` after the boundary by that before it."""
+    """Compares the logits [1, tokens, vocabulary] of `packings`. Returns their difference after the boundary, divided by their
+    difference before the boundary."""
     first, *others = [x.float() for x in logits]
     before = (others[0][:, : BOUNDARY - 1] - first[:, : BOUNDARY - 1]).abs().max().item()
     behind = max((o[:, BOUNDARY:] - first[:, BOUNDARY:]).abs().max().item() for o in others)
@@ -58,12 +61,12 @@ def leak(logits: list[torch.Tensor]) -> float:
 
 @torch.no_grad()
 def logits(small: LanguageModel) -> list[torch.Tensor]:
-    """Computes the logits of `packings` with a small model, in which every part has an effect."""
+    """Computes the logits of `packings` with a small model in which every part affects the logits."""
     torch.manual_seed(0)
     model = small.build()
     tiny.stir(model)
     parts = []
     for tokens in packings():
-        torch.manual_seed(1)  # the same dropout
+        torch.manual_seed(1)  # so that dropout is the same
         parts.append(model(**{k: v for k, v in small.batch(tokens).items() if k != "labels"}).logits)
     return parts

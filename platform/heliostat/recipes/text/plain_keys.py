@@ -1,7 +1,7 @@
-"""Recognizes language models whose keys are certainly valid, to check them without transformers.
+"""Recognizes language models whose keys are certainly valid, so that these models can be checked without transformers.
 
-Importing torch and a configuration class of transformers takes three seconds of processor time, most of the check of a small
-job. For the keys below, transformers has only these rules; tests/unit/test_plain_keys.py compares them. `model_config` and
+Importing torch and a configuration class of transformers takes three seconds of processor time, which is most of the check of a
+small job. For the keys below, transformers has only these rules; tests/unit/test_plain_keys.py compares them. `model_config` and
 transformers handle all other keys, and all errors.
 """
 
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from heliostat.recipes.text import initial
 
 Size = Annotated[int, Field(ge=1)]
-WITHOUT_HEAD_DIM = ("qwen2", "nanochat")  # a key that these do not have
+WITHOUT_HEAD_DIM = ("qwen2", "nanochat")  # architectures without the key head_dim
 
 
 class Plain(BaseModel):
@@ -39,14 +39,14 @@ class Plain(BaseModel):
 
 
 def read(model: dict[str, object]) -> Plain | None:
-    """Reads the keys of a model that is certainly valid; None for all others."""
+    """Reads the keys of a model that is certainly valid. Returns None for all other models."""
     keys = {key: value for key, value in model.items() if key != initial.KEY}
     try:
         plain = Plain.model_validate(keys)
-    except (ValidationError, TypeError):  # TypeError: a key that is no string
+    except (ValidationError, TypeError):  # TypeError: a key that isn't a string
         return None
     if plain.head_dim is None:
-        divide = plain.hidden_size % (2 * plain.num_attention_heads) == 0  # rotary positions turn pairs
+        divide = plain.hidden_size % (2 * plain.num_attention_heads) == 0  # rotary positions rotate pairs
     else:
         divide = plain.hidden_size % plain.num_attention_heads == plain.head_dim % 2 == 0 and plain.arch not in WITHOUT_HEAD_DIM
     share = plain.num_attention_heads % plain.num_key_value_heads == 0

@@ -1,6 +1,7 @@
-"""Tests, before a run begins, whether a language model supports what its job asks for; a ConfigError names the key if not.
+"""Tests, before a run begins, whether a language model supports all settings of its job. If it doesn't, a ConfigError names the
+key.
 
-Most jobs need no torch for that, whose import takes seconds: each trial imports what it needs itself.
+Importing torch takes seconds, and most jobs need no torch for these tests. So each test imports only the modules that it needs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ProbedModel(MixtureModel, Protocol):
-    """Lists the further attributes of a language model's recipe that trials read (`causal_lm.CausalLM`)."""
+    """Lists the additional attributes of a language model's recipe that tests read (`causal_lm.CausalLM`)."""
 
     pretrained: str | None
     unbalanced: bool
@@ -32,7 +33,7 @@ class ProbedModel(MixtureModel, Protocol):
 
 
 def probe(recipe: ProbedModel) -> None:
-    """Tests kernels, memory savers, weights, packing, experts, and parallelism, as far as the job asks for each."""
+    """Tests kernels, memory savers, weights, packing, experts, and parallelism, if the job uses them."""
     configured, parallel = recipe.plain is None, recipe.job.train.parallel
     _require_kernels(recipe)
     _require_memory_savers(recipe)

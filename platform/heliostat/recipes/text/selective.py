@@ -1,12 +1,13 @@
 """Keeps the expensive outputs of a checkpointed layer, for `train.activation_checkpointing: selective`; recomputes the rest.
 
-Expensive are products with weights and fused attention: nearly all of the time, in tensors that grow only with the tokens.
-Recomputed are norms, activations, residuals, rotations, and unfused attention, whose scores grow with the square of the
-tokens.
+Matrix multiplications with weights, and fused attention, are expensive. They take nearly all of the time, but the size of their
+outputs grows only linearly with the number of tokens. Norms, activations, residuals, rotations, and unfused attention are
+recomputed. The scores of unfused attention grow with the square of the number of tokens.
 
 The forward pass records the outputs, in the order of the operations. When autograd recomputes the layer, it runs the same
-operations and gets the outputs instead. torch's contexts (`create_selective_checkpoint_contexts`) reject an output that the
-layer changes in place later, like DeepSpeed's linear layers with bias at stage 3; here it is copied before that.
+operations, and gets the recorded outputs instead. torch's contexts (`create_selective_checkpoint_contexts`) reject an output that
+the layer later changes in place. DeepSpeed's linear layers with bias do so at stage 3. This module copies such an output before
+the change.
 """
 
 from __future__ import annotations
@@ -32,18 +33,18 @@ _passing = ContextVar("passing", default=False)
 
 
 def is_dear(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
-    """Checks whether an operation is expensive. Random operations aren't: skipping one would change the numbers of the later
-    ones."""
+    """Checks whether an operation is expensive. Random operations don't count as expensive, because skipping one would change the
+    random numbers of later operations."""
     if not (kind := _kind(operation)) or kind == PRODUCT:
         return bool(kind)
-    assert isinstance(operation, torch._ops.OpOverload)  # as all are that have a kind
+    assert isinstance(operation, torch._ops.OpOverload)  # all operations with a kind are
     arguments = {a.name: value for a, value in zip(operation._schema.arguments, args, strict=False)} | dict(kwargs or {})
     return not arguments.get("dropout_p")
 
 
 @cache
 def _kind(operation: Operation) -> str:
-    schema = getattr(operation, "_schema", None)  # which operations that take functions do not have
+    schema = getattr(operation, "_schema", None)  # higher-order operators have no schema
     space, _, name = schema.name.partition("::") if schema else ("", "", "")
     if name in PRODUCTS:
         return PRODUCT
@@ -52,13 +53,13 @@ def _kind(operation: Operation) -> str:
 
 
 def is_kept(operation: Operation, args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None) -> bool:
-    """Checks whether an operation's outputs are kept here: it is expensive, and not in `passing`."""
+    """Checks whether an operation's outputs are kept: the operation is expensive, and runs outside `passing`."""
     return not _passing.get() and is_dear(operation, args, kwargs)
 
 
 @contextmanager
 def passing() -> Iterator[None]:
-    """Keeps no outputs of the operations inside."""
+    """Keeps no outputs of the operations inside the context."""
     token = _passing.set(True)
     try:
         yield
@@ -74,7 +75,8 @@ def contexts() -> tuple[Keeping, Giving]:
 
 @dataclass(frozen=True)
 class KeptOutputs:
-    """Holds the kept outputs of an operation (None for one that is recomputed), and how often each was changed in place."""
+    """Contains the kept outputs of an operation, or None if it is recomputed. `versions`: how often each output had been changed
+    in place when it was kept."""
 
     operation: Operation | None
     out: object
@@ -86,7 +88,7 @@ class KeptOutputs:
 
     @property
     def is_other(self) -> bool:
-        """Checks whether an output was changed in place since."""
+        """Checks whether an output was changed in place after it was kept."""
         return self.versions != tuple(t._version for t in _tensors(self.out))
 
 
@@ -94,12 +96,12 @@ NOTHING = KeptOutputs(None, None, ())
 
 
 class Keeping(TorchDispatchMode):
-    """Records the outputs of expensive operations; None for one whose outputs aren't kept."""
+    """Records the outputs of expensive operations. Records None for an operation whose outputs aren't kept."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept: list[KeptOutputs] = []
-        self._where: dict[int, int] = {}  # by storage
+        self._where: dict[int, int] = {}  # storage -> place in `kept`
 
     @property
     def bytes(self) -> int:
@@ -121,14 +123,14 @@ class Keeping(TorchDispatchMode):
 
 
 class Giving(TorchDispatchMode):
-    """Returns the kept outputs to expensive operations, once each."""
+    """Returns the kept outputs instead of running expensive operations again. It returns each output once."""
 
     def __init__(self, kept: list[KeptOutputs]) -> None:
         super().__init__()
         self.kept, self.place = kept, 0
 
     def __enter__(self) -> Giving:
-        self.place = 0  # of a second backward pass, too, which then finds nothing
+        self.place = 0  # also for a second backward pass, which then finds no outputs
         super().__enter__()
         return self
 
@@ -164,10 +166,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _detached(value: object) -> object:
-    """Detaches a tensor; in-place changes of the original still count for it."""
+    """Detaches a tensor, such that in-place changes of the original still increase its version."""
     if not isinstance(value, torch.Tensor):
         return value
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # beneath autograd that is not so
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):  # otherwise not, below autograd
         return value.detach()
 
 

@@ -1,8 +1,8 @@
 """Writes and reads the files of `sentence-transformers` next to a model: how its hidden states become an embedding.
 
-    modules.json                    the model, the pooling, and the normalisation, in their order
-    1_Pooling/config.json           which pooling
-    sentence_bert_config.json       how many tokens of a text are seen
+    modules.json                    the model, the pooling, and the normalization, in their order
+    1_Pooling/config.json           the kind of pooling
+    sentence_bert_config.json       the maximum number of tokens of a text
     config_sentence_transformers.json
 
 A folder with other modules, for example a dense layer, is rejected, because its embeddings would differ from the original's.
@@ -20,7 +20,7 @@ from heliostat.storage.records import Format
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling", "sentence_bert_config.json"
 FACTS = "config_sentence_transformers.json"
 KINDS = ("Transformer", "Pooling", "Normalize")
-MODE = "pooling_mode"  # alone, or followed by what it is, as a key of its own
+MODE = "pooling_mode"  # a key, or the beginning of keys such as pooling_mode_mean_tokens
 WAYS = {"mean_tokens": "mean", "lasttoken": "last", "cls_token": "cls"}
 LIST = Format(list[dict[str, object]], "list of modules", ConfigError)
 SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)
@@ -28,14 +28,14 @@ SETTINGS = Format(dict[str, object], "configuration of a module", ConfigError)
 
 @dataclass(frozen=True)
 class Embedding:
-    """Describes how a text is embedded: the pooling, and the maximum number of tokens (None: the model's)."""
+    """Describes how a text is embedded: the pooling, and the maximum number of tokens. None means the model's maximum."""
 
     pooling: str
     max_tokens: int | None
 
 
 def write(folder: Path, how: Embedding, width: int) -> None:
-    """Writes the files into a model's folder; its embeddings have `width` numbers."""
+    """Writes the files into a model's folder. `width`: the size of the model's embeddings."""
     paths = ("", POOLING, "2_Normalize")
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -56,7 +56,8 @@ def _write(path: Path, value: object) -> None:
 
 
 def read(folder: Path) -> Embedding | None:
-    """Reads how the folder's model embeds; None if it isn't recorded; ConfigError if it isn't supported.
+    """Reads how the folder's model embeds texts. Returns None if the folder doesn't record it. Raises ConfigError if the pooling
+    or a module isn't supported.
 
     A folder without a list of modules may have only the pooling.
     """
@@ -68,12 +69,12 @@ def read(folder: Path) -> Embedding | None:
 
 
 def embeds(folder: Path) -> bool:
-    """Checks whether a folder holds an embedder: a model that records how its states become an embedding."""
+    """Checks whether a folder contains an embedder: a model that records how its states become an embedding."""
     return (folder / MODULES).is_file() or (folder / POOLING / "config.json").is_file()
 
 
 def pooling_file(folder: Path) -> Path:
-    """Finds the pooling file of an embedder's folder; ConfigError if it has unsupported modules."""
+    """Finds the pooling file of an embedder's folder. Raises ConfigError if the folder has unsupported modules."""
     if not (folder / MODULES).is_file():
         return folder / POOLING / "config.json"
     modules = {
@@ -82,7 +83,9 @@ def pooling_file(folder: Path) -> Path:
     if unknown := sorted(set(modules) - set(KINDS)):
         raise ConfigError(f"{folder / MODULES}: module {unknown[0]!r} isn't supported. Supported: {', '.join(KINDS)}")
     if "Pooling" not in modules or modules.get("Transformer"):
-        raise ConfigError(f"{folder / MODULES}: lists no pooling for a model in this folder. Use another model")
+        raise ConfigError(
+            f"{folder / MODULES}: lists no Pooling module, or a Transformer module outside this folder. Use another model"
+        )
     place = Path(modules["Pooling"])
     if place.is_absolute() or ".." in place.parts:
         raise ConfigError(f"{folder / MODULES}: its pooling is outside the folder. Use another model")
@@ -97,7 +100,7 @@ def _pooling(place: Path) -> str:
     named = said.get(MODE)
     chosen = [named] if isinstance(named, str) else [key.removeprefix(f"{MODE}_") for key, on in said.items()
                                                      if key.startswith(f"{MODE}_") and on is True]  # fmt: skip
-    ways = [WAYS.get(name, name) for name in chosen] or ["mean"]  # as sentence-transformers takes it where nothing is said
+    ways = [WAYS.get(name, name) for name in chosen] or ["mean"]  # sentence-transformers' default
     if len(ways) != 1 or ways[0] not in WAYS.values():
         raise ConfigError(f"{place}: pooling by {', '.join(ways)} isn't supported. Supported: one of {', '.join(WAYS.values())}")
     return ways[0]

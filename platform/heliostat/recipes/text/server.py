@@ -1,4 +1,5 @@
-"""Serves the exported language model as an MLflow pyfunc: MLflow copies this file into the model, so it needs only transformers.
+"""Serves the exported language model as an MLflow pyfunc. MLflow copies this file into the model, so the server needs only
+transformers.
 
 mlflow.pyfunc.load_model("models:/NAME/1").predict(["def "], params={"max_tokens": 40})
 """
@@ -11,12 +12,12 @@ from typing import Any
 import mlflow
 import torch
 from mlflow.pyfunc.model import PythonModel
-from mlflow.types.type_hints import TypeFromExample  # a list of strings; with that as the hint, MLflow drops the params
+from mlflow.types.type_hints import TypeFromExample  # a list of strings; with list[str] as the hint, MLflow drops the params
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 class TextServer(PythonModel):
-    """Continues prompts; params: max_tokens, temperature (0: greedy), top_p, seed."""
+    """Continues prompts. Parameters: max_tokens, temperature (0: greedy), top_p, seed."""
 
     def load_context(self, context: Any) -> None:
         folder = context.artifacts["model"]
@@ -31,8 +32,8 @@ class TextServer(PythonModel):
 
 
 def take_sampling(model: Any) -> list[int]:
-    """Removes the sampling settings of a folder's generation_config.json from a model, such as penalties, so that only the
-    request's apply; returns the end tokens that it names."""
+    """Removes the sampling settings of generation_config.json, such as penalties, from a model, so that only the request's
+    settings apply. Returns the end tokens that generation_config.json names."""
     named = model.generation_config.eos_token_id
     model.generation_config = GenerationConfig()
     return [] if named is None else [named] if isinstance(named, int) else list(named)
@@ -40,7 +41,7 @@ def take_sampling(model: Any) -> list[int]:
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int,
                   ends: Sequence[int] = ()) -> str:  # fmt: skip
-    """Generates the continuation of a prompt; an empty one starts a document; temperature 0 takes the most likely token."""
+    """Generates the continuation of a prompt. An empty prompt starts a document. Temperature 0 takes the most likely token."""
     ids = tokenizer(prompt or tokenizer.bos_token)["input_ids"]
     return continue_tokens(model, tokenizer, ids, max_tokens, temperature, top_p, seed, ends)
 

@@ -1,8 +1,8 @@
-"""Computes the logits and their cross entropy a tile of tokens at a time, for `train.tiled_loss`.
+"""Computes the logits and their cross entropy one tile of tokens after another, for `train.tiled_loss`.
 
-The last layer of a model gets the targets during a pass, and returns losses instead of logits. Their gradients are computed
-with them, tile by tile, so there are as many products as with complete logits. What is kept is the gradient of the layer's
-input, and of its weight in fp32.
+During a pass, the model's last layer gets the targets, and returns losses instead of logits. It computes the gradients of each
+tile together with the tile's losses. So there are as many matrix multiplications as with complete logits. Only the gradient of
+the layer's input, and that of its weight in fp32, are kept.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     pass
 
 KEY = "train.tiled_loss"
-TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
+TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
 Answer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def tile_rows(hidden: torch.Tensor, vocabulary: int) -> int:
-    """Chooses the number of tokens per tile: enough logits to keep a GPU busy, fewer on a CPU."""
+    """Chooses the number of tokens per tile, such that a tile's logits keep a GPU busy. On a CPU, tiles are smaller."""
     return max(1, (1 << 22 if hidden.device.type == "cpu" else 1 << 28) // vocabulary)
 
 
 @contextmanager
 def summed(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes return the sum of its losses instead of logits."""
+    """Makes the model's passes inside the context return the sum of its losses instead of logits."""
     with _answering(model, lambda hidden, weight, bias: TiledCrossEntropy.apply(hidden, weight, bias, targets)):
         yield
 
 
 @contextmanager
 def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
-    """Makes the model's passes return each token's loss instead of its logits, without gradients."""
+    """Makes the model's passes inside the context return each token's loss instead of its logits, without gradients."""
 
     def losses(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = tile_rows(hidden, len(weight))
@@ -55,8 +55,8 @@ def each(model: torch.nn.Module, targets: torch.Tensor) -> Iterator[None]:
 
 @contextmanager
 def _answering(model: torch.nn.Module, answer: Answer) -> Iterator[None]:
-    """Makes the last layer return this function of its input, weight, and bias: inside the layer, where ZeRO-3 has gathered
-    them."""
+    """Makes the last layer return the result of `answer`, a function of its input, weight, and bias. The call is inside the
+    layer, where ZeRO-3 has gathered the weight and bias."""
     module: Any = getattr(model, "module", model)
     head = module.get_output_embeddings()
     head.forward = lambda hidden: answer(hidden, head.weight, head.bias)
@@ -106,18 +106,18 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Te
     return total, scores.mul_(counted.unsqueeze(1))
 
 
-# is it right in this architecture? -----------------------------------------------------------------------------------
+# checks of an architecture --------------------------------------------------------------------------------------------
 
 
 def require(recipe: LanguageModel) -> None:
-    """Raises ConfigError unless the model's logits are its last layer's outputs, without later changes."""
+    """Raises ConfigError unless the model's logits are the outputs of its last layer, without later changes."""
     fault = tiny.tried(recipe, _fault)
     if fault:
         raise ConfigError(f"{KEY}: not supported for {recipe.config.model_type!r}: {fault}. Set it to false")
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with those of complete logits."""
+    """Compares the loss and the gradient of a small model in tiles with the results of complete logits."""
     model = small.build()
     if model.get_output_embeddings() is None:
         return "it has no output layer"

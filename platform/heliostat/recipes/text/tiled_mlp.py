@@ -1,8 +1,11 @@
-"""Computes the MLP of each layer a tile of tokens at a time, for `train.tiled_mlp`: its inner activations exist for one tile.
+"""Computes the MLP of each layer one tile of tokens after another, for `train.tiled_mlp`. So its inner activations exist for only
+one tile at a time.
 
-An MLP computes each token independently. The forward pass keeps only its input; the backward pass recomputes each tile with
-its gradients. This module sums the gradients of the weights over the tiles in fp32. For autograd and ZeRO's hooks, the MLP is
-one operation with one gradient per parameter. ZeRO-3 gathers the parameters once for each pass (`gathered_whole`).
+An MLP computes each token independently. The forward pass keeps only the MLP's input. The backward pass recomputes one tile after
+another, and computes the tile's gradients. It sums the gradients of the weights over the tiles in fp32.
+
+For autograd and ZeRO's hooks, the MLP is one operation with one gradient per parameter. ZeRO-3 gathers the parameters once for
+each pass (`gathered_whole`).
 """
 
 from __future__ import annotations
@@ -25,40 +28,42 @@ if TYPE_CHECKING:
 
 KEY = "train.tiled_mlp"
 NAMES = ("mlp", "feed_forward", "ffn")  # as transformers calls them
-TOLERANCE = 1e-3  # relative, of the loss and of the gradient in fp32
-TRIED = 7  # tokens of a tile in trials, whose samples have more
+TOLERANCE = 1e-3  # relative difference of the loss, and of the gradient in fp32
+TRIED = 7  # tokens per tile in trials, whose samples have more tokens
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ByteMeter(AbstractContextManager["ByteMeter"], Protocol):
-    """Counts the bytes that autograd keeps of the computations inside."""
+    """Counts the bytes that autograd keeps for the computations inside the context."""
 
     total: int
 
 
 class UnfitForTiles(Exception):
-    """Explains why a model's MLPs can't be computed in tiles."""
+    """Reports why a model's MLPs can't be computed in tiles."""
 
 
 def tile_rows(width: int) -> int:
-    """Chooses the number of tokens per tile from the width of the MLP's input, so that the inside of a tile is about as large
-    as the MLP's matrices, and the products stay compute-bound."""
+    """Chooses the number of tokens per tile from the width of the MLP's input. Then a tile's inner activations are about as large
+    as the MLP's matrices, and the matrix multiplications stay compute-bound."""
     return width
 
 
-TILE_ROWS = tile_rows  # whatever stands in its place where operations are counted
+TILE_ROWS = tile_rows  # the original, even while the plan replaces `tile_rows` to count operations
 
 
 def use(model: torch.nn.Module, rows: int | None = None) -> None:
-    """Makes a model's MLPs compute in tiles, of `rows` tokens if given; UnfitForTiles if a layer has none."""
+    """Makes a model's MLPs compute in tiles of `rows` tokens; by default, of `tile_rows`. Raises UnfitForTiles if a layer has no
+    MLP."""
     for mlp in modules(model):
         mlp.forward = partial(_forward, mlp, mlp.forward, rows)
         mlp.gathered_whole = True
 
 
 def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
-    """Computes a tile of an MLP in the context `meter`, for the plan; returns its tokens, and the bytes that the meter counts."""
+    """Computes one tile of an MLP inside the context `meter`, for the plan. Returns the tile's tokens, and the bytes that the
+    meter counts."""
     _, compute, rows = mlp.forward.args
     rows = rows or TILE_ROWS(width)
     with meter:
@@ -67,7 +72,7 @@ def inside(mlp: Any, width: int, meter: ByteMeter) -> tuple[int, int]:
 
 
 def modules(model: torch.nn.Module) -> list[Any]:
-    """Lists the MLPs of a model's layers; UnfitForTiles if a layer has none."""
+    """Lists the MLPs of a model's layers. Raises UnfitForTiles if a layer has no MLP."""
     layers = []
     for layer in checkpointing.layers(model):
         own = [child for name, child in layer.named_children() if name in NAMES and not _sparse(child)]
@@ -80,7 +85,7 @@ def modules(model: torch.nn.Module) -> list[Any]:
 
 
 def _sparse(module: torch.nn.Module) -> bool:
-    """Checks whether a module holds experts that tokens are sent to."""
+    """Checks whether a module contains experts that tokens are sent to."""
     return any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
 
 
@@ -104,8 +109,8 @@ def _tiles(whole: torch.Tensor, rows: int) -> tuple[torch.Tensor, ...]:
 
 
 class KeepForBackward(torch.autograd.Function):
-    """Keeps a tensor for the backward pass of the operation after it. The recomputation of a checkpointed layer ends at the
-    last kept tensor, so it skips the MLP, which recomputes its own tiles."""
+    """Keeps a tensor for the backward pass of the next operation. The recomputation of a checkpointed layer ends at the last kept
+    tensor. So it skips the MLP, which recomputes its own tiles."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -118,8 +123,8 @@ class KeepForBackward(torch.autograd.Function):
 
 
 class TiledMlp(torch.autograd.Function):
-    """Computes an MLP from the input that `KeepForBackward` kept, and the gradients of the input and the weights, in tiles of
-    `rows` tokens."""
+    """Computes an MLP in tiles of `rows` tokens, from the input that `KeepForBackward` keeps. Computes the gradients of the input
+    and the weights in the same tiles."""
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, rows: int, hidden: torch.Tensor, *weights: torch.nn.Parameter) -> torch.Tensor:
@@ -143,7 +148,7 @@ class TiledMlp(torch.autograd.Function):
         return None, None, of_hidden, *(total.to(w.dtype) for total, w in zip(totals, ctx.weights, strict=True))
 
 
-# is it right in this architecture? -----------------------------------------------------------------------------------
+# checks of an architecture --------------------------------------------------------------------------------------------
 
 
 def require(recipe: LanguageModel) -> None:
@@ -157,7 +162,7 @@ def require(recipe: LanguageModel) -> None:
 
 
 def _fault(small: LanguageModel) -> str:
-    """Compares the loss and the gradient of a small model in tiles with those of complete MLPs."""
+    """Compares the loss and the gradient of a small model in tiles with the results of complete MLPs."""
     try:
         model = small.build()
         if _draws(small, model):

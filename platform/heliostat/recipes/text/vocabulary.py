@@ -22,7 +22,8 @@ STEPS = {"normalizer": "normalizers", "pre_tokenizer": "pre-tokenizers"}
 
 
 def of_folder(folder: Path) -> bytes:
-    """Reads a model folder's tokenizer.json, or makes it from the other files; ConfigError if nothing is readable."""
+    """Reads a model folder's tokenizer.json, or makes it from other files. Raises ConfigError if the folder has no readable
+    tokenizer."""
     file = folder / "tokenizer.json"
     if file.is_file():
         return file.read_bytes()
@@ -30,7 +31,9 @@ def of_folder(folder: Path) -> bytes:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         return tokenizer.backend_tokenizer.to_str().encode()
     except Exception as e:
-        raise ConfigError(f"model.pretrained: {str(folder)!r} holds no readable tokenizer. Copy its tokenizer.json there") from e
+        raise ConfigError(
+            f"model.pretrained: {str(folder)!r} contains no readable tokenizer. Copy its tokenizer.json there"
+        ) from e
 
 
 def load(definition: bytes, owner: str) -> Tokenizer:
@@ -41,27 +44,33 @@ def load(definition: bytes, owner: str) -> Tokenizer:
 
 
 def difference(data: Tokenizer, model: Tokenizer, special: list[int]) -> str | None:
-    """Describes how a model's tokenizer differs from the dataset's; None if it does not. `special`: the token that ends
-    documents, and others that the dataset has in addition to those of text."""
+    """Describes how a model's tokenizer differs from the dataset's tokenizer; None if they are equal. `special`: the token that
+    ends documents, and the dataset's other special tokens."""
     ours, theirs = (json.loads(t.to_str()) for t in (data, model))
     if ours["model"]["type"] != theirs["model"]["type"]:
-        return f"the dataset's is {ours['model']['type']}, the model's {theirs['model']['type']}"
+        return f"the dataset's tokenizer is {ours['model']['type']}, and the model's tokenizer is {theirs['model']['type']}"
     for number, token in enumerate(special):
         if data.id_to_token(token) != model.id_to_token(token):
             does = "mark pieces" if number else "end"
-            return f"the dataset's documents {does} with {_named(data, token)}, which is {_named(model, token)} in the model's"
+            return (
+                f"the dataset's documents {does} with {_named(data, token)}, which is {_named(model, token)} in the model's "
+                "tokenizer"
+            )
     marks = _special(data) | _special(model)
     plain = [{t: i for t, i in x.get_vocab(with_added_tokens=True).items() if t not in marks} for x in (data, model)]
     if plain[0] != plain[1]:
         _, first = min((i, t) for t, i in plain[0].items() ^ plain[1].items())
         where = ["missing" if p.get(first) is None else f"token {p[first]}" for p in plain]
         sizes = f"of {len(plain[0]):,} and {len(plain[1]):,} tokens"
-        return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's and {where[1]} in the model's"
+        return f"vocabularies {sizes}; {first!r} is {where[0]} in the dataset's tokenizer and {where[1]} in the model's tokenizer"
     if ours["model"].get("merges") != theirs["model"].get("merges"):
         return "the tokens are equal, but the merges differ"
     for key in sorted({*ours["model"], *theirs["model"]} - {"vocab", "merges"}):
         if ours["model"].get(key) != theirs["model"].get(key):
-            return f"{key} is {ours['model'].get(key)!r} in the dataset's and {theirs['model'].get(key)!r} in the model's"
+            return (
+                f"{key} is {ours['model'].get(key)!r} in the dataset's tokenizer and {theirs['model'].get(key)!r} in the model's "
+                "tokenizer"
+            )
     return next((f"their {many} differ" for one, many in STEPS.items() if ours[one] != theirs[one]), None)
 
 
@@ -77,7 +86,8 @@ FALLBACK = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 def sizes(tokenizer: Tokenizer, count: int) -> tuple[list[int], list[int]]:
-    """Counts the bytes of each of the tokens 0 to `count` - 1: inside a document, and as its first; 0 for a missing token."""
+    """Counts the bytes of the tokens 0 to `count` - 1. Returns two lists: for tokens inside a document, and for a document's
+    first token. A missing token has 0 bytes."""
     added = tokenizer.get_added_tokens_decoder()
     kinds = set(_kinds(json.loads(tokenizer.to_str())["decoder"]))
     vocabulary = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items() if i < count}
@@ -118,7 +128,7 @@ def _writes_a_space(tokenizer: Tokenizer) -> bool:
 
 
 def _between(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Counts the bytes that each token adds between two others: decoders write spaces before, after, or within words."""
+    """Counts the bytes that each token adds between two other tokens. Decoders write spaces before, after, or within words."""
     anchor = next((i for i in tokens if re.fullmatch("[A-Za-z]+", tokenizer.decode([i]).strip())), None)
     around = [] if anchor is None else [anchor]
     without = len(tokenizer.decode([*around, *around]).encode())
