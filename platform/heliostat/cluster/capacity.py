@@ -78,7 +78,7 @@ def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, in
 
 
 def require_gpus(wanted: float) -> int:
-    """Returns the number of this machine's GPUs; ConfigError if the workers together need more."""
+    """Returns the number of this machine's GPUs; raises ConfigError if the workers together need more."""
     import torch
 
     if (count := torch.cuda.device_count()) >= wanted:
@@ -163,7 +163,7 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
 
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
-    """Returns the pools that match the labels; ConfigError if some pools have labels, but none has these."""
+    """Returns the pools that match the labels; raises ConfigError if some pools have labels, but none has these."""
     pools = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not pools and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})

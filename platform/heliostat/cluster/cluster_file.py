@@ -60,7 +60,8 @@ class ClusterFile:
     def pools(self) -> tuple[NodePool, ...]:
         """Returns the node pools.
 
-        ConfigError if the file is too malformed for that; validation against its schema (`schemas`) then shows the place.
+        Raises ConfigError if the file is too malformed for that; validation against its schema (`schemas`) then shows the
+        place.
         """
         with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
@@ -107,7 +108,7 @@ def shaped(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> ClusterFile:
-    """Reads a cluster file; ConfigError if it has neither format, or lacks its name or another required part."""
+    """Reads a cluster file; raises ConfigError if it has neither format, or lacks its name or another required part."""
     documents = _documents(path)
     schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]

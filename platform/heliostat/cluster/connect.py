@@ -45,8 +45,8 @@ def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS, or starts a private Ray with `cpus` logical CPUs. A second call does nothing.
 
-    `gpus`: number of GPUs of a private Ray, at most those of this machine; ConfigError if it has none. `verbose`: shows Ray's
-    logs and the workers' output. ClusterError if Ray doesn't start.
+    `gpus`: number of GPUs of a private Ray, at most those of this machine; raises ConfigError if it has none. `verbose`: shows
+    Ray's logs and the workers' output. Raises ClusterError if Ray doesn't start.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name, value in UNTOLD.items():
@@ -179,7 +179,7 @@ TRIES = 2
 
 
 def init(**options: Any) -> None:
-    """Calls `ray.init`, and a second time if the first fails; ClusterError if both fail.
+    """Calls `ray.init`, and a second time if the first fails; raises ClusterError if both fail.
 
     Ray gives its processes 30 s to start, and a busy machine may need more.
     """

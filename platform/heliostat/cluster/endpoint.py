@@ -48,8 +48,8 @@ class Endpoint:
 def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]:
     """Opens access to a cluster's Jobs API within the context. If `target` is None, uses the only local cluster that runs.
 
-    `field`: the option or argument that holds `target`, for errors. ClusterError if no cluster answers; ConfigError if `target`
-    doesn't name a cluster.
+    `field`: the option or argument that holds `target`, for errors. Raises ClusterError if no cluster answers; raises
+    ConfigError if `target` doesn't name a cluster.
     """
     if target is None:
         states = local.known()
@@ -131,7 +131,7 @@ def _port(cluster: ClusterFile) -> str:
 def kube_name(cluster: ClusterFile) -> str:
     """Returns the RayCluster's name: the name in the file, or for a RayJob the name of the cluster that KubeRay made for it.
 
-    ClusterError if the job has no cluster yet.
+    Raises ClusterError if the job has no cluster yet.
     """
     if cluster.kind == "RayCluster":
         return cluster.name
@@ -161,8 +161,8 @@ def kube_token(cluster: ClusterFile, name: str) -> str | None:
 def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | None = None) -> str:
     """Runs ray, kubectl, or ssh, and returns its standard output.
 
-    `what`: the purpose, for errors. `timeout`: in seconds. `stdin`: text for its standard input. ClusterError if it isn't
-    installed, fails (with its last line), or runs out of time.
+    `what`: the purpose, for errors. `timeout`: in seconds. `stdin`: text for its standard input. Raises ClusterError if it
+    isn't installed, fails (with its last line), or runs out of time.
     """
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
@@ -208,8 +208,8 @@ STATE_PORT = 6379  # Ray's default
 def join(target: str | None) -> None:
     """Sets this process's environment so that Ray connects to a cluster. Call it before Ray is imported.
 
-    `target`: a cluster of this machine; None changes nothing. ConfigError if it isn't one, or if RAY_ADDRESS is set too.
-    ClusterError if it doesn't answer.
+    `target`: a cluster of this machine; None changes nothing. Raises ConfigError if it isn't one, or if RAY_ADDRESS is set too.
+    Raises ClusterError if it doesn't answer.
     """
     if target is None:
         return

@@ -52,7 +52,8 @@ class KubernetesEvent:
 def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
     """Applies the file and waits until the head is ready, or until the job runs or is queued. Returns a note for the user.
 
-    ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warning after `seconds`.
+    Raises ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warning after
+    `seconds`.
     """
     ask = Asker(cluster)
     earlier = ask.events()
@@ -141,7 +142,7 @@ def _create(cluster: ClusterFile) -> None:
 
 
 def _note(cluster: ClusterFile, status: Section) -> str | None:
-    """Returns the note for the user when the wait is over; None before that. ClusterError if the start failed."""
+    """Returns the note for the user when the wait is over; None before that. Raises ClusterError if the start failed."""
     where = f"kubectl -n {cluster.namespace} get {cluster.kind.lower()} {cluster.name}"
     if cluster.kind == "RayJob":
         state = str(status.get("jobDeploymentStatus", ""))

@@ -37,7 +37,7 @@ class LaunchResult(TypedDict):
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
     """Starts a cluster, or joins a running one.
 
-    `restart`: restarts Ray on nodes where it runs already, which ends their jobs; ConfigError for KubeRay.
+    `restart`: restarts Ray on nodes where it runs already, which ends their jobs; raises ConfigError for KubeRay.
     """
     if cluster.local:
         state = local.up(cluster, restart)

@@ -59,7 +59,7 @@ class ClusterState:
 
     @property
     def token(self) -> str:
-        """Reads the cluster's token; ConfigError if the file isn't readable."""
+        """Reads the cluster's token; raises ConfigError if the file isn't readable."""
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
@@ -78,7 +78,7 @@ def home() -> Path:
 
 
 def read(name: str) -> ClusterState | None:
-    """Reads the record of a local cluster; None if there is none. ConfigError if it names another cluster's folders."""
+    """Reads the record of a local cluster; None if there is none. Raises ConfigError if it names another cluster's folders."""
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
         state = STATE.read(place)
@@ -104,7 +104,7 @@ def url_of(cluster: ClusterFile) -> str:
 def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     """Starts the nodes that don't run, or joins a cluster that already answers at the file's address.
 
-    `restart`: ends the running nodes first. ClusterError, with an error line of its log, if a node doesn't start.
+    `restart`: ends the running nodes first. Raises ClusterError, with an error line of its log, if a node doesn't start.
     """
     state = read(cluster.name)
     if state and restart:
@@ -212,7 +212,7 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
 def _join(state: ClusterState, answer: int) -> ClusterState:
     """Joins a cluster that already answers.
 
-    ConfigError if another user owns its processes, or if it rejects this user's token.
+    Raises ConfigError if another user owns its processes, or if it rejects this user's token.
     """
     elsewhere = "Change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
@@ -281,7 +281,7 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
 def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) -> None:
     """Waits until the dashboard lists a new living node at every address. `before`: the ids of earlier nodes.
 
-    ClusterError if a node's process ends, or if not all nodes are ready within 90 s.
+    Raises ClusterError if a node's process ends, or if not all nodes are ready within 90 s.
     """
     deadline = time.monotonic() + START_S
     while addresses:
@@ -322,7 +322,7 @@ def _tail(state: ClusterState, node: Node) -> str:
 def down(name: str) -> int:
     """Ends all of the cluster's processes, deletes its record, and returns the number of ended processes.
 
-    ConfigError if there is no such cluster; ClusterError if processes don't end.
+    Raises ConfigError if there is no such cluster; raises ClusterError if processes don't end.
     """
     state = read(name)
     if state is None:

@@ -22,7 +22,7 @@ WILDCARDS = ("0.0.0.0", "::")
 def folder(path: Path) -> Path:
     """Makes a folder that only this user may enter, or closes an existing folder of this user to other users.
 
-    ConfigError if the path is a link, a file, or another user's folder.
+    Raises ConfigError if the path is a link, a file, or another user's folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -29,7 +29,7 @@ class FileReview:
 
 
 def check(path: Path) -> FileReview:
-    """Collects the errors and warnings of a cluster file; ConfigError if the file can't be read at all."""
+    """Collects the errors and warnings of a cluster file; raises ConfigError if the file can't be read at all."""
     cluster = cluster_file.read(path)
     with cluster_file.shaped(path):
         return _report(cluster)

@@ -39,7 +39,8 @@ Get = Callable[..., tuple[int, str]]
 
 
 def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Queries the metadata service without a proxy, and returns (HTTP status, text); OSError if it gives no valid answer."""
+    """Queries the metadata service without a proxy, and returns (HTTP status, text); raises OSError if it gives no valid
+    answer."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, method=method, headers=headers or {})
     try:
@@ -52,7 +53,8 @@ def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) ->
 
 
 def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Returns the seconds until EC2 ends this spot instance; None without a notice. ClusterError if the service reports an error.
+    """Returns the seconds until EC2 ends this spot instance; None without a notice. Raises ClusterError if the service reports
+    an error.
 
     It uses a session token (IMDSv2), as instances with `HttpTokens: required` demand.
     """
@@ -74,7 +76,7 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
 def gcp_notice(url: str = METADATA, ask: Get = get) -> float | None:
     """Returns the seconds until Google Cloud ends this spot machine; None without a notice.
 
-    ClusterError if the metadata service reports an error.
+    Raises ClusterError if the metadata service reports an error.
     """
     status, text = ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     if status != 200:
@@ -86,7 +88,7 @@ NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
 
 
 def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
-    """Drains this machine's Ray node, which ends in `seconds`, and returns the node's id; ClusterError if that fails.
+    """Drains this machine's Ray node, which ends in `seconds`, and returns the node's id; raises ClusterError if that fails.
 
     `reason`: a text for Ray's records. `address`: of Ray's state server. `node_ip`: the node's address. The last two default to
     those of this machine.
@@ -115,7 +117,7 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
     """Polls `notice` until it returns seconds, then drains the node and retries until that succeeds.
 
-    ClusterError if the time runs out first. Warns once when the metadata service stops answering.
+    Raises ClusterError if the time runs out first. Warns once when the metadata service stops answering.
     """
     deaf = False
     while True:

@@ -91,7 +91,7 @@ def _never(path: str) -> str | None:
 
 
 def look(workspace: Path, limit: int = LIMIT) -> Packed:
-    """Selects the files that are sent with a job; ConfigError if they have more than `limit` bytes together."""
+    """Selects the files that are sent with a job; raises ConfigError if they have more than `limit` bytes together."""
     packed, links = Packed(), list[Path]()
     for path in _walk(workspace, Path(), [], packed):
         if (workspace / path).is_symlink():

@@ -44,8 +44,8 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
 def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
     """Writes the checkpoint's model to `folder`, which `from_pretrained` can load; returns the recipe.
 
-    `run_id`: id of the MLflow run, recorded in the folder. ConfigError if the recipe doesn't support export or the folder isn't
-    empty; CheckpointError if the checkpoint lacks a weight.
+    `run_id`: id of the MLflow run, recorded in the folder. Raises ConfigError if the recipe doesn't support export or the
+    folder isn't empty; raises CheckpointError if the checkpoint lacks a weight.
     """
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):

@@ -21,7 +21,7 @@ BATCH = 16
 def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
     """Generates the answer to one prompt in this process. A text is also written to the file `out`.
 
-    AccessError or StorageError, before the model is loaded, if nothing can be written there.
+    Raises AccessError or StorageError, before the model is loaded, if nothing can be written there.
     """
     if out is not None:
         Location(out).require_file()
@@ -52,7 +52,7 @@ def answer(
 def read_text(option: str, value: str) -> str:
     """Returns the content of the file that `value` names, unchanged. If there is no such file, returns `value` itself.
 
-    ConfigError if the file isn't UTF-8.
+    Raises ConfigError if the file isn't UTF-8.
     """
     try:
         if "\0" in value or not Path(value).is_file():
@@ -65,7 +65,7 @@ def read_text(option: str, value: str) -> str:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads prompts from a file, one per line, without empty lines. ConfigError if it contains none or isn't UTF-8."""
+    """Reads prompts from a file, one per line, without empty lines. Raises ConfigError if it contains none or isn't UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:

@@ -37,7 +37,7 @@ def generate_many(
 ) -> int:
     """Answers all prompts with `workers` copies of the model in parallel, on Ray; returns the number of answers.
 
-    The i-th prompt has seed + i. `quiet`: shows no progress. ConfigError, before Ray starts, in these cases:
+    The i-th prompt has seed + i. `quiet`: shows no progress. Raises ConfigError, before Ray starts, in these cases:
 
     - the model doesn't support generation with these options
     - the output contains something else, or answers to other prompts

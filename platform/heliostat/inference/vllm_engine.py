@@ -51,7 +51,7 @@ def engine_options(
 
 
 def rank(most: int) -> int:
-    """Returns the smallest supported rank that is at least `most`; ConfigError if there is none."""
+    """Returns the smallest supported rank that is at least `most`; raises ConfigError if there is none."""
     if most > RANKS[-1]:
         raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)
@@ -74,8 +74,8 @@ def scoring() -> dict[str, object]:
 
 
 def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) -> float:
-    """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first; ValueError if one is
-    missing."""
+    """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first; raises ValueError if one
+    is missing."""
     if len(scored) != len(tokens):
         raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
@@ -108,7 +108,7 @@ class VllmStream:
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
         """Yields the tokens of an answer as they come, each with its log probabilities if `logprobs` isn't None.
 
-        HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
+        Raises HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}

@@ -63,7 +63,8 @@ def place(run: Location, request: ProfileRequest) -> Location:
 
 
 def requested(run: Location) -> ProfileRequest | None:
-    """Reads the run's request for a profile; None if there is none, or if it has an answer. DataError if it isn't a request."""
+    """Reads the run's request for a profile; None if there is none, or if it has an answer. Raises DataError if it isn't a
+    request."""
     try:
         request = REQUEST.read(_request(run))
     except FileNotFoundError:

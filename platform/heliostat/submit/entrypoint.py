@@ -82,13 +82,13 @@ class Again:
         return f"with exit code {code}" if mine.outcome is None else ""
 
     def wait_s(self, how: str) -> float:
-        """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
+        """Returns the seconds to wait before the restart; raises TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without an error, {how}"), self._progress())
 
     def flags(self, flags: list[str], pid: int) -> list[str]:
         """Returns the next command's flags. It resumes the run if the dead command had begun it, but never an earlier run.
 
-        HeliostatError if the storage doesn't show whether the command had begun.
+        Raises HeliostatError if the storage doesn't show whether the command had begun.
         """
         if not self._has_begun(pid):
             return flags

@@ -98,8 +98,8 @@ class Jobs:
     def submit(self, record: SubmissionRecord, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
-        Submitting the same job again returns the same submission. ConfigError if another job has this name. ConfigError also if
-        this job failed or was stopped, and no flag resumes it or starts it from scratch.
+        Submitting the same job again returns the same submission. Raises ConfigError if another job has this name. ConfigError
+        also if this job failed or was stopped, and no flag resumes it or starts it from scratch.
         """
         queue = record.queue
         if earlier := self.find(record.id):
@@ -206,7 +206,7 @@ class Jobs:
         return next((j for j in self.list() if j["id"] == job_id), None)
 
     def get(self, job_id: str) -> Submitted:
-        """Returns the submission with this id; ConfigError if there is none, or if heliostat didn't submit it."""
+        """Returns the submission with this id; raises ConfigError if there is none, or if heliostat didn't submit it."""
         job = self.find(job_id)
         if job is None:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
@@ -264,7 +264,7 @@ class Jobs:
     def stop(self, job_id: str, now: bool = False) -> Submitted:
         """Stops a job, waits until it has ended, and returns it. The job saves a checkpoint first, unless `now` is set.
 
-        ClusterError if it doesn't end within 630 s.
+        Raises ClusterError if it doesn't end within 630 s.
         """
         job = self.get(job_id)
         if job["status"] in OVER:

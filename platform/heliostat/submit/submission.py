@@ -50,7 +50,7 @@ class SubmissionRecord:
 
     @staticmethod
     def read(job_id: str) -> SubmissionRecord | None:
-        """Reads this workspace's record of a submission; None if there is none. ConfigError if it is damaged."""
+        """Reads this workspace's record of a submission; None if there is none. Raises ConfigError if it is damaged."""
         try:
             return SUBMITTED.read(SubmissionRecord.place(job_id))
         except FileNotFoundError:
@@ -86,7 +86,7 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
 def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
     """Loads a job for a cluster. `resume`: `train.epochs` counts the samples of the dataset versions that the run trains on.
 
-    ConfigError if the cluster is on other machines and the job has paths of this workspace.
+    Raises ConfigError if the cluster is on other machines and the job has paths of this workspace.
     """
     raw, devices = spec.read(path, settings), check.devices_of(endpoint.file)
     samples = partial(check.training_samples, resume=resume)
@@ -109,7 +109,8 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
-    """Returns an earlier submission's record for this cluster, with changed settings; ConfigError for settings of a sweep."""
+    """Returns an earlier submission's record for this cluster, with changed settings; raises ConfigError for settings of a
+    sweep."""
     if record.sweep:
         if settings:
             raise ConfigError(

@@ -89,7 +89,7 @@ class Lineage(TypedDict):
 
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
-    """Traces the lineage of a model or a run. `what`: one of their names; ConfigError if it leads to no run."""
+    """Traces the lineage of a model or a run. `what`: one of their names; raises ConfigError if it leads to no run."""
     version, run_id = None, what
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)

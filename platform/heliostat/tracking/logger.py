@@ -122,7 +122,8 @@ class RunOwner:
             self._thread.start()
 
     def client(self) -> MlflowClient:
-        """Waits until MLflow has answered, and returns the MlflowClient; TrackingError if there is no answer for AWAY_S."""
+        """Waits until MLflow has answered, and returns the MlflowClient; raises TrackingError if there is no answer for
+        AWAY_S."""
         self.post(Event())  # the thread may be waiting for a first event
         self._start()
         if not self._answers.wait(AWAY_S):
@@ -133,7 +134,7 @@ class RunOwner:
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
         """Writes the URI of the run's logged model, if there is one, and the samples: (prompt, generated text).
 
-        TrackingError if MLflow rejects them, or doesn't answer for AWAY_S.
+        Raises TrackingError if MLflow rejects them, or doesn't answer for AWAY_S.
         """
         from mlflow.exceptions import MlflowException
 
@@ -163,7 +164,7 @@ class RunOwner:
     def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
         """Writes all waiting events, the run's goodput, tags, and status: FINISHED, FAILED, or KILLED.
 
-        If MLflow is unreachable for AWAY_S, the run's next command writes them; TrackingError if the run is FINISHED.
+        If MLflow is unreachable for AWAY_S, the run's next command writes them; raises TrackingError if the run is FINISHED.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))

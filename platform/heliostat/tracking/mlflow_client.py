@@ -74,7 +74,7 @@ def known(client: MlflowClient, run_id: str) -> dict[str, int]:
 
 
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
-    """Reads a JSON artifact of a run; None if the run has none. TrackingError if it isn't JSON.
+    """Reads a JSON artifact of a run; None if the run has none. Raises TrackingError if it isn't JSON.
 
     `kind`: its type, which isn't checked, because heliostat itself wrote the artifact.
     """
@@ -110,7 +110,7 @@ def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
 def connect(uri: str) -> MlflowClient:
     """Connects to MLflow's store at `uri`. Returns an MlflowClient, and makes the store MLflow's default.
 
-    TrackingError if it is a database whose server accepts no connection.
+    Raises TrackingError if it is a database whose server accepts no connection.
     """
     import mlflow
 
@@ -140,7 +140,7 @@ def _probe(uri: str) -> None:
 def asking(uri: str) -> Iterator[None]:
     """Converts errors of MLflow and of its database within the context into a TrackingError of one line.
 
-    First waits until an HTTP server answers, with any status; TrackingError if it doesn't within BUDGET_S.
+    First waits until an HTTP server answers, with any status; raises TrackingError if it doesn't within BUDGET_S.
     """
     import mlflow
 
@@ -197,7 +197,8 @@ def fault(error: object) -> str:
 
 
 def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
-    """Maps experiment ids to names: all of them, or only that of the experiment `name`. ConfigError if that doesn't exist."""
+    """Maps experiment ids to names: all of them, or only that of the experiment `name`. Raises ConfigError if that doesn't
+    exist."""
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:
@@ -233,7 +234,7 @@ def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
 
 
 def find(client: MlflowClient, run: str, uri: str) -> Run:
-    """Finds a run by its id or its folder; ConfigError if MLflow doesn't have it, or if heliostat didn't make it."""
+    """Finds a run by its id or its folder; raises ConfigError if MLflow doesn't have it, or if heliostat didn't make it."""
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage.locations import Location

@@ -45,7 +45,7 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
     """Logs an exported folder to the run, registers it if the job asks for that, and returns its URI.
 
     The logged model has a signature and an input example. A checkpoint's model is logged and registered only once: later calls
-    reuse the complete parts of earlier calls, and delete the incomplete ones. TrackingError if MLflow fails.
+    reuse the complete parts of earlier calls, and delete the incomplete ones. Raises TrackingError if MLflow fails.
     """
     import mlflow
     from mlflow.utils import logging_utils
@@ -166,7 +166,7 @@ def _describe(
 def resolve(model: str, tracking_uri: str) -> Path:
     """Returns the local folder of a model for `from_pretrained`, after a download if necessary.
 
-    `model`: any of its names. ConfigError if there is no such model.
+    `model`: any of its names. Raises ConfigError if there is no such model.
     """
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
@@ -201,7 +201,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 
 def find_run(run: str, tracking_uri: str) -> Location:
-    """Returns a run's folder, given its id or the folder; ConfigError if the folder doesn't contain a run."""
+    """Returns a run's folder, given its id or the folder; raises ConfigError if the folder doesn't contain a run."""
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:

@@ -72,7 +72,7 @@ class Term:
 
     @staticmethod
     def parse(text: str) -> Term:
-        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; ConfigError if the text has another form."""
+        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; raises ConfigError if the text has another form."""
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
         try:
             if match:
@@ -110,7 +110,7 @@ def parse(model: str) -> tuple[str, str, str]:
 
 
 def find(client: MlflowClient, model: str) -> ModelVersion:
-    """Finds the model version of NAME@ALIAS or NAME/VERSION; ConfigError if there is none."""
+    """Finds the model version of NAME@ALIAS or NAME/VERSION; raises ConfigError if there is none."""
     from mlflow.exceptions import MlflowException
 
     name, version, alias = parse(model)
@@ -135,7 +135,7 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
 
 
 def history(version: ModelVersion) -> list[HistoryEntry]:
-    """Reads a version's history, oldest event first; TrackingError if the tag is damaged."""
+    """Reads a version's history, oldest event first; raises TrackingError if the tag is damaged."""
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
@@ -147,7 +147,8 @@ def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -
 
 
 def promote(client: MlflowClient, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> Promotion:
-    """Moves the alias to the model. GateError if it fails a requirement, or is worse than the current model with the alias.
+    """Moves the alias to the model. Raises GateError if it fails a requirement, or is worse than the current model with the
+    alias.
 
     The two models are compared on `metric`; `mode` is `min` if lower scores are better. GateError also if they were scored on
     different held-out samples. `force`: moves the alias in spite of that, and the history records the problems.

@@ -43,9 +43,9 @@ def serve(
 ) -> None:
     """Runs `mlflow server` on the store for clients that have a key, and calls `ready` with its URL once it answers.
 
-    If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output goes
-    to `server.log` in the folder of the keys; with `verbose` it goes to this process's output. ConfigError if the port is in
-    use, HeliostatError if the server doesn't answer or fails.
+    If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output
+    goes to `server.log` in the folder of the keys; with `verbose` it goes to this process's output. Raises ConfigError if the
+    port is in use, HeliostatError if the server doesn't answer or fails.
     """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
@@ -89,7 +89,7 @@ def _read(place: Path | None) -> str:
 
 
 def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Path | None) -> int:
-    """Waits until the server answers, and returns its port; HeliostatError if it ends, or doesn't answer within 120 s.
+    """Waits until the server answers, and returns its port; raises HeliostatError if it ends, or doesn't answer within 120 s.
 
     The port must belong to the server's process, because another program may have taken the port and may answer.
     """

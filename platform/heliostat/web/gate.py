@@ -72,7 +72,7 @@ class Gate:
                 raise Refusal(403, said, code="unknown_host") from None
 
     async def _enter(self, request: Request) -> Response:
-        """Takes a key from a browser, and gives the browser the cookie; Refusal if the key isn't valid."""
+        """Takes a key from a browser, and gives the browser the cookie; raises Refusal if the key isn't valid."""
         if not _same_origin(request):
             raise Refusal(403, "the key comes from a page of another origin", code="other_origin")
         raw = bytearray()

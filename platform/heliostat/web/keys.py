@@ -42,7 +42,8 @@ def made(path: Path) -> bool:
 def read(path: Path) -> dict[str, str]:
     """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`.
 
-    ConfigError if the file is unreadable, or open to other users, or has an invalid line or no key. No error shows a key.
+    Raises ConfigError if the file is unreadable, or open to other users, or has an invalid line or no key. No error shows a
+    key.
     """
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
@@ -82,7 +83,8 @@ def first(path: Path) -> str:
 
 
 def owner(header: str | None, known: dict[str, str]) -> str:
-    """Returns the name of the key in an Authorization header; Refusal with status 401 if the key is missing or unknown."""
+    """Returns the name of the key in an Authorization header; raises Refusal with status 401 if the key is missing or
+    unknown."""
     kind, _, key = (header or "").partition(" ")
     if kind.lower() != "bearer" or not key.strip():
         raise Refusal(401, "no API key. Send the header `Authorization: Bearer KEY`", None, "invalid_api_key")

@@ -181,7 +181,7 @@ class Server(uvicorn.Server):
 def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
     """Serves the page until a signal stops it. Calls `ready` with the page's URL.
 
-    ConfigError, before `keys` is called, if the model or the index can't be served.
+    Raises ConfigError, before `keys` is called, if the model or the index can't be served.
     """
     if served.kind() == EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")

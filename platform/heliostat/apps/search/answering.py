@@ -26,7 +26,7 @@ class PassagePrompt:
 def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
     """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first doesn't fit, shortens it.
 
-    `room`: maximum tokens of the prompt; None means no limit. ConfigError if the question alone doesn't fit.
+    `room`: maximum tokens of the prompt; None means no limit. Raises ConfigError if the question alone doesn't fit.
     """
     texts = [passage["text"] for passage in passages]
 
@@ -65,7 +65,7 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
     """Answers a question with a model, by greedy decoding; returns the text and its counts of tokens and passages.
 
-    ConfigError if the question doesn't fit into the model's context. HeliostatError if the model fails.
+    Raises ConfigError if the question doesn't fit into the model's context. Raises HeliostatError if the model fails.
     """
     from heliostat.inference.batch.engines import Continue, Input
 

@@ -56,8 +56,8 @@ def index_documents(
 ) -> dict[str, object]:  # fmt: skip
     """Builds an index, or updates it to the dataset's version.
 
-    Returns the values of `index.json`, and `new`: the number of units that ran. ConfigError, before anything starts, in these
-    cases:
+    Returns the values of `index.json`, and `new`: the number of units that ran. Raises ConfigError, before anything starts, in
+    these cases:
 
     - the dataset contains no text
     - the embedder doesn't embed text
@@ -108,7 +108,7 @@ def require() -> None:
 def describe(embedder: Path) -> dict[str, Any]:
     """Describes an embedder: folder, digest, origin, and `dims`, the size of its embeddings.
 
-    ConfigError if it doesn't embed text.
+    Raises ConfigError if it doesn't embed text.
     """
     from transformers import AutoConfig
 

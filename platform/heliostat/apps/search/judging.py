@@ -23,7 +23,8 @@ RERANKED = "+reranker"  # suffix of a mode's name: its passages, reordered by th
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:
-    """Reads a `.jsonl` file of questions; returns each with its documents' ids. ConfigError that names the first invalid line."""
+    """Reads a `.jsonl` file of questions; returns each with its documents' ids. Raises ConfigError, which names the first invalid
+    line."""
     try:
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: JSON may hold others
     except (OSError, UnicodeDecodeError) as e:
@@ -51,7 +52,7 @@ def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranke
 
     `over_bm25`: mean differences from BM25, each with half of its 95 % interval. `reranked`: the same, from each mode without
     the reranker. Two kinds of questions are left out and counted: `unknown`, if the index lacks one of its documents, and
-    `too_long`, if it exceeds the embedder's maximum. ConfigError if none is left.
+    `too_long`, if it exceeds the embedder's maximum. Raises ConfigError if none is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]

@@ -74,7 +74,7 @@ def room(model: PreTrainedModel, folder: Path) -> int:
 
 
 class Reranker:
-    """Loads a cross-encoder; ConfigError if the folder contains another model."""
+    """Loads a cross-encoder; raises ConfigError if the folder contains another model."""
 
     def __init__(self, folder: Path) -> None:
         require(folder)
@@ -89,7 +89,7 @@ class Reranker:
         """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: the model read only a
         beginning.
 
-        ConfigError if the question leaves no room for a passage. HeliostatError if a score isn't finite.
+        Raises ConfigError if the question leaves no room for a passage. Raises HeliostatError if a score isn't finite.
         """
         with self._lock:  # concurrent requests share the model
             self._require_room(question)

@@ -80,7 +80,8 @@ class SearchIndex:
     def search(self, questions: Sequence[str], mode: str, top: int) -> list[list[Passage]]:
         """Returns at most `top` passages for each question, best first.
 
-        ConfigError if the mode needs embeddings that the index lacks, or if the embedder can't embed a complete question.
+        Raises ConfigError if the mode needs embeddings that the index lacks, or if the embedder can't embed a complete
+        question.
         """
         if mode not in self.modes:
             raise ConfigError(
@@ -103,7 +104,7 @@ class SearchIndex:
     def columns(self, document: str) -> dict[str, object]:
         """Returns the columns of a document that the dataset keeps, such as its URL.
 
-        DataError if the index's record of its documents is missing.
+        Raises DataError if the index's record of its documents is missing.
         """
         if not self.record["ends"]:
             return {}
@@ -152,7 +153,7 @@ class SearchIndex:
 
     @cached_property
     def embedder(self) -> Path:
-        """Returns the embedder's folder; ConfigError if it doesn't exist, or contains another model."""
+        """Returns the embedder's folder; raises ConfigError if it doesn't exist, or contains another model."""
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():

@@ -76,7 +76,7 @@ RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="Run `heliostat se
 
 
 def read_record(index: Location) -> IndexRecord:
-    """Reads an index's record; ConfigError if there is no finished index, DataError if the record is damaged."""
+    """Reads an index's record; raises ConfigError if there is no finished index, DataError if the record is damaged."""
     place = index.join(RECORD)
     try:
         return RECORD_FORMAT.read(place)
@@ -142,7 +142,7 @@ def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceData
 
 
 def open_version(index: Location, version: int) -> lance.LanceDataset:
-    """Opens a version; DataError if it no longer exists."""
+    """Opens a version; raises DataError if it no longer exists."""
     import lance
 
     uri, options = address(index)
@@ -150,7 +150,7 @@ def open_version(index: Location, version: int) -> lance.LanceDataset:
 
 
 def read(index: Location, operation: Callable[[], T]) -> T:
-    """Runs an operation that reads the table; DataError if a part of it is missing, StorageError if the store fails."""
+    """Runs an operation that reads the table; raises DataError if a part of it is missing, StorageError if the store fails."""
     place = index.join(NAME)
     try:
         return place.attempt(operation)

@@ -62,7 +62,7 @@ class DocumentTokens:
 
 
 def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset; ConfigError if it contains no text."""
+    """Opens a prepared dataset; raises ConfigError if it contains no text."""
     prepared = manifest.read(place)
     if prepared.kind != "tokens":
         raise ConfigError(
@@ -121,7 +121,8 @@ def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Docu
 
 
 def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.ndarray]]:
-    """Reads a row group as (document id, token ids), and checks it against the manifest's digests; DataError if it is damaged."""
+    """Reads a row group as (document id, token ids), and checks it against the manifest's digests; raises DataError if it is
+    damaged."""
 
     def get() -> tuple[pa.Table, pa.Table]:
         with place.fs.open_input_file(place.path) as file:

@@ -49,7 +49,7 @@ class Layer:
 
 
 def require(name: str, folder: Path) -> dict[str, Any]:
-    """Reads an adapter's configuration, before any weight is read; ConfigError if this adapter isn't supported."""
+    """Reads an adapter's configuration, before any weight is read; raises ConfigError if this adapter isn't supported."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
@@ -85,7 +85,7 @@ class Adapters:
     def _try(self, name: str, model: PreTrainedModel) -> None:
         """Runs a forward pass of two rows, one of them with the adapter.
 
-        ConfigError if a layer of the adapter doesn't compute rows independently, such as an expert's.
+        Raises ConfigError if a layer of the adapter doesn't compute rows independently, such as an expert's.
         """
         with torch.inference_mode(), self.using([name, None]):
             try:
@@ -119,7 +119,8 @@ class Adapters:
 
 
 def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
-    """Reads an adapter's matrices; returns them by the path of their linear layer. ConfigError if they don't fit the model."""
+    """Reads an adapter's matrices; returns them by the path of their linear layer. Raises ConfigError if they don't fit the
+    model."""
     config, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -100,7 +100,7 @@ class AnswerPiece(TypedDict):
 
 
 def kind_of(folder: Path) -> str:
-    """Returns a model's kind; ConfigError if the model is of another kind, which can't be served."""
+    """Returns a model's kind; raises ConfigError if the model is of another kind, which can't be served."""
     if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
         return EMBEDDINGS
     recipe = exported.read(folder).recipe

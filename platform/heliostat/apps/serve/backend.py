@@ -43,7 +43,7 @@ class Backend:
     async def ask(self, call: Call) -> tuple[str, Item]:
         """Returns the version that answered, and its answer.
 
-        Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
+        Raises Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -59,7 +59,7 @@ class Backend:
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
         """Yields the version and each item of a stream.
 
-        Refusal as in `ask`, or with 503 if the replica dies after its first item: then the request can't be sent again.
+        Raises Refusal as in `ask`, or with 503 if the replica dies after its first item: then the request can't be sent again.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):

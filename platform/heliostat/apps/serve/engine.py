@@ -256,8 +256,8 @@ class VllmEngine:
 
 
 def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]) -> None:
-    """Checks that adapters fit the model's shapes, because vLLM silently leaves out matrices that don't; ConfigError if one
-    doesn't fit."""
+    """Checks that adapters fit the model's shapes, because vLLM silently leaves out matrices that don't; raises ConfigError if
+    one doesn't fit."""
     if adapters:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)

@@ -73,7 +73,8 @@ class Front(Gateway):
         return {"id": name, "object": "model", "created": self.settings.since, "owned_by": "heliostat"}
 
     def owner(self, request: Request) -> str:
-        """Returns the name of a request's key; `anybody` if the endpoint needs no key. Refusal with 401 if the key is unknown."""
+        """Returns the name of a request's key; `anybody` if the endpoint needs no key. Raises Refusal with 401 if the key is
+        unknown."""
         known = self.settings.keys
         return "anybody" if known is None else keys.owner(request.headers.get("authorization"), known)
 
@@ -94,7 +95,7 @@ class Front(Gateway):
                 self.limits.leave(name)
 
     async def _body(self, request: Request) -> bytes:
-        """Reads the body; Refusal with 413 if it is longer than `body_bytes`."""
+        """Reads the body; raises Refusal with 413 if it is longer than `body_bytes`."""
         most, body = self.settings.body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:

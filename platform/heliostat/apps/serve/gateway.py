@@ -96,7 +96,7 @@ class RequestLimits:
         self.began: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def enter(self, name: str) -> None:
-        """Counts a request that begins; Refusal with 429 if it is above a limit."""
+        """Counts a request that begins; raises Refusal with 429 if it is above a limit."""
         now, began = self.clock(), self.began[name]
         while began and began[0] <= now - MINUTE:
             began.popleft()
@@ -155,9 +155,9 @@ class Gateway:
         self.measures = Measures()
 
     async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; Refusal as in `Backend.ask`."""
+        """Returns the version that answered, and its answer; raises Refusal as in `Backend.ask`."""
         return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
     def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version that answers, and each item of its answer; Refusal as in `Backend.stream`."""
+        """Yields the version that answers, and each item of its answer; raises Refusal as in `Backend.stream`."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

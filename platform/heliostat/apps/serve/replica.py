@@ -89,8 +89,8 @@ class Painter:
         self.thread = ThreadPoolExecutor(1, "painter")  # one request at a time, even if its client has left
 
     async def draw(self, request: PictureRequest) -> list[dict[str, object]]:
-        """Generates images: a PNG in base64 for each, with its seed. Refusal if the size or an option isn't supported, or the
-        model fails."""
+        """Generates images: a PNG in base64 for each, with its seed. Raises Refusal if the size or an option isn't supported,
+        or the model fails."""
         self._require_size(request.options)
         seeds = [(request.seed + i) % 2**63 for i in range(request.count)]
         work = partial(self.canvas.draw, [request.prompt] * request.count, seeds, request.options)

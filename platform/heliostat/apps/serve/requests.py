@@ -20,7 +20,7 @@ MOST_PASSAGES = 50
 
 
 def whole(text: str) -> str:
-    """Returns the text; ValueError if it contains half a character (a lone surrogate), which tokenizers reject."""
+    """Returns the text; raises ValueError if it contains half a character (a lone surrogate), which tokenizers reject."""
     text.encode()
     return text
 
@@ -42,7 +42,7 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(raw: bytes) -> dict[str, object]:
-    """Parses a body; Refusal if it isn't a JSON object."""
+    """Parses a body; raises Refusal if it isn't a JSON object."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -53,7 +53,7 @@ def parse(raw: bytes) -> dict[str, object]:
 
 
 def read(kind: type[B], raw: bytes) -> B:
-    """Reads a request; Refusal that names the wrong parameter. A parameter with the value null counts as missing."""
+    """Reads a request; raises Refusal, which names the wrong parameter. A parameter with the value null counts as missing."""
     fields = {name: value for name, value in parse(raw).items() if value is not None}
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)

@@ -29,16 +29,16 @@ class Route(ABC, Generic[B, A]):
     body: type[B]
 
     def read(self, settings: FrontSettings, raw: bytes) -> B:
-        """Reads the body of a request; Refusal that names the wrong parameter."""
+        """Reads the body of a request; raises Refusal, which names the wrong parameter."""
         return requests.read(self.body, raw)
 
     @abstractmethod
     def request(self, settings: FrontSettings, body: B) -> A:
-        """Returns the request to a replica; Refusal if this endpoint can't answer it."""
+        """Returns the request to a replica; raises Refusal if this endpoint can't answer it."""
 
     @abstractmethod
     async def answer(self, replica: Replica, request: A) -> Item:
-        """Answers in the replica; Refusal if it can't."""
+        """Answers in the replica; raises Refusal if it can't."""
 
     @abstractmethod
     def shape(self, settings: FrontSettings, body: B, version: str, item: Item) -> Answer:

@@ -134,7 +134,7 @@ class Row:
 def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
     """Returns the ids of the tokens that end an answer, including those that end a fill-in-the-middle answer.
 
-    ConfigError if the tokenizer can't decode text token by token.
+    Raises ConfigError if the tokenizer can't decode text token by token.
     """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__

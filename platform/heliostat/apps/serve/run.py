@@ -66,7 +66,7 @@ class Versions:
     def tick(self, wanted: str) -> None:
         """Switches to the wanted version, sends it to the HTTP server, and ends old versions.
 
-        If the version doesn't load, the current one stays; HeliostatError if there is no current one.
+        If the version doesn't load, the current one stays; raises HeliostatError if there is no current one.
         """
         if wanted not in (self.current, self.failed):
             self._move(wanted)
@@ -104,7 +104,7 @@ def serve(
 ) -> None:
     """Serves a model, an index, or both, until a signal stops it. Calls `ready` with the URL once the endpoint answers.
 
-    ConfigError, before anything starts and before `keys` is called, if the model or the index can't be served.
+    Raises ConfigError, before anything starts and before `keys` is called, if the model or the index can't be served.
     """
     source, kind = served.source, served.kind()
     shared = bool(os.environ.get("RAY_ADDRESS"))
@@ -127,7 +127,7 @@ def serve(
 def stop() -> bool:
     """Ends the endpoint that a killed command left on a cluster. Returns whether there was one.
 
-    ConfigError if the cluster serves other applications, or the endpoint's command is still running.
+    Raises ConfigError if the cluster serves other applications, or the endpoint's command is still running.
     """
     if not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--stop: needs --cluster. Without one, the endpoint ends with its command")
@@ -144,7 +144,7 @@ def stop() -> bool:
 def end_left() -> bool:
     """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were any.
 
-    ConfigError if Ray Serve has applications of others, which would end too, or the endpoint's command is still running.
+    Raises ConfigError if Ray Serve has applications of others, which would end too, or the endpoint's command is still running.
     """
     import ray
     from ray import serve
@@ -215,8 +215,8 @@ class ServeEndpoint:
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> tuple[str, str]:
-        """Returns the engine for a version's model, and the reason. ConfigError if the engine of --engine doesn't support the
-        model."""
+        """Returns the engine for a version's model, and the reason. Raises ConfigError if the engine of --engine doesn't
+        support the model."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: needs a model that generates text. Use --engine auto")
@@ -224,7 +224,8 @@ class ServeEndpoint:
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
-        """Connects to Ray, and ends the endpoint of a killed command; ConfigError if others use Ray Serve on this cluster."""
+        """Connects to Ray, and ends the endpoint of a killed command; raises ConfigError if others use Ray Serve on this
+        cluster."""
         import ray.serve  # noqa: F401  # first, because importing it sets its logger to INFO
 
         from heliostat.cluster import private_ray
@@ -270,7 +271,7 @@ class ServeEndpoint:
     def use(self, version: str) -> dict[str, int]:
         """Sends the HTTP server the current version, and returns the number of open requests of each version.
 
-        FrontError if the HTTP server doesn't answer within 30 seconds.
+        Raises FrontError if the HTTP server doesn't answer within 30 seconds.
         """
         assert self.front
         try:
@@ -309,7 +310,7 @@ class ServeEndpoint:
     def _deploy(self, name: str, application: Application, route: str | None) -> None:
         """Starts an application and waits until it runs.
 
-        HeliostatError if it fails or takes longer than START_S seconds. StoppedError if a signal arrives.
+        Raises HeliostatError if it fails or takes longer than START_S seconds. Raises StoppedError if a signal arrives.
         """
         from ray import serve
 

@@ -57,7 +57,8 @@ class VersionSource:
     def wanted(self) -> str:
         """Returns the version to serve.
 
-        If the registry doesn't answer, logs a warning and returns the last known version; HeliostatError if there is none.
+        If the registry doesn't answer, logs a warning and returns the last known version; raises HeliostatError if there is
+        none.
         """
         if not self.follows:
             return self.label
@@ -76,7 +77,7 @@ class VersionSource:
         return self.known
 
     def folder(self, version: str) -> Path:
-        """Returns a version's folder; ConfigError if there is none."""
+        """Returns a version's folder; raises ConfigError if there is none."""
         from heliostat.tracking.models import resolve
 
         number = version.rpartition("-")[2]
@@ -101,7 +102,7 @@ class ServedModels:
     def kind(self) -> str | None:
         """Returns the model's kind; None without a model.
 
-        ConfigError if the model, an adapter, the reranker, or the index can't be served.
+        Raises ConfigError if the model, an adapter, the reranker, or the index can't be served.
         """
         if self.index is not None:
             from heliostat.apps.search.search import SearchIndex
@@ -133,8 +134,8 @@ class ServedModels:
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
     def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
-        """Returns a copy with these adapters, each NAME=FOLDER. ConfigError if one has another form, or a name that is already
-        used."""
+        """Returns a copy with these adapters, each NAME=FOLDER. Raises ConfigError if one has another form, or a name that is
+        already used."""
         folders = dict[str, str]()
         if pairs and self.name is None:
             raise ConfigError("--adapter: needs a model that generates text")
@@ -198,7 +199,8 @@ class Options(Strict):
 
 
 def replica_range(text: str) -> tuple[int, int]:
-    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). ConfigError for another form."""
+    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). Raises ConfigError for another
+    form."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:

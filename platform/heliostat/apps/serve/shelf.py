@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 class Shelf:
     """Opens an index, to search it and to write prompts from it.
 
-    ConfigError if the index has embeddings and its embedder is missing.
+    Raises ConfigError if the index has embeddings and its embedder is missing.
     """
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
@@ -33,7 +33,8 @@ class Shelf:
     async def search(self, request: Search) -> list[Passage]:
         """Returns passages, each with the columns of its document.
 
-        Refusal if the question is empty or too long, the index doesn't support the mode, or a part of the index is missing.
+        Raises Refusal if the question is empty or too long, the index doesn't support the mode, or a part of the index is
+        missing.
         """
         return await asyncio.to_thread(self._search, request)
 
@@ -58,7 +59,7 @@ class Shelf:
         """Returns a prompt with the question and its passages, and these passages as sources.
 
         `room`: maximum tokens of the prompt; None means no limit. `used` of a source: `whole`, `part`, or `no`, for the part of
-        the passage in the prompt. Refusal if the search finds nothing, or the question doesn't fit.
+        the passage in the prompt. Raises Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
             said = f"max_tokens: leaves no room for the question. Ask for at least {1 - room:,} fewer"

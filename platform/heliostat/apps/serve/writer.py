@@ -45,7 +45,7 @@ class Writer:
     async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
         """Yields pieces (`index`, `piece`) of the answers to all prompts as they come.
 
-        Refusal if a prompt is invalid, or the model fails.
+        Raises Refusal if a prompt is invalid, or the model fails.
         """
         rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
         self.engine.begin(rows)
@@ -62,7 +62,8 @@ class Writer:
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
-        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Refusal if a text can't be embedded."""
+        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Raises Refusal if a text can't be
+        embedded."""
         if isinstance(self.engine, VllmEngine):
             said = "model: embeddings aren't supported with vLLM. Start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
@@ -92,7 +93,7 @@ class Writer:
     def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
         """Returns a row for each prompt, and the queue of their pieces.
 
-        Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
+        Raises Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
         """
         pieces: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
 
@@ -121,7 +122,7 @@ class Writer:
         return tokens
 
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
-        """Returns a prompt's token ids unchanged; Refusal if one isn't in the model's vocabulary."""
+        """Returns a prompt's token ids unchanged; raises Refusal if one isn't in the model's vocabulary."""
         if suffix:
             raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
@@ -144,7 +145,7 @@ class Writer:
             raise Refusal(400, f"messages: {e}", "messages") from e
 
     def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
-        """Returns the maximum number of new tokens; Refusal if prompt and answer exceed the model's maximum length."""
+        """Returns the maximum number of new tokens; raises Refusal if prompt and answer exceed the model's maximum length."""
         longest = self.engine.loaded.longest
         room = ask.limit if longest is None else longest - len(tokens)
         wanted = min(room, ask.limit) if ask.most is None else ask.most

@@ -57,7 +57,7 @@ class Sampled(Body):
     def ask(self, settings: FrontSettings, most: int | None, where: str = "max_tokens", prompts: int = 1) -> Ask:
         """Returns a request to the model without its prompts, with a seed for each of them.
 
-        `most`: maximum new tokens; None means as many as fit. Refusal if it is above the endpoint's limit. `where`: the
+        `most`: maximum new tokens; None means as many as fit. Raises Refusal if it is above the endpoint's limit. `where`: the
         parameter that sets `most`, for the message.
         """
         if most is not None and most > settings.max_tokens:

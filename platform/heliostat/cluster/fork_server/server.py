@@ -140,7 +140,7 @@ def worker(request: ForkRequest) -> ForkRequest | None:
 
 
 def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkRequest, list[int]]:
-    """Receives a request and file descriptors: the launcher's standard streams. ValueError for an incomplete request."""
+    """Receives a request and file descriptors: the launcher's standard streams. Raises ValueError for an incomplete request."""
     data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
     while not data.endswith(b"\n"):
         more = connection.recv(LIMIT)

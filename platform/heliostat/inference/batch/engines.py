@@ -129,7 +129,7 @@ class LoadedModel:
 class BatchEngine(ABC):
     """Answers inputs in batches of similar length, with a model that is loaded once. An input that fails doesn't affect others.
 
-    HeliostatError if all of several inputs fail, because then the model is the cause.
+    Raises HeliostatError if all of several inputs fail, because then the model is the cause.
     """
 
     def __init__(self, model: Path | LoadedModel, batch: int) -> None:
@@ -158,7 +158,7 @@ class BatchEngine(ABC):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        """Returns an input's token ids; BadInputError if it can't be encoded."""
+        """Returns an input's token ids; raises BadInputError if it can't be encoded."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -211,7 +211,7 @@ class BatchEngine(ABC):
 
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
-    """Reads sampling options. ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
+    """Reads sampling options. Raises ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
 
     `longest`: maximum tokens of prompt and answer; None if unlimited.
     """

@@ -29,8 +29,8 @@ OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine, and either the reason for it or its version. ConfigError if `name` is vllm and vLLM doesn't support
-    the task.
+    """Returns the engine, and either the reason for it or its version. Raises ConfigError if `name` is vllm and vLLM doesn't
+    support the task.
 
     `known`: lists the architectures that vLLM supports; by default vLLM itself does.
     """
@@ -69,8 +69,8 @@ def _architectures() -> Collection[str]:
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
-    """Checks that a model supports a task with these options; ConfigError if not. Returns more facts for the record, such as
-    labels."""
+    """Checks that a model supports a task with these options; raises ConfigError if not. Returns more facts for the record,
+    such as labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
@@ -97,7 +97,7 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
 def _longest(folder: Path) -> int | None:
     """Returns the maximum tokens of a model's input, without reading its weights.
 
-    ConfigError if its tokenizer or config.json can't be read.
+    Raises ConfigError if its tokenizer or config.json can't be read.
     """
     from heliostat.inference.batch.engines import LoadedModel
 

@@ -76,7 +76,7 @@ class Texts:
 
 
 def of(input: str, settings: BatchSettings) -> InputReading:
-    """Returns the reader for a task's inputs; MissingExtraError if it needs a library that isn't installed."""
+    """Returns the reader for a task's inputs; raises MissingExtraError if it needs a library that isn't installed."""
     if settings.task == "embed-images":
         extras.require("images", "PIL", what="embed-images")
         from heliostat.inference.batch.pictures import Pictures

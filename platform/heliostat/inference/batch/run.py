@@ -223,7 +223,8 @@ def _rows(file: Location) -> int:
 
 
 def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
-    """Records the settings that a folder belongs to. ConfigError if the folder contains something else or has other settings.
+    """Records the settings that a folder belongs to. Raises ConfigError if the folder contains something else or has other
+    settings.
 
     `holding`, `made_by`: words for the message.
     """

@@ -18,8 +18,8 @@ DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 def _prompts(prompt: object) -> list[object]:
-    """Returns a list of prompts; a single text, or a single list of token ids, becomes a list of one. ValueError for another
-    form."""
+    """Returns a list of prompts; a single text, or a single list of token ids, becomes a list of one. Raises ValueError for
+    another form."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
         prompt = [prompt]
     if not isinstance(prompt, list):
