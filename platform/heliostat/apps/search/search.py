@@ -1,7 +1,7 @@
-"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid), fused by rank.
+"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid: fuses both lists by rank).
 
-Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over the lists that contain
-it.
+Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over all lists that contain
+the passage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")
-DEPTH = 100  # passages of each list, for fusion
+DEPTH = 100  # number of passages of each list that are fused
 RANK_CONSTANT = 60
 BATCH = 16  # questions per embedding batch
 
@@ -32,8 +32,8 @@ BATCH = 16  # questions per embedding batch
 class Passage(TypedDict):
     """Describes a search result: a passage's position, text, and score. `begin`, `end`: characters of its document.
 
-    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: the part of it in
-    a model's prompt (`whole`, `part`, or `no`).
+    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: how much of the
+    passage is in a model's prompt (`whole`, `part`, or `no`).
     """
 
     document: str
@@ -53,7 +53,8 @@ class Passage(TypedDict):
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
-    """Fuses ranked lists by reciprocal rank. Passages with equal scores keep the order in which the lists first contain them."""
+    """Fuses ranked lists by reciprocal rank. Passages with equal scores stay in the order in which they first appear in the
+    lists."""
     passages, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
     for ranked in lists:
         for rank, passage in enumerate(ranked, 1):
@@ -64,7 +65,7 @@ def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
 
 
 class SearchIndex:
-    """Opens an index for searching. `embedder`: folder of its embedder, if that has moved since the build."""
+    """Opens an index for searching. `embedder`: folder of the index's embedder, if the embedder has moved since the build."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:
         self.place, self.record = place, table.read_record(place)
@@ -116,7 +117,7 @@ class SearchIndex:
             raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
-        """Returns those of the documents that have passages in the index. Reads all document ids."""
+        """Returns the documents that have passages in the index. Reads all document ids of the index."""
 
         def known() -> set[str]:
             batches = self.table.to_batches(columns=["document"], filter="number = 0")
@@ -134,14 +135,14 @@ class SearchIndex:
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
     def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
-        """Runs a search; returns its passages by falling score, then by document and number."""
+        """Runs a search; returns its passages by descending score, then by document and number."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
         passages = [cast(Passage, {**{name: row[name] for name in table.PLACE}, "score": score(row[column])}) for row in rows]
         return sorted(passages, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
-        with self._embedding:  # concurrent requests share the tokenizer, whose truncation setting changes
+        with self._embedding:  # concurrent requests share the tokenizer, and each changes its truncation setting
             embedded = tasks.embed(str(self.embedder), questions, BATCH)
         for question, one in zip(questions, embedded, strict=True):
             if not one:

@@ -1,7 +1,7 @@
 """Serves LoRA adapters (Hu et al. 2021) of a model by name. Rows of one batch may use different adapters, or none.
 
-An adapter adds scale * B A x to a linear layer's output for x. It is a folder in peft's format: `adapter_config.json`, and
-`adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
+An adapter adds scale * B A x to a linear layer's output for x. An adapter is a folder in peft's format: `adapter_config.json`,
+and `adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
 
 Only adapters that consist of these two matrices per layer are supported. Any other setting is rejected, because ignoring it
 would give a different model.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, with their supported values
+NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, each with its supported values
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
     "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, [], {}),
@@ -49,7 +49,7 @@ class Layer:
 
 
 def require(name: str, folder: Path) -> dict[str, Any]:
-    """Reads an adapter's configuration, before any weight is read; raises ConfigError if this adapter isn't supported."""
+    """Reads an adapter's configuration, but no weights; raises ConfigError if this adapter isn't supported."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
@@ -85,7 +85,7 @@ class Adapters:
     def _try(self, name: str, model: PreTrainedModel) -> None:
         """Runs a forward pass of two rows, one of them with the adapter.
 
-        Raises ConfigError if a layer of the adapter doesn't compute rows independently, such as an expert's.
+        Raises ConfigError if a layer of the adapter doesn't compute rows independently, for example a layer of an expert.
         """
         with torch.inference_mode(), self.using([name, None]):
             try:
@@ -95,7 +95,7 @@ class Adapters:
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Sets the adapter of each row for the batches within the context. None: the row uses no adapter."""
+        """Sets the adapter of each row for all batches within the context. None means that the row uses no adapter."""
         self.names = names
         try:
             yield
@@ -119,8 +119,8 @@ class Adapters:
 
 
 def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
-    """Reads an adapter's matrices; returns them by the path of their linear layer. Raises ConfigError if they don't fit the
-    model."""
+    """Reads an adapter's matrices, and maps the path of each linear layer to its matrices. Raises ConfigError if a matrix
+    doesn't fit the model."""
     config, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:
         tensors = load_file(folder / WEIGHTS)

@@ -3,7 +3,7 @@
     client -> Serve's proxy (127.0.0.1) -> HTTP server (one: keys, limits, retries) -> replicas (of each loaded version)
 
 The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old one
-answers. Then all new requests go to the new version, and the old one ends after its last request.
+answers. Then all new requests go to the new version, and the old version ends after its last request.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FRONT = "heliostat-front"
 START_S = 600.0  # maximum seconds until a version is loaded
 FRONT_S = 300.0  # maximum seconds until a dead HTTP server answers again
 DRAIN_MORE_S = 10.0  # added to an answer's deadline, before an old version ends
-DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # name of the actor that lives as long as the command
+DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # name of the actor that exists as long as the command runs
 CONTROLLER = "ServeController"  # Ray Serve's own actor, which ends with the endpoint
 OURS = ({"Front"}, {"Model"})  # deployments of the endpoint's applications
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
@@ -66,7 +66,8 @@ class Versions:
     def tick(self, wanted: str) -> None:
         """Switches to the wanted version, sends it to the HTTP server, and ends old versions.
 
-        If the version doesn't load, the current one stays; raises HeliostatError if there is no current one.
+        If the wanted version doesn't load, the current version continues to answer. Raises HeliostatError if there is no
+        current version.
         """
         if wanted not in (self.current, self.failed):
             self._move(wanted)
@@ -113,7 +114,7 @@ def serve(
     endpoint = ServeEndpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
-    if shared:  # later than above: `connect` ends the endpoint of a killed command
+    if shared:  # checked only now, because `connect` ends the endpoint of a killed command, which may use the port
         require_free(options.port)
     known = keys()
     with endpoint.signals:  # after Ray's start, because Ray sets its own signal handlers
@@ -125,7 +126,7 @@ def serve(
 
 
 def stop() -> bool:
-    """Ends the endpoint that a killed command left on a cluster. Returns whether there was one.
+    """Ends the endpoint that a killed command left on a cluster. Returns whether there was such an endpoint.
 
     Raises ConfigError if the cluster serves other applications, or the endpoint's command is still running.
     """
@@ -144,7 +145,8 @@ def stop() -> bool:
 def end_left() -> bool:
     """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were any.
 
-    Raises ConfigError if Ray Serve has applications of others, which would end too, or the endpoint's command is still running.
+    Raises ConfigError if the endpoint's command is still running, or if Ray Serve has applications of others, which would also
+    end.
     """
     import ray
     from ray import serve
@@ -172,13 +174,13 @@ def end_left() -> bool:
 
 
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
-    """Returns whether an endpoint owns this application: by its deployments; without any, by its name, or if the HTTP server
-    runs."""
+    """Returns whether an endpoint owns this application, by its deployments. An application without deployments belongs to an
+    endpoint if it is the HTTP server, or if the HTTP server runs (`fronted`)."""
     return deployments in OURS if deployments else name == FRONT or fronted
 
 
 class CommandActor:
-    """Shows that the command is still running, because Ray ends this actor with its driver."""
+    """Shows that the command is still running: Ray ends this actor when the command's driver ends."""
 
 
 def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: Options, ready: Callable[[], None]) -> None:
@@ -215,8 +217,8 @@ class ServeEndpoint:
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> tuple[str, str]:
-        """Returns the engine for a version's model, and the reason. Raises ConfigError if the engine of --engine doesn't
-        support the model."""
+        """Returns the engine for a version's model, and the reason for this choice. Raises ConfigError if the engine of
+        --engine doesn't support the model."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: needs a model that generates text. Use --engine auto")
@@ -224,7 +226,7 @@ class ServeEndpoint:
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
-        """Connects to Ray, and ends the endpoint of a killed command; raises ConfigError if others use Ray Serve on this
+        """Connects to Ray, and ends the endpoint that a killed command left; raises ConfigError if others use Ray Serve on this
         cluster."""
         import ray.serve  # noqa: F401  # first, because importing it sets its logger to INFO
 
@@ -233,7 +235,7 @@ class ServeEndpoint:
 
         proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
-        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice, because a version loads while the old one runs
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: the old version runs while a new version loads
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         end_left()
 
@@ -255,7 +257,8 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Starts a version's replicas and waits until they run; if they fail, ends them and raises HeliostatError."""
+        """Starts a version's replicas and waits until they run. If a replica fails, ends all of them and raises
+        HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
             raise ConfigError(
@@ -302,7 +305,7 @@ class ServeEndpoint:
             disconnect()
 
     def wait(self, seconds: float) -> None:
-        """Waits for so many seconds, or until a signal arrives."""
+        """Waits for this number of seconds, or until a signal arrives."""
         end = time.monotonic() + seconds
         while not self.signals.name and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
@@ -310,7 +313,7 @@ class ServeEndpoint:
     def _deploy(self, name: str, application: Application, route: str | None) -> None:
         """Starts an application and waits until it runs.
 
-        Raises HeliostatError if it fails or takes longer than START_S seconds. Raises StoppedError if a signal arrives.
+        Raises HeliostatError if the start fails or takes longer than START_S seconds. Raises StoppedError if a signal arrives.
         """
         from ray import serve
 
@@ -368,5 +371,5 @@ def require_free(port: int) -> None:
 
 
 def _last(text: str) -> str:
-    """Returns the line of Serve's message that names the error: the last one that isn't indented."""
+    """Returns the line of Serve's message that names the error: the last line without indentation."""
     return next((line for line in reversed(text.strip().splitlines()) if line.strip() and not line.startswith(" ")), text)

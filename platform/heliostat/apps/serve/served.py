@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Replaces `VersionSource` where an index is served without a model."""
+    """Stands in for `VersionSource` if an index is served without a model."""
 
     def __init__(self, index: str) -> None:
         self.label = index
@@ -41,7 +41,8 @@ class NoModel:
 
 
 class VersionSource:
-    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved each time.
+    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved again at each
+    call.
 
     `name`: the name that clients use by default.
     """
@@ -55,10 +56,10 @@ class VersionSource:
         self.client: MlflowClient | None = None
 
     def wanted(self) -> str:
-        """Returns the version to serve.
+        """Returns the version to serve now.
 
-        If the registry doesn't answer, logs a warning and returns the last known version; raises HeliostatError if there is
-        none.
+        If the registry doesn't answer, logs a warning and returns the last known version. Raises HeliostatError if no version
+        is known.
         """
         if not self.follows:
             return self.label
@@ -77,7 +78,7 @@ class VersionSource:
         return self.known
 
     def folder(self, version: str) -> Path:
-        """Returns a version's folder; raises ConfigError if there is none."""
+        """Returns a version's folder; raises ConfigError if the version has no folder."""
         from heliostat.tracking.models import resolve
 
         number = version.rpartition("-")[2]
@@ -88,7 +89,7 @@ class VersionSource:
 class ServedModels:
     """Describes what an endpoint serves: a model, an index, or both.
 
-    `name`, `index_name`: the names that clients use. `adapters`: name that clients use -> folder of the adapter.
+    `name`, `index_name`: the names that clients use. `adapters`: maps the name that clients use to the adapter's folder.
     """
 
     source: VersionSource | NoModel
@@ -124,7 +125,7 @@ class ServedModels:
         return kind
 
     def holds(self, folder: Path | None, batch: int, engine: str = "transformers") -> Holds:
-        """Returns a description of what a version's replica loads."""
+        """Describes the contents of a version's replica."""
         return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
                      self.adapters, engine)  # fmt: skip
 
@@ -134,8 +135,8 @@ class ServedModels:
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
     def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
-        """Returns a copy with these adapters, each NAME=FOLDER. Raises ConfigError if one has another form, or a name that is
-        already used."""
+        """Returns a copy with these adapters, each given as NAME=FOLDER. Raises ConfigError if an adapter has another form, or
+        a name that is already in use."""
         folders = dict[str, str]()
         if pairs and self.name is None:
             raise ConfigError("--adapter: needs a model that generates text")
@@ -152,7 +153,8 @@ class ServedModels:
 def served(
     model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
 ) -> ServedModels:  # fmt: skip
-    """Describes what to serve. ConfigError without a model and an index, or if both would have the same name."""
+    """Describes what to serve. Raises ConfigError if there is neither a model nor an index, or if both would have the same
+    name."""
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:

@@ -19,7 +19,7 @@ from heliostat.web.refusals import Refusal
 
 
 class Writer:
-    """Loads a model on one of the engines, and answers requests with it."""
+    """Loads a model into one of the engines, and answers requests with this model."""
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
@@ -38,12 +38,12 @@ class Writer:
         return len(self._prompt(text, ""))
 
     def room(self, ask: Ask) -> int | None:
-        """Returns the maximum tokens of a prompt that leave room for the requested answer; None means no limit."""
+        """Returns the maximum number of prompt tokens that leaves room for the requested answer; None means no limit."""
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come.
+        """Yields pieces (`index`, `piece`) of the answers to all prompts, as the model generates them.
 
         Raises Refusal if a prompt is invalid, or the model fails.
         """
@@ -58,7 +58,7 @@ class Writer:
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
-            for row in rows:  # ends rows whose client has left
+            for row in rows:  # ends the rows if the client has left
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
@@ -91,7 +91,7 @@ class Writer:
         return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]
 
     def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
-        """Returns a row for each prompt, and the queue of their pieces.
+        """Returns a row for each prompt, and the queue that gets the pieces of all rows.
 
         Raises Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
         """
@@ -122,7 +122,7 @@ class Writer:
         return tokens
 
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
-        """Returns a prompt's token ids unchanged; raises Refusal if one isn't in the model's vocabulary."""
+        """Returns a prompt's token ids unchanged; raises Refusal if a token id isn't in the model's vocabulary."""
         if suffix:
             raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
