@@ -1,8 +1,9 @@
-"""Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Memory holds a few pieces of 64 MiB, never
-the complete model.
+"""Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Only a few pieces of 64 MiB are in memory at
+a time, never the complete model.
 
-The weights are the fp32 master weights, rounded to the precision in which the run computed: the weights that its evaluation
-used. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never exported.
+The exported weights are the fp32 master weights, rounded to the precision in which the run computed. The run's evaluation used
+the same weights. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never
+exported.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
-    """Loads the job, and the recipe bound to its datasets, from the checkpoint's own record."""
+    """Loads the job from the checkpoint's own record, with the recipe bound to the job's datasets."""
 
     job, place = checkpoint.job, checkpoint.location
     with naming(place):
@@ -42,7 +43,7 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
 
 
 def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
-    """Writes the checkpoint's model to `folder`, which `from_pretrained` can load; returns the recipe.
+    """Writes the checkpoint's model to `folder`, in a form that `from_pretrained` can load; returns the recipe.
 
     `run_id`: id of the MLflow run, recorded in the folder. Raises ConfigError if the recipe doesn't support export or the
     folder isn't empty; raises CheckpointError if the checkpoint lacks a weight.
@@ -69,7 +70,7 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
 
 
 def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
-    """Rebuilds the frozen parameters that an older checkpoint doesn't contain, with the initial values from the job's seed."""
+    """Rebuilds the frozen parameters that an older checkpoint lacks, with their initial values from the job's seed."""
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
@@ -102,9 +103,9 @@ def write_weights(
 ) -> None:
     """Writes tensors as STEM.safetensors, made from the model's parameters and the checkpoint's buffers.
 
-    `shapes`: those of the parameters. `tensors`: by default all parameters and buffers. Parameters get the type `dtype`;
-    buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average is written. A frozen
-    parameter comes from the checkpoint, or from `initial`.
+    `shapes`: the shapes of the parameters. `tensors`: the tensors to write, by default all parameters and buffers. Parameters
+    get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average
+    is written. Frozen parameters come from the checkpoint, or from `initial`.
     """
     known = {**shapes, **_buffers(checkpoint)}
     sources = _Sources(checkpoint, known, initial)
@@ -129,7 +130,7 @@ class _Sources:
         self, checkpoint: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
     ) -> None:
         weights = EMA if checkpoint.names(EMA) else "master"
-        kept = ("buffer", FROZEN, weights)  # if several contain a name, the last one counts
+        kept = ("buffer", FROZEN, weights)  # if several kinds contain a name, the last kind counts
         self.places = {name: f"{kind}.{name}" for kind in kept for name in checkpoint.names(kind)}
         self.checkpoint, self.shapes, self.initial = checkpoint, shapes, initial
 
@@ -153,7 +154,7 @@ class _Sources:
             yield self.initial[source].reshape(-1)
 
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """Computes a tensor with the weight's `make`, from its sources in fp32, each in its own shape."""
+        """Computes a tensor with the weight's `make`, from the source tensors in fp32, each in its own shape."""
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):
@@ -177,7 +178,7 @@ def _entry(
 
 
 def _pack(sizes: dict[str, int]) -> list[list[str]]:
-    """Distributes names, in order, over files of at most SHARD_BYTES. A larger tensor gets a file of its own."""
+    """Distributes names, in order, over files of at most SHARD_BYTES. A larger tensor gets its own file."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

@@ -1,4 +1,4 @@
-"""Chooses and loads the engine of a model: transformers or vLLM. Rejects a task that the model can't do, before anything
+"""Chooses and loads a model's engine: transformers or vLLM. Rejects a task that the model doesn't support, before anything
 starts."""
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
 
 HEAD = "ForSequenceClassification"
-LEAST_LABELS = 2  # a single label is a score, not a class
+LEAST_LABELS = 2  # with a single label, the output is a score, not a class
 ENGINES = ("auto", "transformers", "vllm")
 OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine, and either the reason for it or its version. Raises ConfigError if `name` is vllm and vLLM doesn't
-    support the task.
+    """Returns the engine and a text: vLLM's or transformers' version, or the reason against vLLM. Raises ConfigError if `name`
+    is vllm and vLLM doesn't support the task.
 
-    `known`: lists the architectures that vLLM supports; by default vLLM itself does.
+    `known`: a function that lists the architectures that vLLM supports; by default, vLLM itself is asked.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine: {name!r} isn't an engine. Use {', '.join(ENGINES)}")
@@ -48,7 +48,7 @@ def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Co
 
 
 def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]]) -> str:
-    """Returns why vLLM can't run the task with this model; "" if it can."""
+    """Returns the reason why vLLM can't run the task with this model; "" if vLLM can run the task."""
     if task not in OF_VLLM:
         return f"heliostat doesn't support vLLM for the task {task}"
     if clip_folder.is_one(folder):
@@ -69,8 +69,8 @@ def _architectures() -> Collection[str]:
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
-    """Checks that a model supports a task with these options; raises ConfigError if not. Returns more facts for the record,
-    such as labels."""
+    """Checks that a model supports a task with these options; raises ConfigError if it doesn't. Returns additional facts for
+    the record, such as the labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
@@ -105,7 +105,7 @@ def _longest(folder: Path) -> int | None:
         return LoadedModel(folder, weights=False).longest
     except ConfigError:
         raise
-    except (OSError, ValueError) as e:  # raised by transformers
+    except (OSError, ValueError) as e:  # transformers raises them
         raise ConfigError(f"{folder}: can't read its tokenizer or config.json ({brief(e)}). Copy the folder again") from e
 
 
