@@ -1,12 +1,12 @@
 """Starts and stops Ray nodes on this machine, from a cluster file with only loopback addresses, such as clusters/local.yaml.
 
-Every node runs the file's own `ray start --block` commands in its own session, with token authentication on.
-`.heliostat/clusters/NAME/` has a record of the nodes (`state.json`, `token`, `logs/`), so that `down` ends only these processes
-and their descendants.
+Every node runs the file's own `ray start --block` commands in its own session, with token authentication on. The record of the
+nodes is in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`). With this record, `down` ends only these processes and
+their descendants.
 
 `up` doesn't change running nodes: it only restarts nodes that died. If a cluster already answers at the file's address, `up`
-joins it, and `down` leaves it running. With `idle_timeout_minutes` in the file, a process (`idle`) ends a cluster that has had no
-job for so long.
+joins this cluster, and `down` doesn't end it. If the file has `idle_timeout_minutes`, a process (`idle`) ends the cluster after
+this time without a job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from heliostat.storage.records import Format
 log = logging.getLogger(__name__)
 
 START_S = 90.0
-LATE = "timed out during startup"  # in the log of a node whose start Ray gave up
+LATE = "timed out during startup"  # is in the log of a node if Ray gave up its start
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ClusterState:
 
     @property
     def token(self) -> str:
-        """Reads the cluster's token; raises ConfigError if the file isn't readable."""
+        """Reads the cluster's token; raises ConfigError if the token's file isn't readable."""
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
@@ -73,12 +73,13 @@ STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End 
 
 
 def home() -> Path:
-    """Returns the workspace's folder with the records of its local clusters."""
+    """Returns the folder with the records of the workspace's local clusters."""
     return workspace.root() / ".heliostat" / "clusters"
 
 
 def read(name: str) -> ClusterState | None:
-    """Reads the record of a local cluster; None if there is none. Raises ConfigError if it names another cluster's folders."""
+    """Reads the record of a local cluster; None if there is no such cluster. Raises ConfigError if the record names another
+    cluster's folders."""
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
         state = STATE.read(place)
@@ -104,7 +105,8 @@ def url_of(cluster: ClusterFile) -> str:
 def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     """Starts the nodes that don't run, or joins a cluster that already answers at the file's address.
 
-    `restart`: ends the running nodes first. Raises ClusterError, with an error line of its log, if a node doesn't start.
+    `restart`: whether to end the running nodes first. Raises ClusterError if a node doesn't start, with an error line of the
+    node's log.
     """
     state = read(cluster.name)
     if state and restart:
@@ -142,7 +144,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
 
 
 def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
-    """Starts all workers, and retries once those whose start Ray gave up after 30 s, as it does on a busy machine."""
+    """Starts all workers. On a busy machine, Ray may give up the start of a worker after 30 s; then retries it once."""
     try:
         _start(cluster, state, "worker", cluster.addresses[1:])
     except ClusterError as e:
@@ -156,9 +158,9 @@ def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
 
 
 def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
-    """Makes sure that one process ends the cluster after the file's `idle_timeout_minutes` without a job.
+    """Makes sure that exactly one process will end the cluster after the file's `idle_timeout_minutes` without a job.
 
-    If such a process runs with a different number of minutes, ends it first.
+    If such a process already runs with a different number of minutes, ends that process first.
     """
     minutes = cluster.raw.get("idle_timeout_minutes")
     wanted = ["-m", "heliostat.cluster.idle", state.name, str(minutes)]
@@ -179,14 +181,14 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
 
 
 def _watcher(state: ClusterState) -> psutil.Process | None:
-    """Returns the process that watches the cluster; None if it has ended, or is this process."""
+    """Returns the process that watches the cluster; None if that process has ended, or is the current process."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
     return processes.alive(*state.watcher)
 
 
 def _command(process: psutil.Process) -> list[str]:
-    """Reads a process's command line; empty if it has ended."""
+    """Reads a process's command line; empty if the process has ended."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -212,7 +214,7 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
 def _join(state: ClusterState, answer: int) -> ClusterState:
     """Joins a cluster that already answers.
 
-    Raises ConfigError if another user owns its processes, or if it rejects this user's token.
+    Raises ConfigError if another user owns the cluster's processes, or if the cluster rejects this user's token.
     """
     elsewhere = "Change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
@@ -238,7 +240,7 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
 def _node_folder(name: str, index: int) -> Path:
     """Returns a node's folder. A workspace gets the same folder each time.
 
-    Its path is short, because the path of a socket in it must have fewer than 108 characters.
+    The folder's path is short, because the path of a socket in the folder must have fewer than 108 characters.
     """
     key = hashlib.sha256(f"{home()}/{name}".encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
@@ -269,7 +271,7 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
         **PATIENT,
         **URGENT,
         **kept,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # has `ray`, `python`
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # contains `ray` and `python`
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
@@ -298,7 +300,8 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
 
 
 def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str:
-    """Explains which nodes haven't joined yet, with a line of each node's log, if possible one with an error."""
+    """Explains which nodes haven't joined yet, with a line of each node's log: the last line with an error, or else the last
+    line."""
     if not private.ours(state.url):
         return (
             f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
@@ -322,7 +325,7 @@ def _tail(state: ClusterState, node: Node) -> str:
 def down(name: str) -> int:
     """Ends all of the cluster's processes, deletes its record, and returns the number of ended processes.
 
-    Raises ConfigError if there is no such cluster; raises ClusterError if processes don't end.
+    Raises ConfigError if there is no such cluster. Raises ClusterError if processes don't end.
     """
     state = read(name)
     if state is None:

@@ -1,9 +1,9 @@
-"""Checks a cluster file for problems that are visible before a machine is paid for (`heliostat cluster check FILE`).
+"""Checks a cluster file for problems before you pay for a machine (`heliostat cluster check FILE`).
 
 Errors stop `cluster up`: violations of the tool's schema, settings that can't work, and secrets in plain text (`secrets`).
 
-Warnings leave the decision to the user. They report open ports, Ray without authentication, and pools that no job can request.
-They also report settings that fail or are unsafe at the first start on a cloud (`clouds`) or in Kubernetes (`pods`).
+Warnings don't stop `cluster up`. They report open ports, Ray without authentication, and pools that no job can request. They
+also report settings that would fail or be unsafe on a cloud (`clouds`) or in Kubernetes (`pods`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heliostat.schema import nearest
 
 @dataclass(frozen=True)
 class FileReview:
-    """Holds a cluster file and its errors and warnings, one line each."""
+    """Holds a cluster file, and its errors and warnings with one line each."""
 
     cluster: ClusterFile
     errors: list[str]
@@ -49,7 +49,7 @@ def _report(cluster: ClusterFile) -> FileReview:
 
 
 def require(path: Path) -> ClusterFile:
-    """Checks a cluster file and returns it; one ConfigError with all its errors if it has any."""
+    """Checks a cluster file and returns it. If the file has errors, raises one ConfigError that contains all of them."""
     report = check(path)
     if report.errors:
         raise ConfigError("\n  ".join([f"{path}:", *report.errors]) if len(report.errors) > 1 else f"{path}: {report.errors[0]}")
@@ -119,7 +119,7 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
 
 
 WORDS = r"[A-Z0-9_]*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|API_KEY|APIKEY|AUTH_TOKEN|TOKEN)(?:_[A-Z0-9_]*)?"
-VALUE = r"['\"]?[^\s'\"$<{#]{8,}"  # neither a variable nor a placeholder
+VALUE = r"['\"]?[^\s'\"$<{#]{8,}"  # a value that is neither a variable nor a placeholder
 PATTERNS = {
     "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
@@ -134,7 +134,7 @@ PATTERNS = {
     "a secret's value": rf"(?i)\b(?P<name>{WORDS})['\"]?\s*[=:]\s*(?P<value>{VALUE})",
 }
 SECRET_NAMES = re.compile(r"(?i)secret|password|passwd|token$|access_key|api_?key")
-HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # they name a secret's place or use
+HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # such keys name the place or use of a secret
 
 
 def secrets(cluster: ClusterFile) -> Iterator[str]:
@@ -153,7 +153,7 @@ def secrets(cluster: ClusterFile) -> Iterator[str]:
 
 
 def found_in(line: str) -> str | None:
-    """Returns the kind of the secret in a line, for example `a private key`; None if the line has no secret."""
+    """Returns the kind of the secret in a line, for example `a private key`; None if the line contains no secret."""
     for what, pattern in PATTERNS.items():
         for match in re.finditer(pattern, line):
             named = match.groupdict().get("name")

@@ -227,8 +227,7 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
     """Records the settings that a folder belongs to. Raises ConfigError if the folder contains something else or has other
     settings.
 
-    `holding`: the folder's contents, for the error message. `made_by`: the file that shows who made the folder, for the error
-    message.
+    `holding`, `made_by`: names of the folder's contents, for the error messages.
     """
     known = _known(place)
     if known is None:
