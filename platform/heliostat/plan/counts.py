@@ -29,7 +29,7 @@ class ModelStats:
     groups: list[list[str]]  # names of the parameters in each parameter group of the optimizer
     hidden: frozenset[str]  # matrices that are in separate groups of an orthogonalizing optimizer
     frozen_models: tuple[int, int] = (0, 0)  # bytes of other models on the device (in every step, in evaluations)
-    divided: dict[str, str] = field(default_factory=dict)  # `train.parallel.tensor` shards by `column` (outputs) or `row` (inputs)
+    divided: dict[str, str] = field(default_factory=dict)  # tensor-parallel sharding: `column` (by outputs) or `row` (by inputs)
 
     @property
     def parameters(self) -> int:
