@@ -155,7 +155,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
         Adapters(model, {"x": str(tmp_path / "none")})
     write_adapter(tmp_path / "pickled", base, 1, ("q_proj",))
     (tmp_path / "pickled/adapter_model.safetensors").rename(tmp_path / "pickled/adapter_model.bin")
-    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save it with safetensors"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save the adapter with safetensors"):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
     with pytest.raises(ConfigError, match=r"down_proj: its matrices are .*\. Pass an adapter of this model"):

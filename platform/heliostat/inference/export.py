@@ -54,7 +54,7 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
             f"{checkpoint.location}: {job.recipe} doesn't support export: it doesn't derive from {Exports.__name__} ({GUIDE})"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: not empty, and the model's files would mix with the others. Pass another folder")
+        raise ConfigError(f"{folder}: not empty, and the model's files would mix with the other files. Pass another folder")
     Location(str(folder.absolute())).require_writable()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -74,7 +74,11 @@ def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
-    log.warning("%s: has no frozen parameters, so %d are built from the seed", checkpoint.location, len(wanted))
+    log.warning(
+        "%s: has no frozen parameters, so %d parameters get their initial values from the job's seed",
+        checkpoint.location,
+        len(wanted),
+    )
     torch.manual_seed(job.train.seed)
     built = dict(building.build(recipe).named_parameters())
     return {n: built[n].detach() for n in wanted}
@@ -136,7 +140,9 @@ class _Sources:
 
     def entry(self, name: str, weight: Weight, dtype: torch.dtype) -> safetensors_file.Entry:
         if missing := [s for s in weight.sources if s not in self.places and s not in self.initial]:
-            raise CheckpointError(f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so another model made it")
+            raise CheckpointError(
+                f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so it belongs to another model"
+            )
         if weight.make is not None:
             return _entry(name, partial(self._made, name, weight), weight.shape, dtype)
         if len(weight.sources) != 1:

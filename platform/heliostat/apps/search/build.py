@@ -97,7 +97,7 @@ def what_was(place: Location) -> Before | None:
     try:
         return Before(known, table.document_keys(place, table.open_version(place, known["version"])))
     except DataError as e:
-        log.warning("%s. Building it again", e)
+        log.warning("%s. Building the index again", e)
         return None
 
 

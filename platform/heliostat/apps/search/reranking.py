@@ -36,13 +36,13 @@ UNBOUNDED = 1 << 20  # tokens: more than in any passage
 def require(folder: Path) -> None:
     """Raises ConfigError unless the folder's config describes a cross-encoder. Reads no weights."""
     config = scoring.describe(str(folder), OPTION)
-    named = config.get("architectures") or ["a model that its config.json does not name"]
+    named = config.get("architectures") or ["a model whose config.json has no architectures"]
     if not str(named[0]).endswith(HEAD):
-        raise ConfigError(f"{OPTION}: {folder} holds {named[0]}, without a scoring head. Use a model ...{HEAD}")
+        raise ConfigError(f"{OPTION}: {folder} contains {named[0]}, which has no scoring head. Use a model ...{HEAD}")
     labels = scoring.labels(config)
     if len(labels) != 1:
         first = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
-        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}). Use a cross-encoder, which has one")
+        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}). Use a cross-encoder, which has one label")
 
 
 class Pairs(scoring.SequenceClassifier):
@@ -108,7 +108,7 @@ class Reranker:
         tokenizer.enable_truncation(most, strategy="only_second")
         if needed >= most:
             raise ConfigError(
-                f"question: has {needed:,} tokens, but the reranker reads {most:,} including a passage. Ask a shorter one"
+                f"question: has {needed:,} tokens, but the reranker reads {most:,}, including a passage. Ask a shorter question"
             )
 
 

@@ -149,7 +149,7 @@ class SearchIndex:
                 raise ConfigError(f"question: the embedder knows no token of {question[:80]!r}. Use --mode bm25")
             if one["truncated"]:
                 length = f"has more than {one['tokens']:,} tokens, the embedder's maximum"
-                raise ConfigError(f"question: {question[:80]!r} {length}. Ask a shorter one, or use --mode bm25")
+                raise ConfigError(f"question: {question[:80]!r} {length}. Ask a shorter question, or use --mode bm25")
         return [one["embedding"] for one in embedded]
 
     @cached_property
@@ -158,7 +158,7 @@ class SearchIndex:
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
-            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Name its folder")
+            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Pass the embedder's folder")
         if model_digest(folder) != known["digest"]:
             raise ConfigError(f"--embedder: {folder} isn't the model {known['digest'][:12]} that made {self.place}")
         return folder

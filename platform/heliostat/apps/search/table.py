@@ -159,7 +159,7 @@ def read(index: Location, operation: Callable[[], T]) -> T:
         return place.attempt(operation)
     except (ValueError, FileNotFoundError) as e:  # Arrow raises Lance's read errors as ValueError
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
-            raise StorageError(f"{place}: can't read it ({brief(e)})") from e
+            raise StorageError(f"{place}: can't read the index ({brief(e)})") from e
         raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 

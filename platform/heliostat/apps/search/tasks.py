@@ -171,5 +171,7 @@ class IndexSettings(Strict):
     def _forward(self) -> IndexSettings:
         """Rejects an overlap of more than half of a passage."""
         if self.overlap * 2 > self.chunk_tokens:
-            raise ValueError(f"overlap: {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}. Set a smaller one")
+            raise ValueError(
+                f"overlap: {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}. Set a smaller overlap"
+            )
         return self

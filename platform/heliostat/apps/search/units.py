@@ -66,7 +66,7 @@ def open_text(place: Location) -> Manifest:
     prepared = manifest.read(place)
     if prepared.kind != "tokens":
         raise ConfigError(
-            f"{place}: holds {prepared.kind!r}, not text. `heliostat search index` needs a dataset of a text pipeline"
+            f"{place}: contains {prepared.kind!r}, not text. `heliostat search index` needs a dataset of a text pipeline"
         )
     return prepared
 

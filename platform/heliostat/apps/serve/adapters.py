@@ -52,7 +52,7 @@ def require(name: str, folder: Path) -> dict[str, Any]:
     """Reads an adapter's configuration, but no weights; raises ConfigError if this adapter isn't supported."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
+        raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Pass a folder that peft has written")
     config = SETTINGS.read(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{where}: adapters of kind {config.get('peft_type')!r} aren't supported. Use LORA")
@@ -64,7 +64,7 @@ def require(name: str, folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         raise ConfigError(f"{where}: {CONFIG}: r (1 or more) and lora_alpha (a number) are required")
     if not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{where}: has no {WEIGHTS}. Save it with safetensors")
+        raise ConfigError(f"{where}: has no {WEIGHTS}. Save the adapter with safetensors")
     return config
 
 
@@ -91,7 +91,7 @@ class Adapters:
             try:
                 model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
             except ValueError as e:
-                raise ConfigError(f"--adapter: {name}: {e}. Merge it into its model") from e
+                raise ConfigError(f"--adapter: {name}: {e}. Merge the adapter into its model") from e
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
@@ -125,14 +125,14 @@ def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as e:
-        raise ConfigError(f"{where}: can't read it ({e}). Save it again") from e
+        raise ConfigError(f"{where}: can't read the file ({e}). Save the adapter again") from e
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(key)):
-            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Such adapters aren't supported")
+            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Adapters with other tensors aren't supported")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
-        raise ConfigError(f"{where}: the adapter is empty. Save it again")
+        raise ConfigError(f"{where}: the adapter is empty. Save the adapter again")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return {path: _layer(pair, linear.get(path), config["r"], scale, f"{where}: {path}") for path, pair in pairs.items()}
@@ -145,6 +145,8 @@ def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: 
         raise ConfigError(f"{where}: has only {' and '.join(sorted(pair))}. Save the adapter again")
     down, up = pair["A"], pair["B"]
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer has {tuple(module.weight.shape)}"
+        shapes = (
+            f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer's weight is {tuple(module.weight.shape)}"
+        )
         raise ConfigError(f"{where}: its matrices are {shapes}. Pass an adapter of this model")
     return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))

@@ -104,5 +104,5 @@ class Front(Gateway):
         async for piece in request.stream():
             body += piece
             if len(body) > most:
-                raise Refusal(413, f"the body has more than {most} bytes, the limit", code="body_too_large")
+                raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
         return bytes(body)

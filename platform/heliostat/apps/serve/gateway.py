@@ -81,7 +81,7 @@ class FrontSettings:
         if model != self.model:
             said = (
                 f"model: {model!r} is an index. Send the request to /v1/search, or to /v1/chat/completions if a model "
-                "answers from it"
+                "answers from the index"
             )
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.kind not in fit:
@@ -125,9 +125,11 @@ class Measures:
         self.registry = CollectorRegistry()
         ours: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
-        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
+        self.seconds = Histogram(
+            "request_seconds", "Seconds from a request to the end of its answer", ["path"], buckets=SECONDS, **ours
+        )
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)
-        self.images = Counter("images", "Pictures that were drawn", ["key"], **ours)
+        self.images = Counter("images", "Images that were generated", ["key"], **ours)
         self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **ours)
         self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **ours)
         self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)

@@ -101,7 +101,7 @@ class Painter:
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except Exception as e:
-            log.exception("a picture failed")
+            log.exception("generating an image failed")
             raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
         return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(pictures, seeds, strict=True)]
 

@@ -75,7 +75,7 @@ class Versions:
         for old, until in list(self.until.items()):
             if not open_.get(old) or self.clock() > until:
                 if open_.get(old):
-                    log.warning("%s ends with %d requests that didn't end within %g s", old, open_[old], self.drain_s)
+                    log.warning("ending %s: %d of its requests didn't end within %g s", old, open_[old], self.drain_s)
                 del self.until[old]
                 self.end(old)
                 log.info("%s has ended", old)
@@ -91,12 +91,12 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("can't serve %s, so %s stays: %s", wanted, self.current, brief(e))
+                log.error("can't serve %s, so %s continues to answer: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:
             self.until[self.current] = self.clock() + self.drain_s
-            log.info("requests now go to %s, and %s finishes its own", wanted, self.current)
+            log.info("new requests go to %s, and %s finishes its open requests", wanted, self.current)
         self.current = wanted
 
 
@@ -158,13 +158,15 @@ def end_left() -> bool:
     if not applications and not status.proxies:
         return False
     if not applications and not deployed.started_here():
-        raise ConfigError("others started this cluster's Ray Serve, and it would end with this endpoint. Use another cluster")
+        raise ConfigError("others started this cluster's Ray Serve, and this endpoint would end it. Use another cluster")
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
-        raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint. Use another cluster")
+        raise ConfigError(
+            "this cluster's Ray Serve has other applications, and this endpoint would end them. Use another cluster"
+        )
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends this actor with its driver
-        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
+        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "no application")
         serve.shutdown()
         deployed.record_start(False)
         return True
@@ -192,7 +194,7 @@ def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: O
             silent_since = 0.0
         except FrontError as e:
             silent_since = silent_since or time.monotonic()
-            log.warning("the HTTP server doesn't answer (%s). Ray Serve starts it again", brief(e))
+            log.warning("the HTTP server doesn't answer (%s). Ray Serve restarts it", brief(e))
             if time.monotonic() > silent_since + FRONT_S:
                 raise
         if not announced and not silent_since:
@@ -262,7 +264,7 @@ class ServeEndpoint:
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
             raise ConfigError(
-                f"{folder}: is a model of {kind}, but the endpoint serves one of {self.kind}. Start another endpoint"
+                f"{folder}: is a model for {kind}, but the endpoint serves a model for {self.kind}. Start another endpoint"
             )
         log.info("loading %s", version)
         try:
@@ -367,7 +369,7 @@ def require_free(port: int) -> None:
     """Raises ConfigError if a process already listens on this port of 127.0.0.1."""
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
-            raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another")
+            raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another port")
 
 
 def _last(text: str) -> str:

@@ -158,7 +158,7 @@ def served(
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
-        raise ConfigError("--name: names the model, and there is none. An index has the name of its folder")
+        raise ConfigError("--name: needs a model. An index has the name of its folder")
     for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
         if index is None and folder is not None:
             raise ConfigError(f"{option}: needs --index")
@@ -173,7 +173,7 @@ def served(
         return ServedModels(NoModel(called), None, uri, called, embeds, orders)
     source = VersionSource(model, store)
     if called == (name or source.name):
-        raise ConfigError(f"--name: the index is called {called!r} too. Choose another name for the model")
+        raise ConfigError(f"--name: the index also has the name {called!r}. Choose another name for the model")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
 
 

@@ -62,7 +62,7 @@ class Shelf:
         (`whole`, `part`, or `no`). Raises Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
-            said = f"max_tokens: leaves no room for the question. Ask for at least {1 - room:,} fewer"
+            said = f"max_tokens: leaves no room for the question. Lower it by at least {1 - room:,}"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(request)
         if not passages:

@@ -124,10 +124,15 @@ class Writer:
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
         """Returns a prompt's token ids unchanged; raises Refusal if a token id isn't in the model's vocabulary."""
         if suffix:
-            raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
+            raise Refusal(400, "suffix: needs prompts that are text, not tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
         if unknown := [token for token in tokens if token >= most]:
-            raise Refusal(400, f"prompt: the model has {most} tokens, and no token {unknown[0]}", "prompt", "invalid_value")
+            raise Refusal(
+                400,
+                f"prompt: token {unknown[0]} isn't in the model's vocabulary, which has {most} tokens",
+                "prompt",
+                "invalid_value",
+            )
         return tokens
 
     def _chat(self, messages: Messages) -> list[int]:

@@ -58,7 +58,7 @@ def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[st
     if find_spec("vllm") is None:
         return f"vLLM isn't installed ({extras.command('vllm')})"
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    named = config.get("architectures") or ["a model that its config.json does not name"]
+    named = config.get("architectures") or ["a model whose config.json has no architectures"]
     return "" if named[0] in known() else f"vLLM doesn't support {named[0]}"
 
 
@@ -75,9 +75,11 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
         if task not in ("embed", "embed-images"):
-            raise ConfigError(f"--task {task}: not supported for a CLIP ({folder}). Use --task embed or embed-images")
+            raise ConfigError(f"--task {task}: not supported for a CLIP model ({folder}). Use --task embed or embed-images")
     elif task == "embed-images":
-        raise ConfigError(f"--task {task}: {folder} isn't a CLIP. Use a model that heliostat.recipes:ImageEmbedder exported")
+        raise ConfigError(
+            f"--task {task}: {folder} isn't a CLIP model. Use a model that heliostat.recipes:ImageEmbedder exported"
+        )
     elif sentence_folder.read(folder):
         if task != "embed":
             raise ConfigError(f"--task {task}: {folder} is an embedder. Use --task embed")
@@ -111,13 +113,13 @@ def _longest(folder: Path) -> int | None:
 
 def _labels(folder: Path) -> list[str]:
     config = scoring.describe(str(folder), "--task classify")
-    named = (config.get("architectures") or ["a model that its config.json does not name"])[0]
+    named = (config.get("architectures") or ["a model whose config.json has no architectures"])[0]
     if not str(named).endswith(HEAD):
-        raise ConfigError(f"--task classify: {folder} holds {named}, without a classification head. Use a model ...{HEAD}")
+        raise ConfigError(f"--task classify: {folder} contains {named}, which has no classification head. Use a model ...{HEAD}")
     if config.get("problem_type") == "regression":
         raise ConfigError(f"--task classify: {folder} has problem_type regression, which has no classes. Use a classifier")
     if len(labels := scoring.labels(config)) < LEAST_LABELS:
-        raise ConfigError(f"--task classify: {folder} has one label ({labels[0]}). Use a model with several")
+        raise ConfigError(f"--task classify: {folder} has one label ({labels[0]}). Use a model with several labels")
     return labels
 
 

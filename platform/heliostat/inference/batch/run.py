@@ -236,11 +236,11 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
             return
         known = _known(place)  # another command may have been faster
         if known is None:
-            raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Name another folder")
+            raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Pass another folder")
     if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
         name = changed[0]
         was, now = (str(one.get(name))[:80] for one in (known, settings))
-        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}). Name another folder")
+        raise ConfigError(f"--out: {place} contains {holding} of another {name} ({was!r}, not {now!r}). Pass another folder")
 
 
 def _known(place: Location) -> dict[str, object] | None:
@@ -250,5 +250,5 @@ def _known(place: Location) -> dict[str, object] | None:
     except FileNotFoundError:
         return None
     except ValueError as e:
-        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged. Name another folder") from e
+        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged. Pass another folder") from e
     return known if isinstance(known, dict) else {}

@@ -13,7 +13,7 @@ from heliostat.apps.serve.requests import MOST_INPUTS, Whole, whole
 from heliostat.apps.serve.route import Answer
 from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
 
-PROMPTS = "isn't a text, a list of tokens, or a list of these"
+PROMPTS = "isn't a text, a list of tokens, or a list of texts or token lists"
 DEFAULT_TOKENS = 16  # OpenAI's default
 
 
