@@ -190,7 +190,9 @@ def test_a_layer_that_does_not_see_rows_is_refused_when_it_is_loaded(tmp_path):
     sizes = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
     tensors = {f"base_model.model.proj.lora_{letter}.weight": tensor for letter, tensor in sizes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge it"):
+    with pytest.raises(
+        ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge the adapter"
+    ):
         Adapters(Flat(), {"x": str(tmp_path)})
 
 

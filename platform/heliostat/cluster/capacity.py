@@ -83,7 +83,7 @@ def require_gpus(wanted: float) -> int:
 
     if (count := torch.cuda.device_count()) >= wanted:
         return count
-    have = f"{count} usable ones" if count else "no usable one"
+    have = f"{count} usable GPUs" if count else "no usable GPU"
     raise ConfigError(
         f"workers.gpus: the workers need {wanted:g} GPUs, but this machine has {have}, and no cluster is named. "
         "Use `heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus "
@@ -151,7 +151,7 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
     if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
             f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs don't fit on "
-            f"{cluster.path}, which has room for {fits} at its maximum. Lower it, or raise the pool's maximum"
+            f"{cluster.path}, which has room for {fits} at its maximum. Lower workers.count, or raise the pool's maximum"
         )
     if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
         return

@@ -54,7 +54,7 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
     for target in cluster.raw.get("file_mounts") or {}:
         if target.startswith("/root/") and not as_root:
             yield (
-                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put it "
+                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put the file "
                 "below /home/ray, with RAY_AUTH_TOKEN_PATH"
             )
 
@@ -98,8 +98,8 @@ def _spot(cluster: ClusterFile) -> Iterator[str]:
     if spot and not any(SPOT_WATCHER in c for c in cluster.raw.get("worker_start_ray_commands") or []):
         yield (
             f"worker_start_ray_commands: {', '.join(spot)} are spot machines, and Ray doesn't watch for their "
-            f"notice. Start `python -m {SPOT_WATCHER} {cluster.provider}` in the background, or you lose the "
-            "steps since the last checkpoint"
+            f"termination notice. Start `python -m {SPOT_WATCHER} {cluster.provider}` in the background. Otherwise you lose the "
+            "steps since the last checkpoint when a machine ends"
         )
 
 
@@ -112,14 +112,12 @@ def _aws(cluster: ClusterFile) -> Iterator[str]:
         )
     for where, config, node, _ in _nodes(cluster):
         if "/latest/" in str(config.get("ImageId", "")):
-            yield (
-                f"{where}.ImageId: the latest image changes, so later nodes may boot another. Name an image by its id (ami-...)"
-            )
+            yield (f"{where}.ImageId: the latest image changes, so later nodes may boot another image. Set an image id (ami-...)")
         if "IamInstanceProfile" not in config:
             of_head = "Ray creates one for the head, with AmazonEC2FullAccess and AmazonS3FullAccess"
             others = "the nodes have no credentials for the datasets"
             is_head = cluster.raw["available_node_types"].get(head) is node
-            yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Name one (docs/clusters.md)")
+            yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Set a profile (docs/clusters.md)")
         if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
             yield (
                 f"{where}.MetadataOptions: {{HttpTokens: required}} is missing, so a forged request can read the "
@@ -145,7 +143,7 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
                 yield (f"{where}.disks: A3 machines don't support {kind}. Set initializeParams.diskType: {' or '.join(A3_DISKS)}")
         image = " ".join(str((d.get("initializeParams") or {}).get("sourceImage", "")) for d in config.get("disks") or [])
         if "/images/family/" in image:
-            yield f"{where}.disks: an image family changes, so later nodes may boot another image. Name one image"
+            yield f"{where}.disks: an image family changes, so later nodes may boot another image. Set a fixed image"
         items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
         if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
             yield (
@@ -153,11 +151,13 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
             )
         for account in config.get("serviceAccounts") or []:
             if BROAD_SCOPE in (account.get("scopes") or []):
-                yield (f"{where}.serviceAccounts: the scope cloud-platform opens every service. Name those that the nodes use")
+                yield (
+                    f"{where}.serviceAccounts: the scope cloud-platform opens every service. List only the scopes that nodes need"
+                )
         is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
         if not is_head and not config.get("serviceAccounts"):
             yield (
-                f"{where}.serviceAccounts: not set, so the nodes have no credentials for the datasets. Name one with "
+                f"{where}.serviceAccounts: not set, so the nodes have no credentials for the datasets. Set an account with "
                 "the least permissions"
             )
 
@@ -169,7 +169,7 @@ def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
         interfaces = config.get("networkInterfaces")
         if not interfaces:
             yield (
-                f"{where}.networkInterfaces: not set, so Ray gives the machine a public address. Name a "
+                f"{where}.networkInterfaces: not set, so Ray gives the machine a public address. Set a "
                 "subnetwork without accessConfigs, and set provider.use_internal_ips: true"
             )
         elif any(card.get("accessConfigs") or card.get("ipv6AccessConfigs") for card in interfaces):
@@ -213,7 +213,7 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
                 yield (f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them")
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
-            yield f"{where}: publishes a port. Only the cluster's nodes may reach Ray's ports: remove it"
+            yield f"{where}: publishes a port. Remove it, because only the cluster's nodes may reach Ray's ports"
     group = cluster.raw["provider"].get("security_group") or {}
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]

@@ -106,7 +106,7 @@ def shaped(path: Path) -> Iterator[None]:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         fault = f"{type(e).__name__}: {brief(e)}"
-        raise ConfigError(f"{path}: can't read it: a part is missing or of the wrong kind ({fault})") from e
+        raise ConfigError(f"{path}: can't read the file: a part is missing or has the wrong type ({fault})") from e
 
 
 def read(path: Path) -> ClusterFile:
@@ -116,7 +116,7 @@ def read(path: Path) -> ClusterFile:
     schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
-        raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources, expected one. Split the file")
+        raise ConfigError(f"{path}: contains {len(kuberay)} Ray resources, expected one. Split the file")
     try:
         if kuberay:
             raw, kind = kuberay[0], str(kuberay[0].get("kind"))
@@ -129,7 +129,7 @@ def read(path: Path) -> ClusterFile:
             name = workspace.check_name(f"{path}: cluster_name", raw["cluster_name"])
             return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and name, raw)
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
+        raise ConfigError(f"{path}: is incomplete, or a part has the wrong type ({type(e).__name__}: {e})") from e
     raise ConfigError(
         f"{path}: isn't a cluster file. Write cluster-launcher YAML (cluster_name, provider) or a KubeRay "
         "manifest (apiVersion: ray.io/v1)"

@@ -108,7 +108,7 @@ def _is_address(text: str) -> bool:
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
     if dashboard.probe(state.url) and not private.ours(state.url):
         raise ClusterError(
-            f"{state.url}: another user's process answers there, so heliostat sent it no token. Check whether "
+            f"{state.url}: another user's process answers there, so heliostat sent no token. Check whether "
             f"{state.name} is down: heliostat cluster list"
         )
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
@@ -140,7 +140,9 @@ def kube_name(cluster: ClusterFile) -> str:
     command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
     name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
     if not name:
-        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet. It may wait for its quota (`suspend`)")
+        raise ClusterError(
+            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota (`suspend`)"
+        )
     return name
 
 
@@ -216,7 +218,7 @@ def join(target: str | None) -> None:
     if target is None:
         return
     if named := os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster too ({named}). Unset it, or leave out --cluster")
+        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster too ({named}). Unset RAY_ADDRESS, or leave out --cluster")
     with endpoint(target) as cluster:
         file = cluster.file
         state = local.read(file.name) if file and file.local else None

@@ -80,14 +80,14 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
             raise ClusterError(
                 f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting. Run the command "
-                f"again to wait, or look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
+                f"again to wait, or run: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
                 f"{cluster.name}"
             )
         time.sleep(POLL_S)
 
 
 def _rejection(cluster: ClusterFile, event: KubernetesEvent) -> ClusterError:
-    return ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
+    return ClusterError(f"{cluster.path}: KubeRay rejects the file ({event.reason}): {event.message}")
 
 
 class Asker:

@@ -53,12 +53,10 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
             os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # the autoscaler's version 2 doesn't start one of the hosts
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else ". Nodes that ran Ray already keep it as it is (--restart restarts it)"
+        kept = "" if restart else ". Ray wasn't restarted on nodes where it already ran (--restart restarts it)"
         return {
             "name": cluster.name,
-            "note": (
-                f"is up{kept}. Submit a job, which reaches it through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"
-            ),
+            "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),
         }
     if restart:
         raise ConfigError(f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and up again")

@@ -63,7 +63,9 @@ class ClusterState:
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
-            raise ConfigError(f"{self.token_file}: can't read it ({e.strerror}). Run: heliostat cluster down {self.name}") from e
+            raise ConfigError(
+                f"{self.token_file}: can't read the token ({e.strerror}). Run: heliostat cluster down {self.name}"
+            ) from e
 
     def write(self) -> None:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
@@ -86,7 +88,7 @@ def read(name: str) -> ClusterState | None:
     except FileNotFoundError:
         return None
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes them
-        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove it")
+        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove this record")
     return replace(state, name=name)
 
 
@@ -170,7 +172,7 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
         processes.stop([watcher])
         state.watcher = None
         state.write()
-        log.info("cluster %s: ended the watch with another idle_timeout_minutes", state.name)
+        log.info("cluster %s: stopped the idle watcher, because idle_timeout_minutes has changed", state.name)
     if not minutes:
         return state
     pid = processes.detached([sys.executable, *wanted], state.folder / "logs" / "idle.log", workspace.root())
@@ -221,8 +223,8 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
         raise ConfigError(f"{state.file}: something other than a Ray cluster answers at {state.url} ({answer}). {elsewhere}")
     if not private.ours(state.url):
         raise ConfigError(
-            f"{state.file}: another user's process answers at {state.url}, so heliostat sent it no token. "
-            f"{elsewhere}, or, if you trust it with your token and your code, run: heliostat submit --cluster "
+            f"{state.file}: another user's process answers at {state.url}, so heliostat sent no token. "
+            f"{elsewhere}, or, if you trust that user with your token and your code, run: heliostat submit --cluster "
             f"{state.url}"
         )
     token = dashboard.own_token()
@@ -319,7 +321,7 @@ def _log(state: ClusterState, node: Node) -> str:
 def _tail(state: ClusterState, node: Node) -> str:
     lines = [line for line in _log(state, node).splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
-    return (wrong or lines or ["it printed nothing"])[-1].strip()
+    return (wrong or lines or ["it printed no output"])[-1].strip()
 
 
 def down(name: str) -> int:

@@ -155,7 +155,7 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
             f"{DASHBOARD} from it, by a label of submitterPodTemplate"
         )
     if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):
-        yield f"NetworkPolicy: {SUBMITTER}: egress: it can't reach the head. Allow port {DASHBOARD} to it"
+        yield f"NetworkPolicy: {SUBMITTER}: egress: the pod can't reach the head. Allow port {DASHBOARD} to the head"
 
 
 def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:

@@ -45,7 +45,7 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
         if template is None:
             yield (
                 "submitterPodTemplate: not set, so the pod that submits has no securityContext, which a restricted "
-                "namespace rejects. Add one"
+                "namespace rejects. Add a template with one"
             )
         else:
             yield from _privileges("submitter", template["spec"])
@@ -94,7 +94,7 @@ def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
             "forever. Add a toleration"
         )
     if not pod.get("nodeSelector") and not pod.get("affinity"):
-        yield f"{name}: no nodeSelector: the pods may run on nodes with another GPU. Name the product"
+        yield f"{name}: no nodeSelector, so the pods may run on nodes with another GPU. Add one with the GPU's product label"
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:

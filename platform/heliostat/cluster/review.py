@@ -42,8 +42,8 @@ def _report(cluster: ClusterFile) -> FileReview:
     warnings = [*clouds.open_ports(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
-            f"can't check the file against KubeRay's schema: {schemas.crd_folder()} doesn't have its CRDs. Set "
-            f"{schemas.CRDS} to a folder with them"
+            f"can't check the file against KubeRay's schema: {schemas.crd_folder()} lacks KubeRay's CRDs. Set "
+            f"{schemas.CRDS} to a folder with the CRDs"
         )
     return FileReview(cluster, [*_impossible(cluster), *secrets(cluster)], warnings)
 
@@ -102,15 +102,13 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
     for pool in cluster.pools:
         if pool.gpus and not pool.labels:
             yield (
-                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off it. Add labels "
+                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off its nodes. Add labels "
                 "(workers.labels, data.labels)"
             )
         if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
-            yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add one"
+            yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add a version"
         if pool.head and pool.cpus and len(cluster.pools) > 1:
-            yield (
-                f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker never loses the head"
-            )
+            yield (f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker can't end the head")
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
         yield "the file still contains change-me. Replace it with your values"
 
@@ -146,10 +144,10 @@ def secrets(cluster: ClusterFile) -> Iterator[str]:
             yield f"line {number}: contains {what}. Use an environment variable or a Kubernetes secret"
     for document in (cluster.raw, *cluster.others):
         if document.get("kind") == "Secret" and (document.get("data") or document.get("stringData")):
-            yield "the file contains a Secret with its values. Make it with `kubectl create secret`"
+            yield "the file contains a Secret with its values. Create the Secret with `kubectl create secret`"
         for name, value in _environment(document):
             if SECRET_NAMES.search(name) and value and not HARMLESS.search(name):
-                yield f"env {name}: the file contains its value. Use valueFrom.secretKeyRef"
+                yield f"env {name}: the file contains the secret value. Use valueFrom.secretKeyRef"
 
 
 def found_in(line: str) -> str | None:

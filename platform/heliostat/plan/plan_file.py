@@ -95,7 +95,9 @@ def measured(run: Location) -> Measured:
     enough steps."""
     checkpoint = layout.latest(run)
     if not checkpoint:
-        raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job. Let it train until it saves one")
+        raise ConfigError(
+            f"--calibrate: {run}: has no checkpoint, and so no record of its job. Train the run until it saves a checkpoint"
+        )
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:
         raise ConfigError(f"--calibrate: {run}: no attempt in its ledger has {LEAST} steps after the first. Train it longer")
@@ -133,7 +135,7 @@ def write_efficiency(path: Path, device: str, efficiency: Efficiency, run: Locat
     """Writes a device's efficiency to a file for `--prices`."""
     values = {k: float(f"{v:.4g}") for k, v in asdict(efficiency).items()}
     head = (
-        f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing a step, over {measured.steps} steps on "
-        f"{measured.job.workers.most} workers.\n# Lay it over the plan's table: heliostat plan JOB --prices {path}\n"
+        f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing per step, over {measured.steps} steps on "
+        f"{measured.job.workers.most} workers.\n# To use these values: heliostat plan JOB --prices {path}\n"
     )
     path.write_text(head + yaml.safe_dump({"efficiency": {device: values}}, sort_keys=False), encoding="utf-8")

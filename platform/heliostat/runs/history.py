@@ -119,7 +119,7 @@ def receipts(run: Location) -> list[ReceiptFile]:
         sealed = ReceiptFile(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
         if sealed.version not in receipt.CONTENTS:
             raise VerifyError(
-                f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify it with that version"
+                f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify the run with that heliostat"
             )
         if sealed.end != run_folder.step_of(name):
             raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, but its name says another step")

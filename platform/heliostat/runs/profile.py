@@ -105,7 +105,9 @@ def take(
     workers = _workers(run)
     if workers is None:
         if liveness.last(run) is None:
-            raise ConfigError(f"{run}: no run in this folder. On another machine than the run's, pass a folder that both reach")
+            raise ConfigError(
+                f"{run}: no run in this folder. If the run is on another machine, pass a folder that both machines can read"
+            )
         raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
     if rank >= workers:
         raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")

@@ -43,7 +43,7 @@ def samples(run: Location, step: int) -> list[Sample]:
     step."""
     history = History(run)
     if not 1 <= step <= history.steps:
-        raise ConfigError(f"step: the run has no step {step}. Give one of 1 to {history.steps}.")
+        raise ConfigError(f"step: the run has no step {step}. Pass a step from 1 to {history.steps}.")
     index = step - 1
     data = open_dataset(history.plans[history.segment(index)])
     recipe = _recipe(run, data)

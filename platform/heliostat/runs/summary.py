@@ -37,7 +37,7 @@ def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
     and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
-        log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
+        log.info("%s: no command recorded the end of training, so the last checkpoint and the ledger count", run)
         ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 
@@ -77,7 +77,7 @@ def _of_step(place: Location, step: int) -> Ending | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        log.warning("%s: damaged, so heliostat makes it again", place)
+        log.warning("%s: damaged, so heliostat writes the file again", place)
         return None
     return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 

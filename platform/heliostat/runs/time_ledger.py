@@ -243,7 +243,9 @@ class LedgerRecorder:
         except (HeliostatError, OSError) as e:
             self._again = time.monotonic() + RETRY_S
             if first:
-                log.warning("can't read the run's ledger. Until then, goodput and limits count this command only: %s", e)
+                log.warning(
+                    "can't read the run's ledger. Until it is readable, goodput and limits count only this command: %s", e
+                )
             return
         if not first:
             log.warning("read the run's ledger. Goodput and limits count all commands")
@@ -259,4 +261,4 @@ def _store(place: Location, data: bytes) -> None:
     try:
         place.write(data)
     except (HeliostatError, OSError) as e:
-        log.warning("the run's ledger is late: %s", e)
+        log.warning("can't update the run's ledger yet: %s", e)

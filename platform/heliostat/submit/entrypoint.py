@@ -250,7 +250,7 @@ class Driver:
             try:
                 self._log.send()
             except (HeliostatError, OSError) as e:
-                log.warning("the log's copy in storage is late: %s", e)
+                log.warning("can't update the log's copy in storage yet: %s", e)
 
     def _now(self) -> bool:
         """Checks whether the driver must end without waiting for a checkpoint."""

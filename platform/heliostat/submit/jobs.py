@@ -290,7 +290,8 @@ class Jobs:
         """
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
-            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
+            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}),
+            "asking the driver to stop",
         )
         return note
 

@@ -40,7 +40,7 @@ def _fault(event: events.Event) -> str | None:
         return None
     curves = [event.lr, event.grad_norm, *event.added.values()]
     if not event.loss or any(len(curve) != len(event.loss) for curve in curves):
-        return "its loss, lr, grad_norm, and added values have different numbers of steps"
+        return "the event's loss, lr, grad_norm, and added values have different numbers of steps"
     return None
 
 

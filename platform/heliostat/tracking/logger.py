@@ -128,7 +128,7 @@ class RunOwner:
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
-            raise TrackingError(f"{self._away()}. Use --resume when it answers again: training isn't repeated") from self._fault
+            raise TrackingError(f"{self._away()}. Use --resume when MLflow answers: training isn't repeated") from self._fault
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
@@ -262,7 +262,7 @@ class RunOwner:
             del self._facts[what]
         if self._fault:
             away = time.monotonic() - self._since
-            log.warning("%s after %.0f s: it has the %d metrics that waited", BACK, away, waiting)
+            log.warning("%s after %.0f s, and has the %d metrics that waited", BACK, away, waiting)
         if self._end:
             self._close(self._end)
 
@@ -270,7 +270,7 @@ class RunOwner:
         if self._fault is None:
             self._since = time.monotonic()
             why = mlflow_client.fault(error)
-            log.warning("%s. The run keeps them until it does, and training continues (%s)", AWAY, why)
+            log.warning("%s. The run keeps the metrics until MLflow accepts them, and training continues (%s)", AWAY, why)
         self._fault = error
         self._answers.clear()
         try:

@@ -194,7 +194,7 @@ def fault(error: object) -> str:
     said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
     if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
         body = re.search(r"[Rr]esponse body: '?(.+)", said)
-        return f"it answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
+        return f"the server answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
     cause = re.search(r"\(Caused by (.+)\)$", said)
     return brief(cause[1] if cause else said or type(error).__name__)
 
@@ -251,7 +251,11 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     try:
         recorded_run = client.get_run(run_id)
     except MlflowException as e:
-        fix = f". It is in another store: pass --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
+        fix = (
+            f". The run is in another store: pass --mlflow {recorded}"
+            if (recorded := known.get("uri")) and recorded != uri
+            else ""
+        )
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in recorded_run.data.tags:
         raise ConfigError(f"{run!r}: wasn't made by `heliostat train` ({uri})")

@@ -192,7 +192,7 @@ def _download(model: str, tracking_uri: str) -> Path:
         if not model.startswith("models:/"):
             whole = [m.model_id for m in models_of(client, client.get_run(model)) if m.status.value == "READY"]
             if not whole:
-                raise ConfigError(f"run {model} has no logged model. Wait until it has finished")
+                raise ConfigError(f"run {model} has no logged model. Wait until the run has finished")
             uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:

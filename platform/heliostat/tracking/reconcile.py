@@ -47,7 +47,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     try:
         changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
-        log.warning("can't find out from its folder whether run %s is over: %s", run.info.run_id, e)
+        log.warning("can't find out from the run's folder whether run %s is over: %s", run.info.run_id, e)
         return run
     return client.get_run(run.info.run_id) if changed else run
 

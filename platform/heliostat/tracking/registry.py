@@ -97,7 +97,7 @@ def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, fl
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
-            return f"{model_name} has no {metric}, so the two can't be compared"
+            return f"{model_name} has no {metric}, so the models can't be compared"
     worse = new[metric] > present[metric] if mode == "min" else new[metric] < present[metric]
     return f"its {metric} {new[metric]:.6g} is worse than the current model's {present[metric]:.6g}" if worse else ""
 
@@ -170,8 +170,8 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
-            faults.append(f"it has other held-out samples than version {present.version}. Score both on one dataset with "
-                "`heliostat model evaluate`, and use --force")  # fmt: skip
+            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both on one dataset "
+                "with `heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

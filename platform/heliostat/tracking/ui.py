@@ -52,7 +52,7 @@ def serve(
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
-            raise ConfigError(f"--port: {port} on {host} is in use. Pass another")
+            raise ConfigError(f"--port: {port} on {host} is in use. Pass another port")
     before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)

@@ -69,7 +69,7 @@ def read(path: Path) -> dict[str, str]:
             raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} appears twice")
         keys[name] = digest(words[-1])
     if not keys:
-        raise ConfigError(f"--keys: {path} contains no key. Write one per line, or name a new file, which heliostat fills")
+        raise ConfigError(f"--keys: {path} contains no key. Write one key per line, or pass a new file, which heliostat fills")
     return keys
 
 

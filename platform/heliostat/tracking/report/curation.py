@@ -58,7 +58,9 @@ def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
         try:
             text = page(gather(dataset))
         except (HeliostatError, OSError) as e:
-            log.warning("%s: can't read the record of how it was made, so the run has no page about it (%s)", dataset.location, e)
+            log.warning(
+                "%s: can't read the dataset's curation record, so the run has no page about the dataset (%s)", dataset.location, e
+            )
             continue
         yield f"data/{dataset.location.name}-{dataset.digest[:8]}.html", text
 
