@@ -28,8 +28,8 @@ Section = dict[str, Any]  # a mapping in a cluster file, or in its tool's output
 class NodePool:
     """Describes a pool of identical nodes.
 
-    `least` and `most` are the minimum and maximum number of nodes. `cpus` and `gpus` are those of one node; `cpus` is None if
-    Ray counts the CPUs.
+    `least` and `most` are the minimum and maximum number of nodes. `cpus` and `gpus` are the numbers per node; `cpus` is None
+    if Ray counts the CPUs.
     """
 
     name: str

@@ -35,7 +35,7 @@ class LaunchResult(TypedDict):
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
-    """Starts a cluster, or joins a running one.
+    """Starts a cluster, or joins a running cluster.
 
     `restart`: whether to restart Ray on nodes where Ray already runs, which ends their jobs. Raises ConfigError if `restart` is
     set for KubeRay.

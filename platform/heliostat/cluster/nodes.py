@@ -42,7 +42,7 @@ def starved_now(job: Job, in_use: Mapping[str, int]) -> bool:
 
 
 def crowded_now(job: Job) -> str | None:
-    """Explains, in numbers, that no node has a free CPU for reading the run's data. Returns None if a node has one."""
+    """Explains, in numbers, that no node has a free CPU for reading the run's data. Returns None if a node has a free CPU."""
     labeled, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in labeled}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
@@ -143,7 +143,7 @@ def _kill(pids: list[int]) -> None:
 
 
 def kill(processes: Collection[Mapping[str, Any]]) -> None:
-    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen ones.
+    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen processes.
 
     Waits at most 20 s until each node has sent the signals. Logs a warning about nodes that haven't sent them.
     """

@@ -41,7 +41,7 @@ URGENT = {"RAY_worker_niceness": "0"}
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
-# These keep a private Ray and its workers on loopback. Ray replaces a loopback address by one that other machines can reach,
+# These keep a private Ray and its workers on loopback. Ray replaces loopback addresses by addresses that others can reach,
 # except in its mode for systems without cluster support, which the first variable turns on.
 CONFINED = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

@@ -60,7 +60,8 @@ def family(root: int) -> list[psutil.Process]:
 
 
 def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining ones and waits at most `kill_s`.
+    """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining processes and waits at most
+    `kill_s`.
 
     If `patience_s` is 0, sends only SIGKILL. The wait reaps children of this process, so their `Popen` objects get no exit
     code.

@@ -56,7 +56,7 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
     """Returns the seconds until EC2 ends this spot instance; None without a notice. Raises ClusterError if the service reports
     an error.
 
-    Uses a session token (IMDSv2), because instances with `HttpTokens: required` need one.
+    Uses a session token (IMDSv2), because instances with `HttpTokens: required` need a token.
     """
     status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if status != 200:

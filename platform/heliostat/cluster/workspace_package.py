@@ -72,7 +72,7 @@ SECRET, HOLDS, KEPT, LINK = "may contain secrets", "contain a password", "are da
 
 @dataclass
 class Packed:
-    """Lists the files that are sent with a job and those that are left out.
+    """Lists the files that are sent with a job, and the files that are left out.
 
     `files`: sorted relative paths of the sent files. `left_out`: the paths that aren't sent, by reason, except paths that a
     .gitignore excludes.
@@ -86,8 +86,8 @@ class Packed:
 
 
 def private(path: str) -> bool:
-    """Checks whether a path (relative to the workspace) must never be shown or sent, because it is a path of data or suggests a
-    secret."""
+    """Checks whether a path (relative to the workspace) must never be shown or sent, because the path belongs to data or
+    suggests a secret."""
     return bool(_never(path))
 
 

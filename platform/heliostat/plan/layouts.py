@@ -1,4 +1,5 @@
-"""Lists the parallelism configurations of a job, and ranks those that fit in memory by time (`heliostat plan JOB --rank`).
+"""Lists the parallelism configurations of a job, and ranks the configurations that fit in memory by time (`heliostat plan JOB
+--rank`).
 
 A configuration (`Layout`) contains all settings that don't change what the model learns. These are the ZeRO stage, the
 micro-batch size, activation checkpointing, offload, and the numbers of workers that share samples, matrices, or experts.

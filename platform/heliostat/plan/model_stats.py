@@ -196,7 +196,7 @@ def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
 
 
 def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
-    """Groups layers whose weights have the same shapes and that have the same type of attention."""
+    """Groups layers that have the same type of attention and weights of the same shapes."""
     kinds: dict[tuple[type, str, str], list[torch.nn.Module]] = {}
     for layer in stack:
         ways = [getattr(m, name, None) for m in layer.modules() for name in ("attention_type", "layer_type", "sliding_window")]

@@ -135,8 +135,8 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
     """Maps each number of workers that could share a sample (`train.parallel.sequence`) to the elements that each worker would
     send in the sample's forward pass.
 
-    An elastic job must support such a number with its minimum and its maximum of workers. `counts`: numbers of workers to use
-    instead of the job's.
+    An elastic job must support each of these numbers both on its minimum and on its maximum number of workers. `counts`:
+    numbers of workers to use instead of the job's.
     """
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:

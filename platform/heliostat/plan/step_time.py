@@ -104,7 +104,8 @@ def operation(work: OperationWork, micro: float, device: Device, compiled: bool 
 
 def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
     """Estimates the computing seconds of a micro-batch. With `fp8`, the matrix multiplications in the layers run in float8, but
-    not those in the head. They are recognized by their work: it equals the work of one in the layers' forward pass."""
+    not those in the head. Their work identifies them: it equals the work of a matrix multiplication in the layers' forward
+    pass."""
     inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
     return sum(
         w.count

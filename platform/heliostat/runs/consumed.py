@@ -170,7 +170,7 @@ def of_digest(raw: Consumed, digest: str, before: int | None = None) -> int:
 def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
     """Counts the samples that a run took from one shard. A replaced sample counts for the shard of the sample that replaced it.
 
-    `raw`: the run's `data.json`. `shard`: a complete path or URI, or the end of one, such as `part-00017.parquet`. `before`:
+    `raw`: the run's `data.json`. `shard`: a complete path or URI, or its end, such as `part-00017.parquet`. `before`:
     counts only steps before this step.
     """
     total = 0

@@ -1,22 +1,22 @@
 """Accounts for a run's wall-clock time over all its attempts. Every second belongs to exactly one part, so the parts add up to
 the total.
 
-An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file for it
-in the run's folder (`ledger/`). Pure functions compute everything here from those files.
+An attempt is one start of the workers: a command (`heliostat train`), or a restart within a command. The driver keeps a file
+for each attempt in the run's folder (`ledger/`). This module computes everything from these files, with pure functions.
 
-    queued         Ray had no room for the workers yet
+    queued         waiting until Ray has room for the workers
     starting       from the command to the first step: checks, Ray, workers, model, checkpoint, first batch
     compiling      the first step under `train.compile`, without the time of the second step
     data           waiting for data
     computing      steps that the run keeps; DeepSpeed's collectives are included, because they overlap with computing
     communicating  the loop's own collectives, with the wait for the slowest worker
-    checkpoint     training waited for a checkpoint or a receipt
+    checkpoint     waiting for a checkpoint or a receipt
     evaluating     held-out scores
-    lost           steps recomputed after a return to a checkpoint, and the worker's activity at the time of its death
-    restarting     within one command, from a failure to the next first step
+    lost           steps that were recomputed after a return to a checkpoint, and the worker's work when it died
+    restarting     within a command, from a failure to the first step of the next attempt
     idle           no training: between two commands, and after the last step (export, registration of the model)
 
-Goodput is computing's share of the total.
+Goodput is the share of `computing` in the total time.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
             outer.pop()
         if outer and device == "cpu":
             own[outer[-1].name] -= seconds
-        if all(call.name != event.name for call in outer):  # the outer call includes the time of a recursive one
+        if all(call.name != event.name for call in outer):  # the outer call includes the time of a recursive call
             total[event.name] += seconds
         own[event.name] += seconds
         calls[event.name] += 1

@@ -36,7 +36,7 @@ class Ledger:
     """Books a worker's time by part. `switch(part)` books the time from now on; `with ledger(part): ...` books the time within
     the context.
 
-    Parts don't overlap: an inner part interrupts the outer one.
+    Parts don't overlap: an inner part interrupts the outer part.
     """
 
     def __init__(self, part: str) -> None:

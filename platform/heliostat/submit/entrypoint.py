@@ -262,7 +262,7 @@ class Driver:
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
     def _wait_for_turn(self, queue: str) -> None:
-        """Waits until all jobs of the queue that were submitted before this one have ended."""
+        """Waits until all jobs of the queue that were submitted before this job have ended."""
         url, token = self.jobs_url(), http.own_token()
         announced = False
         while not self.stopping.is_set():

@@ -111,8 +111,8 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 def license_of(job: Job, origins: list[ParentModel]) -> str:
     """Returns the license of a job's model.
 
-    This is the job's own license. If the job has none, it is the license of the models that initialized the job's model, if all
-    of them have the same license. In all other cases, it is `unknown`.
+    This is the job's own license. If the job has no license, the license of the models that initialized the job's model counts,
+    if all of them have the same license. In all other cases, returns `unknown`.
     """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None

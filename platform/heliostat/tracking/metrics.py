@@ -145,7 +145,7 @@ def points(event: Event) -> list[Point]:
 def _values(event: Event) -> Iterable[tuple[str, Number]]:
     """Yields (name, number or list) for each metric that has a value in the event.
 
-    If two metrics produce the same name, the first one counts.
+    If two metrics produce the same name, the first metric counts.
     """
     known = set[str]()
     for metric in METRICS:

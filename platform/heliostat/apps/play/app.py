@@ -123,7 +123,7 @@ def tabs(replica: Replica) -> list[str]:
 
 
 def example(folder: Path) -> str | None:
-    """Returns a prompt that suits the model; None if there is none.
+    """Returns a prompt that suits the model; None if there is no such prompt.
 
     The prompt is the model's input example in MLflow. Without an input example, it is the first prompt of the samples in the
     model's job.

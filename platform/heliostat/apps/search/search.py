@@ -96,7 +96,7 @@ class SearchIndex:
         return [fuse(both)[:top] for both in zip(words, near, strict=True)]
 
     def too_long(self, questions: Sequence[str]) -> set[str]:
-        """Returns the questions that exceed the embedder's maximum tokens; none if the index has no embeddings."""
+        """Returns the questions that exceed the embedder's maximum tokens; an empty set if the index has no embeddings."""
         if not self.record["embedder"]:
             return set()
         with self._embedding:

@@ -1,6 +1,6 @@
 """Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
 
-    client -> Serve's proxy (127.0.0.1) -> HTTP server (one: keys, limits, retries) -> replicas (of each loaded version)
+    client -> Serve's proxy (127.0.0.1) -> HTTP server (one process: keys, limits, retries) -> replicas (of each loaded version)
 
 The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old one
 answers. Then all new requests go to the new version, and the old version ends after its last request.

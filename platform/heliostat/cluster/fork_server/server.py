@@ -80,7 +80,7 @@ def prepare(modules: Iterable[str]) -> None:
 def own_ids() -> Iterator[None]:
     """Within the context, new actor classes get their ids from the system, not from Ray's random numbers.
 
-    If Ray's random numbers were used before a fork, all forks would draw the same ones.
+    If Ray drew random numbers before a fork, all forks would draw the same numbers.
     """
     import ray.actor
 

@@ -244,7 +244,7 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
 
 
 def _known(place: Location) -> dict[str, object] | None:
-    """Reads the settings that a folder belongs to; None if it has none."""
+    """Reads the settings that a folder belongs to; None if the folder has no settings."""
     try:
         known = json.loads(place.join(SETTINGS).read())
     except FileNotFoundError:

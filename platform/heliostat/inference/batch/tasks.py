@@ -173,7 +173,7 @@ def _input(document: Document, seed: int) -> Input:
 
 
 def _gpu() -> tuple[str, int] | None:
-    """Returns the name and the memory, in bytes, of the GPU; None without one."""
+    """Returns the name and the memory, in bytes, of the GPU; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
