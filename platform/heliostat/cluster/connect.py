@@ -108,7 +108,8 @@ def _confined(gpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forking(launcher: Path) -> Iterator[None]:
-    """Within the context, a starting Ray starts its Python processes through the launcher, without the dashboard's agent.
+    """Lets Ray start its Python processes through the launcher, without the dashboard's agent. Applies to a Ray that starts
+    within the context.
 
     Also replaces Ray's check of the agent's libraries, because the check would import them into this process for a second.
     """
@@ -120,10 +121,10 @@ def _forking(launcher: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_own_groups() -> Iterator[None]:
-    """Within the context, the processes of a starting Ray get their own process groups.
+    """Gives Ray's processes their own process groups. Applies to a Ray that starts within the context.
 
-    Without them, a signal to this process's group would end Ray before the last checkpoint. The context does nothing if the
-    kernel can't end Ray's processes together with this process, because then Ray itself ends the complete group.
+    Without these groups, a signal to this process's group would end Ray before the last checkpoint. The context does nothing if
+    the kernel can't end Ray's processes together with this process, because then Ray itself ends the complete group.
     """
     from ray._private import services, utils
 
@@ -153,7 +154,7 @@ def disconnect() -> None:
 
 @contextlib.contextmanager
 def _without_monitors(verbose: bool) -> Iterator[None]:
-    """Within the context, a starting Ray doesn't start processes that a private Ray doesn't need.
+    """Prevents Ray from starting processes that a private Ray doesn't need. Applies to a Ray that starts within the context.
 
     Each of these processes would cost a second of CPU time:
 

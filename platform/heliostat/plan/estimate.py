@@ -70,8 +70,8 @@ class Planner:
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
-        """For a configuration that checkpoints all layers: yields a variant that fits with the fewest checkpointed layers.
-        Yields nothing if the configuration fits without checkpointing, or fits only with all layers checkpointed."""
+        """Yields a variant of a configuration that checkpoints all layers: the variant that fits with the fewest checkpointed
+        layers. Yields nothing if the configuration fits without checkpointing, or fits only with all layers checkpointed."""
         many = len(self.kept.layers)
         if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):
             return

@@ -160,7 +160,7 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
 
 @contextmanager
 def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
-    """Within the context, the stack has only `some` of its layers, in their order."""
+    """Removes all layers of a stack except `some`, within the context. Keeps the order of the layers."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
     by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
@@ -228,7 +228,7 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content
 
 
 def _one_document() -> AbstractContextManager[object]:
-    """Within the context, transformers' detection of packed sequences finds no packed sequences.
+    """Makes transformers' detection of packed sequences find no packed sequences within the context.
 
     In a real run, the values of position_ids show that sequences aren't packed, so transformers uses no mask. Fake position_ids
     have no values, so transformers would make a mask that covers every case.
@@ -267,7 +267,7 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Within its context, counts the bytes that autograd keeps in addition to the model's own tensors, in total and per layer.
+    """Counts the bytes that autograd keeps within the context, in total and per layer. The model's own tensors don't count.
     Also counts the bytes per layer that selective checkpointing would keep.
 
     The meter works on fake tensors and on real tensors. Tests compare the two results.

@@ -78,7 +78,7 @@ def prepare(modules: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def own_ids() -> Iterator[None]:
-    """Within the context, new actor classes get their ids from the system, not from Ray's random numbers.
+    """Makes new actor classes get their ids from the system, not from Ray's random numbers, within the context.
 
     If Ray drew random numbers before a fork, all forks would draw the same numbers.
     """
