@@ -27,9 +27,9 @@ from heliostat.web.gate import Gate
 
 __all__ = ["app"]
 
-CHOICE = "mlflow.workflowType_v1"  # name under which the browser stores the mode
+CHOICE = "mlflow.workflowType_v1"  # the browser's name for the mode
 BEFORE = {"attributes.`Run Name`": 175, "runDateAndNestInfo": 140, "duration": 80}  # MLflow's own columns, which stay first
-KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # prefix of the names under which the browser stores the columns
+KEPT = "MLflowLocalStorage-1.1-ExperimentPage-"  # prefix of the browser's names for the columns
 _METRICS = {f"metrics.`{name}`": width for name, width in COLUMNS.items()}
 _WIDTHS = BEFORE | _METRICS
 _TABLE = {"selectedColumns": [*_METRICS], "columnOrder": [*_WIDTHS], "columnWidths": _WIDTHS}
