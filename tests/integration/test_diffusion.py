@@ -188,7 +188,7 @@ def test_the_registered_model_draws_scores_and_loads_with_plain_diffusers(finish
     (tmp_path / "many/00003.png").unlink()
     assert generate_many(model, prompts, {"steps": 4}, 5, str(tmp_path / "many"), 2) == 5
     assert Image.open(tmp_path / "many/00003.png").size == (8, 8), "what is missing is drawn again"
-    with pytest.raises(ConfigError, match="holds answers of another set of prompts"):
+    with pytest.raises(ConfigError, match="contains answers of another set of prompts"):
         generate_many(model, prompts[1:], {"steps": 4}, 5, str(tmp_path / "many"), 2)
 
 

@@ -128,6 +128,6 @@ def test_the_command_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     few = ("--out", str(tmp_path / "out"), "--max-tokens", "3")
     assert "--engine vllm needs the extra 'vllm'" in said(*few, "--engine", "vllm")
     assert "max_tokens: 100 leaves no room for a prompt" in said("--out", str(tmp_path / "out"))
-    assert "without a classification head" in said("--out", str(tmp_path / "out"), "--task", "classify")
+    assert "which has no classification head" in said("--out", str(tmp_path / "out"), "--task", "classify")
     assert "task" in said("--out", str(tmp_path / "out"), "--task", "sing")
     assert not (tmp_path / "out").exists()

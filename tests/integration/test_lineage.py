@@ -216,7 +216,7 @@ def test_a_worse_or_incomparable_model_does_not_become_champion_and_the_history_
         ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<{better}", *uri)
     done = ask(capsys, "model", "promote", "lineage-lm/1", "champion", "--require", f"eval/loss<={better}", *uri)
     assert (done["version"], done["replaced"], done["overruled"]) == ("1", None, [])
-    with pytest.raises(GateError, match="has other held-out samples than version 1"):
+    with pytest.raises(GateError, match="was scored on other held-out samples than version 1"):
         ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", *uri)
     done = ask(capsys, "model", "promote", "lineage-lm@candidate", "champion", "--force", *uri)
     assert (done["version"], done["replaced"], len(done["overruled"])) == ("2", "1", 1)

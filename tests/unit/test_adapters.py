@@ -155,7 +155,7 @@ def test_what_does_not_fit_the_model_is_named(base, folders, tmp_path):
         Adapters(model, {"x": str(tmp_path / "none")})
     write_adapter(tmp_path / "pickled", base, 1, ("q_proj",))
     (tmp_path / "pickled/adapter_model.safetensors").rename(tmp_path / "pickled/adapter_model.bin")
-    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save it with safetensors"):
+    with pytest.raises(ConfigError, match=r"has no adapter_model\.safetensors\. Save the adapter with safetensors"):
         Adapters(model, {"x": str(tmp_path / "pickled")})
     other = write_model(tmp_path, {**BASE["model"], "intermediate_size": 24}, 64)
     with pytest.raises(ConfigError, match=r"down_proj: its matrices are .*\. Pass an adapter of this model"):
@@ -190,7 +190,9 @@ def test_a_layer_that_does_not_see_rows_is_refused_when_it_is_loaded(tmp_path):
     sizes = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
     tensors = {f"base_model.model.proj.lora_{letter}.weight": tensor for letter, tensor in sizes.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge it"):
+    with pytest.raises(
+        ConfigError, match=r"--adapter: x: one of its layers doesn't compute rows independently\. Merge the adapter"
+    ):
         Adapters(Flat(), {"x": str(tmp_path)})
 
 

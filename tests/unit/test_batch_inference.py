@@ -217,14 +217,14 @@ def test_another_input_and_a_second_command_are_refused_before_ray_starts(model,
     out = tmp_path / "out"
     with (
         lease.take(Location(str(out))),
-        pytest.raises(ConfigError, match=r"--out: .*out: not empty, and has no batch inference\. Name another folder"),
+        pytest.raises(ConfigError, match=r"--out: .*out: not empty, and has no batch inference\. Pass another folder"),
     ):
         run.infer(model, str(tmp_path / "one"), str(out), asked)
     shutil.rmtree(out)
     known = {"model": run.model_digest(model), "input": str(tmp_path / "one"), **asked.identity}
     claim(Location(str(out)), known, "answers", "batch inference")
     with pytest.raises(
-        ConfigError, match=r"--out: .* holds answers of another input \('.*one', not '.*two'\)\. Name another folder"
+        ConfigError, match=r"--out: .* contains answers of another input \('.*one', not '.*two'\)\. Pass another folder"
     ):
         run.infer(model, str(tmp_path / "two"), str(out), asked)
     with (
@@ -296,11 +296,11 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     place = Location(str(tmp_path / "out"))
     claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
     claim(place, {"model": "a", "seed": 0}, "answers", "batch inference")
-    with pytest.raises(ConfigError, match=r"--out: .* holds answers of another seed \('0', not '1'\)\. Name another folder"):
+    with pytest.raises(ConfigError, match=r"--out: .* contains answers of another seed \('0', not '1'\)\. Pass another folder"):
         claim(place, {"model": "a", "seed": 1}, "answers", "batch inference")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"--out: .*full: not empty, and has no batch inference\. Name another folder"):
+    with pytest.raises(ConfigError, match=r"--out: .*full: not empty, and has no batch inference\. Pass another folder"):
         claim(Location(str(tmp_path / "full")), {}, "answers", "batch inference")
 
 

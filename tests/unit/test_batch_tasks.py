@@ -183,7 +183,11 @@ def test_a_model_that_does_not_do_the_task_is_refused_in_a_line(writer, classifi
     write_classifier(tmp_path / "scores", problem_type="regression")
     write_model(tmp_path, BASE["model"])
     for folder, task, said in [
-        (writer, "classify", "holds LlamaForCausalLM, without a classification head. Use a model ...ForSequenceClassification"),
+        (
+            writer,
+            "classify",
+            "contains LlamaForCausalLM, which has no classification head. Use a model ...ForSequenceClassification",
+        ),
         (tmp_path / "one", "classify", "has one label (score)"),
         (tmp_path / "scores", "classify", "has problem_type regression"),
         (clip, "continue", "not supported for a CLIP"),

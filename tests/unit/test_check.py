@@ -56,7 +56,7 @@ def server(status: int, body: str) -> Iterator[str]:
 def test_a_job_of_gpus_is_not_right_where_there_are_none_and_no_cluster_is_named(monkeypatch):
     """If a cluster is named, its file decides; inside a cluster, Ray decides."""
     wanted = job(workers={"gpus": 1, "cpus": 8})
-    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers need .* has no usable one"):
+    with pytest.raises(ConfigError, match=r"^workers\.gpus: the workers need .* has no usable GPU"):
         check.check_devices(wanted, None)
     check.check_devices(wanted, ROOT / "clusters" / "aws-h100.yaml")
     with pytest.raises(ConfigError, match=r"^workers\.count: .* don't fit on .*aws-h100\.yaml"):
@@ -123,7 +123,7 @@ def test_the_cause_of_an_error_of_mlflows_client_is_not_cut_off(monkeypatch, sta
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     with server(status, "No space left on device") as uri, pytest.raises(TrackingError) as e, mlflow_client.asking(uri):
         mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
-    assert str(e.value).startswith(f"MLflow at {uri}: it answered {status}") and "\n" not in str(e.value)
+    assert str(e.value).startswith(f"MLflow at {uri}: the server answered {status}") and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("there", ["nothing listens", "it never answers"])
@@ -161,7 +161,11 @@ def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
     for name in [*mlflow_client.CLIENT, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR"]:
         monkeypatch.delenv(name, raising=False)
     begun = time.monotonic()
-    with server(503, "bad gateway") as uri, pytest.raises(TrackingError, match="it answered 503"), mlflow_client.asking(uri):
+    with (
+        server(503, "bad gateway") as uri,
+        pytest.raises(TrackingError, match="the server answered 503"),
+        mlflow_client.asking(uri),
+    ):
         mlflow.MlflowClient(tracking_uri=uri).get_run("0" * 32)
     with server(200, "OK") as uri, mlflow_client.asking(uri.replace("http://", "http://me:password@") + "/"):
         pass
@@ -171,7 +175,7 @@ def test_mlflows_own_client_is_bounded_by_the_commands_too(monkeypatch):
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        ("failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'", "it answered 507: disk full '"),
+        ("failed with error code 507 != 200. Response body: '<b>disk\nfull</b>'", "the server answered 507: disk full '"),
         ("failed with exception P(host='h'): Max retries exceeded with url: /x (Caused by Refused('no'))", "Refused('no')"),
     ],
 )

@@ -87,7 +87,8 @@ def test_a_run_that_another_store_knows_names_that_store(tmp_path):
     made = {"run_id": "0" * 32, "token": "t", "uri": "sqlite:////other.db", "name": "x"}
     (tmp_path / "run.json").write_text(json.dumps(made))
     with pytest.raises(
-        ConfigError, match=r"no such run in sqlite:////asked\.db\. It is in another store: pass --mlflow sqlite:////other\.db$"
+        ConfigError,
+        match=r"no such run in sqlite:////asked\.db\. The run is in another store: pass --mlflow sqlite:////other\.db$",
     ):
         mlflow_client.find(Empty(), str(tmp_path), "sqlite:////asked.db")
     with pytest.raises(ConfigError, match=r"no such run in sqlite:////other\.db$"):

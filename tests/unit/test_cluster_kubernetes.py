@@ -105,7 +105,7 @@ def test_up_on_kubernetes_fails_with_the_operators_reason_when_it_rejects_the_fi
     cluster = read("kuberay-h100")
     why = "spec.networkPolicy requires the RayClusterNetworkPolicy feature gate to be enabled"
     kubernetes({}, [event("heliostat-h100", "InvalidRayClusterSpec", why)])
-    with pytest.raises(ClusterError, match=rf"kuberay-h100\.yaml: KubeRay rejects it .*{why}"):
+    with pytest.raises(ClusterError, match=rf"kuberay-h100\.yaml: KubeRay rejects the file .*{why}"):
         launch.up(cluster)
 
 
@@ -114,7 +114,7 @@ def test_up_on_kubernetes_fails_with_the_earlier_reason_when_the_same_file_is_ap
     monkeypatch.setattr(kuberay, "TAKEN_UP_S", 0.1)
     cluster = read("kuberay-h100")
     kubernetes({}, old=[event("heliostat-h100", "InvalidRayClusterSpec", "why")])
-    with pytest.raises(ClusterError, match=r"KubeRay rejects it \(InvalidRayClusterSpec\): why"):
+    with pytest.raises(ClusterError, match=r"KubeRay rejects the file \(InvalidRayClusterSpec\): why"):
         kuberay.start(cluster, seconds=20)
 
 

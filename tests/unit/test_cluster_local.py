@@ -113,7 +113,7 @@ def test_the_token_is_not_sent_to_a_server_of_another_user(tmp_path, monkeypatch
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     with server("nobody") as (port, process):
         cluster = files.read(cluster_file(tmp_path, port=port))
-        with pytest.raises(ConfigError, match=r"another user's process answers .*, so heliostat sent it no token"):
+        with pytest.raises(ConfigError, match=r"another user's process answers .*, so heliostat sent no token"):
             launch.up(cluster)
         state = local.ClusterState("local", str(cluster.path), local.url_of(cluster))  # joined when it was another
         state.folder.mkdir(parents=True, exist_ok=True)

@@ -214,7 +214,7 @@ def test_a_folder_of_another_index_is_refused_before_ray_starts(corpus, tmp_path
     build.claim(
         Location(str(tmp_path / "y")), {"embedder": None, **IndexSettings().model_dump()}, "an index", "index of documents"
     )
-    with pytest.raises(ConfigError, match="holds an index of another chunk_tokens"):
+    with pytest.raises(ConfigError, match="contains an index of another chunk_tokens"):
         build.index_documents(str(corpus.location), str(tmp_path / "y"), SETTINGS)
 
 

@@ -79,5 +79,5 @@ def test_bytes_that_are_no_text_are_sent_and_end_nothing(kind):
 
 
 def test_a_tokenizer_whose_text_cannot_be_decoded_as_it_grows_is_one_error():
-    with pytest.raises(ConfigError, match="isn't one of the tokenizers library"):
+    with pytest.raises(ConfigError, match="isn't from the tokenizers library"):
         ending(SimpleNamespace(tokenizer=ByT5Tokenizer()), None)

@@ -39,5 +39,5 @@ def test_what_does_not_run_here_is_said_in_a_line(target, error, said):
 
 def test_two_clusters_are_not_asked_for_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    with pytest.raises(ConfigError, match=r"RAY_ADDRESS names a cluster too \(10.0.0.1:6379\)\. Unset it"):
+    with pytest.raises(ConfigError, match=r"RAY_ADDRESS names a cluster too \(10.0.0.1:6379\)\. Unset RAY_ADDRESS"):
         endpoint.join("local")

@@ -292,7 +292,7 @@ def test_a_store_that_refuses_the_ledger_costs_a_warning_only(tmp_path, caplog):
     (tmp_path / "ledger").write_text("a file lies where a folder is needed")
     recorder = LedgerRecorder(Location(str(tmp_path)), time.time() - 5, 0, 1)
     recorder.close("finished")
-    assert "the run's ledger is late" in caplog.text
+    assert "can't update the run's ledger yet" in caplog.text
 
 
 # showing -------------------------------------------------------------------------------------------------------------

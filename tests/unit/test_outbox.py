@@ -87,7 +87,7 @@ def test_beyond_the_limit_the_oldest_are_given_up_and_that_is_said(tmp_path, mon
     box = Outbox(Location(str(tmp_path)), store.send, store.known)
     box.add(steps(1, 9))
     box.flush()
-    assert store.points == steps(4, 9) and "dropped 6 metrics, the oldest that waited for MLflow" in caplog.text
+    assert store.points == steps(4, 9) and "dropped the oldest 6 metrics that waited for MLflow" in caplog.text
 
 
 def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog):
@@ -108,7 +108,7 @@ def test_system_metrics_fill_a_place_of_their_own(tmp_path, monkeypatch, caplog)
     assert later.flush() == 130
     assert store.points[:80] == steps(1, 41) and all(p.key.startswith("system/") for p in store.points[80:])
     box.flush()
-    assert f"dropped {40 * 64 - 50} system metrics, the oldest that waited" in caplog.text
+    assert f"dropped the oldest {40 * 64 - 50} system metrics that waited" in caplog.text
 
 
 def test_all_nodes_together_sample_no_more_than_mlflow_is_to_hold():

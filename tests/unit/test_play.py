@@ -287,9 +287,9 @@ def test_a_drawing_that_nobody_waits_for_any_more_ends_before_the_next_begins(pa
     ("given", "said"),
     [
         ((None, None, None, None), "Pass a model, an index"),
-        ((None, "n", "i", None), "--name: names the model"),
+        ((None, "n", "i", None), "--name: needs a model"),
         (("m", None, None, "e"), "--embedder: needs --index"),
-        (("a/code", None, "b/code", None), "the index is called 'code' too"),
+        (("a/code", None, "b/code", None), "the index also has the name 'code'"),
     ],
 )
 def test_what_cannot_be_served_is_one_clear_error(given, said, tmp_path, monkeypatch):

@@ -94,8 +94,8 @@ def test_a_folder_without_a_cross_encoder_is_one_clear_error_before_a_weight_is_
     make_model(tmp_path / "many", ("no", "maybe", "yes"))
     for folder, said in (
         (tmp_path / "many", r"has 3 labels \(no, maybe, yes\)\. Use a cross-encoder, which has one"),
-        (unlike(model, tmp_path / "plain", architectures=["BertModel"]), "holds BertModel, without a scoring head"),
-        (unlike(model, tmp_path / "unnamed", architectures=None), "a model that its config.json does not name"),
+        (unlike(model, tmp_path / "plain", architectures=["BertModel"]), "contains BertModel, which has no scoring head"),
+        (unlike(model, tmp_path / "unnamed", architectures=None), "a model whose config.json has no architectures"),
         (unlike(model, tmp_path / "code", auto_map={"AutoModel": "x.py"}), "needs its own code"),
     ):
         with pytest.raises(ConfigError, match=f"^--reranker: .*{said}"):

@@ -125,7 +125,7 @@ def test_a_step_that_has_no_receipt_says_which_have(run):
     """The error has the first step without a receipt, and the steps that Python's API accepts. The line names no option of the
     command line."""
     for step in (STEPS + 1, 0):
-        with pytest.raises(ConfigError, match=rf"^step: the run has no step {step}\. Give one of 1 to 6\.$"):
+        with pytest.raises(ConfigError, match=rf"^step: the run has no step {step}\. Pass a step from 1 to 6\.$"):
             samples(run, step)
 
 

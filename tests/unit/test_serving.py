@@ -65,7 +65,7 @@ def test_a_completion_is_read_with_openais_defaults():
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": [""]}, "stop", "at least 1 character"),
         ({"logprobs": 6}, "logprobs", "less than or equal to 5"),
-        ({"prompt": [[1, "a"]]}, "prompt", "isn't a text, a list of tokens, or a list of these"),
+        ({"prompt": [[1, "a"]]}, "prompt", "isn't a text, a list of tokens, or a list of texts or token lists"),
         ({"prompt": [1, -2]}, "prompt", "isn't a text, a list of tokens"),
         ({"prompt": [True]}, "prompt", "isn't a text, a list of tokens"),
         ({"prompt": [[]]}, "prompt", "isn't a text, a list of tokens"),

@@ -65,10 +65,10 @@ def test_gpus_that_are_not_here_are_refused_before_ray_starts(rays, monkeypatch)
     monkeypatch.setattr(connect.ray, "is_initialized", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(
-        ConfigError, match=r"^workers\.gpus: the workers need .* this machine has no usable one.* `heliostat submit`"
+        ConfigError, match=r"^workers\.gpus: the workers need .* this machine has no usable GPU.* `heliostat submit`"
     ):
         connect.connect(cpus=2, gpus=2)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     assert check.require_gpus(1) == 1
-    with pytest.raises(ConfigError, match="need 8 GPUs, but this machine has 1 usable ones"):
+    with pytest.raises(ConfigError, match="need 8 GPUs, but this machine has 1 usable GPUs"):
         check.check_devices(job(**{"workers.gpus": 1, "workers.count": 8, "train.global_batch_size": 16}), None)

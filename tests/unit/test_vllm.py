@@ -77,7 +77,7 @@ def test_answers_of_one_engine_are_not_gone_on_with_by_the_other(tmp_path):
         place = Location(str(tmp_path / first.engine))
         claim(place, {"model": "a", **first.identity}, "answers", "batch inference")
         claim(place, {"model": "a", **first.identity}, "answers", "batch inference")
-        with pytest.raises(ConfigError, match="holds answers of another engine"):
+        with pytest.raises(ConfigError, match="contains answers of another engine"):
             claim(place, {"model": "a", **then.identity}, "answers", "batch inference")
 
 

@@ -1,6 +1,6 @@
-"""Computes how many workers fit on a cluster's nodes, together with the tasks that read the data.
+"""Computes how many workers fit on a cluster's nodes, in addition to the tasks that read the data.
 
-Pure arithmetic. The plan applies it to cluster files; the driver and sweeps apply it to running nodes.
+The functions are pure. The plan applies them to cluster files; the driver and sweeps apply them to running nodes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from heliostat.config.spec import Job, Workers
 from heliostat.errors import ConfigError
 
 Resources = Mapping[str, float]  # a node's amounts of CPU and GPU
-FETCHING = 1.0  # CPUs that a data task needs; one node must have them
+FETCHING = 1.0  # CPUs that a data task needs, all on one node
 
 
 class LivingNode(TypedDict):
@@ -35,10 +35,10 @@ def fits(workers: Workers, node: Resources, taken: float = 0.0) -> int:
 
 
 def room(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, int], apart: bool = False) -> int:
-    """Computes how many workers fit on the nodes if one of the nodes also runs a data task; 0 if none can run it.
+    """Computes how many workers fit on the nodes if one of the nodes also runs a data task; 0 if no node can run the data task.
 
     `free`: free resources by node. `in_use`: number of this run's workers on each node; their resources count as free. `apart`:
-    other nodes read the data, so no data task is counted.
+    whether other nodes read the data; then no data task is counted.
     """
     nodes = [{"CPU": r.get("CPU", 0.0) + in_use.get(n, 0) * workers.cpus,
               "GPU": r.get("GPU", 0.0) + in_use.get(n, 0) * workers.gpus} for n, r in free.items()]  # fmt: skip
@@ -60,7 +60,7 @@ def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, 
     placed, chosen = {n: in_use.get(n, 0) for n in free}, list[str]()
     for _ in range(count):
         fewest = -1 if workers.placement == "pack" else 1
-        # pack: the node with the most of the run's workers, then with the most room; spread: with the fewest of its workers
+        # first criterion: most of the run's workers (pack) or fewest (spread); then the most room
         best = min((n for n in left if left[n] > 0), key=lambda n: (fewest * placed[n], -left[n], n), default=None)
         if best is None:
             return None
@@ -70,7 +70,7 @@ def spots(workers: Workers, free: Mapping[str, Resources], in_use: Mapping[str, 
 
 
 def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, int]) -> bool:
-    """Checks whether the workers use so many CPUs that no node has enough left for a data task.
+    """Checks whether the workers use so many CPUs that no node has enough CPUs left for a data task.
 
     `cpus`: total CPUs of each node that may read data. `in_use`: number of the workers on each node.
     """
@@ -78,12 +78,12 @@ def starved(workers: Workers, cpus: Mapping[str, float], in_use: Mapping[str, in
 
 
 def require_gpus(wanted: float) -> int:
-    """Returns the number of this machine's GPUs; ConfigError if the workers together need more."""
+    """Returns the number of this machine's GPUs; raises ConfigError if the workers together need more GPUs."""
     import torch
 
     if (count := torch.cuda.device_count()) >= wanted:
         return count
-    have = f"{count} usable ones" if count else "no usable one"
+    have = f"{count} usable GPUs" if count else "no usable GPU"
     raise ConfigError(
         f"workers.gpus: the workers need {wanted:g} GPUs, but this machine has {have}, and no cluster is named. "
         "Use `heliostat submit`, name the cluster's file with `heliostat check --cluster`, or lower workers.gpus "
@@ -146,12 +146,12 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
     need = job.workers
     train, data = _pools(cluster, "workers.labels", need.labels), _pools(cluster, "data.labels", job.data.labels)
     if not train or any(p.cpus is None for p in [*train, *data]):
-        return  # the file doesn't show the nodes' CPUs; only a running Ray does
+        return  # the file doesn't show the nodes' CPUs; only a running Ray shows them
     nodes = {f"{p.name}/{i}": {"CPU": p.cpus or 0.0, "GPU": p.gpus} for p in train for i in range(p.most)}
     if (fits := room(need, nodes, {}, apart=True)) < need.least:
         raise ConfigError(
             f"workers.count: {need.least} workers of {need.cpus:g} CPUs and {need.gpus:g} GPUs don't fit on "
-            f"{cluster.path}, which has room for {fits} at its maximum. Lower it, or raise the pool's maximum"
+            f"{cluster.path}, which has room for {fits} at its maximum. Lower workers.count, or raise the pool's maximum"
         )
     if any(p not in train and p.most and (p.cpus or 0.0) >= FETCHING for p in data):
         return
@@ -163,7 +163,7 @@ def check_pools(job: Job, cluster: ClusterFile) -> None:
 
 
 def _pools(cluster: ClusterFile, field: str, labels: dict[str, str]) -> list[NodePool]:
-    """Returns the pools that match the labels; ConfigError if some pools have labels, but none has these."""
+    """Returns the pools that match the labels; raises ConfigError if some pools have labels, but no pool has these labels."""
     pools = [p for p in cluster.pools if selects(labels, p.labels)]
     if labels and not pools and any(p.labels for p in cluster.pools):
         have = sorted({f"{k}={v}" for p in cluster.pools for k, v in p.labels.items()})

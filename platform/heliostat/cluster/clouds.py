@@ -1,7 +1,7 @@
 """Warns about settings that fail at the first `ray up` on AWS or Google Cloud, and about open ports in any cluster file.
 
-Ray's launcher accepts such files, and the problems appear when machines are already paid for. The rules come from the providers'
-documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
+Ray's launcher accepts such files, so the problems appear only when you already pay for machines. The rules come from the
+providers' documentation and from the code of Ray 2.60's launcher. None of them was tested on a cloud.
 
 A process that reaches Ray's ports can run code on the cluster (CVE-2023-48022), unless Ray requires a token.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from heliostat.cluster.cluster_file import ClusterFile, Section, groups
 
 BROAD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
-A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # of A3 High, which doesn't support the default (pd-standard)
+A3_DISKS = ("pd-balanced", "pd-ssd", "hyperdisk-balanced")  # A3 High doesn't support the default, pd-standard
 SPOT_WATCHER = "heliostat.cluster.spot"
 PRIVATE_REGISTRY = re.compile(r"\.dkr\.ecr\.[\w-]+\.amazonaws\.com$|-docker\.pkg\.dev$|^(?:\w+\.)?gcr\.io$")
 
@@ -54,13 +54,13 @@ def _image(cluster: ClusterFile) -> Iterator[str]:
     for target in cluster.raw.get("file_mounts") or {}:
         if target.startswith("/root/") and not as_root:
             yield (
-                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put it "
+                f"file_mounts: only root can read {target}, and the user in clusters/Dockerfile is ray. Put the file "
                 "below /home/ray, with RAY_AUTH_TOKEN_PATH"
             )
 
 
 def _registry(cluster: ClusterFile) -> Iterator[str]:
-    """Warns about images in a private registry without a command that logs in: Ray pulls with a plain `docker pull`."""
+    """Warns about images in a private registry if no command logs in to the registry. Ray only runs a plain `docker pull`."""
     nodes = (cluster.raw.get("available_node_types") or {}).values()
     registries = [
         *(cluster.raw.get("initialization_commands") or []),
@@ -98,8 +98,8 @@ def _spot(cluster: ClusterFile) -> Iterator[str]:
     if spot and not any(SPOT_WATCHER in c for c in cluster.raw.get("worker_start_ray_commands") or []):
         yield (
             f"worker_start_ray_commands: {', '.join(spot)} are spot machines, and Ray doesn't watch for their "
-            f"notice. Start `python -m {SPOT_WATCHER} {cluster.provider}` in the background, or you lose the "
-            "steps since the last checkpoint"
+            f"termination notice. Start `python -m {SPOT_WATCHER} {cluster.provider}` in the background. Otherwise you lose the "
+            "steps since the last checkpoint when a machine ends"
         )
 
 
@@ -112,14 +112,12 @@ def _aws(cluster: ClusterFile) -> Iterator[str]:
         )
     for where, config, node, _ in _nodes(cluster):
         if "/latest/" in str(config.get("ImageId", "")):
-            yield (
-                f"{where}.ImageId: the latest image changes, so later nodes may boot another. Name an image by its id (ami-...)"
-            )
+            yield (f"{where}.ImageId: the latest image changes, so later nodes may boot another image. Set an image id (ami-...)")
         if "IamInstanceProfile" not in config:
             of_head = "Ray creates one for the head, with AmazonEC2FullAccess and AmazonS3FullAccess"
             others = "the nodes have no credentials for the datasets"
             is_head = cluster.raw["available_node_types"].get(head) is node
-            yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Name one (docs/clusters.md)")
+            yield (f"{where}.IamInstanceProfile: not set, so {of_head if is_head else others}. Set a profile (docs/clusters.md)")
         if (config.get("MetadataOptions") or {}).get("HttpTokens") != "required":
             yield (
                 f"{where}.MetadataOptions: {{HttpTokens: required}} is missing, so a forged request can read the "
@@ -145,7 +143,7 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
                 yield (f"{where}.disks: A3 machines don't support {kind}. Set initializeParams.diskType: {' or '.join(A3_DISKS)}")
         image = " ".join(str((d.get("initializeParams") or {}).get("sourceImage", "")) for d in config.get("disks") or [])
         if "/images/family/" in image:
-            yield f"{where}.disks: an image family changes, so later nodes may boot another image. Name one image"
+            yield f"{where}.disks: an image family changes, so later nodes may boot another image. Set a fixed image"
         items = {i.get("key"): str(i.get("value")) for i in (config.get("metadata") or {}).get("items") or []}
         if gpus and "nvidia" not in image and items.get("install-nvidia-driver", "").lower() != "true":
             yield (
@@ -153,22 +151,25 @@ def _gcp(cluster: ClusterFile) -> Iterator[str]:
             )
         for account in config.get("serviceAccounts") or []:
             if BROAD_SCOPE in (account.get("scopes") or []):
-                yield (f"{where}.serviceAccounts: the scope cloud-platform opens every service. Name those that the nodes use")
+                yield (
+                    f"{where}.serviceAccounts: the scope cloud-platform opens every service. List only the scopes that nodes need"
+                )
         is_head = cluster.raw["available_node_types"].get(cluster.raw.get("head_node_type")) is node
         if not is_head and not config.get("serviceAccounts"):
             yield (
-                f"{where}.serviceAccounts: not set, so the nodes have no credentials for the datasets. Name one with "
+                f"{where}.serviceAccounts: not set, so the nodes have no credentials for the datasets. Set an account with "
                 "the least permissions"
             )
 
 
 def _gcp_addresses(cluster: ClusterFile) -> Iterator[str]:
-    """Warns about machines with a public address. Ray gives one to every machine without `networkInterfaces` in the file."""
+    """Warns about machines with a public address. A machine without `networkInterfaces` in the file gets a public address from
+    Ray."""
     for where, config, _, _ in _nodes(cluster):
         interfaces = config.get("networkInterfaces")
         if not interfaces:
             yield (
-                f"{where}.networkInterfaces: not set, so Ray gives the machine a public address. Name a "
+                f"{where}.networkInterfaces: not set, so Ray gives the machine a public address. Set a "
                 "subnetwork without accessConfigs, and set provider.use_internal_ips: true"
             )
         elif any(card.get("accessConfigs") or card.get("ipv6AccessConfigs") for card in interfaces):
@@ -193,7 +194,7 @@ DASHBOARD = re.compile(r"--dashboard-host[= ]+(\"[^\"]*\"|'[^']*'|\$\([^)]*\)|\S
 
 
 def open_ports(cluster: ClusterFile) -> Iterator[str]:
-    """Yields warnings about ports of Ray that others can reach, and about a Ray without a token."""
+    """Yields warnings about Ray's ports that other machines can reach, and about a Ray without a token."""
     yield from _launcher_ports(cluster) if cluster.kind == "launcher" else _kuberay_ports(cluster.spec)
 
 
@@ -207,12 +208,12 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
             break
     if not cluster.local:
         for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-            starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each has its own shell
-            if not starts or not all(map(_asks_for_token, starts)):  # if none: Ray's default, without a token
+            starts = [c for c in cluster.raw.get(key) or [] if "ray start" in c]  # each command has its own shell
+            if not starts or not all(map(_asks_for_token, starts)):  # if there are none: Ray's default, without a token
                 yield (f"{key}: the nodes don't ask for a token. Export RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH in them")
     for where, options in docker_options(cluster):
         if any(re.match(r"(-p|-P|--publish)", option) for option in options):
-            yield f"{where}: publishes a port. Only the cluster's nodes may reach Ray's ports: remove it"
+            yield f"{where}: publishes a port. Remove it, because only the cluster's nodes may reach Ray's ports"
     group = cluster.raw["provider"].get("security_group") or {}
     for rule in group.get("IpPermissions") or []:
         ranges = [*(rule.get("IpRanges") or []), *(rule.get("Ipv6Ranges") or [])]
@@ -221,12 +222,12 @@ def _launcher_ports(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _asks_for_token(command: str) -> bool:
-    """Checks whether a command runs `ray start` with token authentication and gives it the token's path."""
+    """Checks whether a command runs `ray start` with token authentication and with the token's path."""
     return re.search(r"RAY_AUTH_MODE=['\"]?token\b", command) is not None and "RAY_AUTH_TOKEN_PATH=" in command
 
 
 def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
-    """Yields (key, words) for every list of `docker run` options in a launcher file, including those of node types."""
+    """Yields (key, words) for every list of `docker run` options in a launcher file, including the lists of node types."""
     places: list[tuple[str, Section]] = [("docker", cluster.raw.get("docker") or {})]
     for name, node in (cluster.raw.get("available_node_types") or {}).items():
         places.append((f"available_node_types.{name}.docker", node.get("docker") or {}))
@@ -239,7 +240,7 @@ def docker_options(cluster: ClusterFile) -> Iterator[tuple[str, list[str]]]:
 def _words(option: str) -> list[str]:
     try:
         return shlex.split(option)
-    except ValueError:  # an unclosed quote, which docker would reject too
+    except ValueError:  # an unclosed quote, which docker would also reject
         return option.split()
 
 

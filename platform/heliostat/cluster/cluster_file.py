@@ -1,7 +1,7 @@
 """Reads cluster files: Ray cluster-launcher YAML, or KubeRay manifests.
 
-heliostat has no cluster schema of its own. The files belong to the tools that use them (`ray up`, kubectl), and this module only
-reads the node pools, with their sizes, labels, and images. `cluster.review` checks the files.
+heliostat doesn't have its own schema for clusters. The files are for other tools (`ray up`, kubectl). This module reads only
+the node pools, with their sizes, labels, and images. `cluster.review` checks the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from heliostat.errors import ConfigError
 from heliostat.schema import documents
 from heliostat.text import brief
 
-ACCELERATOR = "ray.io/accelerator-type"  # Ray's label for a node's GPU
+ACCELERATOR = "ray.io/accelerator-type"  # Ray's label for the type of a node's GPU
 GPU_RESOURCES = ("nvidia.com/gpu", "amd.com/gpu")
 Section = dict[str, Any]  # a mapping in a cluster file, or in its tool's output; the tool defines the schema
 
@@ -28,7 +28,8 @@ Section = dict[str, Any]  # a mapping in a cluster file, or in its tool's output
 class NodePool:
     """Describes a pool of identical nodes.
 
-    `least` and `most` bound the number of nodes. `cpus` and `gpus` belong to one node; `cpus` is None if Ray counts them.
+    `least` and `most` are the minimum and maximum number of nodes. `cpus` and `gpus` are the numbers per node; `cpus` is None
+    if Ray counts the CPUs.
     """
 
     name: str
@@ -60,7 +61,8 @@ class ClusterFile:
     def pools(self) -> tuple[NodePool, ...]:
         """Returns the node pools.
 
-        ConfigError if the file is too malformed for that; validation against its schema (`schemas`) then shows the place.
+        Raises ConfigError if the file is too malformed to read the pools. Validation against the schema (`schemas`) then shows
+        the place of the error.
         """
         with shaped(self.path):
             return tuple(_launcher_pools(self.raw) if self.kind == "launcher" else _kuberay_pools(self.spec))
@@ -80,12 +82,12 @@ class ClusterFile:
 
     @property
     def local(self) -> bool:
-        """Checks whether all addresses are on this machine. heliostat itself then starts the nodes, as processes."""
+        """Checks whether all addresses are on this machine. If so, heliostat itself starts the nodes, as processes."""
         return self.provider == "local" and all(a.startswith("127.") for a in self.addresses)
 
     @property
     def addresses(self) -> list[str]:
-        """Lists the addresses of a `local` provider's nodes, the head's first."""
+        """Lists the addresses of a `local` provider's nodes. The head's address comes first."""
         return [str(self.raw["provider"].get("head_ip", "")), *map(str, self.raw["provider"].get("worker_ips", []))]
 
     @property
@@ -96,23 +98,25 @@ class ClusterFile:
 
 @contextmanager
 def shaped(path: Path) -> Iterator[None]:
-    """Converts errors of code that reads a file without validation into ConfigError: missing keys, values of the wrong type."""
+    """Converts errors of code that reads a file without validation (missing keys, values of the wrong type) into
+    ConfigError."""
     try:
         yield
     except ConfigError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         fault = f"{type(e).__name__}: {brief(e)}"
-        raise ConfigError(f"{path}: can't read it: a part is missing or of the wrong kind ({fault})") from e
+        raise ConfigError(f"{path}: can't read the file: a part is missing or has the wrong type ({fault})") from e
 
 
 def read(path: Path) -> ClusterFile:
-    """Reads a cluster file; ConfigError if it has neither format, or lacks its name or another required part."""
+    """Reads a cluster file; raises ConfigError if the file has neither format, or if the name or another required part is
+    missing."""
     documents = _documents(path)
     schema.require_kind("cluster", path, documents[0])
     kuberay = [d for d in documents if str(d.get("apiVersion", "")).startswith("ray.io/")]
     if len(kuberay) > 1:
-        raise ConfigError(f"{path}: holds {len(kuberay)} Ray resources, expected one. Split the file")
+        raise ConfigError(f"{path}: contains {len(kuberay)} Ray resources, expected one. Split the file")
     try:
         if kuberay:
             raw, kind = kuberay[0], str(kuberay[0].get("kind"))
@@ -125,7 +129,7 @@ def read(path: Path) -> ClusterFile:
             name = workspace.check_name(f"{path}: cluster_name", raw["cluster_name"])
             return ClusterFile(path, "launcher", str(raw["provider"]["type"]) and name, raw)
     except (KeyError, TypeError) as e:
-        raise ConfigError(f"{path}: is incomplete, or a part of it is of the wrong kind ({type(e).__name__}: {e})") from e
+        raise ConfigError(f"{path}: is incomplete, or a part has the wrong type ({type(e).__name__}: {e})") from e
     raise ConfigError(
         f"{path}: isn't a cluster file. Write cluster-launcher YAML (cluster_name, provider) or a KubeRay "
         "manifest (apiVersion: ray.io/v1)"
@@ -156,7 +160,7 @@ def _launcher_pools(raw: Section) -> Iterator[NodePool]:
             instance=config.get("InstanceType") or config.get("machineType"),
             spot="InstanceMarketOptions" in config or "SPOT" in str(config.get("scheduling")),
         )
-    if raw["provider"]["type"] == "local":  # the start commands have a node's resources, or Ray finds them
+    if raw["provider"]["type"] == "local":  # the node's resources are in the start commands, or Ray detects them
         workers = len(raw["provider"].get("worker_ips") or [])
         yield NodePool("head", True, 1, 1, None, 0, {}, docker.get("image"))
         yield NodePool(
@@ -165,7 +169,7 @@ def _launcher_pools(raw: Section) -> Iterator[NodePool]:
 
 
 def groups(spec: Section) -> list[tuple[str, Section]]:
-    """Lists (name, group) for the node groups of a RayCluster spec, the head's first."""
+    """Lists (name, group) for the node groups of a RayCluster spec. The head's group comes first."""
     return [("head", spec["headGroupSpec"]), *((g["groupName"], g) for g in spec.get("workerGroupSpecs") or [])]
 
 

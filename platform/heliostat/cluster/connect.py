@@ -1,10 +1,10 @@
 """Connects the driver to Ray: to the cluster that RAY_ADDRESS names, or to a private Ray on this machine.
 
-`RAY_ADDRESS` is set in every Ray job. Without it a private Ray starts, without a dashboard. It has more logical CPUs than cores,
-because the data tasks that feed the workers mostly wait for I/O.
+`RAY_ADDRESS` is set in every Ray job. If it isn't set, a private Ray without a dashboard starts. A private Ray has more logical
+CPUs than the machine has cores, because the data tasks that feed the workers mostly wait for I/O.
 
-Only this user can use a private Ray. It listens on loopback, requires its own token, and keeps its files, sockets, and token in
-a folder that only this user may enter.
+Only this user can use a private Ray. A private Ray listens on loopback, requires its own token, and keeps its files, sockets,
+and token in a folder that only this user may enter.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
-END_S = 5.0  # for the processes of a private Ray to end by themselves
+END_S = 5.0  # time in which the processes of a private Ray can end by themselves
 
 
 def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
     """Returns the runtime environment of workers on a cluster that RAY_ADDRESS names.
 
-    Empty for a private Ray, whose workers inherit the variables.
+    Returns an empty mapping for a private Ray, whose workers inherit the variables.
     """
     return {"env_vars": worker_environment(gpus)} if os.environ.get("RAY_ADDRESS") else {}
 
@@ -45,8 +45,9 @@ def remote_environment(gpus: float) -> dict[str, dict[str, str]]:
 def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS, or starts a private Ray with `cpus` logical CPUs. A second call does nothing.
 
-    `gpus`: number of GPUs of a private Ray, at most those of this machine; ConfigError if it has none. `verbose`: shows Ray's
-    logs and the workers' output. ClusterError if Ray doesn't start.
+    `gpus`: number of GPUs of a private Ray, at most the number in this machine. `verbose`: whether to show Ray's logs and the
+    workers' output. Raises ConfigError if `gpus` isn't 0 and this machine has no GPU. Raises ClusterError if Ray doesn't
+    start.
     """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     for name, value in UNTOLD.items():
@@ -61,15 +62,15 @@ def connect(cpus: int, gpus: int = 0, verbose: bool = False) -> None:
                 "none of the cluster's %g CPUs is free, so its tasks wait for one", ray.cluster_resources().get("CPU", 0.0)
             )
         return
-    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray itself doesn't check that they exist
+    gpus = min(gpus, require_gpus(1)) if gpus else 0  # Ray itself doesn't check that the GPUs exist
     with _confined(gpus), _without_monitors(verbose), _in_own_groups():
         init(
-            address="local",  # not the address in /tmp/ray, which another user can write
+            address="local",  # not the address in /tmp/ray, because other users can write to that file
             num_cpus=cpus,
             num_gpus=gpus or None,
             include_dashboard=False,
             _node_ip_address=LOOPBACK,
-            _temp_dir=str(private_ray.sessions() / "ray"),  # Ray itself opens this folder to all users
+            _temp_dir=str(private_ray.sessions() / "ray"),  # Ray itself would open this folder to all users
             **options,
         )
         atexit.register(disconnect)
@@ -83,7 +84,7 @@ def _confined(gpus: int) -> Iterator[None]:
     private.tighten(Path.home() / ".ray" / "auth_token")
     before, clusters = dict(os.environ), ray_constants.ENABLE_RAY_CLUSTER
     os.environ.update(private_ray.environment(gpus))
-    for name in AUTHENTICATION:  # if the mode is unset, Ray turns authentication on, whatever the mode was at import
+    for name in AUTHENTICATION:  # if the mode isn't set, Ray turns authentication on; the mode at Ray's import doesn't matter
         os.environ.pop(name, None)
     if not token_file().exists():
         private.write_token(token_file())
@@ -93,7 +94,7 @@ def _confined(gpus: int) -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER = False  # Ray read the variable at import
     server = private_ray.ahead(gpus)
     try:
-        runs = server and os.access(server.launcher, os.X_OK)  # False if temporary files may not be executed
+        runs = server and os.access(server.launcher, os.X_OK)  # False if the system forbids to execute temporary files
         with _forking(server.launcher) if server and runs else contextlib.nullcontext():
             yield
         if server and (not runs or server.process.poll() is not None):
@@ -107,9 +108,10 @@ def _confined(gpus: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _forking(launcher: Path) -> Iterator[None]:
-    """Makes a Ray that starts within the context start its Python processes through the launcher, without the dashboard's agent.
+    """Lets Ray start its Python processes through the launcher, without the dashboard's agent. Applies to a Ray that starts
+    within the context.
 
-    It also replaces Ray's check of the agent's libraries, which imports them into this process for a second.
+    Also replaces Ray's check of the agent's libraries, because the check would import them into this process for a second.
     """
     absent = ImportError("a private Ray has no dashboard")
     executable = patch.object(sys, "executable", str(launcher))
@@ -119,10 +121,10 @@ def _forking(launcher: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_own_groups() -> Iterator[None]:
-    """Gives the processes of a Ray that starts within the context their own process groups.
+    """Gives Ray's processes their own process groups. Applies to a Ray that starts within the context.
 
-    A signal to this process's group would otherwise end Ray before the last checkpoint. Does nothing if the kernel can't end
-    Ray's processes together with this one: then Ray itself ends the whole group.
+    Without these groups, a signal to this process's group would end Ray before the last checkpoint. The context does nothing if
+    the kernel can't end Ray's processes together with this process, because then Ray itself ends the complete group.
     """
     from ray._private import services, utils
 
@@ -134,11 +136,11 @@ def _in_own_groups() -> Iterator[None]:
 
 
 def disconnect() -> None:
-    """Leaves a cluster, or ends a private Ray and kills its remaining processes: an actor's process may hang in its own exit."""
+    """Leaves a cluster, or ends a private Ray and kills its remaining processes. An actor's process may hang while it exits."""
     if not ray.is_initialized():
         return
     node = ray_internals.own_node()
-    if "raylet" not in node.all_processes:  # it belongs to a cluster, which keeps running
+    if "raylet" not in node.all_processes:  # this Ray belongs to a cluster, which keeps running
         ray.shutdown()
         return
     server = private_ray.fork_server()
@@ -146,17 +148,21 @@ def disconnect() -> None:
     workers = [worker for parent in parents for worker in processes.descendants(parent)]
     ray.shutdown()
     _, left = psutil.wait_procs(workers, timeout=END_S)
-    private_ray.end()  # also kills the forks
+    private_ray.end()  # this also kills the forks
     processes.stop(left)
 
 
 @contextlib.contextmanager
 def _without_monitors(verbose: bool) -> Iterator[None]:
-    """Keeps a Ray that starts within the context from starting processes that a private Ray doesn't need.
+    """Prevents Ray from starting processes that a private Ray doesn't need. Applies to a Ray that starts within the context.
 
-    Each would cost a second of CPU. They are the autoscaler's process, the dashboard's process (which starts even without a
-    dashboard), and, unless `verbose`, the log monitor. The log monitor polls for new log lines for the driver ten times per
-    second. The dashboard's agent is replaced (`_forking`), because the raylet waits for it.
+    Each of these processes would cost a second of CPU time:
+
+    - the autoscaler's process
+    - the dashboard's process, which Ray starts even without a dashboard
+    - unless `verbose`, the log monitor, which polls for new log lines for the driver ten times per second
+
+    The dashboard's agent is replaced (`_forking`), because the raylet waits for an agent.
     """
     from ray._private.node import Node
 
@@ -179,9 +185,9 @@ TRIES = 2
 
 
 def init(**options: Any) -> None:
-    """Calls `ray.init`, and a second time if the first fails; ClusterError if both fail.
+    """Calls `ray.init`, and tries a second time if the first call fails. Raises ClusterError if both calls fail.
 
-    Ray gives its processes 30 s to start, and a busy machine may need more.
+    Ray gives its processes 30 s to start, but a busy machine may need more time.
     """
     for left in reversed(range(TRIES)):
         before = _children()
@@ -205,7 +211,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _end_new(before: set[psutil.Process]) -> None:
-    """Ends the processes that a failed start has left: all children of this process that aren't in `before`."""
-    with contextlib.suppress(Exception):  # the start may have failed anywhere
+    """Ends the processes that a failed start left running: all children of this process that aren't in `before`."""
+    with contextlib.suppress(Exception):  # the start may have failed at any point
         ray.shutdown()
     processes.stop(_children() - before, END_S)

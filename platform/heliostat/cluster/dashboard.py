@@ -1,4 +1,4 @@
-"""Queries a cluster's dashboard over HTTP. Every request has a deadline, and carries the token if there is one."""
+"""Queries a cluster's dashboard over HTTP. Every request has a deadline. If there is a token, the request contains it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def headers(token: str | None) -> dict[str, str]:
 
 
 def own_token() -> str | None:
-    """Reads the user's token from the places that Ray uses; None if there is none.
+    """Reads the user's token from the places where Ray stores it; None if there is no token.
 
-    These are, in this order, RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, and ~/.ray/auth_token.
+    The places are, in this order: RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, and ~/.ray/auth_token.
     """
     if token := os.environ.get("RAY_AUTH_TOKEN"):
         return token
@@ -46,12 +46,13 @@ def get(url: str, token: str | None = None, timeout: float = TIMEOUT_S) -> tuple
 
 
 def probe(url: str, token: str | None = None) -> int:
-    """Probes a Jobs API and returns its HTTP status: 200, 401 without a token, 403 with a wrong one, 0 without an answer."""
+    """Probes a Jobs API and returns its HTTP status: 200, 401 for a missing token, 403 for a wrong token, or 0 if there is no
+    answer."""
     return get(f"{url}/api/version", token, 3.0)[0]
 
 
 class ClusterMember(TypedDict):
-    """Describes a node that belongs to the cluster, or once did."""
+    """Describes a node that belongs to the cluster, or that belonged to it earlier."""
 
     id: str
     address: str

@@ -1,10 +1,10 @@
 """Resolves a cluster file, an address, or a local cluster's name to the URL of its Jobs API and its token.
 
-Clouds keep the dashboard on the head's loopback address. heliostat reaches it through `ray dashboard` (ssh) or `kubectl
-port-forward`, which run as long as they are needed.
+On clouds, the dashboard listens only on the head's loopback address. heliostat reaches the dashboard through `ray dashboard`
+(ssh) or `kubectl port-forward`. These commands run only while heliostat needs them.
 
-A Ray driver must run on a node of its cluster. `join` makes this process a driver of a cluster on this machine, for `--cluster`
-of `serve` and `infer`.
+A Ray driver must run on a node of its cluster. For `--cluster` of `serve` and `infer`, `join` makes this process a driver of a
+cluster on this machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ END_S = 10.0
 class Endpoint:
     """Holds the URL of a cluster's Jobs API and its token.
 
-    `here`: whether the cluster's nodes are on this machine and see its files. `file`: the cluster file, if known.
+    `here`: whether the cluster's nodes are on this machine, and can read its files. `file`: the cluster file, if known.
     """
 
     url: str
@@ -46,10 +46,11 @@ class Endpoint:
 
 @contextlib.contextmanager
 def endpoint(target: str | None, field: str = "--cluster") -> Iterator[Endpoint]:
-    """Opens access to a cluster's Jobs API within the context. If `target` is None, uses the only local cluster that runs.
+    """Opens access to a cluster's Jobs API within the context. If `target` is None, uses the running local cluster, if there is
+    exactly one.
 
-    `field`: the option or argument that holds `target`, for errors. ClusterError if no cluster answers; ConfigError if `target`
-    doesn't name a cluster.
+    `field`: the option or argument that contains `target`, for error messages. Raises ClusterError if no cluster answers;
+    raises ConfigError if `target` doesn't name a cluster.
     """
     if target is None:
         states = local.known()
@@ -107,7 +108,7 @@ def _is_address(text: str) -> bool:
 def _local(state: local.ClusterState, cluster: ClusterFile | None) -> Endpoint:
     if dashboard.probe(state.url) and not private.ours(state.url):
         raise ClusterError(
-            f"{state.url}: another user's process answers there, so heliostat sent it no token. Check whether "
+            f"{state.url}: another user's process answers there, so heliostat sent no token. Check whether "
             f"{state.name} is down: heliostat cluster list"
         )
     return _answering(Endpoint(state.url, state.token or None, True, cluster))
@@ -129,16 +130,19 @@ def _port(cluster: ClusterFile) -> str:
 
 
 def kube_name(cluster: ClusterFile) -> str:
-    """Returns the RayCluster's name: the name in the file, or for a RayJob the name of the cluster that KubeRay made for it.
+    """Returns the RayCluster's name: the name in the file. For a RayJob, it is the name of the cluster that KubeRay made for
+    the job.
 
-    ClusterError if the job has no cluster yet.
+    Raises ClusterError if the job has no cluster yet.
     """
     if cluster.kind == "RayCluster":
         return cluster.name
     command = ["kubectl", "-n", cluster.namespace, "get", "rayjob", cluster.name, "-o", "jsonpath={.status.rayClusterName}"]
     name = tool(command, f"finding the cluster of the job {cluster.name}").strip()
     if not name:
-        raise ClusterError(f"{cluster.path}: the job {cluster.name} has no cluster yet. It may wait for its quota (`suspend`)")
+        raise ClusterError(
+            f"{cluster.path}: the job {cluster.name} has no cluster yet. The job may be waiting for its quota (`suspend`)"
+        )
     return name
 
 
@@ -149,9 +153,9 @@ def kube_service(cluster: ClusterFile, name: str) -> str:
 
 
 def kube_token(cluster: ClusterFile, name: str) -> str | None:
-    """Reads the cluster's token from its Kubernetes secret; None if it is empty.
+    """Reads the cluster's token from its Kubernetes secret; None if the secret is empty.
 
-    KubeRay gives the secret the RayCluster's name, unless the file names another.
+    The secret has the RayCluster's name, unless the file gives another name.
     """
     secret = (cluster.spec.get("authOptions") or {}).get("secretName") or name
     command = ["kubectl", "-n", cluster.namespace, "get", "secret", secret, "-o", "jsonpath={.data.auth_token}"]
@@ -161,8 +165,8 @@ def kube_token(cluster: ClusterFile, name: str) -> str | None:
 def tool(command: list[str], what: str, timeout: float = 600.0, stdin: str | None = None) -> str:
     """Runs ray, kubectl, or ssh, and returns its standard output.
 
-    `what`: the purpose, for errors. `timeout`: in seconds. `stdin`: text for its standard input. ClusterError if it isn't
-    installed, fails (with its last line), or runs out of time.
+    `what`: the purpose, for error messages. `timeout`: in seconds. `stdin`: text for the tool's standard input. Raises
+    ClusterError if the tool isn't installed, fails (with the tool's last line), or exceeds the timeout.
     """
     if not shutil.which(command[0]):
         raise ClusterError(f"{what} needs `{command[0]}`, which isn't on the PATH. Install it")
@@ -189,7 +193,7 @@ def _tunnel(command: list[str], token: str | None) -> Iterator[tuple[str, str | 
     process = subprocess.Popen([*command, place], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + TUNNEL_S
     try:
-        while not (private.ours(url) and dashboard.probe(url, token) == 200):  # another process may have taken the port
+        while not (private.ours(url) and dashboard.probe(url, token) == 200):  # another process may have taken the port meanwhile
             if process.poll() is not None:
                 said = (process.stderr.read() if process.stderr else "").strip().splitlines()
                 raise ClusterError(f"`{' '.join(command[:3])}` failed: {said[-1] if said else process.returncode}")
@@ -208,13 +212,13 @@ STATE_PORT = 6379  # Ray's default
 def join(target: str | None) -> None:
     """Sets this process's environment so that Ray connects to a cluster. Call it before Ray is imported.
 
-    `target`: a cluster of this machine; None changes nothing. ConfigError if it isn't one, or if RAY_ADDRESS is set too.
-    ClusterError if it doesn't answer.
+    `target`: a cluster of this machine; None changes nothing. Raises ConfigError if `target` isn't such a cluster, or if
+    RAY_ADDRESS is also set. Raises ClusterError if the cluster doesn't answer.
     """
     if target is None:
         return
     if named := os.environ.get("RAY_ADDRESS"):
-        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster too ({named}). Unset it, or leave out --cluster")
+        raise ConfigError(f"--cluster: RAY_ADDRESS names a cluster too ({named}). Unset RAY_ADDRESS, or leave out --cluster")
     with endpoint(target) as cluster:
         file = cluster.file
         state = local.read(file.name) if file and file.local else None

@@ -2,8 +2,8 @@
 
     python -m heliostat.cluster.idle NAME MINUTES
 
-A job is an entry of the Jobs API: a submission, or a program that connected by itself. The cluster's record is in the workspace
-of the current folder.
+A job is an entry of the Jobs API: a submission, or a program that connected to the cluster without a submission. The cluster's
+record is in the workspace of the current folder.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from heliostat.redact import Formatter
 log = logging.getLogger("heliostat")
 
 POLL_S = 15.0
-GONE_S = 600.0  # without an answer, after which the cluster counts as ended
+GONE_S = 600.0  # after this time without an answer, the cluster counts as ended
 
 
 def busy(url: str, token: str) -> bool | None:
-    """Checks whether a job is pending or running; None if the cluster doesn't answer."""
+    """Checks whether a job is pending or running. Returns None if the cluster doesn't answer."""
     status, jobs = dashboard.get(f"{url}/api/jobs/", token)
     if status != 200:
         return None
@@ -32,9 +32,10 @@ def busy(url: str, token: str) -> bool | None:
 
 
 def wait(look: Callable[[], bool | None], idle_s: float, gone_s: float = GONE_S, poll_s: float = POLL_S) -> bool:
-    """Waits until `look` has seen no job for `idle_s`, and returns True; False after `gone_s` without an answer.
+    """Waits until `look` has seen no job for `idle_s` seconds, and returns True. Returns False after `gone_s` seconds without
+    an answer.
 
-    `look` returns whether a job is pending or running, or None if the cluster doesn't answer, which counts as busy.
+    `look` returns whether a job is pending or running. It returns None if the cluster doesn't answer, which counts as busy.
     """
     used = answered = time.monotonic()
     while True:

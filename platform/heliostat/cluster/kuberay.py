@@ -1,7 +1,8 @@
-"""Starts a cluster or a job on Kubernetes, waits until KubeRay has accepted and started it, and reports the operator's messages.
+"""Starts a cluster or a job on Kubernetes. Waits until KubeRay has accepted and started it, and reports the operator's
+messages.
 
-`kubectl apply` succeeds as soon as Kubernetes has stored the file. The operator accepts or rejects the file later, in the
-resource's status and in events.
+`kubectl apply` succeeds as soon as Kubernetes has stored the file. The operator accepts or rejects the file later. It reports
+this in the resource's status and in events.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from heliostat.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
-UP_S = 1200.0  # enough for nodes that an autoscaler adds, and for an image of many gigabytes
+UP_S = 1200.0  # long enough for nodes that an autoscaler adds, and for an image of many gigabytes
 POLL_S = 2.0
-TAKEN_UP_S = 30.0  # the operator gives an accepted resource a status within this time
-OF_JOB = r"-(raycluster-)?[a-z0-9]{5}"  # what KubeRay appends to a job's name to name its cluster
+TAKEN_UP_S = 30.0  # within this time, the operator gives a status to an accepted resource
+OF_JOB = r"-(raycluster-)?[a-z0-9]{5}"  # KubeRay appends this to a job's name for the name of the job's cluster
 FAILURES = 10  # consecutive failures of a call after which the wait ends
 JOB_FAILED = ("Failed", "ValidationFailed")
 JOB_QUEUED = ("Suspended", "Suspending")
@@ -50,9 +51,11 @@ class KubernetesEvent:
 
 
 def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
-    """Applies the file and waits until the head is ready, or until the job runs or is queued. Returns a note for the user.
+    """Applies the file. Waits until the head of the cluster is ready, or until the job runs or is queued. Returns a note for
+    the user.
 
-    ClusterError with the operator's reason if it rejects the file or the job fails, and with the last warning after `seconds`.
+    Raises ClusterError if the operator rejects the file or the job fails, with the operator's reason. Raises ClusterError after
+    `seconds`, with the last warning.
     """
     ask = Asker(cluster)
     earlier = ask.events()
@@ -71,20 +74,20 @@ def start(cluster: ClusterFile, seconds: float = UP_S) -> str:
         status = ask.status()
         if note := _note(cluster, status):
             return note
-        if rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S:  # same file: no new event
+        if rejected and not status and not ask.failed and time.monotonic() - begun > TAKEN_UP_S:  # unchanged file: no new event
             raise _rejection(cluster, rejected[-1])
         if time.monotonic() - begun > seconds:
             last = f" (last warning: {warned.about}: {warned.reason}: {warned.message})" if warned.uid else ""
             raise ClusterError(
                 f"{cluster.path}: not ready after {seconds:.0f} s{last}. It is still starting. Run the command "
-                f"again to wait, or look: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
+                f"again to wait, or run: kubectl -n {cluster.namespace} describe {cluster.kind.lower()} "
                 f"{cluster.name}"
             )
         time.sleep(POLL_S)
 
 
 def _rejection(cluster: ClusterFile, event: KubernetesEvent) -> ClusterError:
-    return ClusterError(f"{cluster.path}: KubeRay rejects it ({event.reason}): {event.message}")
+    return ClusterError(f"{cluster.path}: KubeRay rejects the file ({event.reason}): {event.message}")
 
 
 class Asker:
@@ -94,9 +97,10 @@ class Asker:
         self.cluster, self.failed, self.first, self.blind = cluster, 0, True, False
 
     def events(self) -> list[KubernetesEvent]:
-        """Returns the events; an empty list if they can't be read.
+        """Returns the events; an empty list if the events can't be read.
 
-        If the first call fails, all later calls return an empty list too, because earlier events would count as new ones.
+        If the first call fails, all later calls also return an empty list. Otherwise, events from before the start would count
+        as new.
         """
         first, self.first = self.first, False
         try:
@@ -108,7 +112,8 @@ class Asker:
             return []
 
     def status(self) -> Section:
-        """Returns the resource's status; empty if it can't be read. ClusterError after FAILURES failures in a row."""
+        """Returns the resource's status; empty if the status can't be read. Raises ClusterError after FAILURES failures in a
+        row."""
         try:
             current = _status(self.cluster)
         except ClusterError:
@@ -123,14 +128,14 @@ class Asker:
 def _is_of(event: KubernetesEvent, cluster: ClusterFile) -> bool:
     """Checks whether an event is about the resource or its job's cluster.
 
-    Names of other resources may have the same beginning.
+    Other resources' names may have the same beginning.
     """
     rest = event.name.removeprefix(cluster.name)
     return not rest or (cluster.kind == "RayJob" and re.fullmatch(OF_JOB, rest) is not None)
 
 
 def _create(cluster: ClusterFile) -> None:
-    """Applies the file, or creates a RayJob: applying a RayJob that has ended would start nothing, without an error."""
+    """Applies the file, or creates a RayJob. Applying a RayJob that has already ended would start nothing, without an error."""
     what = f"starting {cluster.name}"
     if cluster.kind == "RayCluster":
         tool(["kubectl", "apply", "-f", str(cluster.path)], what)
@@ -141,7 +146,7 @@ def _create(cluster: ClusterFile) -> None:
 
 
 def _note(cluster: ClusterFile, status: Section) -> str | None:
-    """Returns the note for the user when the wait is over; None before that. ClusterError if the start failed."""
+    """Returns the note for the user if the wait is over; else None. Raises ClusterError if the start failed."""
     where = f"kubectl -n {cluster.namespace} get {cluster.kind.lower()} {cluster.name}"
     if cluster.kind == "RayJob":
         state = str(status.get("jobDeploymentStatus", ""))
@@ -167,7 +172,8 @@ def _status(cluster: ClusterFile) -> Section:
 
 
 def _events(cluster: ClusterFile) -> Iterator[KubernetesEvent]:
-    """Yields the events of the resource, and of the cluster and pods that KubeRay makes for it and names after it."""
+    """Yields the events of the resource, and of the cluster and pods that KubeRay makes for this resource and names after
+    it."""
     command = ["kubectl", "-n", cluster.namespace, "get", "events", "-o", "json"]
     for item in json.loads(tool(command, f"reading the events of {cluster.name}", 60)).get("items") or []:
         about = item.get("involvedObject") or item.get("regarding") or {}

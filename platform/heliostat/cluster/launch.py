@@ -1,4 +1,4 @@
-"""Starts and stops a cluster with its file's tool: heliostat's own processes, `ray up` and `ray down`, or kubectl."""
+"""Starts and stops a cluster with the tool for its file: heliostat's own processes, `ray up` and `ray down`, or kubectl."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UP_S = 3600.0  # clouds may need a long time to find machines
 class LaunchResult(TypedDict):
     """Describes the result of starting or stopping a cluster.
 
-    `nodes`: number of nodes of a local cluster. `processes`: number of ended processes of a local cluster.
+    For a local cluster, `nodes` is the number of nodes, and `processes` is the number of ended processes.
     """
 
     name: str
@@ -35,9 +35,10 @@ class LaunchResult(TypedDict):
 
 
 def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
-    """Starts a cluster, or joins a running one.
+    """Starts a cluster, or joins a running cluster.
 
-    `restart`: restarts Ray on nodes where it runs already, which ends their jobs; ConfigError for KubeRay.
+    `restart`: whether to restart Ray on nodes where Ray already runs, which ends their jobs. Raises ConfigError if `restart` is
+    set for KubeRay.
     """
     if cluster.local:
         state = local.up(cluster, restart)
@@ -49,15 +50,13 @@ def up(cluster: ClusterFile, restart: bool = False) -> LaunchResult:
         return {"name": cluster.name, "url": state.url, "nodes": len(state.nodes), "note": note}
     if cluster.kind == "launcher":
         if cluster.provider == "local":
-            os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # version 2 doesn't start one of the hosts
+            os.environ.setdefault("RAY_UP_enable_autoscaler_v2", "0")  # the autoscaler's version 2 doesn't start one of the hosts
         require_launcher(cluster)
         tool(launcher(cluster, restart), f"starting {cluster.name}", UP_S)
-        kept = "" if restart else ". Nodes that ran Ray already keep it as it is (--restart restarts it)"
+        kept = "" if restart else ". Ray wasn't restarted on nodes where it already ran (--restart restarts it)"
         return {
             "name": cluster.name,
-            "note": (
-                f"is up{kept}. Submit a job, which reaches it through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"
-            ),
+            "note": (f"is up{kept}. Submit a job through ssh: heliostat submit JOB.yaml --cluster {cluster.path}"),
         }
     if restart:
         raise ConfigError(f"--restart: not supported for KubeRay. Run `heliostat cluster down {cluster.path}`, and up again")
@@ -71,9 +70,9 @@ def require_launcher(cluster: ClusterFile) -> None:
 
 
 def launcher(cluster: ClusterFile, restart: bool) -> list[str]:
-    """Builds the `ray up` command, which starts the nodes that don't run.
+    """Builds the `ray up` command, which starts all nodes that don't run yet.
 
-    Without `--no-restart`, `ray up` first stops Ray on the head.
+    The command has `--no-restart`, because otherwise `ray up` first stops Ray on the head.
     """
     return ["ray", "up", "--yes", *([] if restart else ["--no-restart"]), str(cluster.path)]
 
@@ -100,7 +99,7 @@ def _stop_hosts(cluster: ClusterFile) -> None:
     auth = cluster.raw.get("auth") or {}
     key = ["-i", str(Path(auth["ssh_private_key"]).expanduser())] if "ssh_private_key" in auth else []
     stop = " ; ".join(c for c in cluster.raw.get("worker_start_ray_commands") or [] if c.strip().endswith("ray stop"))
-    trust = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]  # as `ray up` does
+    trust = ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"]  # like `ray up`
     for address in cluster.addresses if stop else ():
         where = f"{auth['ssh_user']}@{address}"
         try:

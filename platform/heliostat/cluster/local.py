@@ -1,12 +1,12 @@
 """Starts and stops Ray nodes on this machine, from a cluster file with only loopback addresses, such as clusters/local.yaml.
 
-Every node runs the file's own `ray start --block` commands in its own session, with token authentication on.
-`.heliostat/clusters/NAME/` has a record of the nodes (`state.json`, `token`, `logs/`), so that `down` ends only these processes
-and their descendants.
+Every node runs the file's own `ray start --block` commands in its own session, with token authentication on. The record of the
+nodes is in `.heliostat/clusters/NAME/` (`state.json`, `token`, `logs/`). With this record, `down` ends only these processes and
+their descendants.
 
 `up` doesn't change running nodes: it only restarts nodes that died. If a cluster already answers at the file's address, `up`
-joins it, and `down` leaves it running. With `idle_timeout_minutes` in the file, a process (`idle`) ends a cluster that has had no
-job for so long.
+joins this cluster, and `down` doesn't end it. If the file has `idle_timeout_minutes`, a process (`idle`) ends the cluster after
+this time without a job.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from heliostat.storage.records import Format
 log = logging.getLogger(__name__)
 
 START_S = 90.0
-LATE = "timed out during startup"  # in the log of a node whose start Ray gave up
+LATE = "timed out during startup"  # is in the log of a node if Ray gave up its start
 
 
 @dataclass
@@ -59,11 +59,13 @@ class ClusterState:
 
     @property
     def token(self) -> str:
-        """Reads the cluster's token; ConfigError if the file isn't readable."""
+        """Reads the cluster's token; raises ConfigError if the token's file isn't readable."""
         try:
             return self.token_file.read_text().strip()
         except OSError as e:
-            raise ConfigError(f"{self.token_file}: can't read it ({e.strerror}). Run: heliostat cluster down {self.name}") from e
+            raise ConfigError(
+                f"{self.token_file}: can't read the token ({e.strerror}). Run: heliostat cluster down {self.name}"
+            ) from e
 
     def write(self) -> None:
         (self.folder / "state.json").write_text(json.dumps(asdict(self), indent=2))
@@ -73,19 +75,20 @@ STATE = Format(ClusterState, "record of a local cluster", ConfigError, fix="End 
 
 
 def home() -> Path:
-    """Returns the workspace's folder with the records of its local clusters."""
+    """Returns the folder with the records of the workspace's local clusters."""
     return workspace.root() / ".heliostat" / "clusters"
 
 
 def read(name: str) -> ClusterState | None:
-    """Reads the record of a local cluster; None if there is none. ConfigError if it names another cluster's folders."""
+    """Reads the record of a local cluster; None if there is no such cluster. Raises ConfigError if the record names another
+    cluster's folders."""
     place = home() / workspace.check_name("the cluster's name", name) / "state.json"
     try:
         state = STATE.read(place)
     except FileNotFoundError:
         return None
     if any(Path(n.folder).parent.name != _node_folder(name, 0).parent.name for n in state.nodes):  # `down` removes them
-        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove it")
+        raise ConfigError(f"{place}: names folders of another cluster, perhaps because it was copied here. Remove this record")
     return replace(state, name=name)
 
 
@@ -104,7 +107,8 @@ def url_of(cluster: ClusterFile) -> str:
 def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
     """Starts the nodes that don't run, or joins a cluster that already answers at the file's address.
 
-    `restart`: ends the running nodes first. ClusterError, with an error line of its log, if a node doesn't start.
+    `restart`: whether to end the running nodes first. Raises ClusterError if a node doesn't start, with an error line of the
+    node's log.
     """
     state = read(cluster.name)
     if state and restart:
@@ -142,7 +146,7 @@ def up(cluster: ClusterFile, restart: bool = False) -> ClusterState:
 
 
 def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
-    """Starts all workers, and retries once those whose start Ray gave up after 30 s, as it does on a busy machine."""
+    """Starts all workers. On a busy machine, Ray may give up the start of a worker after 30 s; then retries it once."""
     try:
         _start(cluster, state, "worker", cluster.addresses[1:])
     except ClusterError as e:
@@ -156,9 +160,9 @@ def _start_workers(cluster: ClusterFile, state: ClusterState) -> None:
 
 
 def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
-    """Makes sure that one process ends the cluster after the file's `idle_timeout_minutes` without a job.
+    """Makes sure that exactly one process will end the cluster after the file's `idle_timeout_minutes` without a job.
 
-    If such a process runs with a different number of minutes, ends it first.
+    If such a process already runs with a different number of minutes, ends that process first.
     """
     minutes = cluster.raw.get("idle_timeout_minutes")
     wanted = ["-m", "heliostat.cluster.idle", state.name, str(minutes)]
@@ -168,7 +172,7 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
         processes.stop([watcher])
         state.watcher = None
         state.write()
-        log.info("cluster %s: ended the watch with another idle_timeout_minutes", state.name)
+        log.info("cluster %s: stopped the idle watcher, because idle_timeout_minutes has changed", state.name)
     if not minutes:
         return state
     pid = processes.detached([sys.executable, *wanted], state.folder / "logs" / "idle.log", workspace.root())
@@ -179,14 +183,14 @@ def _watched(cluster: ClusterFile, state: ClusterState) -> ClusterState:
 
 
 def _watcher(state: ClusterState) -> psutil.Process | None:
-    """Returns the process that watches the cluster; None if it has ended, or is this process."""
+    """Returns the process that watches the cluster; None if that process has ended, or is the current process."""
     if state.watcher is None or state.watcher[0] == os.getpid():
         return None
     return processes.alive(*state.watcher)
 
 
 def _command(process: psutil.Process) -> list[str]:
-    """Reads a process's command line; empty if it has ended."""
+    """Reads a process's command line; empty if the process has ended."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -212,15 +216,15 @@ def _complete(cluster: ClusterFile, state: ClusterState, alive: list[Node]) -> C
 def _join(state: ClusterState, answer: int) -> ClusterState:
     """Joins a cluster that already answers.
 
-    ConfigError if another user owns its processes, or if it rejects this user's token.
+    Raises ConfigError if another user owns the cluster's processes, or if the cluster rejects this user's token.
     """
     elsewhere = "Change --port and --dashboard-port in the file"
     if answer not in (200, 401, 403):
         raise ConfigError(f"{state.file}: something other than a Ray cluster answers at {state.url} ({answer}). {elsewhere}")
     if not private.ours(state.url):
         raise ConfigError(
-            f"{state.file}: another user's process answers at {state.url}, so heliostat sent it no token. "
-            f"{elsewhere}, or, if you trust it with your token and your code, run: heliostat submit --cluster "
+            f"{state.file}: another user's process answers at {state.url}, so heliostat sent no token. "
+            f"{elsewhere}, or, if you trust that user with your token and your code, run: heliostat submit --cluster "
             f"{state.url}"
         )
     token = dashboard.own_token()
@@ -238,7 +242,7 @@ def _join(state: ClusterState, answer: int) -> ClusterState:
 def _node_folder(name: str, index: int) -> Path:
     """Returns a node's folder. A workspace gets the same folder each time.
 
-    Its path is short, because the path of a socket in it must have fewer than 108 characters.
+    The folder's path is short, because the path of a socket in the folder must have fewer than 108 characters.
     """
     key = hashlib.sha256(f"{home()}/{name}".encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"heliostat-{key}" / str(index)
@@ -269,7 +273,7 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
         **PATIENT,
         **URGENT,
         **kept,
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # has `ray`, `python`
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),  # contains `ray` and `python`
         "HELIOSTAT_NODE_IP": address,
         MARK: str(folder),
         "RAY_AUTH_MODE": "token",
@@ -281,7 +285,7 @@ def _environment(state: ClusterState, address: str, folder: Path) -> dict[str, s
 def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) -> None:
     """Waits until the dashboard lists a new living node at every address. `before`: the ids of earlier nodes.
 
-    ClusterError if a node's process ends, or if not all nodes are ready within 90 s.
+    Raises ClusterError if a node's process ends, or if not all nodes are ready within 90 s.
     """
     deadline = time.monotonic() + START_S
     while addresses:
@@ -298,7 +302,8 @@ def _until_ready(state: ClusterState, addresses: list[str], before: set[str]) ->
 
 
 def _missing(state: ClusterState, addresses: list[str], before: set[str]) -> str:
-    """Explains which nodes haven't joined yet, with a line of each node's log, if possible one with an error."""
+    """Explains which nodes haven't joined yet, with a line of each node's log: the last line with an error, or else the last
+    line."""
     if not private.ours(state.url):
         return (
             f"no dashboard of this user answers at {state.url}. If another process uses its port, change "
@@ -316,13 +321,13 @@ def _log(state: ClusterState, node: Node) -> str:
 def _tail(state: ClusterState, node: Node) -> str:
     lines = [line for line in _log(state, node).splitlines() if line.strip()]
     wrong = [line for line in lines if "rror" in line]
-    return (wrong or lines or ["it printed nothing"])[-1].strip()
+    return (wrong or lines or ["it printed no output"])[-1].strip()
 
 
 def down(name: str) -> int:
     """Ends all of the cluster's processes, deletes its record, and returns the number of ended processes.
 
-    ConfigError if there is no such cluster; ClusterError if processes don't end.
+    Raises ConfigError if there is no such cluster. Raises ClusterError if processes don't end.
     """
     state = read(name)
     if state is None:

@@ -2,8 +2,8 @@
 
 Kubernetes combines all policies that select a pod. A pod that no policy selects is open to every other pod.
 
-heliostat doesn't use KubeRay's own key `networkPolicy`. The operator rejects a cluster with this key unless a feature gate is on,
-and the gate is off by default.
+heliostat doesn't use KubeRay's own key `networkPolicy`. The operator rejects a cluster with this key unless a feature gate is
+on. The gate is off by default.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ METRICS, DASHBOARD, DNS = 8080, 8265, 53
 NAMES = {METRICS: ("metrics",), DASHBOARD: ("dashboard",), DNS: ("dns",)}  # names that policies may use for the ports
 KUBERNETES_API = (443, 6443)
 IDENTITY = {80: "EKS and EC2", 988: "GKE"}  # ports of the services that give pods their credentials
-GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS"}  # gates of KubeRay 1.7, both off by default
+GATES = {"networkPolicy": "RayClusterNetworkPolicy", "tlsOptions": "RayClusterMTLS"}  # of KubeRay 1.7, both off by default
 
 MADE = {"ray.io/is-ray-node": "yes", "app.kubernetes.io/name": "kuberay", "app.kubernetes.io/created-by": "kuberay-operator"}
 SUBMITTER = "submitter"  # the pod that submits a RayJob; it listens on no port
@@ -101,7 +101,7 @@ def _rules(cluster: ClusterFile, kind: PodKind) -> PodRules:
 
 
 def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
-    """Checks whether a Kubernetes label selector selects these labels. An empty selector selects every pod."""
+    """Checks whether a Kubernetes label selector matches these labels. An empty selector selects every pod."""
     selector = selector or {}
     if not (selector.get("matchLabels") or {}).items() <= labels.items():
         return False
@@ -115,7 +115,7 @@ def _selects(selector: Section | None, labels: dict[str, str]) -> bool:
 
 
 def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
-    """Yields a warning for each connection that the pods need and that no rule allows."""
+    """Yields a warning for each necessary connection of the pods that no rule allows."""
     of_ray = [other for other in kinds if other.name != SUBMITTER]
     for direction, rules in (("ingress", own.ingress), ("egress", own.egress)):
         if kind.name == SUBMITTER or rules is None:
@@ -145,7 +145,7 @@ def _unreachable(cluster: ClusterFile, kind: PodKind, own: PodRules, kinds: list
 
 
 def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator[str]:
-    """Yields warnings if the rules keep a RayJob's submitter from the head's dashboard."""
+    """Yields warnings if the rules block the connection from a RayJob's submitter to the head's dashboard."""
     named = {other.name: other for other in kinds}
     if SUBMITTER not in named:
         return
@@ -155,13 +155,13 @@ def _unsubmitted(kind: PodKind, own: PodRules, kinds: list[PodKind]) -> Iterator
             f"{DASHBOARD} from it, by a label of submitterPodTemplate"
         )
     if kind.name == SUBMITTER and own.egress is not None and not _lets_pods_through(own.egress, named["head"], DASHBOARD):
-        yield f"NetworkPolicy: {SUBMITTER}: egress: it can't reach the head. Allow port {DASHBOARD} to it"
+        yield f"NetworkPolicy: {SUBMITTER}: egress: the pod can't reach the head. Allow port {DASHBOARD} to the head"
 
 
 def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None) -> bool:
-    """Checks whether a rule allows these pods, by their labels or because it has no peers.
+    """Checks whether a rule allows these pods, by their labels or because the rule has no peers.
 
-    The rule must cover every port, or the given one.
+    The rule must cover every port. If `port` is given, a rule for that port is enough.
     """
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
@@ -176,7 +176,7 @@ def _lets_pods_through(rules: list[Rule], kind: PodKind, port: int | None = None
 
 
 def _open(rules: list[Rule], port: int, kinds: list[PodKind], protocol: str = "TCP") -> bool:
-    """Checks whether a rule opens the port to more than the cluster's own pods. A rule without ports opens all ports."""
+    """Checks whether a rule opens the port to other peers than the cluster's own pods. A rule without ports opens all ports."""
     for rule in rules:
         peers = rule.get("from") or rule.get("to")
         if peers and all(_own(peer, kinds) for peer in peers):

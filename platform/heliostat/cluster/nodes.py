@@ -1,4 +1,4 @@
-"""Queries the nodes of a running cluster for free resources and draining, and kills processes on them."""
+"""Finds the free resources and the draining nodes of a running cluster, and kills processes on its nodes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ NODE_ID = "ray.io/node-id"  # the label that Ray gives every node
 def room_now(job: Job, in_use: Mapping[str, int], avoided: Collection[str] = ()) -> int:
     """Computes how many workers fit on the running cluster.
 
-    `in_use`: number of this run's workers on each node. Skips nodes that drain, lack the workers' labels, or are `avoided`.
+    `in_use`: number of this run's workers on each node. Skips nodes that are draining, nodes without the workers' labels, and
+    nodes in `avoided`.
     """
     free, leaving = ray_internals.free_resources(), draining().union(avoided)
     train, data = carrying(job.workers.labels), carrying(job.data.labels)
@@ -36,12 +37,12 @@ def room_now(job: Job, in_use: Mapping[str, int], avoided: Collection[str] = ())
 
 
 def starved_now(job: Job, in_use: Mapping[str, int]) -> bool:
-    """Checks whether the run's workers use so many CPUs that no node has enough left for reading the data."""
+    """Checks whether the run's workers use so many CPUs that no node has enough CPUs left for reading the data."""
     return starved(job.workers, carrying(job.data.labels), in_use)
 
 
 def crowded_now(job: Job) -> str | None:
-    """Explains, in numbers, that no node has a free CPU for reading the run's data; None if one has."""
+    """Explains, in numbers, that no node has a free CPU for reading the run's data. Returns None if a node has a free CPU."""
     labeled, free = carrying(job.data.labels), ray_internals.free_resources()
     left = {n: free.get(n, {}).get("CPU", 0.0) for n in labeled}
     if any(cpus >= FETCHING - 1e-6 for cpus in left.values()):
@@ -55,7 +56,7 @@ def crowded_now(job: Job) -> str | None:
 
 
 class Shortage:
-    """Reports missing resources while workers wait for them: 4 s after the start of the wait, then every minute."""
+    """Reports missing resources while workers wait for resources: 4 s after the start of the wait, then every minute."""
 
     def __init__(self, job: Job) -> None:
         self.job, self._due = job, time.monotonic() + SAY_S
@@ -69,7 +70,7 @@ class Shortage:
 
 
 def missing_now(job: Job) -> str | None:
-    """Explains, in numbers, which resources are missing for the job's workers; None if all of them fit."""
+    """Explains, in numbers, which resources are missing for the job's workers; None if all workers fit."""
     if room_now(job, {}) >= job.workers.most:
         return None
     free, leaving = ray_internals.free_resources(), draining()
@@ -80,15 +81,15 @@ def missing_now(job: Job) -> str | None:
 
 
 def carrying(labels: Mapping[str, str]) -> dict[str, float]:
-    """Maps the living nodes that match a label selector to their total CPUs, free and in use."""
+    """Maps each living node that matches a label selector to its total CPUs, free or in use."""
     return {n["NodeID"]: n["Resources"].get("CPU", 0.0) for n in ray.nodes()
             if n["Alive"] and selects(labels, n.get("Labels") or {})}  # fmt: skip
 
 
 def except_on(lost: Collection[str], labels: Mapping[str, str]) -> dict[str, str]:
-    """Extends a label selector so that it excludes the lost nodes, if another node that matches can read data.
+    """Extends a label selector so that it excludes the lost nodes, if another matching node can read data.
 
-    Until a lost node has missed some health checks, Ray counts it as alive and gives it tasks that never start.
+    Until a lost node has missed some health checks, Ray counts it as alive. Tasks that Ray gives to this node never start.
     """
     labeled = carrying(labels)
     others = any(cpus >= FETCHING for node, cpus in labeled.items() if node not in lost)
@@ -120,7 +121,7 @@ def inventory() -> list[LivingNode]:
 
 
 def draining() -> set[str]:
-    """Returns the ids of the draining nodes: those that their provider preempts, or that a person drains."""
+    """Returns the ids of the draining nodes: nodes that their provider preempts, and nodes that a person drains."""
     return ray_internals.draining_nodes()
 
 
@@ -142,9 +143,9 @@ def _kill(pids: list[int]) -> None:
 
 
 def kill(processes: Collection[Mapping[str, Any]]) -> None:
-    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen ones.
+    """Kills processes, given as {node, pid}, with SIGKILL, which also ends frozen processes.
 
-    Waits at most 20 s until each node has sent the signals, and logs a warning about nodes that haven't.
+    Waits at most 20 s until each node has sent the signals. Logs a warning about nodes that haven't sent them.
     """
     waiting = []
     for node in Counter(p["node"] for p in processes):

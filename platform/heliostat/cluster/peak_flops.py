@@ -1,16 +1,17 @@
-"""Lists the peak FLOP/s of GPUs under the exact names that CUDA and ROCm report. MFU is the share of this peak.
+"""Lists the peak FLOP/s of GPUs under the exact names that CUDA and ROCm report. MFU is a share of this peak.
 
-Variants of one name differ by up to a third (H100 PCIe: 756 TFLOP/s, H100 SXM: 989), so only whole names match. Some GPUs have
-no known peak: those that aren't in the list, virtual GPUs, and MIG instances, whose names end in their slice (`MIG 1g.10gb`).
+Variants of one name differ by up to a third (H100 PCIe: 756 TFLOP/s, H100 SXM: 989), so only complete names match. The peak is
+unknown for GPUs that aren't in the list, for virtual GPUs, and for MIG instances, whose names end with their slice (`MIG
+1g.10gb`).
 
-The figures are dense: half of the figures "with sparsity" in data sheets.
+The figures are for dense matrices. They are half of the figures "with sparsity" in data sheets.
 """
 
 from __future__ import annotations
 
 T = 1e12
 
-BF16 = {  # and fp16
+BF16 = {  # fp16 has the same peaks
     # NVIDIA A100 data sheet (June 2021): 312 in every variant
     **dict.fromkeys(
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), 312 * T
@@ -34,10 +35,10 @@ BF16 = {  # and fp16
     "NVIDIA GB200": 2500 * T,  # GB200 NVL72 data sheet: 360 PFLOP/s with sparsity for 72
     "AMD Instinct MI250X": 191.5 * T,  # MI250X data sheet: 383 for two dies, each of which is a device
     "AMD Instinct MI300X": 1307.4 * T,  # MI300X data sheet
-    "AMD Instinct MI300X VF": 1307.4 * T,  # a whole MI300X in a virtual machine, for example on Azure
+    "AMD Instinct MI300X VF": 1307.4 * T,  # a complete MI300X in a virtual machine, for example on Azure
     "AMD Instinct MI325X": 1307.4 * T,  # MI325X data sheet
 }
-FP16 = {  # GPUs whose matrix units have no bf16
+FP16 = {  # GPUs whose matrix units don't support bf16
     "Tesla V100-SXM2-16GB": 125 * T,  # V100 data sheet (January 2020)
     "Tesla V100-SXM2-32GB": 125 * T,
     "Tesla V100-PCIE-16GB": 112 * T,
@@ -48,5 +49,5 @@ BY_PRECISION = {"bf16": BF16, "fp16": BF16 | FP16}
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Looks up a device's peak dense FLOP/s by its exact name; None for an unknown name, and in fp32."""
+    """Looks up a device's peak dense FLOP/s by its exact name. Returns None for an unknown name, and for fp32."""
     return BY_PRECISION.get(precision, {}).get(device_name)

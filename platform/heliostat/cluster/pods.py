@@ -1,4 +1,4 @@
-"""Warns about settings of a KubeRay manifest's pods that would fail, or that are less safe than they could be."""
+"""Warns about pod settings in a KubeRay manifest that would fail, or that are less safe than necessary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from heliostat.config.spec import Job
 RDMA = re.compile(r"^rdma/|/efa$|/ib$|/roce$|hugepages.*rdma|^vpc\.amazonaws\.com/efa$")
 HOOK = re.compile(r"heliostat\.cluster\.spot\s+now(?:\s+--seconds[ =](\d+(?:\.\d+)?))?")
 HOOK_S = 90.0  # the default of --seconds of `heliostat.cluster.spot now`
-ENDING_S = 15.0  # the time that Ray needs to end after the hook
+ENDING_S = 15.0  # seconds that Ray needs to end after the hook
 
 
 def warnings(cluster: ClusterFile) -> Iterator[str]:
@@ -33,7 +33,8 @@ def warnings(cluster: ClusterFile) -> Iterator[str]:
 
 
 def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
-    """Warns about containers that belong to no node group: the autoscaler in the head's pod, and a RayJob's submitter."""
+    """Warns about the containers that belong to no node group: the autoscaler in the head's pod, and the submitter of a
+    RayJob."""
     spec = cluster.spec
     if spec.get("enableInTreeAutoscaling"):
         own = (spec.get("autoscalerOptions") or {}).get("securityContext") or {}
@@ -44,14 +45,14 @@ def _made_by_kuberay(cluster: ClusterFile) -> Iterator[str]:
         if template is None:
             yield (
                 "submitterPodTemplate: not set, so the pod that submits has no securityContext, which a restricted "
-                "namespace rejects. Add one"
+                "namespace rejects. Add a template with one"
             )
         else:
             yield from _privileges("submitter", template["spec"])
 
 
 def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
-    """Warns about preStop hooks that give a deleted pod's workers less time than the job's `checkpoint.grace`."""
+    """Warns about preStop hooks that give the workers of a deleted pod less time than the job's `checkpoint.grace`."""
     if cluster.kind == "launcher":
         return
     for name, group in groups(cluster.spec):
@@ -66,7 +67,7 @@ def grace(cluster: ClusterFile, job: Job) -> Iterator[str]:
 
 
 def _privileges(name: str, pod: Section) -> Iterator[str]:
-    """Warns about violations of the restricted Pod Security Standard, as far as a Ray pod can meet it."""
+    """Warns about violations of the restricted Pod Security Standard, except for rules that a Ray pod can't meet."""
     shared = pod.get("securityContext") or {}
     for container in pod["containers"]:
         own = {**shared, **(container.get("securityContext") or {})}
@@ -93,11 +94,11 @@ def _gpu_pod(name: str, pod: Section) -> Iterator[str]:
             "forever. Add a toleration"
         )
     if not pod.get("nodeSelector") and not pod.get("affinity"):
-        yield f"{name}: no nodeSelector: the pods may run on nodes with another GPU. Name the product"
+        yield f"{name}: no nodeSelector, so the pods may run on nodes with another GPU. Add one with the GPU's product label"
 
 
 def _ending(name: str, pod: Section) -> Iterator[str]:
-    """Warns if a deleted pod doesn't drain its Ray node first, or has too little time for the drain."""
+    """Warns if a deleted pod doesn't drain its Ray node first, or has too little time to drain it."""
     seconds, allowed = _hook_seconds(pod), float(pod.get("terminationGracePeriodSeconds", 30))
     if seconds is None:
         yield (

@@ -1,4 +1,4 @@
-"""Protects the user from other users of the machine: private folders, token files, and a check of who runs a server."""
+"""Protects the user from other users of the machine, with private folders, token files, and a check of a server's owner."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ WILDCARDS = ("0.0.0.0", "::")
 
 
 def folder(path: Path) -> Path:
-    """Makes a folder that only this user may enter, or closes an existing folder of this user to other users.
+    """Makes a folder that only this user may enter. If this user already has the folder, closes it to other users.
 
-    ConfigError if the path is a link, a file, or another user's folder.
+    Raises ConfigError if the path is a link, a file, or another user's folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        status = path.lstat()  # without following a link, whose target its owner chooses
+        status = path.lstat()  # follows no link, because the link's owner could choose any target
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             raise ConfigError(f"{path}: isn't a folder of this user. Remove it, or set TMPDIR to another folder") from None
         path.chmod(0o700)
@@ -67,7 +67,7 @@ def tighten(path: Path) -> None:
 def ours(url: str) -> bool:
     """Checks whether all processes that listen at a URL's loopback address belong to this user.
 
-    False if no process listens there, or if the system hides one of them.
+    Returns False if no process listens there, or if the system hides one of the processes.
     """
     parts = urllib.parse.urlsplit(url)
     host = {"localhost": "127.0.0.1"}.get(parts.hostname or "", parts.hostname)
@@ -79,7 +79,7 @@ def ours(url: str) -> bool:
 
 
 def _listeners(port: int | None) -> list[tuple[str, int | None]]:
-    """Lists (address, process id) of the sockets that listen on a port; the id is None if the system hides it."""
+    """Lists (address, process id) of the sockets that listen on a port. The process id is None if the system hides it."""
     try:
         connections = [(c, c.pid) for c in psutil.net_connections("tcp")]
     except psutil.AccessDenied:  # for example on macOS, which shows only the connections of this user's processes

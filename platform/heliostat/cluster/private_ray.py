@@ -19,7 +19,7 @@ from heliostat.cluster import private
 from heliostat.cluster.fork_server.start import ForkServer, supported
 from heliostat.config import workspace
 
-# workers share the cores, so a worker must not start one thread per core
+# workers share the cores, so no worker may start one thread per core
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # By default glibc returns large blocks to the system at every free, and the next step faults them in again. These settings
 # keep the blocks, in one arena: the arenas of later threads consist of 64 MB heaps, which glibc returns as a whole.
@@ -27,21 +27,21 @@ ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(64 << 30), "
 # torch allocates GPU memory in segments that grow, instead of blocks with sizes that later tensors don't fit
 GPU_ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 GPU_ALLOCATORS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the names that torch reads
-# a private Ray has no dashboard that reads these metrics, and twenty processes that report them use 5 % of two cores
+# a private Ray has no dashboard that reads metrics, and reporting them from twenty processes uses 5 % of two cores
 SILENT = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0", "RAY_event_stats": "0"}
 # by default Ray Data starts an actor and queries a Prometheus on this machine to report its usage
 UNTOLD = {"RAY_DATA_USAGE_DISABLED": "1"}
-# by default Ray keeps one idle worker per CPU, and each wakes up 100 times per second; here all end after 20 s
+# by default Ray keeps one idle worker per CPU, which wakes up 100 times per second; with this, idle workers end after 20 s
 IDLE = {"RAY_num_workers_soft_limit": "0", "RAY_idle_worker_killing_time_threshold_ms": "20000"}
 # By default a driver waits for its first workers without a deadline, and Ctrl-C doesn't end it. Ray gives up a worker that
-# doesn't register within a minute. On a busy machine imports can take longer, and the driver then hung forever
+# doesn't register within a minute. On a busy machine imports can take longer, and then the driver would hang forever.
 PATIENT = {"RAY_prestart_worker_first_driver": "0", "RAY_worker_register_timeout_seconds": "600"}
-# by default Ray starts its workers at niceness 15, where all other processes of the machine come first
+# by default Ray starts its workers at niceness 15, so that all other processes of the machine have priority
 URGENT = {"RAY_worker_niceness": "0"}
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_INTERFACE = "lo" if sys.platform == "linux" else "lo0"
-# These keep a private Ray and its workers on loopback. Ray replaces a loopback address by one that other machines can reach,
+# These keep a private Ray and its workers on loopback. Ray replaces loopback addresses by addresses that others can reach,
 # except in its mode for systems without cluster support, which the first variable turns on.
 CONFINED = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -49,16 +49,16 @@ CONFINED = {
     "NCCL_SOCKET_IFNAME": LOOPBACK_INTERFACE,
 }
 AUTHENTICATION = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # left for the folder
+SOCKET_PATH = 107 - len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store")  # length left for the folder
 # Ray passes these to its workers, and Ray's library reads them at import; the first job of a Ray is always number 1
 OF_FORKS = {"RAY_AUTH_MODE": "token", "RAY_JOB_ID": "01000000"}
-TASKS = ("ray.data",)  # modules that all tasks and actors need
+TASKS = ("ray.data",)  # modules that every task and actor needs
 
-_servers: list[ForkServer] = []  # this process's fork server: at most one
+_servers: list[ForkServer] = []  # contains this process's fork server, at most one
 
 
 def worker_environment(gpus: float) -> dict[str, str]:
-    """Returns the environment variables for a training worker. The user's own settings of torch's allocator stay."""
+    """Returns the environment variables for a training worker. Keeps the user's own settings of torch's allocator."""
     if gpus:
         return {} if any(name in os.environ for name in GPU_ALLOCATORS) else GPU_ALLOCATOR
     return {**THREADS, **ALLOCATOR}
@@ -67,8 +67,8 @@ def worker_environment(gpus: float) -> dict[str, str]:
 def environment(gpus: float) -> dict[str, str]:
     """Returns the environment of a private Ray and all its workers.
 
-    Ray's processes inherit it, so workers that were started ahead fit every task; for a runtime environment Ray would start new
-    workers. The workers import jobs/ and pipelines/ from the workspace.
+    Ray's processes inherit this environment, so workers that were started ahead fit every task. With a runtime environment, Ray
+    would start new workers. The workers import jobs/ and pipelines/ from the workspace.
     """
     before = {name: value for name, value in os.environ.items() if name not in AUTHENTICATION}
     path = os.pathsep.join(filter(None, [str(workspace.root()), before.get("PYTHONPATH")]))
@@ -79,7 +79,7 @@ def environment(gpus: float) -> dict[str, str]:
 def sessions() -> Path:
     """Returns the folder of this user's private Rays, with their logs, sockets, and tokens.
 
-    Its path is short, because a socket's path has at most 107 characters.
+    The folder's path is short, because a socket's path may have at most 107 characters.
     """
     name = f"heliostat-{os.getuid()}"
     place = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / name
@@ -94,9 +94,9 @@ def token_file() -> Path:
 def ahead(gpus: float, modules: Sequence[str] = TASKS) -> ForkServer | None:
     """Starts the fork server of a private Ray, which imports `modules`, and returns it.
 
-    None if RAY_ADDRESS names a cluster, or if forking isn't supported. A server that already runs stays unchanged; its workers
-    import missing modules themselves. For workers with GPUs the server imports no training module: DeepSpeed's import queries
-    CUDA, and a fork can't use CUDA after that.
+    Returns None if RAY_ADDRESS names a cluster, or if forking isn't supported. If a server already runs, it stays unchanged,
+    and its workers import missing modules themselves. For workers with GPUs the server imports no training module: the import
+    of DeepSpeed queries CUDA, and after that, forks can't use CUDA.
     """
     if os.environ.get("RAY_ADDRESS"):
         return None

@@ -1,4 +1,4 @@
-"""Starts, finds, and ends processes on this machine: trees of processes, and the processes of Ray nodes.
+"""Starts, finds, and ends processes on this machine: process trees, and the processes of Ray nodes.
 
 The processes of a node have the node's folder in their environment (`MARK`). Ray's agents, dashboard modules, and workers
 overwrite their environment with a title. They are recognized by open log files in the node's folder.
@@ -24,14 +24,15 @@ import psutil
 from heliostat.errors import ClusterError
 
 MARK = "HELIOSTAT_NODE_DIR"
-STOP_S, KILL_S = 4.0, 20.0  # while other nodes of the cluster end, SIGTERM alone doesn't end a raylet
+STOP_S, KILL_S = 4.0, 20.0  # SIGTERM alone doesn't end a raylet while other nodes of the cluster are ending
 LOOK_S = 0.1  # between two checks of which processes have ended
-PORTS = range(20_000, 32_768)  # above the ports of Ray's workers, below the ephemeral ports of connections
+PORTS = range(20_000, 32_768)  # above the ports of Ray's workers, and below the ephemeral ports of connections
 PORT_TRIES = 100
 
 
 def alive(pid: int, created: float) -> psutil.Process | None:
-    """Returns the process with this id and start time; None if it has ended. The id alone could be a later process's.
+    """Returns the process with this id and start time; None if the process has ended. The id alone could belong to a later
+    process.
 
     `created`: seconds since the epoch.
     """
@@ -59,9 +60,11 @@ def family(root: int) -> list[psutil.Process]:
 
 
 def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining ones and waits at most `kill_s`.
+    """Ends processes: sends SIGTERM, waits `patience_s`, then sends SIGKILL to the remaining processes and waits at most
+    `kill_s`.
 
-    If `patience_s` is 0, it sends only SIGKILL. The wait reaps children of this process: their `Popen` gets no exit code.
+    If `patience_s` is 0, sends only SIGKILL. The wait reaps children of this process, so their `Popen` objects get no exit
+    code.
     """
     left = list(processes)
     for number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, kill_s)):
@@ -73,7 +76,7 @@ def stop(processes: Iterable[psutil.Process], patience_s: float = 0.0, kill_s: f
         deadline = time.monotonic() + wait_s
         while left and time.monotonic() < deadline:
             _, left = psutil.wait_procs(left, timeout=LOOK_S)
-            left = [process for process in left if _runs(process)]  # in a container a zombie may stay forever
+            left = [process for process in left if _runs(process)]  # in a container, a zombie may never disappear
 
 
 class OwnProcess(Protocol):
@@ -85,9 +88,9 @@ class OwnProcess(Protocol):
 
 
 def end_tree(root: OwnProcess, patience_s: float = 0.0, kill_s: float = KILL_S) -> None:
-    """Ends a process and its descendants with `stop`. If `patience_s` is 0, they end as in a power failure.
+    """Ends a process and its descendants with `stop`. If `patience_s` is 0, the processes end as if the power failed.
 
-    Does nothing if the process has ended: its id may belong to another process by now.
+    Does nothing if the process has ended, because its id may now belong to another process.
     """
     if root.poll() is None:
         stop(family(root.pid), patience_s, kill_s)
@@ -106,8 +109,8 @@ def detached(command: Sequence[str], log: Path, folder: Path | None = None, envi
 def free_port(host: str = "") -> int:
     """Finds a free TCP port of an address, or of all addresses of this machine; ClusterError after 100 attempts.
 
-    The port isn't an ephemeral one. Ray opens hundreds of connections while it starts, and one of them could take an ephemeral
-    port before its server does.
+    The port isn't an ephemeral port. Ray opens hundreds of connections while it starts, and a connection could take an
+    ephemeral port before the server opens the port.
     """
     for _ in range(PORT_TRIES):
         port = PORTS.start + secrets.randbelow(len(PORTS))
@@ -120,9 +123,9 @@ def free_port(host: str = "") -> int:
 
 
 def listening_fault(url: str) -> str:
-    """Explains why a server can't listen at a URL's address; "" if it can.
+    """Explains why a server can't listen at a URL's address; "" if the server can listen there.
 
-    Another process's connection can use the port too.
+    The port may be in use by a connection of another process.
     """
     parts = urllib.parse.urlsplit(url)
     with socket.socket() as probe:
@@ -158,7 +161,7 @@ class Node:
 
 
 def of(nodes: list[Node]) -> Iterator[psutil.Process]:
-    """Yields every process that belongs to one of the nodes, whichever process forked it."""
+    """Yields every process that belongs to one of the nodes, no matter which process forked it."""
     folders = {n.folder for n in nodes}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -179,16 +182,16 @@ def living(nodes: list[Node]) -> list[Node]:
     """Returns the nodes that run. A raylet can keep running after its shell was killed."""
     raylets = set[str | None]()
     for process in of(nodes):
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it ends meanwhile
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # the process ends meanwhile
             if process.name() == "raylet":
                 raylets.add(process.environ().get(MARK))
     return [n for n in nodes if n.process or n.folder in raylets]
 
 
 def end(nodes: list[Node]) -> tuple[int, list[int]]:
-    """Ends all processes of the nodes. Returns their number, and the ids of those that remain."""
+    """Ends all processes of the nodes. Returns the number of these processes, and the ids of the processes that still run."""
     known = {p.pid: p for p in of(nodes)}
-    known.update({p.pid: p for process in [*known.values()] for p in descendants(process.pid)})  # these may lack the mark
+    known.update({p.pid: p for process in [*known.values()] for p in descendants(process.pid)})  # they may lack the mark
     for number, patience in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, KILL_S)):
         for process in _left(known, nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -200,7 +203,7 @@ def end(nodes: list[Node]) -> tuple[int, list[int]]:
 
 
 def _left(known: dict[int, psutil.Process], nodes: list[Node]) -> list[psutil.Process]:
-    """Lists the known processes that still run, with new processes of the nodes, which it adds to `known`."""
+    """Lists the processes in `known` that still run. First adds new processes of the nodes to `known`."""
     known.update({p.pid: p for p in of(nodes) if p.pid not in known})
     return [p for p in known.values() if _runs(p)]
 

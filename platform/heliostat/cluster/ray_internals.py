@@ -1,6 +1,7 @@
-"""Wraps private parts of Ray 2.60 for other modules: facts about nodes and sessions that have no public name.
+"""Wraps private parts of Ray 2.60 for other modules: facts about nodes and sessions that Ray's public API doesn't have.
 
-`pyproject.toml` pins Ray because of them. `connect` replaces further parts of Ray while a private Ray starts.
+Because of these private parts, `pyproject.toml` pins the version of Ray. While a private Ray starts, `connect` replaces other
+private parts of Ray.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from unittest.mock import patch
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Maps the living nodes to their free resources. Ray's public `available_resources` has only the sum over the cluster."""
+    """Maps the living nodes to their free resources. Ray's public `available_resources` has only the cluster's total."""
     import ray
 
     resources: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
@@ -41,7 +42,7 @@ def session_folder() -> Path:
 
 
 def state_address(address: str) -> str:
-    """Returns the address of Ray's state server (GCS). `auto` stands for the Ray that runs on this machine."""
+    """Returns the address of Ray's state server (GCS). `auto` means the Ray that runs on this machine."""
     from ray._private.services import canonicalize_bootstrap_address_or_die
 
     return str(canonicalize_bootstrap_address_or_die(address))
@@ -67,7 +68,8 @@ def nvml() -> Any:
 
 
 def actor_lives(actor: Any) -> bool:
-    """Checks whether an actor has a process. After the loss of its node an actor has none until it gets a new place."""
+    """Checks whether an actor has a process. After the loss of its node, an actor has no process until Ray places it on another
+    node."""
     import ray
 
     return ray._private.state.actors(actor._actor_id.hex()).get("State") == "ALIVE"
@@ -75,7 +77,8 @@ def actor_lives(actor: Any) -> bool:
 
 @contextmanager
 def without_notices(actor: str) -> Iterator[None]:
-    """Hides Ray's lines about an actor from standard output within the context, which ends the actor on purpose."""
+    """Hides Ray's lines about an actor from standard output within the context. The context is for code that ends the actor on
+    purpose."""
     import ray
 
     show: Any = ray._private.worker.print_to_stdstream

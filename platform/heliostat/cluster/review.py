@@ -1,9 +1,9 @@
-"""Checks a cluster file for problems that are visible before a machine is paid for (`heliostat cluster check FILE`).
+"""Checks a cluster file for problems before you pay for a machine (`heliostat cluster check FILE`).
 
 Errors stop `cluster up`: violations of the tool's schema, settings that can't work, and secrets in plain text (`secrets`).
 
-Warnings leave the decision to the user. They report open ports, Ray without authentication, and pools that no job can request.
-They also report settings that fail or are unsafe at the first start on a cloud (`clouds`) or in Kubernetes (`pods`).
+Warnings don't stop `cluster up`. They report open ports, Ray without authentication, and pools that no job can request. They
+also report settings that would fail or be unsafe on a cloud (`clouds`) or in Kubernetes (`pods`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heliostat.schema import nearest
 
 @dataclass(frozen=True)
 class FileReview:
-    """Holds a cluster file and its errors and warnings, one line each."""
+    """Holds a cluster file, and its errors and warnings with one line each."""
 
     cluster: ClusterFile
     errors: list[str]
@@ -29,7 +29,7 @@ class FileReview:
 
 
 def check(path: Path) -> FileReview:
-    """Collects the errors and warnings of a cluster file; ConfigError if the file can't be read at all."""
+    """Collects the errors and warnings of a cluster file; raises ConfigError if the file can't be read at all."""
     cluster = cluster_file.read(path)
     with cluster_file.shaped(path):
         return _report(cluster)
@@ -42,14 +42,14 @@ def _report(cluster: ClusterFile) -> FileReview:
     warnings = [*clouds.open_ports(cluster), *clouds.warnings(cluster), *pods.warnings(cluster), *_sense(cluster)]
     if refused is None:
         warnings.append(
-            f"can't check the file against KubeRay's schema: {schemas.crd_folder()} doesn't have its CRDs. Set "
-            f"{schemas.CRDS} to a folder with them"
+            f"can't check the file against KubeRay's schema: {schemas.crd_folder()} lacks KubeRay's CRDs. Set "
+            f"{schemas.CRDS} to a folder with the CRDs"
         )
     return FileReview(cluster, [*_impossible(cluster), *secrets(cluster)], warnings)
 
 
 def require(path: Path) -> ClusterFile:
-    """Checks a cluster file and returns it; one ConfigError with all its errors if it has any."""
+    """Checks a cluster file and returns it. If the file has errors, raises one ConfigError that contains all of them."""
     report = check(path)
     if report.errors:
         raise ConfigError("\n  ".join([f"{path}:", *report.errors]) if len(report.errors) > 1 else f"{path}: {report.errors[0]}")
@@ -102,15 +102,13 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
     for pool in cluster.pools:
         if pool.gpus and not pool.labels:
             yield (
-                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off it. Add labels "
+                f"pool {pool.name}: has GPUs and no labels, so jobs can't keep other work off its nodes. Add labels "
                 "(workers.labels, data.labels)"
             )
         if pool.image and (":" not in pool.image.rpartition("/")[2] or pool.image.endswith(":latest")):
-            yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add one"
+            yield f"pool {pool.name}: image {pool.image} has no version, so later nodes may run other code. Add a version"
         if pool.head and pool.cpus and len(cluster.pools) > 1:
-            yield (
-                f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker never loses the head"
-            )
+            yield (f"pool {pool.name}: the head runs work ({pool.cpus:g} CPUs). With CPU: 0, losing a worker can't end the head")
     if "change-me" in cluster.path.read_text(encoding="utf-8"):
         yield "the file still contains change-me. Replace it with your values"
 
@@ -119,7 +117,7 @@ def _sense(cluster: ClusterFile) -> Iterator[str]:
 
 
 WORDS = r"[A-Z0-9_]*(?:SECRET|PASSWORD|PASSWD|PASSPHRASE|ACCESS_KEY|API_KEY|APIKEY|AUTH_TOKEN|TOKEN)(?:_[A-Z0-9_]*)?"
-VALUE = r"['\"]?[^\s'\"$<{#]{8,}"  # neither a variable nor a placeholder
+VALUE = r"['\"]?[^\s'\"$<{#]{8,}"  # a value that is neither a variable nor a placeholder
 PATTERNS = {
     "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
@@ -134,7 +132,7 @@ PATTERNS = {
     "a secret's value": rf"(?i)\b(?P<name>{WORDS})['\"]?\s*[=:]\s*(?P<value>{VALUE})",
 }
 SECRET_NAMES = re.compile(r"(?i)secret|password|passwd|token$|access_key|api_?key")
-HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # they name a secret's place or use
+HARMLESS = re.compile(r"(?i)(?:_PATH|_FILE|_DIR|_MODE|_TTL|_URL|_TYPE|_NAME)$")  # such keys name the place or use of a secret
 
 
 def secrets(cluster: ClusterFile) -> Iterator[str]:
@@ -146,14 +144,14 @@ def secrets(cluster: ClusterFile) -> Iterator[str]:
             yield f"line {number}: contains {what}. Use an environment variable or a Kubernetes secret"
     for document in (cluster.raw, *cluster.others):
         if document.get("kind") == "Secret" and (document.get("data") or document.get("stringData")):
-            yield "the file contains a Secret with its values. Make it with `kubectl create secret`"
+            yield "the file contains a Secret with its values. Create the Secret with `kubectl create secret`"
         for name, value in _environment(document):
             if SECRET_NAMES.search(name) and value and not HARMLESS.search(name):
-                yield f"env {name}: the file contains its value. Use valueFrom.secretKeyRef"
+                yield f"env {name}: the file contains the secret value. Use valueFrom.secretKeyRef"
 
 
 def found_in(line: str) -> str | None:
-    """Returns the kind of the secret in a line, for example `a private key`; None if the line has no secret."""
+    """Returns the kind of the secret in a line, for example `a private key`; None if the line contains no secret."""
     for what, pattern in PATTERNS.items():
         for match in re.finditer(pattern, line):
             named = match.groupdict().get("name")

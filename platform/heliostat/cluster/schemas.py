@@ -1,8 +1,8 @@
-"""Validates a cluster file against its tool's own schema, with messages that name the key and the nearest valid key.
+"""Validates a cluster file against the schema of the file's tool. The messages name the wrong key and the nearest valid key.
 
 The schema of cluster-launcher YAML is in the installed ray. The schemas of KubeRay manifests are the operator's CRDs, which
-aren't part of the repository. `HELIOSTAT_KUBERAY_CRDS` names their folder (default `../shared/kuberay-crds`), which contains
-`rayclusters.yaml` and `rayjobs.yaml`.
+aren't part of the repository. `HELIOSTAT_KUBERAY_CRDS` names the folder of the CRDs (default `../shared/kuberay-crds`). It
+contains `rayclusters.yaml` and `rayjobs.yaml`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CRD_FILES = {"RayCluster": "rayclusters.yaml", "RayJob": "rayjobs.yaml"}
 
 
 def faults(cluster: ClusterFile) -> list[str] | None:
-    """Lists the violations of the schema, one line each; None if there is no schema for the file."""
+    """Lists the violations of the schema, one line each. Returns None if there is no schema for the file."""
     schema = (
         _launcher() if cluster.kind == "launcher" else _crd(crd_folder() / CRD_FILES[cluster.kind], cluster.raw["apiVersion"])
     )
@@ -40,13 +40,13 @@ def faults(cluster: ClusterFile) -> list[str] | None:
 
 
 def crd_folder() -> Path:
-    """Returns the folder in which KubeRay's CRDs are expected."""
+    """Returns the folder in which heliostat looks for KubeRay's CRDs."""
     return Path(os.environ.get(CRDS) or workspace.root().parent / "shared" / "kuberay-crds")
 
 
 @lru_cache
 def _launcher() -> Section:
-    """Reads Ray's schema from its file: importing Ray would take a second."""
+    """Reads Ray's schema directly from its file, because importing Ray would take a second."""
     from importlib.util import find_spec
 
     spec = find_spec("ray")
@@ -58,7 +58,7 @@ def _launcher() -> Section:
 def _crd(file: Path, api_version: str) -> Section | None:
     if not file.is_file():
         return None
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, for a file of a megabyte
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C loader is ten times as fast for a file of a megabyte
     crd = yaml.load(file.read_text(encoding="utf-8"), loader)  # noqa: S506 (a SafeLoader)
     versions = {v["name"]: v["schema"]["openAPIV3Schema"] for v in crd["spec"]["versions"]}
     name = api_version.removeprefix("ray.io/")
@@ -82,7 +82,7 @@ def strict(schema: Any) -> Any:
     if schema.get("properties") and "additionalProperties" not in schema and not open_ended:
         out["additionalProperties"] = False
     if "metadata" in schema.get("properties", {}) and "apiVersion" in schema["properties"]:
-        out["properties"]["metadata"] = {"type": "object"}  # Kubernetes defines its keys; CRDs don't list them
+        out["properties"]["metadata"] = {"type": "object"}  # Kubernetes defines the keys of this object; CRDs don't list them
     return out
 
 

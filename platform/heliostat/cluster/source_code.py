@@ -1,7 +1,8 @@
-"""Captures the code and environment of a run: the git commit, the changes since, and the versions of Python and packages.
+"""Captures the code and environment of a run: the git commit, the changes since that commit, and the versions of Python and
+packages.
 
-A cluster has no `.git`, so `heliostat submit` sends the record in a file of the workspace (`workspace_package`). The difference
-doesn't contain files and lines that may hold secrets; it only lists them (`difference`).
+A cluster has no `.git`, so `heliostat submit` sends this record in a file of the workspace (`workspace_package`). Files and
+lines that may contain secrets are left out of the difference from the commit, and only listed (`difference`).
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from heliostat.cluster.workspace_package import CODE_FILE
 from heliostat.config import workspace
 from heliostat.storage.records import Format
 
-DIFF_BYTES = 1 << 20  # most bytes of a difference; the rest is cut off
+DIFF_BYTES = 1 << 20  # maximum bytes of a difference; the rest is cut off
 USER = "HELIOSTAT_USER"  # on a cluster: the user who submitted the job
-UNTRACKED = 1000  # most untracked files that are listed
+UNTRACKED = 1000  # maximum number of untracked files that are listed
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class SourceCode:
     """Describes the source code of a run.
 
     `diff`: the changes from the commit to the files that ran, in the format of `git apply`. `untracked`: files that git doesn't
-    track. `left_out`: changes that `diff` lacks, because they may hold secrets, or because git failed.
+    track. `left_out`: changes that `diff` lacks, because they may contain secrets, or because git failed.
     """
 
     commit: str = ""
@@ -48,19 +49,19 @@ class SourceCode:
 
     @property
     def digest(self) -> str:
-        """Returns 12 hex digits that identify the difference; empty if there is none."""
+        """Returns 12 hex digits that identify the difference; empty if the code doesn't differ from its commit."""
         changes = f"{self.diff}\0{self.untracked}" + (f"\0{self.left_out}" if self.left_out else "")
         return hashlib.sha256(changes.encode()).hexdigest()[:12] if self.dirty else ""
 
     def text(self) -> str:
-        """Formats the difference, after a list of the files that it lacks."""
+        """Formats the difference. First lists the files that the difference lacks."""
         notes = [f"# not in git: {path}" for path in self.untracked] + [
             f"# left out, may be secret: {path}" for path in self.left_out
         ]
         return "".join(f"{note}\n" for note in notes) + self.diff
 
     def facts(self) -> dict[str, str]:
-        """Returns the commit, and the digest of the difference from it."""
+        """Returns the commit, and the digest of the difference from the commit."""
         return {"commit": self.commit, "diff": self.digest}
 
     def dump(self) -> str:
@@ -71,7 +72,7 @@ SOURCE = Format(SourceCode, "record of the code that was submitted", fix="Submit
 
 
 def source() -> SourceCode:
-    """Captures the source code of the workspace as it is now; on a cluster, reads the record sent with the job."""
+    """Captures the current source code of the workspace. On a cluster, reads the record that was sent with the job."""
     sent = workspace.root() / CODE_FILE
     if sent.is_file():
         return SOURCE.read(sent)
@@ -87,10 +88,10 @@ def source() -> SourceCode:
 
 
 def user() -> str:
-    """Returns the name of the user who runs the command, or on a cluster the name of the user who submitted it."""
+    """Returns the name of the user who runs the command. On a cluster, returns the name of the user who submitted the job."""
     try:
         return os.environ.get(USER) or getpass.getuser()
-    except (KeyError, OSError):  # in a container, for example, the user may have no name
+    except (KeyError, OSError):  # for example in a container, the user may have no name
         return str(os.getuid())
 
 
@@ -105,7 +106,7 @@ def environment() -> dict[str, str]:
 
 
 GIT_S = 10
-# these override the user's own git settings
+# these options override the user's own git settings
 PLAIN = (
     "--literal-pathspecs",
     "-c",
@@ -129,7 +130,8 @@ def git(root: Path, *command: str) -> str | None:
 
 
 def difference(root: Path) -> tuple[str, list[str]]:
-    """Computes the difference from HEAD without secrets. Returns it with a readable list of the changes that it lacks."""
+    """Computes the difference from HEAD without secrets. Returns the difference, and a readable list of the changes that it
+    lacks."""
     changed, parts, left_out = _changed(root), [], []
     if changed is None:
         return "", ["all of it: git didn't show the changes"]
@@ -151,7 +153,8 @@ def difference(root: Path) -> tuple[str, list[str]]:
 def _changed(root: Path) -> list[tuple[str, str]] | None:
     """Lists (path, origin) of each changed file; None if git fails.
 
-    The origin is the path from which the file was copied or renamed, else its own path. A renamed file's old path is listed too.
+    The origin is the path from which the file was copied or renamed. For other files, the origin is their own path. The old
+    path of a renamed file is also listed.
     """
     output = git(root, "diff", "HEAD", "--name-status", "-z", "-M", "-C", "--relative")
     if output is None:
@@ -168,11 +171,12 @@ def _changed(root: Path) -> list[tuple[str, str]] | None:
 
 
 def _secrets(root: Path, path: str) -> tuple[set[int], set[int]]:
-    """Returns the numbers, from 1, of the lines with secrets: in the committed version of a file, and in the current one."""
+    """Returns the line numbers, from 1, of the lines with secrets: in the committed version of a file, and in the current
+    version."""
     settings = Path(path).suffix.lower() in redact.SETTINGS
     try:
         new = (root / path).read_text(errors="replace")
-    except OSError:  # deleted, or the folder of another repository
+    except OSError:  # the file was deleted, or is the folder of another repository
         new = ""
     versions = git(root, "show", f"HEAD:./{path}") or "", new
     was, now = ({i + 1 for i in redact.secret_lines(text.split("\n"), settings)} for text in versions)
@@ -188,7 +192,7 @@ def hide(text: str, was: set[int], now: set[int]) -> tuple[str, int]:
     for i, line in enumerate(lines):
         if match := HUNK.match(line):
             old, new = int(match[1]), int(match[2])
-            lines[i] = match[0]  # git appends an earlier line of the file, which is cut off here
+            lines[i] = match[0]  # cuts off the earlier line of the file that git appends
         elif old or new:
             mark = line[:1]
             if (mark in ("-", " ") and old in was) or (mark in ("+", " ") and new in now):

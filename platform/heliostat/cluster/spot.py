@@ -28,10 +28,10 @@ from heliostat.errors import ClusterError
 
 log = logging.getLogger(__name__)
 
-METADATA = "http://169.254.169.254"  # of both clouds: a link-local address, which answers only this machine
+METADATA = "http://169.254.169.254"  # both clouds use this link-local address, which answers only this machine
 POLL_S = 2.0
 ANSWER_S = 2.0
-AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # the time that the providers promise
+AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0  # the time between notice and end that the providers promise
 RETRY_S = 5.0
 NO_WORK = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")  # Ray's processes on an idle node
 
@@ -39,7 +39,8 @@ Get = Callable[..., tuple[int, str]]
 
 
 def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) -> tuple[int, str]:
-    """Queries the metadata service without a proxy, and returns (HTTP status, text); OSError if it gives no valid answer."""
+    """Queries the metadata service without a proxy, and returns (HTTP status, text). Raises OSError if the service gives no
+    valid answer."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, method=method, headers=headers or {})
     try:
@@ -47,14 +48,15 @@ def get(url: str, method: str = "GET", headers: dict[str, str] | None = None) ->
             return answer.status, answer.read(65536).decode(errors="replace")
     except urllib.error.HTTPError as e:
         return e.code, ""
-    except http.client.HTTPException as e:  # an answer that isn't HTTP
+    except http.client.HTTPException as e:  # the answer isn't HTTP
         raise OSError(f"{type(e).__name__}: {e}") from e
 
 
 def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
-    """Returns the seconds until EC2 ends this spot instance; None without a notice. ClusterError if the service reports an error.
+    """Returns the seconds until EC2 ends this spot instance; None without a notice. Raises ClusterError if the service reports
+    an error.
 
-    It uses a session token (IMDSv2), as instances with `HttpTokens: required` demand.
+    Uses a session token (IMDSv2), because instances with `HttpTokens: required` need a token.
     """
     status, token = ask(f"{url}/latest/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
     if status != 200:
@@ -67,14 +69,14 @@ def aws_notice(url: str = METADATA, ask: Get = get) -> float | None:
     try:
         until = datetime.strptime(json.loads(text)["time"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except (ValueError, KeyError, TypeError):
-        return AWS_NOTICE_S  # it is a notice, even if it can't be read
+        return AWS_NOTICE_S  # this is a notice, even if its text can't be read
     return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def gcp_notice(url: str = METADATA, ask: Get = get) -> float | None:
     """Returns the seconds until Google Cloud ends this spot machine; None without a notice.
 
-    ClusterError if the metadata service reports an error.
+    Raises ClusterError if the metadata service reports an error.
     """
     status, text = ask(f"{url}/computeMetadata/v1/instance/preempted", "GET", {"Metadata-Flavor": "Google"})
     if status != 200:
@@ -86,10 +88,11 @@ NOTICES = {"aws": aws_notice, "gcp": gcp_notice}
 
 
 def drain(seconds: float, reason: str, address: str | None = None, node_ip: str | None = None) -> str:
-    """Drains this machine's Ray node, which ends in `seconds`, and returns the node's id; ClusterError if that fails.
+    """Drains this machine's Ray node, which will end in `seconds`, and returns the node's id. Raises ClusterError if the drain
+    fails.
 
-    `reason`: a text for Ray's records. `address`: of Ray's state server. `node_ip`: the node's address. The last two default to
-    those of this machine.
+    `reason`: a text for Ray's records. `address`: address of Ray's state server, by default this machine's. `node_ip`: the
+    node's address, by default this machine's.
     """
     import ray
     from ray.core.generated import autoscaler_pb2, gcs_pb2
@@ -103,7 +106,7 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
         mine = [key.hex() for key, n in nodes if n.node_manager_address == here and n.state == alive]
         if len(mine) != 1:
             raise ClusterError(f"{len(mine)} Ray nodes run at {here}, expected one")
-        until = int((time.time() + seconds) * 1000)  # as the protocol requires: milliseconds since the epoch
+        until = int((time.time() + seconds) * 1000)  # the protocol requires milliseconds since the epoch
         accepted, why = client.drain_node(mine[0], preemption, reason, until)
     except (ConnectionError, ray.exceptions.RayError) as e:
         raise ClusterError(f"can't ask Ray's state server: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
@@ -113,9 +116,9 @@ def drain(seconds: float, reason: str, address: str | None = None, node_ip: str 
 
 
 def watch(notice: Callable[[], float | None], drains: Callable[[float], str], poll_s: float = POLL_S) -> None:
-    """Polls `notice` until it returns seconds, then drains the node and retries until that succeeds.
+    """Polls `notice` until it returns a number of seconds, then drains the node. Retries until the drain succeeds.
 
-    ClusterError if the time runs out first. Warns once when the metadata service stops answering.
+    Raises ClusterError if the time runs out first. Warns once when the metadata service stops answering.
     """
     deaf = False
     while True:
@@ -151,9 +154,9 @@ def working() -> bool:
 
 
 def leave(seconds: float, drains: Callable[[float], str], busy: Callable[[], bool] = working) -> bool:
-    """Drains the node at once, and waits at most `seconds` until no worker is left.
+    """Drains the node at once, and waits at most `seconds` until no worker runs on the node.
 
-    Returns whether no worker is left; False also if the drain fails.
+    Returns whether no worker runs there anymore. Returns False if the drain fails.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -181,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     if options.who == "now":
         leave(options.seconds, drains)
-        return 0  # Kubernetes would only log a failed hook, and the log above has the reason
+        return 0  # Kubernetes would only log that the hook failed, and the log above already has the reason
     try:
         watch(lambda: NOTICES[options.who](options.url), drains)
     except ClusterError as e:

@@ -1,9 +1,14 @@
 """Packages the workspace for a job: code and small files, but never data, secrets, or `.git`.
 
-It respects the `.gitignore` file of every folder, and reports all other files that it leaves out (`Packed.left_out`). These are
-data, files whose names suggest a secret (in upper or lower case), and YAML files that contain a password. Links to files that
-aren't sent are left out too. A workspace above the limit is an error that lists its biggest files, because a mistake here means
-gigabytes on every node.
+The package leaves out all files that a `.gitignore` file excludes, without a report. It reports all other files that it leaves
+out (`Packed.left_out`):
+
+- data
+- files whose names suggest a secret, in upper or lower case
+- YAML files that contain a password
+- links to files that aren't sent
+
+A workspace above the limit is an error that lists the biggest files, because a mistake here means gigabytes on every node.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from heliostat.errors import ConfigError
 log = logging.getLogger(__name__)
 
 LIMIT = 50 << 20
-CODE_FILE = "heliostat-code.json"  # in a workspace that was sent to a cluster: its git state before
+CODE_FILE = "heliostat-code.json"  # in a workspace that was sent to a cluster: the git state of the original workspace
 SHOWN = 8
 MACHINERY = GitIgnoreSpec.from_lines(  # left out without a report
     [".git", ".gitignore", ".hg", ".svn", ".venv", "venv", ".heliostat", "node_modules", "__pycache__", "*.pyc", "*.egg-info",
@@ -32,7 +37,7 @@ MACHINERY = GitIgnoreSpec.from_lines(  # left out without a report
 DATA = GitIgnoreSpec.from_lines(
     ["*.db", "*.sqlite", "*.sqlite3", "*.parquet", "*.arrow", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.tar"]
 )
-SECRETS = GitIgnoreSpec.from_lines(  # matched with paths in lower case
+SECRETS = GitIgnoreSpec.from_lines(  # these patterns are matched with paths in lower case
     [
         *("id_*", "!id_*.py"),  # ssh keys, but not Python modules
         *("*.pem", "*.key", "*.p12", "*.pfx", "*.p8", "*.ppk", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.token"),
@@ -67,9 +72,10 @@ SECRET, HOLDS, KEPT, LINK = "may contain secrets", "contain a password", "are da
 
 @dataclass
 class Packed:
-    """Lists the files that are sent with a job and those that are left out.
+    """Lists the files that are sent with a job, and the files that are left out.
 
-    `files`: sorted relative paths of the sent files. `left_out`: by reason, the other paths that no .gitignore excludes.
+    `files`: sorted relative paths of the sent files. `left_out`: the paths that aren't sent, by reason, except paths that a
+    .gitignore excludes.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -80,7 +86,8 @@ class Packed:
 
 
 def private(path: str) -> bool:
-    """Checks whether a path (relative to the workspace) must never be shown or sent, because it is data or suggests a secret."""
+    """Checks whether a path (relative to the workspace) must never be shown or sent, because the path belongs to data or
+    suggests a secret."""
     return bool(_never(path))
 
 
@@ -91,7 +98,7 @@ def _never(path: str) -> str | None:
 
 
 def look(workspace: Path, limit: int = LIMIT) -> Packed:
-    """Selects the files that are sent with a job; ConfigError if they have more than `limit` bytes together."""
+    """Selects the files that are sent with a job; raises ConfigError if the files together have more than `limit` bytes."""
     packed, links = Packed(), list[Path]()
     for path in _walk(workspace, Path(), [], packed):
         if (workspace / path).is_symlink():
@@ -143,7 +150,7 @@ def _walk(workspace: Path, folder: Path, specs: list[tuple[Path, GitIgnoreSpec]]
 
 
 def _ignored(path: Path, folder: bool, specs: list[tuple[Path, GitIgnoreSpec]]) -> bool:
-    """Checks whether git ignores the path: the deepest .gitignore with a pattern that matches it decides."""
+    """Checks whether git ignores the path. If several .gitignore files have a matching pattern, the deepest file decides."""
     for base, spec in reversed(specs):
         said = spec.check_file(f"{path.relative_to(base)}{'/' if folder else ''}").include
         if said is not None:

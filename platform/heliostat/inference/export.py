@@ -1,8 +1,9 @@
-"""Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Memory holds a few pieces of 64 MiB, never
-the complete model.
+"""Exports a checkpoint as a Hugging Face folder, without a GPU or a process group. Only a few pieces of 64 MiB are in memory at
+a time, never the complete model.
 
-The weights are the fp32 master weights, rounded to the precision in which the run computed: the weights that its evaluation
-used. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never exported.
+The exported weights are the fp32 master weights, rounded to the precision in which the run computed. The run's evaluation used
+the same weights. A model above 4 GiB becomes several files with an index, as in transformers. A damaged checkpoint is never
+exported.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
-    """Loads the job, and the recipe bound to its datasets, from the checkpoint's own record."""
+    """Loads the job from the checkpoint's own record, with the recipe bound to the job's datasets."""
 
     job, place = checkpoint.job, checkpoint.location
     with naming(place):
@@ -42,10 +43,10 @@ def recipe_of(checkpoint: SavedCheckpoint) -> tuple[Job, Recipe]:
 
 
 def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None) -> Recipe:
-    """Writes the checkpoint's model to `folder`, which `from_pretrained` can load; returns the recipe.
+    """Writes the checkpoint's model to `folder`, in a form that `from_pretrained` can load; returns the recipe.
 
-    `run_id`: id of the MLflow run, recorded in the folder. ConfigError if the recipe doesn't support export or the folder isn't
-    empty; CheckpointError if the checkpoint lacks a weight.
+    `run_id`: id of the MLflow run, recorded in the folder. Raises ConfigError if the recipe doesn't support export or the
+    folder isn't empty; raises CheckpointError if the checkpoint lacks a weight.
     """
     job, recipe = recipe_of(checkpoint)
     if not isinstance(recipe, Exports):
@@ -53,7 +54,7 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
             f"{checkpoint.location}: {job.recipe} doesn't support export: it doesn't derive from {Exports.__name__} ({GUIDE})"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder}: not empty, and the model's files would mix with the others. Pass another folder")
+        raise ConfigError(f"{folder}: not empty, and the model's files would mix with the other files. Pass another folder")
     Location(str(folder.absolute())).require_writable()
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
@@ -69,11 +70,15 @@ def export(checkpoint: SavedCheckpoint, folder: Path, run_id: str | None = None)
 
 
 def _initial(checkpoint: SavedCheckpoint, job: Job, recipe: Recipe, frozen: list[str]) -> dict[str, torch.Tensor]:
-    """Rebuilds the frozen parameters that an older checkpoint doesn't contain, with the initial values from the job's seed."""
+    """Rebuilds the frozen parameters that an older checkpoint lacks, with their initial values from the job's seed."""
     saved = {*checkpoint.names("master"), *checkpoint.names(FROZEN)}
     if not (wanted := [n for n in frozen if n not in saved]):
         return {}
-    log.warning("%s: has no frozen parameters, so %d are built from the seed", checkpoint.location, len(wanted))
+    log.warning(
+        "%s: has no frozen parameters, so %d parameters get their initial values from the job's seed",
+        checkpoint.location,
+        len(wanted),
+    )
     torch.manual_seed(job.train.seed)
     built = dict(building.build(recipe).named_parameters())
     return {n: built[n].detach() for n in wanted}
@@ -102,9 +107,9 @@ def write_weights(
 ) -> None:
     """Writes tensors as STEM.safetensors, made from the model's parameters and the checkpoint's buffers.
 
-    `shapes`: those of the parameters. `tensors`: by default all parameters and buffers. Parameters get the type `dtype`;
-    buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average is written. A frozen
-    parameter comes from the checkpoint, or from `initial`.
+    `shapes`: the shapes of the parameters. `tensors`: the tensors to write, by default all parameters and buffers. Parameters
+    get the type `dtype`; buffers that are written unchanged keep their type. If the run averaged its weights (EMA), the average
+    is written. Frozen parameters come from the checkpoint, or from `initial`.
     """
     known = {**shapes, **_buffers(checkpoint)}
     sources = _Sources(checkpoint, known, initial)
@@ -129,13 +134,15 @@ class _Sources:
         self, checkpoint: SavedCheckpoint, shapes: Mapping[str, tuple[int, ...]], initial: Mapping[str, torch.Tensor]
     ) -> None:
         weights = EMA if checkpoint.names(EMA) else "master"
-        kept = ("buffer", FROZEN, weights)  # if several contain a name, the last one counts
+        kept = ("buffer", FROZEN, weights)  # if several kinds contain a name, the last kind counts
         self.places = {name: f"{kind}.{name}" for kind in kept for name in checkpoint.names(kind)}
         self.checkpoint, self.shapes, self.initial = checkpoint, shapes, initial
 
     def entry(self, name: str, weight: Weight, dtype: torch.dtype) -> safetensors_file.Entry:
         if missing := [s for s in weight.sources if s not in self.places and s not in self.initial]:
-            raise CheckpointError(f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so another model made it")
+            raise CheckpointError(
+                f"{self.checkpoint.location}: has no weights for {missing[0]!r}, so it belongs to another model"
+            )
         if weight.make is not None:
             return _entry(name, partial(self._made, name, weight), weight.shape, dtype)
         if len(weight.sources) != 1:
@@ -153,7 +160,7 @@ class _Sources:
             yield self.initial[source].reshape(-1)
 
     def _made(self, name: str, weight: Weight) -> Iterator[torch.Tensor]:
-        """Computes a tensor with the weight's `make`, from its sources in fp32, each in its own shape."""
+        """Computes a tensor with the weight's `make`, from the source tensors in fp32, each in its own shape."""
         assert weight.make
         computed = weight.make(*(self._whole(s).float().view(self.shapes[s]) for s in weight.sources))
         if (shape := tuple(computed.shape)) != tuple(weight.shape):
@@ -177,7 +184,7 @@ def _entry(
 
 
 def _pack(sizes: dict[str, int]) -> list[list[str]]:
-    """Distributes names, in order, over files of at most SHARD_BYTES. A larger tensor gets a file of its own."""
+    """Distributes names, in order, over files of at most SHARD_BYTES. A larger tensor gets its own file."""
     files: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():

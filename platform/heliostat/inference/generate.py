@@ -1,7 +1,7 @@
-"""Generates answers to prompts in this process. `many` does it on Ray, with several workers.
+"""Generates answers to prompts in this process. The module `many` generates them on Ray, with several workers.
 
-The recipe of the export (`recipes.exported`) defines how: `generator(folder, options)` loads the model once and answers
-requests. An answer depends only on its request and the options, not on its batch or worker.
+The recipe that exported the model (`recipes.exported`) defines the generation: its `generator(folder, options)` loads the model
+once and answers requests. An answer depends only on its request and the options, not on its batch or worker.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BATCH = 16
 
 
 def generate(folder: Path, prompt: str, options: dict[str, object], seed: int, out: str | None) -> Generated:
-    """Generates the answer to one prompt in this process. A text is also written to the file `out`.
+    """Generates the answer to one prompt in this process. Also writes a text to the file `out`.
 
-    AccessError or StorageError, before the model is loaded, if nothing can be written there.
+    Raises AccessError or StorageError, before the model is loaded, if `out` can't be written.
     """
     if out is not None:
         Location(out).require_file()
@@ -37,7 +37,7 @@ def answer(
 ) -> Generated | list[Generated]:
     """Answers one prompt, or a list of prompts in order, in this process. The i-th prompt has seed + i.
 
-    `out`: file of one answer, or folder for the files of a list.
+    `out`: the file of one answer, or the folder for the answers to a list.
     """
     if isinstance(prompts, str):
         return generate(folder, prompts, options, seed, out)
@@ -52,7 +52,7 @@ def answer(
 def read_text(option: str, value: str) -> str:
     """Returns the content of the file that `value` names, unchanged. If there is no such file, returns `value` itself.
 
-    ConfigError if the file isn't UTF-8.
+    Raises ConfigError if the file isn't UTF-8.
     """
     try:
         if "\0" in value or not Path(value).is_file():
@@ -60,12 +60,13 @@ def read_text(option: str, value: str) -> str:
         return Path(value).read_bytes().decode()
     except UnicodeDecodeError as e:
         raise ConfigError(f"{option}: {value} isn't UTF-8 text ({e})") from e
-    except OSError:  # for example a name that is too long
+    except OSError:  # for example, the name is too long
         return value
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Reads prompts from a file, one per line, without empty lines. ConfigError if it contains none or isn't UTF-8."""
+    """Reads prompts from a file, one per line, and skips empty lines. Raises ConfigError if the file contains no prompt or
+    isn't UTF-8."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:

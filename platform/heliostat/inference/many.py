@@ -5,8 +5,8 @@
     OUT/settings.json    model, prompts, and options that the folder belongs to
     OUT/work             results of finished batches
 
-Each prompt is answered once. A run that is killed continues after its last finished batch, on any number of workers. An answer
-depends only on its prompt, its seed, the model, and the options. One command at a time writes to the folder.
+Each prompt is answered once. If a command is killed, the next command continues after the last finished batch, on any number of
+workers. An answer depends only on its prompt, its seed, the model, and the options. One command at a time writes to the folder.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def generate_many(
 ) -> int:
     """Answers all prompts with `workers` copies of the model in parallel, on Ray; returns the number of answers.
 
-    The i-th prompt has seed + i. `quiet`: shows no progress. ConfigError, before Ray starts, in these cases:
+    The i-th prompt has seed + i. `quiet`: whether to hide the progress. Raises ConfigError, before Ray starts, in these cases:
 
     - the model doesn't support generation with these options
     - the output contains something else, or answers to other prompts
@@ -47,7 +47,7 @@ def generate_many(
     place.probe()
     place.require_writable()
     with exported.using(folder):
-        exported.generator(folder, options)  # raises errors before Ray starts
+        exported.generator(folder, options)  # first, so that errors come before Ray's start
     identity = {"model": model_digest(folder), "options": options, "seed": seed,
              "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}  # fmt: skip
     claim(place, identity, "answers", "answers of `heliostat model generate --prompts`")
@@ -59,7 +59,7 @@ def generate_many(
                 results = answered(flow, folder, prompts, options, seed, out, key(identity))
             except HeliostatError:
                 raise
-            except Exception as e:  # for example too little memory for the model
+            except Exception as e:  # for example, the memory is too small for the model
                 raise HeliostatError(f"generating failed: {brief(getattr(e, 'cause', None) or e)}") from e
             shipping.withdraw(flow.work.spill)
         lease_.fence.check()
@@ -70,9 +70,9 @@ def generate_many(
 def answered(
     flow: Flow, folder: Path, prompts: list[str], options: dict[str, object], seed: int, out: str, follows: str
 ) -> list[str]:
-    """Answers prompts with tasks of a flow; returns a JSON line for each, in their order.
+    """Answers prompts with tasks of a flow; returns a JSON line per prompt, in the order of the prompts.
 
-    `follows`: key of everything that determines the answers, including the model's files.
+    `follows`: a key that covers everything that determines the answers, including the model's files.
     """
     place = Location(out)
     drawn = {place.join(name).uri for name, _ in place.files()}
@@ -95,7 +95,7 @@ def answer_batch(
     out: str,
     follows: str,
 ) -> dict[str, object]:
-    """Answers prompts, the first of which has the number `first`. Returns the file of their answers, and the generated images."""
+    """Answers prompts. The first prompt has the number `first`. Returns the file of the answers, and the generated images."""
     place = Location(out)
     requests = [Request(prompt, seed + i, place.join(f"{i:05d}").uri) for i, prompt in enumerate(prompts, first)]
     used = shipping.here(folder, model)

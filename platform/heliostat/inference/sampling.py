@@ -1,21 +1,23 @@
 """Draws the next token of each row of a batch, with the row's own temperature, `top_p`, and random generator. Batch inference
-and serving use it.
+and serving use this module.
 
-The token is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), among the likeliest tokens of `top_p`: that is
-a sample from the softmax. The noise comes from the row's own generator, so it doesn't depend on the batch. Temperature 0 adds
-none.
+The token is the argmax of logits / temperature plus Gumbel noise (Gumbel 1954), among the likeliest tokens of `top_p`. Such an
+argmax is a sample from the softmax. The noise comes from the row's own generator, so it doesn't depend on the batch. At
+temperature 0, no noise is added.
 
-heliostat generates text in three ways. They share prompts, chat templates, and end tokens; the last two also share this module:
+heliostat generates text in three ways. All three share the code for prompts, chat templates, and end tokens. The last two also
+share this module:
 
-- `heliostat model generate`, and a model that MLflow serves, run `recipes/text/server.py`, one prompt at a time. It samples as
-  `transformers` does, with torch's global generator: this module would change the texts of recorded seeds. MLflow copies
-  that file into the model, so it imports nothing of heliostat.
-- Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps the
-  states of models such as Mamba, so each token costs the same.
-- The endpoint (`apps/serve/engine.py`) steps rows itself, because rows join and leave between two tokens, which `generate` does
-  not allow. If a cache holds more than keys and values, it computes all earlier tokens again: quadratic time.
+- `heliostat model generate`, and a model that MLflow serves, run `recipes/text/server.py`, one prompt at a time. The server
+  samples as `transformers` does, with torch's global generator: with this module, recorded seeds would give other texts. MLflow
+  copies `server.py` into the model, so `server.py` imports nothing of heliostat.
+- Batch inference (`inference/batch/engines.py`) runs `generate` of `transformers` with this module's noise. `generate` keeps
+  the states of models such as Mamba, so each token costs the same.
+- The endpoint (`apps/serve/engine.py`) computes each step itself, because rows join and leave between two tokens, which
+  `generate` does not allow. If a cache contains more than keys and values, the endpoint computes all earlier tokens again, in
+  quadratic time.
 
-On a GPU, vLLM can replace the last two. It samples with its own noise.
+On a GPU, vLLM can replace the last two ways. vLLM samples with its own noise.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from typing import TypedDict
 
 import torch
 
-MOST_LOGPROBS = 20  # per token
-WRITES = ("continue", "chat")  # tasks of batch inference with sampled answers
+MOST_LOGPROBS = 20  # maximum number of log probabilities per token
+WRITES = ("continue", "chat")  # the tasks of batch inference that sample their answers
 
 
 class Chosen(TypedDict):
-    """Holds the log probability of the sampled token, and those of the likeliest tokens as (id, value)."""
+    """Holds the log probability of the sampled token, and the log probabilities of the likeliest tokens as (id, value)."""
 
     chosen: float
     best: list[tuple[int, float]]
@@ -51,7 +53,7 @@ class Draw:
 
 
 def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Returns a token id for each row of logits [rows, vocabulary]; the likeliest at temperature 0."""
+    """Returns a token id for each row of logits [rows, vocabulary]. At temperature 0, this is the likeliest token."""
     rows = [i for i, draw in enumerate(draws) if draw.temperature]
     chosen = logits.argmax(-1)
     if rows:
@@ -60,7 +62,7 @@ def choose(logits: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
 
 
 def noisy(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    """Returns scores [rows, vocabulary], float64, whose argmax in a row is its sample. Scores outside `top_p` are -inf."""
+    """Returns scores [rows, vocabulary], float64. The argmax of a row is the row's sample. Scores outside `top_p` are -inf."""
     scores = _within(logits.double(), draws)
     noise = torch.stack([torch.rand(scores.shape[-1], generator=draw.generator, dtype=torch.float64) for draw in draws])
     return scores - torch.log(-torch.log(noise)).to(scores.device)
@@ -82,7 +84,7 @@ def _within(scores: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
 
 
 def logprobs(logits: torch.Tensor, token: int, most: int) -> Chosen:
-    """Returns the log probability of the sampled token, and those of the `most` likeliest, before temperature and `top_p`."""
+    """Returns the log probabilities of the sampled token and of the `most` likeliest tokens, before temperature and `top_p`."""
     logs = torch.log_softmax(logits.double(), -1)
     best = logs.topk(min(most, len(logs)))
     return {"chosen": float(logs[token]), "best": list(zip(best.indices.tolist(), best.values.tolist(), strict=True))}

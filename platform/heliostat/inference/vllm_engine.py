@@ -1,8 +1,8 @@
 """Runs models with vLLM on a GPU: for batch inference, and for the endpoint's requests.
 
-Its input and output are token ids. Prompts, chat templates, end tokens, stop strings, and decoding are the same code for both
-engines. The random noise is vLLM's own, from the input's seed. Reported probabilities are the model's, before temperature and
-`top_p`.
+vLLM's input and output are token ids. Both engines use the same code for prompts, chat templates, end tokens, stop strings, and
+decoding. vLLM draws its own random noise, from the input's seed. Reported probabilities are the model's probabilities, before
+temperature and `top_p`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, TokensPrompt
     from vllm.logprobs import Logprob
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of adapters that vLLM has kernels for
-os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before vLLM is imported: it would report the machine and the model to its developers
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the ranks of adapters that vLLM's kernels support
+os.environ["VLLM_NO_USAGE_STATS"] = "1"  # before vLLM's import, or vLLM reports the machine and model to its developers
 
 
 def architectures() -> Collection[str]:
@@ -51,7 +51,7 @@ def engine_options(
 
 
 def rank(most: int) -> int:
-    """Returns the smallest supported rank that is at least `most`; ConfigError if there is none."""
+    """Returns the smallest supported rank that is at least `most`; raises ConfigError if no supported rank is large enough."""
     if most > RANKS[-1]:
         raise ConfigError(f"--adapter: vLLM supports adapters up to rank {RANKS[-1]}, not {most}. Use --engine transformers")
     return next(one for one in RANKS if one >= most)
@@ -69,13 +69,14 @@ def sampling(
 
 
 def scoring() -> dict[str, object]:
-    """Returns arguments of `SamplingParams` that score a prompt's tokens. vLLM also generates one token, its minimum."""
+    """Returns arguments of `SamplingParams` that score a prompt's tokens. vLLM also generates one token, because one is its
+    minimum."""
     return {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
 
 
 def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) -> float:
-    """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first; ValueError if one is
-    missing."""
+    """Returns the sum of the negative log-likelihoods, in nats, of a prompt's tokens after the first token. Raises ValueError
+    if a token's log-likelihood is missing."""
     if len(scored) != len(tokens):
         raise ValueError(f"vLLM scored {len(scored)} of {len(tokens)} tokens")
     known = [at[token].logprob for token, at in zip(tokens[1:], scored[1:], strict=True) if at is not None and token in at]
@@ -85,13 +86,13 @@ def nats(tokens: Sequence[int], scored: Sequence[Mapping[int, Logprob] | None]) 
 
 
 def probabilities(at: Mapping[int, Logprob], token: int, most: int) -> Chosen:
-    """Returns the log probability of the sampled token, and those of the `most` likeliest, in the endpoint's form."""
+    """Returns the log probabilities of the sampled token and of the `most` likeliest tokens, in the endpoint's format."""
     best = sorted(((other, one.logprob) for other, one in at.items()), key=lambda pair: (-pair[1], pair[0]))
     return {"chosen": at[token].logprob, "best": best[:most]}
 
 
 class VllmStream:
-    """Generates the tokens of concurrent prompts in the caller's event loop. `adapters`: name -> (folder, rank)."""
+    """Generates the tokens of concurrent prompts in the caller's event loop. `adapters` maps a name to (folder, rank)."""
 
     def __init__(self, folder: Path, loaded: LoadedModel, batch: int, adapters: Mapping[str, tuple[str, int]]) -> None:
         import vllm
@@ -106,9 +107,9 @@ class VllmStream:
     async def tokens(
         self, prompt: list[int], most: int, draw: Draw, ends: Collection[int], logprobs: int | None, adapter: str | None
     ) -> AsyncGenerator[tuple[int, Chosen | None]]:
-        """Yields the tokens of an answer as they come, each with its log probabilities if `logprobs` isn't None.
+        """Yields the tokens of an answer as vLLM generates them, each with its log probabilities if `logprobs` isn't None.
 
-        HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
+        Raises HeliostatError if vLLM stops before the caller got a token of `ends`, or `most` tokens.
         """
         params = self.params(**sampling(most, draw.temperature, draw.top_p, draw.seed, ends, logprobs))
         prompt_tokens: TokensPrompt = {"prompt_token_ids": prompt}
@@ -116,7 +117,7 @@ class VllmStream:
         sent, said = 0, None
         async with aclosing(self.llm.generate(prompt_tokens, params, uuid.uuid4().hex, lora_request=lora)) as outputs:
             async for out in outputs:
-                written = out.outputs[0]  # contains all tokens so far
+                written = out.outputs[0]  # each output contains all tokens so far
                 for place in range(sent, len(written.token_ids)):
                     token, at = written.token_ids[place], written.logprobs[place] if logprobs is not None else None
                     yield token, None if logprobs is None or at is None else probabilities(at, token, logprobs)
@@ -125,7 +126,7 @@ class VllmStream:
 
 
 class OnVllm:
-    """Runs a batch engine's task on vLLM, which forms its own batches from all inputs of a piece."""
+    """Runs a batch engine's task on vLLM. vLLM forms its own batches from all inputs of a piece."""
 
     loaded: LoadedModel
     longest: int | None
@@ -139,7 +140,7 @@ class OnVllm:
         self.longest = self.loaded.longest = self.llm.model_config.max_model_len
 
     def kind(self) -> dict[str, object]:
-        """Returns arguments of `vllm.LLM` for this task, in addition to those of all tasks."""
+        """Returns the arguments of `vllm.LLM` that only this task needs."""
         return {}
 
     def rows(self, longest: int) -> int:
@@ -176,7 +177,8 @@ class VllmChat(Written, Chat):
 
 
 class VllmScore(OnVllm, Score):
-    """Scores texts. A text as long as the model's maximum loses its last token, because vLLM generates one after each prompt."""
+    """Scores texts. If a text is as long as the model's maximum, its last token isn't scored, because vLLM generates one token
+    after each prompt."""
 
     def answer(self, tokens: list[list[int]], inputs: list[Input]) -> list[Answer]:
         cut = [row if self.longest is None else row[: self.longest - 1] for row in tokens]

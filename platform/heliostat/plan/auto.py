@@ -1,7 +1,8 @@
-"""Resolves `train.parallel: auto`: replaces it by the fastest parallelism configuration that `heliostat plan JOB --rank` finds.
+"""Resolves `train.parallel: auto`: replaces `auto` by the fastest parallelism configuration that `heliostat plan JOB --rank`
+finds.
 
-Commands and the API resolve a job before they check, submit, or train it. So all later steps, and the run's record, have the keys
-of one configuration. A run that is resumed on the same number of workers keeps its configuration.
+Commands and the API resolve a job before they check, submit, or train it. So all later steps use one configuration, and the
+run's record has its keys. A run that is resumed on the same number of workers keeps its configuration.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ def settled(
     prices: Prices | None = None,
     unread: str = "",
 ) -> Job:
-    """Returns the job in its fastest parallelism configuration that fits, if it asks for one, else the job itself. Raises
-    ConfigError if none fits.
+    """Returns the job in the fastest parallelism configuration that fits, if the job has `train.parallel: auto`. Else returns
+    the job unchanged. Raises ConfigError if no configuration fits.
 
-    `cluster`: the cluster file to plan for. Without it and without a `device`, the plan is for this machine. `resume`: continue
-    the run, if there is one. `unread`: the reason why the datasets couldn't be read just before.
+    `cluster`: the cluster file to plan for. If neither `cluster` nor `device` is given, the plan is for this machine. `resume`:
+    whether to continue the run, if it exists. `unread`: the reason why an earlier attempt couldn't read the datasets.
     """
     if not job.train.parallel.auto:
         return job
-    computed = check.computable(job, check.cpu_flags())  # its precision decides which configurations are possible
+    computed = check.computable(job, check.cpu_flags())  # the device's precision decides which configurations are possible
     before = recorded(computed) if resume else None
     if before is not None:
         kept = layouts.of(before)
@@ -71,13 +72,14 @@ def settled(
 
 
 def prepared(path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning, in the parallelism configuration that it trains in. Returns the same as
+    """Loads a job file for planning, in the parallelism configuration in which the job trains. Returns the same values as
     `planner.prepare`."""
     return bound(*check.check_job(settled(check.load_job(path, settings, cluster), cluster)))
 
 
 def recorded(job: Job) -> Job | None:
-    """Returns the job of the run's newest checkpoint if it has the workers and GPUs that this job asks for, else None."""
+    """Returns the job of the run's newest checkpoint, if it has the same numbers of workers and GPUs as this job. Else returns
+    None."""
     try:
         job.run_folder.wait_for_store()
         newest = layout.latest(job.run_folder)
@@ -90,8 +92,8 @@ def recorded(job: Job) -> Job | None:
 
 
 def here(job: Job) -> str | None:
-    """Finds this machine's GPU in the price table; None if the job or the machine has no GPU. Raises ConfigError if the table
-    lacks the GPU."""
+    """Finds this machine's GPU in the price table. Returns None if the job or the machine has no GPU. Raises ConfigError if the
+    table lacks the GPU."""
     if not job.workers.gpus:
         return None
     import torch
@@ -103,7 +105,7 @@ def here(job: Job) -> str | None:
 
 
 def elsewhere() -> str:
-    """Returns the device to plan for if no cluster file names one: the default GPU."""
+    """Returns the device to plan for if no cluster file names a GPU: the default GPU."""
     log.info("%s: no cluster file names the GPUs, so the plan is for %s", KEY, hardware.DEFAULT_GPU)
     return hardware.DEFAULT_GPU
 

@@ -1,9 +1,9 @@
 """Caches the counts of models (`counts`) in the workspace, so that planning a job again doesn't need torch.
 
-The cache key covers everything that determines a count: the relevant keys of the job, the digests of its datasets, this package's
-code, the versions of the libraries, and the machine. Jobs with other inputs, such as a custom recipe or a pretrained folder, are
-counted each time. The folder is `.heliostat/cache`, unless HELIOSTAT_CACHE names another. You can delete it at any time. An empty
-HELIOSTAT_CACHE turns the cache off.
+The cache key covers everything that determines a count: the relevant keys of the job, the digests of its datasets, this
+package's code, the versions of the libraries, and the machine. Models of jobs with other inputs, such as a custom recipe or a
+pretrained folder, are counted each time. The cache's folder is `.heliostat/cache`, unless HELIOSTAT_CACHE names another folder.
+You can delete the folder at any time. An empty HELIOSTAT_CACHE turns the cache off.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from heliostat.validation import check
 log = logging.getLogger(__name__)
 
 PLACE = "HELIOSTAT_CACHE"
-KEPT = 64  # the newest counts, which stay in the cache
+KEPT = 64  # maximum number of counts in the cache (the newest)
 LIBRARIES = ("torch", "transformers", "diffusers")
-APART = ("name", "storage", "mlflow", "checkpoint", "retries", "evaluate")  # keys of a job that no count depends on
+APART = ("name", "storage", "mlflow", "checkpoint", "retries", "evaluate")  # keys of a job that don't affect the counts
 APART_TRAIN = ("zero", "steps", "steps_from", "seed", "schedule", "global_batch_size", "grad_clip", "loss_spikes", "sdc_check")
 COUNTS = Format(Counts, "count of a model")
 
 
 def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
-    """Returns the cached counts of a job's model. If there are none, counts the model and caches the result."""
+    """Returns the cached counts of a job's model. If the cache doesn't have them, counts the model and caches the result."""
     folder, name = os.environ.get(PLACE, str(workspace.root() / ".heliostat" / "cache")), key(job, recipe)
     if not folder or name is None:
         return count()
@@ -61,17 +61,18 @@ def get(job: Job, recipe: Recipe, count: Callable[[], Counts]) -> Counts:
 
 
 def key(job: Job, recipe: Recipe) -> str | None:
-    """Computes the cache key of a job's model, 32 hex digits; None if the counts depend on inputs that the key doesn't cover."""
+    """Computes the cache key of a job's model, 32 hex digits. Returns None if the counts depend on inputs that the key doesn't
+    cover."""
     module = job.recipe.partition(":")[0]
     if workspace.BUILT_IN.get(module, module) != "heliostat.recipes" or any(map(_is_path, _leaves(job.model))):
         return None
     keys = {k: v for k, v in job.dump().items() if k not in APART}
     keys["train"] = {k: v for k, v in keys["train"].items() if k not in APART_TRAIN}
     shared = keys["train"]["parallel"]["sequence"] > 1
-    keys["train"]["parallel"] = keys["train"]["parallel"]["tensor"]  # the only degree that changes a worker's model
+    keys["train"]["parallel"] = keys["train"]["parallel"]["tensor"]  # the only kind of parallelism that changes a worker's model
     keys["train"]["optimizer"] = {k: v for k, v in keys["train"]["optimizer"].items() if k != "lr"}
     keys["data"] = {k: v for k, v in keys["data"].items() if k in ("sequence_length", "document_mask")}
-    keys["data"]["document_mask"] &= not shared  # then `model_stats` counts no mask of all pairs
+    keys["data"]["document_mask"] &= not shared  # in this case, `model_stats` counts no mask of all pairs
     bound = [source.digest for source in getattr(recipe, "sources", [])]
     machine = [platform.machine(), platform.python_version(), sorted(check.cpu_flags())]
     whole = json.dumps([keys, bound, machine, _code()], sort_keys=True)
@@ -90,12 +91,14 @@ def _is_path(value: object) -> bool:
 
 @cache
 def _code() -> list[str]:
-    """Identifies the code that counts: the digest of this package's files, and the versions of the libraries that it calls."""
+    """Identifies the code that counts, by the digest of this package's files and the versions of the libraries that it
+    calls."""
     return [package_digest(Path(__file__).parents[1]), *map(_version, LIBRARIES)]
 
 
 def package_digest(package: Path) -> str:
-    """Computes the digest of a package's files and their names: 64 hex digits, the same in any folder."""
+    """Computes the digest of a package's files and their names: 64 hex digits. The digest doesn't depend on the package's
+    location."""
     files = sorted(p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc")
     digest = hashlib.sha256()
     for file in files:

@@ -1,12 +1,12 @@
-"""Computes in one process the work of N ranks, and checks it: `heliostat train JOB.yaml --dry-run --workers N`. The steps are:
+"""Computes and checks the work of N ranks in one process: `heliostat train JOB.yaml --dry-run --workers N`. The steps are:
 
-- It validates the job for N workers, and DeepSpeed's config with DeepSpeed's own classes.
+- It validates the job for N workers, and validates DeepSpeed's config with DeepSpeed's own classes.
 - It builds the model on the meta device, and cuts its state as ZeRO does.
 - It makes the checkpoint index that the ranks would write.
 - It makes the data plan, from the datasets if they can be read.
 
-It starts no worker, and allocates no memory for the model. Raises ConfigError if a number doesn't divide or the model doesn't
-fit, and CheckpointError if the ranks' slices overlap or leave elements out.
+The dry run starts no worker, and allocates no memory for the model. It raises ConfigError if a number isn't divisible or the
+model doesn't fit. It raises CheckpointError if the ranks' slices overlap or leave elements out.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from heliostat.validation import check
 
 
 def kinds(job: Job, hidden: bool = False) -> list[str]:
-    """Lists the tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and EMA if the job has
-    one. `hidden`: whether the parameter is a hidden matrix."""
+    """Lists the kinds of tensors that a checkpoint has per trained parameter: fp32 master weight, optimizer state, and the EMA
+    if the job uses it. `hidden`: whether the parameter is a hidden matrix."""
     return ["master", *job.train.optimizer.kept(hidden), *([layout.EMA] if job.train.ema else [])]
 
 
@@ -45,7 +45,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
     data, note = _data(job, recipe, unread)
     built = build(recipe)
     model = stats_of(recipe, built)
-    planner.plan(job, recipe, built=built)  # raises ConfigError for a job that doesn't fit
+    planner.plan(job, recipe, built=built)  # raises ConfigError if the job doesn't fit
     owned = _owned(job, model)
     saved, index_bytes = checkpoint_index(job, model, owned)
     sizes = [sum(4 * len(kinds(job, name in model.hidden)) * n for name, _, n in rank) for rank in owned]
@@ -68,7 +68,7 @@ def dry_run(path: Path, settings: list[str], workers: int | None = None) -> dict
 
 
 def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
-    """Cuts the trained parameters into the slices that each rank saves."""
+    """Divides the trained parameters into the slices that each rank saves."""
     groups, stage, parallel = model.groups_of(job.train.optimizer), job.train.zero.stage, job.train.parallel
     if parallel.tensor > 1:
         shapes = {n: s for n, s in model.own(parallel.tensor).items() if n in model.trained}
@@ -79,7 +79,8 @@ def _owned(job: Job, model: ModelStats) -> list[list[zero_layout.Slice]]:
 
 
 def _data(job: Job, recipe: Recipe, unread: str) -> tuple[dict[str, int], str]:
-    """Computes the numbers of the data plan, from the datasets if they can be read. Else, a note gives the reason."""
+    """Computes the numbers of the data plan from the datasets. If the datasets can't be read, returns a note with the
+    reason."""
     note = ""
     try:
         shape = check.check_data(job, recipe).plan.shape
@@ -136,7 +137,8 @@ def _buffers(model: ModelStats, rank: int, world: int) -> placement.Tensors:
 
 
 def _shard(rank: int, tensors: placement.Tensors) -> tuple[placement.WrittenPart, bytes]:
-    """Plans a rank's shard, with placeholder checksums of ten digits. Returns its part of `checkpoint.json`, and its index."""
+    """Plans a rank's shard, with placeholder checksums of ten digits. Returns the shard's part of `checkpoint.json`, and the
+    shard's index."""
     places, offset = dict[str, ChunkPlace](), 0
     for name, entry in tensors.items():
         ((_, _, start, numel),) = entry.runs

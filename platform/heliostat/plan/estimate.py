@@ -1,8 +1,10 @@
-"""Estimates memory, speed, and cost of a job on a device, in any parallelism configuration, and the best checkpoint interval.
+"""Estimates memory, speed, and cost of a job on a device, in any parallelism configuration. Also estimates the best checkpoint
+interval.
 
-Let mu be the mean time between interruptions, C the time that a save stops training, and R the time of a restart. The interval W
-that wastes the least time is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115). Daly 2006, doi 10.1016/j.future.2004.11.016,
-adds terms that vanish for C << mu. Saving wastes the share C / W. Recomputing and restarting waste (W / 2 + R) / mu.
+Let mu be the mean time between interruptions, C the time that a save stops training, and R the time of a restart. The interval
+W that wastes the least time is sqrt(2 C mu) (Young 1974, doi 10.1145/361147.361115). Daly 2006, doi
+10.1016/j.future.2004.11.016, adds terms that vanish for C << mu. Saving wastes the share C / W of the time. Recomputing and
+restarting waste the share (W / 2 + R) / mu.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from heliostat.plan.layouts import Candidate, Layout
 from heliostat.plan.traffic import Traffic
 
 HOUR = 3600.0
-BATCHES = 2  # steps whose batches are in pinned memory: the current one and the next
+BATCHES = 2  # steps whose batches are in pinned memory: the current step and the next step
 
 
 class Planner:
@@ -42,14 +44,15 @@ class Planner:
         exchanged: Mapping[int, int] | None = None,
         selects: bool = False,
     ) -> None:
-        """Prepares the estimates. `exchanged`: by number of workers that share a sample, the elements that each sends in a
-        forward pass over it. `selects`: activation checkpointing can cover some of the layers."""
+        """Prepares the estimates. `exchanged` maps the number of workers that share a sample to the number of elements that
+        each of them sends in the sample's forward pass. `selects`: whether activation checkpointing can cover only some
+        layers."""
         self.job, self.device, self.prices, self.exchanged = job, device, prices, exchanged or {1: 0}
         self.model, self.kept, self.work = counts.model, counts.kept, counts.work
         self.workers, self.gpu = job.workers.most, device.name != "cpu"
         self.tensor = job.train.parallel.tensor
-        self.replicas = self.workers // self.tensor  # workers with the same part of each matrix, which shard state
-        self.shapes = counts.model.own(self.tensor)  # of one worker's parameters
+        self.replicas = self.workers // self.tensor  # workers with the same shard of each matrix; they shard the state
+        self.shapes = counts.model.own(self.tensor)  # shapes of one worker's parameters
         if (parts := job.train.parallel.expert) > 1:
             stacks = {memory.LOW[job.train.precision] * math.prod(counts.model.shapes[n]) for n in counts.model.stacked}
             self.work = step_time.divided(counts.work, stacks, parts)
@@ -61,14 +64,14 @@ class Planner:
         return self.candidate(layouts.of(self.job))
 
     def recommend(self) -> Candidate | None:
-        """Finds the best configuration that fits; None if none does."""
+        """Finds the best configuration that fits; None if no configuration fits."""
         whole = layouts.candidates(self.job, self.workers, [self.job.train.parallel.sequence], self.selects)
         best = min((self.candidate(one) for layout in whole for one in (layout, *self.partly(layout))), key=layouts.order)
         return best if best.fits else None
 
     def partly(self, layout: Layout) -> Iterator[Layout]:
-        """Yields a variant of a configuration that checkpoints all layers: it checkpoints the fewest layers with which it fits.
-        Yields nothing if it also fits without checkpointing, or only with all layers checkpointed."""
+        """Yields a variant of a configuration that checkpoints all layers: the variant that fits with the fewest checkpointed
+        layers. Yields nothing if the configuration fits without checkpointing, or fits only with all layers checkpointed."""
         many = len(self.kept.layers)
         if not self.selects or layout.checkpointing is not True or many < 2 or self._fits(layout, 0):
             return
@@ -88,12 +91,12 @@ class Planner:
         return self.job.train.global_batch_size * layout.sequence // (self.replicas * layout.micro_batch_size)
 
     def _checkpointed(self, layout: Layout) -> int:
-        """Counts the layers whose activations a configuration recomputes."""
+        """Counts the layers whose activations are recomputed in a configuration."""
         many, which = len(self.kept.layers), layout.checkpointing
         return many if which is True or isinstance(which, str) else min(many, which)
 
     def candidate(self, layout: Layout) -> Candidate:
-        """Estimates memory, communication, and speed in a configuration. Everything else stays as in the job."""
+        """Estimates memory, communication, and speed of the job in a configuration. All other settings stay as in the job."""
         accumulation = self._accumulation(layout)
         state, need, left = self._memory(layout, accumulation)
         moved = self._traffic(layout, accumulation)
@@ -126,15 +129,15 @@ class Planner:
 
     @cached_property
     def _own(self) -> Counter[str]:
-        """Counts the parameters that a worker computes with, by module. Of sharded experts, it counts the worker's own."""
+        """Counts the parameters that a worker uses, by module. If experts are sharded, counts only the worker's own experts."""
         parts, counts = self.job.train.parallel.expert, Counter[str]()
         for name, shape in self.shapes.items():
             counts[name.rpartition(".")[0]] += math.prod(shape) // (parts if name in self.model.stacked else 1)
         return counts
 
     def _traffic(self, layout: Layout, accumulation: int) -> Traffic:
-        """Estimates the bytes of weights and gradients that each worker sends per step. Workers that shard experts exchange
-        experts only with the workers that have the same ones."""
+        """Estimates the bytes of weights and gradients that each worker sends per step. If experts are sharded, a worker
+        exchanges its experts only with workers that have the same experts."""
         train, parts = self.job.train, self.job.train.parallel.expert
         low, summed = memory.LOW[train.precision], 4 if self._sums_fp32 and accumulation > 1 else memory.LOW[train.precision]
         experts = sum(math.prod(self.model.shapes[name]) for name in self.model.stacked) if parts > 1 else 0
@@ -145,7 +148,7 @@ class Planner:
             rest = replace(
                 rest, calls=traffic.calls(layout.stage, accumulation, layers, buckets, train.zero.hpz_partition_size is not None)
             )
-        if self.tensor > 1:  # one ring per part, each over as many nodes as all workers
+        if self.tensor > 1:  # one ring per shard; each ring spans as many nodes as all workers
             rest = replace(rest, workers=self.workers, rings=min(self.tensor, self.device.per_node))
         return rest + traffic.volume(experts // parts, low, self.workers // parts, layout.stage, accumulation)
 
@@ -154,7 +157,7 @@ class Planner:
         return spec.settle(self.job, None).train.grad_accum_dtype == "fp32"
 
     def _memory(self, layout: Layout, accumulation: int) -> tuple[memory.StateBytes, memory.Need, int]:
-        """Estimates the training state, a worker's complete memory, and the bytes of activations on the host."""
+        """Estimates the training state, all memory of a worker, and the bytes of activations on the host."""
         train, model = self.job.train, self.model
         state = memory.state(
             self.shapes,
@@ -184,28 +187,28 @@ class Planner:
         return (self.job.train.zero.shard_group_size if layout.stage == 3 else None) or self.replicas
 
     def _activations(self, layout: Layout) -> tuple[int, int]:
-        """Estimates the bytes of activations on a worker's device, and those that it offloads to its host."""
+        """Estimates the bytes of activations on a worker's device, and the bytes that the worker offloads to its host."""
         train, length, first = self.job.train, self.job.data.sequence_length or 0, self._checkpointed(layout)
         selective = layout.checkpointing == SELECTIVE
         most = self.kept.selective() if selective else self.kept.held(first, train.activation_offload)
         kept = (most + self.kept.largest) * layout.micro_batch_size // layout.sequence
         left = self.kept.inputs(first) * layout.micro_batch_size // layout.sequence if train.activation_offload else 0
-        if layout.sequence > 1 and self.job.data.document_mask:  # each worker makes the mask for complete samples
+        if layout.sequence > 1 and self.job.data.document_mask:  # each worker makes the mask of the complete sample
             from heliostat.parallel import document_attention
 
             kept += layout.micro_batch_size * document_attention.mask_bytes(length, memory.LOW[train.precision])
-        if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight isn't cut
+        if layout.sequence > 1 and train.tiled_loss:  # the gradient of the last layer's weight isn't sharded
             kept += 4 * self.model.layer
         if self.kept.tile:
             kept += self.kept.tile.held(layout.micro_batch_size * length // layout.sequence)
         return kept, left
 
     def _time(self, layout: Layout, accumulation: int, moved: Traffic, on_host: int) -> tuple[step_time.StepSeconds, float, int]:
-        """Estimates a step. Returns its times, the seconds that recompute the forward pass, and the bytes that workers exchange
-        of samples, tokens, and whole matrices. `on_host`: bytes that move to the host and back per step."""
+        """Estimates a step. Returns its times, the seconds of recomputing the forward pass, and the bytes of samples, tokens,
+        and complete matrices that workers exchange. `on_host`: bytes that move to the host and back per step."""
         micro_batch_size, first = layout.micro_batch_size / layout.sequence, self._checkpointed(layout)
         replayed = first / max(1, len(self.kept.layers))
-        reducing = self.workers if self.replicas > 1 else 1  # one worker per group: as many nodes as all workers
+        reducing = self.workers if self.replicas > 1 else 1  # one worker per group; they span as many nodes as all workers
         train, selective = self.job.train, layout.checkpointing == SELECTIVE
         setting = step_time.Setting(
             reducing, layout.stage, micro_batch_size, accumulation, replayed, bool(train.compile), selective, train.fp8
@@ -214,7 +217,7 @@ class Planner:
         elements = self.exchanged[layout.sequence]
         handed, handing = step_time.exchanging(elements, layout.sequence, low, setting, self.device, self.network)
         if (parts := self.job.train.parallel.expert) > 1:
-            each = replace(setting, micro_batch_size=micro_batch_size / parts)  # per part: `exchanging` multiplies by the parts
+            each = replace(setting, micro_batch_size=micro_batch_size / parts)  # per part: `exchanging` multiplies by `parts`
             away = self.model.sent * (parts - 1) // parts
             tokens, seconds = step_time.exchanging(away, parts, low, each, self.device, self.network)
             handed, handing = handed + tokens, handing + seconds
@@ -241,8 +244,8 @@ class Planner:
         return took, replaying * accumulation, handed
 
     def _orthogonalizing(self, stage: int) -> tuple[int, float, float]:
-        """Estimates the bytes that a worker sends to assemble matrices for the optimizer's step, the seconds for that, and the
-        seconds of orthogonalization. All are 0 unless the optimizer is Muon."""
+        """Estimates the bytes that a worker sends to assemble matrices for the optimizer's step, the seconds for sending them,
+        and the seconds of orthogonalization. All values are 0 unless the optimizer is Muon."""
         optimizer = self.job.train.optimizer
         if not isinstance(optimizer, Muon):
             return 0, 0.0, 0.0
@@ -253,7 +256,7 @@ class Planner:
         return sent, sent / (traffic.rate(self.workers, self.device) * self.network.rate), computed
 
     def _moments(self) -> int:
-        """Counts the elements of all optimizer state."""
+        """Counts the elements of the complete optimizer state."""
         kept = self.model.kept(self.job.train.optimizer)
         return sum(len(kept[name]) * math.prod(s) for name, s in self.model.trained.items())
 
@@ -267,7 +270,7 @@ class Planner:
         rates, nodes = self.prices["storage"], -(-self.workers // self.device.per_node)
         trained = sum(math.prod(s) for s in self.model.trained.values())
         train = self.job.train
-        size = (4 + 4 * bool(train.ema)) * trained + STATE_BYTES * self._moments()  # master weights, EMA, moments
+        size = (4 + 4 * bool(train.ema)) * trained + STATE_BYTES * self._moments()  # master weights, EMA, and moments
         blocked = size / self.workers / (rates["host_copy"] * 1e9) if self.gpu else 0.1
         upload = size / nodes / (rates["node"] * 1e9)
         between = self.between()
@@ -309,19 +312,19 @@ class Planner:
 
 
 def mean_time_between(device_hours: float, devices: float) -> float:
-    """Computes the mean seconds between interruptions of the run. `device_hours`: mean hours between failures of one device; the
-    failure rates of all devices add up."""
+    """Computes the mean seconds between interruptions of the run. `device_hours`: mean hours between failures of one device.
+    The failure rates of all devices add up."""
     return device_hours / devices * HOUR
 
 
 def best_interval(blocked_s: float, between_s: float, upload_s: float = 0.0) -> float:
     """Computes the checkpoint interval in seconds that wastes the least time.
 
-    It is never shorter than `upload_s`, the time that a save takes to reach storage, because only one save is in flight.
+    The interval is never shorter than `upload_s`, the time until a save is in storage, because only one save runs at a time.
     """
     return max(math.sqrt(2 * blocked_s * between_s), upload_s)
 
 
 def waste(interval_s: float, blocked_s: float, between_s: float, restart_s: float) -> float:
-    """Computes the share of time that isn't new training: saving, recomputing, and restarting; at most 1."""
+    """Computes the share of time that is spent on saving, recomputing, and restarting; at most 1."""
     return min(1.0, blocked_s / interval_s + (interval_s / 2 + restart_s) / between_s)

@@ -1,7 +1,8 @@
-"""Describes the machines of a plan: devices, links, and prices (`prices.yaml`, with its date). `--prices FILE` overrides values.
+"""Describes the machines of a plan: devices, links, and prices (`prices.yaml`, with its date). `--prices FILE` overrides
+values.
 
-`resolve` picks a job's device: the given one, or the one of the cluster file's GPU pool, or the H100. It plans a job without GPUs
-on CPU cores.
+`resolve` chooses a job's device: the given device, or the GPU of the cluster file's GPU pool, or the H100. A job without GPUs
+is planned on CPU cores.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from heliostat.errors import ConfigError
 
 GIB = 1 << 30
 DEFAULT_GPU = "H100"
-HOST_BANDWIDTH = 200  # GB/s of a node's memory, for devices without that key in the price table
+HOST_BANDWIDTH = 200  # bandwidth of a node's memory in GB/s, for devices without this key in the price table
 Machine = dict[str, Any]  # a device's entry in the price table
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Holds the rates that work reaches on a device. By kind of work, they are shares of the peak in the job's precision;
-    `memory` is a share of the memory's bandwidth."""
+    """Holds the rates that each kind of work reaches on a device. A rate is a share of the device's peak in the job's
+    precision. `memory` is a share of the memory's bandwidth."""
 
     matmul: float
     convolution: float
     attention: float
     memory: float
-    fused: float  # share of other operations' memory traffic that is left with torch.compile
-    launch: float  # the least seconds of any operation, uncompiled
-    fp8: float = 0.8  # share of the float8 peak, for linear layers with `train.fp8`
-    host: float = 0.45  # share of the host memory's bandwidth, for an optimizer on the CPU
+    fused: float  # with torch.compile, this share of other operations' memory traffic is left
+    launch: float  # minimum seconds of any operation without torch.compile
+    fp8: float = 0.8  # share of the float8 peak that linear layers reach with `train.fp8`
+    host: float = 0.45  # share of the host memory's bandwidth that an optimizer on the CPU reaches
 
 
 @dataclass(frozen=True)
 class Network:
     """Holds the rates that communication reaches. `rate`: share of a link's peak, for large messages. `overlap`: share of the
-    communication during computing that computing hides. `hop`, `hop_inside`: seconds of any message from one worker to the next,
-    between nodes and inside a node."""
+    communication during computing that computing hides. `hop`, `hop_inside`: minimum seconds of a message from one worker to
+    the next, between nodes and inside a node."""
 
     rate: float
     overlap: float
@@ -58,16 +59,16 @@ class Device:
     name: str
     memory: float
     flops: float  # peak in the job's precision
-    watts: float  # including its share of the node
+    watts: float  # price of the device, including its share of the node
     per_node: int
-    link: float  # to a neighbor in the node
-    network: float  # of its node to other nodes
-    host_memory: float  # bytes: its share of the node's memory
+    link: float  # rate to a neighbor in the node
+    network: float  # rate from its node to other nodes
+    host_memory: float  # bytes of the device's share of the node's memory
     hour: float  # price per hour
-    bandwidth: float  # of the device's memory
+    bandwidth: float  # bandwidth of the device's memory
     efficiency: Efficiency
-    peaks: Mapping[str, float] = field(default_factory=dict)  # by precision
-    host_bandwidth: float = 25e9  # of its share of the node's memory
+    peaks: Mapping[str, float] = field(default_factory=dict)  # peak by precision
+    host_bandwidth: float = 25e9  # bandwidth of its share of the node's memory
 
 
 class Prices(TypedDict):
@@ -92,7 +93,7 @@ def table(over: Path | None = None) -> Prices:
 
 
 def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict[str, object]:
-    """Merges a user's price table over the base.
+    """Merges a user's price table into the base. The user's values replace the base's values.
 
     `devices`, `instances`, and `efficiency` may get new names. Raises ConfigError for any other key that the base lacks.
     """
@@ -110,8 +111,8 @@ def _merge(base: dict[str, object], over: dict[str, object], where: str) -> dict
 
 
 def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | None = None) -> Device:
-    """Resolves the device of one of the job's workers. Raises ConfigError if the price table lacks it, or if it doesn't suit the
-    job.
+    """Resolves the device of one of the job's workers. Raises ConfigError if the price table lacks the device, or if the device
+    doesn't suit the job.
 
     `name`: a device of the table. `instance`: a machine type of the table, which may have its own price and network.
     """
@@ -132,7 +133,7 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
         )
     raw = prices["devices"][name] | {k: v for k, v in rented.items() if k != "device"}
     try:
-        units = cores if name == "cpu" else gpus  # `Device` describes what one worker has
+        units = cores if name == "cpu" else gpus  # `Device` describes the share of one worker
         return Device(
             name=name,
             memory=raw["memory_gib"] * GIB * units,
@@ -155,7 +156,8 @@ def resolve(job: Job, prices: Prices, name: str | None = None, instance: str | N
 def find(name: str, memory: float, devices: Mapping[str, Machine]) -> str | None:
     """Finds a GPU among the table's devices, by its exact CUDA name and its `memory` in bytes; None if the table lacks it.
 
-    A device's `names` are the names that CUDA reports. Without `names`, its own name counts, with or without "NVIDIA " before it.
+    A device's `names` are the names that CUDA reports. If a device has no `names`, its own name counts, with or without "NVIDIA
+    " before it.
     """
     return next((d for d, known in devices.items() if name in names(d, known) and memory > 0.9 * known["memory_gib"] * GIB), None)
 
@@ -169,9 +171,10 @@ def names(device: str, known: Machine) -> list[str]:
 
 
 def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
-    """Computes the cost of devices over the `seconds` that each was in use; None if the price table lacks one of them.
+    """Computes the cost of devices for the `seconds` that each device was in use. Returns None if the price table lacks one of
+    the devices.
 
-    Each of `used` has a `name`: `cpu`, for one core, or a GPU's CUDA name, with the bytes of its `memory`.
+    Each item of `used` has a `name`: `cpu` for one core, or a GPU's CUDA name. A GPU also has the bytes of its `memory`.
     """
     devices, total = prices["devices"], 0.0
     for one in used:
@@ -182,7 +185,7 @@ def cost(used: list[dict[str, Any]], prices: Prices) -> float | None:
 
 
 def efficiency(prices: Prices, name: str) -> Efficiency:
-    """Reads a device's efficiency from the table: the entry `other`, with the device's own entry over it."""
+    """Reads a device's efficiency from the table. The device's own entry overrides values of the entry `other`."""
     raw, known = {**prices["efficiency"]["other"], **prices["efficiency"].get(name, {})}, list(Efficiency.__dataclass_fields__)
     for key, value in raw.items():
         if key not in known:

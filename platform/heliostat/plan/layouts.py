@@ -1,8 +1,9 @@
-"""Lists the parallelism configurations of a job, and ranks those that fit in memory by time (`heliostat plan JOB --rank`).
+"""Lists the parallelism configurations of a job, and ranks the configurations that fit in memory by time (`heliostat plan JOB
+--rank`).
 
-A configuration (`Layout`) is everything that a job can change without changing what the model learns. It has the ZeRO stage, the
-micro-batch, activation checkpointing, offload, and the numbers of workers that share a sample, matrices, or experts. `ranking`
-makes the jobs that shard matrices and experts.
+A configuration (`Layout`) contains all settings that don't change what the model learns. These are the ZeRO stage, the
+micro-batch size, activation checkpointing, offload, and the numbers of workers that share samples, matrices, or experts.
+`ranking` makes the jobs that shard matrices and experts.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ OFFLOADS = {"none": (None, None), "optimizer": ("cpu", None), "optimizer, weight
 class Layout:
     """Describes how a job trains on its workers.
 
-    `checkpointing`: no layers, all, the first n, or all except their expensive operations ("selective"). `offload_param`: where
-    stage 3 keeps its weights; None: on the device.
+    `checkpointing`: which layers use activation checkpointing: none, all, the first n, or all except their expensive operations
+    ("selective"). `offload_param`: where stage 3 keeps its weights; None means on the device.
     """
 
     stage: int
@@ -42,7 +43,8 @@ class Layout:
 
     @property
     def family(self) -> tuple[object, ...]:
-        """Returns the values that layouts share if they differ only in micro-batch and number of checkpointed layers."""
+        """Returns the family's values. Configurations of one family differ only in micro-batch size and number of checkpointed
+        layers."""
         which = self.checkpointing if isinstance(self.checkpointing, bool | str) else "some"
         return self.stage, which, self.offload_optimizer, self.offload_param, *self.degrees
 
@@ -51,7 +53,7 @@ class Layout:
         return self.sequence, self.tensor, self.expert
 
     def settings(self) -> dict[str, object]:
-        """Returns the job's keys for this layout, with their values."""
+        """Returns the job's keys for this configuration, with their values."""
         return {
             "train.zero.stage": self.stage,
             "train.micro_batch_size": self.micro_batch_size,
@@ -66,7 +68,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Holds a layout's estimates: memory in bytes, seconds of a step by part, and the reason for its rank (`why`)."""
+    """Holds the estimates for a configuration: memory in bytes, seconds of a step by part, and the reason for its rank
+    (`why`)."""
 
     layout: Layout
     fits: bool
@@ -86,7 +89,7 @@ class Candidate:
 
 
 def of(job: Job) -> Layout:
-    """Returns the layout of a job."""
+    """Returns the configuration of a job."""
     train, zero = job.train, job.train.zero
     param = zero.offload.param if zero.stage == 3 else None
     offload, degrees = bool(zero.offload.optimizer), (train.parallel.sequence, train.parallel.tensor, train.parallel.expert)
@@ -94,12 +97,12 @@ def of(job: Job) -> Layout:
 
 
 def changes(job: Job, layout: Layout) -> list[str]:
-    """Lists the `--set` values that change a job to a layout, without the keys that stay the same."""
+    """Lists the `--set` values that change a job to a configuration. Leaves out keys that stay the same."""
     was, train = of(job).settings(), job.train
     changed = [f"{key}={_yaml(value)}" for key, value in layout.settings().items() if _yaml(value) != _yaml(was[key])]
     if train.zero.offload.nvme_path and layout.offload_param != "nvme":
         changed.append("train.zero.offload.nvme_path=null")
-    if train.parallel.auto:  # the word `auto` has no keys
+    if train.parallel.auto:  # the value `auto` has no subkeys
         names = zip(("sequence", "tensor", "expert"), layout.degrees, strict=True)
         whole = ", ".join(f"{name}: {n}" for name, n in names if n > 1)
         changed = [f"train.parallel={{{whole}}}", *(one for one in changed if not one.startswith("train.parallel."))]
@@ -107,7 +110,7 @@ def changes(job: Job, layout: Layout) -> list[str]:
 
 
 def applied(job: Job, layout: Layout) -> Job:
-    """Copies a job with another layout. Raises ConfigError if the job can't have that layout."""
+    """Copies a job with another configuration. Raises ConfigError if the job can't have that configuration."""
     return schema.validate(Job, schema.apply(job.dump(), changes(job, layout)), job.name)
 
 
@@ -116,8 +119,9 @@ def _yaml(value: object) -> str:
 
 
 def candidates(job: Job, workers: int, degrees: Iterable[int] = (1,), selects: bool = False) -> Iterator[Layout]:
-    """Yields every layout that the job could have on `workers` workers, with its own tensor and expert parallelism. `degrees`:
-    numbers of workers that may share a sample. `selects`: layers can be checkpointed in part."""
+    """Yields every configuration that the job could have on `workers` workers, with its own tensor and expert parallelism.
+    `degrees`: numbers of workers that may share a sample. `selects`: whether activation checkpointing can cover only some
+    layers."""
     parallel = job.train.parallel
     for sequence in degrees:
         for layout in _alone(job, workers // (sequence * parallel.tensor), selects):
@@ -132,7 +136,7 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
     zero, parallel = job.train.zero, job.train.parallel
     apart = parallel.expert > 1 or bool(
         zero.shard_group_size or zero.hpz_partition_size or zero.quantize_weights
-    )  # they need stage 3
+    )  # these need stage 3
     least = 3 if apart else 0 if job.train.precision == "fp32" else 1  # stage 0 supports only fp32
     divides = apart or parallel.tensor > 1  # neither supports offload
     for stage in range(least, 3 if parallel.tensor > 1 else 4):
@@ -145,15 +149,15 @@ def _alone(job: Job, replicas: int, selects: bool) -> Iterator[Layout]:
 
 
 def order(candidate: Candidate) -> tuple[object, ...]:
-    """Returns a sort key of candidates: those that fit come first, then the fastest, then the simplest."""
+    """Returns a sort key of candidates. Candidates that fit come first; among them the fastest, then the simplest."""
     if not candidate.fits:
         return (1, candidate.memory["total"], *complexity(candidate.layout))
     return (0, round(candidate.speed["step_s"], 3), *complexity(candidate.layout))
 
 
 def complexity(layout: Layout) -> tuple[object, ...]:
-    """Returns a sort key of layouts. The simplest come first: no offload, no groups of workers, a low stage, few checkpointed
-    layers, a large micro-batch."""
+    """Returns a sort key of configurations. Simple configurations come first: no offload, no groups of workers, a low stage,
+    few checkpointed layers, a large micro-batch."""
     offload = layout.offload_optimizer, layout.offload_param or ""
     which = layout.checkpointing
     kind = (CHECKPOINTING.index(which), 0) if isinstance(which, bool | str) else (len(CHECKPOINTING), which)
@@ -161,8 +165,8 @@ def complexity(layout: Layout) -> tuple[object, ...]:
 
 
 def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lambda _: True) -> list[Candidate]:
-    """Ranks the candidates that are `possible`, and gives each the reason for its place. Of each family (`Layout.family`), only
-    the best stays."""
+    """Ranks the candidates that are `possible`, and gives each candidate the reason for its rank. Only the best candidate of
+    each family (`Layout.family`) stays."""
     best: dict[tuple[object, ...], Candidate] = {}
     for one in sorted(estimates, key=order):
         if one.layout.family not in best and possible(one.layout):
@@ -172,7 +176,8 @@ def ranked(estimates: list[Candidate], possible: Callable[[Layout], bool] = lamb
 
 
 def why(one: Candidate, first: Candidate) -> str:
-    """Explains why a layout isn't the best: what doesn't fit, or which part of a step costs most of the additional time."""
+    """Explains the rank of a candidate: by the memory that doesn't fit, or by the part of a step that needs the most additional
+    time."""
     if not one.fits:
         return _lacks(one.memory)
     if one is first:

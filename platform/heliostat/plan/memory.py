@@ -1,8 +1,8 @@
 """Computes the bytes of training state on each worker, by ZeRO stage and offload. The functions are pure.
 
-docs/plan-method.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients per parameter, and 12
-bytes of optimizer state: an fp32 master weight and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The
-stage decides which of these the workers shard. Other optimizers keep fewer moments, or none.
+docs/plan-method.md has the formulas. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients per parameter, and
+12 bytes of optimizer state: an fp32 master weight and two moments (Rajbhandari et al. 2020, arXiv 1910.02054, section 3.1). The
+ZeRO stage decides which of these the workers shard. Other optimizers keep fewer moments, or no moments.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from heliostat.plan import zero_layout
 from heliostat.plan.hardware import GIB
 
 LOW = {"fp32": 4, "bf16": 2, "fp16": 2}
-FRAGMENTATION = 0.08  # share of all allocated bytes, in blocks that the allocator keeps and can't use
+FRAGMENTATION = 0.08  # share of all allocated bytes that is in blocks that the allocator keeps but can't use
 CONTEXT = 1.5 * GIB  # bytes that CUDA and NCCL use on a GPU
 BUCKETS = {"reduce_bucket_size": 500_000_000, "allgather_bucket_size": 500_000_000, "stage3_prefetch_bucket_size": 50_000_000,
            "stage3_param_persistence_threshold": 100_000, "stage3_max_live_parameters": 1_000_000_000}  # fmt: skip
-# elements: DeepSpeed's defaults (deepspeed/runtime/zero/config.py)
+# number of elements: DeepSpeed's defaults (deepspeed/runtime/zero/config.py)
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """Holds the bytes of training state on one worker: on its device, and offloaded to its host or to NVMe.
+    """Holds the bytes of training state of one worker: on its device, and offloaded to its host or to NVMe.
 
     `masters` includes the EMA of the weights, if the job has one.
     """
@@ -36,7 +36,7 @@ class StateBytes:
     moments: int
     host: int
     disk: int
-    summed: int = 0  # part of the gradients: fp32 sums of micro-batches
+    summed: int = 0  # part of `gradients`: fp32 sums over micro-batches
 
     @property
     def device(self) -> int:
@@ -62,11 +62,11 @@ def state(
     moments: int | Mapping[str, int] = 2,
     copied: int | None = None,
 ) -> StateBytes:
-    """Computes the bytes of training state that a worker holds between two steps.
+    """Computes the bytes of training state that a worker has between two steps.
 
-    Gradients count at their largest, before the optimizer's step. Several micro-batches are summed in fp32 (`sums_fp32`), or in
-    the job's precision. `moments`: tensors of optimizer state per parameter, one number for all or by name. `copied`: workers
-    that shard a secondary copy of stage 3's weights.
+    Gradients count with their maximum size, before the optimizer's step. The gradients of several micro-batches are summed in
+    fp32 (`sums_fp32`), or in the job's precision. `moments`: number of optimizer-state tensors per parameter, as one number for
+    all parameters or by name. `copied`: number of workers that shard a secondary copy of stage 3's weights.
     """
     sizes = {n: math.prod(s) for n, s in shapes.items()}
     trained = sum(n for name, n in sizes.items() if name not in frozen)
@@ -89,7 +89,7 @@ def state(
     gradients, summed = low * (trained if stage == 1 else share), 0
     if accumulates and sums_fp32 and low < 4 and not (offload_optimizer and stage < 3):
         summed = 4 * (trained if stage == 1 else share)
-        gradients = low * trained + summed if stage == 1 else summed  # stage 1 also keeps those of the micro-batch
+        gradients = low * trained + summed if stage == 1 else summed  # stage 1 also keeps the gradients of the micro-batch
     elif stage == 2 and accumulates:
         gradients = low * _touched({n: s for n, s in shapes.items() if n not in frozen}, workers)
     masters, host, disk = 4 * share * (1 + ema), 0, 0
@@ -104,12 +104,12 @@ def state(
 
 
 def _share(sizes: Iterable[int], workers: int, stage: int) -> int:
-    """Computes the number of elements for which one worker keeps fp32 master weights and moments."""
+    """Computes the number of elements whose fp32 master weights and moments one worker keeps."""
     return sum(partition(n, workers) for n in sizes) if stage == 3 else partition(sum(sizes), workers if stage else 1)
 
 
 def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
-    """Counts the elements of all parameters that a rank owns at least in part, for the rank with the most.
+    """Counts the elements of all parameters that a rank owns at least in part. Returns the largest count of all ranks.
 
     Stage 2 accumulates the complete gradients of these parameters.
     """
@@ -118,7 +118,7 @@ def _touched(shapes: Mapping[str, tuple[int, ...]], workers: int) -> int:
 
 
 def working(parameters: int, largest_layer: int, stage: int, precision: str, config: Mapping[str, object], overlap: bool) -> int:
-    """Computes the bytes of communication buffers, and at stage 3 also of the parameters that are gathered at the same time.
+    """Computes the bytes of communication buffers. At stage 3, adds the bytes of parameters that are gathered at the same time.
 
     No buffer is larger than the model.
     """
@@ -134,18 +134,18 @@ def working(parameters: int, largest_layer: int, stage: int, precision: str, con
 
 @dataclass(frozen=True)
 class Need:
-    """Holds all bytes that a worker needs, by purpose: on its device, and with offload on its host and disk."""
+    """Holds all bytes that a worker needs, by purpose: on its device and, with offload, on its host and disk."""
 
     weights: int
     gradients: int
     optimizer: int
     working: int
     activations: int
-    frozen: int  # untrained models: in every step, or in evaluations beyond the room of activations
+    frozen: int  # untrained models: their bytes in every step, or in evaluations the bytes that exceed the space of activations
     margin: int
     host: int
     disk: int
-    summed: int  # part of the gradients: fp32 sums of micro-batches
+    summed: int  # part of `gradients`: fp32 sums over micro-batches
 
     @property
     def total(self) -> int:
@@ -165,8 +165,8 @@ def need(
 ) -> Need:
     """Adds up the bytes that a worker needs: training state, buffers, activations, frozen models, and a margin.
 
-    `frozen_models`: bytes in every step, and bytes in evaluations, which keep no activations. `on_host`: bytes of activations and
-    pinned batches on the host.
+    `frozen_models`: bytes in every step, and bytes in evaluations. Evaluations keep no activations. `on_host`: bytes of
+    activations and pinned batches on the host.
     """
     always, evaluating = frozen_models
     frozen = max(always, evaluating - activation_bytes)
@@ -182,7 +182,7 @@ PURPOSES = ("weights", "gradients", "optimizer", "working", "activations", "froz
 
 
 def parts(need: Mapping[str, int], digits: int = 1) -> str:
-    """Formats a worker's device memory (`Need.dump`) in GiB by purpose, and the fp32 sums among the gradients."""
+    """Formats a worker's device memory (`Need.dump`) in GiB by purpose. Also shows how much of the gradients are fp32 sums."""
     sums = f" ({need['summed'] / GIB:.{digits}f} of them sums in fp32)" if need["summed"] else ""
     shown = [name for name in PURPOSES if need[name] or name != "frozen"]
     return ", ".join(f"{name} {need[name] / GIB:.{digits}f}{sums * (name == 'gradients')}" for name in shown)

@@ -1,7 +1,8 @@
 """Counts a job's model without memory for it: parameters on torch's meta device, activations on fake tensors.
 
-Both counts run the recipe's own code. `build` makes the real modules. `loss` runs the real forward pass on tensors with shapes
-but no values. autograd reports the tensors that it keeps for the backward pass. So no formula for an architecture is needed.
+Both counts run the recipe's own code: `build` makes the real modules, and `loss` runs the real forward pass on tensors with
+shapes but no values. autograd reports the tensors that it keeps for the backward pass. So heliostat needs no formula per
+architecture.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def build(recipe: Recipe) -> torch.nn.Module:
 
 
 def count(job: Job, recipe: Recipe, built: torch.nn.Module | None, contents: Sequence[Content]) -> Counts:
-    """Counts everything that a plan needs. `built`: the recipe's model from `build`, if there is one; don't use it afterwards.
+    """Counts everything that a plan needs. `built`: the recipe's model from `build`, if it exists already. Don't use this model
+    afterwards.
 
-    `contents`: inputs of `recipe.batch` for one sample, for two, and for three.
+    `contents`: inputs of `recipe.batch` for one sample, for two samples, and for three samples.
     """
     built = built or build(recipe)
     model, parts = stats_of(recipe, built), job.train.parallel.tensor
@@ -74,7 +76,7 @@ def stats_of(recipe: Recipe, model: torch.nn.Module) -> ModelStats:
 
 
 def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
-    """Returns the parameters that workers could split (`train.parallel.tensor`), each with `column` or `row`."""
+    """Maps the parameters that workers could shard (`train.parallel.tensor`) to `column` or `row`."""
     if not isinstance(recipe, DividesMatrices):
         return {}
     ways = {name: kind for name, kind in recipe.divided_matrices(model).items() if kind != "summed"}
@@ -87,7 +89,8 @@ def _divided(recipe: Recipe, model: torch.nn.Module) -> dict[str, str]:
 
 
 def _leave_part(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Cuts the matrices of a meta model down to one worker's part, so that its operations have the shapes of that part."""
+    """Reduces the matrices of a meta model to one worker's shard, so that the model's operations have the shapes of this
+    shard."""
     for name, p in list(model.named_parameters()):
         if tuple(p.shape) != shapes[name]:
             owner, _, own = name.rpartition(".")
@@ -105,9 +108,9 @@ def _stacked(recipe: Recipe, model: torch.nn.Module) -> frozenset[str]:
 def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content, count: bool = False) -> Activations:
     """Measures the activations of one sample by running the recipe's loss on fake tensors.
 
-    `content`: an input of `recipe.batch` for one sample. `model`: from `build`; it can't train afterwards. It must not checkpoint
-    activations, because the effect of checkpointing follows from the bytes that each layer keeps. `count`: also count FLOPs,
-    which is slower.
+    `content`: an input of `recipe.batch` for one sample. `model`: a model from `build`; it can't train afterwards. The model
+    must not use activation checkpointing, because the effect of checkpointing is computed from the bytes that each layer keeps.
+    `count`: whether to also count FLOPs, which is slower.
     """
     _as_it_trains(job, recipe, model)
     counter = FlopCounterMode(display=False)
@@ -121,7 +124,8 @@ def activations(job: Job, recipe: Recipe, model: torch.nn.Module, content: Conte
 
 
 def _tile(model: torch.nn.Module) -> Tile | None:
-    """Measures a model's largest tiled MLP: the bytes that a tile keeps, as many of gradients, and fp32 sums of gradients."""
+    """Measures a model's largest tiled MLP: the bytes that a tile keeps, the same number of bytes for their gradients, and the
+    fp32 sums of the weights' gradients."""
     tiled = building.gathered_whole(model)
     if not tiled:
         return None
@@ -134,8 +138,9 @@ def _tile(model: torch.nn.Module) -> Tile | None:
 def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Content, Content]) -> tuple[OperationWork, ...]:
     """Counts the operations of a micro-batch's forward and backward pass by running both on fake tensors.
 
-    `contents`: inputs of `recipe.batch` for two samples and for three. `model`: the one that `activations` has used. Of equal
-    layers, one runs, and then two; the difference is the work of each further layer.
+    `contents`: inputs of `recipe.batch` for two samples and for three samples. `model`: the model that `activations` has used.
+    If the model has equal layers, the model runs with one of them, and then with two. The difference is the work of each
+    additional layer.
     """
     _as_it_trains(job, recipe, model)
     stack = _stack(model)
@@ -155,13 +160,13 @@ def work(job: Job, recipe: Recipe, model: torch.nn.Module, contents: tuple[Conte
 
 @contextmanager
 def _only(model: torch.nn.Module, stack: torch.nn.ModuleList, some: list[torch.nn.Module]) -> Iterator[None]:
-    """Keeps only some of a stack's layers, in their order, inside the context."""
+    """Removes all layers of a stack except `some`, within the context. Keeps the order of the layers."""
     whole = stack._modules
     places = [i for i, m in enumerate(whole.values()) if m in some]
     by_id: dict[int, PreTrainedConfig] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None))}
     configs = [c for c in by_id.values() if len(getattr(c, "layer_types", None) or ()) == len(whole)]
     with ExitStack() as patches:
-        for config in configs:  # models look up the attention type of a layer by its index
+        for config in configs:  # models look up the attention type of a layer by the layer's index
             patches.enter_context(patch.object(config, "layer_types", [config.layer_types[i] for i in places]))
         stack._modules = {str(n): layer for n, layer in enumerate(m for m in whole.values() if m in some)}
         try:
@@ -191,7 +196,7 @@ def _stack(model: torch.nn.Module) -> torch.nn.ModuleList | None:
 
 
 def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
-    """Groups layers whose weights have the same shapes and that have the same type of attention."""
+    """Groups layers that have the same type of attention and weights of the same shapes."""
     kinds: dict[tuple[type, str, str], list[torch.nn.Module]] = {}
     for layer in stack:
         ways = [getattr(m, name, None) for m in layer.modules() for name in ("attention_type", "layer_type", "sliding_window")]
@@ -201,19 +206,20 @@ def _alike(stack: torch.nn.ModuleList) -> list[list[torch.nn.Module]]:
 
 
 def _as_it_trains(job: Job, recipe: Recipe, model: torch.nn.Module) -> None:
-    """Converts a model from `build` to the job's precision, once."""
+    """Converts a model from `build` to the job's precision, unless this has been done already."""
     if not any(isinstance(p, FakeTensor) for p in model.parameters()):
         model.to(DTYPES[job.train.precision])
 
 
 @contextmanager
 def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content) -> Iterator[Batch]:
-    """Yields a content's batch as fake tensors, inside a context of fake tensors. The model keeps fake tensors afterwards."""
+    """Yields a content's batch as fake tensors. Within the context, all new tensors are fake. Afterwards, the model still has
+    fake tensors."""
     with ExitStack() as stack:
         batch = recipe.batch(content, np.zeros(len(content), dtype=np.int64))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _fake(model)
-        stack.enter_context(patch.object(next_token, "block_rows", len))  # the same operations for any number of samples
+        stack.enter_context(patch.object(next_token, "block_rows", len))  # same operations for any number of samples
         stack.enter_context(patch.object(tiled_loss, "tile_rows", lambda hidden, _: hidden[..., 0].numel()))
         stack.enter_context(patch.object(tiled_mlp, "tile_rows", lambda _: 1 << 40))
         if not job.data.document_mask or job.train.parallel.sequence > 1:  # shared samples need no mask of all pairs
@@ -222,10 +228,10 @@ def _on_fakes(job: Job, recipe: Recipe, model: torch.nn.Module, content: Content
 
 
 def _one_document() -> AbstractContextManager[object]:
-    """Makes transformers' detection of packed sequences find none inside the context.
+    """Makes transformers' detection of packed sequences find no packed sequences within the context.
 
     In a real run, the values of position_ids show that sequences aren't packed, so transformers uses no mask. Fake position_ids
-    have no values, and transformers would make a mask for every case.
+    have no values, so transformers would make a mask that covers every case.
     """
     from transformers import masking_utils
 
@@ -233,7 +239,7 @@ def _one_document() -> AbstractContextManager[object]:
 
 
 def _fake(model: torch.nn.Module) -> None:
-    """Replaces a meta model's parameters and buffers by fake ones on the CPU; shared parameters stay shared."""
+    """Replaces a meta model's parameters and buffers by fake tensors on the CPU. Shared parameters stay shared."""
     fakes: dict[torch.Tensor, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -247,7 +253,8 @@ def _fake(model: torch.nn.Module) -> None:
 
 
 def layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Lists the modules that activation checkpointing wraps: those that transformers marks, else the members of `ModuleList`s."""
+    """Lists the modules that activation checkpointing wraps: the modules that transformers marks. If it marks none, the members
+    of each `ModuleList`."""
     return [*checkpointing.layers(model)] or list(_listed(model))
 
 
@@ -260,16 +267,16 @@ def _listed(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 class Meter:
-    """Counts, inside its context, the bytes that autograd keeps in addition to the model's own tensors: in all, and by layer. It
-    also counts the bytes of each layer that selective checkpointing would keep.
+    """Counts the bytes that autograd keeps within the context, in total and per layer. The model's own tensors don't count.
+    Also counts the bytes per layer that selective checkpointing would keep.
 
-    It works on fake and on real tensors, so tests compare the two.
+    The meter works on fake tensors and on real tensors. Tests compare the two results.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.total = self.largest = 0
         self._keys = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-        self._alive: list[torch.Tensor] = []  # an address is unique only while its tensor exists
+        self._alive: list[torch.Tensor] = []  # keeps tensors alive, because an address is unique only while its tensor exists
         self._inputs: list[int] = []
         self._inside: list[int] = []
         self._dear: list[int] = []

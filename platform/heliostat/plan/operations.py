@@ -1,9 +1,9 @@
-"""Counts the operations of a training step: the FLOPs of each, and the bytes that it reads and writes, by kind of work.
+"""Counts the operations of a training step by kind of work: their FLOPs, and the bytes that they read and write.
 
-The recipe's own loss runs forward and backward on fake tensors, and every operation that torch dispatches is recorded. It runs on
-two samples and on three. The difference is the work of one sample; the rest (weights and their gradients) occurs once per
-micro-batch. So no formula for an architecture is needed. Attention without a fused kernel appears as matrix products and memory
-traffic; a fused kernel appears as attention. A frozen model has no backward pass.
+The recipe's own loss runs forward and backward on fake tensors, and every operation that torch dispatches is recorded. The loss
+runs on two samples and on three samples. The difference is the work of one sample. The rest (weights and their gradients) is
+work that occurs once per micro-batch. So heliostat needs no formula per architecture. Attention without a fused kernel counts
+as matrix multiplications and memory traffic; a fused kernel counts as attention. A frozen model has no backward pass.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch.utils._pytree import tree_leaves
 from heliostat.plan.counts import ALWAYS, AT_STAGE_3, ATTENTION, CONVOLUTION, MATMUL, MEMORY, OperationWork
 from heliostat.recipes.text import selective
 
-Arguments = Sequence[Any]  # of an operation: tensors, numbers, and lists of them
+Arguments = Sequence[Any]  # arguments of an operation: tensors, numbers, and lists of tensors or numbers
 FREE = {"detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "_unsafe_view",
         "_local_scalar_dense"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Operation:
-    """Describes one operation as it ran: its kind, FLOPs, and bytes read and written. `replayed`, `dear`: see `OperationWork`."""
+    """Describes one operation that ran: its kind, its FLOPs, and the bytes that it read and wrote. `replayed`, `dear`: see
+    `OperationWork`."""
 
     kind: str
     flops: float
@@ -40,8 +41,9 @@ class Operation:
 class OperationRecorder(TorchDispatchMode):
     """Records every operation that torch dispatches inside its context.
 
-    A layer is recomputed up to the last tensor that autograd keeps of it. torch's own matrix products keep their factors before
-    they compute. DeepSpeed's linear layers at stage 3 keep them afterwards, so a product at that point is recomputed, too.
+    A layer is recomputed until the last of its tensors that autograd keeps. torch's own matrix multiplications save their
+    inputs before they compute. At stage 3, DeepSpeed's linear layers save their inputs afterwards. So a matrix multiplication
+    at that point is also recomputed.
     """
 
     def __init__(self, layers: Iterable[torch.nn.Module]) -> None:
@@ -89,7 +91,7 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: object, dear: bool) -> Operation:
-    """Describes an operation by its name and tensors, as one that isn't recomputed."""
+    """Describes an operation by its name and tensors. The result counts as not recomputed."""
     tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)}
     moved = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     kind, flops = _work(name, args, kwargs, out)
@@ -97,14 +99,14 @@ def describe(name: str, args: Arguments, kwargs: Mapping[str, object], out: obje
 
 
 def _work(name: str, args: Arguments, kwargs: Mapping[str, object], out: Any) -> tuple[str, float]:
-    """Returns an operation's kind, and its FLOPs if it multiplies, else 0."""
+    """Returns an operation's kind and its FLOPs. Operations that only move memory have 0 FLOPs."""
     if "scaled_dot_product" in name or name in ("_flash_attention_forward", "_flash_attention_backward"):
         return ATTENTION, _attention(name, args, kwargs)
     if name in ("mm", "bmm"):
         return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
     if name in ("addmm", "baddbmm"):
         return MATMUL, 2 * math.prod(args[1].shape) * args[2].shape[-1]
-    if name == "_grouped_mm":  # each row of the first times one expert's matrix; its gradient has three dimensions
+    if name == "_grouped_mm":  # multiplies each row of the first argument with one expert's matrix; its gradient is 3-D
         return MATMUL, 2 * math.prod(args[0].shape) * args[1].shape[-1]
     if name in ("convolution", "_convolution"):
         return CONVOLUTION, 2 * math.prod(out.shape) * math.prod(args[1].shape[1:])
@@ -115,7 +117,8 @@ def _work(name: str, args: Arguments, kwargs: Mapping[str, object], out: Any) ->
 
 
 def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> float:
-    """Counts the FLOPs of a fused attention: two matrix products forward and five backward, half of each if it is causal."""
+    """Counts the FLOPs of a fused attention: two matrix multiplications forward and five backward. Causal attention needs half
+    of the FLOPs."""
     backward = "backward" in name
     query, key, value = args[1:4] if backward else args[:3]
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
@@ -125,10 +128,10 @@ def _attention(name: str, args: Arguments, kwargs: Mapping[str, object]) -> floa
 
 
 def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[OperationWork, ...]:
-    """Groups the equal operations of a step on two samples and on three, with the work that each sample adds.
+    """Groups the equal operations of a step on two samples and a step on three samples, with the work that each sample adds.
 
-    Batches of one aren't used, because tensors that are contiguous in them need no copy. If the two runs have different
-    operations, all work of two samples counts as proportional to the number of samples.
+    Batches of one sample aren't used, because some tensors are contiguous only in such a batch and then need no copy. If the
+    two runs have different operations, all work of two samples counts as proportional to the number of samples.
     """
     if [o.kind for o in two] != [o.kind for o in three]:
         three = [replace(o, flops=1.5 * o.flops, moved=1.5 * o.moved) for o in two]
@@ -140,7 +143,7 @@ def grouped(two: Sequence[Operation], three: Sequence[Operation]) -> tuple[Opera
 
 
 def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
-    """Counts the operations, equal ones together."""
+    """Counts the operations. Equal operations are counted together."""
     counts = Counter[OperationWork]()
     for w in work:
         counts[replace(w, count=1)] += w.count
@@ -148,8 +151,8 @@ def counted(work: Iterable[OperationWork]) -> Counter[OperationWork]:
 
 
 def extended(base: Sequence[OperationWork], longer: Sequence[tuple[Sequence[OperationWork], int]]) -> tuple[OperationWork, ...]:
-    """Adds the work of more layers to a model's work. `longer`: for each kind of layer, the work with one more layer, and how
-    many more there are."""
+    """Adds the work of more layers to a model's work. `longer`: for each kind of layer, the work of the model with one more
+    layer, and the number of additional layers."""
     counts, once = counted(base), counted(base)
     for work, more in longer:
         added = counted(work)

@@ -1,7 +1,8 @@
-"""Plans the job of a job file, in its own parallelism configuration or ranked among all (`heliostat plan`).
+"""Plans the job of a job file (`heliostat plan`): in its own parallelism configuration, or in all configurations, ranked.
 
-With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the computing time of its steps, and the
-plan has the expected time. Their ratio corrects all rates, so the next plan for that device starts from measured values.
+With `--calibrate RUN`, a measured run corrects the device's efficiencies. The ledger has the measured computing time of the
+run's steps, and the plan has the expected time. The ratio of these times corrects all rates, so the next plan for this device
+starts from measured values.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 from heliostat.validation import check
 
-LEAST = 2  # steps after the first, which includes the start of kernels
+LEAST = 2  # steps after the first step, which includes the start of kernels
 
 
 def plan_file(
@@ -39,13 +40,13 @@ def plan_file(
     write: Path | None = None,
     rank: bool = False,
 ) -> dict[str, object]:
-    """Plans the job of a job file. It reads the datasets if it can reach them.
+    """Plans the job of a job file. Reads the datasets if they are reachable.
 
-    `run`: a measured run that corrects the device's efficiencies. `write`: the file to write these to. `rank`: plan all
-    configurations instead of the job's own.
+    `run`: a measured run that corrects the device's efficiencies. `write`: the file for the corrected efficiencies. `rank`:
+    whether to plan all configurations instead of only the job's own.
     """
     table, pools = hardware.table(prices), cluster_file.read(cluster) if cluster else None
-    job, recipe, unread = prepare(path, settings, pools)  # last, because it reads from the datasets' stores
+    job, recipe, unread = prepare(path, settings, pools)  # comes last, because it reads from the datasets' stores
     notes = [f"planned without the datasets: {unread}"] if unread else []
     if run:
         table, note = calibrated(run, table, pools, device, write)
@@ -63,8 +64,8 @@ def plan_file(
 def calibrated(
     run: Location, prices: Prices, cluster: ClusterFile | None, device: str | None, write: Path | None
 ) -> tuple[Prices, str]:
-    """Plans a run's own job, and corrects its device's efficiencies by the measured step time. Returns the corrected price table,
-    and a note."""
+    """Plans a run's own job, and corrects the efficiencies of its device by the measured step time. Returns the corrected price
+    table, and a note."""
     measurement = measured(run)
     job, recipe, _ = bound(*check.check_job(measurement.job))
     planner = planners(job, recipe, cluster, device, prices)[-1]
@@ -81,7 +82,8 @@ def calibrated(
 
 @dataclass(frozen=True)
 class Measured:
-    """Holds a run's measurement: its job on the workers that it had, the computing seconds per step, and the number of steps."""
+    """Holds a run's measurement: its job with the run's number of workers, the computing seconds per step, and the number of
+    steps."""
 
     job: Job
     step_s: float
@@ -89,10 +91,13 @@ class Measured:
 
 
 def measured(run: Location) -> Measured:
-    """Reads a run's measurement. Raises ConfigError without a checkpoint (which has the job), a ledger, or enough steps."""
+    """Reads a run's measurement. Raises ConfigError if the run has no checkpoint (which contains the job), no ledger, or not
+    enough steps."""
     checkpoint = layout.latest(run)
     if not checkpoint:
-        raise ConfigError(f"--calibrate: {run}: has no checkpoint, and so no record of its job. Let it train until it saves one")
+        raise ConfigError(
+            f"--calibrate: {run}: has no checkpoint, and so no record of its job. Train the run until it saves a checkpoint"
+        )
     attempts = [(one, *rate) for one in goodput.read(run) if (rate := pace(one))]
     if not attempts:
         raise ConfigError(f"--calibrate: {run}: no attempt in its ledger has {LEAST} steps after the first. Train it longer")
@@ -101,9 +106,11 @@ def measured(run: Location) -> Measured:
 
 
 def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
-    """Computes an attempt's computing seconds per step, and the number of measured steps; None if there are too few.
+    """Computes an attempt's computing seconds per step, and the number of measured steps. Returns None if there are too few
+    steps.
 
-    It measures from the first mark to the last if there are two, because the time before the first mark includes warm-up.
+    If the attempt has two or more marks, measures from the first mark to the last, because the time before the first mark
+    includes warm-up.
     """
     marks = attempt.marks if len(attempt.marks) > 1 else [(attempt.start_step, 0.0), *attempt.marks]
     (first, began), (last, ended) = marks[0], marks[-1]
@@ -111,9 +118,9 @@ def pace(attempt: RecordedAttempt) -> tuple[float, int] | None:
 
 
 def corrected(efficiency: Efficiency, planned: Candidate, step_s: float) -> Efficiency:
-    """Corrects a device's efficiency, so that the planned step takes as long as the measured one.
+    """Corrects a device's efficiency, so that the planned step takes as long as the measured step.
 
-    It corrects only computing; communication and copies stay as planned. If they take at least half of the measured step, it
+    Corrects only computing; communication and copies stay as planned. If these take at least half of the measured step,
     corrects computing by the ratio of the complete steps.
     """
     parts = planned.parts
@@ -128,7 +135,7 @@ def write_efficiency(path: Path, device: str, efficiency: Efficiency, run: Locat
     """Writes a device's efficiency to a file for `--prices`."""
     values = {k: float(f"{v:.4g}") for k, v in asdict(efficiency).items()}
     head = (
-        f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing a step, over {measured.steps} steps on "
-        f"{measured.job.workers.most} workers.\n# Lay it over the plan's table: heliostat plan JOB --prices {path}\n"
+        f"# What {device} reached in {run}: {measured.step_s:.4g} s of computing per step, over {measured.steps} steps on "
+        f"{measured.job.workers.most} workers.\n# To use these values: heliostat plan JOB --prices {path}\n"
     )
     path.write_text(head + yaml.safe_dump({"efficiency": {device: values}}, sort_keys=False), encoding="utf-8")

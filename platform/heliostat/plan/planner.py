@@ -1,7 +1,7 @@
-"""Plans a job before anything starts: its needs and its cost (`heliostat plan`).
+"""Plans a job before anything starts: the resources that it needs, and its cost (`heliostat plan`).
 
-`plan(job, recipe, ...)` returns plain data, which `--json` prints. If the job can't run, it raises ConfigError with the reason.
-docs/plan-method.md has formulas and sources.
+`plan(job, recipe, ...)` returns plain data, which `--json` prints. If the job can't run, the function raises ConfigError with
+the reason. docs/plan-method.md has formulas and sources.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from heliostat.recipes.loading import make
 from heliostat.recipes.protocol import CutsSamples, Recipe
 from heliostat.validation import check
 
-if TYPE_CHECKING:  # torch takes seconds to import, and cached counts need none
+if TYPE_CHECKING:  # torch takes seconds to import, and cached counts don't need it
     import torch
 
 ALONE = (
@@ -41,15 +41,18 @@ CHOICES = ("stage", "micro_batch_size", "activation_checkpointing", "offload_opt
 
 
 def prepare(path: Path, settings: list[str] | None, cluster: ClusterFile | None = None) -> tuple[Job, Recipe, str]:
-    """Loads a job file for planning. Returns the job, its recipe, and the reason why the datasets can't be read ("" if they can).
+    """Loads a job file for planning. Returns the job, its recipe, and the reason why the datasets can't be read ("" if they can
+    be read).
 
-    The recipe's models don't checkpoint activations, as `model_stats.activations` requires. The recipe is bound to the datasets.
+    The recipe's models don't use activation checkpointing, because `model_stats.activations` requires this. The recipe is bound
+    to the datasets.
     """
     return bound(*check.check_file(path, settings, cluster))
 
 
 def bound(job: Job, recipe: Recipe, unread: str = "") -> tuple[Job, Recipe, str]:
-    """Prepares a checked job, and returns the same as `prepare`. If `unread` has a reason, the datasets aren't read."""
+    """Prepares a checked job, and returns the same values as `prepare`. If `unread` contains a reason, the datasets aren't
+    read."""
     if job.train.activation_checkpointing:
         plain = job.model_copy(update={"train": job.train.model_copy(update={"activation_checkpointing": False})})
         recipe = make(type(recipe), plain)
@@ -74,17 +77,18 @@ def planners(
     job: Job, recipe: Recipe, cluster: ClusterFile | None, device: str | None, prices: Prices,
     built: torch.nn.Module | None = None, exchanged: dict[int, int] | None = None, counts: list[int] | None = None,
 ) -> list[Planner]:  # fmt: skip
-    """Counts a job's model, and returns two planners: for the fewest workers that the job may have, and for the most.
+    """Counts a job's model, and returns two planners: for the job's minimum number of workers, and for its maximum.
 
-    `built`: the recipe's model from `model_stats.build`, if there is one; don't use it afterwards. `exchanged`: from
-    `ranking.degrees`; None: only for the job's own degree. `counts`: numbers of workers instead of the job's.
+    `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards. `exchanged`:
+    the result of `ranking.degrees`; None means only the job's own degree. `counts`: numbers of workers to use instead of the
+    job's.
     """
     numbers = counts or job.worker_counts()
     most, fewest = job.on(numbers[-1]), job.on(numbers[0])
     name, instance = _device_of(cluster) if cluster and not device else (device, None)
     where = hardware.resolve(most, prices, name, instance)
     if where.name == "cpu" and (cluster is None or cluster.local):
-        where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # this machine's memory
+        where = replace(where, memory=psutil.virtual_memory().total / most.workers.most)  # uses this machine's memory
     if cluster:
         check_pools(most, cluster)
     counted, parts = count_cache.get(most, recipe, lambda: _count(most, recipe, built)), job.train.parallel.sequence
@@ -104,12 +108,13 @@ def plan(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None,
     built: torch.nn.Module | None = None,
 ) -> dict[str, object]:  # fmt: skip
-    """Plans a job: memory, communication, speed, cost, and checkpoints. Raises ConfigError with the reason if it can't run.
+    """Plans a job: memory, communication, speed, cost, and checkpoints. Raises ConfigError with the reason if the job can't
+    run.
 
-    `built`: the recipe's model from `model_stats.build`, if there is one; don't use it afterwards.
+    `built`: the recipe's model from `model_stats.build`, if it exists already. Don't use this model afterwards.
     """
     both = planners(job, recipe, cluster, device, prices or hardware.table(), built)
-    for one in both:  # an elastic run must also fit on its fewest workers
+    for one in both:  # an elastic run must also fit on its minimum number of workers
         if not (mine := one.chosen()).fits:
             raise ConfigError(_refusal(one.job, one.device, mine, one.recommend()))
     planner = both[-1]
@@ -151,8 +156,8 @@ def _device_of(cluster: ClusterFile) -> tuple[str | None, str | None]:
 
 
 def sample(job: Job, recipe: Recipe, rows: int = 1) -> Content:
-    """Returns an input of `recipe.batch` for `rows` samples: zeros for tokens, else the recipe's presumed rows, or copies of the
-    dataset's first row."""
+    """Returns an input of `recipe.batch` for `rows` samples. For tokens, the input is zeros. For other data, it is the recipe's
+    presumed rows, or copies of the dataset's first row."""
     if recipe.kind == "tokens":
         return np.zeros((rows, job.data.sequence_length or 1), dtype=np.int32)
     if (presumed := recipe.presume(rows)) is not None:

@@ -1,8 +1,8 @@
 """Ranks a job's parallelism configurations that fit in memory by time: `heliostat plan JOB --rank`, `train.parallel: auto`.
 
-Each number of workers that shard matrices or experts is a family of configurations with its own plan. With
-`train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations that `heliostat
-check` accepts are listed.
+For each number of workers that shard matrices or experts, there is a family of configurations with its own plan. With
+`train.parallel.tensor`, a worker's matrices have other shapes, so the model is counted again. Only configurations that
+`heliostat check` accepts are listed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranking:
-    """Holds ranked configurations on the most workers. `changes`: the `--set` values of the first; None if it doesn't fit."""
+    """Holds the ranked configurations on the maximum number of workers. `changes`: the `--set` values of the first
+    configuration; None if it doesn't fit."""
 
     planner: Planner
     candidates: list[Candidate]
@@ -44,9 +45,10 @@ class Ranking:
 def ranking(
     job: Job, recipe: Recipe, cluster: ClusterFile | None = None, device: str | None = None, prices: Prices | None = None
 ) -> Ranking:
-    """Ranks the configurations of a job, each with the reason for its place. Raises ConfigError if there is none.
+    """Ranks the configurations of a job, each with the reason for its rank. Raises ConfigError if there is no possible
+    configuration.
 
-    For an elastic job, a configuration must also fit on its fewest workers.
+    For an elastic job, a configuration must also fit on the minimum number of workers.
     """
     table, estimates, counts = prices or hardware.table(), list[Candidate](), job.worker_counts()
     families, notes = divided(job, recipe)
@@ -66,7 +68,7 @@ def ranking(
 
 
 def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
-    """Checks whether the job can have a layout on all numbers of workers in `counts`."""
+    """Checks whether the job can have a configuration on each number of workers in `counts`."""
     try:
         return set(counts) <= set(layouts.applied(job, layout).worker_counts())
     except ConfigError as e:
@@ -75,9 +77,9 @@ def possible(job: Job, layout: Layout, counts: list[int]) -> bool:
 
 
 def divided(job: Job, recipe: Recipe) -> tuple[list[Job], list[str]]:
-    """Lists the ways to shard the model over the workers, each as a job. The first job doesn't shard the model, if it may.
+    """Lists the ways to shard the model over the workers, each as a job. If possible, the first job doesn't shard the model.
 
-    Also returns notes: why no number of workers could shard the matrices, or the experts.
+    Also returns notes with the reasons why no number of workers can shard the matrices or the experts.
     """
     stage, parallel, notes, jobs = job.train.zero.stage, job.train.parallel, list[str](), [job]
     if parallel.tensor > 1 or parallel.expert > 1:
@@ -106,12 +108,13 @@ def _last(e: ConfigError, job: Job) -> str:
 
 
 def _parts(counts: list[int]) -> list[int]:
-    """Lists the group sizes above 1 that divide both the fewest and the most workers."""
+    """Lists the group sizes above 1 that divide both the minimum and the maximum number of workers."""
     return divisors(math.gcd(counts[0], counts[-1]))[1:]
 
 
 def _divides(job: Job, parallel: dict[str, int], stage: int) -> Job:
-    """Copies a job with other degrees of parallelism, at micro-batches of one sample. Raises ConfigError if that isn't valid."""
+    """Copies a job with other degrees of parallelism, and with micro-batches of one sample. Raises ConfigError if this job
+    isn't valid."""
     raw = job.dump()
     train, zero = raw["train"], raw["train"]["zero"]
     zero |= {"stage": stage} | ({"offload": {}} if parallel else {})
@@ -129,10 +132,11 @@ def _require(job: Job, recipe: Recipe) -> None:
 
 
 def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[int, int]:
-    """Lists the numbers of workers that could share a sample (`train.parallel.sequence`), with the elements that each would send
-    in a forward pass over it.
+    """Maps each number of workers that could share a sample (`train.parallel.sequence`) to the elements that each worker would
+    send in the sample's forward pass.
 
-    An elastic job must support a number on its fewest workers and on its most. `counts`: numbers of workers instead of the job's.
+    An elastic job must support each of these numbers both on its minimum and on its maximum number of workers. `counts`:
+    numbers of workers to use instead of the job's.
     """
     sent = dict[int, int]()
     for parts in [1, *_parts(counts or job.worker_counts())]:
@@ -147,7 +151,8 @@ def degrees(job: Job, recipe: Recipe, counts: list[int] | None = None) -> dict[i
 
 
 def _exchanged(recipe: Recipe, parts: int) -> int:
-    """Counts the elements that each of `parts` workers would send if they shared a sample. Raises ConfigError if they can't."""
+    """Counts the elements that each of `parts` workers would send if they shared a sample. Raises ConfigError if they can't
+    share a sample."""
     if parts == 1:
         return 0
     if not isinstance(recipe, CutsSamples):

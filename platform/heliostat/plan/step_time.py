@@ -1,8 +1,10 @@
-"""Estimates how long a step takes and how many bytes it moves, with pure functions of operations, bytes, and rates.
+"""Estimates how long a step takes, and how many bytes it moves. The functions are pure: they compute with operations, bytes,
+and rates.
 
-An operation takes the time of its arithmetic and the time of its bytes. Arithmetic runs at the rate that its kind of work reaches
-on the device, and bytes move at the memory's rate. These rates are the device's peaks times `efficiency` (prices.yaml), which is
-fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the formulas.
+The time of an operation is the time of its arithmetic plus the time of its bytes. Arithmetic runs at the rate that its kind of
+work reaches on the device, and bytes move at the memory's rate. A rate is the device's peak times `efficiency` (prices.yaml).
+The efficiencies are fitted to published runs, or measured by `heliostat plan --calibrate`. docs/plan-method.md has the
+formulas.
 """
 
 from __future__ import annotations
@@ -15,38 +17,39 @@ from heliostat.plan.counts import ALWAYS, AT_STAGE_3, MATMUL, MEMORY, ModelStats
 from heliostat.plan.hardware import Device, Network
 from heliostat.plan.traffic import Traffic, rate
 
-ITERATIONS = 5  # of Newton-Schulz, which orthogonalizes matrices (`heliostat.optim.whole_matrices`)
+ITERATIONS = 5  # iterations of Newton-Schulz, which orthogonalizes matrices (`heliostat.optim.whole_matrices`)
 MOMENTUM = 4  # bytes per sent element: momenta travel in fp32
 FP8 = "fp8"  # a key of `Device.peaks`
-ROUNDING = 1  # additional traffic per byte of a product: its factors are first rounded to float8
-BACKWARD = 2 / 3  # share of a micro-batch's computing: it can hide reductions of gradients
+ROUNDING = 1  # additional traffic per byte of a matrix multiplication, whose inputs are first rounded to float8
+BACKWARD = 2 / 3  # share of a micro-batch's computing that can hide reductions of gradients
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Describes how each worker makes a step. `replayed`: the share of the layers' forward pass that activation checkpointing
-    recomputes. `selective`: it doesn't recompute expensive operations."""
+    """Describes how each worker computes a step. `replayed`: the share of the layers' forward pass that activation
+    checkpointing recomputes. `selective`: whether activation checkpointing doesn't recompute expensive operations."""
 
     workers: int
     stage: int
-    micro_batch_size: float  # samples; of a shared sample, only this worker's stretch counts
+    micro_batch_size: float  # in samples; if workers share a sample, only this worker's part counts
     accumulation: int
     replayed: float = 0.0
     compiled: bool = False
     selective: bool = False
-    fp8: bool = False  # linear layers inside the model's layers multiply in float8
+    fp8: bool = False  # whether linear layers inside the model's layers multiply in float8
 
     def again(self, work: OperationWork) -> float:
-        """Computes how often an operation is recomputed: `replayed`, or 0."""
+        """Returns how often an operation is recomputed: `replayed`, or 0 if it is never recomputed."""
         recomputed = work.replayed == ALWAYS or (work.replayed == AT_STAGE_3 and self.stage == 3)
         return self.replayed if recomputed and not (self.selective and work.dear) else 0.0
 
 
 def exchanging(elements: int, parts: int, low: int, setting: Setting, device: Device, network: Network) -> tuple[int, float]:
-    """Estimates the bytes that a worker sends to the others that share its samples in a step, and the seconds.
+    """Estimates the bytes that a worker sends in a step to the other workers that share its samples, and the seconds for
+    sending them.
 
-    `elements`: the number that it sends in a forward pass over one sample. The backward pass sends as many, and so does a
-    recomputed forward pass. Nothing hides this time, because attention waits.
+    `elements`: number of elements that a worker sends in the forward pass of one sample. The backward pass sends the same
+    number, and so does a recomputed forward pass. Nothing hides this time, because attention waits for the elements.
     """
     passes = 2 + setting.replayed
     moved = int(elements * low * passes * setting.micro_batch_size * parts * setting.accumulation)
@@ -56,10 +59,10 @@ def exchanging(elements: int, parts: int, low: int, setting: Setting, device: De
 def adding(
     added: tuple[float, float], sums: tuple[int, int], parts: int, low: int, setting: Setting, device: Device, network: Network
 ) -> tuple[int, float]:
-    """Estimates the bytes that a tensor-parallel worker sends in a step to add up products, and the seconds.
+    """Estimates the bytes that a tensor-parallel worker sends in the all-reduces of a step, and the seconds for sending them.
 
-    `added`: elements per sample, in a forward pass and in a backward pass. `sums`: the number of all-reduces in each. A ring's
-    all-reduce moves each element twice, and goes around twice. Nothing hides this time.
+    `added`: elements per sample, in a forward pass and in a backward pass. `sums`: number of all-reduces in each pass. An
+    all-reduce in a ring moves each element twice, and goes around the ring twice. Nothing hides this time.
     """
     elements, calls = (forward * (1 + setting.replayed) + backward for forward, backward in (added, sums))
     moved = int(2 * elements * low * (parts - 1) / parts * setting.micro_batch_size * setting.accumulation)
@@ -75,7 +78,7 @@ class StepSeconds:
     communicating: float
     exposed: float  # the part of `communicating` that computing doesn't hide
     updating: float  # the optimizer's update
-    copying: float  # to and from the host, with offload
+    copying: float  # copies to and from the host, with offload
 
     @property
     def total(self) -> float:
@@ -83,9 +86,10 @@ class StepSeconds:
 
 
 def operation(work: OperationWork, micro: float, device: Device, compiled: bool = False, fp8: bool = False) -> float:
-    """Estimates the seconds of one operation on a micro-batch: its arithmetic and its bytes, but at least a kernel launch.
+    """Estimates the seconds of one operation on a micro-batch, from its arithmetic and its bytes. The minimum is the time of a
+    kernel launch.
 
-    `fp8`: the operation is a product that first rounds its factors to float8.
+    `fp8`: whether the operation is a matrix multiplication that first rounds its inputs to float8.
     """
     efficiency, moved = device.efficiency, work.moved * micro + work.fixed
     traffic = moved / (device.bandwidth * efficiency.memory)
@@ -99,8 +103,9 @@ def operation(work: OperationWork, micro: float, device: Device, compiled: bool 
 
 
 def computing(work: Collection[OperationWork], setting: Setting, device: Device) -> float:
-    """Estimates the computing seconds of a micro-batch. Products in float8 are those that equal a product in the layers' forward
-    pass, so not the head's."""
+    """Estimates the computing seconds of a micro-batch. With `fp8`, the matrix multiplications in the layers run in float8, but
+    not those in the head. Their work identifies them: it equals the work of a matrix multiplication in the layers' forward
+    pass."""
     inside = {(w.flops, w.fixed) for w in work if w.kind == MATMUL and w.replayed} if setting.fp8 else set()
     return sum(
         w.count
@@ -113,8 +118,8 @@ def computing(work: Collection[OperationWork], setting: Setting, device: Device)
 def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) -> tuple[OperationWork, ...]:
     """Divides the bytes of experts' weights by the number of workers, because each worker reads only its own experts.
 
-    `stacks`: bytes of the weights of all experts of a layer, which identify their products. The products' bytes are slightly
-    larger, because they include positions of rows.
+    `stacks`: bytes of the weights of all experts of a layer. These bytes identify the experts' matrix multiplications, whose
+    own bytes are slightly larger, because they include positions of rows.
     """
 
     def own(w: OperationWork) -> OperationWork:
@@ -125,19 +130,19 @@ def divided(work: Iterable[OperationWork], stacks: Collection[int], parts: int) 
 
 
 def updating(numel: float, moments: float, device: Device, on_host: bool = False) -> float:
-    """Estimates the seconds in which an optimizer reads and writes its share of master weights, moments, gradients, and weights.
-    They are in the device's memory, or in the worker's share of host memory (`on_host`)."""
+    """Estimates the seconds in which an optimizer reads and writes its share of master weights, moments, gradients, and
+    weights. This data is in the device's memory, or in the worker's share of host memory (`on_host`)."""
     efficiency = device.efficiency
     rate = device.host_bandwidth * efficiency.host if on_host else device.bandwidth * efficiency.memory
     return numel * (8 + 8 * moments + 4 + 2) / rate
 
 
 def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, network: Network) -> tuple[float, float]:
-    """Estimates the seconds of communication in a step, and those that no computing hides.
+    """Estimates the seconds of communication in a step, and how many of these seconds no computing hides.
 
-    A ring passes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3
-    gathers and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 during the last one.
-    Nothing hides gathers after the optimizer's step, or averages over groups before it.
+    A ring goes from GPU to GPU inside a node, and from node to node through all network cards of a node together. Stage 3
+    gathers and reduces during all computing. Stage 2 reduces during every backward pass, stages 0 and 1 only during the last
+    backward pass. Nothing hides gathers after the optimizer's step, or averages over groups before that step.
     """
     if setting.workers == 1:
         return 0.0, 0.0
@@ -152,7 +157,8 @@ def exposed(moved: Traffic, micro_s: float, setting: Setting, device: Device, ne
 
 
 def hops(workers: int, device: Device, network: Network, rings: int = 1) -> float:
-    """Estimates the seconds in which a message of any size goes around a ring of all workers, or each of `rings` smaller ones."""
+    """Estimates the minimum seconds in which a message goes around a ring of all workers, or around each of `rings` smaller
+    rings."""
     return (workers // rings - 1) * (network.hop_inside if workers <= device.per_node else network.hop)
 
 
@@ -183,12 +189,13 @@ def hidden_sides(model: ModelStats) -> Iterator[tuple[int, int]]:
 
 
 def momenta_sent(elements: int, workers: int, stage: int) -> int:
-    """Estimates the bytes that each worker sends in a step: its slices to the workers that orthogonalize the matrices, and as
-    many results back. Of these, 1 / workers stay local. At stage 0, all workers have whole matrices, and send nothing."""
+    """Estimates the bytes that each worker sends in a step. It sends its slices to the workers that orthogonalize the matrices,
+    and the same number of results back. The share 1 / workers of these bytes stays local. At stage 0, all workers have complete
+    matrices, and send nothing."""
     return 2 * MOMENTUM * elements * (workers - 1) // workers**2 if stage else 0
 
 
 def newton_schulz(sides: Iterable[tuple[int, int]]) -> float:
-    """Counts the FLOPs that orthogonalize matrices. Each iteration has two products of a square matrix with the matrix, and one
-    of two square matrices of its shorter side."""
+    """Counts the FLOPs for orthogonalizing matrices. Each iteration has three matrix multiplications: two of a square matrix
+    with the matrix, and one of two square matrices. The side of a square matrix is the matrix's shorter side."""
     return float(sum(ITERATIONS * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in sides))

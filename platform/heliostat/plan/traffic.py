@@ -1,9 +1,10 @@
-"""Computes the bytes of weights and gradients that workers send in an optimizer step, and between which workers. The functions
-are pure.
+"""Computes the bytes of weights and gradients that workers send in an optimizer step, and which workers exchange them. The
+functions are pure.
 
-All bytes travel in rings. A ring has all workers, or the workers of a group (`train.zero.shard_group_size`,
-`hpz_partition_size`), or the workers of different groups with the same part. There is one ring per part, and all run at the same
-time. A group has neighboring ranks, so a group as large as a node, or a fraction of it, is in one node.
+All bytes travel in rings. A ring consists of all workers, of the workers of a group (`train.zero.shard_group_size`,
+`hpz_partition_size`), or of the workers in different groups that have the same shard. In the last case there is one ring per
+shard, and all these rings run at the same time. A group consists of neighboring ranks. So a group that is as large as a node,
+or a fraction of a node, is in one node.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from dataclasses import dataclass, replace
 from heliostat.config.train_section import Zero
 from heliostat.plan.hardware import Device
 
-EIGHT_BITS = 1  # bytes; without the scales, which have 4 bytes per thousands of weights
+EIGHT_BITS = 1  # bytes per weight; ignores the scales, which have 4 bytes per thousands of weights
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Holds the bytes that each worker sends in a step.
 
-    `around`: in a ring of all `workers`, or, with tensor parallelism, in one of `rings` rings that leave a node together.
-    `inside`: in its `group`. `across`: across groups, once, before the optimizer's step. `calls`: collectives that go around the
-    ring of all workers.
+    `around`: bytes in a ring of all `workers`. With tensor parallelism, bytes in one of `rings` rings, which leave a node
+    together. `inside`: bytes in the worker's `group`. `across`: bytes across groups, sent once, before the optimizer's step.
+    `calls`: number of collectives that go around the ring of all workers.
     """
 
     around: int
@@ -41,13 +42,14 @@ class Traffic:
         return replace(self, around=self.around + other)
 
     def between_nodes(self, per_node: int) -> int:
-        """Computes the bytes that each node sends to others. Each ring leaves a node once."""
+        """Computes the bytes that each node sends to other nodes. Each ring leaves a node once."""
         if self.workers <= per_node:
             return 0
         return self.around * self.rings + (self.inside if self.group > per_node else 0) + self.across * min(self.group, per_node)
 
     def seconds(self, device: Device) -> tuple[float, float]:
-        """Estimates the seconds of communication during the passes and after them, at the links' peak rates."""
+        """Estimates the seconds of communication at the links' peak rates: during the forward and backward passes, and after
+        them."""
         during = self.around / rate(self.workers, device, self.rings) + self.inside / rate(self.group, device)
         if self.workers <= device.per_node:
             return during, self.across / device.link
@@ -55,27 +57,29 @@ class Traffic:
 
 
 def rate(workers: int, device: Device, rings: int = 1) -> float:
-    """Returns the peak rate, in bytes per second, between `workers` workers: of a link if they fit on one node, else of each of
-    `rings` rings between nodes."""
+    """Returns the peak rate, in bytes per second, between `workers` workers. If they fit on one node, this is the rate of a
+    link. Else it is the rate of each of `rings` rings between nodes."""
     return device.link if workers <= device.per_node else min(device.link, device.network / rings)
 
 
 def volume(numel: int, low: int, workers: int, stage: int, accumulation: int) -> int:
-    """Computes the bytes that each worker sends in an optimizer step with ring collectives. It receives as many.
+    """Computes the bytes that each worker sends in an optimizer step with ring collectives. Each worker receives the same
+    number of bytes.
 
-    With Psi parameters, an all-reduce moves 2 Psi, and a reduce-scatter or an all-gather Psi (Rajbhandari et al. 2020, section
-    7). Stages 0 and 1 reduce once per step. Stage 2 reduces after every micro-batch, because it keeps only its part of the
-    gradients. Stage 3 gathers the weights twice and reduces once in every micro-batch.
+    With Psi parameters, an all-reduce moves 2 Psi elements, and a reduce-scatter or an all-gather moves Psi (Rajbhandari et al.
+    2020, section 7). Stages 0 and 1 reduce once per step. Stage 2 reduces after every micro-batch, because each worker keeps
+    only its shard of the gradients. Stage 3 gathers the weights twice and reduces once in every micro-batch.
     """
     times = {0: 2, 1: 2, 2: accumulation + 1, 3: 3 * accumulation}[stage]
     return int(times * numel * low * (workers - 1) / workers)
 
 
 def calls(stage: int, accumulation: int, layers: int, buckets: int, copied: bool = False) -> int:
-    """Counts the collectives of an optimizer step. Stage 3 gathers and reduces layer by layer, the others bucket by bucket.
+    """Counts the collectives of an optimizer step. Stage 3 gathers and reduces layer by layer, the other stages bucket by
+    bucket.
 
-    `layers`: the number of layers, plus one for everything outside them. `copied`: with secondary copies, only the first of stage
-    3's gathers goes around all workers.
+    `layers`: the number of layers, plus one for everything outside the layers. `copied`: whether stage 3 has secondary copies.
+    Then only the first gather of a step goes around all workers.
     """
     if stage == 3:
         return layers * (1 + accumulation if copied else 3 * accumulation)

@@ -1,8 +1,9 @@
 """Computes which slice of every parameter a rank owns under ZeRO. The functions are pure, and reproduce DeepSpeed 0.19.
 
-Stages 1 and 2 flatten each parameter group into one vector, pad it to a multiple of 2 N, and cut it into N parts. Stage 3 cuts
-every parameter separately. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part. So the slices of a
-checkpoint are known before the checkpoint exists. Tests compare them with the slices of real engines.
+Stages 1 and 2 flatten each parameter group into one vector, pad the vector to a multiple of 2 N, and divide it into N parts.
+Stage 3 divides every parameter separately. At stage 0 every rank owns everything, and `sharded_state` saves the rank-th part.
+So the slices of a checkpoint are known before the checkpoint exists. Tests compare these slices with the slices of real
+engines.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Iterator, Mapping
 
 ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 
-Slice = tuple[str, int, int]  # parameter, start, elements
+Slice = tuple[str, int, int]  # (parameter, start, number of elements)
 
 
 def usual_groups(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Returns the optimizer's default parameter groups, for a recipe that defines none: matrices, then vectors."""
+    """Returns the optimizer's default parameter groups: first matrices, then vectors. They are for a recipe that doesn't define
+    groups."""
     split = [[n for n, s in shapes.items() if len(s) > 1], [n for n, s in shapes.items() if len(s) <= 1]]
     return [g for g in split if g]
 
@@ -30,10 +32,11 @@ def slices(
     parts: int = 1,
     copies: int = 1,
 ) -> list[list[Slice]]:
-    """Cuts the trained parameters into the slices that each rank owns. Together, they cover every element once.
+    """Divides the trained parameters into the slices that each rank owns. Together, the slices cover every element once.
 
-    `groups`: the optimizer's parameter groups, by name. At stage 3, `parts` workers may shard the `stacked` experts, and ZeRO
-    shards each part over the workers that have it. Or each of `copies` groups has all parameters, and owns a part of every slice.
+    `groups`: names of the parameters in each parameter group of the optimizer. At stage 3, `parts` workers may shard the
+    `stacked` experts; then ZeRO shards each part over the workers that have this part. Alternatively, each of `copies` groups
+    has all parameters, and owns a part of every slice.
     """
     if stage in (1, 2):
         out: list[list[Slice]] = [[] for _ in range(workers)]
@@ -56,9 +59,10 @@ def divided(
     parts: int,
     whole: frozenset[str],
 ) -> list[list[Slice]]:
-    """Cuts the parameters of tensor-parallel workers (`train.parallel.tensor`) into the slices that each rank saves.
+    """Divides the parameters of tensor-parallel workers (`train.parallel.tensor`) into the slices that each rank saves.
 
-    `shapes`: of one worker's part. `parts`: the number of these workers. `whole`: parameters that all have, and the first saves.
+    `shapes`: shapes of one worker's shard. `parts`: number of tensor-parallel workers. `whole`: parameters that all of them
+    have, and that only the first worker saves.
     """
     of_part = slices(shapes, stage, workers // parts, groups)
     return [
@@ -79,7 +83,7 @@ def _own(name: str, numel: int, rank: int, workers: int, parts: int) -> Slice:
 
 
 def _share(owned: Slice, number: int, copies: int) -> Slice:
-    """Cuts the part of a slice that one of several groups owns."""
+    """Returns the part of a slice that one of several groups owns."""
     name, start, numel = owned
     per = -(-numel // copies)
     begin = min(number * per, numel)

@@ -38,7 +38,7 @@ class Replaced(ConsumedPlace):
 
 
 class Forgotten(TypedDict):
-    """Describes the dataset from which another one was made by removing the documents `ids`."""
+    """Describes an earlier version of a dataset. Removing the documents `ids` from it made the dataset."""
 
     digest: str
     ids: list[str]
@@ -47,8 +47,8 @@ class Forgotten(TypedDict):
 class ConsumedSource(TypedDict):
     """Describes the samples that a segment took from one source.
 
-    `samples`: the number trained on. `range`: positions in the source's stream, whose epochs follow one another, exact to one
-    sample per virtual rank.
+    `samples`: number of samples trained on. `range`: positions in the source's stream, in which the epochs follow one another.
+    The range is exact to one sample per virtual rank.
     """
 
     uri: str
@@ -63,11 +63,11 @@ class ConsumedSource(TypedDict):
     left_out: int
     epochs: float
     held_out: int
-    shards: dict[str, int]  # numbers of shards: seen, total
-    ranges: list[tuple[str, str]]  # of shards: (first, last)
+    shards: dict[str, int]  # numbers of seen shards and of all shards (seen, total)
+    ranges: list[tuple[str, str]]  # ranges of shards: (first, last)
     ranges_left_out: int
     forgotten: NotRequired[list[Forgotten]]
-    hub: NotRequired[dict[str, str]]  # the dataset's inputs from the Hugging Face Hub, with their commit
+    hub: NotRequired[dict[str, str]]  # the dataset's inputs from the Hugging Face Hub, each with its commit
 
 
 class Taken(TypedDict):
@@ -90,14 +90,14 @@ class Consumed(TypedDict):
 
 
 REPLACED = Format(Replaced, "list of replaced samples")
-LISTED = 200  # the most ranges of shards, and replaced samples, in the record
+LISTED = 200  # maximum number of shard ranges, and of replaced samples, in the record
 
 
 def record(run: Location, steps: int) -> Consumed:
     """Computes the data that a run has trained on, from its folder and the manifests of its datasets."""
     lists = [run.join(run_folder.QUARANTINE, name) for name, _ in run.join(run_folder.QUARANTINE).files()]
     lines = (_from_1(bad) for place in lists for bad in REPLACED.read_lines(place))
-    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in lines}.values())  # lists can overlap, as receipts can
+    replaced = list({json.dumps(bad, sort_keys=True): bad for bad in lines}.values())  # lists can overlap, like receipts
     return {
         "steps": steps,
         "segments": [_segment(s) for s in coverage.cut(segments.read(run), steps)],
@@ -107,7 +107,7 @@ def record(run: Location, steps: int) -> Consumed:
 
 
 def _from_1(bad: Replaced) -> Replaced:
-    """Converts the step of a replaced sample to counting from 1; older lists count from 0."""
+    """Converts the step of a replaced sample so that it counts from 1. Older lists count from 0."""
     return {**bad, "step": bad["step"] + 1 - bad.get("counted_from", 0), "counted_from": 1}
 
 
@@ -162,16 +162,16 @@ def _source(data: Dataset, number: int, counts: np.ndarray, left_out: int, begin
 def of_digest(raw: Consumed, digest: str, before: int | None = None) -> int:
     """Counts the samples that a run took from the datasets whose digest begins with `digest`.
 
-    `raw`: the run's `data.json`. `before`: count only steps before this one.
+    `raw`: the run's `data.json`. `before`: counts only steps before this step.
     """
     return sum(int(counts.sum()) for _, manifest, counts in _taken(raw, before, lambda s: s["digest"].startswith(digest)))
 
 
 def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
-    """Counts the samples that a run took from one shard. A replaced sample counts for the shard of its replacement.
+    """Counts the samples that a run took from one shard. A replaced sample counts for the shard of the sample that replaced it.
 
-    `raw`: the run's `data.json`. `shard`: a complete path or URI, or the end of one, such as `part-00017.parquet`. `before`:
-    count only steps before this one.
+    `raw`: the run's `data.json`. `shard`: a complete path or URI, or its end, such as `part-00017.parquet`. `before`:
+    counts only steps before this step.
     """
     total = 0
     for uri, manifest, counts in _taken(raw, before, lambda s: True):
@@ -186,9 +186,10 @@ def of_shard(raw: Consumed, shard: str, before: int | None = None) -> int:
 
 
 def same(wanted: str, uri: str, path: str) -> bool:
-    """Checks whether a dataset's shard is the `wanted` one: a path, a URI, or the end of one.
+    """Checks whether a dataset's shard is the `wanted` shard. `wanted` is a path, a URI, or the end of a path or URI.
 
-    `wanted` may also be a shard's folder, such as `shards/00017`, because the name of the file in it depends on its content.
+    `wanted` may also be a shard's folder, such as `shards/00017`, because the name of the file in the folder depends on the
+    file's content.
     """
     whole = Location(uri).join(path).path
     named = (whole, whole.rpartition("/")[0])
@@ -200,7 +201,8 @@ def same(wanted: str, uri: str, path: str) -> bool:
 def _taken(
     raw: Consumed, before: int | None, wanted: Callable[[ConsumedSource], bool]
 ) -> Iterator[tuple[str, Manifest, np.ndarray]]:
-    """Yields (uri, manifest, samples per row group) of every wanted source of every segment, up to step `before` if given."""
+    """Yields (uri, manifest, samples per row group) of every wanted source of every segment. If `before` is given, only steps
+    before it count."""
     for segment, recorded in zip(parse(raw), raw["segments"], strict=True):
         end = segment.end if before is None else min(segment.end, before)
         if end <= segment.first or not any(wanted(s) for s in recorded["sources"]):

@@ -1,8 +1,8 @@
-"""Defines the events of a run, which the workers and the driver report: one dataclass per event.
+"""Defines the events that the workers and the driver of a run report. Each kind of event is a dataclass.
 
 Workers post events to the mailbox. The driver passes each event to all readers: the goodput ledger, MLflow, the terminal, and a
-sweep. The events that curves are made from are also saved next to the checkpoints (`dump`). The names of saved fields never
-change, and new fields have a default, so older runs stay readable.
+sweep. The events for the curves are also saved next to the checkpoints (`dump`). The names of saved fields never change, and
+new fields have a default. So older runs stay readable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Scores = dict[str, float]
 
 @dataclass(kw_only=True)
 class Event:
-    """Describes an event. `at`: wall-clock time. `ledger`: rank 0's seconds by part so far, if the event reports them."""
+    """Describes an event. `at`: wall-clock time. `ledger`: rank 0's seconds by part until now, if the event reports them."""
 
     at: float = field(default_factory=time.time)
     ledger: dict[str, float] | None = None
@@ -28,14 +28,15 @@ class Event:
 
 @dataclass(kw_only=True)
 class Phase(Event):
-    """Reports the phase of the workers: placing, model, restore, data, step, stepped, ended."""
+    """Reports the phase of the workers: placing, model, restore, data, step, stepped, or ended."""
 
     phase: str
 
 
 @dataclass(kw_only=True)
 class ModelPhase(Phase):
-    """Reports that the workers run, and begin to build the model. `queued_s`: seconds that their placement group waited."""
+    """Reports that the workers run, and begin to build the model. `queued_s`: seconds for which their placement group
+    waited."""
 
     phase: str = "model"
     queued_s: float
@@ -45,7 +46,8 @@ class ModelPhase(Phase):
 
 @dataclass(kw_only=True)
 class Steps(Event):
-    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; other values cover all."""
+    """Reports the steps `first`, `first` + 1, ..., counted from 0. Lists have one value per step; each other value is for all
+    steps together."""
 
     kind: ClassVar[str] = "steps"
     first: int
@@ -54,12 +56,12 @@ class Steps(Event):
     lr: list[float]
     seconds: float
     tokens_per_second: float | None = None
-    data_wait: float | None = None  # a fraction of `seconds`
+    data_wait: float | None = None  # as a fraction of `seconds`
     mfu: float | None = None
-    bad_samples: float | None = None  # replaced so far in the run
-    added: dict[str, list[float]] = field(default_factory=dict)  # by name, for each step: parts of the objective, other metrics
-    experts: dict[str, list[float]] = field(default_factory=dict)  # by name: the load of the experts of a mixture
-    skipped_steps: float | None = None  # so far, in fp16
+    bad_samples: float | None = None  # number of samples that were replaced in the run until now
+    added: dict[str, list[float]] = field(default_factory=dict)  # parts of the objective and other metrics, by name and step
+    experts: dict[str, list[float]] = field(default_factory=dict)  # measures of the load of a mixture's experts, by name
+    skipped_steps: float | None = None  # number of skipped steps until now, in fp16
     loss_scale: float | None = None
     sources: dict[str, dict[str, float]] = field(default_factory=dict)  # set by the driver: values of each source
 
@@ -87,8 +89,8 @@ class LossSpike(Event):
 
 @dataclass(kw_only=True)
 class Corruption(Event):
-    """Reports that workers computed different bits (`train.sdc_check`). `nodes`: the nodes of these workers. `text`: the finding,
-    in one line."""
+    """Reports that workers computed different bits (`train.sdc_check`). `nodes`: the nodes of these workers. `text`: one line
+    about the corruption."""
 
     nodes: list[str]
     text: str
@@ -96,7 +98,7 @@ class Corruption(Event):
 
 @dataclass(kw_only=True)
 class Evaluation(Event):
-    """Reports the held-out scores after `step` steps, and the generated images, as PNG by name."""
+    """Reports the held-out scores after `step` steps, and the generated images (PNG) by name."""
 
     kind: ClassVar[str] = "evaluation"
     step: int
@@ -106,8 +108,8 @@ class Evaluation(Event):
 
 @dataclass(kw_only=True)
 class Saved(Event):
-    """Reports a checkpoint after `step` steps. `blocked_s`: seconds that training has waited for checkpoints so far. `failed`:
-    the number of this attempt's saves that failed so far."""
+    """Reports a checkpoint after `step` steps. `blocked_s`: seconds for which training has waited for checkpoints until now.
+    `failed`: number of failed saves of this attempt until now."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -125,7 +127,7 @@ class Paused(Event):
 
 @dataclass(kw_only=True)
 class Notice(Event):
-    """Reports a text that a person should read at the terminal."""
+    """Reports a text for the person at the terminal."""
 
     text: str
 
@@ -145,7 +147,7 @@ class Stack(Event):
 
 @dataclass(kw_only=True)
 class Profiled(Event):
-    """Reports that the files of a profile are in the run's folder. `id`: from the request (`runs.profile`)."""
+    """Reports that the files of a profile are in the run's folder. `id`: the request's id (`runs.profile`)."""
 
     id: str
     files: list[str]
@@ -153,7 +155,8 @@ class Profiled(Event):
 
 @dataclass(kw_only=True)
 class WorkerFailed(Event):
-    """Reports the error of a worker. The worker cleans up only afterwards, because cleanup may never end on a broken device."""
+    """Reports the error of a worker. The worker sends this event before its cleanup, because the cleanup may never end on a
+    broken device."""
 
     rank: int
     error: HeliostatError
@@ -161,7 +164,7 @@ class WorkerFailed(Event):
 
 @dataclass(kw_only=True)
 class BadNodes(Event):
-    """Reports nodes on which workers fail or compute wrongly. `text`: the action that was taken, in one line."""
+    """Reports nodes on which workers fail or compute wrong results. `text`: one line about the action that was taken."""
 
     nodes: list[str]
     text: str
@@ -169,7 +172,7 @@ class BadNodes(Event):
 
 @dataclass(kw_only=True)
 class NodeSample(Event):
-    """Reports a sample of a node's load. `step`: set by the driver."""
+    """Reports a sample of a node's load. The driver sets `step`."""
 
     node: str
     values: dict[str, float]
@@ -187,17 +190,17 @@ class AttemptStarted(Event):
 
 @dataclass(kw_only=True)
 class Goodput(Event):
-    """Reports the use of the run's seconds up to `step` steps, as a goodput report."""
+    """Reports how the run has used its time until step `step`, as a goodput report."""
 
     report: Mapping[str, Any]
     step: int
 
 
 RECORDED: dict[str, type[Event]] = {e.kind: e for e in (Steps, LossSpike, Evaluation, Saved)}
-LEFT_OUT = ("ledger", "images")  # fields that aren't recorded
+LEFT_OUT = ("ledger", "images")  # fields that aren't saved
 
 
 def dump(event: Event) -> dict[str, object]:
-    """Converts an event of a type in RECORDED to JSON values."""
+    """Converts an event to JSON values. Its type must be in RECORDED."""
     kind = next(name for name, cls in RECORDED.items() if type(event) is cls)
     return {"kind": kind, **{k: v for k, v in vars(event).items() if k not in LEFT_OUT}}

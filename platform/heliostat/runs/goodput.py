@@ -1,21 +1,22 @@
-"""Accounts for a run's wall-clock time over all its attempts: every second belongs to one part, so the parts add up to the total.
+"""Accounts for a run's wall-clock time over all its attempts. Every second belongs to exactly one part, so the parts add up to
+the total.
 
-An attempt is one start of the workers: a command (`heliostat train`), or a restart within one. Its driver keeps a file for it in
-the run's folder (`ledger/`). Pure functions compute everything here from those files.
+An attempt is one start of the workers: a command (`heliostat train`), or a restart within a command. The driver keeps a file
+for each attempt in the run's folder (`ledger/`). This module computes everything from these files, with pure functions.
 
-    queued         Ray had no room for the workers yet
+    queued         waiting until Ray has room for the workers
     starting       from the command to the first step: checks, Ray, workers, model, checkpoint, first batch
     compiling      the first step under `train.compile`, without the time of the second step
     data           waiting for data
     computing      steps that the run keeps; DeepSpeed's collectives are included, because they overlap with computing
     communicating  the loop's own collectives, with the wait for the slowest worker
-    checkpoint     training waited for a checkpoint or a receipt
+    checkpoint     waiting for a checkpoint or a receipt
     evaluating     held-out scores
-    lost           steps recomputed after a return to a checkpoint, and the worker's activity at the time of its death
-    restarting     within one command, from a failure to the next first step
+    lost           steps that were recomputed after a return to a checkpoint, and the worker's work when it died
+    restarting     within a command, from a failure to the first step of the next attempt
     idle           no training: between two commands, and after the last step (export, registration of the model)
 
-Goodput is computing's share of the total.
+Goodput is the share of `computing` in the total time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, closed
 
-if TYPE_CHECKING:  # takes a second
+if TYPE_CHECKING:  # this import takes a second
     from matplotlib.figure import Figure
 
 COLOURS = {
@@ -43,7 +44,7 @@ COLOURS = {
 }  # fmt: skip
 PARTS = tuple(COLOURS)
 LATEST = 2.0**36  # seconds since 1970: in the year 4147
-COLUMNS, BARS = 8, 20  # the most attempts in the table and in the chart
+COLUMNS, BARS = 8, 20  # maximum number of attempts in the table, and in the chart
 
 
 @closed
@@ -51,24 +52,25 @@ COLUMNS, BARS = 8, 20  # the most attempts in the table and in the chart
 class RecordedAttempt:
     """Describes one attempt (one start of the workers), as in its driver's ledger file.
 
-    `parts` add up to `known - started`. When the attempt is over, the time between `known` and `seen` belongs to `pending`.
+    The seconds in `parts` add up to `known - started`. When the attempt is over, the time between `known` and `seen` belongs to
+    `pending`.
     """
 
     id: str
-    started: float  # wall clock, like all times here
-    known: float  # the parts are measured up to here
+    started: float  # wall-clock time, like all times here
+    known: float  # the parts are measured until this time
     seen: float  # the driver's last sign of life
     start_step: int
     workers: int
-    restart: bool = False  # within a command, after a failure, a preemption, or another number of workers
-    host: str = ""  # of the driver
+    restart: bool = False  # whether it began within a command: after a failure, a preemption, or a new number of workers
+    host: str = ""  # host and process id of the driver
     pid: int = 0
     # finished, failed, interrupted, preempted or resize; None while it runs, or if the driver was killed
     outcome: str | None = None
-    reason: str = ""  # of a failure
+    reason: str = ""  # reason of a failure
     pending: str = "starting"
     parts: dict[str, float] = field(default_factory=dict)
-    marks: list[tuple[int, float]] = field(default_factory=list)  # (finished steps, computing seconds up to them)
+    marks: list[tuple[int, float]] = field(default_factory=list)  # (finished steps, computing seconds until then)
 
     @property
     def name(self) -> str:
@@ -81,7 +83,7 @@ class RecordedAttempt:
         return self.marks[-1][0] if self.marks else self.start_step
 
     def computed(self, step: int) -> float:
-        """Computes the computing seconds up to a step, by linear interpolation between the marks."""
+        """Computes the computing seconds until a step, by linear interpolation between the marks."""
         points = [(self.start_step, 0.0), *self.marks]
         return float(np.interp(step, [s for s, _ in points], [seconds for _, seconds in points]))
 
@@ -106,9 +108,10 @@ LEDGER = Format(RecordedAttempt, "ledger of an attempt", ConfigError, _fault, "D
 
 @dataclass
 class Settled:
-    """Holds an attempt with its final parts: every second is attributed, and recomputed steps count as lost.
+    """Holds an attempt with its final parts. Every second belongs to a part, and recomputed steps count as lost.
 
-    `gap`: the part and the seconds before the attempt. `unknown`: seconds that a running attempt hasn't reported yet.
+    `gap`: the seconds before the attempt, and the part to which they belong. `unknown`: seconds that a running attempt hasn't
+    reported yet.
     """
 
     attempt: RecordedAttempt
@@ -118,7 +121,8 @@ class Settled:
 
 
 def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
-    """Computes the final parts of every attempt. Steps that later attempts recomputed move from computing to lost."""
+    """Computes the final parts of every attempt. If a later attempt recomputed steps, their time moves from computing to
+    lost."""
     ordered = sorted(attempts, key=lambda a: (a.started, a.seen))
     kept = kept_steps(ordered)
     settled: list[Settled] = []
@@ -141,12 +145,13 @@ def settle(attempts: Iterable[RecordedAttempt]) -> list[Settled]:
 
 
 def kept_steps(attempts: list[RecordedAttempt]) -> list[int]:
-    """Returns, for each attempt in order of start, the last of its steps that the run keeps.
+    """Returns for each attempt its last step that the run keeps. The attempts are in the order of their start.
 
-    It goes backward through the attempts. The checkpoint that an attempt began from was written by the latest attempt before it
-    that reached that step. A killed attempt may have got further than its last mark. So if no attempt is known to have reached
-    the step, the latest one that began before that step is the writer. Attempts between the two left nothing, and the writer's
-    steps after the checkpoint are lost.
+    The function goes backward through the attempts, and finds the writer of the checkpoint from which an attempt began. The
+    writer is the latest earlier attempt that reached the checkpoint's step. A killed attempt may have reached more steps than
+    its last mark shows. So if no earlier attempt is known to have reached the step, the writer is the latest one that began
+    before that step. The attempts between the writer and the attempt left nothing. The writer's steps after the checkpoint are
+    lost.
     """
     kept = [a.start_step for a in attempts]
     if not attempts:
@@ -193,7 +198,8 @@ class AttemptStart(Outline):
 
 
 class GoodputReport(TypedDict):
-    """Describes the output of `heliostat run goodput --json`. `attributed`: the share of the total that belongs to a part."""
+    """Describes the output of `heliostat run goodput --json`. `attributed`: the share of the total time that belongs to a known
+    part."""
 
     total_s: float
     parts: dict[str, float]
@@ -253,7 +259,7 @@ def read_report(run: Location) -> GoodputReport:
 def table(report: GoodputReport) -> list[list[str]]:
     """Formats a goodput report as rows of text: a header, the parts that took any time, and the total.
 
-    If there are several attempts, each of the newest ones has a column.
+    If there are several attempts, each of the newest attempts has a column.
     """
     attempts = report["attempts"][-COLUMNS:] if len(report["attempts"]) > 1 else []
     first = len(report["attempts"]) - len(attempts) + 1
@@ -277,7 +283,7 @@ def summary(report: GoodputReport) -> dict[str, object]:
 
 
 def line(report: GoodputReport) -> str:
-    """Summarizes a goodput report in one line: goodput, and the largest other parts."""
+    """Summarizes a goodput report in one line: the goodput, and the largest parts except computing."""
     others = sorted(((s, p) for p, s in report["parts"].items() if p != "computing"), reverse=True)[:4]
     rest = ", ".join(f"{part} {seconds:.1f}" for seconds, part in others if seconds >= 0.05)
     return f"goodput {report['goodput']:.1%}: computing {report['parts']['computing']:.1f} of {report['total_s']:.1f} s ({rest})"
@@ -287,7 +293,7 @@ def chart(report: GoodputReport) -> Figure:
     """Draws a goodput report as a matplotlib figure, with one stacked bar per attempt and one for the run."""
     from matplotlib.figure import Figure
 
-    shown = report["attempts"][-BARS:]  # the newest
+    shown = report["attempts"][-BARS:]  # the newest attempts
     bars = [("run", report["parts"])]
     for number, one in enumerate(shown, len(report["attempts"]) - len(shown) + 1):
         both = {p: s + one["before"].get(p, 0.0) for p, s in one["parts"].items()}

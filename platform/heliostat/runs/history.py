@@ -1,7 +1,7 @@
 """Reads the record of a run's training from its folder: segments (data plans), receipts, and the links of their hash chain.
 
-Receipts may overlap if a run was resumed from an older checkpoint. A checkpoint is left out if its steps were undone: the data
-was changed at an earlier step afterwards.
+Receipts may overlap if a run was resumed from an older checkpoint. A checkpoint is left out if its steps were undone, because
+the run later went back and changed the data at an earlier step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ SEALED = Format(SealedReceipt, "receipt", VerifyError)
 
 @dataclass(frozen=True)
 class ReceiptFile:
-    """Holds one receipt file: the digests of steps [first, end), their version of `receipt`, and the hash chain after them."""
+    """Holds one receipt file: the digests of the steps [first, end), the version of `receipt`, and the hash chain after these
+    steps."""
 
     where: str
     first: int
@@ -67,7 +68,8 @@ class Link:
 class History:
     """Holds the record of a run's training. Raises ConfigError if the run's folder has no segments or no receipts.
 
-    `plans`, `receipts`: ordered by first step. `links`: by `end`. `steps`: the largest `end` of a link.
+    `plans` and `receipts` are ordered by their first step. `links` are grouped by `end`. `steps` is the largest `end` of a
+    link.
     """
 
     def __init__(self, run: Location) -> None:
@@ -87,7 +89,7 @@ class History:
     def version(self, step: int) -> int:
         """Returns the version of `receipt` by which a step's digest entered the chain.
 
-        It is the version of the last receipt that begins at the step or before.
+        This is the version of the last receipt that begins at this step or before it.
         """
         at = max(0, bisect.bisect_right(self.receipts, step, key=lambda r: r.first) - 1)
         return self.receipts[at].version if self.receipts else receipt.VERSION
@@ -101,14 +103,15 @@ class History:
             try:
                 index = layout.open_checkpoint(run, step).index
             except CheckpointError:
-                continue  # it's missing or incomplete
+                continue  # the checkpoint is missing or incomplete
             said = index.receipt
             if index.data_digest not in {p.digest for p in self.plans[: self.segment(said.steps - 1)]}:
                 yield Link(f"checkpoint {step}", said.steps, said.chain)
 
 
 def receipts(run: Location) -> list[ReceiptFile]:
-    """Reads every receipt of a run, ordered by first step. Raises VerifyError for a newer version, or a wrong file name."""
+    """Reads every receipt of a run, ordered by first step. Raises VerifyError for a receipt of a newer version, or with a wrong
+    file name."""
     folder = run.join(run_folder.RECEIPTS)
 
     def read(name: str) -> ReceiptFile:
@@ -116,7 +119,7 @@ def receipts(run: Location) -> list[ReceiptFile]:
         sealed = ReceiptFile(name, raw["first"], raw["steps"], raw["chain"], raw["data_digest"], raw.get("version", 1))
         if sealed.version not in receipt.CONTENTS:
             raise VerifyError(
-                f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify it with that version"
+                f"{folder.join(name)}: has version {sealed.version}, from a newer heliostat. Verify the run with that heliostat"
             )
         if sealed.end != run_folder.step_of(name):
             raise VerifyError(f"{folder.join(name)}: ends at step {sealed.end}, but its name says another step")

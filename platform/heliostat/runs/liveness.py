@@ -1,4 +1,5 @@
-"""Checks whether a run's driver is alive, by the heartbeat in its ledger: every few seconds, with its host and process.
+"""Checks whether a run's driver is alive, by the heartbeat in its ledger. The driver writes the heartbeat every few seconds,
+with its host and process.
 
 The lease (`lease`) ensures that at most one driver is alive at a time.
 """
@@ -14,13 +15,14 @@ from heliostat.runs import goodput
 from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage.locations import Location
 
-GONE_S = 120.0  # age of a heartbeat after which a driver on another host counts as dead; that host's clock may be slow
+GONE_S = 120.0  # if the heartbeat is older, a driver on another host counts as dead; that host's clock may be slow
 
 
 def lives(attempt: RecordedAttempt) -> bool:
-    """Checks whether the driver of an attempt without an outcome is alive, as far as that can be known without waiting.
+    """Checks whether the driver of an attempt without an outcome is alive, without waiting for a new heartbeat.
 
-    It looks up the driver's process if that runs on this host. On another host, the last heartbeat must be younger than GONE_S.
+    For a driver on this host, looks up the driver's process. For a driver on another host, the last heartbeat must be younger
+    than GONE_S.
     """
     if attempt.host == socket.gethostname():
         return _alive(attempt)
@@ -28,13 +30,13 @@ def lives(attempt: RecordedAttempt) -> bool:
 
 
 def last(run: Location) -> RecordedAttempt | None:
-    """Reads the newest attempt of a run from its ledger; None if there is none."""
+    """Reads the newest attempt of a run from its ledger; None if there is no attempt."""
     attempts = goodput.read(run)
     return max(attempts, key=lambda a: a.started, default=None)
 
 
 def _alive(attempt: RecordedAttempt) -> bool:
-    """Checks whether the attempt's process exists, and isn't a later one with the same process id."""
+    """Checks whether the attempt's process exists, and isn't a later process with the same process id."""
     try:
         process = psutil.Process(attempt.pid)
         return process.create_time() <= attempt.started + 1 and process.status() != psutil.STATUS_ZOMBIE

@@ -1,4 +1,4 @@
-"""Profiles some steps of one worker of a running job. Defines the request and its answer, which travel through the run's folder.
+"""Profiles some steps of one worker of a running job. Defines the request and its answer, which are files in the run's folder.
 
 `heliostat debug profile` writes `profiles/request.json`. The driver (`training.driver.profiles`) orders the worker to profile its
 next steps. The worker (`training.worker.profiler`) writes its files to `profiles/ID/`, and then `answer.json`.
@@ -22,17 +22,17 @@ from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 from heliostat.storage.records import Format, Inside, Whole, closed, open_
 
-STEPS = 100  # the most steps: a trace has thousands of events per step
+STEPS = 100  # maximum number of steps: a trace has thousands of events per step
 ANSWER = "answer.json"
 TRACE, MEMORY = ".trace.json.gz", ".memory.pickle"  # endings of file names
-DRIVER = "driver.stacks.txt"  # stacks of the driver's threads, if py-spy could read them
-POLL_S, LOOK_S = 0.5, 5.0  # seconds between two checks for the answer, and for the driver
+DRIVER = "driver.stacks.txt"  # file with the stacks of the driver's threads, if py-spy could read them
+POLL_S, LOOK_S = 0.5, 5.0  # seconds between two checks for the answer, and between two checks of the driver
 
 
 @closed
 @dataclass(frozen=True)
 class ProfileRequest:
-    """Requests a profile of the next `steps` steps of worker `rank`. `id` also names the profile's folder."""
+    """Requests a profile of the next `steps` steps of worker `rank`. `id` is also the name of the profile's folder."""
 
     id: Annotated[str, Field(pattern=r"^[0-9a-f]{8,40}$")]
     rank: Whole
@@ -41,10 +41,10 @@ class ProfileRequest:
 
 @open_
 class ProfileAnswer(TypedDict):
-    """Describes a profile of `steps` steps. `first`: the number of its first step, counted from 1. `files`: in the profile's
-    folder.
+    """Describes a profile of `steps` steps. `first`: the number of its first step, counted from 1. `files`: names of the files
+    in the profile's folder.
 
-    `problem`: why there is no profile; empty if there is one.
+    `problem`: the reason why there is no profile; empty if there is a profile.
     """
 
     problem: str
@@ -63,7 +63,8 @@ def place(run: Location, request: ProfileRequest) -> Location:
 
 
 def requested(run: Location) -> ProfileRequest | None:
-    """Reads the run's request for a profile; None if there is none, or if it has an answer. DataError if it isn't a request."""
+    """Reads the run's request for a profile; None if there is no request, or if it already has an answer. Raises DataError if
+    the file isn't a request."""
     try:
         request = REQUEST.read(_request(run))
     except FileNotFoundError:
@@ -79,13 +80,14 @@ def discard(run: Location) -> None:
 def answer(
     run: Location, request: ProfileRequest, first: int = 0, steps: int = 0, files: Sequence[str] = (), problem: str = ""
 ) -> None:
-    """Writes the answer to a request, after its files are complete. `first`: the number of the first step, counted from 1."""
+    """Writes the answer to a request, after the profile's files are complete. `first`: the number of the first step, counted
+    from 1."""
     content: ProfileAnswer = {"problem": problem, "first": first, "steps": steps, "files": list(files)}
     place(run, request).join(ANSWER).write(json.dumps(content).encode())
 
 
 def answered(run: Location, request: ProfileRequest) -> ProfileAnswer | None:
-    """Reads the answer to a request; None if there is none yet."""
+    """Reads the answer to a request; None if there is no answer yet."""
     try:
         return ANSWERED.read(place(run, request).join(ANSWER))
     except FileNotFoundError:
@@ -97,13 +99,15 @@ def take(
 ) -> tuple[ProfileRequest, ProfileAnswer]:
     """Requests a profile and waits for it. Returns the request and its answer.
 
-    Raises ConfigError if the run isn't running, has no such worker, or is being profiled. Raises HeliostatError if the run ends
-    without an answer, or if the worker couldn't profile its steps.
+    Raises ConfigError if the run isn't running, has no such worker, or is already being profiled. Raises HeliostatError if the
+    run ends without an answer, or if the worker couldn't profile its steps.
     """
     workers = _workers(run)
     if workers is None:
         if liveness.last(run) is None:
-            raise ConfigError(f"{run}: no run in this folder. On another machine than the run's, pass a folder that both reach")
+            raise ConfigError(
+                f"{run}: no run in this folder. If the run is on another machine, pass a folder that both machines can read"
+            )
         raise ConfigError(f"{run}: the run isn't running. Profile it while it trains: heliostat train JOB --resume")
     if rank >= workers:
         raise ConfigError(f"--rank: the run has {workers} workers ({rank}). Pass a rank from 0 to {workers - 1}")
@@ -125,12 +129,12 @@ def take(
 
 
 def _send(run: Location, request: ProfileRequest) -> None:
-    """Writes the request, unless another one has no answer yet."""
+    """Writes the request, unless another request has no answer yet."""
     data = json.dumps(asdict(request)).encode()
     if _request(run).create(data):
         return
     other = requested(run)
-    if other is None:  # a killed command left the request, or another command has just deleted it
+    if other is None:  # a killed command left the request, or another command has just deleted the request
         discard(run)
         if _request(run).create(data):
             return
@@ -144,6 +148,6 @@ def _request(run: Location) -> Location:
 
 
 def _workers(run: Location) -> int | None:
-    """Counts the workers of a run; None if it isn't running."""
+    """Counts the workers of a run; None if the run isn't running."""
     attempt = liveness.last(run)
     return attempt.workers if attempt and attempt.outcome is None and liveness.lives(attempt) else None

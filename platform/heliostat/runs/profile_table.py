@@ -13,13 +13,14 @@ from heliostat.errors import DataError
 from heliostat.storage.locations import Location
 
 TOP, GAPS = 15, 5
-NAME = 70  # characters of a name in a table; names of kernels are longer
-STEP = "heliostat step "  # begins the names of ranges that are steps
+NAME = 70  # maximum characters of a name in a table; names of kernels are longer
+STEP = "heliostat step "  # the names of steps in the trace begin with this
 GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events on a GPU
 
 
 class TracedOperation(TypedDict):
-    """Describes all calls of an operation in a profile. `self_s`: seconds, without those of the operations that it calls."""
+    """Describes all calls of an operation in a profile. `self_s`: the operation's seconds, without the seconds of operations
+    that it calls."""
 
     name: str
     device: str
@@ -29,8 +30,8 @@ class TracedOperation(TypedDict):
 
 
 class Gap(TypedDict):
-    """Describes a time without operations: its `seconds`, and its begin in seconds from the begin of the profile. It is after the
-    operation `after`, and before the operation `before`."""
+    """Describes a gap: a time without operations, between the operations `after` and `before`. `begin_s`: begin of the gap, in
+    seconds since the begin of the profile."""
 
     begin_s: float
     seconds: float
@@ -39,8 +40,8 @@ class Gap(TypedDict):
 
 
 class ProfileSummary(TypedDict):
-    """Describes a profile: its seconds, its device, and the device's share of busy time and longest gaps. `operations`: the top
-    ones by `self_s`."""
+    """Describes a profile: its seconds, its device, and the device's longest gaps. `busy`: the share of the time in which the
+    device is busy. `operations`: the operations with the most `self_s`."""
 
     seconds: float
     device: str
@@ -60,7 +61,7 @@ class Span(NamedTuple):
 
 
 def read(trace: Location) -> ProfileSummary:
-    """Summarizes a trace file (gzipped JSON in Chrome's format). Raises DataError if the file isn't one."""
+    """Summarizes a trace file (gzipped JSON in Chrome's format). Raises DataError if the file isn't a trace."""
     try:
         with trace.open() as raw, gzip.open(raw) as text:
             events = json.load(text)["traceEvents"]
@@ -70,7 +71,7 @@ def read(trace: Location) -> ProfileSummary:
 
 
 def spans(events: Iterable[dict[str, object]]) -> list[Span]:
-    """Collects the events of a trace that have a duration. Each call comes before the calls that it makes."""
+    """Collects the events of a trace that have a duration. A call comes before its inner calls."""
     collected = [
         Span(begin := float(str(e["ts"])), begin + float(str(e["dur"])), str(e["name"]), (str(e["pid"]), str(e["tid"])),
              str(e.get("cat", "")))
@@ -81,7 +82,7 @@ def spans(events: Iterable[dict[str, object]]) -> list[Span]:
 
 
 def summarize(events: Sequence[Span]) -> ProfileSummary:
-    """Summarizes the events of a trace, in the order of `spans`. Raises ValueError if none of them is a step."""
+    """Summarizes the events of a trace, which must be in the order of `spans`. Raises ValueError if no event is a step."""
     steps = [s for s in events if s.category == "user_annotation" and re.fullmatch(rf"{STEP}\d+", s.name)]
     if not steps:
         raise ValueError("no step")
@@ -102,7 +103,7 @@ def summarize(events: Sequence[Span]) -> ProfileSummary:
 
 
 def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
-    """Sums the calls up by name. Each moment counts once: for the innermost operation of its thread."""
+    """Adds up the calls by name. Each moment counts only once, for the innermost operation of its thread."""
     own, total, calls = defaultdict[str, float](float), defaultdict[str, float](float), defaultdict[str, int](int)
     open_calls = defaultdict[tuple[str, str], list[Span]](list)
     for event in events:
@@ -111,7 +112,7 @@ def _operations(events: Sequence[Span], device: str) -> list[TracedOperation]:
             outer.pop()
         if outer and device == "cpu":
             own[outer[-1].name] -= seconds
-        if all(call.name != event.name for call in outer):  # the outer call includes the time of a recursive one
+        if all(call.name != event.name for call in outer):  # the outer call includes the time of a recursive call
             total[event.name] += seconds
         own[event.name] += seconds
         calls[event.name] += 1
@@ -132,7 +133,7 @@ def _gaps(events: Sequence[Span], begin: float, end: float) -> list[Gap]:
 
 
 def operation_rows(summary: ProfileSummary) -> list[list[str]]:
-    """Formats the top operations as rows of text, the header first."""
+    """Formats the top operations as rows of text. The first row is the header."""
     head = ["operation", "device", "calls", "total ms", "self ms", "share"]
     seconds = summary["seconds"] or 1.0
     return [head, *([o["name"][:NAME], o["device"], f"{o['calls']:,}", f"{o['total_s'] * 1e3:,.1f}", f"{o['self_s'] * 1e3:,.1f}",
@@ -140,7 +141,7 @@ def operation_rows(summary: ProfileSummary) -> list[list[str]]:
 
 
 def gap_rows(summary: ProfileSummary) -> list[list[str]]:
-    """Formats the longest gaps as rows of text, the header first."""
+    """Formats the longest gaps as rows of text. The first row is the header."""
     rows = [[f"{g['begin_s'] * 1e3:,.1f}", f"{g['seconds'] * 1e3:,.1f}", g["after"][:NAME], g["before"][:NAME]]
             for g in summary["gaps"]]  # fmt: skip
     return [["at ms", "gap ms", "after", "before"], *rows]

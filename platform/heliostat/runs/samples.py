@@ -1,4 +1,4 @@
-"""Shows the samples that a step trained on: the origin of each, and its content, as the recipe describes it to a person."""
+"""Shows the samples of a step: the origin and the content of each sample. The recipe formats the content for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from heliostat.storage.locations import Location
 
 
 class Place(TypedDict):
-    """Describes the location of a sample. `row`: its index in the row group."""
+    """Describes the location of a sample. `row`: the sample's index in the row group."""
 
     shard: str
     row_group: int
@@ -28,7 +28,7 @@ class BadSample(Place):
 
 
 class Sample(Place):
-    """Describes a sample of a step. `replaces`: the bad sample that it replaced."""
+    """Describes a sample of a step. `replaces`: the bad sample that this sample replaced."""
 
     lane: int
     place: int
@@ -39,10 +39,11 @@ class Sample(Place):
 
 
 def samples(run: Location, step: int) -> list[Sample]:
-    """Reads the global batch of a step, counted from 1, ordered by virtual rank. Raises ConfigError for an unknown step."""
+    """Reads the global batch of a step, counted from 1, ordered by virtual rank. Raises ConfigError if the run has no such
+    step."""
     history = History(run)
     if not 1 <= step <= history.steps:
-        raise ConfigError(f"step: the run has no step {step}. Give one of 1 to {history.steps}.")
+        raise ConfigError(f"step: the run has no step {step}. Pass a step from 1 to {history.steps}.")
     index = step - 1
     data = open_dataset(history.plans[history.segment(index)])
     recipe = _recipe(run, data)
@@ -73,7 +74,8 @@ def _place(data: Dataset, source: int, chunk: int, row: int) -> Place:
 
 
 def _recipe(run: Location, data: Dataset) -> Recipe:
-    """Loads the recipe of the job in the newest checkpoint, and binds it to the data. Raises ConfigError without a checkpoint."""
+    """Loads the recipe of the job in the newest checkpoint, and binds it to the data. Raises ConfigError if there is no
+    checkpoint."""
     last = layout.latest(run)
     if last is None:
         raise ConfigError(f"{run}: has no complete checkpoint, so its recipe isn't known")

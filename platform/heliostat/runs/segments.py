@@ -1,8 +1,8 @@
-"""Records a run's segments, next to its receipts. Each segment is a stretch of the run with one data plan.
+"""Records a run's segments, next to its receipts. A segment is a range of the run's steps that follow one data plan.
 
-The start of the run writes the first segment. `--allow-data-change` adds one at the step where the run resumes. A return to a
-checkpoint before a loss spike also adds one, because the new plan leaves out the spike's samples. Records of steps after the one
-that a run resumes from are removed, because these steps are trained again.
+The start of the run writes the first segment. `--allow-data-change` adds a segment at the step where the run resumes. A return
+to a checkpoint before a loss spike also adds a segment, because the new plan leaves out the spike's samples. When a run resumes
+from a step, the records of later steps are removed, because these steps are trained again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def begin(run: Location, plan: DataPlan, step: int) -> None:
 
 
 def read(run: Location) -> list[DataPlan]:
-    """Reads the data plans that the run has followed, ordered by first step. Raises DataError if they are out of order."""
+    """Reads the data plans that the run has followed, ordered by first step. Raises DataError if the plans are out of order."""
     folder = run.join(run_folder.SEGMENTS)
     followed = [DataPlan.read(folder.join(path)) for path, _ in folder.files()]
     if any(a.begins >= b.begins for a, b in itertools.pairwise(followed)):

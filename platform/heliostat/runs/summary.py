@@ -1,7 +1,8 @@
 """Records the facts of a training's end: `summary.json` after the last step, and `result.json` after the model is made.
 
-Both files have the step at which training ended. If the driver dies after the last checkpoint, there is no summary, or only one
-of an earlier end. Then scores and loss come from the checkpoint, bit by bit, and rates and times come from the ledger.
+Both files have the step at which training ended. If the driver dies after the last checkpoint, there is no summary, or only the
+summary of an earlier end. Then scores and loss come from the checkpoint and are bitwise equal. Rates and times come from the
+ledger.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from heliostat.runs.goodput import RecordedAttempt
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
-if TYPE_CHECKING:  # with torch, which takes a second
+if TYPE_CHECKING:  # imports torch, which takes a second
     from heliostat.checkpoint.layout import SavedCheckpoint
 
 log = logging.getLogger(__name__)
 
-Ending = dict[str, Any]  # the facts that `heliostat train --json` prints, written by the command that ended
-TRAINING = ("data", "computing", "communicating")  # the parts of an attempt that rates are computed from
+Ending = dict[str, Any]  # the facts that the last command wrote when it ended; `heliostat train --json` prints them
+TRAINING = ("data", "computing", "communicating")  # rates are computed from these parts of an attempt
 
 
 def write(run: Location, summary: Mapping[str, object]) -> None:
@@ -32,16 +33,17 @@ def write(run: Location, summary: Mapping[str, object]) -> None:
 
 
 def read(run: Location, last: SavedCheckpoint, job: Job) -> Ending:
-    """Reads the summary of the training that ended with checkpoint `last`, or computes it from the checkpoint and the ledger."""
+    """Reads the summary of the training that ended with checkpoint `last`. If there is none, computes it from the checkpoint
+    and the ledger."""
     ending = _of_step(run.join(run_folder.SUMMARY), last.step)
     if ending is None:
-        log.info("%s: no command recorded the end of training, so its last checkpoint and its ledger count", run)
+        log.info("%s: no command recorded the end of training, so the last checkpoint and the ledger count", run)
         ending = from_checkpoint(last.step, last.index.metrics, job, _attempts(run))
     return ending
 
 
 def result(run: Location, step: int) -> Ending | None:
-    """Reads the result of the run that ended with `step`; None if there is none, or only one of another end."""
+    """Reads the result of the run that ended with `step`; None if there is no result, or only a result of another end."""
     return _of_step(run.join(run_folder.RESULT), step)
 
 
@@ -64,7 +66,7 @@ def from_checkpoint(step: int, metrics: Mapping[str, float | None], job: Job, at
         "data_wait": parts.get("data", 0.0) / seconds if seconds else 0.0,
         "checkpoint_blocked_s": parts.get("checkpoint", 0.0),
         "seconds_to_first_step": sum(ordered[begun].parts.get(p, 0.0) for p in ("queued", "starting")) if ordered else 0.0,
-        "startup": {},  # these parts were lost with the driver
+        "startup": {},  # these parts were lost when the driver died
         "restarts": sum(a.restart for a in ordered[begun:] if trained and a.started <= trained.started),
     }
 
@@ -75,7 +77,7 @@ def _of_step(place: Location, step: int) -> Ending | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        log.warning("%s: damaged, so heliostat makes it again", place)
+        log.warning("%s: damaged, so heliostat writes the file again", place)
         return None
     return ending if isinstance(ending, dict) and ending.get("steps") == step else None
 

@@ -1,8 +1,9 @@
-"""Measures the use of a run's time: `Ledger` on a worker, `LedgerRecorder` on the driver. `runs.goodput` defines the parts.
+"""Measures how a run uses its time: `Ledger` on a worker, `LedgerRecorder` on the driver. `runs.goodput` defines the parts.
 
-A worker's ledger is always in exactly one part. One clock reading ends a part and begins the next, so the parts add up exactly to
-the worker's time. Rank 0's totals travel with its events, so a lost event loses nothing. The loop's time in the engine is
-`computing`. That is right on GPUs, too, because the host is at most one step ahead of the device (`training.worker.step`).
+A worker's ledger is always in exactly one part. One clock reading ends a part and begins the next, so the parts add up exactly
+to the worker's time. Rank 0 sends its totals with its events, so a lost event loses no time. The loop's time in the engine
+counts as `computing`. This is also right on GPUs, because the host is at most one step ahead of the device
+(`training.worker.step`).
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from heliostat.storage.locations import Location
 
 log = logging.getLogger(__name__)
 
-EVERY_S = 5.0  # the maximum age of a killed driver's file
-RETRY_S = 30.0  # between two tries to read an unreadable ledger
+EVERY_S = 5.0  # maximum age of the ledger file of a driver that was killed
+RETRY_S = 30.0  # seconds between two attempts to read an unreadable ledger
 
 
 class Ledger:
-    """Books a worker's time by part: `switch(part)` from now on, `with ledger(part): ...` inside the context.
+    """Books a worker's time by part. `switch(part)` books the time from now on; `with ledger(part): ...` books the time within
+    the context.
 
-    Parts don't overlap: an inner part interrupts the outer one.
+    Parts don't overlap: an inner part interrupts the outer part.
     """
 
     def __init__(self, part: str) -> None:
@@ -57,15 +59,15 @@ class Ledger:
             self.switch(outer)
 
     def move(self, source: str, target: str, seconds: float) -> None:
-        """Moves booked seconds from one part to another, if their part is only known later."""
+        """Moves booked seconds from one part to another, for seconds whose part is known only later."""
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
     def compiled(self, first: bool) -> None:
-        """Separates compiling from computing. Call it after the first step, which is booked completely as compiling, and after
-        the second.
+        """Separates compiling from computing. Call this after the first step and after the second step.
 
-        The time of the second step shows how much of the first step wasn't compiling.
+        The first step is booked completely as compiling. The time of the second step then shows how much of the first step was
+        computing.
         """
         if not first:
             spent = self.totals()
@@ -73,15 +75,16 @@ class Ledger:
         self.switch("computing")
 
     def totals(self) -> dict[str, float]:
-        """Returns the seconds by part up to now."""
+        """Returns the seconds by part until now."""
         self.switch(self.part)
         return dict(self._seconds)
 
 
 class LedgerRecorder:
-    """Keeps the run's time ledger on the driver, from the mailbox's events, with one file per attempt.
+    """Keeps the run's time ledger on the driver, from the events in the mailbox. Each attempt has one file.
 
-    A separate thread writes the files. If the store rejects a file, the recorder logs a warning: the ledger never stops a run.
+    A separate thread writes the files. If the store rejects a file, the recorder only logs a warning, so that the ledger never
+    stops a run.
     """
 
     def __init__(self, run: Location, started: float, start_step: int, workers: int) -> None:
@@ -89,25 +92,25 @@ class LedgerRecorder:
         self.run = run
         self.attempts = [self._attempt(started, start_step, workers)]
         self._begun = [time.monotonic() - max(0.0, time.time() - started)]  # start of each attempt, by a monotonic clock
-        self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands, once they are read
+        self._earlier: list[RecordedAttempt] | None = None  # attempts of earlier commands; None until they are read
         self._reading: Future[list[RecordedAttempt]] | None = None
-        self._again = 0.0  # when to read them again; 0.0 before the first time
-        self._joined: float | None = None  # when this attempt's rank 0 began to count
-        self._head: dict[str, float] = {}  # the parts up to then
-        self._placing: list[float] = []  # times of the requests for workers to the pool
+        self._again = 0.0  # time to read earlier attempts again; 0.0 before the first read
+        self._joined: float | None = None  # time when this attempt's rank 0 began to count
+        self._head: dict[str, float] = {}  # seconds by part until that time
+        self._placing: list[float] = []  # times when workers were requested from the pool
         self._saved_at: set[int] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._writing: Future[None] | None = None
-        self._due = 0.0  # when to write the file again
+        self._due = 0.0  # time to write the file again
 
     def event(self, event: Event) -> None:
-        """Processes an event of the workers. If it has totals in `ledger`, they update the attempt's parts."""
+        """Processes an event of the workers. If the event has totals in `ledger`, they update the attempt's parts."""
         at, now = event.at, self.attempts[-1]
         phase = event.phase if isinstance(event, Phase) else ""
         if self._joined is None and phase not in ("placing", "model"):
             return  # a late event of workers that have failed
         if phase == "placing" and self._joined is not None and at < now.known:
-            return  # an event of the driver, overtaken by the workers' own
+            return  # an event of the driver that arrived after the workers' own events
         if phase in ("placing", "model") and self._joined is not None:
             self.restart(at)
             now = self.attempts[-1]
@@ -131,13 +134,14 @@ class LedgerRecorder:
         return RecordedAttempt(mine, started, started, started, start_step, workers, restart, *driver)
 
     def _note(self, pending: str, at: float) -> None:
-        """Books the time up to `at` under the pending part, while there is no worker yet. `pending` becomes the next one."""
+        """Books the time until `at` under the pending part, while there is no worker yet. `pending` becomes the next pending
+        part."""
         now, at = self.attempts[-1], max(at, self.attempts[-1].known)  # another machine's clock may be slow
         now.parts[now.pending] = now.parts.get(now.pending, 0.0) + at - now.known
         now.known, now.pending = at, pending
 
     def _join(self, event: ModelPhase) -> None:
-        """Books the start of the workers. `event.queued_s`: seconds that the last requested placement group waited."""
+        """Books the start of the workers. `event.queued_s`: seconds for which the last requested placement group waited."""
         now, at = self.attempts[-1], event.at
         self._joined = max(now.known, at - sum((event.ledger or {}).values()))
         if self._placing:
@@ -155,18 +159,18 @@ class LedgerRecorder:
         now.seen = max(now.seen, now.known)
 
     def _mark(self, step: int) -> None:
-        """Keeps the marks at checkpoints, where later attempts may begin, and the newest mark."""
+        """Adds a mark. Of the earlier marks, keeps only marks at checkpoints, because later attempts may begin there."""
         now = self.attempts[-1]
         if now.marks and now.marks[-1][0] not in self._saved_at:
             now.marks.pop()
         now.marks.append((step, now.parts.get("computing", 0.0)))
 
     def restart(self, at: float | None = None, outcome: str = "failed", reason: str = "") -> None:
-        """Closes the attempt because the workers have ended (now, or at `at`), and begins the next one."""
+        """Closes the attempt because the workers have ended (now, or at `at`), and begins the next attempt."""
         at = at or time.time()
         failed = self.attempts[-1]
         failed.reason = reason
-        if failed.pending == "idle":  # they ended without an error, to begin again
+        if failed.pending == "idle":  # the workers ended without an error, to begin again
             failed.pending = "restarting"
         self._end(outcome, max(at, failed.known))
         self.attempts.append(self._attempt(failed.seen, failed.reached, failed.workers, restart=True))
@@ -179,7 +183,8 @@ class LedgerRecorder:
         self._write(ended)
 
     def beat(self, force: bool = False) -> None:
-        """Writes the attempt's file if it is out of date, unless the last write is still running. Call it often."""
+        """Writes the attempt's file if the file is out of date, unless the last write is still running. Call this method
+        often."""
         now = time.monotonic()
         self._due = min(self._due, now if force else self._due)
         if now >= self._due and (self._writing is None or self._writing.done()):
@@ -195,11 +200,11 @@ class LedgerRecorder:
         self._writing = self._thread.submit(_store, place, data)
 
     def report(self) -> goodput.GoodputReport:
-        """Computes the run's goodput up to now, over all attempts, including those of earlier commands."""
+        """Computes the run's goodput until now, over all attempts, including attempts of earlier commands."""
         return goodput.report(self._all())
 
     def spent(self) -> tuple[float, float]:
-        """Computes the run's hours up to now, over all its commands, and the hours for which its workers held resources.
+        """Computes the run's hours until now, over all its commands, and the hours for which its workers used resources.
 
         Hours of earlier commands come from the ledger. Hours of this command come from a monotonic clock.
         """
@@ -238,13 +243,15 @@ class LedgerRecorder:
         except (HeliostatError, OSError) as e:
             self._again = time.monotonic() + RETRY_S
             if first:
-                log.warning("can't read the run's ledger. Until then, goodput and limits count this command only: %s", e)
+                log.warning(
+                    "can't read the run's ledger. Until it is readable, goodput and limits count only this command: %s", e
+                )
             return
         if not first:
             log.warning("read the run's ledger. Goodput and limits count all commands")
 
     def close(self, outcome: str, reason: str = "") -> None:
-        """Closes the ledger at the end of the command, and waits until the file is written."""
+        """Closes the ledger at the end of the command, and waits until its file is written."""
         self.attempts[-1].reason = reason
         self._end(outcome, time.time())
         self._thread.shutdown(wait=True)
@@ -254,4 +261,4 @@ def _store(place: Location, data: bytes) -> None:
     try:
         place.write(data)
     except (HeliostatError, OSError) as e:
-        log.warning("the run's ledger is late: %s", e)
+        log.warning("can't update the run's ledger yet: %s", e)

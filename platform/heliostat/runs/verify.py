@@ -1,9 +1,9 @@
-"""Verifies a run against its data: recomputes every receipt from the manifests and the shards alone.
+"""Verifies a run against its data: recomputes every receipt, only from the manifests and the shards.
 
-`verify` loads the samples that every step had to train on, and hashes them as training did. It compares each step's digest, each
-link of the chain, and the chain that each checkpoint recorded. After a difference it continues, and it also recomputes steps that
-no receipt covers, so one fault doesn't hide the others. It loads several windows at once, because object storage answers slowly.
-Its memory holds these windows, and one bit per sample of the current epochs.
+`verify` loads the samples on which each step had to train, and hashes them like training. It compares each step's digest, each
+link of the chain, and the chain that each checkpoint recorded. After a difference, `verify` continues. It also recomputes steps
+that no receipt covers. So one fault doesn't hide other faults. Because object storage answers slowly, `verify` loads several
+units at once. In memory are these units, and one bit per sample of the current epochs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from heliostat.runs.history import History, ReceiptFile
 from heliostat.storage.locations import Location
 from heliostat.terminal import console
 
-AHEAD = 3  # units loaded at once
+AHEAD = 3  # number of units that are loaded at once
 
 
 class Difference(NamedTuple):
     """Describes a difference between a recomputed value (`expected`) and the run's record (`found`).
 
-    `what`: "digest", "chain", "data plan", or "receipt" if none covers the step (then `found` is None).
+    `what`: "digest", "chain", "data plan", or "receipt". The value "receipt" means that no receipt covers the step; then
+    `found` is None.
     """
 
     step: int
@@ -48,12 +49,13 @@ class StepUnit:
     data: Dataset
     first: int
     end: int
-    versions: frozenset[int]  # of receipts: its steps need a digest of each
+    versions: frozenset[int]  # versions of receipts; each step needs a digest per version
 
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Holds a unit's recomputed values: step digests by version of `receipt`, planned samples, and the number of bad ones."""
+    """Holds a unit's recomputed values: step digests by version of `receipt`, planned samples, and the number of bad
+    samples."""
 
     digests: dict[int, list[str]]
     planned: SamplePlaces
@@ -61,7 +63,8 @@ class Recomputed:
 
 
 def units(history: History) -> Iterator[StepUnit]:
-    """Cuts all steps into units of whole rounds, each at least a shuffle window long, so that row groups are read about once."""
+    """Divides all steps into units of complete rounds. A unit is at least as long as a shuffle window, so that row groups are
+    read about once."""
     ends = [*(p.begins for p in history.plans[1:]), history.steps]
     for number, (plan, last) in enumerate(zip(history.plans, ends, strict=True)):
         step, stop = plan.begins, min(last, history.steps)
@@ -77,9 +80,9 @@ def units(history: History) -> Iterator[StepUnit]:
 
 
 def recompute(unit: StepUnit) -> Recomputed:
-    """Recomputes a unit's step digests from the contents of its samples, and locates the samples that the order planned."""
+    """Recomputes a unit's step digests from the contents of its samples. Also locates the samples that the order planned."""
     order = unit.data.order
-    places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples of each]
+    places = np.stack([order.step(step) for step in range(unit.first, unit.end)])  # [steps, virtual ranks, samples per rank]
     loaded = unit.data.load(places.ravel())
     by_version = {}
     for version in unit.versions:
@@ -90,7 +93,7 @@ def recompute(unit: StepUnit) -> Recomputed:
 
 
 def recomputed(history: History) -> Iterator[tuple[StepUnit, Recomputed]]:
-    """Yields every unit in order, with its recomputed values, while the next units load."""
+    """Yields every unit in order, with its recomputed values. Meanwhile loads the next units."""
     with ThreadPoolExecutor(AHEAD) as pool:
         pending: deque[tuple[StepUnit, Future[Recomputed]]] = deque()
         try:
@@ -107,7 +110,8 @@ def recomputed(history: History) -> Iterator[tuple[StepUnit, Recomputed]]:
 
 
 class SeenSamples:
-    """Tracks which samples the epochs of a segment have contained, one bit per sample. It keeps each source's last two epochs."""
+    """Tracks which samples the epochs of a segment have contained, with one bit per sample. Keeps the last two epochs of each
+    source."""
 
     def __init__(self, data: Dataset) -> None:
         counts = [split.samples for split in data.order.splits]
@@ -116,7 +120,7 @@ class SeenSamples:
         self._bits: dict[tuple[int, int], np.ndarray] = {}
 
     def add(self, samples: SamplePlaces) -> int:
-        """Adds samples, and counts those that their epoch already contained."""
+        """Adds samples. Returns the number of samples that their epoch already contained."""
         repeated = 0
         for source, epoch in np.unique(np.stack([samples.source, samples.epoch], axis=1), axis=0).tolist():
             mine = (samples.source == source) & (samples.epoch == epoch)
@@ -134,13 +138,13 @@ class SeenSamples:
 class VerifyReport(TypedDict):
     """Describes the output of `heliostat run verify --json`.
 
-    - `steps`: covered steps whose receipts are all right.
-    - `samples`: samples that receipts cover.
-    - `lost`: planned samples before the last known step that no receipt covers.
-    - `repeated`: samples that their epoch already contained. An epoch has as many places as samples, so each sample comes once if
-      this is 0.
-    - `replaced`: bad samples that other samples replaced.
-    - `first_difference`: the fields of `Difference`, with the step counted from 1, as in everything that people read.
+    - `steps`: number of covered steps whose receipts are all right.
+    - `samples`: number of samples that receipts cover.
+    - `lost`: number of planned samples before the last known step that no receipt covers.
+    - `repeated`: number of samples that their epoch already contained. An epoch has as many positions as samples. So if
+      `repeated` is 0, each sample comes once.
+    - `replaced`: number of bad samples that other samples replaced.
+    - `first_difference`: the fields of `Difference`, with the step counted from 1, as in all texts for people.
     """
 
     ok: bool
@@ -218,7 +222,8 @@ def verify(run: Location) -> VerifyReport:
 
 
 def explain(report: VerifyReport) -> str:
-    """Explains in one line why a run failed verification: the first step that differs, or samples repeated within an epoch."""
+    """Explains in one line why a run failed verification: by the first step that differs, or by samples that are repeated in an
+    epoch."""
     first = report["first_difference"]
     if not first:
         return f"{report['repeated']:,} samples come twice within an epoch, so the order of samples is wrong"

@@ -2,18 +2,20 @@
 
     python -m heliostat.submit.entrypoint JOB.yaml [--attempt ID] [--sweep SWEEP.yaml] [--queue NAME] [--flag=--resume]
 
-The child is `heliostat train` or `heliostat sweep run`. If it is killed, or dies without recording an outcome, this process
-starts it again, and it continues from the newest checkpoint. `Again` allows this as often as the job's `retries` permit. After
-that the run's MLflow status is FAILED, with the reason. If the storage is unreachable, this process waits for it; resuming
-doesn't need MLflow. A command that ends by itself records its end in the run's ledger.
+The child is `heliostat train` or `heliostat sweep run`. If the child is killed, or dies without recording an outcome, this
+process starts it again, and the child continues from the newest checkpoint. The job's `retries` limit how often this happens
+(`Again`). After the last retry, the run's MLflow status is FAILED, with the reason. If the storage is unreachable, this process
+waits for it. Resuming doesn't need MLflow. A command that ends by itself records its end in the run's ledger.
 
-Retries count consecutive deaths: progress resets the count. A new child that fails before it has begun counts as another death.
+Retries count consecutive deaths: progress resets the count. If a new child fails before it has begun, this counts as another
+death.
 
-The log goes to standard output, which the Jobs API shows. The copy in `logs/` of the run's folder (`logs`) outlives the cluster.
+The log goes to standard output, which the Jobs API shows. The copy in `logs/` of the run's folder (`logs`) outlives the
+cluster.
 
 `heliostat job stop` makes Ray send SIGTERM to this process and to the training driver. This process waits for the driver, which
-saves a checkpoint. It doesn't wait if the Jobs API lists a marker job for this attempt (`stop --now`), because the storage may be
-what doesn't answer.
+saves a checkpoint. If the Jobs API lists a marker job for this attempt (`stop --now`), this process doesn't wait, because the
+storage may not answer.
 """
 
 from __future__ import annotations
@@ -51,8 +53,8 @@ from heliostat.training.driver.recovery import Budget
 log = logging.getLogger("heliostat")
 
 UPLOAD_S, POLL_S, QUEUE_S = 20.0, 1.0, 2.0
-NOW_S = 5.0  # for the end of the log to reach storage after `stop --now`
-ENDS = "ends"  # key of the marker job's metadata: the attempt to end
+NOW_S = 5.0  # time for the end of the log to reach storage after `stop --now`
+ENDS = "ends"  # key of the marker job's metadata; its value is the attempt to end
 
 
 class Again:
@@ -61,13 +63,15 @@ class Again:
     def __init__(
         self, folder: Location, retries: Retries, sweep: bool = False, pause: Callable[[float], object] | None = None
     ) -> None:
-        """Stores the job's retries. `pause` waits so many seconds, or raises a HeliostatError if the command must end."""
+        """Stores the job's retries. `pause` waits the given number of seconds, or raises a HeliostatError if the command must
+        end."""
         self.folder, self.sweep, self._pause = folder, sweep, pause
         self.budget = Budget(retries)
         self._began = time.time()
 
     def died(self, pid: int, code: int) -> str:
-        """Describes how the command died; empty if it ended by itself. `code`: its exit code, as `Popen` returns it."""
+        """Describes how the command died; empty if the command ended by itself. `code`: its exit code, as returned by
+        `Popen`."""
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
         if self.sweep or not code:
@@ -77,25 +81,26 @@ class Again:
         except (HeliostatError, OSError) as e:
             log.warning("can't find out how the driver ended: %s", e)
             return ""
-        if mine is None:  # it had not begun
+        if mine is None:  # the command had not begun
             return f"with exit code {code} before it had begun" if self.budget.used and code == 1 else ""
         return f"with exit code {code}" if mine.outcome is None else ""
 
     def wait_s(self, how: str) -> float:
-        """Returns the seconds to wait before the restart; TrainingError if the retries are used up."""
+        """Returns the seconds to wait before the restart; raises TrainingError if the retries are used up."""
         return self.budget.spend(TrainingError(f"the driver died without an error, {how}"), self._progress())
 
     def flags(self, flags: list[str], pid: int) -> list[str]:
-        """Returns the next command's flags. It resumes the run if the dead command had begun it, but never an earlier run.
+        """Returns the next command's flags. If the dead command had begun the run, the next command resumes the run. It never
+        resumes an earlier run.
 
-        HeliostatError if the storage doesn't show whether the command had begun.
+        Raises HeliostatError if the storage doesn't show whether the command had begun.
         """
         if not self._has_begun(pid):
             return flags
         return [*(f for f in flags if f not in ("--overwrite", "--resume")), "--resume"]
 
     def _attempt(self, pid: int) -> RecordedAttempt | None:
-        """Returns the newest attempt of process `pid` on this host in the run's ledger; None if there is none."""
+        """Returns the newest attempt of process `pid` on this host from the run's ledger; None if there is no such attempt."""
         self.folder.wait_for_store(self._pause)
         mine = [a for a in goodput.read(self.folder) if (a.host, a.pid) == (socket.gethostname(), pid)]
         return max(mine, key=lambda a: a.started, default=None)
@@ -110,7 +115,8 @@ class Again:
             return False
 
     def _progress(self) -> int:
-        """Returns the step of the newest checkpoint, or a sweep's number of finished trials; -1 if it is unknown."""
+        """Returns the step of the newest checkpoint, or for a sweep the number of finished trials; -1 if the progress is
+        unknown."""
         try:
             if self.sweep:
                 from heliostat.tune import listing
@@ -173,7 +179,7 @@ class Driver:
             return code if code >= 0 else 128 - code
 
     def _starts_again(self, pid: int, how: str) -> bool:
-        """Waits until the next start of the dead command is due; False if the command doesn't start again."""
+        """Waits until the dead command can start again. Returns False if it doesn't start again."""
         try:
             flags = self.again.flags(self.flags, pid)
             wait = self.again.wait_s(how)
@@ -191,7 +197,7 @@ class Driver:
             raise StoppedError("the job was stopped on request")
 
     def _settle(self, how: str) -> None:
-        """Records the end of the run in MLflow, which its dead driver couldn't do."""
+        """Records the end of the run in MLflow, because the dead driver couldn't record it."""
         from heliostat.tracking.reconcile import settle_folder
 
         try:
@@ -200,7 +206,7 @@ class Driver:
             log.warning("MLflow couldn't record the end of the run: %s", e)
 
     def _child(self) -> tuple[int, int]:
-        """Runs the command once, until it ends. Returns its process id and exit code."""
+        """Runs the command once, and waits for its end. Returns its process id and exit code."""
         source, sink = os.pipe()
         child = subprocess.Popen([*self.command, *self.flags], stdout=sink, stderr=sink)
         os.close(sink)
@@ -224,7 +230,8 @@ class Driver:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n".encode())
 
     def _write(self, data: bytes) -> None:
-        """Writes output to the log's copy and to standard output. A full disk must not close the pipe from the driver."""
+        """Writes output to the log's copy and to standard output. Ignores a full disk, because an error would close the pipe
+        from the driver."""
         self._log.add(data)
         rest = memoryview(data)
         try:
@@ -243,7 +250,7 @@ class Driver:
             try:
                 self._log.send()
             except (HeliostatError, OSError) as e:
-                log.warning("the log's copy in storage is late: %s", e)
+                log.warning("can't update the log's copy in storage yet: %s", e)
 
     def _now(self) -> bool:
         """Checks whether the driver must end without waiting for a checkpoint."""
@@ -255,7 +262,7 @@ class Driver:
         return any((j.get("metadata") or {}).get(ENDS) == self.attempt for j in jobs)
 
     def _wait_for_turn(self, queue: str) -> None:
-        """Waits until all jobs of the queue that were submitted before this one have ended."""
+        """Waits until all jobs of the queue that were submitted before this job have ended."""
         url, token = self.jobs_url(), http.own_token()
         announced = False
         while not self.stopping.is_set():
@@ -269,12 +276,12 @@ class Driver:
 
 
 def jobs_url() -> str:
-    """Returns the URL of the Jobs API of the cluster on which this process runs."""
+    """Returns the URL of the Jobs API of this process's cluster."""
     return ray_internals.jobs_url(os.environ.get("RAY_ADDRESS", "auto"))
 
 
 class WaitingJob(TypedDict):
-    """Describes the fields of a job that heliostat reads from the Jobs API."""
+    """Describes a waiting job: the fields that heliostat reads from the Jobs API."""
 
     submission_id: str
     status: str
@@ -283,7 +290,8 @@ class WaitingJob(TypedDict):
 
 
 def before(name: str, queue: str, jobs: list[WaitingJob]) -> list[str] | None:
-    """Lists the queue's unfinished jobs that started before the job `name`; None if the Jobs API doesn't list that job yet."""
+    """Lists the queue's unfinished jobs that were submitted before the job `name`. Returns None if the Jobs API doesn't list
+    `name` yet."""
     waiting = [j for j in jobs if (j.get("metadata") or {}).get("queue") == queue and j["status"] in ("PENDING", "RUNNING")]
     mine = next((j for j in waiting if j["submission_id"] == name), None)
     if mine is None:

@@ -1,8 +1,8 @@
 """Manages jobs on a cluster through Ray's Jobs API: submits, follows, lists, stops, and resumes them.
 
-A submission's id is the run's name, so each run has one job: submitting the same job again returns the earlier submission. The
-Jobs API loses its records with the cluster. The run's folder keeps the log, the ledger, and the result; the workspace keeps the
-`SubmissionRecord`.
+A submission's id is the run's name. So each run has one job: submitting the same job again returns the earlier submission. When
+a cluster ends, the records of its Jobs API are lost. The run's folder keeps the log, the ledger, and the result; the workspace
+keeps the `SubmissionRecord`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from heliostat.submit import submission
 from heliostat.submit.entrypoint import ENDS
 from heliostat.submit.submission import SubmissionRecord
 
-if TYPE_CHECKING:  # importing it takes a second
+if TYPE_CHECKING:  # this import takes a second
     from ray.job_submission import JobDetails
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SUPERVISOR = "_ray_internal_job_actor_{}"  # Ray's name for a job's supervisor actor
 JOB_FILE, SWEEP_FILE = "heliostat-job.json", "heliostat-sweep.yaml"
-RAYS_LOGS = (  # loggers of Ray's client; two of them set their own level
+RAYS_LOGS = (  # loggers of Ray's client; two of these loggers set their own level
     "ray._private.runtime_env", "ray.dashboard", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk",
 )  # fmt: skip
 RETRY_S = 60.0
 BACKOFF = Backoff(0.5, 8.0)
-STOP_S = 600  # for the last checkpoint; after that Ray kills the driver
+STOP_S = 600  # time for the last checkpoint; after that, Ray kills the driver
 FOLLOW_S = 1.0
-QUIET_S = 30.0  # without a new line, after which heliostat checks whether the cluster still answers
-MONITOR_S = 3.0  # Ray's monitor checks once per second
+QUIET_S = 30.0  # after this time without a new line, heliostat checks whether the cluster still answers
+MONITOR_S = 3.0  # Ray's monitor checks a job once per second
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
-# variables without secrets; credentials come from the nodes' own environment, instance profile, or Kubernetes secret
+# variables without secrets; credentials come from the nodes' environment, from an instance profile, or from a Kubernetes secret
 PASSED = (
     "AWS_REGION",
     "AWS_DEFAULT_REGION",
@@ -98,8 +98,8 @@ class Jobs:
     def submit(self, record: SubmissionRecord, flags: tuple[str, ...] = ()) -> str:
         """Submits a job and returns the submission's id.
 
-        Submitting the same job again returns the same submission. ConfigError if another job has this name. ConfigError also if
-        this job failed or was stopped, and no flag resumes it or starts it from scratch.
+        Submitting the same job again returns the same submission. Raises ConfigError if another job has this name. Also raises
+        ConfigError if this job failed or was stopped, unless a flag resumes it or starts it from scratch.
         """
         queue = record.queue
         if earlier := self.find(record.id):
@@ -146,7 +146,7 @@ class Jobs:
             }
 
             def send() -> None:
-                sent = self.find(record.id)  # the cluster may have the submission: perhaps only its answer was lost
+                sent = self.find(record.id)  # the cluster may have the submission: perhaps only the cluster's answer was lost
                 if not (sent and sent["metadata"].get("attempt") == attempt):
                     self.client.submit_job(
                         entrypoint=shlex.join(command), submission_id=record.id, runtime_env=runtime, metadata=metadata
@@ -156,10 +156,11 @@ class Jobs:
         return record.id
 
     def _forget(self, job_id: str) -> None:
-        """Deletes a finished submission after its supervisor has ended, so that its id is free; ClusterError after 60 s.
+        """Deletes a finished submission, so that its id is free. First waits until its supervisor has ended. Raises
+        ClusterError after 60 s.
 
-        A moment after a job's end, Ray's monitor looks up the job's supervisor by id. It would mistake a new submission with this
-        id for the old one, and mark it as failed.
+        A moment after a job's end, Ray's monitor looks up the job's supervisor by id. If a new submission had this id, the
+        monitor would mistake it for the old submission, and mark it as failed.
         """
         deadline = time.monotonic() + RETRY_S
         while dashboard.actor_alive(self.there.url, self.there.token, SUPERVISOR.format(job_id)):
@@ -170,7 +171,7 @@ class Jobs:
         self._retry(lambda: self.client.delete_job(job_id), "forgetting the earlier submission")
 
     def _retry(self, action: Callable[[], T], what: str) -> T:
-        """Runs an action, and retries it within RETRY_S while the cluster fails.
+        """Runs an action. While the cluster fails, retries the action for RETRY_S seconds.
 
         ClusterError after RETRY_S, or at once if the cluster rejects the request.
         """
@@ -196,17 +197,18 @@ class Jobs:
     # looking ---------------------------------------------------------------------------------------------------------
 
     def list(self) -> list[Submitted]:
-        """Lists every submission, the newest first."""
+        """Lists every submission, newest first."""
         raw = self._retry(self.client.list_jobs, "listing jobs")
         ours = [_plain(j) for j in raw if j.submission_id and ENDS not in (j.metadata or {})]
         return sorted(ours, key=lambda j: j["started"] or 0, reverse=True)
 
     def find(self, job_id: str) -> Submitted | None:
-        """Returns the submission with this id; None if there is none."""
+        """Returns the submission with this id; None if there is no such submission."""
         return next((j for j in self.list() if j["id"] == job_id), None)
 
     def get(self, job_id: str) -> Submitted:
-        """Returns the submission with this id; ConfigError if there is none, or if heliostat didn't submit it."""
+        """Returns the submission with this id; raises ConfigError if there is no such submission, or if heliostat didn't submit
+        it."""
         job = self.find(job_id)
         if job is None:
             near = schema.nearest(job_id, [str(j["id"]) for j in self.list()])
@@ -218,7 +220,7 @@ class Jobs:
     def follow(self, job_id: str) -> Iterator[str]:
         """Yields the job's log as it grows, until the job ends. Leaves out the log of earlier submissions with this id."""
         attempt = self.get(job_id)["metadata"]["attempt"]
-        before: str | None = ""  # the text before the submission's part of the log; None inside that part
+        before: str | None = ""  # the text before the submission's part of the log; None after that part has begun
         for text in self._tail(job_id):
             if before is None:
                 yield text
@@ -230,11 +232,11 @@ class Jobs:
         if before and (at := _beginning(before, attempt, over=True)) is not None:
             yield before[at:]
         job = self.get(job_id)
-        if job["status"] == "FAILED" and job["exit_code"] is None:  # it didn't reach its entrypoint
+        if job["status"] == "FAILED" and job["exit_code"] is None:  # the submission ended before its entrypoint started
             yield job["message"] + "\n"
 
     def _tail(self, job_id: str) -> Iterator[str]:
-        """Yields the text that is added to the log until the job ends. After a broken connection it continues without repeats."""
+        """Yields new text of the log until the job ends. After a broken connection, continues without repeating text."""
         import aiohttp
 
         came, deadline = 0, time.monotonic() + RETRY_S
@@ -256,7 +258,7 @@ class Jobs:
             time.sleep(FOLLOW_S)
 
     def logs(self, job_id: str) -> str:
-        """Returns the whole log of a job, with earlier submissions of its id."""
+        """Returns the complete log of a job, including the log of earlier submissions with its id."""
         return self._retry(lambda: self.client.get_job_logs(job_id), "reading the log")
 
     # stopping --------------------------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ class Jobs:
     def stop(self, job_id: str, now: bool = False) -> Submitted:
         """Stops a job, waits until it has ended, and returns it. The job saves a checkpoint first, unless `now` is set.
 
-        ClusterError if it doesn't end within 630 s.
+        Raises ClusterError if the job doesn't end within 630 s.
         """
         job = self.get(job_id)
         if job["status"] in OVER:
@@ -281,19 +283,21 @@ class Jobs:
         return job
 
     def _note_to_end(self, attempt: str) -> str:
-        """Submits a marker job, which does nothing, and returns its id. The job's metadata make the attempt's driver end.
+        """Submits a marker job, which does nothing, and returns its id. When the attempt's driver finds the marker's metadata,
+        it ends.
 
-        This works without storage: it needs only the cluster.
+        This works even if the storage doesn't answer, because it needs only the cluster.
         """
         note = f"stop-{attempt}-{uuid.uuid4().hex[:6]}"
         self._retry(
-            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}), "telling the driver"
+            lambda: self.client.submit_job(entrypoint="true", submission_id=note, metadata={ENDS: attempt}),
+            "asking the driver to stop",
         )
         return note
 
 
 def _sync(source: AsyncIterator[T], beat: Callable[[], object]) -> Iterator[T]:
-    """Yields an asynchronous iterator's items. While none arrives, calls `beat` every 30 s; `beat` may raise."""
+    """Yields an asynchronous iterator's items. While no item arrives, calls `beat` every 30 s; `beat` may raise an error."""
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         while True:
@@ -311,9 +315,10 @@ def _line(error: Exception) -> str:
 
 
 def _beginning(text: str, attempt: str, over: bool) -> int | None:
-    """Returns where a submission's part of the log begins: after the line that names the attempt. None if that line is missing.
+    """Returns the position where a submission's part of the log begins: after the line that names the attempt. None if that
+    line is missing.
 
-    `over`: the submission has ended. If the line is missing then, the entrypoint never ran, and the whole log is its part.
+    `over`: whether the submission has ended. If it has ended without that line, its entrypoint never ran, so the position is 0.
     """
     _, separator, after = text.rpartition(attempt)
     if separator and "\n" in after:
@@ -334,7 +339,8 @@ def _plain(details: JobDetails) -> Submitted:
 
 
 def exit_code(job: Submitted) -> int:
-    """Returns the exit code of a command that followed a job: 0 if it succeeded, 130 if stopped, 2 for bad input, else 1."""
+    """Returns the exit code for a command that followed a job: 0 if the job succeeded, 130 if it was stopped, 2 for bad input,
+    else 1."""
     if job["status"] == "STOPPED":
         return 130
     return 0 if job["status"] == "SUCCEEDED" else 2 if job["exit_code"] == 2 else 1

@@ -1,6 +1,6 @@
 """Copies a job's log to storage in parts of one MiB: `logs/ATTEMPT.NNNNNN.log` in the run's folder.
 
-Storage can't append to an object. With parts, an update rewrites only the last part, however long the log is.
+Storage can't append to an object. So the log has parts, and an update rewrites only the last part, even if the log is long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PART = 1 << 20
 class LogCopy:
     """Copies an attempt's log to storage. `add` and `send` may be called in different threads.
 
-    If the disk is full, the copy lacks the text that didn't fit, and has a note in its place.
+    If the disk is full, a note in the copy replaces the text that didn't fit.
     """
 
     def __init__(self, folder: Location, attempt: str) -> None:
@@ -47,7 +47,7 @@ class LogCopy:
             self._missing = 0
 
     def _append(self, file: int, data: bytes) -> None:
-        """Appends all of the data. After an error, none of it counts."""
+        """Appends all of the data. If an error occurs, no part of the data counts as written."""
         end, rest = self._written, memoryview(data)
         while rest:
             count = os.pwrite(file, rest, end)
@@ -55,7 +55,7 @@ class LogCopy:
         self._written = end
 
     def send(self) -> None:
-        """Writes the parts that storage lacks, or of which it has only the beginning."""
+        """Writes the parts that storage lacks, and the parts of which storage has only the beginning."""
         with self._one:
             while self._file and self._sent < self._written:
                 number = self._sent // PART
@@ -65,6 +65,6 @@ class LogCopy:
 
 
 def stored(run: Location) -> str | None:
-    """Reads and joins the logs of all submissions of a run; None if there are none."""
+    """Reads and joins the logs of all submissions of a run; None if there are no logs."""
     names = sorted(n for n, _ in run.join(run_folder.LOGS).files() if n.endswith(".log"))
     return b"".join(run.join("logs", n).read() for n in names).decode(errors="replace") if names else None

@@ -24,7 +24,8 @@ class RunProgress(TypedDict):
 
 
 def of_run(run: Location, steps: int) -> RunProgress:
-    """Computes a run's progress from its ledger in storage: finished steps, their share, and seconds left at the present pace."""
+    """Computes a run's progress from its ledger in storage: number and share of finished steps, and seconds left at the present
+    speed."""
     try:
         attempts = goodput.read(run)
     except (HeliostatError, OSError) as e:
@@ -36,7 +37,7 @@ def of_run(run: Location, steps: int) -> RunProgress:
 
 
 def of_sweep(folder: Location) -> RunProgress:
-    """Computes a sweep's progress from its record in storage: finished trials, out of all planned ones."""
+    """Computes a sweep's progress from its record in storage: the number of finished trials, out of all planned trials."""
     from heliostat.tune import listing
 
     try:
@@ -47,9 +48,10 @@ def of_sweep(folder: Location) -> RunProgress:
 
 
 def eta(attempt: RecordedAttempt, steps: int) -> float | None:
-    """Estimates the seconds left, from this attempt's time per step with data, communication, checkpoints, and evaluation.
+    """Estimates the seconds left, from the time per step of this attempt. This time includes data, communication, checkpoints,
+    and evaluation.
 
-    None before the attempt has finished a step.
+    Returns None if the attempt hasn't finished a step yet.
     """
     done = attempt.reached - attempt.start_step
     spent = sum(attempt.parts.get(p, 0.0) for p in ("computing", "data", "communicating", "checkpoint", "evaluating"))

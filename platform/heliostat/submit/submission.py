@@ -22,8 +22,8 @@ from heliostat.validation import check
 class SubmissionRecord:
     """Holds this workspace's record of a submission.
 
-    `cluster`: the cluster's name as the user wrote it. `job`: the whole job, resolved. `sweep`: the whole sweep; None for a
-    single job. For a sweep, `job` is its base, `id` is its name, and `steps` is its number of trials.
+    `cluster`: the cluster's name as the user wrote it. `job`: the complete job, resolved. `sweep`: the complete sweep; None for
+    a single job. For a sweep, `job` is the sweep's base, `id` is its name, and `steps` is its number of trials.
     """
 
     id: str
@@ -50,7 +50,8 @@ class SubmissionRecord:
 
     @staticmethod
     def read(job_id: str) -> SubmissionRecord | None:
-        """Reads this workspace's record of a submission; None if there is none. ConfigError if it is damaged."""
+        """Reads this workspace's record of a submission; None if there is no record. Raises ConfigError if the record is
+        damaged."""
         try:
             return SUBMITTED.read(SubmissionRecord.place(job_id))
         except FileNotFoundError:
@@ -66,10 +67,11 @@ SUBMITTED = Format(SubmissionRecord, "record of a submission", ConfigError, fix=
 
 
 def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord | None:
-    """Returns the record of the earlier submission with this id and digest, if it has the same job as `record`; else None.
+    """Returns the record of the earlier submission with this id and digest, if that record has the same job as `record`. Else
+    returns None.
 
-    An older heliostat with fewer keys computed another digest for the same job. So this reads the workspace's earlier record
-    with today's keys, and compares again.
+    An older heliostat with fewer keys computed a different digest for the same job. So this function reads the workspace's
+    earlier record with today's keys, and compares the jobs again.
     """
     if digest == record.digest:
         return record
@@ -84,9 +86,10 @@ def standing(record: SubmissionRecord, digest: str | None) -> SubmissionRecord |
 
 
 def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = False) -> Job:
-    """Loads a job for a cluster. `resume`: `train.epochs` counts the samples of the dataset versions that the run trains on.
+    """Loads a job for a cluster. With `resume`, `train.epochs` counts the samples of the dataset versions on which the run
+    already trains.
 
-    ConfigError if the cluster is on other machines and the job has paths of this workspace.
+    Raises ConfigError if the cluster is on other machines and the job has paths of this workspace.
     """
     raw, devices = spec.read(path, settings), check.devices_of(endpoint.file)
     samples = partial(check.training_samples, resume=resume)
@@ -109,7 +112,8 @@ def load(path: Path, settings: list[str], endpoint: Endpoint, resume: bool = Fal
 
 
 def changed(record: SubmissionRecord, settings: list[str], cluster: str | None) -> SubmissionRecord:
-    """Returns an earlier submission's record for this cluster, with changed settings; ConfigError for settings of a sweep."""
+    """Returns an earlier submission's record for this cluster, with changed settings. Raises ConfigError if settings of a sweep
+    are changed."""
     if record.sweep:
         if settings:
             raise ConfigError(

@@ -1,8 +1,9 @@
-"""Describes a model's origin, and writes its card: `README.md` in the exported folder, with the header that model hubs read.
+"""Describes a model's origin, and writes the model card: `README.md` in the exported folder, with the header that model hubs
+read.
 
-A model's parents are the folders of every `pretrained: FOLDER` in the job, and the runs that made these folders. A folder from
-`heliostat model export`, or of a registered model, names its run in `heliostat.json`. For a parent from the Hugging Face Hub,
-the card shows the commit, and the license in the parent's own card.
+A model's parents are the folders of every `pretrained: FOLDER` in the job, and the runs that made these folders. If `heliostat
+model export` made a folder, or if it belongs to a registered model, its `heliostat.json` names the run. For a parent from the
+Hugging Face Hub, the card shows the commit, and the license from the parent's own card.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class ParentModel(TypedDict):
 
     key: str
     folder: str
-    config: str  # digest of its configuration files
-    changed: NotRequired[dict[str, Json]]  # keys of the job next to `pretrained`; older records lack it
+    config: str  # digest of the model's configuration files
+    changed: NotRequired[dict[str, Json]]  # keys of the job next to `pretrained`; older records lack this field
     bytes: int  # size of the weights
     name: str | None
     run_id: str | None
@@ -62,7 +63,7 @@ def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
     folder = pretrained.folder(named)
     configs = sorted(folder.glob("*.json")) if folder.is_dir() else []
     config = hashlib.sha256(b"".join(p.read_bytes() for p in configs if p.name in ("config.json", "model_index.json")))
-    origin: dict[str, Any] = {}  # an exported model's record of its run
+    origin: dict[str, Any] = {}  # the record of the run in an exported model
     record = folder / exported.RECORD
     if record.is_file():
         raw = exported.record(folder)
@@ -84,7 +85,7 @@ def _parent(key: str, named: str, changed: dict[str, Json]) -> ParentModel:
 
 
 def _license(readme: Path) -> str | None:
-    """Reads the license in the header of a model's card; None if the header has none."""
+    """Reads the license in the header of a model's card; None if the header has no license."""
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
@@ -110,7 +111,8 @@ def note(job: Job, manifests: list[Manifest]) -> str:
 def license_of(job: Job, origins: list[ParentModel]) -> str:
     """Returns the license of a job's model.
 
-    This is the job's own license, else the license of the models that initialized it if they agree, else `unknown`.
+    This is the job's own license. If the job has no license, the license of the models that initialized the job's model counts,
+    if all of them have the same license. In all other cases, returns `unknown`.
     """
     inherited = {p["license"] for p in origins}
     only = next(iter(inherited)) if len(inherited) == 1 else None

@@ -1,9 +1,10 @@
-"""Logs a run's checkpoints to MLflow as logged models, by reference and without copies: step, scores, and location.
+"""Logs a run's checkpoints to MLflow as logged models: step, scores, and location. The checkpoints aren't copied.
 
     Checkpoints(run_id, experiment_id, run_folder).sync(client)
 
-Each complete checkpoint is logged once, however often you call `sync`. If retention has removed a checkpoint, its logged model
-is deleted, so that MLflow's UI lists only usable models. Its facts stay in the run's artifact `checkpoints.json`.
+Each complete checkpoint is logged only once, even if you call `sync` several times. If retention has removed a checkpoint, its
+logged model is deleted, so that MLflow's UI lists only usable models. The checkpoint's facts stay in the run's artifact
+`checkpoints.json`.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
     from heliostat.checkpoint.index import CheckpointIndex
 
-KIND = "heliostat.checkpoint"  # type of the logged models
-GONE = "checkpoints.json"  # the artifact with the facts of deleted checkpoints, by the id of their former logged model
+KIND = "heliostat.checkpoint"  # MLflow type of the logged models
+GONE = "checkpoints.json"  # artifact with the facts of deleted checkpoints, by the id of their deleted logged model
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointFacts(TypedDict):
-    """Describes a checkpoint, as the artifact `checkpoints.json` keeps it."""
+    """Describes a checkpoint, as an entry of the artifact `checkpoints.json`."""
 
     step: int
     uri: str
@@ -45,7 +46,7 @@ class CheckpointFacts(TypedDict):
 
 
 class Checkpoints:
-    """Keeps the logged models of one run in line with the checkpoints in its folder."""
+    """Makes the logged models of a run match the checkpoints in the run's folder."""
 
     def __init__(self, run_id: str, experiment_id: str, run: Location) -> None:
         self.run_id, self.experiment_id, self.run = run_id, experiment_id, run
@@ -53,13 +54,13 @@ class Checkpoints:
         self._settled: set[int] = set()  # steps whose logged model belongs to the checkpoint in storage
 
     def back(self, step: int) -> None:
-        """Forgets the checkpoints after `step`, from which the run continues: the run will write them again."""
+        """Forgets the checkpoints after `step`. The run continues from `step` and will write these checkpoints again."""
         self._settled = {s for s in self._settled if s <= step}
 
     def sync(self, client: MlflowClient) -> None:
         """Logs the complete checkpoints in storage that MLflow lacks, and deletes the logged models of removed checkpoints.
 
-        Raises the errors of MLflow and of the storage; the work before an error stays done.
+        Raises the errors of MLflow and of the storage. An error doesn't undo the work before it.
         """
         from heliostat.checkpoint import layout  # imports torch, which takes a second
 
@@ -72,9 +73,9 @@ class Checkpoints:
             try:
                 index = layout.open_checkpoint(self.run, step).index
             except CheckpointError:
-                continue  # not complete, perhaps not yet
+                continue  # the checkpoint isn't complete, or not yet
             known = self._known.get(step)
-            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # written again, after the run went back
+            if known and tags.value(known.tags, tags.WRITTEN) != str(index.written):  # the run went back and wrote it again
                 gone.append(known)
                 known = None
             if known is None or tags.value(known.tags, tags.LOGGED) != "true":
@@ -151,7 +152,7 @@ def facts(model: LoggedModel) -> CheckpointFacts:
 
 
 def history(client: MlflowClient, run: Run) -> list[CheckpointFacts]:
-    """Lists all checkpoints that a run ever had, including deleted ones, in the order of their steps."""
+    """Lists all checkpoints that a run ever had, including deleted checkpoints, in the order of their steps."""
     gone = _gone(client, run.info.run_id)
     present = [facts(m) for m in logged(client, run) if m.model_id not in gone]
     return sorted([*gone.values(), *present], key=lambda checkpoint: checkpoint["step"])

@@ -36,9 +36,9 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion
 
 T = TypeVar("T")
-Taken = Callable[["Run", int | None], int]  # counts the samples in question that a run took, before a step if one is given
+Taken = Callable[["Run", int | None], int]  # counts the requested samples that a run took, up to a step if it isn't None
 
-DEPTH = 20  # most generations of parents
+DEPTH = 20  # maximum number of generations of parents
 
 
 class TracedModel(TypedDict):
@@ -67,13 +67,13 @@ class Traced(About):
     reproduces: str | None
     folder: str
     recipe: str | None
-    job: dict[str, str | None]  # the name of its artifact, and its seeds
+    job: dict[str, str | None]  # the name of the job's artifact, and the job's seeds
     code: list[dict[str, str]]
     environments: list[str]
     clusters: list[str]
     nodes: list[LivingNode]
     attempts: list[Outline]
-    changes: list[dict[str, Any]]  # start_step, and [old, new] by key of the job
+    changes: list[dict[str, Any]]  # start_step, and [old, new] for each changed key of the job
     data: Consumed
     tokenizers: list[str]
     checkpoints: list[CheckpointFacts]
@@ -82,14 +82,15 @@ class Traced(About):
 
 
 class Lineage(TypedDict):
-    """Holds the answer of `lineage`."""
+    """Holds the result of `lineage`."""
 
     model: TracedModel | None  # None if the question wasn't about a registered version
     run: Traced
 
 
 def lineage(client: MlflowClient, uri: str, what: str) -> Lineage:
-    """Traces the lineage of a model or a run. `what`: one of their names; ConfigError if it leads to no run."""
+    """Traces the lineage of a model or a run. `what`: any name of the model or the run. Raises ConfigError if `what` leads to
+    no run."""
     version, run_id = None, what
     if logged := re.fullmatch(r"models:/(m-[0-9a-f]{32})", what):  # an unregistered model belongs to its run
         run_id = str(client.get_logged_model(logged[1]).source_run_id)
@@ -153,7 +154,8 @@ def _parents(client: MlflowClient, run_id: str) -> list[ParentModel]:
 
 
 def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Traced | None:
-    """Builds the node of a parent's run; None if the parent has no known run, or if this store doesn't have the run."""
+    """Builds the node of a parent's run. Returns None if the parent's run isn't known, or if this store doesn't have that
+    run."""
     from mlflow.exceptions import MlflowException
 
     if not parent["run_id"] or not depth:
@@ -166,7 +168,8 @@ def _parent_node(client: MlflowClient, parent: ParentModel, depth: int) -> Trace
 
 
 def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
-    """Reads the goodput report: of an ended run from MLflow, else from the ledger in its folder. None if neither is readable."""
+    """Reads the goodput report: from MLflow if the run has ended, else from the ledger in the run's folder. Returns None if
+    neither is readable."""
     report = read_json(client, run.info.run_id, "goodput.json", goodput.GoodputReport) if run.info.status != "RUNNING" else None
     try:
         return report or goodput.read_report(Location(run.data.tags[tags.FOLDER]))
@@ -175,7 +178,7 @@ def goodput_of(client: MlflowClient, run: Run) -> goodput.GoodputReport | None:
 
 
 def attempts(client: MlflowClient, run: Run) -> list[Outline]:
-    """Lists every start of the workers; empty if there is no readable record of them."""
+    """Lists every start of the workers; empty if there is no readable record of the starts."""
     report = goodput_of(client, run)
     return [cast(Outline, {k: a.get(k) for k in Outline.__annotations__}) for a in report["attempts"]] if report else []
 
@@ -192,12 +195,13 @@ def versions(client: MlflowClient, run_id: str) -> list[ModelVersion]:
 
 
 def distinct(values: list[T]) -> list[T]:
-    """Removes repeated values, and keeps the order."""
+    """Removes repeated values, and keeps the order of the values."""
     return [v for i, v in enumerate(values) if v not in values[:i]]
 
 
 class Descendant(TypedDict):
-    """Describes a run that has trained on the samples in question. `inherited`: run ids of its ancestors that trained on them."""
+    """Describes a run that has trained on the requested samples. `inherited`: run ids of its ancestors that have trained on
+    these samples."""
 
     run_id: str
     name: str
@@ -207,13 +211,13 @@ class Descendant(TypedDict):
 
 
 class LineageRow(Descendant):
-    """Describes a run that has trained on samples. `samples`: how many it has taken itself."""
+    """Describes a run that has trained on samples. `samples`: number of samples that the run itself has taken."""
 
     samples: int
 
 
 class Seen:
-    """Finds the runs that have trained on a shard or a dataset, themselves or through models that initialized them.
+    """Finds the runs that have trained on a shard or a dataset, directly or through a model from which they were initialized.
 
     The counts are exact to the sample. They come from the data plans that runs recorded in MLflow, and from the manifests.
     """
@@ -232,7 +236,7 @@ class Seen:
         return self.rows(taken)
 
     def rows(self, taken: Taken, only: str | None = None) -> list[LineageRow]:
-        """Lists the runs (or `only` one) that have taken samples, themselves or through ancestors."""
+        """Lists the runs that have taken samples, directly or through ancestors. `only`: id of the only run to check."""
         rows = list[LineageRow]()
         for run_id, run in self.runs.items():
             if only not in (None, run_id):
@@ -245,7 +249,8 @@ class Seen:
         return rows
 
     def _inherited(self, run: Run, taken: Taken, depth: int) -> list[str]:
-        """Lists the run ids of ancestors that took samples before the step from which the run was initialized."""
+        """Lists the run ids of ancestors that took samples. For each ancestor, only samples before the step that initialized
+        the run count."""
         out: list[str] = []
         for parent in _parents(self.client, run.info.run_id):
             above = self.runs.get(run_id := parent["run_id"] or "")
@@ -258,7 +263,7 @@ class Seen:
 
 
 def lines(traced: Lineage) -> list[tuple[int, str]]:
-    """Formats a lineage as (depth, text) of each line."""
+    """Formats a lineage as lines of (depth, text)."""
     out: list[tuple[int, str]] = []
     if model := traced["model"]:
         out += _model_lines(model, 0)
@@ -317,7 +322,8 @@ def _run_lines(run: Traced, depth: int) -> list[tuple[int, str]]:
 
 
 def node_line(node: LivingNode) -> str:
-    """Formats a node with its resources in Ray. A private Ray has more CPUs than the machine, because data tasks mostly wait."""
+    """Formats a node with its resources in Ray. A private Ray has more CPUs than the machine, because data tasks mostly wait
+    for I/O."""
     gpus = f", {node['gpus']:g} GPUs {', '.join(node['accelerators'])}" if node["gpus"] else ""
     return f"node {node['host']} ({node['address']}), {node['cpus']:g} logical CPUs in Ray{gpus}"
 

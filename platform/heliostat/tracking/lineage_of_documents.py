@@ -1,4 +1,4 @@
-"""Traces a document to the runs that have trained on it, with samples and steps, in any version of its dataset."""
+"""Finds the runs that have trained on a document, in any version of its dataset, with their samples and steps."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Chunk = tuple[str, str, int]  # dataset, shard, row group
 class DocumentSample(ConsumedPlace):
     """Describes a sample that contains a part of the document.
 
-    For a sample that replaced a bad one, `lane` (the virtual rank), `place`, and `epoch` are None, because the record lacks them.
+    For a sample that replaced a bad sample, `lane` (the virtual rank), `place`, and `epoch` are None, because the record lacks
+    them.
     """
 
     step: int  # counted from 1
@@ -58,18 +59,20 @@ class TrainedOnDocument:
     client: MlflowClient
     dataset: Manifest
     id: str
-    places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # (shard, piece), by a version's digest
+    places: dict[str, list[tuple[str, Piece]]] = field(default_factory=dict)  # (shard, piece), by the digest of a dataset version
     samples: dict[str, list[DocumentSample]] = field(default_factory=dict)  # by run id
     faults: dict[str, str] = field(default_factory=dict)  # by run id
 
     @property
     def digests(self) -> set[str]:
-        """Returns the digests of the dataset, of a collection's parts, and of versions that still had `forgotten` documents."""
+        """Returns the digests of the dataset, of a collection's parts, and of the versions before documents were
+        `forgotten`."""
         parts = self.dataset.meta.get("digests", {}).values()
         return {self.dataset.digest, *parts, *(earlier["digest"] for earlier in self.dataset.meta.get("forgotten", []))}
 
     def runs(self, only: str | None = None) -> list[Reached]:
-        """Lists the runs (or `only` one) that have trained on the document, themselves or through a model they started from."""
+        """Lists the runs that have trained on the document, directly or through a model from which they were initialized.
+        `only`: id of the only run to check."""
         seen = Seen(self.client)
         rows: list[Descendant] = [*seen.rows(lambda run, before: len(self._before(run, before)), only)]
         known = {row["run_id"] for row in rows}
@@ -87,7 +90,7 @@ class TrainedOnDocument:
         return {**row, "samples": samples, "steps": steps, "unsure": unsure, "fault": self.faults.get(row["run_id"])}
 
     def _before(self, run: Run, before: int | None) -> list[DocumentSample]:
-        """Returns the run's samples of the document in its steps up to `before`, or in all steps if that is None."""
+        """Returns the run's samples of the document in its steps up to `before`. If `before` is None, all steps count."""
         run_id = run.info.run_id
         if run_id not in self.samples:
             try:
@@ -123,7 +126,7 @@ class TrainedOnDocument:
 
 
 def same_folder(a: str, b: str) -> bool:
-    """Checks whether two URIs name the same folder. Relative ones start at the workspace."""
+    """Checks whether two URIs name the same folder. Relative paths start at the workspace."""
     return Location(a).absolute(workspace.root()).path == Location(b).absolute(workspace.root()).path
 
 
@@ -134,9 +137,9 @@ def _sample(chunk: Chunk, visit: Visit) -> DocumentSample:
 
 
 def with_replaced(samples: list[DocumentSample], replaced: list[Replaced], rows_of: dict[Chunk, range]) -> list[DocumentSample]:
-    """Removes bad samples that other samples replaced, and adds the samples that replaced others.
+    """Removes the bad samples that were replaced, and adds the samples that replaced them.
 
-    `rows_of`: by row group, the rows that contain the document.
+    `rows_of` maps each row group to the rows that contain the document.
     """
 
     def at(place: ConsumedPlace) -> Chunk:

@@ -1,8 +1,8 @@
 """Keeps a run's curves next to its checkpoints, so that the curves always reach the newest checkpoint.
 
-The driver sends metrics to MLflow, and a killed driver loses those that it hasn't sent. So before each checkpoint, rank 0 writes
-the events of all steps since the previous checkpoint to `curves/step-00000100.json`. The next process that opens the run logs
-the events that MLflow lacks.
+The driver sends metrics to MLflow, and a killed driver loses the metrics that it hasn't sent yet. So before each checkpoint,
+rank 0 writes the events of all steps since the previous checkpoint to `curves/step-00000100.json`. The next process that opens
+the run logs the events that MLflow lacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from heliostat.tracking.metrics import Point, points
 
 log = logging.getLogger(__name__)
 
-MARK = "train/loss"  # a metric of every step: shows how far MLflow's curves reach
+MARK = "train/loss"  # every step has this metric, so it shows how far MLflow's curves reach
 
 
 FIX = "Delete it to continue without these steps' curves"
@@ -32,7 +32,7 @@ FIX = "Delete it to continue without these steps' curves"
 class RecordedEvent(TypedDict):
     kind: str
     at: Number
-    scores: NotRequired[dict[str, float | None]]  # null: an older version couldn't measure it
+    scores: NotRequired[dict[str, float | None]]  # null if an older version couldn't measure it
 
 
 def _fault(event: events.Event) -> str | None:
@@ -40,7 +40,7 @@ def _fault(event: events.Event) -> str | None:
         return None
     curves = [event.lr, event.grad_norm, *event.added.values()]
     if not event.loss or any(len(curve) != len(event.loss) for curve in curves):
-        return "its loss, lr, grad_norm, and added values have different numbers of steps"
+        return "the event's loss, lr, grad_norm, and added values have different numbers of steps"
     return None
 
 
@@ -49,12 +49,12 @@ KINDS = {kind: Format(cls, "event of a run", check=_fault, fix=FIX) for kind, cl
 
 
 def write(run: Location, done: int, reported: Sequence[events.Event]) -> None:
-    """Writes the events of the steps up to `done` that are in no earlier file of the run's curves."""
+    """Writes a file with the events `reported` since the previous file, for the steps up to `done`."""
     run_folder.curves(run, done).write(json.dumps([events.dump(event) for event in reported]).encode())
 
 
 def missing(run: Location, known: dict[str, int]) -> list[Point]:
-    """Reads the points that MLflow may lack, in order, from the curve files that end after MLflow's last step."""
+    """Reads the points that MLflow may lack, in order. They are in the curve files that end after MLflow's last step."""
     return read(run, known.get(MARK, 0))
 
 

@@ -1,9 +1,9 @@
-"""Logs one MLflow run: its owner, in the driver's process, writes everything that MLflow gets from the run.
+"""Logs one MLflow run. The run's owner, in the driver's process, writes all data of the run to MLflow.
 
 It uses MlflowClient with an explicit run id, so that a resumed run continues the same MLflow run. The id is stored next to the
 checkpoints (`run.json`). One thread writes the queued events, so a slow or unreachable server never slows training. Events that
-the server doesn't accept wait (`outbox`) for the next attempt. At the end, attempts continue for AWAY_S; after that, the run's
-next command sends the events.
+the server doesn't accept wait (`outbox`) for the next attempt. After the end of the run, attempts continue for AWAY_S. After
+that, the run's next command sends the events.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ log = logging.getLogger(__name__)
 SAMPLES, SAVED = "samples.json", "its checkpoints and data"
 AWAY, BACK = "MLflow doesn't accept metrics", "MLflow answers again"  # log lines at the start and end of an outage
 PACKAGES = ("heliostat", "ray", "torch", "deepspeed", "transformers", "diffusers", "pyarrow", "mlflow", "numpy")
-AWAY_S = 120.0  # how long the end of a command waits if MLflow doesn't answer
-NODES_SHOWN = 10  # most lines about bad nodes in the tag: the newest
-IMAGES = 500  # most images that wait for MLflow; above it the oldest are dropped
-EXCHANGE_S = 300.0  # longest duration of an exchange that has begun
-PAUSES = Backoff(0.5, 15.0)  # between two attempts
+AWAY_S = 120.0  # if MLflow doesn't answer, a command waits this long at its end
+NODES_SHOWN = 10  # maximum number of lines about bad nodes in the tag (the newest)
+IMAGES = 500  # maximum number of images that wait for MLflow; above it, the oldest images are dropped
+EXCHANGE_S = 300.0  # maximum duration of one exchange with MLflow
+PAUSES = Backoff(0.5, 15.0)  # seconds between two attempts
 NEVER = (HeliostatError, LookupError, TypeError, ValueError, AttributeError)  # errors that would occur at every attempt
 
 
@@ -81,7 +81,7 @@ class End(Event):
 
 
 class RunOwner:
-    """Owns one MLflow run, and writes all of its content.
+    """Owns one MLflow run, and writes everything in it.
 
     Use: `owner = RunOwner(job, manifests)`, then `owner.post(event)` for each event, then `owner.finish(...)`.
     """
@@ -91,7 +91,7 @@ class RunOwner:
     ) -> None:
         """Prepares the run, without writing to MLflow yet.
 
-        `extra`: additional tags of a new run; `mlflow.parentRunId` makes it a nested run. `data_version`: that of its data plan.
+        `extra`: tags to add to a new run; `mlflow.parentRunId` makes it a nested run. `data_version`: the data plan's version.
         """
         self.job, self.manifests, self._tags, self._data_version = job, manifests, extra or {}, data_version
         self.run_id = self._made = ""
@@ -104,7 +104,7 @@ class RunOwner:
         self._images: deque[tuple[str, int, bytes]] = deque(maxlen=IMAGES)  # (name, step, PNG) that MLflow lacks
         self._facts: dict[str, Callable[[], None]] = {}  # functions that write facts that MLflow lacks, by description
         self._filled = False  # whether the queue has the curves of earlier commands
-        self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # this command's lines about them
+        self._bad_nodes: deque[str] = deque(maxlen=NODES_SHOWN)  # this command's lines about bad nodes
         self._thread = threading.Thread(target=self._write, name="mlflow", daemon=True)
 
     def post(self, event: Event) -> None:
@@ -114,26 +114,27 @@ class RunOwner:
             self._start()
 
     def _start(self) -> None:
-        """Starts the writing thread, once.
+        """Starts the writing thread, if it hasn't started yet.
 
-        Training starts it after the first step, because it imports MLflow for seconds, which would delay the workers' start.
+        Training starts the thread after the first step. MLflow's import takes seconds, and would delay the workers' start.
         """
         if not self._thread.ident:
             self._thread.start()
 
     def client(self) -> MlflowClient:
-        """Waits until MLflow has answered, and returns the MlflowClient; TrackingError if there is no answer for AWAY_S."""
-        self.post(Event())  # the thread may be waiting for a first event
+        """Waits until MLflow has answered, and returns the MlflowClient. Raises TrackingError after AWAY_S without an
+        answer."""
+        self.post(Event())  # wakes the thread, which may be waiting for its first event
         self._start()
         if not self._answers.wait(AWAY_S):
             self._patient = False
-            raise TrackingError(f"{self._away()}. Use --resume when it answers again: training isn't repeated") from self._fault
+            raise TrackingError(f"{self._away()}. Use --resume when MLflow answers: training isn't repeated") from self._fault
         return self._client
 
     def describe(self, model_uri: str | None, samples: list[tuple[str, str]]) -> None:
-        """Writes the URI of the run's logged model, if there is one, and the samples: (prompt, generated text).
+        """Writes the samples (prompt, generated text) and, if the run has a logged model, the model's URI.
 
-        TrackingError if MLflow rejects them, or doesn't answer for AWAY_S.
+        Raises TrackingError if MLflow rejects the data, or doesn't answer for AWAY_S.
         """
         from mlflow.exceptions import MlflowException
 
@@ -146,7 +147,7 @@ class RunOwner:
             raise TrackingError(f"mlflow.uri: {self.job.mlflow.uri} failed ({e}). Use --resume: training isn't repeated") from e
 
     def _log_samples(self, client: MlflowClient, rows: list[list[str]]) -> None:
-        """Adds rows to the run's table of samples, unless they are its last rows already.
+        """Adds rows to the run's table of samples, unless the table already ends with these rows.
 
         If a call is repeated, MLflow's `log_table` would add them twice.
         """
@@ -161,9 +162,9 @@ class RunOwner:
             client.set_tag(self.run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*tables, mine]))
 
     def finish(self, status: str, reason: str, report: goodput.GoodputReport, closing: dict[str, str] | None = None) -> None:
-        """Writes all waiting events, the run's goodput, tags, and status: FINISHED, FAILED, or KILLED.
+        """Writes all waiting events, and the run's goodput, tags, and status (FINISHED, FAILED, or KILLED).
 
-        If MLflow is unreachable for AWAY_S, the run's next command writes them; TrackingError if the run is FINISHED.
+        If MLflow is unreachable for AWAY_S, the run's next command writes them. If the run is FINISHED, raises TrackingError.
         """
         step = max(a["reached"] for a in report["attempts"])
         self.post(Goodput(report=report, step=step))
@@ -185,7 +186,7 @@ class RunOwner:
     # the writing thread ----------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
-        """Writes events to MLflow until the end has been written, or until its deadline has passed."""
+        """Writes events to MLflow until the end of the command has been written, or until the deadline for that has passed."""
         pause, failures, deadline = 0.0, 0, float("inf")
         box = outbox.Outbox(self.job.run_folder, lambda new: mlflow_client.send(self._client, self.run_id, new), self._known)
         while True:
@@ -222,13 +223,13 @@ class RunOwner:
             case Profiled():
                 self._facts[f"profile {event.id}"] = lambda: self._log_profile(event)
             case Saved():
-                self._facts.pop(SAVED, None)  # must follow a start that went back, which forgets the known checkpoints
+                self._facts.pop(SAVED, None)  # must follow a start that went back, which forgets known checkpoints
                 self._facts[SAVED] = lambda: self._record.sync(event.step)
 
     def _gather(self, pause: float) -> list[Event]:
         """Collects the next events from the queue, waiting for the first.
 
-        After a failed exchange it collects until the pause before the next attempt is over. The end of the run ends the pause.
+        After a failed exchange, collects events during the pause before the next attempt. The end of the run ends the pause.
         """
         events, until = list[Event](), time.monotonic() + pause
         while True:
@@ -255,13 +256,13 @@ class RunOwner:
         box.flush()
         self._log_images()
         if self._end:
-            self._facts.pop(SAVED, None)  # `_close` writes it
+            self._facts.pop(SAVED, None)  # `_close` writes these facts
         for what, write in list(self._facts.items()):
             self._try(what, write)
             del self._facts[what]
         if self._fault:
             away = time.monotonic() - self._since
-            log.warning("%s after %.0f s: it has the %d metrics that waited", BACK, away, waiting)
+            log.warning("%s after %.0f s, and has the %d metrics that waited", BACK, away, waiting)
         if self._end:
             self._close(self._end)
 
@@ -269,7 +270,7 @@ class RunOwner:
         if self._fault is None:
             self._since = time.monotonic()
             why = mlflow_client.fault(error)
-            log.warning("%s. The run keeps them until it does, and training continues (%s)", AWAY, why)
+            log.warning("%s. The run keeps the metrics until MLflow accepts them, and training continues (%s)", AWAY, why)
         self._fault = error
         self._answers.clear()
         try:
@@ -298,12 +299,12 @@ class RunOwner:
             self._client.log_figure(self.run_id, goodput.chart(report), "goodput.png")
         except Exception as e:  # noqa: BLE001 (any error: the run's status must still be written)
             log.error("MLflow rejected the goodput of run %s: %s", self.run_id, e)
-        if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # from an earlier command
+        if end.reason or tags.REASON in self._client.get_run(self.run_id).data.tags:  # the reason from an earlier command
             self._client.set_tag(self.run_id, tags.REASON, end.reason[:5000])
         for key, value in end.tags.items():
             self._tag(key, value)
         self._client.set_terminated(self.run_id, end.status)
-        self._try("its report", self._log_page)  # last, because it shows the status
+        self._try("its report", self._log_page)  # the report comes last, because it shows the status
         self._try("its datasets' pages", self._log_data_pages)
 
     def _log_page(self) -> None:
@@ -320,12 +321,12 @@ class RunOwner:
 
     def _open(self) -> None:
         mlflow_client.set_client()
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # it warns at every attempt
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # MLflow's client warns at every attempt
         import mlflow
 
         job = self.job
         self._client = mlflow.MlflowClient(tracking_uri=job.mlflow.uri)
-        mlflow.set_tracking_uri(job.mlflow.uri)  # for features that only MLflow's module functions have
+        mlflow.set_tracking_uri(job.mlflow.uri)  # for features that exist only as functions of MLflow's module
         known = record(job.run_folder)
         if known.get("uri") != job.mlflow.uri:
             known = {"token": uuid.uuid4().hex, "uri": job.mlflow.uri, "name": job.name}

@@ -1,12 +1,12 @@
 """Declares every metric of a run once: its name in MLflow, the events that contain it, and its chart in the report.
 
-The points for MLflow (`points`) and the charts of the report (`page`) follow from METRICS. To add a metric of a value that
-events already contain, add a line there. A new value per step needs no field of its own: `training.worker.step` puts it into
-`Steps.added`. A line in METRICS then draws it and reserves its name (`RESERVED`).
+The points for MLflow (`points`) and the charts of the report (`page`) follow from METRICS. If events already contain a value,
+add a line to METRICS to make it a metric. A new value per step needs no new field: `training.worker.step` puts the value into
+`Steps.added`. A line in METRICS then draws the value and reserves its name (`RESERVED`).
 
-MLflow's UI groups charts into sections by the name up to its last slash. Sections are in alphabetical order, with system metrics
-last. So held-out scores (`eval/`) come first, then the training curves (`train/`), then metrics that users rarely need
-(`train/data/corpus/epochs`). `formerly` is a metric's name in older runs.
+MLflow's UI groups charts into sections, by the part of the name before the last slash. Sections are in alphabetical order;
+system metrics come last. So held-out scores (`eval/`) come first, then the training curves (`train/`), then metrics that users
+rarely need (`train/data/corpus/epochs`). `formerly` is a metric's name in older runs.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from heliostat.runs.events import Evaluation, Event, Goodput, LossSpike, NodeSample, Saved, Steps
 
-SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # a spike's loss, and the limit that it exceeds; only at spikes
-CHECKPOINT = "train/checkpoint/"  # prefix of the scores of checkpoints' logged models
+SPIKE, SPIKE_LIMIT = "train/spike", "train/spike_limit"  # only at spikes: the loss, and the limit that it exceeds
+CHECKPOINT = "train/checkpoint/"  # prefix of the scores of a checkpoint's logged model
 SYSTEM, TIME = "system/", "train/time/"  # prefixes of metrics that belong to a time, not to a step
 
 
-Number: TypeAlias = float | list[float]  # one value, or one per step
-Values: TypeAlias = Number | Mapping[str, Number | None] | None  # a mapping has values by the text that `*` stands for
+Number: TypeAlias = float | list[float]  # one value, or a list with one value per step
+Values: TypeAlias = Number | Mapping[str, Number | None] | None  # a mapping's keys are the texts that `*` stands for
 
 
 class Point(NamedTuple):
@@ -37,9 +37,10 @@ class Point(NamedTuple):
 
     @property
     def place(self) -> int:
-        """Returns the coordinate that grows along the metric.
+        """Returns the coordinate that increases along the metric.
 
-        It is the step. For metrics that belong to a time (system metrics, `train/time/`), it is the time in milliseconds.
+        The coordinate is the step. For metrics that belong to a time (system metrics, `train/time/`), it is the time in
+        milliseconds.
         """
         return int(self.at * 1000) if self.key.startswith((TIME, SYSTEM)) else self.step
 
@@ -48,12 +49,12 @@ class Point(NamedTuple):
 class Metric:
     """Declares one metric: its name, the events that contain it, and its chart in the report.
 
-    `name`: its name in MLflow; a `*` stands for a text from the event. `value`: extracts a number or None from an event of
-    `kind`, or a list with one number per step. For a name with a `*`, it extracts a mapping with such values by the text.
+    `name`: its name in MLflow; a `*` stands for a text from the event. `value`: extracts a value from an event of `kind`: a
+    number, None, or a list with one number per step. If the name has a `*`, `value` extracts a mapping from texts to values.
 
     `chart`: the chart's title in the report; metrics with the same title share a chart. With "" the metric has no chart; `{}`
-    stands for the text of the `*`. `section`: the report's section for the chart. `mark`: draws dots instead of a line.
-    `formerly`: the name in older runs.
+    stands for the text of the `*`. `section`: the report's section for the chart. `mark`: whether to draw dots instead of a
+    line. `formerly`: the name in older runs.
     """
 
     name: str
@@ -66,7 +67,8 @@ class Metric:
     formerly: str = ""
 
     def star(self, name: str) -> str | None:
-        """Returns the text that the `*` stands for in `name`: "" if the metric has no `*`, None if `name` isn't this metric's."""
+        """Returns the text that the `*` stands for in `name`. Returns "" if the metric has no `*`, and None if `name` isn't a
+        name of this metric."""
         return _star(self.name, name)
 
 
@@ -114,16 +116,16 @@ METRICS = (
     Metric("train/*", Steps, _of("added"), "{}"),  # the recipe's terms in addition to the loss
 )  # fmt: skip
 
-# NAMEs of `train/NAME` that metrics use now, or used in older runs: terms of a recipe's loss need other names
+# every NAME of `train/NAME` that metrics use now or in older runs; terms of a recipe's loss need other names
 _NAMES = (name.removeprefix("train/") for metric in METRICS for name in (metric.name, metric.formerly))
 RESERVED = tuple(name for name in _NAMES if name.isidentifier())
 
 
 def points(event: Event) -> list[Point]:
-    """Converts an event to the points that are logged for it.
+    """Converts an event to the points that MLflow gets for it.
 
-    A step's loss comes last, so that a step whose loss has arrived is complete. In a run's first event it comes first, because
-    MLflow's UI lists metrics by the order of that event.
+    A step's loss comes last, so that a step whose loss has arrived is complete. In a run's first event the loss comes first,
+    because MLflow's UI lists metrics in the order of that event.
     """
     at, first, step, count, each = event.at, 0, getattr(event, "step", 0), 0, 0.0
     if isinstance(event, Steps):
@@ -143,7 +145,7 @@ def points(event: Event) -> list[Point]:
 def _values(event: Event) -> Iterable[tuple[str, Number]]:
     """Yields (name, number or list) for each metric that has a value in the event.
 
-    If two metrics produce the same name, the first one counts.
+    If two metrics produce the same name, the first metric counts.
     """
     known = set[str]()
     for metric in METRICS:
@@ -157,7 +159,7 @@ def _values(event: Event) -> Iterable[tuple[str, Number]]:
 
 
 def metric_of(name: str) -> Metric | None:
-    """Returns the metric to which a name belongs; None if there is none."""
+    """Returns the metric to which a name belongs; None if there is no such metric."""
     return next((m for m in METRICS if m.star(name) is not None), None)
 
 
@@ -172,7 +174,7 @@ def renamed(name: str) -> str:
 def latest(recorded: Mapping[str, float]) -> dict[str, float]:
     """Maps a run's metrics to their present names.
 
-    If a metric was logged under both its former and its present name, the present one counts.
+    If a metric was logged under its former and its present name, the value of the present name counts.
     """
     return {renamed(key): value for key, value in recorded.items()} | {
         key: value for key, value in recorded.items() if renamed(key) == key

@@ -1,4 +1,5 @@
-"""Accesses runs in MLflow's store: sends metrics, reads artifacts, finds runs, and turns failures into one clear error."""
+"""Accesses runs in MLflow's store: sends metrics, reads artifacts, and finds runs. Converts each failure into one clear
+error."""
 
 from __future__ import annotations
 
@@ -34,11 +35,11 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 T = TypeVar("T")
 
-DEFAULT = ".heliostat/mlflow.db"  # the quickstart's store
+DEFAULT = ".heliostat/mlflow.db"  # the store that the quickstart uses
 PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}  # default ports of databases, by the beginning of their URI
 ARTIFACT: Format[JsonValue] = Format(cast(type[JsonValue], JsonValue), "record in MLflow", TrackingError)
-ANSWER_S = 5.0  # for a database to accept a connection, or a server to answer; MLflow itself tries for 100 s
-BUDGET_S = 10.0  # for a server to answer, over all attempts
+ANSWER_S = 5.0  # timeout for a database's connection or a server's answer; MLflow itself tries for 100 s
+BUDGET_S = 10.0  # maximum time for a server's answer, over all attempts
 PAUSES = Backoff(0.5, 2.0)
 # by default MLflow's client blocks for minutes while it retries, and draws a progress bar for every file
 CLIENT = {
@@ -50,33 +51,34 @@ CLIENT = {
 
 
 def set_client() -> None:
-    """Limits how long MLflow's client retries, and what it prints. Variables that are already set stay."""
+    """Limits how long MLflow's client retries, and how much it prints. Doesn't change variables that are already set."""
     for name, value in CLIENT.items():
         os.environ.setdefault(name, value)
 
 
 def default_uri() -> str:
-    """Returns the default tracking URI: MLFLOW_TRACKING_URI, else the quickstart's store in the current folder."""
+    """Returns the default tracking URI: MLFLOW_TRACKING_URI, or if that isn't set, the quickstart's store in the current
+    folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT).absolute()}"
 
 
 def send(client: MlflowClient, run_id: str, points: list[Point]) -> None:
-    """Logs points to a run in one call. MLflow accepts at most 1,000."""
+    """Logs points to a run in one call. MLflow accepts at most 1,000 points per call."""
     from mlflow.entities import Metric
 
     client.log_batch(run_id, metrics=[Metric(p.key, p.value, int(p.at * 1000), p.step) for p in points])
 
 
 def known(client: MlflowClient, run_id: str) -> dict[str, int]:
-    """Maps each metric to the last place (step, or time in milliseconds) that MLflow has of it."""
+    """Maps each metric to the last coordinate (step, or time in milliseconds) that MLflow has for it."""
     newest = client.get_run(run_id).data.to_proto().metrics
     return {m.key: Point(m.key, m.value, m.timestamp / 1000, m.step).place for m in newest}
 
 
 def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -> T | None:
-    """Reads a JSON artifact of a run; None if the run has none. TrackingError if it isn't JSON.
+    """Reads a JSON artifact of a run; None if the run doesn't have it. Raises TrackingError if the artifact isn't JSON.
 
-    `kind`: its type, which isn't checked, because heliostat itself wrote the artifact.
+    `kind`: the artifact's type. The type isn't checked, because heliostat itself wrote the artifact.
     """
     folder = artifact.rpartition("/")[0] or None
     if artifact not in {f.path for f in client.list_artifacts(run_id, folder)}:
@@ -87,12 +89,12 @@ def read_json(client: MlflowClient, run_id: str, artifact: str, kind: type[T]) -
 
 
 def write_json(client: MlflowClient, run_id: str, value: object, artifact: str) -> None:
-    """Writes a JSON artifact of a run, in place of an earlier one."""
+    """Writes a JSON artifact of a run. Replaces an earlier artifact with this name."""
     client.log_dict(run_id, value, artifact)  # type: ignore[arg-type]  # it takes any JSON value
 
 
 def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
-    """Yields the results of a search, page by page. `search` gets the token of each page."""
+    """Yields the results of a search, page by page. `search` is called with the token of each page."""
     page = search(None)
     yield from page
     while page.token:
@@ -101,7 +103,7 @@ def pages(search: Callable[[str | None], PagedList[T]]) -> Iterator[T]:
 
 
 def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists a run's logged models, oldest first, with incomplete ones and checkpoints."""
+    """Lists a run's logged models, oldest first, including incomplete models and checkpoints."""
     of_run, experiment_ids = f"source_run_id = '{run.info.run_id}'", [run.info.experiment_id]
     models = pages(lambda token: client.search_logged_models(experiment_ids, filter_string=of_run, page_token=token))
     return sorted(models, key=lambda m: m.creation_timestamp)
@@ -110,7 +112,7 @@ def logged_models(client: MlflowClient, run: Run) -> list[LoggedModel]:
 def connect(uri: str) -> MlflowClient:
     """Connects to MLflow's store at `uri`. Returns an MlflowClient, and makes the store MLflow's default.
 
-    TrackingError if it is a database whose server accepts no connection.
+    Raises TrackingError if the store is a database whose server accepts no connection.
     """
     import mlflow
 
@@ -140,7 +142,8 @@ def _probe(uri: str) -> None:
 def asking(uri: str) -> Iterator[None]:
     """Converts errors of MLflow and of its database within the context into a TrackingError of one line.
 
-    First waits until an HTTP server answers, with any status; TrackingError if it doesn't within BUDGET_S.
+    If the store is an HTTP server, first waits until the server answers, with any status. Raises TrackingError if it doesn't
+    answer within BUDGET_S.
     """
     import mlflow
 
@@ -168,7 +171,7 @@ def _until_answers(uri: str) -> None:
     def ask() -> None:
         try:
             urllib.request.urlopen(place, timeout=ANSWER_S).close()
-        except urllib.error.HTTPError as e:  # it answers, and MLflow's client will report the error
+        except urllib.error.HTTPError as e:  # the server answers, and MLflow's client will report the error
             e.close()
         except urllib.error.URLError as e:
             if not isinstance(e.reason, ssl.SSLError):  # MLflow's client has its own certificates
@@ -191,13 +194,14 @@ def fault(error: object) -> str:
     said = " ".join(re.sub("<[^>]*>", " ", str(error)).split())
     if status := re.search(r"error code (\d{3})|too many (\d{3}) error responses", said):
         body = re.search(r"[Rr]esponse body: '?(.+)", said)
-        return f"it answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
+        return f"the server answered {status[1] or status[2]}" + (f": {brief(body[1])}" if body else "")
     cause = re.search(r"\(Caused by (.+)\)$", said)
     return brief(cause[1] if cause else said or type(error).__name__)
 
 
 def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]:
-    """Maps experiment ids to names: all of them, or only that of the experiment `name`. ConfigError if that doesn't exist."""
+    """Maps the ids of all experiments to their names. If `name` is given, returns only this experiment. Raises ConfigError if
+    it doesn't exist."""
     if name is not None:
         existing = client.get_experiment_by_name(name)
         if existing is None:
@@ -211,8 +215,8 @@ def experiments(client: MlflowClient, name: str | None = None) -> dict[str, str]
 def experiment(client: MlflowClient, uri: str, name: str) -> str:
     """Finds or creates the experiment, and returns its id.
 
-    Marks it as an experiment for model training, unless a user has chosen a kind. A kind that MLflow's UI has inferred doesn't
-    count as chosen.
+    Marks the experiment as an experiment for model training, unless a user has chosen a kind. A kind that MLflow's UI has
+    inferred doesn't count as a choice.
     """
     existing = client.get_experiment_by_name(name)
     if existing is None:
@@ -233,7 +237,8 @@ def runs(client: MlflowClient, experiment_ids: list[str]) -> list[Run]:
 
 
 def find(client: MlflowClient, run: str, uri: str) -> Run:
-    """Finds a run by its id or its folder; ConfigError if MLflow doesn't have it, or if heliostat didn't make it."""
+    """Finds a run by its id or its folder; raises ConfigError if MLflow doesn't have the run, or if heliostat didn't make the
+    run."""
     from mlflow.exceptions import MlflowException
 
     from heliostat.storage.locations import Location
@@ -246,7 +251,11 @@ def find(client: MlflowClient, run: str, uri: str) -> Run:
     try:
         recorded_run = client.get_run(run_id)
     except MlflowException as e:
-        fix = f". It is in another store: pass --mlflow {recorded}" if (recorded := known.get("uri")) and recorded != uri else ""
+        fix = (
+            f". The run is in another store: pass --mlflow {recorded}"
+            if (recorded := known.get("uri")) and recorded != uri
+            else ""
+        )
         raise ConfigError(f"{run!r}: no such run in {uri}{fix}") from e
     if FOLDER not in recorded_run.data.tags:
         raise ConfigError(f"{run!r}: wasn't made by `heliostat train` ({uri})")

@@ -1,9 +1,9 @@
-"""Manages models in MLflow: logs and registers an exported folder, and finds the local folder of a model.
+"""Manages models in MLflow: logs and registers exported folders, and finds the local folder of a model.
 
-A model's name is `models:/NAME/VERSION` (or `@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub (`ORG/NAME`). An
-existing folder takes precedence over a name of the Hub.
+A model's name is `models:/NAME/VERSION` (or `models:/NAME@ALIAS`), a run id, a folder, or a model of the Hugging Face Hub
+(`ORG/NAME`). An existing folder takes precedence over a name of the Hub.
 
-`find_run` finds a run's folder, with checkpoints and receipts, by a run id or the folder itself.
+`find_run` finds a run's folder, which contains checkpoints and receipts. Its argument is a run id or the folder itself.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe: Serves, scores: dict[str, float]) -> str:
     """Logs an exported folder to the run, registers it if the job asks for that, and returns its URI.
 
-    The logged model has a signature and an input example. A checkpoint's model is logged and registered only once: later calls
-    reuse the complete parts of earlier calls, and delete the incomplete ones. TrackingError if MLflow fails.
+    The logged model has a signature and an input example. A checkpoint's model is logged and registered only once. Later calls
+    reuse the complete results of earlier calls, and delete incomplete results. Raises TrackingError if MLflow fails.
     """
     import mlflow
     from mlflow.utils import logging_utils
@@ -57,14 +57,14 @@ def log_model(job: Job, run_id: str, last: SavedCheckpoint, folder: Path, recipe
     made_of = f"{last.step} {last.index.written!r}"
     try:
         model_id = _logged(client, run_id, made_of) or _log(client, run_id, made_of, folder, recipe, scores, license)
-        client.update_run(run_id, status="RUNNING")  # `mlflow.start_run` has ended it, and more follows
+        client.update_run(run_id, status="RUNNING")  # `mlflow.start_run` has ended the run, but more writes follow
         client.set_logged_model_tags(model_id, {tags.LICENSE: license, tags.STEP: str(last.step)})
         uri = f"models:/{model_id}"
         if not job.mlflow.register_as:
             return uri
         version = _registered(client, job.mlflow.register_as, run_id, uri)
         if version is None:
-            logging_utils.disable_logging()  # MLflow prints the new version, as heliostat does
+            logging_utils.disable_logging()  # MLflow prints the new version, but heliostat already prints it
             try:
                 version = mlflow.register_model(uri, job.mlflow.register_as, tags={tags.MADE_OF: uri})
             finally:
@@ -100,10 +100,10 @@ def _log(
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Skips two checks of MLflow that could only lead to warnings, which aren't shown.
+    """Skips two checks of MLflow, because they only produce warnings, and heliostat doesn't show these.
 
-    One compares the requirements with all installed packages for a second, although a model's requirements name no versions. The
-    other loads the whole model into this process and runs it on the input example.
+    One check takes a second to compare the requirements with all installed packages, although a model's requirements contain no
+    versions. The other check loads the complete model into this process and runs it on the input example.
     """
     from mlflow import pyfunc
     from mlflow.models import utils
@@ -119,7 +119,7 @@ def _unchecked() -> Iterator[None]:
 
 
 def _logged(client: MlflowClient, run_id: str, made_of: str) -> str | None:
-    """Returns the id of the model that an earlier call logged completely for this checkpoint; None if there is none.
+    """Returns the id of the model that an earlier call logged completely for this checkpoint; None if there is no such model.
 
     Deletes models that earlier calls left incomplete.
     """
@@ -135,12 +135,12 @@ def _logged(client: MlflowClient, run_id: str, made_of: str) -> str | None:
 
 
 def models_of(client: MlflowClient, run: Run) -> list[LoggedModel]:
-    """Lists a run's logged models that aren't checkpoints, oldest first, with incomplete ones."""
+    """Lists a run's logged models that aren't checkpoints, oldest first, including incomplete models."""
     return [m for m in logged_models(client, run) if m.model_type != KIND]
 
 
 def _registered(client: MlflowClient, name: str, run_id: str, uri: str) -> ModelVersion | None:
-    """Returns the version that an earlier call registered for this logged model; None if there is none."""
+    """Returns the version that an earlier call registered for this logged model; None if there is no such version."""
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     return next((v for v in versions if tags.value(v.tags, tags.MADE_OF) == uri), None)
 
@@ -150,7 +150,7 @@ def _describe(
 ) -> None:
     """Sets the registered version's tags, card, and alias.
 
-    Sets the alias only once, because a person may have moved it to another version since.
+    Sets the alias only the first time, because a person may have moved the alias to another version since then.
     """
     name, version = str(job.mlflow.register_as), str(registered.version)
     written = {tags.LICENSE: license, tags.STEP: str(step), **{f"{tags.SCORE}eval/{k}": repr(v) for k, v in scores.items()}}
@@ -164,9 +164,9 @@ def _describe(
 
 
 def resolve(model: str, tracking_uri: str) -> Path:
-    """Returns the local folder of a model for `from_pretrained`, after a download if necessary.
+    """Returns the local folder of a model for `from_pretrained`. Downloads the model if necessary.
 
-    `model`: any of its names. ConfigError if there is no such model.
+    `model`: any name of the model, as described above. Raises ConfigError if there is no such model.
     """
     if Path(model).is_dir():
         if not exported.is_model(Path(model)):
@@ -192,7 +192,7 @@ def _download(model: str, tracking_uri: str) -> Path:
         if not model.startswith("models:/"):
             whole = [m.model_id for m in models_of(client, client.get_run(model)) if m.status.value == "READY"]
             if not whole:
-                raise ConfigError(f"run {model} has no logged model. Wait until it has finished")
+                raise ConfigError(f"run {model} has no logged model. Wait until the run has finished")
             uri = f"models:/{whole[-1]}"
         folder = Path(mlflow.artifacts.download_artifacts(uri))
     except mlflow.exceptions.MlflowException as e:
@@ -201,7 +201,7 @@ def _download(model: str, tracking_uri: str) -> Path:
 
 
 def find_run(run: str, tracking_uri: str) -> Location:
-    """Returns a run's folder, given its id or the folder; ConfigError if the folder doesn't contain a run."""
+    """Returns a run's folder, given its id or the folder; raises ConfigError if the folder doesn't contain a run."""
     if "/" in run or Path(run).exists():
         place = Location(run)
     else:

@@ -1,9 +1,10 @@
 """Queues points for MLflow in order until the store has them, and sends each step of a metric once.
 
-It doesn't send points that MLflow already has from earlier attempts or commands. While the store is unreachable, the run's folder
-also has a copy of the queue (`unlogged.jsonl`). The run's next command finds it there, even if this command is killed.
+The outbox doesn't send points that MLflow already has from earlier attempts or commands. While the store is unreachable, the
+run's folder also has a copy of the queue (`unlogged.jsonl`). The run's next command reads this copy, even if this command is
+killed.
 
-System metrics have their own queue, which is sent last. They never displace a loss or a score.
+System metrics have their own queue, which is sent last. So they never displace a loss or a score.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from heliostat.tracking.metrics import SYSTEM, Point, renamed
 
 log = logging.getLogger(__name__)
 
-LIMIT = 500_000  # most points that may wait, about 100 MB; above it the oldest are dropped
-SYSTEM_LIMIT = 50_000  # the same for system metrics
-METRICS, SYSTEM_METRICS = "metrics", "system metrics"  # the two queues
-BATCH = 1000  # the most metrics that MLflow takes in one call
-HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's final rejections
+LIMIT = 500_000  # maximum number of waiting points, about 100 MB; above this limit, the oldest points are dropped
+SYSTEM_LIMIT = 50_000  # this limit for system metrics
+METRICS, SYSTEM_METRICS = "metrics", "system metrics"  # names of the two queues
+BATCH = 1000  # maximum number of metrics that MLflow accepts in one call
+HOPELESS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE")  # MLflow's errors that a retry can't fix
 
 
 WAITING = Format(
     Point,
     "list of points that wait for MLflow",
-    check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "its time or its step is missing",
+    check=lambda point: None if 0 <= point.at < 2.0**36 and 0 <= point.step < 2**53 else "the point's time or step is missing",
     fix="Delete the file to continue without them",
 )
 
@@ -40,15 +41,17 @@ class Outbox:
     """Holds the points of one run that wait for MLflow."""
 
     def __init__(self, run: Location, send: Callable[[list[Point]], None], known: Callable[[], dict[str, int]]) -> None:
-        """Starts empty. `send` sends at most BATCH points to the store; `known` returns the store's last place of each metric."""
+        """Starts with empty queues. `send` sends at most BATCH points to the store. `known` returns the last coordinate of each
+        metric in the store."""
         self._file, self._send, self._known = run.join(run_folder.UNLOGGED), send, known
-        self._last: dict[str, int] | None = None  # last place by metric; None: unknown
+        self._last: dict[str, int] | None = None  # last coordinate by metric; None if it is unknown
         self._waiting: dict[str, deque[Point]] = {METRICS: deque(), SYSTEM_METRICS: deque()}  # in the order of sending
         self._given_up = dict.fromkeys(self._waiting, 0)
         self._loaded = self._kept = False
 
     def _load(self) -> None:
-        """Loads the points that an earlier command couldn't log, once, before all other points."""
+        """Loads the points that an earlier command couldn't log, and queues them before all other points. Does this only
+        once."""
         if self._loaded:
             return
         try:
@@ -64,7 +67,7 @@ class Outbox:
         return sum(map(len, self._waiting.values()))
 
     def add(self, points: Iterable[Point]) -> None:
-        """Queues points, and drops the oldest ones above the limits."""
+        """Queues points. If a queue exceeds its limit, drops the oldest points."""
         for point in points:
             self._queue(point).append(point)
         for what, queue in self._waiting.items():
@@ -81,7 +84,8 @@ class Outbox:
         self._waiting[METRICS].extendleft(reversed(points))
 
     def flush(self) -> int:
-        """Sends all waiting points, and returns how many were new. Raises the store's errors; unsent points keep waiting."""
+        """Sends all waiting points, and returns the number of points that were new. Raises the store's errors; unsent points
+        keep waiting."""
         self._load()
         sent = sum([self._flush(queue) for queue in self._waiting.values()])
         if self._kept:
@@ -89,7 +93,7 @@ class Outbox:
             self._kept = False
         for what, count in self._given_up.items():
             if count:
-                log.error("dropped %d %s, the oldest that waited for MLflow", count, what)
+                log.error("dropped the oldest %d %s that waited for MLflow", count, what)
                 self._given_up[what] = 0
         return sent
 
@@ -116,14 +120,14 @@ class Outbox:
             self._send(points)
         except Exception as e:
             if getattr(e, "error_code", "") not in HOPELESS:
-                self._last = None  # the store may have them: perhaps only its answer was lost
+                self._last = None  # the store may have the points: perhaps only its answer was lost
                 raise
             log.error("MLflow rejected %d metrics: %s", len(points), e)
 
     def keep(self) -> None:
         """Writes the waiting points to the run's folder.
 
-        Writes the file even if no point waits, because it marks that MLflow doesn't have the whole run.
+        Writes the file even if no point waits. The file then shows that MLflow doesn't have the complete run.
         """
         self._load()
         self._file.write("".join(json.dumps(point) + "\n" for queue in self._waiting.values() for point in queue).encode())

@@ -1,10 +1,10 @@
-"""Corrects a run's status in MLflow: the next command that sees the run writes the records that its killed driver couldn't write.
+"""Corrects a run's status in MLflow. If a driver was killed, the next command that reads the run writes the missing records.
 
-The ledger shows which drivers are alive. If a run's driver is dead, MLflow gets the metrics that waited in the run's folder, and
-the run's checkpoints, data, goodput, and status.
+The ledger shows which drivers are alive. If a run's driver is dead, MLflow gets the metrics that waited in the run's folder,
+and the run's checkpoints, data, goodput, and status.
 
-The status is FINISHED if the run has a result, and FAILED if its driver died without recording an outcome. Otherwise it follows
-the outcome in the ledger. KILLED is a run that a person stopped, or whose folder is missing.
+The status is FINISHED if the run has a result, and FAILED if its driver died without recording an outcome. In all other cases,
+the status follows from the outcome in the ledger. A run is KILLED if a person stopped it, or if its folder is missing.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 log = logging.getLogger(__name__)
 
-STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # by the outcome with which a command ends
-YOUNG_S = 60.0  # time that a driver may need before it writes anything
+STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}  # status by the outcome of a command
+YOUNG_S = 60.0  # maximum time that a driver needs before it writes its first record
 
 
 def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
-    """Completes and closes a run that is RUNNING in MLflow although its driver is dead. Returns the run as MLflow has it then.
+    """Completes and closes a run that is RUNNING in MLflow although its driver is dead. Returns the run with its new state in
+    MLflow.
 
-    Otherwise it writes nothing to MLflow. `how`: how the driver ended, if it couldn't record that itself.
+    For all other runs, writes nothing to MLflow. `how`: how the driver ended, if the driver couldn't record that itself.
     """
     if run.info.status != "RUNNING":
         return run
@@ -46,7 +47,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
     try:
         changed = _settle(client, run, folder, how)
     except (HeliostatError, OSError) as e:
-        log.warning("can't find out from its folder whether run %s is over: %s", run.info.run_id, e)
+        log.warning("can't find out from the run's folder whether run %s is over: %s", run.info.run_id, e)
         return run
     return client.get_run(run.info.run_id) if changed else run
 
@@ -54,7 +55,7 @@ def settle(client: MlflowClient, run: Run, how: str = "") -> Run:
 def settle_folder(folder: Location, how: str = "") -> None:
     """Completes and closes the MLflow run of a run's folder if its driver is dead.
 
-    Queries MLflow only if the folder shows that something may be missing there. `how`: how the driver ended, if that is known.
+    Queries MLflow only if the folder shows that MLflow may lack something. `how`: how the driver ended, if that is known.
     """
     known = record(folder)
     last = liveness.last(folder)

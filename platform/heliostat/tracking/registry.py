@@ -1,9 +1,9 @@
-"""Manages the model registry: finds versions, and moves an alias through a gate that rejects a worse model.
+"""Manages the model registry: finds versions, and moves aliases. A gate rejects a model that is worse than the current model.
 
     promote(client, "name@candidate", "champion", ["eval/loss<2.1"])
 
 Every move is recorded. Each version that got or lost an alias has a tag with the time, the user, the requirements, and the
-version that was replaced.
+replaced version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities.model_registry import ModelVersion
 
 OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
-KEPT = 20  # most entries of a history: the newest
+KEPT = 20  # maximum number of entries in a history (the newest)
 
 
 @open_
@@ -47,7 +47,7 @@ class HistoryEntry(TypedDict):
 
 
 class Promotion(HistoryEntry):
-    """Describes a promotion, with the scores of the new version and of the replaced one."""
+    """Describes a promotion, with the scores of the new version and of the replaced version."""
 
     name: str
     version: str
@@ -72,7 +72,7 @@ class Term:
 
     @staticmethod
     def parse(text: str) -> Term:
-        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; ConfigError if the text has another form."""
+        """Parses `METRIC OPERATOR VALUE`, for example `eval/loss<2.1`; raises ConfigError if the text has another form."""
         match = re.fullmatch(r"\s*([^<>=\s]+)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
         try:
             if match:
@@ -82,7 +82,7 @@ class Term:
         raise ConfigError(f"--require: expected for example eval/loss<2.1, with one of {', '.join(OPERATORS)}, got {text!r}")
 
     def check(self, metrics: dict[str, float]) -> str:
-        """Checks the requirement against a model's scores. Returns the problem; empty if there is none."""
+        """Checks whether a model's scores meet the requirement. Returns the problem; empty if there is no problem."""
         if self.metric not in metrics:
             return f"{self.metric} isn't known. Scores: {', '.join(sorted(metrics)) or 'no scores'}"
         holds = OPERATORS[self.sign](metrics[self.metric], self.value)
@@ -90,19 +90,20 @@ class Term:
 
 
 def compare(metric: str, mode: str, new: dict[str, float], present: dict[str, float]) -> str:
-    """Compares the new model with the current one on a metric. An equal score is good enough.
+    """Compares the new model with the current model by a metric. An equal score is good enough.
 
-    `mode`: `min` if lower scores are better. Returns why the new model must not replace the current one; empty if it may.
+    `mode`: `min` if lower scores are better. Returns the reason why the new model must not replace the current model; empty if
+    it may replace it.
     """
     for model_name, scores in (("the new model", new), ("the current model", present)):
         if not math.isfinite(scores.get(metric, math.nan)):
-            return f"{model_name} has no {metric}, so the two can't be compared"
+            return f"{model_name} has no {metric}, so the models can't be compared"
     worse = new[metric] > present[metric] if mode == "min" else new[metric] < present[metric]
     return f"its {metric} {new[metric]:.6g} is worse than the current model's {present[metric]:.6g}" if worse else ""
 
 
 def parse(model: str) -> tuple[str, str, str]:
-    """Parses NAME@ALIAS or NAME/VERSION, with or without `models:/` before it, into (name, version, alias)."""
+    """Parses NAME@ALIAS or NAME/VERSION into (name, version, alias). The text may begin with `models:/`."""
     match = re.fullmatch(r"(?:models:/)?([^/@]+)(?:/(\d+)|@([^/@]+))", model)
     if not match:
         raise ConfigError(f"{model}: isn't a registered model's version. Write NAME@ALIAS or NAME/VERSION")
@@ -110,7 +111,7 @@ def parse(model: str) -> tuple[str, str, str]:
 
 
 def find(client: MlflowClient, model: str) -> ModelVersion:
-    """Finds the model version of NAME@ALIAS or NAME/VERSION; ConfigError if there is none."""
+    """Finds the model version of NAME@ALIAS or NAME/VERSION; raises ConfigError if there is no such version."""
     from mlflow.exceptions import MlflowException
 
     name, version, alias = parse(model)
@@ -121,7 +122,8 @@ def find(client: MlflowClient, model: str) -> ModelVersion:
 
 
 def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float], dict[str, str]]:
-    """Reads a version's scores, for example `eval/loss`, and the held-out split of each of its datasets, by digest."""
+    """Reads a version's scores, for example `eval/loss`. Also reads the held-out split of each dataset, by the dataset's
+    digest."""
     tags = version.tags
     measured = {k.removeprefix(SCORE): float(v) for k, v in tags.items() if k.startswith(SCORE)}
     data = {}
@@ -135,22 +137,24 @@ def scores(client: MlflowClient, version: ModelVersion) -> tuple[dict[str, float
 
 
 def history(version: ModelVersion) -> list[HistoryEntry]:
-    """Reads a version's history, oldest event first; TrackingError if the tag is damaged."""
+    """Reads a version's history, oldest event first; raises TrackingError if the tag is damaged."""
     where = f"models:/{version.name}/{version.version}: tag {HISTORY}"
     return EVENTS.parse(version.tags.get(HISTORY, "[]").encode(), where)
 
 
 def record(client: MlflowClient, name: str, version: str, entry: HistoryEntry) -> None:
-    """Appends an event to a version's history, which keeps the newest KEPT events."""
+    """Appends an event to a version's history. The history keeps the newest KEPT events."""
     known = history(client.get_model_version(name, version))
     client.set_model_version_tag(name, version, HISTORY, json.dumps([*known, entry][-KEPT:]))
 
 
 def promote(client: MlflowClient, model: str, alias: str, require: list[str], metric: str, mode: str, force: bool) -> Promotion:
-    """Moves the alias to the model. GateError if it fails a requirement, or is worse than the current model with the alias.
+    """Moves the alias to the model. Raises GateError if the model fails a requirement, or is worse than the model that has the
+    alias now.
 
-    The two models are compared on `metric`; `mode` is `min` if lower scores are better. GateError also if they were scored on
-    different held-out samples. `force`: moves the alias in spite of that, and the history records the problems.
+    The two models are compared by `metric`; `mode` is `min` if lower scores are better. Also raises GateError if the models
+    were scored on different held-out samples. `force`: whether to move the alias in spite of these problems; then the history
+    records them.
     """
     terms = [Term.parse(text) for text in require]
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9._-]{0,99}", alias) or re.fullmatch(r"v\d+", alias) or alias == "latest":
@@ -166,8 +170,8 @@ def promote(client: MlflowClient, model: str, alias: str, require: list[str], me
     if present is not None and present.version != new.version:
         before, its_data = scores(client, present)
         if data != its_data:
-            faults.append(f"it has other held-out samples than version {present.version}. Score both on one dataset with "
-                "`heliostat model evaluate`, and use --force")  # fmt: skip
+            faults.append(f"it was scored on other held-out samples than version {present.version}. Score both on one dataset "
+                "with `heliostat model evaluate`, and use --force")  # fmt: skip
         elif fault := compare(metric, mode, measured, before):
             faults.append(fault)
     if faults and not force:

@@ -1,10 +1,10 @@
-"""Writes the facts of a run to MLflow, except its curves: params, job, code, machines, data, parents, and checkpoints.
+"""Writes the facts of a run to MLflow: params, job, code, machines, data, parents, and checkpoints, but not its curves.
 
-All facts follow from the job and the run's folder, so they can be written again at any time. The next `sync` adds the facts that
-are missing after an outage or a killed driver.
+All facts follow from the job and the run's folder, so heliostat can write them again at any time. If facts are missing after an
+outage or a killed driver, the next `sync` adds them.
 
-Artifacts: `job.json`, `data.json`, and `parents.json`; `attempts.json` (for each start of the workers, its step, workers, nodes,
-code, and changes of the job); `code/` (differences from the commit, package versions).
+Artifacts: `job.json`, `data.json`, and `parents.json`; `attempts.json` (for each start of the workers, its step, workers,
+nodes, code, and changes of the job); `code/` (differences from the commit, package versions).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
 
 
 class CommandCode(TypedDict):
-    """Describes the code of a command: the commit, and digests of the difference from it and of the package versions."""
+    """Describes the code of a command: the commit, the digest of the difference from the commit, and the digest of the package
+    versions."""
 
     code: dict[str, str]
     environment: str
@@ -45,7 +46,7 @@ class CommandCode(TypedDict):
 class RecordedStart(CommandCode):
     """Describes a start of the workers, as an entry of `attempts.json`.
 
-    `at`: seconds since the epoch. `changes`: (old, new) by key of the job.
+    `at`: seconds since the epoch. `changes`: (old, new) for each changed key of the job.
     """
 
     at: float
@@ -57,7 +58,7 @@ class RecordedStart(CommandCode):
 
 
 STARTS = Format(list[dict[str, object]], "list of a run's starts", fix="Delete it to start another")
-SPIKES_SHOWN = 100  # most spikes in the tag: the newest
+SPIKES_SHOWN = 100  # maximum number of spikes in the tag (the newest)
 
 
 class RunRecord:
@@ -98,17 +99,17 @@ class RunRecord:
         write_json(self.client, self.run_id, known, ATTEMPTS)
 
     def sync(self, steps: int) -> None:
-        """Writes the facts that the run's folder has after `steps` steps: checkpoints and training data."""
+        """Writes the facts in the run's folder after `steps` steps: checkpoints and training data."""
         self._checkpoints.sync(self.client)
         write_json(self.client, self.run_id, consumed.record(self.job.run_folder, steps), "data.json")
 
     def spikes(self) -> None:
-        """Writes the steps of the newest loss spikes in MLflow to a tag of the run."""
+        """Finds the newest loss spikes in MLflow, and writes their steps to a tag of the run."""
         if steps := sorted({m.step for m in self.client.get_metric_history(self.run_id, SPIKE)}):
             self.client.set_tag(self.run_id, SPIKES, ",".join(map(str, steps[-SPIKES_SHOWN:])))
 
     def _code(self) -> CommandCode:
-        """Describes this command's code and package environment, and writes their files once."""
+        """Describes this command's code and package environment. Writes the files about them only once."""
         if self._source is None:
             source, packages = source_code.source(), source_code.environment()
             digest = hashlib.sha256(json.dumps(packages).encode()).hexdigest()[:12]
@@ -119,7 +120,7 @@ class RunRecord:
         return {"code": self._source.facts(), "environment": self._environment}
 
     def _changes(self) -> dict[str, tuple[str | None, str | None]]:
-        """Compares this command's job with the run's first job: (old, new) by key."""
+        """Compares this command's job with the run's first job. Maps each changed key to (old, new)."""
         first = read_json(self.client, self.run_id, "job.json", dict[str, Json]) or {}
         was, now = flatten(spec.renewed(first)), flatten(self.job.dump())
         return {k: (was.get(k), now.get(k)) for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)}
@@ -131,7 +132,7 @@ class RunRecord:
         held_out = str(self.job.evaluate.fraction if self.job.evaluate else 0.0)
         for source, manifest in zip(self.job.data.sources, manifests, strict=True):
             profile = json.dumps({"rows": manifest.rows, "tokens": manifest.tokens, "chunks": len(manifest.chunks)})
-            # MLflow keeps at most 36 characters of a digest; the whole one is in the tag
+            # MLflow keeps at most 36 characters of a digest; the tag has the complete digest
             dataset = Dataset(manifest.meta.get("name", manifest.location.name), manifest.digest[:36], "heliostat",
                               json.dumps({"uri": source.path}), profile=profile)  # fmt: skip
             tags = {"mlflow.data.context": "training", "digest": manifest.digest, "weight": str(source.weight),
@@ -141,7 +142,7 @@ class RunRecord:
 
 
 def flatten(tree: object, prefix: str = "") -> dict[str, str]:
-    """Flattens a tree to strings by dotted keys, for MLflow's params. Values are cut at 6,000 characters."""
+    """Flattens a tree to a mapping from dotted keys to strings, for MLflow's params. Values are cut at 6,000 characters."""
     if isinstance(tree, dict):
         items = [(f"{prefix}.{k}" if prefix else str(k), v) for k, v in tree.items()]
     elif isinstance(tree, list):
@@ -152,7 +153,7 @@ def flatten(tree: object, prefix: str = "") -> dict[str, str]:
 
 
 def params_of(tree: object) -> dict[str, str]:
-    """Flattens the keys that have a value, for MLflow's params. Keys without a value would only clutter them."""
+    """Flattens the job for MLflow's params. Leaves out keys without a value, because they would only clutter the params."""
     return flatten(_set(tree))
 
 

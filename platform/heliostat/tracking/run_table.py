@@ -33,8 +33,8 @@ class About(TypedDict):
 class RunRow(About):
     """Describes a run as a row of the table.
 
-    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: its sweep's run
-    id.
+    `per_second`: tokens or samples per second. `worker_hours`: workers times hours, over all attempts. `sweep`: the run id of
+    the run's sweep.
     """
 
     step: int
@@ -85,7 +85,7 @@ def row(run: Run, experiment: str) -> RunRow:
 
 
 def cells(rows: list[RunRow]) -> list[list[str]]:
-    """Formats rows as text, with the names of the columns first."""
+    """Formats rows as text. The first row has the names of the columns."""
     return [list(COLUMNS), *(_cells(r) for r in rows)]
 
 

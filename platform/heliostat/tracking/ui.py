@@ -24,12 +24,12 @@ from heliostat.redact import redact
 log = logging.getLogger(__name__)
 
 END_S = 5.0
-START_S = 120.0  # for the server to answer
-ANSWER_S = 5.0  # for one answer
+START_S = 120.0  # maximum time until the server answers
+ANSWER_S = 5.0  # maximum time for one answer
 POLL_S = 0.1
-# metrics in the table of runs, with their widths in pixels; with the runs' names they fit in 1280
+# metrics in the table of runs, with their widths in pixels; together with the runs' names they fit in 1280 pixels
 COLUMNS = {"train/loss": 90, "eval/bits_per_byte": 140, "train/tokens_per_second": 175, "train/time/goodput": 140}
-KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # environment variables of the server: the file of its keys, its address
+KEYS, HOST = "HELIOSTAT_UI_KEYS", "HELIOSTAT_UI_HOST"  # the server's environment variables: file of keys, address
 
 
 def serve(
@@ -43,20 +43,20 @@ def serve(
 ) -> None:
     """Runs `mlflow server` on the store for clients that have a key, and calls `ready` with its URL once it answers.
 
-    If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output goes
-    to `server.log` in the folder of the keys; with `verbose` it goes to this process's output. ConfigError if the port is in
-    use, HeliostatError if the server doesn't answer or fails.
+    If the store is itself a server, only logs its address. `before` is called before the server starts. The server's output
+    goes to `server.log` in the folder of the keys. With `verbose`, the output goes to this process's output. Raises ConfigError
+    if the port is in use, HeliostatError if the server doesn't answer or fails.
     """
     if store.startswith(("http://", "https://")):
         log.info("MLflow's UI is at %s", redact(store))
         return
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         if probe.connect_ex((host, port)) == 0:
-            raise ConfigError(f"--port: {port} on {host} is in use. Pass another")
+            raise ConfigError(f"--port: {port} on {host} is in use. Pass another port")
     before()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _end)
-    # in its own session, so that Ctrl-C doesn't reach the server, which would print a traceback
+    # in its own session: if Ctrl-C reached the server, the server would print a traceback
     variables = {**os.environ, **environment(store, host, keys)}
     place = None if verbose else _log(keys.with_name("server.log"))
     with place.open("wb") if place else contextlib.nullcontext() as output:
@@ -74,7 +74,8 @@ def serve(
 
 
 def _log(place: Path) -> Path | None:
-    """Creates the file for the server's output, which only its owner can read; None, with a warning, if that fails."""
+    """Creates the file for the server's output. Only its owner can read the file. If the file can't be created, logs a warning
+    and returns None."""
     try:
         place.touch(mode=0o600)
     except OSError as e:
@@ -84,14 +85,15 @@ def _log(place: Path) -> Path | None:
 
 
 def _read(place: Path | None) -> str:
-    """Returns a sentence with the place of the server's output."""
+    """Returns a sentence that says where the server's output is."""
     return f"Read its output in {place}" if place else "Its output is above"
 
 
 def _answering(server: subprocess.Popen[bytes], host: str, port: int, place: Path | None) -> int:
-    """Waits until the server answers, and returns its port; HeliostatError if it ends, or doesn't answer within 120 s.
+    """Waits until the server answers, and returns its port. Raises HeliostatError if the server ends, or doesn't answer within
+    120 s.
 
-    The port must belong to the server's process, because another program may have taken the port and may answer.
+    Checks that the port belongs to the server's process, because another program may have taken the port and answer there.
     """
     until = time.monotonic() + START_S
     while time.monotonic() < until:
@@ -139,7 +141,7 @@ def command(host: str, port: int) -> list[str]:
 def environment(store: str, host: str, keys: Path) -> dict[str, str]:
     """Returns the environment variables that give the server its store, its address, and the file of its keys.
 
-    A command line would show a database's password to all users of the machine.
+    They aren't on the command line, because all users of the machine could read a database's password there.
     """
     variables = {"MLFLOW_BACKEND_STORE_URI": store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     return {**variables, KEYS: str(keys.absolute()), HOST: host}

@@ -3,11 +3,12 @@
 The server requires a key, and its UI opens in model-training mode. HELIOSTAT_UI_KEYS names the file with the keys. Without that
 file, the server rejects all clients.
 
-MLflow's UI has two modes. A browser that has chosen neither opens every experiment in GenAI mode, whatever the experiment's kind
-(MLflow 3.17). The browser stores the choice. In a browser without a choice, the page chooses model training once.
+MLflow's UI has two modes, and the browser stores the user's choice. Without a choice, MLflow 3.17 opens every experiment in
+GenAI mode, even if the experiment is of another kind. So in a browser without a choice, the page chooses model training once.
 
-The browser also stores the columns of an experiment's table of runs. MLflow's default has source, models, and datasets, but no
-metric. Here the default is `COLUMNS`, which fit in 1280 pixels with the runs' names. The user's choice replaces it.
+The browser also stores the columns of an experiment's table of runs. MLflow's default columns are source, models, and datasets,
+but no metric. This page's default is `COLUMNS`, which fit in 1280 pixels together with the runs' names. The user's choice
+replaces this default.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Storage.prototype.getItem = function (name) {{
 
 
 def index() -> Response:
-    """Serves MLflow's one page, with a script that sets the mode and the columns before MLflow's own scripts run."""
+    """Serves MLflow's only page, with a script that sets the mode and the columns before MLflow's own scripts run."""
     text = (Path(str(flask_app.static_folder)) / "index.html").read_text(encoding="utf-8")
     return Response(text.replace("<head>", f"<head>{SCRIPT}", 1), mimetype="text/html", headers={"Cache-Control": "no-cache"})
 

@@ -1,7 +1,7 @@
 """Closes connections whose clients send too slowly: slow headers, slow bodies, and endless headers.
 
 uvicorn limits only the pause between an answer and the next request. `apply` adds the other limits to every server of this
-process. That includes the servers of Ray Serve and MLflow, which start uvicorn themselves.
+process. This includes Ray Serve and MLflow, which start uvicorn themselves.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
-PERIOD_S = 10.0  # between two checks of a connection; a request that makes no progress ends within two of them
-AGAIN = 0.1  # share of a period, after which a slow connection is checked again before it is closed
-HEAD_BYTES = 64 << 10  # most bytes of a request line and headers
-LEAST_BYTES = 10 << 10  # fewest bytes of a body per period
+PERIOD_S = 10.0  # seconds between two checks of a connection; a request without progress ends within two periods
+AGAIN = 0.1  # after this share of a period, a slow connection is checked again; if it is still slow, it is closed
+HEAD_BYTES = 64 << 10  # maximum bytes of the request line and headers
+LEAST_BYTES = 10 << 10  # minimum bytes of a body per period
 
 
 def apply() -> None:
@@ -24,7 +24,7 @@ def apply() -> None:
     kinds: list[Any] = [H11Protocol]
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-    except ImportError:  # then uvicorn uses h11
+    except ImportError:  # without httptools, uvicorn uses h11
         pass
     else:
         kinds.append(HttpToolsProtocol)
@@ -42,14 +42,14 @@ class ConnectionWatch:
         self.protocol, self.seen = protocol, protocol.cycle
         self.head = self.arrived = self.before = self.end = 0
         self.loop = asyncio.get_running_loop()
-        self.began: float | None = self.loop.time()  # when the client began to send headers, or could have begun
-        self.doubted = False  # whether it looked slow at the last check
+        self.began: float | None = self.loop.time()  # time when the client began to send headers, or could have begun
+        self.doubted = False  # whether the connection was slow at the last check
         self.timer = self.loop.call_later(PERIOD_S, self.check)
 
     def took(self, size: int, new: bool) -> None:
-        """Counts arrived bytes, and closes a connection whose headers are too long. `new`: a request began."""
+        """Counts arrived bytes, and closes a connection whose headers are too long. `new`: whether a request began."""
         if new:
-            self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # the earliest end of its body
+            self.end = self.arrived + _body_bytes(self.protocol.cycle.scope)  # earliest end of the request's body
         self.arrived += size
         if new or not self.asking or self.finishing:
             self.head, self.began = 0, None
@@ -60,12 +60,14 @@ class ConnectionWatch:
 
     @property
     def asking(self) -> bool:
-        """Checks whether the server waits for a request: it has none yet, or has answered the last one completely."""
+        """Checks whether the server waits for a request: no request has come yet, or the last request has its complete
+        answer."""
         return self.protocol.cycle is None or self.protocol.cycle.response_complete
 
     @property
     def finishing(self) -> bool:
-        """Checks whether the client is still sending a body that was answered early, for example without a key.
+        """Checks whether the client is still sending a body although the request was answered early, for example because of a
+        missing key.
 
         Such a client reads the answer only after it has sent the body, so closing the connection would hide the answer.
         """
@@ -74,11 +76,11 @@ class ConnectionWatch:
     def check(self) -> None:
         """Closes the connection if headers take longer than a period, or if too few bytes of a body came since the last check.
 
-        It checks a slow connection twice, because a busy event loop runs its timers before it reads arrived bytes. uvicorn
+        Checks a slow connection twice, because a busy event loop runs its timers before it reads arrived bytes. uvicorn
         limits the pause between an answer and the next request.
         """
         now, transport = self.protocol.cycle, self.protocol.transport
-        if transport.is_closing() or transport.get_protocol() is not self.protocol:  # it has ended, or has another protocol now
+        if transport.is_closing() or transport.get_protocol() is not self.protocol:  # it ended, or its protocol changed
             return
         if self.asking and not self.finishing:
             slow = self.began is not None and self.loop.time() - self.began >= PERIOD_S
@@ -102,7 +104,7 @@ class ConnectionWatch:
 
 
 def _body_bytes(scope: Mapping[str, Iterable[tuple[bytes, bytes]]]) -> int:
-    """Returns the Content-Length of a request; 0 if it has none, or if its body is chunked."""
+    """Returns the Content-Length of a request; 0 if the request has none, or if its body is chunked."""
     headers = dict(scope["headers"])
     length = headers.get(b"content-length", b"")
     return int(length) if length.isdigit() and b"transfer-encoding" not in headers else 0

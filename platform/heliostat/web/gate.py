@@ -1,7 +1,8 @@
-"""Requires a key from each client of an application without its own login: MLflow's server.
+"""Requires a key from each client of an application that has no login. This application is MLflow's server.
 
-A program sends `Authorization: Bearer KEY`. A browser gets a page that takes the key from the part of the address after the `#`,
-or asks the user for it. The page sends the key once and gets a cookie. Only pages of the same origin may send this cookie.
+A program sends `Authorization: Bearer KEY`. A browser gets a page that reads the key from the part of the address after the
+`#`, or asks the user for the key. The page sends the key once and gets a cookie. Only pages of the same origin may send this
+cookie.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from heliostat.web import keys
 from heliostat.web.refusals import Refusal
 
-ENTER = "/heliostat-key"  # where a browser sends the key
-HEALTH = "/health"  # needs no key, and shows only that a server runs
+ENTER = "/heliostat-key"  # path to which a browser sends the key
+HEALTH = "/health"  # this path needs no key, and shows only that a server runs
 KEY_BYTES = 1024
 PAGE = (Path(__file__).parent / "enter.html").read_text(encoding="utf-8")
 WILDCARDS = ("0.0.0.0", "::", "")
@@ -35,7 +36,7 @@ class Gate:
         self.names = {"localhost", host.lower()}
         if host in WILDCARDS:
             self.names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-        self.session = secrets.token_urlsafe(32)  # the cookie's value: not a key, because this host's other servers see it
+        self.session = secrets.token_urlsafe(32)  # the cookie's value isn't a key, because other servers of this host can read it
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -62,17 +63,18 @@ class Gate:
         await response(request.scope, request.receive, send)
 
     def _require_host(self, request: Request) -> None:
-        """Raises Refusal if the Host header has the name of another site, which could lead here (DNS rebinding)."""
+        """Raises Refusal if the Host header has the name of another site. Such a name could resolve to this server (DNS
+        rebinding)."""
         name = _host(request.headers.get("host", ""))
         try:
-            ipaddress.ip_address(name)  # an address can't be rebound, unlike a name
+            ipaddress.ip_address(name)  # unlike a name, an address can't be rebound
         except ValueError:
             if name not in self.names:
                 said = f"host: {name[:100]!r} isn't this server's name. Use its address, or {', '.join(sorted(self.names))}"
                 raise Refusal(403, said, code="unknown_host") from None
 
     async def _enter(self, request: Request) -> Response:
-        """Takes a key from a browser, and gives the browser the cookie; Refusal if the key isn't valid."""
+        """Takes a key from a browser, and gives the browser the cookie; raises Refusal if the key isn't valid."""
         if not _same_origin(request):
             raise Refusal(403, "the key comes from a page of another origin", code="other_origin")
         raw = bytearray()
@@ -88,20 +90,21 @@ class Gate:
         return response
 
     def _has_cookie(self, request: Request) -> bool:
-        """Checks whether a page of this server sent the request, from a browser that has sent a key."""
-        cookie = request.cookies.get(_cookie(request))  # the host's other servers may have cookies of any form
+        """Checks whether a page of this server sent the request, in a browser that has already sent a key."""
+        cookie = request.cookies.get(_cookie(request))  # cookies of the host's other servers can have any form
         return cookie is not None and hmac.compare_digest(cookie.encode(), self.session.encode()) and _same_origin(request)
 
 
 def _host(header: str) -> str:
-    """Returns the name or address in a Host header, without the port and brackets."""
+    """Returns the name or address in a Host header, without port and brackets."""
     if header.startswith("["):
         return header[1:].partition("]")[0].lower()
     return header.rpartition(":")[0].lower() if header.count(":") == 1 else header.lower()
 
 
 def _cookie(request: Request) -> str:
-    """Returns the name of the cookie, which contains the port, because browsers send a host's cookies to all its ports."""
+    """Returns the name of the cookie. The name contains the port, because browsers send a host's cookies to all ports of the
+    host."""
     server = request.scope.get("server") or ("", 0)
     return f"heliostat-{server[1]}"
 
@@ -115,7 +118,7 @@ def _same_origin(request: Request) -> bool:
 
 
 def _refused(request: Request, error: Refusal) -> Response:
-    """Answers a browser with the page that asks for the key, and a program with the error."""
+    """Answers a browser with the page that asks for the key. Answers a program with the error."""
     if error.status == 401 and request.method == "GET" and "text/html" in request.headers.get("accept", ""):
         nonce = secrets.token_urlsafe(16)
         policy = (f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "

@@ -1,9 +1,10 @@
-"""Manages API keys: a file that only its owner can read has one key per line. Servers hold only digests of the keys.
+"""Manages API keys. Only its owner can read the file of keys, which has one key per line. Servers keep only digests of the
+keys.
 
     KEY
     NAME KEY        # metrics and limits use the name; a comment begins at the line's start or after white space
 
-Keys are compared by digest in constant time, and always with all known keys.
+Keys are compared by digest in constant time, and always against all known keys.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.web.refusals import Refusal
 
-LEAST = 16  # characters of a key: shorter ones can be guessed
+LEAST = 16  # minimum characters of a key: shorter keys can be guessed
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 COMMENT = re.compile(r"(?:^|\s)#")
 
 
 def digest(key: str) -> str:
-    """Returns the digest of a key (SHA-256, in hex), which servers hold instead of the key."""
+    """Returns the digest of a key (SHA-256, in hex). Servers keep the digest instead of the key."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def made(path: Path) -> bool:
-    """Creates a file with a new key if it doesn't exist. Returns whether it did."""
+    """Creates a file with a new key, if the file doesn't exist. Returns whether it created the file."""
     if path.exists():
         return False
     Location(str(path.absolute())).require_writable()
@@ -40,9 +41,11 @@ def made(path: Path) -> bool:
 
 
 def read(path: Path) -> dict[str, str]:
-    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`.
+    """Reads a file of keys, and returns their digests by name. A key without a name gets the name `key-LINE`, with its line
+    number.
 
-    ConfigError if the file is unreadable, or open to other users, or has an invalid line or no key. No error shows a key.
+    Raises ConfigError if the file is unreadable, is open to other users, has an invalid line, or contains no key. No error
+    message shows a key.
     """
     try:
         text, mode = path.read_text(encoding="utf-8"), path.stat().st_mode
@@ -66,7 +69,7 @@ def read(path: Path) -> dict[str, str]:
             raise ConfigError(f"--keys: {path}, line {number}: the name {name!r} appears twice")
         keys[name] = digest(words[-1])
     if not keys:
-        raise ConfigError(f"--keys: {path} contains no key. Write one per line, or name a new file, which heliostat fills")
+        raise ConfigError(f"--keys: {path} contains no key. Write one key per line, or pass a new file, which heliostat fills")
     return keys
 
 
@@ -82,7 +85,8 @@ def first(path: Path) -> str:
 
 
 def owner(header: str | None, known: dict[str, str]) -> str:
-    """Returns the name of the key in an Authorization header; Refusal with status 401 if the key is missing or unknown."""
+    """Returns the name of the key in an Authorization header; raises Refusal with status 401 if the key is missing or
+    unknown."""
     kind, _, key = (header or "").partition(" ")
     if kind.lower() != "bearer" or not key.strip():
         raise Refusal(401, "no API key. Send the header `Authorization: Bearer KEY`", None, "invalid_api_key")

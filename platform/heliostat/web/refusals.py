@@ -1,4 +1,4 @@
-"""Defines the one error that HTTP endpoints answer with, in OpenAI's format: status, type, and the parameter at fault."""
+"""Defines the only error that HTTP endpoints return, in OpenAI's format: status, type, and the wrong parameter."""
 
 from __future__ import annotations
 

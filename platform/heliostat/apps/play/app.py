@@ -1,8 +1,7 @@
 """Opens a web page for a model, an index, or both, until it is stopped: `heliostat model play`.
 
-It runs in one process: the endpoint's HTTP server, with a replica in the same process instead of on Ray. The page sends
-requests like any client. Its files contain no secret, and it loads only these files. Everything else comes through the
-endpoint, with the key.
+One process runs the endpoint's HTTP server and a replica, without Ray. The page sends requests like any other client. The
+page's files contain no secret, and the page loads only these files. It gets all other data from the endpoint, with the key.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from heliostat.web.refusals import Refusal
 END_S = 3  # seconds for open requests to finish when the page is stopped
 FILES = {one.name: one for one in (Path(__file__).parent / "page").iterdir()}
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HOSTS = ["127.0.0.1", "localhost"]  # blocks DNS rebinding, where another site's name resolves to this machine
+HOSTS = ["127.0.0.1", "localhost"]  # blocks DNS rebinding: another site's name that resolves to this machine
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -50,7 +49,7 @@ HEADERS = {
 
 
 def app(front: Front, offered: dict[str, object]) -> Starlette:
-    """Returns the web application of an HTTP server. `offered`: the abilities that the page reads with its key."""
+    """Builds the web application of an HTTP server. `offered`: the abilities that the page reads with its key."""
 
     async def shown(request: Request) -> Response:
         try:
@@ -80,7 +79,7 @@ async def page(request: Request) -> Response:
 
 
 class Local:
-    """Calls the one replica in this process, for any version."""
+    """Calls the only replica, which is in this process, for every version."""
 
     def __init__(self, replica: Replica) -> None:
         self.replica = replica
@@ -97,7 +96,7 @@ class Local:
 def abilities(
     served: ServedModels, replica: Replica, version: str, options: Options, prompt: str | None = None
 ) -> dict[str, object]:
-    """Describes for the page what the model and the index can do. `prompt`: the text with which the page begins."""
+    """Describes for the page what the model and the index can do. `prompt`: the text that the page shows at first."""
     return {
         "model": served.name,
         "index": served.index_name,
@@ -124,14 +123,15 @@ def tabs(replica: Replica) -> list[str]:
 
 
 def example(folder: Path) -> str | None:
-    """Returns a prompt that suits the model; None if there is none.
+    """Returns a prompt that suits the model; None if there is no such prompt.
 
-    It is the model's input example in MLflow, or else the first prompt of its job's samples.
+    The prompt is the model's input example in MLflow. Without an input example, it is the first prompt of the samples in the
+    model's job.
     """
     logged = folder.parent.parent / "input_example.json"  # MLflow keeps it next to the model's artifacts
     try:
         kept = json.loads(logged.read_text(encoding="utf-8"))
-        (prompt, *_) = kept if isinstance(kept, list) else []  # another form of example is the recipe's, and has no prompt
+        (prompt, *_) = kept if isinstance(kept, list) else []  # an example in another form belongs to the recipe, without prompt
     except (OSError, ValueError):
         trained = exported.record(folder)["job"] if (folder / exported.RECORD).is_file() else None
         samples = trained["model"].get("samples") if trained else None
@@ -181,7 +181,7 @@ class Server(uvicorn.Server):
 def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], options: Options, ready: Callable[[str], None]) -> None:
     """Serves the page until a signal stops it. Calls `ready` with the page's URL.
 
-    ConfigError, before `keys` is called, if the model or the index can't be served.
+    Raises ConfigError, before `keys` is called, if the model or the index can't be served.
     """
     if served.kind() == EMBEDDINGS:
         raise ConfigError(f"MODEL: {served.name!r} is an embedder, which has no page. Use `heliostat model serve`")
@@ -191,7 +191,7 @@ def play(served: ServedModels, keys: Callable[[], dict[str, str] | None], option
         asgi, host=LOOPBACK, port=options.port, log_config=None, access_log=False, lifespan="off", server_header=False,
         timeout_graceful_shutdown=END_S,
     )  # fmt: skip
-    with Signals():  # uvicorn raises its signal again when it ends
+    with Signals():  # when uvicorn ends, it raises again the signal that it received
         Server(config, lambda: ready(f"http://{LOOPBACK}:{options.port}/")).run()
 
 

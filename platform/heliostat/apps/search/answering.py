@@ -1,4 +1,5 @@
-"""Answers a question from passages with a language model. The prompt has as many passages as fit into the model's context."""
+"""Answers a question with a language model, from passages. The prompt contains as many passages as fit into the model's
+context."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from heliostat.apps.search.search import Passage
 from heliostat.errors import ConfigError, HeliostatError
 
 HEAD = "Answer the question from the passages, and name the numbers of those that the answer is from.\n"
-Count = Callable[[str], int]  # text -> number of its tokens
+Count = Callable[[str], int]  # returns a text's number of tokens
 
 
 @dataclass(frozen=True)
 class PassagePrompt:
-    """Holds a prompt with its first `used` passages. `cut`: the only passage is shortened. `tokens`: length of the prompt."""
+    """Holds a prompt that contains the first `used` passages. `cut`: the prompt has only one passage, shortened. `tokens`:
+    length of the prompt."""
 
     text: str
     tokens: int
@@ -24,9 +26,10 @@ class PassagePrompt:
 
 
 def prompt(question: str, passages: Sequence[Passage], room: int | None, count: Count) -> PassagePrompt:
-    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first doesn't fit, shortens it.
+    """Returns a prompt with as many complete passages as fit into `room` tokens. If even the first passage doesn't fit,
+    shortens it.
 
-    `room`: maximum tokens of the prompt; None means no limit. ConfigError if the question alone doesn't fit.
+    `room`: maximum tokens of the prompt; None means no limit. Raises ConfigError if the question alone doesn't fit.
     """
     texts = [passage["text"] for passage in passages]
 
@@ -49,7 +52,7 @@ def prompt(question: str, passages: Sequence[Passage], room: int | None, count: 
 
 
 def _beginning(text: str, fits: Callable[[str], bool]) -> str:
-    """Returns the longest beginning of a text that fits, by bisection."""
+    """Finds the longest beginning of a text that fits, by bisection."""
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
@@ -63,9 +66,9 @@ def _write(question: str, passages: Sequence[Passage], texts: Sequence[str]) -> 
 
 
 def answer(model: Path, question: str, passages: Sequence[Passage], max_tokens: int) -> dict[str, object]:
-    """Answers a question with a model, by greedy decoding; returns the text and its counts of tokens and passages.
+    """Answers a question with a model, by greedy decoding. Returns the text, and the numbers of tokens and passages.
 
-    ConfigError if the question doesn't fit into the model's context. HeliostatError if the model fails.
+    Raises ConfigError if the question doesn't fit into the model's context. Raises HeliostatError if the model fails.
     """
     from heliostat.inference.batch.engines import Continue, Input
 

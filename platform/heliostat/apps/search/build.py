@@ -5,11 +5,11 @@
     INDEX/index.json         written last: dataset, embedder, settings, counts, and the version that they describe
     INDEX/work               results of finished units, by the keys of their inputs
 
-A unit (row groups of a shard) is one task. A version of the table lists the fragments of each unit once. A build that is killed
-continues after its last finished unit.
+Each unit (row groups of a shard) is one task. A version of the table lists the fragments of each unit once. If a build is
+killed, the next command continues after the last finished unit.
 
-For a new version of the dataset, only units of new shards run. Texts whose embeddings are known keep them. Documents that the
-new dataset lacks aren't in the table's new version.
+For a new version of the dataset, only units of new shards run. Known embeddings are reused. The table's new version doesn't
+contain the documents that the new dataset lacks.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def index_documents(
 ) -> dict[str, object]:  # fmt: skip
     """Builds an index, or updates it to the dataset's version.
 
-    Returns the values of `index.json`, and `new`: the number of units that ran. ConfigError, before anything starts, in these
-    cases:
+    Returns the values of `index.json`, and the number of units that ran as `new`. Raises ConfigError, before anything starts,
+    in these cases:
 
     - the dataset contains no text
     - the embedder doesn't embed text
@@ -89,14 +89,15 @@ class Before:
 
 
 def what_was(place: Location) -> Before | None:
-    """Reads the previous version of an index. Returns None if there is none, or if a part is missing: then logs a warning."""
+    """Reads the previous version of an index. Returns None if there is no previous version. If a part of it is missing, logs a
+    warning and returns None."""
     if not place.join(table.RECORD).exists():
         return None
     known = table.read_record(place)
     try:
         return Before(known, table.document_keys(place, table.open_version(place, known["version"])))
     except DataError as e:
-        log.warning("%s. Building it again", e)
+        log.warning("%s. Building the index again", e)
         return None
 
 
@@ -108,7 +109,7 @@ def require() -> None:
 def describe(embedder: Path) -> dict[str, Any]:
     """Describes an embedder: folder, digest, origin, and `dims`, the size of its embeddings.
 
-    ConfigError if it doesn't embed text.
+    Raises ConfigError if the model doesn't embed text.
     """
     from transformers import AutoConfig
 
@@ -123,7 +124,8 @@ def build(
     flow: Flow, prepared: Manifest, place: Location, settings: IndexSettings, embedder: dict[str, Any] | None,
     before: Before | None, batch: int, before_commit: Callable[[], None] = lambda: None,
 ) -> dict[str, object]:  # fmt: skip
-    """Runs the tasks, commits their passages as a version of the table, and writes `index.json`; returns its values.
+    """Runs the tasks, commits their passages as a version of the table, and writes `index.json`. Returns the values of
+    `index.json`.
 
     `before_commit`: raises an error if another command has taken over the index.
     """
@@ -185,28 +187,30 @@ def _passages(
 
 
 def _changes(place: Location, version: lance.LanceDataset, before: Before | None) -> dict[str, int]:
-    """Counts the documents (with at least one passage) that are added, deleted, and kept since the previous version."""
+    """Counts the documents that were added, deleted, and kept since the previous version. Only documents with at least one
+    passage count."""
     now, was = table.document_keys(place, version), before.keys if before else np.zeros(0, np.int64)
     kept = len(np.intersect1d(now, was, assume_unique=True))
     return {"added": len(now) - kept, "deleted": len(was) - kept, "kept": kept}
 
 
 def _ends(prepared: Manifest, place: Location) -> list[list[str]]:
-    """Copies the dataset's record of its documents, if it has one. Returns the list of its files from the manifest."""
+    """Copies the dataset's record of its documents, if the dataset has such a record. Returns the list of the record's files
+    from the manifest."""
     listed = prepared.meta.get("curation", {}).get("ends", [])
     present = {f"files/{name}" for name, _ in place.join("files").files()}
     for _, path in listed:
-        if path not in present:  # the name contains a digest, so an existing file is the same
+        if path not in present:  # the name contains a digest, so an existing file has the same content
             place.join(path).write(prepared.location.join(path).read())
     return listed
 
 
 def _replaced(place: Location, ends: list[list[str]], before: Before | None) -> tuple[dict[str, float], list[str]]:
-    """Returns two lists of document records of earlier versions: those to keep, with their time of replacement, and those to
-    delete.
+    """Returns two lists of document records of earlier versions: the records to keep, with their time of replacement, and the
+    records to delete.
 
-    The time is in Unix seconds. A record is kept for `table.KEEP`, as long as the passages of its version, for that version's
-    readers.
+    The time is in Unix seconds. A record is kept for `table.KEEP`, for readers of its version. The passages of that version are
+    kept as long.
     """
     now, known = time.time(), before.record.get("replaced", {}) if before else {}
     others = {f"files/{name}" for name, _ in place.join("files").files()} - {path for _, path in ends}

@@ -1,7 +1,8 @@
-"""Evaluates an index with questions whose documents are known: recall, nDCG, and MRR of each search mode.
+"""Evaluates an index with questions whose relevant documents are known. Computes recall, nDCG, and MRR of each search mode.
 
 A question has one or more relevant documents. A search ranks passages; a document has the rank of its best passage. recall@k is
-the share of the relevant documents among the first k. nDCG@k weights them by 1 / log2(1 + rank), relative to the best possible.
+the share of the relevant documents among the first k. nDCG@k weights these documents by 1 / log2(1 + rank), and divides by the
+best possible sum.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from heliostat.errors import ConfigError
 
 CUTS = (1, 5, 10)
 MEASURES = (*(f"recall@{k}" for k in CUTS), "ndcg@10", "mrr")
-Z = 1.96  # standard errors in half of a 95 % interval
-RERANKED = "+reranker"  # suffix of a mode's name: its passages, reordered by the reranker
+Z = 1.96  # half of a 95 % interval, in standard errors
+RERANKED = "+reranker"  # suffix of a mode's name if the reranker reorders the mode's passages
 
 
 def questions(file: Path) -> list[tuple[str, set[str]]]:
-    """Reads a `.jsonl` file of questions; returns each with its documents' ids. ConfigError that names the first invalid line."""
+    """Reads a `.jsonl` file of questions; returns each question with the ids of its relevant documents. Raises ConfigError,
+    which names the first invalid line."""
     try:
-        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: JSON may hold others
+        # not splitlines: JSON texts may contain other line separators
+        lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"--questions: can't read {file} ({e})") from e
     pairs = []
@@ -47,11 +50,12 @@ def questions(file: Path) -> list[tuple[str, set[str]]]:
 
 
 def judge(index: SearchIndex, questions: Sequence[tuple[str, set[str]]], reranker: Reranker | None = None) -> dict[str, Any]:
-    """Computes the measures of each search mode, and with a reranker also those of its order.
+    """Computes the measures of each search mode. With a reranker, also computes the measures of each mode in the reranker's
+    order.
 
-    `over_bm25`: mean differences from BM25, each with half of its 95 % interval. `reranked`: the same, from each mode without
-    the reranker. Two kinds of questions are left out and counted: `unknown`, if the index lacks one of its documents, and
-    `too_long`, if it exceeds the embedder's maximum. ConfigError if none is left.
+    `over_bm25`: mean differences from BM25, each with half of its 95 % interval. `reranked`: mean differences from each mode
+    without the reranker, with the same intervals. Questions are left out and counted as `unknown` if the index lacks one of
+    their documents, and as `too_long` if they exceed the embedder's maximum. Raises ConfigError if no question is left.
     """
     present = index.holding({document for _, right in questions for document in right})
     known = [(question, right) for question, right in questions if right <= present]

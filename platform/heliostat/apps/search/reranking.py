@@ -1,7 +1,7 @@
 """Reorders passages with a cross-encoder: a model that reads a question and a passage together and returns one score.
 
-It is more accurate than embeddings and BM25 but expensive: each passage costs a forward pass. So it reads only the first
-passages of a search's results.
+A cross-encoder is more accurate than embeddings and BM25 but expensive: each passage costs a forward pass. So it reads only the
+first passages of a search's results.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
 OPTION = "--reranker"
 HEAD = "ForSequenceClassification"
 WHAT = "a cross-encoder"
-CANDIDATES = 50  # passages per search that the reranker reads and reorders
+CANDIDATES = 50  # number of passages per search that the reranker reads and reorders
 BATCH = 16
 TOKENIZER_CONFIG = "tokenizer_config.json"
-UNBOUNDED = 1 << 20  # tokens: more than any passage has
+UNBOUNDED = 1 << 20  # tokens: more than in any passage
 
 
 def require(folder: Path) -> None:
     """Raises ConfigError unless the folder's config describes a cross-encoder. Reads no weights."""
     config = scoring.describe(str(folder), OPTION)
-    named = config.get("architectures") or ["a model that its config.json does not name"]
+    named = config.get("architectures") or ["a model whose config.json has no architectures"]
     if not str(named[0]).endswith(HEAD):
-        raise ConfigError(f"{OPTION}: {folder} holds {named[0]}, without a scoring head. Use a model ...{HEAD}")
+        raise ConfigError(f"{OPTION}: {folder} contains {named[0]}, which has no scoring head. Use a model ...{HEAD}")
     labels = scoring.labels(config)
     if len(labels) != 1:
         first = ", ".join(labels[:3]) + (", ..." if len(labels) > 3 else "")
-        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}). Use a cross-encoder, which has one")
+        raise ConfigError(f"{OPTION}: {folder} has {len(labels)} labels ({first}). Use a cross-encoder, which has one label")
 
 
 class Pairs(scoring.SequenceClassifier):
@@ -63,7 +63,7 @@ class Pairs(scoring.SequenceClassifier):
 
 
 def room(model: PreTrainedModel, folder: Path) -> int:
-    """Returns the maximum tokens of a pair: the least of the model's positions and the tokenizer's `model_max_length`."""
+    """Returns the maximum tokens of a pair: the smaller of the model's positions and the tokenizer's `model_max_length`."""
     file = folder / TOKENIZER_CONFIG
     try:
         said = json.loads(file.read_text()).get("model_max_length") if file.is_file() else None
@@ -74,7 +74,7 @@ def room(model: PreTrainedModel, folder: Path) -> int:
 
 
 class Reranker:
-    """Loads a cross-encoder; ConfigError if the folder contains another model."""
+    """Loads a cross-encoder; raises ConfigError if the folder contains another model."""
 
     def __init__(self, folder: Path) -> None:
         require(folder)
@@ -86,10 +86,10 @@ class Reranker:
         return {"folder": str(self.folder), "digest": model_digest(self.folder), "max_tokens": self.pairs.max_tokens}
 
     def order(self, question: str, passages: Sequence[Passage]) -> list[Passage]:
-        """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: the model read only a
-        beginning.
+        """Returns the passages sorted by `rerank_score` (the model's logit), best first. `rerank_cut`: the model read only the
+        beginning of the passage.
 
-        ConfigError if the question leaves no room for a passage. HeliostatError if a score isn't finite.
+        Raises ConfigError if the question leaves no room for a passage. Raises HeliostatError if a score isn't finite.
         """
         with self._lock:  # concurrent requests share the model
             self._require_room(question)
@@ -108,19 +108,21 @@ class Reranker:
         tokenizer.enable_truncation(most, strategy="only_second")
         if needed >= most:
             raise ConfigError(
-                f"question: has {needed:,} tokens, but the reranker reads {most:,} including a passage. Ask a shorter one"
+                f"question: has {needed:,} tokens, but the reranker reads {most:,}, including a passage. Ask a shorter question"
             )
 
 
 def best(index: SearchIndex, reranker: Reranker | None, question: str, mode: str, top: int) -> list[Passage]:
-    """Returns at most `top` passages, in the reranker's order if there is one. `score`: the search's; `scored_by`: its mode."""
+    """Returns at most `top` passages, in the reranker's order if there is a reranker. `score`: the search's score; `scored_by`:
+    the search mode."""
     (passages,) = index.search([question], mode, top if reranker is None else max(top, CANDIDATES))
     labeled: list[Passage] = [{**passage, "scored_by": mode} for passage in passages]
     return labeled if reranker is None else reranker.order(question, labeled)[:top]
 
 
 def reordered(reranker: Reranker, question: str, lists: Iterable[Sequence[Passage]]) -> list[list[Passage]]:
-    """Reorders the first CANDIDATES passages of each list with the reranker. A passage in several lists is scored once."""
+    """Reorders the first CANDIDATES passages of each list with the reranker. Scores a passage only once, even if several lists
+    contain it."""
     lists = list(lists)
     heads = [passage for passages in lists for passage in passages[:CANDIDATES]]
     ranked = {_place(p): p for p in reranker.order(question, list({_place(p): p for p in heads}.values()))}

@@ -1,7 +1,7 @@
-"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid), fused by rank.
+"""Searches an index by words (BM25), by embeddings (nearest by cosine), or by both (hybrid: fuses both lists by rank).
 
-Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over the lists that contain
-it.
+Reciprocal rank fusion (Cormack et al. 2009): a passage's score is the sum of 1 / (60 + its rank) over all lists that contain
+the passage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from heliostat.storage.locations import Location
 from heliostat.text import brief
 
 MODES = ("bm25", "dense", "hybrid")
-DEPTH = 100  # passages of each list, for fusion
+DEPTH = 100  # number of passages of each list that are fused
 RANK_CONSTANT = 60
 BATCH = 16  # questions per embedding batch
 
@@ -32,8 +32,8 @@ BATCH = 16  # questions per embedding batch
 class Passage(TypedDict):
     """Describes a search result: a passage's position, text, and score. `begin`, `end`: characters of its document.
 
-    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: the part of it in
-    a model's prompt (`whole`, `part`, or `no`).
+    `rerank_cut`: the reranker read only the passage's beginning. `columns`: columns of its document. `used`: how much of the
+    passage is in a model's prompt (`whole`, `part`, or `no`).
     """
 
     document: str
@@ -53,7 +53,8 @@ class Passage(TypedDict):
 
 
 def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
-    """Fuses ranked lists by reciprocal rank. Passages with equal scores keep the order in which the lists first contain them."""
+    """Fuses ranked lists by reciprocal rank. Passages with equal scores stay in the order in which they first appear in the
+    lists."""
     passages, scores = dict[tuple[str, str, int], Passage](), dict[tuple[str, str, int], float]()
     for ranked in lists:
         for rank, passage in enumerate(ranked, 1):
@@ -64,7 +65,7 @@ def fuse(lists: Sequence[Sequence[Passage]]) -> list[Passage]:
 
 
 class SearchIndex:
-    """Opens an index for searching. `embedder`: folder of its embedder, if that has moved since the build."""
+    """Opens an index for searching. `embedder`: folder of the index's embedder, if the embedder has moved since the build."""
 
     def __init__(self, place: Location, embedder: Path | None = None) -> None:
         self.place, self.record = place, table.read_record(place)
@@ -80,7 +81,8 @@ class SearchIndex:
     def search(self, questions: Sequence[str], mode: str, top: int) -> list[list[Passage]]:
         """Returns at most `top` passages for each question, best first.
 
-        ConfigError if the mode needs embeddings that the index lacks, or if the embedder can't embed a complete question.
+        Raises ConfigError if the mode needs embeddings that the index lacks, or if the embedder can't embed a complete
+        question.
         """
         if mode not in self.modes:
             raise ConfigError(
@@ -94,7 +96,7 @@ class SearchIndex:
         return [fuse(both)[:top] for both in zip(words, near, strict=True)]
 
     def too_long(self, questions: Sequence[str]) -> set[str]:
-        """Returns the questions that exceed the embedder's maximum tokens; none if the index has no embeddings."""
+        """Returns the questions that exceed the embedder's maximum tokens; an empty set if the index has no embeddings."""
         if not self.record["embedder"]:
             return set()
         with self._embedding:
@@ -103,7 +105,7 @@ class SearchIndex:
     def columns(self, document: str) -> dict[str, object]:
         """Returns the columns of a document that the dataset keeps, such as its URL.
 
-        DataError if the index's record of its documents is missing.
+        Raises DataError if the index's record of its documents is missing.
         """
         if not self.record["ends"]:
             return {}
@@ -115,7 +117,7 @@ class SearchIndex:
             raise DataError(f"{missing}. Run `heliostat search index` again") from e
 
     def holding(self, documents: set[str]) -> set[str]:
-        """Returns those of the documents that have passages in the index. Reads all document ids."""
+        """Returns the documents that have passages in the index. Reads all document ids of the index."""
 
         def known() -> set[str]:
             batches = self.table.to_batches(columns=["document"], filter="number = 0")
@@ -133,30 +135,30 @@ class SearchIndex:
         return self._ranked("_distance", lambda d: 1 - d, nearest=nearest)
 
     def _ranked(self, column: str, score: Callable[[float], float], **search: Any) -> list[Passage]:
-        """Runs a search; returns its passages by falling score, then by document and number."""
+        """Runs a search; returns its passages by descending score, then by document and number."""
         find: Callable[[], pa.Table] = partial(self.table.to_table, columns=[*table.PLACE, column], **search)
         rows = table.read(self.place, find).to_pylist()
         passages = [cast(Passage, {**{name: row[name] for name in table.PLACE}, "score": score(row[column])}) for row in rows]
         return sorted(passages, key=lambda p: (-p["score"], p["document"], p["number"]))
 
     def _vectors(self, questions: Sequence[str]) -> list[np.ndarray]:
-        with self._embedding:  # concurrent requests share the tokenizer, whose truncation setting changes
+        with self._embedding:  # concurrent requests share the tokenizer, and each changes its truncation setting
             embedded = tasks.embed(str(self.embedder), questions, BATCH)
         for question, one in zip(questions, embedded, strict=True):
             if not one:
                 raise ConfigError(f"question: the embedder knows no token of {question[:80]!r}. Use --mode bm25")
             if one["truncated"]:
                 length = f"has more than {one['tokens']:,} tokens, the embedder's maximum"
-                raise ConfigError(f"question: {question[:80]!r} {length}. Ask a shorter one, or use --mode bm25")
+                raise ConfigError(f"question: {question[:80]!r} {length}. Ask a shorter question, or use --mode bm25")
         return [one["embedding"] for one in embedded]
 
     @cached_property
     def embedder(self) -> Path:
-        """Returns the embedder's folder; ConfigError if it doesn't exist, or contains another model."""
+        """Returns the embedder's folder; raises ConfigError if it doesn't exist, or contains another model."""
         known = self.record["embedder"] or {}
         folder = self._embedder or Path(known["folder"])
         if not folder.is_dir():
-            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Name its folder")
+            raise ConfigError(f"--embedder: {folder}, which made {self.place}, doesn't exist. Pass the embedder's folder")
         if model_digest(folder) != known["digest"]:
             raise ConfigError(f"--embedder: {folder} isn't the model {known['digest'][:12]} that made {self.place}")
         return folder

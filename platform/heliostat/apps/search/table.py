@@ -1,8 +1,9 @@
-"""Stores an index's passages in a Lance table in the index's folder. A version is a list of fragments, committed at once.
+"""Stores an index's passages in a Lance table in the index's folder. A version is a list of fragments. One commit adds all of
+them.
 
-Workers write fragments, which belong to no version until a commit lists them. A version never changes. A reader opens the
-version that `index.json` names, so it always sees a complete one, even while another is written. Lance is imported at first
-use, because its threads don't survive a fork.
+Workers write fragments. A fragment belongs to no version until a commit lists it. A version never changes. A reader opens the
+version that `index.json` names, so it always sees a complete version, even while another version is written. Lance is imported
+at first use, because its threads don't survive a fork.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     import lance
 
 T = TypeVar("T")
-os.environ.setdefault("LANCE_LOG", "error")  # otherwise Lance logs a line for each fragment
+os.environ.setdefault("LANCE_LOG", "error")  # without this, Lance logs a line for each fragment
 
 RECORD = "index.json"
 NAME = "passages.lance"
-FORMAT = "2.1"  # of Lance's files: all files of a version need the same one
+FORMAT = "2.1"  # format version of Lance's files: all files of a table version need the same format
 FIELDS = [
     ("document", pa.string()),  # id of the document
     ("document_key", pa.int64()),  # hash of the document's id and text
@@ -59,8 +60,8 @@ def schema(dims: int | None) -> pa.Schema:
 
 @open_
 class IndexRecord(TypedDict):
-    """Describes `index.json`. `ends`: files of the documents' record, in the form of a dataset's manifest. `replaced`: such
-    files of earlier versions, with the time of their replacement in Unix seconds."""
+    """Describes `index.json`. `ends`: files of the documents' record, in the format of a dataset's manifest. `replaced`: the
+    corresponding files of earlier versions, with the time of their replacement in Unix seconds."""
 
     dataset: dict[str, Any]
     embedder: dict[str, Any] | None
@@ -76,7 +77,7 @@ RECORD_FORMAT = Format(IndexRecord, "record of an index", fix="Run `heliostat se
 
 
 def read_record(index: Location) -> IndexRecord:
-    """Reads an index's record; ConfigError if there is no finished index, DataError if the record is damaged."""
+    """Reads an index's record; raises ConfigError if there is no finished index, DataError if the record is damaged."""
     place = index.join(RECORD)
     try:
         return RECORD_FORMAT.read(place)
@@ -116,7 +117,7 @@ def files(fragment: dict[str, Any]) -> list[str]:
 
 
 def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]]) -> lance.LanceDataset:
-    """Commits these fragments as a new version, and returns it, open."""
+    """Commits these fragments as a new version. Opens and returns this version."""
     import lance
 
     (uri, options), listed = address(index), [lance.FragmentMetadata.from_json(json.dumps(one)) for one in fragments]
@@ -126,9 +127,10 @@ def commit(index: Location, columns: pa.Schema, fragments: list[dict[str, Any]])
 
 
 def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceDataset:
-    """Builds the full-text index of a version, and with embeddings also an index of the digests; returns the table with both.
+    """Builds the full-text index of a version. If the version has embeddings, also builds an index of the digests. Returns the
+    table with its new indexes.
 
-    Words are split by Unicode's rules in any script, and also at `_` and `.`. English words are stemmed.
+    Text in any script is split into words by Unicode's rules, and also at `_` and `.`. English words are stemmed.
     """
     place.attempt(
         lambda: table.create_scalar_index(
@@ -142,7 +144,7 @@ def build_indices(table: lance.LanceDataset, place: Location) -> lance.LanceData
 
 
 def open_version(index: Location, version: int) -> lance.LanceDataset:
-    """Opens a version; DataError if it no longer exists."""
+    """Opens a version; raises DataError if it no longer exists."""
     import lance
 
     uri, options = address(index)
@@ -150,13 +152,14 @@ def open_version(index: Location, version: int) -> lance.LanceDataset:
 
 
 def read(index: Location, operation: Callable[[], T]) -> T:
-    """Runs an operation that reads the table; DataError if a part of it is missing, StorageError if the store fails."""
+    """Runs an operation that reads the table. Raises DataError if a part of the table is missing, StorageError if the store
+    fails."""
     place = index.join(NAME)
     try:
         return place.attempt(operation)
     except (ValueError, FileNotFoundError) as e:  # Arrow raises Lance's read errors as ValueError
         if isinstance(e, ValueError) and "not found" not in str(e).lower():
-            raise StorageError(f"{place}: can't read it ({brief(e)})") from e
+            raise StorageError(f"{place}: can't read the index ({brief(e)})") from e
         raise DataError(f"{place}: a part is missing ({brief(e)}). Run `heliostat search index` again") from e
 
 
@@ -166,7 +169,7 @@ def clean(table: lance.LanceDataset) -> None:
 
 
 def embeddings(index: Location, version: int, digests: list[str]) -> dict[str, np.ndarray]:
-    """Returns the embeddings that a version already has, by the digest of their texts; float32 [dims] each."""
+    """Maps the digest of each text to the embedding (float32 [dims]) that a version already has for it."""
     table, known = open_version(index, version), dict[str, np.ndarray]()
     for start in range(0, len(digests), LOOKED_UP):
         some = ", ".join(f"'{digest}'" for digest in digests[start : start + LOOKED_UP])

@@ -36,8 +36,8 @@ class IndexPlan:
     """Describes what all units of an index share.
 
     `definition`: the tokenizer's JSON. `end`: id of the end-of-document token. `embedder`: the embedder's files; `follows`:
-    their digest. `before`: the version whose embeddings are reused. `markers`: markers of a dataset that is rearranged for
-    filling in the middle.
+    their digest. `before`: the version whose embeddings are reused. `markers`: the markers, if the dataset is rearranged for
+    fill-in-the-middle.
     """
 
     dataset: str
@@ -77,7 +77,8 @@ def _text(tokenizer: Tokenizer, ids: np.ndarray, plan: IndexPlan) -> str:
 
 
 def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer, settings: IndexSettings) -> list[Row]:
-    """Splits a document into passages, and returns them as rows of the table. Passages of white space are left out."""
+    """Splits a document into passages, and returns the passages as rows of the table. Leaves out passages that contain only
+    white space."""
     begins = [begin for begin, _ in tokenizer.encode(text, add_special_tokens=False).offsets]
     places = [(a, b) for a, b in cut(text, begins, settings.chunk_tokens, settings.overlap) if text[a:b].strip()]
     key = xxhash.xxh64_intdigest(f"{id}\0{text}".encode("utf-8", "surrogatepass")) - (1 << 63)
@@ -91,8 +92,8 @@ def passages(id: str, text: str, path: str, row_group: int, tokenizer: Tokenizer
 def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple[int, int]]:
     """Returns positions (begin, end), in characters, of passages of at most `size` tokens that cover the text.
 
-    `begins`: position of each token. A passage ends after the last line break in its last quarter, if there is one. The next
-    passage begins `overlap` tokens before that.
+    `begins`: position of each token. If the last quarter of a passage has a line break, the passage ends after the last line
+    break. The next passage begins `overlap` tokens before the end of this passage.
     """
     places, first = list[tuple[int, int]](), 0
     while first < len(begins):
@@ -107,7 +108,7 @@ def cut(text: str, begins: Sequence[int], size: int, overlap: int) -> list[tuple
 
 
 def _stop(text: str, begins: Sequence[int], first: int, size: int) -> int:
-    """Returns the index of the token before which a passage ends that begins with the token `first`."""
+    """Returns the end of the passage that begins with the token `first`, as the index of the token after it."""
     stop = first + size
     if stop >= len(begins):
         return len(begins)
@@ -120,9 +121,9 @@ def digest(text: str) -> str:
 
 
 def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dict[str, int]:
-    """Adds the embeddings to the rows. Computes each text once, and only if its embedding isn't known.
+    """Adds the embeddings to the rows. Embeds each text once, and only if its embedding isn't known.
 
-    Returns the number of texts that were embedded, and of passages that were truncated or have no embedding.
+    Returns the number of embedded texts, the number of truncated passages, and the number of passages without an embedding.
     """
     texts = {row["digest"]: row["text"] for row in rows}
     known = table.embeddings(index, plan.before, list(texts)) if plan.before is not None else {}
@@ -142,9 +143,9 @@ def _embed(rows: list[Row], index: Location, plan: IndexPlan, model: str) -> dic
 
 
 def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> list[dict[str, Any]]:
-    """Embeds texts. Returns a mapping for each, empty if the model can't embed the text.
+    """Embeds texts. Returns a mapping for each text; the mapping is empty if the model can't embed the text.
 
-    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether these aren't all.
+    `embedding`: float [dims]. `tokens`: number of tokens that the model read. `truncated`: whether the text has more tokens.
     """
     from heliostat.inference.batch.engines import Input
 
@@ -152,7 +153,7 @@ def embed(model: str, texts: Sequence[str], batch: int, follows: str = "") -> li
 
 
 def longer(model: str, texts: dict[str, str], batch: int, follows: str = "") -> set[str]:
-    """Returns the names of the texts that exceed the model's maximum tokens."""
+    """Returns the names of the texts that have more tokens than the model's maximum."""
     engine = cast("Embed", loaded(model, "embed", batch, "{}", follows=follows))
     encoded = {name: engine.encode(text) for name, text in texts.items()}
     return {name for name, tokens in encoded.items() if len(engine.loaded.seen(tokens, texts[name])) < len(tokens)}
@@ -168,7 +169,9 @@ class IndexSettings(Strict):
 
     @model_validator(mode="after")
     def _forward(self) -> IndexSettings:
-        """Rejects passages that would overlap the previous one by more than half."""
+        """Rejects an overlap of more than half of a passage."""
         if self.overlap * 2 > self.chunk_tokens:
-            raise ValueError(f"overlap: {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}. Set a smaller one")
+            raise ValueError(
+                f"overlap: {self.overlap} is more than half of chunk_tokens {self.chunk_tokens}. Set a smaller overlap"
+            )
         return self

@@ -26,7 +26,7 @@ class RowGroup:
 
 
 class RowGroupRow(TypedDict):
-    """Holds the columns of the manifest's table of row groups that units need."""
+    """Holds the columns that units need from the manifest's table of row groups."""
 
     path: str
     row_group: int
@@ -39,7 +39,7 @@ class RowGroupRow(TypedDict):
 
 @dataclass(frozen=True)
 class IndexUnit:
-    """Describes row groups of one shard. All documents in them are complete."""
+    """Describes a unit: row groups of one shard that contain only complete documents."""
 
     path: str
     footer: str
@@ -48,7 +48,7 @@ class IndexUnit:
 
     @property
     def identity(self) -> list[object]:
-        """Returns the values that determine the unit's passages, as JSON values."""
+        """Returns, as JSON, the values that determine the unit's passages."""
         return [self.path, self.footer, [astuple(group) for group in self.groups]]
 
 
@@ -62,11 +62,11 @@ class DocumentTokens:
 
 
 def open_text(place: Location) -> Manifest:
-    """Opens a prepared dataset; ConfigError if it contains no text."""
+    """Opens a prepared dataset; raises ConfigError if it contains no text."""
     prepared = manifest.read(place)
     if prepared.kind != "tokens":
         raise ConfigError(
-            f"{place}: holds {prepared.kind!r}, not text. `heliostat search index` needs a dataset of a text pipeline"
+            f"{place}: contains {prepared.kind!r}, not text. `heliostat search index` needs a dataset of a text pipeline"
         )
     return prepared
 
@@ -74,8 +74,8 @@ def open_text(place: Location) -> Manifest:
 def units(prepared: Manifest, target: int) -> Iterator[IndexUnit]:
     """Yields the dataset's units, of about `target` tokens, in the dataset's order.
 
-    Row groups that share a document have the same `place` in the manifest, and stay together. If a shard's places are unknown,
-    all its row groups stay together.
+    Row groups that share a document have the same `place` in the manifest, and stay in one unit. If a shard's `place` values
+    are unknown, all row groups of the shard stay in one unit.
     """
     rows = cast("list[RowGroupRow]", prepared.chunks.select(list(RowGroupRow.__annotations__)).to_pylist())
     waiting, tokens = list[RowGroupRow](), 0
@@ -96,9 +96,9 @@ def _unit(rows: list[RowGroupRow]) -> IndexUnit:
 
 
 def documents(dataset: Location, unit: IndexUnit, end: int | None) -> Iterator[DocumentTokens]:
-    """Yields the documents of a unit, joined from rows.
+    """Yields the documents of a unit. Joins each document from its rows.
 
-    A document ends at the token `end`, which is left out. If `end` is None, it ends where the document's name changes.
+    A document ends before the token `end`. If `end` is None, the document ends where the document id changes.
     """
     waiting, id, at = list[np.ndarray](), "", -1
     for group in unit.groups:
@@ -121,7 +121,8 @@ def _document(id: str, at: int, rows: list[np.ndarray], end: int | None) -> Docu
 
 
 def _rows(place: Location, group: RowGroup, footer: str) -> list[tuple[str, np.ndarray]]:
-    """Reads a row group as (document id, token ids), and checks it against the manifest's digests; DataError if it is damaged."""
+    """Reads a row group as (document id, token ids), and checks the row group against the manifest's digests. Raises DataError
+    if the row group is damaged."""
 
     def get() -> tuple[pa.Table, pa.Table]:
         with place.fs.open_input_file(place.path) as file:

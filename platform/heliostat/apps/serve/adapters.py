@@ -1,7 +1,7 @@
 """Serves LoRA adapters (Hu et al. 2021) of a model by name. Rows of one batch may use different adapters, or none.
 
-An adapter adds scale * B A x to a linear layer's output for x. It is a folder in peft's format: `adapter_config.json`, and
-`adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
+An adapter adds scale * B A x to a linear layer's output for x. An adapter is a folder in peft's format: `adapter_config.json`,
+and `adapter_model.safetensors` with `lora_A` and `lora_B` of each layer. heliostat reads it without peft.
 
 Only adapters that consist of these two matrices per layer are supported. Any other setting is rejected, because ignoring it
 would give a different model.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SETTINGS = Format(dict[str, Any], "configuration of an adapter", ConfigError)
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, with their supported values
+NEUTRAL: dict[str, tuple[object, ...]] = {  # keys that can add more than two matrices per layer, each with its supported values
     "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "fan_in_fan_out": (False,), "modules_to_save": (None, []),
     "layer_replication": (None,), "rank_pattern": (None, {}), "alpha_pattern": (None, {}),
     "trainable_token_indices": (None, [], {}),
@@ -49,10 +49,10 @@ class Layer:
 
 
 def require(name: str, folder: Path) -> dict[str, Any]:
-    """Reads an adapter's configuration, before any weight is read; ConfigError if this adapter isn't supported."""
+    """Reads an adapter's configuration, but no weights; raises ConfigError if this adapter isn't supported."""
     where = f"--adapter: {name}: {folder}"
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Name a folder that peft has written")
+        raise ConfigError(f"{where}: isn't an adapter ({CONFIG} is missing). Pass a folder that peft has written")
     config = SETTINGS.read(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{where}: adapters of kind {config.get('peft_type')!r} aren't supported. Use LORA")
@@ -64,7 +64,7 @@ def require(name: str, folder: Path) -> dict[str, Any]:
     if not isinstance(config.get("r"), int) or config["r"] < 1 or not isinstance(config.get("lora_alpha"), int | float):
         raise ConfigError(f"{where}: {CONFIG}: r (1 or more) and lora_alpha (a number) are required")
     if not (folder / WEIGHTS).is_file():
-        raise ConfigError(f"{where}: has no {WEIGHTS}. Save it with safetensors")
+        raise ConfigError(f"{where}: has no {WEIGHTS}. Save the adapter with safetensors")
     return config
 
 
@@ -85,17 +85,17 @@ class Adapters:
     def _try(self, name: str, model: PreTrainedModel) -> None:
         """Runs a forward pass of two rows, one of them with the adapter.
 
-        ConfigError if a layer of the adapter doesn't compute rows independently, such as an expert's.
+        Raises ConfigError if a layer of the adapter doesn't compute rows independently, for example a layer of an expert.
         """
         with torch.inference_mode(), self.using([name, None]):
             try:
                 model(input_ids=torch.tensor([[0, 1], [1, 0]], device=model.device))
             except ValueError as e:
-                raise ConfigError(f"--adapter: {name}: {e}. Merge it into its model") from e
+                raise ConfigError(f"--adapter: {name}: {e}. Merge the adapter into its model") from e
 
     @contextmanager
     def using(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Sets the adapter of each row for the batches within the context. None: the row uses no adapter."""
+        """Sets the adapter of each row for all batches within the context. None means that the row uses no adapter."""
         self.names = names
         try:
             yield
@@ -119,19 +119,20 @@ class Adapters:
 
 
 def read(name: str, folder: Path, model: PreTrainedModel) -> dict[str, Layer]:
-    """Reads an adapter's matrices; returns them by the path of their linear layer. ConfigError if they don't fit the model."""
+    """Reads an adapter's matrices, and maps the path of each linear layer to its matrices. Raises ConfigError if a matrix
+    doesn't fit the model."""
     config, where = require(name, folder), f"--adapter: {name}: {folder / WEIGHTS}"
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as e:
-        raise ConfigError(f"{where}: can't read it ({e}). Save it again") from e
+        raise ConfigError(f"{where}: can't read the file ({e}). Save the adapter again") from e
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if not (match := KEY.fullmatch(key)):
-            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Such adapters aren't supported")
+            raise ConfigError(f"{where}: {key!r} isn't a layer's matrix. Adapters with other tensors aren't supported")
         pairs.setdefault(match[1], {})[match[2]] = tensor
     if not pairs:
-        raise ConfigError(f"{where}: the adapter is empty. Save it again")
+        raise ConfigError(f"{where}: the adapter is empty. Save the adapter again")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     linear = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return {path: _layer(pair, linear.get(path), config["r"], scale, f"{where}: {path}") for path, pair in pairs.items()}
@@ -144,6 +145,8 @@ def _layer(pair: dict[str, torch.Tensor], module: torch.nn.Linear | None, rank: 
         raise ConfigError(f"{where}: has only {' and '.join(sorted(pair))}. Save the adapter again")
     down, up = pair["A"], pair["B"]
     if tuple(down.shape) != (rank, module.in_features) or tuple(up.shape) != (module.out_features, rank):
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer has {tuple(module.weight.shape)}"
+        shapes = (
+            f"{tuple(down.shape)} and {tuple(up.shape)}, with rank {rank}, but the layer's weight is {tuple(module.weight.shape)}"
+        )
         raise ConfigError(f"{where}: its matrices are {shapes}. Pass an adapter of this model")
     return Layer(down.to(module.weight), (up.float() * scale).to(module.weight))

@@ -1,4 +1,4 @@
-"""Defines the requests of the HTTP server to a replica, what a replica loads, and the kinds of models.
+"""Defines the HTTP server's requests to a replica, the contents of a replica, and the kinds of models.
 
 A model generates text, generates images, or embeds texts.
 """
@@ -16,18 +16,18 @@ from heliostat.recipes.protocol import Paints
 from heliostat.recipes.text import sentence_folder
 
 TEXT, IMAGES, EMBEDDINGS = "text", "images", "embeddings"
-UNFINISHED = "\ufffd"  # a decoder's output for the bytes of an incomplete character
+UNFINISHED = "\ufffd"  # a decoder returns this for the bytes of an incomplete character
 
 Messages = list[dict[str, str]]
-Item = dict[str, Any]  # part of a replica's answer: `answers`, `piece` with its `index`, `images`, `passages`, or `refused`
+Item = dict[str, Any]  # part of a replica's answer; its keys: `answers`, `piece` and `index`, `images`, `passages`, or `refused`
 
 
 @dataclass(frozen=True)
 class Holds:
-    """Describes what a replica loads: a model's folder, an index, or both.
+    """Describes the contents of a replica: a model's folder, an index, or both.
 
-    `batch`: prompts that are computed together. `adapters`: folders of the model's adapters, by name. `engine`: the engine that
-    generates text, transformers or vllm.
+    `batch`: number of prompts that are computed together. `adapters`: folders of the model's adapters, by name. `engine`: the
+    engine that generates text, transformers or vllm.
     """
 
     model: str | None
@@ -41,7 +41,7 @@ class Holds:
 
 @dataclass(frozen=True)
 class Search:
-    """Holds a question to an index. `top`: maximum number of passages. `mode`: search mode; None means `bm25`."""
+    """Holds a question to search for in an index. `top`: maximum number of passages. `mode`: search mode; None means `bm25`."""
 
     question: str
     top: int
@@ -81,7 +81,7 @@ class PictureRequest:
 
 
 class Logprobs(TypedDict):
-    """Holds the log probabilities of tokens, in the columns of OpenAI's API."""
+    """Holds the log probabilities of tokens, in the format of OpenAI's API."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -100,7 +100,7 @@ class AnswerPiece(TypedDict):
 
 
 def kind_of(folder: Path) -> str:
-    """Returns a model's kind; ConfigError if the model is of another kind, which can't be served."""
+    """Returns a model's kind; raises ConfigError if this kind of model can't be served."""
     if sentence_folder.embeds(folder) or clip_folder.is_one(folder):
         return EMBEDDINGS
     recipe = exported.read(folder).recipe

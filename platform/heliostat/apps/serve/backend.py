@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 TRIES = 5
 PAUSE_S = 0.2
 
-Call = Callable[[str], Awaitable[Item]]  # version -> the answer of one of its replicas
+Call = Callable[[str], Awaitable[Item]]  # maps a version to the answer of one of the version's replicas
 Stream = Callable[[str], AsyncGenerator[Item]]
 
 
 class Backend:
     """Keeps the current version, and the number of open requests of each version.
 
-    `lost`: the errors that mean that a replica died. `deadline_s`: maximum seconds from a request to the end of its answer.
+    `lost`: the errors that show that a replica died. `deadline_s`: maximum seconds from a request to the end of its answer.
     """
 
     def __init__(self, lost: tuple[type[BaseException], ...], deadline_s: float) -> None:
@@ -43,7 +43,7 @@ class Backend:
     async def ask(self, call: Call) -> tuple[str, Item]:
         """Returns the version that answered, and its answer.
 
-        Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
+        Raises Refusal with 504 if no answer comes within the deadline, or 503 after TRIES replicas died.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -57,9 +57,10 @@ class Backend:
         raise AssertionError("unreachable: the last attempt raised an error")
 
     async def stream(self, start: Stream) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version and each item of a stream.
+        """Yields the items of a stream, each with the version that answers.
 
-        Refusal as in `ask`, or with 503 if the replica dies after its first item: then the request can't be sent again.
+        Raises Refusal as in `ask`, or with 503 if the replica dies after its first item, because then the request can't be sent
+        again.
         """
         end = asyncio.get_running_loop().time() + self.deadline_s
         for left in reversed(range(TRIES)):
@@ -79,7 +80,7 @@ class Backend:
             await asyncio.sleep(PAUSE_S)
 
     async def _next(self, items: AsyncGenerator[Item], end: float) -> Item | None:
-        async with self._until(end):  # a timeout belongs to one task, and a stream may continue in another task than it began in
+        async with self._until(end):  # per item: a timeout belongs to one task, and a stream may change its task
             item = await anext(items, None)
         return None if item is None else _sound(item)
 
@@ -98,7 +99,7 @@ class Backend:
 
     @asynccontextmanager
     async def _until(self, end: float) -> AsyncIterator[None]:
-        """Ends the block at the time `end`, with status 504."""
+        """Ends the context at the time `end` with a Refusal with status 504."""
         try:
             async with asyncio.timeout_at(end):
                 yield

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 EVERYWHERE = "[::]:"
 NAMESPACE = "heliostat"  # Ray namespace of an endpoint's records on its cluster
-STARTED = "heliostat-serve-started"  # this key is in the cluster's store while its Ray Serve belongs to an endpoint
-# errors of a call whose replica died, or ended before it took the call
+STARTED = "heliostat-serve-started"  # the cluster's store contains this key while the cluster's Ray Serve belongs to an endpoint
+# errors of a call whose replica died, or ended before it accepted the call
 LOST = (RayActorError, ActorUnavailableError, WorkerCrashedError, NodeDiedError, OwnerDiedError, ReplicaUnavailableError,
         DeploymentUnavailableError)  # fmt: skip
 
@@ -47,7 +47,7 @@ class Handles:
         return await _answered(cast("DeploymentResponse[Item]", self._of(version).ask.remote(answer, request)))
 
     async def stream(self, version: str, pieces: Pieces[A], request: A) -> AsyncGenerator[Item]:
-        """Yields the answer piece by piece; stops the replica's work if the client leaves."""
+        """Yields the answer piece by piece; stops the replica's work on the answer if the client leaves."""
         stream = self._of(version).options(stream=True).stream
         items = cast("DeploymentResponseGenerator[Item]", stream.remote(pieces, request))
         over = False
@@ -72,7 +72,7 @@ async def _answered(response: DeploymentResponse[Item]) -> Item:
 def confine() -> None:
     """Makes Ray Serve bind each replica's gRPC port to the node's address. Call it before Serve opens the port.
 
-    Ray 2.60 opens this port on all addresses, even where calls don't use gRPC. heliostat's calls never do.
+    Ray 2.60 opens this port on all addresses, even if no call uses gRPC. heliostat's calls never use gRPC.
     """
     import ray
     from ray.serve._private import replica
@@ -88,7 +88,7 @@ def confine() -> None:
 
 
 def record_start(started: bool) -> None:
-    """Records on the cluster that an endpoint starts Ray Serve there. With `started=False`, deletes that record."""
+    """Records on the cluster that an endpoint starts Ray Serve there. With `started=False`, deletes this record."""
     if started:
         internal_kv._internal_kv_put(STARTED, b"1", namespace=NAMESPACE)
     else:

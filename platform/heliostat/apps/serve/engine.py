@@ -1,10 +1,11 @@
-"""Answers many requests at a time with one model. A thread computes one token of all requests per step, or vLLM does it.
+"""Answers many requests at a time with one model. In each step, a thread computes one token of every request. With vLLM, vLLM
+does this.
 
-Other requests in a batch change only the order of floating-point sums: each request has a random generator of its own.
+Each request has its own random generator. So the other requests in a batch change only the order of floating-point sums.
 
-Memory limits the number of rows that are computed together, by the bytes of their tokens in the KV cache. Rows of similar
+Memory limits the number of rows that are computed together: the tokens of each row take space in the KV cache. Rows of similar
 length share a group, so that a long prompt doesn't pad another row's cache. If memory still runs out, the longest row of the
-group fails, and the others are computed again from their tokens.
+group fails, and the engine computes the other rows again from their tokens.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from heliostat.text import brief
 
 log = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the memory that the model leaves free, for the tokens of all rows: padding may double their size
+SHARE = 0.4  # share of the free memory that the tokens of all rows may use: padding may double their size
 SHORT = 64  # tokens: all lengths below this count as similar
-NO_MEMORY = ("can't allocate memory", "out of memory")  # in the messages of torch's errors on a CPU, or within a library
+NO_MEMORY = ("can't allocate memory", "out of memory")  # texts in torch's error messages, on a CPU or from a library
 
 
 class ServingEngine:
@@ -52,7 +53,7 @@ class ServingEngine:
         self.texts: deque[tuple[Sequence[str], Deliver]] = deque()
         self.groups: list[tuple[RowBatch, list[Row]]] = []
         self.memory = SHARE * _free(loaded.model.device)
-        self.place_bytes: float | None = None  # bytes of a token in the cache; unknown before the first row
+        self.place_bytes: float | None = None  # bytes of one token in the cache; unknown before the first row
         self.work = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.thread.start()
@@ -63,13 +64,13 @@ class ServingEngine:
             raise RuntimeError("the engine's thread has ended")
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Queues rows. The engine starts them when the batch and the memory have room."""
+        """Queues rows. The engine starts a row when the batch and the memory have room for it."""
         with self.work:
             self.waiting.extend(rows)
             self.work.notify()
 
     def embedded(self, texts: Sequence[str], deliver: Deliver) -> None:
-        """Queues texts to embed. `deliver` gets one item: `answers`, or `failed`."""
+        """Queues texts to embed. `deliver` is called once, with an item that contains `answers` or `failed`."""
         with self.work:
             self.texts.append((texts, deliver))
             self.work.notify()
@@ -90,10 +91,10 @@ class ServingEngine:
                     self._step(one)
 
     def _admitted(self) -> list[Row]:
-        """Takes waiting rows of similar length that fit into the batch and the memory.
+        """Takes waiting rows of similar length from the queue, as many as fit into the batch and the memory.
 
-        If padding would change this model's answers, all rows taken have the same length. A row that needs more memory than is
-        left waits, and so do all later ones. It starts when memory is free, or when no other row is under way.
+        If padding would change this model's answers, all of these rows have the same length. A row that needs more memory than
+        is free waits, and so do all later rows. It starts when enough memory is free, or when no other row is running.
         """
         under_way = [row for _, rows in self.groups for row in rows]
         room, places = self.batch - len(under_way), sum(map(_places, under_way))
@@ -141,7 +142,7 @@ class ServingEngine:
         self.groups.append((group, rows))
 
     def _step(self, one: tuple[RowBatch, list[Row]]) -> None:
-        """Draws a token for each row of a group, and keeps the rows that haven't ended."""
+        """Draws the next token of each row of a group, and keeps the rows that haven't ended."""
         group, rows = one
         try:
             tokens = sampling.choose(group.logits, [row.draw for row in rows])
@@ -197,7 +198,7 @@ def _places(row: Row) -> int:
 
 
 def _near(one: int, other: int) -> bool:
-    """Returns whether rows of these lengths may share a group: padding at most doubles the shorter one's size."""
+    """Returns whether rows of these lengths may share a group. In a group, padding at most doubles a row's size."""
     return max(one, other) <= 2 * max(min(one, other), SHORT)
 
 
@@ -231,7 +232,7 @@ class VllmEngine:
             raise self.stream.llm.dead_error
 
     def begin(self, rows: Sequence[Row]) -> None:
-        """Starts a task for each row, which follows it to its end."""
+        """Starts a task for each row, which generates the row's answer."""
         for row in rows:
             row.task = task = asyncio.get_running_loop().create_task(self._follow(row))
             self.tasks.add(task)
@@ -256,8 +257,8 @@ class VllmEngine:
 
 
 def _require_fit(config: transformers.PretrainedConfig, adapters: dict[str, str]) -> None:
-    """Checks that adapters fit the model's shapes, because vLLM silently leaves out matrices that don't; ConfigError if one
-    doesn't fit."""
+    """Raises ConfigError if an adapter doesn't fit the model's shapes. vLLM would silently ignore the matrices that don't
+    fit."""
     if adapters:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)

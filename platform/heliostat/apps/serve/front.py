@@ -1,7 +1,8 @@
 """Answers HTTP requests: checks the key, its limits, and the body, asks a replica, and writes the answer.
 
-The HTTP server is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends it the
-current version. After a crash it starts without a version, and requests wait until the driver sends one.
+The HTTP server is one process, so that each key's limits hold over all replicas. Every two seconds the driver sends the current
+version to the HTTP server. After a crash, the HTTP server starts without a version, and requests wait until the driver sends a
+version.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Front(Gateway):
         return {"id": name, "object": "model", "created": self.settings.since, "owned_by": "heliostat"}
 
     def owner(self, request: Request) -> str:
-        """Returns the name of a request's key; `anybody` if the endpoint needs no key. Refusal with 401 if the key is unknown."""
+        """Returns the name of the request's key; `anybody` if the endpoint needs no key. Raises Refusal with status 401 if the
+        key is unknown."""
         known = self.settings.keys
         return "anybody" if known is None else keys.owner(request.headers.get("authorization"), known)
 
@@ -94,7 +96,7 @@ class Front(Gateway):
                 self.limits.leave(name)
 
     async def _body(self, request: Request) -> bytes:
-        """Reads the body; Refusal with 413 if it is longer than `body_bytes`."""
+        """Reads the body; raises Refusal with status 413 if the body is longer than `body_bytes`."""
         most, body = self.settings.body_bytes, bytearray()
         length = request.headers.get("content-length", "")
         if length.isdigit() and int(length) > most:
@@ -102,5 +104,5 @@ class Front(Gateway):
         async for piece in request.stream():
             body += piece
             if len(body) > most:
-                raise Refusal(413, f"the body has more than {most} bytes, the limit", code="body_too_large")
+                raise Refusal(413, f"the body has more than {most} bytes, which is the limit", code="body_too_large")
         return bytes(body)

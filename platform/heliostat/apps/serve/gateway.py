@@ -30,8 +30,8 @@ DOES = {
 
 
 class Replicas(Protocol):
-    """Connects to the replicas of each version. Both methods call a route's function in a replica, with the replica and the
-    request."""
+    """Connects to the replicas of each version. Both methods call a route's function in a replica, and pass it the replica and
+    the request."""
 
     async def call(self, version: str, answer: Work[A], request: A) -> Item: ...
 
@@ -43,8 +43,9 @@ class FrontSettings:
     """Holds the settings of the HTTP server.
 
     `model`, `index`, `adapters`: the names that clients use; None if there is no model or no index. `kind`: the model's kind.
-    `keys`: digests of API keys, by name; None means that no key is needed. `since`: start of the endpoint, in Unix seconds.
-    `at_once`: open requests per key. `a_minute`: requests per key and minute. 0 means no limit for both.
+    `keys`: digests of API keys, by the key's name; None means that clients need no key. `since`: start of the endpoint, in Unix
+    seconds. `at_once`: maximum open requests per key. `a_minute`: maximum requests per key and minute. For both, 0 means no
+    limit.
     """
 
     model: str | None
@@ -65,13 +66,13 @@ class FrontSettings:
         return [name for name in (self.model, *self.adapters, self.index) if name is not None]
 
     def require_served(self, model: str) -> None:
-        """Raises Refusal with 404 unless a model, an adapter, or an index of this name is served."""
+        """Raises Refusal with status 404 unless a model, an adapter, or an index with this name is served."""
         if model not in self.names:
             served = f"{', '.join(map(repr, self.names))}"
             raise Refusal(404, f"model: {model[:100]!r} isn't served. Served: {served}", "model", "model_not_found")
 
     def require_model(self, model: str, *fit: str) -> None:
-        """Raises Refusal unless this name is a served model, or adapter, of one of the kinds `fit`."""
+        """Raises Refusal unless this is the name of a served model or adapter of one of the kinds in `fit`."""
         self.require_served(model)
         if model in self.adapters:
             if EMBEDDINGS not in fit and TEXT in fit:
@@ -80,7 +81,7 @@ class FrontSettings:
         if model != self.model:
             said = (
                 f"model: {model!r} is an index. Send the request to /v1/search, or to /v1/chat/completions if a model "
-                "answers from it"
+                "answers from the index"
             )
             raise Refusal(400, said, "model", "unsupported_by_model")
         if self.kind not in fit:
@@ -96,7 +97,7 @@ class RequestLimits:
         self.began: defaultdict[str, deque[float]] = defaultdict(deque)
 
     def enter(self, name: str) -> None:
-        """Counts a request that begins; Refusal with 429 if it is above a limit."""
+        """Counts a request that begins; raises Refusal with status 429 if the request exceeds a limit."""
         now, began = self.clock(), self.began[name]
         while began and began[0] <= now - MINUTE:
             began.popleft()
@@ -118,15 +119,17 @@ class RequestLimits:
 
 
 class Measures:
-    """Holds the Prometheus metrics of one HTTP server, in a registry of their own."""
+    """Holds the Prometheus metrics of one HTTP server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ours: dict[str, Any] = {"registry": self.registry, "namespace": "heliostat"}
         self.requests = Counter("requests", "Requests that were answered", ["path", "status"], **ours)
-        self.seconds = Histogram("request_seconds", "From a request to the end of its answer", ["path"], buckets=SECONDS, **ours)
+        self.seconds = Histogram(
+            "request_seconds", "Seconds from a request to the end of its answer", ["path"], buckets=SECONDS, **ours
+        )
         self.tokens = Counter("tokens", "Tokens of prompts and of answers", ["key", "kind"], **ours)
-        self.images = Counter("images", "Pictures that were drawn", ["key"], **ours)
+        self.images = Counter("images", "Images that were generated", ["key"], **ours)
         self.open = Gauge("open_requests", "Requests under way, by the version that answers them", ["version"], **ours)
         self.retries = Gauge("retried_requests", "Requests that were sent again because a replica died", **ours)
         self.broken = Counter("broken_streams", "Streams that ended in an error event", **ours)
@@ -155,9 +158,9 @@ class Gateway:
         self.measures = Measures()
 
     async def ask(self, answer: Work[A], request: A) -> tuple[str, Item]:
-        """Returns the version that answered, and its answer; Refusal as in `Backend.ask`."""
+        """Returns the version that answered, and its answer; raises Refusal as in `Backend.ask`."""
         return await self.backend.ask(lambda version: self.replicas.call(version, answer, request))
 
     def stream(self, pieces: Pieces[A], request: A) -> AsyncGenerator[tuple[str, Item]]:
-        """Yields the version that answers, and each item of its answer; Refusal as in `Backend.stream`."""
+        """Yields the version that answers, and each item of its answer; raises Refusal as in `Backend.stream`."""
         return self.backend.stream(lambda version: self.replicas.stream(version, pieces, request))

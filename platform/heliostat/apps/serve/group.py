@@ -1,8 +1,8 @@
 """Runs a causal language model on a changing set of rows: continuous batching with the model's own KV cache.
 
 Rows share a batch, padded on the left. If the cache has plain keys and values, later rows join the group, and rows that have
-ended leave it. If the cache uses sliding windows, the group keeps its rows until all have ended. A model with another kind of
-cache, such as recurrent states, computes all its tokens again at each step.
+ended leave the group. If the cache uses sliding windows, the group keeps all rows until the last row has ended. With any other
+kind of cache, such as recurrent states, the model computes all tokens again at each step.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from heliostat.apps.serve.adapters import Adapters
 
 
 class RowBatch:
-    """Holds a group of rows: the attention mask [rows, width], and the cache. `logits`: float [rows, vocabulary], of each row's
-    next token. `names`: each row's adapter."""
+    """Holds a group of rows: the attention mask [rows, width], and the cache. `logits`: float [rows, vocabulary], the logits of
+    each row's next token. `names`: each row's adapter."""
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class RowBatch:
 
     @property
     def plain(self) -> bool:
-        """Returns whether rows can join and leave: every layer caches keys and values of all positions, and nothing else."""
+        """Returns whether rows can join and leave. This needs a cache with only keys and values, of all positions, in every
+        layer."""
         return type(self.cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     @property
@@ -59,12 +60,12 @@ class RowBatch:
 
     @property
     def place_bytes(self) -> float:
-        """Returns the bytes of one position of a row in the cache; 0 without a cache."""
+        """Returns the bytes of one cache position of one row; 0 without a cache."""
         layers = self.cache.layers if self.cache is not None else []
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / self.mask.numel()
 
     def step(self, tokens: Sequence[int]) -> None:
-        """Appends one token to each row, and computes the logits of the next one."""
+        """Appends one token to each row, and computes the logits of the token after it."""
         new = torch.tensor(tokens, device=self.model.device)[:, None]
         self.mask = torch.cat([self.mask, torch.ones_like(new)], 1)
         places = (self.mask.cumsum(-1) - 1).clamp(min=0)
@@ -75,7 +76,7 @@ class RowBatch:
             self.logits = self._forward(new, places[:, -1:])
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows, and drops the leading columns that none of them uses."""
+        """Keeps only these rows, and drops the leading columns that none of these rows uses."""
         chosen = torch.tensor(rows, device=self.mask.device)
         self.mask, self.logits = self.mask[chosen], self.logits[chosen]
         self.names = [self.names[row] for row in rows] if self.names else []
@@ -85,7 +86,7 @@ class RowBatch:
             layer.keys, layer.values = layer.keys[chosen, :, first:], layer.values[chosen, :, first:]
 
     def join(self, other: RowBatch) -> None:
-        """Appends the rows of another group to this one. If that fails, both groups stay as they were."""
+        """Appends the rows of another group to this group. If that fails, both groups stay unchanged."""
         rows, before, width = len(self), self.width, max(self.width, other.width)
         mask = torch.cat([_left(self.mask, width, 1), _left(other.mask, width, 1)])
         logits = torch.cat([self.logits, other.logits])

@@ -25,15 +25,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_AREA = 4  # times the pixels of the model's default size: memory grows with them, for some models quadratically
+MOST_AREA = 4  # relative to the pixels of the model's default size: memory grows with the pixels, sometimes quadratically
 
 A = TypeVar("A")
 
 
 class Replica:
-    """Holds the loaded model and index. `ask` and `stream` call a route's function with the replica, and return its items.
+    """Holds the loaded model and index. `ask` and `stream` call a route's function with this replica, and return the function's
+    items.
 
-    A Refusal becomes an item `refused`, which travels between processes.
+    A Refusal becomes an item `refused`, because items can travel between processes.
     """
 
     def __init__(self, holds: Holds) -> None:
@@ -68,7 +69,8 @@ class Replica:
             return {"refused": e.args}
 
     async def stream(self, pieces: Callable[[Replica, A], AsyncGenerator[Item]], request: A) -> AsyncGenerator[Item]:
-        """Yields pieces of the answers (`index`, `piece`, the first also `sources`). An item `refused` ends the stream."""
+        """Yields pieces of the answers (`index`, `piece`; the first piece may also have `sources`). An item `refused` ends the
+        stream."""
         try:
             async with aclosing(pieces(self, request)) as items:
                 async for item in items:
@@ -89,8 +91,8 @@ class Painter:
         self.thread = ThreadPoolExecutor(1, "painter")  # one request at a time, even if its client has left
 
     async def draw(self, request: PictureRequest) -> list[dict[str, object]]:
-        """Generates images: a PNG in base64 for each, with its seed. Refusal if the size or an option isn't supported, or the
-        model fails."""
+        """Generates images. Returns each image as PNG in base64, with its seed. Raises Refusal if the size or an option isn't
+        supported, or if the model fails."""
         self._require_size(request.options)
         seeds = [(request.seed + i) % 2**63 for i in range(request.count)]
         work = partial(self.canvas.draw, [request.prompt] * request.count, seeds, request.options)
@@ -99,7 +101,7 @@ class Painter:
         except ConfigError as e:
             raise Refusal(400, str(e), None, "invalid_value") from e
         except Exception as e:
-            log.exception("a picture failed")
+            log.exception("generating an image failed")
             raise Refusal(500, f"the model failed: {type(e).__name__}: {brief(e)}") from e
         return [{"b64_json": base64.b64encode(png).decode(), "seed": seed} for png, seed in zip(pictures, seeds, strict=True)]
 

@@ -1,6 +1,6 @@
 """Reads the bodies of requests: the supported parameters of OpenAI's API. All other parameters are rejected by name.
 
-An unsupported parameter is accepted with the value that changes nothing (`n: 1`), and rejected with any other.
+An unsupported parameter is accepted if its value changes nothing (`n: 1`), and rejected with any other value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOST_PASSAGES = 50
 
 
 def whole(text: str) -> str:
-    """Returns the text; ValueError if it contains half a character (a lone surrogate), which tokenizers reject."""
+    """Returns the text; raises ValueError if it contains half a character (a lone surrogate), which tokenizers reject."""
     text.encode()
     return text
 
@@ -28,7 +28,7 @@ def whole(text: str) -> str:
 Whole = Annotated[str, AfterValidator(whole)]
 Mode = Literal["bm25", "dense", "hybrid"]  # search modes
 Text = Annotated[str, Field(min_length=1)]
-Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # a single text means a list of one
+Listed = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)  # a single text becomes a list with one item
 
 
 class Body(Strict):
@@ -42,7 +42,7 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(raw: bytes) -> dict[str, object]:
-    """Parses a body; Refusal if it isn't a JSON object."""
+    """Parses a body; raises Refusal if it isn't a JSON object."""
     try:
         body = json.loads(raw)
     except (ValueError, RecursionError) as e:
@@ -53,7 +53,7 @@ def parse(raw: bytes) -> dict[str, object]:
 
 
 def read(kind: type[B], raw: bytes) -> B:
-    """Reads a request; Refusal that names the wrong parameter. A parameter with the value null counts as missing."""
+    """Reads a request; raises Refusal, which names the wrong parameter. A parameter whose value is null counts as missing."""
     fields = {name: value for name, value in parse(raw).items() if value is not None}
     for name in [n for n in fields if n not in kind.model_fields]:
         _require_neutral(name, fields.pop(name), kind)
@@ -83,7 +83,7 @@ def _first(error: ValidationError) -> Refusal:
     name = where[0] if where else "body"
     if fault["type"] == "missing":
         return Refusal(400, f"{'.'.join(where)}: required", name, "missing_required_parameter")
-    if not where:  # a fault of several parameters together: its message names them
+    if not where:  # several parameters together are invalid: the message names them
         said = fault["msg"].removeprefix("Value error, ")
         return Refusal(400, said, said.partition(":")[0], "invalid_value")
     value = brief(json.dumps(fault["input"], default=str), 60)

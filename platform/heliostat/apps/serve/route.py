@@ -1,4 +1,4 @@
-"""Defines a route: a path that takes a POST, and that a replica answers. Each module of `routes` defines one route.
+"""Defines a route: a path that accepts POST requests, which a replica answers. Each module of `routes` defines one route.
 
 In the HTTP server, `respond` reads a body, checks it (`request`), asks a replica, and formats its answer (`shape`). `answer`
 runs in the replica, with the model and the index that it has loaded.
@@ -23,29 +23,30 @@ A = TypeVar("A")
 
 
 class Route(ABC, Generic[B, A]):
-    """Answers the requests to one path. `B`: type of their body. `A`: type of the request to a replica, which must pickle."""
+    """Answers the requests to one path. `B`: type of the requests' body. `A`: type of the request to a replica; it must be
+    picklable."""
 
     path: ClassVar[str]
     body: type[B]
 
     def read(self, settings: FrontSettings, raw: bytes) -> B:
-        """Reads the body of a request; Refusal that names the wrong parameter."""
+        """Reads the body of a request; raises Refusal, which names the wrong parameter."""
         return requests.read(self.body, raw)
 
     @abstractmethod
     def request(self, settings: FrontSettings, body: B) -> A:
-        """Returns the request to a replica; Refusal if this endpoint can't answer it."""
+        """Returns the request to a replica; raises Refusal if this endpoint can't answer it."""
 
     @abstractmethod
     async def answer(self, replica: Replica, request: A) -> Item:
-        """Answers in the replica; Refusal if it can't."""
+        """Answers a request in the replica; raises Refusal if it can't."""
 
     @abstractmethod
     def shape(self, settings: FrontSettings, body: B, version: str, item: Item) -> Answer:
-        """Formats a replica's answer for the client. `version`: the model's version that answered."""
+        """Formats a replica's answer for the client. `version`: the model version that answered."""
 
     def count(self, measures: Measures, key: str, body: B, answer: Answer) -> None:
-        """Adds an answer's usage to the key's metrics: by default its tokens, if the answer has their numbers."""
+        """Adds an answer's usage to the key's metrics: by default the numbers of tokens, if the answer has them."""
         if isinstance(usage := answer.get("usage"), dict):
             measures.counted(key, usage)
 
@@ -62,5 +63,6 @@ class Route(ABC, Generic[B, A]):
 
 
 def seed(number: int | None) -> int:
-    """Returns a request's seed. If the request has none, draws one, so that a retry on another replica gives the same answer."""
+    """Returns a request's seed. If the request has no seed, draws one, so that a retry on another replica gives the same
+    answer."""
     return secrets.randbits(63) if number is None else number

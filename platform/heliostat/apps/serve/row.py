@@ -1,4 +1,4 @@
-"""Turns the tokens of each request into the pieces of text that are sent, with either engine."""
+"""Converts the tokens of each request into the pieces of text that are sent. Both engines use it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from heliostat.recipes.text.infilling import Infilling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONG = 128  # tokens without text: after so many, bytes that are still incomplete aren't a character
+LONG = 128  # tokens: if this many tokens give no text, their bytes aren't the beginning of a character
 
 Deliver = Callable[[Item], None]
 
 
 class Stopping:
-    """Decides how much of a growing text is sent: never part of a stop string, and never an incomplete character.
+    """Decides how much of a growing text can be sent. It never sends part of a stop string or an incomplete character.
 
     `sent`: number of characters that were sent.
     """
@@ -35,9 +35,10 @@ class Stopping:
         self.stops, self.sent, self.stopped = stops, 0, False
 
     def feed(self, rest: str, last: bool = False) -> str:
-        """Takes the text after the sent part, and returns the beginning of it that can be sent; all of it if `last`.
+        """Takes the unsent text, and returns the beginning of it that can be sent now.
 
-        Text that could be the beginning of a stop string is held back. No stop string begins in the sent part.
+        Holds back text that could be the beginning of a stop string, unless it is the `last` text. No stop string begins in the
+        sent part.
         """
         ends = [place for stop in self.stops if (place := rest.find(stop)) >= 0]
         if ends:
@@ -70,7 +71,7 @@ class Growing:
     stream: DecodeStream = field(default_factory=_stream)
 
     def add(self, token: int, tokenizer: Tokenizer) -> None:
-        """Appends the answer's next token, which must not be a special token."""
+        """Appends the next token of the answer. The token must not be a special token."""
         self.waiting.append(token)
         try:
             text = self.stream.step(tokenizer, token)
@@ -84,7 +85,7 @@ class Growing:
             self.waiting.clear()
 
     def drop(self, sent: int) -> None:
-        """Removes characters that were sent."""
+        """Removes the first `sent` characters, which were sent."""
         self.unsent = self.unsent[sent:]
 
     def _rest(self, tokenizer: Tokenizer) -> str:
@@ -103,8 +104,8 @@ class Drawn(TypedDict):
 
 @dataclass(eq=False)
 class Row:
-    """Holds the state of a prompt and its answer. `deliver` takes the answer's pieces; the one with `finish` or `failed` is the
-    last."""
+    """Holds the state of a prompt and its answer. `deliver` takes the answer's pieces; the last piece has `finish` or
+    `failed`."""
 
     prompt: list[int]
     most: int
@@ -117,7 +118,7 @@ class Row:
     text: Growing = field(default_factory=Growing)
     logprobs_unsent: list[Drawn] = field(default_factory=list)  # logprobs of tokens whose text isn't sent yet
     over: bool = False
-    task: asyncio.Task[None] | None = None  # the task that follows this row, if the engine runs in the event loop
+    task: asyncio.Task[None] | None = None  # the task that generates this row's answer, if the engine runs in the event loop
 
     def leave(self) -> None:
         """Ends the row because its client has left. Call it in the event loop."""
@@ -134,11 +135,11 @@ class Row:
 def ending(loaded: LoadedModel, infilling: Infilling | None) -> set[int]:
     """Returns the ids of the tokens that end an answer, including those that end a fill-in-the-middle answer.
 
-    ConfigError if the tokenizer can't decode text token by token.
+    Raises ConfigError if the tokenizer can't decode text token by token.
     """
     if getattr(loaded.tokenizer, "backend_tokenizer", None) is None:
         kind = type(loaded.tokenizer).__name__
-        raise ConfigError(f"the model's tokenizer isn't one of the tokenizers library ({kind}). Convert it to a tokenizer.json")
+        raise ConfigError(f"the model's tokenizer isn't from the tokenizers library ({kind}). Convert it to a tokenizer.json")
     return {*ends(loaded.tokenizer, loaded.generation()), *(infilling.ends if infilling else [])}
 
 
@@ -151,7 +152,7 @@ class Telling:
 
     def take(self, row: Row, token: int, chosen: Chosen | None) -> None:
         """Appends a token to a row. `chosen`: its log probabilities, if the row asks for them."""
-        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # begins: of the complete character
+        ended, begins = token in self.ends, row.stopping.sent + len(row.text.unsent)  # begins: where the character begins
         if not ended:
             row.tokens.append(token)
             if token not in self.without_text:
@@ -176,13 +177,14 @@ class Telling:
 
     def _drawn(self, chosen: Chosen, token: int, begins: int) -> Drawn:
         decode = self.tokenizer.decode
-        best = {str(decode([other])): value for other, value in reversed(chosen["best"])}  # of equal texts, the likeliest
+        best = {str(decode([other])): value for other, value in reversed(chosen["best"])}  # the likeliest of equal texts
         return {"offset": begins, "token": str(decode([token])), "logprob": chosen["chosen"], "best": best}
 
     def _logprobs(self, row: Row) -> Logprobs | None:
-        """Returns the log probabilities of the tokens whose text begins in the sent part, in OpenAI's columns.
+        """Returns the log probabilities of the tokens whose text begins in the sent part, in OpenAI's format.
 
-        An answer that ends without a stop string also gets all remaining ones, such as those of tokens without text.
+        If the answer has ended without a stop string, also returns all other log probabilities, such as those of tokens without
+        text.
         """
         if row.logprobs is None:
             return None

@@ -1,9 +1,9 @@
 """Serves a model, and an index of documents, over HTTP on Ray Serve until it is stopped: `heliostat model serve MODEL`.
 
-    client -> Serve's proxy (127.0.0.1) -> HTTP server (one: keys, limits, retries) -> replicas (of each loaded version)
+    client -> Serve's proxy (127.0.0.1) -> HTTP server (one process: keys, limits, retries) -> replicas (of each loaded version)
 
 The driver resolves the model's alias, and sends the HTTP server the current version. A new version loads while the old one
-answers. Then all new requests go to the new version, and the old one ends after its last request.
+answers. Then all new requests go to the new version, and the old version ends after its last request.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ FRONT = "heliostat-front"
 START_S = 600.0  # maximum seconds until a version is loaded
 FRONT_S = 300.0  # maximum seconds until a dead HTTP server answers again
 DRAIN_MORE_S = 10.0  # added to an answer's deadline, before an old version ends
-DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # name of the actor that lives as long as the command
+DRIVER, NAMESPACE = "heliostat-serve-driver", "heliostat"  # name of the actor that exists as long as the command runs
 CONTROLLER = "ServeController"  # Ray Serve's own actor, which ends with the endpoint
 OURS = ({"Front"}, {"Model"})  # deployments of the endpoint's applications
 MODULES = ("ray.serve", "heliostat.apps.serve.deployed", "heliostat.apps.serve.engine")
@@ -66,7 +66,8 @@ class Versions:
     def tick(self, wanted: str) -> None:
         """Switches to the wanted version, sends it to the HTTP server, and ends old versions.
 
-        If the version doesn't load, the current one stays; HeliostatError if there is no current one.
+        If the wanted version doesn't load, the current version continues to answer. Raises HeliostatError if there is no
+        current version.
         """
         if wanted not in (self.current, self.failed):
             self._move(wanted)
@@ -74,7 +75,7 @@ class Versions:
         for old, until in list(self.until.items()):
             if not open_.get(old) or self.clock() > until:
                 if open_.get(old):
-                    log.warning("%s ends with %d requests that didn't end within %g s", old, open_[old], self.drain_s)
+                    log.warning("ending %s: %d of its requests didn't end within %g s", old, open_[old], self.drain_s)
                 del self.until[old]
                 self.end(old)
                 log.info("%s has ended", old)
@@ -90,12 +91,12 @@ class Versions:
                 if not self.current:
                     raise
                 self.failed = wanted
-                log.error("can't serve %s, so %s stays: %s", wanted, self.current, brief(e))
+                log.error("can't serve %s, so %s continues to answer: %s", wanted, self.current, brief(e))
                 return
         self.until.pop(wanted, None)
         if self.current:
             self.until[self.current] = self.clock() + self.drain_s
-            log.info("requests now go to %s, and %s finishes its own", wanted, self.current)
+            log.info("new requests go to %s, and %s finishes its open requests", wanted, self.current)
         self.current = wanted
 
 
@@ -104,7 +105,7 @@ def serve(
 ) -> None:
     """Serves a model, an index, or both, until a signal stops it. Calls `ready` with the URL once the endpoint answers.
 
-    ConfigError, before anything starts and before `keys` is called, if the model or the index can't be served.
+    Raises ConfigError, before anything starts and before `keys` is called, if the model or the index can't be served.
     """
     source, kind = served.source, served.kind()
     shared = bool(os.environ.get("RAY_ADDRESS"))
@@ -113,7 +114,7 @@ def serve(
     endpoint = ServeEndpoint(served, kind, options)
     endpoint.engine(source.folder(source.wanted()))
     endpoint.connect()
-    if shared:  # later than above: `connect` ends the endpoint of a killed command
+    if shared:  # checked only now, because `connect` ends the endpoint of a killed command, which may use the port
         require_free(options.port)
     known = keys()
     with endpoint.signals:  # after Ray's start, because Ray sets its own signal handlers
@@ -125,9 +126,9 @@ def serve(
 
 
 def stop() -> bool:
-    """Ends the endpoint that a killed command left on a cluster. Returns whether there was one.
+    """Ends the endpoint that a killed command left on a cluster. Returns whether there was such an endpoint.
 
-    ConfigError if the cluster serves other applications, or the endpoint's command is still running.
+    Raises ConfigError if the cluster serves other applications, or the endpoint's command is still running.
     """
     if not os.environ.get("RAY_ADDRESS"):
         raise ConfigError("--stop: needs --cluster. Without one, the endpoint ends with its command")
@@ -144,7 +145,8 @@ def stop() -> bool:
 def end_left() -> bool:
     """Ends the Ray Serve applications that a killed command left on the connected cluster. Returns whether there were any.
 
-    ConfigError if Ray Serve has applications of others, which would end too, or the endpoint's command is still running.
+    Raises ConfigError if the endpoint's command is still running, or if Ray Serve has applications of others, which would also
+    end.
     """
     import ray
     from ray import serve
@@ -156,13 +158,15 @@ def end_left() -> bool:
     if not applications and not status.proxies:
         return False
     if not applications and not deployed.started_here():
-        raise ConfigError("others started this cluster's Ray Serve, and it would end with this endpoint. Use another cluster")
+        raise ConfigError("others started this cluster's Ray Serve, and this endpoint would end it. Use another cluster")
     if not all(_ours(name, set(one.deployments), FRONT in applications) for name, one in applications.items()):
-        raise ConfigError("this cluster's Ray Serve has applications, which would end with this endpoint. Use another cluster")
+        raise ConfigError(
+            "this cluster's Ray Serve has other applications, and this endpoint would end them. Use another cluster"
+        )
     try:
         ray.get_actor(DRIVER, namespace=NAMESPACE)
     except ValueError:  # Ray ends this actor with its driver
-        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "it has no application")
+        log.warning("ending an endpoint whose command was killed: %s", ", ".join(sorted(applications)) or "no application")
         serve.shutdown()
         deployed.record_start(False)
         return True
@@ -172,13 +176,13 @@ def end_left() -> bool:
 
 
 def _ours(name: str, deployments: set[str], fronted: bool) -> bool:
-    """Returns whether an endpoint owns this application: by its deployments; without any, by its name, or if the HTTP server
-    runs."""
+    """Returns whether an endpoint owns this application, by its deployments. An application without deployments belongs to an
+    endpoint if it is the HTTP server, or if the HTTP server runs (`fronted`)."""
     return deployments in OURS if deployments else name == FRONT or fronted
 
 
 class CommandActor:
-    """Shows that the command is still running, because Ray ends this actor with its driver."""
+    """Shows that the command is still running: Ray ends this actor when the command's driver ends."""
 
 
 def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: Options, ready: Callable[[], None]) -> None:
@@ -190,7 +194,7 @@ def _follow(endpoint: ServeEndpoint, source: VersionSource | NoModel, options: O
             silent_since = 0.0
         except FrontError as e:
             silent_since = silent_since or time.monotonic()
-            log.warning("the HTTP server doesn't answer (%s). Ray Serve starts it again", brief(e))
+            log.warning("the HTTP server doesn't answer (%s). Ray Serve restarts it", brief(e))
             if time.monotonic() > silent_since + FRONT_S:
                 raise
         if not announced and not silent_since:
@@ -215,8 +219,8 @@ class ServeEndpoint:
         self.gpus = torch.cuda.device_count()
 
     def engine(self, folder: Path | None) -> tuple[str, str]:
-        """Returns the engine for a version's model, and the reason. ConfigError if the engine of --engine doesn't support the
-        model."""
+        """Returns the engine for a version's model, and the reason for this choice. Raises ConfigError if the engine of
+        --engine doesn't support the model."""
         if folder is None or self.kind != TEXT:
             if self.options.engine == "vllm":
                 raise ConfigError("--engine vllm: needs a model that generates text. Use --engine auto")
@@ -224,7 +228,8 @@ class ServeEndpoint:
         return loading.choose(self.options.engine, folder, "serve", self.gpus)
 
     def connect(self) -> None:
-        """Connects to Ray, and ends the endpoint of a killed command; ConfigError if others use Ray Serve on this cluster."""
+        """Connects to Ray, and ends the endpoint that a killed command left; raises ConfigError if others use Ray Serve on this
+        cluster."""
         import ray.serve  # noqa: F401  # first, because importing it sets its logger to INFO
 
         from heliostat.cluster import private_ray
@@ -232,7 +237,7 @@ class ServeEndpoint:
 
         proxied.set_ahead()
         private_ray.ahead(self.gpus, MODULES)
-        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice, because a version loads while the old one runs
+        connect(cpus=2 * self.options.replicas[1] + 2, gpus=self.gpus)  # twice: the old version runs while a new version loads
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         end_left()
 
@@ -254,11 +259,12 @@ class ServeEndpoint:
         self.front = serve.get_app_handle(FRONT)
 
     def load(self, version: str) -> None:
-        """Starts a version's replicas and waits until they run; if they fail, ends them and raises HeliostatError."""
+        """Starts a version's replicas and waits until they run. If a replica fails, ends all of them and raises
+        HeliostatError."""
         folder = self.served.source.folder(version)
         if folder is not None and (kind := kind_of(folder)) != self.kind:
             raise ConfigError(
-                f"{folder}: is a model of {kind}, but the endpoint serves one of {self.kind}. Start another endpoint"
+                f"{folder}: is a model for {kind}, but the endpoint serves a model for {self.kind}. Start another endpoint"
             )
         log.info("loading %s", version)
         try:
@@ -270,7 +276,7 @@ class ServeEndpoint:
     def use(self, version: str) -> dict[str, int]:
         """Sends the HTTP server the current version, and returns the number of open requests of each version.
 
-        FrontError if the HTTP server doesn't answer within 30 seconds.
+        Raises FrontError if the HTTP server doesn't answer within 30 seconds.
         """
         assert self.front
         try:
@@ -301,7 +307,7 @@ class ServeEndpoint:
             disconnect()
 
     def wait(self, seconds: float) -> None:
-        """Waits for so many seconds, or until a signal arrives."""
+        """Waits for this number of seconds, or until a signal arrives."""
         end = time.monotonic() + seconds
         while not self.signals.name and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
@@ -309,7 +315,7 @@ class ServeEndpoint:
     def _deploy(self, name: str, application: Application, route: str | None) -> None:
         """Starts an application and waits until it runs.
 
-        HeliostatError if it fails or takes longer than START_S seconds. StoppedError if a signal arrives.
+        Raises HeliostatError if the start fails or takes longer than START_S seconds. Raises StoppedError if a signal arrives.
         """
         from ray import serve
 
@@ -363,9 +369,9 @@ def require_free(port: int) -> None:
     """Raises ConfigError if a process already listens on this port of 127.0.0.1."""
     with socket.socket() as probe:
         if probe.connect_ex((LOOPBACK, port)) == 0:
-            raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another")
+            raise ConfigError(f"--port: {port} on {LOOPBACK} is in use. Pass another port")
 
 
 def _last(text: str) -> str:
-    """Returns the line of Serve's message that names the error: the last one that isn't indented."""
+    """Returns the line of Serve's message that names the error: the last line without indentation."""
     return next((line for line in reversed(text.strip().splitlines()) if line.strip() and not line.startswith(" ")), text)

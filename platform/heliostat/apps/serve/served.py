@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class NoModel:
-    """Replaces `VersionSource` where an index is served without a model."""
+    """Stands in for `VersionSource` if an index is served without a model."""
 
     def __init__(self, index: str) -> None:
         self.label = index
@@ -41,7 +41,8 @@ class NoModel:
 
 
 class VersionSource:
-    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved each time.
+    """Resolves a model (a folder, a `models:/` URI, or a run) to a version and its folder. An alias is resolved again at each
+    call.
 
     `name`: the name that clients use by default.
     """
@@ -55,9 +56,10 @@ class VersionSource:
         self.client: MlflowClient | None = None
 
     def wanted(self) -> str:
-        """Returns the version to serve.
+        """Returns the version to serve now.
 
-        If the registry doesn't answer, logs a warning and returns the last known version; HeliostatError if there is none.
+        If the registry doesn't answer, logs a warning and returns the last known version. Raises HeliostatError if no version
+        is known.
         """
         if not self.follows:
             return self.label
@@ -76,7 +78,7 @@ class VersionSource:
         return self.known
 
     def folder(self, version: str) -> Path:
-        """Returns a version's folder; ConfigError if there is none."""
+        """Returns a version's folder; raises ConfigError if the version has no folder."""
         from heliostat.tracking.models import resolve
 
         number = version.rpartition("-")[2]
@@ -87,7 +89,7 @@ class VersionSource:
 class ServedModels:
     """Describes what an endpoint serves: a model, an index, or both.
 
-    `name`, `index_name`: the names that clients use. `adapters`: name that clients use -> folder of the adapter.
+    `name`, `index_name`: the names that clients use. `adapters`: maps the name that clients use to the adapter's folder.
     """
 
     source: VersionSource | NoModel
@@ -101,7 +103,7 @@ class ServedModels:
     def kind(self) -> str | None:
         """Returns the model's kind; None without a model.
 
-        ConfigError if the model, an adapter, the reranker, or the index can't be served.
+        Raises ConfigError if the model, an adapter, the reranker, or the index can't be served.
         """
         if self.index is not None:
             from heliostat.apps.search.search import SearchIndex
@@ -123,7 +125,7 @@ class ServedModels:
         return kind
 
     def holds(self, folder: Path | None, batch: int, engine: str = "transformers") -> Holds:
-        """Returns a description of what a version's replica loads."""
+        """Describes the contents of a version's replica."""
         return Holds(None if folder is None else str(folder.absolute()), batch, self.index, self.embedder, self.reranker,
                      self.adapters, engine)  # fmt: skip
 
@@ -133,8 +135,8 @@ class ServedModels:
                         o.a_minute, o.deadline_s, tuple(self.adapters))  # fmt: skip
 
     def with_adapters(self, pairs: Sequence[str]) -> ServedModels:
-        """Returns a copy with these adapters, each NAME=FOLDER. ConfigError if one has another form, or a name that is already
-        used."""
+        """Returns a copy with these adapters, each given as NAME=FOLDER. Raises ConfigError if an adapter has another form, or
+        a name that is already in use."""
         folders = dict[str, str]()
         if pairs and self.name is None:
             raise ConfigError("--adapter: needs a model that generates text")
@@ -151,11 +153,12 @@ class ServedModels:
 def served(
     model: str | None, store: str, name: str | None, index: str | None, embedder: Path | None, reranker: Path | None = None
 ) -> ServedModels:  # fmt: skip
-    """Describes what to serve. ConfigError without a model and an index, or if both would have the same name."""
+    """Describes what to serve. Raises ConfigError if there is neither a model nor an index, or if both would have the same
+    name."""
     if model is None and index is None:
         raise ConfigError("MODEL: required. Pass a model, an index with --index, or both")
     if model is None and name is not None:
-        raise ConfigError("--name: names the model, and there is none. An index has the name of its folder")
+        raise ConfigError("--name: needs a model. An index has the name of its folder")
     for option, folder in (("--embedder", embedder), ("--reranker", reranker)):
         if index is None and folder is not None:
             raise ConfigError(f"{option}: needs --index")
@@ -170,7 +173,7 @@ def served(
         return ServedModels(NoModel(called), None, uri, called, embeds, orders)
     source = VersionSource(model, store)
     if called == (name or source.name):
-        raise ConfigError(f"--name: the index is called {called!r} too. Choose another name for the model")
+        raise ConfigError(f"--name: the index also has the name {called!r}. Choose another name for the model")
     return ServedModels(source, name or source.name, uri, called, embeds, orders)
 
 
@@ -198,7 +201,8 @@ class Options(Strict):
 
 
 def replica_range(text: str) -> tuple[int, int]:
-    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). ConfigError for another form."""
+    """Reads a number or range of replicas, for example 2 or 1..4; returns (minimum, maximum). Raises ConfigError for another
+    form."""
     match = re.fullmatch(r"(\d{1,4})(?:\.\.(\d{1,4}))?", text)
     least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:

@@ -1,4 +1,4 @@
-"""Finds passages in an index, and writes the prompt with which a model answers from them."""
+"""Finds passages in an index, and writes the prompt from which a model answers a question with these passages."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class Shelf:
-    """Opens an index, to search it and to write prompts from it.
+    """Opens an index for searches and for prompts with its passages.
 
-    ConfigError if the index has embeddings and its embedder is missing.
+    Raises ConfigError if the index has embeddings and its embedder is missing.
     """
 
     def __init__(self, index: str, embedder: str | None, reranker: str | None = None) -> None:
@@ -33,7 +33,8 @@ class Shelf:
     async def search(self, request: Search) -> list[Passage]:
         """Returns passages, each with the columns of its document.
 
-        Refusal if the question is empty or too long, the index doesn't support the mode, or a part of the index is missing.
+        Raises Refusal if the question is empty or too long, the index doesn't support the mode, or a part of the index is
+        missing.
         """
         return await asyncio.to_thread(self._search, request)
 
@@ -57,11 +58,11 @@ class Shelf:
     async def prompt(self, request: Search, room: int | None, count: Callable[[str], int]) -> tuple[str, list[Passage]]:
         """Returns a prompt with the question and its passages, and these passages as sources.
 
-        `room`: maximum tokens of the prompt; None means no limit. `used` of a source: `whole`, `part`, or `no`, for the part of
-        the passage in the prompt. Refusal if the search finds nothing, or the question doesn't fit.
+        `room`: maximum tokens of the prompt; None means no limit. `used` of a source: how much of the passage is in the prompt
+        (`whole`, `part`, or `no`). Raises Refusal if the search finds nothing, or the question doesn't fit.
         """
         if room is not None and room < 1:
-            said = f"max_tokens: leaves no room for the question. Ask for at least {1 - room:,} fewer"
+            said = f"max_tokens: leaves no room for the question. Lower it by at least {1 - room:,}"
             raise Refusal(400, said, "max_tokens", "context_length_exceeded")
         passages = await self.search(request)
         if not passages:

@@ -19,7 +19,7 @@ from heliostat.web.refusals import Refusal
 
 
 class Writer:
-    """Loads a model on one of the engines, and answers requests with it."""
+    """Loads a model into one of the engines, and answers requests with this model."""
 
     def __init__(self, folder: Path, batch: int, adapters: dict[str, str] | None = None, engine: str = "transformers") -> None:
         self.engine: ServingEngine | VllmEngine
@@ -38,14 +38,14 @@ class Writer:
         return len(self._prompt(text, ""))
 
     def room(self, ask: Ask) -> int | None:
-        """Returns the maximum tokens of a prompt that leave room for the requested answer; None means no limit."""
+        """Returns the maximum number of prompt tokens that leaves room for the requested answer; None means no limit."""
         longest = self.engine.loaded.longest
         return None if longest is None else longest - (ask.most or 1)
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces (`index`, `piece`) of the answers to all prompts as they come.
+        """Yields pieces (`index`, `piece`) of the answers to all prompts, as the model generates them.
 
-        Refusal if a prompt is invalid, or the model fails.
+        Raises Refusal if a prompt is invalid, or the model fails.
         """
         rows, pieces = await asyncio.to_thread(self._rows, ask, asyncio.get_running_loop())
         self.engine.begin(rows)
@@ -58,11 +58,12 @@ class Writer:
                 left -= "finish" in piece
                 yield {"index": index, "piece": piece}
         finally:
-            for row in rows:  # ends rows whose client has left
+            for row in rows:  # ends the rows if the client has left
                 row.leave()
 
     async def embed(self, texts: list[str]) -> list[Item]:
-        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Refusal if a text can't be embedded."""
+        """Embeds texts; returns the `embedding` and the number of `tokens` of each. Raises Refusal if a text can't be
+        embedded."""
         if isinstance(self.engine, VllmEngine):
             said = "model: embeddings aren't supported with vLLM. Start with --engine transformers"
             raise Refusal(400, said, "model", "unsupported_by_model")
@@ -90,9 +91,9 @@ class Writer:
         return [{"embedding": v["embedding"].tolist(), "tokens": v["tokens"]} for v in values]
 
     def _rows(self, ask: Ask, loop: asyncio.AbstractEventLoop) -> tuple[list[Row], asyncio.Queue[tuple[int, Item]]]:
-        """Returns a row for each prompt, and the queue of their pieces.
+        """Returns a row for each prompt, and the queue that gets the pieces of all rows.
 
-        Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
+        Raises Refusal if a prompt is empty or invalid, or if prompt and answer exceed the model's maximum length.
         """
         pieces: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
 
@@ -121,12 +122,17 @@ class Writer:
         return tokens
 
     def _tokens(self, tokens: list[int], suffix: str) -> list[int]:
-        """Returns a prompt's token ids unchanged; Refusal if one isn't in the model's vocabulary."""
+        """Returns a prompt's token ids unchanged; raises Refusal if a token id isn't in the model's vocabulary."""
         if suffix:
-            raise Refusal(400, "suffix: needs prompts of text, not of tokens", "suffix", "invalid_value")
+            raise Refusal(400, "suffix: needs prompts that are text, not tokens", "suffix", "invalid_value")
         most = self.engine.loaded.config.get_text_config().vocab_size
         if unknown := [token for token in tokens if token >= most]:
-            raise Refusal(400, f"prompt: the model has {most} tokens, and no token {unknown[0]}", "prompt", "invalid_value")
+            raise Refusal(
+                400,
+                f"prompt: token {unknown[0]} isn't in the model's vocabulary, which has {most} tokens",
+                "prompt",
+                "invalid_value",
+            )
         return tokens
 
     def _chat(self, messages: Messages) -> list[int]:
@@ -144,7 +150,7 @@ class Writer:
             raise Refusal(400, f"messages: {e}", "messages") from e
 
     def _most(self, ask: Ask, tokens: list[int], where: str) -> int:
-        """Returns the maximum number of new tokens; Refusal if prompt and answer exceed the model's maximum length."""
+        """Returns the maximum number of new tokens; raises Refusal if prompt and answer exceed the model's maximum length."""
         longest = self.engine.loaded.longest
         room = ask.limit if longest is None else longest - len(tokens)
         wanted = min(room, ask.limit) if ask.most is None else ask.most

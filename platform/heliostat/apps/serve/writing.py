@@ -1,4 +1,4 @@
-"""Defines what the routes of a language model share: sampling parameters, complete answers, and streams."""
+"""Defines the sampling parameters, complete answers, and streams that all routes of a language model share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMMON: dict[str, object] = {"n": 1, "frequency_penalty": 0, "presence_penalty":
 
 
 class StreamOptions(Strict):
-    """Holds options of a stream. `include_usage`: the stream ends with the numbers of tokens."""
+    """Holds the options of a stream. `include_usage`: whether the stream ends with the numbers of tokens."""
 
     include_usage: bool = False
 
@@ -55,10 +55,10 @@ class Sampled(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def ask(self, settings: FrontSettings, most: int | None, where: str = "max_tokens", prompts: int = 1) -> Ask:
-        """Returns a request to the model without its prompts, with a seed for each of them.
+        """Builds a request to the model, still without prompts, but with a seed for each prompt.
 
-        `most`: maximum new tokens; None means as many as fit. Refusal if it is above the endpoint's limit. `where`: the
-        parameter that sets `most`, for the message.
+        `most`: maximum new tokens; None means as many as fit. Raises Refusal if `most` is above the endpoint's limit. `where`:
+        the parameter that sets `most`, for the error message.
         """
         if most is not None and most > settings.max_tokens:
             raise Refusal(
@@ -81,7 +81,7 @@ def usage(pieces: Sequence[AnswerPiece]) -> dict[str, int]:
 
 
 class WritingRoute(Route[S, Ask]):
-    """Answers with a language model: a complete answer, or a stream.
+    """Answers requests with a language model: by a complete answer, or by a stream.
 
     `prefix`: prefix of the answers' ids. `kind`, `chunk`: the `object` field of a complete answer, and of a stream's chunk.
     """
@@ -95,12 +95,13 @@ class WritingRoute(Route[S, Ask]):
         """Formats an answer's text and log probabilities. `streamed`: the piece is a chunk of a stream."""
 
     def pieces(self, replica: Replica, request: Ask) -> AsyncGenerator[Item]:
-        """Yields pieces of the answers as they come. Runs in the replica."""
+        """Yields pieces of the answers as the model generates them. Runs in the replica."""
         assert replica.writer
         return replica.writer.stream(request)
 
     async def answer(self, replica: Replica, request: Ask) -> Item:
-        """Returns complete answers to all prompts as `answers`; also `sources` if they come from the index."""
+        """Returns complete answers to all prompts as `answers`. If they are answers from the index, also returns their
+        `sources`."""
         whole: list[AnswerPiece] = [{"text": "", "logprobs": None} for _ in request.seeds]
         sources: Item = {}
         async with aclosing(self.pieces(replica, request)) as items:
@@ -115,8 +116,8 @@ class WritingRoute(Route[S, Ask]):
         return {**self._head(body, version, self.kind), "choices": choices, "usage": usage(pieces), **sources}
 
     def _head(self, body: S, version: str, kind: str) -> Answer:
-        """Returns the fields that precede `choices`. All chunks of a stream share one head. `version`: the model's version that
-        answered."""
+        """Returns the head of an answer: the fields before `choices`. All chunks of a stream have the same head. `version`: the
+        model version that answered."""
         new = f"{self.prefix}-{secrets.token_hex(12)}"
         return {"id": new, "created": int(time.time()), "model": body.model, "system_fingerprint": version, "object": kind}
 
@@ -130,7 +131,7 @@ class WritingRoute(Route[S, Ask]):
     async def _stream(self, gateway: Gateway, body: S, key: str) -> Response:
         """Streams the answer as server-sent events.
 
-        It waits for the first piece, because until then the HTTP status can still show an error.
+        The stream starts only after the first piece has arrived: until then, the HTTP status can still report an error.
         """
         request, began = self.request(gateway.settings, body), time.monotonic()
         items = gateway.stream(self.pieces, request)
@@ -171,12 +172,12 @@ class WritingRoute(Route[S, Ask]):
 
 
 def event(data: Mapping[str, object]) -> bytes:
-    """Frames an object as one server-sent event: JSON in one line, because a line break would end the event."""
+    """Formats an object as one server-sent event. The JSON is in one line, because a line break would end the event."""
     return b"data: " + json.dumps(data, ensure_ascii=True, separators=(",", ":")).encode() + b"\n\n"
 
 
 class Stream(StreamingResponse):
-    """Sends events as a response. Calls `ended` once after the last one, even if the client leaves before the first."""
+    """Sends events as a response. Calls `ended` once after the last event, even if the client leaves before the first event."""
 
     def __init__(self, events: AsyncIterator[bytes], ended: Callable[[], Awaitable[None]]) -> None:
         super().__init__(events, media_type="text/event-stream", headers=HEADERS)

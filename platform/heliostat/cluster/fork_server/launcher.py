@@ -1,6 +1,7 @@
-"""Asks a fork server to run a command in a fork, or else runs it with Python itself: `launcher.py SOCKET PYTHON ARGUMENTS`.
+"""Asks a fork server to run a command in a fork. If that fails, runs the command with Python: `launcher.py SOCKET PYTHON
+ARGUMENTS`.
 
-Imports very little, because Ray runs it for every worker.
+This module imports very little, because Ray runs it for every worker.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Replaces the dashboard's agent on a Ray without a dashboard: reports to the raylet that it has no ports, and ends with it.
+"""Replaces the dashboard's agent in a Ray without a dashboard. It reports to the raylet that it has no ports, and ends with the
+raylet.
 
-A raylet waits for its agent's ports. Ray's own agent imports modules for seconds first. If two Rays run on a machine, the second
-one's agent also tries for three seconds to get a port that the first one uses. This module imports very little.
+A raylet waits for its agent's ports. Ray's own agent first imports modules for seconds. If two Rays run on a machine, the
+second Ray's agent also tries for three seconds to get a port that the first Ray uses. This module imports very little.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Imports modules, then forks a process for every request: `server SOCKET MODULES`, with commas between the modules.
 
-It has one thread when it forks, because it never starts Ray, a process group, or CUDA. Ray's library reads the job's id at
-import, so all forks are workers of one job.
+The server has only one thread when it forks, because it never starts Ray, a process group, or CUDA. Ray's library reads the
+job's id at import, so all forks are workers of one job.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import psutil
 from heliostat.cluster.fork_server.start import END_S, ENTRY
 
 CONTEXT = "--serialized-runtime-env-context="
-LIMIT = 1 << 20  # most bytes of a request
+LIMIT = 1 << 20  # maximum bytes of a request
 JOB, RAYLET = "RAY_JOB_ID", "RAY_RAYLET_PID"
-NO_JOB = "ffffffff"  # of a worker that Ray starts before it knows the worker's job
+NO_JOB = "ffffffff"  # the job id of a worker that Ray starts before it knows the worker's job
 PARENT_DEATH_SIGNAL = 1  # an option of prctl
 
 
@@ -64,23 +64,23 @@ def main() -> None:
 
 
 def prepare(modules: Iterable[str]) -> None:
-    """Imports modules for all later forks. SystemExit if forks would lose threads, or would draw the same random ids."""
+    """Imports modules for all later forks. Raises SystemExit if forks would lose threads, or would draw the same random ids."""
     with own_ids():
         for module in modules:
-            with contextlib.suppress(ImportError, ValueError):  # the module of an extra that isn't installed
+            with contextlib.suppress(ImportError, ValueError):  # for example, the module of an extra that isn't installed
                 importlib.import_module(module)
     if threading.active_count() > 1:
         raise SystemExit("the imported modules have started threads, which a fork would lose")
     if _next_id() == _next_id():
         raise SystemExit("Ray has already drawn random numbers, so all forks would draw the same ones and use the same names")
-    gc.freeze()  # a collection writes to each object that it visits, which would copy the forks' shared memory
+    gc.freeze()  # a garbage collection writes to each object that it visits, and so would copy the forks' shared memory
 
 
 @contextlib.contextmanager
 def own_ids() -> Iterator[None]:
-    """Gives actor classes that are defined within the context ids from the system, not from Ray's random numbers.
+    """Makes new actor classes get their ids from the system, not from Ray's random numbers, within the context.
 
-    If Ray's random numbers were used before a fork, all forks would draw the same ones.
+    If Ray drew random numbers before a fork, all forks would draw the same numbers.
     """
     import ray.actor
 
@@ -116,9 +116,10 @@ def _next_id() -> bytes:
 
 
 def worker(request: ForkRequest) -> ForkRequest | None:
-    """Reads Ray's command for a worker, with its runtime environment applied; None if no fork of this process can be that worker.
+    """Reads Ray's command for a worker, and applies its runtime environment. Returns None if a fork of this process can't be
+    that worker.
 
-    A fork can't be a worker of another job, nor have a runtime environment with more than variables and a folder.
+    A fork can't be a worker of another job. Its runtime environment can contain only variables and a folder.
     """
     words, variables, folder = list[str](), dict[str, str](), request.folder
     program = next(i for i, word in enumerate(request.arguments) if word.endswith(ENTRY))
@@ -140,7 +141,8 @@ def worker(request: ForkRequest) -> ForkRequest | None:
 
 
 def receive(connection: socket.socket, descriptors: int = 3) -> tuple[ForkRequest, list[int]]:
-    """Receives a request and file descriptors: the launcher's standard streams. ValueError for an incomplete request."""
+    """Receives a request, and the file descriptors of the launcher's standard streams. Raises ValueError for an incomplete
+    request."""
     data, received, _, _ = socket.recv_fds(connection, LIMIT, descriptors)
     while not data.endswith(b"\n"):
         more = connection.recv(LIMIT)
@@ -159,7 +161,7 @@ def _serve(listener: socket.socket) -> ForkRequest | None:
         connection, _ = listener.accept()
         connection.settimeout(END_S)
         wanted, streams, pid = None, list[int](), None
-        # if the launcher is gone, Ray asks again; for other commands, or without free memory, the launcher runs Python itself
+        # if the launcher has ended, Ray asks again; for other commands, or if memory is full, the launcher runs Python itself
         with contextlib.suppress(OSError, ValueError, TypeError, StopIteration):
             request, streams = receive(connection)
             wanted = worker(request)
@@ -180,7 +182,8 @@ def _serve(listener: socket.socket) -> ForkRequest | None:
 
 
 def _end_with(parent: int) -> None:
-    """Makes the kernel kill this process when its parent ends: Ray's own check counts a zombie as a living process."""
+    """Makes the kernel kill this process when its parent ends. Ray's own check isn't enough, because it counts a zombie as
+    alive."""
     ctypes.CDLL(None, use_errno=True).prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # the parent ended before the call
         os._exit(1)
@@ -188,16 +191,16 @@ def _end_with(parent: int) -> None:
 
 def _end_workers() -> None:
     """Kills the process groups of this process's forks: the workers and the processes that they started."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a worker that ends meanwhile keeps its id
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # so that the id of a worker that ends meanwhile isn't reused
     for child in psutil.Process().children():
-        with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet; the kernel kills it
+        with contextlib.suppress(ProcessLookupError):  # the fork doesn't have its own group yet; the kernel kills it
             os.killpg(child.pid, signal.SIGKILL)
 
 
 def _become(request: ForkRequest) -> None:
-    """Runs the worker's program in this process, like a new process that was started for it."""
+    """Runs the worker's program in this process, as in a new process."""
     os.setsid()  # Ray ends a worker together with its process group
-    with contextlib.suppress(OSError):  # as Ray sets it: out of memory, the kernel ends workers first
+    with contextlib.suppress(OSError):  # Ray's own value: if memory runs out, the kernel ends workers first
         Path("/proc/self/oom_score_adj").write_text(request.environment.get("RAY_worker_oom_score_adjustment", "1000"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

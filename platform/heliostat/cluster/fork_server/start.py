@@ -1,8 +1,9 @@
-"""Starts the fork server of a private Ray, and makes Ray take its workers from the server.
+"""Starts the fork server of a private Ray, and makes Ray get its workers from the server.
 
-Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a launcher
-that passes such a command to the server, with arguments, environment, folder, and standard streams. The launcher runs all other
-commands with Python, and this one too if no server answers. It runs `quiet_agent` instead of the dashboard's agent.
+Ray starts a Python worker as `sys.executable default_worker.py ...`. While a private Ray starts, `sys.executable` is a
+launcher. The launcher passes this command to the server, with arguments, environment, folder, and standard streams. If no
+server answers, it runs the command with Python, like all other commands. Instead of the dashboard's agent, it runs
+`quiet_agent`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 SWITCH = "HELIOSTAT_FORK_SERVER"
-TESTED = ("2.60",)  # versions of Ray
+TESTED = ("2.60",)  # supported versions of Ray
 ENTRY = "default_worker.py"
 END_S = 5.0
 LAUNCHER = """#!/bin/sh
@@ -35,7 +36,7 @@ exec {python} "$@"
 
 @functools.cache
 def supported() -> bool:
-    """Checks whether this machine can fork workers. Logs a warning if Ray's version is the reason why it can't."""
+    """Checks whether this machine can fork workers. Logs a warning if only Ray's version prevents it."""
     if sys.platform != "linux" or os.environ.get(SWITCH) == "0":
         return False
     version = metadata.version("ray")
@@ -67,7 +68,7 @@ class ForkServer:
         self.process = self._launch(command, dict(environment))
 
     def _launch(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        """Starts the server's process in its own session. It ends when its standard input does."""
+        """Starts the server's process in its own session. The process ends when its standard input ends."""
         nowhere = subprocess.DEVNULL
         return subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True

@@ -1,13 +1,13 @@
 """Continues, scores, embeds, or classifies batches of texts with a model's folder.
 
 An answer depends only on the text, its seed, and the options. Other inputs in the batch change only the order of floating-point
-sums: random noise comes from each input's own seed. Prompts of different lengths share a batch only if a test shows that
-padding doesn't change the model's logits.
+sums: random noise comes from each input's own seed. Prompts of different lengths share a batch only if padding doesn't change
+the model's logits (`pads_hold` tests this).
 
 - continue, chat: sampled as `heliostat.inference.sampling` describes.
-- score: the sum of the negative log-likelihoods of all tokens, in nats. The first follows the beginning-of-document token.
-- embed: the mean of the last hidden states over the tokens, normalized to length 1. For an embedder, the pooling that its folder
-  sets (`heliostat.recipes.text.sentence_folder`).
+- score: the sum of the negative log-likelihoods of all tokens, in nats. A beginning-of-document token precedes the first token.
+- embed: the mean of the tokens' last hidden states, normalized to length 1. An embedder uses the pooling that its folder sets
+  (`heliostat.recipes.text.sentence_folder`).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from heliostat.recipes.text.generator import Sampling, ends, prompt_tokens, whol
 from heliostat.schema import validate
 from heliostat.text import brief
 
-LOGITS_BYTES = 256 << 20  # of a scored batch: each position has a logit for each token of the vocabulary
-UNKNOWN = 1 << 32  # tokens: a tokenizer's limit from here on means that it has none
+LOGITS_BYTES = 256 << 20  # maximum bytes of a scored batch's logits: one per position and token of the vocabulary
+UNKNOWN = 1 << 32  # tokens: a tokenizer whose limit is this number or more has no limit
 PROBES = ((5, 6, 7), (9, 8, 7, 6, 5, 4, 3))  # two short prompts; the first gets padding
-CLOSE = 1e-3  # relative to the largest logit: two computations within this count as equal
+CLOSE = 1e-3  # relative to the largest logit: two results with a smaller difference count as equal
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Input:
 
 @dataclass
 class Answer:
-    """Holds an answer's columns in `values`. If there is no answer: its reason in `bad`, and an explanation in `detail`."""
+    """Holds an answer's columns in `values`. If there is no answer, `bad` has the reason, and `detail` an explanation."""
 
     values: dict[str, Any] = field(default_factory=dict)
     bad: str = ""
@@ -73,8 +73,8 @@ class DeadEngineError(HeliostatError):
 class LoadedModel:
     """Loads a model and its tokenizer.
 
-    `longest`: maximum tokens of an input, None if unlimited. `writes`: whether it is a language model. `head`: Auto class of a
-    model with another head. Without `weights`, `model` is None.
+    `longest`: maximum tokens of an input; None means no limit. `writes`: whether the model is a language model. `head`: Auto
+    class of a model with another head. If `weights` is False, `model` is None.
     """
 
     def __init__(self, folder: Path, head: type | None = None, weights: bool = True) -> None:
@@ -88,7 +88,7 @@ class LoadedModel:
         self.config = from_folder("model", transformers.AutoConfig, folder) if self.model is None else self.model.config
         limits = (how.max_tokens if how else None, encoder.places(self.config, self.model), self.tokenizer.model_max_length)
         self.longest: int | None = min((n for n in limits if n is not None and n < UNKNOWN), default=None)
-        own = self.config.get_text_config().pad_token_id if head else None  # some heads find a text's end by this token
+        own = self.config.get_text_config().pad_token_id if head else None  # some heads find the end of a text by this token
         candidates = (own, self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         self.pad = next(token for token in candidates if token is not None)
 
@@ -100,7 +100,8 @@ class LoadedModel:
         return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def generation(self) -> transformers.GenerationConfig:
-        """Returns the generation settings of the model's folder, or else those of its configuration."""
+        """Returns the generation settings of the model's folder. If the folder has none, returns the settings in the model's
+        configuration."""
         if self.model is not None:
             return self.model.generation_config
         if not (self.folder / "generation_config.json").is_file():
@@ -110,8 +111,8 @@ class LoadedModel:
     def seen(self, tokens: list[int], text: str) -> list[int]:
         """Returns the tokens of a text that the model reads, at most `longest`.
 
-        A language model reads the first tokens. For other models the tokenizer cuts the text, so that special tokens at its end
-        stay.
+        A language model reads the first tokens. For other models the tokenizer cuts the text, and keeps the special tokens at
+        its end.
         """
         if self.longest is None or len(tokens) <= self.longest:
             return tokens
@@ -127,9 +128,10 @@ class LoadedModel:
 
 
 class BatchEngine(ABC):
-    """Answers inputs in batches of similar length, with a model that is loaded once. An input that fails doesn't affect others.
+    """Answers inputs in batches of similar length, with a model that is loaded once. An input that fails doesn't affect other
+    inputs.
 
-    HeliostatError if all of several inputs fail, because then the model is the cause.
+    Raises HeliostatError if there are several inputs and all of them fail, because then the model is the cause.
     """
 
     def __init__(self, model: Path | LoadedModel, batch: int) -> None:
@@ -158,7 +160,7 @@ class BatchEngine(ABC):
         return answers
 
     def encode(self, text: str) -> list[int]:
-        """Returns an input's token ids; BadInputError if it can't be encoded."""
+        """Returns an input's token ids; raises BadInputError if it can't be encoded."""
         return self.tokenizer(text, verbose=False)["input_ids"]
 
     def refusal(self, tokens: list[int]) -> Answer | None:
@@ -166,11 +168,11 @@ class BatchEngine(ABC):
         return None
 
     def rows(self, longest: int) -> int:
-        """Returns the maximum number of inputs in a batch whose longest has so many tokens."""
+        """Returns the maximum number of inputs in a batch whose longest input has `longest` tokens."""
         return self.batch
 
     def batches(self, lengths: dict[int, int]) -> Iterator[list[int]]:
-        """Yields batches of inputs, the shortest first, so that a batch has little padding."""
+        """Yields batches of inputs, from the shortest input to the longest, so that a batch has little padding."""
         waiting: list[int] = []
         for i in sorted(lengths, key=lambda i: (lengths[i], i)):
             if waiting and (len(waiting) >= self.rows(lengths[i]) or self.apart(lengths[waiting[-1]], lengths[i])):
@@ -188,7 +190,7 @@ class BatchEngine(ABC):
         try:
             with torch.inference_mode():
                 return self.answer(tokens, inputs)
-        except Exception as e:  # a model can raise anything for an input; the others are still answered
+        except Exception as e:  # a model can raise any error for an input; the other inputs are still answered
             if isinstance(e, torch.AcceleratorError) or type(e).__name__ == "EngineDeadError":  # EngineDeadError is vLLM's
                 raise DeadEngineError(f"the engine has died ({type(e).__name__}: {brief(e)}). Run the command again") from e
             if len(inputs) == 1:
@@ -211,7 +213,7 @@ class BatchEngine(ABC):
 
 
 def sampling(options: dict[str, object], longest: int | None) -> Sampling:
-    """Reads sampling options. ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
+    """Reads sampling options. Raises ConfigError if they are invalid, or if `max_tokens` leaves no room for a prompt.
 
     `longest`: maximum tokens of prompt and answer; None if unlimited.
     """
@@ -225,8 +227,8 @@ def sampling(options: dict[str, object], longest: int | None) -> Sampling:
 
 
 class Continue(BatchEngine):
-    """Continues prompts by up to `max_tokens` tokens. An empty prompt begins a document. All end tokens of the model's folder
-    end an answer."""
+    """Continues prompts by up to `max_tokens` tokens. An empty prompt starts a new document. Every end token of the model's
+    folder ends an answer."""
 
     def __init__(self, model: Path | LoadedModel, batch: int, options: dict[str, object]) -> None:
         super().__init__(model, batch)
@@ -291,8 +293,8 @@ class Noise(LogitsProcessor):
 
 
 def pads_hold(engine: BatchEngine) -> bool:
-    """Returns whether padding on the left leaves a prompt's logits unchanged. It doesn't in a model whose state passes through
-    padding."""
+    """Returns whether padding on the left leaves a prompt's logits unchanged. In a model with a recurrent state, padding
+    changes the state, and so the logits."""
     vocabulary = engine.model.config.get_text_config().vocab_size
     rows = [[token % vocabulary for token in probe] for probe in PROBES]
     with torch.inference_mode():
@@ -360,8 +362,8 @@ class Embed(BatchEngine):
 class Classify(BatchEngine):
     """Returns each text's likeliest label, and the probabilities of all labels.
 
-    A text that exceeds the model's maximum is cut, with `truncated` true. If labels don't exclude each other (`problem_type`
-    multi_label_classification), each label has an independent probability.
+    A text that exceeds the model's maximum is cut, with `truncated` true. If a text can have several labels (`problem_type`
+    multi_label_classification), the probabilities are independent.
     """
 
     def __init__(self, folder: Path, batch: int) -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODES = {1: "L", 3: "RGB"}
-MOST_RATIO = 100  # of an image's sides: resizing scales the shorter one to the model's size, and the longer one with it
+MOST_RATIO = 100  # ratio of an image's sides: resizing scales the shorter side to the model's size, so the longer side gets large
 
 
 class EmbedImages(BatchEngine):
-    """Embeds images, decoded and resized one by one. An image that isn't a complete PNG, JPEG, or WebP is bad."""
+    """Embeds images, decoded and resized one by one. An image that isn't a complete PNG, JPEG, or WebP file counts as bad."""
 
     def __init__(self, folder: Path, batch: int) -> None:
         super().__init__(LoadedModel(folder), batch)

@@ -1,4 +1,4 @@
-"""Chooses and loads the engine of a model: transformers or vLLM. Rejects a task that the model can't do, before anything
+"""Chooses and loads a model's engine: transformers or vLLM. Rejects a task that the model doesn't support, before anything
 starts."""
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from heliostat.inference.batch.engines import Answer, Input
 
 HEAD = "ForSequenceClassification"
-LEAST_LABELS = 2  # a single label is a score, not a class
+LEAST_LABELS = 2  # with a single label, the output is a score, not a class
 ENGINES = ("auto", "transformers", "vllm")
 OF_VLLM = ("continue", "chat", "score", "embed", "serve")
 
 
 def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]] | None = None) -> tuple[str, str]:
-    """Returns the engine, and either the reason for it or its version. ConfigError if `name` is vllm and vLLM doesn't support
-    the task.
+    """Returns the engine and a text: vLLM's or transformers' version, or the reason against vLLM. Raises ConfigError if `name`
+    is vllm and vLLM doesn't support the task.
 
-    `known`: lists the architectures that vLLM supports; by default vLLM itself does.
+    `known`: a function that lists the architectures that vLLM supports; by default, vLLM itself is asked.
     """
     if name not in ENGINES:
         raise ConfigError(f"--engine: {name!r} isn't an engine. Use {', '.join(ENGINES)}")
@@ -48,7 +48,7 @@ def choose(name: str, folder: Path, task: str, gpus: int, known: Callable[[], Co
 
 
 def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[str]]) -> str:
-    """Returns why vLLM can't run the task with this model; "" if it can."""
+    """Returns the reason why vLLM can't run the task with this model; "" if vLLM can run the task."""
     if task not in OF_VLLM:
         return f"heliostat doesn't support vLLM for the task {task}"
     if clip_folder.is_one(folder):
@@ -58,7 +58,7 @@ def _lacks(folder: Path, task: str, gpus: int, known: Callable[[], Collection[st
     if find_spec("vllm") is None:
         return f"vLLM isn't installed ({extras.command('vllm')})"
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    named = config.get("architectures") or ["a model that its config.json does not name"]
+    named = config.get("architectures") or ["a model whose config.json has no architectures"]
     return "" if named[0] in known() else f"vLLM doesn't support {named[0]}"
 
 
@@ -69,15 +69,17 @@ def _architectures() -> Collection[str]:
 
 
 def require(folder: Path, task: str, options: dict[str, object] | None = None) -> dict[str, object]:
-    """Checks that a model supports a task with these options; ConfigError if not. Returns more facts for the record, such as
-    labels."""
+    """Checks that a model supports a task with these options; raises ConfigError if it doesn't. Returns additional facts for
+    the record, such as the labels."""
     if task == "classify":
         return {"labels": _labels(folder)}
     if clip_folder.is_one(folder):
         if task not in ("embed", "embed-images"):
-            raise ConfigError(f"--task {task}: not supported for a CLIP ({folder}). Use --task embed or embed-images")
+            raise ConfigError(f"--task {task}: not supported for a CLIP model ({folder}). Use --task embed or embed-images")
     elif task == "embed-images":
-        raise ConfigError(f"--task {task}: {folder} isn't a CLIP. Use a model that heliostat.recipes:ImageEmbedder exported")
+        raise ConfigError(
+            f"--task {task}: {folder} isn't a CLIP model. Use a model that heliostat.recipes:ImageEmbedder exported"
+        )
     elif sentence_folder.read(folder):
         if task != "embed":
             raise ConfigError(f"--task {task}: {folder} is an embedder. Use --task embed")
@@ -97,7 +99,7 @@ def require(folder: Path, task: str, options: dict[str, object] | None = None) -
 def _longest(folder: Path) -> int | None:
     """Returns the maximum tokens of a model's input, without reading its weights.
 
-    ConfigError if its tokenizer or config.json can't be read.
+    Raises ConfigError if its tokenizer or config.json can't be read.
     """
     from heliostat.inference.batch.engines import LoadedModel
 
@@ -105,19 +107,19 @@ def _longest(folder: Path) -> int | None:
         return LoadedModel(folder, weights=False).longest
     except ConfigError:
         raise
-    except (OSError, ValueError) as e:  # raised by transformers
+    except (OSError, ValueError) as e:  # transformers raises them
         raise ConfigError(f"{folder}: can't read its tokenizer or config.json ({brief(e)}). Copy the folder again") from e
 
 
 def _labels(folder: Path) -> list[str]:
     config = scoring.describe(str(folder), "--task classify")
-    named = (config.get("architectures") or ["a model that its config.json does not name"])[0]
+    named = (config.get("architectures") or ["a model whose config.json has no architectures"])[0]
     if not str(named).endswith(HEAD):
-        raise ConfigError(f"--task classify: {folder} holds {named}, without a classification head. Use a model ...{HEAD}")
+        raise ConfigError(f"--task classify: {folder} contains {named}, which has no classification head. Use a model ...{HEAD}")
     if config.get("problem_type") == "regression":
         raise ConfigError(f"--task classify: {folder} has problem_type regression, which has no classes. Use a classifier")
     if len(labels := scoring.labels(config)) < LEAST_LABELS:
-        raise ConfigError(f"--task classify: {folder} has one label ({labels[0]}). Use a model with several")
+        raise ConfigError(f"--task classify: {folder} has one label ({labels[0]}). Use a model with several labels")
     return labels
 
 

@@ -1,4 +1,4 @@
-"""Reads the images of a batch inference as the image pipeline does, but without requiring captions."""
+"""Reads the images of a batch inference like the image pipeline, but doesn't require captions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from heliostat.tasks.flow import Flow
 
 @dataclass(frozen=True)
 class Pictures:
-    """Lists an image input's files, and stores the tasks that read them. A piece has one part, which names such a task."""
+    """Lists the files of an image input, and stores the tasks that read these files. A piece has one part, which names a stored
+    task."""
 
     input: str
     column: str

@@ -1,4 +1,4 @@
-"""Reads the inputs of a batch inference: texts as a text pipeline does, also chats, and images as an image pipeline does."""
+"""Reads the inputs of a batch inference: texts like a text pipeline, chats, and images like an image pipeline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LEAST, MOST = 16 << 10, 1 << 20  # limits of a piece's size, in bytes
 
 @dataclass(frozen=True)
 class ChatRules(TextRules):
-    """Accepts texts, and also lists of messages, which become JSON."""
+    """Accepts texts and lists of messages. A list of messages becomes JSON text."""
 
     def text_of(self, value: object) -> str | None:
         return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else super().text_of(value)
@@ -40,7 +40,7 @@ class ChatRules(TextRules):
 class InputReading(Protocol):
     """Lists an input's files, and divides them into pieces, which a source reads in tasks.
 
-    `identity`: the settings that determine what is read.
+    `identity`: the settings that determine the texts or images that are read.
     """
 
     @property
@@ -76,7 +76,7 @@ class Texts:
 
 
 def of(input: str, settings: BatchSettings) -> InputReading:
-    """Returns the reader for a task's inputs; MissingExtraError if it needs a library that isn't installed."""
+    """Returns the reader for a task's inputs; raises MissingExtraError if the reader needs a library that isn't installed."""
     if settings.task == "embed-images":
         extras.require("images", "PIL", what="embed-images")
         from heliostat.inference.batch.pictures import Pictures

@@ -5,12 +5,12 @@
     OUT/inference.json            written last: model, settings, digest of the inputs, counts, files in the input's order
     OUT/work                      results of finished pieces, by the keys of their inputs
 
-Each input is answered once: a piece's file is named by a key of everything that determines its answers, and `inference.json`
-lists each file once. A run that is killed continues after its last finished piece, on any number of workers. For new input,
-only its own pieces run. Answers to inputs that no longer exist are deleted and counted.
+Each input is answered once. The name of a piece's file is a key of everything that determines the piece's answers, and
+`inference.json` lists each file once. If a command is killed, the next command continues after the last finished piece, on any
+number of workers. If inputs are added, only their pieces run. Answers to inputs that no longer exist are deleted and counted.
 
-One command at a time writes to the folder, and the folder belongs to one input. Answers are a pure function of the input, the
-model, and the settings, on machines of the same kind. `prepare` can read OUT/answers as an input.
+One command at a time writes to the folder, and the folder belongs to one input. On machines of the same kind, an answer depends
+only on the input, the model, and the settings. `prepare` can read OUT/answers as an input.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def infer(
 ) -> dict[str, Any]:
     """Answers all documents of an input; returns the values of `inference.json`, without the list of files.
 
-    `quiet`: shows no progress. `engine`: transformers, vllm, or auto, which uses vLLM if it supports the task. ConfigError,
-    before anything starts, in these cases:
+    `quiet`: whether to hide the progress. `engine`: transformers, vllm, or auto; auto uses vLLM if vLLM supports the task.
+    ConfigError, before anything starts, in these cases:
 
     - the model doesn't support the task, or its answers leave no room for a prompt
     - there is no input
@@ -88,7 +88,8 @@ def infer(
 
 @contextmanager
 def flow_on_ray(place: Location, title: str, workers: int, gpus: int, quiet: bool) -> Iterator[Flow]:
-    """Starts or connects to Ray, and yields a flow that stores finished tasks in the folder `place`. Shows its progress."""
+    """Starts Ray or connects to it, and yields a flow that stores finished tasks in the folder `place`. Shows the flow's
+    progress."""
     from heliostat.cluster.connect import connect
 
     connect(cpus=workers, gpus=gpus)
@@ -131,7 +132,7 @@ def model_digest(folder: Path) -> str:
 
 
 def origin(folder: Path) -> dict[str, object]:
-    """Returns the MLflow run and the step of the model, if its folder records them."""
+    """Returns the model's MLflow run and step, if the model's folder records them."""
     if not (folder / exported.RECORD).is_file():
         return {}
     return {"origin": exported.record(folder).get("origin", {})}
@@ -182,18 +183,18 @@ def _devices(records: list[PieceRecord]) -> list[dict[str, object]]:
 
 
 def _missing(keep: list[str], records: list[PieceRecord]) -> list[str]:
-    """Lists the columns to keep that no input has; empty if no input was read."""
+    """Lists the columns of --keep that no input has; empty if no input was read."""
     read = any(r.get("read") for r in records)
     return [column for column in keep if read and not any(r.get("kept", {}).get(column) for r in records)]
 
 
 def _inputs(records: list[PieceRecord]) -> str:
-    """Computes the digest of all inputs, in their order."""
+    """Computes one digest of all inputs in their order."""
     return hashlib.sha256("".join(r["inputs"] for r in records).encode()).hexdigest()
 
 
 def _list_bad(place: Location, records: list[PieceRecord]) -> None:
-    """Writes the inputs without an answer to one table. One piece's rows are in memory at a time."""
+    """Writes the inputs without an answer to one table. Only one piece's rows are in memory at a time."""
     if not any(r["bad"] for r in records):
         place.join(BAD).delete()
         return
@@ -209,13 +210,13 @@ def _list_bad(place: Location, records: list[PieceRecord]) -> None:
 
 
 def _others(place: Location, listed: set[str]) -> list[Location]:
-    """Lists the files with answers that aren't in `listed`: their inputs no longer exist."""
+    """Lists the answer files that aren't in `listed`: their inputs no longer exist."""
     names = (f"{tasks.ANSWERS}/{name}" for name, _ in place.join(tasks.ANSWERS).files())
     return [place.join(name) for name in names if name not in listed]
 
 
 def _rows(file: Location) -> int:
-    """Counts the answers in a file; 0 if the file is damaged, because then none can be read."""
+    """Counts the answers in a file; 0 if the file is damaged, because then no answer can be read."""
     try:
         return pq.read_metadata(file.open()).num_rows
     except pa.ArrowInvalid:
@@ -223,9 +224,10 @@ def _rows(file: Location) -> int:
 
 
 def claim(place: Location, settings: dict[str, object], holding: str, made_by: str) -> None:
-    """Records the settings that a folder belongs to. ConfigError if the folder contains something else or has other settings.
+    """Records the settings that a folder belongs to. Raises ConfigError if the folder contains something else or has other
+    settings.
 
-    `holding`, `made_by`: words for the message.
+    `holding`, `made_by`: names of the folder's contents, for the error messages.
     """
     known = _known(place)
     if known is None:
@@ -234,19 +236,19 @@ def claim(place: Location, settings: dict[str, object], holding: str, made_by: s
             return
         known = _known(place)  # another command may have been faster
         if known is None:
-            raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Name another folder")
+            raise ConfigError(f"--out: {place}: not empty, and has no {made_by}. Pass another folder")
     if changed := [name for name in {**settings, **known} if known.get(name) != settings.get(name)]:
         name = changed[0]
         was, now = (str(one.get(name))[:80] for one in (known, settings))
-        raise ConfigError(f"--out: {place} holds {holding} of another {name} ({was!r}, not {now!r}). Name another folder")
+        raise ConfigError(f"--out: {place} contains {holding} of another {name} ({was!r}, not {now!r}). Pass another folder")
 
 
 def _known(place: Location) -> dict[str, object] | None:
-    """Reads the settings that a folder belongs to; None if it has none."""
+    """Reads the settings that a folder belongs to; None if the folder has no settings."""
     try:
         known = json.loads(place.join(SETTINGS).read())
     except FileNotFoundError:
         return None
     except ValueError as e:
-        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged. Name another folder") from e
+        raise ConfigError(f"--out: {place.join(SETTINGS)} is damaged. Pass another folder") from e
     return known if isinstance(known, dict) else {}

@@ -1,5 +1,5 @@
-"""Answers a piece of the input in a Ray worker. Writes its answers to one Parquet file, and the inputs without an answer to
-another."""
+"""Answers a piece of the input in a Ray worker. Writes the answers to one Parquet file, and the inputs without an answer to
+another file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COLUMNS = {
 
 
 Task = Literal["continue", "chat", "score", "embed", "classify", "embed-images"]
-COLUMN = {"chat": "messages", "embed-images": "image"}  # default column of the input; for other tasks `text`
+COLUMN = {"chat": "messages", "embed-images": "image"}  # default input column of these tasks; all other tasks read `text`
 
 
 class BatchSettings(Strict):
@@ -68,13 +68,13 @@ class BatchSettings(Strict):
 
     @property
     def written(self) -> tuple[str, ...]:
-        """Returns the columns that are copied from the input to the answers: its text, and those in `keep`."""
+        """Returns the columns that are copied from the input to the answers: the text, and the columns in `keep`."""
         return (*([] if self.task == "embed-images" else [self.column]), *self.keep)
 
     @property
     def identity(self) -> dict[str, object]:
-        """Returns all settings. Leaves out the engine if it is transformers, so that keys from before this setting stay the
-        same."""
+        """Returns all settings that determine the answers. Leaves out `engine` if it is transformers, so that keys from before
+        this setting stay the same."""
         return self.model_dump(exclude={"engine"} if self.engine == "transformers" else None)
 
     @model_validator(mode="after")
@@ -87,7 +87,8 @@ class BatchSettings(Strict):
 
 
 class PieceRecord(TypedDict):
-    """Describes the answers of a piece, in its task's record. The flow adds `seconds` (processor) and `wall` (elapsed).
+    """Describes the answers of a piece, as the record of the piece's task. The flow adds `seconds` (processor time) and `wall`
+    (elapsed time).
 
     Records of earlier versions lack some keys.
     """
@@ -152,7 +153,7 @@ def answer_piece(
 
 
 def _answers(model: str, settings: BatchSettings, documents: list[Document], follows: str) -> list[Answer]:
-    """Answers documents. If the engine dies, removes it from the cache, so that no later task uses it."""
+    """Answers documents. If the engine dies, removes the engine from the cache, so that no later task uses it."""
     from heliostat.inference.batch.engines import DeadEngineError
 
     engine = loaded(model, settings.task, settings.batch, json.dumps(settings.options, sort_keys=True), settings.engine, follows)
@@ -172,7 +173,7 @@ def _input(document: Document, seed: int) -> Input:
 
 
 def _gpu() -> tuple[str, int] | None:
-    """Returns the name and the memory, in bytes, of the GPU; None without one."""
+    """Returns the name and the memory, in bytes, of the GPU; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -193,13 +194,13 @@ def _text(value: object) -> str | None:
 
 
 def _unwritable(columns: dict[str, str | None]) -> str | None:
-    """Returns the name of a column whose text UTF-8 can't encode (JSON can contain half a surrogate pair); None if there is
-    none."""
+    """Returns the name of a column whose text UTF-8 can't encode (JSON can contain half a surrogate pair). None if every text
+    can be encoded."""
     return next((name for name, value in columns.items() if value is not None and value != _spelt(value)), None)
 
 
 def _spelt(text: str) -> str:
-    """Returns a text in which escapes replace characters that UTF-8 can't encode."""
+    """Returns the text, with escapes in place of characters that UTF-8 can't encode."""
     return text.encode(errors="backslashreplace").decode()
 
 

@@ -1,1 +1,1 @@
-"""Builds the reports: self-contained HTML pages, one about a run and one about a dataset's curation."""
+"""Builds the reports: an HTML page about a run, and an HTML page about a dataset's curation. Both pages are self-contained."""

@@ -25,10 +25,10 @@ from heliostat.tracking.report.frame import boxes, document, side_by_side, table
 
 log = logging.getLogger(__name__)
 
-SAMPLED = 200_000  # most documents whose columns are counted: those with the lowest hashes, a random sample
-TOP = 15  # most values of a column that are shown
-TEXT = 600  # most characters of an example
-WORD = 120  # most characters of an id, a value, or a detail
+SAMPLED = 200_000  # maximum number of documents whose columns are counted: a random sample, the documents with the lowest hashes
+TOP = 15  # maximum number of values that are shown per column
+TEXT = 600  # maximum characters of an example
+WORD = 120  # maximum characters of an id, a value, or a detail
 PageData = dict[str, Any]
 
 
@@ -48,7 +48,7 @@ def gather(dataset: Manifest, hour: float | None = None, currency: str = "") -> 
 
 
 def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
-    """Yields (name among a run's artifacts, HTML) for each dataset that has a curation record.
+    """Yields (name of the run's artifact, HTML) for each dataset that has a curation record.
 
     Skips a dataset whose record can't be read, with a warning.
     """
@@ -58,13 +58,15 @@ def pages(manifests: list[Manifest]) -> Iterator[tuple[str, str]]:
         try:
             text = page(gather(dataset))
         except (HeliostatError, OSError) as e:
-            log.warning("%s: can't read the record of how it was made, so the run has no page about it (%s)", dataset.location, e)
+            log.warning(
+                "%s: can't read the dataset's curation record, so the run has no page about the dataset (%s)", dataset.location, e
+            )
             continue
         yield f"data/{dataset.location.name}-{dataset.digest[:8]}.html", text
 
 
 def columns(dataset: Manifest) -> PageData:
-    """Counts the values of known columns in a random sample: {sampled, counts: {column: {value: [kept, left out]}}}."""
+    """Counts the values of known columns in a random sample. Returns {sampled, counts: {column: {value: [kept, left out]}}}."""
     seen, shapes = 0, dict[str, Counter[tuple[str, bool]]]()
     for part in reasons.ends(dataset):
         if "columns" not in part.column_names:

@@ -1,6 +1,6 @@
-"""Builds the frame of a page: one self-contained HTML file that loads no other file.
+"""Builds the frame of a page. The page is one self-contained HTML file, which loads no other file.
 
-Its content policy lets a browser run only the page's one script.
+The page's content policy allows the browser to run only the script that is part of the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from heliostat.text import printable
 
 
 def document(title: str, parts: list[str]) -> str:
-    """Renders a whole page from its parts, which are HTML. Escapes the title."""
+    """Renders a complete page from its parts, which are HTML text. Escapes the title."""
     body = f"{''.join(parts)}<script>{_file('hover.js')}</script>"
     return f"<!doctype html><html lang='en'>{_head(title)}<body>{body}</body></html>"
 
@@ -30,7 +30,7 @@ def boxes(facts: dict[str, str]) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Renders a table from cells, which are HTML. A table that is wider than the screen gets its own scroll bar."""
+    """Renders a table from cells, which are HTML text. A table that is wider than the screen gets its own scroll bar."""
     cells = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<div class='scroll'><table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>{cells}</table></div>"
 

@@ -1,9 +1,9 @@
-"""Builds one self-contained HTML page about a run: curves, goodput, restarts, samples, and lineage. The page loads no other file.
+"""Builds a self-contained HTML page about a run: curves, goodput, restarts, samples, and lineage. The page loads no other file.
 
     html = page(gather(client, run))
 
-Every run that ends has the page as an artifact (`report.html`), which MLflow's UI shows. `heliostat run report` writes it too.
-`metrics.METRICS` declares its curves and their charts. All text from outside is escaped.
+When a run ends, it gets the page as an artifact (`report.html`), which MLflow's UI shows. `heliostat run report` also writes
+the page. `metrics.METRICS` declares the page's curves and charts. All text from outside is escaped.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # importing MLflow takes seconds
     from mlflow.entities import Run
 
 FILE = "report.html"
-SPIKES = 20  # most spikes in the list: the newest
-PICTURES, PICTURE_BYTES = 6, 2 << 20  # most images: the newest; most bytes of one image
+SPIKES = 20  # maximum number of spikes in the list (the newest)
+PICTURES, PICTURE_BYTES = 6, 2 << 20  # maximum number of images (the newest), and maximum bytes of one image
 OUTCOMES = {"finished": "#31a354", "failed": "#de2d26", "interrupted": "#fd8d3c", "preempted": "#fdae6b", "resize": "#6baed6"}
 Curves = dict[str, svg.Points]
 
@@ -47,7 +47,7 @@ class PageFacts(TypedDict):
 
 
 def gather(client: MlflowClient, run: Run) -> PageFacts:
-    """Collects the facts that the report page shows from MLflow and the run's folder, as plain data."""
+    """Collects the facts for the report page from MLflow and the run's folder, as plain data."""
     run_id = run.info.run_id
     samples = (read_json(client, run_id, "samples.json", dict[str, list[list[str]]]) or {}).get("data", [])
     return {

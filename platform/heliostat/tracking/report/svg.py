@@ -1,6 +1,6 @@
-"""Draws charts as HTML and SVG text without a library: curves, histograms, stacked bars, and time lines. Pure functions.
+"""Draws charts as HTML and SVG text without a library: curves, histograms, stacked bars, and timelines. The functions are pure.
 
-Charts fill the width that they get: positions are percentages, so that text keeps its size on wide and narrow screens.
+A chart fills the available width. Positions are percentages, so that text has the same size on wide and narrow screens.
 `style.css` sets their colors and lines, and `hover.js` shows the values under the pointer.
 """
 
@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 Points = list[tuple[float, float]]
 INKS = 6  # colors of curves, --ink0 to --ink5 in the style
-MOST = 1200  # most points of a curve that are drawn
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # between ticks, times a power of ten
-BARS = 40  # most bars of a histogram
-WIDE = 100  # ratio of values from which the axis is logarithmic
-Bins = dict[str, list[int]]  # by value: documents kept, dropped
-UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # units of labels, from this size
+MOST = 1200  # maximum number of points that are drawn for a curve
+STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)  # allowed distances between ticks, times a power of ten
+BARS = 40  # maximum number of bars in a histogram
+WIDE = 100  # if the values' ratio is this large, the axis is logarithmic
+Bins = dict[str, list[int]]  # numbers of kept and dropped documents, by value
+UNITS = ((1e9, "G"), (1e6, "M"), (1e4, "k"))  # units of labels, each with the smallest value for which it is used
 
 
 class Curve(NamedTuple):
-    """Holds one curve of a chart. `mark`: draws dots, because the curve has values only at some steps."""
+    """Holds one curve of a chart. `mark`: whether to draw dots, for a curve that has values only at some steps."""
 
     name: str
     points: Points
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 def thin(points: Points, most: int = MOST) -> Points:
     """Reduces a curve to at most `most` points.
 
-    It keeps the lowest and the highest point of each section, so that no spike is lost.
+    Keeps the lowest and the highest point of each section, so that no spike is lost.
     """
     if len(points) <= most:
         return points
@@ -47,9 +47,10 @@ def thin(points: Points, most: int = MOST) -> Points:
 
 
 def ticks(low: float, high: float, count: int = 7, whole: bool = False) -> list[float]:
-    """Chooses about `count` round numbers for an axis, from the last one below `low` to the first one above `high`.
+    """Chooses about `count` round numbers for the ticks of an axis. The first tick is at or below `low`, the last at or above
+    `high`.
 
-    `whole`: chooses integers only.
+    `whole`: whether all ticks must be integers.
     """
     if not high > low:
         low, high = (min(0.0, 2 * low), max(0.0, 2 * low)) if low else (0.0, 1.0)
@@ -78,7 +79,7 @@ def labels(values: list[float]) -> list[str]:
 
 
 def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: str = "") -> str:
-    """Draws one chart with curves over the steps of `x_range`; empty if no curve has points.
+    """Draws one chart with curves over the steps of `x_range`. Returns an empty text if no curve has points.
 
     Values that aren't finite are left out.
     """
@@ -122,7 +123,7 @@ def lines(title: str, curves: list[Curve], x_range: tuple[float, float], unit: s
 
 
 def _levels(levels: list[float]) -> list[str]:
-    """Draws the horizontal lines of a value axis, with their labels."""
+    """Draws the horizontal grid lines of a value axis, with their labels."""
     out, low, high = list[str](), levels[0], levels[-1]
     for level, text in zip(levels, labels(levels), strict=True):
         place = f"{100 * (high - level) / (high - low):.2f}%"
@@ -132,7 +133,8 @@ def _levels(levels: list[float]) -> list[str]:
 
 
 def _chart(title: str, about: str, legend: list[tuple[str, str, str]], drawn: list[str], unit: str = "", data: str = "") -> str:
-    """Builds the frame of a chart. `about`: a description in words. `legend`: (color class, name, value) of each curve."""
+    """Builds the frame of a chart. `about`: a description of the chart in words. `legend`: (color class, name, value) of each
+    curve."""
     entries = "".join(f'<span><i class="{ink}"></i>{name} <b>{value}</b></span>' for ink, name, value in legend)
     return (
         f'<figure class="chart"{data}><figcaption>{escape(title)}{unit}</figcaption><div class="legend">{entries}</div>'
@@ -145,7 +147,8 @@ def _value(value: float) -> str:
 
 
 def waterfall(title: str, parts: dict[str, float], colours: dict[str, str]) -> str:
-    """Draws seconds by part as a waterfall: the largest first, and each bar starts at the end of the previous one."""
+    """Draws seconds by part as a waterfall chart. The largest part comes first, and each bar starts at the end of the previous
+    bar."""
     shown = sorted(((name, seconds) for name, seconds in parts.items() if seconds > 0), key=lambda kv: -kv[1])
     total, left, rows = sum(seconds for _, seconds in shown), 0.0, []
     for name, seconds in shown:
@@ -164,7 +167,7 @@ def bars(title: str, rows: list[tuple[str, float, str]], colour: str = "var(--in
 
 
 def timeline(title: str, spans: list[tuple[float, float, str, str]]) -> str:
-    """Draws spans of (begin, end, color, text), one per row, on one axis in seconds from the first begin."""
+    """Draws spans (begin, end, color, text), one per row. The shared axis shows seconds since the first begin."""
     if not spans:
         return ""
     first, last = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -183,7 +186,8 @@ def _bar(left: float, width: float, colour: str) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """Maps values to positions from 0 to 1, linearly or by logarithm. By logarithm, values that aren't positive are at 0."""
+    """Maps values to positions from 0 to 1, on a linear or logarithmic scale. On a logarithmic scale, values of 0 or less are
+    at position 0."""
 
     low: float
     high: float
@@ -225,7 +229,8 @@ def axis(values: list[float], limits: list[float]) -> Axis:
 
 
 def histogram(title: str, bins: Bins, limits: list[float]) -> str:
-    """Draws a histogram of a measure: kept documents below, dropped documents above; empty if no value is finite.
+    """Draws a histogram of a measure: kept documents below, dropped documents above. Returns an empty text if no value is
+    finite.
 
     `limits`: the thresholds, drawn as vertical lines.
     """

@@ -6,7 +6,7 @@ export function takeKey() {
   const given = new URLSearchParams(location.hash.slice(1)).get("key");
   if (given) {
     sessionStorage.setItem(KEPT, given);
-    history.replaceState(null, "", location.pathname); // keeps the key out of bookmarks
+    history.replaceState(null, "", location.pathname); // so that no bookmark contains the key
   }
 }
 
@@ -37,7 +37,7 @@ async function fetched(path, body, signal) {
 export const get = async (path) => (await fetched(path)).json();
 export const post = async (path, body, signal) => (await fetched(path, body, signal)).json();
 
-// Yields the objects of an event stream. Throws an error if the stream contains one, or ends before [DONE].
+// Yields the objects of an event stream. Throws an error if the stream contains an error, or ends before [DONE].
 export async function* stream(path, body, signal) {
   const response = await fetched(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -3,7 +3,7 @@
 import { post } from "./api.js";
 import { find, form, make, seeds } from "./work.js";
 
-const ROW = 4; // images per request, so that each row shows as soon as it is generated
+const ROW = 4; // images per request, so that each row appears as soon as it is generated
 const COARSE = 160; // pixels: smaller images are enlarged without smoothing
 
 function picture(drawn, prompt) {

@@ -38,7 +38,7 @@ function select(names, chosen) {
   history.replaceState(null, "", `#${chosen}`);
 }
 
-// Fills a tab's fields: `prompt` with the model's own prompt if there is one, all others with the page's example.
+// Fills a tab's fields. `prompt` gets the model's own prompt, if the model has one. All other fields get the page's example.
 function fill(section, prompt) {
   for (const field of section.querySelectorAll(".work textarea")) {
     field.value = (field.name === "prompt" && prompt) || field.placeholder;

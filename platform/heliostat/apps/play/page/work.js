@@ -10,8 +10,8 @@ export function make(tag, properties = {}, ...children) {
   return made;
 }
 
-// Calls `work(values, signal)` when the form is submitted, shows its error, and stops it on request.
-// `enter`: Enter alone submits the form; Ctrl + Enter always does.
+// Calls `work(values, signal)` when the form is submitted. Shows an error of `work`. The Stop button stops `work`.
+// `enter`: whether Enter alone submits the form. Ctrl + Enter always submits it.
 export function form(section, work, { enter = false } = {}) {
   const its = find(section, "form");
   const go = find(its, ".go");
@@ -66,7 +66,7 @@ export function number(name, label, bounds, value) {
   return make("label", { className: "field" }, label, input);
 }
 
-// The fields for the seed, and for a new seed per answer. `next` returns the seed to use.
+// The fields for the seed and for a new seed per answer. `next` returns the seed of the next answer.
 export function seeds() {
   const field = number("seed", "Seed", { min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 }, 0);
   const each = make("input", { type: "checkbox", checked: true });
@@ -127,7 +127,7 @@ export class Facts {
   }
 }
 
-// Passes an answer's pieces to `say` as they come, and its sources to `cite`; shows its facts.
+// Passes an answer's pieces to `say` as they arrive, and the answer's sources to `cite`. Shows the answer's facts.
 export async function answered(path, body, signal, facts, say, cite) {
   try {
     for await (const item of stream(path, body, signal)) {
@@ -148,7 +148,7 @@ export async function copy(button, text) {
     await navigator.clipboard.writeText(text);
     button.textContent = "Copied";
   } catch {
-    button.textContent = "The browser refuses";
+    button.textContent = "The browser blocks copying";
   }
   setTimeout(() => (button.textContent = name), 1500);
 }

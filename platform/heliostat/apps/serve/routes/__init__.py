@@ -1,4 +1,5 @@
-"""Lists the routes that replicas answer. Each module defines one route: its body, its checks, its work, and its answer."""
+"""Lists the routes that replicas answer. Each module defines one route: the request's body, its checks, the replica's work, and
+the answer."""
 
 from typing import Any
 

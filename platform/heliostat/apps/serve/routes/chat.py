@@ -1,4 +1,4 @@
-"""Answers `/v1/chat/completions`: a chat, or a question to the index."""
+"""Answers `/v1/chat/completions`: continues a chat, or answers a question from the index."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from heliostat.inference.sampling import MOST_LOGPROBS
 from heliostat.recipes.text.chat import Message
 from heliostat.web.refusals import Refusal
 
-ANSWER_TOKENS = 128  # default maximum of an answer from the index
+ANSWER_TOKENS = 128  # default maximum tokens of an answer from the index
 
 
 class ChatRequest(Sampled):
@@ -76,7 +76,7 @@ def of_chat(columns: Logprobs | None) -> Answer | None:
 
 
 def _of_token(token: str, value: float) -> Answer:
-    """Describes a token. `bytes` is None for part of a character, whose bytes the text doesn't show."""
+    """Describes a token. `bytes` is None if the token is part of a character, because then the text doesn't show its bytes."""
     return {"token": token, "logprob": value, "bytes": None if UNFINISHED in token else list(token.encode())}
 
 

@@ -13,13 +13,13 @@ from heliostat.apps.serve.requests import MOST_INPUTS, Whole, whole
 from heliostat.apps.serve.route import Answer
 from heliostat.apps.serve.writing import COMMON, Sampled, WritingRoute
 
-PROMPTS = "isn't a text, a list of tokens, or a list of these"
+PROMPTS = "isn't a text, a list of tokens, or a list of texts or token lists"
 DEFAULT_TOKENS = 16  # OpenAI's default
 
 
 def _prompts(prompt: object) -> list[object]:
-    """Returns a list of prompts; a single text, or a single list of token ids, becomes a list of one. ValueError for another
-    form."""
+    """Returns a list of prompts. A single text, or a single list of token ids, becomes a list with one item. Raises ValueError
+    for any other form."""
     if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
         prompt = [prompt]
     if not isinstance(prompt, list):
@@ -37,7 +37,7 @@ def _is_token(value: object) -> bool:
 
 
 class Completion(Sampled):
-    """Holds a request to continue prompts, or to fill in the text between each of them and a suffix."""
+    """Holds a request to continue prompts, or to fill in the text between each prompt and a suffix."""
 
     neutral = {**COMMON, "best_of": 1, "echo": False}
     prompt: Annotated[list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=MOST_INPUTS)]

@@ -26,7 +26,7 @@ class Embeddings(Body):
 
 
 class EmbeddingsRoute(Route[Embeddings, list[str]]):
-    """Answers requests for embeddings, as numbers or as base64 of little-endian float32."""
+    """Answers requests for embeddings: as numbers, or as little-endian float32 in base64."""
 
     path, body = "/v1/embeddings", Embeddings
 

@@ -14,7 +14,7 @@ from heliostat.apps.serve.requests import Body, Whole
 from heliostat.apps.serve.route import Answer, Route, seed
 from heliostat.schema import Float
 
-MOST_IMAGES = 10  # per request, OpenAI's limit
+MOST_IMAGES = 10  # maximum images per request, as in OpenAI's API
 MOST_STEPS = 1000
 
 
