@@ -184,7 +184,7 @@ def test_what_cannot_be_a_classifier_is_said(tmp_path):
     made.save(tmp_path, report)
     about = json.loads((tmp_path / linear.ABOUT).read_text())
     (tmp_path / linear.ABOUT).write_text(json.dumps(about | {"bits": 11}))
-    with pytest.raises(ConfigError, match="don't match its keys"):
+    with pytest.raises(ConfigError, match="don't match the keys in"):
         Classifier(model=str(tmp_path)).check()
 
 
