@@ -23,9 +23,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def enough(fraction: float, spread: float, within: float) -> float:
-    """Computes the sample size, as a share of the input, for an estimate of a sum with a relative error of `within` (95 %). The
-    share `fraction` has the standard error `spread`. For a share f, the error is proportional to the square root of (1 - f) /
-    f."""
+    """Computes the sample size, as a share of the input, for an estimate of a sum with a relative error of `within` (95 %).
+    `spread` is the standard error of the sample with share `fraction`. For a share f, the error is proportional to the square
+    root of (1 - f) / f."""
     needed = (within / Z) ** 2
     constant = spread * spread * fraction / (1 - fraction)
     return constant / (constant + needed)
