@@ -114,7 +114,7 @@ def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> Spil
 
 
 def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
-    """Spills the dropped documents of some runs, with the reasons."""
+    """Spills the dropped documents of these runs, with the reasons."""
     out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0
