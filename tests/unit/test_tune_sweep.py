@@ -124,7 +124,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         (
             {"scheduler": {"name": "pb2", "interval": 10}, "space": {"train.grad_clip": {"choice": [0.5, 1.0]}}},
             {},
-            "space.train.grad_clip: 'pb2' needs ranges. Write one instead of choice",
+            "space.train.grad_clip: 'pb2' needs ranges. Use a range instead of choice",
         ),
         (
             {"scheduler": {"name": "asha", "grace": 10}, "space": {"train.steps": {"choice": [50, 100]}}},
