@@ -93,10 +93,10 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"space": {}}, {}, "space"),
         ({"job": "jbo.yaml"}, {}, "job: 'jbo.yaml': no such file"),
         ({"set": {"train.stesp": 5}}, {}, "train.stesp: unknown key. Did you mean 'steps'"),
-        ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is in set too"),
+        ({"set": {"train.optimizer.lr": 1e-3}}, {}, "space.train.optimizer.lr: is also in `set`"),
         ({"metric": "los"}, {}, "metric: 'los' isn't a score of heliostat.recipes:CausalLM. Did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
-        ({}, {"workers.count": [1, 4]}, "is elastic, and a sweep needs a number"),
+        ({}, {"workers.count": [1, 4]}, "is elastic, but a sweep needs a number"),
         ({}, {"train.parallel": "auto"}, "train.parallel auto could choose another configuration"),
         ({"budget": {}}, {}, "budget: searcher 'random' needs a limit"),
         ({"budget": {"trials": 0}}, {}, "budget.trials: 0 is too small. Use a number above 0"),
@@ -110,7 +110,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
             "budget.trials: 2 is below the grid's 3 trials",
         ),
         ({"searcher": {"name": "bohb"}}, {}, "searcher.name: 'bohb' isn't a choice"),
-        ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: required for 'asha'"),
+        ({"scheduler": {"name": "asha"}}, {}, "scheduler.grace: missing, but 'asha' requires it"),
         (
             {"scheduler": {"name": "asha", "grace": 15}},
             {},
@@ -119,8 +119,8 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"scheduler": {"name": "asha", "grace": 100}}, {}, "scheduler.grace: 100 must be below the job's train.steps 100"),
         ({"scheduler": {"name": "asah"}}, {}, "Did you mean 'asha'"),
         ({"scheduler": {"name": "bohb"}}, {}, "'bohb' isn't a choice. Use one of: asha, hyperband, median, none, pb2, pbt"),
-        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.grace: required for 'hyperband'"),
-        ({"scheduler": {"name": "pb2"}}, {}, "scheduler.interval: required for 'pb2'"),
+        ({"scheduler": {"name": "hyperband"}}, {}, "scheduler.grace: missing, but 'hyperband' requires it"),
+        ({"scheduler": {"name": "pb2"}}, {}, "scheduler.interval: missing, but 'pb2' requires it"),
         (
             {"scheduler": {"name": "pb2", "interval": 10}, "space": {"train.grad_clip": {"choice": [0.5, 1.0]}}},
             {},
@@ -131,13 +131,13 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
             {},
             "space.train.steps: trials of different lengths can't be compared",
         ),
-        ({"scheduler": {"name": "pbt"}}, {}, "scheduler.interval: required for 'pbt'"),
+        ({"scheduler": {"name": "pbt"}}, {}, "scheduler.interval: missing, but 'pbt' requires it"),
         (
             {"scheduler": {"name": "pbt", "interval": 10}, "space": {"model.hidden_size": {"choice": [32, 64]}}},
             {},
             "space.model.hidden_size: 'pbt' can't change it during a run",
         ),
-        ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: required for 'pbt'"),
+        ({"scheduler": {"name": "pbt", "interval": 10}, "budget": {"hours": 1}}, {}, "budget.trials: 'pbt' needs the size of its population"),
     ],
 )
 def test_a_bad_sweep_is_one_clear_error(tmp_path, changes, job, needle):

@@ -115,7 +115,7 @@ def _scheduler_faults(sweep: Sweep) -> list[str]:
         if sweep.searcher.name != "random":
             faults.append(f"searcher.name: {name} starts with random trials. Remove {sweep.searcher.name!r}")
         if sweep.budget.trials is None or sweep.budget.trials < 2:
-            faults.append(f"budget.trials: {name} requires it. Set it to the size of the population, 2 or more")
+            faults.append(f"budget.trials: {name} needs the size of its population. Set it to 2 or more")
         for key, domain in sweep.space.items():
             if _below(key, DATA):
                 faults.append(f"space.{key}: {name} can't change it during a run, because checkpoints wouldn't fit. Remove it")
@@ -280,7 +280,7 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
         if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
             faults.append(f"space.{key}: trials of different lengths can't be compared. Use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
-        faults.append(f"job: workers.count {base.workers.count} is elastic. A sweep needs a fixed number. Set {{workers.count: N}}")
+        faults.append(f"job: workers.count {base.workers.count} is elastic, but a sweep needs a number. Set {{workers.count: N}}")
     if base.limits.hours or base.limits.cost:
         faults.append("job: limits apply to one run. Use the sweep's budget, and set {limits: {}}")
     if base.train.parallel.auto:
