@@ -197,6 +197,6 @@ def test_what_cannot_be_forgotten_is_refused(story, tmp_path):
         app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", str(tmp_path)], standalone_mode=False)
     with pytest.raises(ConfigError, match="no document has this id"):
         app(["data", "trace", story["data"], "--id", "code.jsonl#9999"], standalone_mode=False)
-    with pytest.raises(ConfigError, match="Give exactly one of --url URL, --id ID, --text FILE"):
+    with pytest.raises(ConfigError, match="Pass exactly one of --url URL, --id ID, --text FILE"):
         app(["data", "trace", story["data"]], standalone_mode=False)
     assert not (tmp_path / "x").exists()

@@ -64,7 +64,7 @@ def check_(
         out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
     result = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
-    finish(result, ConfigError(f"{file}: has {plural(count, 'error')}. Correct those above") if count else None)
+    finish(result, ConfigError(f"{file}: has {plural(count, 'error')}. Correct the errors above") if count else None)
 
 
 @command(CLUSTER, example="clusters/local.yaml")
