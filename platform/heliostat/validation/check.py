@@ -139,7 +139,7 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
 
 def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
     with faults.part():
-        if lines := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
+        if lines := deepspeed_keys.faults(job):  # not in `spec`, because recorded jobs must stay readable
             raise ConfigError("\n  ".join(lines))
     with faults.part():
         if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
@@ -176,7 +176,7 @@ def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if checkpoints can't be scored on tasks. The suite itself is checked when it is read."""
     if recipe.kind != "tokens":
-        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
+        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, which this recipe isn't. Remove it")
     if not Path(benchmarks.suite).is_file():
         raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
