@@ -176,9 +176,9 @@ def test_what_cannot_be_a_classifier_is_said(tmp_path):
     good, bad = examples(20, 0)
     with pytest.raises(ConfigError, match="only 5 different examples of bad documents"):
         linear.train(good, bad[:5])
-    with pytest.raises(ConfigError, match="1 documents are examples of both kinds"):
+    with pytest.raises(ConfigError, match="1 documents are in both folders of examples"):
         linear.train(good, [*bad, good[0]])
-    with pytest.raises(ConfigError, match="holds no classifier"):
+    with pytest.raises(ConfigError, match="contains no classifier"):
         Classifier(model=str(tmp_path)).check()
     made, report = linear.train(good, bad, bits=10)
     made.save(tmp_path, report)

@@ -97,7 +97,7 @@ def test_trials_that_clone_each_other_keep_the_same_of_every_parameter(tmp_path)
         ({"metric": "los"}, {}, "metric: 'los' isn't a score of heliostat.recipes:CausalLM. Did you mean 'loss'"),
         ({}, {"evaluate": None}, "job: has no evaluate, so it reports no metric"),
         ({}, {"workers.count": [1, 4]}, "is elastic, but a sweep needs a number"),
-        ({}, {"train.parallel": "auto"}, "train.parallel auto could choose another configuration"),
+        ({}, {"train.parallel": "auto"}, "train.parallel auto could choose a different configuration"),
         ({"budget": {}}, {}, "budget: searcher 'random' needs a limit"),
         ({"budget": {"trials": 0}}, {}, "budget.trials: 0 is too small. Use a number above 0"),
         ({"budget": {"tokens": 1000}}, {}, "budget.tokens: 1,000 is below one trial's 51,200 tokens"),
