@@ -198,7 +198,7 @@ def test_a_classifier_is_trained_from_two_folders(tmp_path):
     assert report["left_out"] == {"invalid_json": 2} and report["trained_good"] + report["held_out_good"] == 40
     assert json.loads((tmp_path / "model" / linear.ABOUT).read_text())["held_out"] == report["held_out"]
     linear.load(tmp_path / "model")
-    with pytest.raises(ConfigError, match="holds no files"):
+    with pytest.raises(ConfigError, match="contains no files"):
         training.train(tmp_path / "none", tmp_path / "bad", tmp_path / "model")
 
 
