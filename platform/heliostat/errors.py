@@ -86,8 +86,7 @@ class VerifyError(HeliostatError):
 
 
 class NumericsError(HeliostatError):
-    """Reports that the numbers of a job differ from those of one plain torch process. The message has the parameter and the
-    step."""
+    """Reports that a job and one plain torch process compute different numbers. The message has the parameter and the step."""
 
 
 class NonFiniteError(HeliostatError):

@@ -392,7 +392,7 @@ def kind_of(raw: object) -> str | None:
 
 
 def require_kind(wanted: str, path: Path, raw: object) -> None:
-    """Raises ConfigError, with the right command, if a file's keys are those of a different kind than `wanted`."""
+    """Raises ConfigError, with the right command, if a file has the keys of a kind other than `wanted`."""
     other = kind_of(raw)
     if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)

@@ -5,7 +5,7 @@
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
-        feed = config["stream"].start(done)       # the steps that your checkpoint holds; 0 at first
+        feed = config["stream"].start(done)       # number of steps in your checkpoint; 0 at first
         for batch in feed:                        # batch.step, batch.content: this worker's share of the step's global batch
             ...
             receipt = feed.receipt()              # wherever you save a checkpoint, after the last step

@@ -81,7 +81,7 @@ def chaos(
     job_given = check.load_job(path, settings)
     if job_given.train.parallel.auto:
         raise ConfigError(
-            "train.parallel: auto may choose another configuration after each fault. Set the one that `heliostat "
+            "train.parallel: auto may choose a different configuration after each fault. Set the configuration that `heliostat "
             "plan JOB --rank` finds"
         )
     checked = check.check(job_given)

@@ -108,7 +108,7 @@ def status_(
         typer.Argument(help="A cluster file, an address, or a name", metavar="CLUSTER", autocompletion=completion.clusters),
     ] = None,
 ) -> None:
-    """Show a cluster's nodes, their resources, and its jobs."""
+    """Show a cluster's nodes, the nodes' resources, and the cluster's jobs."""
     from heliostat.cluster import dashboard
 
     with jobs_on(target, field="CLUSTER") as known:

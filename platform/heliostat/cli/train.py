@@ -80,8 +80,8 @@ def _plain(value: object) -> str:
 
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
-    """Compares a job's numbers with those of one plain process, and prints both. Returns the report, and an error if they
-    differ."""
+    """Compares a job's numbers with the numbers of one plain process, and prints the comparison. Returns the report, and an error
+    if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("running some steps on two workers, and in one plain process"):

@@ -103,7 +103,7 @@ def _meaning(parameter: Any) -> str:
     """Explains how to pass a parameter, with its help text."""
     field, help = _field(parameter), str(parameter.help or "").partition(";")[0]
     value = "" if parameter.param_type_name == "argument" else f" {parameter.metavar or 'VALUE'}"
-    return f"Give {field}{value} ({help[:1].lower() + help[1:]})"
+    return f"Pass {field}{value} ({help[:1].lower() + help[1:]})"
 
 
 def _plain(error: Any) -> str:

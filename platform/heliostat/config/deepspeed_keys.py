@@ -39,9 +39,9 @@ class OffloadParam(Strict):
 
 class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
-    """Elements per reduction."""
+    """Elements per reduction of gradients."""
     allgather_bucket_size: Positive = 500_000_000
-    """Elements per gather."""
+    """Elements per gather of parameters."""
     overlap_comm: bool = False
     """Reduces gradients during the backward pass, with twice the buckets."""
     contiguous_gradients: bool = True
@@ -55,7 +55,7 @@ class ZeroKeys(Strict):
     sub_group_size: Positive = 1_000_000_000
     """Elements per optimizer step at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
-    """Elements to gather ahead."""
+    """Elements of parameters to gather ahead of their use."""
     stage3_param_persistence_threshold: Elements = 100_000
     """Maximum elements of a parameter that stays complete on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
@@ -73,9 +73,9 @@ class ZeroKeys(Strict):
     memory_efficient_linear: bool = True
     """Uses a linear layer that doesn't keep the gathered weight for the backward pass."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
-    """With `train.zero.offload.optimizer`."""
+    """Settings for `train.zero.offload.optimizer`."""
     offload_param: OffloadParam = OffloadParam()
-    """With `train.zero.offload.param`."""
+    """Settings for `train.zero.offload.param`."""
 
 
 class Fp16(Strict):
@@ -111,11 +111,11 @@ class Allowed(Strict):
     DeepSpeed."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
-    """Buckets, buffers, and prefetching."""
+    """Settings of buckets, buffers, and prefetching."""
     fp16: Fp16 = Fp16()
-    """The loss scale, with `train.precision: fp16`."""
+    """Settings of the loss scale for `train.precision: fp16`."""
     aio: Aio = Aio()
-    """Reading and writing NVMe, with `train.zero.offload.param: nvme`."""
+    """Settings for reading and writing NVMe with `train.zero.offload.param: nvme`."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of gradients in transfers between workers. Unset: the training precision."""
 

@@ -250,7 +250,7 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
     empty = [i for i, weights in enumerate(mixes) if not any(weights)]
     for i in empty:
-        yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Give one source a weight"
+        yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Set one weight above 0"
     for i in range(len(data.sources)):
         if not empty and not any(weights[i] for weights in mixes if i < len(weights)):
             yield f"data.sources.{i}.weight: is 0 at every step. Remove the source, or give it a weight"
@@ -365,4 +365,4 @@ def _checkpoint_faults(job: Ruled) -> Iterator[str]:
             "so some checkpoints would have no score. Change one of them"
         )
     if policy.best and policy.best.metric == "train_loss":
-        yield "checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss"
+        yield "checkpoint.best.metric: 'train_loss' is a score of the training. Use a score of the evaluation, for example loss"

@@ -12,7 +12,7 @@ from heliostat.schema import Float, Strict, Was
 
 class Source(Strict):
     path: str
-    """A prepared dataset, or a collection of them: a folder, or `s3://bucket/prefix`."""
+    """Folder or `s3://bucket/prefix` of a prepared dataset, or of a collection of datasets."""
     weight: NonNegative = 1.0
     """Weight of the source's samples, relative to the other sources."""
     max_epochs: Annotated[Float, Field(gt=0)] | None = None

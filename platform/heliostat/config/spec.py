@@ -60,13 +60,13 @@ class Job(Strict):
     evaluate: Evaluate | None = None
     """Evaluation on held-out samples. Unset: no evaluation."""
     checkpoint: Annotated[Checkpoint, Filled("`every` by rule")]
-    """When to save checkpoints, and which ones to keep."""
+    """When to save checkpoints, and which checkpoints to keep."""
     workers: Workers = Workers()
     """Number, resources, and placement of the workers."""
     limits: Limits = Limits()
     """Limits of time and cost. Empty: no limit."""
     retries: Retries = Retries()
-    """Automatic retries."""
+    """Automatic retries after failures."""
     watchdog: Watchdog = Watchdog()
     """Time without progress after which heliostat ends and retries the run."""
     spike: Spike | None = None

@@ -76,7 +76,7 @@ NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advic
                     "Training quantized weights is not supported. Remove it"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulate_grad_batches"),
                     "It follows from train.global_batch_size, train.micro_batch_size, and workers.count. Remove it"),
-    **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Give the steps: train.schedule.warmup_steps"),
+    **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Set the number of steps: train.schedule.warmup_steps"),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_path"),
                     "The dataset has the tokenizer. Set `tokenizer` in the pipeline's file"),
     **dict.fromkeys(("wandb", "report_to", "tensorboard", "logger"), "heliostat records runs in MLflow. Use mlflow.uri"),

@@ -12,9 +12,9 @@ Then this module chooses the images that stay, as if it visited all of them in t
 
 An image is dropped if it is near an earlier image that stays. The images that stay are the lexicographically first maximal
 independent set of the pairs' graph. Rounds find this set. A node stays when all nearby earlier nodes are known to be dropped. A
-node is dropped when a nearby earlier node is known to stay. The order is a hash, so it is random, and there are few rounds for
-any number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average,
-2012).
+node is dropped when a nearby earlier node is known to stay. The order is random, because it is the order of hashes. So there are
+few rounds, for any number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are
+Parallel on Average, 2012).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def masks(distance: int, count: int) -> list[int]:
 
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Spills the perceptual hash of each image of the run with this number; with `exact`, the pixel hash instead."""
+    """Spills the perceptual hash of each image in a run or, with `exact`, the pixel hash. `number`: the run's number."""
     runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)

@@ -91,6 +91,6 @@ def _opened(entry: str, follows: str) -> Work:
     if key(stage.follows()) != follows:
         raise ConfigError(
             f"stages: {stage.named()}: its files or libraries on node {socket.gethostname()} differ from those at "
-            "the start. Give every node the same ones, don't change them during the run, and start again"
+            "the start. Install the same files and libraries on every node, don't change them during the run, and start again"
         )
     return stage.open()

@@ -32,7 +32,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Curated:
-    """Holds the output of the stages: runs of documents, spills of dropped ones, and tallies."""
+    """Holds the output of the stages: runs of kept documents, spills of dropped documents, and tallies."""
 
     runs: list[SpilledRun] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)

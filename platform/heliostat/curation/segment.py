@@ -65,7 +65,7 @@ class DocumentSource(Protocol):
     """Reads an input's documents in a task. Ray sends this object to the task."""
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields the documents of a part of the input, and the dropped ones."""
+        """Yields the documents of a part of the input, and reports of dropped documents."""
         ...
 
     def finish(self, document: Document) -> Document | Dropped:

@@ -263,7 +263,7 @@ class GlobalStage(Stage):
 
     @abstractmethod
     def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `curated`, and returns the runs without the dropped ones.
+        """Compares the documents of the runs in `curated`, and returns the runs without the dropped documents.
 
         `number`: the stage's number. The method adds the dropped documents and the stage's tally to `curated`.
         """

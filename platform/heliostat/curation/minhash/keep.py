@@ -32,7 +32,7 @@ CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
 ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # in a cluster, the first stays
-HELD = 1 << 16  # minimum candidates in memory before those of a cluster are compared
+HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster are compared
 
 
 def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:

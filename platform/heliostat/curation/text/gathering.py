@@ -172,8 +172,8 @@ class Duplicates:
 
 
 def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
-    """Reads the documents in a range of keys. Of documents with equal texts, it keeps the one with the smallest id. Returns (kept
-    documents, exact duplicates without texts).
+    """Reads the documents in a range of keys. Of documents with equal texts, it keeps the document with the smallest id. Returns
+    (kept documents, exact duplicates without texts).
 
     It takes at most twice the memory of the kept texts. With `columns`, the columns of all documents are in memory, too.
     """
