@@ -126,7 +126,7 @@ class Checkpoint(Strict):
     """Maximum seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
     memory_every: Positive | None = None
     """Steps between two in-memory checkpoints. The state of each node is kept on this node and on another node. After a failure,
-    the run resumes from the newest, and loses at most this number of steps. Unset: none. See
+    the run resumes from the newest in-memory checkpoint, and loses at most this number of steps. Unset: none. See
     docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
     """Maximum bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, heliostat makes none, and

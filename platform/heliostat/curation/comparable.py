@@ -149,8 +149,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes spans of values, given in ascending order. A hash is a polynomial: a difference of two prefix sums, divided by a
-    power."""
+    """Hashes spans of values, given in ascending order. A hash is a polynomial: the difference of two prefix sums, divided by a
+    power of the base."""
     span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):
@@ -238,8 +238,8 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _end(text: str, begin: int) -> int:
-    """Finds the end of a part of a text: the end of a word. In a word that is too long, it is a fixed distance from the word's
-    start."""
+    """Finds the end of a part of a text. A part ends at the end of a word or, in a word that is too long, after a fixed number of
+    characters."""
     most = begin + BLOCK + LONGEST
     if (match := END.search(text, begin + BLOCK, most)) is not None:
         return match.start()

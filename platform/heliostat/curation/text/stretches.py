@@ -25,7 +25,7 @@ LONG = 32  # characters; longer stretches aren't cached, so the cache takes 10 t
 
 
 def divisible(tokenizer: Tokenizer) -> bool:
-    """Checks whether the tokenizer encodes a text like its stretches one by one: a byte-level BPE without earlier steps."""
+    """Checks whether a text's tokens are the tokens of its stretches. This is true for a byte-level BPE without earlier steps."""
     cut = tokenizer.pre_tokenizer
     return (
         tokenizer.normalizer is None
