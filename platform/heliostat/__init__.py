@@ -1,10 +1,10 @@
-"""Provides heliostat, distributed training on Ray, as a Python library. `heliostat --help` shows the same as commands.
+"""Provides heliostat, distributed training on Ray, as a Python library. `heliostat --help` shows the commands that do the same.
 
     job = heliostat.load_job("jobs/quickstart.yaml", {"train.steps": 100})
     run = heliostat.train(job)
     print(run.losses()[100], run.verify()["ok"])
 
-docs/python-api.md describes every name. `import heliostat` is fast: each name imports its module at its first use.
+docs/python-api.md describes every name. `import heliostat` is fast, because the first use of a name imports the name's module.
 """
 
 import importlib
@@ -73,7 +73,7 @@ class _Earlier:
         raise ImportError(f"{fullname} has moved. Run python -m {spec.origin if spec else fullname}.")
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._specs.pop(id(module))  # the import system set it to the earlier path
+        module.__spec__ = self._specs.pop(id(module))  # the import system has set it to the earlier path
 
     _specs: ClassVar[dict[int, ModuleSpec | None]] = {}
 

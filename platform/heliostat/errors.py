@@ -1,10 +1,11 @@
-"""Defines every error that heliostat raises on purpose: one line for the user, and the cause chained for the engineer.
+"""Defines every error that heliostat raises on purpose. An error has one line for the user, and the chained cause for the
+engineer.
 
 Exit codes: 2 if the user must change something first (the command, a file, a dataset's path, credentials), 130 if the run was
 stopped on request, 1 for everything else.
 
-The command line prints the line and exits with `exit_code`; a traceback means a bug. All errors pickle, because they travel
-from Ray workers to the driver. So their `args` hold everything: the message, and what the driver must know. No message shows
+The command line prints this line and exits with `exit_code`. A traceback means a bug. All errors can be pickled, because Ray
+workers send them to the driver. So their `args` contain everything: the message, and the facts for the driver. No message shows
 the password of a URI.
 """
 
@@ -18,7 +19,7 @@ class HeliostatError(Exception):
     """Serves as the base class of every error that heliostat raises on purpose."""
 
     exit_code = 1
-    found: Mapping[str, object] = {}  # what a command had found out before: `--json` prints it next to the error
+    found: Mapping[str, object] = {}  # results of a command before the error: `--json` prints them with the error
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(redact(a) if isinstance(a, str) else a for a in args))
@@ -28,29 +29,29 @@ class HeliostatError(Exception):
 
 
 class ConfigError(HeliostatError, ValueError):
-    """Reports that a job, pipeline, or command can't work; names the field, the value, and the fix."""
+    """Reports that a job, pipeline, or command can't work. The message has the field, the value, and the fix."""
 
     exit_code = 2
 
 
 class MissingExtraError(ConfigError):
-    """Reports that an optional part of heliostat is needed but isn't installed; names the extra."""
+    """Reports that a required optional part of heliostat isn't installed. The message has the name of the extra."""
 
 
 class StorageError(HeliostatError):
-    """Reports that object storage failed beyond its retry budget, or denied access."""
+    """Reports that object storage denied access, or still failed after all retries."""
 
 
 class AccessError(StorageError):
-    """Reports that the store denies access, has no such bucket, or has no room for a folder. A retry by the same process is
-    useless until that changes.
+    """Reports that the store denies access, has no such bucket, or has no room for a folder. Until this changes, a retry by the
+    same process is useless.
 
-    `place`: the URI of the file or folder. `node`: the id of the Ray node whose access was denied, by default this process's
-    (`this_node`). Both are empty if they aren't known.
+    `place`: the URI of the file or folder. `node`: the id of the Ray node whose access was denied, by default the node of this
+    process (`this_node`). Both are empty if they aren't known.
     """
 
     exit_code = 2
-    this_node = ""  # set by processes that train or fetch
+    this_node = ""  # processes that train or fetch set it
 
     def __init__(self, message: str, place: str = "", node: str = "") -> None:
         self.place, self.node = place, node or AccessError.this_node
@@ -62,7 +63,7 @@ class DataError(HeliostatError):
 
 
 class MissingDataError(DataError):
-    """Reports that no dataset exists at the given path, or that it lacks something that the job needs."""
+    """Reports that no dataset exists at the given path, or that the dataset lacks something that the job needs."""
 
     exit_code = 2
 
@@ -72,7 +73,8 @@ class CheckpointError(HeliostatError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """Reports that the checkpoint of `step` is incomplete, or that its bytes have changed. Use the one before."""
+    """Reports that the checkpoint of `step` is incomplete, or that its bytes have changed. The previous checkpoint must be
+    used."""
 
     def __init__(self, message: str, step: int) -> None:
         super().__init__(message, step)
@@ -84,16 +86,16 @@ class VerifyError(HeliostatError):
 
 
 class NumericsError(HeliostatError):
-    """Reports that a job computes different numbers from one plain torch process; names the parameter and the step."""
+    """Reports that a job and one plain torch process compute different numbers. The message has the parameter and the step."""
 
 
 class NonFiniteError(HeliostatError):
-    """Reports that the loss or the gradient became NaN or infinite; a retry would repeat it."""
+    """Reports that the loss or the gradient became NaN or infinite. A retry would give the same result."""
 
 
 class LossSpikeError(HeliostatError):
-    """Reports that the loss of a step is far above the usual. The run goes back to an earlier checkpoint and skips the step's
-    samples.
+    """Reports that the loss of a step is far above the usual loss. The run resumes from an earlier checkpoint and skips the
+    step's samples.
 
     `step` counts from 0; the message counts from 1, like everything that users read.
     """
@@ -106,8 +108,8 @@ class LossSpikeError(HeliostatError):
 class CorruptionError(HeliostatError):
     """Reports that some workers computed different bits from the same samples and weights (`train.sdc_check`).
 
-    `nodes`: the nodes of those workers; one or all of them are at fault. `agreed`: the number of steps up to which all workers
-    agreed.
+    `nodes`: the nodes of these workers; one or all of the nodes are at fault. `agreed`: the number of steps up to which the
+    results of all workers were equal.
     """
 
     def __init__(self, message: str, nodes: list[str], agreed: int) -> None:
@@ -122,28 +124,28 @@ class TrainingError(HeliostatError):
 
 
 class WorkerError(TrainingError):
-    """Reports that a worker raised an error other than heliostat's own: in a recipe, a library, or heliostat's code.
+    """Reports that a worker raised an error that isn't one of heliostat's errors: in a recipe, a library, or heliostat's code.
 
-    `rank`: the worker, if all workers raise its error.
+    `rank`: the rank of the worker with the original error, if all workers raise this error.
     """
 
     rank: int | None = None
 
 
 class PeerLostError(TrainingError):
-    """Reports that a worker ended because another worker had failed. This error is never the cause."""
+    """Reports that a worker ended because another worker had failed. So this error is never the cause."""
 
 
 class DeviceError(TrainingError):
-    """Reports that a GPU failed: names the worker, its node and the device."""
+    """Reports that a GPU failed. The message has the worker, the node, and the device."""
 
 
 class StalledError(TrainingError):
-    """Reports that no worker made progress within the watchdog's limit, or that one of them is frozen."""
+    """Reports that no worker made progress within the watchdog's limit, or that a worker is frozen."""
 
 
 class PlacementError(TrainingError):
-    """Reports that the cluster had no room for the workers, or lost it before they started."""
+    """Reports that the cluster had no room for the workers, or lost this room before the workers started."""
 
 
 class LeaseError(HeliostatError):
@@ -151,7 +153,7 @@ class LeaseError(HeliostatError):
 
 
 class StoppedError(HeliostatError):
-    """Reports that the run stopped on request, after a checkpoint."""
+    """Reports that the run saved a checkpoint and stopped, as requested."""
 
     exit_code = 130
 
@@ -170,7 +172,7 @@ class TrackingError(HeliostatError):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Puts the place that is at fault before an error's message, unless the message names it."""
+    """Puts the file or folder at fault before an error's message, unless the message contains it."""
     try:
         yield
     except HeliostatError as e:
@@ -182,7 +184,7 @@ def naming(where: object) -> Iterator[None]:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raises a task's error as it was before Ray wrapped it, if it is one for the user."""
+    """Raises the original error of a task without Ray's wrapper, if it is a HeliostatError."""
     try:
         yield
     except Exception as e:
@@ -193,11 +195,11 @@ def unwrapped() -> Iterator[None]:
 
 
 def innermost(error: BaseException | None) -> HeliostatError | None:
-    """Finds the HeliostatError under Ray's wrappers, if one is the cause. The user should read that error."""
+    """Finds the HeliostatError inside Ray's wrappers, if there is one. This is the error for the user."""
     inner, seen = None, set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        # Ray makes classes that are both RayTaskError and the cause's class; their text is a traceback: look inside
+        # Ray creates classes that inherit from RayTaskError and from the cause's class. Their text is a traceback, so look inside
         if isinstance(error, HeliostatError) and not hasattr(error, "cause"):
             inner = error
         error = getattr(error, "cause", None) or error.__cause__

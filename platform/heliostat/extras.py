@@ -1,4 +1,5 @@
-"""Maps optional modules to the extras that install them. A missing module is one line with the command that installs it.
+"""Maps optional modules to the extras that install them. For a missing module, the error is one line with the command that
+installs it.
 
     require("images", "diffusers", what="recipe: TextToImage")     # before anything expensive starts
 
@@ -44,12 +45,13 @@ def require(extra: str, *modules: str, what: str = "this") -> None:
 
 
 def missing(what: str, extra: str, module: str) -> MissingExtraError:
-    """Makes the error for a missing module. It names `what` needs it, the extra, and the command that installs that."""
+    """Makes the error for a missing module. The message has `what` needs the module, the extra, and the command that installs the
+    extra."""
     return MissingExtraError(f"{what} needs the extra {extra!r} (no module {module!r}). Run: {command(extra)}")
 
 
 def command(extra: str) -> str:
-    """Returns the command that installs an extra into this process's environment, even if the PATH has another `pip`."""
+    """Returns the command that installs an extra into this process's environment, even if the PATH has a different `pip`."""
     own = Path(sysconfig.get_path("scripts")) / "pip"
     if not own.exists():
         pip = f"uv pip install --python {_shown(Path(sys.executable))}"
@@ -72,7 +74,7 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """Makes a package's `__getattr__` and `__dir__`, which import a name at its first use. `homes`: the module of each name."""
+    """Makes `__getattr__` and `__dir__` for a package. They import a name at its first use. `homes`: name -> module."""
 
     def get(name: str) -> object:
         if name not in homes:

@@ -1,7 +1,7 @@
 """Hides secrets in text: passwords and keys in URIs, and the values of keys whose names suggest a secret.
 
-Errors and logs pass through `redact`, so no URI shows its password there. `secret_lines` searches files before heliostat sends or
-stores them. In doubt, heliostat hides a harmless word rather than show a password.
+Errors and logs pass through `redact`, so no URI in them shows its password. `secret_lines` searches files before heliostat sends
+or stores them. In case of doubt, heliostat hides a harmless word instead of showing a password.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def _without_user(match: re.Match[str]) -> str:
     end = authority.rfind("@")
     named = ":" in authority[: end if end >= 0 else None]
     if end < 0 and (not named or (scheme.lower() in ("http", "https") and PORT.fullmatch(authority))):
-        return match[0]  # a later @ belongs to the path
+        return match[0]  # an @ after the first slash belongs to the path
     if named:
-        end = rest.rfind("@")  # a password may contain / ? #, which otherwise end the authority
+        end = rest.rfind("@")  # a password may contain / ? #, although these characters end the authority of a URI
     if end < 0:
         return match[0]
     if scheme.lower().split("+")[0] in USERS:
@@ -89,15 +89,15 @@ SETTINGS = ("", ".cfg", ".conf", ".env", ".ini", ".json", ".properties", ".sh", 
 def secret_lines(lines: list[str], settings: bool) -> set[int]:
     """Finds the numbers, from 0, of the lines that contain a secret.
 
-    `settings`: whether the file's suffix is in SETTINGS. Then any value of a key with a secret-like name counts, with its
-    continuation lines. In code only a literal counts.
+    `settings`: whether the file's suffix is in SETTINGS. Then any value of a key with a secret-like name counts, including its
+    continuation lines. In code, only a literal counts.
     """
     secret = {i for i, line in enumerate(lines) if hide(line, settings) != line} | _keys(lines)
     return secret | (_continued(lines) | _environment(lines) if settings else set())
 
 
 def hide(line: str, settings: bool) -> str:
-    """Hides the secrets of a line. It can't see secrets that continue from the lines before."""
+    """Hides the secrets in a line. It can't find secrets that continue from earlier lines."""
     line = redact(line)
     if not settings:
         return LITERAL.sub(rf"\1{HIDDEN}", line)
@@ -108,7 +108,7 @@ def hide(line: str, settings: bool) -> str:
 
 
 def _values(line: str) -> list[int]:
-    """Finds the positions at which values begin that may be secrets. An empty value may continue on the next lines."""
+    """Finds the start positions of values that may be secrets. An empty value may continue on the next lines."""
     values = []
     for match in KEY.finditer(line):
         before, value = line[: match.start()], line[match.end() :].strip()
@@ -121,7 +121,7 @@ def _values(line: str) -> list[int]:
 
 
 def _keys(lines: list[str]) -> set[int]:
-    """Finds the numbers of the lines in PEM blocks of private keys."""
+    """Finds the line numbers of private keys in PEM blocks."""
     numbers, inside = set[int](), False
     for i, line in enumerate(lines):
         inside = inside or bool(BEGIN.search(line))
@@ -150,7 +150,7 @@ def _continued(lines: list[str]) -> set[int]:
 
 
 def _environment(lines: list[str]) -> set[int]:
-    """Finds each `value` line next to a `name` that suggests a secret. Kubernetes writes environment variables so."""
+    """Finds each `value` line next to a `name` that suggests a secret. This is Kubernetes' form of environment variables."""
     numbers = set[int]()
     for i, line in enumerate(lines):
         if ENVIRONMENT.match(line):

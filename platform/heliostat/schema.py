@@ -1,7 +1,7 @@
-"""Validates YAML against pydantic models. Each error names the key, the value, and the fix.
+"""Validates YAML against pydantic models. Each error has the key, the value, and the fix.
 
-`Strict` models reject unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings, and validates it; one
-ConfigError has all faults. A renamed key keeps its old name as an alias (`Was`).
+`Strict` models reject unknown keys and wrong types. `load` reads a file, applies `key.path=value` settings, and validates the
+result. One ConfigError lists all faults. A renamed key keeps its old name as an alias (`Was`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Was:
-    """Marks a field with its old key, which files may still have: `rate: Annotated[float, Was("speed")]`."""
+    """Marks a field with its old key, which files may still use: `rate: Annotated[float, Was("speed")]`."""
 
     key: str
 
 
 class Strict(BaseModel):
-    """Rejects unknown keys and values of another type. Only integers convert to floats."""
+    """Rejects unknown keys and values of a wrong type. Only integers are converted, to floats."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
 
     synonyms: ClassVar[dict[str, str]] = {}
-    """Advice by unknown key, mostly keys of other tools. Only the model of a complete file has some."""
+    """Advice for unknown keys, mostly keys of other tools. Only the model of a complete file has advice."""
 
     @model_validator(mode="before")
     @classmethod
@@ -52,7 +52,7 @@ class Strict(BaseModel):
         return {old.get(key, key): part for key, part in value.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """Reads a field by its old name, which recipes for earlier versions use."""
+        """Reads a field by its old name, because recipes for earlier versions use old names."""
         if new := old_names(type(self)).get(name):
             return getattr(self, new)
         return super().__getattr__(name)  # type: ignore[misc]  # pydantic hides it from type checkers
@@ -60,15 +60,15 @@ class Strict(BaseModel):
 
 @cache
 def old_names(model: type[BaseModel]) -> dict[str, str]:
-    """Maps the old names of a model's keys to today's."""
+    """Maps the old names of a model's keys to the current names."""
     pairs = ((field.alias or name, mark) for name, field in model.model_fields.items() for mark in field.metadata)
     return {mark.key: key for key, mark in pairs if isinstance(mark, Was)}
 
 
 def renamed(model: type[BaseModel], raw: Any, at: str = "", into: dict[str, str] | None = None) -> Any:
-    """Replaces old names of keys in a file's content, unless it has both names.
+    """Replaces old names of keys in a file's content, unless the file has both names.
 
-    `at`: the path of `raw` in the file, with a dot at its end; `into`: gets the new path of each replaced key, by its old path.
+    `at`: the path of `raw` in the file, with a final dot. `into`: receives old path -> new path of each replaced key.
     """
     if isinstance(raw, list):
         return [renamed(model, part, f"{at}{i}.", into) for i, part in enumerate(raw)]
@@ -132,19 +132,19 @@ BROKEN = (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError)
 
 
 def documents(path: Path) -> list[Any]:
-    """Reads the documents of a YAML file, except empty ones; ConfigError names the file and the line."""
+    """Reads the documents of a YAML file, except empty documents. The ConfigError has the file and the line."""
     try:
         with path.open(encoding="utf-8") as f:
             sections = [d for d in yaml.load_all(f, _UniqueKeys) if d is not None]
     except FileNotFoundError as e:
         others = {p.stem: p.name for p in path.parent.glob("*.y*ml")}
-        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without suffixes, which are all the same
+        close = difflib.get_close_matches(path.stem, [*others], n=1)  # without suffixes, because all suffixes are the same
         near = f". Did you mean {others[close[0]]!r}?" if close else nearest("", list(others.values()))
         raise ConfigError(f"{path}: no such file{near or '. Check the path'}") from e
     except IsADirectoryError as e:
-        raise ConfigError(f"{path}: is a folder. Name a YAML file in it") from e
+        raise ConfigError(f"{path}: is a folder. Use a YAML file in it") from e
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{path}: isn't UTF-8 text (byte {e.start}). Name a YAML file") from e
+        raise ConfigError(f"{path}: isn't UTF-8 text (byte {e.start}). Use a YAML file") from e
     except OSError as e:
         raise ConfigError(f"{path}: can't read it ({e.strerror or e}). Check the path and its permissions") from e
     except BROKEN as e:
@@ -176,7 +176,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
-    """Counts the values of a tree, at most a few more than NODES. A tree that contains itself or is too deep has NODES + 1."""
+    """Counts the values of a tree, and stops above NODES. Returns more than NODES if the tree contains itself or is too deep."""
     if not isinstance(tree, dict | list):
         return 1
     if id(tree) in seen or len(seen) > 100:
@@ -190,10 +190,8 @@ def bounded(tree: object, seen: tuple[int, ...] = ()) -> int:
 
 
 def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
-    """Applies each `key.path=value` to a copy of `raw`. Values are YAML; list items are named by index.
-
-    With a `model`, old names in the paths become today's.
-    """
+    """Applies each `key.path=value` to a copy of `raw`. A value is YAML, and the key of a list item is its index. `model`: the
+    model whose old names of keys are replaced in the paths."""
     raw = _copied(raw)
     for setting in settings:
         path, mark, text = setting.partition("=")
@@ -226,7 +224,7 @@ def apply(raw: dict[str, Any], settings: list[str], model: type[BaseModel] | Non
 
 
 def _copied(tree: Any) -> Any:
-    """Copies a tree. A part that YAML repeats (with & and *) is copied at each place, so a setting changes only one."""
+    """Copies a tree. Each repetition of a part (in YAML, & and *) is a separate copy, so a setting changes only one of them."""
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
@@ -240,7 +238,7 @@ def _index(setting: str, key: str, items: list[object]) -> int:
 
 
 def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[BaseModel] | None, list[int | str]]:
-    """Finds the model that has the path's last part as a field, and the path as the file has it.
+    """Finds the model with the path's last part as a field, and the path as it is in the file.
 
     Follows nested models, lists, dictionaries, and unions. The file's path lacks the tags that pydantic inserts for unions.
     """
@@ -262,7 +260,7 @@ def walk(model: type[BaseModel], path: tuple[int | str, ...]) -> tuple[type[Base
 
 
 def _inner(annotation: object) -> Any:
-    """Finds the model in an annotation. A tagged union gives all its models by tag."""
+    """Finds the model in an annotation. For a tagged union, returns all models by tag."""
     if get_origin(annotation) in (Union, types.UnionType, list, dict, Annotated):
         if tagged := {
             m.tag: _inner(a) for a in get_args(annotation) for m in getattr(a, "__metadata__", ()) if isinstance(m, Tag)
@@ -274,7 +272,7 @@ def _inner(annotation: object) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel], within: str = "") -> list[str]:
-    """Explains each fault in one line: the key's path (below the key `within`), the problem, and the fix."""
+    """Explains each fault in one line: the key's path (inside the key `within`), the problem, and the fix."""
     lines, advice = [], getattr(model, "synonyms", {})
     for fault in error.errors():
         owner, path = walk(model, fault["loc"])
@@ -292,7 +290,7 @@ def explain(error: ValidationError, model: type[BaseModel], within: str = "") ->
             lines.append(f"{key}.name: {_shown(fault['input']['name'])} isn't a choice{nearest(fault['ctx']['tag'], names)}")
         elif fault["type"] == "literal_error":
             choices = _literals(owner.model_fields[name].annotation) if owner else []
-            same = [c for c in choices if str(c) == str(fault["input"])]  # '2' where 2 is meant
+            same = [c for c in choices if str(c) == str(fault["input"])]  # for example '2' instead of 2
             near = f". Did you mean {same[0]!r}?" if same else nearest(str(fault["input"]), [str(c) for c in choices])
             lines.append(f"{key}: {_shown(fault['input'])} isn't a choice{near}")
         else:
@@ -332,15 +330,15 @@ def _literals(annotation: object) -> list[object]:
 
 
 def require_whole(model: type, key: str) -> None:
-    """Checks that a class, such as a user's, has all methods that its base requires; else ConfigError that names the key."""
+    """Raises ConfigError, which begins with the key, if a class lacks methods that its base class requires."""
     if missing := sorted(getattr(model, "__abstractmethods__", ())):
         raise ConfigError(
-            f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what its base requires"
+            f"{key}: {model.__module__}:{model.__qualname__} lacks {', '.join(missing)}. Implement what the base class requires"
         )
 
 
 def validate(model: type[M], raw: object, where: str, context: object = None) -> M:
-    """Validates plain data as the model. One ConfigError lists all faults after `where`, one per line."""
+    """Validates plain data against the model. One ConfigError lists all faults after `where`, one per line."""
     require_whole(model, where)
     try:
         return model.model_validate(raw, context=context)
@@ -349,15 +347,13 @@ def validate(model: type[M], raw: object, where: str, context: object = None) ->
 
 
 def load(model: type[M], kind: str, path: Path, settings: list[str] | None = None) -> M:
-    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied; ConfigError for a file of another kind."""
+    """Reads and validates a file of a kind (`KIND_KEYS`), with settings applied. ConfigError for a file of a different kind."""
     return validate(model, read(model, kind, path, settings), str(path))
 
 
 def read(model: type[BaseModel], kind: str, path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a file of a kind, with settings applied and old names of keys replaced; ConfigError for a file of another kind.
-
-    Logs each old name once per file.
-    """
+    """Reads a file of a kind, applies settings, and replaces old names of keys. It logs each old name once per file.
+    ConfigError for a file of a different kind."""
     raw, changes = read_yaml(path), dict[str, str]()
     require_kind(kind, path, raw)
     raw = renamed(model, raw, into=changes)
@@ -371,8 +367,8 @@ def _say_renamed(where: str, old: str, new: str) -> None:
     log.warning("%s: %s is now %s", where, old, new)
 
 
-# The keys that only files of one kind have: a file with one of them is of that kind.
-KIND_KEYS = {  # in this order, because a sweep may have keys of a job
+# Keys that only files of one kind have: one of them in a file determines its kind.
+KIND_KEYS = {  # checked in this order, because a sweep may have keys of a job
     "cluster": ("cluster_name", "provider", "available_node_types", "apiVersion"),
     "pipeline": ("pipeline",),
     "sweep": ("space", "searcher", "scheduler"),
@@ -381,7 +377,7 @@ KIND_KEYS = {  # in this order, because a sweep may have keys of a job
 }
 KIND_NAMES = {"cluster": "a cluster file", "pipeline": "a pipeline", "sweep": "a sweep", "job": "a job", "suite": "a suite"}
 KIND_COMMANDS = {
-    "cluster": "heliostat cluster up {0}`, or name it with `--cluster {0}",
+    "cluster": "heliostat cluster up {0}`, or pass it with `--cluster {0}",
     "pipeline": "heliostat data prepare {0}",
     "sweep": "heliostat sweep run {0}",
     "job": "heliostat train {0}",
@@ -390,13 +386,13 @@ KIND_COMMANDS = {
 
 
 def kind_of(raw: object) -> str | None:
-    """Detects the kind of a file by its keys; None if they fit no kind."""
+    """Detects the kind of a file from its keys; None if the keys fit no kind."""
     keys = set(raw) if isinstance(raw, dict) else set()
     return next((kind for kind, own in KIND_KEYS.items() if keys & set(own)), None)
 
 
 def require_kind(wanted: str, path: Path, raw: object) -> None:
-    """Raises ConfigError if a file has the keys of another kind than `wanted`; it names that kind's command."""
+    """Raises ConfigError, with the right command, if a file has the keys of a kind other than `wanted`."""
     other = kind_of(raw)
     if other and other != wanted and isinstance(raw, dict) and not raw.keys() & set(KIND_KEYS[wanted]):
         command = KIND_COMMANDS[other].format(path)

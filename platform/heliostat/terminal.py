@@ -1,4 +1,4 @@
-"""Shares one console for standard error, so that a live line and log lines on a terminal don't overwrite each other."""
+"""Provides one shared console for standard error, so that a live line and log lines don't overwrite each other on a terminal."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def duration(seconds: float) -> str:
 
 
 def fit(parts: list[tuple[int, str]], width: int, gap: str = "  ") -> str:
-    """Joins texts to one line of at most `width` characters. `parts`: pairs of a rank and a text.
+    """Joins texts to one line of at most `width` characters. `parts`: pairs (rank, text).
 
-    If the line is too long, texts with the highest rank are omitted first; the first text always stays, and is cut if needed.
+    If the line is too long, texts with the highest rank are omitted first. The first text always stays, and is cut if necessary.
     """
     kept = [(rank, text) for rank, text in parts if text]
     while len(kept) > 1 and len(gap.join(text for _, text in kept)) > width:

@@ -1,4 +1,4 @@
-"""Writes text for messages: escapes untrusted text for a terminal, suggests near names, and explains wrong values."""
+"""Formats text for messages: escapes untrusted text for a terminal, suggests similar names, and explains wrong values."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import difflib
 import re
 from typing import Any
 
-# C0 and C1 control characters and DEL; separators of lines and paragraphs; marks, embeddings, overrides, isolates of direction
+# control characters (C0, C1, DEL); line and paragraph separators; marks, embeddings, overrides, isolates of text direction
 UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONGEST = 300
-UNKNOWN = "..."  # stands for a value whose kind isn't known
+UNKNOWN = "..."  # stands for a value of an unknown kind
 MAPPING = ("a mapping", "{KEY: VALUE}")
-WANTED = {  # by pydantic's type of an error: the expected value in words of YAML, and an example of it
+WANTED = {  # pydantic's error type -> the expected value in YAML's words, and an example
     "dict_type": MAPPING, "model_type": MAPPING, "model_attributes_type": MAPPING, "list_type": ("a list", "[VALUE, ...]"),
     "int_type": ("an integer", "INTEGER"), "float_type": ("a number", "NUMBER"), "bool_type": ("true or false", "true|false"),
     "string_type": ("text", "TEXT"),
 }  # fmt: skip
-LIMITS = {  # by pydantic's type of an error: the problem and the fix, with the limits of its context
+LIMITS = {  # pydantic's error type -> the problem and the fix, with limits from the error's context
     "greater_than": "is too small. Use a number above {gt}", "greater_than_equal": "is too small. Use {ge} or more",
     "less_than": "is too large. Use a number below {lt}", "less_than_equal": "is too large. Use {le} or less",
     "finite_number": "isn't finite. Use a finite number",
@@ -30,7 +30,7 @@ NAME_FAULT = "isn't a valid name. Use up to 100 letters, digits, '.', '_' and '-
 
 
 def printable(text: str, lines: bool = False) -> str:
-    """Escapes everything in the text that moves a terminal's cursor, colors it, or reverses its direction.
+    """Escapes all characters that move a terminal's cursor, color text, or reverse the text direction.
 
     `lines`: keeps line breaks and tabs.
     """
@@ -47,7 +47,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def brief(text: object, longest: int = LONGEST) -> str:
-    """Cuts a text, such as a library's message, to its first line, with at most `longest` printable characters."""
+    """Shortens a text, such as a library's message, to its first line, and to at most `longest` printable characters."""
     said = str(text).strip() or (type(text).__name__ if isinstance(text, BaseException) else "")
     line = said.splitlines()[0].strip() if said else ""
     shown = printable(line[: longest + 1])
@@ -55,9 +55,9 @@ def brief(text: object, longest: int = LONGEST) -> str:
 
 
 def nearest(word: str, choices: list[str]) -> str:
-    """Suggests the nearest choice as `. Did you mean 'x'?`.
+    """Suggests the most similar choice as `. Did you mean 'x'?`.
 
-    If no choice is near, lists all, up to 30; returns "" for more, and for none.
+    If no choice is similar, lists all choices. Returns "" for more than 30 choices, or for an empty list.
     """
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.6)
     if close:
@@ -66,9 +66,9 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def value_problem(kind: str, message: str, value: str, limits: dict[str, Any], key: str, example: str = UNKNOWN) -> str:
-    """Explains what is wrong with a value, and what to write instead.
+    """Explains the problem with a value, and what to write instead.
 
-    `kind`, `message`, `limits`: pydantic's type, message, and context of the error; `example`: a value of the key.
+    `kind`, `message`, `limits`: the type, message, and context of pydantic's error. `example`: an example of the key's value.
     """
     if kind == "value_error":
         return message.removeprefix("Value error, ")
@@ -91,5 +91,5 @@ def absent(key: str, example: str = UNKNOWN) -> str:
 
 
 def listed(where: str, lines: list[str]) -> str:
-    """Joins faults to one message: one fault follows `where` in its line; several are in lines below it."""
+    """Joins faults to one message. A single fault follows `where` on the same line. Several faults are on the lines below."""
     return f"{where}: {lines[0]}" if len(lines) == 1 else "\n  ".join([f"{where}:", *lines])

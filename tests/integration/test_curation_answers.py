@@ -193,10 +193,10 @@ def test_what_cannot_be_forgotten_is_refused(story, tmp_path):
     with pytest.raises(ConfigError, match="overlap"):
         app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", story["data"] + "/x"], standalone_mode=False)
     (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(ConfigError, match=r"--out: .*: not empty \(it holds 'mine.txt'\)"):
+    with pytest.raises(ConfigError, match=r"--out: .*: the folder isn't empty \(it contains 'mine.txt'\)"):
         app(["data", "forget", story["data"], "--id", "code.jsonl#1", "--out", str(tmp_path)], standalone_mode=False)
     with pytest.raises(ConfigError, match="no document has this id"):
         app(["data", "trace", story["data"], "--id", "code.jsonl#9999"], standalone_mode=False)
-    with pytest.raises(ConfigError, match="Give exactly one of --url URL, --id ID, --text FILE"):
+    with pytest.raises(ConfigError, match="Pass exactly one of --url URL, --id ID, --text FILE"):
         app(["data", "trace", story["data"]], standalone_mode=False)
     assert not (tmp_path / "x").exists()

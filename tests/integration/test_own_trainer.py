@@ -42,6 +42,6 @@ def test_another_number_of_workers_goes_on_with_the_same_samples_and_the_receipt
     assert run.receipts()[1].chain == first["chain"] and run.receipts()[3].chain == went_on["chain"]
     report = run.verify()
     assert report["ok"] and (report["steps"], report["samples"]) == (12, 12 * 16) and report["lost"] == report["repeated"] == 0
-    with pytest.raises(ConfigError, match=r"holds the data plan of other samples(.|\n)*data\.seed"):
+    with pytest.raises(ConfigError, match=r"has a data plan for other samples(.|\n)*data\.seed"):
         heliostat.datasets({"sources": [{"path": corpus}], "sequence_length": 64, "virtual_ranks": 4, "seed": 1}, steps=12,
                            global_batch_size=16, folder=str(tmp_path / "stream"))  # fmt: skip

@@ -20,7 +20,7 @@ def test_the_command_opens_a_page_on_loopback_with_a_key_of_its_owner_alone(tmp_
         keys = tmp_path / ".heliostat/play/keys"
         key = keys.read_text().strip()
         assert keys.stat().st_mode & 0o777 == 0o600 and key not in log.read_text()  # its output is a file
-        assert f"http://127.0.0.1:{port}/; it asks for a key, one of those in .heliostat/play/keys" in log.read_text()
+        assert f"http://127.0.0.1:{port}/; enter one of the keys in .heliostat/play/keys" in log.read_text()
         processes = family(process)
         listening = {c.laddr.ip for p in processes for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         assert listening == {"127.0.0.1"} and len(processes) == 1

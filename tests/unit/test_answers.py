@@ -59,5 +59,5 @@ def test_a_document_is_traced_and_forgotten_wherever_the_dataset_lies(place):
     with pytest.raises(ConfigError, match="overlap"):
         forget.check(made, place.join("data/x"))
     place.join("other/file").write(b"x")
-    with pytest.raises(ConfigError, match="not empty"):
+    with pytest.raises(ConfigError, match="isn't empty"):
         forget.check(made, place.join("other"))

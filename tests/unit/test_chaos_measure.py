@@ -103,7 +103,7 @@ def test_a_moment_within_a_step_is_as_far_into_it_as_steps_are_long():
 
 def test_a_model_that_is_registered_twice_or_not_at_all_is_a_problem():
     assert measure.unregistered(1, expected=True) == measure.unregistered(0, expected=False) == []
-    assert measure.unregistered(2, expected=True) == ["its model was registered 2 times"]
+    assert measure.unregistered(2, expected=True) == ["the run's model was registered 2 times"]
     assert measure.unregistered(0, expected=True) and measure.unregistered(1, expected=False)
 
 

@@ -176,15 +176,15 @@ def test_what_cannot_be_a_classifier_is_said(tmp_path):
     good, bad = examples(20, 0)
     with pytest.raises(ConfigError, match="only 5 different examples of bad documents"):
         linear.train(good, bad[:5])
-    with pytest.raises(ConfigError, match="1 documents are examples of both kinds"):
+    with pytest.raises(ConfigError, match="1 documents are in both folders of examples"):
         linear.train(good, [*bad, good[0]])
-    with pytest.raises(ConfigError, match="holds no classifier"):
+    with pytest.raises(ConfigError, match="contains no classifier"):
         Classifier(model=str(tmp_path)).check()
     made, report = linear.train(good, bad, bits=10)
     made.save(tmp_path, report)
     about = json.loads((tmp_path / linear.ABOUT).read_text())
     (tmp_path / linear.ABOUT).write_text(json.dumps(about | {"bits": 11}))
-    with pytest.raises(ConfigError, match="don't match its keys"):
+    with pytest.raises(ConfigError, match="don't match the keys in"):
         Classifier(model=str(tmp_path)).check()
 
 
@@ -198,7 +198,7 @@ def test_a_classifier_is_trained_from_two_folders(tmp_path):
     assert report["left_out"] == {"invalid_json": 2} and report["trained_good"] + report["held_out_good"] == 40
     assert json.loads((tmp_path / "model" / linear.ABOUT).read_text())["held_out"] == report["held_out"]
     linear.load(tmp_path / "model")
-    with pytest.raises(ConfigError, match="holds no files"):
+    with pytest.raises(ConfigError, match="contains no files"):
         training.train(tmp_path / "none", tmp_path / "bad", tmp_path / "model")
 
 

@@ -55,7 +55,7 @@ def test_a_folder_goes_on_by_its_plan_and_refuses_other_samples(data, tmp_path):
     segments.begin(Location(made.folder), made.plan, 0)
     assert stream(data, tmp_path / "run", steps=20).plan == made.plan
     for change in ({"seed": 6}, {"virtual_ranks": 2}, {"sequence_length": 8}):
-        with pytest.raises(ConfigError, match=rf"run: holds the data plan of other samples(.|\n)*data\.{next(iter(change))}"):
+        with pytest.raises(ConfigError, match=rf"run: has a data plan for other samples(.|\n)*data\.{next(iter(change))}"):
             stream({**data, **change}, tmp_path / "run")
 
 

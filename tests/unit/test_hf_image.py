@@ -157,5 +157,7 @@ def test_a_text_pipeline_has_no_images_to_look_at(tmp_path, clip):
     (tmp_path / "in").mkdir()
     pipeline = TextPipeline(name="x", input=str(tmp_path / "in"), output=str(tmp_path / "out"), tokenizer={"vocab_size": 300},
                             stages=[{"stage": "hf_image", "model": str(clip), "min_score": 0.1}])  # fmt: skip
-    with pytest.raises(ConfigError, match=r"stages: hf_image reads images, and a text pipeline has none\. Remove it"):
+    with pytest.raises(
+        ConfigError, match=r"stages: hf_image reads images, but a text pipeline has no images\. Remove this stage"
+    ):
         pipeline.check()

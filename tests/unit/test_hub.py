@@ -329,7 +329,7 @@ def test_the_files_of_a_dataset_are_those_of_a_configuration_a_folder_a_file_or_
     hub.push("org/plain", {k: v for k, v in DATASET.items() if k != "README.md"} | {"README.md": b"# None"}, "datasets")
     assert found("hf://datasets/org/plain") == [*train, "small/a.jsonl"] and "of other splits" in caplog.text
     hub.push("org/many", {**DATASET, "README.md": CARD.replace(b"default", b"large")}, "datasets")
-    with pytest.raises(ConfigError, match=r"has 2 configurations\. Name one: hf://datasets/org/many/large"):
+    with pytest.raises(ConfigError, match=r"has 2 configurations\. Choose one: hf://datasets/org/many/large"):
         found("hf://datasets/org/many")
 
 

@@ -58,7 +58,7 @@ def test_a_workspace_is_made_in_a_new_folder_and_the_next_commands_are_told(tmp_
 def test_what_is_there_is_never_overwritten_and_then_nothing_is_written(tmp_path):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "quickstart.yaml").write_text("mine")
-    with pytest.raises(ConfigError, match=r": already has jobs/quickstart\.yaml, so nothing was written\. Give another folder"):
+    with pytest.raises(ConfigError, match=r": already has jobs/quickstart\.yaml, so nothing was written\. Pass another folder"):
         create(tmp_path)
     assert written(tmp_path) == {"jobs/quickstart.yaml": b"mine"}
 

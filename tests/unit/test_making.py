@@ -206,7 +206,7 @@ def test_a_value_that_has_more_documents_than_a_task_has_memory_for_is_named(tmp
     kept = [name for _, _, name in laid(tmp_path / "large", rows) if known[name][0] == "r20"]
     size = sum(len(texts[name]) for name in kept)
     told = (rf"together\.column: 'repository': the documents of 'r20' have {size:,} bytes.*more than memory_limit \(40,000\)\. "
-            f"Set memory_limit to {6 * size:,}, name a column with smaller groups")  # fmt: skip
+            f"Set memory_limit to {6 * size:,}, use a column with smaller groups")  # fmt: skip
     with pytest.raises(ConfigError, match=told):
         make(tmp_path, "out", [], 40_000, together)
     assert len(kept) > 100 and not (tmp_path / "out" / "shards").exists() and (tmp_path / "large" / "shards").exists()

@@ -167,7 +167,7 @@ def test_a_run_without_measurements_is_an_error_that_says_what_is_missing(tmp_pa
         plan_file.measured(Location(str(tmp_path)))
     path = str(write(tmp_path, **{"data.sources.0.path": str(tmp_path / "nothing")}))
     code, _, lines, _ = run("plan", path, "--out", "x.yaml")
-    assert code == 2 and "--out: only with --calibrate (x.yaml). Add --calibrate RUN" in lines[0]
+    assert code == 2 and "--out: has an effect only with --calibrate (x.yaml). Add --calibrate RUN" in lines[0]
     code, _, lines, _ = run("plan", path, "--calibrate", str(tmp_path))
     assert code == 2 and "isn't a run" in lines[0]
 

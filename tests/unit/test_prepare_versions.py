@@ -133,9 +133,9 @@ def test_a_dataset_that_is_prepared_again_says_why(make, monkeypatch, caplog):
 
     assert said() == "" and said() == ""
     version["pii"] = 3
-    assert said() == "its stages have new versions: 0 pii has version 3, formerly 2" and said() == ""
-    assert said(first=7) == "its keys, or the versions of its stages, have changed"
-    assert said(first=7, shards=2) == "its keys, or the versions of its stages, have changed"
+    assert said() == "the dataset's stages have new versions: 0 pii has version 3, formerly 2" and said() == ""
+    assert said(first=7) == "the pipeline's keys, or the versions of its stages, have changed"
+    assert said(first=7, shards=2) == "the pipeline's keys, or the versions of its stages, have changed"
 
 
 @pytest.mark.parametrize("fault", ["check", "write", "interrupt"])

@@ -82,7 +82,7 @@ def test_pruning_after_every_save_keeps_what_pruning_at_the_end_would(seed):
         ),
         (
             {"checkpoint.best": {"metric": "train_loss"}},
-            "checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss",
+            "checkpoint.best.metric: 'train_loss' is a score of the training. Use a score of the evaluation, for example loss",
         ),
     ],
 )

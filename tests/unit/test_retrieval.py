@@ -212,7 +212,7 @@ def test_a_model_answers_from_the_passages_that_it_has_room_for(document_index, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["{index}"], "QUESTION: the command needs one question. Give exactly one of a question and --questions FILE"),
+        (["{index}"], "QUESTION: the command needs one question. Pass exactly one of a question and --questions FILE"),
         (["{index}", " "], "QUESTION: is empty. Write a question"),
         (["{index}", "a \udcff"], "QUESTION: isn't valid UTF-8 ('a \\udcff')"),
         (["{index}", "x", "--mode", "psychic"], "--mode: unknown mode (psychic). Use bm25, dense, hybrid"),

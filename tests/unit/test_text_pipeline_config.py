@@ -21,7 +21,7 @@ tokenizer: {{vocab_size: 300}}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["pipeline=pipelines.text"], "must look like package.module:Class"),
+        (["pipeline=pipelines.text"], "must have the form package.module:Class"),
         (["pipeline=heliostat.curation.text.pipeline:TextPipelin"], "Did you mean 'TextPipeline'"),
         (
             ["pipeline=heliostat.curation.text.pipeline:TokenizerConfig"],

@@ -66,7 +66,7 @@ def _read(row):
 def test_a_stage_that_this_version_does_not_have_is_one_clear_line(made):
     by = reasons.made_by(made)
     by = by | {"stages": [{**by["stages"][1], "gone_key": 3}]}
-    with pytest.raises(ConfigError, match=r"made with a stage that this version doesn't have, or has changed: .*gone_key"):
+    with pytest.raises(ConfigError, match=r"has a stage that this version doesn't have, or has changed: .*gone_key"):
         list(trace.stages_again(by, dataclasses.replace(trace.read_again(trace.source_of(by), "a.jsonl#1"))))
 
 

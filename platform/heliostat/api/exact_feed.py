@@ -1,7 +1,7 @@
 """Feeds a worker from an `ExactStream`: yields its share of every step's samples, and writes the receipts.
 
-Rank 0 starts the Ray Dataset in its worker, because only the worker knows the checkpoint's step. The other ranks get their
-parts from it. The stream ends with the workers; the next ones start a new stream.
+Rank 0 starts the Ray Dataset in its worker, because only the worker knows the checkpoint's step. The other ranks get their parts
+of the stream from rank 0. The stream ends with the workers, and the next workers start a new stream.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-START_S = 120.0  # for the actor that hands out the parts of the stream
+START_S = 120.0  # maximum seconds for the actor that hands out the stream's parts
 
 
 @dataclass(frozen=True)
 class Batch:
     """Holds a worker's share of a step: `content` is int32 [samples, sequence_length] of tokens, or an Arrow table of rows.
 
-    `step`: counted from 1; `lanes`: the virtual ranks of the samples, in this order; `replaced`: how many of the samples stand
-    in for bad ones.
+    `step`: counted from 1. `lanes`: the virtual ranks of the samples, in this order. `replaced`: the number of samples that
+    replace bad samples.
     """
 
     step: int
@@ -53,7 +53,7 @@ class Batch:
 
 
 class Sealed(TypedDict):
-    """Describes the receipts of a run so far: their steps, their chain, and how many bad samples were replaced."""
+    """Describes the receipts of a run so far: the steps, the chain, and the number of replaced bad samples."""
 
     steps: int
     chain: str
@@ -61,7 +61,7 @@ class Sealed(TypedDict):
 
 
 class Feed(Iterator[Batch]):
-    """Iterates over a worker's batches, one per step, from the step at which it was opened to the last."""
+    """Iterates over a worker's batches, one per step, from the step at which the feed was opened to the last step."""
 
     def __init__(self, job: Job, plan: DataPlan, folder: str, step: int) -> None:
         if not dist.is_initialized():
@@ -79,11 +79,11 @@ class Feed(Iterator[Batch]):
             )
         if not 0 <= step <= self.last_step:
             raise ConfigError(f"ExactStream.start: step {step} isn't between 0 and the stream's last step, {self.last_step}")
-        self.group = dist.new_group(backend="gloo")  # for what is on the CPU, whatever the training's own is
+        self.group = dist.new_group(backend="gloo")  # for tensors on the CPU, for any backend of the training
         self.dataset = open_dataset(self.plan)
         self._unsealed = Unsealed(self.folder, self.dataset, self.group)
         self._unsealed.chain, self._unsealed.replaced = self._begin(step)
-        self._sealed, self._replaced = step, self._unsealed.replaced  # up to the last receipt; of all workers, on rank 0
+        self._sealed, self._replaced = step, self._unsealed.replaced  # counts up to the last receipt; on rank 0, of all workers
         self._parts = self._share() if step < self.last_step else []
         if self._parts:
             order, part = self.dataset.order, self._parts[self.rank]
@@ -100,10 +100,10 @@ class Feed(Iterator[Batch]):
         return Batch(self.done, mine.content, mine.lanes, len(mine.bad))
 
     def receipt(self) -> Sealed:
-        """Seals the steps since the last receipt, and returns the state of the run's receipts. Collective.
+        """Seals the steps since the last receipt, and returns the state of the run's receipts. All workers must call it together.
 
-        Call it before the checkpoint of these steps is reported: a run continues only from a step that has one. DataError if
-        more bad samples were replaced than `data.max_bad_fraction` allows.
+        Call it before you report the checkpoint of these steps, because a run continues only from a step with a receipt.
+        DataError if more bad samples were replaced than `data.max_bad_fraction` allows.
         """
         done = self.done
         if done > self._sealed:
@@ -113,7 +113,7 @@ class Feed(Iterator[Batch]):
         return {"steps": done, "chain": self._unsealed.chain, "replaced": self._replaced}
 
     def close(self) -> None:
-        """Ends the stream before its last step; it ends by itself with the workers."""
+        """Ends the stream before its last step. Without this call, the stream ends with the workers."""
         if self._parts and self.rank == 0:
             stream.end(self._parts)
         self._parts = []
@@ -124,7 +124,7 @@ class Feed(Iterator[Batch]):
         return chain, replaced if self.rank == 0 else 0
 
     def _started(self, step: int) -> tuple[str, int]:
-        """Prepares the folder, on rank 0: ConfigError if no receipt ends at the step."""
+        """Prepares the folder on rank 0; ConfigError if no receipt ends at the step."""
         ends = {r.end: r.chain for r in receipts(self.folder)} | {0: receipt.GENESIS}
         if step not in ends:
             known = ", ".join(map(str, sorted(ends)))
@@ -134,11 +134,12 @@ class Feed(Iterator[Batch]):
         return ends[step], sum(len(listed.join(name).read().splitlines()) for name, _ in listed.files())
 
     def _share(self) -> list[DataIterator]:
-        """Distributes the stream, which rank 0 starts. Returns this worker's part.
+        """Distributes the stream that rank 0 starts. Returns this worker's part.
 
-        The parts hold handles of Ray's, which Ray alone passes on: the other ranks ask an actor for the parts, by its name.
+        The parts contain Ray handles, which only Ray can send. So the other ranks get the parts from an actor that they find by
+        name.
         """
-        kept: list[Any] = []  # by rank 0: the actor
+        kept: list[Any] = []  # on rank 0, the actor
 
         def started() -> str:
             name = f"heliostat-stream-{uuid.uuid4().hex}"
@@ -149,12 +150,13 @@ class Feed(Iterator[Batch]):
         parts: list[DataIterator] = agreement.agreed(
             self.group, lambda: ray.get(ray.get_actor(name).parts.remote(), timeout=START_S)
         )
-        for desk in kept:  # now that all have their parts
+        for desk in kept:  # now all ranks have their parts
             ray.kill(desk)
         return parts
 
     def _dataset(self) -> RayDataset:
-        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, fetching reserves none, because it mostly waits."""
+        """Makes the Ray Dataset. If the trainer's workers leave no CPU free, fetching reserves no CPU, because fetching mostly
+        waits."""
         data = self.job.data
         task = stream.fetch(self.plan, self.dataset.order, self.done, self.last_step, data.on_bad_sample == "replace")
         size = sample_bytes(data.sequence_length, self.dataset.sources)

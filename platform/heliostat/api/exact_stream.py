@@ -1,18 +1,18 @@
-"""Offers the exact, elastic order of samples to a training loop of your own, under Ray Train's `TorchTrainer`.
+"""Provides the exact, elastic order of samples for your own training loop, with Ray Train's `TorchTrainer`.
 
     stream = heliostat.datasets({"sources": [{"path": "data"}], "sequence_length": 256, "virtual_ranks": 4}, steps=100,
     global_batch_size=8,
                                 folder="runs/mine")
 
     def loop(config):                             # on every worker
-        feed = config["stream"].start(done)       # the steps that your checkpoint holds; 0 at first
+        feed = config["stream"].start(done)       # number of steps in your checkpoint; 0 at first
         for batch in feed:                        # batch.step, batch.content: this worker's share of the step's global batch
             ...
             receipt = feed.receipt()              # wherever you save a checkpoint, after the last step
 
-Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that
-divides the virtual ranks. The folder gets the data plan, the receipts and the list of bad samples, so that `heliostat run verify
-FOLDER` can check it.
+Every step's global batch depends only on the data, the seed, and the step. It is the same on any number of workers that divides
+the virtual ranks. heliostat writes the data plan, the receipts, and the list of bad samples to the folder, so that `heliostat run
+verify FOLDER` can check the run.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from heliostat.runs import segments
 from heliostat.storage.locations import Location
 from heliostat.validation.check import check_data
 
-if TYPE_CHECKING:  # with torch and Ray, which workers need and those who plan do not
+if TYPE_CHECKING:  # imports torch and Ray, which workers need, but planning doesn't
     from heliostat.api.exact_feed import Feed
 
 
 class AnySamples:
-    """Implements the minimum of a recipe: accepts samples of the kind that the job asks for, with any content."""
+    """Implements the minimum of a recipe. It accepts samples of the job's kind, with any content."""
 
     def __init__(self, job: Job) -> None:
         self.kind = "tokens" if job.data.sequence_length else "rows"
@@ -53,7 +53,7 @@ class ExactStream:
 
     job: Job
     plan: DataPlan
-    folder: str  # of the plan, the receipts and the list of bad samples
+    folder: str  # folder of the plan, the receipts, and the list of bad samples
 
     @property
     def steps(self) -> int:
@@ -66,10 +66,10 @@ class ExactStream:
         return divisors(self.plan.shape.lanes)
 
     def start(self, step: int = 0) -> Feed:
-        """Opens this worker's share of the steps after `step`. Collective: all workers call it with the same step.
+        """Opens this worker's share of the steps after `step`. All workers must call it together, with the same step.
 
-        ConfigError if the number of workers doesn't divide the virtual ranks, or if no receipt ends at the step. Records of
-        later steps are removed from the folder, because those steps run again.
+        ConfigError if the number of workers doesn't divide the virtual ranks, or if no receipt ends at the step. heliostat
+        removes the records of later steps from the folder, because these steps run again.
         """
         from heliostat.api.exact_feed import Feed
 
@@ -88,13 +88,13 @@ def plan_stream(job: Job, folder: str) -> ExactStream:
     checked = check_data(job, AnySamples(job), recorded)  # type: ignore[arg-type]
     if recorded and (changes := recorded.differences(checked.plan)):
         raise ConfigError(
-            f"{place}: holds the data plan of other samples. Undo this, or pass another folder:\n  " + "\n  ".join(changes)
+            f"{place}: has a data plan for other samples. Undo this, or pass another folder:\n  " + "\n  ".join(changes)
         )
     return ExactStream(checked.job, checked.plan, str(place))
 
 
 def data_job(data: Mapping[str, object], steps: int, global_batch_size: int, held_out: float) -> Job:
-    """Builds a job that has only data, by the rules and keys of a job file."""
+    """Builds a job that has only data, with the keys and rules of a job file."""
     data = schema.renamed(Data, dict(data))
     ranks = data.get("virtual_ranks")
     divides = isinstance(ranks, int) and isinstance(global_batch_size, int) and ranks > 0 and global_batch_size % ranks == 0

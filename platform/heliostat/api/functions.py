@@ -1,7 +1,8 @@
-"""Defines what `import heliostat` offers: load, check, and train a job, read a run, generate with a model, and exact data.
+"""Defines the functions of `import heliostat`: load, check, and train a job, read a run, generate with a model, and plan exact
+data.
 
-Each function does the same as the command of its name, and raises a HeliostatError of one line where the command prints one.
-docs/python-api.md is the reference.
+Each function does the same as the command with its name. Where the command prints an error, the function raises a HeliostatError
+with one line. docs/python-api.md is the reference.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from heliostat.validation.check import Checked
 
 __all__ = ["Checked", "ExactStream", "Generated", "Job", "Run", "check", "datasets", "generate", "load_job", "prepare", "train"]
 
-PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"  # every room: a person also calls what the API returns
+PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"  # the complete package, because users also call objects that the API returns
 Place = str | os.PathLike[str]
 Overrides = Mapping[str, object] | Sequence[str]
 
 
 def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Job:
-    """Loads a job from its YAML file, or from a mapping; ConfigError names every wrong key.
+    """Loads a job from its YAML file, or from a mapping. The ConfigError lists every wrong key.
 
-    `overrides`: {"train.steps": 100}, or ["train.steps=100"] like `--set`. Relative paths start at the current folder.
+    `overrides`: {"train.steps": 100}, or ["train.steps=100"] like `--set`. Relative paths are relative to the current folder.
     """
     if isinstance(job, Mapping):
         return checks.make_job(spec.apply(schema.renamed(Job, dict(job)), settings(overrides)), "job")
@@ -48,7 +49,7 @@ def load_job(job: Place | Mapping[str, object], overrides: Overrides = ()) -> Jo
 def check(job: Job | Place, cluster: Place | None = None) -> Checked:
     """Finds everything wrong with a job before anything starts: the model, the machine, the stores, the datasets.
 
-    `cluster`: the file of the cluster that the job is for; the default is this machine, or the cluster of RAY_ADDRESS.
+    `cluster`: the file of the cluster that will run the job. The default is this machine, or the cluster in RAY_ADDRESS.
     """
     from heliostat.plan import auto
 
@@ -77,9 +78,9 @@ def train(
 ) -> Run:
     """Trains a job to its last step, exports and registers its model, and returns the run.
 
-    `resume`: continues from the run's last checkpoint, if there is one. `overwrite`: deletes the run of this name first.
-    `allow_data_change`: resumes with other data, as a new segment. Blocks; progress goes to standard error. StoppedError after
-    Ctrl-C or SIGTERM, after a checkpoint.
+    `resume`: continues from the run's last checkpoint, if there is one. `overwrite`: first deletes the run with this name.
+    `allow_data_change`: resumes with different data, as a new segment. The function blocks, and writes its progress to standard
+    error. On Ctrl-C or SIGTERM, it saves a checkpoint and raises StoppedError.
     """
     from heliostat.plan import auto
     from heliostat.training.run import train_job
@@ -116,8 +117,8 @@ def generate(
     tracking_uri: str | None = None,
     **options: object,
 ) -> Generated | list[Generated]:
-    """Generates text or images with a model, in this process: one answer for a prompt, or a list of answers, the i-th with
-    seed + i.
+    """Generates text or images with a model in this process. Returns one answer for a prompt. For a list of prompts, returns a
+    list of answers, the i-th with seed + i.
 
     `model`: an exported folder, models:/NAME/VERSION, or a run id. `out`: the file of an image (optional for text), or the
     folder for the images of several prompts. `options`: the command's options without dashes, for example `max_tokens=64` or
@@ -130,7 +131,7 @@ def generate(
     if not isinstance(prompts, str) and not (isinstance(prompts, Sequence) and all(isinstance(p, str) for p in prompts)):
         raise ConfigError(f"prompts: expected a text or a list of texts, got {brief(repr(prompts))}")
     try:
-        first = operator.index(seed)  # NumPy's integers too
+        first = operator.index(seed)  # accepts NumPy's integers, too
     except TypeError as e:
         raise ConfigError(f"seed: expected an integer, got {brief(repr(seed))}") from e
     place = model if isinstance(model, str) else str(_path("model", model, "a folder, models:/NAME/VERSION, or a run id"))
@@ -146,16 +147,16 @@ def datasets(
     held_out: float = 0.0,
     global_batch: int | None = None,
 ) -> ExactStream:
-    """Plans the exact, elastic order of samples for a `TorchTrainer` of your own: see `heliostat.api.exact_stream`.
+    """Plans the exact, elastic order of samples for your own `TorchTrainer`. See `heliostat.api.exact_stream`.
 
-    `data`: the keys of a job's `data`, with `steps`, `global_batch_size` (samples per step over all workers), and `held_out` (the
-    fraction of samples to leave out); or a complete Job. `folder`: for the plan, the receipts, and the list of bad samples. If
-    it has a plan, the stream continues with it; ConfigError if the samples would differ.
+    `data`: a complete Job, or the keys of a job's `data`. With keys, also pass `steps`, `global_batch_size` (samples per step,
+    summed over all workers), and `held_out` (the fraction of samples to leave out). `folder`: for the plan, the receipts, and the
+    list of bad samples. If the folder has a plan, the stream continues with this plan; ConfigError if the samples would differ.
     """
     from heliostat.api.exact_stream import data_job, plan_stream
 
     if global_batch is not None and global_batch_size is not None:
-        raise ConfigError("heliostat.datasets: global_batch is the old name of global_batch_size, and both are given")
+        raise ConfigError("heliostat.datasets: global_batch is the old name of global_batch_size, and both are set")
     global_batch_size = global_batch_size if global_batch is None else global_batch
     if not isinstance(data, Job | Mapping):
         raise ConfigError(f"data: expected the keys of a job's data, or a Job, got {brief(repr(data))}")
@@ -166,7 +167,7 @@ def datasets(
     if steps is None or global_batch_size is None:
         raise ConfigError(
             "heliostat.datasets: steps and global_batch_size are required. global_batch_size counts the samples per step "
-            "over all workers"
+            "summed over all workers"
         )
     return plan_stream(data_job(data, steps, global_batch_size, held_out), folder)
 
@@ -189,7 +190,7 @@ def _json(key: str, value: object) -> str:
 
 
 def _path(key: str, value: object, wanted: str) -> Path:
-    """Returns a path that the user gave; ConfigError that names the argument if it is of another type."""
+    """Returns a path argument as a Path. If the argument has a different type, raises a ConfigError that begins with its name."""
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{key}: expected {wanted}, got {brief(repr(value))}")
     return Path(value)
@@ -204,9 +205,10 @@ def _job(job: Job | Place | Mapping[str, object], cluster: Path | None = None, r
 
 
 def install() -> None:
-    """Prints an uncaught error in one line if the user can fix it; the previous hook handles all other errors.
+    """Installs a hook that prints an uncaught error in one line if the user can fix the error. The previous hook handles all
+    other errors.
 
-    The error itself keeps its traceback and its cause.
+    The error keeps its traceback and its cause.
     """
     before = sys.excepthook
 

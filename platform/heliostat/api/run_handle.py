@@ -1,4 +1,4 @@
-"""Reads a run's folder from Python: its curves, checkpoints, and receipts; exports it, and generates with its model.
+"""Reads a run's folder from Python: its curves, checkpoints, and receipts. Also exports the run, and generates with its model.
 
 run = heliostat.Run(".heliostat/runs/quickstart") # or an MLflow run id
 """
@@ -17,7 +17,7 @@ from heliostat.errors import CheckpointError, ConfigError
 from heliostat.storage import run_folder
 from heliostat.storage.locations import Location
 
-if TYPE_CHECKING:  # with torch, which takes a second
+if TYPE_CHECKING:  # imports torch, which takes a second
     from heliostat.checkpoint.layout import SavedCheckpoint
     from heliostat.checkpoint.retention import RetentionRow
     from heliostat.recipes.protocol import Generated
@@ -29,11 +29,11 @@ if TYPE_CHECKING:  # with torch, which takes a second
 
 
 class Run:
-    """Opens a run; ConfigError if there is no such run. Reads everything on demand, so it also works for a running run."""
+    """Opens a run; ConfigError if the run doesn't exist. Reads everything on demand, so a run may still be running."""
 
     def __init__(self, run: str | os.PathLike[str], tracking_uri: str | None = None) -> None:
-        """Finds the run by its folder (STORAGE/NAME, also on S3) or its MLflow run id. `tracking_uri`: the store that has the
-        id."""
+        """Finds a run by its folder (STORAGE/NAME, local or on S3) or by its MLflow run id. `tracking_uri`: the store that has
+        the id."""
         from heliostat.tracking.mlflow_client import default_uri
         from heliostat.tracking.models import find_run
 
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def job(self) -> Job:
-        """Reads the job from the newest checkpoint; CheckpointError if there is none."""
+        """Reads the job from the newest checkpoint; CheckpointError if there is no checkpoint."""
         return self._checkpoint(None).job
 
     @property
@@ -73,8 +73,7 @@ class Run:
             return None
 
     def metrics(self) -> dict[str, dict[int, float]]:
-        """Reads every curve up to the newest checkpoint, by its name in MLflow (`train/loss`, `eval/loss`, ...): values by
-        step.
+        """Reads every curve up to the newest checkpoint: name in MLflow (`train/loss`, `eval/loss`, ...) -> step -> value.
 
         Steps count from 1.
         """
@@ -90,18 +89,19 @@ class Run:
         return self.metrics().get("train/loss", {})
 
     def checkpoints(self) -> list[RetentionRow]:
-        """Lists the checkpoints, ascending by step: {step, bytes, whole, fault, kept, written, world_size, zero_stage,
+        """Lists the checkpoints in ascending order of steps: {step, bytes, whole, fault, kept, written, world_size, zero_stage,
         metrics}.
 
-        `whole`: whether it is complete; an incomplete one has a `fault`, and no later fields. `written`: seconds since 1970.
+        `whole`: whether the checkpoint is complete. An incomplete checkpoint has a `fault`, and none of the later fields.
+        `written`: seconds since 1970.
         """
         from heliostat.checkpoint.retention import survey
 
         return survey(self._place)
 
     def receipts(self) -> list[ReceiptFile]:
-        """Reads the receipts, in order: each covers the steps `first` + 1 to `end`, with one digest per step, and the chain
-        after them."""
+        """Reads the receipts in order. A receipt covers the steps `first` + 1 to `end`. It has one digest per step, and the chain
+        after these steps."""
         from heliostat.runs.history import receipts
 
         return receipts(self._place)
@@ -119,15 +119,15 @@ class Run:
         return verify(self._place)
 
     def goodput(self) -> Goodput:
-        """Reports the use of time in seconds, over all restarts: {total_s, parts, goodput, attempts, ...}."""
+        """Reports how the run used its time in seconds, including all restarts: {total_s, parts, goodput, attempts, ...}."""
         from heliostat.runs.goodput import read_report
 
         return read_report(self._place)
 
     def export(self, to: str | os.PathLike[str], step: int | None = None) -> Path:
-        """Writes a checkpoint (the newest, if no step is given) to a folder for `from_pretrained`; returns the folder.
+        """Writes a checkpoint (by default the newest) to a folder for `from_pretrained`; returns the folder.
 
-        ConfigError if the folder isn't empty; CheckpointError if there is no such checkpoint.
+        ConfigError if the folder isn't empty. CheckpointError if the checkpoint doesn't exist.
         """
         from heliostat.inference.export import export
 
@@ -148,8 +148,7 @@ class Run:
     def generate(
         self, prompts: str | Sequence[str], *, step: int | None = None, seed: int = 0, out: str | None = None, **options: object
     ) -> Generated | list[Generated]:
-        """Generates text or images with the model of a checkpoint (the newest, if no step is given), like
-        `heliostat.generate`."""
+        """Generates text or images with the model of a checkpoint (by default the newest), like `heliostat.generate`."""
         from heliostat.inference.generate import answer
 
         with tempfile.TemporaryDirectory(prefix="heliostat-") as folder:

@@ -1,9 +1,10 @@
-"""Runs a job once per fault, and compares each run with a run of the same job without faults.
+"""Runs a job once per fault, and compares each run with a run without faults.
 
     rows = chaos(Path("jobs/chaos.yaml"), ["kill-worker", "hang"], work=Path(".heliostat/chaos"))
 
-Each run is a separate `heliostat train` on a private Ray of this machine. It has the job's settings, except for its name,
-storage, and MLflow store. These are in the work folder, with a fault's files in `FAULT/` and its run's output in `FAULT.log`.
+Each run is a separate `heliostat train` on a private Ray of this machine. The run has the job's settings, except the name, the
+storage, and the MLflow store. Storage and store are in the work folder. A fault's files are in `FAULT/`, and the output of its
+run is in `FAULT.log`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RUN_S = 1800.0  # maximum seconds of a run
 class Unbroken:
     loss: float
     checkpoint_bytes: int
-    late_s: float  # seconds from its last step to its end
+    late_s: float  # seconds from the run's last step to its end
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def chaos(
     job_given = check.load_job(path, settings)
     if job_given.train.parallel.auto:
         raise ConfigError(
-            "train.parallel: auto may choose another configuration after each fault. Set the one that `heliostat "
+            "train.parallel: auto may choose a different configuration after each fault. Set the configuration that `heliostat "
             "plan JOB --rank` finds"
         )
     checked = check.check(job_given)
@@ -92,11 +93,11 @@ def chaos(
         )
     for fault in faults:
         if reason := fault.unable(job):
-            raise ConfigError(f"--faults: can't inject {fault.name} here: it {reason}. Leave it out")
+            raise ConfigError(f"--faults: can't inject {fault.name} here: it {reason}. Remove this fault")
     work = (work or workspace.root() / ".heliostat" / "chaos").absolute() / job.name
     work.mkdir(parents=True, exist_ok=True)
     it = Chaos(path, checked, settings or [], work, seed, rate)
-    report("the unbroken run")
+    report("the run without faults")
     whole = _unbroken(it)
     rows, wrong = [], []
     for number, fault in enumerate(faults, 1):
@@ -123,7 +124,7 @@ def choose(names: list[str]) -> list[Fault]:
 
 
 def _unbroken(it: Chaos) -> Unbroken:
-    """Runs the job without faults, or resumes an earlier such run of the same job and data."""
+    """Runs the job without faults, or resumes an earlier run without faults, if the job and the data are the same."""
     same = json.dumps([it.checked.job.dump(), it.checked.plan.digest], sort_keys=True)
     name = f"unbroken-{hashlib.sha256(same.encode()).hexdigest()[:8]}"
     with Command([*it.arguments(name, {}), "--resume"], it.work / "unbroken.log") as command:
@@ -160,7 +161,7 @@ def _broken(it: Chaos, fault: Fault, whole: Unbroken) -> tuple[dict[str, object]
             command.arguments = [*arguments[:-1], "--resume"]
             command.start()
             code = command.wait(RUN_S)
-            scene.cured = time.time() if fault.late else None  # no step is left that could show it
+            scene.cured = time.time() if fault.late else None  # a late fault has no later step that could show its end
         if code:
             raise ChaosError(f"the run ended with exit code {code}: {command.last_words()}. Read {command.log}")
         return _compare(it, fault, scene, command, whole)

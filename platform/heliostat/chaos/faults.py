@@ -1,7 +1,7 @@
-"""Defines the faults: each has a preparation (`prepare`) and an action at the chosen step of the run (`strike`).
+"""Defines the faults. Each fault has a preparation (`prepare`) and an action at the chosen step of the run (`strike`).
 
 No fault changes the training code. Faults send signals to processes, damage files, stop servers, and fill disks. `FAULTS` lists
-them all. If this machine can't inject a fault, its `unable` returns the reason.
+all faults. If this machine can't inject a fault, the fault's `unable` returns the reason.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from heliostat.storage.locations import Location
 from heliostat.tracking import logger
 from heliostat.validation.check import Checked
 
-SEEING_S = 120.0  # seconds for a fault to affect the run
+SEEING_S = 120.0  # maximum seconds until a fault affects the run
 KEYS = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_EC2_METADATA_DISABLED": "true"}  # moto accepts any
 MODEL = "heliostat-chaos"  # name of the registered model, for faults that need one
-ROOM_LEFT = 64 << 10  # free bytes on a full disk: enough for a receipt, not for a checkpoint
+ROOM_LEFT = 64 << 10  # free bytes on a full disk: enough for a receipt, but not for a checkpoint
 
 
 @dataclass
 class Scene:
     """Holds the state of one fault's run.
 
-    `settings` and `environment` are the command's; `storage` and `tracking` are the addresses that this process uses.
+    `settings` and `environment` belong to the command. `storage` and `tracking` are the addresses that this process uses.
     """
 
     checked: Checked
@@ -56,15 +56,15 @@ class Scene:
     stack: ExitStack  # undoes the fault's changes after the run
     storage: Location
     tracking: str
-    checkpoint_bytes: int  # of the largest checkpoint of the unbroken run
-    late_s: float  # seconds of the unbroken run from its last step to its end
+    checkpoint_bytes: int  # size of the largest checkpoint of the run without faults
+    late_s: float  # seconds from the last step to the end of the run without faults
     name: str = ""
     tool: Any = None  # the result of `prepare`, for `strike`
     settings: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     struck: float = 0.0  # wall-clock time of the fault
-    seen: float | None = None  # time of its first effect, if only the fault's own code can know it
-    cured: float | None = None  # time when its effect was over, likewise
+    seen: float | None = None  # wall-clock time of the fault's first effect, if only the fault's code knows it
+    cured: float | None = None  # wall-clock time at which the effect ended, if only the fault's code knows it
 
     @property
     def run(self) -> Location:
@@ -86,10 +86,10 @@ class Fault:
     strike: Callable[[Scene, Command], None]
     prepare: Callable[[Scene], object] = _nothing
     unable: Callable[[Job], str | None] = _can
-    notice: str = ""  # the command's output when the run notices the fault; if empty, an attempt's end shows it
-    cured: str = ""  # the command's output when the fault is over; if empty, the next new step shows it
-    submitted_again: bool = False  # the fault ends the command, which is then submitted again
-    late: bool = False  # the fault strikes after the last step
+    notice: str = ""  # text in the output that shows that the run noticed the fault; if empty, an attempt's end shows it
+    cured: str = ""  # text in the output that shows that the fault is over; if empty, the next new step shows it
+    submitted_again: bool = False  # whether the fault ends the command, so that it must be submitted again
+    late: bool = False  # whether the fault strikes after the last step
 
 
 # processes -----------------------------------------------------------------------------------------------------------
@@ -119,14 +119,14 @@ def kill_driver(scene: Scene, command: Command) -> None:
 
 
 def prepare_late(scene: Scene) -> None:
-    """Makes the run register its model, so that more work follows its last step."""
+    """Makes the run register its model, so that the run has more work after its last step."""
     scene.settings["mlflow.register"] = MODEL
 
 
 def kill_driver_late(scene: Scene, command: Command) -> None:
     """Kills the driver at a random moment between the last checkpoint and the command's end.
 
-    The delay is at most the seconds of the unbroken run from its last step to its end.
+    The delay is at most the time between the last step and the end of the run without faults.
     """
     last = layout.folder(scene.run, scene.checked.job.last_step).join(layout.INDEX)
     command.until(last.exists, SEEING_S, "the last checkpoint was written")
@@ -161,19 +161,19 @@ def prepare_nodes(scene: Scene) -> LocalNodes:
 
 
 def kill_node(scene: Scene, command: Command) -> None:
-    busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first is the head
+    busy = [node for node in scene.tool.nodes[1:] if node.workers()]  # the first node is the head
     if not busy:
         raise ChaosError("found no node with a worker")
     scene.random.choice(busy).kill()
 
 
 def prepare_head(scene: Scene) -> LocalNodes:
-    scene.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # a driver waits a minute by default
+    scene.environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # by default, a driver waits a minute
     return prepare_nodes(scene)
 
 
 def restart_head(scene: Scene, command: Command) -> None:
-    """Stops the whole cluster, including Ray's control plane on the head, waits for the command to end, and starts the cluster
+    """Stops the complete cluster, including Ray's control plane on the head. Waits until the command ends, and starts the cluster
     again."""
     scene.tool.stop()
     command.until_ended(SEEING_S)
@@ -189,7 +189,7 @@ def no_s3(job: Job) -> str | None:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets these variables in this process's environment, which its children inherit; restores it afterwards."""
+    """Sets these variables in this process's environment, which child processes inherit. Restores the environment afterwards."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -228,7 +228,7 @@ def copy(source: Location, target: Location) -> None:
 
 
 def prepare_corrupt_shard(scene: Scene) -> None:
-    """Copies the datasets, and flips a bit in the row group of a sample that the run needs at the fault's step."""
+    """Copies the datasets, and flips a bit in a row group that has a sample for the fault's step."""
     scene.struck = scene.seen = scene.cured = time.time()  # the run notices the damage when it reads, and continues
     for i, source in enumerate(scene.checked.job.sources):
         place = Location(str(scene.folder / f"data-{i}"))
@@ -257,7 +257,8 @@ def met_corrupt_shard(scene: Scene, command: Command) -> None:
 
 
 def torn_checkpoint(scene: Scene, command: Command) -> None:
-    """Truncates a shard of the next complete checkpoint to half, and kills a worker. The run then needs the checkpoint before."""
+    """Truncates a shard of the next complete checkpoint to half its size, and kills a worker. The run then needs the previous
+    checkpoint."""
     command.until(lambda: bool(whole_checkpoints(scene.run)), SEEING_S, "checkpoint was written")
     known = set(whole_checkpoints(scene.run))
     command.until(lambda: bool(set(whole_checkpoints(scene.run)) - known), SEEING_S, "other checkpoint was written")
@@ -283,7 +284,7 @@ def prepare_mlflow(scene: Scene) -> ServerProcess:
 
 
 def mlflow_down(scene: Scene, command: Command) -> None:
-    """Stops the MLflow server, and starts it again after the run has noticed that and made five more steps."""
+    """Stops the MLflow server. Starts it again after the run has noticed the stop and completed five more steps."""
     scene.tool.stop()
     command.until(lambda: bool(command.heard(logger.AWAY, scene.struck)), SEEING_S, "metric was missed")
     so_far = command.step
@@ -308,7 +309,7 @@ def no_disk(job: Job) -> str | None:
 
 
 def mount_disk(folder: Path, size: int) -> None:
-    """Mounts a tmpfs of so many bytes, which needs root; ChaosError if that fails."""
+    """Mounts a tmpfs of `size` bytes, which needs root; ChaosError if the mount fails."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -323,7 +324,7 @@ def unmount_disk(folder: Path) -> None:
 
 
 def prepare_disk(scene: Scene) -> None:
-    """Mounts a disk for the run, with room for its checkpoints and little else."""
+    """Mounts a disk for the run, with room for the run's checkpoints and little more."""
     disk = scene.folder / "disk"
     disk.mkdir(exist_ok=True)
     mount_disk(disk, (scene.checked.job.checkpoint.keep + 3) * scene.checkpoint_bytes + (32 << 20))
@@ -333,7 +334,7 @@ def prepare_disk(scene: Scene) -> None:
 
 
 def disk_full(scene: Scene, command: Command) -> None:
-    """Fills the disk, and frees the space once a write of the run has failed because of it."""
+    """Fills the disk. Frees the space when a write of the run has failed."""
     disk = Path(scene.storage.path)
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
@@ -369,13 +370,13 @@ FAULTS = {
 
 
 def rng(seed: int, name: str) -> random.Random:
-    """Returns a fault's own random generator, which is independent of the other faults."""
+    """Returns the random generator of a fault. It doesn't depend on other faults."""
     return random.Random(f"{seed}:{name}")
 
 
 def when(random_: random.Random, steps: int, every: int) -> float:
-    """Draws the moment of a fault, in steps: a step, plus a fraction of the next one.
+    """Draws the time of a fault in steps: a step, plus a fraction of the next step.
 
-    Two more checkpoints follow it, for faults that need them.
+    At least two checkpoints follow this time, because some faults need them.
     """
     return random_.uniform(1.0, max(2.0, steps - 2 * every - 1.0))

@@ -19,7 +19,8 @@ Lines = Sequence[tuple[float, str]]  # wall-clock time, line of output
 class FaultEffect:
     """Holds the observations of a run with a fault. Times are wall-clock seconds.
 
-    `struck`: the time of the fault. `seen`, `cured`: when the run noticed it, and when it was over; None if the attempts show it.
+    `struck`: the time of the fault. `seen`: when the run noticed the fault. `cured`: when the fault was over. None if the
+    attempts show the time.
     """
 
     struck: float
@@ -35,7 +36,7 @@ def first_end(attempts: Iterable[RecordedAttempt], since: float) -> float | None
 
 
 def detected_s(effect: FaultEffect) -> float | None:
-    """Computes the seconds from the fault until the run noticed it; None if it didn't."""
+    """Computes the seconds from the fault until the run noticed the fault; None if the run didn't notice it."""
     at = effect.seen if effect.seen is not None else first_end(effect.attempts, effect.struck)
     return None if at is None else max(0.0, at - effect.struck)
 
@@ -56,7 +57,7 @@ def recovered_s(effect: FaultEffect) -> float | None:
 
 
 def pace_s(lines: Lines) -> float:
-    """Computes the seconds per step from the output so far; 0 if it has fewer than two steps."""
+    """Computes the seconds per step from the output so far; 0 if the output has fewer than two steps."""
     steps = [(at, int(match[1])) for at, line in lines if (match := STEP.search(line))]
     if len(steps) < 2 or steps[-1][1] <= steps[0][1]:
         return 0.0
@@ -72,7 +73,7 @@ def recomputed_steps(attempts: Iterable[RecordedAttempt]) -> int:
 def row(fault: str, effect: FaultEffect, report: VerifyReport, loss: float, expected: float, goodput: float) -> dict[str, Any]:
     """Builds the fault's row of the table.
 
-    `report`: the result of `verify`; `loss` and `expected`: the last step's loss, of this run and of the unbroken one.
+    `report`: the result of `verify`. `loss` and `expected`: the loss of the last step in this run, and in the run without faults.
     """
     return {
         "fault": fault,
@@ -97,22 +98,23 @@ def broken(fault: str) -> dict[str, object]:
 
 
 def problems(row: dict[str, Any], report: VerifyReport, curve: list[int], steps: int) -> list[str]:
-    """Lists the problems of a finished run; empty if it is as good as the unbroken run.
+    """Lists the problems of a finished run. The list is empty if the run is as good as the run without faults.
 
-    `curve`: the steps that have a loss in MLflow; `steps`: the number of the job's steps.
+    `curve`: the steps that have a loss in MLflow. `steps`: the job's number of steps.
     """
     faults = []
     if row["lost"] or row["repeated"]:
         faults.append(f"lost {row['lost']} samples and repeated {row['repeated']}")
     if not report["ok"] or report["steps"] != steps:
-        faults.append(f"its receipts differ from its data: {report['first_difference']}")
+        faults.append(f"the run's receipts differ from its data: {report['first_difference']}")
     if curve != list(range(1, steps + 1)):
         faults.append("MLflow doesn't have the loss of every step exactly once")
     if not math.isfinite(row["loss_difference"]):
-        faults.append("its last loss isn't finite")
+        faults.append("the run's last loss isn't finite")
     return faults
 
 
 def unregistered(versions: int, expected: bool) -> list[str]:
-    """Lists the problem with the number of model versions that a run registered, which must be 1 if `expected`, else 0."""
-    return [] if versions == int(expected) else [f"its model was registered {versions} times"]
+    """Lists the problem if a run registered a wrong number of model versions. The number must be 1 if `expected` is true,
+    otherwise 0."""
+    return [] if versions == int(expected) else [f"the run's model was registered {versions} times"]

@@ -26,8 +26,8 @@ from heliostat.config import workspace
 logger = logging.getLogger(__name__)
 
 START_S = 90.0  # seconds for one attempt to start a node
-STARTS = 3  # attempts, because a port that was free when it was chosen may be in use for a moment
-SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short, because sockets' paths have at most 107 characters
+STARTS = 3  # attempts to start a node, because another process may briefly use a port that was free before
+SESSIONS = Path(tempfile.gettempdir()) / f"hx{os.getpid()}"  # short, because a socket's path has at most 107 characters
 
 
 class ChaosNode:
@@ -38,7 +38,7 @@ class ChaosNode:
         return workers(self.process.pid)
 
     def kill(self) -> None:
-        """Kills everything that runs on the node, at once."""
+        """Kills all processes of the node immediately."""
         processes.end_tree(self.process)
         self.process.wait()
 
@@ -47,7 +47,7 @@ class LocalNodes:
     """Runs a cluster of local nodes while its context lasts: `with LocalNodes(folder, count, cpus) as nodes:`."""
 
     inside: tuple[str, ...] = ()
-    """Command in which the next nodes are started, for example one that hides files from them."""
+    """Command that starts the next nodes, for example a command that hides files from them."""
 
     def __init__(self, folder: Path, count: int, cpus: float) -> None:
         self._folder, self._count, self._cpus = folder, count, cpus
@@ -115,7 +115,7 @@ class LocalNodes:
 
 
 def _joined(process: subprocess.Popen[bytes], log: Path) -> bool:
-    """Waits until a node has joined its cluster; False if it ends before, or takes too long."""
+    """Waits until a node has joined its cluster. Returns False if the node ends first, or takes too long."""
     deadline = time.monotonic() + START_S
     while "Ray runtime started" not in log.read_text(errors="replace"):
         if process.poll() is not None or time.monotonic() > deadline:

@@ -24,18 +24,18 @@ from heliostat.config import workspace
 log = logging.getLogger(__name__)
 
 STEP = re.compile(r" step (\d+)/\d+  loss ")
-WORKER = "ray::TrainWorke"  # the first 15 characters of its name: Linux keeps no more
+WORKER = "ray::TrainWorke"  # the first 15 characters of a worker's process name, because Linux keeps no more
 ENDING_S = 30.0  # seconds to read the rest of the output
 
 
 class ChaosError(Exception):
-    """Reports that a fault couldn't be injected, or that the run didn't finish, so that the fault's row isn't valid."""
+    """Reports that a fault couldn't be injected, or that the run didn't finish. The fault's row is then invalid."""
 
 
 class Command:
     """Runs a command while its context lasts: `with Command(arguments, log) as command:`. Leaving the context ends its processes.
 
-    `lines`: its output on standard error over all its starts; each line has its wall-clock time.
+    `lines`: the output on standard error of all starts, each line with its wall-clock time.
     """
 
     def __init__(self, arguments: list[str], log: Path, environment: dict[str, str] | None = None) -> None:
@@ -101,7 +101,7 @@ class Command:
             time.sleep(0.02)
 
     def until_ended(self, seconds: float) -> None:
-        """Waits until the command, which has lost its cluster, ends; kills it after `seconds`."""
+        """Waits until the command ends, after it has lost its cluster. Kills the command after `seconds`."""
         try:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -109,11 +109,12 @@ class Command:
             processes.end_tree(self.process)
 
     def heard(self, words: str, since: float) -> float | None:
-        """Returns when the words first appeared in the output at or after `since`, ignoring case; None if they didn't."""
+        """Returns the first time, at or after `since`, at which the words appeared in the output (ignoring case). None if they
+        didn't appear."""
         return next((at for at, line in list(self.lines) if at >= since and words.lower() in line.lower()), None)
 
     def last_words(self) -> str:
-        """Returns the last line on standard error: the error, if the command ended with one."""
+        """Returns the last line on standard error. If the command failed, this is the error."""
         return next((line for _, line in reversed(self.lines) if line.strip()), "no output")
 
     def wait(self, seconds: float) -> int:

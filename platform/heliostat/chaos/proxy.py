@@ -1,11 +1,12 @@
-"""Runs a proxy between an S3 server and its clients, which injects the faults of an overloaded or broken store.
+"""Runs a proxy between an S3 server and its clients. The proxy injects the faults of an overloaded or broken store.
 
-Invariants: a request or answer without a fault passes byte for byte, with the client's own Host header, so signatures stay valid.
-Each request gets at most one fault, drawn by rate from a seeded generator. The proxy counts each fault that it injects.
+Invariants: the proxy forwards a request or answer without a fault unchanged, including the client's Host header. So signatures
+stay valid. Each request gets at most one fault, drawn by rate from a seeded generator. The proxy counts the faults that it
+injects.
 
-`faults` may be replaced at any time; requests that have begun keep the fault that they drew.
+`faults` may be replaced at any time. Requests that have begun keep the fault that was drawn for them.
 
-Both sides use plain HTTP/1.1. So the proxy works for a store of your own, not for a cloud's TLS endpoint.
+Both sides use plain HTTP/1.1. So the proxy works with a store that you run, but not with a cloud's TLS endpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ProxyFault:
 
 @dataclass(frozen=True)
 class HttpHead:
-    """Holds the head of a request or an answer: its bytes as received, and the headers that define its body's framing."""
+    """Holds the head of a request or an answer: the received bytes, and the headers that define the framing of the body."""
 
     raw: bytes
     start: list[str]  # the first line's three words
@@ -100,13 +101,13 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
         for connection in tuple(self._open):
-            with contextlib.suppress(OSError):  # it ended meanwhile
+            with contextlib.suppress(OSError):  # the connection has ended
                 connection.shutdown(socket.SHUT_RDWR)
 
     def draw(self, path: str) -> ProxyFault | None:
         """Draws the fault for a request; None for no fault.
 
-        Each fault with a matching key uses one random number, so the limit of one fault doesn't change the draws of another.
+        Each fault with a matching key uses one random number, so the limit of a fault doesn't change the draws for other faults.
         """
         with self._lock:
             self.requests += 1
@@ -128,7 +129,7 @@ class FaultProxy:
 
     @contextlib.contextmanager
     def serving(self, connection: socket.socket) -> Iterator[None]:
-        """Registers a connection, which the proxy breaks if it ends while the context lasts."""
+        """Registers a connection for the duration of the context. If the proxy ends in this time, it breaks the connection."""
         self._open.add(connection)
         try:
             yield
@@ -139,7 +140,7 @@ class FaultProxy:
 class _Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
-    block_on_close = False  # a client may keep its connection open for ever
+    block_on_close = False  # a client may keep its connection open forever
     request_queue_size = 128
     proxy: FaultProxy
 
@@ -147,7 +148,7 @@ class _Server(socketserver.ThreadingTCPServer):
 class _Connection(socketserver.BaseRequestHandler):
     """Serves one client's connection: forwards its requests, one after another, over one connection to the store.
 
-    If the store has closed that connection, opens another.
+    If the store has closed its connection, opens another.
     """
 
     server: _Server
@@ -234,7 +235,8 @@ def answer_body(answer: HttpHead, method: str, source: BinaryIO) -> Iterator[byt
 
 
 def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
-    """Yields `length` bytes in pieces, or, if it is None, all bytes of the connection; ConnectionError if there are fewer."""
+    """Yields `length` bytes in pieces; ConnectionError if there are fewer. If `length` is None, yields all bytes of the
+    connection."""
     left = length
     while left is None or left > 0:
         piece = source.read1(BLOCK if left is None else min(BLOCK, left))  # type: ignore[attr-defined]
@@ -247,7 +249,7 @@ def exactly(source: BinaryIO, length: int | None) -> Iterator[bytes]:
 
 
 def chunks(source: BinaryIO) -> Iterator[bytes]:
-    """Yields a chunked body as it is on the wire, up to the empty line after the last chunk and its trailers."""
+    """Yields the raw bytes of a chunked body, up to the empty line after the last chunk and its trailers."""
     while True:
         line = source.readline(BLOCK)
         yield line
@@ -262,7 +264,7 @@ def chunks(source: BinaryIO) -> Iterator[bytes]:
 
 
 def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
-    """Yields about half of a body of `length` bytes; of a body of unknown length, the first piece."""
+    """Yields about half of a body of `length` bytes. For a body of unknown length, yields the first piece."""
     left = (length or 0) // 2
     for piece in pieces:
         yield piece[:left] if length else piece
@@ -272,7 +274,7 @@ def half(pieces: Iterator[bytes], length: int | None) -> Iterator[bytes]:
 
 
 def reset(connection: socket.socket) -> None:
-    """Resets a connection as a crash does, instead of closing it properly."""
+    """Resets a connection like a crash, instead of closing it properly."""
     with contextlib.suppress(OSError):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         connection.close()

@@ -1,4 +1,4 @@
-"""Runs an MLflow server and an S3 store as processes of this machine, so that a fault can stop them during a run."""
+"""Runs an MLflow server and an S3 store as processes on this machine, so that a fault can stop them during a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 from heliostat.chaos.process import ChaosError
 from heliostat.cluster import processes
 
-START_S = 180.0  # seconds for a server to start: MLflow creates its tables first
+START_S = 180.0  # maximum seconds for a server to start: MLflow creates its tables first
 
 
 class ServerProcess:
-    """Runs a server process, also as a context manager. `stop` ends it as a crash does; a later `start` uses the same port."""
+    """Runs a server process; also a context manager. `stop` ends the process like a crash. A later `start` uses the same port."""
 
     def __init__(self, command: list[str], health: str, log: Path, environment: dict[str, str] | None = None) -> None:
         self.port = processes.free_port()
@@ -34,7 +34,8 @@ class ServerProcess:
         self.stop()
 
     def start(self) -> None:
-        """Starts the server, and waits until it answers; ChaosError if it ends, or doesn't answer within START_S seconds."""
+        """Starts the server, and waits until it answers. ChaosError if the server ends, or doesn't answer within START_S
+        seconds."""
         self._process = self._launch()
         deadline = time.monotonic() + START_S
         while not self._well():

@@ -1,4 +1,4 @@
-"""Scores models on tasks: `heliostat model benchmark`. Makes tasks from held-out text: `heliostat model make-suite`."""
+"""Scores models on tasks (`heliostat model benchmark`), and makes tasks from held-out text (`heliostat model make-suite`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def benchmark(
 ) -> None:
     """Score a language model on lm-eval tasks, with confidence intervals, chance levels, and contamination."""
     if every != 1 and not follow:
-        raise ConfigError(f"--every: only with --follow ({every}). Add --follow")
+        raise ConfigError(f"--every: has an effect only with --follow ({every}). Add --follow")
     from heliostat.evaluation import run
     from heliostat.evaluation.suite import load
     from heliostat.storage.locations import Location
@@ -58,7 +58,7 @@ def _once(tasks: Benchmark, model: str, to: str, mlflow: str | None) -> None:
     run.write(result, Location(to))
     try:
         result["recorded"] = recording.record(store_uri(mlflow), result)
-    except TrackingError as e:  # the scores stay in the file
+    except TrackingError as e:  # the file has the scores
         fault, result["recorded"] = e, recording.unrecorded(str(e))
     run.write(result, Location(to))
     print_table(shown.rows(result), left=(0, 1))
@@ -104,7 +104,7 @@ def make_suite(
     from heliostat.evaluation.held_out import make
 
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--out: {to} is not empty. Give another folder")
+        raise ConfigError(f"--out: {to} is not empty. Pass another folder")
     result = make(dataset, to, examples, fraction, seed)
     for name, count in result["tasks"].items():
         fewer = "" if count == examples else f" instead of {examples:,}: the held-out text has no more"

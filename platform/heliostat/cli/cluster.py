@@ -64,7 +64,7 @@ def check_(
         out.print(f"{pool.name}: {nodes}{'; ' + labels if labels else ''}")
     result = {"file": str(file), "errors": report.errors, "warnings": warnings}
     count = len(report.errors)
-    finish(result, ConfigError(f"{file}: has {plural(count, 'error')}. Correct those above") if count else None)
+    finish(result, ConfigError(f"{file}: has {plural(count, 'error')}. Correct the errors above") if count else None)
 
 
 @command(CLUSTER, example="clusters/local.yaml")
@@ -108,7 +108,7 @@ def status_(
         typer.Argument(help="A cluster file, an address, or a name", metavar="CLUSTER", autocompletion=completion.clusters),
     ] = None,
 ) -> None:
-    """Show a cluster's nodes, their resources, and its jobs."""
+    """Show a cluster's nodes, the nodes' resources, and the cluster's jobs."""
     from heliostat.cluster import dashboard
 
     with jobs_on(target, field="CLUSTER") as known:

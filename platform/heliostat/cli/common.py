@@ -1,7 +1,7 @@
-"""Defines parts that commands share: the application that they register with, standard output, and the printing of results.
+"""Defines what commands share: the application with which they register, standard output, and the printing of results.
 
-`command` registers a command. A command that reports prints its result for people to `out`, and ends with `finish`. With
-`--json`, `out` is quiet, and `finish` prints the result as one object.
+`command` registers a command. A reporting command prints its result as text to `out`, and ends with `finish`. With `--json`,
+`out` prints nothing, and `finish` prints the result as one JSON object.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from heliostat.storage.locations import Location
 
-GAP = "  "  # between the columns of a table
-INDENT = "    "  # of the continuation lines of a row
+GAP = "  "  # gap between the columns of a table
+INDENT = "    "  # indentation of a row's continuation lines
 Report = dict[str, Any]  # a command's result, as `--json` prints it
 HELP = {"help_option_names": ["--help", "-h"]}
 
@@ -43,7 +43,7 @@ for _name, _help in groups.GROUPS.items():
 
 
 class Printer(Console):
-    """Prints to standard output. Text from data can't move the cursor, and markup in it has no effect."""
+    """Prints to standard output. Text from data can't move the cursor, and markup in such text has no effect."""
 
     def print(self, *objects: object, **options: Any) -> None:
         if not self.quiet:
@@ -71,7 +71,7 @@ def _reporting(
 
 
 class Reporting(groups.RenamingCommand):
-    """Adds the option `--json`, which prints only the result's object."""
+    """Adds the option `--json`, which prints only the result as a JSON object."""
 
     def __init__(self, name: str | None, **options: Any) -> None:
         super().__init__(name, **options)
@@ -81,10 +81,11 @@ class Reporting(groups.RenamingCommand):
 def command(
     group: str, name: str | None = None, *, example: str, reports: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a command in a group of `groups`, or at the top. The docstring is the help; lists show its first sentence.
+    """Registers a command in a group of `groups`, or at the top level. The function's docstring is the help text. Lists of
+    commands show its first sentence.
 
-    `name`: by default the function's name. `example`: the words after the command, for the help. `reports`: whether the command
-    has `--json`.
+    `name`: the command's name, by default the function's. `example`: example arguments for the help text. `reports`: whether the
+    command has `--json`.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -98,7 +99,7 @@ def command(
 
 
 def require_file(place: Location) -> None:
-    """Raises an error, before the work starts, if the file that `--out` names can't be written."""
+    """Raises an error, before the work starts, if the file given by `--out` can't be written."""
     try:
         place.require_file()
     except StorageError as e:
@@ -106,7 +107,8 @@ def require_file(place: Location) -> None:
 
 
 def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
-    """Checks a file of API keys if it exists, and returns a function that reads it. The function makes a missing file."""
+    """Checks a file of API keys if it exists, and returns a function that reads the file. If the file is missing, this function
+    creates it."""
     from heliostat.web import keys
 
     def known() -> dict[str, str] | None:
@@ -122,19 +124,19 @@ def keys_of(place: Path | None) -> Callable[[], dict[str, str] | None]:
 
 
 def print_page(url: str, place: Path) -> None:
-    """Prints the address of a page. On a terminal it contains the key after `#`, which browsers don't send."""
+    """Prints the address of a page. On a terminal, the address contains the key after `#`, which browsers don't send."""
     from heliostat.web import keys
 
     if out.is_terminal:
         out.print(f"the page is at {url}#key={keys.first(place)}")
     else:
-        out.print(f"the page is at {url}; it asks for a key, one of those in {place}")
+        out.print(f"the page is at {url}; enter one of the keys in {place}")
 
 
 def program(elsewhere: bool = False) -> str:
-    """Returns the words that call this program in the user's shell: its name, or its path if it isn't on the PATH.
+    """Returns the words that run this program in the user's shell: its name, or its path if the program isn't on the PATH.
 
-    `elsewhere`: the absolute path, for another folder.
+    `elsewhere`: return the absolute path, for use in another folder.
     """
     called = sys.argv[0]
     if Path(called).name != "heliostat" or shutil.which("heliostat"):
@@ -143,15 +145,15 @@ def program(elsewhere: bool = False) -> str:
 
 
 def print_table(rows: list[list[str]], left: Collection[int] = (0,)) -> None:
-    """Prints a table: the head first, no cell cut. Without a terminal, each row is one line."""
+    """Prints a table, with the header first. It cuts no cell. Without a terminal, each row is one line."""
     for line in table_lines(rows, left, out.width if out.is_terminal else None):
         out.print(line)
 
 
 def table_lines(rows: Sequence[Sequence[str]], left: Collection[int] = (0,), width: int | None = None) -> list[str]:
-    """Formats a table, the head first. Columns in `left` are aligned to the left, all others to the right.
+    """Formats a table, with the header first. Columns in `left` are aligned to the left, all others to the right.
 
-    `width`: characters per line of the terminal; None: each row is one line.
+    `width`: characters per line of the terminal. None: each row is one line.
     """
     if not rows:
         return []
@@ -166,7 +168,7 @@ def _lines(row: Sequence[str], widths: list[int], left: Collection[int], width: 
 
 
 def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
-    """Groups the columns into bands [begin, end), one per line: as many columns as fit into `width`, at least one."""
+    """Groups the columns into bands [begin, end). A band is one line, with as many columns as fit into `width`, at least one."""
     columns, begin, used = list[tuple[int, int]](), 0, 0
     for i, one in enumerate(widths):
         if width is not None and i > begin and used + len(GAP) + one > width:
@@ -178,7 +180,8 @@ def bands(widths: Sequence[int], width: int | None) -> list[tuple[int, int]]:
 
 
 def store_uri(uri: str | None) -> str:
-    """Returns the URI of the MLflow store: the option's, the environment's, or the default. ConfigError if it isn't valid."""
+    """Returns the URI of the MLflow store: from the option, from the environment, or the default. ConfigError if the URI isn't
+    valid."""
     if uri and carries_secret(uri):
         raise ConfigError(
             "--mlflow: has a password, which every user of this machine can see. Set MLFLOW_TRACKING_URI instead, or "
@@ -194,7 +197,7 @@ def store_uri(uri: str | None) -> str:
     if uri.startswith("sqlite:///"):
         place = Path(uri.removeprefix("sqlite:///").partition("?")[0])
         if not place.exists():
-            raise ConfigError(f"--mlflow: no such file ({place}). Give the database of a store, which `heliostat train` makes")
+            raise ConfigError(f"--mlflow: no such file ({place}). Pass the database of a store, which `heliostat train` creates")
         require_database("--mlflow", place)
     return uri
 
@@ -224,19 +227,21 @@ def tracking(mlflow: str | None) -> Iterator[tuple[MlflowClient, str]]:
 
 
 def write_page(to: Path, page: Callable[[], str]) -> None:
-    """Writes an HTML page to the file that `--out` names; ConfigError, before `page` is called, if its folder doesn't exist."""
+    """Writes an HTML page to the file given by `--out`. Before it calls `page`, it raises ConfigError if the file's folder
+    doesn't exist."""
     if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--out: no such folder ({to.parent}). Make it first, or give another path")
+        raise ConfigError(f"--out: no such folder ({to.parent}). Create it first, or pass another path")
     text = page()
     try:
         to.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise ConfigError(f"--out: can't write {to} ({e.strerror}). Give another path") from e
+        raise ConfigError(f"--out: can't write {to} ({e.strerror}). Pass another path") from e
     out.print(f"{to}: {to.stat().st_size:,} bytes")
 
 
 def finish(result: Mapping[str, object], fault: HeliostatError | None = None) -> None:
-    """Ends a command: with `--json` prints its result as one object. Raises `fault`, if any, with the result attached."""
+    """Ends a command. With `--json`, prints the result as one JSON object. If there is a `fault`, raises it with the result
+    attached."""
     if fault:
         fault.found = result
         raise fault
@@ -245,7 +250,7 @@ def finish(result: Mapping[str, object], fault: HeliostatError | None = None) ->
 
 
 def write_json(result: Mapping[str, object]) -> None:
-    """Writes an object on one line. NaN and infinity become null, because JSON has neither."""
+    """Writes an object on one line. NaN and infinity become null, because JSON doesn't have these values."""
     sys.stdout.write(json.dumps(_finite(result), allow_nan=False) + "\n")
 
 

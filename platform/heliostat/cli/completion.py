@@ -1,6 +1,7 @@
 """Completes words in a shell: files of the workspace, runs, models, datasets, sweeps, clusters, and jobs.
 
-A shell waits for it at each tab. So it imports only the standard library, uses no network, and skips files that it can't read.
+The shell waits for a completion at each tab. So this module imports only the standard library, uses no network, and skips
+unreadable files.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def _run_ids() -> list[str]:
 
 
 def _query(statement: str) -> list[str]:
-    """Queries the local MLflow database, and waits at most 0.2 s for its writers. No rows if there is no database."""
+    """Queries the local MLflow database, and waits at most 0.2 s for processes that write to it. Returns no rows if there is no
+    database."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     place = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else STORE
     if (uri and not uri.startswith("sqlite:///")) or not place.is_file():

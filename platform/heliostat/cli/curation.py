@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from heliostat.data.manifest import Manifest
     from heliostat.tracking.lineage_of_documents import Reached
 
-MOST = 20  # maximum number of printed documents, samples, and steps; --json has all
+MOST = 20  # maximum printed documents, samples, and steps; --json prints all
 
 Dataset = Annotated[
     str,
@@ -42,11 +42,11 @@ def _found(dataset: str, url: str | None, id: str | None, text: Path | None) -> 
     from heliostat.storage.locations import Location
 
     if sum(x is not None for x in (url, id, text)) != 1:
-        raise ConfigError("DATASET: the command needs one document. Give exactly one of --url URL, --id ID, --text FILE")
+        raise ConfigError("DATASET: the command needs one document. Pass exactly one of --url URL, --id ID, --text FILE")
     try:
         raw = text.read_bytes() if text else None
     except OSError as e:
-        raise ConfigError(f"--text: can't read {text} ({e.strerror}). Give a text file") from e
+        raise ConfigError(f"--text: can't read {text} ({e.strerror}). Pass a text file") from e
     dataset_ = manifest.read(Location(dataset))
     return dataset_, find(dataset_, id=id, url=url, text=raw)
 
@@ -71,7 +71,7 @@ def report(
 
 
 def _stages(facts: Report) -> Report:
-    """Sums up the funnel: for each stage the documents that entered, were kept, and were dropped, and its seconds."""
+    """Summarizes the funnel. For each stage, counts the input, kept, and dropped documents, and the seconds."""
     names = ("documents", "bytes", "kept", "kept_bytes", "dropped", "counts")
     parts = {name: {k: part[k] for k in names if k in part} for name, part in facts["funnel"].items()}
     return {"stages": {n: p | {"seconds": facts["seconds"].get(n)} for n, p in parts.items()}}
@@ -132,7 +132,7 @@ def forget(
 
 
 def _ways(dataset: Manifest, id: str, mlflow: str | None) -> Report:
-    """Lists where a document is, which duplicate was kept, and which runs trained on it."""
+    """Lists a document's position in the dataset, the kept duplicate, and the runs that trained on the document."""
     from heliostat.curation import reasons
     from heliostat.curation.text import trace as tracing
 
@@ -147,13 +147,13 @@ def _print_forgotten(report: Report) -> None:
     out.print(f"dataset {report['dataset']} is ready: {report['documents']:,} documents{tokens}, digest {report['digest'][:12]}, "
               f"without {', '.join(report['forgotten'])}")  # fmt: skip
     if report["shard"]:
-        out.print(f"  it was in shard {report['shard']['path']} of {report['previous'][:12]}")
+        out.print(f"  the document was in shard {report['shard']['path']} of version {report['previous'][:12]}")
     else:
-        out.print("  it was in no shard; the dataset had only its record")
+        out.print("  the document was in no shard; the dataset had only its record")
     for hop in report["instead"]:
-        out.print(f"  a near duplicate is still in the dataset. Forget it too: --id {hop['id']}")
+        out.print(f"  a near-duplicate is still in the dataset. Forget it, too: --id {hop['id']}")
     _print_runs(report)
-    out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain it")
+    out.print("  the old dataset, its earlier versions, the input, and the models of these runs still contain the document")
 
 
 def _runs(dataset: Manifest, id: str, run: str | None, mlflow: str | None) -> list[Reached]:
@@ -220,7 +220,7 @@ def _print_runs(report: Report) -> None:
             where = "in place of a bad sample" if sample["lane"] is None else where
             out.print(f"    step {sample['step']:,}: {where}; row group {sample['row_group']}, sample {sample['row']}")
     if report["shard"] and not report["runs"]:
-        out.print("  no recorded run has trained on it")
+        out.print("  no recorded run has trained on the document")
 
 
 Good = Annotated[Path, typer.Argument(help="A folder of documents to keep", metavar="GOOD", show_default=False)]

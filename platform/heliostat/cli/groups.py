@@ -1,7 +1,7 @@
-"""Groups the commands, and translates the names of earlier versions into today's.
+"""Groups the commands, and translates names of earlier versions into current names.
 
-The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` have the names of version
-0.1, which work for one more version; each use prints one line on standard error.
+The tree has two levels: `heliostat GROUP COMMAND`. Five commands have no group. `RENAMED` and `OPTIONS` list the names of version
+0.1, which work for one more version. Each use of an old name prints a line on standard error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import typer
 TOP, DATA, RUN, MODEL, SWEEP, JOB, CLUSTER, SEARCH, DEBUG = (
     "", "data", "run", "model", "sweep", "job", "cluster", "search", "debug",
 )  # fmt: skip
-FIRST = ("init", "check", "plan", "train", "submit")  # the commands without a group, in the order of their use
+FIRST = ("init", "check", "plan", "train", "submit")  # commands without a group, in the order of use
 GROUPS = {
     DATA: "Datasets: prepare, index, trace, forget, report.",
     RUN: "Training runs: list, report, lineage, checkpoints, verify, ui.",
@@ -38,12 +38,12 @@ RENAMED = {
     "runs": "run list", "jobs": "job list", "tune": "sweep run", "sweeps": "sweep list",
     "index-documents": "search index", "ask": "search ask",
 }  # fmt: skip
-OPTIONS = {  # old and new names of options, by command
+OPTIONS = {  # command -> old name of an option -> new name
     "model export": {"--to": "--out"},
     "model evaluate": {"--data": "--dataset"},
     "plan": {"--write": "--out"},
 }
-SYNONYMS = {  # commands of other tools, and heliostat's
+SYNONYMS = {  # command of another tool -> heliostat's command
     **dict.fromkeys(("start", "fit", "finetune", "fine-tune", "launch"), "train"),
     **dict.fromkeys(("new", "create", "setup"), "init"),
     **dict.fromkeys(("validate", "lint", "doctor"), "check"),
@@ -67,7 +67,7 @@ UsageError: Any = typer.BadParameter.__base__  # typer exports only its subclass
 
 
 class RenamingCommand(typer.core.TyperCommand):
-    """Replaces options of earlier versions by today's."""
+    """Replaces options of earlier versions by current options."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         return without_types(super().get_params(ctx))
@@ -88,7 +88,7 @@ class RenamingCommand(typer.core.TyperCommand):
 
 
 class Root(typer.core.TyperGroup):
-    """Lists commands and groups in the order of their use, and replaces commands of earlier versions by today's."""
+    """Lists commands and groups in the order of use, and replaces commands of earlier versions by current commands."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         params = without_types(super().get_params(ctx))
@@ -117,7 +117,7 @@ class CommandGroup(typer.core.TyperGroup):
 
 
 def without_types(params: list[Any]) -> list[Any]:
-    """Removes the type from typer's own flags: it would show in their help, and its check would import pydantic."""
+    """Removes the type from typer's own flags. The type would appear in the help, and its check would import pydantic."""
     for parameter in params:
         if parameter.name in ("help", "install_completion", "show_completion"):
             parameter.metavar, parameter.default = "", False
@@ -125,7 +125,7 @@ def without_types(params: list[Any]) -> list[Any]:
 
 
 def current(words: list[str]) -> tuple[str, str, list[str]]:
-    """Splits a command line into an old command, its name today, and the other words.
+    """Splits a command line into an old command, its current name, and the other words.
 
     Both names are empty if the words begin with a command of this version.
     """
@@ -141,26 +141,26 @@ def current(words: list[str]) -> tuple[str, str, list[str]]:
 
 
 def notice(ctx: Any, old: str, new: str) -> None:
-    """Prints that a name has changed on standard error, except during shell completion."""
+    """Prints on standard error that a name has changed, except during shell completion."""
     if not ctx.resilient_parsing:
         sys.stderr.write(f"{old} is now {new}\n")
 
 
 def split(args: list[str]) -> tuple[list[str], list[str]]:
-    """Splits words at `--`, because the words after it aren't options."""
+    """Splits words at `--`, because the words after `--` aren't options."""
     end = args.index("--") if "--" in args else len(args)
     return args[:end], args[end:]
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yields the words of every subcommand, without the program's name."""
+    """Yields the words of each subcommand, without the program's name."""
     for name, below in getattr(command, "commands", {}).items():
         yield (*path, name)
         yield from leaves(below, (*path, name))
 
 
 def suggest(root: Any, within: tuple[str, ...], word: str) -> list[str]:
-    """Lists up to three commands that an unknown word of the group `within` may mean, the likeliest first."""
+    """Lists up to three commands that the user may have meant by an unknown word in the group `within`, the likeliest first."""
     tree = [words for words in leaves(root) if len(words) > 1 or words[0] not in GROUPS]
     same = [" ".join(words) for words in tree if words[-1] == word]
     here = difflib.get_close_matches(word, [words[-1] for words in tree if words[:-1] == within], n=1)

@@ -48,17 +48,17 @@ def generate(
     options: dict[str, object] = {name: value for name, value in flags.items() if value is not None}
     if [prompt, prompts, prefix].count(None) != 2:
         raise ConfigError(
-            "--prompt: the command needs one prompt. Give exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
+            "--prompt: the command needs one prompt. Pass exactly one of --prompt TEXT, --prompts FILE, and --prefix with "
             "--suffix"
         )
     if (prefix is None) != (suffix is None):
         missing = "--suffix" if suffix is None else "--prefix"
-        raise ConfigError(f"{missing}: is missing. Give both --prefix and --suffix (one may be empty)")
+        raise ConfigError(f"{missing}: is missing. Pass both --prefix and --suffix (one may be empty)")
     if prefix is not None and suffix is not None:
         prompt, options["suffix"] = generating.read_text("--prefix", prefix), generating.read_text("--suffix", suffix)
     if prompts is not None:
         if to is None:
-            raise ConfigError("--out: is required with --prompts. Give a folder or an s3:// prefix")
+            raise ConfigError("--out: is required with --prompts. Pass a folder or an s3:// prefix")
         from heliostat.inference.many import generate_many
 
         texts = generating.read_prompts(prompts)
@@ -111,7 +111,7 @@ def infer(
     options = {k: v for k, v in {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}.items() if v is not None}
     if options and task not in WRITES:
         option = next(iter(options)).replace("_", "-")
-        raise ConfigError(f"--{option}: only with --task {' or '.join(WRITES)} ({task}). Remove it")
+        raise ConfigError(f"--{option}: has an effect only with --task {' or '.join(WRITES)} ({task}). Remove it")
     settings = {"task": task, "column": column, "keep": keep or [], "seed": seed, "batch": batch, "options": options}
     checked = validate(BatchSettings, settings, "infer")
     run_ = run(model_folder(model, mlflow), input_, to, checked, workers, out.quiet, engine)

@@ -1,6 +1,6 @@
 """Submits and manages jobs on clusters: `heliostat submit`, `heliostat job` list, status, logs, stop, resume.
 
-Exit codes of commands that follow a job: 0 succeeded, 1 failed, 2 bad input, 130 stopped.
+Exit codes of commands that follow a job: 0: succeeded, 1: failed, 2: invalid input, 130: stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Id = Annotated[
 
 
 def recorded(job_id: str) -> SubmissionRecord | None:
-    """Reads this workspace's record of a job that it submitted; None if it submitted no job with this id."""
+    """Reads this workspace's record of a submitted job; None if the workspace submitted no job with this id."""
     from heliostat.submit.submission import SubmissionRecord
 
     return SubmissionRecord.read(job_id)
@@ -44,7 +44,7 @@ def recorded(job_id: str) -> SubmissionRecord | None:
 
 @contextmanager
 def jobs_on(cluster: str | None, record: SubmissionRecord | None = None, field: str = "--cluster") -> Iterator[Jobs]:
-    """Connects to the jobs of a cluster: `cluster`, or by default the record's. Errors name `field`."""
+    """Connects to the jobs of `cluster`, by default the cluster in the record. Errors begin with `field`."""
     from heliostat.cluster.endpoint import endpoint
     from heliostat.submit.jobs import Jobs
 
@@ -74,7 +74,7 @@ def submit(
 
 
 def checked(file: Path, settings: list[str], endpoint_: Endpoint, resume: bool = False) -> Job:
-    """Loads a job, and checks its paths, its plan on the cluster, and its services as far as this machine can.
+    """Loads a job. Checks its paths, its plan on the cluster, and the services that this machine can reach.
 
     The returned job has its final parallelism configuration.
     """
@@ -204,7 +204,7 @@ def stop(
 
     with jobs_on(cluster, recorded(id_)) as jobs:
         stopped = jobs.stop(id_, now)
-    if now:  # a store that doesn't answer may be the reason for --now
+    if now:  # --now may be used because a store doesn't answer
         os.environ[BUDGET] = "3"
     p = _progress(stopped["metadata"]["run"], int(stopped["metadata"]["steps"]), stopped["metadata"])
     at = f" ({p['note']})" if p["step"] is None else f" at {p.get('unit', 'step')} {p['step']}"

@@ -33,7 +33,7 @@ from heliostat.cli import retrieval, serving, runs, tune, cluster, jobs, next_st
 # isort: on
 
 STAMP = "%Y-%m-%d %H:%M:%S"  # of log lines
-QUIET = {  # turns off progress bars and notices of libraries
+QUIET = {  # turns off progress bars and messages of libraries
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
@@ -69,7 +69,7 @@ def main() -> None:
     sys.excepthook = excepthook
     try:
         code = _run(json_, verbose)
-    except Exception as e:  # a bug: its traceback follows
+    except Exception as e:  # a bug: the traceback follows
         if json_:
             write_json({"error": described(e)})
         raise
@@ -83,7 +83,7 @@ def _run(json_: bool, verbose: bool) -> int:
     ended: BaseException = KeyboardInterrupt()
     try:
         if (code := app(prog_name="heliostat", standalone_mode=False) or 0) != 130:
-            return code  # typer returns 130 for Ctrl-C, and prints nothing
+            return code  # for Ctrl-C, typer returns 130 and prints nothing
     except (HeliostatError, UsageError, KeyboardInterrupt, typer.Abort) as e:
         ended = e
     if type(ended).__name__ == "NoArgsIsHelpError":
@@ -116,20 +116,21 @@ def described(error: BaseException) -> DescribedCommand:
 
 
 def _nothing_more() -> None:
-    """Ensures that the result is the last line of standard output. Ray may print more when it ends; that goes to stderr."""
+    """Ensures that the result is the last line of standard output. Ray may print more text when it ends; this text goes to
+    standard error."""
     sys.stdout.flush()
     sys.stdout = sys.stderr
 
 
 class LogLines(Formatter):
-    """Formats log lines without secrets, with characters that would move a terminal's cursor escaped."""
+    """Formats log lines without secrets. Escapes characters that would move a terminal's cursor."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record), lines=True)
 
 
 class Terminal(logging.Handler):
-    """Prints log lines above the live progress line. A long message wraps to the right of its time."""
+    """Prints log lines above the live progress line. Further lines of a long message are indented past the time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,12 +143,13 @@ class Terminal(logging.Handler):
             row.add_column(overflow="fold")
             row.add_row(stamp(datetime.fromtimestamp(record.created), self.began), Text(self.format(record)))
             console.print(row)
-        except Exception:  # noqa: BLE001 (like logging's own handlers: a log line must not end a run)
+        except Exception:  # noqa: BLE001 (as in logging's handlers: a log line must not end a run)
             self.handleError(record)
 
 
 def start_logs(verbose: bool) -> None:
-    """Sends logs to standard error: warnings of libraries; of heliostat `info` and above, with `verbose` also `debug`."""
+    """Sends logs to standard error: warnings of libraries, and heliostat's messages from level `info`, or from `debug` with
+    `verbose`."""
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = Terminal()
@@ -160,5 +162,5 @@ def start_logs(verbose: bool) -> None:
 
 
 def stamp(at: datetime, began: date) -> str:
-    """Formats a time for the terminal. It has a date only if that differs from `began`, the day when the command began."""
+    """Formats a time for the terminal, with a date only if the date differs from `began`, the day on which the command began."""
     return at.strftime("%H:%M:%S" if at.date() == began else STAMP)

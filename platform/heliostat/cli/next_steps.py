@@ -1,6 +1,6 @@
-"""Shows what to do next in a folder: `heliostat` without a command.
+"""Shows the next steps in a folder: `heliostat` without a command.
 
-It reads YAML files and the folders of datasets and runs, imports no slow library, and never asks S3.
+It reads YAML files and the folders of datasets and runs. It imports no slow library, and never connects to S3.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ LONGEST = 60  # maximum number of characters of a name in a line
 
 
 class FolderRun(TypedDict):
-    """Describes a job's run. `step`: step of the last checkpoint; `answers`: output of `model generate` with its model."""
+    """Describes a job's run. `step`: the step of the last checkpoint. `answers`: the output of `model generate` with the run's
+    model."""
 
     job: str
     name: str
@@ -34,7 +35,7 @@ class FolderRun(TypedDict):
 
 
 class NextCommand(TypedDict):
-    """Describes a command to type, and the reason."""
+    """Describes a command to type, and the reason for it."""
 
     command: str
     why: str
@@ -81,7 +82,7 @@ def lines(status: FolderStatus) -> list[str]:
         counts = {"job": status["jobs"], "pipeline": status["pipelines"], "prepared dataset": status["datasets"]}
         text = [", ".join(plural(len(items), what) for what, items in counts.items())]
     if run := status["run"]:
-        of = f" of {run['steps']:,}" if run["steps"] else ""  # 0: unknown, for a job with epochs or tokens
+        of = f" of {run['steps']:,}" if run["steps"] else ""  # 0: unknown, because the job has epochs or tokens
         model = f", model {run['model']}" if "/" in (run["model"] or "") else ""  # a run id has no slash
         text.append(f"run {run['name'][:LONGEST]}: {run['state']}, step {run['step']:,}{of}{model}")
     width = 80 - len("Next:  ")
@@ -93,7 +94,7 @@ def lines(status: FolderStatus) -> list[str]:
 
 
 def _next(folder: Path, status: FolderStatus, jobs: list[FoundFile], pipelines: list[FoundFile]) -> list[tuple[list[str], str]]:
-    """Lists the next commands as words after the program's name, each with its reason."""
+    """Lists the next commands, each as the words after the program's name, with its reason."""
     if not jobs and not pipelines:
         return [(["init"], "make a workspace here"), (["init", "my-workspace"], "or in a new folder")]
     if run := status["run"]:
@@ -123,7 +124,7 @@ def _after(run: FolderRun) -> list[tuple[list[str], str]]:
 
 
 def _files(parent: Path) -> list[FoundFile]:
-    """Reads the YAML files of a folder, sorted by name. Skips a file that isn't a mapping: `check` explains it."""
+    """Reads the YAML files of a folder, sorted by name. Skips a file that isn't a mapping, because `check` reports it."""
     import yaml
 
     files = list[FoundFile]()
@@ -154,14 +155,14 @@ def _has_dataset(folder: Path, place: object) -> bool:
 
 
 def _run(folder: Path, job: FoundFile) -> FolderRun | None:
-    """Reads the state of a job's run from its folder; None if the job has no run, or one on S3."""
+    """Reads the state of a job's run from the run's folder. None if the job has no run, or if the run is on S3."""
     content = job["content"]
     storage, train = content.get("storage") or STORAGE, content.get("train")
     place = Path(str(storage)) / str(content.get("name"))
     if "://" in str(storage) or not (folder / place / "run.json").is_file():
         return None
     steps = train.get("steps") if isinstance(train, dict) else None
-    steps = steps if isinstance(steps, int) else 0  # 0: unset, or a mistake that `check` explains
+    steps = steps if isinstance(steps, int) else 0  # 0: not set, or a mistake that `check` reports
     ending, step = _read(folder / place / "result.json"), _last_step(folder / place)
     ended, alive = isinstance(ending.get("steps"), int) and ending["steps"] >= step, _alive(folder / place / "lease")
     return {
@@ -180,7 +181,7 @@ def _model(ending: dict[str, Any]) -> str | None:
 
 
 def _answers(ending: dict[str, Any]) -> Literal["text", "images"] | None:
-    if not ending.get("samples"):  # the recipe generates nothing, such as a classifier
+    if not ending.get("samples"):  # the recipe can't generate, for example a classifier
         return None
     return "images" if ending.get("unit") == "samples" else "text"
 
@@ -196,7 +197,8 @@ def _active(run: Path) -> float:
 
 
 def _alive(leases: Path) -> bool:
-    """Returns whether the holder of the newest lease may be alive. On another machine that means: the lease isn't released."""
+    """Returns whether the holder of the newest lease may be alive. A holder on another machine may be alive until the lease is
+    released."""
     newest = max(leases.glob("*.json"), default=None)
     holder = _read(newest) if newest else {}
     if not holder or holder.get("released"):

@@ -1,6 +1,6 @@
-"""Defines options and arguments that several commands share, so their help is written once.
+"""Defines options and arguments that several commands share, so that their help is written only once.
 
-Each module of commands defines the options that only it has.
+Options that only one module of commands uses are defined in this module.
 """
 
 from __future__ import annotations

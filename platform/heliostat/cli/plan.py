@@ -44,7 +44,7 @@ def plan(
     from heliostat.plan.plan_file import plan_file
 
     if write and not calibrate:
-        raise ConfigError(f"--out: only with --calibrate ({write}). Add --calibrate RUN")
+        raise ConfigError(f"--out: has an effect only with --calibrate ({write}). Add --calibrate RUN")
     run = run_folder(calibrate, mlflow) if calibrate else None
     result = plan_file(job, setting, cluster, device, prices, run, write, rank)
     if rank:
@@ -95,7 +95,7 @@ def replayed(which: bool | int | str) -> str:
 
 
 def parameters(p: Report) -> str:
-    """Formats the parameters of a planned model; for a mixture of experts also the active ones per token."""
+    """Formats the number of parameters of a planned model. For a mixture of experts, adds the active parameters per token."""
     total, active = p["parameters"]["total"], p["parameters"]["active"]
     return f"{total:,} parameters" + (f" ({active:,} active per token)" if active < total else "")
 
@@ -107,12 +107,12 @@ def _checkpointing(which: bool | int | str) -> str:
 
 
 def _size(n: float) -> str:
-    """Formats bytes: in GB, or in MB below 0.1 GB."""
+    """Formats bytes in GB, or in MB below 0.1 GB."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.2f} MB"
 
 
 def _length(days: float) -> str:
-    """Formats the length of a run: in days, or in hours, minutes, and seconds below a tenth of a day."""
+    """Formats the duration of a run in days. Below a tenth of a day, uses hours, minutes, and seconds."""
     return f"{days:.2f} days" if days >= 0.1 else duration(days * 86400)
 
 

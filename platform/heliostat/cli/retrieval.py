@@ -16,7 +16,7 @@ from heliostat.errors import ConfigError
 if TYPE_CHECKING:
     from heliostat.apps.search.search import Passage, SearchIndex
 
-SHOWN = 600  # maximum number of printed characters of a passage; --json has all
+SHOWN = 600  # maximum printed characters of a passage; --json prints all
 
 
 @command(SEARCH, "index", example=".heliostat/data/quickstart --out .heliostat/index")
@@ -98,7 +98,7 @@ def ask(
     build.require()
     if (question is None) == (questions is None):
         raise ConfigError(
-            "QUESTION: the command needs one question. Give exactly one of a question and --questions FILE. "
+            "QUESTION: the command needs one question. Pass exactly one of a question and --questions FILE. "
             "Quote a question with spaces"
         )
     if mode is not None and mode not in MODES:
@@ -114,7 +114,7 @@ def ask(
     if questions is not None:
         if model is not None or mode is not None:
             option = "--model" if model else "--mode"
-            raise ConfigError(f"{option}: not with --questions, which measures every mode. Remove one of the two")
+            raise ConfigError(f"{option}: not with --questions, which measures every mode. Remove one option")
         _judge(opened, questions, ordering)
         return
     assert question is not None
@@ -154,7 +154,7 @@ def _print_found(result: Report) -> None:
 
 
 def _scores(passage: Report) -> str:
-    """Formats the scores of a passage, the one that decides its place in the list first."""
+    """Formats the scores of a passage. The score by which passages are sorted comes first."""
     searched = f"{passage['scored_by']} score {passage['score']:.4g}"
     if "rerank_score" not in passage:
         return searched

@@ -1,6 +1,6 @@
 """Shows runs and models from MLflow and run folders: `heliostat run`, `model promote`, `debug` profile, reproduce.
 
-docs/mlflow.md lists the records.
+docs/mlflow.md lists what heliostat records.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ def lineage(
     from heliostat.tracking import lineage as tracing
 
     if sum(x is not None for x in (what, shard, dataset)) != 1:
-        raise ConfigError("MODEL: the command needs one choice. Give exactly one of MODEL, --shard PATH, and --dataset DIGEST")
+        raise ConfigError("MODEL: the command needs one choice. Pass exactly one of MODEL, --shard PATH, and --dataset DIGEST")
     if dataset is not None and len(dataset) < 6:
-        raise ConfigError(f"--dataset: the digest is too short ({dataset}). Give at least its first 6 digits")
+        raise ConfigError(f"--dataset: the digest is too short ({dataset}). Pass at least its first 6 digits")
     with tracking(mlflow) as (client, uri):
         if what is None:
             _backwards(client, shard, dataset)
@@ -142,7 +142,7 @@ def promote(
     """Give a registered model an alias, unless it is worse than the alias's current model or fails a rule."""
     from heliostat.tracking import registry
 
-    registry.parse(model)  # before connecting to the store, which takes seconds
+    registry.parse(model)  # parsed first, because connecting to the store takes seconds
     with tracking(mlflow) as (client, _):
         done = registry.promote(client, model, alias, require or [], metric, "max" if maximize else "min", force)
     instead = f", in place of version {done['replaced']}" if done["replaced"] else ""
@@ -263,7 +263,7 @@ def verify(run: Run, mlflow: TrackingUri = None) -> None:
 
 @command(RUN, example=".heliostat/runs/quickstart")
 def goodput(run: Run, mlflow: TrackingUri = None) -> None:
-    """Show where a run's time went, over all restarts. The parts add up to 100 %."""
+    """Show how a run used its time, including all restarts. The shares add up to 100 %."""
     from heliostat.runs import goodput as accounting
     from heliostat.tracking.reconcile import settle_folder
 

@@ -75,12 +75,13 @@ def check(
 
 
 def _plain(value: object) -> str:
-    """Formats a default as a job file would have it."""
+    """Formats a default in the syntax of a job file."""
     return json.dumps(value).replace('"', "") if isinstance(value, dict) else str(value)
 
 
 def _show_numerics(job: Path, checked: Checked) -> tuple[Report, NumericsError | None]:
-    """Compares the numerics with one plain process, and prints them; returns the report, and an error if they differ."""
+    """Compares a job's numbers with the numbers of one plain process, and prints the comparison. Returns the report, and an error
+    if they differ."""
     from heliostat.numerics import check as numerics
 
     with console.status("running some steps on two workers, and in one plain process"):
@@ -119,7 +120,7 @@ def _number(value: float) -> str:
 
 
 def explain(faults: list[Report]) -> str:
-    """Lists the differences, those with a known cause and the largest first."""
+    """Lists the differences. Differences with a known cause, and the largest, come first."""
     ordered = sorted(faults, key=lambda f: (f["step"], not f["cause"], -f["difference"]))
     more = f"\n  and {len(ordered) - SHOWN:,} more" if len(ordered) > SHOWN else ""
     return "the numbers differ from those of one plain process\n  " + "\n  ".join(f["text"] for f in ordered[:SHOWN]) + more
@@ -177,7 +178,7 @@ def train(
     from heliostat.validation.check import load_job
 
     wanted, began = auto.settled(load_job(job, setting, resume=resume), resume=resume), psutil.Process().create_time()
-    usual = store_uri(None)  # before training, because MLflow sets the environment variable to the job's store
+    usual = store_uri(None)  # read before training, because MLflow sets the environment variable to the job's store
     result = train_job(wanted, resume, overwrite, allow_data_change, verbose, tags=source(job), started=began)
     _print_result(result)
     out.print(
@@ -198,10 +199,10 @@ def _print_result(result: Ending) -> None:
         if entropy:
             out.print(f"for comparison: the unigram entropy of {name} is {entropy:.4g} nats per token")
     split = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in result["startup"].items())
-    split = f" ({split})" if split else ""  # empty: the driver that knew it died after the last step
+    split = f" ({split})" if split else ""  # empty if the driver that measured it died after the last step
     out.print(f"{result['tokens_per_second']:,.0f} {result['unit']}/s, data wait {result['data_wait']:.2%}; "
               f"{result['seconds_to_first_step']:.1f} s to the first step{split}")  # fmt: skip
-    if "goodput" in result:  # a run of an older version has none
+    if "goodput" in result:  # runs of older versions have no goodput
         from heliostat.runs import goodput as accounting
 
         out.print(accounting.line(result["goodput"]))
@@ -248,7 +249,7 @@ def chaos(
 
 
 def chaos_table(rows: list[Report]) -> list[list[str]]:
-    """Formats the rows as cells, the column names first."""
+    """Formats the rows as cells, with the column names first."""
     return [list(HEADS.values()), *(_chaos_cells(row) for row in rows)]
 
 

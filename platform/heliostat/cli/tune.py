@@ -131,7 +131,7 @@ def _submit(path: Path, setting: list[str], cluster: str, queue: str | None, fla
     with jobs_on(cluster) as jobs:
         plan = sweeps.load(path, setting, jobs.there.file)
         job = checked(sweeps.base_file(plan.sweep), sweeps.settings(plan.sweep.set_), jobs.there)
-        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # the job has these settings already
+        whole = {k: v for k, v in plan.sweep.dump().items() if k != "set"}  # the job already has these settings
         record = SubmissionRecord(plan.sweep.name, cluster, str(plan.folder), plan.trials or 0, job.dump(), queue, whole)
         send(jobs, record, flags, follow)
 

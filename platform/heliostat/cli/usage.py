@@ -8,7 +8,7 @@ from typing import Any
 from heliostat.cli.groups import suggest
 from heliostat.text import brief
 
-SUGGESTED = {  # options of other tools, and of other commands of heliostat
+SUGGESTED = {  # options of other tools, or of other heliostat commands -> this command's option
     **dict.fromkeys(("--output", "--output-dir", "--output_dir", "--dir", "--to", "-o", "--file", "--path"), "--out"),
     **dict.fromkeys(("--tracking-uri", "--store", "--uri", "--mlflow-uri"), "--mlflow"),
     **dict.fromkeys(("--max-new-tokens", "--max_tokens", "--length"), "--max-tokens"),
@@ -16,7 +16,7 @@ SUGGESTED = {  # options of other tools, and of other commands of heliostat
     **dict.fromkeys(("--continue", "--from-checkpoint", "--restart"), "--resume"),
     "--force": "--overwrite", "--model-name": "--model", "--temp": "--temperature", "--data": "--dataset", "--debug": "--verbose",
 }  # fmt: skip
-OF_JOB = {  # the key of a job that an option of another tool means
+OF_JOB = {  # option of another tool -> the job key with the same meaning
     **dict.fromkeys(("--lr", "--learning-rate", "--learning_rate"), "train.optimizer.lr"),
     **dict.fromkeys(("--steps", "--max-steps", "--max_steps"), "train.steps"),
     **dict.fromkeys(("--epochs", "--num-epochs", "--num_train_epochs"), "train.epochs"),
@@ -36,7 +36,7 @@ OF_PIPELINE = {
 
 
 def explain(error: Any) -> str:
-    """Explains a wrong command line: the word at fault, the problem, and what to type instead."""
+    """Explains a wrong command line: the wrong word, the problem, and the text to type instead."""
     context = error.ctx
     path = context.command_path if context else "heliostat"
     problem, fix = _problem(error, context, path)
@@ -53,9 +53,9 @@ def _problem(error: Any, context: Any, path: str) -> tuple[str, str]:
         return f"{field}: this {what} is missing", f"{_meaning(error.param)}. "
     if kind == "BadOptionUsage":
         if "does not take a value" in message:
-            return f"{error.option_name}: takes no value", f"Write {error.option_name} alone. "
+            return f"{error.option_name}: takes no value", f"Write {error.option_name} without a value. "
         option = next((p for p in context.command.params if error.option_name in p.opts), None) if context else None
-        return f"{error.option_name}: its value is missing", f"{_meaning(option)}. " if option else ""
+        return f"{error.option_name}: the value is missing", f"{_meaning(option)}. " if option else ""
     if getattr(error, "param", None) is not None:
         return f"{_field(error.param)}: {_plain(error)}", f"{_meaning(error.param)}. "
     if unknown := re.fullmatch(r"No such command '(.*?)'.*", message, re.DOTALL):
@@ -88,7 +88,7 @@ def _unknown_command(word: str, context: Any, path: str) -> tuple[str, str]:
     likely = [f"`{'heliostat ' + words}`" for words in suggest(root, within, word)]
     fix = f"Did you mean {' or '.join(likely)}? " if likely else ""
     if word.endswith((".yaml", ".yml")) and not within:
-        fix = f"Name a command first, for example `heliostat train {brief(word)}`. "
+        fix = f"Write a command first, for example `heliostat train {brief(word)}`. "
     return f"{brief(word)}: unknown command of {path}", fix
 
 
@@ -100,14 +100,14 @@ def _field(parameter: Any) -> str:
 
 
 def _meaning(parameter: Any) -> str:
-    """Returns how to give a parameter, with its help text."""
+    """Explains how to pass a parameter, with its help text."""
     field, help = _field(parameter), str(parameter.help or "").partition(";")[0]
     value = "" if parameter.param_type_name == "argument" else f" {parameter.metavar or 'VALUE'}"
-    return f"Give {field}{value} ({help[:1].lower() + help[1:]})"
+    return f"Pass {field}{value} ({help[:1].lower() + help[1:]})"
 
 
 def _plain(error: Any) -> str:
-    """Explains what is wrong with a value. typer checks values with pydantic."""
+    """Explains the problem with a value. typer checks values with pydantic."""
     faults = error.__cause__.errors() if hasattr(error.__cause__, "errors") else []
     if not faults:
         return str(error.message).strip().removesuffix(".")

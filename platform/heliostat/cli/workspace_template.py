@@ -1,6 +1,6 @@
 """Creates a new workspace with the quickstart's jobs, pipelines, and local cluster.
 
-The files come from `template/`. Each is the same as the file at its path in heliostat's repository.
+The files come from `template/`. Each is identical to the file with the same path in heliostat's repository.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from pathlib import Path
 
 from heliostat.errors import ConfigError
 
-IGNORED = ".gitignore"  # `gitignore` in the template, because packages omit files that begin with a dot
+IGNORED = ".gitignore"  # its name is `gitignore` in the template, because packages omit files that begin with a dot
 
 
 def create(folder: Path) -> list[str]:
-    """Writes the workspace's files, and returns their paths in the folder. ConfigError, before any write, if one exists.
+    """Writes the workspace's files, and returns their paths in the folder. If one of the files exists, raises ConfigError before
+    any write.
 
-    An existing `.gitignore` gets the lines that it lacks.
+    Adds missing lines to an existing `.gitignore`.
     """
     shipped = _files(files("heliostat.cli") / "template", "")
     template = {(IGNORED if path == "gitignore" else path): file for path, file in shipped}
@@ -32,19 +33,19 @@ def create(folder: Path) -> list[str]:
                 with place.open("x", encoding="utf-8") as out:
                     out.write(content)
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{folder}: can't become a workspace ({e}). Give another folder") from e
+        raise ConfigError(f"{folder}: can't become a workspace ({e}). Pass another folder") from e
     return sorted(template)
 
 
 def _refuse(folder: Path, paths: list[str]) -> None:
-    """Raises ConfigError if a file exists already, or if a file is in the place of a folder."""
+    """Raises ConfigError if a file already exists, or if a file has the path of a folder."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder}: isn't a folder. Give another name")
+        raise ConfigError(f"{folder}: isn't a folder. Pass another name")
     blocking = {p for path in paths for p in Path(path).parents if (folder / p).exists() and not (folder / p).is_dir()}
     here = sorted(map(str, blocking)) + [path for path in paths if path != IGNORED and (folder / path).exists()]
     if here:
         more = f" and {len(here) - 1} more" if len(here) > 1 else ""
-        raise ConfigError(f"{folder}: already has {here[0]}{more}, so nothing was written. Give another folder, or move them")
+        raise ConfigError(f"{folder}: already has {here[0]}{more}, so nothing was written. Pass another folder, or move them")
 
 
 def _files(folder: Traversable, below: str) -> list[tuple[str, Traversable]]:

@@ -1,8 +1,8 @@
-"""Checks the keys of `train.deepspeed`. Keys that change a step's speed or memory are supported.
+"""Checks the keys of `train.deepspeed`. Keys that change only a step's speed or memory are supported.
 
-Keys that change a step's result are errors that name the job's own key. The data order, the loss, and checkpoints follow the
-job's batch sizes, precision, and sharding, so a second value would contradict them. Settings without effect, such as a loss scale
-in bf16, are errors too. Settings of another ZeRO stage are accepted, so a job can change its stage.
+Keys that change a step's result are errors, with the job key to use instead. The data order, the loss, and checkpoints depend on
+the job's batch sizes, precision, and sharding, so a second value would be a contradiction. Settings without effect, such as a
+loss scale in bf16, are errors, too. Settings for a different ZeRO stage are accepted, so a job can change its stage.
 """
 
 from __future__ import annotations
@@ -39,43 +39,43 @@ class OffloadParam(Strict):
 
 class ZeroKeys(Strict):
     reduce_bucket_size: Positive = 500_000_000
-    """Elements per reduction."""
+    """Elements per reduction of gradients."""
     allgather_bucket_size: Positive = 500_000_000
-    """Elements per gather."""
+    """Elements per gather of parameters."""
     overlap_comm: bool = False
     """Reduces gradients during the backward pass, with twice the buckets."""
     contiguous_gradients: bool = True
-    """Copies gradients into one buffer as they are made."""
+    """Copies gradients into one buffer as soon as they are computed."""
     reduce_scatter: bool = True
-    """Reduce-scatter in place of all-reduce."""
+    """Uses reduce-scatter instead of all-reduce."""
     allgather_partitions: bool = True
-    """All-gather in place of broadcasts."""
+    """Uses all-gather instead of broadcasts."""
     use_multi_rank_bucket_allreduce: bool = True
-    """Uses one all-reduce for a bucket that several workers own parts of."""
+    """Uses one all-reduce for a bucket whose parts belong to several workers."""
     sub_group_size: Positive = 1_000_000_000
     """Elements per optimizer step at stage 3."""
     stage3_prefetch_bucket_size: Elements = 50_000_000
-    """Elements to gather ahead."""
+    """Elements of parameters to gather ahead of their use."""
     stage3_param_persistence_threshold: Elements = 100_000
-    """Smaller parameters stay complete on every worker."""
+    """Maximum elements of a parameter that stays complete on every worker."""
     stage3_model_persistence_threshold: Elements = 1 << 62
-    """Maximum total elements of such parameters."""
+    """Maximum total elements of the parameters that stay complete on every worker."""
     stage3_max_live_parameters: Elements = 1_000_000_000
     """Maximum elements that are gathered at the same time."""
     stage3_max_reuse_distance: Elements = 1_000_000_000
-    """Keeps a parameter that is used again within so many elements."""
+    """Keeps a gathered parameter if it is used again within this number of elements."""
     stage3_module_granularity_threshold: Elements = 0
-    """Gathers modules with smaller parts as one; 0: none."""
+    """Gathers a module with its parts at once if the parts are smaller than this; 0: never."""
     stage3_use_all_reduce_for_fetch_params: bool = False
     """Gathers parameters by all-reduce."""
     stage3_allgather_sequential: bool = False
     """Gathers parameters one after another."""
     memory_efficient_linear: bool = True
-    """Uses a linear layer that keeps no gathered weight for the backward pass."""
+    """Uses a linear layer that doesn't keep the gathered weight for the backward pass."""
     offload_optimizer: OffloadOptimizer = OffloadOptimizer()
-    """With `train.zero.offload.optimizer`."""
+    """Settings for `train.zero.offload.optimizer`."""
     offload_param: OffloadParam = OffloadParam()
-    """With `train.zero.offload.param`."""
+    """Settings for `train.zero.offload.param`."""
 
 
 class Fp16(Strict):
@@ -107,16 +107,17 @@ class Aio(Strict):
 
 
 class Allowed(Strict):
-    """Lists the supported keys. Defaults document DeepSpeed's own; only keys that the job sets reach DeepSpeed."""
+    """Lists the supported keys. The defaults here document DeepSpeed's defaults. Only keys that the job sets are passed to
+    DeepSpeed."""
 
     zero_optimization: ZeroKeys = ZeroKeys()
-    """Buckets, buffers and prefetching."""
+    """Settings of buckets, buffers, and prefetching."""
     fp16: Fp16 = Fp16()
-    """The loss scale, with `train.precision: fp16`."""
+    """Settings of the loss scale for `train.precision: fp16`."""
     aio: Aio = Aio()
-    """Reading and writing NVMe, with `train.zero.offload.param: nvme`."""
+    """Settings for reading and writing NVMe with `train.zero.offload.param: nvme`."""
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
-    """Precision in which gradients travel between workers. Unset: the training precision."""
+    """Precision of gradients in transfers between workers. Unset: the training precision."""
 
 
 SET = "heliostat sets it. Remove it"
@@ -222,6 +223,6 @@ def _has(section: object, key: str) -> bool:
 
 
 def _without(section: dict[str, object], keys: list[str]) -> dict[str, object]:
-    """Copies the section without keys in `keys`, which already have an error line."""
+    """Copies the section without the keys in `keys`, which already have an error line."""
     below = {k: [key.partition(".")[2] for key in keys if key.startswith(f"{k}.")] for k in section}
     return {k: _without(v, below[k]) if isinstance(v, dict) else v for k, v in section.items() if k not in keys}

@@ -1,7 +1,8 @@
-"""Fills in keys that a job file lacks and that follow from other keys. `heliostat check` shows each such default.
+"""Fills in missing keys of a job file that follow from other keys. `heliostat check` shows each of these defaults.
 
 A job needs `name`, `model`, `data.path`, `data.sequence_length`, and `train.steps`. Defaults that are the same for every job are
-in the sections. Defaults that depend on other keys or on the machine are here. docs/reference/yaml.md names their sources.
+in the sections. Defaults that depend on other keys or on the machine are in this module. docs/reference/yaml.md lists the sources
+of these rules.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from heliostat.config.fields import LARGEST
 
 Raw = dict[str, Any]
-RECIPES = {"backbone": "TextToImage", "pooling": "Embedder"}  # by a key of `model` that only this recipe has
+RECIPES = {"backbone": "TextToImage", "pooling": "Embedder"}  # key of `model` that only one recipe has -> this recipe
 LANGUAGE_MODEL = "heliostat.recipes:CausalLM"
 WIDTHS, DEPTHS = ("hidden_size", "n_embd", "d_model"), ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 LENGTHS = ("steps", "epochs", "tokens")
@@ -24,7 +25,7 @@ STORE, RUNS = "sqlite:///.heliostat/mlflow.db", ".heliostat/runs"
 
 
 class Default(NamedTuple):
-    """Describes a key that was filled in: its value, and the rule that gives it."""
+    """Describes a key that was filled in: its value, and the rule for the value."""
 
     key: str
     value: object
@@ -51,7 +52,7 @@ def here() -> Devices:
 def fill(raw: Raw, devices: Callable[[], Devices] = here) -> tuple[Raw, list[Default]]:
     """Returns a copy of a job with all defaults filled in, and the list of those defaults.
 
-    Sections with values of a wrong type stay as they are; the schema reports them.
+    Sections with values of a wrong type aren't changed; the schema reports them.
     """
     job = _Filling(raw)
     job.give("", "recipe", *_recipe(job.part("model")))
@@ -78,7 +79,7 @@ class _Filling:
         self.filled: list[Default] = []
 
     def part(self, section: str) -> Raw:
-        """Returns a section; an empty one if the file has none, or if it isn't a mapping."""
+        """Returns a section. If the section is missing or isn't a mapping, returns an empty section."""
         part = self.raw.get(section)
         return part if isinstance(part, dict) else {}
 
@@ -90,11 +91,11 @@ class _Filling:
 
     @property
     def waits(self) -> bool:
-        """Returns whether the steps follow from epochs, so they are known only with the dataset."""
+        """Returns whether the number of steps follows from epochs, so it is known only with the dataset."""
         return "epochs" in self.part("train") and not self.number("train.steps")
 
     def give(self, section: str, key: str, value: object, why: str) -> None:
-        """Sets a key that is missing, unless its section isn't a mapping."""
+        """Sets a missing key, unless its section isn't a mapping."""
         part = self.raw.setdefault(section, {}) if section else self.raw
         if isinstance(part, dict) and key not in part:
             part[key] = value
@@ -116,7 +117,7 @@ def _fill_workers(job: _Filling, devices: Callable[[], Devices]) -> None:
 
 
 def _replicas(job: _Filling) -> int:
-    """Returns the number of replicas; 1 if the file has wrong values."""
+    """Returns the number of replicas; 1 if the file has invalid values."""
     count = job.part("workers").get("count", 1)
     most = count[-1] if isinstance(count, list) and count else count
     parallel = job.part("train").get("parallel")
@@ -156,7 +157,7 @@ def _fill_tokens(job: _Filling) -> None:
 
 
 def set_steps(train: Raw, steps: int, origin: str) -> None:
-    """Sets the steps that follow from epochs or tokens, and their origin."""
+    """Sets the number of steps that follows from epochs or tokens, and its origin."""
     for key in LENGTHS:
         train.pop(key, None)
     train |= {"steps": steps, "steps_from": origin}
@@ -165,7 +166,7 @@ def set_steps(train: Raw, steps: int, origin: str) -> None:
 def _fill_optimizer(job: _Filling) -> None:
     """Fills in AdamW's learning rate, and a cosine schedule after a warm-up, like LLaMA (Touvron et al. 2023, arXiv 2302.13971).
 
-    A job that sets its learning rate keeps its schedule.
+    If a job sets its learning rate, its schedule stays unchanged.
     """
     train = job.part("train")
     optimizer = train.get("optimizer", {})

@@ -19,7 +19,7 @@ class Filled:
     rule: str
 
 
-LARGEST = 2**32  # maximum of counts such as steps; a larger one is a typing mistake
+LARGEST = 2**32  # maximum of counts such as steps; a larger count is a typing mistake
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(gt=0, le=LARGEST)]
 NonNegative = Annotated[Float, Field(ge=0)]
@@ -29,7 +29,8 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 def _experiment(name: str) -> str:
-    """Validates an experiment's name more strictly than MLflow: it may become a folder, and terminals and pages show it."""
+    """Validates an experiment's name more strictly than MLflow, because the name may become a folder, and terminals and pages
+    show it."""
     parts = name.removeprefix("/").split("/")  # names on Databricks begin with a slash
     if not name.strip() or len(name) > 250 or printable(name) != name or "\\" in name or {"", ".", ".."} & set(parts):
         raise ValueError(
@@ -43,7 +44,8 @@ Experiment = Annotated[str, AfterValidator(_experiment)]
 
 
 def divisors(number: int) -> list[int]:
-    """Lists a number's divisors, ascending. For a number above LARGEST only 1, because trial division would take too long."""
+    """Lists a number's divisors in ascending order. For a number above LARGEST, lists only 1, because trial division would take
+    too long."""
     if number > LARGEST:
         return [1]
     low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]

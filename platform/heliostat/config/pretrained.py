@@ -1,7 +1,7 @@
-"""Finds the pretrained models of a job: each `pretrained: FOLDER` in `model`, or a model of the Hub.
+"""Finds the pretrained models of a job: the value of each `pretrained` key in `model`, a folder or a model of the Hub.
 
-An existing folder is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A job's record has its
-commit (`pinned`), and each node finds or downloads the model in its own cache (`located`).
+If a folder with this name exists, it is used. Otherwise `ORG/NAME[/FOLDER][@REVISION]` is a model of the Hugging Face Hub. A
+job's record has the model's commit (`pinned`), and each node finds or downloads the model in its own cache (`located`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ KEY = "pretrained"
 
 
 def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, str]]:
-    """Yields each key, at any depth, that names a pretrained model, and its value."""
+    """Yields each `pretrained` key at any depth, and its value."""
     for name, value in model.items():
         if name == KEY and isinstance(value, str):
             yield f"{key}.{name}", value
@@ -27,22 +27,22 @@ def named(model: Mapping[str, Any], key: str = "model") -> Iterator[tuple[str, s
 
 
 def on_hub(job: Job) -> list[tuple[str, HubName]]:
-    """Lists the keys of a job that name models of the Hub, each with the model's name."""
+    """Lists the keys of a job whose values are models of the Hub, each with the model's name."""
     return [(key, name) for key, value in named(job.model) if (name := hub_name(value))]
 
 
 def hub_name(value: str) -> HubName | None:
-    """Reads a value as the name of a model of the Hub; None for a folder, which exists or has an absolute path."""
+    """Parses a value as the name of a model of the Hub. Returns None for a folder: the value exists, or is an absolute path."""
     return None if Path(value).exists() else names.model(value)
 
 
 def pinned(job: Job) -> Job:
-    """Returns the job with the commits of its Hub models; ConfigError if the Hub doesn't give one."""
+    """Returns the job with the commits of its Hub models; ConfigError if the Hub doesn't return a commit."""
     return _changed(job, lambda key, name: str(files.resolve(key, name)))
 
 
 def as_recorded(job: Job, recorded: Mapping[str, Any]) -> Job:
-    """Returns the job with the commits that the resumed run recorded, for models that the job names without a revision."""
+    """Returns the job with the commits that the resumed run recorded, for Hub models without a revision in the job."""
     before = {key: name for key, value in named(recorded.get("model") or {}) if (name := names.model(value)) and name.pinned}
 
     def change(key: str, name: HubName) -> str:
@@ -70,7 +70,7 @@ def located(job: Job, weights: bool = True) -> Job:
 
 
 def folder(value: str) -> Path:
-    """Returns the folder that a `pretrained` key names. For a Hub model, downloads its configuration first."""
+    """Returns the folder for the value of a `pretrained` key. For a Hub model, downloads the configuration first."""
     name = hub_name(value)
     return files.model(f"model.{KEY}", files.resolve(f"model.{KEY}", name), weights=False) if name else Path(value)
 

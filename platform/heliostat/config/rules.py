@@ -1,5 +1,5 @@
-"""Checks rules between the sections of a job: batch sizes divide, and settings such as precision, ZeRO stage, offload, and
-hardware are supported together.
+"""Checks rules between the sections of a job. Batch sizes must be divisible, and the combination of settings (precision, ZeRO
+stage, offload, hardware) must be supported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from heliostat.redact import carries_secret
 
 
 class Ruled(Protocol):
-    """Lists the parts of a job (`spec.Job`) that the rules read."""
+    """Describes the parts of a job (`spec.Job`) that the rules read."""
 
     @property
     def data(self) -> Data: ...
@@ -36,8 +36,8 @@ class Ruled(Protocol):
 
 
 def faults(job: Ruled) -> list[str]:
-    """Lists the broken rules, one line each, which begins with the key."""
-    # only the first rule that is broken counts: the later ones assume that it holds
+    """Lists the broken rules, one line each. A line begins with the key."""
+    # only the first broken rule counts, because later rules assume that earlier rules hold
     groups = (_sequence_faults, _expert_faults, _tensor_faults, _many_nodes_faults, _batch_faults)
     others = (_memory_faults, _precision_faults, _offload_faults, _checkpoint_faults, _attention_faults, _fp8_faults,
               _optimizer_faults, _mix_faults, _mlflow_faults, _step_faults)  # fmt: skip
@@ -83,12 +83,13 @@ def _group_faults(key: str, each: int, job: Ruled) -> list[str]:
 
 
 def _multiples(number: int, of: int) -> list[int]:
-    """Lists the multiples of `of` that are nearest to a number: the one at or below it, unless that is 0, and the one above."""
+    """Lists the multiples of `of` that are nearest to a number: the multiple at or below the number (unless it is 0), and the
+    next one."""
     return [n for n in (number // of * of, (number // of + 1) * of) if n]
 
 
 def _untried(key: str, others: Mapping[str, object]) -> list[str]:
-    """Lists the conflicts of a key with other settings. `others`: by name, whether the job has each."""
+    """Lists the conflicts of a key with other settings. `others`: name of a setting -> whether the job has it."""
     return [f"{key} isn't supported with {other}. Remove one of them" for other, is_set in others.items() if is_set]
 
 
@@ -120,7 +121,7 @@ def _tensor_faults(job: Ruled) -> Iterator[str]:
 
 
 def _unshared(train: Train) -> dict[str, object]:
-    """Maps each setting that isn't supported where workers share experts or matrices to whether the job has it."""
+    """Lists the settings that aren't supported if workers share experts or matrices: setting -> whether the job has it."""
     return {
         "train.parallel.sequence": train.parallel.sequence > 1,
         "train.compile": train.compile,
@@ -182,7 +183,7 @@ def _memory_faults(job: Ruled) -> Iterator[str]:
 
 
 def untried_selective(job: Ruled) -> dict[str, bool]:
-    """Maps each setting that isn't supported with selective checkpointing to whether the job has it."""
+    """Lists the settings that aren't supported with selective checkpointing: setting -> whether the job has it."""
     train = job.train
     return {
         "train.activation_offload": train.activation_offload,
@@ -249,7 +250,7 @@ def _mix_faults(job: Ruled) -> Iterator[str]:
     mixes = [[s.weight for s in data.sources], *(c.weights for c in data.mix_schedule)]
     empty = [i for i, weights in enumerate(mixes) if not any(weights)]
     for i in empty:
-        yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Give one source a weight"
+        yield f"{f'data.mix_schedule.{i - 1}.weights' if i else 'data.sources'}: all weights are 0. Set one weight above 0"
     for i in range(len(data.sources)):
         if not empty and not any(weights[i] for weights in mixes if i < len(weights)):
             yield f"data.sources.{i}.weight: is 0 at every step. Remove the source, or give it a weight"
@@ -358,10 +359,10 @@ def _checkpoint_faults(job: Ruled) -> Iterator[str]:
     of_evaluation = policy.best if policy.best and not policy.best.is_late else None
     if of_evaluation and not job.evaluate:
         yield "checkpoint.best: needs scores. Add evaluate, or remove checkpoint.best"
-    elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a checkpoint needs a score of its own step
+    elif of_evaluation and job.evaluate and policy.every % job.evaluate.every:  # a checkpoint needs a score of the same step
         yield (
             f"checkpoint.best: evaluate.every {job.evaluate.every} doesn't divide checkpoint.every {policy.every}, "
             "so some checkpoints would have no score. Change one of them"
         )
     if policy.best and policy.best.metric == "train_loss":
-        yield "checkpoint.best.metric: 'train_loss' is of the training data. Name a score of the evaluation, for example loss"
+        yield "checkpoint.best.metric: 'train_loss' is a score of the training. Use a score of the evaluation, for example loss"

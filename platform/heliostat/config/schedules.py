@@ -1,6 +1,8 @@
-"""Defines the learning-rate schedules of `train.schedule.name`. Each is a function that computes the factor after the warm-up.
+"""Defines the learning-rate schedules of `train.schedule.name`. A schedule is a function that computes the factor after the
+warm-up.
 
-All share the keys of `Schedule`; each function's docstring names the keys that it reads. docs/guides/schedule.md adds a schedule.
+All schedules share the keys of `Schedule`. Each function's docstring lists the keys that it uses. docs/guides/schedule.md shows
+how to add a schedule.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ def cosine(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def constant(schedule: Schedule, step: int, steps: int) -> float:
-    """Stays at the peak."""
+    """Keeps the rate at the peak."""
     return 1.0
 
 
@@ -62,7 +64,7 @@ class Schedule(Strict):
     final_ratio: Fraction = 0.1
     """Final learning rate, as a fraction of the peak. Not used with `constant`."""
     decay_fraction: Fraction = 0.2
-    """Fraction of the steps in which `wsd` decays; others ignore it."""
+    """Fraction of the steps in which `wsd` decays. Other schedules ignore it."""
 
 
 def factor(schedule: Schedule, step: int, steps: int) -> float:

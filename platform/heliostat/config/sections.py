@@ -12,11 +12,11 @@ from heliostat.schema import Float, Strict, Was
 
 class Source(Strict):
     path: str
-    """A prepared dataset, or a collection of them: a folder, or `s3://bucket/prefix`."""
+    """Folder or `s3://bucket/prefix` of a prepared dataset, or of a collection of datasets."""
     weight: NonNegative = 1.0
-    """Weight of its samples, relative to the other sources."""
+    """Weight of the source's samples, relative to the other sources."""
     max_epochs: Annotated[Float, Field(gt=0)] | None = None
-    """Maximum passes over it; then the other sources share its weight. Unset: no limit."""
+    """Maximum passes over the source. Then the other sources share its weight. Unset: no limit."""
 
 
 class MixChange(Strict):
@@ -36,25 +36,28 @@ class Data(Strict):
     seed: Seed = 0
     """Random seed for sample order."""
     virtual_ranks: Annotated[Count | None, Was("lanes")] = None
-    """Virtual data-parallel ranks, fixed for the run: any number of workers that divides them can continue it. Unset: one for
-    each micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
+    """Number of virtual data-parallel ranks, fixed for the run. The run can continue on any number of workers that divides this
+    number. Unset: one virtual rank per micro-batch of a step (`train.global_batch_size` / `train.micro_batch_size`)."""
     shuffle_window: Annotated[Count | None, Was("window")] = None
-    """Size of the shuffle window in samples; one task fetches a window. Unset: 32 MB of samples."""
+    """Size of the shuffle window in samples. A single task fetches a window. Unset: 32 MB of samples."""
     mix_schedule: list[MixChange] = []
-    """Curriculum: other weights after a step, in ascending order of steps. A source may start with weight 0."""
+    """Curriculum: new weights of the sources after a step, in ascending order of steps. A source may start with weight 0."""
     on_bad_sample: Literal["replace", "fail"] = "replace"
-    """`replace`: replaces the samples of a damaged row group with others from their shuffle window, and counts and lists them;
-    `fail`: stops the run. See docs/data-order.md#bad-data"""
+    """`replace`: replaces the samples of a damaged row group with other samples from their shuffle window, and counts and lists
+    the replaced samples. `fail`: stops the run. See docs/data-order.md#bad-data"""
     max_bad_fraction: Fraction = 0.01
-    """Maximum share of replaced samples, relative to an epoch (or to all trained samples, if more). Above it the run stops."""
+    """Maximum share of replaced samples, relative to an epoch (or to all trained samples, if more). If the share is higher, the
+    run stops."""
     memory_limit: ByteSize = ByteSize(2 << 30)
-    """Bytes (`512MiB`) of samples in flight from storage to workers, per stream; large runs have one stream per node."""
+    """Maximum bytes (`512MiB`) of samples in flight from storage to workers, per stream. Large runs have one stream per node."""
     one_source_batches: bool = False
-    """Takes a virtual rank's samples of a step from one source. On automatically if a source is a collection of buckets."""
+    """Takes all samples of a virtual rank in a step from a single source. heliostat turns this on if a source is a collection of
+    buckets."""
     labels: dict[str, str] = {}
     """Ray labels of the nodes that fetch samples. Empty: any node."""
     document_mask: bool = False
-    """Keeps packed documents from attending to each other. Not supported for some models, see docs/training/document-masks.md"""
+    """Prevents attention between documents that are packed into one sample. Some models don't support it, see
+    docs/training/document-masks.md"""
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +66,7 @@ class Data(Strict):
         if not isinstance(value, dict) or not isinstance(value.get("path"), str):
             return value
         if "sources" in value:
-            raise ValueError("path is short for one source, and sources is set too. Remove one of them")
+            raise ValueError("path is short for one source, but sources is also set. Remove one of them")
         return {"sources": [{"path": value["path"]}]} | {key: part for key, part in value.items() if key != "path"}
 
 
@@ -74,19 +77,19 @@ class Benchmarks(Strict):
     suite: str = Field(min_length=1)
     """Benchmark suite file (docs/benchmark.md), relative to the workspace."""
     every: Positive
-    """Steps between two scored checkpoints: a multiple of `checkpoint.every`. The last is always scored."""
+    """Steps between two scored checkpoints: a multiple of `checkpoint.every`. The last checkpoint is always scored."""
     wait: Annotated[Float, Field(ge=0)] = 3600.0
-    """Maximum seconds that the end of the run waits for the last scores."""
+    """Maximum seconds that the run waits for the last scores at its end."""
 
 
 class Evaluate(Strict):
     every: Positive
     """Steps between two evaluations. The last step is always evaluated."""
     samples: Count = 256
-    """Maximum number of held-out samples to score; if there are fewer, the run reports it."""
+    """Maximum number of held-out samples to score. If there are fewer, heliostat reports it."""
     fraction: Annotated[Float, Field(gt=0, lt=1)] = 0.01
-    """Share of the documents to hold out, by the hash of their text; the run never trains on them. 1, 2, and 5 parts of ten to
-    ten thousand are exact, see docs/data-order.md#held-out-documents"""
+    """Share of the documents to hold out, by the hash of their text. The run never trains on held-out documents. Shares of 1, 2,
+    and 5 divided by 10, 100, 1,000, or 10,000 are exact, see docs/data-order.md#held-out-documents"""
     benchmarks: Benchmarks | None = None
     """Scores checkpoints on benchmark tasks during training. Unset: none. See docs/benchmark.md#while-a-run-trains"""
 
@@ -97,7 +100,8 @@ class Evaluate(Strict):
 
 class Best(Strict):
     metric: str = "loss"
-    """Score of the evaluation, by the recipe's name, or `bench/TASK` from `heliostat model benchmark --follow`."""
+    """Score to compare: the recipe's name for a score of the evaluation, or `bench/TASK` from `heliostat model benchmark
+    --follow`."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is better."""
     keep: Positive = 1
@@ -105,7 +109,7 @@ class Best(Strict):
 
     @property
     def is_late(self) -> bool:
-        """Returns whether the score comes from a benchmark, so after the checkpoint is saved."""
+        """Returns whether the score comes from a benchmark, so it is known only after the checkpoint is saved."""
         return self.metric.startswith(BENCHMARK)
 
 
@@ -119,12 +123,14 @@ class Checkpoint(Strict):
     best: Best | None = None
     """Also keeps the best checkpoints by a score. Unset: none. See docs/checkpoints.md#what-is-kept"""
     grace: Annotated[Float, Field(gt=0)] = 60.0
-    """Seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
+    """Maximum seconds for the last checkpoint after SIGTERM, Ctrl-C, or a preemption notice."""
     memory_every: Positive | None = None
-    """Steps between two in-memory checkpoints. Each is on its node and another node. After a failure the run resumes from it, and
-    loses at most this many steps. Unset: none. See docs/reliability/memory-checkpoints.md"""
+    """Steps between two in-memory checkpoints. The state of each node is kept on this node and on another node. After a failure,
+    the run resumes from the newest in-memory checkpoint, and loses at most this number of steps. Unset: none. See
+    docs/reliability/memory-checkpoints.md"""
     memory_limit: ByteSize = ByteSize(8 << 30)
-    """Bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, the run makes none, and reports it."""
+    """Maximum bytes (`8GiB`) of each node's memory for in-memory checkpoints. If they need more, heliostat makes none, and
+    reports it."""
 
     def due(self, done: int) -> bool:
         """Returns whether a checkpoint is saved after `done` steps."""
@@ -152,9 +158,9 @@ class Workers(Strict):
     gpus: Annotated[Float, Field(ge=0), Filled("`auto`")] = 0.0
     """GPUs per worker: 1, or 0 to train on CPUs with gloo. `auto`: 1 if this machine, or the cluster file, has GPUs."""
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
-    """`pack`: on as few nodes as possible; `spread`: on as many; `strict_spread`: one per node."""
+    """`pack`: on as few nodes as possible. `spread`: on as many nodes as possible. `strict_spread`: one worker per node."""
     labels: dict[str, str] = {}
-    """Ray labels of the nodes that hold workers. Empty: any node."""
+    """Ray labels of the nodes for workers. Empty: any node."""
 
     @property
     def least(self) -> int:
@@ -167,26 +173,26 @@ class Workers(Strict):
 
 class Limits(Strict):
     hours: Annotated[Float, Field(gt=0)] | None = None
-    """Maximum hours of the run, over all its commands; time between two commands doesn't count. At the limit the run stops after
-    a checkpoint; `--resume` with a higher limit continues. See docs/reliability/stop.md#limits"""
+    """Maximum hours of the run, summed over all its commands. The time between two commands doesn't count. At the limit, the run
+    saves a checkpoint and stops. To continue, use `--resume` with a higher limit. See docs/reliability/stop.md#limits"""
     cost: Annotated[Float, Field(gt=0)] | None = None
-    """Maximum cost of the workers' devices, by the list prices of `heliostat plan`, in its currency."""
+    """Maximum cost of the workers' devices, by the list prices and in the currency of `heliostat plan`."""
 
 
 class Retries(Strict):
     max: Annotated[int, Field(ge=0)] = 10
-    """Maximum failures in a row without a new checkpoint. Preemptions don't count. See docs/reliability/failures.md"""
+    """Maximum consecutive failures without a new checkpoint. Preemptions don't count. See docs/reliability/failures.md"""
     backoff: NonNegative = 1.0
-    """Seconds before the second retry in a row; the first comes at once, and each further one waits twice as long."""
+    """Seconds before the second consecutive retry. The first retry is immediate. Each further retry waits twice as long."""
     backoff_max: NonNegative = 60.0
-    """Maximum wait in seconds."""
+    """Maximum seconds before a retry."""
 
 
 class Watchdog(Strict):
     stall: Annotated[Float, Field(gt=0)] = 300.0
-    """Seconds in which at least one worker must make progress: a micro-batch, or a batch of an evaluation."""
+    """Maximum seconds without progress of any worker. Progress is a micro-batch, or a batch of an evaluation."""
     start: Annotated[Float, Field(gt=0)] = 1800.0
-    """The same limit before the first step ends."""
+    """Maximum seconds without progress before the first step ends."""
 
 
 class Mlflow(Strict):
@@ -210,4 +216,4 @@ class Card(Strict):
     intended_use: str = ""
     """Intended use."""
     limitations: str = ""
-    """Limits: where not to use it, and where it fails."""
+    """Limitations: where not to use the model, and where it fails."""

@@ -49,10 +49,10 @@ class Job(Strict):
     recipe: Annotated[str, Filled("from the keys of `model`; else `heliostat.recipes:CausalLM`")]
     """Import path of the recipe: the class that defines the model, the batch, and the loss."""
     model: dict[str, Any]
-    """The recipe's own keys. CausalLM: `arch` and any key of that architecture's `transformers` config, and `init`
-    (docs/training/initial-weights.md); or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
-    (docs/guides/hub.md), whose tokenizer must be the datasets' (compared by content), and keys that change its configuration.
-    TextToImage and Autoencoder: see docs/diffusion.md#models"""
+    """Keys of the recipe. CausalLM: `arch`, any key of this architecture's `transformers` config, and `init`
+    (docs/training/initial-weights.md). Or `pretrained: FOLDER` or `pretrained: ORG/NAME[@REVISION]` of the Hugging Face Hub
+    (docs/guides/hub.md), and keys that change the model's configuration. The model's tokenizer must have the same content as the
+    datasets' tokenizer. TextToImage and Autoencoder: see docs/diffusion.md#models"""
     data: Data
     """Datasets to train on, and the order of their samples."""
     train: Train
@@ -60,15 +60,15 @@ class Job(Strict):
     evaluate: Evaluate | None = None
     """Evaluation on held-out samples. Unset: no evaluation."""
     checkpoint: Annotated[Checkpoint, Filled("`every` by rule")]
-    """When to save checkpoints, and which ones to keep."""
+    """When to save checkpoints, and which checkpoints to keep."""
     workers: Workers = Workers()
     """Number, resources, and placement of the workers."""
     limits: Limits = Limits()
     """Limits of time and cost. Empty: no limit."""
     retries: Retries = Retries()
-    """Automatic retries."""
+    """Automatic retries after failures."""
     watchdog: Watchdog = Watchdog()
-    """Time without progress after which the run is ended and retried."""
+    """Time without progress after which heliostat ends and retries the run."""
     spike: Spike | None = None
     """Action on loss spikes, see docs/reliability/spikes.md. Unset: none."""
     storage: Annotated[str, Filled("`.heliostat/runs`")]
@@ -85,17 +85,18 @@ class Job(Strict):
 
     @property
     def accumulation(self) -> int:
-        """Returns the micro-batches of a worker per step (gradient accumulation). The number of workers must be fixed."""
+        """Returns the number of micro-batches per worker and step (gradient accumulation). The number of workers must be
+        fixed."""
         return self.train.global_batch_size // (self.replicas * self.train.micro_batch_size)
 
     @property
     def replicas(self) -> int:
-        """Returns the number of replicas: groups of workers with samples of their own. The number of workers must be fixed."""
+        """Returns the number of replicas: groups of workers that share their samples. The number of workers must be fixed."""
         assert isinstance(self.workers.count, int)
         return self.workers.count // self.train.parallel.sharing
 
     def worker_counts(self, virtual_ranks: int | None = None) -> list[int]:
-        """Lists the numbers of workers, ascending, that the job allows and that can process the virtual ranks.
+        """Lists, in ascending order, the numbers of workers that the job allows and that can process the virtual ranks.
 
         `virtual_ranks`: the number of the resumed run; None for a new run.
         """
@@ -136,20 +137,20 @@ Samples = Callable[[Job], int]
 
 
 def load(path: Path, settings: list[str] | None = None, samples: Samples | None = None, devices: FindDevices = here) -> Job:
-    """Loads the job in a YAML file, with `key.path=value` settings applied. Relative paths start at the workspace."""
+    """Loads the job in a YAML file, with `key.path=value` settings applied. Relative paths are relative to the workspace."""
     return make(read(path, settings), str(path), samples, devices)
 
 
 def read(path: Path, settings: list[str] | None = None) -> dict[str, Any]:
-    """Reads a job file, with old names of keys replaced and settings applied. Validates nothing yet."""
+    """Reads a job file, with old names of keys replaced and settings applied. Doesn't validate the content."""
     return apply(schema.read(Job, "job", path), settings or [])
 
 
 def apply(raw: dict[str, Any], settings: list[str]) -> dict[str, Any]:
     """Applies `key.path=value` settings to a job.
 
-    A setting of `train.steps`, `train.epochs`, or `train.tokens` replaces the other two. A setting of `data.path` replaces
-    `data.sources`, and the other way around.
+    A setting of `train.steps`, `train.epochs`, or `train.tokens` removes the other two keys. A setting of `data.path` removes
+    `data.sources`, and a setting of `data.sources` removes `data.path`.
     """
     data = raw.get("data")
     if isinstance(data, dict):
@@ -177,7 +178,7 @@ def make(raw: dict[str, Any], where: str, samples: Samples | None = None, device
 def complete(
     raw: dict[str, Any], where: str, samples: Samples | None = None, devices: FindDevices = here
 ) -> tuple[dict[str, Any], list[Default]]:
-    """Fills in the defaults of a job; returns the complete job, and the list of the defaults."""
+    """Fills in the defaults of a job. Returns the complete job, and the list of the defaults."""
     raw = schema.renamed(Job, raw)
     if isinstance(raw.get("train"), dict):
         for key in RETIRED & raw["train"].keys():
@@ -206,7 +207,8 @@ def complete(
 
 @dataclass(frozen=True)
 class Draft:
-    """Describes a job file that may have faults. `job`: the job without the wrong keys, or None; `faults`: one line each."""
+    """Describes a job file that may have faults. `job`: the job without the wrong keys, or None. `faults`: the faults, one line
+    each."""
 
     job: Job | None
     faults: list[str]
@@ -214,7 +216,7 @@ class Draft:
 
 
 def draft(raw: dict[str, Any], devices: FindDevices = here) -> Draft:
-    """Makes a job from the valid part of a file, and lists the faults, so that later checks run in the same round."""
+    """Makes a job from the valid part of a file, and lists the faults. So later checks can run in the same round."""
     train, lines, filled = raw.get("train"), list[str](), list[Default]()
     if isinstance(train, dict) and [key for key in LENGTHS if key in train] == ["epochs"]:
         raw = raw | {"train": {k: v for k, v in train.items() if k != "epochs"} | {"steps": LARGEST}}
@@ -243,7 +245,7 @@ PLACEHOLDERS: dict[tuple[str, ...], object] = {("name",): "unnamed", ("train",):
 
 
 def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | None:
-    """Returns a job without the values that an error names, and with placeholders for missing keys.
+    """Returns a job without the values that an error lists, and with placeholders for missing keys.
 
     None if a missing key has no placeholder.
     """
@@ -265,8 +267,8 @@ def _repaired(raw: dict[str, Any], error: ValidationError) -> dict[str, Any] | N
 def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
     """Fills in `train.grad_accum_dtype` and `train.recipe_version` if the job leaves them open.
 
-    A resumed run keeps its values, or those of `BEFORE_KEYS` if it is older than the keys. A new run gets the newest values.
-    ConfigError if the run can't resume with the job's optimizer.
+    A resumed run keeps its values. If the run is older than the keys, it gets the values in `BEFORE_KEYS`. A new run gets the
+    newest values. ConfigError if the run can't resume with the job's optimizer.
     """
     if recorded is not None:
         before = with_rules(recorded)["train"]
@@ -283,7 +285,7 @@ def settle(job: Job, recorded: dict[str, Any] | None) -> Job:
 
 
 def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job in the keys of this version. New keys get the values of `BEFORE_KEYS`, or their defaults.
+    """Returns a recorded job with the keys of this version. New keys get the values in `BEFORE_KEYS`, or their defaults.
 
     A job that isn't valid in this version is returned unchanged.
     """
@@ -294,16 +296,16 @@ def renewed(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_rules(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Returns a recorded job with today's names of keys. A key of `BEFORE_KEYS` that it lacks gets its value there."""
+    """Returns a recorded job with the current names of keys. Missing keys that are in `BEFORE_KEYS` get the values there."""
     recorded = schema.renamed(Job, recorded)
     train = recorded.get("train")
     return recorded | {"train": BEFORE_KEYS | train} if isinstance(train, dict) else recorded
 
 
 def changed_keys(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Lists the keys whose values differ between a recorded job and today's.
+    """Lists the keys whose values differ between a recorded job and the current job (`now`).
 
-    A key that only one of the two has counts only in the section `model`, so new keys of a newer version don't count.
+    A key that only one of the jobs has counts only in the section `model`. So the new keys of a newer version don't count.
     """
     return _changed(schema.renamed(Job, recorded), now)
 
@@ -319,8 +321,8 @@ def _changed(recorded: object, now: object, key: str = "") -> list[str]:
 def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     """Makes every path absolute, because Ray's workers run in other folders; ConfigError for a job that can't train.
 
-    `broken_rules`: collects the broken rules between sections, instead of an error. Checks that newer versions added are here and
-    not in `Job`, so that recorded jobs of older versions still open.
+    `broken_rules`: a list that collects the broken rules between sections, instead of an error. Checks that newer versions added
+    are here and not in `Job`, so that heliostat can still read recorded jobs of older versions.
     """
     if job.workers.gpus not in (0, 1):
         raise ConfigError(
@@ -339,7 +341,7 @@ def resolve(job: Job, broken_rules: list[str] | None = None) -> Job:
     if uri.startswith("sqlite:///") and not uri.startswith("sqlite:////"):
         raw["mlflow"]["uri"] = f"sqlite:///{root / uri.removeprefix('sqlite:///')}"
     require_store("mlflow.uri", uri)
-    return schema.validate(Job, raw, job.name, broken_rules)  # again, because two different paths may now be the same
+    return schema.validate(Job, raw, job.name, broken_rules)  # validated again, because two different paths may now be the same
 
 
 def require_store(key: str, uri: str) -> None:

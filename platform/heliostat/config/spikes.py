@@ -1,8 +1,8 @@
-"""Defines the section `spike` of the job file, and detects loss spikes by it.
+"""Defines the section `spike` of the job file, and detects loss spikes.
 
 A loss spike is a step's loss far above the losses of the steps before it. The statistics are robust, so one spike doesn't hide
-the next: the median and the median absolute deviation of the window, scaled to the standard deviation of a normal distribution
-(Rousseeuw and Croux 1993).
+the next spike. They are the median of the window, and the median absolute deviation, scaled to the standard deviation of a normal
+distribution (Rousseeuw and Croux 1993).
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pydantic import Field
 from heliostat.schema import Float, Strict
 
 NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
-FLOOR = 0.01  # minimum deviation as a fraction of the median: in a window of nearly equal losses, noise isn't a spike
+FLOOR = 0.01  # minimum deviation as a fraction of the median, so that noise in nearly equal losses isn't a spike
 
 
 class Spike(Strict):
     window: Annotated[int, Field(ge=4)] = 50
     """Number of recent steps that define the usual loss."""
     threshold: Annotated[Float, Field(gt=0)] = 8.0
-    """Robust standard deviations above their median from which a loss is a spike."""
+    """Minimum distance of a spike from the median of the recent losses, in robust standard deviations."""
     action: Literal["warn", "rollback"] = "warn"
-    """`warn`: log it and continue; `rollback`: go back to the checkpoint before it, and skip the samples at fault."""
+    """`warn`: log the spike and continue. `rollback`: resume from the checkpoint before the spike, and skip the samples of the
+    spike's step."""
 
 
 class Excess(NamedTuple):
@@ -38,7 +39,7 @@ class Excess(NamedTuple):
 
 
 class SpikeDetector:
-    """Detects spikes in the losses of successive steps. Spikes don't enter the window.
+    """Detects spikes in the losses of successive steps. The window doesn't include spikes.
 
     The same losses give the same results on every worker.
     """
@@ -48,9 +49,9 @@ class SpikeDetector:
         self._window: deque[float] = deque(maxlen=policy.window)
 
     def excess(self, loss: float) -> Excess | None:
-        """Checks the loss of the next step; returns None unless it is a spike.
+        """Checks the loss of the next step. Returns None if the loss isn't a spike.
 
-        A finite loss can be a spike only after the window is half full.
+        A finite loss can be a spike only when the window is at least half full.
         """
         if not math.isfinite(loss):
             return Excess(math.nan, math.inf, self.policy.action)

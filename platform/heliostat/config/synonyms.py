@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from heliostat.schema import absent
 
-KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key, and its names in other tools
+KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key -> its names in other tools
     "name": ("run_name", "job_name", "experiment_name"),
     "recipe": ("task", "trainer", "model_type"),
     "model.pretrained": ("model_name_or_path", "model_name", "pretrained_model_name_or_path", "base_model", "hf_model"),
@@ -69,14 +69,14 @@ KEYS: dict[str, tuple[str, ...]] = {  # heliostat's key, and its names in other 
     "limits.hours": ("max_hours", "max_time", "time_limit"),
     "retries.max": ("max_retries", "max_failures", "max_restarts"),
 }  # fmt: skip
-NOT_OFFERED = {  # keys of other tools that heliostat has no key for, and the advice
+NOT_OFFERED = {  # keys of other tools without a key in heliostat, and the advice
     **dict.fromkeys(("lora", "peft", "lora_r", "lora_alpha", "qlora", "adapter", "use_peft"),
                     "Adapters such as LoRA are not supported: heliostat trains all weights. Remove it"),
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization", "bnb_4bit"),
                     "Training quantized weights is not supported. Remove it"),
     **dict.fromkeys(("gradient_accumulation_steps", "grad_accum", "grad_accum_steps", "accumulate_grad_batches"),
                     "It follows from train.global_batch_size, train.micro_batch_size, and workers.count. Remove it"),
-    **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Give the steps: train.schedule.warmup_steps"),
+    **dict.fromkeys(("warmup_ratio", "warmup_fraction"), "Set the number of steps: train.schedule.warmup_steps"),
     **dict.fromkeys(("tokenizer", "tokenizer_name", "tokenizer_path"),
                     "The dataset has the tokenizer. Set `tokenizer` in the pipeline's file"),
     **dict.fromkeys(("wandb", "report_to", "tensorboard", "logger"), "heliostat records runs in MLflow. Use mlflow.uri"),
@@ -94,11 +94,12 @@ NOT_OFFERED = {  # keys of other tools that heliostat has no key for, and the ad
                     "It is a key of the model. Set it in the section model"),
     **dict.fromkeys(("dpo", "rlhf", "ppo", "grpo", "reward_model"), "Preference training is not supported. Remove it"),
 }  # fmt: skip
-MISSING = {  # the message for a missing required key, by its path and a question mark
+MISSING = {  # the key's path with a question mark -> the message for a missing required key
     "data?": absent("data", "{path: FOLDER, sequence_length: INTEGER}"),
     "data.sources?": absent("data.path", "FOLDER"),
     "train?": absent("train", "{steps: INTEGER}"),
     "train.steps?": absent("train.steps", "INTEGER, or train.epochs, or train.tokens"),
 }
 SYNONYMS = {word: f"Use {key}" for key, words in KEYS.items() for word in words} | NOT_OFFERED | MISSING
-"""Advice by the last part of an unknown key, in lower case and with `_` for `-`; and by the path of a missing key with `?`."""
+"""Advice for an unknown key, by the key's last part (in lower case, with `_` for `-`). Also the message for a missing key, by the
+key's path with `?`."""

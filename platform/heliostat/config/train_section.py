@@ -1,4 +1,4 @@
-"""Defines the section `train` of the job file: the optimizer's steps, and how they are computed."""
+"""Defines the section `train` of the job file: the optimizer's steps, and how workers compute them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class Zero(Strict):
     offload: Offload = Offload()
     """Offloads state from GPU memory."""
     shard_group_size: Annotated[Group | None, Was("divide_within")] = None
-    """Number of workers that shard the state, for example those of a node; each such group holds all of it, and the groups
-    average their gradients once per step. Stage 3 only. Unset: all workers. See docs/training/many-nodes.md"""
+    """Number of workers that shard the state, for example the workers of a node. Each group of workers has the complete state,
+    and the groups average their gradients once per step. Stage 3 only. Unset: all workers. See docs/training/many-nodes.md"""
     hpz_partition_size: Annotated[Group | None, Was("copy_within")] = None
-    """Number of workers that shard a second copy of the weights, for example those of a node: a layer that was gathered once in
-    a step is gathered again from there (ZeRO++ hpZ). Stage 3 only. Unset: no copy. See docs/training/many-nodes.md"""
+    """Number of workers that shard a second copy of the weights, for example the workers of a node. If a step gathers a layer
+    again, it uses this copy (ZeRO++ hpZ). Stage 3 only. Unset: no copy. See docs/training/many-nodes.md"""
     quantize_weights: bool = False
     """Gathers weights in 8 bits (ZeRO++ qwZ). Stage 3 and GPUs only. See docs/training/many-nodes.md"""
 
@@ -58,7 +58,7 @@ class Zero(Strict):
     @field_validator("stage", mode="before")
     @classmethod
     def _no_bool(cls, value: object) -> object:
-        if isinstance(value, bool):  # would pass as 0 or 1
+        if isinstance(value, bool):  # a boolean would be accepted as 0 or 1
             raise ValueError(f"{value} isn't a choice. Use one of: 0, 1, 2, 3")
         return value
 
@@ -72,11 +72,12 @@ NOT_OFFERED = {
 
 class Parallel(Strict):
     auto: bool = False
-    """Chooses the fastest parallelism configuration that fits, by the plan: the degrees below and `zero.stage`, `zero.offload`,
-    `micro_batch_size`, `activation_checkpointing`. Write `parallel: auto`. See docs/training/parallelism.md#automatic-choice"""
+    """Chooses the fastest parallelism configuration that fits, by the plan. It sets the degrees below, `zero.stage`,
+    `zero.offload`, `micro_batch_size`, and `activation_checkpointing`. Write `parallel: auto`. See
+    docs/training/parallelism.md#automatic-choice"""
 
     sequence: Count = 1
-    """Sequence parallelism: number of workers that share each sample, with one range of tokens each. 1: off. See
+    """Sequence parallelism: number of workers that share each sample. Each worker has one range of tokens. 1: off. See
     docs/training/long-context.md"""
 
     expert: Count = 1
@@ -89,13 +90,13 @@ class Parallel(Strict):
 
     @property
     def sharing(self) -> int:
-        """Returns how many workers compute each sample together."""
+        """Returns the number of workers that compute each sample together."""
         return self.sequence * self.tensor
 
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Converts `auto`; rejects degrees of other tools, with the reason and the alternative."""
+        """Converts `auto`. Rejects the degrees of other tools, with the reason and the alternative."""
         if value == "auto":
             return {"auto": True}
         if isinstance(value, str):
@@ -110,15 +111,15 @@ class Parallel(Strict):
 
 class Ema(Strict):
     decay: Annotated[Float, Field(gt=0, lt=1)] = 0.9999
-    """Maximum decay of the average; at step t it is min(decay, (1 + t) / (10 + t))."""
+    """Maximum decay of the average. The decay at step t is min(decay, (1 + t) / (10 + t))."""
 
 
 class SdcCheck(Strict):
     every: Positive
-    """Steps between two corruption checks. The first step after every start is checked too."""
+    """Steps between two corruption checks. heliostat also checks the first step after every start."""
 
     def due(self, step: int, first: bool) -> bool:
-        """Returns whether a step, counted from 0, is checked. `first`: no step was checked since the start."""
+        """Returns whether heliostat checks a step, counted from 0. `first`: no step has been checked since the start."""
         return first or (step + 1) % self.every == 0
 
 
@@ -128,13 +129,13 @@ GROWING = dict.fromkeys(
 GROWING |= dict.fromkeys(("sequence_warmup", "sequence_length_warmup"), "every sample has data.sequence_length tokens")
 
 
-NEWEST_RECIPES = 2  # what an unset `recipe_version` means in a new run
-RETIRED = frozenset({"cpu_kernels"})  # keys of earlier versions, which recorded jobs hold; they have no effect
+NEWEST_RECIPES = 2  # value of an unset `recipe_version` in a new run
+RETIRED = frozenset({"cpu_kernels"})  # keys of earlier versions that recorded jobs may have; they have no effect
 SELECTIVE = "selective"
 
 
 def _layers(value: object) -> object:
-    """Validates the choice of layers, with one message for all wrong values."""
+    """Validates the choice of layers. All wrong values give the same message."""
     if isinstance(value, bool) or value == SELECTIVE or (isinstance(value, int) and 0 < value <= LARGEST):
         return value
     raise ValueError(f"{brief(repr(value))} isn't a choice. Use true, false, {SELECTIVE}, or a number of layers (1 or more)")
@@ -144,7 +145,7 @@ DEEPCOMPILE = "DeepSpeed's passes begin at the optimizer's step 0, which a resum
 
 
 def _compiled(value: object) -> object:
-    """Validates the choice of compilation, with one message for all wrong values."""
+    """Validates the choice of compilation. All wrong values give the same message."""
     if isinstance(value, bool) or value == "blocks":
         return value
     if value == "deepcompile":
@@ -154,21 +155,22 @@ def _compiled(value: object) -> object:
 
 class Train(Strict):
     steps: Annotated[Count, Filled("from `epochs` or `tokens`")]
-    """Optimizer steps of the whole run. They count from 1; the schedule ends at this one. Give `steps`, `epochs`, or `tokens`."""
+    """Optimizer steps of the whole run, counted from 1. The schedule ends at the last step. Set `steps`, `epochs`, or
+    `tokens`."""
     epochs: Annotated[Float | None, Field(gt=0, exclude=True)] = None
-    """Passes over the training samples, instead of `steps`. heliostat converts them to steps when the dataset is known, rounded
-    up."""
+    """Passes over the training samples, instead of `steps`. When the dataset is known, heliostat converts epochs to steps,
+    rounded up."""
     tokens: Annotated[int | None, Field(gt=0, exclude=True)] = None
-    """Tokens to train on, instead of `steps`. heliostat converts them to steps of `global_batch_size` x `data.sequence_length`,
+    """Tokens to train on, instead of `steps`. heliostat converts tokens to steps of `global_batch_size` x `data.sequence_length`,
     rounded up."""
     steps_from: str | None = None
     """In a run's record: the origin of `steps`, for example `epochs: 2`. Don't set it."""
     stop_after: Positive | None = None
-    """Step after which training stops for now; the schedule still follows `steps`. Unset: at `steps`."""
+    """Step after which training stops early. The schedule still follows `steps`. Unset: training stops at `steps`."""
     global_batch_size: Annotated[Count, Was("global_batch"), Filled("64, or the next multiple that the workers can share")]
-    """Samples per optimizer step, over all workers."""
+    """Samples per optimizer step, summed over all workers."""
     micro_batch_size: Annotated[Count, Was("micro_batch"), Filled("up to 4")]
-    """Samples that a worker processes at once; the number of accumulated micro-batches follows."""
+    """Samples that a worker processes at once. The number of accumulated micro-batches follows from this value."""
     optimizer: Annotated[AnyOptimizer, Filled("AdamW with a rate by rule, see docs/reference/yaml.md#defaults")]
     """Optimizer."""
     schedule: Schedule = Schedule()
@@ -176,8 +178,8 @@ class Train(Strict):
     grad_clip: NonNegative = 1.0
     """Maximum global norm of the gradient; 0 means no limit."""
     ema: Ema | None = None
-    """Exponential moving average of the weights, which evaluation, generation, and export use instead of them. Unset: no
-    average."""
+    """Exponential moving average of the weights. Evaluation, generation, and export use the average instead of the weights.
+    Unset: no average."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Precision of weights and computation. Master weights and optimizer state are always fp32. `fp16` needs GPUs. See
     docs/training/precision.md"""
@@ -186,27 +188,29 @@ class Train(Strict):
     parallel: Parallel = Parallel()
     """How the workers split samples, experts, and matrices."""
     grad_accum_dtype: Annotated[Literal["fp32", "same"] | None, Was("accumulate")] = None
-    """Precision of the sums of a step's micro-batches: fp32, or the `same` as `train.precision`. Unset: fp32, but a resumed run
-    keeps its value. See docs/training/precision.md#sums-of-micro-batches"""
+    """Precision in which a step's micro-batches are summed: `fp32`, or `same` for the precision in `train.precision`. Unset:
+    fp32, but a resumed run keeps its value. See docs/training/precision.md#sums-of-micro-batches"""
     recipe_version: Literal[1, 2] | None = None
-    """Version of the rules by which an image recipe draws a sample's random numbers. Unset: 2, but a resumed run keeps its
-    value. See docs/diffusion.md#versions"""
+    """Version of an image recipe's rules for drawing a sample's random numbers. Unset: 2, but a resumed run keeps its value. See
+    docs/diffusion.md#versions"""
     deepspeed: dict[str, object] = {}
-    """DeepSpeed's settings of speed and memory. They override those that heliostat derives from the other keys. Supported:
-    docs/training/deepspeed-keys.md"""
+    """DeepSpeed's settings for speed and memory. They override the settings that heliostat derives from other keys. Supported
+    keys: docs/training/deepspeed-keys.md"""
     activation_checkpointing: Annotated[bool | Literal["selective"] | Count, BeforeValidator(_layers)] = False
-    """Recomputes activations in the backward pass, which trades time for memory. A number: for the first N layers. `selective`:
-    for all layers, but keeps the outputs of products and attention. See docs/training/memory.md#activation-checkpointing"""
+    """Recomputes activations in the backward pass, which trades time for memory. A number N: only in the first N layers.
+    `selective`: in all layers, but keeps the outputs of matrix multiplications and attention. See
+    docs/training/memory.md#activation-checkpointing"""
     activation_offload: bool = False
     """Keeps the inputs of checkpointed layers in host memory until the backward pass. See
     docs/training/memory.md#activation-offload"""
     tiled_loss: bool = False
-    """Computes logits and their loss a tile of tokens at a time, to save memory. See docs/training/memory.md#tiled-loss"""
+    """Saves memory: computes logits and their loss for one tile of tokens at a time. See docs/training/memory.md#tiled-loss"""
     tiled_mlp: bool = False
-    """Computes the MLP of each layer a tile of tokens at a time, and recomputes it in the backward pass, to save memory. See
-    docs/training/memory.md#tiled-mlp"""
+    """Saves memory: computes the MLP of each layer for one tile of tokens at a time, and recomputes the MLP in the backward pass.
+    See docs/training/memory.md#tiled-mlp"""
     compile: Annotated[bool | Literal["blocks"], BeforeValidator(_compiled)] = False
-    """Runs the model through `torch.compile`. `blocks`: compiles one layer for all. See docs/training/kernels.md#compilation"""
+    """Runs the model through `torch.compile`. `blocks`: compiles one layer, and uses it for all layers. See
+    docs/training/kernels.md#compilation"""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     """Attention implementation; flash and flex need GPUs. Unset: sdpa if the architecture supports it. See
     docs/training/kernels.md#attention"""
@@ -214,16 +218,16 @@ class Train(Strict):
     """Multiplies the linear layers of a language model in float8; needs GPUs, and `precision: bf16`. See
     docs/training/precision.md#float8"""
     sdc_check: Annotated[SdcCheck | None, Was("recheck")] = None
-    """Checks for silent data corruption: all workers compute the same micro-batch, and compare its bits. Unset: never. See
-    docs/reliability/corruption.md"""
+    """Checks for silent data corruption: all workers compute the same micro-batch, and compare whether the results are bitwise
+    equal. Unset: no checks. See docs/reliability/corruption.md"""
     seed: Seed = 0
     """Random seed for initial weights and dropout."""
     log_every: Positive = 10
-    """Steps between two progress lines; every step's loss is recorded anyway."""
+    """Steps between two progress lines. heliostat records the loss of every step."""
 
     @property
     def rules(self) -> int:
-        """Returns the version of the rules by which a recipe draws a sample's random numbers."""
+        """Returns the version of the recipe's rules for drawing a sample's random numbers."""
         return self.recipe_version or NEWEST_RECIPES
 
     def lr(self, step: int) -> float:
@@ -237,7 +241,8 @@ class Train(Strict):
     @model_validator(mode="before")
     @classmethod
     def _offered(cls, value: object) -> object:
-        """Drops keys of earlier versions. Rejects more than one length, and warm-ups of batch or sequence length."""
+        """Drops keys of earlier versions. Rejects more than one of `steps`, `epochs`, and `tokens`, and warm-ups of batch size or
+        sequence length."""
         if not isinstance(value, dict):
             return value
         if len(lengths := [key for key in LENGTHS if value.get(key) is not None]) > 1:

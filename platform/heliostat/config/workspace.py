@@ -1,8 +1,9 @@
 """Finds the workspace, and imports code by name. The workspace is the current folder, with jobs/, pipelines/, and clusters/.
 
-A job or pipeline names its code by import path, `package.module:Class`: code of the package (`heliostat.recipes:CausalLM`), or of
-the workspace (`jobs.mine:Recipe`). The record of a model or run names code too. It is imported only from installed packages
-and from the workspace's own folders. Code that came with a model never runs.
+A job or pipeline refers to code by import path, `package.module:Class`. The code belongs to the package
+(`heliostat.recipes:CausalLM`) or to the workspace (`jobs.mine:Recipe`). The record of a model or run has import paths, too.
+heliostat imports code only from installed packages and from the workspace's own folders. It never runs code that came with a
+model.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from heliostat.errors import ConfigError
 from heliostat.schema import nearest
 
 NAME = re.compile(text.NAME)
-BUILT_IN = {  # modules of the package, by the modules of the workspace that had the same classes in earlier versions
+BUILT_IN = {  # module of the workspace in earlier versions -> module of the package with the same classes
     "jobs.causal_lm": "heliostat.recipes",
     "jobs.text_to_image": "heliostat.recipes",
     "jobs.autoencoder": "heliostat.recipes",
     "pipelines.text": "heliostat.pipelines",
     "pipelines.images": "heliostat.pipelines",
 }
-MODEL_FILES = ("heliostat.json", "model_index.json")  # a folder with one of them is a model's
+MODEL_FILES = ("heliostat.json", "model_index.json")  # a folder with one of these files is a model's folder
 
 
 def root() -> Path:
@@ -35,21 +36,21 @@ def root() -> Path:
 
 
 def check_name(field: str, name: object) -> str:
-    """Returns a name that is safe as a part of a path; else ConfigError that names `field`."""
+    """Returns the name if it is safe as a part of a path. Otherwise raises a ConfigError that begins with `field`."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ConfigError(f"{field}: {name!r} {text.NAME_FAULT}")
     return name
 
 
 def import_path(field: str, path: str, record: Path | None = None) -> Any:
-    """Imports the object at `module.name:Object`; ConfigError that names `field` if that fails.
+    """Imports the object at `module.name:Object`. If the import fails, raises a ConfigError that begins with `field`.
 
     `record`: the folder of the model or run whose record has the path. Code in a model's folder is then an error.
     """
     module_name, mark, attribute = path.partition(":")
     if not mark or not module_name or not attribute or module_name.startswith("."):
         near = nearest(path, _built_in(field))
-        raise ConfigError(f"{field}: {path!r} must look like package.module:Class{near or '. Write it so'}")
+        raise ConfigError(f"{field}: {path!r} must have the form package.module:Class{near or '. Correct it'}")
     if str(root()) not in sys.path:
         sys.path.insert(0, str(root()))
     if module_name in BUILT_IN and not _there(module_name):
@@ -58,7 +59,7 @@ def import_path(field: str, path: str, record: Path | None = None) -> Any:
         _refuse_foreign(field, module_name, record)
     try:
         module = importlib.import_module(module_name)
-        target = getattr(module, attribute, None)  # `heliostat.recipes` imports the module of a name here
+        target = getattr(module, attribute, None)  # here `heliostat.recipes` imports the module of the class
     except ModuleNotFoundError as e:
         if e.name and (module_name == e.name or module_name.startswith(e.name + ".")):
             here = [f"{f}.{p.stem}" for f in ("jobs", "pipelines") for p in (root() / f).glob("*.py")]
@@ -90,7 +91,7 @@ def _refuse_foreign(field: str, module_name: str, record: Path) -> None:
             if way.is_relative_to(record.absolute()) or way.is_relative_to(record.resolve()) or _in_model(way):
                 raise ConfigError(
                     f"{field}: {module_name!r} is code in the folder of a model or run ({way}), which heliostat "
-                    "doesn't run. If you trust it, copy it to jobs/, and name that copy"
+                    "doesn't run. If you trust this code, copy it to jobs/, and use the copy"
                 )
 
 
@@ -123,7 +124,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _installed(place: Path) -> bool:
-    """Returns whether a path is in the standard library or among installed packages."""
+    """Returns whether a path is in the standard library or in an installed package."""
     roots = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
     return any(place.is_relative_to(root) for root in roots)
 

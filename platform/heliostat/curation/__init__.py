@@ -3,7 +3,7 @@
 Start at `prepare`.
 May import: `cluster`, `config`, `data`, `recipes`, `storage`, `tasks`.
 
-A pipeline file names a pipeline as `pipeline: heliostat.pipelines:NAME`, this package's earlier name.
+A pipeline file selects a pipeline with `pipeline: heliostat.pipelines:NAME`. That is this package's earlier name.
 """
 
 from typing import TYPE_CHECKING

@@ -1,19 +1,20 @@
-"""Finds all pairs of 64-bit perceptual hashes that differ in at most `distance` bits, exactly, with the hashes on disk.
+"""Finds exactly all pairs of 64-bit perceptual hashes that differ in at most `distance` bits. The hashes are on disk.
 
 Method: Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007. The bits are split into blocks. Two hashes
-that differ in d bits are equal in all blocks except at most d. So for every choice of d blocks to leave out, the other blocks
-are a key, and such a pair shares one of these keys. More blocks make longer keys, and more of them; there are enough that
-chance doesn't fill the groups.
+that differ in d bits are equal in all blocks except at most d. So every choice of d blocks to leave out gives a key: the other
+blocks. Two such hashes share at least one of these keys. With more blocks, keys are longer, and there are more keys. The number
+of blocks is large enough that few different hashes share a key by chance.
 
-A node is a perceptual hash of some image. Images with the same hash are a group, represented by the first by pixel hash. A
-node's rank is the first 64 bits of that pixel hash.
+A node is a perceptual hash. Images with the same perceptual hash are a group. The image with the smallest pixel hash represents
+the group. A node's rank is the first 64 bits of that pixel hash.
 
 Then this module chooses the images that stay, as if it visited all of them in the order of their pixel hashes.
 
-An image is dropped if it is near an earlier one that stays. Those that stay are the lexicographically first maximal
-independent set of the pairs. Rounds find it: a node stays when all nearby earlier nodes are known to be dropped, and is
-dropped when one of them is known to stay. The order is a hash, so it is random, and there are few rounds for any number of
-nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are Parallel on Average, 2012).
+An image is dropped if it is near an earlier image that stays. The images that stay are the lexicographically first maximal
+independent set of the pairs' graph. Rounds find this set. A node stays when all nearby earlier nodes are known to be dropped. A
+node is dropped when a nearby earlier node is known to stay. The order is random, because it is the order of hashes. So there are
+few rounds, for any number of nodes (Blelloch, Fineman and Shun, Greedy Sequential Maximal Independent Set and Matching are
+Parallel on Average, 2012).
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ EDGES: dict[str, type[np.generic]] = {**dict.fromkeys(("u", "v", "u_rank", "v_ra
 
 
 def blocks(distance: int, hashes: int) -> int:
-    """Chooses the number of blocks: the first whose keys are long enough to separate so many hashes, with at most KEYS keys
-    each."""
+    """Chooses the smallest number of blocks whose keys are long enough to separate `hashes` hashes, with at most KEYS keys per
+    hash."""
     count = distance + 1
     while comb(count + 1, distance) <= KEYS and BITS - distance * ceil(BITS / count) < log2(max(2, hashes)):
         count += 1
@@ -58,7 +59,7 @@ def masks(distance: int, count: int) -> list[int]:
 
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Spills the perceptual hash of each image of the run with this number; with `exact`, the pixel hash instead."""
+    """Spills the perceptual hash of each image in a run or, with `exact`, the pixel hash. `number`: the run's number."""
     runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
@@ -71,13 +72,15 @@ def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[s
 
 
 def gather(folder: Location, part: int, parts: int, names: list[str]) -> pa.Table:
-    """Reads the images of one part of all perceptual hashes, in groups, each sorted by pixel hash and id."""
+    """Reads the images of one part of all perceptual hashes. The images are grouped by perceptual hash; groups are sorted by
+    pixel hash and id."""
     order = [(name, "ascending") for name in ("looks", "hash", "id")]
     return spill.joined(folder, names, *spill.share(part, parts), FACES).sort_by(order).combine_chunks()
 
 
 def firsts(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each gathered image whether it is the first of its group, and the first with its pixels."""
+    """Returns two arrays for the gathered images: whether an image is the first of its group, and whether it is the first with
+    its pixels."""
     looks, hashes = table["looks"].to_numpy(), prefixes(table, 4)
     return spill.starts(looks), spill.starts(looks, *hashes.T)
 
@@ -89,7 +92,8 @@ def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
 
 
 def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
-    """Spills every node of this part under its keys, of `count` blocks, with its rank and its images with different pixels."""
+    """Spills every node of this part under each of its keys (from `count` blocks), with its rank and the number of its distinct
+    images."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -108,7 +112,7 @@ def _keys(looks: np.ndarray, number: int, mask: int) -> np.ndarray:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str], distance: int) -> dict[str, object]:
-    """Spills the edges between near nodes that share a key of this part, in both directions."""
+    """Spills the edges, in both directions, between near nodes that share a key of this part."""
     keys, looks, ranks, images = spill.arrays(
         folder, names, *spill.share(part, parts), key=np.uint64, looks=np.uint64, rank=np.uint64, images=np.int64
     )
@@ -128,7 +132,7 @@ def pairs(folder: Location, part: int, parts: int, names: list[str], distance: i
 
 
 def spilled(folder: Location, edges: tuple[np.ndarray, ...]) -> tuple[str, int]:
-    """Spills edges by their first node, each once; returns the spill's name and their number."""
+    """Spills edges by their first node, each edge once; returns the spill's name and the number of edges."""
     order = np.lexsort((edges[1], edges[0]))
     edges = tuple(column[order] for column in edges)
     first = spill.starts(*edges[:2])
@@ -145,8 +149,8 @@ NAMES = pa.schema(
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, object]:
     """Decides on the nodes of this part that can be decided now, and spills messages to the nodes after them.
 
-    `messages` say which nodes stay and which are dropped. It also spills the edges of undecided nodes, and the cause of each
-    drop.
+    `messages` say which nodes stay and which are dropped. The task also spills the edges of undecided nodes, and the cause of
+    each drop.
     """
     low, high = spill.share(part, parts)
     u, v, u_rank, v_rank, images = spill.arrays(folder, names, low, high, **EDGES)
@@ -171,7 +175,8 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """Spills, for each dropped node and each node that causes a drop, the id of the image that stays and their number."""
+    """Spills the id of the image that stays, and the size of its cluster, for each dropped node and each node that causes a
+    drop."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -191,7 +196,7 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
-    """Spills which images of this part are dropped, by their places in runs, with the reason and the image that stays."""
+    """Spills the dropped images of this part by their positions in runs, with the reason and the id of the image that stays."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()
@@ -205,7 +210,7 @@ def judge(folder: Location, part: int, parts: int, names: list[str], named: list
     for looks, node, of_equal_pixels, first in zip(*columns, strict=True):
         if not of_equal_pixels:
             rows.append({"key": node, "reason": "duplicate", "detail": first})
-        elif row := stays.get(looks):  # none for groups of equal pixels, whose hashes begin the same by chance
+        elif row := stays.get(looks):  # None with `exact`, if different pixel hashes begin with the same 64 bits
             detail = f"{row['id']} (one of {row['size']})"
             rows.append({"key": node, "reason": "near_duplicate", "detail": detail})
     judged = spill.write(folder, pa.Table.from_pylist(rows, JUDGED), ("reason",))

@@ -1,7 +1,7 @@
 """Processes a task's documents with care, so that one bad document doesn't end a run (`tasks.care`).
 
-If a stage raises an error, the documents of the batch are processed one by one. If reading a part fails, the rest of the part
-is left out (`unread`).
+If a stage raises an error, the documents of the batch are processed one by one. If reading a file part fails, the rest of this
+part is left out (`unread`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from heliostat.errors import HeliostatError
 from heliostat.tasks.care import CRASHED, UNREAD, Care, Crash, TaskPlace, last_line, most, too_many
 from heliostat.text import printable
 
-READ, INPUT = "read", "the input"  # the stage, and the name of a file that is all of the input
-READ_TOGETHER = 64  # documents that are read between two notes
+READ, INPUT = "read", "the input"  # the name of the stage; the name of an input that is a single file
+READ_TOGETHER = 64  # documents that are read between two recorded steps
 
 
 @dataclass
@@ -34,12 +34,12 @@ class Careful:
     part: int = 0
     crashes: int = 0
     unread: list[str] = field(default_factory=list)
-    """Places where reading failed, with the errors. The rest of the part is missing."""
+    """File parts in which reading failed, with the errors. The rest of each part is missing."""
 
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
     ) -> Iterator[Document | Dropped]:
-        """Yields the documents of parts; if reading a part fails, those before the failure."""
+        """Yields the documents of parts. If reading a part fails, it yields the documents before the failure."""
         for self.part, part in enumerate(piece):
             yield from read(part) if self.care is None else self._part(self.care, part, read)
 
@@ -135,19 +135,19 @@ class Careful:
 
 
 def _range(part: FilePart) -> str:
-    """Formats a part of the input: a file, or a range of it."""
+    """Formats a part of the input: a file, or a range of a file."""
     path = printable(part.path or INPUT)
     return path if part.stop is None else f"bytes {part.start:,} to {part.stop:,} of {path}"
 
 
 def _row(last: str, count: int) -> str:
-    """Returns the number of the last row that was read: the one in its id, or the count."""
+    """Returns the number of the last row that was read: the number in the row's id, or the count."""
     number = last.rpartition("#")[2]
     return number if number.isdecimal() else str(count)
 
 
 class Through(ABC):
-    """Processes documents through the stages: a complete batch, or nothing of it. A task defines how."""
+    """Runs documents through the stages, always a complete batch or none of it. Each kind of task implements this."""
 
     @abstractmethod
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
@@ -159,7 +159,8 @@ class Through(ABC):
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
-    """Counts a document that crashed at one of the `stages`, after it passed the earlier ones, or after all of them."""
+    """Counts a document that crashed at one of the `stages`, or after all of them. The document counts as kept in the earlier
+    stages."""
     for name in stages:
         entry = tally.entry(counts, name)
         entry["documents"] += 1

@@ -17,14 +17,14 @@ from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
-"""A stage's entry in a pipeline file, the key of its inputs, and the files that it names."""
+"""A stage's entry in a pipeline file, the key of its inputs, and the files that the entry lists."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # maximum documents, and their characters, in a stage's batch
-IMAGE_SHARE = 32  # bytes of an image that count as a character: an image is some hundred times larger than a text
+IMAGE_SHARE = 32  # bytes of an image that count as one character: an image is a few hundred times larger than a text
 
 
 def batches(documents: Iterable[Document | Dropped]) -> Iterator[tuple[list[Document], list[Dropped]]]:
-    """Yields documents in batches, with the dropped ones between them."""
+    """Yields batches: the documents to process, and the dropped documents that were read between them."""
     waiting, dropped, size = list[Document](), list[Dropped](), 0
     for item in documents:
         if isinstance(item, Dropped):
@@ -54,8 +54,8 @@ class Chain:
     def run(
         self, documents: list[Document], about: Callable[[str], None] = lambda stage: None
     ) -> tuple[list[Document], list[Gone]]:
-        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of the others; calls `about` with
-        each stage's name before it."""
+        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of the dropped ones. Calls `about` with
+        each stage's name before the stage runs."""
         dropped = []
         for name, stage, work in self.stages:
             if not documents:
@@ -79,7 +79,7 @@ class Chain:
 
 
 def bytes_of(document: Document) -> int:
-    """Returns the bytes of a document's text, in UTF-8, and of its image."""
+    """Returns the size of a document in bytes: its text in UTF-8 plus its image."""
     text, picture = document.text, len(document.picture.data) if document.picture else 0
     return picture + (len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode("utf-8", "surrogatepass")))
 
@@ -91,6 +91,6 @@ def _opened(entry: str, follows: str) -> Work:
     if key(stage.follows()) != follows:
         raise ConfigError(
             f"stages: {stage.named()}: its files or libraries on node {socket.gethostname()} differ from those at "
-            "the start. Give every node the same ones, don't change them during the run, and start again"
+            "the start. Install the same files and libraries on every node, don't change them during the run, and start again"
         )
     return stage.open()

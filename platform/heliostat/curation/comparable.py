@@ -1,11 +1,12 @@
 """Turns texts into comparable words: one definition for `minhash`, `decontaminate`, and `repeated_*`.
 
-It ignores the same as FineWeb (Penedo et al., 2024): case, punctuation, white space, accents, and the values of numbers, which
-all become 0. Texts are compared in NFC, so the encoding of an accent doesn't matter either. Three rules differ:
+Like FineWeb (Penedo et al., 2024), the comparison ignores case, punctuation, white space, accents, and the values of numbers:
+every number becomes 0. Texts are compared in NFC, so the encoding of an accent doesn't matter either. Three rules differ from
+FineWeb:
 
 - Marks are dropped in the scripts that can do without them (Latin, Greek, Cyrillic, Arabic, Hebrew). A vowel sign of Hindi stays.
 - Where a script puts no spaces between words (Chinese, Japanese, Thai, ...), each character with its marks is a word.
-- An n-gram of numbers alone is compared as written. Otherwise all tables of numbers would be one text.
+- An n-gram that has only numbers is compared as written. Otherwise all tables of numbers would be equal.
 
 A number includes single `.`, `,`, `:`, `/` and `-` between its digits: a date is one number.
 """
@@ -33,7 +34,7 @@ OPTIONAL = (
 )
 VOICED = "\u3099\u309a"  # marks of kana, which change the sound
 FOLDED = (range(0x3400), range(0xA000, 0xAC00), range(0xF900, 0x17000), range(0x18D00, 0x20000), range(0x2F800, 0x2FA20))
-"""Code points that may be compared as another one: all except Han, Hangul, Tangut, and those for private use."""
+"""Code points that may be replaced by another code point for the comparison: all except Han, Hangul, Tangut, and private use."""
 CODES = 0x110000
 _END = rf"[\s!-+;-@\[-`{{-~]|[[{ALONE}]--\p{{M}}]"
 END, LAST_END = (regex.compile(way + _END, regex.V1) for way in ("", "(?r)"))  # where to split long texts
@@ -41,7 +42,7 @@ LONGEST = 1 << 18
 """Maximum characters of a word that is never split. A longer word may become several words, so that memory is bounded."""
 
 ZERO = ord("0")
-BLOCK = 1 << 16  # characters, and values to hash, at once: the results for them stay in the CPU's cache
+BLOCK = 1 << 16  # characters, or values to hash, that are processed at once: their results fit into the CPU's cache
 FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 
 
@@ -49,7 +50,8 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 class ComparableWords:
     """Holds the words of texts, one text after another.
 
-    `hashes` are equal for comparable words; `exact` also distinguishes numbers; `counts` are the words of each text.
+    `hashes` are equal for words that compare as equal. `exact` also distinguishes numbers. `counts` has the number of words of
+    each text.
     """
 
     counts: np.ndarray
@@ -58,7 +60,7 @@ class ComparableWords:
     numbers: np.ndarray
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Hashes spans of words, in ascending order; spans of numbers only are hashed as written."""
+        """Hashes spans of words, given in ascending order. Spans that have only numbers are hashed as written."""
         span_hashes = hashed(self.hashes, starts, stops)
         if self.numbers.any():
             others = np.concatenate([[0], np.cumsum(~self.numbers)])
@@ -69,7 +71,7 @@ class ComparableWords:
     def ngrams(self, n: int, short: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Hashes every n-gram of the texts; returns (hashes, number per text).
 
-        A text with fewer words has none or, with `short`, a single one.
+        A text with fewer than `n` words has no n-gram or, with `short`, one n-gram of all its words.
         """
         ends = np.cumsum(self.counts)
         left = np.repeat(ends, self.counts) - np.arange(len(self.hashes))  # words from each word to the end of its text
@@ -102,7 +104,8 @@ def words(texts: Sequence[str]) -> ComparableWords:
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns the begin and end of each word of a text, int [words, 2]: as many words as `words` finds, in NFC or not."""
+    """Returns the start and end of each word of a text, int [words, 2]. Their number is the number that `words` finds, in NFC or
+    not."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -113,7 +116,7 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words; where its NFC has another number of words between two white spaces, the NFC's words instead.
+    """Returns a text's words. Where its NFC has a different number of words between two white spaces, it returns the NFC's words.
 
     The positions of the NFC's words are scaled in proportion. NFC reorders marks of several scripts in a row, which may move the
     start of a word.
@@ -146,7 +149,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes spans of values, in ascending order: polynomials, from prefix sums over all values, divided by their powers."""
+    """Hashes spans of values, given in ascending order. A hash is a polynomial: the difference of two prefix sums, divided by a
+    power of the base."""
     span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):
@@ -190,26 +194,27 @@ def _tables() -> tuple[np.ndarray, np.ndarray]:
         folded[code] = ord(text) if len(text) == 1 else ord(chr(code).lower()[0])
     folded[ord("ς")] = ord("σ")
     kinds = np.where(kinds == SKIPPED, SKIPPED, kinds[folded]).astype(np.uint8)
-    digits = _having(r"\p{Nd}")[folded]  # also digits such as ²
+    digits = _having(r"\p{Nd}")[folded]  # includes digits such as ²
     folded[digits], kinds[digits] = ZERO, LETTER
     return folded, kinds
 
 
 @lru_cache(maxsize=1)
 def _ascii_tables() -> tuple[bytes, bytes]:
-    """Returns the same for ASCII characters, in the form of `bytes.translate`."""
+    """Returns the comparison value and the kind of each ASCII character, as tables for `bytes.translate`."""
     folded, kinds = (table[:128].astype(np.uint8).tobytes() for table in _tables())
     return folded + bytes(128), kinds + bytes(128)
 
 
 @lru_cache(maxsize=1)
 def _every() -> list[tuple[int, str]]:
-    """Returns all assigned code points, as (the first, a text). After 0x40000 there are only tags and variation selectors."""
+    """Returns all assigned code points, as pairs (first code point, text). After 0x40000 there are only tags and variation
+    selectors."""
     return [(first, "".join(map(chr, range(first, stop)))) for first, stop in ((0, 0x40000), (0xE0000, 0xE0200))]
 
 
 def _having(properties: str) -> np.ndarray:
-    """Returns the code points that have one of some properties, or are among some characters."""
+    """Returns the code points that match a regular expression of Unicode properties and characters."""
     table = np.zeros(CODES, bool)
     for first, text in _every():
         for run in regex.finditer(rf"[{properties}]+", text):
@@ -233,7 +238,8 @@ def _blocks(text: str) -> Iterator[Block]:
 
 
 def _end(text: str, begin: int) -> int:
-    """Finds the end of a part of a text: the end of a word or, in a word that is too long, a fixed distance from its start."""
+    """Finds the end of a part of a text. A part ends at the end of a word or, in a word that is too long, after a fixed number of
+    characters."""
     most = begin + BLOCK + LONGEST
     if (match := END.search(text, begin + BLOCK, most)) is not None:
         return match.start()
@@ -281,7 +287,7 @@ def _looked_up(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _edges(kind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the begin and end of words, by the kinds of characters."""
+    """Finds the start and end of each word from the kinds of characters."""
     inside = np.zeros(len(kind) + 2, bool)
     inside[1:-1] = (kind == LETTER) | (kind >= UNSPACED)
     begins = inside[1:] & ~inside[:-1]

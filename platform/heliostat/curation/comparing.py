@@ -24,20 +24,19 @@ from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
 LARGEST = 20  # largest clusters to list
-DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: its id, the kept one's id, columns, some several times
+DOCUMENT_BYTES = 4000  # bytes of memory per document in a task: both ids and the columns, some of them several times
 RUNS = 16  # runs per task, approximately
 JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name in ("reason", "detail", "measures"))])
 """Schema of the dropped documents. `key`: the document's place, (number of its run) << 32 | row."""
 
 
 def parts(bytes: int, memory_limit: int) -> int:
-    """Chooses the number of parts into which so many bytes of keys are split."""
+    """Chooses the number of parts into which keys of this many bytes are split."""
     return max(1, -(-bytes // memory_limit))
 
 
 def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], memory_limit: int, **more: object) -> Iterator[Task]:
-    """Describes tasks that read the parts of spills for some runs. If they read them for all runs, each task takes as many
-    documents as fit."""
+    """Yields tasks that each read the spills' rows about some runs. Each task takes as many runs as fit into its memory."""
     groups = list(filled(runs, lambda run: run.rows, memory_limit // DOCUMENT_BYTES, RUNS))
     return about(flow, kind, groups, names, **more)
 
@@ -50,8 +49,8 @@ def adding(task: Task, **more: object) -> Task:
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Yields one task per group of runs. Each reads the spills' rows about its runs, by place. `also`: further parts of the
-    tasks' keys."""
+    """Yields one task per group of runs. Each task reads the spills' rows about its runs. `also`: further parts of the tasks'
+    keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
@@ -63,7 +62,8 @@ def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
     """Drops the losing documents, and adds the stage's tally to `curated`; returns the remaining runs.
 
-    Records in `judged` name spills of JUDGED, and have `clusters`, `largest`, and `sizes`; `more` goes into the tally.
+    Each record in `judged` has the name of a spill of JUDGED, and `clusters`, `largest`, and `sizes`. `more` is added to the
+    tally.
     """
     label, runs, names = tally.label(number, stage), curated.runs, [r["judged"] for r in judged]
     decided, left = settled(flow, curated, kind, decide, by_runs(flow, kind, runs, names, memory_limit, stage=label))
@@ -87,7 +87,7 @@ def settled(flow: Flow, curated: Curated, kind: str, decide: TaskFunction,
 
 
 def counted(sizes: Iterable[int]) -> dict[str, int]:
-    """Counts clusters by their documents, for a record."""
+    """Counts clusters by their number of documents, for a record."""
     return {str(size): number for size, number in sorted(Counter(sizes).items())}
 
 
@@ -109,12 +109,12 @@ def stage_tally(
 
 
 def without(run: SpilledRun, decided: str | None, rows: int, bytes: int) -> SpilledRun:
-    """Returns a run without the rows that a spill marks as dropped, if there is one."""
+    """Returns a run without the rows that a spill marks as dropped. Without a spill, it returns the complete run."""
     return SpilledRun(run.name, run.rows - rows, run.bytes - bytes, (*run.decided, decided)) if decided else run
 
 
 def decide(folder: Location, first: int, runs: list[SpilledRun], stage: str, names: list[str]) -> dict[str, object]:
-    """Spills the dropped documents of some runs, with the reasons."""
+    """Spills the dropped documents of these runs, with the reasons."""
     out, files, decided = segment.Spiller(folder, 1), list[str](), [list[str | int | None]([None, 0, 0]) for _ in runs]
     for number, judged in by_run(folder, first, len(runs), names):
         why, gone, size = {row["key"] & 0xFFFFFFFF: row for row in judged.to_pylist()}, [segment.DECIDED.empty_table()], 0

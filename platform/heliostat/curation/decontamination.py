@@ -21,7 +21,7 @@ def grams(texts: Sequence[str], n: int) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class NgramIndex:
-    """Holds the n-grams of evaluation sets: sorted hashes, and the place of each, `set#example`."""
+    """Holds the n-grams of evaluation sets: sorted hashes, and the source of each n-gram, `set#example`."""
 
     hashes: np.ndarray
     places: np.ndarray  # indexes in `names`
@@ -35,13 +35,13 @@ class NgramIndex:
         return np.flatnonzero(self.hashes[at] == grams)
 
     def name(self, gram: np.uint64) -> str:
-        """Returns the place of a matching n-gram: the first, if there are several."""
+        """Returns the source of a matching n-gram: the first source, if there are several."""
         return self.names[int(self.places[np.searchsorted(self.hashes, gram)])]
 
 
 def examples(path: str, data: bytes, fields: list[str]) -> Iterator[tuple[int, str]]:
-    """Yields the numbered texts of an evaluation set: for JSON lines, the fields (all strings, if none is named), joined by
-    line ends; for other files, paragraphs. ConfigError if it can't be read."""
+    """Yields the numbered texts of an evaluation set. In JSON lines, an example is the given fields (by default, all strings),
+    joined by line ends. In other files, an example is a paragraph. ConfigError if the file can't be read."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as e:

@@ -1,8 +1,8 @@
-"""Embeds texts with a Hugging Face folder: an embedder, also in the form of sentence-transformers, or a language model.
+"""Embeds texts with a Hugging Face folder: an embedder (transformers or sentence-transformers), or a language model.
 
-The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`); by default, their
-mean over the tokens. Each vector is rounded to 8 bits by its largest number. So products of two vectors are integers, and
-equal on every machine.
+The folder defines how the last hidden states become one vector (`heliostat.recipes.text.sentence_folder`); by default, it is
+their mean across the tokens. Each vector is scaled by its largest number and rounded to 8 bits. So dot products of two vectors
+are integers, and are the same on every machine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def pooling(folder: str) -> str:
-    """Returns how the folder's hidden states become a vector: `mean`, `cls`, or `last`; ConfigError if in another way."""
+    """Returns the folder's pooling of hidden states: `mean`, `cls`, or `last`. ConfigError for any other pooling."""
     with naming("model"):
         how = sentence_folder.read(Path(folder))
     return how.pooling if how else "mean"
@@ -59,7 +59,7 @@ class TextEmbedder(Reader[np.ndarray]):
 
 
 def rounded(vectors: np.ndarray) -> np.ndarray:
-    """Rounds each vector to 8 bits by its largest number."""
+    """Scales each vector by its largest number, and rounds it to 8 bits."""
     largest = np.abs(vectors).max(axis=1, keepdims=True)
     scale = np.divide(127.0, largest, out=np.zeros_like(largest), where=largest > 0)
     return np.rint(vectors * scale).astype(np.int8)

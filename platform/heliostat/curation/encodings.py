@@ -1,8 +1,8 @@
 """Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding
 sniffing").
 
-The order: a byte-order mark, the `charset` of the Content-Type header, a `meta` element in the first 1,024 bytes, UTF-8 if the
-bytes are valid, and a guess from the bytes. Labels have the browsers' meaning (latin1 is windows-1252).
+Evidence is used in this order: a byte-order mark, the `charset` of the Content-Type header, a `meta` element in the first 1,024
+bytes, UTF-8 if the bytes are valid, and a guess from the bytes. Labels mean the same as in browsers (`latin1` is windows-1252).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ _MARKS = ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", 
 _CHARSET = re.compile(r"charset\s*=\s*[\"']?\s*([\w.:+-]{1,40})", re.IGNORECASE)
 _META = re.compile(rb"<meta[\s/][^>]{0,1000}", re.IGNORECASE)
 _COMMENT = re.compile(rb"<!--.*?(?:-->|\Z)", re.DOTALL)
-# browsers take these for the same, with more characters: vendor rows, syllables, Hong Kong's characters
+# browsers replace an encoding by its superset with more characters: vendor rows, syllables, Hong Kong's characters
 _WIDER = {
     "gbk": "gb18030", "gb2312": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs", "iso8859-11": "cp874",
 }  # fmt: skip
-PRESCAN, HEADER = 1024, 300  # bytes of a page, and characters of a header, that are searched
+PRESCAN, HEADER = 1024, 300  # maximum bytes of a page, and maximum characters of a header, that are searched
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns a page's encoding, by Python's name, and the evidence: mark, header, meta, utf-8, looks."""
+    """Returns a page's encoding, as Python's name for it, and the evidence: mark, header, meta, utf-8, or looks."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:
@@ -40,7 +40,7 @@ def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
 
 
 def _named(label: str) -> str | None:
-    """Returns the encoding that browsers use for a label, by Python's name; None for an unknown label."""
+    """Returns the encoding that browsers use for a label, as Python's name for it; None for an unknown label."""
     from resiliparse.parse.encoding import map_encoding_to_html5
 
     name = map_encoding_to_html5(label, False)
@@ -48,7 +48,8 @@ def _named(label: str) -> str | None:
 
 
 def decode(data: bytes, content_type: str | None = None) -> tuple[str, str, int]:
-    """Decodes a page: its text, the encoding, and the number of characters that couldn't be decoded (replaced by U+FFFD)."""
+    """Decodes a page. Returns its text, its encoding, and the number of characters that couldn't be decoded (replaced by
+    U+FFFD)."""
     encoding, _ = sniff(data, content_type)
     text = data.decode(encoding, "replace").removeprefix("\ufeff")
     wrong = text.count("\ufffd")

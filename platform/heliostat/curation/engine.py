@@ -1,8 +1,8 @@
 """Runs an input's documents through the stages, on Ray: from pieces of files to spilled runs of the kept documents.
 
 The result is a pure function of inputs and configuration. A task's output doesn't depend on where, when, or how often it runs,
-and comparisons of documents (`GlobalStage`) don't depend on their distribution over runs. Every finished task is recorded
-(`work`), so the next run continues after it.
+and comparisons of documents (`GlobalStage`) don't depend on the distribution of documents across runs. Every finished task is
+recorded (`work`), so the next run of the pipeline doesn't repeat it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.pool import TaskFunction
 from heliostat.tasks.work import key
 
-RUN_SHARE = 8  # a run's texts are 1 / RUN_SHARE of `memory_limit`: memory has them as Python strings, a table, and a file
+RUN_SHARE = 8  # a run's texts take 1 / RUN_SHARE of `memory_limit`: memory has them as strings, a table, and a file
 TALLIES = 64  # tallies that a task sums
 Item = TypeVar("Item")
 
 
 @dataclass
 class Curated:
-    """Holds the output of the stages: runs of documents, spills of dropped ones, and tallies."""
+    """Holds the output of the stages: runs of kept documents, spills of dropped documents, and tallies."""
 
     runs: list[SpilledRun] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
@@ -40,7 +40,8 @@ class Curated:
     reasons: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     source: DocumentSource | None = None
-    """Finishes documents whose text was cut by a stage between segments. `identity`: everything that this depends on."""
+    """Converts documents to their stored form after a stage between segments has shortened them. `identity`: everything that this
+    conversion depends on."""
     identity: list[object] = field(default_factory=list)
 
     @property
@@ -126,7 +127,7 @@ class StageEngine:
                                       "run_bytes": self.run_bytes}, bytes=run.bytes, careful=True)  # fmt: skip
 
     def _entries(self, stages: list[Stage]) -> list[Entry]:
-        """Describes stages, and the files that they name, to their tasks."""
+        """Returns the stages' entries, and the files that the entries list, for the stages' tasks."""
         entries = list[Entry]()
         for stage in stages:
             shipments = (shipping.describe(name, path) for name, path in stage.named_paths())
@@ -139,9 +140,10 @@ class StageEngine:
 
 
 def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
-    """Splits a list of stages, with their numbers, at those that run alone, because they compare documents or need a GPU.
+    """Splits a list of stages, with their numbers, into segments. A stage that compares documents or needs a GPU is a segment
+    alone.
 
-    The first segment has none of these.
+    The first segment never has such a stage, so it may be empty.
     """
     groups = [list[tuple[int, Stage]]()]
     for number, stage in enumerate(stages):
@@ -169,14 +171,15 @@ def _sum(folder: Location, names: list[str]) -> dict[str, object]:
 
 
 def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yields the items in groups of one size; the last may be smaller."""
+    """Yields the items in groups of equal size; the last group may be smaller."""
     left = iter(items)
     while group := list(islice(left, size)):
         yield group
 
 
 def filled(items: Iterable[Item], size: Callable[[Item], int], room: int, most: int = 1 << 60) -> Iterator[list[Item]]:
-    """Yields the items in groups of at most `most` items and `room` total size, or of a single item."""
+    """Yields the items in groups. A group has at most `most` items, and a total size of at most `room`; a larger item is a group
+    alone."""
     waiting, taken = list[Item](), 0
     for item in items:
         if waiting and (taken + size(item) > room or len(waiting) == most):

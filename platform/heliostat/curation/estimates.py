@@ -1,4 +1,5 @@
-"""Estimates properties of a whole input from a sample: shares with intervals, and duplicates, of which a sample shows few."""
+"""Estimates properties of a whole input from a sample: shares with confidence intervals, and the number of duplicates. A sample
+contains fewer duplicates than its share of the input."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import numpy as np
 
 Z = 1.96  # for 95 %
 ROUNDS = 300
-SHOWN = 40  # documents of a cluster in the sample, which show its size within a third
+SHOWN = 40  # a cluster with more documents in the sample has a well-known size: within a third
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Computes the 95 % interval (Wilson 1927) of a share, from `hits` of `count`."""
+    """Computes the 95 % confidence interval (Wilson 1927) of a share, from `hits` of `count`."""
     if not count:
         return 0.0, 1.0
     share, z2 = hits / count, Z * Z
@@ -22,8 +23,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def enough(fraction: float, spread: float, within: float) -> float:
-    """Computes the share of the input that would estimate a sum to `within` of it (95 %), if this share has the standard error
-    `spread`. The error falls with the square root of (1 - f) / f."""
+    """Computes the sample size, as a share of the input, for an estimate of a sum with a relative error of `within` (95 %).
+    `spread` is the standard error of the sample with share `fraction`. For a share f, the error is proportional to the square
+    root of (1 - f) / f."""
     needed = (within / Z) ** 2
     constant = spread * spread * fraction / (1 - fraction)
     return constant / (constant + needed)
@@ -31,7 +33,8 @@ def enough(fraction: float, spread: float, within: float) -> float:
 
 @dataclass(frozen=True)
 class DuplicateShare:
-    """Holds the share of documents that are dropped as duplicates: in the sample, and expected in the whole, with bounds."""
+    """Holds the share of documents that are dropped as duplicates: in the sample, and expected in the whole input, with
+    bounds."""
 
     seen: float
     expected: float
@@ -40,14 +43,14 @@ class DuplicateShare:
 
 
 def duplicates(documents: int, sizes: dict[int, int], times: float) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole of `times` the sample's documents; `sizes` counts the sample's clusters of
-    two and more by their documents.
+    """Estimates the share of duplicates in a whole input with `times` the sample's documents. `sizes` maps a cluster size in the
+    sample, from 2, to the number of such clusters.
 
-    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low.
-    The expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In
-    small samples it depends mostly on its starting point. The lower bound is the sample's share. The upper bound is the
-    largest number of pairs (95 % of a Poisson variable) if no cluster were larger: pairs divided by f squared, capped by the
-    lower bound of distinct documents by Chao and Lin, 2012.
+    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low. The
+    expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In small
+    samples it depends mostly on its starting point. The lower bound is the sample's share. The upper bound assumes that all
+    clusters are pairs. It is the largest number of pairs (95 % of a Poisson variable), divided by f squared. Chao and Lin's lower
+    bound of distinct documents (2012) limits it.
     """
     clusters, duplicate_documents = sum(sizes.values()), sum(size * number for size, number in sizes.items())
     dropped, single = duplicate_documents - clusters, documents - duplicate_documents
@@ -64,14 +67,15 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
 def duplicates_by_place(
     documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float
 ) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole of `times` the sample's documents. The sample chose places, such as ranges
-    of a file, and then documents in them, at the rate `rate`.
+    """Estimates the share of duplicates in a whole input with `times` the sample's documents. The sample chose places, such as
+    ranges of a file, and then a share `rate` of the documents in each place.
 
-    `groups` counts a cluster's documents in one place, two or more, by their number; `places` counts clusters by the number of
-    places, two or more. Neighbors are often similar, for example pages of a site. A sample contains both documents of a pair
-    in one place together with that place, and a pair in two places with the square of its probability. So `rate` gives the
-    estimate within a place, and the remaining documents of each place count as independent. The bounds of both are multiplied,
-    and those of the places' share are widened by chance (`wilson`).
+    `groups` maps a number of documents of one cluster in one place, from 2, to how often it occurs. `places` maps a number of
+    places of one cluster, from 2, to how often it occurs. Neighbors are often similar, for example pages of a site. If a place is
+    in the sample, so are both documents of a pair in this place, at the rate `rate`. A pair in two places is in the sample with
+    the square of the probability of one place. So `rate` gives the estimate within places. The documents that remain in a place
+    count as independent, and give the estimate across places. The bounds of both estimates are multiplied. Those within places
+    also include the sampling error of the places (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
@@ -84,12 +88,12 @@ def duplicates_by_place(
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
-    """Estimates the number of clusters, and their documents, from a sample: `sizes` counts clusters by the number of their
-    documents in the sample, from 1.
+    """Estimates the number of clusters in the whole input, and of the documents in them. `sizes` maps a number of a cluster's
+    documents in the sample, from 1, to the number of such clusters.
 
-    A cluster of k documents shows m of them with the binomial probability. Expectation maximization approaches the most likely
-    mixture of sizes, from a start with fewer large clusters. It stops early, because late rounds fit chance. Clusters that
-    show many documents are as large as their share suggests.
+    The sample contains m of a cluster's k documents with the binomial probability. Expectation maximization approaches the most
+    likely mixture of cluster sizes. It starts with few large clusters, and stops early, because late rounds fit noise. If the
+    sample has many documents of a cluster, the cluster's size is this number divided by the sample's share.
     """
     known = {m: n for m, n in sizes.items() if n and m > SHOWN}
     seen = {m: n for m, n in sizes.items() if n and m <= SHOWN}
@@ -109,7 +113,7 @@ def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
 
 
 def _grid(most: float) -> np.ndarray:
-    """Lists cluster sizes: the first eight, then each a third larger."""
+    """Lists cluster sizes: 1 to 8, then each a third larger than the one before."""
     sizes = list(range(1, 9))
     while sizes[-1] < most:
         sizes.append(sizes[-1] * 4 // 3)

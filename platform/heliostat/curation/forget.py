@@ -1,8 +1,9 @@
-"""Makes a dataset without one document or image, which is removed from its shard, the record of its making, and the manifest.
+"""Makes a copy of a dataset without one document or image. It is removed from its shard, the record of the dataset's making, and
+the manifest.
 
-The other shards are copied unchanged. A run continues with the old dataset; a new run uses the new one. Two traces remain:
-what a tokenizer learned from the document, and the choice of kept documents in its clusters. In a collection, the parts'
-manifests change too.
+The other shards are copied unchanged. A training run that has started continues with the old dataset; a new run uses the new one.
+Two traces of the document remain: a tokenizer may have been trained on it, and it may have influenced which duplicate stayed. In
+a collection, the parts' manifests change too.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from heliostat.storage.locations import Location
 
 COPIERS = 4  # threads, each with a shard in memory
 LISTED = 10  # candidates that an error lists
-OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts of the old dataset; the other facts are counted again
-OF_GROUPS = ("groups", "documents")  # counts of related documents, of the old dataset
-SAME = "duplicate"  # the reason of documents whose text equals that of a kept one
+OF_BEFORE = ("digest", "digests", "unigram_entropy", "cuts")  # facts copied from the old dataset; others are counted again
+OF_GROUPS = ("groups", "documents")  # counts of related documents, copied from the old dataset
+SAME = "duplicate"  # the drop reason of documents with the same text as a kept document
 
 
 def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:
-    """Chooses the document, and all documents with the same text; ConfigError that lists candidates if several match."""
+    """Chooses the document, and all documents with the same text. If several documents match, raises a ConfigError that lists
+    candidates."""
     targets = dict.fromkeys(row["detail"] if row["reason"] == SAME else row["id"] for row in rows)
     if len(targets) > 1:
         lines = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in rows[:LISTED]]
@@ -45,15 +47,15 @@ def check(dataset: Manifest, output: Location) -> None:
     """Checks that a document can be removed, and that the new dataset can be written to `output`; ConfigError if not."""
     here, target = dataset.location.path.rstrip("/"), output.path.rstrip("/")
     if f"{target}/".startswith(f"{here}/") or f"{here}/".startswith(f"{target}/"):
-        raise ConfigError(f"--out: {output} and {dataset.location} overlap. Name another folder")
+        raise ConfigError(f"--out: {output} and {dataset.location} overlap. Pass another folder")
     output.probe()
     foreign = [name for name, _ in output.files() if not versions.OURS.fullmatch(name)]
     if foreign:
-        raise ConfigError(f"--out: {output}: not empty (it holds {min(foreign)!r}). Name another folder")
+        raise ConfigError(f"--out: {output}: the folder isn't empty (it contains {min(foreign)!r}). Pass another folder")
 
 
 def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], output: Location) -> Manifest:
-    """Makes the dataset without the document `id` and those in `document_rows`, its duplicates; returns the new manifest."""
+    """Makes the dataset without the document `id` and its duplicates (`document_rows`). Returns the new manifest."""
     gone = {id, *(row["id"] for row in document_rows)}
     kept = [row for row in reasons.end_of(dataset, id) if row["reason"] == "kept"]
     path = documents.current(dataset, kept[0]["detail"]) if kept else None
@@ -64,7 +66,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
         others = chunks.filter(pc.not_equal(chunks["path"].cast(pa.string()), path)).cast(manifest.SCHEMA)
         chunks = pa.concat_tables([others, pa.Table.from_pylist(rows, manifest.SCHEMA)])
         if not len(chunks):
-            raise ConfigError(f"{dataset.location}: {id!r} is its only document, and a dataset can't be empty")
+            raise ConfigError(f"{dataset.location}: {id!r} is the dataset's only document, and a dataset can't be empty")
     meta |= {name: meta[name] - removed[name] for name in ("documents", "bytes") if name in meta}
     if "together" in meta:
         meta["together"] = {name: value for name, value in meta["together"].items() if name not in OF_GROUPS}
@@ -92,7 +94,7 @@ def forget(dataset: Manifest, id: str, document_rows: list[dict[str, Any]], outp
 
 
 def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rewrites a shard without a document; returns its rows of the manifest, and the document's content."""
+    """Rewrites a shard without a document. Returns the shard's rows of the manifest, and the counts of the removed document."""
     place = dataset.location.join(path)
     if dataset.kind != "tokens":
         with place.open() as source:
@@ -109,7 +111,7 @@ def _shard(dataset: Manifest, path: str, id: str, output: Location) -> tuple[lis
 
 
 def _rows(output: Location, path: str, data: bytes | None, column: str | None) -> list[dict[str, Any]]:
-    """Stores a shard in place of the one at `path`, and returns its rows of the manifest; none if the shard is empty."""
+    """Stores a shard in place of the shard at `path`. Returns the shard's rows of the manifest; no rows for an empty shard."""
     if data is None:
         return []
     new = versions.store(output, f"{path.rpartition('/')[0]}/", data, ".parquet")
@@ -118,7 +120,8 @@ def _rows(output: Location, path: str, data: bytes | None, column: str | None) -
 
 
 def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:
-    """Rewrites the record of the making without the documents' texts, columns, and hashes; returns the manifest's part of it."""
+    """Rewrites the record of the dataset's making without the documents' texts, columns, and hashes. Returns the part for the
+    manifest."""
     funnel = reasons.funnel(dataset)
     for part in funnel.values():
         for rule, examples in part.get("examples", {}).items():

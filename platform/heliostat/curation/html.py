@@ -20,7 +20,7 @@ Answer = tuple[dict[str, object], bytes]
 
 
 def extractor(keys: ExtractKeys) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a page's bytes to its text, and facts to record. `keys`: the stage's."""
+    """Builds a function that maps a page's bytes to its text, and to facts to record. `keys`: the keys of the stage."""
     extract = {"resiliparse": _resiliparse, "trafilatura": _trafilatura}[keys["library"]](keys)
 
     def work(about: dict[str, object], data: bytes) -> Answer:

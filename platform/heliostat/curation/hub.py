@@ -1,9 +1,10 @@
-"""Resolves a pipeline's names on the Hugging Face Hub: its input (`hf://datasets/ORG/NAME`), and the models of its stages.
+"""Resolves a pipeline's names on the Hugging Face Hub: the name of its input (`hf://datasets/ORG/NAME`), and of its stages'
+models.
 
-The command resolves each name once, and records the pinned names with the dataset. The input keeps its name with the commit, so
-every node downloads the files that it reads. A model becomes a folder of this machine's cache, and `shipping` copies it to nodes
-that lack it. If a dataset's card lists configurations, heliostat reads one of them, and only the split `train`. It logs the files
-that it doesn't read.
+The command resolves each name once, and records the pinned names with the dataset. The input keeps its Hub name, with the commit,
+and every node downloads the files that it reads. A model's name becomes a folder in this machine's cache, and `shipping` copies
+this folder to nodes that lack it. If a dataset's card lists configurations, heliostat reads only the split `train` of one
+configuration. It logs the files that it doesn't read.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from heliostat.text import brief, plural
 
 log = logging.getLogger(__name__)
 
-MODELS = ("model", "autoencoder", "text_encoder")  # pipeline keys that name a model's folder
+MODELS = ("model", "autoencoder", "text_encoder")  # pipeline keys whose value is a model's folder
 CARD = "README.md"
-NO_DATA = (".md", ".py", ".rst")  # a repository's own card and scripts, unless a path names them
+NO_DATA = (".md", ".py", ".rst")  # endings of a repository's card and scripts, which aren't read unless a path selects them
 RECORDS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TRAIN = "train"
 OTHERS = {"test", "validation", "valid", "val", "dev", "eval"}
@@ -62,7 +63,8 @@ def _models(value: Any, key: str, pinned: dict[str, str]) -> Any:
 
 
 def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> str:
-    """Returns the folder of a model of the Hub; the value itself if it is an existing path, or no model's name."""
+    """Returns the local folder of a model of the Hub. Returns the value itself if it is an existing path, or isn't a model's
+    name."""
     name = None if Path(value).exists() else names.model(value)
     if name is None:
         return value
@@ -75,12 +77,12 @@ def _folder(key: str, value: str, tokenizer: bool, pinned: dict[str, str]) -> st
 
 
 def root(uri: str) -> Location:
-    """Locates the folder that a dataset's paths are relative to, in the cache of this machine."""
+    """Locates the dataset's folder in this machine's cache. The dataset's paths are relative to it."""
     return Location(str(files.folder(_whole(names.dataset("input", uri)))))
 
 
 def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location, list[tuple[str, Listed]]]:
-    """Finds the files of a pinned dataset that its path names: a file, a folder, a glob, or a configuration of its card."""
+    """Finds the files of a pinned dataset that its path selects: a file, a folder, a glob, or a configuration of its card."""
     name = names.dataset("input", uri)
     whole, inside = _whole(name), name.inside
     listed = files.listing("input", whole)
@@ -97,7 +99,8 @@ def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location
 def fetch(base: Location, path: str) -> bool:
     """Downloads a file of the input to this node's cache, if the Hub lists it; returns whether it does.
 
-    A metadata file may name any path. One that is not listed, such as `../../file`, is left to the check of paths.
+    A metadata file may contain any path. The function ignores paths that aren't listed, such as `../../file`: the check of paths
+    rejects them.
     """
     name = None if base.is_s3 else files.of_folder(Path(base.path))
     if name is None:
@@ -113,7 +116,8 @@ def _whole(name: HubName) -> HubName:
 
 
 def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Callable[[str], re.Pattern[str]]) -> list[HubFile]:
-    """Chooses the files of a configuration, `wanted` or the default; those of no configuration by their names."""
+    """Chooses the files of a configuration: `wanted`, or the default one. If there is no configuration, chooses files by their
+    names."""
     configs = _configs(name, listed)
     if wanted and wanted not in configs:
         folders = sorted({f.path.partition("/")[0] for f in listed if "/" in f.path})
@@ -123,7 +127,7 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
     if not configs:
         return _trained(name, [f for f in listed if not _is_apart(f.path)])
     if not wanted and len(configs) > 1 and "" not in configs and "default" not in configs:
-        raise ConfigError(f"input: {name.repo} has {len(configs)} configurations. Name one: "
+        raise ConfigError(f"input: {name.repo} has {len(configs)} configurations. Choose one: "
                           f"{names.DATASETS}{name.repo}/{next(iter(configs))} (of {', '.join(list(configs)[:20])})")  # fmt: skip
     chosen = wanted or ("default" if "default" in configs else next(iter(configs)))
     splits = {split: [f for f in listed if any(compiled(p).fullmatch(f.path) for p in paths)]
@@ -131,7 +135,7 @@ def _configured(name: HubName, listed: list[HubFile], wanted: str, compiled: Cal
     taken = {TRAIN: splits[TRAIN]} if TRAIN in splits else splits
     unread = {split: members for split, members in splits.items() if split not in taken}
     log.info("input: %s, configuration %r: split %s%s", name, chosen, _counted(taken),
-             f"; not read: {_counted(unread)} (name their path to read them)" if unread else "")  # fmt: skip
+             f"; not read: {_counted(unread)} (to read them, put their path into the input)" if unread else "")  # fmt: skip
     return sorted({f.path: f for members in taken.values() for f in members}.values(), key=lambda f: f.path)
 
 
@@ -143,12 +147,12 @@ def _counted(splits: dict[str, list[HubFile]]) -> str:
 
 
 def _trained(name: HubName, listed: list[HubFile]) -> list[HubFile]:
-    """Leaves out the files of test and validation splits, by their paths, if the paths of other files name a train split."""
+    """Leaves out files whose paths belong to test or validation splits, if the paths of other files belong to a train split."""
     words = {f.path: set(re.split(r"[/_.-]", f.path.lower())) for f in listed}
     others = [f for f in listed if words[f.path] & OTHERS and TRAIN not in words[f.path]]
     if not others or not any(TRAIN in members for members in words.values()):
         return listed
-    log.info("input: %s: not read: %s of other splits, such as %s (name their path to read them)",
+    log.info("input: %s: not read: %s of other splits, such as %s (to read them, put their path into the input)",
              name, plural(len(others), "file"), others[0].path)  # fmt: skip
     return [f for f in listed if f not in others]
 
@@ -159,7 +163,7 @@ def _is_apart(path: str) -> bool:
 
 
 def _configs(name: HubName, listed: list[HubFile]) -> dict[str, dict[str, list[str]]]:
-    """Reads the configurations of a dataset's card: globs of files by split, by configuration."""
+    """Reads the configurations of a dataset's card: configuration -> split -> globs of files."""
     card = [f for f in listed if f.path == CARD]
     if not card:
         return {}
@@ -168,7 +172,7 @@ def _configs(name: HubName, listed: list[HubFile]) -> dict[str, dict[str, list[s
     try:
         known = yaml.safe_load(header[1]) if header else None
     except yaml.YAMLError as e:
-        log.warning("input: %s: the header of its %s can't be read (%s), so no configuration is known", name, CARD, brief(e))
+        log.warning("input: %s: can't read the header of its %s (%s). heliostat knows no configuration", name, CARD, brief(e))
         return {}
     configs = known.get("configs") if isinstance(known, dict) else None
     if not isinstance(configs, list):

@@ -1,7 +1,7 @@
-"""Runs images through a Hugging Face folder's model: only safetensors and JSON, and no code from the folder.
+"""Runs images through the model in a Hugging Face folder. It reads only safetensors and JSON, and runs no code from the folder.
 
-The result for an image, a score or a caption, doesn't depend on the other images in its batch: batches are always full, so
-every image uses the same kernels, and captions are decoded greedily.
+The result for an image, a score or a caption, doesn't depend on the other images in its batch: batches are always full, so the
+same kernels compute every image. Captions are decoded greedily.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Value = TypeVar("Value")
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # either one, depending on the version that saved the folder
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the version of transformers decides which one exists
 CAPTIONERS = ("blip", "git", "vision-encoder-decoder")  # models that caption an image without a prompt
 GENERATION = "generation_config.json"
 
@@ -118,7 +118,7 @@ class ImageLabels(ImageModel[float]):
 
 
 class CaptionFit(ImageModel[float]):
-    """Scores how well captions fit their images, by a CLIP."""
+    """Scores with a CLIP model how well captions fit their images."""
 
     def __init__(self, folder: str, batch: int) -> None:
         from transformers import CLIPModel
@@ -140,7 +140,7 @@ class CaptionFit(ImageModel[float]):
 
 
 class Captioner(ImageModel[tuple[str, bool]]):
-    """Returns (caption, whether it was truncated at `max_tokens`) for each image."""
+    """Returns for each image: (caption, whether the caption was truncated at `max_tokens`)."""
 
     what = "a captioner"
 
@@ -150,13 +150,13 @@ class Captioner(ImageModel[tuple[str, bool]]):
         require_captioner(folder)
         super().__init__(folder, AutoModelForImageTextToText, batch)
         self.decoder, self.max_tokens = self.tokenizer(), max_tokens
-        blip = self.model.config.model_type == "blip"  # ends a text with its own token, not with that of its generation config
+        blip = self.model.config.model_type == "blip"  # BLIP ends a text with its separator token
         end = self.model.config.text_config.sep_token_id if blip else self.model.generation_config.eos_token_id
         self.ends = set(end if isinstance(end, list) else [end])
 
     def values(self, pixels: Tensor, captions: list[str]) -> list[tuple[str, bool]]:
         ids = self.model.generate(pixel_values=pixels, max_new_tokens=self.max_tokens, do_sample=False, num_beams=1)
-        return [self._text(row[1:]) for row in ids.tolist()]  # the first token begins a text, and is often the end token, too
+        return [self._text(row[1:]) for row in ids.tolist()]  # the first token begins a text, and is often also the end token
 
     def _text(self, ids: list[int]) -> tuple[str, bool]:
         end = next((place for place, id in enumerate(ids) if id in self.ends), None)

@@ -1,12 +1,12 @@
-"""Runs a function on one item after another in a separate process, with a limit of processor time and memory for each.
+"""Runs a function on one item after another in a separate process, with limits of CPU time and memory per item.
 
-Parsers written in C can't be interrupted, and may crash. The separate process is then replaced, and the error names the item.
-The limit is processor time, so a busy machine drops the same items as an idle one; `WALL` times as much wall time is allowed.
-Requests and answers are framed bytes over a socket, and no result is executed.
+Parsers written in C can't be interrupted, and may crash. heliostat then replaces the separate process, and raises an error for
+the item. The limit is CPU time, so a busy machine drops the same items as an idle machine. The limit of wall time is `WALL` times
+as long. Requests and answers are framed bytes on a socket, and heliostat never executes an answer.
 
-A malicious document may take over a parser. So its process has only the environment variables in `KEPT`, only the files of
-Python's libraries and fonts, no network, and can't start processes (`tasks.sandbox`). If the machine doesn't allow namespaces,
-the log reports it once: the process can then read this user's files.
+A malicious document may take over a parser. So the parser's process sees only the environment variables in `KEPT`, and only the
+files of Python's libraries and fonts. It has no network, and can't start processes (`tasks.sandbox`). If the machine doesn't
+allow namespaces, the process can read this user's files, and the log reports that once.
 
     extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
     about, text = extract({"content_type": None}, page)
@@ -43,15 +43,15 @@ WALL = 20  # wall time per CPU second of the limit
 MOST_REPLY = 1 << 31
 TAKEN = "processor_seconds"  # CPU seconds of an answer
 KEPT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE")
-SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a filter of system calls is per thread
+SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # system calls are filtered per thread
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/fonts", "/usr/share/X11/fonts", "/usr/local/share/fonts")
 INSTALLED = ("site-packages", "dist-packages")
-BOX_BYTES = 1 << 20  # bytes of the folder that the process may write to
+BOX_BYTES = 1 << 20  # maximum bytes in the folder that the process may write to
 _logged = set[str]()  # messages that were logged on this machine
 
 
 class IsolatedError(Exception):
-    """Explains a missing answer: `reason` is `timeout`, `crashed`, or the function's own reason."""
+    """Explains why there is no answer: `reason` is `timeout`, `crashed`, or a reason of the function."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -65,10 +65,10 @@ class Isolated:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes
         self._process: subprocess.Popen[bytes] | None = None
         self._socket: socket.socket | None = None
-        self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # only the process sees what is mounted there
+        self._root = tempfile.TemporaryDirectory(prefix="heliostat-parser-")  # mounts in it are visible only to the process
 
     def __call__(self, about: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
-        """Returns the function's answer; IsolatedError if there is none in time."""
+        """Returns the function's answer; IsolatedError if the process doesn't answer in time."""
         if self._process is None:
             self._start()
         assert self._socket is not None
@@ -182,7 +182,7 @@ def places() -> list[str]:
     libraries = [str(Path(prefix) / "lib") for prefix in (sys.base_prefix, sys.base_exec_prefix)]
     libraries += [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
     libraries += [*site.getsitepackages(), str(Path(heliostat.__file__).parent)]
-    libraries += [place for place in sys.path if Path(place).name in INSTALLED]  # of a user, or of an environment below
+    libraries += [place for place in sys.path if Path(place).name in INSTALLED]  # of the user, or of a parent environment
     return [place for place in dict.fromkeys((*SYSTEM, *libraries)) if Path(place).is_dir()]
 
 

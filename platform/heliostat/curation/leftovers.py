@@ -1,4 +1,4 @@
-"""Removes the folders of dry runs that were killed."""
+"""Removes the folders that killed dry runs left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
     """Removes dry-run folders next to the output that were last written over a day ago; returns their names."""
     base, mark, query = output.uri.partition("?") if output.is_s3 else (output.uri, "", "")
     place, _, name = base.rstrip("/").rpartition("/")
-    if output.is_s3 and place == "s3:/":  # there is nothing next to a bucket
+    if output.is_s3 and place == "s3:/":  # a bucket has no parent folder
         return []
     beside, gone = Location((place or ("/" if base.startswith("/") else ".")) + mark + query), list[str]()
     for folder in beside.folders():
@@ -42,7 +42,7 @@ def remove_old_samples(output: Location, now: float | None = None) -> list[str]:
 
 
 def _written(folder: Location) -> float:
-    """Returns the time of the last write in the folder, in seconds since 1970; now, if it isn't known."""
+    """Returns the time of the last write in the folder, in seconds since 1970; the current time if it isn't known."""
     selector = pafs.FileSelector(folder.path, recursive=True, allow_not_found=True)
     try:
         infos = folder.attempt(lambda: [folder.fs.get_file_info(folder.path), *folder.fs.get_file_info(selector)])

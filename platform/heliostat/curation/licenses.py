@@ -1,8 +1,9 @@
-"""Finds the license of a file: by its own SPDX id, else by the license files of the nearest folder above it.
+"""Finds the license of a file: from the SPDX id in the file, otherwise from the license files in the nearest folder above the
+file.
 
 A license file counts only if all its words match the license's text (`identify` has the 35 texts of choosealicense.com). SPDX
-allows differences in titles, copyright lines, names of holders, list marks, and the FSF's addresses; text after the terms may
-be missing. An edited text, or one with additions, is NOASSERTION, SPDX's word for unknown; a file without any license file
+allows differences in titles, copyright lines, names of holders, list marks, and the FSF's addresses. The text after the terms may
+be missing. A license text with changes or additions is NOASSERTION, SPDX's word for unknown. A file without any license file
 above it is NONE. Several license files in one folder are joined by AND.
 """
 
@@ -16,7 +17,7 @@ from heliostat.curation.code_languages import BY_SUFFIX
 
 NONE, UNKNOWN = "NONE", "NOASSERTION"
 MOST = 1 << 18  # maximum bytes of a license file
-HEAD = 4000  # characters at a file's start that may name its license
+HEAD = 4000  # characters at a file's start in which its SPDX id is searched
 _NAME = re.compile(r"(?:un)?licen[cs]es?(?:[-_.].*)?|(?:.+[-_])?licen[cs]e|copying(?:[-_.].*)?", re.IGNORECASE)
 _PROSE = {"Text", "Markdown", "reStructuredText"}
 _OWN = re.compile(r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9.+() -]{0,98}[A-Za-z0-9.+)])")
@@ -41,7 +42,8 @@ _TITLE_WORDS = 12
 
 
 def is_license_file(path: str) -> bool:
-    """Checks whether a file has the name of a license file: LICENSE, COPYING.LESSER, LICENSE-MIT.txt; not license.py."""
+    """Checks whether a file's name is that of a license file, such as LICENSE, COPYING.LESSER, or LICENSE-MIT.txt, but not
+    license.py."""
     name = path.rpartition("/")[2]
     suffix = name.rpartition(".")[2].lower()
     code = "." in name and suffix in BY_SUFFIX and BY_SUFFIX[suffix] not in _PROSE
@@ -69,7 +71,7 @@ def normalised(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _by_length() -> dict[int, dict[str, str]]:
-    """Maps numbers of words to the licenses whose text, without its title, has that many."""
+    """Maps a number of words to the licenses whose text, without its title, has this number of words."""
     from identify.vendor.licenses import LICENSES
 
     by_length: dict[int, dict[str, str]] = {}

@@ -1,7 +1,7 @@
-"""Holds a linear classifier on hashed word n-grams: features, training, and a folder of safetensors and JSON.
+"""Implements a linear classifier on hashed word n-grams: features, training, and a folder of safetensors and JSON.
 
-A text's score is the mean weight of its n-grams, as in fastText (Joulin et al. 2016, arXiv 1607.01759) with one number per
-n-gram.
+A text's score is the mean weight of its n-grams, like in fastText (Joulin et al. 2016, arXiv 1607.01759), but with a single
+weight per n-gram.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ ABOUT, WEIGHTS = "classifier.json", "weights.safetensors"
 
 
 class ThresholdScores(TypedDict):
-    """Holds the scores of a threshold on held-out documents. `precision` is None if it selects none."""
+    """Holds the scores of a threshold on held-out documents. `precision` is None if the threshold selects no document."""
 
     precision: float | None
     recall: float
 
 
 class TrainingReport(TypedDict):
-    """Counts a classifier's examples. `held_out`: scores by threshold; `left_out`: documents that can't be read, by reason."""
+    """Reports a classifier's training: counts of examples, scores by threshold (`held_out`), and unreadable documents by reason
+    (`left_out`)."""
 
     held_out: dict[str, ThresholdScores]
     trained_good: int
@@ -77,13 +78,13 @@ class LinearScorer:
         self.weights, self.bias, self.features = weights, bias, features
 
     def score(self, text: str) -> float:
-        """Returns the probability that a text is like the good examples; for an empty text, their share."""
+        """Returns the probability that a text is like the good examples. For an empty text, it is the share of good examples."""
         buckets = self.features(text)
         logit = self.bias + (float(self.weights[buckets].mean(dtype=np.float64)) if len(buckets) else 0.0)
         return 1 / (1 + float(np.exp(-np.clip(logit, -500, 500))))
 
     def save(self, folder: Path, report: Mapping[str, object]) -> None:
-        """Writes the folder: the weights, their settings, and their sources."""
+        """Writes the folder: the weights, the settings, and the report on the training."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +94,7 @@ class LinearScorer:
 
 
 def load(folder: Path) -> LinearScorer:
-    """Loads a classifier; ConfigError if the folder holds none."""
+    """Loads a classifier; ConfigError if the folder doesn't contain one."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -104,17 +105,17 @@ def load(folder: Path) -> LinearScorer:
         scorer = LinearScorer(weights, float(about["bias"]), features)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
         raise ConfigError(
-            f"model: {str(folder)!r} holds no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
+            f"model: {str(folder)!r} contains no classifier ({type(e).__name__}: {e}). Train one: heliostat data train-classifier"
         ) from e
     if about.get("format") != 1 or weights.dtype != np.float32 or weights.shape != (1 << features.bits,):
-        raise ConfigError(f"model: {str(folder)!r}: weights {weights.dtype} {weights.shape} don't match its keys")
+        raise ConfigError(f"model: {str(folder)!r}: weights of {weights.dtype} {weights.shape} don't match the keys in {ABOUT}")
     return scorer
 
 
 def train(
     good: Sequence[str], bad: Sequence[str], ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
 ) -> tuple[LinearScorer, TrainingReport]:
-    """Trains on examples of both kinds: the classifier, and a report with precision and recall on held-out documents.
+    """Trains a classifier on examples of both kinds. Returns it with a report: precision and recall on held-out documents.
 
     The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few.
     """
@@ -124,7 +125,7 @@ def train(
     examples = dict.fromkeys(good, 1) | dict.fromkeys(bad, 0)
     both = len(set(good) & set(bad))
     if both:
-        raise ConfigError(f"{both:,} documents are examples of both kinds. Remove them from one of the folders")
+        raise ConfigError(f"{both:,} documents are in both folders of examples. Remove them from one folder")
     ordered = sorted(examples, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
     labels = np.array([examples[text] for text in ordered])
     test = np.zeros(len(ordered), bool)
@@ -132,7 +133,7 @@ def train(
         places = np.flatnonzero(labels == label)
         if len(places) < 10:
             raise ConfigError(
-                f"only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
+                f"there are only {len(places)} different examples of {'good' if label else 'bad'} documents. Give at least 10"
             )
         test[places[: max(1, round(held_out * len(places)))]] = True
     features = NgramCounter(ngrams, bits, chars)

@@ -1,8 +1,8 @@
-"""Makes a dataset from an input: reads and curates it, writes the shards, and records the steps in the manifest.
+"""Makes a dataset from an input: reads and curates the input, writes the shards, and records the steps in the manifest.
 
-The kinds (texts, pairs, images) define the reading and the shards.
+Each kind of dataset (texts, pairs, images) implements reading and shards in a subclass.
 
-A making on a sample predicts the size and cost of the complete dataset.
+With a sample of the input, it predicts the size and cost of the complete dataset.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class WrittenShards:
-    """Holds the manifest's rows and facts of written shards, their part of the funnel, and spills of the documents' fates."""
+    """Describes written shards: the manifest's rows and facts, the shards' part of the funnel, and spills of the documents'
+    fates."""
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
@@ -58,7 +59,7 @@ class Making(ABC):
     recorded: ClassVar[bool] = True
     """Whether a dataset with stages records the fate of each document."""
     what_read: ClassVar[bool] = False
-    """Whether the record repeats `meanings`."""
+    """Whether the dataset's record contains `meanings`."""
 
     flow: Flow
     source: DocumentSource
@@ -68,7 +69,7 @@ class Making(ABC):
     sample: SampledParts | None = field(default=None, kw_only=True)
     """The sample of the input to read; None: the whole input."""
     seconds: dict[str, float] = field(default_factory=dict, init=False)
-    """CPU seconds of each stage, known after the run, including those of earlier runs."""
+    """CPU seconds of each stage, including earlier runs of the pipeline. Known after the run."""
     counted: tally.Tally = field(default_factory=dict, init=False)
     """Tally of the stages, known after the run."""
 
@@ -88,7 +89,8 @@ class Making(ABC):
 
     @property
     def as_read(self) -> list[str] | None:
-        """Returns the labels of stages whose reasons are reported like those of reading; None for a kind without such stages."""
+        """Returns the labels of stages whose drop reasons are reported like the reasons of reading. None for a kind without such
+        stages."""
         return None
 
     @property
@@ -125,7 +127,8 @@ class Making(ABC):
         return engine.curate(self.pieces(inputs), self.all_stages, self.explained)
 
     def _dropped(self, curated: Curated) -> dict[str, int]:
-        """Counts the dropped documents by reason, and logs each with examples; for a sample, the prediction shows them."""
+        """Counts the dropped documents by reason, and logs each reason with examples. For a sample, the prediction shows the
+        counts instead."""
         prefixes, dropped, examples = tuple(f"{name}: " for name in self.as_read or ()), Counter[str](), dict[str, list[str]]()
         for reason, number in curated.reasons.items():
             plain = next((reason.removeprefix(prefix) for prefix in prefixes if reason.startswith(prefix)), reason)
@@ -141,7 +144,7 @@ class Making(ABC):
         return listed(self.flow, rows, curated.left_out, self.output, **also) if rows else None
 
     def _explain(self, curated: Curated, written: WrittenShards) -> dict[str, Any]:
-        """Writes the funnel and the fate of each document; returns the manifest's part of it."""
+        """Writes the funnel and the fate of each document. Returns the part for the manifest."""
         total = summed(self.flow, sorted(curated.tallies))
         explained = reasons.explained(self.all_stages, total, written.shard)
         for name in (segment.READ, segment.FINISH) if self.what_read else ():
@@ -162,12 +165,13 @@ class Making(ABC):
         return {segment.READ: round(max(0.0, reading - first), 3), **of_stages, "shard": round(shards, 3)}
 
     def ranges(self, runs: list[SpilledRun], shards: int, bounds: merging.Bounds | None = None) -> list[ShardRange]:
-        """Merges runs if a shard would take too little from each of so many; by default, shards are equal ranges of hashes."""
+        """Splits the runs into ranges of hashes, one per shard; by default, equal ranges. First merges runs if there are so many
+        that a shard would read too little from each."""
         of_hashes = bounds or (lambda first, stop: tasks.bounds(first, shards, stop))
         return merging.merged(self.flow, runs, shards, of_hashes, self.memory_limit // RUN_SHARE)
 
     def shards(self, function: TaskFunction, work: Iterator[Task], cpus: int = 1) -> Iterator[dict[str, Any]]:
-        """Writes the missing shards; yields the tasks' records as they finish."""
+        """Writes the missing shards. Yields a task's record when the task finishes."""
         present = dict(self.output.files())
 
         def whole(record: dict[str, Any]) -> bool:
@@ -176,7 +180,7 @@ class Making(ABC):
         return (record for _, record in self.flow.run("shards", function, work, cpus, whole))
 
     def tokenizer_facts(self, definition: str, end_of_document: str, folders: list[Location] | None = None) -> dict[str, Any]:
-        """Stores a tokenizer in each of the folders; returns the manifest's part of it."""
+        """Stores a tokenizer in each of the folders. Returns the tokenizer's part of the manifest."""
         tokenizer = tokens.load(definition)
         (path,) = {versions.store(folder, f"{FILES}/tokenizer-", definition.encode(), ".json")
                    for folder in folders or [self.output]}  # fmt: skip
@@ -188,7 +192,7 @@ class Making(ABC):
         }
 
     def predicted(self, inputs: list[InputFile]) -> dict[str, Any]:
-        """Makes the dataset of the sample, and returns the prediction for the whole input, as JSON values."""
+        """Makes a dataset from the sample, and returns the prediction for the whole input, as JSON values."""
         assert self.sample is not None
         curated = self.curated(inputs)
         rows, meta = self._run(curated)
@@ -209,7 +213,7 @@ class Making(ABC):
         return {}
 
     def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
-        """Adds estimates of this kind of dataset to a prediction; returns notes on it."""
+        """Adds this kind's estimates to a prediction. Returns notes on the prediction."""
         return []
 
 

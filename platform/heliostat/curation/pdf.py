@@ -12,7 +12,7 @@ Answer = tuple[dict[str, object], bytes]
 HEAD = 1024  # bytes at the start that contain a PDF's first line
 PASSWORD = 4  # PDFium's error code for a missing password
 TEXT_BYTES = 64 << 20  # maximum bytes of a document's text
-JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE: the hyphen of a word that continues in the next line
+JOINED = str.maketrans({"\ufffe": None, "\0": None})  # U+FFFE stands for the hyphen of a word that continues in the next line
 
 
 def is_pdf(data: bytes) -> bool:
@@ -20,7 +20,7 @@ def is_pdf(data: bytes) -> bool:
 
 
 def reader(keys: dict[str, int]) -> Callable[[dict[str, object], bytes], Answer]:
-    """Builds the function from a PDF's bytes to its text, and facts to record. `keys`: the stage's."""
+    """Builds a function that maps a PDF's bytes to its text, and to facts to record. `keys`: the keys of the stage."""
     import pypdfium2
 
     def work(about: dict[str, object], data: bytes) -> Answer:

@@ -1,6 +1,8 @@
-"""Finds e-mail addresses, public IP addresses, phone numbers, card and account numbers in text. Each function returns spans.
+"""Finds e-mail addresses, public IP addresses, phone numbers, card numbers, and account numbers in text. Each function returns
+spans.
 
-Numbers must pass their checksum or register of valid numbers. Every pattern is bounded, so every text takes linear time.
+A number must have a valid checksum, or be in the register of valid numbers. Every pattern is bounded, so the time is linear in
+the text's length.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ Span = tuple[int, int]
 
 _ESCAPE = r"(?<=\\[abfnrtv])|(?<![A-Za-z0-9._%+\\-])"  # in code, an escape such as `\n` ends before an address begins
 _EMAIL = re.compile(rf"(?:{_ESCAPE})[A-Za-z0-9._%+-]{{1,64}}@(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}[A-Za-z]{{2,24}}(?![A-Za-z0-9_(-])")
-_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # logins in a URL, or of git: `git@github.com:owner/name`
-_NO_MAILBOX = re.compile(  # has the form of an address, but isn't one
+_LOGIN = re.compile(r"(?:://[^\s/@]{0,100}|:/\w{1,100}|\bgit)@\Z")  # logins in a URL, or for git: `git@github.com:owner/name`
+_NO_MAILBOX = re.compile(  # strings that have the form of an e-mail address, but aren't one
     r"\A(?:[^A-Za-z0-9]+@"  # a pattern: `LIKE '%@example.com'`
     r"|[a-z0-9-]*-[a-z0-9-]*@(?:openssh\.com|libssh\.org|lysator\.liu\.se)\Z"  # an algorithm of SSH
-    r"|[^@]+@(?:www\.|[A-Za-z0-9-]+\.py\Z|\d{1,2}\.[A-Za-z]+\Z))"  # a web server, a file of Python, an attribute: `f@1.bar`
+    r"|[^@]+@(?:www\.|[A-Za-z0-9-]+\.py\Z|\d{1,2}\.[A-Za-z]+\Z))"  # a web server, a Python file, an attribute: `f@1.bar`
 )
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # not a kernel version or a time
+_IPV4 = re.compile(r"(?<![\w.])\d{1,3}\.\d{1,3}\.\d{1,3}\.\d{1,3}(?!\.?\w|-[A-Za-z]|\+\d)")  # excludes kernel versions and times
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,4}(?![\w:])")  # 2000::/3
 _NUMBERED = re.compile(  # four numbers with dots that aren't an address: a section, a version, an object identifier, a path
     r"(?:section|sec\.|chapter|appendix|version|\bver|\bv\.|release|minimum|maximum|object.?identifier|oid)s?"
@@ -32,14 +34,14 @@ _NUMBERED = re.compile(  # four numbers with dots that aren't an address: a sect
 )
 _PREFIX = re.compile(r"/\d{1,3}(?!\d)")  # prefix of a network
 RESOLVERS = frozenset({"8.8.8.8", "8.8.4.4", "9.9.9.9"})
-"""Public name servers that `LONG` would exclude. 1.1.1.1 and 1.0.0.1 aren't among them: as text, they are more often the
-number of a section or a version."""
+"""Public name servers that `LONG` would exclude. 1.1.1.1 and 1.0.0.1 aren't in this set: in texts, they are more often the number
+of a section or a version."""
 
-LONG = 2  # minimum groups of two or more digits in an IPv4 address: with fewer, most are versions or sections
+LONG = 2  # minimum groups of two or more digits in an IPv4 address: with fewer, most matches are versions or sections
 BEFORE = 128  # characters before a match that are checked
-WRITTEN = 4  # minimum groups of an IPv6 address: fewer may be a slice, a scope, or a time
+WRITTEN = 4  # minimum groups of an IPv6 address: a match with fewer groups may be a slice, a scope, or a time
 _PHONE = re.compile(r"(?<![\w.+-])(?!\+?\d{1,20}\.\d{1,20}(?![\d.]))(?:\+|00)?\(?\d(?:[ ().\-/]{0,2}\d){6,16}(?!\w)")
-_SAID = re.compile(  # words before digits without a space, which may be any number
+_SAID = re.compile(  # words that must precede digits without a space: otherwise these digits may be any number
     r"(?:phone|tel|call|fax|\bfon(?!t)|mobil|cell|whatsapp|gsm|handy|☎|📞)[a-z]{0,3}(?: ?(?:number|nummer|no|nr))?\W{0,4}\Z",
     re.IGNORECASE,
 )
@@ -80,7 +82,7 @@ def emails(text: str) -> Iterator[Span]:
 
 
 def addresses(text: str) -> Iterator[Span]:
-    """Finds public IP addresses: no private, local, multicast, or documentation ranges, and no networks."""
+    """Finds public IP addresses. It leaves out networks, and private, local, multicast, and documentation ranges."""
     for match in _IPV4.finditer(text):
         groups = match[0].split(".")
         plain = sum(len(group) > 1 for group in groups) < LONG and match[0] not in RESOLVERS
@@ -94,7 +96,8 @@ def addresses(text: str) -> Iterator[Span]:
 
 
 def _public(address: str, text: str, end: int) -> bool:
-    """Checks whether an address is public, and isn't a network such as `2001:db8:7:a::/64`. `end`: where it ends in the text."""
+    """Checks whether an address is public, and isn't a network such as `2001:db8:7:a::/64`. `end`: the address's end in the
+    text."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -111,7 +114,7 @@ def _public(address: str, text: str, end: int) -> bool:
 
 
 def cards(text: str) -> Iterator[Span]:
-    """Finds card numbers: an issuer's first digits and lengths, the usual groups, and Luhn's checksum."""
+    """Finds card numbers. Checks the issuer's first digits and lengths, the usual groups of digits, and the Luhn checksum."""
     yield from _first_valid(_CARD, text, _is_card)
 
 
@@ -123,7 +126,7 @@ def _is_card(number: str, before: str) -> bool:
 
 
 def _first_valid(pattern: re.Pattern[str], text: str, valid: Callable[[str, str], bool]) -> Iterator[Span]:
-    """Finds valid numbers: from each match, the longest valid beginning, because a date or a code may follow the number."""
+    """Finds valid numbers. Takes the longest valid prefix of each match, because a date or a code may follow the number."""
     at = 0
     while match := pattern.search(text, at):
         at, number = match.end(), match[0]
@@ -142,7 +145,7 @@ def luhn(digits: str) -> bool:
 
 
 def ibans(text: str) -> Iterator[Span]:
-    """Finds international account numbers: the country's length, and the checksum of ISO 7064."""
+    """Finds international bank account numbers (IBAN). Checks the length that the country uses, and the ISO 7064 checksum."""
     for match in _IBAN.finditer(text):
         length = _IBAN_LENGTHS.get(match[0][:2])
         if length is None:
@@ -167,12 +170,12 @@ def require_region(region: str) -> None:
     if region not in phonenumbers.SUPPORTED_REGIONS:
         meant = OTHER_NAMES.get(region.upper(), region.upper())
         known = meant in phonenumbers.SUPPORTED_REGIONS
-        hint = f"Did you mean {meant!r}?" if known else "Leave it out for numbers with + only"
-        raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code of two capitals, such as US. {hint}")
+        hint = f"Did you mean {meant!r}?" if known else "Remove it to find only numbers that start with +"
+        raise ConfigError(f"region: {region!r} isn't an ISO 3166 country code (two capital letters, such as US). {hint}")
 
 
 def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
-    """Builds the function that finds valid phone numbers: in the international form, and in a region's own."""
+    """Builds a function that finds valid phone numbers in the international form and, for a region, in its national form."""
     import phonenumbers
 
     def valid(candidate: str, before: str) -> bool:
@@ -196,20 +199,21 @@ def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
 
 
 def _apart(number: str) -> bool:
-    """Checks that parentheses are closed, and that points aren't the only separator, because a decimal number has one."""
+    """Checks that parentheses are closed, and that a point isn't the only separator, because decimal numbers contain a point."""
     between = {*number} - {*"0123456789+"}
     return number.count("(") == number.count(")") and ("." not in between or (between == {"."} and number.count(".") > 1))
 
 
 def _as_written(groups: list[str], usual: list[str]) -> bool:
-    """Checks whether an area code stands alone, which is usual; in a date or a row of numbers it doesn't."""
+    """Checks whether the area code is a separate group of digits, which is usual. In a date or a list of numbers, it isn't."""
     ends = {len("".join(groups[i:])) for i in range(1, len(groups))}
     apart = len("".join(usual[1:])) in ends
     return apart and min(map(len, groups)) >= min(2, *map(len, usual))
 
 
 def replaced(text: str, spans: dict[str, list[Span]], placeholders: dict[str, str]) -> tuple[str, dict[str, int]]:
-    """Replaces spans with their kind's placeholder, and counts them; of two that overlap, the kind that is named first wins."""
+    """Replaces spans with the placeholder of their kind, and counts them. If two spans overlap, the kind that comes first in
+    `spans` wins."""
     order = {kind: i for i, kind in enumerate(spans)}
     chosen = list[tuple[int, int, str]]()
     for start, stop, kind in sorted(

@@ -28,12 +28,12 @@ def picture_of(document: Document) -> Picture:
 
 
 def fault(error: Exception) -> str:
-    """Formats an image's fault as the same text in every process, because Pillow's errors may contain memory addresses."""
+    """Formats an image's fault as a text that is the same in every process. Pillow's errors may contain memory addresses."""
     return re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}")[:200]
 
 
 def opened(data: bytes) -> Image:
-    """Opens an image, and reads only its header; raises Pillow's errors for invalid bytes, or too many pixels."""
+    """Opens an image, and reads only its header. Raises Pillow's errors for invalid bytes, or for too many pixels."""
     from PIL import Image as pil
 
     with warnings.catch_warnings():
@@ -42,7 +42,8 @@ def opened(data: bytes) -> Image:
 
 
 def upright(data: bytes) -> Image:
-    """Decodes an image to 8 bits, rotated by its EXIF, with white for transparent pixels; raises like `opened`."""
+    """Decodes an image to 8 bits, rotates it as its EXIF data requires, and makes transparent pixels white. Raises the errors of
+    `opened`."""
     from PIL import Image as pil
     from PIL import ImageOps
 
@@ -58,7 +59,8 @@ def upright(data: bytes) -> Image:
 
 
 def _eight_bits(image: Image) -> Image:
-    """Scales 16-bit grayscale to 8 bits, like Pillow's 16-bit colors: the upper byte. Transparent pixels become white."""
+    """Scales 16-bit grayscale to 8 bits by taking the upper byte, like Pillow does for 16-bit colors. Transparent pixels become
+    white."""
     from PIL import Image as pil
 
     values = np.asarray(image)

@@ -1,8 +1,8 @@
-"""Splits an input's files into pieces of work: a pure function of the listing and a size that changes little when files are
-added.
+"""Splits an input's files into pieces of work. The split is a pure function of the listing and of a piece size. This size changes
+little when files are added.
 
-A large file becomes ranges of bytes, if its kind can be read from the middle; small files are read together. The names of
-small files decide where their piece ends, so a new or removed file changes only its own piece.
+A large file is split into ranges of bytes, if its kind can be read from the middle. Small files are read together. The names of
+small files decide where a piece ends, so a new or removed file changes only one piece.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import asdict, astuple, dataclass, replace
 
 import xxhash
 
-FILE_BYTES = 4096  # cost of a file, in bytes, in addition to its size
+FILE_BYTES = 4096  # cost of opening a file, as a number of bytes that is added to its size
 MOST_FILES = 2000  # maximum files of a piece
 LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 
 
 @dataclass(frozen=True)
 class FilePart:
-    """Describes the part of a file to read: all, or the records that begin in a range. `bytes`, `modified`: of the file.
+    """Describes the part of a file to read: the complete file, or the records that begin in a range. `bytes` and `modified` are
+    those of the file.
 
-    `first`: the number of the range's first record, from 1; 0 if the reader finds it out. `etag`: of an object, if its store
-    has one. `path_by_time`: the path that a spilled task would have without ETags, if it differs.
+    `first`: the number of the range's first record, from 1; 0 if the reader determines it. `etag`: the ETag of an object, if its
+    store has ETags. `path_by_time`: the path that a spilled task has without ETags, if this path differs.
     """
 
     path: str
@@ -47,7 +48,7 @@ class FilePart:
 
     @property
     def identity_by_time(self) -> list[object]:
-        """Returns the identity without the ETag, as versions before it recorded it."""
+        """Returns the identity without the ETag, in the form that versions without ETags recorded."""
         return replace(self, path=self.path_by_time or self.path, etag="").identity
 
     @property
@@ -57,12 +58,12 @@ class FilePart:
 
 
 def size(total: int) -> int:
-    """Chooses the bytes per piece for an input of so many: an eighth of it, as a power of two, within limits."""
+    """Chooses the bytes per piece for an input of `total` bytes: an eighth of it, rounded to a power of two, within limits."""
     return min(MOST, max(LEAST, 1 << max(0, (total // 8).bit_length() - 1)))
 
 
 def number(bytes: int, files: int) -> int:
-    """Estimates the number of pieces for so many bytes in so many files."""
+    """Estimates the number of pieces for `bytes` bytes in `files` files."""
     return max(1, -(-(bytes + files * FILE_BYTES) // size(bytes)), -(-files // MOST_FILES))
 
 
@@ -87,6 +88,7 @@ def cut(files: Iterable[FilePart], target: int, ranged: Callable[[str], bool]) -
 
 
 def ranges(bytes: int, target: int) -> list[tuple[int, int]]:
-    """Splits a file into ranges of the target size; the last may be half as large again. A file that grows keeps the others."""
+    """Splits a file into ranges of the target size. The last range may be up to 1.5 times as large. If the file grows, the other
+    ranges stay the same."""
     count = max(1, (bytes + target // 2) // target)
     return [(i * target, (i + 1) * target if i + 1 < count else bytes) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Predicts the result and cost for the whole input from a sample's run: the funnel, tokens, hours, and their bounds."""
+"""Predicts the result and the cost for the whole input from a run on a sample: the funnel, tokens, hours, and their bounds."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.work import key
 
 SHARD, TOKENIZER = "shard", "tokenizer"
-FEW = 400  # documents with which a share of one half is known within 5 %
-GOOD = 0.1  # relative error below which bytes and tokens are well known
+FEW = 400  # number of documents with which a share of one half is known within 5 %
+GOOD = 0.1  # maximum relative error of bytes and tokens without a note
 HOUR_S = 3600
 GROUP = 64  # runs that a task measures
 WHICH = ("expected", "low", "high")
 Funnel = dict[str, dict[str, Any]]
-ROWS = 100_000  # documents whose drops a task counts: about 500 bytes of memory each
-EXACT = "exact"  # replaces a stage's name in the fates of documents
+ROWS = 100_000  # dropped documents that a task counts: about 500 bytes of memory each
+EXACT = "exact"  # stands in for a stage's name in the fates of exact duplicates
 Alike = tuple[dict[int, int], dict[int, int]]
-"""Counts of clusters' documents in one place, by their number, and of clusters by their number of places; both from two."""
+"""Two counts of duplicates. The first maps a number of documents of one cluster in one place, from 2, to how often it occurs. The
+second maps a number of places of one cluster, from 2, to how often it occurs."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Holds the tokens per byte of the whole: expected, with bounds."""
+    """Holds the tokens per byte of the whole input: the expected value and bounds."""
 
     expected: float
     low: float
@@ -50,7 +51,8 @@ class Rate:
 
 @dataclass
 class Prediction:
-    """Predicts the whole from a sample's funnel, the CPU seconds of its tasks (`flow`) and of its stages (`counted`)."""
+    """Predicts the result for the whole input from a sample: its funnel, and the CPU seconds of its tasks (`flow`) and its stages
+    (`counted`)."""
 
     sample: SampledParts
     stages: list[Stage]
@@ -58,16 +60,16 @@ class Prediction:
     flow: Flow
     counted: tally.Tally
     spread: float
-    """Standard error of the kept bytes, as a share of them."""
+    """Relative standard error of the kept bytes."""
     duplicates: dict[str, Alike]
-    """Duplicates by stage that compares documents; the shards' are `exact`."""
+    """Counts of duplicates for each stage that compares documents. The key for the shards' exact duplicates is `exact`."""
     rate: Rate | None = None
     most_trained: int | None = None
-    """Maximum bytes of text that train a tokenizer; None: all text."""
+    """Maximum bytes of text for training a tokenizer; None: all text."""
     training_grows: float = 1.0
-    """Exponent with which the time to train a tokenizer grows with its text."""
+    """Exponent of the growth of a tokenizer's training time with the size of its text."""
     shards_drop_duplicates: bool = False
-    """Whether the shards' tasks drop exact duplicates, like those of text."""
+    """Whether the tasks that write shards drop exact duplicates, as they do for text."""
 
     def __post_init__(self) -> None:
         self.repeated = self._repeated()
@@ -81,8 +83,8 @@ class Prediction:
             kind: wall if kind == TOKENIZER else max(self.flow.seconds[kind], wall) for kind, wall in self.flow.walls.items()
         }
         clock = self._hours(self.factors[0], waited)
-        alone = clock.pop(TOKENIZER, 0.0)  # uses all CPUs at once
-        few, many = (sum(self._hours(self.factors[i], self.flow.seconds).values()) for i in (2, 1))  # many duplicates, few
+        alone = clock.pop(TOKENIZER, 0.0)  # training the tokenizer uses all CPUs at once
+        few, many = (sum(self._hours(self.factors[i], self.flow.seconds).values()) for i in (2, 1))  # most, fewest duplicates
         report = {
             "sample": {"fraction": self.sample.fraction, "documents": self.funnel[segment.READ]["documents"],
                        "bytes": round(self.sample.taken_bytes), "read_bytes": self.sample.read_bytes},
@@ -115,7 +117,7 @@ class Prediction:
         return rows
 
     def _repeated(self) -> dict[str, DuplicateShare]:
-        """Estimates the duplicates of each stage that drops documents because of others, and of shards that drop exact ones."""
+        """Estimates the duplicates for each stage that compares documents, and for shards that drop exact duplicates."""
         shares = dict[str, DuplicateShare]()
         for name, part in self.funnel.items():
             if "clusters" in part["counts"] or (name == SHARD and self.shards_drop_duplicates and not shares):
@@ -166,8 +168,8 @@ class Prediction:
 
 
 def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str = "expected") -> dict[str, float]:
-    """Computes a factor for each stage's documents: the whole passes on a smaller share than the sample, because it has more
-    duplicates."""
+    """Computes a factor for the documents of each stage. The whole input keeps a smaller share of its documents than the sample,
+    because it has more duplicates."""
     factors, factor = {}, 1.0
     for name in funnel:
         factors[name] = factor
@@ -179,14 +181,15 @@ def kept_factors(funnel: Funnel, repeated: dict[str, DuplicateShare], which: str
 def rows_of(
     funnel: Funnel, sample: SampledParts, factors: list[dict[str, float]], per_byte: float | None
 ) -> list[dict[str, Any]]:
-    """Scales the funnel to the whole, with a binomial interval of the share that each stage keeps.
+    """Scales the funnel to the whole input, with a binomial confidence interval of the share that each stage keeps.
 
-    `factors`: `kept_factors` for the expected share of duplicates, and for the lowest and highest; `per_byte`: tokens.
+    `factors`: results of `kept_factors` for the expected, the lowest, and the highest share of duplicates. `per_byte`: tokens per
+    byte.
     """
     expected, fewest, most = factors
     read, rows = funnel[segment.READ]["documents"], list[dict[str, Any]]()
     pages = max((i for i, name in enumerate(funnel) if name.endswith(" extract")), default=0)
-    spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # error of the number of reads
+    spread = sample.unknown * estimates.Z * math.sqrt((1 - sample.fraction) / max(1, read))  # error of the documents read
     names = [name for name in funnel if name != segment.FINISH]
     for place, (name, after) in enumerate(zip(names, [*names[1:], ""], strict=True)):
         part, came, (low, high) = funnel[name], expected[name], estimates.wilson(funnel[name]["kept"], read)
@@ -202,15 +205,15 @@ def rows_of(
             "tokens": round(kept_bytes * per_byte) if per_byte is not None and place >= pages else None,
             "dropped": {reason: round(n * sample.of_documents * came) for reason, n in part["dropped"].items()},
         })  # fmt: skip
-        if len(part["dropped"]) == 1:  # for others, duplicates are included, of which the whole has more than the sample
+        if len(part["dropped"]) == 1:  # with several reasons, duplicates change the proportions
             rows[-1]["dropped"] = dict.fromkeys(part["dropped"], rows[-1]["documents"] - rows[-1]["kept"])
     return rows
 
 
 def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
-    """Estimates the standard error of the bytes in a sample's runs, as a share of them, for independent documents.
+    """Estimates the relative standard error of the bytes in a sample's runs, for independent documents.
 
-    It is large if a few large documents hold most of the bytes.
+    It is large if a few large documents have most of the bytes.
     """
     parts = [runs[first : first + GROUP] for first in range(0, len(runs), GROUP)]
     work = (Task(key("spread", [[run.name, run.decided] for run in part]), {"runs": part}) for part in parts)
@@ -233,7 +236,7 @@ def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
 def alike_of(
     flow: Flow, output: Location, ends: list[list[str]], funnel: dict[str, dict[str, Any]], sample: SampledParts
 ) -> dict[str, Alike]:
-    """Counts the documents that comparing stages found equal in a sample, by their places."""
+    """Counts the documents in a sample that comparing stages dropped as duplicates, by place."""
     compared = [name for name, part in funnel.items() if "clusters" in part["counts"]]
     stages, parts = [*compared, EXACT], max(1, sum(funnel[name]["documents"] for name in [*compared, "shard"]) // ROWS)
     arguments = {"output": output.uri, "paths": [path for _, path in ends], "stages": stages}
@@ -253,8 +256,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
                 places: list[str]) -> dict[str, object]:  # fmt: skip
     """Counts duplicates for each stage, for a part of all clusters.
 
-    Returns two counts: how often a cluster has two or more documents in one place, by their number; and the clusters in two or
-    more places, by the number of places.
+    Returns the two counts of `Alike` for each stage.
     """
     by_stage: dict[str, tuple[set[int], list[tuple[int, int]]]] = {name: (set(), []) for name in stages}
     drawn = set(places)
@@ -263,7 +265,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
             table = table.filter(pc.is_in(table["stage"], pa.array(stages)))
             columns = (table[name].to_pylist() for name in ("id", "stage", "reason", "detail"))
             for id, stage, reason, detail in zip(*columns, strict=True):
-                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others also have the number of documents
+                who = detail if reason == "duplicate" else detail.rpartition(" (")[0]  # others end with a number
                 if (cluster := _hash(who)) % parts == part:
                     firsts, pairs = by_stage[stage]
                     pairs += [(cluster, _hash(place_of(one, drawn))) for one in ((id,) if cluster in firsts else (who, id))]
@@ -272,7 +274,7 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Finds the place of a document in the sample: the drawn place with which its id begins; otherwise the id itself."""
+    """Returns the place of a document in the sample: the drawn place with which the document's id begins, otherwise the id."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

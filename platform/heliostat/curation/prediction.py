@@ -1,4 +1,4 @@
-"""Parses the share of a dry run, and formats its prediction: a table of stages, and plain sentences."""
+"""Parses the sample's share of a dry run, and formats the prediction: a table of stages, and sentences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fraction(value: str) -> float:
     except ValueError:
         number = 0.0
     if not 0 < number < 1:
-        raise ConfigError(f"--sample: {value!r} isn't a share of the input. Pass a value between 0 and 1, such as 0.1% or 0.001")
+        raise ConfigError(f"--sample: {value!r} isn't a share of the input. Pass a share between 0 and 1, such as 0.1% or 0.001")
     return number
 
 

@@ -1,7 +1,7 @@
 """Prepares raw data as shards and a manifest: `heliostat data prepare PIPELINE.yaml`. A rerun without changes does nothing.
 
-A pipeline is a class named by the YAML's `pipeline` key (`heliostat.pipelines:TextPipeline`). It subclasses `Pipeline`, which
-is the schema of the YAML's other keys, and defines what it reads and how it writes. Guarantees for every pipeline:
+The YAML's `pipeline` key selects the pipeline's class (`heliostat.pipelines:TextPipeline`), a subclass of `Pipeline`. The class
+is the schema of the YAML's other keys, and implements reading and writing. Guarantees for every pipeline:
 
 - cheap checks come before Ray starts: the keys, the inputs, the output's store;
 - the dataset exists only when it is complete: a new version is written next to the old one, and its manifest last. A run that
@@ -47,7 +47,7 @@ from heliostat.terminal import console
 
 log = logging.getLogger(__name__)
 
-LISTED = "quarantine.parquet"  # list of dropped documents of the newest version, with the reasons
+LISTED = "quarantine.parquet"  # the newest version's list of dropped documents, with the reasons
 DAY_S = 86_400
 CPUS = 4  # logical CPUs: the tasks often wait for storage
 
@@ -75,9 +75,9 @@ class Pipeline(Strict):
 
     later: ClassVar[frozenset[str]] = frozenset()  # newer keys: datasets made without them are up to date
     beside: ClassVar[frozenset[str]] = frozenset()  # keys that don't affect the data
-    ray_data: ClassVar[bool] = True  # whether `write` uses Ray Data, whose import takes a second
+    ray_data: ClassVar[bool] = True  # whether `write` uses Ray Data, which takes a second to import
 
-    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # keys' names on the Hub, with their commits
+    _hub: dict[str, str] = PrivateAttr(default_factory=dict)  # pinned Hub names (with commits) by key
 
     name: str = Field(min_length=1)
     """Name of the dataset, recorded in its manifest."""
@@ -90,19 +90,20 @@ class Pipeline(Strict):
 
     @abstractmethod
     def check(self) -> None:
-        """Checks everything that can be checked without Ray and without reading the data; ConfigError if something is wrong."""
+        """Checks everything that can be checked without Ray and without reading the data; raises ConfigError for the first
+        problem."""
 
     @abstractmethod
     def inputs(self) -> list[InputFile]:
         """Lists the files to read, sorted by path; ConfigError if there are none."""
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
-        """Returns the model that wrote the input, and its source, if they are known: for answers of batch inference."""
+        """Returns the model that wrote the input, and the model's source, if the input is the answers of a batch inference."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Returns the part of the configuration that shapes the data: all except the locations, and newer keys with default
-        values."""
+        """Returns the part of the configuration that determines the data: all keys except locations, and except newer keys with
+        default values."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
@@ -110,8 +111,9 @@ class Pipeline(Strict):
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
 
-        Files are named after their content (`versions.store`), because an older version lies in the same folder. In the metadata,
-        `files` lists the files that are also published under a plain name, and `listed` the files that list what was left out.
+        Files are named after their content (`versions.store`), because the folder may also contain an older version. In the
+        metadata, `files` lists the files that are also published under a plain name. `listed` lists the files that list the
+        dropped documents.
         """
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
@@ -119,17 +121,17 @@ class Pipeline(Strict):
         raise ConfigError(f"--sample: {type(self).__name__} doesn't support dry runs; text and image pipelines do")
 
     def watched(self, watch: PipelineWatch) -> None:
-        """Sets the progress display of `write` and `predict`."""
+        """Sets the progress display that `write` and `predict` use."""
 
     def begin_anew(self) -> None:
-        """Deletes an earlier run's unfinished work, for `--force`."""
+        """Deletes the unfinished work of an earlier run, for `--force`."""
 
     def finish(self, dataset: Manifest) -> None:
         """Removes temporary files once the dataset is published, and adds files that its digest doesn't cover."""
 
 
 def place(uri: str, key: str) -> Location:
-    """Resolves a pipeline key's URI to a location; a relative path starts at the workspace."""
+    """Resolves a pipeline key's URI to a location. A relative path is relative to the workspace."""
     try:
         return Location(uri).absolute(workspace.root())
     except ConfigError as e:
@@ -141,7 +143,8 @@ def sha256_json(value: object) -> str:
 
 
 def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
-    """Loads the pipeline's import path and the validated pipeline; ConfigError names every wrong key."""
+    """Loads a pipeline file; returns the import path of its class, and the validated pipeline. The ConfigError lists every wrong
+    key."""
     name, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
     schema.require_kind("pipeline", name, written)
@@ -150,7 +153,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
         raise ConfigError(f"{path}: {absent('pipeline', 'heliostat.pipelines:TextPipeline')}")
     target = raw.pop("pipeline")
     if not isinstance(target, str):
-        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Name one, such as heliostat.pipelines:TextPipeline")
+        raise ConfigError(f"{path}: pipeline: {target!r} isn't a class. Set one, such as heliostat.pipelines:TextPipeline")
     cls = workspace.import_path(f"{path}: pipeline", target)
     if not (isinstance(cls, type) and issubclass(cls, Pipeline)):
         raise ConfigError(f"{path}: pipeline: {target!r} must be a subclass of heliostat.curation.prepare.Pipeline")
@@ -166,7 +169,7 @@ def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
 def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Prepares the dataset that the pipeline YAML describes, or finds it up to date; returns the report as JSON values.
 
-    It shows its progress, unless `quiet` is set.
+    It shows the progress unless `quiet` is set.
     """
     start = time.monotonic()
     target, pipeline = load(path, settings)
@@ -178,10 +181,10 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
     config = sha256_json({"pipeline": target, **pipeline.identity()})
     listing = sha256_json([(f.path, f.bytes) for f in inputs])
     wanted = {"config": config, "input": sha256_json([(f.path, f.bytes, f.modified) for f in inputs])}
-    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records have these two at the top level
+    of_made = {k: record.get("made", record).get(k) for k in wanted}  # older records have these values at the top level
     if any(f.etag for f in inputs):
         wanted["etags"] = sha256_json([(f.path, f.etag) for f in inputs])
-        of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records have none
+        of_made["etags"] = record.get("made", {}).get("etags", wanted["etags"])  # older records have no ETags
     if not force and of_made == wanted and (done := _finished(output)):
         log.info("%s is up to date", output)
         pruned = versions.prune(output, record, pipeline.keep_days * DAY_S) if record.get("replaced") else versions.NOTHING
@@ -202,13 +205,13 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
         if not rows:
             reasons = ", ".join(f"{n:,} {in_words(reason)}" for reason, n in sorted(meta.get("dropped", {}).items()))
             raise DataError(
-                f"input: no document left of {len(inputs):,} files (dropped: {reasons}). Check `columns` and `stages`"
+                f"input: no document of {len(inputs):,} files remains (dropped: {reasons}). Check `columns` and `stages`"
             )
         listed = meta.pop("listed", None) or []
         listed = [listed] if isinstance(listed, str) else listed
         versions.save_beside(output)
         record = {k: v for k, v in record.items() if k not in ("made", *wanted)}
-        versions.write_record(output, record)  # so that a dataset with an interrupted publishing isn't up to date
+        versions.write_record(output, record)  # written first: if publishing is interrupted, the dataset isn't up to date
         write = collection.write if "parts" in meta else manifest.write
         named = {"name": pipeline.name, "config": config, "listing": listing}
         dataset = write(output, rows, {**meta, **named, **({manifest.HUB: pipeline._hub} if pipeline._hub else {})})
@@ -226,20 +229,20 @@ def prepare(path: Path, settings: list[str], force: bool = False, quiet: bool = 
 
 
 def changed(known: dict[str, Any], wanted: dict[str, Any], before: dict[str, int] | None, stages: dict[str, int]) -> str:
-    """Explains what has changed since the dataset was made; "" if nothing has, or there is no dataset.
+    """Explains what has changed since the dataset was made. Returns "" if nothing has changed, or if there is no dataset.
 
-    `before` and `stages`: versions of stages by `NUMBER NAME`; older records have none.
+    `before` and `stages`: versions of stages by `NUMBER NAME`; older records don't have them.
     """
     if known["config"] is None or known == wanted:
         return ""
     newer = [f"{name} has version {stages[name]}, formerly {was}" for name, was in (before or {}).items()
              if stages.get(name, was) != was]  # fmt: skip
     if newer:
-        return f"its stages have new versions: {', '.join(newer)}"
+        return f"the dataset's stages have new versions: {', '.join(newer)}"
     return (
-        "its keys, or the versions of its stages, have changed"
+        "the pipeline's keys, or the versions of its stages, have changed"
         if known["config"] != wanted["config"]
-        else "its input has changed"
+        else "the input has changed"
     )
 
 
@@ -271,7 +274,7 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes this run's files that no version names; if that fails too, logs that a later prepare removes them."""
+    """Removes this run's files that belong to no version. If that fails too, logs that a later prepare removes them."""
     log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
@@ -286,8 +289,8 @@ def _list(output: Location, listed: list[str]) -> None:
     """Publishes the list of dropped documents under its plain name, as a file or a folder of several, in place of an older
     list.
 
-    The older list is replaced when the new one is complete. If one is a file in a store and the other a folder, the older one
-    is deleted first, because some stores don't allow both with one name.
+    The older list is replaced when the new list is complete. If a store has one list as a file and the other as a folder, the
+    older list is deleted first. Some stores don't allow a file and a folder with the same name.
     """
     place = output.join(LISTED)
     ready = place if output.is_s3 else output.join(f".{LISTED}.new")
@@ -312,7 +315,7 @@ def _list(output: Location, listed: list[str]) -> None:
 
 
 def _keep_to(labels: dict[str, str]) -> None:
-    """Restricts Ray Data's tasks to nodes with the labels."""
+    """Restricts Ray Data's tasks to nodes with these labels."""
     import ray.data
 
     ray.data.DataContext.get_current().execution_options.label_selector = labels or None

@@ -1,4 +1,4 @@
-"""Explains the report of `heliostat data prepare` in sentences."""
+"""Formats the report of `heliostat data prepare` as sentences."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def in_words(reason: str) -> str:
-    """Formats the reason why a stage dropped documents for people; reports name it `NUMBER STAGE: REASON`."""
+    """Formats a stage's drop reason for people. In reports, the reason is `NUMBER STAGE: REASON`."""
     stage, _, why = re.sub(r"^\d+ ", "", reason).partition(": ")
     return f"{stage}: {why}" if why not in ("", stage) else stage
 
 
 def explain(report: dict[str, Any]) -> list[str]:
-    """Explains the report in sentences: the dataset's content, and the dropped documents."""
+    """Formats the report as sentences: the dataset's content, and the dropped documents."""
     state = "is up to date" if report["up_to_date"] else f"is ready after {report['seconds']:.0f} s"
     contents = f"{report['documents']:,} " + (f"documents, {report['tokens']:,} tokens" if report["tokens"] else "rows")
     left_out = Counter(duplicate=report["duplicates"])

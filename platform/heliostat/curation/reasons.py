@@ -1,4 +1,4 @@
-"""Defines the record of a curated dataset's making, and reads it: the funnel, and a reason for every document.
+"""Defines and reads the record of how a curated dataset was made: the funnel, and the fate of every document with its reason.
 
 A dataset whose pipeline has `stages` names these files in its manifest's metadata, under `curation`:
 
@@ -6,8 +6,9 @@ A dataset whose pipeline has `stages` names these files in its manifest's metada
     ends        files/ends-....parquet, several: the fate of each document (`END`), sorted by the hash of its id. The list has
                 the first hash of each file, so finding one document needs only one file
 
-If the pipeline's `columns` names any, the ends have a column `columns`, with their values as JSON. No digest covers the seconds
-of stages (`files/DIGEST-seconds.json`), which differ between runs, and the input's location (`files/DIGEST-pipeline.json`).
+If the pipeline's `columns` lists columns, the ends have a column `columns` with the values as JSON. The dataset's digest doesn't
+cover the seconds of stages (`files/DIGEST-seconds.json`), which differ between runs. Nor does it cover the input's location
+(`files/DIGEST-pipeline.json`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
 SECONDS, PIPELINE = UNCOVERED
-END_ROWS = 200_000  # documents per file; its task takes 0.4 KB of memory for each
+END_ROWS = 200_000  # documents per file; the task that writes it takes 0.4 KB of memory per document
 __all__ = ["END", "end_of", "ends", "funnel", "kept_as", "made_by", "seconds", "with_column"]
 
 
@@ -66,7 +67,8 @@ def _uncovered(dataset: Manifest, name: str) -> dict[str, Any]:
 
 
 def end_of(dataset: Manifest, id: str) -> list[dict[str, Any]]:
-    """Finds the fate of a document: rows of END, whose `detail` is its shard if `reason` is `kept`; none for an unknown id."""
+    """Finds the fate of a document, as rows of END. If `reason` is `kept`, `detail` is the document's shard. Returns no rows for
+    an unknown id."""
     wanted = key_of(id)
     return [row for table in _tables(dataset, wanted, wanted + 1) for row in _rows(table) if row["id"] == id]
 
@@ -77,7 +79,8 @@ def kept_as(dataset: Manifest, digest: str) -> list[dict[str, Any]]:
 
 
 def with_column(dataset: Manifest, name: str, value: str) -> list[dict[str, Any]]:
-    """Finds the fate of documents whose column has this value; reads all ends (MissingDataError: they don't have the column)."""
+    """Finds the fate of documents whose column has this value; reads all ends. MissingDataError if the ends don't have the
+    column."""
     part, rows = json.dumps(value), []
     for table in ends(dataset):
         if "columns" not in table.column_names:
@@ -116,7 +119,7 @@ def _listed(dataset: Manifest) -> Iterator[tuple[int, int, str]]:
 def _named(dataset: Manifest) -> dict[str, Any]:
     if "curation" not in dataset.meta:
         raise MissingDataError(
-            f"{dataset.location}: has no record of each document, because its pipeline has no `stages`. Add "
+            f"{dataset.location}: the dataset doesn't record the fate of documents, because its pipeline has no `stages`. Add "
             "`stages`, and run `heliostat data prepare`. Unreadable documents are in its quarantine.parquet"
         )
     return dataset.meta["curation"]
@@ -130,7 +133,7 @@ def parts(rows: int) -> int:
 
 
 def write_ends(folder: Location, part: int, parts: int, names: list[str], output: str, columns: list[str]) -> dict[str, object]:
-    """Writes one file of ends, in a task: those of one part of all keys, with the named columns of the documents."""
+    """Writes one file of ends in a task: the ends of one part of all keys, with the given columns of the documents."""
     low, high = spill.share(part, parts)
     table = spill.joined(folder, names, low, high, END)
     place = table.schema.get_field_index("columns")
@@ -146,7 +149,7 @@ def store_ends(output: Location, table: pa.Table) -> str:
 
 
 def rewritten(dataset: Manifest, ids: set[str], end: dict[str, str], output: Location) -> list[list[str]]:
-    """Rewrites the ends of these documents: only their id and `end` remain.
+    """Rewrites the ends of these documents, so that only the id and `end` remain.
 
     Returns the list of all files of ends; the files of other documents aren't rewritten.
     """
@@ -167,7 +170,7 @@ def _chosen(packed_columns: str | None, columns: list[str]) -> str | None:
 
 
 def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Combines the funnel: reading, the stages in order, and the shards, without seconds."""
+    """Combines the funnel of reading, of the stages in order, and of the shards, without seconds."""
     entries = {segment.READ: tally.entry(total, segment.READ)}
     for number, stage in enumerate(stages):
         limits = {m: [v for f in fields if (v := getattr(stage, f, None)) is not None] for m, fields in stage.thresholds.items()}

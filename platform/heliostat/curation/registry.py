@@ -1,4 +1,5 @@
-"""Finds stages by their names in pipeline files: each module of `heliostat.curation.stages` defines the stage of its name."""
+"""Finds stages by their names in pipeline files. Each module of `heliostat.curation.stages` defines the stage with the module's
+name."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 from heliostat.curation.stage import Stage
 from heliostat.schema import absent, explain, nearest
 
-STAGES = "heliostat.curation.stages"  # imported one by one, when named
+STAGES = "heliostat.curation.stages"  # a module is imported when a pipeline uses its stage
 
 
 def names() -> list[str]:
@@ -23,7 +24,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Stage]:
-    """Finds a stage's class; ValueError with the nearest name if there is none."""
+    """Finds a stage's class. If no stage has this name, raises a ValueError with the nearest name."""
     if name not in names():
         raise ValueError(f"{name!r} isn't a stage{nearest(name, names())}")
     module = importlib.import_module(f"{STAGES}.{name}")
@@ -34,7 +35,7 @@ def find(name: str) -> type[Stage]:
 
 
 def parse(raw: object) -> Stage:
-    """Makes a stage from its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`; ValueError that names the problem."""
+    """Makes a stage from its entry in a pipeline file, `{stage: NAME, KEY: VALUE}`. ValueError for an invalid entry."""
     if isinstance(raw, Stage):
         return raw
     if isinstance(raw, dict) and "stage" not in raw:

@@ -1,13 +1,13 @@
-"""Finds the parts that documents share, for any number of documents: hashed, chosen, and removed.
+"""Finds the parts that several documents share, and removes all occurrences except the first, for any number of documents.
 
-A task spills every part of a text under the hash of its content. Another task holds the hashes in one range of keys, and finds
-the first occurrence of each. It then processes the occurrences in batches, and spills all except the first under their documents.
-So a line in every document takes no more memory than a line in two documents. The documents' ids decide which occurrence is
+A task spills every part of a text under the hash of its content. Another task reads the hashes in one range of keys, and finds
+the first occurrence of each hash. It then processes the occurrences in batches, and spills all except the first by document. So a
+line that is in every document takes no more memory than a line in two documents. The documents' ids decide which occurrence is
 the first.
 
 The compared parts are lines, paragraphs, or windows of words. Windows are chosen by content (winnowing: Schleimer, Wilkerson and
-Aiken 2003): of every `size` windows in a row, the one with the smallest hash. So if two texts share a span of 2 * `size` - 1
-words, both choose a window in it.
+Aiken 2003). Of every `size` consecutive windows, the window with the smallest hash is chosen. So if two texts share a span of 2 *
+`size` - 1 words, both texts choose the same window in this span.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ Unit = Literal["line", "paragraph"]
 BETWEEN = {"line": "\n", "paragraph": "\n\n"}
 BLOCK = 1 << 16  # windows that are compared at once
 HELD = 1 << 20  # occurrences in memory before they are merged or spilled
-Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # by occurrence: its hash, its document's hash, and its place in the document
+Rows = tuple[np.ndarray, np.ndarray, np.ndarray]  # per occurrence: hash, document's hash, position in the document
 
 
 class Signing(Protocol):
-    """Hashes the comparable parts of texts; an object of plain fields, which travels to tasks."""
+    """Hashes the comparable parts of texts. Ray sends this object to tasks, so it has only plain fields."""
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (place, content hash) of a text's parts."""
+        """Lists (position, content hash) of a text's parts."""
         ...
 
 
@@ -71,7 +71,7 @@ class ComparedParts:
     normalise: bool
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (place, content hash) of a text's parts with enough words."""
+        """Lists (position, content hash) of the parts of a text that have enough words."""
         parts = text.split(BETWEEN[self.unit])
         part_words = words(parts)
         long = np.flatnonzero(part_words.counts >= self.min_words)
@@ -86,7 +86,7 @@ def _hash(text: str) -> int:
 
 
 def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]:
-    """Spills (hash of the part, hash of the id, row, place) of the parts of a run's documents."""
+    """Spills (hash of the part, hash of the id, row, position) for the parts of a run's documents."""
     signed: list[tuple[int, int, int, int]] = []
     for table in survivors(folder, run, columns=["id", "text"]):
         for row, id, text in zip(table["row"].to_pylist(), table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
@@ -100,8 +100,7 @@ def sign(folder: Location, run: SpilledRun, parts: Signing) -> dict[str, object]
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills the repeated parts of one part of all keys, by the documents that lose them: all except the first occurrence of
-    each."""
+    """Spills, by document, the repeated parts to remove: all occurrences except the first, for one part of all keys."""
     low, high = spill.share(part, parts)
     keys, documents, places = _firsts(folder, names, low, high)
     waiting, size, files = list[pa.Table](), 0, list[str]()
@@ -121,7 +120,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 
 
 def _firsts(folder: Location, names: list[str], low: int, high: int) -> Rows:
-    """Finds the first occurrence of each hash: in the document whose id has the smallest hash, at the first place."""
+    """Finds the first occurrence of each hash: the first position in the document whose id has the smallest hash."""
     none = (np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.uint32))
     waiting, new = [none], 0
     for name in names:
@@ -144,7 +143,7 @@ def _first(tables: list[Rows]) -> Rows:
 def lost_of(
     folder: Location, first: int, runs: list[SpilledRun], names: list[str]
 ) -> Iterator[tuple[SpilledRun, dict[int, set[int]]]]:
-    """Yields some runs, the first with number `first`, with the places that each of their documents loses, by row."""
+    """Yields runs with the positions to remove from each of their documents, by row. `first`: the number of the first run."""
     lost = dict(by_run(folder, first, len(runs), names))
     for number, run in enumerate(runs, first):
         lost_parts: dict[int, set[int]] = {}
@@ -157,19 +156,20 @@ def lost_of(
 
 @dataclass(frozen=True)
 class WordWindows:
-    """Defines the windows: `size` words each."""
+    """Defines windows of `size` words."""
 
     size: int
 
     def hashes(self, text: str) -> list[tuple[int, int]]:
-        """Lists (number of the first word, hash) of the chosen windows; none for a text of fewer than two sizes."""
+        """Lists (number of the first word, hash) of the chosen windows. A text with fewer than 2 * `size` words has no
+        windows."""
         windows, _ = words([text]).ngrams(self.size)
         places = least(windows, self.size)
         return list(zip(places.tolist(), windows[places].tolist(), strict=True))
 
 
 def least(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Returns the places of the smallest hash among every `size` in a row, each once."""
+    """Returns the positions of the smallest hashes in every `size` consecutive hashes, each position once."""
     places = [np.zeros(0, np.int64)]
     for start in range(0, len(hashes) - size + 1, BLOCK):
         part = hashes[start : start + BLOCK + size - 1]
@@ -179,7 +179,7 @@ def least(hashes: np.ndarray, size: int) -> np.ndarray:
 
 
 def spans(lost: set[int], size: int) -> list[tuple[int, int]]:
-    """Joins windows that overlap or touch: (first word, word after the last) of each span."""
+    """Joins windows that overlap or touch. Returns (first word, word after the last word) of each span."""
     stretches: list[tuple[int, int]] = []
     for place in sorted(lost):
         if stretches and place <= stretches[-1][1]:
@@ -195,7 +195,7 @@ REWRITTEN = 8  # runs that a task rewrites
 
 @dataclass(frozen=True)
 class Cut:
-    """Holds a text without its repeated parts, the amount removed, and the unit's name."""
+    """Holds a text without its repeated parts, the number of removed units, and the unit's name."""
 
     text: str
     removed_words: float
@@ -206,7 +206,7 @@ class Cut:
 class RepeatingStage(GlobalStage):
     """Removes the parts that documents share, except one occurrence; a subclass defines the parts and the removal."""
 
-    version: ClassVar[int] = 3  # words are those of `comparable`, and a text that becomes too short is dropped
+    version: ClassVar[int] = 3  # version 3: words as in `comparable`, and texts that become too short are dropped
     reasons: ClassVar = {
         "repeated": "a larger share of words in what is repeated than max_removed_words",
         "empty": "nothing but what is repeated",
@@ -222,7 +222,7 @@ class RepeatingStage(GlobalStage):
 
     @abstractmethod
     def cut(self, text: str, lost: set[int]) -> Cut:
-        """Removes parts of a text by their places."""
+        """Removes the parts of a text at these positions."""
 
     def compare(self, flow: Flow, curated: Curated, number: int, memory_limit: int) -> list[SpilledRun]:
         kind, runs, parts = f"repeated-{number}", curated.runs, self.signing()
@@ -247,7 +247,7 @@ class RepeatingStage(GlobalStage):
         return [run for record in records for run in curated.take(record)]
 
     def outcome(self, document: Document, lost: set[int]) -> Outcome:
-        """Removes parts of a document by their places, or drops it."""
+        """Removes the parts of a document at these positions, or drops the document."""
         if not lost:
             return Outcome(document, measures={"removed_words": 0.0})
         assert isinstance(document.text, str)
@@ -263,7 +263,8 @@ class RepeatingStage(GlobalStage):
 
 def remove(folder: Location, first: int, runs: list[SpilledRun], entry: dict[str, Any], number: int, memory_limit: int,
            names: list[str], source: DocumentSource | None) -> SegmentRecord:  # fmt: skip
-    """Spills the documents of some runs again, without their repeated parts; `source` finishes the changed ones."""
+    """Spills the documents of some runs again, without their repeated parts. `source` converts changed documents to their stored
+    form."""
     stage = registry.parse(entry)
     assert isinstance(stage, RepeatingStage)
     name, counts, out = tally.label(number, stage), dict[str, Any](), Spiller(folder, memory_limit // 8)

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import numpy as np
 import xxhash
 
-BLOCK = 1 << 16  # n-grams, or parts, that become Python objects or are compared at once
+BLOCK = 1 << 16  # n-grams or parts that are compared, or are Python objects, at the same time
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplication keeps numbers distinct
 
 
 def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
-    """Counts the parts, the duplicates among them, and the duplicates' characters; holds a hash of each part."""
+    """Counts the parts, the duplicates among them, and the duplicates' characters. Only a hash of each part is in memory."""
     hashes, lengths = array("Q"), array("q")
     for part in parts:
         hashes.append(xxhash.xxh64_intdigest(part.encode("utf-8", "surrogatepass")))
@@ -28,13 +28,13 @@ class Repeats:
 
     def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
         self.words = words
-        self.ends = np.zeros(len(lengths) + 1, np.int32)  # end of each word, if all words are written without spaces
+        self.ends = np.zeros(len(lengths) + 1, np.int32)  # end of each word in the text without spaces
         np.cumsum(lengths, out=self.ends[1:])
         self._words, self._n = words.copy(), 1
-        self._twice: np.ndarray | None = None  # places where the n-gram may be repeated; None: everywhere
+        self._twice: np.ndarray | None = None  # positions at which the n-gram may be repeated; None: every position
 
     def _advance(self, n: int) -> np.ndarray:
-        """Returns a hash of every n-gram; call it with rising `n`."""
+        """Returns a hash of every n-gram. Successive calls need increasing values of `n`."""
         while self._n < n:
             for start in range(0, len(self.words) - self._n, BLOCK):
                 stop = min(start + BLOCK, len(self.words) - self._n)
@@ -46,7 +46,8 @@ class Repeats:
         return self._words[: len(self.words) - n + 1]
 
     def top_chars(self, n: int) -> int:
-        """Counts the characters of the most frequent n-gram, with single spaces; of several, the first."""
+        """Counts the characters of the most frequent n-gram, with single spaces. If several n-grams are equally frequent, the
+        first counts."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
@@ -60,11 +61,11 @@ class Repeats:
         return int(self.ends[at + n] - self.ends[at] + n - 1) * most
 
     def duplicate_chars(self, n: int) -> int:
-        """Counts the characters of repeated n-grams, read from the left without overlaps."""
+        """Counts the characters of repeated n-grams, from the start of the text and without overlaps."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
-        places = self._twice  # a repeated n-gram begins with a shorter repeated one
+        places = self._twice  # a repeated n-gram begins with a shorter repeated n-gram
         if places is not None:
             places = places[places < len(hashes)]
             hashes = hashes[places]
@@ -91,7 +92,7 @@ class Repeats:
 
 
 def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
-    """Returns the place of the first hash that is among sorted values; there must be one."""
+    """Returns the position of the first hash that is in the sorted values. Such a hash must exist."""
     for start in range(0, len(hashes), BLOCK):
         part = hashes[start : start + BLOCK]
         which = np.minimum(np.searchsorted(values, part), len(values) - 1)
@@ -102,7 +103,7 @@ def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
 
 
 def _among(hashes: np.ndarray, places: np.ndarray | None, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the places of the hashes that are among sorted values, and the value's index for each."""
+    """Returns the positions of the hashes that are in the sorted values, and the index of each hash's value."""
     kept, groups = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for start in range(0, len(hashes) if len(values) else 0, BLOCK):
         part = hashes[start : start + BLOCK]

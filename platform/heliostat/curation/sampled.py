@@ -10,21 +10,22 @@ import xxhash
 from heliostat.curation import pieces
 from heliostat.curation.pieces import FilePart
 
-PLACES = 64  # minimum number of chosen places, if there are as many, so that a sample isn't of one neighborhood
+PLACES = 64  # minimum number of chosen places, if the input has as many: neighbors are often similar
 OF_PLACES, OF_RECORDS, OF_LOTS = 1, 2, 3  # seeds of the three hashes
 FEW_UNKNOWN = 0.05
 
 
 def chosen(what: str, rate: float, seed: int) -> bool:
-    """Checks by its hash whether a record is in the sample."""
+    """Checks whether a record is in the sample, by the record's hash."""
     return _drawn(what, seed) < rate
 
 
 def evenly(parts: Iterable[FilePart], rate: float) -> list[FilePart]:
-    """Chooses a share of parts with a representative mix of sizes; a larger share contains the smaller one.
+    """Chooses a share of parts with a representative mix of sizes. A larger share contains all parts of a smaller share.
 
-    Parts are grouped by the powers of two in their sizes. In the order of their hashes, each class contributes its share, and
-    a draw per class decides fractions. So each part has the same chance, and within a class, pairs are almost independent.
+    Parts are grouped into classes by size, with bounds that are powers of two. Each class contributes its share, in the order of
+    the parts' hashes. A random draw per class decides whether to round this share up or down. So each part has the same chance,
+    and within a class, pairs are almost independent.
     """
     classes, sample = dict[int, list[FilePart]](), list[FilePart]()
     for part in parts:
@@ -41,18 +42,20 @@ def _drawn(what: str, seed: int) -> float:
 
 
 def place(part: FilePart, name: str) -> str:
-    """Returns the name of a drawn place, with which its ids begin; `name`: the path of an input that is one file."""
+    """Returns the name of a drawn place, which is the prefix of the ids in this place. `name`: the path of an input that is a
+    single file."""
     path = part.path or name
     return path if part.stop is None else f"{path}@{part.start}"
 
 
 @dataclass
 class SampledParts:
-    """Holds the parts to read, the share of the records in them, by kind of file, and the sizes of both."""
+    """Holds the parts to read, the share of their records to take (by kind of file), and the sizes of the input and the
+    sample."""
 
     fraction: float
     name: str = ""
-    """Path of the input, if it is one file."""
+    """Path of the input, if the input is a single file."""
     parts: list[FilePart] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     input_bytes: int = 0
@@ -61,12 +64,13 @@ class SampledParts:
     files: int = 0
     taken_files: float = 0.0
     places: list[str] = field(default_factory=list)
-    """Places of the parts that hold many documents (`place`)."""
+    """Places (`place`) of the parts that have many documents."""
     many_bytes: int = 0
-    """Bytes of the input's files with many documents, whose number is unknown."""
+    """Bytes of the input's files that have many documents, and an unknown number of them."""
 
     def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
-        """Counts parts, some of which are read, with a share (`rate`) of their records; each may hold `one` document."""
+        """Adds `parts` of the input. The sample reads the parts in `taken`, and of each a share `rate` of the records. `one`:
+        each part is one document."""
         total, read = sum(part.length for part in parts), sum(part.length for part in taken)
         self.records[kind] = rate
         self.parts += taken
@@ -85,12 +89,13 @@ class SampledParts:
 
     @property
     def unknown(self) -> float:
-        """Returns the share of the input, in bytes, whose number of documents is unknown."""
+        """Returns the share of the input's bytes for which the number of documents is unknown."""
         return self.many_bytes / max(1, self.input_bytes)
 
     @property
     def of_documents(self) -> float:
-        """Returns the ratio of the input's documents to the sample's: by files, if they are known to hold one each."""
+        """Returns the ratio of the input's documents to the sample's. Counts files, if almost all files have one document, and
+        otherwise bytes."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:

@@ -1,7 +1,8 @@
-"""Runs texts through a Hugging Face folder's model: only safetensors and tokenizer.json, and no code from the folder.
+"""Runs texts through the model in a Hugging Face folder. It reads only safetensors and tokenizer.json, and runs no code from the
+folder.
 
-The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: texts are padded to
-lengths that depend on their own, and batches are always full, so every text of a length uses the same kernels.
+The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: a text's padded length
+depends only on its length, and batches are always full. So texts of the same length use the same kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 Value = TypeVar("Value")
-Config = dict[str, Any]  # JSON of a folder, as it was saved
+Config = dict[str, Any]  # a folder's config.json
 LEAST_TOKENS = 32  # minimum padded length of a text, in tokens
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 
@@ -40,14 +41,14 @@ def describe(folder: str, name: str = "model") -> Config:
 
 
 def read_json(folder: str, file: str, name: str = "model") -> Config:
-    """Reads a JSON mapping from the folder; ConfigError if it isn't one, or needs the folder's code."""
+    """Reads a JSON mapping from the folder; ConfigError if the file isn't a mapping, or requires code in the folder."""
     try:
         config = json.loads(files.read(name, str(Path(folder) / file)))
         fault = "" if isinstance(config, dict) else "isn't a mapping"
     except ValueError as e:
         config, fault = {}, f"isn't JSON ({e})"
     if fault:
-        raise ConfigError(f"{name}: {folder!r}: {file} {fault}. Name a folder that save_pretrained has written")
+        raise ConfigError(f"{name}: {folder!r}: {file} {fault}. Use a folder that save_pretrained has written")
     if "auto_map" in config:
         raise ConfigError(
             f"{name}: {folder!r} needs its own code ({file}: auto_map), which heliostat doesn't run. Use another model"
@@ -80,7 +81,8 @@ def require_label(label: str, config: Config) -> None:
 
 
 def label_scores(logits: Tensor, place: int, config: PretrainedConfig) -> list[float]:
-    """Computes the scores of the label at an index: probabilities, or the outputs of a model with one label, such as grades."""
+    """Computes the scores of the label at index `place`: probabilities, or the outputs of a model with a single label, such as a
+    grade."""
     values = logits.float()
     if values.shape[-1] > 1:
         values = values.sigmoid() if config.problem_type == "multi_label_classification" else values.softmax(-1)
@@ -93,7 +95,7 @@ def digests(folder: str) -> dict[str, str]:
 
 
 def padded(tokens: int, most: int) -> int:
-    """Returns the padded length for so many tokens: a power of two, or one and a half of one."""
+    """Returns the padded length for `tokens` tokens: a power of two, or 1.5 times a power of two."""
     length = LEAST_TOKENS
     while length < tokens:
         length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
@@ -101,14 +103,14 @@ def padded(tokens: int, most: int) -> int:
 
 
 def check_length(config: Config, max_tokens: int) -> None:
-    """Raises ConfigError if the model can't read so many tokens."""
+    """Raises ConfigError if the model can't read `max_tokens` tokens."""
     most = config.get("max_position_embeddings")
     if isinstance(most, int) and max_tokens > most:
         raise ConfigError(f"max_tokens: {max_tokens:,} is above the model's maximum. Set it to {most:,} or less")
 
 
 class NamesModel(Stage):
-    """Holds the folder of a model, which reads texts unless a subclass defines otherwise."""
+    """Defines the key for a model's folder. The model reads texts, unless a subclass changes that."""
 
     libraries: ClassVar[tuple[str, ...]] = MODELS
     paths: ClassVar[tuple[str, ...]] = ("model",)
@@ -122,7 +124,7 @@ class NamesModel(Stage):
 
 
 class ModelStage(NamesModel):
-    """Runs documents one by one through a folder's model."""
+    """Runs each document through a folder's model, and decides on it alone."""
 
     def open(self) -> Work:
         self.check()
@@ -135,7 +137,7 @@ class ModelStage(NamesModel):
 
     @abstractmethod
     def outcome(self, document: Document, *values: Any, **none: Any) -> Outcome:
-        """Decides on a document from its values."""
+        """Decides on a document from the model's values for it."""
 
 
 class ScoringStage(ModelStage):
@@ -165,8 +167,8 @@ class ScoringStage(ModelStage):
 
 
 class Reader(ABC, Generic[Value]):
-    """Runs texts, or pairs of them, through a folder's model, on a GPU if there is one; a subclass defines the model and its
-    output. If a pair is longer than `max_tokens`, its second text is truncated."""
+    """Runs texts, or pairs of texts, through a folder's model, on a GPU if there is one. A subclass defines the model and the
+    results. If a pair is longer than `max_tokens`, the second text is truncated."""
 
     pairs = False
 
@@ -190,10 +192,10 @@ class Reader(ABC, Generic[Value]):
 
     @abstractmethod
     def load(self, folder: str, **options: object) -> PreTrainedModel:
-        """Loads the folder's model, with these options of transformers."""
+        """Loads the folder's model, with options for transformers."""
 
     def __call__(self, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[tuple[Value, bool]]:
-        """Returns (result, whether the text or pair was longer than max_tokens) for each."""
+        """Returns for each text or pair: (result, whether it was longer than `max_tokens`)."""
         encoded = self.tokenizer.encode_batch(texts)
         by_length = dict[int, list[int]]()
         for i, one in enumerate(encoded):
@@ -243,8 +245,8 @@ class Scorer(SequenceClassifier):
 
 
 class Likelihood(Reader[float | None]):
-    """Measures the mean negative log probability that a causal language model gives a text's tokens, except the first; None
-    for fewer than two tokens. ConfigError if the result isn't finite."""
+    """Computes the mean negative log probability of a text's tokens, except the first, in a causal language model. None for a
+    text with fewer than two tokens. ConfigError if the result isn't finite."""
 
     def __init__(self, folder: str, max_tokens: int, batch: int) -> None:
         self.folder = folder

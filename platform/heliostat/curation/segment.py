@@ -1,7 +1,8 @@
-"""Runs the stages between two comparisons of documents: on pieces of the input, or on earlier spills.
+"""Runs a segment: the stages between two comparisons of documents. Its input is pieces of the pipeline's input, or earlier
+spills.
 
-A segment's task reads documents, runs the stages, and spills the kept ones in runs, each sorted by text hash and no larger
-than a share of `memory_limit`. Dropped documents go to a separate spill, and the stages' counts to a tally.
+A segment's task reads documents, runs the stages, and spills the kept documents in runs. A run is sorted by text hash, and its
+size is at most a share of `memory_limit`. Dropped documents go to a separate spill. The stages' counts go to a tally.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ RUN = pa.schema(
 )  # fmt: skip
 PICTURES = pa.schema(
     [*RUN, ("image", pa.large_binary()), ("looks", pa.int64()), ("width", pa.int32()), ("height", pa.int32())]
-)  # images with captions as their texts; `hash` is that of the pixels
+)  # images, with captions as texts; `hash` is the hash of the pixels
 LEFT_OUT = pa.schema(
     [
         ("key", pa.uint64()),
@@ -43,14 +44,14 @@ LEFT_OUT = pa.schema(
 )
 READ = careful.READ  # the stage of reading, for drops during reading
 FINISH = "finish"  # the stage of the requirements for texts after all stages
-LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # maximum rows in memory, as Python objects, before they are spilled
+LEFT_OUT_ROWS, LEFT_OUT_BYTES = 20_000, 64 << 20  # maximum rows in memory as Python objects; then they are spilled
 EXAMPLES = 3  # ids that are listed per reason
 DECIDED = pa.schema([("key", pa.uint64()), ("row", pa.uint32())])
 Row = tuple[Any, ...]  # Arrow values
 
 
 class SegmentRecord(TypedDict):
-    """Describes the record of a task that ran documents through stages."""
+    """Describes the record of a task that has run documents through stages."""
 
     runs: list[tuple[str, int, int]]
     left_out: list[str]
@@ -61,14 +62,14 @@ class SegmentRecord(TypedDict):
 
 
 class DocumentSource(Protocol):
-    """Reads an input's documents in a task; an object that travels to it."""
+    """Reads an input's documents in a task. Ray sends this object to the task."""
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields the documents of a part of the input, and the dropped ones."""
+        """Yields the documents of a part of the input, and reports of dropped documents."""
         ...
 
     def finish(self, document: Document) -> Document | Dropped:
-        """Returns a document in its stored form, after the stages."""
+        """Converts a document to its stored form, after the stages, or drops it."""
         ...
 
 
@@ -78,14 +79,14 @@ def key_of(id: str) -> int:
 
 
 def packed(columns: Mapping[str, object] | None) -> str | None:
-    """Writes a document's columns as JSON, None if it has none."""
+    """Returns a document's columns as JSON; None if the document has no columns."""
     return json.dumps(columns, sort_keys=True, default=str) if columns else None
 
 
 def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Yields (a run's number, the rows about its documents, in order) for those of some runs that have rows.
+    """Yields (a run's number, the rows about the run's documents, in order) for each run that has rows.
 
-    The rows' keys are places: (number of the run) << 32 | row.
+    The key of a row is a document's place: (number of the run) << 32 | row.
     """
     tables = [t for name in names for t in spill.read(folder, name, first << 32, (first + count) << 32)]
     if tables:
@@ -98,7 +99,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment over a piece of the input; with `explained`, also counts the documents read."""
+    """Runs a segment on a piece of the input; with `explained`, also counts the documents read."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
     opening = cpu_time.now() - start
@@ -110,7 +111,7 @@ def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource,
 
 def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: list[Entry], first: int, run_bytes: int,
              care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment over a run of the segment before, from stage `first` on."""
+    """Runs a segment on a run from the previous segment, from stage `first` on."""
     start = cpu_time.now()
     chain = Chain(folder, stages, first)
     opening = cpu_time.now() - start
@@ -119,7 +120,7 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Counts documents while they are read, and the seconds of reading."""
+    """Counts documents while a task reads them, and the seconds of reading."""
     entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()
@@ -138,7 +139,7 @@ def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Ite
 
 
 def documents_of(folder: Location, run: SpilledRun) -> Iterator[tuple[int, Document]]:
-    """Yields the run's documents, with their rows, without the dropped ones."""
+    """Yields (row, document) for the run's documents that weren't dropped."""
     for table in survivors(folder, run):
         for row in table.to_pylist():
             columns = json.loads(row["columns"]) if row["columns"] else {}
@@ -184,7 +185,7 @@ class _Stages(careful.Through):
                 gone.append(left_out(item.id, FINISH, item.reason, item.detail, columns=document.columns))
             else:
                 rows.append(row_of(item))
-        for fields in gone:  # a stage's columns may be impossible to spill: nothing is added before this check
+        for fields in gone:  # spilling a stage's columns may fail, so this comes before any other change
             self.out.hold_left_out(fields)
         for row in rows:
             self.out.hold(row)
@@ -198,7 +199,7 @@ class _Stages(careful.Through):
 
 
 class _Undoing(_Stages):
-    """Runs documents through a chain such that a batch leaves no counts or changes if a stage fails."""
+    """Runs documents through a chain of stages. If a stage fails, the batch leaves no counts and no changes."""
 
     def batch(self, documents: list[Document], about: Callable[[str], None] = lambda stage: None) -> None:
         counts, self.chain.tally = self.chain.tally, {}
@@ -210,7 +211,7 @@ class _Undoing(_Stages):
 
 
 def row_of(document: Document) -> Row:
-    """Returns a document as a row of its run, without its key and number."""
+    """Returns a document as a row of a run, without the key and the row's number."""
     assert isinstance(document.text, str)
     raw, picture = document.text.encode(), document.picture
     digest, size = (picture.hash, len(raw) + len(picture.data)) if picture else (hashlib.sha256(raw).digest(), len(raw))
@@ -227,7 +228,7 @@ def left_out(id: str, stage: str, reason: str, detail: str, measures: dict[str, 
 
 @dataclass
 class Spiller:
-    """Collects a task's kept and dropped documents, and spills both when they are large."""
+    """Collects a task's kept and dropped documents, and spills each list when it is large."""
 
     folder: Location
     run_bytes: int
@@ -269,7 +270,7 @@ class Spiller:
         """Writes the collected documents as a run: sorted by hash, then id, and numbered in that order."""
         self.rows.sort(key=lambda row: (row[0], row[1]))
         table, bytes = _table(self.rows), sum(row[2] for row in self.rows)
-        self.rows, self.size = [], 0  # freed before the file is made, which takes as much again
+        self.rows, self.size = [], 0  # freed before the file is made, because the file takes as much memory
         self.runs.append(SpilledRun(spill.write_sorted(self.folder, table), len(table), bytes))
 
     def spill_left_out(self) -> None:
@@ -280,7 +281,7 @@ class Spiller:
         self.spilled.append(spill.write(self.folder, table, ("id", "stage", "reason", "detail")))
 
     def record(self, counts: tally.Tally) -> SegmentRecord:
-        """Spills the rest and returns the task's record."""
+        """Spills the remaining documents, and returns the task's record."""
         if self.rows:
             self.spill()
         if self.out:
@@ -320,6 +321,6 @@ def _encoded(value: object) -> bytes:
 
 
 def load(folder: Location, name: str) -> Any:
-    """Reads what `store` wrote."""
+    """Reads the values that `store` wrote under this name."""
     with spill.whole(folder, name):
         return json.loads(folder.join(name).read())

@@ -1,16 +1,17 @@
-"""Splits texts into slices at white space or line ends, so that only a slice's results are in memory."""
+"""Splits texts into slices at white space or line ends, so that only the results for one slice are in memory."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-SLICE = 1 << 18  # characters of a slice, approximately
+SLICE = 1 << 18  # approximate characters of a slice
 SPACE, LINE_END = re.compile(r"\s"), re.compile(r"\n")
 
 
 def slices(text: str, ends: re.Pattern[str] = SPACE) -> Iterator[str]:
-    """Yields slices of a text, each with the character that ends it; a text without such a character is one slice."""
+    """Yields slices of a text, each with the character at which it was split. A text without such a character is a single
+    slice."""
     at = 0
     while at < len(text):
         end = ends.search(text, at + SLICE) if len(text) - at > SLICE else None

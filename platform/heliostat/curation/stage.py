@@ -1,9 +1,9 @@
 """Defines a curation stage, which processes one document: a schema of YAML keys and a function on a batch of documents.
 
-A stage processes each document alone (the engine compares documents, for deduplication), so its result doesn't depend on the
-batch, the worker, or the order. Each file in `heliostat.curation.stages` defines the stage of its name (`gopher_quality.py`:
-`{stage: gopher_quality}`) in one subclass of `Stage`. Its fields are the keys in a pipeline file, with the paper's values as
-defaults. Each worker calls `open` once, which loads models and lists, and returns the function that processes documents.
+A stage processes each document alone, so its result doesn't depend on the batch, the worker, or the order. Only a `GlobalStage`
+compares documents. Each file in `heliostat.curation.stages` defines the stage with the file's name (`gopher_quality.py`: `{stage:
+gopher_quality}`) in one subclass of `Stage`. The class's fields are the stage's keys in a pipeline file, with the paper's values
+as defaults. Each worker calls `open` once, which loads models and lists, and returns the function that processes documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Holds an image: from its source or, once `hash` is set, in its stored form.
+    """Holds an image in the form of its source or, when `hash` is set, in the form that shards store.
 
     `hash`: SHA-256 of the decoded pixels; `looks`: the perceptual hash; `size`: width and height of the stored form.
     """
@@ -42,10 +42,10 @@ class Picture:
 
 @dataclass(slots=True)
 class Document:
-    """Holds a document in curation. `text` is the bytes read, until a stage extracts text from them.
+    """Holds a document in curation. `text` is the bytes that were read, until a stage extracts text from these bytes.
 
-    `id`: the place where it was read (`path#record`). `columns` (`url`, `date`, `source`, `license`, ...) accompany it to the
-    shard. For an image with a caption, `text` is the caption.
+    `id`: where the document was read (`path#record`). `columns` (`url`, `date`, `source`, `license`, ...) accompany the document
+    to the shard. For an image with a caption, `text` is the caption.
     """
 
     id: str
@@ -56,10 +56,11 @@ class Document:
 
 @dataclass(slots=True)
 class Outcome:
-    """Holds a stage's result for one document: None, with one of the stage's reasons, if it is dropped.
+    """Holds a stage's result for one document. For a dropped document, the document is None, and `reason` is one of the stage's
+    reasons.
 
-    `measures`: the numbers behind the decision, for kept and dropped documents; the funnel draws them next to the thresholds.
-    `counts`: changes to a kept document, such as lines removed or addresses masked.
+    `measures`: the numbers on which the decision depends, for kept and dropped documents. The funnel plots them with the
+    thresholds. `counts`: changes to a kept document, such as lines removed or addresses masked.
     """
 
     document: Document | None
@@ -71,7 +72,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Reports that a document, or a file, is dropped, and why."""
+    """Reports a dropped document or file, with the reason."""
 
     id: str
     reason: str
@@ -80,7 +81,7 @@ class Dropped:
 
 Work = Callable[[list[Document]], list[Outcome]]
 Judge = Callable[[str], tuple[str, dict[str, float]]]
-"""Returns the reason to drop a text ("" to keep it), and the measures that decided."""
+"""Returns the reason to drop a text ("" keeps the text), and the measures on which the decision depends."""
 
 
 def text_of(document: Document) -> str:
@@ -91,7 +92,7 @@ def text_of(document: Document) -> str:
 
 
 def by_text(judge: Judge) -> Work:
-    """Builds a stage's function from a judge: a document is kept unchanged, or dropped."""
+    """Builds a stage's function from a judge of texts. The function keeps a document unchanged, or drops it."""
 
     def work(documents: list[Document]) -> list[Outcome]:
         judged = [judge(text_of(document)) for document in documents]
@@ -107,35 +108,36 @@ def first_failed(*rules: tuple[bool, str]) -> str:
 
 @runtime_checkable
 class Decides(Protocol):
-    """Describes a stage that decides on one document, without loading anything."""
+    """Describes a stage that decides on one document without loading models or lists."""
 
     def decide(self, document: Document) -> Outcome:
         """Decides on one document."""
 
 
 class Stage(Strict):
-    """Defines a stage by its keys in a pipeline file; subclasses define its work."""
+    """Defines a stage. A subclass's fields are the stage's keys in a pipeline file, and its methods process documents."""
 
     reasons: ClassVar[dict[str, str]] = {}
-    """Reasons for which the stage drops documents: a word, and its meaning."""
+    """Reasons for which the stage drops documents: reason -> meaning."""
     thresholds: ClassVar[dict[str, tuple[str, ...]]] = {}
-    """Measures that decide on a document, and the fields that hold their thresholds."""
+    """Measures that decide on a document: measure -> the fields with its thresholds."""
     limits: ClassVar[dict[str, tuple[str, str, str]]] = {}
     """Rules that compare one measure with one field, in order of precedence: reason -> (measure, field, meaning).
 
-    A field `min_...` is the minimum to keep a document, `max_...` the maximum. `{}` in the meaning stands for the field's name.
-    Limits are added to `reasons` and `thresholds` automatically.
+    A field `min_...` is the minimum for keeping a document, and a field `max_...` is the maximum. `{}` in the meaning stands for
+    the field's name. Limits are added to `reasons` and `thresholds` automatically.
     """
     needs: ClassVar[tuple[str, ...]] = ()
     """An extra of heliostat, followed by the modules of the extra that the stage needs."""
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Distributions that the result depends on: if one has another version, the stage's tasks run again."""
+    """Python distributions on which the result depends. If the version of one changes, the stage's tasks run again."""
     gpu: ClassVar[bool] = False
     """Whether the stage runs alone, in tasks that each have a GPU if the cluster has any."""
     of_images: ClassVar[bool] = False
-    """Whether the stage reads images, and not their captions."""
+    """Whether the stage reads images instead of captions."""
     version: ClassVar[int] = 1
-    """Increased when the same keys give other documents. Results of an earlier version are then computed again."""
+    """Version of the stage's results. If the same keys give different documents, increase it: heliostat then computes the results
+    again."""
 
     makes: ClassVar[tuple[str, ...]] = ()
     """Columns that the stage adds to documents, in addition to those in its keys `column`, `bucket_column`, and `original`."""
@@ -145,7 +147,7 @@ class Stage(Strict):
     paths: ClassVar[tuple[str, ...]] = ()
     """Keys that name files or folders, such as a model. `shipping` copies them to the nodes of the tasks."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Keys of newer versions. A dataset from before such a key is up to date if the key has its default."""
+    """Keys that newer versions of heliostat added. A dataset made before such a key is up to date if the key has its default."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: object) -> None:
@@ -157,59 +159,62 @@ class Stage(Strict):
 
     @classmethod
     def named(cls) -> str:
-        """Returns its name in a pipeline file: its file's name."""
+        """Returns the stage's name in a pipeline file, which is the name of the module."""
         return cls.__module__.rpartition(".")[2]
 
     def identity(self) -> dict[str, object]:
-        """Returns everything that its result depends on: name, version, keys, and digests of the files in its keys."""
+        """Returns everything that the stage's result depends on: name, version, keys, and digests of the files in its keys."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         entry = {key: value for key, value in self.entry().items() if key not in usual}
         return {"version": self.version, **entry, **self.digests()}
 
     def digests(self) -> dict[str, object]:
-        """Returns the identity's part for the keys of `paths`: a digest for each file. Stages with a folder override it."""
+        """Returns the part of the identity for the keys in `paths`: a digest for each file. Stages whose key is a folder override
+        this method."""
         return {key: files.mapped(getattr(self, key), partial(_digest, key)) for key in self.paths}
 
     def named_paths(self) -> Iterator[tuple[str, str]]:
-        """Yields each key that names files, and a path in it: one, a list of them, or a mapping of names to them."""
+        """Yields (key, path) for each path in the keys of `paths`. A key's value is a path, a list of paths, or a mapping of
+        names to paths."""
         for key in self.paths:
             value = getattr(self, key)
             paths = value.values() if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
             yield from ((key, path) for path in paths)
 
     def located(self, places: Mapping[str, str]) -> Self:
-        """Returns the stage with this node's locations of its paths."""
+        """Returns the stage with its paths replaced by their locations on this node."""
         return self.model_copy(update={key: files.mapped(getattr(self, key), places.__getitem__) for key in self.paths})
 
     def follows(self) -> dict[str, object]:
-        """Returns everything that its tasks depend on: its identity, and its libraries' versions."""
+        """Returns everything that the stage's tasks depend on: the identity, and the libraries' versions."""
         return {**self.identity(), "libraries": self.library_versions()}
 
     @classmethod
     def library_versions(cls) -> dict[str, str]:
-        """Returns the versions of its libraries, and of Python's Unicode data."""
+        """Returns the versions of the stage's libraries, and of Python's Unicode data."""
         return versions(cls.libraries)
 
     def entry(self) -> dict[str, object]:
-        """Returns its entry in a pipeline file, with all keys."""
+        """Returns the stage's entry in a pipeline file, with all keys."""
         return {"stage": self.named(), **self.model_dump(mode="json")}
 
     def made(self) -> set[str]:
-        """Returns the names of the columns that it adds to documents."""
+        """Returns the names of the columns that the stage adds to documents."""
         keys = {"column", "bucket_column", "original"} - {*self.compares}
         return {*self.makes, *(name for key in keys if (name := getattr(self, key, None)))}
 
     def stored(self) -> tuple[str, ...]:
-        """Returns the names of its columns that shards of images keep."""
+        """Returns the names of the stage's columns that image shards keep."""
         return ()
 
     def check(self) -> None:
-        """Checks everything that can be checked before the start, such as the files in its keys; ConfigError if not."""
+        """Checks everything that can be checked before the start, such as the files in the stage's keys; ConfigError for a
+        problem."""
         if self.needs:
             extras.require(*self.needs, what=f"stage {self.named()}")
 
     def failed(self, measures: Mapping[str, float]) -> str:
-        """Returns the reason of the first of `limits` that the measures violate; "" if there is none."""
+        """Returns the reason of the first limit in `limits` that the measures violate; "" if they violate none."""
         for reason, (measure, name, _) in self.limits.items():
             limit, value = getattr(self, name), measures.get(measure)
             if limit is None or value is None:
@@ -225,19 +230,21 @@ class Stage(Strict):
         counts: dict[str, int] | None = None,
         columns: Mapping[str, object] = MappingProxyType({}),
     ) -> Outcome:
-        """Drops a document whose measures violate the limits, or keeps it with further columns."""
+        """Drops the document if its measures violate the limits. Otherwise keeps it, with the additional columns."""
         reason = self.failed(measures)
         if not reason:
             document.columns |= columns
         return Outcome(None if reason else document, reason, measures=measures, counts=counts or {})
 
     def open(self) -> Work:
-        """Loads the stage's models and lists, and returns its function: from documents to as many outcomes, in order."""
+        """Loads the stage's models and lists, and returns its function. The function maps a batch of documents to one outcome per
+        document, in order."""
         decide = self.loaded()
         return lambda documents: [decide(document) for document in documents]
 
     def loaded(self) -> Callable[[Document], Outcome]:
-        """Loads the stage's models and lists, and returns its function of one document; `open` is for batches."""
+        """Loads the stage's models and lists, and returns its function for a single document. `open` returns the function for
+        batches."""
         Stage.check(self)  # on this node, because `decide` may take a missing module for bad data
         if not isinstance(self, Decides):
             raise ConfigError(
@@ -251,11 +258,12 @@ def _digest(key: str, path: str) -> str:
 
 
 class GlobalStage(Stage):
-    """Defines a stage that compares documents, in its own tasks between the other stages': it has no function on a batch."""
+    """Defines a stage that compares documents. It runs its own tasks between the tasks of other stages, and has no function for
+    batches."""
 
     @abstractmethod
     def compare(self, flow: Flow, curated: Any, number: int, memory_limit: int) -> list[SpilledRun]:
-        """Compares the documents of the runs in `curated`, and returns the runs without the dropped ones.
+        """Compares the documents of the runs in `curated`, and returns the runs without the dropped documents.
 
-        `number`: of the stage. It adds its dropped documents and its tally to `curated`.
+        `number`: the stage's number. The method adds the dropped documents and the stage's tally to `curated`.
         """

@@ -34,7 +34,7 @@ class StagedPipeline(Pipeline):
 
     ray_data = False
     moved: ClassVar[dict[str, str]] = {}
-    """Keys of earlier versions that are now keys of `columns`: old name -> new name."""
+    """Keys that have moved into `columns` since earlier versions: old name -> new name."""
 
     stages: list[Annotated[SerializeAsAny[Stage], BeforeValidator(registry.parse)]] = []
     """Stages for documents, or for images with captions, between reading and shards, in this order: `{stage: NAME, KEY: VALUE}`.
@@ -72,27 +72,28 @@ class StagedPipeline(Pipeline):
         return Work(place(self.work, "work") if self.work else place(self.output, "output").ending(".work"))
 
     def flow(self, work: Work | None = None) -> Flow:
-        """Makes the flow that runs the tasks and shows their progress. `work`: another work folder than the pipeline's."""
+        """Makes the flow that runs the tasks and shows their progress. `work`: a work folder that replaces the pipeline's."""
         return Flow(work or self.worked, self.labels, memory=self.memory_limit, progress=self.progress())
 
     def progress(self) -> Progress:
         return Progress(self._watch.show) if self._watch else Progress()
 
     def check_places(self, input: str, here: str | None) -> None:
-        """Checks that the folders of input, output, and work don't overlap; ConfigError if they do. `here`: the input's path."""
+        """Raises ConfigError if the folders of input, output, and work overlap. `here`: the input's path."""
         output_path = place(self.output, "output").path
         if self.work and _overlap(self.worked.location.path, output_path):
-            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Move the work elsewhere")
+            raise ConfigError(f"work: {self.work!r} and the output {self.output!r} overlap. Set work to another folder")
         if here is None:
             return
         if _overlap(here, output_path):
-            raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Move the output elsewhere")
+            raise ConfigError(f"output: {self.output!r} and the input {input!r} overlap. Set output to another folder")
         if _overlap(here, self.worked.location.path):
-            raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Name another folder")
+            raise ConfigError(f"work: {self.worked.location} and the input {input!r} overlap. Set work to another folder")
 
     def check_columns(self, known: Iterable[str], key: str) -> None:
-        """Checks that documents can have the columns that stages compare; ConfigError if not. Without the column, all documents
-        would be equal. `known`: columns from reading; `key`: the pipeline key that names more columns, "" if there is none."""
+        """Raises ConfigError if documents can't have the columns that stages compare. Without the column, all documents would be
+        equal. `known`: columns from reading. `key`: the pipeline key that lists additional columns, "" if there isn't such a
+        key."""
         available = set(known)
         for number, stage in enumerate(self.stages):
             if not type(stage).__module__.startswith("heliostat."):
@@ -113,7 +114,7 @@ class StagedPipeline(Pipeline):
 
     @abstractmethod
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> Making:
-        """Returns the making of the dataset, or of a sample's."""
+        """Returns the object that makes the dataset, from the whole input or from a sample."""
 
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         """Chooses a sample for a dry run."""
@@ -131,11 +132,11 @@ class StagedPipeline(Pipeline):
         return making.predicted(inputs) | {"name": self.name, "seconds": round(time.monotonic() - start, 2)}
 
     def uncovered(self) -> dict[str, dict[str, Any]]:
-        """Returns the files next to a dataset with stages that no digest covers, by name."""
+        """Returns, by name, the files of a dataset with stages that its digest doesn't cover."""
         return {reasons.SECONDS: self._seconds} if self._seconds else {}
 
     def finish(self, dataset: Manifest) -> None:
-        """Writes the files that no digest covers, and removes the work."""
+        """Writes the files that the dataset's digest doesn't cover, and removes the work."""
         for name, facts in self.uncovered().items() if self.stages else ():
             dataset.location.join(kept_path(dataset.digest, name)).write(json.dumps(facts).encode())
         if self.keep_work:

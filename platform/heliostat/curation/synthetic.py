@@ -1,4 +1,4 @@
-"""Reads the lineage of synthetic data: the model that wrote an input, if the input is the answers of a batch inference."""
+"""Reads the lineage of synthetic data. If an input is the answers of a batch inference, it finds the model that wrote them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from heliostat.storage.records import Format, Whole, open_
 
 log = logging.getLogger(__name__)
 
-FOLDER, RECORD = "answers", "inference.json"  # names of `heliostat model infer`, next to each other
+FOLDER, RECORD = "answers", "inference.json"  # names that `heliostat model infer` writes, next to each other
 
 
 @open_
@@ -43,9 +43,10 @@ TOLD = Format(InferenceFacts, "record of a batch inference", DataError, fix="Run
 
 
 def answers(root: Location, files: list[InputFile]) -> dict[str, object] | None:
-    """Returns the model, the settings, and the inputs of files from `inference.json`; None if they aren't such answers.
+    """Returns the model, the settings, and the inputs of these files, from `inference.json`. None if the files aren't answers of
+    a batch inference.
 
-    Logs a warning if the record can't be read, or doesn't list the files. The files then have no lineage.
+    If the record can't be read or doesn't list the files, logs a warning, and the files have no lineage.
     """
     folder = root if root.name == FOLDER else _above(root)
     if folder.name != FOLDER:

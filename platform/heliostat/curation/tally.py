@@ -1,10 +1,10 @@
 """Counts the actions of stages on documents: the funnel, histograms of measures, and examples of dropped and barely kept
 documents.
 
-A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`), so that tallies of tasks are
-summed in any order to the same result. Histograms have a bin for every value of two significant digits. Examples are the
-twenty documents of a rule whose ids have the lowest hashes, so they are a random sample that every run reproduces. Only the
-seconds differ between runs.
+A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`). The sum of tallies doesn't depend on
+their order. Histograms have a bin for every value of two significant digits. The examples of a rule are the twenty documents
+whose ids have the lowest hashes. So they are a random sample, and every run chooses the same documents. Only the seconds differ
+between runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from heliostat.curation.stage import Document, Outcome, Stage
 
 EXAMPLES = 20  # examples per rule
 EXCERPT = 1000  # characters
-NEAR = 0.1  # distance from a threshold, relative to it, below which a document was barely kept
+NEAR = 0.1  # maximum relative distance from the threshold of a barely kept document
 Tally = dict[str, dict[str, Any]]
 
 
@@ -30,14 +30,14 @@ def label(number: int, stage: Stage) -> str:
 
 
 def entry(tally: Tally, name: str) -> dict[str, Any]:
-    """Returns a stage's part of the tally, and creates it if needed."""
+    """Returns a stage's part of the tally. Creates this part if it doesn't exist."""
     empty = {"documents": 0, "bytes": 0, "kept": 0, "kept_bytes": 0, "seconds": 0.0, "dropped": {}, "counts": {},
              "histograms": {}, "examples": {}}  # fmt: skip
     return tally.setdefault(name, empty)
 
 
 def count(tally: Tally, name: str, stage: Stage, before: Document, outcome: Outcome, sizes: tuple[int, int]) -> None:
-    """Counts a stage's result for a document, of `sizes` bytes before and after."""
+    """Counts a stage's result for a document. `sizes`: the document's bytes before and after the stage."""
     counts, kept = entry(tally, name), outcome.document is not None
     counts["documents"] += 1
     counts["bytes"] += sizes[0]
@@ -67,14 +67,14 @@ def narrow(stage: Stage, measures: dict[str, float]) -> list[str]:
 
 
 def rounded(value: float) -> float:
-    """Rounds to two significant digits; infinities and NaN stay."""
+    """Rounds to two significant digits. Infinities and NaN are returned unchanged."""
     if value == 0 or not math.isfinite(value):
         return value
     return round(value, 1 - math.floor(math.log10(abs(value))))
 
 
 def example(examples: dict[str, list[Any]], rule: str, document: Document, detail: str, measures: dict[str, float]) -> None:
-    """Records a document as an example of a rule if its hash is among the lowest."""
+    """Records a document as an example of a rule, if its hash is one of the lowest."""
     kept_examples, place = examples.setdefault(rule, []), xxhash.xxh64_intdigest(f"{rule}\0{document.id}".encode())
     if len(kept_examples) < EXAMPLES or place < kept_examples[-1][0]:
         text = document.text if isinstance(document.text, str) else document.text[: 4 * EXCERPT].decode("utf-8", "replace")
@@ -85,7 +85,7 @@ def example(examples: dict[str, list[Any]], rule: str, document: Document, detai
 
 
 def merge(tallies: Iterable[Tally]) -> Tally:
-    """Sums tallies, with one in memory at a time."""
+    """Sums tallies. Only the sum and one tally are in memory at a time."""
     total: Tally = {}
     for tally in tallies:
         add(total, tally)
@@ -93,7 +93,7 @@ def merge(tallies: Iterable[Tally]) -> Tally:
 
 
 def add(total: Tally, tally: Tally) -> None:
-    """Adds a tally to another."""
+    """Adds `tally` to `total`."""
     for name, part in tally.items():
         _add(entry(total, name), part)
 

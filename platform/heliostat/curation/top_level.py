@@ -1,7 +1,7 @@
 """Lists the top-level domains that IANA has delegated in Latin letters, so that `x@self.weight` in code isn't an e-mail
 address.
 
-It leaves out two: `arpa` has no mailboxes, and `data` is an attribute in code far more often than a domain.
+The list leaves out two domains: `arpa` has no mailboxes, and `data` in code is far more often an attribute.
 """
 
 _LISTED = """

@@ -17,12 +17,12 @@ def train(
 ) -> linear.TrainingReport:
     """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
 
-    The report has precision and recall on held-out documents, and the number of unreadable documents, by reason. ConfigError
-    if a folder holds too few documents, or if the output folder isn't empty.
+    The report has precision and recall on held-out documents, and the number of unreadable documents, by reason. ConfigError if a
+    folder has too few documents, or if the output folder isn't empty.
     """
     others = sorted({p.name for p in to.iterdir()} - {linear.ABOUT, linear.WEIGHTS}) if to.is_dir() else []
     if others or to.is_file():
-        raise ConfigError(f"--out: {str(to)!r} {f'holds {others[0]!r}' if others else 'is a file'}. Name a new folder")
+        raise ConfigError(f"--out: {str(to)!r} {f'contains {others[0]!r}' if others else 'is a file'}. Pass a new folder")
     extras.require("curation", "sklearn", "scipy", what="training a classifier")
     left_out = dict[str, int]()
     texts = [list(_texts(folder, left_out)) for folder in (good, bad)]
@@ -36,8 +36,8 @@ def _texts(folder: Path, left_out: dict[str, int]) -> Iterator[str]:
     """Yields the texts of a folder's files of known kinds; pages and PDFs use the stages' defaults."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
     if not paths:
-        raise ConfigError(f"{str(folder)!r} holds no files. Name a folder with examples")
-    opened = dict[str, Work]()  # created for the first document of a kind: they need packages that texts don't
+        raise ConfigError(f"{str(folder)!r} contains no files. Pass a folder with examples")
+    opened = dict[str, Work]()  # created for the first document of a kind, because they need more packages than texts
     for path in paths:
         with path.open("rb") as stream:
             for item in readers.read(str(path), stream, readers.Limits()):

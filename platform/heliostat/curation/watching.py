@@ -19,7 +19,7 @@ LOG_S = 15.0  # seconds between log lines
 
 
 class PipelineWatch:
-    """Shows a pipeline's current work; nothing if `quiet`."""
+    """Shows a pipeline's current work. With `quiet`, it shows nothing."""
 
     def __init__(self, console: Console, doing: str, quiet: bool, clock: Callable[[], float] = time.monotonic) -> None:
         self.doing, self.quiet, self.clock, self.logged = printable(doing), quiet, clock, clock()

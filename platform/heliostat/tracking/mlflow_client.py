@@ -135,7 +135,9 @@ def _probe(uri: str) -> None:
     try:
         socket.create_connection((host, port), timeout=ANSWER_S).close()
     except OSError as e:
-        raise TrackingError(f"MLflow at {uri}: {host}:{port} accepts no connection ({brief(e)}). Start the database server") from e
+        raise TrackingError(
+            f"MLflow at {uri}: {host}:{port} accepts no connection ({brief(e)}). Start the database server"
+        ) from e
 
 
 @contextmanager

@@ -12,4 +12,4 @@ AHEAD = (
     "heliostat.tracking.logger",
     "mlflow",
 )
-"""Modules that a trial imports in addition to those of training workers, because each trial drives a run."""
+"""Modules that a trial imports in addition to the modules of training workers, because each trial is the driver of a run."""

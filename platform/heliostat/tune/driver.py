@@ -3,8 +3,8 @@
     from heliostat.tune.driver import tune
     result = tune(Path("jobs/sweeps/quickstart.yaml"))
 
-A resume needs only the sweep's folder (`trial_record`). While the sweep runs, `ray/` in this folder holds Ray Tune's own state.
-heliostat never reads that state, and deletes it at the end.
+To resume, heliostat needs only the sweep's folder (`trial_record`). While the sweep runs, Ray Tune keeps its own state in `ray/`
+in this folder. heliostat never reads this state, and deletes it at the end.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRIAL_CPUS = 0.1  # CPUs that Tune's actor for a trial requests
-DEATHS = 3  # deaths of a trial's own process or node that the trial survives; the run itself handles deaths of its workers
+DEATHS = 3  # deaths of its process or node that a trial survives; the trial's run handles deaths of workers
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results hold only the trial's step
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # most results contain only the trial's step
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output ignores `verbose`
@@ -63,7 +63,8 @@ def tune(
     overwrite: bool = False,
     verbose: bool = False,
 ) -> SweepResult:
-    """Runs a sweep to its end, or resumes it; HeliostatError gives the cause in one line if it stops, fails, or has no result."""
+    """Runs a sweep to its end, or resumes it. If the sweep stops, fails, or has no result, a HeliostatError gives the cause in
+    one line."""
     require_one_way(resume, overwrite)
     plan = load(path, settings)
     base = Job.model_validate(plan.base)
@@ -73,12 +74,12 @@ def tune(
         from heliostat.tune.searchers import require_optuna
 
         require_optuna()
-    with lease.take(plan.folder, "driven", f"Wait for it, or stop it with `heliostat sweep stop {plan.folder}`") as lease_:
+    with lease.take(plan.folder, "driven", f"Wait for that driver, or stop it: heliostat sweep stop {plan.folder}") as lease_:
         before = records.read_json(plan.folder.join("sweep.json"), records.KEPT)
         if before and not overwrite and not resume:
             raise ConfigError(
                 f"name: sweep {plan.sweep.name!r} already exists in {plan.folder}. Use --resume to continue, "
-                "--overwrite to start from scratch, or another name"
+                "--overwrite to start from scratch, or change the name"
             )
         if before and overwrite:
             plan.folder.join("sweep.json").delete()
@@ -90,16 +91,16 @@ def tune(
 
 
 def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
-    """Checks that a resumed sweep equals the recorded one; ConfigError if not. Budget, concurrency, and registration may differ.
+    """Raises ConfigError if a resumed sweep differs from the recorded sweep. Budget, concurrency, and registration may differ.
 
-    Returns the plan. Where its job doesn't set a key of `spec.BEFORE_KEYS`, the plan takes the recorded job's value, so that all
+    Returns the plan. If the plan's job doesn't set a key of `spec.BEFORE_KEYS`, the plan gets the recorded job's value. So all
     trials follow the same rules.
     """
     plan = replace(plan, base=pretrained.as_recorded(Job.model_validate(plan.base), before["job"]).dump())
     train, rules = plan.base["train"], spec.with_rules(before["job"])["train"]
     unset = {key: rules[key] for key in spec.BEFORE_KEYS if train.get(key) is None}
     plan = replace(plan, base=plan.base | {"train": train | unset})
-    free = ("budget", "concurrency", "register_best", "job", "set")  # the last two make the base job, which is compared
+    free = ("budget", "concurrency", "register_best", "job", "set")  # job and set make the base job, which is compared
     now = {"sweep": {k: v for k, v in plan.sweep.dump().items() if k not in free}, "job": plan.base}
     then = {
         "sweep": {k: v for k, v in renamed_keys(before["sweep"]).items() if k not in free},
@@ -111,7 +112,7 @@ def _same(plan: SweepPlan, before: KeptTrial) -> SweepPlan:
             key = sorted(keys)[0]
             raise ConfigError(
                 f"{part}.{key}: was {json.dumps(then[part].get(key))} when the sweep began, and is "
-                f"{json.dumps(now[part].get(key))} now. Undo this, or use another name"
+                f"{json.dumps(now[part].get(key))} now. Undo the change, or use another name"
             )
     return plan
 
@@ -168,7 +169,7 @@ class _Tuning:
         return result
 
     def _connect(self) -> int:
-        """Joins or starts Ray; returns the number of trials that may run concurrently."""
+        """Connects to Ray or starts it; returns the number of trials that may run concurrently."""
         from heliostat.cluster import nodes, private_ray, ray_internals
         from heliostat.cluster.connect import connect
 
@@ -212,7 +213,7 @@ class _Tuning:
         trials = searchers.Trials(self.state, searchers.make(self.plan.sweep))
         ray_folder = self.plan.folder.join("ray")
         with self.signals, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing actors of ended runs
+            warnings.filterwarnings("ignore", message="Consider boosting PBT performance")  # by reusing the actors of ended runs
             tuner = ray_tune.Tuner(
                 Trial,
                 tune_config=ray_tune.TuneConfig(search_alg=trials, scheduler=scheduler, num_samples=1),
@@ -243,7 +244,7 @@ class _Tuning:
         }  # fmt: skip
 
     def _finalize(self, parent: Parent, result: SweepResult, all_records: list[TrialRecord]) -> None:
-        """Exports the best trial's model, logs it to its run, and registers it if the job asks for that."""
+        """Exports the best trial's model, logs it to the trial's run, and registers it if the job configures that."""
         best = records.best(all_records, self.plan.sweep.mode)
         if best is None or not self.plan.sweep.register_best:
             return
@@ -265,9 +266,10 @@ def _best(plan: SweepPlan, best: TrialRecord | None) -> BestTrial | None:
 
 
 def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
-    """Counts the trials that can run concurrently with all their workers placed; half-placed trials would wait for each other.
+    """Counts the trials that can run concurrently with all their workers placed. Trials with only some workers placed would wait
+    for each other.
 
-    Each trial also needs a CPU for its data task, and its actor's CPU, on one node. `free`: free resources by node.
+    Each trial also needs a CPU for its data task, and on one node the CPU of its actor. `free`: free resources by node.
     """
     nodes = [{"CPU": r.get("CPU", 0.0), "GPU": r.get("GPU", 0.0)} for r in free.values()]
     aside, count = FETCHING + TRIAL_CPUS, 0
@@ -282,8 +284,9 @@ def gangs(workers: Workers, free: Mapping[str, Mapping[str, float]]) -> int:
 
 
 def here(workers: Workers, cores: int) -> int:
-    """Counts the trials that fit on this machine's `cores`, at least 1, if the sweep starts Ray itself; 1 if workers need GPUs.
+    """Counts the trials that fit on this machine's `cores`, at least 1, if the sweep starts Ray itself. Returns 1 if workers need
+    GPUs.
 
-    Data tasks get no cores in this count, because they mostly wait.
+    The count ignores data tasks, because they mostly wait.
     """
     return 1 if workers.gpus else max(1, int(cores / (workers.most * workers.cpus) + 1e-6))

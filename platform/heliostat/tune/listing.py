@@ -19,11 +19,11 @@ from heliostat.tune.sweep import Sweep, SweepPlan, count, place
 from heliostat.tune.trial_record import BestTrial, KeptBest, KeptTrial, SweepProgress
 
 STOP_S = 600.0  # seconds to wait for a sweep to stop
-ASKED = 32  # threads, each of which waits for the sign of life of one sweep's driver
+ASKED = 32  # threads; each waits for a sign of life from one sweep's driver
 
 
 class SweepRow(TypedDict):
-    """Describes a sweep in a list of sweeps; `states`: the number of its trials by state."""
+    """Describes a sweep in a list of sweeps. `states`: state -> number of trials."""
 
     name: str
     folder: str
@@ -35,12 +35,12 @@ class SweepRow(TypedDict):
 
 
 def sweeps(storage: Location) -> list[SweepRow]:
-    """Lists every sweep below the storage, by name."""
+    """Lists all sweeps in the storage, sorted by name."""
     folders = {name: storage.join(name) for name in storage.folders()}
     known = {
         name: kept for name, folder in folders.items() if (kept := records.read_json(folder.join("sweep.json"), records.KEPT))
     }
-    with ThreadPoolExecutor(ASKED) as pool:  # finding out that a driver on another machine died takes seconds
+    with ThreadPoolExecutor(ASKED) as pool:  # detecting that a driver on another machine died takes seconds
         alive = dict(zip(known, pool.map(running, [folders[name] for name in known]), strict=True))
     rows = list[SweepRow]()
     for name, kept in known.items():
@@ -54,7 +54,7 @@ def sweeps(storage: Location) -> list[SweepRow]:
 
 
 def running(folder: Location) -> bool:
-    """Returns whether a live driver holds the sweep's lease. For a driver on another machine, waits for its sign of life."""
+    """Returns whether a live driver holds the sweep's lease. Waits for a sign of life from a driver on another machine."""
     number = lease.newest_number(folder)
     return number > 0 and lease.holder(folder, number) is not None
 
@@ -65,7 +65,7 @@ def find(sweep: str, storage: str) -> Location:
     for folder in (Location(sweep), *named):
         if folder.join("sweep.json").exists():
             return folder
-    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has none of this name. List them: heliostat sweep list")
+    raise ConfigError(f"{sweep}: isn't a sweep, and {storage} has no sweep with this name. List them: heliostat sweep list")
 
 
 def read(folder: Location) -> tuple[SweepPlan, KeptTrial]:
@@ -80,7 +80,7 @@ def _sweep(folder: Location, kept: KeptTrial) -> Sweep:
 
 
 def show(folder: Location) -> SweepProgress:
-    """Reports a sweep's progress: all its trials, the best first."""
+    """Reports a sweep's progress, with all trials, the best first."""
     plan, kept = read(folder)
     all_records = records.read(folder)
     best = records.best(all_records, plan.sweep.mode)
@@ -103,7 +103,8 @@ def show(folder: Location) -> SweepProgress:
 
 
 def progress(folder: Location) -> tuple[int, int]:
-    """Returns (trials that have ended, trials planned). If the plan has no number, the second counts the recorded trials."""
+    """Returns (ended trials, planned trials). If the number of planned trials isn't known, the second number counts the recorded
+    trials."""
     all_records, kept = records.read(folder), records.read_json(folder.join("sweep.json"), records.KEPT)
     planned = count(_sweep(folder, kept)) if kept else None
     return sum(r.over for r in all_records), max(planned or 0, len(all_records))

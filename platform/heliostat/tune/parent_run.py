@@ -1,8 +1,8 @@
-"""Writes the sweep's own MLflow run, which is the parent of its trials' runs, from the driver's process.
+"""Writes the sweep's own MLflow run from the driver's process. This run is the parent of the trials' runs.
 
-Each trial writes its own run. The parent run holds the sweep's file, the table of trials, the plots, PBT's lineage, and the best
-model. If MLflow is busy or unreachable, calls are retried for AWAY_S seconds. If it stays unreachable, the next
-`heliostat sweep run --resume` writes the missing parts.
+Each trial writes its own run. The parent run contains the sweep's file, the table of trials, the plots, PBT's lineage, and the
+best model. If MLflow is busy or unreachable, calls are retried for AWAY_S seconds. If it stays unreachable, the next `heliostat
+sweep run --resume` writes the missing parts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 AWAY_S = 60.0  # seconds to retry a call of MLflow
 BACKOFF = Backoff(0.2, 5.0)
 T = TypeVar("T")
-STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # of a trial's run in MLflow; KILLED for other statuses
+STATUS = {"finished": "FINISHED", "failed": "FAILED"}  # status of a trial's run in MLflow; KILLED for other statuses
 
 
 class Parent:
@@ -47,8 +47,8 @@ class Parent:
         self._do(lambda: self.client.update_run(self.run_id, status="RUNNING"))
 
     def _do(self, action: Callable[[], T]) -> T:
-        """Runs an action, and retries it while MLflow fails: other processes write to the same store. TrackingError after AWAY_S
-        seconds."""
+        """Runs an action, and retries it while MLflow fails, because other processes write to the same store. TrackingError after
+        AWAY_S seconds."""
 
         def give_up(failure: FailedAttempts) -> NoReturn:
             raise TrackingError(f"mlflow.uri: {self.uri} failed ({brief(failure.error)})") from failure.error
@@ -77,9 +77,10 @@ class Parent:
         return run_id
 
     def settle(self, records: list[TrialRecord]) -> None:
-        """Sets the MLflow status and tags of each trial's run by its record, because a trial whose process died couldn't do so.
+        """Sets the MLflow status and tags of each trial's run from the trial's record, because a trial whose process died
+        couldn't set them.
 
-        Writes the run ids into the records.
+        Also writes the run ids into the records.
         """
         for trial in records:
             known = record(self.trial(trial))
@@ -101,7 +102,7 @@ class Parent:
         return self.plan.folder.join("trials", self.plan.name(record.number))
 
     def close(self, status: str, reason: str, records: list[TrialRecord], model_uri: str | None) -> None:
-        """Logs the table of trials, PBT's lineage, the plots and the outcome, and ends the sweep's run."""
+        """Logs the table of trials, PBT's lineage, the plots, and the outcome, and ends the sweep's run."""
         sweep = self.plan.sweep
         rows = report.rows(self.plan, records)
         columns = {key: [row.get(key) for row in rows] for key in report.columns(rows)}

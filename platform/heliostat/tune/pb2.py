@@ -1,9 +1,9 @@
-"""Suggests PB2's next hyperparameters: those with the highest upper confidence bound of a Gaussian process.
+"""Suggests PB2's next hyperparameters: the values with the highest upper confidence bound of a Gaussian process.
 
-The process models the metric's gain per step over all intervals of the population (Parker-Holder et al. 2020, arXiv 2002.02518).
-Ray Tune supplies the process, its kernel, which gives old intervals less weight, and the search for the maximum. The intervals
-come from the trials' records, so a resumed sweep has the same data. Each value is scaled to [0, 1] over its range, in logarithms
-if the range is logarithmic.
+The process models the metric's gain per step in all intervals of the population (Parker-Holder et al. 2020, arXiv 2002.02518).
+Ray Tune implements the process, its kernel, and the search for the maximum. The kernel gives old intervals less weight. The
+intervals come from the trials' records, so a resumed sweep has the same data. Each value is scaled from its range to [0, 1], on a
+logarithmic scale if the range is logarithmic.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from heliostat.tune.trial_record import TrialRecord
 
 
 class Interval(NamedTuple):
-    """Describes the interval between two reports of a trial, which it trained with the same hyperparameters."""
+    """Describes the interval between two reports of a trial. The hyperparameters are constant in this interval."""
 
-    number: int  # of the trial
-    step: int  # at the interval's end
-    before: float  # the metric at the interval's beginning
+    number: int  # the trial's number
+    step: int  # step at the interval's end
+    before: float  # metric at the interval's start
     gain: float  # change of the metric per step
     params: Params
 
 
 def intervals(records: list[TrialRecord]) -> list[Interval]:
     """Lists the intervals of all trials, ordered by their last steps. The first interval after a clone starts at the donor's last
-    report; the trial's earlier intervals stay as they were."""
+    report. The trial's earlier intervals don't change."""
     by_number = {r.number: r for r in records}
     return sorted((i for r in records for i in _of(r, by_number)), key=lambda i: i.step)
 

@@ -1,4 +1,4 @@
-"""Formats a sweep's results for people: rows of plain data, a table, and two plots."""
+"""Formats a sweep's results: rows of plain data, a table, and two plots."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from heliostat.tune.trial_record import TrialRecord, ranked
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Row = dict[str, object]  # of the table of trials: values by column
+Row = dict[str, object]  # a row in the table of trials: column -> value
 COLOURS = {"finished": "#31a354", "pruned": "#9ecae1", "failed": "#de2d26"}
 
 
@@ -33,7 +33,7 @@ def rows(plan: SweepPlan, records: list[TrialRecord]) -> list[Row]:
 
 
 def note(plan: SweepPlan) -> str:
-    """Describes a sweep in Markdown, as MLflow's UI shows it."""
+    """Describes a sweep in Markdown, for MLflow's UI."""
     sweep = plan.sweep
     what = f"Sweep of `{sweep.job}`: {sweep.searcher.name} search for the {sweep.mode}imum of `{sweep.metric}` over"
     return f"{what} {', '.join(f'`{key}`' for key in sweep.space)}.\n\nThe trials are its child runs, and rows of `trials.json`."
@@ -45,7 +45,8 @@ def columns(rows: list[Row]) -> list[str]:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Formats the rows as text, after a row of column names. A key's name is only its last part if all last parts differ."""
+    """Formats the rows as text, after a row of column names. Column names are only the last parts of keys, if all last parts
+    differ."""
     names = [c for c in columns(rows) if c not in ("run_id", "steps", "reason")]
     short = {n: n.rpartition(".")[2] for n in names}
     if len(set(short.values())) < len(names):
@@ -122,7 +123,7 @@ def _short(value: object) -> str:
 
 
 def position(plan: SweepPlan, key: str, value: object) -> float:
-    """Computes a value's position on its axis, 0 to 1; -0.1, below the axis, if the trial has no value for the key."""
+    """Computes a value's position on its axis, 0 to 1. Returns -0.1, below the axis, if the trial has no value for the key."""
     domain = plan.sweep.space[key]
     if value is None:
         return -0.1

@@ -1,8 +1,8 @@
 """Extends Ray Tune's schedulers, which decide whether a paused trial continues, ends, or clones another trial.
 
-The extended schedulers also know the trials of earlier commands, and start only as many trials as there is room for. On resume,
-ASHA, HyperBand, and median stopping receive the recorded reports in their original order. PBT and PB2 are synchronous: all trials
-pause after the same step, and the worst trials clone the best ones from heliostat's own checkpoints.
+The extended schedulers also use the trials of earlier commands, and start only as many trials as the cluster has room for. On
+resume, ASHA, HyperBand, and median stopping receive the recorded reports in their original order. PBT and PB2 are synchronous:
+all trials pause after the same step. Then the worst trials clone the best trials from heliostat's checkpoints.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 1.0  # seconds between checks of the budget, the lease, and requests to stop
+LOOK_S = 1.0  # seconds between two checks of the budget, the lease, and stop requests
 GONE_S = 300.0  # seconds to wait for the last trials' actors to end
 TRIES = 20  # attempts to find values near the donor's that make a valid job
 
@@ -69,7 +69,7 @@ def make(state: SweepState) -> Within:
 
 
 class Within(TrialScheduler):
-    """Keeps paused trials waiting while there is no room for their workers."""
+    """Keeps paused trials waiting while the cluster has no room for their workers."""
 
     watched: SweepState
     controller: Any  # Tune's controller, of which `Watch` uses private attributes
@@ -92,7 +92,7 @@ class Fifo(Within, FIFOScheduler):
 
 
 class Halving(Within, AsyncHyperBandScheduler):
-    """Implements ASHA, and asynchronous HyperBand, which is ASHA on several brackets."""
+    """Implements ASHA, and asynchronous HyperBand, which is ASHA with several brackets."""
 
     def on_trial_add(self, tune_controller: TuneController, trial: Trial) -> None:
         super().on_trial_add(tune_controller, trial)
@@ -120,7 +120,7 @@ class Median(Within, MedianStoppingRule):
 
 
 class _StandIn:
-    """Replaces Tune's trial object for a trial of an earlier command."""
+    """Stands in for Tune's trial object, for a trial that an earlier command ran."""
 
     def __init__(self, trial_id: str) -> None:
         self.trial_id = trial_id
@@ -132,7 +132,7 @@ def _in_order(records: list[TrialRecord]) -> list[tuple[int, float, TrialRecord]
 
 
 class Pbt(Within, PopulationBasedTraining):
-    """Implements PBT with Tune's synchronous scheduler: the whole population reports the same step before any exchange."""
+    """Implements PBT with Tune's synchronous scheduler: all trials report the same step before any exchange."""
 
     def __init__(self, state: SweepState) -> None:
         settings = state.plan.sweep.scheduler
@@ -164,7 +164,7 @@ class Pbt(Within, PopulationBasedTraining):
             own.last_perturbation_time = step
 
     def on_trial_result(self, tune_controller: TuneController, trial: Trial, result: Result) -> str:
-        self.watched.record_result(trial.trial_id, result)  # Tune calls its callbacks later, possibly after the exchange
+        self.watched.record_result(trial.trial_id, result)  # Tune's callbacks come later, possibly after the exchange
         own = self._trial_state[trial]
         due = "value" in result and result["step"] - own.last_perturbation_time >= self._perturbation_interval
         if due and len(self._trial_state) < self._population:  # the other trials haven't started, for lack of room
@@ -197,15 +197,15 @@ class Pbt(Within, PopulationBasedTraining):
         return dict(self.watched.config(record)), {}
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
-        """Yields candidate values for a trial that clones the donor at the step; the caller takes the first that make a valid
-        job."""
+        """Yields candidate values for a trial that clones the donor at the step. The caller uses the first values that make a
+        valid job."""
         sweep = self.watched.plan.sweep
         for _ in range(TRIES):
             yield spaces.explore(sweep.space, donor.params, rng, sweep.scheduler.resample)
 
 
 class Pb2(Pbt):
-    """Implements PB2: PBT whose next values come from a model of the population's gains so far."""
+    """Implements PB2: PBT that chooses the next values with a model of the population's gains so far."""
 
     def _near(self, donor: TrialRecord, step: int, rng: np.random.Generator) -> Iterator[Params]:
         sweep = self.watched.plan.sweep
@@ -258,13 +258,13 @@ class Watch(Callback):
             log.warning("can't check for a request to stop the sweep: %s", e)
 
     def _until_gone(self) -> None:
-        """Waits until the actors of the last trials end. Tune would kill them after some seconds, and their workers would stay
-        alive."""
+        """Waits until the actors of the last trials end. Otherwise Tune would kill the actors after a few seconds, and their
+        workers would stay alive."""
         manager, deadline = self.scheduler.controller._tune_controller._actor_manager, time.monotonic() + GONE_S
         while manager.num_total_actors and time.monotonic() < deadline:
             manager.next(timeout=0.5)
             self._check_lease()
 
     def _check_lease(self) -> None:
-        if self.lease.lost:  # another driver has taken the sweep over
+        if self.lease.lost:  # another driver has taken over the sweep
             raise self.lease.lost

@@ -1,8 +1,8 @@
-"""Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep repeats no trial and loses none.
+"""Chooses the next trial for Ray Tune from the sweep's records, so that a resumed sweep neither repeats nor loses a trial.
 
 A random trial depends only on the seed and its number, and a grid trial only on its number. Optuna gets the result of every trial
-that has ended, including those of earlier commands. Tune gets only as many trials as there is room for. So no trial waits with
-half of its workers placed.
+that has ended, including those of earlier commands. Tune gets only as many trials as the cluster has room for. So no trial waits
+with only some of its workers placed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 class Searcher(Protocol):
     def draw(self, number: int) -> Params | None:
-        """Draws a value for every key of the space, for the trial of this number; None if there are no more trials."""
+        """Draws a value for every key of the space, for the trial with this number; None if there are no more trials."""
 
     def observe(self, record: TrialRecord) -> None:
-        """Takes the result of a trial that has ended, in this command or in an earlier one."""
+        """Receives the result of a trial that has ended, in this command or in an earlier command."""
 
 
 def make(sweep: Sweep) -> Searcher:
@@ -65,7 +65,8 @@ class Grid:
 
 
 class Optuna:
-    """Searches with Tune's OptunaSearch (TPE sampler). A trial depends on the seed, and on the results so far in their order."""
+    """Searches with Tune's OptunaSearch (TPE sampler). A trial depends on the seed, and on the results so far, including their
+    order."""
 
     def __init__(self, sweep: Sweep) -> None:
         require_optuna()
@@ -107,7 +108,8 @@ def _distribution(domain: Domain) -> BaseDistribution:
 
 
 class Trials(SearchAlgorithm):
-    """Supplies trials to Tune while room and budget allow it: unfinished ones of earlier commands first, then the searcher's."""
+    """Supplies trials to Tune while the cluster's room and the budget allow it: first the unfinished trials of earlier commands,
+    then new trials."""
 
     def __init__(self, state: SweepState, searcher: Searcher) -> None:
         self.state, self.searcher = state, searcher
@@ -130,7 +132,7 @@ class Trials(SearchAlgorithm):
             return None
         record = None if self.state.stopping else self._record()
         if record is None:
-            self._finished = not self.state.live()  # a running trial that ends early frees budget for others
+            self._finished = not self.state.live()  # a running trial that ends early frees budget for other trials
             return None
         spec = {**self._experiment.spec, "config": self.state.config(record)}
         name = self.state.plan.name(record.number)

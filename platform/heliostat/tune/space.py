@@ -4,8 +4,8 @@
     train.optimizer.weight_decay: {choice: [0.0, 0.1]}
     train.schedule.decay_fraction: {uniform: [0.1, 0.4], when: {train.schedule.name: wsd}}
 
-A trial's values depend only on the seed and the trial's number. Bounds are inclusive. A key whose `when` doesn't hold keeps the
-job's value. `when` may name only earlier keys of the space.
+A trial's values depend only on the seed and the trial's number. Bounds are inclusive. If a key's `when` isn't true, the key keeps
+the job's value. `when` may use only earlier keys of the space.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WholeSteps = Annotated[list[int], Field(min_length=3, max_length=3)]
 Values = Annotated[list[object], Field(min_length=1)]
 Params = dict[str, object]
 
-ALL = 4096  # maximum corners that are all checked; of a larger space, only the corners of each pair of keys
+ALL = 4096  # maximum corners to check; in a larger space, only the corners of each pair of keys are checked
 
 
 class Domain(Strict):
@@ -39,7 +39,7 @@ class Domain(Strict):
     quniform: Steps | None = None
     """`[low, high, step]`: `low` plus a multiple of `step`, up to `high`."""
     qloguniform: Steps | None = None
-    """`[low, high, step]`: the same on a logarithmic scale."""
+    """`[low, high, step]`: `low` plus a multiple of `step`, up to `high`, drawn on a logarithmic scale."""
     randint: Whole | None = None
     """`[low, high]`: any integer, both bounds included."""
     qrandint: WholeSteps | None = None
@@ -49,7 +49,8 @@ class Domain(Strict):
     grid: Values | None = None
     """Values for `searcher: {name: grid}`: each combination of them is one trial."""
     when: Params = {}
-    """The key varies only if an earlier key of the space has this value, or one of a list: `{train.schedule.name: wsd}`."""
+    """The key varies only if an earlier key of the space has this value, or one of a list of values: `{train.schedule.name:
+    wsd}`."""
 
     @property
     def kind(self) -> str:
@@ -57,7 +58,7 @@ class Domain(Strict):
 
     @property
     def values(self) -> list[object]:
-        """Returns the bounds or the choices, as in the file."""
+        """Returns the bounds or the choices, as the file has them."""
         return getattr(self, self.kind)
 
     @property
@@ -79,11 +80,11 @@ class Domain(Strict):
         values, numbers = self.values, self.numbers
         if self.listed:
             if any(v in values[:i] for i, v in enumerate(values)):
-                raise ValueError(f"{self.kind} {values} contains a value twice. Keep one")
+                raise ValueError(f"{self.kind} {values} contains a value twice. Remove one")
         elif numbers[0] >= numbers[1]:
-            raise ValueError(f"{self.kind} {values} is empty. The first number must be below the second")
+            raise ValueError(f"{self.kind} {values} is an empty range. The first number must be below the second")
         elif "log" in self.kind and numbers[0] <= 0:
-            raise ValueError(f"{self.kind} {values} must begin above 0")
+            raise ValueError(f"{self.kind} {values} must have a lower bound above 0")
         elif len(numbers) == 3 and not 0 < numbers[2] <= numbers[1] - numbers[0]:
             raise ValueError(f"{self.kind} {values}: the step must be above 0, and fit between the bounds")
         return self
@@ -111,7 +112,7 @@ def _listed(value: object) -> list[object]:
 
 
 def holds(domain: Domain, params: Params) -> bool:
-    """Returns whether a key's condition holds for the values of the earlier keys."""
+    """Returns whether a key's condition is true for the values of the earlier keys."""
     return all(other in params and params[other] in _listed(wanted) for other, wanted in domain.when.items())
 
 
@@ -122,7 +123,7 @@ def draw(space: Space, seed: int, number: int) -> Params:
     """Draws the parameters of a random trial. They depend only on the space, the seed, and the trial's number."""
     rng, params = np.random.default_rng([seed, number]), Params()
     for key, domain in space.items():
-        value = sample(domain, rng)  # drawn even if unused, so that a condition doesn't change later keys' values
+        value = sample(domain, rng)  # drawn even if it isn't used, so that a condition doesn't change later keys' values
         if holds(domain, params):
             params[key] = value
     return params
@@ -158,7 +159,7 @@ def number(value: object) -> float:
 
 
 def grid(space: Space) -> list[Params]:
-    """Lists every combination of the listed values once, the last key changing fastest."""
+    """Lists every combination of the listed values once. The last key changes fastest."""
     return _combinations(space, {key: domain.values for key, domain in space.items()})
 
 
@@ -178,7 +179,7 @@ def extremes(domain: Domain) -> list[object]:
 
 
 def corners(space: Space) -> list[Params]:
-    """Lists the combinations of all domains' extremes. If there are more than ALL, only two keys at a time vary, and the other
+    """Lists the combinations of all domains' extremes. If there are more than ALL, only two keys vary at a time, and the other
     keys have their first value."""
     edges = {key: extremes(domain) for key, domain in space.items()}
     if math.prod(len(e) for e in edges.values()) <= ALL:

@@ -1,6 +1,7 @@
-"""Holds the driver's state of a running sweep: the trials' records, the spent budget, and whether the sweep is stopping.
+"""Manages the driver's state of a running sweep: the trials' records, the spent budget, and whether the sweep is stopping.
 
-Ray Tune's callbacks update the state. A change of a trial's status, reports, or clones is written to storage at once.
+Ray Tune's callbacks update the state. heliostat immediately writes each change of a trial's status, reports, or clones to
+storage.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class SweepState:
         self.records = {r.number: r for r in before}
         self.trials: list[Trial] = []  # Tune's own list
         self.stopping = ""  # the reason to stop; empty if the sweep isn't stopping
-        self.used_up = False  # whether the budget is the reason: such a sweep counts as finished
+        self.used_up = False  # whether the sweep stops because its budget is used up: it then counts as finished
         self._spent_s, self._began, self._ticked = spent_s, time.monotonic(), time.monotonic()
         self._ends: dict[int, Result] = {}  # last results of trials that ended by themselves
 
@@ -44,7 +45,7 @@ class SweepState:
 
     @property
     def seconds(self) -> float:
-        """Returns the seconds that the sweep has run, over all its commands."""
+        """Returns the seconds that the sweep has run, summed over all commands that ran it."""
         return self._spent_s + time.monotonic() - self._began
 
     def of(self, trial_id: str) -> TrialRecord:
@@ -79,7 +80,7 @@ class SweepState:
     # changes ---------------------------------------------------------------------------------------------------------
 
     def add(self, number: int, drawn: Params) -> TrialRecord:
-        """Adds a new trial. Its status is failed if its parameters don't make a valid job."""
+        """Adds a new trial. Its status is `failed` if its parameters don't make a valid job."""
         space, params = self.plan.sweep.space, Params()
         for key, domain in space.items():
             if key in drawn and spaces.holds(domain, params):
@@ -99,7 +100,8 @@ class SweepState:
             self._keep(record)
 
     def record_result(self, trial_id: str, result: Result) -> None:
-        """Updates a trial's record from a result: its step, after an evaluation its scores, and at its end the outcome."""
+        """Updates a trial's record from a result: the step, the scores after an evaluation, and the outcome at the trial's
+        end."""
         record = self.of(trial_id)
         step = int(result["step"])
         record.step = max(record.step, step)
@@ -135,7 +137,7 @@ class SweepState:
         self._keep(record)
 
     def tick(self) -> None:
-        """Adds up the running time of trials, and stops the sweep if its budget is used up. Call it about once per second."""
+        """Adds to the running time of trials, and stops the sweep if the budget is used up. Call it about once per second."""
         now = time.monotonic()
         for trial in self.trials:
             record = self.of(trial.trial_id)
@@ -152,7 +154,7 @@ class SweepState:
             self.stop(f"budget.gpu_hours: the {budget.gpu_hours:g} GPU-hours are used up", used_up=True)
 
     def stop(self, why: str, used_up: bool = False) -> None:
-        """Requests every trial to stop after a checkpoint."""
+        """Asks every trial to save a checkpoint and stop."""
         if not self.stopping:
             self.stopping, self.used_up = why, used_up
             log.warning("%s: trials stop after a checkpoint. To continue: --resume", why)
@@ -177,7 +179,8 @@ class SweepState:
         return sum(r.seconds for r in self.records.values()) / 3600 * workers["gpus"] * workers["count"]
 
     def affords_another(self) -> bool:
-        """Returns whether the token budget suffices for another whole trial, if all running trials also train to their end."""
+        """Returns whether the token budget suffices for another complete trial, if all running trials also train to their last
+        step."""
         limit = self.plan.sweep.budget.tokens
         if limit is None:
             return True

@@ -1,7 +1,8 @@
 """Reads the sweep file (docs/tuning.md): base job, search space over its keys, metric, budget, searcher, and scheduler.
 
 `load` also checks the sweep before anything starts. It rejects unknown keys, empty ranges, and a metric that the job doesn't
-report. It also rejects corners of the space that aren't valid jobs, rungs without an evaluation, and a budget below one trial.
+report. It also rejects corners of the space that aren't valid jobs, rungs without an evaluation, and a budget too small for one
+trial.
 """
 
 from __future__ import annotations
@@ -32,32 +33,32 @@ from heliostat.validation import check
 if TYPE_CHECKING:
     from heliostat.cluster.cluster_file import ClusterFile
 
-# keys that the sweep itself sets, or that must be equal for trials to be comparable
+# keys that the sweep sets, or that must be equal so that trials are comparable
 OWN = ("name", "storage", "mlflow", "recipe", "evaluate", "train.epochs", "train.tokens")
 FIXED_WHERE_COMPARED = ("train.steps",)
-# a checkpoint doesn't fit a job with other values of these keys
+# a checkpoint doesn't fit a job with different values of these keys
 DATA = ("data", "train.global_batch_size", "train.micro_batch_size", "model", "train.ema", "train.steps")
 
 
 class Sweep(Strict):
     name: Name
-    """Name of the sweep: its folder is the job's `storage/name`."""
+    """Name of the sweep. The sweep's folder is the job's `storage/name`."""
     job: str
     """File of the base job, relative to the workspace."""
     set_: Params = Field(default={}, alias="set")
     """Job keys that all trials share, for example `train.steps: 100`."""
     space: Annotated[Space, Field(min_length=1)]
-    """Job keys to vary, with a domain for each."""
+    """Job keys to vary, each with a domain."""
     metric: str = "loss"
     """Score of the job's evaluation that compares trials."""
     mode: Literal["min", "max"] = "min"
     """Whether a low or a high score is better."""
     budget: SweepBudget = SweepBudget()
-    """Limits of the sweep. The grid ends without one; other searchers require one."""
+    """Limits of the sweep. The searcher `grid` ends without a limit; other searchers require one."""
     searcher: SearcherSection = SearcherSection()
     """Search algorithm."""
     scheduler: Scheduler = Scheduler()
-    """Scheduler: it decides which trials continue."""
+    """Scheduler, which decides which trials continue."""
     concurrency: Positive | None = None
     """Maximum concurrent trials. Unset: as many as fit."""
     register_best: bool = True
@@ -77,7 +78,7 @@ class Sweep(Strict):
             if not domain.listed and self.searcher.name == "grid":
                 faults.append(f"space.{key}: searcher 'grid' needs lists of values. Write grid: [...] instead of {domain.kind}")
             if key in self.set_:
-                faults.append(f"space.{key}: is in set too. Remove it from one of them")
+                faults.append(f"space.{key}: is also in `set`. Remove it from `space` or from `set`")
         points = math.prod(len(d.values) for d in self.space.values() if d.listed)
         if self.searcher.name == "grid" and points > MOST:
             faults.append(f"space: the grid has {points:,} points, and a sweep has at most {MOST:,} trials. List fewer values")
@@ -91,11 +92,11 @@ class Sweep(Strict):
 
 
 def renamed_keys(raw: dict[str, Any]) -> dict[str, Any]:
-    """Replaces old names of job keys in a sweep's file or record; ValueError if a key is there by both names."""
+    """Replaces old names of job keys in a sweep's file or record; ValueError if the file has both names of a key."""
     for key in (key for key in ("set", "space") if isinstance(raw.get(key), dict)):
         new = {renamed_path(Job, str(path)): part for path, part in raw[key].items()}
         if len(new) < len(raw[key]):
-            raise ValueError(f"{key}: holds one key of the job by its old and its new name. Remove one of them")
+            raise ValueError(f"{key}: sets the same job key twice, by its old name and by its new name. Remove one of them")
         for path, part in new.items():
             if key == "space" and isinstance(part, dict) and isinstance(part.get("when"), dict):
                 new[path] = part | {"when": {renamed_path(Job, str(other)): one for other, one in part["when"].items()}}
@@ -107,21 +108,21 @@ def _scheduler_faults(sweep: Sweep) -> list[str]:
     scheduler, faults = sweep.scheduler, []
     name = repr(scheduler.name)
     if scheduler.halves and scheduler.grace is None:
-        faults.append(f"scheduler.grace: required for {name}: the steps of its first rung")
+        faults.append(f"scheduler.grace: missing, but {name} requires it. Set it to the steps of the first rung")
     if scheduler.exchanges:
         if scheduler.interval is None:
-            faults.append(f"scheduler.interval: required for {name}: the steps between two exchanges")
+            faults.append(f"scheduler.interval: missing, but {name} requires it. Set it to the steps between two exchanges")
         if sweep.searcher.name != "random":
             faults.append(f"searcher.name: {name} starts with random trials. Remove {sweep.searcher.name!r}")
         if sweep.budget.trials is None or sweep.budget.trials < 2:
-            faults.append(f"budget.trials: required for {name}: its population, 2 or more")
+            faults.append(f"budget.trials: {name} needs the size of its population. Set it to 2 or more")
         for key, domain in sweep.space.items():
             if _below(key, DATA):
                 faults.append(f"space.{key}: {name} can't change it during a run, because checkpoints wouldn't fit. Remove it")
             if domain.when:
                 faults.append(f"space.{key}.when: not supported by {name}")
             if domain.listed and scheduler.name == "pb2":
-                faults.append(f"space.{key}: {name} needs ranges. Write one instead of {domain.kind}, or use 'pbt'")
+                faults.append(f"space.{key}: {name} needs ranges. Use a range instead of {domain.kind}, or use 'pbt'")
     return faults
 
 
@@ -131,7 +132,7 @@ def _below(key: str, parents: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """Holds a sweep's file, its base job as plain data, and the number of planned trials; None if that is unknown."""
+    """Holds a sweep's file, its base job as plain data, and the number of planned trials (None if it is unknown)."""
 
     sweep: Sweep
     base: dict[str, Any]
@@ -149,19 +150,19 @@ class SweepPlan:
         raw = place(self.base, params)
         raw["name"], raw["storage"] = self.name(number), str(self.folder.join("trials"))
         if self.sweep.scheduler.exchanges:
-            raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # trials clone these
+            raw["checkpoint"]["every"] = self.sweep.scheduler.interval  # trials clone checkpoints of these steps
             raw["checkpoint"]["keep"] = max(3, raw["checkpoint"]["keep"])
         return schema.validate(Job, raw, self.name(number))
 
     @property
     def tokens_per_trial(self) -> int:
-        """Returns the number of tokens that a complete trial of the base job trains on; of samples, if the job has no tokens."""
+        """Returns the number of tokens that a complete trial of the base job trains on, or samples if the job has no tokens."""
         train = self.base["train"]
         return train["steps"] * train["global_batch_size"] * (self.base["data"].get("sequence_length") or 1)
 
 
 def place(raw: dict[str, Any], params: Params) -> dict[str, Any]:
-    """Returns the job with the parameters as values of its keys."""
+    """Returns the job with the parameters set."""
     return spec.apply(raw, settings(params))
 
 
@@ -171,7 +172,7 @@ def settings(params: Params) -> list[str]:
 
 
 def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
-    """Lists the steps after which the trial of this number pauses for the scheduler. The trial's last step isn't among them."""
+    """Lists the steps after which the trial with this number pauses for the scheduler, without the trial's last step."""
     scheduler, steps = sweep.scheduler, job.train.steps
     if scheduler.halves:
         assert scheduler.grace is not None
@@ -187,7 +188,8 @@ def holds(sweep: Sweep, job: Job, number: int) -> list[int]:
 
 
 def brackets(sweep: Sweep, steps: int) -> int:
-    """Counts the sweep's brackets. HyperBand has one per rung, and one without rungs; other schedulers have one bracket."""
+    """Counts the sweep's brackets. HyperBand has one bracket per rung, and one bracket without rungs. Other schedulers have one
+    bracket."""
     scheduler = sweep.scheduler
     if scheduler.name != "hyperband":
         return 1
@@ -219,7 +221,7 @@ def shares(brackets: int, reduction: int) -> list[float]:
 
 
 def bracket_of(number: int, brackets: int, reduction: int) -> int:
-    """Assigns the trial of this number to a bracket. At any time, each bracket has about its share of the trials so far."""
+    """Assigns the trial with this number to a bracket. At any time, each bracket has about its share of the trials."""
     parts, counts = shares(brackets, reduction), [0] * brackets
     for i in range(number + 1):
         chosen = max(range(brackets), key=lambda b: parts[b] * (i + 1) - counts[b])
@@ -228,7 +230,8 @@ def bracket_of(number: int, brackets: int, reduction: int) -> int:
 
 
 def load(path: Path, changes: list[str] | None = None, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Loads a sweep from a YAML file, applies `key.path=value` changes of its keys, and checks it, without Ray or any store.
+    """Loads a sweep from a YAML file, applies `key.path=value` changes to the sweep's keys, and checks it without Ray or any
+    store.
 
     `cluster`: the file of the target cluster, which decides `workers.gpus: auto`. ConfigError if the sweep is invalid.
     """
@@ -245,7 +248,7 @@ def base_file(sweep: Sweep) -> Path:
 
 
 def make(sweep: Sweep, raw: dict[str, object], where: str, cluster: ClusterFile | None = None) -> SweepPlan:
-    """Plans and checks a sweep, given its file and its base job (`raw`), both already read; ConfigError if it is invalid.
+    """Plans and checks a sweep, given the content of its file and of its base job (`raw`); ConfigError if the sweep is invalid.
 
     `where`: the file's name, for error messages.
     """
@@ -277,16 +280,16 @@ def _base_faults(sweep: Sweep, base: Job) -> list[str]:
         if _below(key, FIXED_WHERE_COMPARED) and sweep.scheduler.name != "none":
             faults.append(f"space.{key}: trials of different lengths can't be compared. Use scheduler 'none', or set {key}")
     if isinstance(base.workers.count, list):
-        faults.append(f"job: workers.count {base.workers.count} is elastic, and a sweep needs a number. Set {{workers.count: N}}")
+        faults.append(f"job: workers.count {base.workers.count} is elastic, but a sweep needs a number. Set {{workers.count: N}}")
     if base.limits.hours or base.limits.cost:
         faults.append("job: limits apply to one run. Use the sweep's budget, and set {limits: {}}")
     if base.train.parallel.auto:
         faults.append(
-            "job: train.parallel auto could choose another configuration for each trial. Set the one that "
+            "job: train.parallel auto could choose a different configuration for each trial. Set the configuration that "
             "`heliostat plan JOB --rank` finds"
         )
     if base.evaluate is None:
-        faults.append("job: has no evaluate, so it reports no metric. Add it")
+        faults.append("job: has no evaluate, so it reports no metric. Add evaluate")
     else:
         recipe = check.check_job(base)[1]
         scores = recipe.scores if isinstance(recipe, Evaluates) else ()
@@ -301,13 +304,13 @@ def _budget_faults(plan: SweepPlan, base: Job) -> list[str]:
     faults = []
     if budget.tokens is not None and budget.tokens < one:
         unit = "tokens" if base.data.sequence_length else "samples"
-        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise it, or lower train.steps")
+        faults.append(f"budget.tokens: {budget.tokens:,.0f} is below one trial's {one:,} {unit}. Raise it or lower train.steps")
     if budget.gpu_hours is not None and not base.workers.gpus:
-        faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0). Use hours")
+        faults.append("budget.gpu_hours: the job's workers have no GPUs (workers.gpus is 0). Use budget.hours")
     if plan.sweep.searcher.name == "grid":
         if budget.trials is not None and budget.trials < (plan.trials or 0):
             faults.append(
-                f"budget.trials: {budget.trials} is below the grid's {plan.trials} trials. Raise it, or shrink the grid"
+                f"budget.trials: {budget.trials} is below the grid's {plan.trials} trials. Raise the budget, or shrink the grid"
             )
     elif not any((budget.trials, budget.hours, budget.gpu_hours, budget.tokens)):
         faults.append(f"budget: searcher {plan.sweep.searcher.name!r} needs a limit. Set trials, hours, gpu_hours, or tokens")
@@ -329,7 +332,7 @@ def _hold_faults(sweep: Sweep, base: Job) -> list[str]:
 
 
 def _check_corners(plan: SweepPlan, where: str) -> None:
-    """Checks that every corner of the space is a valid job for its recipe. If trials clone each other, also checks that their
+    """Checks that every corner of the space is a valid job for its recipe. If trials clone each other, also checks that
     checkpoints fit."""
     seen: set[str] = set()
     kept: dict[tuple[str, ...], str] = {}

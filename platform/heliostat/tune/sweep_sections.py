@@ -17,11 +17,11 @@ class SweepBudget(Strict):
     trials: Annotated[int, Field(gt=0, le=MOST)] | None = None
     """Number of trials. With `pbt` and `pb2`, the size of the population."""
     hours: Above0 | None = None
-    """Maximum hours of the sweep, over all its commands."""
+    """Maximum hours of the sweep, summed over all commands that ran it."""
     gpu_hours: Above0 | None = None
-    """Maximum GPU-hours (the workers' GPUs times hours), over all trials. Only for workers with GPUs."""
+    """Maximum GPU-hours (the workers' GPUs times hours) of all trials together. Only for workers with GPUs."""
     tokens: Above0 | None = None
-    """Maximum tokens that all trials train on, or samples if the job has no tokens. At least as many as one trial needs."""
+    """Maximum tokens of all trials together, or samples if the job has no tokens. Must suffice for at least one trial."""
 
 
 class SearcherSection(Strict):
@@ -38,13 +38,13 @@ class Scheduler(Strict):
     """asha, hyperband, median: steps before the first decision, a multiple of the job's `evaluate.every`. asha and hyperband
     require it."""
     reduction: Annotated[int, Field(ge=2)] = 3
-    """asha, hyperband: one in this many trials continues from each rung."""
+    """asha, hyperband: one of this many trials continues after each rung."""
     min_trials: Positive = 3
     """median: minimum number of other trials that have reached the same step."""
     interval: Positive | None = None
     """pbt, pb2: steps between two exchanges, a multiple of the job's `evaluate.every`. Required."""
     quantile: Annotated[Float, Field(gt=0, le=0.5)] = 0.25
-    """pbt, pb2: share of the trials that clone one of the best."""
+    """pbt, pb2: share of the trials that clone one of the best trials."""
     resample: Fraction = 0.25
     """pbt: probability that a value is sampled again instead of changed by a fifth."""
 

@@ -1,11 +1,12 @@
-"""Extrapolates a learning rate from small models to a big one, from a sweep over some small widths.
+"""Extrapolates a learning rate to a large model, from a sweep over the widths of small models.
 
 G. Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot Hyperparameter Transfer" (2022, arXiv 2203.03466),
 show that with Adam the best learning rate of hidden matrices falls as 1 / width (table 8). heliostat's models have the standard
-parametrization, with one rate for all parameters. There the rate is a power of the width, and the exponent depends on the model.
+parametrization, with one rate for all parameters. In this case the best rate is a power of the width, and the exponent depends on
+the model.
 
 So heliostat measures the exponent. For each width, a parabola through three rates (in log lr) gives the best rate. A line through
-these best rates, in log-log, gives the exponent. With only one width, the exponent is muP's, -1. The report shows how far the
+these best rates, in log-log, gives the exponent. With only one width, the exponent is -1, as in muP. The report shows how far the
 extrapolation goes.
 """
 
@@ -44,8 +45,8 @@ class Transfer:
 
 
 def optimum(points: dict[float, float], mode: str = "min") -> float:
-    """Estimates the best learning rate from the scores by rate: the vertex of a parabola, in log rate, through the best rate and
-    its two neighbors. If the best rate is the lowest or the highest, returns that rate."""
+    """Estimates the best learning rate from the score of each rate. It is the vertex of a parabola (in log rate) through the best
+    rate and its two neighbors. If the best rate is the lowest or the highest, returns this rate."""
     sign = 1.0 if mode == "min" else -1.0
     rates = sorted(points)
     best = min(range(len(rates)), key=lambda i: sign * points[rates[i]])
@@ -58,8 +59,8 @@ def optimum(points: dict[float, float], mode: str = "min") -> float:
 
 
 def transfer(rates: dict[int, float], width: int) -> Transfer:
-    """Extrapolates the learning rate for a width along the log-log line through the best rates by width. From one width, uses
-    muP's exponent."""
+    """Extrapolates the learning rate for a width along a log-log line through the best rates of the widths. With only one width,
+    uses muP's exponent."""
     if len(rates) == 1:
         ((known, rate),) = rates.items()
         return Transfer(rates, MUP, False, width, rate * (width / known) ** MUP)
@@ -74,7 +75,7 @@ def check(plan: SweepPlan, big: Path) -> Job:
         raise ConfigError(f"--transfer: the sweep's space has no {LR}. Add it")
     for name, model in ((str(big), job.model), (plan.sweep.job, _models(plan)[0])):
         if not isinstance(model.get(WIDTH), int):
-            raise ConfigError(f"--transfer: model.{WIDTH} of {name}, the width, isn't set. Set it")
+            raise ConfigError(f"--transfer: model.{WIDTH} of {name}, the width, isn't set. Set the width")
     return job
 
 
@@ -108,9 +109,9 @@ def carry(plan: SweepPlan, records: list[TrialRecord], big: Job, file: Path) -> 
 
 
 def tell(carried: Transfer) -> list[str]:
-    """Formats the transfer for people, as lines."""
+    """Formats the transfer as lines of text."""
     lines = [f"width {width:>6,}: best lr {rate:.3g}" for width, rate in carried.rates.items()]
-    how = "measured" if carried.measured else "muP's rule, because there is only one width"
+    how = "measured" if carried.measured else "muP's exponent, because there is only one width"
     far = carried.width / max(carried.rates)
     return [
         *lines,

@@ -1,9 +1,9 @@
-"""Runs a trial for Ray Tune: a heliostat run (`train_with_hooks`) in a thread of Tune's actor, with its own workers.
+"""Runs a trial for Ray Tune: a heliostat run (`train_with_hooks`), with its own workers, in a thread of Tune's actor.
 
-`step` returns when the run pauses for the scheduler or ends; otherwise it returns the current step after one second. The next
-`step` lets a paused run continue. `cleanup` ends a paused run where it is, and a running one after a checkpoint. It returns when
-the run's workers, actors, and placement group are gone. A trial always resumes from its run's folder. Tune's own checkpoint holds
-only the step, and heliostat doesn't load it.
+`step` returns when the run pauses for the scheduler or ends. Otherwise it returns the current step after one second. The next
+`step` lets a paused run continue. `cleanup` ends a paused run immediately, and a running run after a checkpoint. It returns when
+the run's workers, actors, and placement group no longer exist. A trial always resumes from its run's folder. Tune's own
+checkpoint contains only the step, and heliostat doesn't load it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Trial(tune.Trainable):
         from heliostat.training.driver.run import RunHooks
 
         os.chdir(self.sent["root"])
-        if self.sent["cluster"]:  # shows the run that it didn't start Ray
+        if self.sent["cluster"]:  # so the run knows that it didn't start Ray
             os.environ["RAY_ADDRESS"] = self.sent["cluster"]
         self._job = Job.model_validate(self.sent["job"])
         signals = Signals()
@@ -127,7 +127,8 @@ class Trial(tune.Trainable):
             self._events.put(Over(ended="failed", reason=f"{type(e).__name__}: {e}"))
 
     def _lease(self) -> Lease:
-        """Takes the run's lease. Waits up to ALONE_S for a dead driver's lease: Ray ends that driver's processes with a delay."""
+        """Takes the run's lease. Waits up to ALONE_S for a dead driver's lease, because Ray ends the driver's processes with a
+        delay."""
         from heliostat.storage import lease
 
         deadline = time.monotonic() + ALONE_S
@@ -147,7 +148,8 @@ class Trial(tune.Trainable):
             self._events.put(event)
 
     def _next(self) -> Result:
-        """Builds the next result for Tune from the run's next event; without an event for BEAT_S, from the run's step."""
+        """Builds the next result for Tune from the run's next event. If there is no event for BEAT_S, builds it from the run's
+        step."""
         try:
             event = self._events.get(timeout=BEAT_S)
         except queue.Empty:
@@ -176,10 +178,12 @@ class Trial(tune.Trainable):
 
 
 def clone(wanted: Clone, run: Location) -> bool:
-    """Clones a trial for PBT: copies the donor's checkpoint to the run, as its newest. Returns False if that was done before.
+    """Clones a trial for PBT: copies the donor's checkpoint to the run as the newest checkpoint. Returns False if the copy
+    already exists.
 
-    A checkpoint's step is the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues with the
-    samples after the donor's. The donor's receipts up to the step are copied, so `heliostat run verify` passes for the clone.
+    The checkpoint's step becomes the run's step, and all trials of a PBT sweep have the same data plan. So the clone continues
+    with the samples that follow the donor's. The donor's receipts up to the step are copied, so `heliostat run verify` succeeds
+    for the clone.
     """
     if (read_json(run.join(run_folder.CLONE), CLONE) or {}).get("id") == wanted["id"]:
         return False
@@ -204,7 +208,7 @@ def clone(wanted: Clone, run: Location) -> bool:
                 copy(donor.join(folder, name), run.join(folder, name))
     copy(cloned.location.join(layout.INDEX), target.join(layout.INDEX))
     if layout.open_checkpoint(run, step).index != cloned.index:
-        raise CheckpointError(f"{target}: differs from {cloned.location}, which it was cloned from")
+        raise CheckpointError(f"{target}: differs from {cloned.location}, from which it was cloned")
     run.join(run_folder.CLONE).write(json.dumps(wanted).encode())
     return True
 

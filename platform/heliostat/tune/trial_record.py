@@ -1,4 +1,4 @@
-"""Defines a sweep's files in storage, as plain JSON in STORAGE/SWEEP. A resume and readers need only these files.
+"""Defines a sweep's files in storage: plain JSON in STORAGE/SWEEP. Resuming and reading a sweep need only these files.
 
     sweep.json                the sweep, its base job, and its MLflow run
     records/trial-0003.json   a trial: parameters, status, reports, clones
@@ -28,7 +28,7 @@ from heliostat.tune.space import Params
 OVER = ("finished", "pruned", "failed")
 STATES = ("waiting", "running", "paused", "stopped", *OVER)
 T = TypeVar("T")
-Clone = TypedDict(  # a checkpoint and parameters that a trial took from another; `id`: the clone's number, only in `Config`
+Clone = TypedDict(  # a checkpoint and parameters that a trial took from another trial; `id`: the clone's number, only in `Config`
     "Clone", {"id": int, "from": int, "step": int, "at_step": int, "folder": str, "old": Params, "params": Params, "at": float},
     total=False,
 )  # fmt: skip
@@ -46,15 +46,15 @@ class TrialRecord:
 
     number: int
     params: Params
-    drawn: Params = field(default_factory=dict)  # from the searcher, including keys whose condition doesn't hold
+    drawn: Params = field(default_factory=dict)  # from the searcher, including keys whose condition isn't true
     status: str = "waiting"
     step: int = 0
     steps: int = 0
     reports: list[tuple[int, float, float]] = field(default_factory=list)  # step, metric, wall-clock time in seconds
-    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    scores: dict[str, float] = field(default_factory=dict)  # scores of the last evaluation
     clones: list[Clone] = field(default_factory=list)
     seconds: float = 0.0  # running time
-    tokens: float = 0.0  # trained on; samples if the job has no tokens
+    tokens: float = 0.0  # tokens trained on, or samples if the job has no tokens
     run_id: str = ""
     reason: str = ""
 
@@ -117,7 +117,7 @@ class SweepProgress(TypedDict):
 
 
 class SweepResult(SweepProgress):
-    """Describes a sweep's outcome, the content of `result.json`."""
+    """Describes a sweep's outcome. This is the content of `result.json`."""
 
     tokens: float
 
@@ -130,7 +130,7 @@ class KeptBest(TypedDict, total=False):
 
 @open_
 class KeptOutcome(TypedDict, total=False):
-    """Holds the part of `result.json` that heliostat reads."""
+    """Describes the part of `result.json` that heliostat reads."""
 
     best: KeptBest | None
 
@@ -171,7 +171,7 @@ def read(folder: Location) -> list[TrialRecord]:
 
 
 def read_json(place: Location, format_: Format[T]) -> T | None:
-    """Reads another file of the sweep's folder; None if it doesn't exist."""
+    """Reads another file in the sweep's folder; None if the file doesn't exist."""
     try:
         return format_.read(place)
     except FileNotFoundError:

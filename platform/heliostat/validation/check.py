@@ -1,10 +1,10 @@
-"""Checks a job for every error that can be found before anything expensive starts: under 5 seconds, without Ray.
+"""Checks a job for every error that can be found before anything expensive starts. It takes under 5 seconds, and doesn't use Ray.
 
     checked = check(load_job(Path("jobs/quickstart.yaml"), ["train.steps=100"]))
 
-Three functions do it: `load_job` checks the file and its cross-field rules; `check_setup` checks the recipe and its model, the
-machine, and the stores; `check_data` checks the datasets and the order of their samples. Each reports all faults that it can
-find without the others in one error, with a line for each: the key, the value, and the fix.
+There are three checks. `load_job` checks the file, and the rules between keys. `check_setup` checks the recipe, the model, the
+machine, and the stores. `check_data` checks the datasets, and the order of their samples. Each function reports all faults that
+it can find in one error. A fault is one line with the key, the value, and the fix.
 """
 
 from __future__ import annotations
@@ -67,10 +67,12 @@ def check_path(
     offline: bool = False,
     settle: Callable[[Job], Job] = lambda job: job,
 ) -> tuple[Job, Checked | None, list[Default]]:
-    """Checks all of a job file in one round: the keys, the rules between them, the model, the machine, the stores, the datasets.
+    """Checks a complete job file in one round: the keys, the rules between keys, the model, the machine, the stores, the
+    datasets.
 
-    Returns the job, what `check` returns (None if `offline`: then only the file and the model are checked), and the defaults that
-    were filled in. `settle`: settles `train.parallel: auto`. The error lists every fault that can be found without the others.
+    Returns the job, the result of `check`, and the defaults that were filled in. With `offline`, checks only the file and the
+    model, and the result is None. `settle`: resolves `train.parallel: auto`. The error lists every fault that doesn't depend on
+    other faults.
     """
     raw, faults, checked = spec.read(path, settings), Faults(), None
     draft = spec.draft(raw, devices_of(cluster))
@@ -86,7 +88,7 @@ def check_path(
             else:
                 checked = check(settle(job), cluster)
     known = {line.partition(":")[0] for line in draft.faults}
-    if draft.faults and job and job.train.steps == LARGEST:  # a placeholder: the file has train.epochs, or no length
+    if draft.faults and job and job.train.steps == LARGEST:  # a placeholder, because the file has train.epochs, or no length
         known.add("train.steps")
     lines = [*draft.faults, *(line for line in faults.lines if line.partition(":")[0] not in known)]
     if draft.faults or len(lines) > 1:
@@ -98,7 +100,7 @@ def check_path(
 
 
 def check(job: Job, cluster: Path | None = None) -> Checked:
-    """Checks all of a job that hasn't been trained yet. `cluster`: the cluster file that the job is for."""
+    """Checks a complete job before its first training. `cluster`: the file of the cluster that will run the job."""
     faults = Faults()
     job, recipe = _check_job(job, faults)
     _check_place(job, cluster, False, faults)
@@ -111,7 +113,7 @@ def check(job: Job, cluster: Path | None = None) -> Checked:
 
 
 def check_setup(job: Job, cluster: Path | None = None, resume: bool = False) -> tuple[Job, Recipe]:
-    """Checks everything that doesn't depend on the run's progress: the recipe and its model, the machine, and the stores."""
+    """Checks everything that doesn't depend on the run's progress: the recipe, the model, the machine, and the stores."""
     faults = Faults()
     job, recipe = _check_job(job, faults)
     _check_place(job, cluster, resume, faults)
@@ -137,12 +139,12 @@ def check_job(job: Job) -> tuple[Job, Recipe]:
 
 def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
     with faults.part():
-        if lines := deepspeed_keys.faults(job):  # here and not in `spec`, so that recorded jobs can still be read and exported
+        if lines := deepspeed_keys.faults(job):  # not in `spec`, because recorded jobs must stay readable
             raise ConfigError("\n  ".join(lines))
     with faults.part():
         if job.train.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
             raise ConfigError(
-                f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, and this machine has none. "
+                f"train.compile: {str(job.train.compile).lower()} needs a C++ compiler, but this machine has none. "
                 "Install g++, or set it to false"
             )
     job, recipe = computable(job, cpu_flags()), None
@@ -158,7 +160,7 @@ def _check_job(job: Job, faults: Faults) -> tuple[Job, Recipe | None]:
     with faults.part():
         if job.evaluate and job.evaluate.benchmarks:
             _check_benchmarks(job.evaluate.benchmarks, recipe)
-    if not faults:  # this builds the model, which other faults may prevent
+    if not faults:  # this check builds the model, which may fail because of other faults
         with faults.part():
             recipe.probe()
     return job, recipe
@@ -174,15 +176,15 @@ def _check_place(job: Job, cluster: Path | None, resume: bool, faults: Faults) -
 def _check_benchmarks(benchmarks: Benchmarks, recipe: Recipe) -> None:
     """Raises ConfigError if checkpoints can't be scored on tasks. The suite itself is checked when it is read."""
     if recipe.kind != "tokens":
-        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, and this recipe trains none. Remove it")
+        raise ConfigError("evaluate.benchmarks: benchmark tasks need a language model, which this recipe isn't. Remove it")
     if not Path(benchmarks.suite).is_file():
         raise ConfigError(f"evaluate.benchmarks.suite: {benchmarks.suite}: no such file. Make one: heliostat model make-suite")
     extras.require("benchmark", "lm_eval", what="evaluate.benchmarks")
 
 
 def computable(job: Job, flags: set[str]) -> Job:
-    """Changes a job's precision from bf16 to fp32 if workers use a CPU whose `flags` lack bf16 instructions, where bf16 is 60
-    times slower."""
+    """Changes a job's precision from bf16 to fp32 if workers use a CPU without bf16 instructions in its `flags`. There, bf16 is
+    60 times slower."""
     if job.train.precision != "bf16" or job.workers.gpus or not flags or flags & {"avx512bw", "amx_bf16", "bf16"}:
         return job
     log.warning("train.precision: this CPU has no bf16 instructions, so heliostat computes in fp32, which is much faster here")
@@ -190,7 +192,7 @@ def computable(job: Job, flags: set[str]) -> Job:
 
 
 def cpu_flags() -> set[str]:
-    """Reads the instruction sets of this machine's CPU, by Linux's names; empty if they can't be read."""
+    """Reads the names of the CPU's instruction sets, as Linux lists them. Empty if they can't be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -205,8 +207,8 @@ def check_stores(job: Job, recipe: Recipe, recorded: DataPlan | None = None, res
 
 
 def check_data(job: Job, recipe: Recipe, recorded: DataPlan | None = None, change_at: int | None = None) -> Checked:
-    """Checks the datasets, and plans the order of their samples. A resumed run keeps the dataset versions that it started
-    with. `change_at`: the step from which its data may differ from `recorded`."""
+    """Checks the datasets, and plans the order of their samples. A resumed run keeps the dataset versions with which it started.
+    `change_at`: the step from which the run's data may differ from `recorded`."""
     _reach_sources(job, recorded)
     as_given, job = job, collection.expand(job, recorded if change_at is None else None)
     if job is not as_given:
@@ -227,7 +229,7 @@ def _reach_sources(job: Job, recorded: DataPlan | None) -> None:
 
 
 def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, change_at: int | None) -> list[Manifest]:
-    """Reads the datasets' manifests, of the versions that are recorded; checks their kind if there is a recipe."""
+    """Reads the manifests of the datasets' recorded versions. With a recipe, also checks the kind of the datasets."""
     faults, manifests = Faults(), list[Manifest]()
     versions = dict(zip(recorded.uris, recorded.digests, strict=True)) if recorded and change_at is None else {}
     for i, location in enumerate(job.sources):
@@ -245,8 +247,8 @@ def _manifests(job: Job, recipe: Recipe | None, recorded: DataPlan | None, chang
 
 
 def check_devices(job: Job, cluster: Path | None) -> None:
-    """Checks that the workers fit on a file's cluster or, without a file, that their GPUs are on this machine; ConfigError if
-    not."""
+    """Checks that the workers fit on the cluster in a file. Without a file, checks that this machine has the workers' GPUs.
+    ConfigError if not."""
     if cluster is not None:
         from heliostat.cluster import cluster_file
         from heliostat.cluster.capacity import check_pools
@@ -258,7 +260,7 @@ def check_devices(job: Job, cluster: Path | None) -> None:
 
 
 def _check_kernels(job: Job) -> None:
-    """Checks that this machine supports the job's kernels; a HeliostatError if not."""
+    """Raises a HeliostatError if this machine doesn't support the job's kernels."""
     from heliostat.recipes.text import attention, float8
 
     if job.train.attention:
@@ -270,7 +272,7 @@ def _check_kernels(job: Job) -> None:
 def check_services(job: Job, resume: bool = False) -> None:
     """Checks that the run's store answers and can be written to, and that MLflow answers.
 
-    A resuming run waits for an unreachable store. It trains without MLflow and keeps the metrics until MLflow is back.
+    A resuming run waits for an unreachable store. Without MLflow, the run trains, and keeps its metrics until MLflow answers.
     """
     faults = Faults()
     with faults.part(), named("storage"):
@@ -303,7 +305,7 @@ def _ordered(job: Job, manifests: list[Manifest], recorded: DataPlan | None, cha
 
 
 def held_out_faults(job: Job, order: Order, manifests: list[Manifest]) -> list[str]:
-    """Lists the differences between the held-out samples and the job's request, one line each; ConfigError if nothing is held
+    """Lists the differences between the held-out samples and the job's settings, one line each. ConfigError if no sample is held
     out."""
     assert job.evaluate
     wanted, fraction, lines = job.evaluate.samples, job.evaluate.fraction, []
@@ -346,7 +348,7 @@ def _check_mlflow(uri: str) -> None:
             parent.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ConfigError(
-                f"mlflow.uri: {uri}: can't create the folder {parent} ({e.strerror}). Name a folder that you can write to"
+                f"mlflow.uri: {uri}: can't create the folder {parent} ({e.strerror}). Use a folder that you can write to"
             ) from e
         require_database("mlflow.uri", place)
     elif uri.startswith(("http://", "https://")):

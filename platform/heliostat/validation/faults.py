@@ -1,4 +1,4 @@
-"""Collects faults, so that one round reports all that is wrong with a job."""
+"""Collects faults, so that one round reports all problems of a job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from heliostat.errors import ConfigError, HeliostatError
 
 
 class Faults:
-    """Collects the errors of checks that don't depend on each other. True if there are any."""
+    """Collects the errors of checks that don't depend on each other. In a condition, it is true if there are errors."""
 
     def __init__(self) -> None:
         self._errors: list[HeliostatError] = []
@@ -19,7 +19,7 @@ class Faults:
 
     @contextmanager
     def part(self) -> Iterator[None]:
-        """Runs a check, and keeps its error."""
+        """Runs a check, and keeps the error that the check raises."""
         try:
             yield
         except HeliostatError as e:
@@ -31,7 +31,8 @@ class Faults:
 
     @property
     def error(self) -> HeliostatError:
-        """Returns the one error, or one that lists all: a ConfigError if a person must change something first."""
+        """Returns the error if there is one, or an error that lists all errors. It is a ConfigError if a person must change
+        something first."""
         if len(self._errors) == 1:
             return self._errors[0]
         kind = ConfigError if any(e.exit_code == 2 for e in self._errors) else HeliostatError
@@ -39,5 +40,5 @@ class Faults:
 
     @property
     def lines(self) -> list[str]:
-        """Lists all faults, a line each."""
+        """Lists all faults, one line each."""
         return [line.strip() for e in self._errors for line in str(e).split("\n")]

@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 def load_job(
     path: Path, settings: list[str] | None = None, cluster: Path | ClusterFile | None = None, resume: bool = False
 ) -> Job:
-    """Reads a job file, with `key.path=value` settings applied; ConfigError names every wrong key.
+    """Reads a job file, with `key.path=value` settings applied. The ConfigError lists every wrong key.
 
-    `cluster`: the file of the cluster that it is for, which decides on `workers.gpus: auto`; the default is this machine.
-    `resume`: `train.epochs` counts the samples of the datasets' versions that the run trains on.
+    `cluster`: the file of the cluster that will run the job, by default this machine. It determines `workers.gpus: auto`.
+    `resume`: `train.epochs` counts the samples of the dataset versions on which the run trains.
     """
     return make_job(spec.read(path, settings), str(path), cluster, resume)
 
 
 def make_job(raw: dict[str, Any], where: str, cluster: Path | ClusterFile | None = None, resume: bool = False) -> Job:
-    """Makes the job of what a job file would hold, with defaults filled in; reads its datasets if it has `train.epochs`."""
+    """Makes a job from the content of a job file, with defaults filled in. Reads the datasets if the job has `train.epochs`."""
     return spec.make(raw, where, partial(training_samples, resume=resume), devices_of(cluster))
 
 
 def devices_of(cluster: Path | ClusterFile | None) -> spec.FindDevices:
-    """Returns what finds out whether workers get a GPU, on a file's cluster or on this machine."""
+    """Returns a function that finds the workers' GPUs, on the cluster in a file or on this machine."""
 
     def there() -> Devices:
         from heliostat.cluster import cluster_file
@@ -53,9 +53,9 @@ def devices_of(cluster: Path | ClusterFile | None) -> spec.FindDevices:
 
 
 def training_samples(job: Job, resume: bool = False) -> int:
-    """Counts the training samples of a job's datasets, without those that it holds out for evaluation.
+    """Counts the training samples of a job's datasets, without the samples that are held out for evaluation.
 
-    `resume`: counts those of the versions that the run's newest checkpoint names.
+    `resume`: counts the samples of the dataset versions in the run's newest checkpoint.
     """
     newest = layout.latest(job.run_folder) if resume else None
     recorded = newest.plan if newest else None
@@ -67,7 +67,7 @@ def training_samples(job: Job, resume: bool = False) -> int:
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Puts the job's key before what is wrong with the place that it names."""
+    """Puts the job's key at the start of errors about the key's folder."""
     try:
         yield
     except (DataError, StorageError) as e:
@@ -75,13 +75,14 @@ def named(key: str) -> Iterator[None]:
 
 
 def read_manifest(number: int, location: Location, digest: str | None) -> Manifest:
-    """Reads the manifest of a job's source of this number, of the version with this digest if it still exists."""
+    """Reads the manifest of a job's source. `number`: of the source. `digest`: the version to read, if this version still
+    exists."""
     with named(f"data.sources.{number}.path"):
         return manifest.share(partial(_version, location, digest))
 
 
 def _version(location: Location, digest: str | None) -> Manifest:
-    """Reads the version of a dataset with this digest if it still exists, else the newest."""
+    """Reads the version of a dataset with this digest. If this version no longer exists, reads the newest version."""
     try:
         return manifest.read(location, digest)
     except DataError:

@@ -1,9 +1,9 @@
 """Splits the text between white space into words, by the rules of spaCy's blank English pipeline.
 
-First it splits off marks at both ends, one at a time, then units after numbers. A URL stays one word. The rest is split at
-hyphens, commas, slashes, and the like between letters. Exceptions win everywhere. The rules follow the documented algorithm
-(https://spacy.io/usage/linguistic-features#how-tokenizer-works). Time is linear: a string of more than `LONGEST` characters is
-one word.
+First it splits off punctuation marks at both ends, one at a time, then units after numbers. A URL stays one word. The rest is
+split at hyphens, commas, slashes, and similar characters between letters. Exceptions have precedence over all rules. The rules
+follow the documented algorithm (https://spacy.io/usage/linguistic-features#how-tokenizer-works). The time is linear, because a
+string with more than `LONGEST` characters is one word.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import regex
 
-LONGEST = 2000  # maximum characters of a string that is split at all
+LONGEST = 2000  # maximum characters of a string that is split
 _QUOTES = "'\"”“`‘´’‚,„»«「」『』（）〔〕【】《》〈〉〈〉⟦⟧"
 _MARKS = "…,:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪"
 _MONEY = "$£€¥฿₽﷼₴₠₡₢₣₤₥₦₧₨₩₪₫₭₮₯₰₱₲₳₵₶₷₸₹₺₻₼₾₿"
 _QUOTE, _ANY_MARK = (regex.escape(marks, special_only=False) for marks in (_QUOTES, _MARKS + _QUOTES))
-# letters of the scripts that the rules know, with and without case; the symbols that are drawings
+# scripts whose letters the rules know, with and without case
 _SCRIPTS = "Bengali Hebrew Arabic Sinhala Devanagari Kannada Tamil Telugu Hangul Hiragana Katakana Han Ethiopic"
 _CASELESS = "".join(rf"\p{{{script}}}" for script in _SCRIPTS.split()) + "ー"
 _CASED = r"\p{Latin}\p{Greek}\p{Cyrillic}"
@@ -35,7 +35,7 @@ _PREFIX = regex.compile(
 )
 _SINGLE = frozenset(_MARKS + _QUOTES + "—–")
 _SYMBOL = regex.compile(r"\p{So}")
-# what follows a number: a unit or money; looked for in the last characters only
+# a unit or currency after a number; searched only in the last characters
 _MEASURE = regex.compile(
     rf"(?<=[0-9])(?:{'|'.join(sorted(map(regex.escape, _UNITS.split()), key=len, reverse=True))}"
     rf"|(?:US|C|A)\$|[{regex.escape(_MONEY)}]|\+)\Z"
@@ -56,7 +56,7 @@ _LABEL = r"(?:[A-Za-z0-9\u00a1-\uffff][A-Za-z0-9\u00a1-\uffff_-]{0,62}+\.)"
 _HOST = regex.compile(rf"{_LABEL}++[{_LOWER}]{{2,63}}(?::[0-9]{{2,5}})?(?:[/?#]\S*)?", regex.V1)
 _ADDRESS = regex.compile(r"[1-9][0-9]{0,2}(?:\.[0-9]{1,3}){3}(?::[0-9]{2,5})?(?:[/?#]\S*)?")
 
-# strings that are split otherwise than by the rules, as by spaCy: contractions, abbreviations, hours, emoticons
+# strings that spaCy splits in a special way: contractions, abbreviations, hours, emoticons
 _NOT = "ai are ca could dare did does do had has have is may might must need ought sha should was were wo would"
 _NOT_HAVE = "ca could did does do had may might must need ought sha should wo would"
 _ENDINGS = {  # by word: the possible endings
@@ -105,7 +105,7 @@ def _contractions() -> Iterator[tuple[str, str]]:
 def _all() -> Iterator[tuple[str, str]]:
     for whole, split in _contractions():
         yield whole, split
-        if whole[0] != "y" or whole.startswith("you"):  # y'all is known in lower case only
+        if whole[0] != "y" or whole.startswith("you"):  # spaCy knows y'all only in lower case
             yield whole[0].upper() + whole[1:], split[0].upper() + split[1:]
     yield from ((word, word) for word in (_ABBREVIATIONS + _EMOTICONS).split())
     yield from ((f"{letter}.", f"{letter}.") for letter in "abcdefghijklmnopqrstuvwxyz")
@@ -137,7 +137,7 @@ def tokens(text: str) -> tuple[str, ...]:
 
 
 def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
-    """Strips marks from both ends, each as a word, until none or an exception is left; splits the rest."""
+    """Strips punctuation marks from both ends, each as a word, until no mark or an exception is left. Splits the rest."""
     before, behind = list[str](), list[str]()
     while text and text not in known:
         size, mark, last = len(text), _PREFIX.match(text), 0
@@ -162,7 +162,7 @@ def _split(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _suffix(text: str) -> int:
-    """Measures the longest suffix to split off."""
+    """Returns the length of the longest suffix to split off."""
     last = text[-1:]
     if not last:
         return 0
@@ -196,7 +196,7 @@ def _middle(text: str, known: dict[str, tuple[str, ...]]) -> list[str]:
 
 
 def _is_url(text: str) -> bool:
-    """Checks for a host with a top-level domain, or a public address, with the usual parts around one."""
+    """Checks whether a string is a URL: a host with a top-level domain, or a public IP address, with the usual parts of a URL."""
     if "." not in text:
         return False
     starts = {0}
@@ -209,13 +209,13 @@ def _is_url(text: str) -> bool:
 
 
 def _public(address: str) -> bool:
-    """Checks the four numbers at the start of an address: in range, and outside private networks."""
+    """Checks that the four numbers at the start of an address are in range, and outside private networks."""
     first, second, third, last = (int(number) for number in regex.match(r"(\d+)\.(\d+)\.(\d+)\.(\d+)", address).groups())
     private = first in (10, 127) or (first, second) in ((169, 254), (192, 168)) or (first == 172 and 16 <= second <= 31)
     return not private and first <= 223 and max(second, third) <= 255 and 1 <= last <= 254
 
 
-# Emoticons and abbreviations that the rules have split are put together again, inside of longer strings too.
+# The rules split some emoticons and abbreviations. These are joined again, in longer strings, too.
 _SPLIT = {tuple(parts): whole for whole in _EXCEPTIONS if len(parts := _split(whole, {})) > 1}
 _FIRST = {parts[0] for parts in _SPLIT}
 _MOST = max(map(len, _SPLIT))

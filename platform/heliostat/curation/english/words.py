@@ -1,8 +1,8 @@
-"""Turns texts into words, as hashes, with the facts about each word that filters need.
+"""Splits texts into words, as hashes, with the facts about each word that filters need.
 
-Each string between white space is split once and cached, because most words of a text appear in earlier texts. A document then
-costs one look-up per word. Memory is bounded: a text is processed in slices, and the cache is emptied when it is large, which
-changes no result.
+Each string between white space is split once and cached, because most words of a text have appeared in earlier texts. A document
+then costs one look-up per word. Memory is bounded: a text is processed in slices, and a large cache is emptied, which changes no
+result.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from heliostat.curation.slices import slices
 
 MOST_WORDS, MOST_CHARS = 1 << 18, 1 << 23  # maximum cached words, and characters, before a new slice
 RECENT_TEXTS, RECENT_CHARS = 256, 1 << 22  # texts whose words are cached for the next stages
-# what ends a sentence, in any script (Unicode's Sentence_Terminal)
+# characters that end a sentence, in any script (Unicode's Sentence_Terminal)
 TERMINALS = frozenset(regex.findall(r"\p{Sentence_Terminal}", "".join(map(chr, range(0x20000)))))
-# What CCNet (Wenzek et al. 2019, arXiv 1911.00359) takes for punctuation; a word of nothing else is a symbol
+# CCNet's punctuation (Wenzek et al. 2019, arXiv 1911.00359); a word that has only such characters is a symbol
 _SYMBOLS = TERMINALS | frozenset(
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~«´»–—’“”„…∶━►、。〈〉《》「」【】！％（），．１：；？～"
     + "".join(map(chr, (*range(9), *range(11, 32), *range(127, 160))))
@@ -31,7 +31,8 @@ _SYMBOLS = TERMINALS | frozenset(
 
 @dataclass(frozen=True)
 class Spoken:
-    """Holds the words of a text, in order: the hash of each, its characters, and whether it is a symbol or has a letter."""
+    """Holds the words of a text in order: for each word, its hash, its number of characters, and whether it is a symbol or has a
+    letter."""
 
     hash: np.ndarray
     length: np.ndarray
@@ -105,7 +106,7 @@ def _arrays(spoken: Spoken) -> tuple[np.ndarray, ...]:
 shared = Words()  # one per process: a filter reuses the words that an earlier filter split
 
 
-# sentences: one begins at the first word after a terminal that is not punctuation itself
+# sentences: a sentence begins at the first word after a terminal that isn't punctuation
 MOST_PARTS, LONG_PART = 1 << 19, 64  # maximum cached parts, and characters of a part that isn't cached
 _PLAIN = (0, False, 1, False)  # the counts of a word
 _OTHER_SPACE = regex.compile(r"[^\S ]")
@@ -113,7 +114,7 @@ _parts: dict[str, tuple[int, bool, int, bool]] = {"": _PLAIN}  # a part that isn
 
 
 def sentences(text: str) -> int:
-    """Counts the sentences of a text like spaCy's sentencizer; 0 if it has only white space."""
+    """Counts the sentences of a text like spaCy's sentencizer. Returns 0 for a text that has only white space."""
     parts = regex.split(r" |([^\S ]\s*)", text) if _OTHER_SPACE.search(text) else text.split(" ")
     if not text or text.isspace():
         return 0
@@ -139,7 +140,7 @@ def sentences(text: str) -> int:
 
 
 def _effect(part: str) -> tuple[int, bool, int, bool]:
-    """Counts the sentences that begin in a part, and whether the part ends a sentence.
+    """Counts the sentences that begin in a part, and checks whether the part ends a sentence.
 
     Returns both values twice: for a part in the middle of a sentence, and for one after the end of a sentence.
     """
@@ -162,5 +163,5 @@ def _run(words: tuple[str, ...], ended: bool) -> tuple[int, bool]:
 
 
 def is_punctuation(word: str) -> bool:
-    """Checks whether all characters of a word are punctuation in Unicode."""
+    """Checks whether Unicode classifies all characters of a word as punctuation."""
     return all(unicodedata.category(c)[0] == "P" for c in word)

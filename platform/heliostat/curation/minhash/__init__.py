@@ -1,2 +1,2 @@
-"""Finds near-duplicates among any number of documents: signatures, candidates, clusters, and the document of each cluster that
-stays."""
+"""Finds near-duplicates in any number of documents: signatures, candidates, clusters, and the document that stays in each
+cluster."""

@@ -1,10 +1,10 @@
-"""Finds the connected components of a graph of documents, exactly, with its edges on disk: alternating large and small stars.
+"""Finds exactly the connected components of a graph of documents, with the edges on disk. It alternates large and small stars.
 
 (Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A node is a
-document, numbered by its run and row (`run << 32 | row`). A large star connects every larger neighbor of a node to the
-smallest node in its neighborhood; a small star connects every smaller neighbor and the node itself. When neither changes an
-edge, every component is a star around its smallest node. That takes O(log^2 n) rounds, and few in practice. A task of a round
-holds the edges of its share of the nodes.
+document, numbered by its run and row (`run << 32 | row`). A large star connects every larger neighbor of a node to the smallest
+node in its neighborhood; a small star connects every smaller neighbor and the node itself. When neither changes an edge, every
+component is a star around its smallest node. That takes O(log^2 n) rounds; in practice, only a few. In each round, a task has the
+edges of its share of the nodes in memory.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from heliostat.tasks.flow import Flow, Task
 from heliostat.tasks.merging import by_parts
 from heliostat.tasks.work import key
 
-ROUNDS = 100  # more than log^2 of any number of documents
+ROUNDS = 100  # maximum rounds: more than log^2 of any number of documents
 Edges = tuple[np.ndarray, np.ndarray]
 
 
 def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
-    """Joins spills of runs, each (name, rows), in about as many as there are `parts`, so that a part isn't read from every
-    run.
+    """Joins the spills of runs, each (name, rows), into about `parts` spills, so that a task doesn't read its part from every
+    run's spill.
 
-    Their `row` becomes `node`, the place of the document.
+    The column `row` becomes `node`, the place of the document.
     """
     share, work, first = -(-sum(rows for _, rows in signed) // parts), list[Task](), 0
     for group in filled(signed, lambda one: one[1], share):
@@ -39,7 +39,7 @@ def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -
 
 
 def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
-    """Spills the parts of spills for some runs, the first with number `first`, with the places of their rows."""
+    """Spills the joined spills of some runs, with documents' places instead of rows. `first`: the number of the first run."""
     tables = list[pa.Table]()
     for run, name in enumerate(names, first):
         for table in spill.read(folder, name):
@@ -52,7 +52,8 @@ def gather(folder: Location, first: int, names: list[str]) -> dict[str, object]:
 
 
 def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills edges, in both directions, from each document with a key of this part to the smallest document with that key."""
+    """Spills edges, in both directions, between each document with a key of this part and the smallest document with the same
+    key."""
     keys, nodes = spill.arrays(folder, names, *spill.share(part, parts), key=np.uint64, node=np.uint64)
     order = np.lexsort((nodes, keys))
     keys, nodes = keys[order], nodes[order]
@@ -61,7 +62,8 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
 
 
 def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects the larger neighbors of each node of this part to the smallest; also sums the edges, to detect changes."""
+    """Connects the larger neighbors of each node of this part to its smallest neighbor. Also returns a sum of the edges, which
+    detects changes."""
     u, v = edges = _edges(folder, part, parts, names)
     down = u > v
     with np.errstate(over="ignore"):
@@ -72,14 +74,14 @@ def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
 
 
 def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects each node of this part, and its smaller neighbors, to the smallest of these."""
+    """Connects each node of this part, and its smaller neighbors, to the smallest neighbor."""
     u, v = edges = _edges(folder, part, parts, names)
     least = _least(edges)
     return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
 
 
 def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str], int]:
-    """Runs rounds until nothing changes; returns the spills of the edges, which then form stars, and the number of rounds."""
+    """Runs rounds until no edge changes. Returns the spills of the edges, which then form stars, and the number of rounds."""
     before: tuple[int, int] | None = None
     for rounds in range(ROUNDS):
         large = flow.all(f"{kind}-large", large_star, by_parts(flow, kind, parts, names))
@@ -92,7 +94,7 @@ def stars(flow: Flow, kind: str, names: list[str], parts: int) -> tuple[list[str
 
 
 def unique(edges: Edges) -> Edges:
-    """Sorts edges, without repetitions, and without those from a node to itself."""
+    """Sorts edges. Removes repeated edges, and edges from a node to itself."""
     u, v = (e[edges[0] != edges[1]] for e in edges)
     order = np.lexsort((v, u))
     u, v = u[order], v[order]
@@ -112,7 +114,7 @@ def _starts(values: np.ndarray) -> np.ndarray:
 
 
 def _least(edges: Edges) -> np.ndarray:
-    """Returns for each sorted edge the smallest neighbor of its first node."""
+    """Returns, for each sorted edge, the smallest neighbor of the edge's first node."""
     u, v = edges
     return v[_starts(u)] if len(u) else v
 

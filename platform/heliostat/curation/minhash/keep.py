@@ -1,8 +1,8 @@
-"""Chooses the document of each cluster that stays, and marks the others in every run.
+"""Chooses the document that stays in each cluster, and marks the other documents in every run.
 
-It joins the stars of `components` with the columns that the rule compares (read from the runs). Each group of runs names one
-candidate per cluster, so a cluster of millions of documents has one row per group in the final choice. The choice returns to
-the groups, which decide on their documents. It depends on the documents, not on their places.
+It joins the stars of `components` with the columns that the rule compares (read from the runs). Each group of runs selects one
+candidate per cluster. So a cluster of millions of documents has only one row per group in the final choice. Each group then
+decides on its documents. The choice depends on the documents, not on their positions.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ BELONGING = pa.schema([("key", pa.uint64()), ("root", pa.uint64())])
 CHOSEN = pa.schema(
     [("key", pa.uint64()), ("root", pa.uint64()), ("kept", pa.uint64()), ("id", pa.large_string()), ("size", pa.int64())]
 )
-ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # documents of a cluster: the first stays
-HELD = 1 << 16  # minimum candidates in memory before those of a cluster are compared
+ORDER = [(name, "ascending") for name in ("root", "rank", "value", "id", "node")]  # in a cluster, the first stays
+HELD = 1 << 16  # minimum candidates in memory before candidates of a cluster are compared
 
 
 def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Spills (node, root of its star) by node, the roots with themselves."""
+    """Spills (node, root of the node's star) by node. The root of a root is itself."""
     nodes, roots = [np.zeros(0, np.uint64)], [np.zeros(0, np.uint64)]
     for name in names:
         for table in spill.read(folder, name, *spill.share(part, parts)):
@@ -51,9 +51,10 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
-    """Spills, for each cluster, the one document of some runs that may stay, with the number of its documents there.
+    """Spills, for each cluster, the only document of these runs that may stay, with the number of the cluster's documents in
+    these runs.
 
-    Also spills which documents of the runs, the first with number `first`, belong to which cluster.
+    Also spills the cluster of each document. `first`: the number of the first run.
     """
     waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
@@ -70,7 +71,7 @@ def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: lis
 
 def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None],
               names: list[str]) -> Iterator[tuple[int, SpilledRun, np.ndarray, np.ndarray]]:  # fmt: skip
-    """Yields (a run's number, the run, rows in clusters, their roots): those of stars, and their copies."""
+    """Yields (a run's number, the run, rows in clusters, their roots). The rows are documents of stars, and their copies."""
     stars = dict(by_run(folder, first, len(runs), names))
     for number, (run, name) in enumerate(zip(runs, copies, strict=True), first):
         table = stars.pop(number, BELONGING.empty_table())
@@ -91,7 +92,8 @@ def _clusters(folder: Location, first: int, runs: list[SpilledRun], copies: list
 
 
 def _members(folder: Location, run: SpilledRun, rows: np.ndarray, columns: list[str]) -> Iterator[tuple[pa.Table, np.ndarray]]:
-    """Yields (some columns of a run's documents in `rows`, their indexes in `rows`). `rows`: ascending row numbers."""
+    """Yields (columns of a run's documents in `rows`, the documents' indexes in `rows`). `rows`: row numbers in ascending
+    order."""
     for part in survivors(folder, run, columns=columns) if len(rows) else ():
         part = part.filter(pa.array(np.isin(part["row"].to_numpy(), rows)))
         if len(part):
@@ -107,7 +109,7 @@ def _compared(part: pa.Table, nodes: np.ndarray, roots: np.ndarray, rule: Rule, 
 
 
 def _best(tables: list[pa.Table]) -> pa.Table:
-    """Returns the first candidate of each cluster, with the total number of documents."""
+    """Returns the first candidate of each cluster, with the cluster's total number of documents."""
     table = pa.concat_tables(tables).sort_by(ORDER).combine_chunks()
     tables.clear()
     if not len(table):
@@ -118,8 +120,7 @@ def _best(tables: list[pa.Table]) -> pa.Table:
 
 
 def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[str]]:
-    """Returns the values that a rule compares for documents with `bytes` and `columns`: numbers, then strings; the smallest
-    stays."""
+    """Returns the values that a rule compares: an array of numbers, then strings. The document with the smallest values stays."""
     columns = [json.loads(c) if c else {} for c in part["columns"].to_pylist()] if rule in ("oldest", "best") else []
     ranks, values = np.zeros(len(part)), [""] * len(part)
     if rule == "longest":
@@ -132,12 +133,12 @@ def ranked(part: pa.Table, rule: Rule, column: str) -> tuple[np.ndarray, list[st
 
 
 def _number(value: object) -> float:
-    """Returns a column's value as a number; the smallest number if it isn't one."""
+    """Returns a column's value as a number. For a value that isn't a number, returns the smallest number."""
     return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Chooses the document that stays for each cluster in this part, and spills it by candidates, so that all their runs learn
+    """Chooses the document that stays in each cluster of this part, and spills it for each candidate, so that every run gets
     it."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
@@ -154,7 +155,7 @@ def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[st
 def decide(
     folder: Location, first: int, runs: list[SpilledRun], belonging: str, stage: str, names: list[str]
 ) -> dict[str, object]:
-    """Spills the dropped documents of each of some runs, with the reasons."""
+    """Spills the dropped documents of these runs, with the reasons."""
     out, files = segment.Spiller(folder, 1), list[str]()
     low, high = first << 32, (first + len(runs)) << 32
     chosen = spill.joined(folder, names, low, high, CHOSEN).sort_by("root").combine_chunks()

@@ -1,7 +1,7 @@
 """Computes the keys that near-duplicates share: MinHash signatures of a text's n-grams, split into bands.
 
-Two texts whose sets of n-grams have the Jaccard similarity s agree in a band of r rows with probability s^r, and so share at
-least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the
+Take two texts whose sets of n-grams have the Jaccard similarity s. They agree in a band of r rows with probability s^r. So they
+share at least one of b keys with probability 1 - (1 - s^r)^b. (Broder, On the resemblance and containment of documents, 1997; the
 bands: Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3.)
 """
 
@@ -19,7 +19,7 @@ from heliostat.curation.segment import SpilledRun, survivors
 from heliostat.storage.locations import Location
 from heliostat.tasks import spill
 
-VALUES = 1 << 18  # values of signatures computed at once, each a Python integer for a moment
+VALUES = 1 << 18  # values of signatures that are computed at once, because each is a Python integer for a moment
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Parameters:
     ngram: int
     seed: int
     within: str = ""
-    """The column that separates documents: only those with the same value are compared."""
+    """Column that limits comparisons to documents with the same value."""
 
 
 def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Computes (the keys of each text with words: texts x bands, uint64; which texts these are)."""
+    """Computes the keys of each text that has words. Returns (keys: uint64 [texts, bands], indexes of these texts)."""
     from rensa import RMinHash  # imported when a pipeline needs it
 
     hashes, counts = words(texts).ngrams(parameters.ngram, short=True)
@@ -49,7 +49,7 @@ def keys(texts: list[str], parameters: Parameters) -> tuple[np.ndarray, np.ndarr
 
 
 def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
-    """Hashes each band of each signature, with its number, to 64 bits."""
+    """Hashes each band of each signature, together with the band's number, to 64 bits."""
     bands = np.empty((len(signatures), parameters.bands), np.uint64)
     with np.errstate(over="ignore"):
         for band in range(parameters.bands):
@@ -61,10 +61,11 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
-    """Spills (key, row) of a run's documents, and (key: row, first) of copies: documents with all keys of an earlier one.
+    """Spills (key, row) for a run's documents. Also spills (key: row, first) for copies: documents with the same keys as an
+    earlier document.
 
-    Copies have the same candidates as the first, so they aren't compared again. However many copies a run has, each of the
-    document's keys has one row.
+    A copy has the same candidates as the first document, so it isn't compared again. Each key of a document has one row, for any
+    number of copies in the run.
     """
     bands, rows = [np.zeros((0, parameters.bands), np.uint64)], [np.zeros(0, np.uint32)]
     each = max(1, VALUES // (parameters.bands * parameters.rows))
@@ -85,7 +86,7 @@ def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str,
 
 
 def _keys_of(table: pa.Table, parameters: Parameters) -> tuple[np.ndarray, np.ndarray]:
-    """Computes the keys of a run's documents, once for equal texts, and separately for each value of the column `within`."""
+    """Computes the keys of a run's documents, once per distinct text. Keys differ between values of the column `within`."""
     texts = table["text"].to_pylist()
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     hashes, having = keys(list(numbers), parameters)

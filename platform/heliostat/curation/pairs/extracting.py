@@ -1,4 +1,4 @@
-"""Finds matching pairs of texts in a document: a docstring and its function, a title and its section. Pure functions.
+"""Finds matching pairs of texts in a document: a docstring and its function, or a title and its section. All functions are pure.
 
 A pair's place is the line of its function or title.
 """
@@ -13,11 +13,11 @@ from html.parser import HTMLParser
 from typing import NamedTuple
 
 SENTENCE = re.compile(r"(?<=[.!?])\s|\n\s*\n")
-FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # a backtick after the opening backticks means code in a line
+FENCE = re.compile(r" {0,3}(`{3,}(?=[^`\n]*$)|~{3,})")  # a line with more backticks is inline code
 TITLE = re.compile(r" {0,3}#{1,6}[ \t]+")
-VERSION = 2  # increased when the same files give other pairs
+VERSION = 2  # increase it when the same files give different pairs
 HEADINGS = {f"h{level}" for level in range(1, 7)}
-UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements whose text isn't part of the page's text
+UNSEEN = {"script", "style", "template", "noscript", "nav", "head", "svg"}  # elements without text of the page
 INLINE = {"a", "abbr", "b", "bdi", "bdo", "cite", "code", "data", "dfn", "em", "font", "i", "kbd", "mark", "q", "s", "samp",
           "small", "span", "strong", "sub", "sup", "time", "tt", "u", "var", "wbr"}  # fmt: skip
 
@@ -31,8 +31,8 @@ class Pair(NamedTuple):
 
 
 def docstrings(source: str) -> Iterator[Pair]:
-    """Yields the first sentence of each function's docstring, with the function without its docstring; SyntaxError
-    (ValueError, RecursionError) for invalid Python."""
+    """Yields pairs: the first sentence of a function's docstring, and the function without its docstring. Invalid Python raises
+    SyntaxError, ValueError, or RecursionError."""
     lines = _lines(source)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (docstring := ast.get_docstring(node)):
@@ -42,12 +42,13 @@ def docstrings(source: str) -> Iterator[Pair]:
 
 
 def _lines(source: str) -> list[str]:
-    """Splits a text at Python's line ends, and not at form feeds."""
+    """Splits a text at Python's line ends, but not at form feeds."""
     return list(io.StringIO(source, newline=""))
 
 
 def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str:
-    """Joins lines, from 1, without a docstring in them, and without a line that the docstring leaves blank."""
+    """Joins the lines `begin` to `end` (from 1) without the docstring. Also removes a line that is blank without the
+    docstring."""
     last = docstring.end_lineno or docstring.lineno
     before = lines[docstring.lineno - 1].encode()[: docstring.col_offset].decode()
     behind = lines[last - 1].encode()[docstring.end_col_offset :].decode().lstrip("; ")
@@ -56,7 +57,7 @@ def _without(lines: list[str], docstring: ast.stmt, begin: int, end: int) -> str
 
 
 def markdown(source: str) -> Iterator[Pair]:
-    """Yields each title (`# ...`) with the text up to the next; titles in fenced code are code."""
+    """Yields each title (`# ...`) with the text up to the next title. A line like a title in fenced code isn't a title."""
     title, begin, section, fence = "", 0, list[str](), ""
     for number, line in enumerate(_lines(source), 1):
         if mark := FENCE.match(line):
@@ -76,14 +77,14 @@ def markdown(source: str) -> Iterator[Pair]:
 
 
 def _titled(rest: str) -> str:
-    """Returns a title without surrounding blanks and closing `#`s, which follow a blank."""
+    """Returns a title without surrounding blanks, and without closing `#`s after a blank."""
     rest = rest.strip(" \t\r\n")
     bare = rest.rstrip("#")
     return (bare if bare.endswith((" ", "\t")) else rest).strip()
 
 
 def html(page: str) -> Iterator[Pair]:
-    """Yields each heading (`h1` to `h6`) of a page with the text up to the next."""
+    """Yields each heading (`h1` to `h6`) of a page, with the text up to the next heading."""
     parser = _Sections()
     parser.feed(page)
     parser.close()
@@ -119,7 +120,7 @@ class _Sections(HTMLParser):
         self._breaks(tag)
 
     def _breaks(self, tag: str) -> None:
-        """Ends a line where an element that is a block begins or ends."""
+        """Ends a line where a block element begins or ends."""
         if tag not in INLINE:
             (self.title if self.inside and self.title is not None else self.text).append("\n")
 
@@ -128,7 +129,7 @@ class _Sections(HTMLParser):
             (self.title if self.inside and self.title is not None else self.text).append(data)
 
     def end(self) -> None:
-        """Keeps the section that ends here."""
+        """Adds the current section, which ends here, to the pairs."""
         title = " ".join("".join(self.title or ()).split())
         if title:
             lines = (" ".join(line.split()) for line in "".join(self.text).split("\n"))

@@ -1,5 +1,5 @@
-"""Makes a dataset of pairs: reads and curates like text, trains the tokenizer if the pipeline asks for one, and writes the
-shards."""
+"""Makes a dataset of pairs. It reads and curates documents like text, trains a tokenizer if the pipeline configures one, and
+writes the shards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairSharding:
-    """Defines how pairs become shards."""
+    """Configures how pairs become shards."""
 
     output: str
     shards: int
@@ -84,7 +84,7 @@ class PairMaking(Reading):
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: PairSharding) -> dict[str, object]:
-    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    """Writes shards one after another. Returns their counts and their part of the manifest."""
     records = [one for number in range(first, stop) if (one := _write_shard(folder, runs, number, plan)) is not None]
     return {"shards": records, "files": []}
 
@@ -106,14 +106,14 @@ def _write_shard(folder: Location, runs: list[SpilledRun], number: int, plan: Pa
 
 
 def unique(rows: list[Row]) -> list[Row]:
-    """Sorts pairs by the hashes of their texts, and keeps one of equal pairs, with the smallest id."""
+    """Sorts pairs by the hashes of their texts. Of equal pairs, keeps the pair with the smallest id."""
     ordered = sorted(rows, key=lambda row: (row["hash"], row[QUERY], row["id"]))
     return [next(same) for _, same in itertools.groupby(ordered, key=lambda row: (row["hash"], row[QUERY]))]
 
 
 def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
-    """Writes sorted pairs as the bytes of a Parquet file. The pairs of a text are in one row group, or in row groups of one
-    place."""
+    """Returns sorted pairs as the bytes of a Parquet file. The pairs of a text are in one row group, or in row groups with the
+    same place."""
     texts = [(hash, sum(1 for _ in same)) for hash, same in itertools.groupby(row["hash"] for row in rows)]
     places = np.array([manifest.place(hash.hex()) for hash, _ in texts], np.int64)
     groups = tokens.chunks(np.array([count for _, count in texts]), chunk_pairs, places)
@@ -123,7 +123,7 @@ def encoded(rows: list[Row], chunk_pairs: int) -> bytes:
         for counts, _ in groups:
             writer.write_table(table.slice(begin, sum(counts)), row_group_size=sum(counts))
             begin += sum(counts)
-        # in the footer, which the manifest hashes: the dataset's digest then changes with any pair
+        # the manifest hashes the footer, so a changed pair changes the dataset's digest
         content = hashlib.sha256(json.dumps([[row[name] for name in SCHEMA.names] for row in rows]).encode()).hexdigest()
         writer.add_key_value_metadata({"content": content, PLACES_KEY.decode(): json.dumps([place for _, place in groups])})
     return sink.getvalue().to_pybytes()

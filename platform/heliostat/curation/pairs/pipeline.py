@@ -1,8 +1,9 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
 HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a
-pair's text decides its shard and its place there; equal pairs appear once. A text is held out with all its queries.
+Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a pair's
+text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. A text is held out with
+all its queries.
 """
 
 from __future__ import annotations
@@ -49,18 +50,18 @@ class PairPipeline(StagedPipeline):
     columns: PairColumns = PairColumns()
     """Names of the columns of `.jsonl` and `.parquet`."""
     min_query_words: int = Field(2, ge=1)
-    """Minimum words of a query; pairs with shorter ones are dropped (`short_query`)."""
+    """Minimum words of a query. Pairs with shorter queries are dropped (`short_query`)."""
     min_text_words: int = Field(8, ge=1)
-    """Minimum words of a text; pairs with shorter ones are dropped (`short_text`)."""
+    """Minimum words of a text. Pairs with shorter texts are dropped (`short_text`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form that heliostat applies to queries and texts. It decides which are equal."""
+    """Unicode normal form to which heliostat converts queries and texts. It affects which pairs are equal."""
     tokenizer: TokenizerConfig | None = None
-    """Tokenizer to train on the texts, or to use as it is, for a model that trains from scratch. Unset: none; a pretrained model
-    has its own."""
+    """Tokenizer for a model that trains from scratch: trained on the texts, or used unchanged. Unset: no tokenizer, because a
+    pretrained model has its own."""
     chunk_pairs: int = Field(1024, gt=0)
-    """Pairs per row group, approximately."""
+    """Approximate pairs per row group."""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
+    """Approximate bytes of text per shard. It limits the memory of the task that writes the shard."""
 
     @cached_property
     def given_tokenizer(self) -> str | None:
@@ -68,12 +69,12 @@ class PairPipeline(StagedPipeline):
 
     def check(self) -> None:
         if self.columns.query == self.columns.text:
-            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text too. Name different columns")
+            raise ConfigError(f"columns.query: {self.columns.query!r} is columns.text, too. Use different columns")
         if self.tokenizer and self.given_tokenizer is not None:
             tokens.end_id(tokens.load(self.given_tokenizer), self.tokenizer.end_of_document)
         for stage in self.stages:
             if stage.of_images:
-                raise ConfigError(f"stages: {stage.named()} reads images, and text pairs have none. Remove it")
+                raise ConfigError(f"stages: {stage.named()} reads images, but text pairs have no images. Remove this stage")
             stage.check()
         self.check_columns((QUERY, KIND), "")
         for pattern in self.exclude:
@@ -86,8 +87,8 @@ class PairPipeline(StagedPipeline):
     def identity(self) -> dict[str, Any]:
         config = super().identity() | {"extracting": extracting.VERSION}
         del config["columns"]
-        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # when these were separate keys
-        if self.given_tokenizer is not None:  # the tokenizer's content, without its location
+        config |= {"query_column": self.columns.query, "text_column": self.columns.text}  # the keys from when they were separate
+        if self.given_tokenizer is not None:  # the tokenizer's content counts, not its location
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         config["stages"] = [stage.identity() for stage in self.stages]
         return config

@@ -1,4 +1,4 @@
-"""Reads pairs from files, in a task: extracted from code and pages, or from the records of a file."""
+"""Reads pairs from files in a task. It extracts pairs from code and pages, or reads them from records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Least:
-    """Defines the minimum numbers of words in a pair."""
+    """Defines the minimum number of words in a query and in a text."""
 
     query: int
     text: int
@@ -35,7 +35,7 @@ class Least:
 
 @dataclass(frozen=True)
 class PairSource(TextSource):
-    """Reads the pairs of an input: each is a document, with the query as a column."""
+    """Reads the pairs of an input. Each pair is a document, with the query as a column."""
 
     query_column: str
     least: Least
@@ -59,7 +59,7 @@ class PairSource(TextSource):
         return self._pair(item.id, RECORD, query, item.text) if isinstance(query, str) else Dropped(item.id, "no_query")
 
     def _paired(self, item: Document, suffix: str) -> Iterator[Document | Dropped]:
-        """Yields the pairs of one document, or the reason for none."""
+        """Yields the pairs of one document, or the reason why there is no pair."""
         kind = DOCSTRING if suffix == ".py" else SECTION
         try:
             pairs = list(_find(item.text, suffix))
@@ -81,7 +81,7 @@ class PairSource(TextSource):
         return self._fit(Document(id, answer.text, {QUERY: question.text, KIND: kind}))
 
     def _fit(self, pair: Document) -> Document | Dropped:
-        """Returns the pair, or the reason to drop it: too few words, or nothing to find."""
+        """Returns the pair, or the reason to drop it: too few words, or the query equals the text."""
         assert isinstance(pair.text, str)
         if len(pair.columns[QUERY].split()) < self.least.query:
             return Dropped(pair.id, "short_query")
@@ -91,7 +91,7 @@ class PairSource(TextSource):
 
 
 def _find(text: str | bytes, suffix: str) -> Iterator[extracting.Pair]:
-    """Finds the pairs of a page, given as bytes, or of a file of this kind."""
+    """Finds the pairs of a page, given as bytes, or of a file with this suffix."""
     if isinstance(text, bytes):
         return extracting.html(decode(text, None)[0])
     return {".py": extracting.docstrings, ".md": extracting.markdown}.get(suffix, lambda _: iter(()))(text)

@@ -1,2 +1,2 @@
-"""Finds documents with similar meaning by the cosine similarities of their vectors: k-means cells, and the documents of each
-cell that stay."""
+"""Finds documents with similar meaning by the cosine similarities of their vectors: k-means cells, and the documents that stay in
+each cell."""

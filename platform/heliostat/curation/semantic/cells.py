@@ -1,7 +1,7 @@
-"""Runs the tasks that compare documents by vectors: embedding, centers, cells, and the documents of each cell that stay.
+"""Implements the tasks that compare documents by vectors: embedding, centers, cells, and the choice of the documents that stay.
 
-Spills are split by documents and cells, so a task holds the vectors of a run, a sample, or a share of a cell, for any number
-of documents. The centers come from the documents with the lowest hashes, so they don't depend on the runs.
+Spills are split by documents and by cells. So for any number of documents, a task has only the vectors of a run, of a sample, or
+of a part of a cell in memory. The centers come from the documents with the lowest hashes, so they don't depend on the runs.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from heliostat.tasks import shipping, spill
 from heliostat.tasks.shipping import Shipment
 
 TEXTS = 64  # texts that are embedded at once
-OF_CELL = 256  # documents of the sample per cell
-SAMPLE_NUMBERS = 1 << 26  # numbers in the sample's vectors, approximately, for any number of cells
+OF_CELL = 256  # sampled documents per cell
+SAMPLE_NUMBERS = 1 << 26  # approximate maximum of numbers in the sample's vectors, for any number of cells
 REASON = "near_duplicate"
 ABOUT = pa.schema(
     [("key", pa.uint64()), ("rank", pa.float64()), ("value", pa.large_string()), ("id", pa.large_string()), ("node", pa.uint64())]
@@ -36,7 +36,7 @@ ABOUT = pa.schema(
 
 @dataclass(frozen=True)
 class EmbeddingModel:
-    """Defines the embedding model: a folder's files, the maximum tokens of a text, and the batch size."""
+    """Defines the embedding model: its folder's files, the maximum tokens of a text, and the batch size."""
 
     files: Shipment
     max_tokens: int
@@ -50,7 +50,7 @@ def _opened(model: EmbeddingModel, place: str) -> TextEmbedder:
 
 
 def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -> dict[str, object]:
-    """Spills the vectors of a run's documents under their hashes, in pieces of `most` bytes."""
+    """Spills the vectors of a run's documents by the documents' hashes, in pieces of `most` bytes."""
     embedder = _opened(model, shipping.here(folder, model.files))
     waiting, names, record = list[pa.Table](), list[str](), {"rows": 0, "size": 0, "cut": 0}
     for table in survivors(folder, run, columns=["text"]):
@@ -73,7 +73,7 @@ def embed(folder: Location, run: SpilledRun, model: EmbeddingModel, most: int) -
 
 
 def packed(values: np.ndarray) -> pa.Array:
-    """Packs rows of 8-bit numbers as bytes of one length."""
+    """Packs rows of 8-bit numbers as byte strings of equal length."""
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(values.shape[1]), len(values), [None, pa.py_buffer(values.tobytes())])
 
 
@@ -86,16 +86,16 @@ def unpacked(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def sampled(rows: int, cells: int, size: int) -> int:
-    """Chooses the hash limit of the sample that finds so many cells."""
+    """Chooses the hash limit of the sample from which `cells` centers are computed."""
     wanted = max(cells, min(OF_CELL * cells, SAMPLE_NUMBERS // size))
     return min(spill.ALL, spill.ALL * wanted // rows)
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
-    """Spills the centers of the cells: from texts with hashes below the limit, each once, in an order that depends on the
-    seed.
+    """Spills the centers of the cells. They are computed from texts with hashes below the limit, each once, in an order that
+    depends on the seed.
 
-    If no text has such a hash, because most are equal, there is one cell.
+    If no text has a hash below the limit, because most texts are equal, there is one cell.
     """
     samples = [_once(t) for name in names for t in spill.read(folder, name, 0, limit, ["vector"])]
     if not samples:
@@ -117,7 +117,8 @@ def _once(table: pa.Table) -> pa.Table:
 def deal(
     folder: Location, number: int, run: SpilledRun, vectors_name: str, rule: Rule, column: str, centres: str | None
 ) -> dict[str, object]:
-    """Spills the documents of the run with this number by cells, with the values to compare; `vectors_name`: their vectors."""
+    """Spills a run's documents by cell, with the values to compare. `number`: the run's number; `vectors_name`: the spill of
+    vectors."""
     whole = pa.concat_tables(spill.read(folder, vectors_name)).sort_by("row")
     rows, points = whole["row"].to_numpy(), unpacked(whole["vector"])
     middle = unpacked(pa.concat_tables(spill.read(folder, centres))["vector"]) if centres else None
@@ -141,9 +142,10 @@ def key_of(cells: np.ndarray) -> np.ndarray:
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
-    """Spills the dropped documents of the cells in this part: those near to an earlier document, by the rule, that stays.
+    """Spills the dropped documents of the cells in this part. A document is dropped if it is near an earlier document, in the
+    rule's order, that stays.
 
-    `held`: the maximum number of vectors in memory. The tasks' keys depend on this name.
+    `held`: the maximum number of vectors in memory. The tasks' keys depend on this argument's name.
     """
     all_ = Dealt.read(folder, names, *spill.share(part, parts))
     judged, bins, largest, of_clusters = [JUDGED.empty_table()], dict[str, list[int]](), list[tuple[int, str]](), list[int]()
@@ -177,7 +179,8 @@ def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
-    """Counts the cosine similarities with the nearest document that stays, for kept and dropped ones, as a tally's histogram."""
+    """Adds the cosine similarity of each document with the nearest kept document to a tally's histogram, for kept and dropped
+    documents."""
     for place, some in ((0, best[~goes]), (1, best[goes])):
         values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
         for value, number in zip(values.tolist(), counts.tolist(), strict=True):
@@ -186,7 +189,7 @@ def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> No
 
 @dataclass(frozen=True)
 class Dealt:
-    """Reads the documents of a range of cells, cell by cell in the order of comparison; holds no vectors."""
+    """Reads the documents of a range of cells, cell by cell in the order of comparison. It keeps no vectors in memory."""
 
     folder: Location
     names: list[str]
@@ -210,12 +213,12 @@ class Dealt:
         return self.table["id"].take(pa.array(places)).to_pylist()
 
     def cells(self) -> list[tuple[int, int]]:
-        """Lists the begin and end of each cell."""
+        """Lists the start and end of each cell."""
         starts = np.unique(self.keys, return_index=True)[1].tolist()
         return list(pairwise([*starts, len(self.nodes)]))
 
     def vectors(self, start: int, stop: int) -> np.ndarray:
-        """Reads the vectors of some places in that order."""
+        """Reads the vectors at the positions `start` to `stop` in the order of comparison."""
         wanted = self.nodes[start:stop]
         order = np.argsort(wanted)
         out = None

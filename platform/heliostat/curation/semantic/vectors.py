@@ -1,6 +1,6 @@
-"""Computes with vectors of 8-bit numbers: cosine similarities, centers of cells, and the rows that stay. Pure functions.
+"""Computes with vectors of 8-bit numbers: cosine similarities, centers of cells, and the rows that stay. All functions are pure.
 
-Products of two vectors are integers below 2**24, which float32 represents exactly in any order of summation, so the results
+Dot products of two vectors are integers below 2**24. float32 represents them exactly in any order of summation, so the results
 are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
 """
 
@@ -11,19 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LONGEST = 1040  # maximum numbers of a vector: LONGEST * 127 * 127 < 2**24
+LONGEST = 1040  # maximum length of a vector: LONGEST * 127 * 127 < 2**24
 TOGETHER = 512  # rows that are compared at once
 ROUNDS = 10  # rounds of k-means
-Vectors = Callable[[int, int], np.ndarray]  # returns the rows of a range [first, last), in the order of comparison
+Vectors = Callable[[int, int], np.ndarray]  # returns the rows in the range [first, last), in the order of comparison
 
 
 def lengths(vectors: np.ndarray) -> np.ndarray:
-    """Returns the length of each vector, 1 where it is 0."""
+    """Returns the length of each vector; 1 for a zero vector."""
     return np.maximum(1, np.sqrt((vectors.astype(np.int64) ** 2).sum(axis=1, dtype=np.int64))).astype(np.float32)
 
 
 def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Returns the product of each of `a` with each of `b`, exactly; rounded to float32 for vectors longer than LONGEST."""
+    """Returns the dot product of each vector in `a` with each vector in `b`. The result is exact, but rounded to float32 for
+    vectors longer than LONGEST."""
     pieces = [_whole(a[:, i : i + LONGEST], b[:, i : i + LONGEST]) for i in range(0, a.shape[1], LONGEST)]
     return pieces[0] if len(pieces) == 1 else np.stack(pieces).sum(axis=0, dtype=np.float64).astype(np.float32)
 
@@ -33,7 +34,7 @@ def _whole(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Returns the number of the nearest center of each vector; the first of equally near ones."""
+    """Returns the number of the nearest center for each vector; the first, if several are equally near."""
     indices = [np.zeros(0, np.int64)]
     for start in range(0, len(vectors), TOGETHER):
         indices.append((products(vectors[start : start + TOGETHER], centres) / lengths(centres)).argmax(axis=1))
@@ -41,8 +42,8 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def centres(sample: np.ndarray, count: int) -> np.ndarray:
-    """Finds the centers of `count` cells, or of as many as there are different vectors, by spherical k-means from the first
-    ones.
+    """Finds the centers of `count` cells by spherical k-means, starting from the first vectors. If there are fewer different
+    vectors, each has a cell.
 
     (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its center.
     """
@@ -94,10 +95,10 @@ class Rows:
 
 
 def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Visits `count` rows in order. A row is dropped if its cosine similarity with an earlier kept row is at least `least` (> 0).
+    """Visits `count` rows in order. Drops a row if its cosine similarity with an earlier kept row is at least `least` (> 0).
 
-    Returns two arrays [count]: the place of the nearest earlier kept row (-1: none), and the similarity with it (0: none). So a
-    row is dropped if its similarity is at least `least`. At most 2 * `capacity` rows are in memory.
+    Returns two arrays [count]: the position of the nearest earlier kept row (-1: none), and the similarity with this row (0:
+    none). So a row is dropped if its similarity is at least `least`. At most 2 * `capacity` rows are in memory.
     """
     near, best = np.full(count, -1, np.int64), np.zeros(count, np.float32)
     for start in range(0, count, capacity):
@@ -114,7 +115,7 @@ def sieve(vectors: Vectors, count: int, least: float, capacity: int) -> tuple[np
 
 
 def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> None:
-    """Updates `near` and `best` of the rows where one of the `others`, which are kept, is nearer."""
+    """Updates `near` and `best` of the rows for which a row in `others` is nearer. All `others` are kept rows."""
     for some in others.blocks(16 * TOGETHER):
         for part in rows.blocks(TOGETHER):
             cosines = part.cosines(some)
@@ -125,7 +126,7 @@ def _closer(near: np.ndarray, best: np.ndarray, rows: Rows, others: Rows) -> Non
 
 
 def _beside(near: np.ndarray, best: np.ndarray, part: Rows, least: float) -> None:
-    """Compares each row of a part with the earlier kept rows of the part, one row after another."""
+    """Compares each row of a part with the earlier kept rows of this part, one row after another."""
     cosines, stays = part.cosines(part), np.zeros(len(part), bool)
     for i, at in enumerate(part.places.tolist()):
         before = np.flatnonzero(stays[:i])

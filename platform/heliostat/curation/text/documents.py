@@ -1,4 +1,4 @@
-"""Normalizes the texts of documents, or returns the reason to drop one; bad data raises nothing."""
+"""Normalizes the text of a document, or returns the reason to drop it. Invalid data never raises an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TextRules(Limits):
 
 
 def clean(id: str, raw: bytes | str, rules: TextRules, columns: dict[str, Any] | None = None) -> Document | Dropped:
-    """Normalizes a document, or returns the reason to drop it; removes a byte-order mark, and keeps line ends."""
+    """Normalizes a document, or returns the reason to drop it. Removes a byte-order mark. Doesn't change line ends."""
     try:
         text = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw
         text.encode()  # JSON can contain lone surrogates, which UTF-8 can't encode

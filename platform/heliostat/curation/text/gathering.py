@@ -1,9 +1,9 @@
-"""Gathers documents for a dataset's shards: without exact duplicates and, if a pipeline asks for it, with related ones next to
+"""Gathers documents for a dataset's shards, without exact duplicates. If a pipeline configures it, related documents are next to
 each other.
 
-Documents are in the order of their texts' hashes, which also decides the held-out ones. Related documents, such as the files
-of a repository, are in the order of the hash of their common value, so they are in one shard and are held out together. That
-needs a second shuffle, after the one by texts that finds exact duplicates.
+Documents are in the order of their texts' hashes. This order also decides which documents are held out. Related documents, such
+as the files of a repository, are in the order of the hash of their common value. So they are in one shard and are held out
+together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from heliostat.tasks import spill
 
 
 class Together(Strict):
-    """Describes which documents follow each other; a plain column name means its `column`."""
+    """Describes which documents are next to each other. A string instead of a mapping is the value of `column`."""
 
     column: str = Field(min_length=1)
     """Column that groups documents, such as `repository`: those with the same value follow each other."""
     order: str | None = Field(None, min_length=1)
-    """Column that orders the documents of a group, as text. Unset: by id, which is the path for files of repositories."""
+    """Column that orders the documents of a group, compared as text. Unset: the order of ids, which are paths for files of
+    repositories."""
 
     @model_validator(mode="before")
     @classmethod
@@ -41,9 +42,9 @@ class Together(Strict):
         return {"column": value} if isinstance(value, str) else value
 
 
-ENDS = 10_000  # documents whose fates are Python objects at once
+ENDS = 10_000  # documents whose fates are Python objects at the same time
 ENDS_ORDER = ("id", "stage", "reason", "detail")
-HELD_BYTES = 1 << 24  # minimum bytes in memory before equal texts are searched, and before exact duplicates are spilled
+HELD_BYTES = 1 << 24  # minimum bytes in memory before equal texts are searched and exact duplicates are spilled
 SHOWN = 200  # characters of a value in an error
 RUN = pa.schema([*segment.RUN, ("group", pa.binary(32)), ("order", pa.large_string())])
 TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
@@ -52,7 +53,7 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 def regroup(
     folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
 ) -> dict[str, object]:
-    """Spills the documents of a range of keys again, sorted by their common value, without exact duplicates."""
+    """Spills the documents in a range of keys again, sorted by common value and without exact duplicates."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
@@ -74,7 +75,8 @@ def regroup(
 
 
 def _plain(value: object) -> str:
-    """Writes a column's value as text that can be stored: JSON may contain half a surrogate pair, which UTF-8 doesn't allow."""
+    """Converts a column's value to text that can be stored. JSON may contain half of a surrogate pair, which UTF-8 doesn't
+    allow."""
     return str(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -83,14 +85,14 @@ def _array(values: Any, kind: pa.DataType) -> Any:
 
 
 def group(value: object, digest: bytes) -> bytes:
-    """Computes the key of a document's place: its common value or, if it has none, its text's hash."""
+    """Computes the key of a document's place from its common value. For a document without a value, it is the text's hash."""
     if value is None or value == "":
         return digest
     return hashlib.sha256(f"together\0{value}".encode("utf-8", "surrogatepass")).digest()
 
 
 def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa.Table | None:
-    """Reads the documents of a range of keys from `regroup`'s spills, with related ones next to each other."""
+    """Reads the documents in a range of keys from `regroup`'s spills, with related documents next to each other."""
     tables = [table for run in runs for table in survivors(folder, run, low, high, TOLD)]
     if not tables:
         return None
@@ -98,7 +100,7 @@ def grouped(folder: Location, runs: list[SpilledRun], low: int, high: int) -> pa
 
 
 def largest(folder: Location, runs: list[SpilledRun], low: int, high: int, column: str) -> dict[str, object]:
-    """Finds the column value whose documents have the most bytes, for a range of keys from `regroup`'s spills."""
+    """Finds the column value whose documents have the most bytes, in a range of keys of `regroup`'s spills."""
     sizes = Counter[bytes]()
     for run in runs:
         for table in survivors(folder, run, low, high, ["hash", "group", "bytes"]):
@@ -128,7 +130,7 @@ def counted(table: pa.Table) -> dict[str, int]:
 
 
 def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Joins tables, sorts them by hash, and keeps each hash once, with the smallest id; also returns the removed rows.
+    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Also returns the removed rows.
 
     Empties the list, so that at most twice the rows are in memory.
     """
@@ -146,7 +148,7 @@ def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates; with `listed`, also keeps rows with the fate of each, in spills if there are many."""
+    """Counts exact duplicates. With `listed`, it also keeps rows with their fates, and spills these rows if there are many."""
 
     folder: Location
     listed: bool
@@ -163,16 +165,17 @@ class Duplicates:
                 self.rows = []
 
     def tables(self) -> Iterator[pa.Table]:
-        """Yields the rows, in tables that fit in memory."""
+        """Yields the rows in tables that fit into memory."""
         yield from self.rows
         for name in self.spilled:
             yield from spill.read(self.folder, name)
 
 
 def gather(folder: Location, runs: list[SpilledRun], low: int, high: int, columns: bool) -> tuple[pa.Table | None, Duplicates]:
-    """Reads the documents of a range of keys; returns (those with the smallest id of equal texts, the others without texts).
+    """Reads the documents in a range of keys. Of documents with equal texts, it keeps the document with the smallest id. Returns
+    (kept documents, exact duplicates without texts).
 
-    It holds at most twice the kept texts. With `columns`, it also holds the columns of all documents.
+    It takes at most twice the memory of the kept texts. With `columns`, the columns of all documents are in memory, too.
     """
     waiting, kept_bytes, new_bytes = list[pa.Table](), HELD_BYTES, 0
     wanted = ["hash", "id", *(["columns"] if columns else [])]
@@ -199,7 +202,7 @@ def spill_kept(folder: Location, path: str, kept: pa.Table, duplicates: Duplicat
 
 
 def spill_duplicates(folder: Location, kept: pa.Table, duplicates: Duplicates) -> Iterator[str]:
-    """Spills the fates of exact duplicates: the document that stayed."""
+    """Spills the fates of exact duplicates, with the id of the kept document."""
     if not duplicates.count:
         return
     repeated = {digest for table in duplicates.tables() for digest, _ in _pairs(table)}
@@ -219,7 +222,7 @@ def _some(table: pa.Table) -> Iterator[pa.Table]:
 
 
 def _pairs(table: pa.Table) -> Iterator[tuple[bytes, str]]:
-    """Yields (hash, id) of a table's documents."""
+    """Yields (hash, id) for each document of a table."""
     for part in _some(table):
         yield from zip(part["hash"].to_pylist(), part["id"].to_pylist(), strict=True)
 

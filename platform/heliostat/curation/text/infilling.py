@@ -1,5 +1,6 @@
-"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022). The choice, the form, and the cuts depend only
-on the hash of a document's text and the seed, so they are the same on any cluster. Pure functions."""
+"""Rearranges documents for fill-in-the-middle training (Bavarian et al. 2022). The choice of texts, their form, and the positions
+of splits depend only on the hash of a document's text and on the seed. So they are the same on any cluster. All functions are
+pure."""
 
 from __future__ import annotations
 
@@ -21,26 +22,27 @@ from heliostat.data.infilling import FACT, Markers
 from heliostat.errors import ConfigError
 from heliostat.schema import Float, Strict
 
-WORD = 1 << 64  # the range of a draw
+WORD = 1 << 64  # a drawn number is below this
 
 
 class FillInTheMiddle(Strict):
-    """Configures the share of texts that are rearranged, so that a model learns to write their middle."""
+    """Configures the share of texts that heliostat rearranges, so that a model learns to write the middle of a text."""
 
     rate: Float = Field(0.5, gt=0, le=1)
     """Share of texts (documents, or their spans) to rearrange."""
     spm_rate: Float = Field(0.5, ge=0, le=1)
-    """Share of those with the suffix first, before the prefix (SPM); the others have it after the prefix (PSM)."""
+    """Share of the rearranged texts with the suffix before the prefix (SPM). The others have the prefix before the suffix
+    (PSM)."""
     span_chars: int | None = Field(8192, ge=16)
-    """Maximum characters of a span: longer documents are split into spans of about equal length, and each is rearranged or not
-    on its own. Choose about the length of a sample; null: documents aren't split."""
+    """Maximum characters of a span. Longer documents are split into spans of about equal length, and `rate` applies to each span.
+    Choose about the length of a sample. null: documents aren't split."""
     seed: Seed = 0
-    """Random seed for the choice of texts and for the places at which they are split."""
+    """Random seed for the choice of texts and for the positions at which they are split."""
 
 
 @dataclass(frozen=True)
 class Arranged:
-    """Holds the pieces of a text whose middle is to be filled in."""
+    """Holds the prefix, middle, and suffix of a rearranged text."""
 
     prefix: str
     middle: str
@@ -53,14 +55,15 @@ class Arranged:
 
 
 def spans(text: str, most: int | None) -> list[str]:
-    """Splits a text into spans of about equal length, of at most so many characters; none is empty."""
+    """Splits a text into spans of about equal length, with at most `most` characters. No span is empty."""
     count = 1 if most is None else max(1, -(-len(text) // most))
     bounds = [i * len(text) // count for i in range(count + 1)]
     return [text[a:b] for a, b in itertools.pairwise(bounds)]
 
 
 def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arranged]:
-    """Divides a document into unchanged texts, never two in a row, and rearranged ones. `digest`: of the document."""
+    """Divides a document into unchanged and rearranged texts. Two unchanged texts never follow each other. `digest`: the
+    document's digest."""
     out: list[str | Arranged] = []
     for number, span in enumerate(spans(text, keys.span_chars)):
         drawn = draws(f"{keys.seed} {digest} {number}")
@@ -74,13 +77,13 @@ def arrange(text: str, digest: str, keys: FillInTheMiddle) -> list[str | Arrange
 
 
 def draws(name: str) -> list[int]:
-    """Draws four integers below 2**64, which depend only on a name."""
+    """Draws four integers below 2**64. They depend only on `name`."""
     raw = hashlib.sha256(name.encode()).digest()
     return [int.from_bytes(raw[i : i + 8], "big") for i in range(0, 32, 8)]
 
 
 def encode(tokenizer: Tokenizer, documents: list[list[str | Arranged]], end: int, markers: Markers) -> list[np.ndarray]:
-    """Encodes each document to token ids, int32; each of its texts is followed by `end`."""
+    """Encodes each document to token ids (int32), with `end` after each of the document's texts."""
     plain = iter(tokens.encode(tokenizer, [text for document in documents for text in document if isinstance(text, str)], end))
     cut = [piece for document in documents for text in document if isinstance(text, Arranged) for piece in text.pieces]
     pieces = (ids for batch in tokens.batches(cut) for ids in infilling.encode(tokenizer, batch))
@@ -96,7 +99,7 @@ def _joined(text: Arranged, pieces: Iterator[list[int]], end: int, markers: Mark
 
 
 def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
-    """Finds the markers of a given tokenizer; ConfigError if it has no known ones."""
+    """Finds the markers of a given tokenizer; ConfigError if it has no known markers."""
     markers = infilling.names(tokenizer)
     if markers is None:
         known = "; ".join(", ".join(one) for one in infilling.KNOWN)
@@ -107,8 +110,8 @@ def names(tokenizer: Tokenizer) -> tuple[str, str, str]:
 
 
 def marking(definition: str, named: tuple[str, ...]) -> str:
-    """Returns a tokenizer's definition in which the markers are special tokens: a text that spells one stays text, and they
-    have no bytes. Some models' tokenizers have them as plain tokens."""
+    """Returns a tokenizer's definition in which the markers are special tokens. Then a marker's name in a text stays text, and
+    markers have no bytes. In some models' tokenizers, the markers are plain tokens."""
     tokenizer_json = json.loads(definition)
     added: dict[str, dict[str, Any]] = {token["content"]: token for token in tokenizer_json.get("added_tokens") or []}
     if missing := [name for name in named if name not in added]:

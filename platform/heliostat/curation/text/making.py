@@ -1,4 +1,4 @@
-"""Makes a text dataset: trains the tokenizer, writes the shards, and sums the facts for the manifest."""
+"""Makes a text dataset: trains the tokenizer, writes the shards, and combines the facts for the manifest."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from heliostat.tasks.work import key
 log = logging.getLogger(__name__)
 
 SAMPLERS = 64  # maximum tasks that measure and select the tokenizer's training text
-SHARD_SHARE = 6  # a shard's task holds its texts, its tokens, and its file
+SHARD_SHARE = 6  # a shard's task has its texts, its tokens, and its file in memory
 ALONE = 256  # maximum number of shards with a task each
 
 
 @dataclass
 class Reading(Making):
-    """Reads texts, and trains a tokenizer on those that its stages keep."""
+    """Reads texts, and trains a tokenizer on the texts that the stages keep."""
 
     meanings: ClassVar = documents.REASONS
 
@@ -59,8 +59,8 @@ class Reading(Making):
         return pieces_of(self.flow, self.source.input, inputs, target)
 
     def definition(self, curated: Curated, markers: tuple[str, ...] = ()) -> str:
-        """Returns the given tokenizer, or trains one on the documents with the lowest hashes, up to train_bytes: the same
-        sample for any runs. `markers`: other special tokens."""
+        """Returns the given tokenizer, or trains one on the documents with the lowest hashes, up to `train_bytes`. This sample
+        doesn't depend on the runs. `markers`: additional special tokens."""
         if self.given_tokenizer is not None:
             return self.given_tokenizer
         parts = list(groups(curated.runs, max(1, -(-len(curated.runs) // SAMPLERS))))
@@ -100,7 +100,7 @@ class TextMaking(Reading):
         definition = infilling.marking(definition, infill["names"]) if infill else definition
         facts = self.tokenizer_facts(definition, self.tokenizer["end_of_document"])
         totals, ends = Totals(facts["vocab_size"]), list[str]()
-        if self.together is not None:  # it drops exact duplicates
+        if self.together is not None:  # grouping drops exact duplicates
             ends += self._regrouped(curated, self.together, totals)
         for record in self._shards(curated, definition, facts["end_of_document"], infill):
             ends += record["ends"]
@@ -130,7 +130,7 @@ class TextMaking(Reading):
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        """Logs the number of split documents, and of related ones."""
+        """Logs the number of places at which documents were split, and of grouped documents."""
         if self.sample is not None:
             return
         if self.together is not None:
@@ -142,7 +142,7 @@ class TextMaking(Reading):
             log.info("chunk_tokens: split longer documents at %d places. No token is lost", totals.cut)
 
     def _regrouped(self, curated: Curated, together: Together, totals: Totals) -> list[str]:
-        """Replaces the stages' runs with runs of related documents; returns spills of the exact duplicates' ends."""
+        """Replaces the stages' runs with runs of related documents. Returns spills of the exact duplicates' fates."""
         parts = max(1, -(-curated.bytes * RUN_SHARE // self.memory_limit))
         more = {"by": together.model_dump(), "explained": self.explained}
         records = self.flow.all("regroup", gathering.regroup, self._ranged(curated.runs, parts, **more))
@@ -152,7 +152,7 @@ class TextMaking(Reading):
         return [name for record in records for name in record["ends"]]
 
     def _ranged(self, runs: list[SpilledRun], parts: int, **more: object) -> Iterator[Task]:
-        """Describes one task for each of so many equal ranges of hashes, over runs."""
+        """Yields one task for each of `parts` equal ranges of hashes. Each task reads its range from all runs."""
         for one in self.ranges(runs, parts):
             follows, shared = key(identities(one.runs), more), {"runs": self.flow.share(one.runs)}
             for part in range(one.first, one.stop):
@@ -160,7 +160,7 @@ class TextMaking(Reading):
                 yield Task(key(follows, low, high), {"low": low, "high": high, **more}, shared, int(one.part * len(one.runs)))
 
     def _check_largest(self, runs: list[SpilledRun], together: Together, parts: int) -> None:
-        """Raises ConfigError if the documents of one value, which one shard holds, exceed its task's memory."""
+        """Raises ConfigError if the documents of one value, which are all in one shard, exceed the memory of the shard's task."""
         work = self._ranged(runs, parts, column=together.column)
         largest = max(self.flow.all("largest", gathering.largest, work), key=lambda record: record["bytes"])
         needs = largest["bytes"] * SHARD_SHARE
@@ -168,12 +168,12 @@ class TextMaking(Reading):
             raise ConfigError(
                 f"together.column: {together.column!r}: the documents of {largest['value']!r} have "
                 f"{largest['bytes']:,} bytes in one shard. Its task needs {SHARD_SHARE} times as much memory, "
-                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, name a column "
+                f"more than memory_limit ({self.memory_limit:,}). Set memory_limit to {needs:,}, use a column "
                 "with smaller groups, or give those documents no value"
             )
 
     def _shards(self, curated: Curated, definition: str, end: int, infill: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-        """Writes the shards; if there are many, a task writes as many as fit in its memory, one after another."""
+        """Writes the shards. If there are many, a task writes several shards, one after another."""
         shards = max(1, round(curated.bytes / self.shard_bytes))
         plan = TextSharding(
             self.output.uri, shards, definition, end, self.chunk_tokens, self.explained, infill, bool(self.together) or None
@@ -198,7 +198,7 @@ class TextMaking(Reading):
         return {"most_trained": most, "shards_drop_duplicates": True}
 
     def refine(self, report: Prediction, curated: Curated) -> list[str]:
-        """Estimates the tokens per byte, and the time for merging runs and for training the tokenizer; returns notes."""
+        """Estimates the tokens per byte, the time for merging runs, and the time for training the tokenizer. Returns notes."""
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
@@ -208,10 +208,10 @@ class TextMaking(Reading):
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
-        """Adds the time for merging the whole input's runs to the seconds, estimated from some of the sample's runs; returns
-        notes."""
+        """Estimates the time for merging the whole input's runs from some of the sample's runs, and adds it to the seconds.
+        Returns notes."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
-        factor = report.factors[0]["" if self.together else SHARD]  # exact duplicates are dropped here
+        factor = report.factors[0]["" if self.together else SHARD]  # shards drop exact duplicates
         whole = left * report.sample.of_bytes * factor
         least = 1 if self.together else pieces.number(report.sample.input_bytes, report.sample.files)
         many, shards = max(least, round(whole / most)), max(1, round(whole / self.shard_bytes))
@@ -234,7 +234,7 @@ class TextMaking(Reading):
             f"{how} first. The time for that is estimated from a part of the sample")]  # fmt: skip
 
     def _rate(self, report: Prediction, curated: Curated) -> Rate:
-        """Estimates the tokens per byte of the whole input: the sample's, if the tokenizer is given."""
+        """Estimates the tokens per byte of the whole input. With a given tokenizer, it is the sample's value."""
         shard, config = report.funnel[SHARD], self.tokenizer
         seen = shard["counts"]["tokens"] / shard["kept_bytes"]
         if self.given_tokenizer is not None:
@@ -254,8 +254,8 @@ def identities(runs: list[SpilledRun]) -> list[list[object]]:
 
 
 def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> Iterator[list[FilePart]]:
-    """Splits an input into pieces of about `target` bytes. For files that are read in ranges of lines, the lines before each
-    range are counted first."""
+    """Splits an input into pieces of about `target` bytes. For files that are read in ranges of lines, it first counts the lines
+    before each range."""
     cut = list(pieces.cut((f.part for f in files), target, lambda path: readers.ranged(path or input)))
     unknown = [p[0] for p in cut if p[0].stop is not None and readers.numbered(p[0].path or input) == "line"]
     count = (Task(key("lines", input, part.identity), {"input": input, "part": part}) for part in unknown)
@@ -264,7 +264,8 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> It
 
 
 def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
-    """Yields the pieces with the number of the first record of each range, from the lines before it in its file."""
+    """Yields the pieces with the first record's number for each range. The number follows from the lines before the range in its
+    file."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]

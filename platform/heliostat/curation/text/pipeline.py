@@ -1,11 +1,12 @@
-"""Turns text into token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
+"""Converts text to token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The SHA-256 of a
-document's text selects its shard, so one task sees all duplicates and drops them (the smallest id stays). Within a shard,
-documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass through the driver.
-Files are read in ranges or streamed; a task holds a share of `memory_limit`, and a shard's task holds its shard. Dropped
-documents are listed with the reason in `quarantine.parquet`. A compressed file can't use more memory or disk than
-`max_file_bytes` and `max_document_bytes` allow. For Parquet files, the sizes of row groups come from their footers, unchecked.
+Guarantees: the dataset is a pure function of the configuration and of the input's relative paths and bytes. The SHA-256 of a
+document's text selects its shard, so one task has all duplicates of a document, and drops them (the smallest id stays). Within a
+shard, documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass through the
+driver. Files are read in ranges or streamed. A task uses at most a share of `memory_limit`, but the task that writes a shard has
+the complete shard in memory. Dropped documents are listed with the reason in `quarantine.parquet`. A compressed file can't use
+more memory or disk than `max_file_bytes` and `max_document_bytes` allow. For Parquet files, the sizes of row groups come from
+their footers, unchecked.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from heliostat.tasks.flow import Flow
 
 log = logging.getLogger(__name__)
 
-LEAST = 257  # minimum tokens of a trained tokenizer: the bytes, and the end of a document
+LEAST = 257  # minimum vocabulary of a trained tokenizer: 256 bytes and the end of a document
 
 
 class TokenizerConfig(Strict):
@@ -49,7 +50,7 @@ class TokenizerConfig(Strict):
     train_bytes: int = Field(100_000_000, gt=0)
     """Bytes of text that train the tokenizer, from the documents with the lowest hashes."""
     path: str | None = None
-    """Existing tokenizer: a `tokenizer.json`, a folder that holds one, or `ORG/NAME` of the Hugging Face Hub."""
+    """Existing tokenizer: a `tokenizer.json`, a folder with this file, or `ORG/NAME` of the Hugging Face Hub."""
     end_of_document: str = Field("<|endoftext|>", min_length=1)
     """Token after each document. An existing tokenizer must have it."""
 
@@ -60,7 +61,8 @@ class TokenizerConfig(Strict):
         return self
 
     def definition(self) -> str | None:
-        """Reads the definition of the existing tokenizer; None if there is none; ConfigError if it is missing or not UTF-8."""
+        """Reads the definition of the existing tokenizer; None if `path` isn't set. ConfigError if the file is missing or isn't
+        UTF-8."""
         if self.path is None:
             return None
         location = place(self.path, "tokenizer.path").join("tokenizer.json")
@@ -97,14 +99,14 @@ class TextPipeline(StagedPipeline):
     """Globs of files to skip (`encodings/**`), matched against their paths below the input's folder, like the globs of
     `input`."""
     repositories: bool = False
-    """Reads the input's archives (`.tar`, also compressed, and `.zip`) and git clones as repositories of code, and nothing else.
-    See docs/data/code.md"""
+    """Reads only code repositories: the input's archives (`.zip`, and `.tar`, compressed or not) and git clones. See
+    docs/data/code.md"""
     tokenizer: TokenizerConfig
     """Tokenizer to train on the text, or to use as it is."""
     columns: TextColumns = TextColumns()
     """Names of the columns, in files of records (`.jsonl`, `.parquet`, `.csv`)."""
     normalise: Literal["none", "NFC", "NFKC"] = "NFC"
-    """Unicode normal form that heliostat applies to every text first. It decides which documents are equal."""
+    """Unicode normal form to which heliostat converts every text first. It affects which documents are equal."""
     min_chars: int = Field(1, ge=1)
     """Minimum characters of a document; shorter documents are dropped (`too_short`)."""
     max_chars: int | None = Field(None, ge=1)
@@ -112,18 +114,18 @@ class TextPipeline(StagedPipeline):
     max_document_bytes: int = Field(1 << 26, ge=1)
     """Maximum bytes of a document, uncompressed; larger documents are dropped (`too_large`)."""
     max_file_bytes: int = Field(1 << 40, ge=1)
-    """Maximum bytes of an input file, stored and uncompressed: everything after the limit is dropped (`too_large`)."""
+    """Maximum bytes of an input file, both stored and uncompressed. Everything after the limit is dropped (`too_large`)."""
     chunk_tokens: int = Field(1_000_000, gt=0)
-    """Tokens per row group, approximately, and at most twice as many: longer documents are split. See
+    """Approximate tokens per row group. A row group has at most twice as many, because longer documents are split. See
     docs/data/format.md#row-groups"""
     shard_bytes: int = Field(128_000_000, gt=0)
-    """Bytes of text per shard, approximately; bounds the memory of the task that writes it."""
+    """Approximate bytes of text per shard. It limits the memory of the task that writes the shard."""
     fill_in_the_middle: FillInTheMiddle | None = None
     """Rearranges documents, so that a model learns to write the text between a prefix and a suffix. See
     docs/data/fill-in-the-middle.md"""
     together: Together | None = None
-    """Documents to keep next to each other, so that a model sees them in one sequence: those with the same value in a column,
-    such as `repository`. heliostat holds them out together. See docs/data/grouping.md"""
+    """Groups of documents that stay next to each other, so that a model sees them in one sequence. The documents of a group have
+    the same value in a column, such as `repository`. heliostat holds out complete groups. See docs/data/grouping.md"""
 
     @property
     def rules(self) -> documents.TextRules:
@@ -143,13 +145,13 @@ class TextPipeline(StagedPipeline):
             self._check_markers()
         for stage in self.stages:
             if stage.of_images:
-                raise ConfigError(f"stages: {stage.named()} reads images, and a text pipeline has none. Remove it")
+                raise ConfigError(f"stages: {stage.named()} reads images, but a text pipeline has no images. Remove this stage")
             stage.check()
         self.check_columns(self._known, "columns.others")
         if self.repositories:
             extras.require("curation", "identify", what="repositories: licenses are recognized by their texts, which")
             if self.input == sources.STDLIB:
-                raise ConfigError(f"repositories: {sources.STDLIB} isn't a repository. Remove one of the two")
+                raise ConfigError(f"repositories: {sources.STDLIB} isn't a repository. Remove `repositories`, or change `input`")
         if self.together:
             self._check_together(self.together)
         for pattern in self.exclude:
@@ -161,12 +163,12 @@ class TextPipeline(StagedPipeline):
 
     @property
     def _known(self) -> set[str]:
-        """Returns the columns that documents have, or may have: those of crawls are known when a file is read."""
+        """Returns the columns that documents have or may have. The columns of crawls are known only when a file is read."""
         crawled = warc.COLUMNS if readers.numbered(self.input) in ("byte", None) else ()
         return {*self.columns.others, *(repositories.COLUMNS if self.repositories else crawled)}
 
     def _check_together(self, together: Together) -> None:
-        """Raises ConfigError if documents lack the columns; files of repositories have their own."""
+        """Raises ConfigError if documents don't have the columns in `together`. Files of repositories have other columns."""
         known = {*self.columns.others, *(repositories.COLUMNS if self.repositories else ())}
         for key, name in together.model_dump(exclude_none=True).items():
             if name not in known:
@@ -176,7 +178,7 @@ class TextPipeline(StagedPipeline):
                 )
 
     def _check_markers(self) -> None:
-        """Raises ConfigError if the tokenizer has no markers, or no room for them."""
+        """Raises ConfigError if a given tokenizer has no markers, or if the vocabulary to train is too small for the markers."""
         if self.given_tokenizer is not None:
             tokenizer = tokens.load(infilling.marking(self.given_tokenizer, infilling.names(tokens.load(self.given_tokenizer))))
             encode(tokenizer, [])
@@ -197,10 +199,10 @@ class TextPipeline(StagedPipeline):
 
     def identity(self) -> dict[str, Any]:
         config = super().identity()
-        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # when these were separate keys
+        config |= {"text_column": self.columns.text, "columns": self.columns.others}  # the keys from when they were separate
         if not self.columns.others:
             del config["columns"]
-        if self.given_tokenizer is not None:  # the tokenizer's content, without its location
+        if self.given_tokenizer is not None:  # the tokenizer's content counts, not its location
             config["tokenizer"]["path"] = hashlib.sha256(self.given_tokenizer.encode()).hexdigest()
         if self.stages:
             config["stages"] = [stage.identity() for stage in self.stages]
@@ -209,7 +211,7 @@ class TextPipeline(StagedPipeline):
     def sampled(self, inputs: list[InputFile], fraction: float) -> SampledParts:
         sample = sampling.choose(inputs, fraction, sources.root(self.input).name)
         if not sample.parts:
-            raise ConfigError(f"--sample: a share of {fraction:g} of {len(inputs):,} files selects none. Choose a larger one")
+            raise ConfigError(f"--sample: {fraction:g} of {len(inputs):,} files is less than one file. Choose a larger share")
         return sample
 
     def making(self, flow: Flow, output: Location, sample: SampledParts | None = None) -> TextMaking:

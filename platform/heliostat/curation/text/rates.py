@@ -1,7 +1,7 @@
-"""Estimates the tokens per byte of a dataset whose tokenizer is trained on it, from a sample of it.
+"""Estimates the tokens per byte of a dataset from a sample, if the dataset's tokenizer is trained on the dataset.
 
-A tokenizer trained on little text fits that text well, and other text badly; the difference shrinks as the text grows. So half
-of a sample trains a tokenizer, which encodes both halves.
+A tokenizer trained on little text fits that text well, and other text badly. The difference shrinks as the training text grows.
+So a tokenizer is trained on half of the sample, and encodes both halves.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from heliostat.storage.locations import Location
 from heliostat.tasks import cpu_time, spill
 
 ENCODED = 16 << 20  # maximum bytes of each half that are encoded
-ENOUGH = 1.5  # factor between two texts that shows how the time grows
-SLOWEST = 0.5  # minimum exponent, because small times vary by chance
+ENOUGH = 1.5  # minimum ratio of two text sizes for measuring how the time grows
+SLOWEST = 0.5  # minimum exponent, because short times vary by chance
 
 
 def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> dict[str, Any]:
-    """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`. Returns the tokens per byte of that
-    text (`own`), and of the other half (`other`; None if one is empty), the bytes that trained it, and the CPU seconds."""
+    """Trains a tokenizer on half of the documents, by their hashes, up to `train_bytes`. Returns the tokens per byte of this text
+    (`own`) and of the other half (`other`; None if a half is empty), the bytes of training text, and the CPU seconds."""
     limit, start = min(config["train_bytes"], ENCODED), cpu_time.now()
     definition = tokens.train(_texts(folder, runs, 0, limit), config["vocab_size"], config["end_of_document"])
     tokenizer, took = tokens.load(definition), cpu_time.now() - start
@@ -40,15 +40,16 @@ def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> 
 
 
 def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> float:
-    """Estimates the exponent with which the time to train a tokenizer grows with its text, from the seconds for so many bytes,
-    and for half of them (`halves`): at most 1, because of counting, and less because words repeat."""
+    """Estimates the exponent of the growth of a tokenizer's training time with the size of its text. It compares the seconds for
+    `bytes` bytes with the seconds for half of the sample (`halves`). The exponent is at most 1, the growth of counting. It is
+    smaller because words repeat."""
     if bytes < ENOUGH * measured["trained"] or not 0 < measured["took"] < seconds:
         return 1.0
     return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
 
 
 def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> Iterator[str]:
-    """Yields the texts of one half of all keys, from the lowest up to so many bytes."""
+    """Yields the texts of one half of all keys in ascending order, up to `most` bytes."""
     taken, total = 0, sum(run.bytes for run in runs)
     high = spill.ALL if total <= 2 * most else spill.ALL * 2 * most // total
     for run in runs:
@@ -62,12 +63,12 @@ def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> It
 
 
 def of_whole(seen: float, sampled: float, measured: dict[str, Any], train_bytes: int, whole: float) -> Rate:
-    """Estimates the rate of a whole of so many bytes from that `seen` in a sample of `sampled` bytes, each with a tokenizer
-    that is trained on `train_bytes` of its own.
+    """Estimates the rate for an input of `whole` bytes from the rate `seen` in a sample of `sampled` bytes. Each has a tokenizer
+    trained on up to `train_bytes` of its text.
 
-    The model: compared with a tokenizer trained on infinite text, the training text has fewer tokens by the same amount as
-    other text has more, and both differences shrink as the training text grows. The bounds are the sample's rate, and the rate
-    of text outside the training half.
+    The model compares with a tokenizer trained on infinite text. The training text has fewer tokens, and other text has more
+    tokens, by the same amount. Both differences shrink as the training text grows. The bounds are the sample's rate, and the rate
+    of the half without training text.
     """
     own, other = measured["own"], measured["other"]
     if own is None or other is None or other <= own:

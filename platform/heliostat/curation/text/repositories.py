@@ -1,7 +1,7 @@
-"""Finds the repositories of code in an input: archives, and git clones on disk. It ignores other files.
+"""Finds the code repositories in an input: archives, and git clones on disk. It ignores other files.
 
-A clone is listed with the bytes of its newest commit's files instead of a size, and the commit's first digits instead of a
-time. How it was cloned, and how git stores it, doesn't matter.
+In the listing, a clone's size is the bytes of its newest commit's files, and its time is the commit's first digits. So the
+listing doesn't depend on how it was cloned, or how git stores it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def listing(uri: str) -> list[InputFile]:
     folders = _clones(base, paths)
     if folders and base.is_s3:
         place = base.join(folders[0]) if folders[0] else base
-        raise ConfigError(f"input: {place}: heliostat reads a git clone only from disk. Put an archive of it there (git archive)")
+        raise ConfigError(f"input: {place}: heliostat reads git clones only from disk. Use an archive of the clone (git archive)")
     if folders and not clones.there_is_git():
-        raise ConfigError("input: contains git clones, and the program `git` isn't installed. Install it")
+        raise ConfigError("input: contains git clones, but `git` isn't installed. Install git")
     inside = tuple(_worked_in(folder) for folder in folders)
     files = [
         InputFile(path, info.size, info.mtime_ns, info.etag)
@@ -46,26 +46,26 @@ def listing(uri: str) -> list[InputFile]:
 
 
 def commit_of(modified: int) -> str:
-    """Returns the digits of the commit with which a clone was listed."""
+    """Returns the commit's first digits, from a clone's time in the listing."""
     return f"{modified:0{DIGITS}x}" if modified else "HEAD"
 
 
 def _clones(base: Location, paths: set[str]) -> list[str]:
-    """Finds the folders of git repositories by their files; repositories inside others don't count."""
+    """Finds the folders of git repositories by their files. Ignores repositories inside other repositories."""
     heads = sorted(path[: -len("HEAD")].rstrip("/") for path in paths if path == "HEAD" or path.endswith("/HEAD"))
     folders = [f for f in heads if clones.is_clone(f or base.name) and {f"{f}/config".lstrip("/")} <= paths]
     return [f for f in folders if not any(f != other and f.startswith(_worked_in(other)) for other in folders)]
 
 
 def _worked_in(folder: str) -> str:
-    """Returns the common prefix of all paths of a clone, its working tree included."""
+    """Returns the common prefix of all paths of a clone, including its working tree."""
     if folder == "" or folder == clones.SUFFIX:
         return ""
     return folder.removesuffix(clones.SUFFIX) if folder.endswith(f"/{clones.SUFFIX}") else f"{folder}/"
 
 
 def _listed(base: Location, folder: str) -> InputFile:
-    """Describes a clone. An unreadable one has no bytes, and reading it reports the reason."""
+    """Describes a clone. An unreadable clone has 0 bytes, and reading it reports the reason."""
     try:
         if not sources.inside(base, folder):
             return InputFile(folder, 0, 0)

@@ -1,9 +1,9 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
-Files with one document are chosen by the hashes of their paths, large and small ones equally. In files with many documents,
-places are chosen first in the same way (ranges of lines, or complete files if a range can't be read), a larger share if there
-are few. Then records within them are chosen by their hashes. So every record has the same chance, and only chosen places are
-read. Order, the cluster, and the split into tasks don't matter.
+Files with one document are chosen by the hashes of their paths, large and small files equally. Files with many documents have
+places: ranges of lines, or complete files if a range can't be read. Places are chosen by hash first, a larger share if there are
+few places. Then records in these places are chosen by their hashes. So every record has the same chance, and only chosen places
+are read. The sample doesn't depend on the order, the cluster, or the split into tasks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from heliostat.curation.sampled import OF_RECORDS, PLACES, SampledParts, chosen,
 from heliostat.curation.stage import Document, Dropped
 from heliostat.curation.text.tasks import TextSource
 
-BLOCK = 64 << 10  # bytes of lines that are chosen together, in inputs of up to BLOCKS of them
+BLOCK = 64 << 10  # bytes of a range of lines, in inputs of up to BLOCKS ranges
 BLOCKS = 1 << 20
 Kind = Literal["one", "lines", "records"]
 
 
 def kind(path: str) -> Kind:
-    """Returns how a file is sampled: as a whole, by ranges of its lines, or by its records during reading."""
+    """Returns how a file is sampled: as a complete file, by ranges of lines, or by records during reading."""
     number = readers.numbered(path)
     if number == "":
         return "one"
@@ -33,7 +33,7 @@ def kind(path: str) -> Kind:
 
 
 def choose(files: Iterable[InputFile], fraction: float, name: str) -> SampledParts:
-    """Chooses a sample; `name` is the path of an input that is one file."""
+    """Chooses a sample. `name`: the path of an input that is a single file."""
     sample, by_kind = SampledParts(fraction, name), dict[str, list[InputFile]]()
     for file in files:
         by_kind.setdefault(kind(file.path or name), []).append(file)
@@ -62,7 +62,8 @@ class SampledTexts(TextSource):
     records: dict[str, float]
 
     def read(self, part: FilePart) -> Iterator[Document | Dropped]:
-        """Yields a part's chosen records; those of a range of lines are named after it, because their numbers aren't known."""
+        """Yields a part's chosen records. In a range of lines, a record's id begins with the range, because the line numbers
+        aren't known."""
         rate = self.records[kind(part.path or self.name)]
         for item in TextSource.read(self, part):
             id = item.id if part.stop is None else f"{place(part, self.name)}#{item.id.rpartition('#')[2]}"

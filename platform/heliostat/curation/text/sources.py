@@ -1,7 +1,7 @@
 """Finds the files of a text input: a file, a folder, a glob, an s3:// prefix, a dataset of the Hub, or `python:stdlib`.
 
-The listing is the same at any location: paths are relative to the input's root, and sorted. A file is read up to a limit, and
-only if it is inside the input: links and names in metadata files can't lead out of it.
+The listing is the same at any location, because paths are relative to the input's root, and sorted. A file is read up to a limit,
+and only if it is inside the input: links and paths in metadata files can't lead to files outside.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from heliostat.text import brief, printable
 log = logging.getLogger(__name__)
 
 STDLIB = "python:stdlib"
-FIELD = 1 << 17  # characters of a value in a .csv that lists images or URLs; the limit is the process's, set before each is read
+FIELD = 1 << 17  # maximum characters of a value in a .csv with images or URLs; the limit is global, so it is set before each file
 BYTES = {"extract": "pages or web archives", "pdf": "PDFs"}  # the inputs that each stage turns into text
 AHEAD = 4 << 20  # bytes of a file per read
-# not the library itself: installed packages, tests (with data that is broken on purpose) and compiled files
+# folders that don't belong to the library: installed packages, tests (with intentionally invalid data), compiled files
 STDLIB_SKIPS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -58,8 +58,8 @@ def split_glob(uri: str) -> tuple[str, str | None]:
 
 
 def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
-    """Compiles the glob of a key: `*`, `?` and `[...]` match within a folder's name, `**` any number of folders; ConfigError if
-    invalid."""
+    """Compiles the glob of a key: `*`, `?`, and `[...]` match within one part of a path, and `**` matches any number of folders.
+    ConfigError if the glob is invalid."""
     out = []
     for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]/]+\]|.", pattern, re.DOTALL):
         if token == "**/":
@@ -84,7 +84,7 @@ def glob_regex(pattern: str, key: str = "input") -> re.Pattern[str]:
 def root(uri: str) -> Location:
     """Locates the folder that document ids are relative to.
 
-    Each worker computes it, because its Python may be installed elsewhere.
+    Each worker computes this folder, because Python may be installed in a different folder there.
     """
     if names.is_dataset(uri):
         return hub.root(uri)
@@ -92,12 +92,13 @@ def root(uri: str) -> Location:
 
 
 def absolute(uri: str) -> str:
-    """Returns an input's URI in a form that means the same in any folder, including the pattern."""
+    """Returns an input's URI, with its pattern, as an absolute URI that doesn't depend on the current folder."""
     return uri if "://" in uri or uri == STDLIB else str(workspace.root() / uri)
 
 
 def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
-    """Finds the input's root, and the files in it that match the pattern, by relative path ("" for the root if it is a file)."""
+    """Finds the input's root, and the files in it that match the pattern. Paths are relative to the root; "" if the root is a
+    file."""
     if names.is_dataset(uri):
         return hub.find(uri, glob_regex)
     base, pattern = root(uri), split_glob(uri)[1]
@@ -118,7 +119,8 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
 def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     """Lists the files to read, sorted by path; ConfigError if there are none.
 
-    Of the kinds that need a stage for their text, it lists those whose stage is in `stages`, and logs the number of others.
+    Some kinds of files need a stage that extracts their text. It lists these files only if the stage is in `stages`, and logs the
+    number of the others.
     """
     base, listed = find(uri)
     if uri == STDLIB:
@@ -133,7 +135,7 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     for stage, count in sorted(unread.items()):
         what, fix = f"{count:,} {BYTES[stage]}", f"{{stage: {stage}}} first among a text pipeline's `stages`"
         if not files:
-            raise ConfigError(f"input: {uri!r}: only {what}. Put {fix}")
+            raise ConfigError(f"input: {uri!r}: contains only {what}. Put {fix}")
         log.warning("%s: skipping %s. To read them, put %s", uri, what, fix)
     if not files:
         seen = f"none of {len(listed)} files is supported" if listed else "no such file"
@@ -143,7 +145,7 @@ def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
 
 
 def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
-    """Removes the files whose paths match a pattern, and logs how many; warns of a pattern that matches none."""
+    """Removes the files whose paths match a pattern, and logs their number. Logs a warning for a pattern that matches no file."""
     kept = files
     for pattern in patterns:
         matches = glob_regex(pattern, "exclude").fullmatch
@@ -158,10 +160,10 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
 
 
 def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -> bytes:
-    """Reads a file of the input, or the root itself if there is no path; `part`: as it was listed, if that is known.
+    """Reads a file of the input, or the root itself if the path is empty. `part`: the file as listed, if it is known.
 
-    LeftOutError if it is outside the input, larger than `limit`, or (a local file) can't be opened; a store that fails is an
-    error.
+    LeftOutError if the file is outside the input or larger than `limit`, or if a local file can't be opened. A failing store
+    raises its own error.
     """
     with _readable(base, path) as place:
         listed = place.is_s3 and part is not None and part.etag
@@ -172,10 +174,10 @@ def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -
 
 
 def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) -> io.RawIOBase:
-    """Opens a file of the input, or the root itself, to read it in blocks; repeats a read while the store fails.
+    """Opens a file of the input, or the root itself, for reading in blocks. Repeats a read while the store fails.
 
-    `part`: the file as it was listed, if that is known. If the object has an ETag, the store rejects reads of a changed one.
-    LeftOutError like `fetch`, DataError if an object was rewritten.
+    `part`: the file as listed, if it is known. If an object has an ETag, the store rejects reads after a change of the object.
+    LeftOutError as in `fetch`; DataError if an object was rewritten.
     """
     with _readable(base, path) as place:
         if part is not None and part.etag and place.is_s3:
@@ -189,9 +191,9 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
 
 
 def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
-    """Yields the rows of a list of images or URLs: a .parquet, a .csv, or lines of JSON.
+    """Yields the rows of a file that lists images or URLs: a .parquet, a .csv, or JSON lines.
 
-    ConfigError if it can't be read, because the missing entries would be unknown.
+    ConfigError if the file can't be read, because it is unknown which entries are missing.
     """
     try:
         with blocks(base, path, limit, part) as file:
@@ -212,8 +214,8 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
 
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
-    """Returns the path of a file, after downloading it if it is on the Hub; LeftOutError if it is outside the input, or (a local
-    file) can't be opened."""
+    """Provides the location of a file, after downloading a file of the Hub. LeftOutError if the file is outside the input, or if
+    a local file can't be opened."""
     if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
@@ -227,7 +229,7 @@ def _readable(base: Location, path: str) -> Iterator[Location]:
 
 
 class _ReadAhead(io.RawIOBase):
-    """Presents a file in a store as a Python file that reads some megabytes ahead."""
+    """Wraps a file in a store as a Python file object that reads a few megabytes ahead."""
 
     def __init__(self, place: Location, file: pa.NativeFile | None, size: int, part: FilePart | None) -> None:
         self.place, self.file, self.part, self.length, self.at = place, file, part, size, 0
@@ -274,9 +276,10 @@ class _ReadAhead(io.RawIOBase):
 
 
 def _as_listed(place: Location, part: FilePart) -> int:
-    """Returns the bytes of an object; FileNotFoundError if it is missing, DataError if its ETag has changed since the listing.
+    """Returns an object's size in bytes. FileNotFoundError if the object is missing; DataError if its ETag has changed since the
+    listing.
 
-    If the store has ETags only in listings, its size is compared, and each read checks the ETag.
+    If the store returns ETags only in listings, compares the size instead. Each read then checks the ETag.
     """
     if (info := place.info()) is None:
         raise FileNotFoundError(str(place))
@@ -286,7 +289,7 @@ def _as_listed(place: Location, part: FilePart) -> int:
 
 
 def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
-    """Reads a range of an object as it was listed; DataError if it was rewritten."""
+    """Reads a range of an object; DataError if the object was rewritten since the listing."""
     try:
         return place.read_object(begin, end, part.etag) if begin < end else b""
     except RewrittenError as e:
@@ -294,21 +297,22 @@ def _of_object(place: Location, part: FilePart, begin: int, end: int) -> bytes:
 
 
 def require_unchanged(base: Location, part: FilePart) -> None:
-    """Raises DataError if a file has changed since the input was listed; does nothing if that isn't known, or for a folder.
+    """Raises DataError if a file has changed since the input was listed. Does nothing for a folder, or if the listing isn't
+    known.
 
-    Does nothing for an object with an ETag either, because its reads are conditional (`_of_object`).
+    Does nothing for an object with an ETag, because reads of it are conditional (`_of_object`).
     """
     place = base.join(part.path) if part.path else base
     info = place.info() if part.modified and not part.etag else None
     if info is None or info.type != pafs.FileType.File:
         return
-    unit = 1_000_000_000 if base.is_s3 else 1  # a store tells seconds where it is asked for one file, and may list fractions
+    unit = 1_000_000_000 if base.is_s3 else 1  # for one file, a store returns whole seconds; in listings, maybe fractions
     if (info.size, info.mtime_ns // unit) != (part.bytes, part.modified // unit):
         raise changed(place, part, info.size)
 
 
 def changed(place: Location, part: FilePart, size: int) -> DataError:
-    """Makes the error for a file that has changed since the input was listed."""
+    """Builds the error for a file that has changed since the input was listed."""
     other = "content" if part.etag else "time"
     now = f"{size:,} now" if size != part.bytes else f"as many now, of another {other}"
     return DataError(
@@ -332,5 +336,5 @@ def inside(base: Location, path: str) -> bool:
 
 
 def examples(ids: list[str]) -> str:
-    """Formats some ids for a warning; they are file names, so they may contain any character."""
+    """Formats a few ids for a warning. Ids are file names, so they may contain any character."""
     return ", ".join(printable(id) for id in ids)

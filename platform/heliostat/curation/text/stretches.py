@@ -1,8 +1,10 @@
-"""Encodes texts with a byte-level tokenizer one stretch at a time, and caches the tokens of stretches, because most repeat.
+"""Encodes texts with a byte-level tokenizer one stretch at a time. It caches the tokens of stretches, because most stretches
+repeat.
 
-A stretch is white space with the text after it. GPT-2's pattern, with which `ByteLevel` splits a text before any merge, allows
-white space only at the beginning of a piece, and ignores everything before a piece. So a piece ends wherever white space
-begins, and a text's tokens are those of its stretches. Tokenizers that split differently aren't `divisible`.
+A stretch is white space followed by text without white space. Before any merge, `ByteLevel` splits a text into pieces with
+GPT-2's pattern. The pattern allows white space only at the beginning of a piece, and doesn't look at the text before a piece. So
+a piece ends wherever white space begins, and a text's tokens are the tokens of its stretches. Tokenizers that split texts
+differently aren't `divisible`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ LONG = 32  # characters; longer stretches aren't cached, so the cache takes 10 t
 
 
 def divisible(tokenizer: Tokenizer) -> bool:
-    """Checks whether a tokenizer's tokens of a text are those of its stretches: a byte-level BPE without earlier steps."""
+    """Checks whether a text's tokens are the tokens of its stretches. This is true for a byte-level BPE without earlier steps."""
     cut = tokenizer.pre_tokenizer
     return (
         tokenizer.normalizer is None
@@ -38,7 +40,7 @@ def divisible(tokenizer: Tokenizer) -> bool:
 
 
 def parts(text: str, most: int) -> Iterator[str]:
-    """Splits a text where white space begins, at the first possible place after `most` characters."""
+    """Splits a text into parts of at least `most` characters. A part ends at the next position where white space begins."""
     begin = 0
     while len(text) - begin > most and (match := BEGINS.search(text, begin + most - 1)):
         yield text[begin : match.start() + 1]
@@ -47,14 +49,14 @@ def parts(text: str, most: int) -> Iterator[str]:
 
 
 class Stretches:
-    """Encodes texts by a divisible tokenizer."""
+    """Encodes texts with a divisible tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._known = dict[str, bytes]()
 
     def encode(self, texts: list[str]) -> list[bytes]:
-        """Returns the token ids of each text, as int32 in native byte order; pass few megabytes of texts at a time."""
+        """Returns the token ids of each text, as int32 in native byte order. Pass at most a few megabytes of texts at a time."""
         cut = [(ASCII_STRETCH if text.isascii() else STRETCH).findall(text) for text in texts]
         new = list(set().union(*cut).difference(self._known))
         if len(self._known) + len(new) > REMEMBERED:
@@ -71,5 +73,6 @@ class Stretches:
 
 @lru_cache(maxsize=2)
 def of(tokenizer: Tokenizer) -> Stretches | None:
-    """Returns the encoder of a tokenizer, the same while the tokenizer is in use; None if it isn't divisible."""
+    """Returns the tokenizer's encoder; None if the tokenizer isn't divisible. While a tokenizer is in use, its encoder stays the
+    same."""
     return Stretches(tokenizer) if divisible(tokenizer) else None

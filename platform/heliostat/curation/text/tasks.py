@@ -34,14 +34,14 @@ from heliostat.errors import ConfigError
 from heliostat.storage.locations import Location
 from heliostat.tasks import care, spill
 
-PREFIXES = 1 << 16  # the hash's first 16 bits, by which the tokenizer's sample is measured
+PREFIXES = 1 << 16  # number of hash prefixes (16 bits) for measuring the tokenizer's sample
 SELECTED_BYTES = 8 << 20  # bytes of the tokenizer's training texts in memory at once
 LISTED = pa.schema([(name, pa.large_string()) for name in ("id", "reason", "detail")])
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """Reads a text input's parts in a task."""
+    """Reads parts of a text input in a task."""
 
     input: str
     rules: documents.TextRules
@@ -52,7 +52,7 @@ class TextSource:
         if fixed:
             sources.require_unchanged(base, part)
         yield from read_file(base, part.path, self.rules, part)
-        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # from a store, files that take several requests
+        if fixed and (not base.is_s3 or part.length > sources.AHEAD):  # in a store, only files that take several requests
             sources.require_unchanged(base, part)
 
     def finish(self, document: Document) -> Document | Dropped:
@@ -65,9 +65,9 @@ class TextSource:
 def read_file(
     base: Location, path: str, rules: documents.TextRules, part: FilePart | None = None
 ) -> Iterator[Document | Dropped]:
-    """Reads the normalized documents of a file or a repository, and the dropped ones; pages stay bytes.
+    """Yields the normalized documents of a file or a repository, and the dropped documents. Pages stay bytes.
 
-    A store that fails is an error.
+    A failing store raises an error.
     """
     part = part or FilePart(path, 0, 0)
     try:
@@ -95,7 +95,7 @@ def _read(base: Location, path: str, rules: documents.TextRules, part: FilePart)
 
 
 def count_lines(folder: Location, input: str, part: FilePart) -> dict[str, object]:
-    """Counts the lines that begin in a part of a file; 0 if it can't be read, which a later read reports."""
+    """Counts the lines that begin in a part of a file. Returns 0 if the file can't be read; a later read reports the error."""
     base = sources.root(input)
     sources.require_unchanged(base, part)
     stop = part.bytes if part.stop is None else part.stop
@@ -134,15 +134,16 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents, with hash prefixes up to `limit`, up to `train_bytes`."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other work runs meanwhile
+    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, and on at most about `train_bytes`."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other task runs at the same time
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
     return {"definition": name, "files": [name]}
 
 
 def selected(folder: Location, samples: list[str], limit: int, bytes: int, train_bytes: int) -> Iterator[str]:
-    """Yields the selected texts in the order of their hashes, up to the one that fills `train_bytes`; holds some megabytes."""
+    """Yields the selected texts in the order of their hashes, up to the text that reaches `train_bytes`. It needs a few megabytes
+    of memory."""
     prefixes, parts, taken = limit + 1, max(1, bytes // SELECTED_BYTES), 0
     for part in range(parts):
         low, high = part * prefixes // parts, (part + 1) * prefixes // parts
@@ -160,7 +161,7 @@ def selected(folder: Location, samples: list[str], limit: int, bytes: int, train
 
 @dataclass(frozen=True)
 class TextSharding:
-    """Defines how documents become shards: their number, and what is written."""
+    """Configures how documents become shards: the number of shards, and their content."""
 
     output: str
     shards: int
@@ -169,18 +170,18 @@ class TextSharding:
     chunk_tokens: int
     explained: bool  # whether the fate of each document is recorded
     infill: dict[str, Any] | None = None  # keys of FillInTheMiddle, and the markers' names and ids
-    together: bool | None = None  # whether the runs hold related documents
+    together: bool | None = None  # whether the runs are grouped by related documents
 
 
 def bounds(first: int, shards: int, stop: int | None = None) -> tuple[int, int]:
-    """Computes the range of keys of a shard, or of those up to `stop`: hashes whose first 52 bits, as a fraction, are in their
-    parts."""
+    """Computes the range of keys for a shard, or for the shards from `first` to `stop`. A key's first 52 bits, as a fraction,
+    select the shard."""
     low, high = (-(-(shard << 52) // shards) << 12 for shard in (first, first + 1 if stop is None else stop))
     return low, high
 
 
 def write_shards(folder: Location, first: int, stop: int, runs: list[SpilledRun], plan: TextSharding) -> dict[str, object]:
-    """Writes some shards, one after another; returns their counts and their part of the manifest."""
+    """Writes shards one after another. Returns their counts and their part of the manifest."""
     records = [one for shard in range(first, stop) if (one := _write_shard(folder, runs, shard, plan)) is not None]
     files = [name for one in records for name in one.pop("ends")]
     return {"shards": records, "ends": files, "files": files}
@@ -229,7 +230,7 @@ def _gathered(
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Encodes the texts of a table, rearranged if configured; also counts the rearranged ones."""
+    """Encodes the texts of a table, and rearranges them if configured. Also returns the counts of rearranged texts."""
     encoded: list[np.ndarray] = []
     infill = plan.infill or {}
     keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None
@@ -246,7 +247,7 @@ def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple
 
 
 def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yields ranges of documents of about a megabyte each, so that few texts are Python strings at a time."""
+    """Yields ranges of documents of about a megabyte each, so that only a few texts are Python strings at a time."""
     places = np.cumsum(sizes) // (16 * tokens.BATCH_CHARS)
     edges = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), len(sizes)]
     yield from itertools.pairwise(edges)
@@ -257,8 +258,8 @@ def _slices(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def list_left_out(folder: Location, part: int, parts: int, output: str, names: list[str],
                   also: list[str] | None = None) -> dict[str, object]:  # fmt: skip
-    """Writes the list of documents that reading, and the stages in `also`, dropped, for one part of all keys: sorted by reason
-    and id."""
+    """Writes the list of documents that reading and the stages in `also` dropped, sorted by reason and id. Covers one part of all
+    keys."""
     stages, (low, high) = pa.array([segment.READ, segment.FINISH, *(also or [])], pa.large_string()), spill.share(part, parts)
     tables = [_listed(t, stages) for name in names for t in spill.read(folder, name, low, high)]
     table = pa.concat_tables([LISTED.empty_table(), *tables]).sort_by([("reason", "ascending"), ("id", "ascending")])
@@ -268,5 +269,5 @@ def list_left_out(folder: Location, part: int, parts: int, output: str, names: l
 
 
 def _listed(table: pa.Table, stages: pa.Array) -> pa.Table:
-    """Returns the documents that some stages dropped, and those that crashed in any stage."""
+    """Returns the documents that the given stages dropped, and all documents that crashed."""
     return table.filter(pc.or_(pc.is_in(table["stage"], stages), pc.equal(table["reason"], care.CRASHED))).select(LISTED.names)

@@ -1,4 +1,4 @@
-"""Turns documents into token shards: tokenizers, the split into row groups, and the Parquet bytes. Pure functions."""
+"""Converts documents to token shards: tokenizers, the split into row groups, and the Parquet bytes. All functions are pure."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SCHEMA = pa.schema(
     ]
 )
 FORM = {"compression": "zstd", "use_dictionary": False, "write_statistics": ["document"], "write_page_checksum": True}
-# parts of all documents, by hash, at which a chunk ends, so that they can be held out exactly
+# shares of all documents, in the order of their hashes, at which a row group ends: so each can be held out exactly
 PARTS = [digit / 10**places for places in (4, 3, 2, 1) for digit in (1, 2, 5)]
 TOGETHER = 1024  # documents whose tokens are counted at once
-BATCH_CHARS = 1 << 16  # characters per call of the tokenizer, whose encodings take thirty times as much memory
+BATCH_CHARS = 1 << 16  # characters per call of the tokenizer: the encodings take thirty times as much memory
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: Sequence[str] = ()) -> str:
-    """Trains a byte-level BPE and returns its `tokenizer.json` text: it can encode every string, and decodes to the same
-    string.
+    """Trains a byte-level BPE, and returns its `tokenizer.json` as text. This tokenizer can encode every string, and decoding
+    returns the same string.
 
     `markers`: other special tokens.
     """
@@ -54,8 +54,7 @@ def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: 
 
 @lru_cache(maxsize=2)
 def load(definition: str) -> Tokenizer:
-    """Loads a tokenizer such that it takes text literally: no truncation, no padding, and special tokens in a text are plain
-    text."""
+    """Loads a tokenizer that takes text literally: without truncation or padding, and special tokens in a text are plain text."""
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
@@ -77,7 +76,7 @@ def end_id(tokenizer: Tokenizer, end_of_document: str) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], end: int) -> list[np.ndarray]:
-    """Encodes each text to token ids, int32, with `end` after them."""
+    """Encodes each text to token ids (int32), followed by `end`."""
     known, ended = stretches.of(tokenizer), np.int32(end).tobytes()
     if known is None:
         encodings = (one for batch in batches(texts) for one in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
@@ -94,7 +93,8 @@ def _by_stretches(known: stretches.Stretches, texts: list[str]) -> list[bytes]:
 
 
 def counted(encoded: list[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Counts each token's occurrences, int64 [vocab_size]; some documents at a time, because numpy copies its input."""
+    """Counts the occurrences of each token, int64 [vocab_size]. It processes a few documents at a time, because numpy copies its
+    input."""
     counts = np.zeros(vocab_size, np.int64)
     for start in range(0, len(encoded), TOGETHER):
         counts += np.bincount(np.concatenate(encoded[start : start + TOGETHER]), minlength=vocab_size)
@@ -114,8 +114,8 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Splits documents into ranges, one per row group: about equal numbers of tokens, near `target`, never empty, never within
-    a document."""
+    """Splits documents into ranges, one per row group. The ranges have about equal numbers of tokens, near `target`. No range is
+    empty, or ends within a document."""
     if not len(lengths):
         return []
     ends = np.cumsum(lengths)
@@ -129,8 +129,8 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Splits documents into ranges, one per row group, that also end at every one of `PARTS`, and never between documents of
-    one place; the documents' places must descend."""
+    """Splits documents into ranges, one per row group. A range also ends at each of `PARTS`, and never between documents of one
+    place. The documents' places must be in descending order."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
     stretches = list[tuple[int, int]]()
     for a, b in itertools.pairwise(bounds):
@@ -143,18 +143,18 @@ def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[i
 
 
 def piece(target: int) -> int:
-    """Computes the number of tokens of a row group that ends within a document: at most `target`, and 15 times a power of two.
+    """Computes the number of tokens in a row group that ends within a document: 15 times a power of two, at most `target`.
 
-    So such a row group holds complete sequences of any usual length, without a rest at the split.
+    A row group of this size contains complete sequences of any usual length, with no tokens left over.
     """
     return max(1, 15 * 2 ** ((target // 15).bit_length() - 1) if target >= 15 else target)
 
 
 def pieces(lengths: list[int], target: int) -> list[list[int]]:
-    """Divides documents into row groups, and returns the lengths of the rows of each.
+    """Divides documents into row groups, and returns the row lengths of each group.
 
-    They form one group unless they have more than twice `target` tokens, for example one long document. Then groups of
-    `piece(target)` tokens are split off while more than that remains.
+    The documents form one group unless they have more than twice `target` tokens, for example in one long document. Then groups
+    of `piece(target)` tokens are split off while more than twice `target` tokens remain.
     """
     out: list[list[int]] = []
     rows, left = lengths[::-1], sum(lengths)  # the next document is last
@@ -172,10 +172,10 @@ def pieces(lengths: list[int], target: int) -> list[list[int]]:
 
 
 def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -> list[tuple[list[int], int]]:
-    """Plans the row groups of a shard: (the lengths of its rows, its place) for each.
+    """Plans the row groups of a shard: (lengths of the rows, place) for each row group.
 
-    Row groups that share a document, or documents of one place, have one place, so they are always held out together; without
-    places it is -1.
+    Row groups that share a document, or documents of one place, have the same place, so they are always held out together.
+    Without places, the place is -1.
     """
     bounds = cut(lengths, target) if places is None else ranges(lengths, places, target)
     out = []
@@ -188,10 +188,10 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 
 
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
-    """Writes a shard as the bytes of a Parquet file: the same documents in the same order give the same bytes.
+    """Returns a shard as the bytes of a Parquet file. The same documents in the same order always give the same bytes.
 
-    A row that ends before its document continues in the next row of the same name. The documents' places (`manifest.place`)
-    must descend.
+    If a row ends before its document, the document continues in the next row with the same id. The documents' places
+    (`manifest.place`) must be in descending order.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)
     ends = np.cumsum(lengths)
@@ -214,7 +214,8 @@ def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: n
 
 
 def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """Returns a range of the tokens of all documents, which end at `ends`, without joining the others."""
+    """Returns a range of the tokens of all documents, without joining the other documents. `ends`: the positions at which
+    documents end."""
     first, last = (int(place) for place in np.searchsorted(ends, [start, stop - 1], side="right"))
     before = int(ends[first]) - len(tokens[first])
     values = tokens[first] if first == last else np.concatenate(tokens[first : last + 1])
@@ -222,7 +223,7 @@ def _between(tokens: list[np.ndarray], ends: np.ndarray, start: int, stop: int) 
 
 
 def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> None:
-    """Writes the content's digest into the footer, which the manifest hashes, so that any changed token changes the dataset's
+    """Writes the content's digest into the footer. The manifest hashes the footer, so any changed token changes the dataset's
     digest."""
     writer.add_key_value_metadata({"content": content})
     if places is not None:
@@ -230,9 +231,9 @@ def _sign(writer: pq.ParquetWriter, content: str, places: list[int] | None) -> N
 
 
 def without(file: pq.ParquetFile, ids: set[str]) -> tuple[bytes | None, np.ndarray]:
-    """Rewrites an open shard without some documents, and returns it with their tokens; None if it is empty.
+    """Rewrites an open shard without some documents. Returns the new shard (None if it is empty), and the removed tokens.
 
-    Row groups keep their other documents and their places, so the same documents are held out again.
+    Row groups keep their places and the remaining documents, so the same documents are held out as before.
     """
     known = (file.metadata.metadata or {}).get(PLACES_KEY)
     old, places, gone = json.loads(known) if known else None, list[int](), list[np.ndarray]()
@@ -258,7 +259,7 @@ def _flat(table: pa.Table) -> np.ndarray:
 def entropy(counts: np.ndarray) -> float:
     """Computes the entropy of the unigram distribution in nats per token.
 
-    It is rounded, because the last bits of a logarithm differ by machine.
+    The result is rounded, because the last bits of a logarithm differ between machines.
     """
     used = counts[counts > 0].astype(np.float64)
     p = used / used.sum()

@@ -1,4 +1,4 @@
-"""Shows a document's provenance in a dataset: where it was read, each stage's action, the kept duplicate, and its shard."""
+"""Shows a document's provenance in a dataset: its source file, each stage's action, the kept duplicate, and its shard."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from heliostat.tasks.care import CRASHED, UNREAD
 MEMBER = re.compile(r"(.*?\.(?:tar(?:\.\w+)?|tgz|zip|git))#(.+)", re.DOTALL | re.IGNORECASE)  # the file of a repository
 AFTER = (segment.FINISH, "exact", "shard", "forget")  # fates of documents that passed all stages
 ENDS = {"kept": "is in the dataset", "duplicate": "the same text", "forgotten": "taken out of an earlier dataset"}
-HOPS = 20  # maximum steps from a duplicate to the kept document, which may be another one's duplicate
+HOPS = 20  # maximum steps from a duplicate to the kept document: the document in between may be a duplicate, too
 
 
 def find(dataset: Manifest, id: str | None = None, url: str | None = None, text: bytes | None = None) -> list[dict[str, Any]]:
-    """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if there is none."""
+    """Finds documents by id, URL, or text; returns the fate of each (`reasons.END`). ConfigError if no document matches."""
     if id is not None:
         rows, what = reasons.end_of(dataset, id), f"--id: {id!r}: no document has this id"
-        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file holds several documents"
+        what += ". An id is the path in the input, with `#line`, `#row` or `#byte` if a file has several documents"
     elif url is not None:
         rows, what = reasons.with_column(dataset, "url", url), f"--url: {url!r}: no document has this url"
     else:
         assert text is not None
         if dataset.kind != "tokens":
-            raise ConfigError("--text: the dataset holds images. Pass --id or --url")
+            raise ConfigError("--text: the dataset contains images. Pass --id or --url")
         hashes, fate = _hashes(dataset, text)
         rows = [row for digest in hashes for row in reasons.kept_as(dataset, digest)]
         what = f"--text: no document has this text, neither as given nor after the stages{fate}"
@@ -73,10 +73,10 @@ def _hash(document: Document) -> str:
 
 
 def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
-    """Shows a document's provenance, from its fate.
+    """Returns a document's provenance, given its fate.
 
-    Returns `id`, `columns`, `read`, `stages`, `end`, `instead` (from the duplicates to the kept document), `kept` (the id in
-    the dataset, or null), `shard` (its path and `pieces`), and `notes`.
+    The result has `id`, `columns`, `read`, `stages`, `end`, `instead` (the steps from the duplicate to the kept document), `kept`
+    (the id in the dataset, or null), `shard` (its path and `pieces`), and `notes`.
     """
     funnel, notes = reasons.funnel(dataset), list[str]()
     by, steps = reasons.made_by(dataset), list[dict[str, Any]]()
@@ -88,7 +88,7 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
         if end["reason"] in (CRASHED, UNREAD):
             notes.append("heliostat doesn't run the stages again, because the document would crash this process too")
         elif dataset.kind == "tokens":
-            notes.append("the input has changed, so it isn't known what the stages that kept the document did to it")
+            notes.append("the input has changed, so heliostat doesn't know how the stages changed the document")
         steps = _recorded(funnel, end)
     for step in steps:
         step |= {"what": _meaning(funnel, step), "thresholds": funnel.get(step["stage"], {}).get("thresholds", {})}
@@ -111,8 +111,8 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 
 
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
-    """Runs the document through the stages again, up to its end, or to a stage that removed text shared with other documents;
-    the record shows the rest. Empty if the document can't be read."""
+    """Runs the document through the stages again. At a stage that removed text shared with other documents, it continues with the
+    recorded results. Returns an empty list if the document can't be read."""
     document = read_again(source_of(by), end["id"])
     if document is None:
         return []
@@ -122,10 +122,10 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
     steps = [read]
     for again, _ in stages_again(by, document) if isinstance(document, Document) else ():
         if again["did"] == "cut" and end["stage"] not in {step["stage"] for step in steps}:
-            notes.append(f"the changes by {again['stage']} depend on all documents: from there on, this shows the record")
+            notes.append(f"the changes by {again['stage']} depend on all documents. The rest comes from the record")
             recorded = _recorded(funnel, end)
             return steps + recorded[next((i for i, step in enumerate(recorded) if step["stage"] == again["stage"]), None) :]
-        if again["did"] == "cut":  # the document was dropped earlier, and wouldn't be today
+        if again["did"] == "cut":  # the document was dropped before, and isn't dropped now
             break
         if again["did"] == "compared":
             gone = again["stage"] == end["stage"]
@@ -142,7 +142,7 @@ def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], note
 
 
 def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the stages in the dataset's record: those that the document passed, and the one that dropped it."""
+    """Returns the stages from the dataset's record: the stages that the document passed, and the stage that dropped it."""
     steps = list[dict[str, Any]]()
     for name in funnel:
         if name in (segment.FINISH, "shard"):
@@ -156,7 +156,7 @@ def _recorded(funnel: dict[str, Any], end: dict[str, Any]) -> list[dict[str, Any
 
 
 def _instead(dataset: Manifest, end: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Follows a duplicate to the kept document: each step with its cluster, and the fate of the last."""
+    """Follows a duplicate to the kept document. Returns the steps, each with its cluster, and the fate of the last document."""
     hops = list[dict[str, Any]]()
     while end["reason"] in ("duplicate", "near_duplicate") and len(hops) < HOPS:
         id, _, size = end["detail"].rpartition(" (one of ") if end["reason"] == "near_duplicate" else (end["detail"], "", "")
@@ -176,14 +176,13 @@ def _meaning(funnel: dict[str, Any], end: dict[str, Any]) -> str:
 
 
 def source_of(made_by: dict[str, Any]) -> TextSource:
-    """Makes the source that read the dataset (`reasons.made_by`)."""
+    """Makes the source from which the dataset was read (`reasons.made_by`)."""
     rules = made_by["rules"]
     return TextSource(made_by["input"], documents.TextRules(**{**rules, "columns": tuple(rules["columns"])}))
 
 
 def origin(id: str) -> dict[str, Any]:
-    """Parses the place of reading from an id: the file, and `line`, `row`, `byte`, or `path` in it, if it holds several
-    documents."""
+    """Parses an id: the file, and the `line`, `row`, `byte`, or `path` in it if the file has several documents."""
     if match := MEMBER.match(id):
         return {"file": match[1], "path": match[2]}
     path, _, number = id.rpartition("#")
@@ -193,7 +192,7 @@ def origin(id: str) -> dict[str, Any]:
 
 
 def read_again(source: TextSource, id: str) -> Document | Dropped | None:
-    """Reads a document again; None if it is no longer there."""
+    """Reads a document again; None if it no longer exists."""
     base, file = sources.root(source.input), origin(id)["file"]
     alone = base.fs.get_file_info(base.path).type == FileType.File or (file == base.name and clones.is_clone(file))
     part = FilePart("" if alone else file, base.fs.get_file_info((base if alone else base.join(file)).path).size or 0, 0)
@@ -203,17 +202,18 @@ def read_again(source: TextSource, id: str) -> Document | Dropped | None:
 def stages_again(made_by: dict[str, Any], document: Document) -> Iterator[tuple[dict[str, Any], Document | None]]:
     """Yields (a stage's action on a document, the document after it).
 
-    Ends at the stage that drops the document, or that removed text shared with other documents, which is no longer known.
+    Ends at the stage that drops the document. Also ends at a stage that removed text shared with other documents, because the
+    shared text is no longer known.
 
-    An action has `stage`, `did`, `reason`, `detail`, `measures`, `counts`, and `bytes` before and after the stage. `did` is kept,
-    changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). ConfigError if this version
-    doesn't have one of the dataset's stages, or has changed its keys.
+    An action has `stage`, `did`, `reason`, `detail`, `measures`, `counts`, and `bytes` (before and after the stage). `did` is
+    kept, changed, dropped, compared (the stage compares documents), or cut (the stage removes shared text). ConfigError if this
+    version of heliostat lacks one of the dataset's stages, or has changed the stage's keys.
     """
     for number, entry in enumerate(made_by["stages"]):
         try:
             stage = registry.parse(entry)
         except ValueError as e:
-            raise ConfigError(f"the dataset was made with a stage that this version doesn't have, or has changed: {e}") from e
+            raise ConfigError(f"the dataset has a stage that this version doesn't have, or has changed: {e}") from e
         step: dict[str, Any] = {"stage": tally.label(number, stage), "reason": "", "detail": "", "measures": {}, "counts": {}}
         if isinstance(stage, RepeatingStage):
             yield {**step, "did": "cut"}, None
