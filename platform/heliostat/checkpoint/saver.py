@@ -154,7 +154,7 @@ class Saver:
     def before_change(self) -> None:
         """Waits until the state that is being saved may change.
 
-        On a GPU, only work that is queued next waits; the host doesn't.
+        On a GPU, the host waits only until the copies are queued. Work that is queued later waits until the copies are done.
         """
         self._until_copied()
         self._host.hold_back()

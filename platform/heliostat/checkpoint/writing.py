@@ -41,8 +41,9 @@ def write(
     """Writes the tensors of all ranks as one folder. All ranks call it together.
 
     `facts`: entries of `checkpoint.json` from rank 0; `wrote`: called after every written block, and after every window of an
-    upload; `fence`: the lease of the driver that saves, if several drivers could save. Raises CheckpointError if a rank fails,
-    or if the slices leave out elements.
+    upload; `fence`: the lease of the driver that saves, if several drivers could save. If a rank fails,
+    all ranks raise its error; an error that isn't heliostat's own becomes a CheckpointError. Raises CheckpointError also if the
+    slices leave out elements.
     """
     rank, world = dist.get_rank(channel.group), dist.get_world_size(channel.group)
     try:

@@ -227,7 +227,7 @@ class Train(Strict):
 
     @property
     def rules(self) -> int:
-        """Returns the version of the recipe's rules for drawing a sample's random numbers."""
+        """Returns the version of the recipe's rules for samples' random numbers and for the precision of frozen encoders."""
         return self.recipe_version or NEWEST_RECIPES
 
     def lr(self, step: int) -> float:

@@ -59,7 +59,7 @@ class Device:
     name: str
     memory: float
     flops: float  # peak in the job's precision
-    watts: float  # price of the device, including its share of the node
+    watts: float  # of the device, including its share of the node
     per_node: int
     link: float  # rate to a neighbor in the node
     network: float  # rate from its node to other nodes

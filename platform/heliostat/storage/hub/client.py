@@ -38,7 +38,9 @@ NO_ROOM = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EROFS, errno.EDQUOT)
 
 
 class HubAwayError(StorageError):
-    """Reports that the Hub doesn't answer within the budget."""
+    """Reports that the Hub doesn't answer within the budget. `reason`: what failed, without advice."""
+
+    reason = ""
 
 
 def endpoint() -> str:
@@ -82,8 +84,10 @@ def ask(key: str, name: HubName, action: Callable[[], T], budget_s: float | None
 
     def give_up(failure: FailedAttempts) -> NoReturn:
         waited = f" (waited {failure.seconds:.0f} s)" if failure.seconds >= 0.5 else ""
-        about = _unless_folder(name) or f"{name.repo}: "
-        raise HubAwayError(f"{key}: {about}{_reason(failure.error)}{waited}. {_advice(name, failure.error)}") from failure.error
+        about, reason = _unless_folder(name) or f"{name.repo}: ", f"{_reason(failure.error)}{waited}"
+        away = HubAwayError(f"{key}: {about}{reason}. {_advice(name, failure.error)}")
+        away.reason = reason
+        raise away from failure.error
 
     def report(failure: FailedAttempts, wait: float) -> None:
         log.warning("%s: %s; retrying in %.1f s", name.repo, _reason(failure.error), wait)

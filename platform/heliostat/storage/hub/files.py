@@ -71,7 +71,7 @@ def resolve(key: str, name: HubName) -> HubName:
     except client.HubAwayError as e:
         if not COMMIT.fullmatch(known):
             raise
-        log.warning("%s; using %s from the cache", e, known)
+        log.warning("%s: %s; using %s from the cache", name.repo, e.reason, known)
         return name.at(known)
     commit = str(info.sha)
     if not COMMIT.fullmatch(commit):

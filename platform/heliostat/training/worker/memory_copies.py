@@ -70,7 +70,7 @@ class MemoryCopies:
     def before_change(self) -> None:
         """Waits until the state that is being copied may change.
 
-        On a GPU, only kernels that are queued later wait; the host doesn't.
+        On a GPU, the host waits only until the copies are queued. Kernels that are queued later wait until the copies are done.
         """
         self._until(lambda: self._copied.wait(POLL_S))
         self._stream.hold_back()
