@@ -132,7 +132,7 @@ def _answers(host: str, port: int) -> bool:
     return True
 
 
-def command(host: str, port: int) -> list[str]:
+def command(host: str, port: int | str) -> list[str]:
     """Builds the command line of `mlflow server`, whose UI opens in model-training mode (`ui_app`)."""
     server = [sys.executable, "-m", "mlflow", "server", "--app-name", "heliostat", "--workers", "1"]
     return [*server, "--host", host, "--port", str(port)]
