@@ -1,4 +1,4 @@
-"""Ends a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
+"""Completes a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name i
 
 
 def parts(bytes: int, memory_limit: int) -> int:
-    """Chooses the number of parts into which keys of this many bytes are split."""
+    """Chooses the number of parts into which `bytes` bytes of keys are split."""
     return max(1, -(-bytes // memory_limit))
 
 
@@ -42,7 +42,7 @@ def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], mem
 
 
 def adding(task: Task, **more: object) -> Task:
-    """Returns a task with further arguments, which also change its key."""
+    """Returns a task with further arguments. These arguments also become part of the task's key."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
@@ -60,7 +60,7 @@ def about(
 
 def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
-    """Drops the losing documents, and adds the stage's tally to `curated`; returns the remaining runs.
+    """Drops the documents that the comparison marked, and adds the stage's tally to `curated`; returns the remaining runs.
 
     Each record in `judged` has the name of a spill of JUDGED, and `clusters`, `largest`, and `sizes`. `more` is added to the
     tally.
