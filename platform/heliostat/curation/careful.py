@@ -160,8 +160,8 @@ class Through(ABC):
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
-    """Counts a document that crashed at one of the `stages`, or after all of them. The document counts as kept in the earlier
-    stages."""
+    """Counts a document that crashed at one of the `stages`, or after all of them. In the stages before the crash, the document
+    counts as kept."""
     for name in stages:
         entry = tally.entry(counts, name)
         entry["documents"] += 1

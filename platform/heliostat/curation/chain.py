@@ -55,8 +55,8 @@ class Chain:
     def run(
         self, documents: list[Document], about: Callable[[str], None] = lambda stage: None
     ) -> tuple[list[Document], list[Gone]]:
-        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of the dropped ones. Calls `about` with
-        each stage's name before the stage runs."""
+        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of each dropped document. Calls
+        `about` with each stage's name before the stage runs."""
         dropped = []
         for name, stage, work in self.stages:
             if not documents:

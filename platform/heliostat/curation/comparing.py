@@ -94,7 +94,8 @@ def counted(sizes: Iterable[int]) -> dict[str, int]:
 def stage_tally(
     flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a comparing stage's part of the tally, without reasons: input, output, and the largest clusters."""
+    """Returns the part of the tally for a stage that compares documents: input, output, and the largest clusters. It has no
+    reasons."""
     part = tally.entry({}, "")
     part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
              "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip

@@ -49,7 +49,7 @@ class Curated:
         return sum(run.bytes for run in self.runs)
 
     def take(self, record: dict[str, Any]) -> list[SpilledRun]:
-        """Adds a task's dropped documents, and returns its runs."""
+        """Adds a task's dropped documents, and returns the task's runs of kept documents."""
         self.left_out += record["left_out"]
         self.tallies += [record["tally"]] if record.get("tally") else []
         self.reasons.update(record["reasons"])

@@ -124,7 +124,7 @@ class NamesModel(Stage):
 
 
 class ModelStage(NamesModel):
-    """Runs each document through a folder's model, and decides on it alone."""
+    """Runs each document through the model in a folder, and decides on each document alone."""
 
     def open(self) -> Work:
         self.check()
@@ -141,7 +141,8 @@ class ModelStage(NamesModel):
 
 
 class ScoringStage(ModelStage):
-    """Drops documents with too low or too high a score from a folder's model; a subclass computes the scores."""
+    """Drops documents if the model in a folder gives them a score that is too low or too high; a subclass computes the
+    scores."""
 
     gpu: ClassVar[bool] = True
     limits: ClassVar = {

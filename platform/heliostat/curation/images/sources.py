@@ -112,7 +112,7 @@ def tasks(
     file.
 
     For files from a metadata file, `state` contains the size and modification time of each file, because the result depends on
-    them, too. `target`: bytes of a piece; the default depends on the total size.
+    the size and the time, too. `target`: bytes of a piece; the default depends on the total size.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}

@@ -138,8 +138,8 @@ def _number(value: object) -> float:
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Chooses the document that stays in each cluster of this part, and spills it for each candidate, so that every run gets
-    it."""
+    """Chooses the document that stays in each cluster of this part. Spills this choice once per candidate of the cluster, so
+    that the tasks of all runs can read it."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
     of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))

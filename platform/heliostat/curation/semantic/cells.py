@@ -92,8 +92,8 @@ def sampled(rows: int, cells: int, size: int) -> int:
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
-    """Spills the centers of the cells. They are computed from texts with hashes below the limit, each once, in an order that
-    depends on the seed.
+    """Spills the centers of the cells. They are computed from the texts with hashes below the limit. Each text counts once, and
+    the order of the texts depends on the seed.
 
     If no text has a hash below the limit, because most texts are equal, there is one cell.
     """
@@ -142,8 +142,8 @@ def key_of(cells: np.ndarray) -> np.ndarray:
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
-    """Spills the dropped documents of the cells in this part. A document is dropped if it is near an earlier document, in the
-    rule's order, that stays.
+    """Spills the dropped documents of the cells in this part. A document is dropped if it is near a document that stays and
+    that comes earlier in the rule's order.
 
     `held`: the maximum number of vectors in memory. The tasks' keys depend on this argument's name.
     """
@@ -179,8 +179,8 @@ def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
-    """Adds the cosine similarity of each document with the nearest kept document to a tally's histogram, for kept and dropped
-    documents."""
+    """Adds documents to a tally's histogram by their cosine similarity with the nearest kept document. The histogram counts
+    kept and dropped documents separately."""
     for place, some in ((0, best[~goes]), (1, best[goes])):
         values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
         for value, number in zip(values.tolist(), counts.tolist(), strict=True):

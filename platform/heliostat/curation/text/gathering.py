@@ -1,9 +1,9 @@
-"""Gathers documents for a dataset's shards, without exact duplicates. If a pipeline configures it, related documents are next to
-each other.
+"""Gathers documents for a dataset's shards, without exact duplicates. If a pipeline has the key `together`, related documents
+are next to each other.
 
 Documents are in the order of their texts' hashes. This order also decides which documents are held out. Related documents, such
-as the files of a repository, are in the order of the hash of their common value. So they are in one shard and are held out
-together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
+as the files of a repository, are in the order of the hash of the value that they have in common. So they are in one shard and
+are held out together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates. With `listed`, it also keeps rows with their fates, and spills these rows if there are many."""
+    """Counts exact duplicates. With `listed`, it keeps the rows of the duplicates, with their fates, and spills these rows if
+    there are many."""
 
     folder: Location
     listed: bool
