@@ -94,8 +94,8 @@ def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
 
 
 def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
-    """Spills every node of this part under each of its keys (from `count` blocks), with its rank and the number of its distinct
-    images."""
+    """Spills every node of this part once under each of the node's keys (from `count` blocks). Each row has the node's rank,
+    and the number of the node's distinct images."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -177,8 +177,8 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """Spills the id of the image that stays, and the size of its cluster, for each dropped node and each node that causes a
-    drop."""
+    """For each dropped node, and for each node that causes a drop, spills the id of the image that stays, and the size of this
+    image's cluster."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -198,7 +198,8 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
-    """Spills the dropped images of this part by their positions in runs, with the reason and the id of the image that stays."""
+    """Spills the dropped images of this part, sorted by their positions in runs. Each has the reason, and the id of the image
+    that stays instead."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()

@@ -50,8 +50,8 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 class ComparableWords:
     """Holds the words of texts, one text after another.
 
-    `hashes` are equal for words that compare as equal. `exact` also distinguishes numbers. `counts` has the number of words of
-    each text.
+    `hashes` are equal for words that compare as equal. `exact` differs from `hashes` only for numbers, which it distinguishes.
+    `counts` has the number of words of each text.
     """
 
     counts: np.ndarray

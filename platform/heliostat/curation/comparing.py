@@ -49,8 +49,8 @@ def adding(task: Task, **more: object) -> Task:
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Yields one task per group of runs. Each task reads the spills' rows about its runs. `also`: further parts of the tasks'
-    keys."""
+    """Yields one task per group of runs. Each task reads the spills' rows about the runs of its group. `also`: further parts of
+    the tasks' keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):

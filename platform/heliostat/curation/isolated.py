@@ -7,7 +7,7 @@ an answer.
 
 A malicious document may take over a parser. So the parser's process sees only the environment variables in `KEPT`, and only the
 files of Python's libraries and fonts. It has no network, and can't start processes (`tasks.sandbox`). If the machine doesn't
-allow namespaces, the process can read this user's files, and the log reports that once.
+allow namespaces, the process can read the user's files, and heliostat logs a warning about this once.
 
     extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
     about, text = extract({"content_type": None}, page)

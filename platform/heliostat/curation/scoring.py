@@ -1,8 +1,8 @@
 """Runs texts through the model in a Hugging Face folder. It reads only safetensors and tokenizer.json, and runs no code from the
 folder.
 
-The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: a text's padded length
-depends only on its length, and batches are always full. So texts of the same length use the same kernels.
+The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: the padded length of a text
+depends only on the length of this text, and batches are always full. So texts of the same length use the same kernels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Implements the tasks that compare documents by vectors: embedding, centers, cells, and the choice of the documents that stay.
 
-Spills are split by documents and by cells. So for any number of documents, a task has only the vectors of a run, of a sample, or
-of a part of a cell in memory. The centers come from the documents with the lowest hashes, so they don't depend on the runs.
+Spills are split by documents and by cells. So for any number of documents, a task has in memory only the vectors of one run, of
+a sample, or of a part of one cell. The centers come from the documents with the lowest hashes, so they don't depend on the
+runs.
 """
 
 from __future__ import annotations

@@ -53,7 +53,8 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 def regroup(
     folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
 ) -> dict[str, object]:
-    """Spills the documents in a range of keys again, sorted by common value and without exact duplicates."""
+    """Spills the documents in a range of keys again, without exact duplicates. The documents are sorted by the value that they
+    have in common."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
@@ -130,7 +131,8 @@ def counted(table: pa.Table) -> dict[str, int]:
 
 
 def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Also returns the removed rows.
+    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Returns the kept rows and the
+    removed rows.
 
     Empties the list, so that at most twice the rows are in memory.
     """

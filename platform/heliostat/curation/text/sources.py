@@ -321,7 +321,7 @@ def changed(place: Location, part: FilePart, size: int) -> DataError:
 
 
 def inside(base: Location, path: str) -> bool:
-    """Checks whether a path is inside `base`. Checks the path's name and, on disk, also the target of any links."""
+    """Checks whether a path is inside `base`. Checks the path's name. On disk, it checks the targets of links too."""
     if "\0" in path:
         return False
     try:

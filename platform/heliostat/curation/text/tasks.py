@@ -231,7 +231,8 @@ def _gathered(
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Encodes the texts of a table, and rearranges them if configured. Also returns the counts of rearranged texts."""
+    """Encodes the texts of a table. Rearranges the texts first if the pipeline configures it. Returns the tokens and the counts
+    of rearranged texts."""
     encoded: list[np.ndarray] = []
     infill = plan.infill or {}
     keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None
