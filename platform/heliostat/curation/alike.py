@@ -1,9 +1,10 @@
-"""Finds exactly all pairs of 64-bit perceptual hashes that differ in at most `distance` bits. The hashes are on disk.
+"""Finds all pairs of 64-bit perceptual hashes that differ in at most `distance` bits. The hashes are on disk, and no pair is
+missed.
 
 Method: Manku, Jain and Das Sarma, Detecting Near-Duplicates for Web Crawling, 2007. The bits are split into blocks. Two hashes
-that differ in d bits are equal in all blocks except at most d. So every choice of d blocks to leave out gives a key: the other
-blocks. Two such hashes share at least one of these keys. With more blocks, keys are longer, and there are more keys. The number
-of blocks is large enough that few different hashes share a key by chance.
+that differ in d bits differ in at most d blocks, and are equal in the other blocks. For every choice of d blocks to leave out,
+the remaining blocks are a key. So two such hashes share at least one key. With more blocks, keys are longer, and there are more
+keys. The number of blocks is large enough that few different hashes share a key by chance.
 
 A node is a perceptual hash. Images with the same perceptual hash are a group. The image with the smallest pixel hash represents
 the group. A node's rank is the first 64 bits of that pixel hash.
@@ -59,7 +60,8 @@ def masks(distance: int, count: int) -> list[int]:
 
 
 def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[str, object]:
-    """Spills the perceptual hash of each image in a run or, with `exact`, the pixel hash. `number`: the run's number."""
+    """Spills the perceptual hash of each image in a run. With `exact`, it spills the pixel hash instead. `number`: the run's
+    number."""
     runs = []
     for table in survivors(folder, run, columns=["hash", "id", *([] if exact else ["looks"])]):
         looks = table["key"].to_numpy() if exact else table["looks"].to_numpy().view(np.uint64)
@@ -72,8 +74,8 @@ def faces(folder: Location, number: int, run: SpilledRun, exact: bool) -> dict[s
 
 
 def gather(folder: Location, part: int, parts: int, names: list[str]) -> pa.Table:
-    """Reads the images of one part of all perceptual hashes. The images are grouped by perceptual hash; groups are sorted by
-    pixel hash and id."""
+    """Reads the images whose perceptual hash is in one part of all keys. The images are grouped by perceptual hash; groups are
+    sorted by pixel hash and id."""
     order = [(name, "ascending") for name in ("looks", "hash", "id")]
     return spill.joined(folder, names, *spill.share(part, parts), FACES).sort_by(order).combine_chunks()
 
@@ -92,8 +94,8 @@ def prefixes(table: pa.Table, words: int = 1) -> np.ndarray:
 
 
 def group(folder: Location, part: int, parts: int, names: list[str], distance: int, count: int) -> dict[str, object]:
-    """Spills every node of this part under each of its keys (from `count` blocks), with its rank and the number of its distinct
-    images."""
+    """Spills every node of this part once under each of the node's keys (from `count` blocks). Each row has the node's rank,
+    and the number of the node's distinct images."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -147,7 +149,7 @@ NAMES = pa.schema(
 
 
 def settle(folder: Location, part: int, parts: int, names: list[str], messages: list[str]) -> dict[str, object]:
-    """Decides on the nodes of this part that can be decided now, and spills messages to the nodes after them.
+    """Decides which nodes of this part stay, if this is known now. Spills messages to the decided nodes' later neighbors.
 
     `messages` say which nodes stay and which are dropped. The task also spills the edges of undecided nodes, and the cause of
     each drop.
@@ -175,8 +177,8 @@ def settle(folder: Location, part: int, parts: int, names: list[str], messages: 
 
 
 def name(folder: Location, part: int, parts: int, names: list[str], fates: list[str]) -> dict[str, object]:
-    """Spills the id of the image that stays, and the size of its cluster, for each dropped node and each node that causes a
-    drop."""
+    """For each dropped node, and for each node that causes a drop, spills the id of the image that stays, and the size of this
+    image's cluster."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     starts = np.flatnonzero(of_group)
@@ -196,7 +198,8 @@ def name(folder: Location, part: int, parts: int, names: list[str], fates: list[
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], named: list[str]) -> dict[str, object]:
-    """Spills the dropped images of this part by their positions in runs, with the reason and the id of the image that stays."""
+    """Spills the dropped images of this part, sorted by their positions in runs. Each has the reason, and the id of the image
+    that stays instead."""
     table = gather(folder, part, parts, names)
     of_group, of_pixels = firsts(table)
     about = spill.joined(folder, named, *spill.share(part, parts), NAMES).to_pylist()

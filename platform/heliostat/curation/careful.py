@@ -1,4 +1,4 @@
-"""Processes a task's documents with care, so that one bad document doesn't end a run (`tasks.care`).
+"""Processes a task's documents so that one bad document doesn't end a run (`tasks.care`).
 
 If a stage raises an error, the documents of the batch are processed one by one. If reading a file part fails, the rest of this
 part is left out (`unread`).
@@ -24,7 +24,8 @@ READ_TOGETHER = 64  # documents that are read between two recorded steps
 
 @dataclass
 class Careful:
-    """Processes a task's documents, with or without care; `crashes` counts the documents that it leaves out."""
+    """Processes a task's documents. `care` is None if an error should end the task. `crashes` counts the documents that it
+    leaves out."""
 
     care: Care | None
     taken: int = 0
@@ -34,7 +35,7 @@ class Careful:
     part: int = 0
     crashes: int = 0
     unread: list[str] = field(default_factory=list)
-    """File parts in which reading failed, with the errors. The rest of each part is missing."""
+    """File parts in which reading failed, each with its error. The documents after the failure are missing."""
 
     def reading(
         self, piece: list[FilePart], read: Callable[[FilePart], Iterable[Document | Dropped]]
@@ -78,7 +79,7 @@ class Careful:
             self.note(TaskPlace(at, 0))
 
     def note(self, place: TaskPlace) -> None:
-        """Records the next step."""
+        """Records the step that comes next, so that a crash can be traced to it."""
         if self.care is not None:
             note = {"attempt": self.care.attempt, "place": asdict(place)}
             self.care.note.write(json.dumps(note).encode())
@@ -141,7 +142,7 @@ def _range(part: FilePart) -> str:
 
 
 def _row(last: str, count: int) -> str:
-    """Returns the number of the last row that was read: the number in the row's id, or the count."""
+    """Returns the number of the last row that was read: the number in the row's id or, if the id has no number, the count."""
     number = last.rpartition("#")[2]
     return number if number.isdecimal() else str(count)
 
@@ -159,8 +160,8 @@ class Through(ABC):
 
 
 def count(counts: tally.Tally, stages: list[str], crash: Crash, size: int) -> None:
-    """Counts a document that crashed at one of the `stages`, or after all of them. The document counts as kept in the earlier
-    stages."""
+    """Counts a document that crashed at one of the `stages`, or after all of them. In the stages before the crash, the document
+    counts as kept."""
     for name in stages:
         entry = tally.entry(counts, name)
         entry["documents"] += 1

@@ -17,7 +17,8 @@ from heliostat.tasks.shipping import Shipment
 from heliostat.tasks.work import key
 
 Entry = tuple[dict[str, Any], str, tuple[Shipment, ...]]
-"""A stage's entry in a pipeline file, the key of its inputs, and the files that the entry lists."""
+"""Three values: a stage's entry in a pipeline file, the key of everything that the stage depends on, and the files that the
+entry lists."""
 Gone = tuple[str, str, str, str, dict[str, float], dict[str, Any]]
 BATCH, BATCH_CHARS = 64, 1 << 20  # maximum documents, and their characters, in a stage's batch
 IMAGE_SHARE = 32  # bytes of an image that count as one character: an image is a few hundred times larger than a text
@@ -54,8 +55,8 @@ class Chain:
     def run(
         self, documents: list[Document], about: Callable[[str], None] = lambda stage: None
     ) -> tuple[list[Document], list[Gone]]:
-        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of the dropped ones. Calls `about` with
-        each stage's name before the stage runs."""
+        """Returns the kept documents, and (id, stage, reason, detail, measures, columns) of each dropped document. Calls
+        `about` with each stage's name before the stage runs."""
         dropped = []
         for name, stage, work in self.stages:
             if not documents:

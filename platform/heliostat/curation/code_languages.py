@@ -1,4 +1,4 @@
-"""Detects the language of a source file by its name, and generated, minified, or vendored files."""
+"""Detects the language of a source file, and whether the file is generated, minified, or vendored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns texts into comparable words: one definition for `minhash`, `decontaminate`, and `repeated_*`.
+"""Turns texts into comparable words. The stages `minhash`, `decontaminate`, and `repeated_*` use this definition of a word.
 
 Like FineWeb (Penedo et al., 2024), the comparison ignores case, punctuation, white space, accents, and the values of numbers:
 every number becomes 0. Texts are compared in NFC, so the encoding of an accent doesn't matter either. Three rules differ from
@@ -50,8 +50,8 @@ FACTOR, INVERSE = 0x9E3779B97F4A7C15, pow(0x9E3779B97F4A7C15, -1, 1 << 64)
 class ComparableWords:
     """Holds the words of texts, one text after another.
 
-    `hashes` are equal for words that compare as equal. `exact` also distinguishes numbers. `counts` has the number of words of
-    each text.
+    `hashes` are equal for words that compare as equal. `exact` differs from `hashes` only for numbers, which it distinguishes.
+    `counts` has the number of words of each text.
     """
 
     counts: np.ndarray
@@ -60,7 +60,7 @@ class ComparableWords:
     numbers: np.ndarray
 
     def spans(self, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Hashes spans of words, given in ascending order. Spans that have only numbers are hashed as written."""
+        """Hashes spans of words. The spans must be in ascending order. Spans that have only numbers are hashed as written."""
         span_hashes = hashed(self.hashes, starts, stops)
         if self.numbers.any():
             others = np.concatenate([[0], np.cumsum(~self.numbers)])
@@ -104,8 +104,8 @@ def words(texts: Sequence[str]) -> ComparableWords:
 
 
 def edges(text: str) -> np.ndarray:
-    """Returns the start and end of each word of a text, int [words, 2]. Their number is the number that `words` finds, in NFC or
-    not."""
+    """Returns the start and end of each word of a text, int [words, 2]. It finds as many words as `words` does, whether the
+    text is in NFC or not."""
     places = _edges_of(text)
     plain = text if text.isascii() else unicodedata.normalize("NFC", text)
     return places if plain == text else _as_many(text, places, plain, _edges_of(plain))
@@ -116,7 +116,8 @@ def _edges_of(text: str) -> np.ndarray:
 
 
 def _as_many(text: str, places: np.ndarray, plain: str, wanted: np.ndarray) -> np.ndarray:
-    """Returns a text's words. Where its NFC has a different number of words between two white spaces, it returns the NFC's words.
+    """Returns a text's words. If the NFC of a piece between two white spaces has a different number of words, it returns the
+    NFC's words for this piece.
 
     The positions of the NFC's words are scaled in proportion. NFC reorders marks of several scripts in a row, which may move the
     start of a word.
@@ -149,8 +150,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def hashed(values: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-    """Hashes spans of values, given in ascending order. A hash is a polynomial: the difference of two prefix sums, divided by a
-    power of the base."""
+    """Hashes spans of values. The spans must be in ascending order. A hash is a polynomial: the difference of two prefix sums,
+    divided by a power of the base."""
     span_hashes, at = np.empty(len(starts), np.uint64), 0
     with np.errstate(over="ignore"):
         while at < len(starts):

@@ -1,4 +1,4 @@
-"""Ends a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
+"""Completes a comparison of documents: marks the dropped documents of every run, and adds the stage's counts to the funnel."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ JUDGED = pa.schema([("key", pa.uint64()), *((name, pa.large_string()) for name i
 
 
 def parts(bytes: int, memory_limit: int) -> int:
-    """Chooses the number of parts into which keys of this many bytes are split."""
+    """Chooses the number of parts into which `bytes` bytes of keys are split."""
     return max(1, -(-bytes // memory_limit))
 
 
@@ -42,15 +42,15 @@ def by_runs(flow: Flow, kind: str, runs: list[SpilledRun], names: list[str], mem
 
 
 def adding(task: Task, **more: object) -> Task:
-    """Returns a task with further arguments, which also change its key."""
+    """Returns a task with further arguments. These arguments also become part of the task's key."""
     return replace(task, key=key(task.key, more), arguments={**task.arguments, **more})
 
 
 def about(
     flow: Flow, kind: str, groups: list[list[SpilledRun]], names: list[str], also: object = None, **more: object
 ) -> Iterator[Task]:
-    """Yields one task per group of runs. Each task reads the spills' rows about its runs. `also`: further parts of the tasks'
-    keys."""
+    """Yields one task per group of runs. Each task reads the spills' rows about the runs of its group. `also`: further parts of
+    the tasks' keys."""
     firsts = list(accumulate((len(group) for group in groups), initial=0))
     ranges = [(first << 32, stop << 32) for first, stop in pairwise(firsts)]
     for group, first, (follows, shared) in zip(groups, firsts, exchanged(flow, kind, names, ranges), strict=False):
@@ -60,7 +60,7 @@ def about(
 
 def conclude(flow: Flow, curated: Curated, stage: GlobalStage, number: int, kind: str, judged: list[dict[str, Any]],
              memory_limit: int, **more: Any) -> list[SpilledRun]:  # fmt: skip
-    """Drops the losing documents, and adds the stage's tally to `curated`; returns the remaining runs.
+    """Drops the documents that the comparison marked, and adds the stage's tally to `curated`; returns the remaining runs.
 
     Each record in `judged` has the name of a spill of JUDGED, and `clusters`, `largest`, and `sizes`. `more` is added to the
     tally.
@@ -94,7 +94,8 @@ def counted(sizes: Iterable[int]) -> dict[str, int]:
 def stage_tally(
     flow: Flow, kind: str, before: list[SpilledRun], after: list[SpilledRun], clusters: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a comparing stage's part of the tally, without reasons: input, output, and the largest clusters."""
+    """Returns the part of the tally for a stage that compares documents: input, output, and the largest clusters. It has no
+    reasons."""
     part = tally.entry({}, "")
     part |= {"documents": sum(r.rows for r in before), "bytes": sum(r.bytes for r in before),
              "kept": sum(r.rows for r in after), "kept_bytes": sum(r.bytes for r in after)}  # fmt: skip

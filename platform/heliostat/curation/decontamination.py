@@ -71,7 +71,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def index(sets: dict[str, tuple[str, bytes]], fields: list[str], n: int) -> tuple[NgramIndex, dict[str, int]]:
-    """Builds the index of named sets (path and bytes); also counts the examples that are too short for an n-gram."""
+    """Builds the index of named sets (path and bytes). Counts the examples that are too short for an n-gram."""
     parts, places, names, short = list[np.ndarray](), list[np.ndarray](), list[str](), dict[str, int]()
     for name, (path, data) in sorted(sets.items()):
         numbered = list(examples(path, data, fields))

@@ -1,5 +1,5 @@
-"""Decodes pages by the rules of the standard (https://encoding.spec.whatwg.org, https://html.spec.whatwg.org, "encoding
-sniffing").
+"""Decodes pages by the rules of two standards: https://encoding.spec.whatwg.org, and "encoding sniffing" in
+https://html.spec.whatwg.org.
 
 Evidence is used in this order: a byte-order mark, the `charset` of the Content-Type header, a `meta` element in the first 1,024
 bytes, UTF-8 if the bytes are valid, and a guess from the bytes. Labels mean the same as in browsers (`latin1` is windows-1252).
@@ -21,7 +21,7 @@ PRESCAN, HEADER = 1024, 300  # maximum bytes of a page, and maximum characters o
 
 
 def sniff(data: bytes, content_type: str | None = None) -> tuple[str, str]:
-    """Returns a page's encoding, as Python's name for it, and the evidence: mark, header, meta, utf-8, or looks."""
+    """Returns Python's name for a page's encoding, and the kind of evidence for it: mark, header, meta, utf-8, or looks."""
     from resiliparse.parse.encoding import detect_encoding
 
     for mark, known in _MARKS:

@@ -49,7 +49,7 @@ class Curated:
         return sum(run.bytes for run in self.runs)
 
     def take(self, record: dict[str, Any]) -> list[SpilledRun]:
-        """Adds a task's dropped documents, and returns its runs."""
+        """Adds a task's dropped documents, and returns the task's runs of kept documents."""
         self.left_out += record["left_out"]
         self.tallies += [record["tally"]] if record.get("tally") else []
         self.reasons.update(record["reasons"])
@@ -68,7 +68,7 @@ class StageEngine:
     memory_limit: int
 
     def curate(self, pieces: Iterable[list[FilePart]], stages: list[Stage], explained: bool = True) -> Curated:
-        """Processes the pieces through all stages; with `explained`, also counts the documents read."""
+        """Processes the pieces through all stages; with `explained`, it counts the documents that it reads, too."""
         first, *rest = segments(stages)
         curated = Curated(source=self.source, identity=self.identity)
         curated.runs = self._taken(
@@ -98,7 +98,8 @@ class StageEngine:
         return [run for record in records for run in curated.take(record)]
 
     def _begun(self, pieces: Iterable[list[FilePart]], stages: list[Stage]) -> Iterator[list[FilePart]]:
-        """Yields the pieces. Records the libraries at the first piece, because the work folder is claimed by then."""
+        """Yields the pieces. Records the libraries' versions only at the first piece, because this run owns the work folder by
+        then."""
         used = {name for stage in stages for name in stage.libraries}
         for number, piece in enumerate(pieces):
             if not number:
@@ -141,7 +142,7 @@ class StageEngine:
 
 def segments(stages: list[Stage]) -> list[list[tuple[int, Stage]]]:
     """Splits a list of stages, with their numbers, into segments. A stage that compares documents or needs a GPU is a segment
-    alone.
+    of its own.
 
     The first segment never has such a stage, so it may be empty.
     """
@@ -178,8 +179,8 @@ def groups(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def filled(items: Iterable[Item], size: Callable[[Item], int], room: int, most: int = 1 << 60) -> Iterator[list[Item]]:
-    """Yields the items in groups. A group has at most `most` items, and a total size of at most `room`; a larger item is a group
-    alone."""
+    """Yields the items in groups. A group has at most `most` items, and a total size of at most `room`; an item larger than
+    `room` is a group of its own."""
     waiting, taken = list[Item](), 0
     for item in items:
         if waiting and (taken + size(item) > room or len(waiting) == most):

@@ -14,7 +14,7 @@ SHOWN = 40  # a cluster with more documents in the sample has a well-known size:
 
 
 def wilson(hits: int, count: int) -> tuple[float, float]:
-    """Computes the 95 % confidence interval (Wilson 1927) of a share, from `hits` of `count`."""
+    """Computes the 95 % confidence interval (Wilson 1927) of a share, from `hits` hits in `count` trials."""
     if not count:
         return 0.0, 1.0
     share, z2 = hits / count, Z * Z
@@ -23,9 +23,9 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def enough(fraction: float, spread: float, within: float) -> float:
-    """Computes the sample size, as a share of the input, for an estimate of a sum with a relative error of `within` (95 %).
-    `spread` is the standard error of the sample with share `fraction`. For a share f, the error is proportional to the square
-    root of (1 - f) / f."""
+    """Computes the share of the input that a sample needs, so that the estimate of a sum has a relative error of at most
+    `within` (with 95 % confidence). `spread` is the relative standard error of a sample that has the share `fraction` of the
+    input. For a share f, the error is proportional to the square root of (1 - f) / f."""
     needed = (within / Z) ** 2
     constant = spread * spread * fraction / (1 - fraction)
     return constant / (constant + needed)
@@ -43,14 +43,14 @@ class DuplicateShare:
 
 
 def duplicates(documents: int, sizes: dict[int, int], times: float) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole input with `times` the sample's documents. `sizes` maps a cluster size in the
-    sample, from 2, to the number of such clusters.
+    """Estimates the share of duplicates in a whole input that has `times` times as many documents as the sample. `sizes` maps
+    each size of a cluster in the sample (2 or more) to the number of clusters with this size.
 
-    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low. The
-    expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In small
-    samples it depends mostly on its starting point. The lower bound is the sample's share. The upper bound assumes that all
-    clusters are pairs. It is the largest number of pairs (95 % of a Poisson variable), divided by f squared. Chao and Lin's lower
-    bound of distinct documents (2012) limits it.
+    A sample with share f contains both documents of a pair with probability f squared, so its share of duplicates is too low.
+    The expected value comes from the cluster sizes that make the sample's sizes likely (`whole_sizes`), within the bounds. In
+    small samples, the expected value depends mostly on the starting point of this search. The lower bound is the sample's
+    share. The upper bound assumes that all clusters are pairs. It is the largest number of pairs (95 % of a Poisson variable),
+    divided by f squared. Chao and Lin's lower bound of distinct documents (2012) limits the upper bound.
     """
     clusters, duplicate_documents = sum(sizes.values()), sum(size * number for size, number in sizes.items())
     dropped, single = duplicate_documents - clusters, documents - duplicate_documents
@@ -67,15 +67,16 @@ def duplicates(documents: int, sizes: dict[int, int], times: float) -> Duplicate
 def duplicates_by_place(
     documents: int, groups: dict[int, int], places: dict[int, int], rate: float, times: float
 ) -> DuplicateShare:
-    """Estimates the share of duplicates in a whole input with `times` the sample's documents. The sample chose places, such as
-    ranges of a file, and then a share `rate` of the documents in each place.
+    """Estimates the share of duplicates in a whole input that has `times` times as many documents as the sample. The sample
+    chose places, such as ranges of a file, and then a share `rate` of the documents in each place.
 
-    `groups` maps a number of documents of one cluster in one place, from 2, to how often it occurs. `places` maps a number of
-    places of one cluster, from 2, to how often it occurs. Neighbors are often similar, for example pages of a site. If a place is
-    in the sample, so are both documents of a pair in this place, at the rate `rate`. A pair in two places is in the sample with
-    the square of the probability of one place. So `rate` gives the estimate within places. The documents that remain in a place
-    count as independent, and give the estimate across places. The bounds of both estimates are multiplied. Those within places
-    also include the sampling error of the places (`wilson`).
+    `groups` maps the number of documents that a cluster has in one place (2 or more) to how often this number occurs. `places`
+    maps the number of places in which a cluster has documents (2 or more) to how often this number occurs. Neighbors are often
+    similar, for example pages of a site. If a place is in the sample, the sample has a share `rate` of its documents, so the
+    chance to have both documents of a pair in this place depends only on `rate`. If the documents of a pair are in two places,
+    both places must be in the sample. This has the square of the probability of one place. So `rate` gives the estimate within
+    places. The documents that remain in a place count as independent, and give the estimate across places. The bounds of both
+    estimates are multiplied. Those within places also include the sampling error of the places (`wilson`).
     """
     dropped = sum((size - 1) * number for size, number in groups.items())
     within, left, (least, most) = duplicates(documents, groups, 1 / rate), documents - dropped, wilson(dropped, documents)
@@ -88,8 +89,8 @@ def duplicates_by_place(
 
 
 def whole_sizes(sizes: dict[int, int], share: float) -> tuple[float, float]:
-    """Estimates the number of clusters in the whole input, and of the documents in them. `sizes` maps a number of a cluster's
-    documents in the sample, from 1, to the number of such clusters.
+    """Estimates the number of clusters in the whole input, and of the documents in them. `sizes` maps the number of documents
+    that a cluster has in the sample (1 or more) to the number of clusters with this number.
 
     The sample contains m of a cluster's k documents with the binomial probability. Expectation maximization approaches the most
     likely mixture of cluster sizes. It starts with few large clusters, and stops early, because late rounds fit noise. If the

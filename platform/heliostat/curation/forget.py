@@ -1,5 +1,5 @@
-"""Makes a copy of a dataset without one document or image. It is removed from its shard, the record of the dataset's making, and
-the manifest.
+"""Makes a copy of a dataset without one document or image. The document or image is removed from its shard, from the record of
+how the dataset was made, and from the manifest.
 
 The other shards are copied unchanged. A training run that has started continues with the old dataset; a new run uses the new one.
 Two traces of the document remain: a tokenizer may have been trained on it, and it may have influenced which duplicate stayed. In
@@ -33,8 +33,8 @@ SAME = "duplicate"  # the drop reason of documents with the same text as a kept 
 
 
 def one(rows: list[dict[str, Any]], option: str) -> tuple[str, list[dict[str, Any]]]:
-    """Chooses the document, and all documents with the same text. If several documents match, raises a ConfigError that lists
-    candidates."""
+    """Returns the id of the document to remove, and the rows of all documents with the same text. If documents with different
+    texts match, raises a ConfigError that lists candidates."""
     targets = dict.fromkeys(row["detail"] if row["reason"] == SAME else row["id"] for row in rows)
     if len(targets) > 1:
         lines = [f"{row['id']} ({row['stage']}: {row['reason']})" for row in rows[:LISTED]]
@@ -120,8 +120,8 @@ def _rows(output: Location, path: str, data: bytes | None, column: str | None) -
 
 
 def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: Location) -> dict[str, Any]:
-    """Rewrites the record of the dataset's making without the documents' texts, columns, and hashes. Returns the part for the
-    manifest."""
+    """Rewrites the record of how the dataset was made, without the documents' texts, columns, and hashes. Returns the part for
+    the manifest."""
     funnel = reasons.funnel(dataset)
     for part in funnel.values():
         for rule, examples in part.get("examples", {}).items():
@@ -138,7 +138,8 @@ def _record(dataset: Manifest, gone: set[str], removed: dict[str, int], output: 
 
 
 def _copy(source: Location, output: Location, paths: list[str]) -> None:
-    """Copies the files that don't exist yet: their names identify their content."""
+    """Copies the files that don't exist yet. Existing files are never different, because a file's name identifies its
+    content."""
     present = {name for name, _ in output.files()}
     with ThreadPoolExecutor(COPIERS) as pool:
         list(pool.map(lambda path: output.join(path).write(source.join(path).read()), [p for p in paths if p not in present]))

@@ -1,5 +1,5 @@
-"""Resolves a pipeline's names on the Hugging Face Hub: the name of its input (`hf://datasets/ORG/NAME`), and of its stages'
-models.
+"""Resolves the Hugging Face Hub's names in a pipeline: the name of the input (`hf://datasets/ORG/NAME`), and the names of the
+stages' models.
 
 The command resolves each name once, and records the pinned names with the dataset. The input keeps its Hub name, with the commit,
 and every node downloads the files that it reads. A model's name becomes a folder in this machine's cache, and `shipping` copies
@@ -99,8 +99,8 @@ def find(uri: str, compiled: Callable[[str], re.Pattern[str]]) -> tuple[Location
 def fetch(base: Location, path: str) -> bool:
     """Downloads a file of the input to this node's cache, if the Hub lists it; returns whether it does.
 
-    A metadata file may contain any path. The function ignores paths that aren't listed, such as `../../file`: the check of paths
-    rejects them.
+    A metadata file may contain any path. This function downloads nothing for a path that the Hub doesn't list, such as
+    `../../file`. Another function, which checks paths, rejects such paths.
     """
     name = None if base.is_s3 else files.of_folder(Path(base.path))
     if name is None:

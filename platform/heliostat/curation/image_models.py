@@ -63,7 +63,7 @@ class ImageModel(ABC, Generic[Value]):
     what = "an image classifier or CLIP"
 
     def __init__(self, folder: str, cls: Any, batch: int) -> None:
-        """Loads the folder with a class of transformers; ConfigError if it has no such model."""
+        """Loads the folder with a class of transformers; ConfigError if the folder has no model of this class."""
         import torch
         import transformers
 

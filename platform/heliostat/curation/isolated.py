@@ -1,12 +1,13 @@
 """Runs a function on one item after another in a separate process, with limits of CPU time and memory per item.
 
-Parsers written in C can't be interrupted, and may crash. heliostat then replaces the separate process, and raises an error for
-the item. The limit is CPU time, so a busy machine drops the same items as an idle machine. The limit of wall time is `WALL` times
-as long. Requests and answers are framed bytes on a socket, and heliostat never executes an answer.
+Parsers written in C can't be interrupted, and may crash. If a parser hangs or crashes, heliostat replaces the separate process,
+and raises an error for the item. The limit is CPU time, so a busy machine drops the same items as an idle machine. The limit of
+wall time is `WALL` times the limit of CPU time. Requests and answers are framed bytes on a socket, and heliostat never executes
+an answer.
 
 A malicious document may take over a parser. So the parser's process sees only the environment variables in `KEPT`, and only the
 files of Python's libraries and fonts. It has no network, and can't start processes (`tasks.sandbox`). If the machine doesn't
-allow namespaces, the process can read this user's files, and the log reports that once.
+allow namespaces, the process can read the user's files, and heliostat logs a warning about this once.
 
     extract = Isolated("heliostat.curation.html:extractor", {"library": "resiliparse"}, seconds=10, megabytes=2048)
     about, text = extract({"content_type": None}, page)
@@ -59,7 +60,8 @@ class IsolatedError(Exception):
 
 
 class Isolated:
-    """Calls `module:function`, made with `keys`, in a process that starts on demand and is replaced when it fails."""
+    """Calls the function that `module:function` builds from `keys`, in a process that starts on demand and is replaced when it
+    fails."""
 
     def __init__(self, function: str, keys: dict[str, object], seconds: float, megabytes: int) -> None:
         self._function, self._keys, self._seconds, self._megabytes = function, keys, seconds, megabytes

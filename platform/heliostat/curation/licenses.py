@@ -1,10 +1,10 @@
-"""Finds the license of a file: from the SPDX id in the file, otherwise from the license files in the nearest folder above the
-file.
+"""Finds the license of a file: from the SPDX id in the file, otherwise from the nearest folder above the file that has license
+files.
 
 A license file counts only if all its words match the license's text (`identify` has the 35 texts of choosealicense.com). SPDX
-allows differences in titles, copyright lines, names of holders, list marks, and the FSF's addresses. The text after the terms may
-be missing. A license text with changes or additions is NOASSERTION, SPDX's word for unknown. A file without any license file
-above it is NONE. Several license files in one folder are joined by AND.
+allows differences in titles, copyright lines, names of holders, list marks, and the FSF's addresses. The text after the terms
+may be missing. A license text with changes or additions counts as NOASSERTION, SPDX's word for unknown. A file without any
+license file above it is NONE. Several license files in one folder are joined by AND.
 """
 
 from __future__ import annotations

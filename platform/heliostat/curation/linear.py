@@ -1,4 +1,5 @@
-"""Implements a linear classifier on hashed word n-grams: features, training, and a folder of safetensors and JSON.
+"""Implements a linear classifier on hashed word n-grams: computes the features, trains the classifier, and stores it in a
+folder of safetensors and JSON.
 
 A text's score is the mean weight of its n-grams, like in fastText (Joulin et al. 2016, arXiv 1607.01759), but with a single
 weight per n-gram.
@@ -117,7 +118,7 @@ def train(
 ) -> tuple[LinearScorer, TrainingReport]:
     """Trains a classifier on examples of both kinds. Returns it with a report: precision and recall on held-out documents.
 
-    The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few.
+    The texts' hashes select the held-out documents; equal texts count once. ConfigError if there are too few documents.
     """
     from scipy.sparse import csr_matrix
     from sklearn.linear_model import LogisticRegression

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class WrittenShards:
-    """Describes written shards: the manifest's rows and facts, the shards' part of the funnel, and spills of the documents'
+    """Describes written shards: their rows and facts in the manifest, their part of the funnel, and spills of the documents'
     fates."""
 
     rows: list[dict[str, Any]]
@@ -89,8 +89,8 @@ class Making(ABC):
 
     @property
     def as_read(self) -> list[str] | None:
-        """Returns the labels of stages whose drop reasons are reported like the reasons of reading. None for a kind without such
-        stages."""
+        """Returns the labels of stages whose drop reasons are reported like the reasons of reading. Returns None for a kind of
+        dataset without such stages."""
         return None
 
     @property
@@ -107,7 +107,7 @@ class Making(ABC):
         """Writes the shards of the kept documents."""
 
     def run(self, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, and returns its rows and metadata."""
+        """Writes everything but the manifest, and returns the manifest's rows and metadata."""
         return self._run(self.curated(inputs))
 
     def _run(self, curated: Curated) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -213,12 +213,12 @@ class Making(ABC):
         return {}
 
     def refine(self, prediction: Prediction, curated: Curated) -> list[str]:
-        """Adds this kind's estimates to a prediction. Returns notes on the prediction."""
+        """Adds the estimates for this kind of dataset to a prediction. Returns notes on the prediction."""
         return []
 
 
 def listed(flow: Flow, rows: int, names: list[str], output: Location, **also: object) -> list[str]:
-    """Writes the list of `rows` dropped documents, one file per range of hashes; returns the files' paths."""
+    """Writes the list of dropped documents (their number is `rows`), one file per range of hashes; returns the files' paths."""
     work = by_parts(flow, "listed", reasons.parts(rows), names, {}, output=output.uri, **also)
     records = flow.all("listed", tasks.list_left_out, work, valid=lambda record: output.join(record["listed"]).exists())
     return [record["listed"] for record in records]

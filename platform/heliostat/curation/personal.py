@@ -69,7 +69,8 @@ _IBAN_LENGTHS = {
 
 
 def emails(text: str) -> Iterator[Span]:
-    """Finds e-mail addresses with an existing top-level domain that aren't logins in a URL or a repository."""
+    """Finds e-mail addresses with an existing top-level domain. Leaves out logins in URLs and in the addresses of
+    repositories."""
     for match in _EMAIL.finditer(text) if "@" in text else ():
         local, at, host = match[0].partition("@")
         labels = host.split(".")
@@ -175,7 +176,8 @@ def require_region(region: str) -> None:
 
 
 def phones(region: str | None) -> Callable[[str], Iterator[Span]]:
-    """Builds a function that finds valid phone numbers in the international form and, for a region, in its national form."""
+    """Builds a function that finds valid phone numbers in the international form and, if a region is given, in the region's
+    national form."""
     import phonenumbers
 
     def valid(candidate: str, before: str) -> bool:

@@ -1,8 +1,8 @@
 """Splits an input's files into pieces of work. The split is a pure function of the listing and of a piece size. This size changes
 little when files are added.
 
-A large file is split into ranges of bytes, if its kind can be read from the middle. Small files are read together. The names of
-small files decide where a piece ends, so a new or removed file changes only one piece.
+A large file is split into ranges of bytes, if files of its kind can be read from the middle. Small files are read together. The
+names of small files decide where a piece ends, so a new or removed file changes only one piece.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ LEAST, MOST = 1 << 20, 128 << 20  # minimum and maximum bytes of a piece
 @dataclass(frozen=True)
 class FilePart:
     """Describes the part of a file to read: the complete file, or the records that begin in a range. `bytes` and `modified` are
-    those of the file.
+    those of the complete file.
 
-    `first`: the number of the range's first record, from 1; 0 if the reader determines it. `etag`: the ETag of an object, if its
-    store has ETags. `path_by_time`: the path that a spilled task has without ETags, if this path differs.
+    `first`: the number of the range's first record, counted from 1; 0 if the reader determines the number. `etag`: the ETag of
+    an object, if its store has ETags. `path_by_time`: the path that a spilled task has without ETags, if this path differs.
     """
 
     path: str
@@ -48,12 +48,13 @@ class FilePart:
 
     @property
     def identity_by_time(self) -> list[object]:
-        """Returns the identity without the ETag, in the form that versions without ETags recorded."""
+        """Returns the identity without the ETag, in the form that older versions of heliostat recorded."""
         return replace(self, path=self.path_by_time or self.path, etag="").identity
 
     @property
     def fields(self) -> dict[str, object]:
-        """Returns the part as JSON values by field names; without an ETag, in the original form."""
+        """Returns the part as JSON values by field names. If the part has no ETag, the fields are the same as in older versions
+        of heliostat."""
         return {name: value for name, value in asdict(self).items() if name not in ("etag", "path_by_time") or value}
 
 

@@ -36,8 +36,9 @@ Funnel = dict[str, dict[str, Any]]
 ROWS = 100_000  # dropped documents that a task counts: about 500 bytes of memory each
 EXACT = "exact"  # stands in for a stage's name in the fates of exact duplicates
 Alike = tuple[dict[int, int], dict[int, int]]
-"""Two counts of duplicates. The first maps a number of documents of one cluster in one place, from 2, to how often it occurs. The
-second maps a number of places of one cluster, from 2, to how often it occurs."""
+"""Two counts of duplicates. The first maps the number of documents that a cluster has in one place (2 or more) to how often
+this number occurs. The second maps the number of places in which a cluster has documents (2 or more) to how often this number
+occurs."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Rate:
 
 @dataclass
 class Prediction:
-    """Predicts the result for the whole input from a sample: its funnel, and the CPU seconds of its tasks (`flow`) and its stages
-    (`counted`)."""
+    """Predicts the result for the whole input from a run on a sample. It uses the run's funnel, the CPU seconds of the run's
+    tasks (`flow`), and those of the stages (`counted`)."""
 
     sample: SampledParts
     stages: list[Stage]
@@ -213,7 +214,7 @@ def rows_of(
 def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
     """Estimates the relative standard error of the bytes in a sample's runs, for independent documents.
 
-    It is large if a few large documents have most of the bytes.
+    The error is large if a few large documents have most of the bytes.
     """
     parts = [runs[first : first + GROUP] for first in range(0, len(runs), GROUP)]
     work = (Task(key("spread", [[run.name, run.decided] for run in part]), {"runs": part}) for part in parts)
@@ -224,7 +225,7 @@ def spread_of(flow: Flow, runs: list[SpilledRun], fraction: float) -> float:
 
 
 def squares(folder: Location, runs: list[SpilledRun]) -> dict[str, object]:
-    """Sums the bytes of documents in runs, and their squares."""
+    """Sums the sizes of the documents in runs, in bytes, and the squares of these sizes."""
     total, squared = 0, 0.0
     for run in runs:
         for table in survivors(folder, run, columns=["bytes"]):
@@ -274,7 +275,8 @@ def count_alike(folder: Location, part: int, parts: int, output: str, paths: lis
 
 
 def place_of(id: str, drawn: set[str]) -> str:
-    """Returns the place of a document in the sample: the drawn place with which the document's id begins, otherwise the id."""
+    """Returns the place of a document in the sample: the drawn place that is a prefix of the document's id. If there is none,
+    returns the id itself."""
     ends = (at for at, letter in enumerate(id) if letter in "#/")
     return next((id[:at] for at in ends if id[:at] in drawn), id)
 

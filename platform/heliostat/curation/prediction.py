@@ -1,4 +1,4 @@
-"""Parses the sample's share of a dry run, and formats the prediction: a table of stages, and sentences."""
+"""Parses the share of the input that a dry run reads, and formats the prediction as a table of stages and as sentences."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ is the schema of the YAML's other keys, and implements reading and writing. Guar
 - the replaced version stays for `keep_days`, for the runs that read it (`heliostat.data.versions`);
 - a folder with other files is rejected, and heliostat removes only its own files;
 - a finished dataset of the same configuration and input is kept (`up_to_date`), unless `force` is given;
-- the digest doesn't depend on the locations of input and output, or on the time of writing. These facts are in
-  `prepared.json`, next to the manifest.
+- the digest doesn't depend on the locations of input and output, or on the time of writing. `prepared.json`, next to the
+  manifest, records these locations and this time.
 """
 
 from __future__ import annotations
@@ -98,22 +98,23 @@ class Pipeline(Strict):
         """Lists the files to read, sorted by path; ConfigError if there are none."""
 
     def written_by(self, inputs: list[InputFile]) -> dict[str, Any] | None:
-        """Returns the model that wrote the input, and the model's source, if the input is the answers of a batch inference."""
+        """If the input is the answers of a batch inference, returns the model that wrote these answers, and the model's
+        source."""
         return None
 
     def identity(self) -> dict[str, Any]:
-        """Returns the part of the configuration that determines the data: all keys except locations, and except newer keys with
-        default values."""
+        """Returns the part of the configuration that determines the data: all keys, except the locations and those newer keys
+        that have their default values."""
         usual = {key for key in self.later if getattr(self, key) == type(self).model_fields[key].default}
         return self.model_dump(mode="json", exclude={"input", "output", "labels", "keep_days", *self.beside, *usual})
 
     @abstractmethod
     def write(self, output: Location, inputs: list[InputFile]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """Writes everything but the manifest, on Ray, and returns the manifest's rows and metadata (with `kind`).
+        """Writes everything but the manifest, on Ray. Returns the manifest's rows and its metadata, which includes `kind`.
 
         Files are named after their content (`versions.store`), because the folder may also contain an older version. In the
-        metadata, `files` lists the files that are also published under a plain name. `listed` lists the files that list the
-        dropped documents.
+        metadata, `files` lists the files that get a second, plain name when they are published. `listed` lists the files that
+        list the dropped documents.
         """
 
     def predict(self, folder: Location, inputs: list[InputFile], fraction: float) -> dict[str, Any]:
@@ -127,7 +128,7 @@ class Pipeline(Strict):
         """Deletes the unfinished work of an earlier run, for `--force`."""
 
     def finish(self, dataset: Manifest) -> None:
-        """Removes temporary files once the dataset is published, and adds files that its digest doesn't cover."""
+        """Removes temporary files once the dataset is published, and adds the files that the dataset's digest doesn't cover."""
 
 
 def place(uri: str, key: str) -> Location:
@@ -143,8 +144,8 @@ def sha256_json(value: object) -> str:
 
 
 def load(path: Path, settings: list[str]) -> tuple[str, Pipeline]:
-    """Loads a pipeline file; returns the import path of its class, and the validated pipeline. The ConfigError lists every wrong
-    key."""
+    """Loads a pipeline file; returns the import path of its class, and the validated pipeline. If keys are wrong, raises a
+    ConfigError that lists all of them."""
     name, path = path, path if path.is_absolute() else workspace.root() / path
     written = read_yaml(path)
     schema.require_kind("pipeline", name, written)
@@ -274,7 +275,8 @@ def _start_ray(pipeline: Pipeline) -> None:
 
 
 def _undo(output: Location, before: set[str], record: dict[str, Any], error: BaseException) -> None:
-    """Removes this run's files that belong to no version. If that fails too, logs that a later prepare removes them."""
+    """Removes the files of this run that no version of the dataset uses. If this removal fails too, logs that a later run
+    removes the files."""
     log.warning("%s: %s; removing the files of this run. The dataset stays as it was before", output,
                 "interrupted" if isinstance(error, KeyboardInterrupt) else "failed")  # fmt: skip
     try:
@@ -286,8 +288,8 @@ def _undo(output: Location, before: set[str], record: dict[str, Any], error: Bas
 
 
 def _list(output: Location, listed: list[str]) -> None:
-    """Publishes the list of dropped documents under its plain name, as a file or a folder of several, in place of an older
-    list.
+    """Publishes the list of dropped documents under its plain name, as one file or as a folder of several files, in place of an
+    older list.
 
     The older list is replaced when the new list is complete. If a store has one list as a file and the other as a folder, the
     older list is deleted first. Some stores don't allow a file and a folder with the same name.

@@ -43,8 +43,8 @@ def funnel(dataset: Manifest) -> dict[str, dict[str, Any]]:
     Each stage has `documents` and `bytes` (its input), `kept` and `kept_bytes`, `dropped` by reason, `counts`, `histograms` (by
     measure: value -> [kept, dropped]), `sizes` (of clusters: documents -> number of clusters), `examples` (by rule: [hash, id,
     text, detail, measures], for images also a thumbnail), `thresholds` (by measure: values), `what` (by reason: its meaning),
-    and `largest` (clusters: [documents, id of the kept one]). `finish`, if it exists, has only `dropped`: by the requirements
-    for texts after the stages.
+    and `largest` (clusters: [documents, id of the kept one]). The entry `finish`, if it exists, has only `dropped`: the
+    documents that the requirements for texts dropped after the stages.
     """
     return json.loads(dataset.location.join(_named(dataset)["funnel"]).read())
 
@@ -170,7 +170,7 @@ def _chosen(packed_columns: str | None, columns: list[str]) -> str | None:
 
 
 def explained(stages: list[Stage], total: tally.Tally, shard: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Combines the funnel of reading, of the stages in order, and of the shards, without seconds."""
+    """Combines the counts of reading, of the stages (in their order), and of the shards into one funnel, without seconds."""
     entries = {segment.READ: tally.entry(total, segment.READ)}
     for number, stage in enumerate(stages):
         limits = {m: [v for f in fields if (v := getattr(stage, f, None)) is not None] for m, fields in stage.thresholds.items()}

@@ -1,9 +1,9 @@
 """Finds the parts that several documents share, and removes all occurrences except the first, for any number of documents.
 
 A task spills every part of a text under the hash of its content. Another task reads the hashes in one range of keys, and finds
-the first occurrence of each hash. It then processes the occurrences in batches, and spills all except the first by document. So a
-line that is in every document takes no more memory than a line in two documents. The documents' ids decide which occurrence is
-the first.
+the first occurrence of each hash. It then processes the occurrences in batches, and spills all occurrences except the first,
+sorted by document. So a line that is in every document takes no more memory than a line in two documents. The documents' ids
+decide which occurrence is the first.
 
 The compared parts are lines, paragraphs, or windows of words. Windows are chosen by content (winnowing: Schleimer, Wilkerson and
 Aiken 2003). Of every `size` consecutive windows, the window with the smallest hash is chosen. So if two texts share a span of 2 *
@@ -169,7 +169,7 @@ class WordWindows:
 
 
 def least(hashes: np.ndarray, size: int) -> np.ndarray:
-    """Returns the positions of the smallest hashes in every `size` consecutive hashes, each position once."""
+    """Finds the smallest hash of every `size` consecutive hashes. Returns the positions of these hashes, each position once."""
     places = [np.zeros(0, np.int64)]
     for start in range(0, len(hashes) - size + 1, BLOCK):
         part = hashes[start : start + BLOCK + size - 1]

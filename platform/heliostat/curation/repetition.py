@@ -24,7 +24,7 @@ def duplicates(parts: Iterable[str]) -> tuple[int, int, int]:
 
 
 class Repeats:
-    """Measures repeated n-grams of a text's words, given by their hashes and lengths."""
+    """Measures the repeated n-grams of a text. The text's words are given as hashes and lengths."""
 
     def __init__(self, words: np.ndarray, lengths: np.ndarray) -> None:
         self.words = words
@@ -46,8 +46,8 @@ class Repeats:
         return self._words[: len(self.words) - n + 1]
 
     def top_chars(self, n: int) -> int:
-        """Counts the characters of the most frequent n-gram, with single spaces. If several n-grams are equally frequent, the
-        first counts."""
+        """Counts the characters in all occurrences of the most frequent n-gram, with single spaces between its words. If
+        several n-grams are equally frequent, the first counts."""
         if len(self.words) < n:
             return 0
         hashes = self._advance(n)
@@ -103,7 +103,8 @@ def _first_of(hashes: np.ndarray, values: np.ndarray) -> int:
 
 
 def _among(hashes: np.ndarray, places: np.ndarray | None, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the positions of the hashes that are in the sorted values, and the index of each hash's value."""
+    """Returns the positions of the hashes that are in the sorted values, and, for each of these hashes, its index in the sorted
+    values."""
     kept, groups = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     for start in range(0, len(hashes) if len(values) else 0, BLOCK):
         part = hashes[start : start + BLOCK]

@@ -66,11 +66,11 @@ class SampledParts:
     places: list[str] = field(default_factory=list)
     """Places (`place`) of the parts that have many documents."""
     many_bytes: int = 0
-    """Bytes of the input's files that have many documents, and an unknown number of them."""
+    """Bytes of the input files that have many documents each. The number of these documents isn't known."""
 
     def add(self, kind: str, parts: list[FilePart], taken: list[FilePart], one: bool, rate: float) -> None:
-        """Adds `parts` of the input. The sample reads the parts in `taken`, and of each a share `rate` of the records. `one`:
-        each part is one document."""
+        """Adds `parts` of the input. The sample contains the parts in `taken`, and a share `rate` of the records in each of
+        these parts. `one`: whether each part is one document."""
         total, read = sum(part.length for part in parts), sum(part.length for part in taken)
         self.records[kind] = rate
         self.parts += taken
@@ -84,7 +84,7 @@ class SampledParts:
 
     @property
     def of_bytes(self) -> float:
-        """Returns the ratio of the input's bytes to the sample's."""
+        """Returns the ratio of the input's bytes to the sample's bytes."""
         return self.input_bytes / self.taken_bytes
 
     @property
@@ -94,8 +94,8 @@ class SampledParts:
 
     @property
     def of_documents(self) -> float:
-        """Returns the ratio of the input's documents to the sample's. Counts files, if almost all files have one document, and
-        otherwise bytes."""
+        """Returns the ratio of the input's documents to the sample's. If almost all files have one document, this is the ratio
+        of the numbers of files. Otherwise, it is the ratio of the bytes."""
         return self.files / self.taken_files if self.unknown < FEW_UNKNOWN else self.of_bytes
 
     def pieces(self) -> Iterator[list[FilePart]]:

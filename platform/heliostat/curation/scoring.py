@@ -1,8 +1,8 @@
 """Runs texts through the model in a Hugging Face folder. It reads only safetensors and tokenizer.json, and runs no code from the
 folder.
 
-The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: a text's padded length
-depends only on its length, and batches are always full. So texts of the same length use the same kernels.
+The result for a text, such as a classifier's score, doesn't depend on the other texts in its batch: the padded length of a text
+depends only on the length of this text, and batches are always full. So texts of the same length use the same kernels.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class NamesModel(Stage):
 
 
 class ModelStage(NamesModel):
-    """Runs each document through a folder's model, and decides on it alone."""
+    """Runs each document through the model in a folder, and decides on each document alone."""
 
     def open(self) -> Work:
         self.check()
@@ -141,7 +141,8 @@ class ModelStage(NamesModel):
 
 
 class ScoringStage(ModelStage):
-    """Drops documents with too low or too high a score from a folder's model; a subclass computes the scores."""
+    """Drops documents if the model in a folder gives them a score that is too low or too high; a subclass computes the
+    scores."""
 
     gpu: ClassVar[bool] = True
     limits: ClassVar = {

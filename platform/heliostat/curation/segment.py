@@ -1,5 +1,5 @@
-"""Runs a segment: the stages between two comparisons of documents. Its input is pieces of the pipeline's input, or earlier
-spills.
+"""Runs a segment: the stages between two comparisons of documents. The segment reads pieces of the pipeline's input, or the
+spills of an earlier segment.
 
 A segment's task reads documents, runs the stages, and spills the kept documents in runs. A run is sorted by text hash, and its
 size is at most a share of `memory_limit`. Dropped documents go to a separate spill. The stages' counts go to a tally.
@@ -99,7 +99,7 @@ def by_run(folder: Location, first: int, count: int, names: list[str]) -> Iterat
 
 def over_pieces(folder: Location, piece: list[FilePart], source: DocumentSource, stages: list[Entry], run_bytes: int,
                 explained: bool, care: Care | None = None) -> dict[str, object]:  # fmt: skip
-    """Runs a segment on a piece of the input; with `explained`, also counts the documents read."""
+    """Runs a segment on a piece of the input; with `explained`, it counts the documents that it reads, too."""
     start = cpu_time.now()
     chain = Chain(folder, stages)
     opening = cpu_time.now() - start
@@ -120,7 +120,7 @@ def over_run(folder: Location, run: SpilledRun, source: DocumentSource, stages: 
 
 
 def counted(documents: Iterable[Document | Dropped], counts: tally.Tally) -> Iterator[Document | Dropped]:
-    """Counts documents while a task reads them, and the seconds of reading."""
+    """Counts the documents that a task reads, and the seconds that reading them takes."""
     entry, reading = tally.entry(counts, READ), iter(documents)
     while True:
         start = cpu_time.now()

@@ -130,14 +130,15 @@ class Stage(Strict):
     needs: ClassVar[tuple[str, ...]] = ()
     """An extra of heliostat, followed by the modules of the extra that the stage needs."""
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Python distributions on which the result depends. If the version of one changes, the stage's tasks run again."""
+    """Python distributions on which the result depends. If the version of one of these distributions changes, the stage's tasks
+    run again."""
     gpu: ClassVar[bool] = False
     """Whether the stage runs alone, in tasks that each have a GPU if the cluster has any."""
     of_images: ClassVar[bool] = False
     """Whether the stage reads images instead of captions."""
     version: ClassVar[int] = 1
-    """Version of the stage's results. If the same keys give different documents, increase it: heliostat then computes the results
-    again."""
+    """Version of the stage's results. Increase it if a change of the code gives different documents for the same keys:
+    heliostat then computes the results again."""
 
     makes: ClassVar[tuple[str, ...]] = ()
     """Columns that the stage adds to documents, in addition to those in its keys `column`, `bucket_column`, and `original`."""
@@ -147,7 +148,8 @@ class Stage(Strict):
     paths: ClassVar[tuple[str, ...]] = ()
     """Keys that name files or folders, such as a model. `shipping` copies them to the nodes of the tasks."""
     later: ClassVar[frozenset[str]] = frozenset()
-    """Keys that newer versions of heliostat added. A dataset made before such a key is up to date if the key has its default."""
+    """Keys that newer versions of heliostat added. A dataset that was made before heliostat had such a key is up to date if the
+    key has its default."""
 
     @classmethod
     def __pydantic_init_subclass__(cls, **options: object) -> None:

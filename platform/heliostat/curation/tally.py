@@ -1,10 +1,10 @@
 """Counts the actions of stages on documents: the funnel, histograms of measures, and examples of dropped and barely kept
 documents.
 
-A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`). The sum of tallies doesn't depend on
-their order. Histograms have a bin for every value of two significant digits. The examples of a rule are the twenty documents
-whose ids have the lowest hashes. So they are a random sample, and every run chooses the same documents. Only the seconds differ
-between runs.
+A tally is a dictionary of JSON values by stage (`NUMBER NAME`, such as `2 gopher_quality`). The sum of tallies doesn't depend
+on their order. Histograms have a bin for every value, rounded to two significant digits. The examples of a rule are the twenty
+documents whose ids have the lowest hashes. So they are a random sample, and every run chooses the same documents. Only the
+seconds differ between runs.
 """
 
 from __future__ import annotations

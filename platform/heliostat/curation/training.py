@@ -15,7 +15,8 @@ from heliostat.errors import ConfigError
 def train(
     good: Path, bad: Path, to: Path, ngrams: int = 2, bits: int = 18, chars: int = 10_000, held_out: float = 0.2
 ) -> linear.TrainingReport:
-    """Trains a classifier on the documents of two folders, writes it to a third, and returns its report.
+    """Trains a classifier on the documents of two folders, writes the classifier to a third folder, and returns the report on
+    the training.
 
     The report has precision and recall on held-out documents, and the number of unreadable documents, by reason. ConfigError if a
     folder has too few documents, or if the output folder isn't empty.

@@ -116,7 +116,8 @@ def _all() -> Iterator[tuple[str, str]]:
 
 
 def exceptions() -> dict[str, tuple[str, ...]]:
-    """Builds the table of exceptions, with either apostrophe (' and ’): the string, and its words."""
+    """Builds the table of exceptions, which maps a string to its words. It has strings with apostrophes in two forms, with '
+    and with ’."""
     plain = {whole: tuple(split.split()) for whole, split in _all()}
     curly = {whole.replace("'", "’"): tuple(word.replace("'", "’") for word in words) for whole, words in plain.items()}
     return plain | curly

@@ -31,8 +31,8 @@ _SYMBOLS = TERMINALS | frozenset(
 
 @dataclass(frozen=True)
 class Spoken:
-    """Holds the words of a text in order: for each word, its hash, its number of characters, and whether it is a symbol or has a
-    letter."""
+    """Holds the words of a text in order: for each word, its hash, its number of characters, whether it is a symbol, and
+    whether it has a letter."""
 
     hash: np.ndarray
     length: np.ndarray

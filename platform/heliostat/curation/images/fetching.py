@@ -60,7 +60,7 @@ class FetchSettings(Strict):
 
 @dataclass(frozen=True)
 class Fetching:
-    """Fetches the URLs of a task of `lists`. `bytes`: maximum bytes of an image."""
+    """Fetches the URLs of a task that `lists` planned. `bytes`: maximum bytes of an image."""
 
     config: FetchSettings
     bytes: int

@@ -1,9 +1,9 @@
 """Computes latents and text embeddings once, before training, in a pool of actors, so that ZeRO never shards frozen encoders.
 
 Each actor loads the encoders once, on a GPU if the actor has one. For each image, the dataset stores the distribution of the
-latents (mean and log variance, float16), from which training samples in every epoch. For each caption, the dataset stores the
-last layer of the text encoder. `empty_caption.bin` contains the encoding of the empty caption. The last bits of latents and
-embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
+latents (mean and log variance, float16). In every epoch, training draws new latents from this distribution. For each caption,
+the dataset stores the last layer of the text encoder. `empty_caption.bin` contains the encoding of the empty caption. The last
+bits of latents and embeddings depend on the machine and the batch. So the dataset's digest may differ on other hardware.
 """
 
 from __future__ import annotations

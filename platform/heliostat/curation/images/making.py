@@ -44,7 +44,8 @@ class ImageMaking(Making):
 
     source: ImageSource
     last: Stage | None
-    """Stage that finds duplicates, after all other stages. Its dropped images are reported like images that reading drops."""
+    """Stage that finds duplicates, after all other stages. The images that this stage drops are reported like the images that
+    reading drops."""
     shard_images: int
     chunk_images: int
     channels: int
@@ -94,7 +95,8 @@ class ImageMaking(Making):
         return WrittenShards(chunks, facts, part, ends)
 
     def pieces(self, inputs: list[InputFile]) -> Iterator[list[FilePart]]:
-        """Spills the read tasks one by one, so that the driver never has the complete lists of metadata files in memory."""
+        """Spills the tasks that read the input, one by one, so that the driver never has the complete lists of metadata files
+        in memory."""
         self.flow.work.begin(pieces.size(sum(f.bytes for f in inputs)))
         sizes, planned = {f.path: f.bytes for f in inputs}, self._tasks(inputs)
         for task in sampling.sampled(planned, inputs, self.sample) if self.sample else planned:

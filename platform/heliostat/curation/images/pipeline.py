@@ -5,8 +5,8 @@ Guarantees:
 - The dataset is a pure function of the configuration, and of the relative paths and bytes of the input files.
 - The SHA-256 of an image's pixels selects its shard. Within a shard, images are sorted by this hash, so scheduling can't change
   the order.
-- Of equal images, and of near-duplicates with `duplicates: perceptual`, the image with the smallest hash stays. For equal hashes,
-  the image with the smallest id stays.
+- Of several equal images, only the image with the smallest hash stays. With `duplicates: perceptual`, the same is true of
+  near-duplicates. If hashes are equal, the image with the smallest id stays.
 - Dropped images are listed in `quarantine.parquet` (id, reason, detail). They never stop the job.
 - With `buckets`, the dataset is a collection with one part per size. Every batch comes from one part.
 - Images and ids never pass through the driver. The driver has only the list of input files, and a record of each task.

@@ -25,7 +25,7 @@ class SampledImages(ImageSource):
 
 
 def sampled(tasks: Iterable[dict[str, Any]], inputs: list[InputFile], sample: SampledParts) -> Iterator[dict[str, Any]]:
-    """Yields the read tasks of a sample, and counts in `sample` what these tasks read.
+    """Yields the tasks that read a sample, and adds the parts of the input, and the sizes of these parts, to `sample`.
 
     It chooses some of the single images. It also chooses some archives, and a share of the images in each archive. It chooses at
     least PLACES archives, or all archives if the input has fewer.

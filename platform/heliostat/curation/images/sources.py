@@ -5,9 +5,9 @@
     FOLDER or GLOB      *.parquet: a column of encoded images (bytes, or {bytes, path} as Hugging Face writes them)
     FOLDER or GLOB      *.tar as WebDataset writes them: KEY.png (.jpg, .webp) with KEY.txt, or with KEY.json for the columns
 
-An id is the place of an image in the input (`a.tar/KEY`, `b.parquet#7`), so ids stay valid. A digit's caption is one of
-TEMPLATES; the number of the image selects the template. Ten of the 60 pairs of digit and template are never used, so that some
-prompts are new to every model.
+An id is the place of an image in the input (`a.tar/KEY`, `b.parquet#7`), so other files don't change it. A digit's caption is
+one of TEMPLATES; the number of the image selects the template. Ten of the 60 pairs of digit and template are never used, so
+that some prompts are new to every model.
 """
 
 from __future__ import annotations
@@ -108,10 +108,11 @@ def listing(uri: str, limit: int = ImageLimits.file) -> list[InputFile]:
 def tasks(
     uri: str, files: list[InputFile], columns: ImageColumns, limit: int = ImageLimits.file, target: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Plans the read tasks: each task reads an archive, a part of a table, or some hundred files from a metadata file.
+    """Plans the tasks that read the input. Each task reads an archive, a part of a table, or some hundred files from a metadata
+    file.
 
     For files from a metadata file, `state` contains the size and modification time of each file, because the result depends on
-    them, too. `target`: bytes of a piece; the default depends on the total size.
+    the size and the time, too. `target`: bytes of a piece; the default depends on the total size.
     """
     if uri == DIGITS:
         yield {"kind": "digits", "path": ""}
@@ -131,14 +132,14 @@ def tasks(
 
 
 def spilled(folder: Location, task: dict[str, Any], sizes: Mapping[str, int]) -> FilePart:
-    """Spills a read task, and describes it as a part of the input; `sizes`: the bytes of each file."""
+    """Spills a task that reads images, and describes the task as a part of the input; `sizes`: the bytes of each file."""
     paths = [one["path"] for one in task.get("parts") or task.get("entries", [])]
     name, by_time = segment.store(folder, task), segment.name_of(_without_etags(task))
     return FilePart(name, sum(sizes.get(path, 0) for path in paths), 0, path_by_time=by_time if by_time != name else "")
 
 
 def _without_etags(task: dict[str, Any]) -> dict[str, Any]:
-    """Returns a read task in the form of older versions, which had no ETags."""
+    """Returns a task that reads images in the form that older versions used, without ETags."""
     if "parts" in task:
         return {**task, "parts": [{key: part[key] for key in part if key != "etag"} for part in task["parts"]]}
     return {**task, "state": [one and one[:2] for one in task["state"]]} if "state" in task else task
@@ -236,8 +237,8 @@ def digits() -> Iterator[Raw]:
 def read_parquet(
     path: str, file: pa.NativeFile, columns: ImageColumns, limits: ImageLimits, part: FilePart
 ) -> Iterator[Raw | Dropped]:
-    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer only once, and broken row groups
-    for each part."""
+    """Yields the rows of a Parquet file, or of a part of it. Reports a broken footer only for the file's first part, and broken
+    row groups for each part that has some."""
     wanted = [c for c in (columns.image, columns.caption, columns.label, *columns.others) if c]
     try:
         opened = parquet.opened(file, columns.image)

@@ -49,7 +49,8 @@ Shards = dict[str, tuple[int, int]]  # bucket -> (number of its first shard amon
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Reads the images of an input's read tasks. A part's path is the name of its task in the spill folder."""
+    """Reads the images of an input. Each part is one of the spilled tasks that read the input. The part's path is the name of
+    the task's file in the spill folder."""
 
     input: str
     columns: ImageColumns
@@ -167,7 +168,7 @@ def write_shard(folder: Location, number: int, prefix: str, chunk_images: int, o
                 names: list[str], stored: tuple[str, ...] = ()) -> dict[str, object]:  # fmt: skip
     """Writes the shard with this number; returns the shard's counts, and its part of the manifest.
 
-    `stored`: columns of stages that the shard also contains.
+    `stored`: the stages' columns that the shard contains in addition to the columns of every image shard.
     """
     tables = [t for name in names for t in spill.read(folder, name, number, number + 1)]
     if not tables:  # the dataset has few images, and no image has a hash that selects this shard
@@ -214,8 +215,8 @@ def shard(table: pa.Table, chunk_images: int, columns: tuple[str, ...] = STORED)
 def without(file: pq.ParquetFile, id: str) -> tuple[bytes | None, int]:
     """Rewrites an open shard without an image.
 
-    Returns the new file, or None if no image is left, and the number of bytes of the removed image and its caption. With latents,
-    the image's bytes aren't known, and don't count. Each row group keeps its other images.
+    Returns two values: the new file (None if no image is left), and the number of bytes that the removed image and its caption
+    had. With latents, the image's bytes aren't known, and don't count. Each row group keeps its other images.
     """
     left, size = list[pa.Table](), 0
     for group in range(file.num_row_groups):

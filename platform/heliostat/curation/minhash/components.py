@@ -1,4 +1,5 @@
-"""Finds exactly the connected components of a graph of documents, with the edges on disk. It alternates large and small stars.
+"""Finds exactly the connected components of a graph of documents, with the edges on disk. It alternates two operations on the
+edges, large star and small star.
 
 (Kiveris, Lattanzi, Mirrokni, Rastogi and Vassilvitskii, Connected Components in MapReduce and Beyond, 2014.) A node is a
 document, numbered by its run and row (`run << 32 | row`). A large star connects every larger neighbor of a node to the smallest
@@ -25,8 +26,8 @@ Edges = tuple[np.ndarray, np.ndarray]
 
 
 def gathered(flow: Flow, kind: str, signed: list[tuple[str, int]], parts: int) -> list[str]:
-    """Joins the spills of runs, each (name, rows), into about `parts` spills, so that a task doesn't read its part from every
-    run's spill.
+    """Joins the runs' spills into about `parts` spills, so that a task doesn't need to read from the spill of every run.
+    `signed`: the name of each run's spill, and its number of rows.
 
     The column `row` becomes `node`, the place of the document.
     """
@@ -62,8 +63,8 @@ def pairs(folder: Location, part: int, parts: int, names: list[str]) -> dict[str
 
 
 def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects the larger neighbors of each node of this part to its smallest neighbor. Also returns a sum of the edges, which
-    detects changes."""
+    """Connects the larger neighbors of each node of this part to the smallest node in the node's neighborhood. The record
+    contains a checksum of the edges, which shows whether a round changed any edge."""
     u, v = edges = _edges(folder, part, parts, names)
     down = u > v
     with np.errstate(over="ignore"):
@@ -74,7 +75,7 @@ def large_star(folder: Location, part: int, parts: int, names: list[str]) -> dic
 
 
 def small_star(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Connects each node of this part, and its smaller neighbors, to the smallest neighbor."""
+    """Connects each node of this part, and the node's smaller neighbors, to the smallest of these neighbors."""
     u, v = edges = _edges(folder, part, parts, names)
     least = _least(edges)
     return _spilled(folder, unique((np.concatenate([u, v]), np.concatenate([least, least]))), both=True)
@@ -114,7 +115,7 @@ def _starts(values: np.ndarray) -> np.ndarray:
 
 
 def _least(edges: Edges) -> np.ndarray:
-    """Returns, for each sorted edge, the smallest neighbor of the edge's first node."""
+    """Returns, for each edge, the smallest neighbor of the edge's first node. The edges must be sorted."""
     u, v = edges
     return v[_starts(u)] if len(u) else v
 

@@ -51,10 +51,10 @@ def members(folder: Location, part: int, parts: int, names: list[str]) -> dict[s
 
 def candidates(folder: Location, first: int, runs: list[SpilledRun], copies: list[str | None], rule: Rule, column: str,
                names: list[str]) -> dict[str, object]:  # fmt: skip
-    """Spills, for each cluster, the only document of these runs that may stay, with the number of the cluster's documents in
-    these runs.
+    """Chooses, for each cluster, the only document of these runs that may stay. Spills this document with the number of the
+    cluster's documents in these runs.
 
-    Also spills the cluster of each document. `first`: the number of the first run.
+    A second spill has the cluster of each document. `first`: the number of the first run.
     """
     waiting, new, belonging = [CANDIDATES.empty_table()], 0, [BELONGING.empty_table()]
     for number, run, rows, roots in _clusters(folder, first, runs, copies, names):
@@ -138,8 +138,8 @@ def _number(value: object) -> float:
 
 
 def choose(folder: Location, part: int, parts: int, names: list[str]) -> dict[str, object]:
-    """Chooses the document that stays in each cluster of this part, and spills it for each candidate, so that every run gets
-    it."""
+    """Chooses the document that stays in each cluster of this part. Spills this choice once per candidate of the cluster, so
+    that the tasks of all runs can read it."""
     table = spill.joined(folder, names, *spill.share(part, parts), CANDIDATES)
     best = _best([table])
     of = pa.array(np.searchsorted(best["root"].to_numpy(), table["root"].to_numpy()))

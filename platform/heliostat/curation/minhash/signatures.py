@@ -61,8 +61,8 @@ def banded(signatures: np.ndarray, parameters: Parameters) -> np.ndarray:
 
 
 def sign(folder: Location, run: SpilledRun, parameters: Parameters) -> dict[str, object]:
-    """Spills (key, row) for a run's documents. Also spills (key: row, first) for copies: documents with the same keys as an
-    earlier document.
+    """Spills (key, row) for a run's documents, except copies: documents with the same keys as an earlier document. For copies,
+    a second spill has the row of the copy (as its key), and the row of the first such document.
 
     A copy has the same candidates as the first document, so it isn't compared again. Each key of a document has one row, for any
     number of copies in the run.

@@ -1,9 +1,9 @@
 """Makes matching pairs of texts, on Ray: docstrings with their functions (Python), titles with their sections (Markdown,
 HTML), and pairs from records (`.jsonl`, `.parquet`). Run: `heliostat data prepare pipelines/pairs.yaml`.
 
-Guarantees: the dataset is a pure function of the input's relative paths and bytes and of the configuration. The hash of a pair's
-text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. A text is held out with
-all its queries.
+Guarantees: the dataset is a pure function of the configuration, and of the relative paths and bytes of the input files. The
+hash of a pair's text decides the pair's shard, and its position in the shard. Of equal pairs, the dataset has only one. A text
+is held out with all its queries.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def numbered(path: str) -> Literal["", "line", "row", "byte"] | None:
 
 
 def ranged(path: str) -> bool:
-    """Checks whether a file with this path can be read from the middle, like uncompressed lines and Parquet row groups."""
+    """Checks whether a file with this path can be read from the middle. This is possible at lines, if the file isn't
+    compressed, and at Parquet's row groups."""
     kind = kind_of(path)
     return kind is not None and kind.ranged and codec_of(path) is None
 

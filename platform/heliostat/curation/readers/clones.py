@@ -48,7 +48,8 @@ def there_is_git() -> bool:
 
 
 def facts(folder: Path) -> tuple[str, int]:
-    """Returns the commit of HEAD, and the number of bytes of its files; LeftOutError if the clone has no readable commit."""
+    """Returns the commit of HEAD, and the total bytes of the commit's files; LeftOutError if the clone has no readable
+    commit."""
     commit = _commit(folder, "HEAD")
     return commit, sum(size or 0 for _, _, size, _ in _tree(folder, commit))
 
@@ -65,7 +66,7 @@ def read(path: str, folder: Path, limits: ReadLimits, commit: str = "HEAD") -> I
 
 
 def _commit(folder: Path, name: str) -> str:
-    """Returns the commit that `name` refers to; LeftOutError if `name` has no commit, or the clone is rejected."""
+    """Returns the commit that `name` refers to; LeftOutError if `name` refers to no commit, or if the clone is rejected."""
     if folder.is_symlink() or not folder.is_dir() or not (folder / "objects").resolve().is_relative_to(folder.resolve()):
         raise LeftOutError("outside", "no folder of its own")
     for place in ELSEWHERE:

@@ -124,7 +124,8 @@ def arrow(path: str, stream: BinaryIO, limits: ReadLimits) -> Iterator[Document 
 
 
 def _shares(kind: pa.DataType) -> bool:
-    """Checks whether values of a type may share bytes, so that rows can be larger than their storage."""
+    """Checks whether values of a type may share bytes, so that the rows together can be larger than the bytes in which they are
+    stored."""
     types = pa.types
     tests = (types.is_dictionary, types.is_run_end_encoded, types.is_string_view, types.is_binary_view, types.is_list_view,
             types.is_large_list_view)  # fmt: skip

@@ -1,7 +1,8 @@
 """Implements the tasks that compare documents by vectors: embedding, centers, cells, and the choice of the documents that stay.
 
-Spills are split by documents and by cells. So for any number of documents, a task has only the vectors of a run, of a sample, or
-of a part of a cell in memory. The centers come from the documents with the lowest hashes, so they don't depend on the runs.
+Spills are split by documents and by cells. So for any number of documents, a task has in memory only the vectors of one run, of
+a sample, or of a part of one cell. The centers come from the documents with the lowest hashes, so they don't depend on the
+runs.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ def sampled(rows: int, cells: int, size: int) -> int:
 
 
 def centres(folder: Location, names: list[str], limit: int, cells: int, seed: int) -> dict[str, object]:
-    """Spills the centers of the cells. They are computed from texts with hashes below the limit, each once, in an order that
-    depends on the seed.
+    """Spills the centers of the cells. They are computed from the texts with hashes below the limit. Each text counts once, and
+    the order of the texts depends on the seed.
 
     If no text has a hash below the limit, because most texts are equal, there is one cell.
     """
@@ -142,8 +143,8 @@ def key_of(cells: np.ndarray) -> np.ndarray:
 
 
 def judge(folder: Location, part: int, parts: int, names: list[str], least: float, held: int) -> dict[str, object]:
-    """Spills the dropped documents of the cells in this part. A document is dropped if it is near an earlier document, in the
-    rule's order, that stays.
+    """Spills the dropped documents of the cells in this part. A document is dropped if it is near a document that stays and
+    that comes earlier in the rule's order.
 
     `held`: the maximum number of vectors in memory. The tasks' keys depend on this argument's name.
     """
@@ -179,8 +180,8 @@ def _judged(nodes: np.ndarray, by: list[tuple[str, int]], cosines: np.ndarray) -
 
 
 def _count(bins: dict[str, list[int]], best: np.ndarray, goes: np.ndarray) -> None:
-    """Adds the cosine similarity of each document with the nearest kept document to a tally's histogram, for kept and dropped
-    documents."""
+    """Adds documents to a tally's histogram by their cosine similarity with the nearest kept document. The histogram counts
+    kept and dropped documents separately."""
     for place, some in ((0, best[~goes]), (1, best[goes])):
         values, counts = np.unique(np.floor(some.astype(np.float64) * 100 + 1e-4), return_counts=True)
         for value, number in zip(values.tolist(), counts.tolist(), strict=True):

@@ -1,7 +1,7 @@
 """Computes with vectors of 8-bit numbers: cosine similarities, centers of cells, and the rows that stay. All functions are pure.
 
-Dot products of two vectors are integers below 2**24. float32 represents them exactly in any order of summation, so the results
-are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
+If two vectors have at most LONGEST numbers, their dot product is an integer below 2**24. float32 represents it exactly in any
+order of summation, so the results are the same on every machine. Longer vectors are multiplied in pieces of LONGEST numbers.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def nearest(vectors: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def centres(sample: np.ndarray, count: int) -> np.ndarray:
-    """Finds the centers of `count` cells by spherical k-means, starting from the first vectors. If there are fewer different
-    vectors, each has a cell.
+    """Finds the centers of `count` cells by spherical k-means, starting from the first vectors. If there are fewer than `count`
+    different vectors, each of them has its own cell.
 
     (Lloyd 1982; Dhillon and Modha 2001.) A cell that loses all its vectors keeps its center.
     """
@@ -90,7 +90,7 @@ class Rows:
         yield from (self[start : start + size] for start in range(0, len(self), size))
 
     def cosines(self, others: Rows) -> np.ndarray:
-        """Returns the cosine similarity of each row with each of the others."""
+        """Returns the cosine similarity of each row with each row of `others`."""
         return products(self.vectors, others.vectors) / others.lengths / self.lengths[:, None]
 
 

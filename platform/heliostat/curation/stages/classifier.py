@@ -1,4 +1,5 @@
-"""Drops documents with a low score by your own quality classifier: a linear model on hashed word n-grams.
+"""Drops documents to which your own quality classifier gives a low score. The classifier is a linear model on hashed word
+n-grams.
 
 GPT-3, successors of CCNet, and DCLM (Li et al. 2024, arXiv 2406.11794) select pages with such a classifier, for example with
 fastText. It is trained on examples of good documents and of other documents. `heliostat data train-classifier GOOD BAD --out

@@ -4,9 +4,9 @@ appendix C).
 Words are compared as in `minhash` (`heliostat.curation.comparable`): differences in case, accents, punctuation, numbers, and
 Unicode form don't matter, and each Chinese character is a word. An evaluation set is a file: JSON lines (all strings of an
 example, or only `fields`), or text in which each paragraph is an example. Examples with fewer than `n` words can't match; the
-check reports how many there are. A document with at least `min_hits` shared n-grams is dropped. Its detail lists the first
-hits: the evaluation set, the example, and the number of the word in the document. GPT-3 instead removed the matching text, and
-dropped only documents that this removal split into ten pieces.
+check reports the number of these examples. A document with at least `min_hits` shared n-grams is dropped. The detail of the
+dropped document lists the first hits: the evaluation set, the example, and the number of the word in the document. GPT-3
+instead removed the matching text, and dropped only documents that this removal split into ten pieces.
 """
 
 from __future__ import annotations

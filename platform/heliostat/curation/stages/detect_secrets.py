@@ -223,7 +223,8 @@ def _pieces(line: str) -> Iterator[tuple[int, str]]:
 
 
 def _secrets(line: str, detectors: list[SecretDetector]) -> Iterator[tuple[Span, str]]:
-    """Yields the span and the kind of each secret in a line. A pattern's span is its match, or its group with the secret."""
+    """Yields the span and the kind of each secret in a line. A pattern's span is the whole match, or the group that contains
+    the secret."""
     for detector in detectors:
         secrets = set(detector.analyze_string(line))
         if not secrets:

@@ -2,10 +2,10 @@
 (Barbaresi 2021).
 
 resiliparse is the default. FineWeb and RefinedWeb use trafilatura (`library: trafilatura`), which takes about twenty times as
-long, and finds the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`). A separate
-process parses each page, within the limits `max_seconds` and `max_memory`. If a page makes the parser hang or crash, only this
-page is dropped, with a reason. The measure `boilerplate` is the share of the page's visible text that isn't in the result.
-`title` and `encoding` become columns. Text documents pass through unchanged. So do PDFs, which the stage `pdf` reads.
+long as resiliparse, and finds the main text more exactly. Encodings follow the HTML standard (`heliostat.curation.encodings`).
+A separate process parses each page, within the limits `max_seconds` and `max_memory`. If a page makes the parser hang or crash,
+only this page is dropped, with a reason. The measure `boilerplate` is the share of the page's visible text that isn't in the
+result. `title` and `encoding` become columns. Text documents pass through unchanged. So do PDFs, which the stage `pdf` reads.
 """
 
 from __future__ import annotations

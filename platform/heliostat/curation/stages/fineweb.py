@@ -4,8 +4,8 @@ A document is dropped if one of these is true:
 
 - Fewer than 12 % of its lines end with a terminal mark.
 - More than 67 % of its lines have at most 30 characters.
-- More than 1 % of its characters are in duplicate lines. (The paper and its code count lines after deduplication across
-  documents.)
+- More than 1 % of its characters are in duplicate lines. (In the paper and its code, the lines are counted after deduplication
+  across documents.)
 - It has more than 0.3 line ends per word.
 
 Lines of only white space don't count. Decisions agree with datatrove's FineWebQualityFilter: docs/benchmarks/curation-stages.md.

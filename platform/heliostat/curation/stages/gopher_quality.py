@@ -8,8 +8,9 @@ A document is kept if all of these are true:
 - At least 80 % of its words contain a letter.
 - It contains at least two of eight stop words.
 
-Words are English words, split as in spaCy: punctuation marks are separate words. Words of only marks don't count for the number
-and the length of words. Decisions agree with datatrove's filter of the same name: docs/benchmarks/curation-stages.md.
+Words are English words, split as in spaCy: punctuation marks are separate words. Words that have only punctuation marks don't
+count in the number of words, or in their mean length. Decisions agree with datatrove's filter of the same name:
+docs/benchmarks/curation-stages.md.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 A document is dropped if one of these is true:
 
-- Duplicate lines, or duplicate paragraphs, are more than 30 % of their number, or have more than 20 % of the characters.
-- The most frequent n-gram of 2, 3, or 4 words has more than 20, 18, or 16 % of the characters.
-- Duplicate n-grams of 5 to 10 words have more than 15 to 10 % of the characters.
+- More than 30 % of its lines, or more than 30 % of its paragraphs, are duplicates.
+- Its duplicate lines, or its duplicate paragraphs, have more than 20 % of the characters.
+- The most frequent n-gram of 2, 3, or 4 words has more than 20, 18, or 16 % of the characters, respectively.
+- Duplicate n-grams of 5, 6, 7, 8, 9, or 10 words have more than 15, 14, 13, 12, 11, or 10 % of the characters, respectively.
 
 Words are English words, split as in spaCy. Decisions agree with datatrove's filter of the same name:
 docs/benchmarks/curation-stages.md.

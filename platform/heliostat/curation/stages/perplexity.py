@@ -5,9 +5,9 @@ Wikipedia. Here, `model` is a local folder of a causal language model, for examp
 tokenizer.json. heliostat never runs code from this folder. Text like the model's training data has a low perplexity, and
 repetitive text has a very low perplexity. Lists, noise, and other languages have a high perplexity.
 
-The perplexity is exp of the mean negative log probability of the first `max_tokens` tokens, except the very first token. A count
-reports longer documents. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs on CPUs. The
-perplexity doesn't depend on the batch, but its last digits differ between devices.
+The perplexity is exp of the mean negative log probability of the first `max_tokens` tokens, except the very first token. The
+stage counts documents with more tokens. If the cluster has GPUs, each GPU has an actor with the model; otherwise the stage runs
+on CPUs. The perplexity doesn't depend on the batch, but its last digits differ between devices.
 """
 
 from __future__ import annotations

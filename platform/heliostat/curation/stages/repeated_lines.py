@@ -5,10 +5,10 @@ document whose id has the smallest hash stays, so the result doesn't depend on h
 text left is dropped. Put this stage after `minhash`. Otherwise, near-duplicates lose their common lines, and only the lines that
 differ stay.
 
-CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are single lines there, and ignores case, punctuation, and
-the values of digits. This stage compares words as in `minhash` (`heliostat.curation.comparable`), which also covers accents and
-Asian scripts. Lines with only numbers are compared as written. In C4, Raffel et al. 2019, arXiv 1910.10683, remove repeated spans
-of three sentences.
+CCNet (Wenzek et al. 2019, arXiv 1911.00359) compares paragraphs, which are single lines in CCNet, and ignores case,
+punctuation, and the values of digits. This stage compares words as in `minhash` (`heliostat.curation.comparable`), which
+ignores accents too, and supports Asian scripts. Lines with only numbers are compared as written. For C4, Raffel et al. (2019,
+arXiv 1910.10683) removed repeated spans of three sentences.
 
 The stage compares lines or paragraphs by 64-bit hashes. Among 10^10 different hashed texts, about three pairs collide. A task has
 the different hashes of only one range in memory.

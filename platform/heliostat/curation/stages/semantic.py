@@ -9,9 +9,9 @@ that stays is `min_similarity` or more. So the documents that stay in a cell are
 chains.
 
 The stage finds all pairs within a cell. Datasets of up to `cell_documents` documents are one cell. If two similar documents are
-in different cells, both stay. A second stage with another `seed` has different cells. Vectors are rounded to 8 bits, so the
-results are the same on every machine. The model reads only the first `max_tokens` tokens of a document. Put this stage after
-`minhash`.
+in different cells, both stay. A second `semantic` stage with another `seed` uses different cells, so it compares other pairs.
+Vectors are rounded to 8 bits, so the results are the same on every machine. The model reads only the first `max_tokens` tokens
+of a document. Put this stage after `minhash`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ class SimilarImages(GlobalStage):
 
     def _near(self, flow: Flow, kind: str, faces: list[str], parts: int, distance: int, images: int,
               memory_limit: int) -> list[str]:  # fmt: skip
-        """Finds the pairs of similar images, and the images that stay; returns the names of the spill files with them."""
+        """Finds the pairs of similar images, and the images that stay; returns the names of the spills that `alike.name`
+        wrote."""
         count = alike.blocks(distance, images)
         grouped = flow.all(f"{kind}-group", alike.group, by_parts(flow, kind, parts, faces, distance=distance, count=count))
         under, meeting = (

@@ -1,9 +1,9 @@
-"""Gathers documents for a dataset's shards, without exact duplicates. If a pipeline configures it, related documents are next to
-each other.
+"""Gathers documents for a dataset's shards, without exact duplicates. If a pipeline has the key `together`, related documents
+are next to each other.
 
 Documents are in the order of their texts' hashes. This order also decides which documents are held out. Related documents, such
-as the files of a repository, are in the order of the hash of their common value. So they are in one shard and are held out
-together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
+as the files of a repository, are in the order of the hash of the value that they have in common. So they are in one shard and
+are held out together. The shuffle by texts, which finds exact duplicates, is then followed by a second shuffle.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ TOLD = ["hash", "id", "columns", "bytes", "text", "group", "order"]
 def regroup(
     folder: Location, runs: list[SpilledRun], low: int, high: int, by: dict[str, str | None], explained: bool
 ) -> dict[str, object]:
-    """Spills the documents in a range of keys again, sorted by common value and without exact duplicates."""
+    """Spills the documents in a range of keys again, without exact duplicates. The documents are sorted by the value that they
+    have in common."""
     table, duplicates = gather(folder, runs, low, high, True)
     if table is None:
         return {"runs": [], "duplicates": 0, "ends": [], "files": []}
@@ -130,7 +131,8 @@ def counted(table: pa.Table) -> dict[str, int]:
 
 
 def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
-    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Also returns the removed rows.
+    """Joins tables, sorts the rows by hash, and keeps one row per hash, with the smallest id. Returns the kept rows and the
+    removed rows.
 
     Empties the list, so that at most twice the rows are in memory.
     """
@@ -148,7 +150,8 @@ def unique(tables: list[pa.Table]) -> tuple[pa.Table, pa.Table]:
 
 @dataclass
 class Duplicates:
-    """Counts exact duplicates. With `listed`, it also keeps rows with their fates, and spills these rows if there are many."""
+    """Counts exact duplicates. With `listed`, it keeps the rows of the duplicates, with their fates, and spills these rows if
+    there are many."""
 
     folder: Location
     listed: bool

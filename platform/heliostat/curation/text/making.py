@@ -130,7 +130,7 @@ class TextMaking(Reading):
         return {**self.infill.model_dump(), "names": list(names), "markers": list(astuple(find(tokenizer, names)))}
 
     def _log(self, totals: Totals) -> None:
-        """Logs the number of places at which documents were split, and of grouped documents."""
+        """Logs the number of grouped documents, and the number of places at which documents were split."""
         if self.sample is not None:
             return
         if self.together is not None:
@@ -198,7 +198,8 @@ class TextMaking(Reading):
         return {"most_trained": most, "shards_drop_duplicates": True}
 
     def refine(self, report: Prediction, curated: Curated) -> list[str]:
-        """Estimates the tokens per byte, the time for merging runs, and the time for training the tokenizer. Returns notes."""
+        """Estimates the tokens per byte, the time for merging runs, and the time for training the tokenizer. Returns notes for
+        the report."""
         report.rate = rate = self._rate(report, curated)
         notes = self._merged(report, curated)
         if rate.high > rate.low * 1.01:
@@ -208,8 +209,8 @@ class TextMaking(Reading):
         return notes
 
     def _merged(self, report: Prediction, curated: Curated) -> list[str]:
-        """Estimates the time for merging the whole input's runs from some of the sample's runs, and adds it to the seconds.
-        Returns notes."""
+        """Merges some of the sample's runs, to estimate how long merging takes for the whole input. Adds this time to the
+        seconds in the report. Returns notes for the report."""
         runs, most, left = curated.runs, self.memory_limit // RUN_SHARE, curated.bytes
         factor = report.factors[0]["" if self.together else SHARD]  # shards drop exact duplicates
         whole = left * report.sample.of_bytes * factor
@@ -264,8 +265,8 @@ def pieces_of(flow: Flow, input: str, files: list[InputFile], target: int) -> It
 
 
 def numbered(cut: list[list[FilePart]], lines: dict[FilePart, int]) -> Iterator[list[FilePart]]:
-    """Yields the pieces with the first record's number for each range. The number follows from the lines before the range in its
-    file."""
+    """Yields the pieces, with the number of the first record in each range. This number comes from the count of lines before
+    the range in the same file."""
     path, first = None, 1
     for piece in cut:
         part = piece[0]

@@ -1,12 +1,12 @@
 """Converts text to token shards, on Ray. Run: `heliostat data prepare pipelines/quickstart.yaml`.
 
 Guarantees: the dataset is a pure function of the configuration and of the input's relative paths and bytes. The SHA-256 of a
-document's text selects its shard, so one task has all duplicates of a document, and drops them (the smallest id stays). Within a
-shard, documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass through the
-driver. Files are read in ranges or streamed. A task uses at most a share of `memory_limit`, but the task that writes a shard has
-the complete shard in memory. Dropped documents are listed with the reason in `quarantine.parquet`. A compressed file can't use
-more memory or disk than `max_file_bytes` and `max_document_bytes` allow. For Parquet files, the sizes of row groups come from
-their footers, unchecked.
+document's text selects its shard, so one task has all duplicates of a document, and keeps only the one with the smallest id.
+Within a shard, documents are sorted by hash: a pseudo-random order that scheduling can't change. Texts and ids never pass
+through the driver. Files are read in ranges or streamed. A task uses at most a share of `memory_limit`, but the task that
+writes a shard has the complete shard in memory. Dropped documents are listed with the reason in `quarantine.parquet`. A
+compressed file can't use more memory or disk than `max_file_bytes` and `max_document_bytes` allow. For Parquet files, heliostat
+takes the sizes of row groups from the footers, and doesn't check these sizes.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ def halves(folder: Location, runs: list[SpilledRun], config: dict[str, Any]) -> 
 
 
 def training_grows(seconds: float, bytes: float, measured: dict[str, Any]) -> float:
-    """Estimates the exponent of the growth of a tokenizer's training time with the size of its text. It compares the seconds for
-    `bytes` bytes with the seconds for half of the sample (`halves`). The exponent is at most 1, the growth of counting. It is
-    smaller because words repeat."""
+    """Estimates the exponent of the growth of a tokenizer's training time with the size of its text. It compares the seconds
+    for `bytes` bytes with the seconds for half of the sample (`halves`). The exponent is at most 1, because counting takes time
+    in proportion to the text. It is usually smaller, because words repeat."""
     if bytes < ENOUGH * measured["trained"] or not 0 < measured["took"] < seconds:
         return 1.0
     return min(1.0, max(SLOWEST, math.log(seconds / measured["took"]) / math.log(bytes / measured["trained"])))
@@ -63,12 +63,13 @@ def _texts(folder: Location, runs: list[SpilledRun], half: int, most: int) -> It
 
 
 def of_whole(seen: float, sampled: float, measured: dict[str, Any], train_bytes: int, whole: float) -> Rate:
-    """Estimates the rate for an input of `whole` bytes from the rate `seen` in a sample of `sampled` bytes. Each has a tokenizer
-    trained on up to `train_bytes` of its text.
+    """Estimates the rate for an input of `whole` bytes from the rate `seen` in a sample of `sampled` bytes. The input and the
+    sample each have a tokenizer that is trained on up to `train_bytes` bytes of their own text.
 
-    The model compares with a tokenizer trained on infinite text. The training text has fewer tokens, and other text has more
-    tokens, by the same amount. Both differences shrink as the training text grows. The bounds are the sample's rate, and the rate
-    of the half without training text.
+    The estimate compares each tokenizer with a tokenizer that is trained on infinite text. With a tokenizer trained on finite
+    text, the training text has fewer tokens than with that tokenizer, and other text has more tokens, by the same amount. Both
+    differences shrink as the training text grows. The bounds are the sample's rate, and the rate of the half without training
+    text.
     """
     own, other = measured["own"], measured["other"]
     if own is None or other is None or other <= own:

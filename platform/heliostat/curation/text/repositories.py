@@ -1,7 +1,7 @@
 """Finds the code repositories in an input: archives, and git clones on disk. It ignores other files.
 
 In the listing, a clone's size is the bytes of its newest commit's files, and its time is the commit's first digits. So the
-listing doesn't depend on how it was cloned, or how git stores it.
+listing doesn't depend on how the repository was cloned, or on how git stores the clone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ THREADS = 8
 
 
 def listing(uri: str) -> list[InputFile]:
-    """Lists archives and clones, sorted by path; ConfigError if there are none, or if a clone can't be read there."""
+    """Lists archives and clones, sorted by path; ConfigError if there are none, or if a clone can't be read at this
+    location."""
     base, listed = sources.find(uri)
     paths = {path for path, _ in listed}
     folders = _clones(base, paths)

@@ -1,9 +1,10 @@
 """Chooses a sample of a text input: a pure function of the listing and the fraction.
 
-Files with one document are chosen by the hashes of their paths, large and small files equally. Files with many documents have
-places: ranges of lines, or complete files if a range can't be read. Places are chosen by hash first, a larger share if there are
-few places. Then records in these places are chosen by their hashes. So every record has the same chance, and only chosen places
-are read. The sample doesn't depend on the order, the cluster, or the split into tasks.
+Files with one document are chosen by the hashes of their paths. Large and small files have the same chance. Files with many
+documents have places: ranges of lines, or complete files if a range can't be read. First, places are chosen by their hashes. If
+there are few places, a larger share of them is chosen. Then records in the chosen places are chosen by the records' hashes. So
+every record has the same chance, and only chosen places are read. The sample doesn't depend on the order, the cluster, or the
+split into tasks.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def _places(file: InputFile, which: str, block: int) -> list[FilePart]:
 
 @dataclass(frozen=True)
 class SampledTexts(TextSource):
-    """Reads a sample of a text input: of each part, the records whose places are chosen."""
+    """Reads a sample of a text input: from each part, only the chosen records."""
 
     name: str
     records: dict[str, float]

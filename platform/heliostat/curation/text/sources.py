@@ -119,8 +119,8 @@ def find(uri: str) -> tuple[Location, list[tuple[str, Listed]]]:
 def listing(uri: str, stages: Collection[str] = ()) -> list[InputFile]:
     """Lists the files to read, sorted by path; ConfigError if there are none.
 
-    Some kinds of files need a stage that extracts their text. It lists these files only if the stage is in `stages`, and logs the
-    number of the others.
+    Some kinds of files need a stage that extracts their text. heliostat lists such files only if this stage is in `stages`. It
+    logs the number of files that it leaves out.
     """
     base, listed = find(uri)
     if uri == STDLIB:
@@ -160,10 +160,9 @@ def without(files: list[InputFile], patterns: list[str]) -> list[InputFile]:
 
 
 def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -> bytes:
-    """Reads a file of the input, or the root itself if the path is empty. `part`: the file as listed, if it is known.
-
-    LeftOutError if the file is outside the input or larger than `limit`, or if a local file can't be opened. A failing store
-    raises its own error.
+    """Reads a file of the input, or the root itself if the path is empty. `part`: the file as it was listed, if the listing is
+    known. LeftOutError if the file is outside the input or larger than `limit`, or if a local file can't be opened. A failing
+    store raises its own error.
     """
     with _readable(base, path) as place:
         listed = place.is_s3 and part is not None and part.etag
@@ -176,8 +175,8 @@ def fetch(base: Location, path: str, limit: int, part: FilePart | None = None) -
 def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) -> io.RawIOBase:
     """Opens a file of the input, or the root itself, for reading in blocks. Repeats a read while the store fails.
 
-    `part`: the file as listed, if it is known. If an object has an ETag, the store rejects reads after a change of the object.
-    LeftOutError as in `fetch`; DataError if an object was rewritten.
+    `part`: the file as it was listed, if the listing is known. If an object has an ETag, the store rejects reads after a change
+    of the object. LeftOutError as in `fetch`; DataError if an object was rewritten.
     """
     with _readable(base, path) as place:
         if part is not None and part.etag and place.is_s3:
@@ -193,7 +192,7 @@ def blocks(base: Location, path: str, limit: int, part: FilePart | None = None) 
 def rows(base: Location, path: str, limit: int, part: FilePart | None = None) -> Iterator[Any]:
     """Yields the rows of a file that lists images or URLs: a .parquet, a .csv, or JSON lines.
 
-    ConfigError if the file can't be read, because it is unknown which entries are missing.
+    ConfigError if the file can't be read, because then it is unknown which entries are missing.
     """
     try:
         with blocks(base, path, limit, part) as file:
@@ -214,8 +213,8 @@ def rows(base: Location, path: str, limit: int, part: FilePart | None = None) ->
 
 @contextmanager
 def _readable(base: Location, path: str) -> Iterator[Location]:
-    """Provides the location of a file, after downloading a file of the Hub. LeftOutError if the file is outside the input, or if
-    a local file can't be opened."""
+    """Returns the location of a file. Downloads the file first if it is on the Hub. LeftOutError if the file is outside the
+    input, or if a local file can't be opened."""
     if not hub.fetch(base, path) and not inside(base, path):
         raise LeftOutError("outside", f"leads out of {base}")
     try:
@@ -322,7 +321,7 @@ def changed(place: Location, part: FilePart, size: int) -> DataError:
 
 
 def inside(base: Location, path: str) -> bool:
-    """Checks whether a path is inside `base`, by its name and, on disk, through any links."""
+    """Checks whether a path is inside `base`. Checks the path's name. On disk, it checks the targets of links too."""
     if "\0" in path:
         return False
     try:

@@ -40,7 +40,7 @@ def divisible(tokenizer: Tokenizer) -> bool:
 
 
 def parts(text: str, most: int) -> Iterator[str]:
-    """Splits a text into parts of at least `most` characters. A part ends at the next position where white space begins."""
+    """Splits a text into parts. A part ends where white space next begins after `most` characters."""
     begin = 0
     while len(text) - begin > most and (match := BEGINS.search(text, begin + most - 1)):
         yield text[begin : match.start() + 1]

@@ -134,7 +134,8 @@ def lowest(folder: Location, runs: list[SpilledRun], limit: int) -> dict[str, ob
 
 
 def train_on(folder: Location, samples: list[str], limit: int, bytes: int, config: dict[str, Any]) -> dict[str, object]:
-    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`, and on at most about `train_bytes`."""
+    """Trains a tokenizer on the selected documents with hash prefixes up to `limit`. Stops when the documents so far have
+    `train_bytes` bytes or more."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # no other task runs at the same time
     texts = selected(folder, samples, limit, bytes, config["train_bytes"])
     name = segment.store(folder, tokens.train(texts, config["vocab_size"], config["end_of_document"], config.get("markers", ())))
@@ -230,7 +231,8 @@ def _gathered(
 
 
 def _encoded(tokenizer: Tokenizer, table: pa.Table, plan: TextSharding) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Encodes the texts of a table, and rearranges them if configured. Also returns the counts of rearranged texts."""
+    """Encodes the texts of a table. Rearranges the texts first if the pipeline configures it. Returns the tokens and the counts
+    of rearranged texts."""
     encoded: list[np.ndarray] = []
     infill = plan.infill or {}
     keys = infilling.FillInTheMiddle(**{k: infill[k] for k in infilling.FillInTheMiddle.model_fields}) if infill else None

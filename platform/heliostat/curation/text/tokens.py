@@ -54,7 +54,8 @@ def train(texts: Iterable[str], vocab_size: int, end_of_document: str, markers: 
 
 @lru_cache(maxsize=2)
 def load(definition: str) -> Tokenizer:
-    """Loads a tokenizer that takes text literally: without truncation or padding, and special tokens in a text are plain text."""
+    """Loads a tokenizer that takes text literally: it doesn't truncate or pad texts, and encodes the names of special tokens in
+    a text as plain text."""
     try:
         tokenizer = Tokenizer.from_str(definition)
     except Exception as e:  # the library raises bare Exception
@@ -114,8 +115,8 @@ def batches(texts: list[str]) -> Iterator[list[str]]:
 
 
 def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Splits documents into ranges, one per row group. The ranges have about equal numbers of tokens, near `target`. No range is
-    empty, or ends within a document."""
+    """Splits documents into ranges, one per row group. The ranges have about equal numbers of tokens, near `target`. No range
+    is empty, and no range ends within a document."""
     if not len(lengths):
         return []
     ends = np.cumsum(lengths)
@@ -129,8 +130,8 @@ def cut(lengths: np.ndarray, target: int) -> list[tuple[int, int]]:
 
 
 def ranges(lengths: np.ndarray, places: np.ndarray, target: int) -> list[tuple[int, int]]:
-    """Splits documents into ranges, one per row group. A range also ends at each of `PARTS`, and never between documents of one
-    place. The documents' places must be in descending order."""
+    """Splits documents into ranges, one per row group. In addition, a range ends at each of `PARTS`. A range never ends between
+    documents of one place. The documents' places must be in descending order."""
     bounds = [0, *sorted(int((places >= part * PLACES).sum()) for part in PARTS), len(lengths)]
     stretches = list[tuple[int, int]]()
     for a, b in itertools.pairwise(bounds):
@@ -190,7 +191,7 @@ def chunks(lengths: np.ndarray, target: int, places: np.ndarray | None = None) -
 def shard(ids: list[str], tokens: list[np.ndarray], chunk_tokens: int, places: np.ndarray | None = None) -> bytes:
     """Returns a shard as the bytes of a Parquet file. The same documents in the same order always give the same bytes.
 
-    If a row ends before its document, the document continues in the next row with the same id. The documents' places
+    If a row ends before the end of its document, the document continues in the next row with the same id. The documents' places
     (`manifest.place`) must be in descending order.
     """
     lengths = np.array([len(t) for t in tokens], np.int64)

@@ -111,8 +111,8 @@ def trace(dataset: Manifest, end: dict[str, Any]) -> dict[str, Any]:
 
 
 def _again(by: dict[str, Any], end: dict[str, Any], funnel: dict[str, Any], notes: list[str]) -> list[dict[str, Any]]:
-    """Runs the document through the stages again. At a stage that removed text shared with other documents, it continues with the
-    recorded results. Returns an empty list if the document can't be read."""
+    """Runs the document through the stages again. From a stage that removed text shared with other documents, it continues with
+    the recorded results. Returns an empty list if the document can't be read."""
     document = read_again(source_of(by), end["id"])
     if document is None:
         return []

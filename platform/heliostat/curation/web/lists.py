@@ -1,8 +1,8 @@
 """Splits lists of URLs into tasks by host: a host's URLs are in one task, or in several tasks that share the host's rate.
 
-One task per list spills the list's rows by the hash of the host, and counts the rows by group. A group is 16 bits of the hash.
-The driver has only the counts of the groups in memory. Neighboring groups with few URLs share a task. A group with many URLs is
-split into several tasks.
+One task per list spills the list's rows by the hash of the host, and counts the rows by group. The first 16 bits of the hash
+are the number of the group. The driver has only the counts of the groups in memory. Neighboring groups with few URLs share a
+task. A group with many URLs is split into several tasks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Fetches URLs by their hosts' rules: only what robots.txt allows, at a limited rate, and after a delay if a host requests one.
 
 Each task has its own fetcher. Tasks with URLs of the same host share the host's rate, so nodes need no coordination. A fetcher
-reads robots.txt once per origin (RFC 9309: a missing robots.txt allows all URLs, and an unreachable one allows no URLs). Redirect
-targets follow the same rules.
+reads robots.txt once per origin (RFC 9309: if robots.txt is missing, all URLs are allowed; if it is unreachable, no URLs are
+allowed). Redirect targets follow the same rules.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class OriginRules:
 class Fetcher:
     """Fetches URLs from any number of threads, with at least `pause` seconds between two requests to one host.
 
-    `of`: the number of fetchers that share this rate, and the rate in a host's robots.txt. Each fetcher waits `of` times as long.
+    `of`: the number of fetchers that share this rate. They share the rate from a host's robots.txt in the same way. Each
+    fetcher waits `of` times as long.
     """
 
     def __init__(self, bounds: Bounds, pause: float, retries: int, robots: bool, sleep: Callable[[float], None] = time.sleep,

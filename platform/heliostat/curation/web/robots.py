@@ -29,7 +29,8 @@ class Rule:
     allow: bool
 
     def matches(self, target: str) -> bool:
-        """Checks whether a normalized target has the pieces in order. It searches each piece once, after the previous piece."""
+        """Checks whether a normalized target has the pieces in order. It searches for each piece only once, after the end of
+        the previous piece."""
         first, last, at = self.pieces[0], self.pieces[-1], len(self.pieces[0])
         if len(self.pieces) == 1:
             return target == first
