@@ -192,8 +192,7 @@ def expert_groups(name: str, workers: int) -> tuple[dist.ProcessGroup, dist.Proc
     """Forms groups of `workers` workers that shard experts. Returns this worker's group, and the group of the workers with the
     same experts. `name`: DeepSpeed's name for both groups. Collective.
 
-    Patch for DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which models here
-    lack.
+    Patch for DeepSpeed 0.19.8. Without it DeepSpeed forms groups of experts only for its own mixture layer, which is unused.
     """
     groups: Any = importlib.import_module("deepspeed.utils.groups")
     groups._create_expert_and_data_parallel(workers)
