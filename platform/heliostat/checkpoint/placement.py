@@ -135,7 +135,7 @@ def runs(chunks: Iterable[Chunk]) -> list[Run]:
 def chunks(runs: Iterable[Run], first: int = 0, stop: int | None = None) -> Iterator[Chunk]:
     """Yields the chunks that hold any of the elements [first, stop).
 
-    Without `stop`, yields all chunks from `first` on. Doesn't iterate over the chunks that it doesn't yield.
+    Without `stop`, yields all chunks, whatever `first` is. Doesn't iterate over the chunks that it doesn't yield.
     """
     for shard, shards, start, numel in runs:
         low, high = 0, shards

@@ -1,6 +1,6 @@
 """Orders DeepSpeed's CUDA streams on the GPU, and names its gradient reduction for profilers.
 
-DeepSpeed makes the host wait for one stream, and leaves another stream without an order.
+DeepSpeed makes the host wait for one stream, and doesn't order the work of another stream.
 
 CUDA streams run concurrently: one stream sees another stream's writes only if it waits for them. `tests/twin` is a simulated
 device that raises an error if an operation uses memory for which its stream hasn't waited. So it shows which streams must wait.
