@@ -130,7 +130,7 @@ class Recipe(ABC):
         return Group() if len(shape) > 1 else Group(weight_decay=0.0)
 
     def balance(self, model: torch.nn.Module, routed: torch.Tensor) -> None:  # noqa: B027
-        """Changes the buffers that balance experts, equally on all workers. `routed`: as in `Loss`, but for the global batch."""
+        """Changes the buffers that balance experts, equally on all workers. `routed`: `Loss.routed` of the global batch."""
 
     def exact(self, model: torch.nn.Module) -> list[str]:
         """Lists the names of buffers that stay in fp32 at every precision."""

@@ -198,7 +198,7 @@ def _unconnected(error: Exception) -> bool:
 
 
 def _may_pass(error: Exception) -> bool:
-    """If the Hub gave no answer, returns whether the error comes from the network."""
+    """Returns whether an error comes from the network. Use it for errors without an answer of the Hub."""
     kinds = {base.__name__ for one in _chain(error) for base in type(one).__mro__}
     return bool(kinds & {"TransportError", "ConnectionError", "TimeoutError"})  # the first is a class of the HTTP library
 

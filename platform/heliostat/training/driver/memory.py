@@ -49,7 +49,7 @@ class Memory:
         self._keepers = {}
 
     def newest(self, attempt: int, at_least: int, data: str, avoided: Collection[str] = ()) -> CopySource | None:
-        """Finds the newest complete generation of step `at_least` or a later step. Skips generations with a damaged copy.
+        """Finds the newest complete generation whose step is at least `at_least`. Skips generations with a damaged copy.
 
         `attempt`: the attempt that begins; copies of earlier attempts can't arrive any more. `data`: the digest of the data plan
         that the generation must have.

@@ -1,4 +1,4 @@
-"""Keeps the processes of a run's workers, which outlive attempts: Ray actors, each in its own slot (`training.driver.slots`).
+"""Keeps the processes of a run's workers between attempts. Each process is a Ray actor in its own slot (`training.driver.slots`).
 
     with WorkerPool(job.workers) as pool:
         members = pool.take(3)      # three new processes

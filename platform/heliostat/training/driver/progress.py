@@ -114,7 +114,7 @@ class ProgressReporter:
 
 
 class Speed:
-    """Estimates the time of the remaining steps, from the time per step since the first report."""
+    """Estimates the time that the remaining steps will take, from the mean time per step since the first report."""
 
     def __init__(self, steps: int) -> None:
         self._steps, self._began, self._last = steps, (0, 0.0), (0, 0.0)

@@ -63,7 +63,7 @@ def exclude(bad: Sequence[str], job: Job, count: int, pool: WorkerPool) -> str:
 
 
 def avoid_refused(bad: str, job: Job, count: int, pool: WorkerPool) -> None:
-    """For some time, avoids a node whose requests a store has rejected, if other nodes have room for `count` workers."""
+    """Avoids, for some time, a node whose requests a store has rejected, if other nodes have room for `count` workers."""
     if bad and _room_without([bad], job, pool) >= count:
         pool.avoid([bad])
         log.warning("the store rejects requests from node %s, so heliostat avoids that node for some time", bad)

@@ -99,7 +99,7 @@ class HeldOut:
     ) -> dict[str, float]:
         """Computes the recipe's scores on all held-out samples, on all workers together. Calls `progressed` after each batch.
 
-        Rank 0 gets the tensors that the recipe gathers, and computes the metrics from them. Every worker gets the result.
+        Rank 0 gets the tensors that the recipe gathers, and computes the metrics from them. Every worker gets all scores.
         """
         names: list[str] = []
         totals = torch.zeros(0, dtype=torch.float64)
