@@ -63,10 +63,7 @@ COUNTED = ("row_group", "rows", "tokens", "bytes", "file_bytes")
 
 @open_
 class Curation(TypedDict):
-    """Describes the record of each document's outcome.
-
-    `funnel`: its path; `ends`: for each file, its first key (hex), and its path.
-    """
+    """Describes the record of each document's outcome. `funnel`: its path; `ends`: each file's first key (hex) and path."""
 
     funnel: NotRequired[str]
     ends: NotRequired[list[Annotated[list[str], Field(min_length=2, max_length=2)]]]
